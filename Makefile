@@ -1,0 +1,36 @@
+# The two commands a newcomer needs are `make demo` and `make test`; each sets up .venv first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Extra arguments for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for a CPU build of torch.
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: demo test lint format setup clean
+
+demo: setup
+	$(BIN)/mslora-cr demo
+
+test: setup lint
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(VENV)/.installed
+
+# DS_BUILD_OPS=0: DeepSpeed compiles the operators it needs on first use instead of all of them now.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "MSLoRA-CR needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another with: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[train,eval,data,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) results/demo checkpoints/demo

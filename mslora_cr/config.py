@@ -1,0 +1,418 @@
+"""The configuration of a run: one YAML file, read strictly.
+
+A file may start from another with `extends: other.yaml`; every value can be overridden with `key.path=value`.
+Unknown keys are refused with the nearest known one, whatever can be derived is computed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from mslora_cr.errors import UserError
+
+LEARNABLE = -1
+"""The published spelling of a penalty weight that is learned as exp(a)."""
+
+
+CATALOGUE = Path(__file__).parent / "data" / "catalog.yaml"
+
+
+class ConfigError(UserError):
+    """The configuration is wrong; the message says where and how to mend it."""
+
+
+def _scientific(value: Any) -> Any:
+    """YAML 1.1 reads `2e-4` as a string, because it has no dot; read it as the number it is."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_scientific), Field(allow_inf_nan=False)]
+PositiveNumber = Annotated[Number, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(_Strict):
+    """The frozen base model and how it is loaded."""
+
+    path: str
+    vision_tower: str = "config"
+    """`config` (the tower that the base's `mm_vision_tower` names), `checkpoint` (the shards' own), or a path."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`; in a run of several processes each takes its own GPU."""
+
+
+class DataConfig(_Strict):
+    """Where the data sets stand and how a record becomes a sample."""
+
+    root: str
+    images: Literal["first", "all"] = "first"
+    """Which images of a record with a list of them are shown: the published evaluation takes the first."""
+    max_length: PositiveInt = 2048
+    """Positions per sample, image patches included; longer samples are cut at the end."""
+    check_images: bool = True
+    """Decode every image once before the first step; images found good are remembered in the run folder."""
+
+
+class LoraSettings(_Strict):
+    """The shape of a bank and how frozen banks take part in the forward pass."""
+
+    rank: PositiveInt = 64
+    alpha: PositiveNumber = 64.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    fold: Literal["merge", "concatenate"] = "merge"
+    """`merge` adds frozen banks to the base weights; `concatenate` keeps one frozen adapter of rank r·(t-1)."""
+
+
+class RegularizationConfig(_Strict):
+    """Weights of the two penalties; -1 makes a weight learnable as exp(a), a starting at -4.6."""
+
+    alpha: Number = 0.1
+    beta: Number = 0.01
+
+    @model_validator(mode="after")
+    def _check(self) -> RegularizationConfig:
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            if value != LEARNABLE and value < 0:
+                raise ValueError(f"{name} is {value}; give a weight of at least 0, or -1 for a learnable one")
+        return self
+
+
+class EvaluationConfig(_Strict):
+    """Greedy generation and what is answered."""
+
+    max_new_tokens: PositiveInt = 100
+    batch_size: PositiveInt = 16
+    banks_by: Literal["prefix", "all"] = "prefix"
+    """Banks that answer task i at stage k: `prefix` takes 1..min(i, k) (published), `all` takes 1..k."""
+
+
+class DatasetConfig(_Strict):
+    """A data set that tasks can name: its folder below the data root and its modality."""
+
+    modality: Name
+    folder: str
+    image_folders: list[str] = []
+    published: str | None = None
+    """The published task whose scores stand beside this one's in reports."""
+
+
+class TaskConfig(_Strict):
+    """One task of the stream."""
+
+    name: Name
+    epochs: PositiveNumber
+    batch_size: PositiveInt
+    """Samples per optimizer step over all processes and accumulation steps."""
+    learning_rate: PositiveNumber
+
+
+class Task(_Strict):
+    """A task with its data set, as the program uses it."""
+
+    index: int
+    name: str
+    modality: str
+    folder: str
+    image_folders: list[str]
+    epochs: float
+    batch_size: int
+    learning_rate: float
+
+
+MethodName = Literal["mslora_cr", "each", "sequential"]
+
+
+class StreamConfig(_Strict):
+    """A whole run. Read it with `load_config`."""
+
+    run: Name
+    method: MethodName = "mslora_cr"
+    output_dir: str = "checkpoints"
+    results_dir: str = "results"
+    seed: int = 42
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraSettings = LoraSettings()
+    regularization: RegularizationConfig = RegularizationConfig()
+    training: dict[str, Any] = {}
+    """Any field of transformers' TrainingArguments that is not derived from the fields above."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    datasets: dict[Name, DatasetConfig]
+    """The published data sets, from the package's catalogue, and those that the file adds."""
+    tasks: Annotated[list[TaskConfig], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> StreamConfig:
+        seen: set[str] = set()
+        for position, task in enumerate(self.tasks):
+            if task.name not in self.datasets:
+                raise ValueError(
+                    f"tasks.{position}.name: unknown task {task.name!r}{nearest(task.name, self.datasets)}; "
+                    "a new one needs an entry in `datasets` with its modality and folder"
+                )
+            if task.name in seen:
+                raise ValueError(f"tasks.{position}.name: task {task.name!r} stands twice in the stream")
+            seen.add(task.name)
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.run
+
+    @property
+    def results_run_dir(self) -> Path:
+        return Path(self.results_dir) / self.run
+
+    @property
+    def stream(self) -> list[Task]:
+        """The tasks in order, each with its data set."""
+        return [
+            Task(
+                index=index,
+                **task.model_dump(),
+                **self.datasets[task.name].model_dump(include={"modality", "folder", "image_folders"}),
+            )
+            for index, task in enumerate(self.tasks)
+        ]
+
+    def task(self, name: str) -> Task:
+        """The task of that name.
+
+        Raises:
+            ConfigError: there is none; names the nearest one.
+        """
+        for task in self.stream:
+            if task.name == name:
+                return task
+        names = [task.name for task in self.tasks]
+        raise ConfigError(f"unknown task {name!r}{nearest(name, names)}; the stream holds {', '.join(names)}")
+
+    def same_modality(self, task: Task) -> list[bool]:
+        """For each earlier task of the stream: does it share this task's modality?"""
+        return [earlier.modality == task.modality for earlier in self.stream[: task.index]]
+
+    def training_digest(self) -> str:
+        """SHA-256 of everything that decides what the banks become (places and evaluation are left out)."""
+        decisive = self.model_dump(mode="json", exclude={"output_dir", "results_dir", "evaluation"})
+        for place, key in (("model", "device"), ("data", "check_images")):
+            del decisive[place][key]
+        for key in UNDECIDING_TRAINING_FIELDS:
+            decisive["training"].pop(key, None)
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+UNDECIDING_TRAINING_FIELDS = frozenset(
+    {"save_steps", "save_total_limit", "save_strategy", "logging_steps", "report_to", "disable_tqdm"}
+    | {"dataloader_num_workers", "dataloader_pin_memory", "log_level", "run_name", "project"}
+    | {"deepspeed", "ddp_timeout"}
+)
+"""Fields of `training` that may differ when a run is continued: they do not change a weight."""
+
+DERIVED_TRAINING_FIELDS = {
+    "output_dir": "output_dir",
+    "num_train_epochs": "tasks.NAME.epochs",
+    "max_steps": "tasks.NAME.epochs",
+    "learning_rate": "tasks.NAME.learning_rate",
+    "gradient_accumulation_steps": "tasks.NAME.batch_size and training.per_device_train_batch_size",
+    "seed": "seed",
+    "data_seed": "seed",
+    "remove_unused_columns": "nothing: the collator needs every column",
+    "resume_from_checkpoint": "nothing: the same command goes on by itself",
+    "do_train": "nothing: `mslora-cr train` trains",
+    "do_eval": "nothing: `mslora-cr evaluate` evaluates",
+    "label_names": "nothing: labels are `labels`",
+    "use_cpu": "model.device",
+}
+"""TrainingArguments that this configuration sets itself, each with the key to use instead."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known word, or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
+    """Read a run's YAML file and apply `key.path=value` overrides (values are YAML).
+
+    `tasks.pathvqa.epochs=1` names a task, `tasks.*.epochs=1` all of them, `tasks=[pathvqa,derm]` keeps those.
+
+    Raises:
+        ConfigError: unreadable file, unsafe YAML, unknown key (with the nearest known one), wrong type, repeated or
+            unknown task, bad override.
+    """
+    raw = _merge({"datasets": _catalogued_datasets()}, _read_layers(Path(path), seen=()))
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return StreamConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_explain(item, raw) for item in error.errors())) from None
+
+
+def _catalogued_datasets() -> dict[str, Any]:
+    """Folder and modality of the published data sets, which the package's catalogue states."""
+    entries = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))
+    fields = ("modality", "folder", "image_folders")
+    return {name: {**{key: entry[key] for key in fields}, "published": name} for name, entry in entries.items()}
+
+
+def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's mapping, laid over the file that its `extends` names (relative to itself)."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `extends` leads back to this file")
+    try:
+        loaded = _plain_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not plain YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(loaded).__name__}")
+    parent = loaded.pop("extends", None)
+    if parent is None:
+        return loaded
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: `extends` must name one file")
+    return _merge(_read_layers(path.parent / parent, (*seen, path.resolve())), loaded)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain YAML whose mappings name each key once: YAML itself would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _plain_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  (it is a SafeLoader)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`: mappings are merged key by key, anything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.path=value")
+    try:
+        value = _plain_yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"override {override!r}: the value is not plain YAML: {error}") from None
+    if key == "tasks" and isinstance(value, list) and all(isinstance(name, str) for name in value):
+        raw["tasks"] = [_task_named(raw, name) for name in value]
+        return
+    *parents, last = key.split(".")
+    for target in _targets(raw, parents, override):
+        target[last] = value
+
+
+def _targets(raw: dict[str, Any], parents: list[str], override: str) -> list[dict[str, Any]]:
+    """The mappings that an override's path leads to; missing ones are made, so that validation names them."""
+    if parents[:1] == ["tasks"] and len(parents) == 2:
+        return _tasks(raw) if parents[1] == "*" else [_task_named(raw, parents[1])]
+    node = raw
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {part!r} holds a value, not further keys")
+    return [node]
+
+
+def _tasks(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What may be a task in a file that is not validated yet."""
+    tasks = raw.get("tasks")
+    return [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
+
+
+def _task_named(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    tasks = {task.get("name"): task for task in _tasks(raw)}
+    if name not in tasks:
+        raise ConfigError(f"unknown task {name!r}{nearest(name, [str(task) for task in tasks])}")
+    return tasks[name]
+
+
+def _explain(item: Any, raw: Mapping[str, Any]) -> str:
+    """One validation error in a line: where, what, and the nearest key that exists."""
+    location = [str(part) for part in item["loc"]]
+    where = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key{nearest(location[-1], _known_keys(location[:-1]))}"
+    if item["type"] == "missing":
+        return f"{where}: required, but not given"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    model: Any = StreamConfig
+    for part in location:
+        if part.isdigit() or model is DatasetConfig:
+            continue
+        nested = {"tasks": TaskConfig, "datasets": DatasetConfig}
+        field = model.model_fields.get(part)
+        model = nested.get(part) or (field.annotation if field else model)
+    return list(model.model_fields)
+
+
+def training_fields(config: StreamConfig) -> dict[str, Any]:
+    """The `training` section, checked against the installed transformers' TrainingArguments.
+
+    Raises:
+        ConfigError: a field that does not exist, is derived from another key, or has the wrong type.
+    """
+    import dataclasses
+    from typing import get_type_hints
+
+    from pydantic import TypeAdapter
+    from transformers import TrainingArguments
+
+    names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    hints = get_type_hints(TrainingArguments)
+    checked = {}
+    for key, value in config.training.items():
+        if key in DERIVED_TRAINING_FIELDS:
+            raise ConfigError(f"training.{key} is not set here; use {DERIVED_TRAINING_FIELDS[key]}")
+        if key not in names:
+            raise ConfigError(f"training.{key}: unknown key{nearest(key, names - set(DERIVED_TRAINING_FIELDS))}")
+        adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
+        try:
+            checked[key] = adapter.validate_python(_scientific(value) if _wants_number(hints[key]) else value)
+        except ValidationError as error:
+            raise ConfigError(f"training.{key}: {error.errors()[0]['msg']}, found {value!r}") from None
+    return checked
+
+
+def _wants_number(hint: Any) -> bool:
+    return float in (hint, *getattr(hint, "__args__", ()))

@@ -1,0 +1,366 @@
+"""`mslora-cr data check ROOT`: everything about the data that would otherwise cost an hour to find out.
+
+Errors would stop a run or spoil it; warnings are worth knowing. Memory is bounded by the image names of one
+data set, whatever the annotations hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tqdm import tqdm
+
+from mslora_cr.data.catalog import DataSet, catalog, data_set
+from mslora_cr.data.images import check_images, check_name, image_roots
+from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
+
+if TYPE_CHECKING:
+    from mslora_cr.data.tokenizer import Tokenizer
+
+EXAMPLES = 5
+"""How many instances of a problem are named."""
+ONE_SIDED = 0.95
+"""The share of one answer among closed questions from which on it is remarked."""
+CLIP_PATCHES = 576
+"""Patches of CLIP ViT-L/14 at 336 pixels, assumed where the model's own tower is not at hand."""
+
+
+@dataclass
+class Problem:
+    level: Literal["error", "warning"]
+    message: str
+    count: int
+    examples: list[str]
+
+
+@dataclass
+class Report:
+    """What was found about one data set; `None` where nothing could be looked at."""
+
+    name: str
+    train_rows: int | None = None
+    test_open: int | None = None
+    test_closed: int | None = None
+    images: int | None = None
+    missing: int | None = None
+    unreadable: int | None = None
+    shared_images: int | None = None
+    """Images that both the training and the test file name."""
+    shared_contents: int | None = None
+    """Test images whose bytes are, under another name, also a training image."""
+    closed_answers: dict[str, int] = field(default_factory=dict)
+    """The commonest answers to the closed test questions, in lower case."""
+    truncated: int | None = None
+    """Training conversations and test prompts longer than the model's limit."""
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def errors(self) -> int:
+        return sum(problem.level == "error" for problem in self.problems)
+
+    def error(self, message: str, found: Sequence[str] = ()) -> None:
+        self.problems.append(Problem("error", message, len(found) or 1, list(found[:EXAMPLES])))
+
+    def warning(self, message: str, found: Sequence[str] = ()) -> None:
+        self.problems.append(Problem("warning", message, len(found) or 1, list(found[:EXAMPLES])))
+
+
+@dataclass(frozen=True)
+class Scan:
+    """How image files are looked at; a `cache` file remembers those found good (`check_images`)."""
+
+    workers: int = 1
+    progress: bool = False
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long a sample may be, and what its length is measured with."""
+
+    tokenizer: Tokenizer
+    patches: int
+    max_length: int
+
+
+def check(dataset: DataSet, root: Path, limit: Limit | None = None, scan: Scan | None = None) -> Report:
+    """Look at one data set below the data root: at lengths with a `limit`, at image files with a `scan`."""
+    report = Report(dataset.name)
+    folder = root / dataset.folder
+    if not folder.is_dir():
+        report.error(f"{folder}: no such folder")
+        return report
+    training = test = None
+    try:
+        training = TrainingRecords(folder / "train.json")
+    except DataError as error:
+        report.error(str(error))
+    try:
+        test = TestRecords(folder / "test.jsonl")
+    except DataError as error:
+        report.error(str(error))
+    if training:
+        _check_training(training, limit, report)
+    if test:
+        _check_test(test, dataset, limit, report)
+    if scan is not None:
+        _check_image_files(dataset, root, training, test, scan, report)
+    return report
+
+
+# --- records -----------------------------------------------------------------
+
+
+def _check_training(records: TrainingRecords, limit: Limit | None, report: Report) -> None:
+    unplaced, empty, silent, long = [], [], [], []
+    for index, record in enumerate(records):
+        place = f"{records.path.name}: {records.place(index)}"
+        if not record.images and any("<image>" in turn.text for turn in record.turns):
+            unplaced.append(place)
+        if any(turn.speaker == "gpt" and not turn.text.strip() for turn in record.turns):
+            empty.append(place)
+        if limit is not None:
+            learned, length = _training_length(record.turns, bool(record.images), limit)
+            silent += [] if learned else [place]
+            long += [place] if length > limit.max_length else []
+    report.train_rows = len(records)
+    if unplaced:
+        report.error("conversations with an <image> mark, but no image", unplaced)
+    if empty:
+        report.warning("conversations with an empty answer", empty)
+    if silent:
+        report.warning("conversations that the template cannot hold: they add nothing to the loss", silent)
+    _count_long(long, limit, report)
+
+
+def _check_test(records: TestRecords, dataset: DataSet, limit: Limit | None, report: Report) -> None:
+    types: Counter[str] = Counter()
+    answers: Counter[str] = Counter()
+    empty, long = [], []
+    for index, record in enumerate(records):
+        types[record.answer_type] += 1
+        if record.answer_type == "CLOSED":
+            answers[record.gt.strip().lower()] += 1
+        if not record.gt.strip():
+            empty.append(str(record.question_id))
+        if limit is not None and _prompt_length(record.text, limit) > limit.max_length:
+            long.append(f"{records.path.name}: question {index}")
+    report.test_open, report.test_closed = types["OPEN"], types["CLOSED"]
+    report.closed_answers = dict(answers.most_common(10))
+    expected = dataset.test_rows
+    if (report.test_open, report.test_closed) != (expected.open, expected.closed):
+        report.warning(
+            f"the published test set holds {expected.open} open and {expected.closed} closed rows, this one "
+            f"{report.test_open} and {report.test_closed}: scores cannot be compared with the published ones"
+        )
+    if empty:
+        report.warning("questions with an empty answer", empty)
+    _check_balance(answers, report)
+    _count_long(long, limit, report)
+
+
+def _check_balance(answers: Counter[str], report: Report) -> None:
+    for answer, count in answers.most_common(1):
+        share = count / answers.total()
+        if share >= ONE_SIDED:
+            report.warning(f"{share:.0%} of the closed test questions have the same answer, {answer!r}")
+
+
+def _training_length(turns: Sequence, has_image: bool, limit: Limit) -> tuple[bool, int]:
+    """Whether a conversation bears labels, and its positions with one image's patches."""
+    from mslora_cr.data.prompts import IGNORE_INDEX, encode_conversation
+
+    ids, labels = encode_conversation(limit.tokenizer, turns, int(has_image))
+    return any(label != IGNORE_INDEX for label in labels), _expanded(ids, limit)
+
+
+def _prompt_length(question: str, limit: Limit) -> int:
+    from mslora_cr.data.prompts import encode_prompt, generation_prompt
+
+    return _expanded(encode_prompt(limit.tokenizer, generation_prompt(question)), limit)
+
+
+def _expanded(ids: Sequence[int], limit: Limit) -> int:
+    from mslora_cr.data.prompts import IMAGE_INDEX
+
+    return len(ids) + ids.count(IMAGE_INDEX) * (limit.patches - 1)
+
+
+def _count_long(long: list[str], limit: Limit | None, report: Report) -> None:
+    if limit is not None:
+        report.truncated = (report.truncated or 0) + len(long)
+        if long:
+            report.warning(f"samples longer than {limit.max_length} positions: their end is cut off", long)
+
+
+# --- images ------------------------------------------------------------------
+
+
+def _check_image_files(
+    dataset: DataSet,
+    root: Path,
+    training: TrainingRecords | None,
+    test: TestRecords | None,
+    scan: Scan,
+    report: Report,
+) -> None:
+    for name in dataset.image_folders:
+        if not (root / dataset.folder / name).is_dir():
+            report.error(f"{root / dataset.folder / name}: no such folder")
+    roots = image_roots(root, dataset.folder, dataset.image_folders)
+    train_images = _resolve(training or (), roots, report)
+    test_images = _resolve(test or (), roots, report)
+    paths = sorted(train_images | test_images)
+    report.images = len(paths)
+
+    bad = check_images(paths, scan.workers, scan.progress, scan.cache)
+    report.unreadable = len(bad)
+    if bad:
+        report.error("unreadable images", [f"{path}: {problem}" for path, problem in bad])
+
+    shared = sorted(map(str, train_images & test_images))
+    report.shared_images = len(shared)
+    if shared:
+        report.warning("images in both the training and the test file", shared)
+    copies = _copies(train_images, test_images, scan)
+    report.shared_contents = len(copies)
+    if copies:
+        report.warning("test images that are, under another name, also training images", copies)
+
+
+def _resolve(records: TrainingRecords | TestRecords | tuple[()], roots: Sequence[Path], report: Report) -> set[Path]:
+    """The images that records name, as far as they exist."""
+    names = {name for record in records for name in record.images}
+    found, unsafe, missing = set(), [], []
+    for name in names:
+        try:
+            relative = check_name(name)
+        except DataError as error:
+            unsafe.append(str(error))
+            continue
+        path = next((root / relative for root in roots if (root / relative).is_file()), None)
+        if path is None:
+            missing.append(name)
+        else:
+            found.add(path)
+    report.missing = (report.missing or 0) + len(missing)
+    file = records.path.name if records else ""
+    if unsafe:
+        report.error(f"{file}: image names that lead outside the data root", sorted(unsafe))
+    if missing:
+        report.error(f"{file}: images that are missing below {roots[0]}", sorted(missing))
+    return found
+
+
+def _copies(train: set[Path], test: set[Path], scan: Scan) -> list[str]:
+    """Test images with the bytes of a training image of another name. Only files of equal size are read."""
+    sizes = [{path.stat().st_size for path in paths} for paths in (train, test)]
+    common = sizes[0] & sizes[1]
+    candidates = [
+        sorted(path for path in paths - others if path.stat().st_size in common)
+        for paths, others in ((train, test), (test, train))
+    ]
+    with tqdm(total=sum(map(len, candidates)), desc="contents", unit="image", disable=not scan.progress) as bar:
+        known = {digest for _, digest in _digests(candidates[0], scan.workers, bar)}
+        return [str(path) for path, digest in _digests(candidates[1], scan.workers, bar) if digest in known]
+
+
+def _digests(paths: Sequence[Path], workers: int, bar: tqdm) -> Iterator[tuple[Path, bytes]]:
+    remaining = iter(paths)
+    with ThreadPoolExecutor(workers) as pool:
+        while chunk := list(islice(remaining, 1024)):
+            for path, digest in zip(chunk, pool.map(_digest, chunk), strict=True):
+                bar.update()
+                yield path, digest
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()[:16]
+
+
+# --- the command -------------------------------------------------------------
+
+
+def read_limit(model: Path, max_length: int) -> Limit:
+    """The tokenizer of a model's folder, and how many patches its vision tower makes of an image.
+
+    Raises:
+        DataError: the folder holds no readable tokenizer or config.json.
+    """
+    from mslora_cr.data.tokenizer import Tokenizer
+
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        tower = config.get("vision_config")
+        if tower is None:
+            named = model / str(config.get("mm_vision_tower")) / "config.json"
+            tower = json.loads(named.read_text(encoding="utf-8")) if named.is_file() else {}
+            tower = tower.get("vision_config", tower)
+        patches = (tower["image_size"] // tower["patch_size"]) ** 2 if "patch_size" in tower else CLIP_PATCHES
+        return Limit(Tokenizer(model), patches, max_length)
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise DataError(f"{model}: not a model's folder ({error})") from error
+
+
+COLUMNS = (
+    *("train_rows", "test_open", "test_closed", "images", "missing", "unreadable"),
+    *("shared_images", "shared_contents", "truncated"),
+)
+
+
+def table(reports: Iterable[Report]) -> str:
+    """A line for each data set, and below them what is wrong."""
+    rows = [["data set", *(name.replace("_", " ") for name in COLUMNS), "verdict"]]
+    problems = []
+    for report in reports:
+        values = [getattr(report, name) for name in COLUMNS]
+        verdict = "errors" if report.errors else "warnings" if report.problems else "ok"
+        rows.append([report.name, *("-" if value is None else f"{value:,}" for value in values), verdict])
+        for problem in report.problems:
+            count = f" ({problem.count:,})" if problem.examples else ""
+            problems.append(f"{problem.level}: {report.name}: {problem.message}{count}")
+            problems += [f"    {example}" for example in problem.examples]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*lines, "", *problems]).rstrip()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("root", metavar="ROOT", type=Path, nargs="?", default=Path("data/MSLoRA_CR"))
+    parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="these data sets instead of all")
+    parser.add_argument("--model", type=Path, help="a model's folder: look for samples that would be cut off")
+    parser.add_argument("--max-length", type=int, default=2048, help="positions per sample (%(default)s)")
+    parser.add_argument("--no-images", action="store_true", help="look at the annotations only")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("results/data-check.json"), help="(%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: no errors; 1: errors, which are listed."""
+    datasets = [data_set(name) for name in args.only] or list(catalog().values())
+    if not args.root.is_dir():
+        raise DataError(f"{args.root}: no such folder")
+    limit = read_limit(args.model, args.max_length) if args.model else None
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    scan = Scan(args.workers, sys.stderr.isatty(), cache=args.output.with_suffix(".good-images"))
+    reports = [check(dataset, args.root, limit, None if args.no_images else scan) for dataset in datasets]
+    print(table(reports))
+    if limit is None:
+        print("lengths were not looked at; name a model's folder with --model")
+    errors = sum(report.errors for report in reports)
+    result = {"root": str(args.root), "errors": errors, "data_sets": [asdict(report) for report in reports]}
+    args.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{errors} errors; written to {args.output}")
+    return 1 if errors else 0

@@ -1,0 +1,157 @@
+"""Records → samples → batches. Images are decoded where samples are made: in the data loader's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mslora_cr.data.images import load_image, preprocess, resolve_image
+from mslora_cr.data.prompts import (
+    IGNORE_INDEX,
+    Encoded,
+    encode_conversation,
+    encode_prompt,
+    expand_images,
+    generation_prompt,
+)
+from mslora_cr.data.records import DataError, TestRecord, TestRecords, TrainingRecord, TrainingRecords
+from mslora_cr.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What turns a record into tensors: the model's tokenizer and image processor, and the run's choices."""
+
+    tokenizer: Tokenizer
+    image_processor: Any
+    image_token_id: int
+    patches: int
+    max_length: int = 2048
+    all_images: bool = False
+
+    def image_names(self, record: TrainingRecord | TestRecord) -> tuple[str, ...]:
+        """The images of a record that are shown: the first, as published, unless all are asked for."""
+        return record.images if self.all_images else record.images[:1]
+
+    def pixel_values(self, names: Sequence[str], roots: Sequence[Path]) -> Tensor:
+        """(images, 3, height, width) float32."""
+        images = [preprocess(load_image(resolve_image(name, roots)), self.image_processor) for name in names]
+        size = self.image_processor.crop_size
+        return torch.stack(images) if images else torch.empty(0, 3, size["height"], size["width"])
+
+    def expand(self, encoded: Encoded) -> Encoded:
+        return expand_images(encoded, self.image_token_id, self.patches, self.max_length)
+
+
+class Sample(TypedDict):
+    """One unpadded sample. `index` is the record's position in its file."""
+
+    index: int
+    input_ids: list[int]
+    labels: list[int]
+    pixel_values: Tensor
+
+
+class TrainingSamples(Dataset[Sample]):
+    """The training samples of a task."""
+
+    def __init__(self, records: TrainingRecords, roots: Sequence[Path], preprocessing: Preprocessing) -> None:
+        self.records, self.roots, self.preprocessing = records, roots, preprocessing
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self.records[index]
+        names = self.preprocessing.image_names(record)
+        try:
+            encoded = encode_conversation(self.preprocessing.tokenizer, record.turns, len(names))
+            encoded = self.preprocessing.expand(encoded)
+            pixels = self.preprocessing.pixel_values(names, self.roots)
+        except ValueError as error:
+            raise DataError(f"{self.records.path}: {self.records.place(index)}: {error}") from None
+        return Sample(index=index, input_ids=encoded.input_ids, labels=encoded.labels, pixel_values=pixels)
+
+
+class QuestionSamples(Dataset[Sample]):
+    """The questions of a task's test file as generation prompts; labels are empty."""
+
+    def __init__(self, records: TestRecords, roots: Sequence[Path], preprocessing: Preprocessing) -> None:
+        self.records, self.roots, self.preprocessing = records, roots, preprocessing
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def encode(self, index: int) -> list[int]:
+        """Ids of a question's prompt, image patches included, without reading its image."""
+        record = self.records[index]
+        prompt = generation_prompt(record.text, len(self.preprocessing.image_names(record)))
+        try:
+            ids = encode_prompt(self.preprocessing.tokenizer, prompt)
+            return self.preprocessing.expand(Encoded(ids, [IGNORE_INDEX] * len(ids))).input_ids
+        except ValueError as error:
+            raise self._at(index, error) from None
+
+    def __getitem__(self, index: int) -> Sample:
+        input_ids = self.encode(index)
+        try:
+            names = self.preprocessing.image_names(self.records[index])
+            pixels = self.preprocessing.pixel_values(names, self.roots)
+        except DataError as error:
+            raise self._at(index, error) from None
+        return Sample(index=index, input_ids=input_ids, labels=[], pixel_values=pixels)
+
+    def _at(self, index: int, error: ValueError) -> DataError:
+        return DataError(f"{self.records.path}: {self.records.place(index)}: {error}")
+
+
+@dataclass(frozen=True)
+class TrainingCollator:
+    """Right-padded batches: `input_ids`, `labels`, `attention_mask` (batch, length) int64, `pixel_values`
+    (images, 3, H, W) float32 unless no sample has an image, and `record_index` (batch,) int64, by which errors name
+    records."""
+
+    pad_token_id: int
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        length = max(len(sample["input_ids"]) for sample in samples)
+        batch = {
+            "input_ids": _padded([sample["input_ids"] for sample in samples], length, self.pad_token_id),
+            "labels": _padded([sample["labels"] for sample in samples], length, IGNORE_INDEX),
+            "attention_mask": _padded([[1] * len(sample["input_ids"]) for sample in samples], length, 0),
+            "record_index": torch.tensor([sample["index"] for sample in samples]),
+        }
+        return batch | _stacked_pixels(samples)
+
+
+@dataclass(frozen=True)
+class QuestionCollator:
+    """Left-padded prompts for generation: `input_ids`, `attention_mask`, `record_index` and `pixel_values`."""
+
+    pad_token_id: int
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        length = max(len(sample["input_ids"]) for sample in samples)
+        prompts = [sample["input_ids"] for sample in samples]
+        batch = {
+            "input_ids": _padded(prompts, length, self.pad_token_id, left=True),
+            "attention_mask": _padded([[1] * len(prompt) for prompt in prompts], length, 0, left=True),
+            "record_index": torch.tensor([sample["index"] for sample in samples]),
+        }
+        return batch | _stacked_pixels(samples)
+
+
+def _padded(rows: Sequence[list[int]], length: int, value: int, left: bool = False) -> Tensor:
+    gaps = [[value] * (length - len(row)) for row in rows]
+    return torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])
+
+
+def _stacked_pixels(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    pixels = torch.cat([sample["pixel_values"] for sample in samples])
+    return {"pixel_values": pixels} if len(pixels) else {}

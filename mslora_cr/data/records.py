@@ -1,0 +1,333 @@
+"""The records of a task: `train.json` (a list) and `test.jsonl` (lines), validated once and read lazily.
+
+Opening a file walks it once, in bounded memory: every record is validated, the file is hashed, and only the
+byte range of each record is kept. A record is decoded again when it is asked for, so the object is a few
+megabytes for hundreds of thousands of records and cheap to send to data loader workers.
+"""
+
+import codecs
+import hashlib
+import json
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, ClassVar, Generic, Literal, NoReturn, TypeVar, overload
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+)
+
+from mslora_cr.errors import UserError
+
+CHUNK_BYTES = 1 << 20
+MAX_RECORD_BYTES = 16 << 20  # no conversation comes near this; it bounds what a damaged file can make us read
+
+
+class DataError(UserError):
+    """Something is wrong with the user's data: the message says what, and where (file, record, field)."""
+
+
+def _encodable(text: str) -> str:
+    """JSON can spell half a surrogate pair (`"\\ud83d"`), which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("should be text, but holds half of a surrogate pair") from None
+    return text
+
+
+def _identifier(value: Any) -> int | str:
+    if isinstance(value, str):
+        return _encodable(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError("should be a string or an integer")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_names(image: Any) -> Any:
+    """`image` is a name, a list of names, or (for text-only training records) absent or null."""
+    if image is None:
+        return ()
+    if isinstance(image, str):
+        return (image,)
+    if isinstance(image, list | tuple):
+        return tuple(image)
+    raise ValueError("should be a name or a list of names")
+
+
+Identifier = Annotated[int | str, PlainValidator(_identifier)]
+Text = Annotated[str, AfterValidator(_encodable)]
+Turns = Annotated[tuple["Turn", ...], BeforeValidator(_as_tuple)]
+Images = Annotated[tuple[Text, ...], BeforeValidator(_as_names)]
+
+
+class _Record(BaseModel):
+    # Unknown fields are ignored: published annotation files carry some of their own.
+    model_config = ConfigDict(frozen=True, strict=True, populate_by_name=True)
+
+
+class Turn(_Record):
+    """One message of a conversation."""
+
+    speaker: Literal["human", "gpt"] = Field(alias="from")
+    text: Text = Field(alias="value")
+
+
+class TrainingRecord(_Record):
+    """One conversation of `train.json`; `images` is empty for a text-only record."""
+
+    id: Identifier
+    images: Images = Field(default=(), alias="image")
+    turns: Turns = Field(alias="conversations", min_length=1)
+
+
+class TestRecord(_Record):
+    """One question of `test.jsonl`. Question ids need not be unique: published files repeat some."""
+
+    __test__: ClassVar[bool] = False  # pytest: not a test class
+
+    question_id: Identifier
+    images: Images = Field(alias="image", min_length=1)
+    text: Text
+    gt: Text
+    answer_type: Literal["OPEN", "CLOSED"]
+
+
+Record = TypeVar("Record", bound=_Record)
+Item = tuple[int, int, str, Any]  # first byte, byte after the last, place in words, decoded JSON
+
+
+class _Records(Sequence[Record], Generic[Record]):
+    """What both kinds of file share.
+
+    Attributes:
+        path: the file. digest: sha256 of its bytes, in hexadecimal.
+
+    Raises:
+        DataError: the file is missing, empty, not UTF-8, not JSON of this form, or a record is malformed.
+    """
+
+    _model: type[Record]
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self._starts, self._ends = array("Q"), array("Q")
+        hasher = hashlib.sha256()
+        try:
+            with self.path.open("rb") as file:
+                for start, end, place, value in self._items(file, hasher):
+                    self._check(value, place)
+                    self._starts.append(start)
+                    self._ends.append(end)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror or error})") from error
+        self.digest = hasher.hexdigest()
+        if not self._starts:
+            raise DataError(f"{self.path}: holds no records")
+
+    @abstractmethod
+    def _items(self, file: BinaryIO, hasher: "hashlib._Hash") -> Iterator[Item]: ...
+
+    @abstractmethod
+    def place(self, index: int) -> str:
+        """Where record `index` stands in the file, in words: for messages."""
+
+    def _check(self, value: Any, place: str) -> None:
+        if not isinstance(value, dict):
+            raise DataError(f"{self.path}: {place}: expected an object ({{…}}), found {_shorten(value)}")
+        try:
+            self._model.model_validate(value)
+        except ValidationError as error:
+            raise DataError(f"{self.path}: {place}: {_explain(error)}") from None
+
+    def _read(self, file: BinaryIO, index: int) -> Record:
+        file.seek(self._starts[index])
+        data = file.read(self._ends[index] - self._starts[index])
+        try:
+            return self._model.model_validate(_DECODER.decode(data.decode()))
+        except ValueError as error:  # it was valid when the file was opened
+            problem = "the file changed since it was opened"
+            raise DataError(f"{self.path}: {self.place(index)}: {problem}") from error
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        with self.path.open("rb") as file:
+            if isinstance(index, slice):
+                return [self._read(file, i) for i in range(len(self))[index]]
+            return self._read(file, range(len(self))[index])
+
+    def __iter__(self) -> Iterator[Record]:
+        with self.path.open("rb") as file:
+            for index in range(len(self)):
+                yield self._read(file, index)
+
+
+class TrainingRecords(_Records[TrainingRecord]):
+    """`train.json`: one JSON list of conversations."""
+
+    _model = TrainingRecord
+
+    def _items(self, file: BinaryIO, hasher: "hashlib._Hash") -> Iterator[Item]:
+        return _ListReader(self.path, file, hasher).items()
+
+    def place(self, index: int) -> str:
+        return f"record {index}"
+
+
+class TestRecords(_Records[TestRecord]):
+    """`test.jsonl`: one JSON object a line; blank lines are skipped."""
+
+    __test__ = False
+    _model = TestRecord
+
+    def _items(self, file: BinaryIO, hasher: "hashlib._Hash") -> Iterator[Item]:
+        start, number = 0, 0
+        while line := file.readline(MAX_RECORD_BYTES):
+            hasher.update(line)
+            number += 1
+            place, end = f"line {number}", start + len(line)
+            if line.strip():
+                yield start, end, place, self._decode(line, place)
+            start = end
+
+    def _decode(self, line: bytes, place: str) -> Any:
+        try:
+            return _DECODER.decode(line.decode())
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.path}: {place}: {_explain_json(error)}") from None
+
+    def place(self, index: int) -> str:
+        with self.path.open("rb") as file:
+            before = file.read(self._starts[index])
+        return f"line {before.count(10) + 1}"  # 10: the newline byte
+
+
+class _ListReader:
+    """Walks a JSON list element by element through a window of text, so that no more than one element,
+    or one chunk, is held at a time."""
+
+    def __init__(self, path: Path, file: BinaryIO, hasher: "hashlib._Hash"):
+        self.path, self.file, self.hasher = path, file, hasher
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        self.text, self.position = "", 0  # the window, and where in it we are
+        self.offset = 0  # of text[position], in bytes from the start of the file
+        self.index = 0
+        self.ended = False
+
+    def items(self) -> Iterator[Item]:
+        if self._peek() != "[":
+            raise DataError(f"{self.path}: expected one list ([…]) of records")
+        self._advance(1)
+        closed = self._peek() == "]"
+        while not closed:
+            self._peek()
+            start, value = self.offset, self._element()
+            yield start, self.offset, f"record {self.index}", value
+            separator = self._peek()
+            if separator not in (",", "]"):
+                self._fail("expected ',' or ']' after it" if separator else "the file ends inside the list")
+            closed = separator == "]"
+            if not closed:
+                self._advance(1)
+                self.index += 1
+        self._advance(1)
+        if self._peek():
+            raise DataError(f"{self.path}: something follows the end of the list")
+
+    def _element(self) -> Any:
+        if self._peek() != "{":
+            self._fail("expected an object ({…})" if self.text else "the file ends inside the list")
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.position)
+            except (ValueError, RecursionError) as error:
+                # It may only be that the window ends inside the element: widen it, up to a limit.
+                held = len(self.text) - self.position
+                if self.ended or held >= MAX_RECORD_BYTES or not isinstance(error, json.JSONDecodeError):
+                    self._fail(_explain_json(error))
+                self._fill(max(held, CHUNK_BYTES))
+            else:
+                self._advance(end - self.position)
+                return value
+
+    def _peek(self) -> str:
+        """The next character that is not white space, or "" at the end of the file."""
+        while True:
+            rest = len(self.text)
+            while self.position < rest and self.text[self.position] in " \t\r\n":
+                self._advance(1)
+            if self.position < rest:
+                return self.text[self.position]
+            if self.ended:
+                return ""
+            self._fill(CHUNK_BYTES)
+
+    def _advance(self, count: int) -> None:
+        self.offset += len(self.text[self.position : self.position + count].encode())
+        self.position += count
+
+    def _fill(self, size: int) -> None:
+        data = self.file.read(size)
+        self.hasher.update(data)
+        self.ended = not data
+        try:
+            more = self.decoder.decode(data, final=self.ended)
+        except UnicodeDecodeError as error:
+            self._fail(_explain_json(error))
+        self.text, self.position = self.text[self.position :] + more, 0
+
+    def _fail(self, problem: str) -> NoReturn:
+        raise DataError(f"{self.path}: record {self.index}: {problem}")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _explain_json(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg}, near {error.doc[max(error.pos - 20, 0) : error.pos + 20]!r}"
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8 text; save the file as UTF-8"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return f"not acceptable JSON: {error}"  # a number of thousands of digits, NaN, Infinity
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem pydantic found: field, what was expected, what was found."""
+    problem = error.errors(include_url=False)[0]
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in problem["loc"]]
+    field = "".join(steps).lstrip(".")
+    if problem["type"] == "missing":
+        return f"field '{field}' is missing"
+    if problem["type"] == "too_short":
+        return f"field '{field}' is empty"
+    expected = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    expected = expected.replace("a valid tuple", "a list")
+    return f"field '{field}': {expected}; found {_shorten(problem['input'])}"
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,71 @@
+"""The Llama tokenizer as the published code's slow tokenizer works.
+
+transformers converts a `tokenizer.model` to merges ranked by piece id, but SentencePiece merges by score, and in
+Mistral's vocabulary runs of spaces have low ids and the lowest score: `two  spaces` would come out as other ids.
+So text is encoded by SentencePiece itself where its model is at hand; transformers decodes, and serves folders that
+hold only a `tokenizer.json`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+from transformers import LlamaTokenizer
+
+from mslora_cr.errors import UserError
+
+
+class TokenizerError(UserError):
+    """The folder holds no usable tokenizer."""
+
+
+class Tokenizer:
+    """Text ↔ ids. Read with `Tokenizer(folder)`; cheap to send to data loader workers."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            TokenizerError: neither `tokenizer.model` nor `tokenizer.json` is there, or it cannot be read.
+        """
+        model_file = folder / "tokenizer.model"
+        if not model_file.is_file() and not (folder / "tokenizer.json").is_file():
+            raise TokenizerError(f"{folder}: neither tokenizer.model nor tokenizer.json is there")
+        try:
+            self._pieces = SentencePieceProcessor(model_file=str(model_file)) if model_file.is_file() else None
+            # By class, not AutoTokenizer: that one chooses by the folder's model_type.
+            self._llama = LlamaTokenizer.from_pretrained(folder)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise TokenizerError(f"{folder}: the tokenizer cannot be read ({error})") from None
+        self.bos_token_id: int = self._llama.bos_token_id
+        self.eos_token_id: int = self._llama.eos_token_id
+        self.pad_token_id: int = (
+            self._llama.unk_token_id if self._llama.pad_token_id is None else self._llama.pad_token_id
+        )
+        self._special = dict(zip(self._llama.all_special_tokens, self._llama.all_special_ids, strict=True))
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
+
+    @property
+    def eos_token(self) -> str:
+        return str(self._llama.eos_token)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without `<s>`; special tokens spelled out in it become their ids, as the slow one's do."""
+        if self._pieces is None:
+            return list(self._llama(text, add_special_tokens=False).input_ids)
+        ids: list[int] = []
+        for part in self._special_pattern.split(text):
+            if part:
+                ids += [self._special[part]] if part in self._special else self._pieces.encode(part)
+        return ids
+
+    def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each sequence of ids, special tokens left out, outer white space removed."""
+        return [text.strip() for text in self._llama.batch_decode(sequences, skip_special_tokens=True)]
+
+    def piece_id(self, piece: str) -> int | None:
+        """The id of a piece of the vocabulary, or None."""
+        found = self._llama.get_vocab().get(piece)
+        return None if found is None else int(found)

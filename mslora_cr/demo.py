@@ -1,0 +1,69 @@
+"""The embedded default: a tiny model, a synthetic stream, two methods on the same budget, and a page to look at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mslora_cr.config import MethodName, StreamConfig, load_config
+from mslora_cr.data.synthetic import make_stream
+from mslora_cr.evaluation.evaluate import evaluate
+from mslora_cr.evaluation.record import read_evaluation
+from mslora_cr.evaluation.report import write_comparison, write_report
+from mslora_cr.tiny_model import MODEL_FOLDER, make_tiny_llava_med
+from mslora_cr.training import stream
+from mslora_cr.training.ledger import write_json
+
+CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+COMPARED: tuple[MethodName, ...] = ("mslora_cr", "sequential")
+"""The method of this project, and one LoRA trained through the whole stream."""
+
+
+def run_demo(overrides: Sequence[str] = (), config_file: Path = CONFIG) -> Path:
+    """Make what is missing, train and evaluate both methods, and write `summary.json` and the reports.
+
+    Everything that an earlier call has finished is kept, so a killed demo goes on. Returns the page that compares the
+    methods.
+    """
+    started = time.monotonic()
+    runs = {method: _configure(method, overrides, config_file) for method in COMPARED}
+    first = runs[COMPARED[0]]
+    make_stream(Path(first.data.root))
+    model = Path(first.model.path)
+    assert model.name == MODEL_FOLDER
+    make_tiny_llava_med(model.parent)
+    for method, config in runs.items():
+        print(f"\n{method}: {len(config.tasks)} tasks, one after another", flush=True)
+        stream.train(config)
+        evaluate(config, "seen")
+        write_report(config.run_dir, config.results_run_dir)
+    output = Path(first.results_dir)
+    page = write_comparison(
+        [(method, config.run_dir, config.results_run_dir) for method, config in runs.items()],
+        output / "report.html",
+    )
+    methods = {method: _outcome(config) for method, config in runs.items()}
+    seconds = round(time.monotonic() - started, 1)
+    write_json(output / "summary.json", {"methods": methods, "seconds": seconds})
+    _say(methods, seconds, page)
+    return page
+
+
+def _configure(method: MethodName, overrides: Sequence[str], config_file: Path) -> StreamConfig:
+    return load_config(config_file, [*overrides, f"run={method}", f"method={method}"])
+
+
+def _outcome(config: StreamConfig) -> dict[str, Any]:
+    evaluation = read_evaluation(config.results_run_dir)
+    matrix = evaluation.matrix("close accuracy") if evaluation else None
+    assert matrix is not None, "the embedded stream has closed questions"
+    return {"average_closed_accuracy": matrix.final_average(), "forgetting": matrix.forgetting()}
+
+
+def _say(methods: Mapping[MethodName, dict[str, Any]], seconds: float, page: Path) -> None:
+    print(f"\n{'':<14}{'average closed accuracy':>25}{'forgetting':>14}")
+    for method, outcome in methods.items():
+        print(f"{method:<14}{outcome['average_closed_accuracy']:>23.1f} %{outcome['forgetting']:>9.1f} pts")
+    print(f"\n{seconds:.0f} seconds. The figures: {page.parent / 'summary.json'}\nThe report: {page.resolve()}")

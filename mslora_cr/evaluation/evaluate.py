@@ -1,0 +1,229 @@
+"""Answer and score tasks at stages of a run: the diagonal as published, or the whole task × stage matrix."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mslora_cr.banks import Bank, BankError, BankStack
+from mslora_cr.config import StreamConfig, Task
+from mslora_cr.data.collator import QuestionSamples
+from mslora_cr.data.records import TestRecords
+from mslora_cr.evaluation.generate import ANSWERS, Decoding, answer_questions, forget_journals
+from mslora_cr.evaluation.score import score_file
+from mslora_cr.methods import METHODS
+from mslora_cr.training.distributed import from_first_rank, own_device, rank, start_process_group, wait_for_all
+from mslora_cr.training.ledger import Ledger, environment, write_json
+from mslora_cr.training.stream import load_base, preprocessing, task_folder, task_image_roots
+
+STAMP = "answers.json"
+Stages = Literal["own", "seen", "all"]
+"""`own`: each task at its own stage (published); `seen`: at every stage from its own on; `all`: at every stage."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A task to answer at a stage (from 1), the banks that answer it, and where its answers go."""
+
+    task: Task
+    stage: int
+    banks: tuple[int, ...]
+    folder: Path
+
+
+def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[Cell]:
+    """The cells to fill. Cells of one task that the same banks answer share one folder, hence one answering.
+
+    Args:
+        learned: positions, from 1, of the tasks whose banks are there.
+    """
+    method, found = METHODS[config.method], []
+    for task in config.stream:
+        number, places = task.index + 1, {}
+        own = method.banks(number, number, config.evaluation.banks_by)
+        places[tuple(own)] = config.results_run_dir / task.name
+        for stage in {"own": [number], "seen": range(number, len(config.tasks) + 1)}.get(
+            stages, range(1, len(config.tasks) + 1)
+        ):
+            banks = tuple(method.banks(number, stage, config.evaluation.banks_by))
+            if stage not in learned or not set(banks) <= set(learned):
+                continue
+            folder = places.setdefault(banks, config.results_run_dir / task.name / f"stage-{stage}")
+            found.append(Cell(task, stage, banks, folder))
+    return found
+
+
+def evaluate(
+    config: StreamConfig,
+    stages: Stages = "own",
+    only: str | None = None,
+    banks: Mapping[str, Bank] | None = None,
+) -> Path:
+    """Answer and score every learned task, or only the one named; returns the path of `evaluation.json`.
+
+    Args:
+        banks: the banks by task, where they do not come from the run folder's ledger.
+
+    Raises:
+        ConfigError, DataError, ModelError, BankError: before anything is answered.
+    """
+    start_process_group(own_device(config.model.device).type == "cuda")
+    chain = dict(banks) if banks is not None else finished_banks(config)
+    learned = [task.index + 1 for task in config.stream if task.name in chain]
+    wanted = [cell for cell in cells(config, stages, learned) if only in (None, cell.task.name)]
+    if only is not None:
+        config.task(only)
+    if not wanted:
+        raise BankError(f"no task of this run is trained yet in {config.run_dir}; train one first")
+    by_number = {task.index + 1: chain[task.name] for task in config.stream if task.name in chain}
+    names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
+    records = {name: TestRecords(task_folder(config, config.task(name)) / "test.jsonl") for name in sorted(names)}
+    session = _Session(config, by_number)
+    # Cells that the same banks answer stand together, so that a stage is folded once.
+    rows = {(cell.task.name, cell.stage): session.answer(cell, records[cell.task.name]) for cell in _by_banks(wanted)}
+    path = config.results_run_dir / "evaluation.json"
+    if rank() == 0:
+        _write_summary(config, path, [rows[cell.task.name, cell.stage] for cell in wanted])
+    wait_for_all()
+    return path
+
+
+def finished_banks(config: StreamConfig) -> dict[str, Bank]:
+    """The banks that the run folder's ledger records, by task."""
+    ledger = Ledger.read(config)
+    done = [task for task in config.stream if ledger.done(task.name)]
+    return {task.name: bank for task, bank in zip(done, ledger.banks(config, done), strict=True)}
+
+
+def _by_banks(wanted: Sequence[Cell]) -> list[Cell]:
+    return sorted(wanted, key=lambda cell: cell.banks)
+
+
+class _Session:
+    """The base model, loaded when the first question needs it, with the banks that are folded in now."""
+
+    def __init__(self, config: StreamConfig, banks: Mapping[int, Bank]) -> None:
+        self.config = config
+        self.banks = banks
+        self._digests = {number: _bank_digest(bank) for number, bank in banks.items()}
+        self._loaded: tuple[BankStack, Any] | None = None
+        self._folded: tuple[int, ...] | None = None
+
+    def answer(self, cell: Cell, records: TestRecords) -> dict[str, Any]:
+        """Answer and score a cell, unless that was done before; its row of `evaluation.json`."""
+        stamp = cell.folder / STAMP
+        fingerprint = self._fingerprint(cell, records)
+        known = from_first_rank(_read_stamp(cell.folder))
+        if known.get("fingerprint") != fingerprint or not (cell.folder / ANSWERS).is_file():
+            if rank() == 0:
+                stamp.unlink(missing_ok=True)  # it must never stand beside answers that it does not describe
+            known = self._answer(cell, records, fingerprint)
+            if rank() == 0:
+                write_json(stamp, known)
+                forget_journals(cell.folder)
+        if rank() == 0:
+            score_file(cell.folder / ANSWERS, cell.folder)
+        wait_for_all()
+        metrics = json.loads((cell.folder / "metrics.json").read_text(encoding="utf-8"))
+        return {
+            "task": cell.task.name,
+            "stage": cell.stage,
+            "banks": [self.banks[number].name for number in cell.banks],
+            "answers": str((cell.folder / ANSWERS).relative_to(self.config.results_run_dir)),
+            "fingerprint": fingerprint,
+            "rows": len(records),
+            "seconds": known["seconds"],
+            "metrics": metrics["metrics"],
+        }
+
+    def _answer(self, cell: Cell, records: TestRecords, fingerprint: str) -> dict[str, Any]:
+        started = time.monotonic()
+        stack, prepare = self._model()
+        if self._folded != cell.banks:
+            stack.freeze([self.banks[number] for number in cell.banks])
+            stack.model.eval()
+            self._folded = cell.banks
+        decoding = Decoding(
+            max_new_tokens=self.config.evaluation.max_new_tokens,
+            batch_size=self.config.evaluation.batch_size,
+            model_id=Path(self.config.model.path).name,
+            workers=int(self.config.training.get("dataloader_num_workers", 0)),
+        )
+        samples = QuestionSamples(records, task_image_roots(self.config, cell.task), prepare)
+        label = f"{cell.task.name} with {'+'.join(self.banks[number].name for number in cell.banks) or 'no bank'}"
+        answer_questions(stack.model, samples, cell.folder, decoding, fingerprint, label)
+        return {"fingerprint": fingerprint, "seconds": round(time.monotonic() - started, 3)}
+
+    def _model(self) -> tuple[BankStack, Any]:
+        if self._loaded is None:
+            base = load_base(self.config, own_device(self.config.model.device))
+            self._loaded = (
+                BankStack(base.model, self.config.lora.fold, reuse=True),
+                preprocessing(self.config, base),
+            )
+        return self._loaded
+
+    def _fingerprint(self, cell: Cell, records: TestRecords) -> str:
+        """What decides a cell's answers."""
+        decisive = {
+            "banks": [self._digests[number] for number in cell.banks],
+            "scalings": [self.banks[number].scaling for number in cell.banks],
+            "questions": records.digest,
+            "model": self.config.model.model_dump(exclude={"device"}),
+            "data": self.config.data.model_dump(exclude={"root", "check_images"}),
+            "fold": self.config.lora.fold,
+            "max_new_tokens": self.config.evaluation.max_new_tokens,
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _read_stamp(folder: Path) -> dict[str, Any]:
+    """What an answer file was made from, and how long it took; empty if there is none."""
+    stamp = folder / STAMP
+    return json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
+
+
+def _bank_digest(bank: Bank) -> str:
+    digest = hashlib.sha256()
+    for name, pair in bank.matrices.items():
+        digest.update(name.encode())
+        for matrix in pair:
+            digest.update(matrix.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_summary(config: StreamConfig, path: Path, rows: list[dict[str, Any]]) -> None:
+    """Merge this call's cells into `evaluation.json`, task by task and stage by stage.
+
+    Cells of an earlier call stay only if their answers still are what they were scored from.
+    """
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cells": [], "banks_by": None}
+    same = old["banks_by"] == config.evaluation.banks_by
+    kept_cells = [
+        row
+        for row in old["cells"]
+        if same and _read_stamp((path.parent / row["answers"]).parent).get("fingerprint") == row["fingerprint"]
+    ]
+    merged = {(row["task"], row["stage"]): row for row in [*kept_cells, *rows]}
+    order = [task.name for task in config.tasks]
+    kept = sorted(
+        (row for row in merged.values() if row["task"] in order),
+        key=lambda row: (order.index(row["task"]), row["stage"]),
+    )
+    summary = {
+        "run": config.run,
+        "method": config.method,
+        "banks_by": config.evaluation.banks_by,
+        "tasks": order,
+        "modalities": {task.name: task.modality for task in config.stream},
+        "published": {task.name: config.datasets[task.name].published for task in config.tasks},
+        "stages": sorted({row["stage"] for row in kept}),
+        "cells": kept,
+        "environment": environment(),
+    }
+    write_json(path, summary)

@@ -1,0 +1,162 @@
+"""Greedy answers by the batch: left-padded, grouped by length, resumable, shared by all ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from mslora_cr.data.collator import QuestionCollator, QuestionSamples
+from mslora_cr.data.tokenizer import Tokenizer
+from mslora_cr.training.distributed import from_first_rank, rank, wait_for_all, world_size
+
+ANSWERS = "answer-file.jsonl"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated, and who is named as their author."""
+
+    max_new_tokens: int
+    batch_size: int
+    model_id: str
+    workers: int = 0
+
+
+def answer_questions(
+    model: nn.Module,
+    samples: QuestionSamples,
+    folder: Path,
+    decoding: Decoding,
+    fingerprint: str,
+    label: str,
+) -> Path:
+    """Answer every question of a task, greedily, and write `answer-file.jsonl` in the questions' order.
+
+    Each batch is appended to a file of this rank as soon as it is answered, so that a killed run goes on after its
+    last batch. The answer file appears whole, when the last question is answered.
+
+    Args:
+        folder: where the answer file goes.
+        fingerprint: says what decides the answers (banks, questions, limits); answers given under another one are
+            thrown away.
+        label: what the progress bar says.
+    """
+    target = folder / ANSWERS
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = folder / f".answers-{fingerprint[:16]}-{rank()}.jsonl"
+    # One rank reads, before any writes again: all must see the same questions as answered.
+    answered = from_first_rank(_read_journals(folder, fingerprint) if rank() == 0 else {})
+    todo = [index for index in _by_length(samples) if index not in answered]
+    batches = [todo[start : start + decoding.batch_size] for start in range(0, len(todo), decoding.batch_size)]
+    mine = batches[rank() :: world_size()]
+    with (
+        journal.open("a", encoding="utf-8") as file,
+        tqdm(desc=label, total=len(samples), initial=len(answered), unit="answer", disable=rank() != 0) as bar,
+    ):
+        for rows in _answer_batches(model, samples, mine, decoding):
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            bar.update(len(rows) * world_size())
+    wait_for_all()
+    if rank() == 0:
+        _publish(samples, _read_journals(folder, fingerprint), target, decoding, fingerprint)
+    wait_for_all()
+    return target
+
+
+def _by_length(samples: QuestionSamples) -> list[int]:
+    """Longest first: padding is least among neighbours, and what does not fit in memory fails at once."""
+    lengths = [len(samples.encode(index)) for index in range(len(samples))]
+    return sorted(range(len(samples)), key=lambda index: -lengths[index])
+
+
+def _answer_batches(
+    model: nn.Module, samples: QuestionSamples, batches: list[list[int]], decoding: Decoding
+) -> Iterator[list[dict[str, Any]]]:
+    tokenizer = samples.preprocessing.tokenizer
+    loader = DataLoader(
+        samples,
+        batch_sampler=batches,
+        collate_fn=QuestionCollator(tokenizer.pad_token_id),
+        num_workers=decoding.workers,
+    )
+    for batch in loader:
+        indices = batch.pop("record_index").tolist()
+        texts = tokenizer.decode(greedy(model, batch, tokenizer, decoding.max_new_tokens))
+        yield [{"index": index, "text": text} for index, text in zip(indices, texts, strict=True)]
+
+
+@torch.inference_mode()
+def greedy(model: Any, batch: Mapping[str, Tensor], tokenizer: Tokenizer, max_new_tokens: int) -> list[list[int]]:
+    """The new ids of each prompt of a left-padded batch, up to and with `</s>`, by greedy decoding."""
+    parameter = next(model.parameters())
+    inputs = {
+        name: tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else None)
+        for name, tensor in batch.items()
+    }
+    output = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    new = output[:, inputs["input_ids"].shape[1] :].tolist()
+    eos = tokenizer.eos_token_id
+    return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in new]
+
+
+def _read_journals(folder: Path, fingerprint: str) -> dict[int, str]:
+    """Answers given so far under this fingerprint, by any rank. A line that a kill cut short is removed.
+
+    For the first rank alone; it also removes journals of other fingerprints.
+    """
+    answered = {}
+    for journal in sorted(folder.glob(".answers-*.jsonl")):
+        if not journal.name.startswith(f".answers-{fingerprint[:16]}-"):
+            journal.unlink()
+            continue
+        lines = journal.read_bytes().split(b"\n")
+        if lines[-1]:  # without a line break at its end: cut short, and the next line would join it
+            journal.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
+        for line in lines[:-1]:
+            row = json.loads(line)
+            answered[row["index"]] = row["text"]
+    return answered
+
+
+def _publish(
+    samples: QuestionSamples, answered: dict[int, str], target: Path, decoding: Decoding, fingerprint: str
+) -> None:
+    assert len(answered) == len(samples), f"{len(samples) - len(answered)} questions have no answer"
+    staging = target.with_name(f".{target.name}.tmp")
+    with staging.open("w", encoding="utf-8") as file:
+        for index, record in enumerate(samples.records):
+            row: dict[str, Any] = {
+                "question_id": record.question_id,
+                "prompt": record.text,
+                "text": answered[index],
+                "gt": record.gt,
+                "answer_type": record.answer_type,
+                "answer_id": hashlib.sha256(f"{fingerprint}/{index}".encode()).hexdigest()[:22],
+                "model_id": decoding.model_id,
+                "metadata": {},
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    staging.replace(target)
+
+
+def forget_journals(folder: Path) -> None:
+    """Remove the notes that an interrupted run would go on from; for the first rank, once all answers are scored."""
+    for journal in folder.glob(".answers-*.jsonl"):
+        journal.unlink()

@@ -1,0 +1,97 @@
+"""The report's heat maps: tables whose cells are tinted by their value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mslora_cr.evaluation.matrix import MissingCellError, TaskStageMatrix
+from mslora_cr.evaluation.record import Evaluation, Similarity
+
+
+@dataclass(frozen=True)
+class HeatCell:
+    """What a cell says, in small letters too, and how strongly it is tinted, in [0, 1]; None leaves it
+    blank."""
+
+    text: str = ""
+    note: str = ""
+    tint: float | None = None
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A table of tinted cells, one row a name; `last` is one more, untinted column under
+    `last_title`."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[HeatCell]]
+    last_title: str = ""
+    last: Sequence[str] = ()
+
+
+def matrix_map(title: str, matrix: TaskStageMatrix, evaluation: Evaluation) -> HeatMap:
+    """Scores by task and stage; each cell notes the numbers of the banks that answered, in stream order."""
+    banks = {(cell.task, cell.stage): _numbers(cell.banks, matrix.stream) for cell in evaluation.cells}
+    stages = range(1, matrix.last + 1)
+    rows = {
+        task: [
+            HeatCell(f"{score:.1f}", banks[task, stage], score / 100)
+            if (score := matrix.scores.get((task, stage))) is not None
+            else HeatCell()
+            for stage in stages
+        ]
+        for task in matrix.tasks
+    }
+    return HeatMap(title, [str(stage) for stage in stages], rows, "lost", [_lost(matrix, task) for task in rows])
+
+
+def similarity_map(similarity: Similarity) -> HeatMap:
+    """The lower triangle of the similarities, tinted over the range that they span."""
+    below = [value for index, row in enumerate(similarity.values) for value in row[:index]]
+    low, span = min(below), max(below) - min(below)
+    rows = {
+        name: [
+            HeatCell(f"{value:#.3g}", "", 0.15 + 0.85 * ((value - low) / span if span else 0.0))
+            if column < index
+            else HeatCell()
+            for column, value in enumerate(similarity.values[index][:-1])
+        ]
+        for index, name in enumerate(similarity.banks)
+        if index
+    }
+    return HeatMap("", similarity.banks[:-1], rows)
+
+
+def final_scores_map(matrices: Mapping[str, TaskStageMatrix]) -> HeatMap:
+    """Each task after the last stage, a column for each run."""
+    tasks = dict.fromkeys(task for matrix in matrices.values() for task in matrix.tasks)
+    rows = {
+        task: [
+            HeatCell(f"{score:.1f}", "", score / 100)
+            if (score := matrix.scores.get((task, matrix.last))) is not None
+            else HeatCell()
+            for matrix in matrices.values()
+        ]
+        for task in tasks
+    }
+    return HeatMap("", list(matrices), rows)
+
+
+def _lost(matrix: TaskStageMatrix, task: str) -> str:
+    try:
+        return f"{round(matrix.forgetting_of(task), 1) + 0:.1f}"
+    except MissingCellError:
+        return "–"
+
+
+def _numbers(banks: Sequence[str], stream: Sequence[str]) -> str:
+    """`1-3` or `2, 5`: the places of banks in the stream; `none` for the base alone; names if they are
+    others."""
+    if not set(banks) <= set(stream):
+        return ", ".join(banks)
+    places = sorted(stream.index(bank) + 1 for bank in banks)
+    if len(places) > 1 and places == list(range(places[0], places[-1] + 1)):
+        return f"{places[0]}–{places[-1]}"
+    return ", ".join(map(str, places)) or "none"

@@ -1,0 +1,197 @@
+"""Text metrics of generated answers, as the published MSLoRA-CR evaluation computes them.
+
+An answer and its truth are normalised the way the VQA challenge normalises answers (Antol et al., "VQA:
+Visual Question Answering", ICCV 2015), in the variant that LLaVA-Med's evaluation uses. Everything here is a
+pure function of the texts.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import fmean
+from typing import Literal, NamedTuple, Protocol
+
+from nltk.translate.bleu_score import sentence_bleu
+
+AnswerType = Literal["OPEN", "CLOSED"]
+
+HIT_RECALL = 0.5
+"""An open answer with more than this recall counts as a hit in `hit.csv`; it enters no score."""
+
+BLEU_WEIGHTS = {
+    "bleu_score": (0.25, 0.25, 0.25, 0.25),
+    "bleu_score_1": (1.0, 0.0, 0.0, 0.0),
+    "bleu_score_2": (0.0, 1.0, 0.0, 0.0),
+    "bleu_score_3": (0.0, 0.0, 1.0, 0.0),
+}
+"""N-gram weights by published name: `bleu_score_n` is the n-gram precision alone times the brevity
+penalty."""
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+STRIPPED_PERIODS = 32
+"""No more periods than this are taken out of a text: the published code hands `re.UNICODE`, which is 32, to
+the argument that limits how many are replaced. Reports of more sentences than that do occur."""
+
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+_ARTICLES = {"a", "an", "the"}
+_COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_COUNTED)}
+_CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+    he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't
+    must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've
+    somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
+    something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're
+    they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've
+    who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
+    y'all'd've you'd you'd've you'll you're you've
+"""
+_CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word
+    for word in _CONTRACTED.split()
+    for place, letter in enumerate(word)
+    if letter == "'"
+} | {"somebody'd": "somebodyd"}  # the one entry of the challenge's list that runs the other way
+"""A contraction that lost one apostrophe → the contraction."""
+
+
+class Answer(Protocol):
+    """What is scored; `text` and `gt` may be anything that JSON holds and are read as `str` prints them."""
+
+    @property
+    def text(self) -> object: ...
+    @property
+    def gt(self) -> object: ...
+    @property
+    def answer_type(self) -> AnswerType: ...
+
+
+class Overlap(NamedTuple):
+    """Word overlap of an answer with its truth, each in [0, 1]."""
+
+    f1: float
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """The scores of one answer; a hit contains the truth (closed) or `HIT_RECALL` of its words (open)."""
+
+    answer_type: AnswerType
+    prediction: str
+    reference: str
+    exact: bool
+    hit: bool
+    overlap: Overlap
+    bleu: tuple[float, ...] | None
+    """In the order of `BLEU_WEIGHTS`; None for closed questions."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of many answers; `metrics` in percent, in the published order, under the published names.
+
+    Open questions alone give F1 to BLEU, closed questions alone give the closed accuracy; a metric with no
+    row of its kind is left out, so a file without answers has no metrics at all.
+    """
+
+    metrics: dict[str, float]
+    rows: tuple[RowScore, ...]
+
+    @property
+    def open(self) -> int:
+        """How many questions are open."""
+        return sum(row.answer_type == "OPEN" for row in self.rows)
+
+    @property
+    def closed(self) -> int:
+        """How many questions are closed."""
+        return len(self.rows) - self.open
+
+
+def normalize_answer(text: str) -> str:
+    """Lower-cased words without punctuation and articles, numbers up to ten as digits, apostrophes restored.
+
+    A punctuation mark vanishes if somewhere in the text it stands beside a space, or if the text has a comma
+    between digits; elsewhere it turns into a space. So `T2-weighted` gives `t2 weighted`, but `T2-weighted -`
+    gives `t2weighted`.
+    """
+    joined = _COMMA_IN_NUMBER.search(text) is not None
+    marks: dict[str, str | int | None] = {
+        mark: "" if joined or f"{mark} " in text or f" {mark}" in text else " " for mark in PUNCTUATION if mark in text
+    }
+    text = _PERIOD.sub("", text.translate(str.maketrans(marks)), count=STRIPPED_PERIODS)
+    words = (_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def token_f1(prediction: str, reference: str) -> Overlap:
+    """Overlap of two texts' words, as the published evaluation counts it.
+
+    With c(w), r(w) the counts of a word in prediction and reference: TP = Σ c(w) over words in both, FP = Σ
+    c(w) over words of the prediction alone, FN = Σ r(w) over words of the reference alone; precision = TP /
+    (TP + FP), recall = TP / (TP + FN). Unlike the F1 of SQuAD (Rajpurkar et al., EMNLP 2016) a shared word
+    counts as often as the prediction says it. All are 0 if no word is shared.
+    """
+    predicted = Counter(normalize_answer(prediction).split())
+    expected = Counter(normalize_answer(reference).split())
+    shared = sum(count for word, count in predicted.items() if word in expected)
+    if shared == 0:
+        return Overlap(0.0, 0.0, 0.0)
+    missed = sum(count for word, count in expected.items() if word not in predicted)
+    precision, recall = shared / predicted.total(), shared / (shared + missed)
+    return Overlap(2 * precision * recall / (precision + recall), precision, recall)
+
+
+def score_answers(answers: Iterable[Answer]) -> Scores:
+    """Score answers one by one and average them, in percent."""
+    with warnings.catch_warnings():
+        # NLTK warns of every answer without a shared 4-gram, which is the rule for answers of a word or two.
+        warnings.filterwarnings("ignore", module="nltk")
+        rows = tuple(_score_row(answer) for answer in answers)
+    return Scores(_averages(rows), rows)
+
+
+def _score_row(answer: Answer) -> RowScore:
+    """Score one answer; a leading or embedded `assistant:` of the chat format is dropped from its text."""
+    prediction = normalize_answer(str(answer.text).lower().replace("assistant:", "").strip())
+    reference = normalize_answer(str(answer.gt).lower())
+    # The published code normalises a second time before it counts words, and so does token_f1: that matters
+    # only for texts of more than STRIPPED_PERIODS periods.
+    overlap = token_f1(prediction, reference)
+    closed = answer.answer_type == "CLOSED"
+    return RowScore(
+        answer_type=answer.answer_type,
+        prediction=prediction,
+        reference=reference,
+        exact=prediction == reference,
+        hit=reference in prediction if closed else overlap.recall > HIT_RECALL,
+        overlap=overlap,
+        bleu=None if closed else _bleu(prediction, reference),
+    )
+
+
+@lru_cache(maxsize=1 << 14)  # short answers repeat, and NLTK takes most of the time
+def _bleu(prediction: str, reference: str) -> tuple[float, ...]:
+    """Sentence BLEU (Papineni et al., ACL 2002), unsmoothed, under every weighting of `BLEU_WEIGHTS`."""
+    scores = sentence_bleu([reference.split()], prediction.split(), weights=list(BLEU_WEIGHTS.values()))
+    return tuple(float(score) for score in scores)
+
+
+def _averages(rows: Sequence[RowScore]) -> dict[str, float]:
+    opened = [row for row in rows if row.answer_type == "OPEN"]
+    closed = [row for row in rows if row.answer_type == "CLOSED"]
+    columns: dict[str, list[float]] = {"exact match score": [row.exact for row in rows]}
+    for index, name in enumerate(("f1 score", "precision", "recall")):
+        columns[name] = [row.overlap[index] for row in opened]
+    for index, name in enumerate(BLEU_WEIGHTS):
+        columns[name] = [row.bleu[index] for row in opened if row.bleu]
+    columns["close accuracy"] = [row.hit for row in closed]
+    return {name: fmean(values) * 100 for name, values in columns.items() if values}

@@ -1,0 +1,126 @@
+"""The report's line plots as inline SVG, which takes its text colour and font from the page around it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+TERMS = {"ce": "Cross-entropy", "contrastive": "Contrastive term", "orthogonality": "Orthogonality term"}
+INK = "#010203"
+"""Stands for the page's text colour until the SVG is finished."""
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,
+    "svg.hashsalt": "mslora-cr",  # the same run gives the same file
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "font.size": 9,
+    "lines.linewidth": 1.6,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}
+MAX_POINTS = 200
+"""Longer curves are averaged over bins, to at most this many points a task."""
+
+Log = Sequence[Mapping[str, float]]
+
+
+def loss_curves(logs: Mapping[str, Log], colors: Mapping[str, str]) -> str | None:
+    """Each logged loss term over the steps of the whole stream, task after task; None if nothing was logged.
+
+    Args:
+        logs: by task in stream order, the logged steps; a term is absent where it does not apply.
+        colors: by task.
+    """
+    terms = [term for term in TERMS if any(term in entry for log in logs.values() for entry in log)]
+    spans = _spans(logs)
+    if not terms or not spans:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 0.5 + 1.9 * len(terms)), layout="constrained")
+        axes = figure.subplots(len(terms), 1, sharex=True, squeeze=False)[:, 0]
+        for row, (ax, term) in enumerate(zip(axes, terms, strict=True)):
+            ax.set_title(TERMS[term])
+            for task, (start, _) in spans.items():
+                points = [(start + entry["step"], entry[term]) for entry in logs[task] if term in entry]
+                ax.plot(*_thinned(points), color=colors[task], marker="." if len(points) == 1 else None)
+            _mark_tasks(ax, spans, named=row == 0)
+        axes[-1].set_xlabel("optimizer step of the stream")
+        return _svg(figure)
+
+
+def stage_curves(averages: Mapping[str, Sequence[tuple[int, float]]], colors: Mapping[str, str], label: str) -> str:
+    """One line a run: an average, in percent, over stages.
+
+    Args:
+        averages: by run, (stage, average).
+        colors: by run.
+        label: of the vertical axis.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 3), layout="constrained")
+        ax = figure.subplots()
+        for run, points in averages.items():
+            ax.plot(*zip(*points, strict=True), color=colors[run], marker="o", markersize=4, label=run)
+        ax.set(xlabel="stage", ylabel=label, ylim=(0, 103))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(axis="y", alpha=0.15, color=INK)
+        ax.legend(frameon=False, loc="lower left")
+        return _svg(figure)
+
+
+def _spans(logs: Mapping[str, Log]) -> dict[str, tuple[float, float]]:
+    """First and last step of each logged task, counted over the stream."""
+    spans, start = {}, 0.0
+    for task, log in logs.items():
+        if log:
+            end = start + log[-1]["step"]
+            spans[task] = (start, end)
+            start = end
+    return spans
+
+
+def _mark_tasks(ax: Axes, spans: Mapping[str, tuple[float, float]], named: bool) -> None:
+    ax.margins(x=0.01)
+    ax.grid(axis="y", alpha=0.12, color=INK)
+    for _, (_, end) in list(spans.items())[:-1]:
+        ax.axvline(end, color=INK, alpha=0.25, linewidth=0.6)
+    if named:
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.15 * (high - low))  # room for the names
+        for task, (start, end) in spans.items():
+            place = ((start + end) / 2, 0.97)
+            ax.annotate(task, place, xycoords=("data", "axes fraction"), ha="center", va="top", alpha=0.7)
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    count = min(len(points), MAX_POINTS)
+    edges = [round(index * len(points) / count) for index in range(count + 1)] if count else [0]
+    bins = [points[start:end] for start, end in pairwise(edges)]
+    means = [[sum(values) / len(values) for values in zip(*part, strict=True)] for part in bins]
+    return [x for x, _ in means], [y for _, y in means]
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", text)
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1),
+        count=1,
+    )

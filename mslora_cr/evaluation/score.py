@@ -1,0 +1,115 @@
+"""Score an answer file: the published `metrics.txt` byte for byte, and the same at full precision."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from tabulate import tabulate
+
+from mslora_cr.data.records import DataError
+from mslora_cr.evaluation.metrics import AnswerType, Scores, score_answers
+
+CSV_HEADER = ("id", "question", "pred", "answer", "answer_type", "image")
+
+
+def _identifier(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError("should be a string or an integer")
+    return value
+
+
+class AnswerRecord(BaseModel):
+    """One line of an answer file; fields that scoring does not need are ignored."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    question_id: Annotated[int | str, BeforeValidator(_identifier)]
+    prompt: str
+    text: Any
+    gt: Any
+    answer_type: AnswerType
+    image: Any = None
+
+
+def read_answers(path: Path) -> list[AnswerRecord]:
+    """Read a JSON-lines file of answers; blank lines are skipped, and a file without a line is no error.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not a JSON object in UTF-8 or has a wrong or no value
+            in a field; the message names file, line and field.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return [_parse(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def score_file(answers: Path, output: Path) -> Scores:
+    """Score the file `answers`; `metrics.txt`, `metrics.json`, `hit.csv` and `not_hit.csv` go into `output`.
+
+    `hit.csv` and `not_hit.csv` part the answers row by row, also where question ids repeat. Each file appears
+    whole or not at all: it is written under a temporary name and renamed.
+
+    Raises:
+        DataError: as `read_answers`.
+    """
+    records = read_answers(answers)
+    scores = score_answers(records)
+    output.mkdir(parents=True, exist_ok=True)
+    _write(output / "metrics.txt", render_metrics(scores))
+    _write(output / "metrics.json", json.dumps(summarize(scores), indent=2) + "\n")
+    for name, wanted in (("hit.csv", True), ("not_hit.csv", False)):
+        chosen = (record for record, row in zip(records, scores.rows, strict=True) if row.hit is wanted)
+        _write(output / name, _render_csv(chosen))
+    return scores
+
+
+def render_metrics(scores: Scores) -> str:
+    """The published `metrics.txt`, which ends without a newline."""
+    return tabulate(list(scores.metrics.items()), headers=["Metric", "Performance"])
+
+
+def summarize(scores: Scores) -> dict[str, Any]:
+    """The content of `metrics.json`."""
+    return {"metrics": scores.metrics, "rows": len(scores.rows), "open": scores.open, "closed": scores.closed}
+
+
+def _parse(line: bytes, place: str) -> AnswerRecord:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not a line of JSON in UTF-8: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: expected an object ({{…}}), found {type(value).__name__}")
+    try:
+        return AnswerRecord.model_validate(value)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field, message = problem["loc"][0], problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            raise DataError(f"{place}: field '{field}' is missing") from None
+        raise DataError(f"{place}: field '{field}': {message}; found {problem['input']!r:.60}") from None
+
+
+def _render_csv(records: Iterable[AnswerRecord]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(CSV_HEADER)
+    for record in records:
+        prediction, truth = str(record.text).lower(), str(record.gt).lower()
+        writer.writerow((record.question_id, record.prompt, prediction, truth, record.answer_type, record.image))
+    return text.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    # JSON can spell half a surrogate pair, which UTF-8 cannot: it is written as the escape it came in.
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(text.encode("utf-8", errors="backslashreplace"))
+    temporary.replace(path)

@@ -1,0 +1,405 @@
+"""LLaVA-Med on disk → transformers' `LlavaForConditionalGeneration`. The only file that knows LLaVA's names.
+
+LLaVA-Med v1.5 is stored as `model_type: llava_mistral`, which transformers does not know. The weights map one to one
+onto transformers' LLaVA (Mistral text model, CLIP tower, two-layer GELU projector), so no model code is needed here.
+The shards carry a vision tower of their own; the published code ignores it and loads the one `mm_vision_tower` names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+)
+
+from mslora_cr.data.tokenizer import Tokenizer, TokenizerError
+from mslora_cr.errors import UserError
+
+PLACEHOLDER_PIECE = "<0x00>"
+"""The byte piece that stands for an image patch in `input_ids`: inside the vocabulary, so that `lm_head` keeps its
+rows, and produced by no text (a NUL character in a text is refused)."""
+
+LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+"""Full-match pattern of the linear layers that a bank adapts: all of the language model, nothing else."""
+
+_TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
+_RENAMES = (
+    (re.escape(_TOWER_PREFIX), "model.vision_tower."),
+    (r"model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+    (r"model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+    (r"model\.(?=embed_tokens\.|layers\.|norm\.)", "model.language_model."),
+    (r"(?=lm_head\.)", ""),
+)
+_PUBLISHED_LAYER = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)")
+
+
+class ModelError(UserError):
+    """A base model's folder is missing something or holds something else; the message names it."""
+
+
+@dataclass
+class LlavaMed:
+    """A loaded base model with what is needed to feed it."""
+
+    model: LlavaForConditionalGeneration
+    tokenizer: Tokenizer
+    image_processor: Any
+    image_token_id: int
+    """The id that stands for one image patch."""
+    patches: int
+    """Image patches, hence positions, per image."""
+
+
+def load(
+    path: str | Path,
+    vision_tower: str = "config",
+    dtype: torch.dtype = torch.bfloat16,
+    attn_implementation: str = "sdpa",
+    device: torch.device | str = "cpu",
+) -> LlavaMed:
+    """Load a base model, frozen and in evaluation mode, from LLaVA-Med's own layout or transformers' LLaVA layout.
+
+    Args:
+        path: the model's folder.
+        vision_tower: `config` (what `mm_vision_tower` names: a folder relative to the config or to the working
+            directory, an absolute one, or a hub name), `checkpoint` (the tower inside the shards), or a folder or hub
+            name to use instead.
+
+    Raises:
+        ModelError: a file or weight is missing, unexpected, or of another shape; all of them are named.
+    """
+    path = Path(path)
+    config = read_config(path)
+    if config.get("model_type") == "llava":
+        tower_source: str | Path = path
+        model = _load_transformers_layout(path, dtype)
+    else:
+        tower_source = _tower_source(path, config, vision_tower)
+        model = _load_llava_layout(path, config, vision_tower, tower_source, dtype)
+    model.set_attn_implementation(attn_implementation)
+    model.to(device)
+    model.requires_grad_(False)
+    model.eval()
+    return _with_processors(path, model, tower_source)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The folder's `config.json`, if it is one of the two layouts.
+
+    Raises:
+        ModelError: no such folder or file, or another architecture.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such folder; set model.path to a LLaVA-Med v1.5 folder")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: config.json is missing") from None
+    except ValueError as error:
+        raise ModelError(f"{path}/config.json: not JSON ({error})") from None
+    known = ("llava_mistral", "llava")
+    if not isinstance(config, dict) or config.get("model_type") not in known:
+        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise ModelError(f"{path}/config.json: model_type is {found!r}; expected one of {', '.join(known)}")
+    return config
+
+
+def _load_transformers_layout(path: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+    try:
+        model, report = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except OSError as error:
+        raise ModelError(f"{path}: {error}") from None
+    _refuse_differences(path, set(report["missing_keys"]), set(report["unexpected_keys"]))
+    return model
+
+
+def _load_llava_layout(
+    path: Path, config: Mapping[str, Any], vision_tower: str, tower_source: str | Path, dtype: torch.dtype
+) -> LlavaForConditionalGeneration:
+    """Meta model first, then every tensor straight from its shard: never two copies of the weights in memory."""
+    own_tower = vision_tower == "checkpoint"
+    tower = None if own_tower else _load_tower(path, tower_source, dtype)
+    vision_config = tower.config if tower is not None else _tower_config(tower_source)
+    with init_empty_weights(include_buffers=False):
+        model = LlavaForConditionalGeneration(_llava_config(config, vision_config))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    if tower is not None:
+        state = {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    for name, tensor in _shard_tensors(path, expected, already=set(state), own_tower=own_tower):
+        state[name] = tensor.to(dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.config.dtype = dtype
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.get("bos_token_id", 1), eos_token_id=config.get("eos_token_id", 2), pad_token_id=0
+    )
+    return model
+
+
+def _llava_config(config: Mapping[str, Any], vision_config: CLIPVisionConfig) -> LlavaConfig:
+    """transformers' configuration of a LLaVA-Med one. Values that transformers' defaults get wrong are required."""
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    keys = (*sizes, "vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "hidden_act")
+    missing = [key for key in keys if key not in config]
+    if missing:
+        raise ModelError(f"config.json: missing {', '.join(missing)}")
+    for key, wanted in (("mm_projector_type", "mlp2x_gelu"), ("mm_vision_select_feature", "patch")):
+        if config.get(key) != wanted:
+            raise ModelError(f"config.json: {key} is {config.get(key)!r}; only {wanted!r} is known")
+    text = MistralConfig(
+        **{key: config[key] for key in keys},
+        sliding_window=config.get("sliding_window"),
+        attention_dropout=config.get("attention_dropout", 0.0),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        bos_token_id=config.get("bos_token_id", 1),
+        eos_token_id=config.get("eos_token_id", 2),
+        pad_token_id=config.get("pad_token_id", 0),
+    )
+    return LlavaConfig(
+        text_config=text,
+        vision_config=vision_config,
+        projector_hidden_act="gelu",
+        vision_feature_layer=config.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+
+
+def language_linear_shapes(path: Path) -> list[tuple[int, int]]:
+    """(out, in) of every linear layer that a bank adapts, from the configuration alone.
+
+    Raises:
+        ModelError: the folder holds no base model.
+    """
+    config = read_config(path)
+    if config["model_type"] == "llava":
+        text = LlavaConfig.from_pretrained(path).text_config
+    else:
+        text = _llava_config(config, CLIPVisionConfig()).text_config
+    width, inner, head = text.hidden_size, text.intermediate_size, text.head_dim
+    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
+    layer = [(queries, width), (keys, width), (keys, width), (width, queries)]
+    layer += [(inner, width), (inner, width), (width, inner)]
+    return layer * text.num_hidden_layers
+
+
+# --- the vision tower -------------------------------------------------------------------------------------------
+
+
+def _tower_source(path: Path, config: Mapping[str, Any], vision_tower: str) -> str | Path:
+    """The tower's folder, or its hub name where no folder of that name stands."""
+    name = vision_tower if vision_tower not in ("config", "checkpoint") else config.get("mm_vision_tower")
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"{path}/config.json: mm_vision_tower is missing")
+    for folder in (path / name, Path(name)):
+        if folder.is_dir():
+            return folder
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"{path}/config.json: mm_vision_tower is {name!r}, but there is no such folder beside the config or below "
+            "the working directory; put CLIP there or set model.vision_tower"
+        )
+    return name
+
+
+def load_named_tower(path: Path, config: Mapping[str, Any]) -> CLIPVisionModel:
+    """The tower that a LLaVA-Med configuration names, in float32.
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+    """
+    return _load_tower(path, _tower_source(path, config, "config"), torch.float32)
+
+
+def _tower_config(source: str | Path) -> CLIPVisionConfig:
+    try:
+        return CLIPVisionConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: no configuration of a CLIP vision tower ({error})") from None
+
+
+def _load_tower(path: Path, source: str | Path, dtype: torch.dtype) -> CLIPVisionModel:
+    try:
+        tower, report = CLIPVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"{source}: the vision tower that {path}/config.json names cannot be loaded ({error}); download it, or set "
+            "model.vision_tower to its folder (or to `checkpoint` for the tower inside the shards)"
+        ) from None
+    _refuse_differences(source, set(report["missing_keys"]), set())  # a full CLIP has a text model as well
+    return tower
+
+
+# --- the shards --------------------------------------------------------------------------------------------------
+
+
+def shard_files(path: Path) -> list[Path]:
+    """The model's safetensors files, from its index or the single file.
+
+    Raises:
+        ModelError: none, or one that the index names is missing.
+    """
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        single = path / "model.safetensors"
+        if not single.is_file():
+            raise ModelError(f"{path}: neither model.safetensors.index.json nor model.safetensors is there")
+        return [single]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index}: not a safetensors index ({error!r})") from None
+    files = [path / name for name in names]
+    missing = [file.name for file in files if Path(file.name) != file.relative_to(path) or not file.is_file()]
+    if missing:
+        raise ModelError(f"{path}: missing {', '.join(missing)}, which {index.name} names")
+    return files
+
+
+def tensor_name(name: str) -> str | None:
+    """LLaVA's name of a tensor → transformers', or None for a name that is not LLaVA's."""
+    for pattern, replacement in _RENAMES:
+        if match := re.match(pattern, name):
+            return replacement + name[match.end() :]
+    return None
+
+
+def published_linear_name(module: str) -> str:
+    """transformers' name of a language-model linear layer → the published checkpoints' (`model.layers.N.…`)."""
+    return "model.layers." + module.rpartition("language_model.layers.")[2]
+
+
+def linear_name(published: str) -> str | None:
+    """The inverse of `published_linear_name`; None for any other name."""
+    match = _PUBLISHED_LAYER.fullmatch(published)
+    return f"model.language_model.layers.{'.'.join(match.groups())}" if match else None
+
+
+def _shard_tensors(
+    path: Path, expected: Mapping[str, tuple[int, ...]], already: set[str], own_tower: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Every wanted tensor of the shards under transformers' name, after all names and shapes have been checked."""
+    places: dict[str, tuple[Path, str]] = {}
+    unexpected, misshapen = [], []
+    for file in shard_files(path):
+        for stored, shape in _header(file).items():
+            if stored.startswith(_TOWER_PREFIX) and not own_tower:
+                continue
+            name = tensor_name(stored)
+            if name is None or name not in expected:
+                unexpected.append(stored)
+            elif shape != expected[name]:
+                misshapen.append(f"{stored} {list(shape)} instead of {list(expected[name])}")
+            else:
+                places[name] = (file, stored)
+    _refuse_differences(path, set(expected) - set(places) - already, set(unexpected), misshapen)
+    opened: dict[Path, Any] = {}
+    for name, (file, stored) in places.items():
+        if file not in opened:
+            opened[file] = safe_open(file, framework="pt")
+        yield name, opened[file].get_tensor(stored)
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: not a complete safetensors file ({error})") from None
+
+
+def _refuse_differences(
+    path: str | Path, missing: set[str], unexpected: set[str], misshapen: list[str] | None = None
+) -> None:
+    parts = []
+    for what, names in (
+        ("missing", sorted(missing)),
+        ("unexpected", sorted(unexpected)),
+        ("of another shape", misshapen or []),
+    ):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            parts.append(f"{what}: {', '.join(names[:8])}{more}")
+    if parts:
+        raise ModelError(f"{path}: the weights do not fit the configuration; " + "; ".join(parts))
+
+
+# --- tokenizer, image processor ------------------------------------------------------------------------------------
+
+
+def _with_processors(path: Path, model: LlavaForConditionalGeneration, tower_source: str | Path) -> LlavaMed:
+    try:
+        tokenizer = Tokenizer(path)
+    except TokenizerError as error:
+        raise ModelError(str(error)) from None
+    rows = model.config.text_config.vocab_size
+    image_token_id = model.config.image_token_id
+    if image_token_id >= rows or tokenizer.piece_id("<image>") != image_token_id:
+        image_token_id = tokenizer.piece_id(PLACEHOLDER_PIECE)
+    if image_token_id is None or image_token_id == tokenizer.pad_token_id:
+        raise ModelError(f"{path}: the tokenizer has no piece {PLACEHOLDER_PIECE} to stand for an image patch")
+    model.config.image_token_id = image_token_id
+    try:
+        processor = AutoImageProcessor.from_pretrained(tower_source, backend="pil")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{tower_source}: no image processor configuration ({error})") from None
+    vision = model.config.vision_config
+    return LlavaMed(model, tokenizer, processor, image_token_id, (vision.image_size // vision.patch_size) ** 2)
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def save_llava_layout(state: Mapping[str, Tensor], config: Mapping[str, Any], directory: Path, shards: int = 2) -> None:
+    """Write tensors under transformers' names as a folder in LLaVA-Med's layout: config, shards and index.
+
+    Args:
+        state: a LLaVA state dict under transformers' names, cast by the caller to the dtype to store.
+        config: the `config.json` to write (`model_type: llava_mistral`, …).
+        shards: files to spread the tensors over, by size.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    total = sum(tensor.nbytes for tensor in state.values())
+    parts: list[list[str]] = [[] for _ in range(shards)]
+    written = 0
+    for name, tensor in state.items():
+        parts[min(shards - 1, written * shards // max(total, 1))].append(name)
+        written += tensor.nbytes
+    weight_map = {}
+    for number, names in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-{shards:05d}.safetensors"
+        # Cloned one shard at a time: tensors may be views of each other's memory, which safetensors refuses.
+        save_file({_llava_name(name): state[name].clone() for name in names}, directory / file, {"format": "pt"})
+        weight_map.update({_llava_name(name): file for name in names})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _llava_name(name: str) -> str:
+    for ours, theirs in (
+        ("model.vision_tower.", _TOWER_PREFIX),
+        ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
+        ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
+        ("model.language_model.", "model."),
+    ):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name

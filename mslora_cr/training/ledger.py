@@ -1,0 +1,166 @@
+"""The run folder's ledger: what made the run, which tasks are done, and the digest of each bank."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mslora_cr.banks import WEIGHTS, Bank, BankError, file_digest, load_bank
+from mslora_cr.config import ConfigError, StreamConfig, Task
+
+PACKAGES = ("mslora-cr", "torch", "transformers", "peft", "accelerate", "deepspeed", "tokenizers")
+
+
+def environment() -> dict[str, Any]:
+    """What made a result: package versions, git commit of the code, hardware."""
+    return {"versions": versions(), "git": _git(), "hardware": _hardware()}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git() -> dict[str, Any] | None:
+    folder = str(Path(__file__).parent)
+    try:
+        commit = subprocess.run(
+            ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        status = subprocess.run(
+            ["git", "-C", folder, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "dirty": bool(status.strip())}
+
+
+def _hardware() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under a temporary name, then rename it."""
+    staging = path.with_name(f".{path.name}.tmp")
+    staging.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    staging.replace(path)
+
+
+@dataclass
+class Ledger:
+    """A run folder. Open it with `Ledger.open`; `record` is called once per finished task."""
+
+    folder: Path
+    content: dict[str, Any]
+
+    @classmethod
+    def read(cls, config: StreamConfig) -> Ledger:
+        """The ledger of a configuration's run folder, empty if there is none yet. Writes nothing."""
+        path = config.run_dir / "ledger.json"
+        fresh: dict[str, Any] = {"run": config.run, "method": config.method, "tasks": {}}
+        return cls(config.run_dir, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else fresh)
+
+    def open(self, config: StreamConfig, force: bool) -> None:
+        """Make the run folder this configuration's.
+
+        Raises:
+            ConfigError: another configuration made it and `force` is not given; the differing keys are named.
+        """
+        digest = config.training_digest()
+        known = self.content.get("config_digest")
+        if known not in (None, digest) and not force:
+            raise ConfigError(
+                f"{self.folder} was made by another configuration ({self._differences(config)}). Choose another `run`, "
+                "or pass --force to go on with this one"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(
+            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+        )
+        self.content.update(config_digest=digest, **environment())
+        self._write()
+
+    def _differences(self, config: StreamConfig) -> str:
+        try:
+            old = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            return "its config.yaml is gone"
+        before, now = _flat(old), _flat(config.model_dump(mode="json"))
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in changed[:6])
+
+    def bank_folder(self, task: str) -> Path:
+        return self.folder / "banks" / task
+
+    def done(self, task: str) -> bool:
+        """Whether a task is finished.
+
+        Raises:
+            BankError: its bank is gone or not the one that was recorded.
+        """
+        entry = self.content["tasks"].get(task)
+        if entry is None:
+            return False
+        weights = self.bank_folder(task) / WEIGHTS
+        if not weights.is_file() or file_digest(weights) != entry["digest"]:
+            raise BankError(
+                f"{weights} is not the bank that the ledger records; restore it, or remove {task!r} from "
+                f"{self.folder / 'ledger.json'} to train it again"
+            )
+        return True
+
+    def banks(self, config: StreamConfig, tasks: list[Task]) -> list[Bank]:
+        """The finished banks of these tasks.
+
+        Raises:
+            BankError: one is not finished, or of another rank than the configuration's.
+        """
+        loaded = []
+        for task in tasks:
+            if not self.done(task.name):
+                raise BankError(f"task {task.name!r} is not trained yet in {self.folder}; train it first")
+            bank = load_bank(self.bank_folder(task.name))
+            if bank.rank != config.lora.rank:
+                raise BankError(f"bank {task.name!r} is of rank {bank.rank}, the configuration's is {config.lora.rank}")
+            loaded.append(bank)
+        return loaded
+
+    def record(self, task: str, entry: dict[str, Any]) -> None:
+        self.content["tasks"][task] = entry
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self.folder / "ledger.json", self.content)
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict):
+        return {key: value for name, child in node.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
+    if isinstance(node, list):
+        named = [
+            (item.get("name", index) if isinstance(item, dict) else index, item) for index, item in enumerate(node)
+        ]
+        return {key: value for name, child in named for key, value in _flat(child, f"{prefix}{name}.").items()}
+    return {prefix[:-1]: node}

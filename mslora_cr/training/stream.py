@@ -1,0 +1,367 @@
+"""The stream: one bank per task, one after another; killed at any moment, the same command goes on."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainingArguments, set_seed
+
+from mslora_cr import llava_med
+from mslora_cr.banks import BankStack, save_bank
+from mslora_cr.config import ConfigError, StreamConfig, Task, training_fields
+from mslora_cr.data.collator import Preprocessing, TrainingCollator, TrainingSamples
+from mslora_cr.data.images import check_images, image_roots, resolve_image
+from mslora_cr.data.records import DataError, TrainingRecords
+from mslora_cr.methods import METHODS
+from mslora_cr.training.distributed import (
+    TIMEOUT_SECONDS,
+    agree,
+    first_rank_first,
+    gathered,
+    own_device,
+    partition,
+    prepare_deepspeed,
+    rank,
+    release,
+    start_process_group,
+    wait_for_all,
+    world_size,
+    zero_stage,
+)
+from mslora_cr.training.ledger import Ledger, versions
+from mslora_cr.training.penalties import BankPenalties
+from mslora_cr.training.trainer import BankTrainer, JsonLinesCallback, checkpoints, refuse_other_launch, writing
+
+CHECK_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """What training a task will do."""
+
+    task: str
+    modality: str
+    records: int
+    epochs: float
+    per_device_batch_size: int
+    accumulation_steps: int
+    steps: int
+    learning_rate: float
+    frozen_banks: list[str]
+    penalties: bool
+    done: bool
+
+
+def train(
+    config: StreamConfig, only: str | None = None, force: bool = False, say: Callable[[str], None] = print
+) -> Ledger:
+    """Train every task of the stream that is not done yet, or only the one named.
+
+    Everything that can be wrong is looked at before the first step: configuration, records, images, earlier banks.
+
+    Raises:
+        ConfigError, DataError, ModelError, BankError: with what is wrong, where, and how to mend it.
+    """
+    fields = training_fields(config)
+    use_gpu = own_device(config.model.device).type == "cuda"
+    start_process_group(use_gpu, fields.get("ddp_timeout", TIMEOUT_SECONDS))
+    if zero_stage(fields.get("deepspeed")):
+        prepare_deepspeed(use_gpu)
+    tasks = [config.task(only)] if only else config.stream
+    ledger = Ledger.read(config)
+    pending = [task for task in tasks if not ledger.done(task.name)]
+    records = {task.name: TrainingRecords(task_folder(config, task) / "train.json") for task in pending}
+    if only and pending:
+        ledger.banks(config, earlier_banks(config, pending[0]))
+    for task in pending:  # only looked at here: DeepSpeed must not hear of a task before its model is built
+        training_arguments(config, task, {**fields, "deepspeed": None})
+    llava_med.read_config(Path(config.model.path))
+    agree(shared_facts(config, records, ledger, fields))
+
+    def prepare() -> None:
+        ledger.open(config, force)
+        check_task_images(config, pending, records)
+
+    first_rank_first(prepare)
+    progress = tqdm(tasks, desc="stream", unit="task", disable=rank() != 0)
+    for task in progress:
+        progress.set_postfix_str(task.name)
+        if task in pending:
+            train_task(config, task, records[task.name], ledger, fields)
+        elif rank() == 0:
+            shutil.rmtree(work_folder(config, task), ignore_errors=True)  # a run killed right after the ledger
+            say(f"{task.name}: already done, skipped")
+    return ledger
+
+
+def shared_facts(
+    config: StreamConfig, records: dict[str, TrainingRecords], ledger: Ledger, fields: dict[str, Any]
+) -> dict[str, Any]:
+    """What all ranks of a run must find alike, wherever they run."""
+    model = Path(config.model.path)
+    return {
+        "the configuration": config.training_digest(),
+        "training.deepspeed": zero_stage(fields.get("deepspeed")),
+        "the base model's files": sorted((file.name, file.stat().st_size) for file in model.iterdir()),
+        "the training records": {name: found.digest for name, found in records.items()},
+        "the finished tasks": {name: entry["digest"] for name, entry in ledger.content["tasks"].items()},
+        "the checkpoints": {
+            name: [path.name for path in checkpoints(work_folder(config, config.task(name)))] for name in records
+        },
+        "the package versions": versions(),
+    }
+
+
+def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
+    """The resolved plan of every task, and how many parameters a bank trains. Loads no weights.
+
+    Raises:
+        ConfigError, DataError: as `train` would.
+    """
+    fields = training_fields(config)
+    ledger = Ledger.read(config)
+    plans = []
+    for task in config.stream:
+        records = TrainingRecords(task_folder(config, task) / "train.json")
+        per_device, accumulation = batch_shape(task, fields)
+        plans.append(
+            TaskPlan(
+                task=task.name,
+                modality=task.modality,
+                records=len(records),
+                epochs=task.epochs,
+                per_device_batch_size=per_device,
+                accumulation_steps=accumulation,
+                steps=update_steps(len(records), task, per_device, accumulation),
+                learning_rate=task.learning_rate,
+                frozen_banks=[earlier.name for earlier in frozen_tasks(config, task)],
+                penalties=uses_penalties(config, task),
+                done=ledger.done(task.name),
+            )
+        )
+    linears = llava_med.language_linear_shapes(Path(config.model.path))
+    return plans, sum(config.lora.rank * (rows + columns) for rows, columns in linears)
+
+
+def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:
+    """Samples per process and micro-batch, and micro-batches per update, that give the task's global batch size.
+
+    `training.per_device_train_batch_size` is the most that a process may take at once.
+
+    Raises:
+        ConfigError: the batch size cannot be shared by the processes, or no sample may be taken at once.
+    """
+    share, rest = divmod(task.batch_size, world_size())
+    if rest:
+        raise ConfigError(
+            f"tasks.{task.name}.batch_size is {task.batch_size}, which {world_size()} processes cannot share equally"
+        )
+    most = min(share, fields.get("per_device_train_batch_size", share))
+    if most < 1:
+        raise ConfigError(f"training.per_device_train_batch_size is {most}; give at least 1")
+    per_device = max(size for size in range(1, most + 1) if share % size == 0)
+    return per_device, share // per_device
+
+
+def update_steps(records: int, task: Task, per_device: int, accumulation: int) -> int:
+    """Optimizer steps of a task, as the Trainer counts them."""
+    batches = math.ceil(records / (per_device * world_size()))
+    return math.ceil(task.epochs * max(1, math.ceil(batches / accumulation)))
+
+
+def frozen_tasks(config: StreamConfig, task: Task) -> list[Task]:
+    """The earlier tasks whose banks take part, frozen, while this one trains."""
+    return config.stream[: task.index] if METHODS[config.method].folds_earlier else []
+
+
+def earlier_banks(config: StreamConfig, task: Task) -> list[Task]:
+    """The earlier tasks whose banks training this one needs."""
+    previous = config.stream[: task.index][-1:] if METHODS[config.method].continues else []
+    return frozen_tasks(config, task) + previous
+
+
+def uses_penalties(config: StreamConfig, task: Task) -> bool:
+    """Whether the penalties shape this task's bank. As published, the first task's loss is cross entropy alone."""
+    weights = config.regularization
+    return METHODS[config.method].penalties and task.index > 0 and (weights.alpha != 0 or weights.beta != 0)
+
+
+def task_folder(config: StreamConfig, task: Task) -> Path:
+    return Path(config.data.root) / task.folder
+
+
+def task_image_roots(config: StreamConfig, task: Task) -> list[Path]:
+    return image_roots(Path(config.data.root), task.folder, task.image_folders)
+
+
+def check_task_images(config: StreamConfig, tasks: Sequence[Task], records: dict[str, TrainingRecords]) -> None:
+    """Find and, unless `data.check_images` is off, decode every image that training will read.
+
+    Raises:
+        DataError: names the bad ones, with the record that asks for the first.
+    """
+    for task in tasks:
+        roots, paths = task_image_roots(config, task), {}
+        for index, record in enumerate(records[task.name]):
+            for name in record.images if config.data.images == "all" else record.images[:1]:
+                try:
+                    paths[resolve_image(name, roots)] = index
+                except DataError as error:
+                    place = f"{records[task.name].path}: {records[task.name].place(index)}"
+                    raise DataError(f"{place}: {error}") from None
+        if not config.data.check_images:
+            continue
+        cache = config.run_dir / "images-checked.txt"
+        bad = check_images(paths, CHECK_WORKERS, progress=True, cache=cache)
+        if bad:
+            lines = [f"{records[task.name].place(paths[path])}: {problem}" for path, problem in bad[:10]]
+            raise DataError(f"{task.name}: {len(bad)} images cannot be read\n  " + "\n  ".join(lines))
+
+
+def load_base(config: StreamConfig, device: torch.device | str) -> llava_med.LlavaMed:
+    """The base model as the configuration asks for it."""
+    return llava_med.load(
+        Path(config.model.path),
+        vision_tower=config.model.vision_tower,
+        dtype=getattr(torch, config.model.dtype),
+        attn_implementation=config.model.attn_implementation,
+        device=device,
+    )
+
+
+def preprocessing(config: StreamConfig, base: llava_med.LlavaMed) -> Preprocessing:
+    return Preprocessing(
+        tokenizer=base.tokenizer,
+        image_processor=base.image_processor,
+        image_token_id=base.image_token_id,
+        patches=base.patches,
+        max_length=config.data.max_length,
+        all_images=config.data.images == "all",
+    )
+
+
+def training_arguments(config: StreamConfig, task: Task, fields: dict[str, Any]) -> TrainingArguments:
+    """TrainingArguments of one task; starts the process group in a run of several processes.
+
+    Raises:
+        ConfigError: transformers refuses them, or checkpointing is to re-enter.
+    """
+    per_device, accumulation = batch_shape(task, fields)
+    chosen = {
+        "logging_steps": 10,
+        "save_steps": 500,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "optim": "adamw_torch",
+        "max_grad_norm": 0.0,
+        "run_name": f"{config.run}/{task.name}",
+        **fields,
+        "output_dir": str(work_folder(config, task)),
+        "num_train_epochs": task.epochs,
+        "learning_rate": task.learning_rate,
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": accumulation,
+        "seed": config.seed,
+        "use_cpu": config.model.device == "cpu" or not torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        # The trainer checks every loss itself and stops; the Trainer would leave it out of the average.
+        "logging_nan_inf_filter": False,
+    }
+    if chosen.get("tf32") and not torch.cuda.is_available():
+        warnings.warn("training.tf32 has no effect without a GPU", stacklevel=2)
+        del chosen["tf32"]
+    try:
+        args = TrainingArguments(**chosen)
+    except ValueError as error:
+        raise ConfigError(f"training: {error}") from None
+    if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ConfigError(
+            "training.gradient_checkpointing_kwargs.use_reentrant: with true the vision tower would be walked "
+            "backwards at every step; set it to false"
+        )
+    return args
+
+
+def work_folder(config: StreamConfig, task: Task) -> Path:
+    """Where checkpoints inside a task stand until it is done."""
+    return config.run_dir / "work" / task.name
+
+
+def train_task(
+    config: StreamConfig, task: Task, records: TrainingRecords, ledger: Ledger, fields: dict[str, Any]
+) -> None:
+    """Train one task's bank from its last checkpoint, if it has one, save it, and enter it in the ledger.
+
+    The base model is loaded afresh, so a task does not depend on which ones this process has trained before.
+    """
+    sharded = zero_stage(fields.get("deepspeed")) == 3
+    device = own_device(config.model.device)
+    # Everything is built before DeepSpeed hears of the task: transformers would partition what it loads afterwards.
+    base = load_base(config, "cpu" if sharded else device)
+    frozen = ledger.banks(config, frozen_tasks(config, task))
+    stack = BankStack(base.model, config.lora.fold)
+    stack.freeze(frozen)
+    initial = (
+        ledger.banks(config, earlier_banks(config, task))[-1]
+        if METHODS[config.method].continues and task.index
+        else None
+    )
+    set_seed(config.seed + task.index)
+    stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial)
+    penalties = BankPenalties(frozen, config.same_modality(task), device) if uses_penalties(config, task) else None
+    args = training_arguments(config, task, fields)
+    if sharded:
+        partition(stack.model, args.hf_deepspeed_config.config)
+    trainer = BankTrainer(
+        stack=stack,
+        samples=TrainingSamples(records, task_image_roots(config, task), preprocessing(config, base)),
+        collator=TrainingCollator(base.tokenizer.pad_token_id),
+        args=args,
+        bank_shape=(config.lora.rank, config.lora.alpha),
+        penalties=penalties,
+        alpha=config.regularization.alpha,
+        beta=config.regularization.beta,
+        callbacks=[JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
+    )
+    found = checkpoints(work_folder(config, task))
+    if found:
+        refuse_other_launch(found[-1], args)
+    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    mean_loss = trainer.mean_loss()
+
+    with gathered(parameter for pair in stack.live().values() for parameter in pair):
+        metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
+        bank = stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata)
+    if args.should_save:
+        with writing(ledger.bank_folder(task.name)):
+            digest = save_bank(bank, ledger.bank_folder(task.name), config.lora.dropout)
+        entry = {
+            "digest": digest,
+            "records_digest": records.digest,
+            "steps": trainer.state.global_step,
+            "train_loss": mean_loss,
+            "seconds": round(trainer.seconds, 3),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "weights": {name: weight.value for name, weight in trainer.weights.items()} if penalties else None,
+        }
+        ledger.record(task.name, entry)
+        shutil.rmtree(work_folder(config, task), ignore_errors=True)
+    wait_for_all()
+    if not args.should_save:
+        ledger.content = Ledger.read(config).content
+    release(trainer)
+
+
+def plan_as_dict(plans: list[TaskPlan], trainable: int) -> dict[str, Any]:
+    """The plan as plain data, for `--dry-run --json`."""
+    return {"trainable_parameters": trainable, "tasks": [asdict(item) for item in plans]}

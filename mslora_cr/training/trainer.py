@@ -1,0 +1,335 @@
+"""The Trainer of one bank: cross entropy on labelled positions, plus both penalties' closed-form gradient."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from mslora_cr.banks import LIVE, BankStack, load_bank, publish_folder, save_bank
+from mslora_cr.data.collator import TrainingCollator, TrainingSamples
+from mslora_cr.data.prompts import IGNORE_INDEX
+from mslora_cr.errors import UserError
+from mslora_cr.training.distributed import (
+    DistributedError,
+    gathered,
+    lost_a_process,
+    wait_for_all,
+    zero_stage,
+)
+from mslora_cr.training.penalties import BankPenalties, PenaltyWeight
+
+STATE = "bank_trainer.pt"
+LAUNCH = "launch.json"
+BANK_FOLDER = "bank"
+
+
+class NonFiniteLossError(UserError):
+    """The loss is NaN or infinite; the message names the records of the batch."""
+
+
+class SaveError(UserError):
+    """Something cannot be written; what was complete before is kept."""
+
+
+def labelled_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the next token is labelled, and what it is.
+
+    Args:
+        labels: (batch, length) int64, `IGNORE_INDEX` where there is none.
+
+    Returns:
+        A (batch, length) bool mask of positions that predict a label, for `logits_to_keep`, and the labels
+        they predict, (kept,).
+    """
+    shifted = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+    keep = shifted != IGNORE_INDEX
+    return keep, shifted[keep]
+
+
+class BankTrainer(Trainer):
+    """Trains the live bank of a `BankStack`.
+
+    The penalties' gradient joins each matrix's own in a tensor hook, in the last backward pass before an update. The
+    hook sees whole matrices under DDP and every ZeRO stage, an update gets the gradient once whatever the
+    accumulation, and averaging over ranks leaves it as it is.
+    """
+
+    def __init__(
+        self,
+        stack: BankStack,
+        samples: TrainingSamples,
+        collator: TrainingCollator,
+        args: TrainingArguments,
+        bank_shape: tuple[int, float],
+        penalties: BankPenalties | None = None,
+        alpha: float = 0.0,
+        beta: float = 0.0,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        """
+        Args:
+            bank_shape: rank and alpha of the live bank.
+            penalties: none for the first task, whose loss is cross entropy alone.
+            alpha: weight of the contrastive term, -1 for a learnable one.
+            beta: weight of the orthogonality term, -1 for a learnable one.
+        """
+        super().__init__(
+            model=stack.model,
+            args=args,
+            train_dataset=samples,
+            data_collator=collator,
+            callbacks=[TowerOutsideGraph(), *(callbacks or [])],
+        )
+        self.stack = stack
+        self.samples = samples
+        self.bank_shape = bank_shape
+        self.penalties = penalties
+        self.weights = {"alpha": PenaltyWeight(alpha), "beta": PenaltyWeight(beta)}
+        self._pending: dict[tuple[str, int], Tensor] = {}
+        self._logged: dict[str, Tensor] = {}
+        self._logged_from = 0
+        self._loss_sum = torch.zeros((), device=args.device)
+        self._started = time.monotonic()
+        if penalties is not None:
+            for module, pair in stack.live().items():
+                for half, parameter in enumerate(pair):
+                    parameter.register_hook(self._penalty_hook((module, half)))
+
+    def _penalty_hook(self, key: tuple[str, int]) -> Any:
+        def add(gradient: Tensor) -> Tensor:
+            penalty = self._pending.get(key)
+            return gradient if penalty is None else gradient + penalty.to(gradient.dtype)
+
+        return add
+
+    # --- one step ---
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Cross entropy, with only labelled positions going through `lm_head`.
+
+        Raises:
+            NonFiniteLossError: before anything has moved.
+        """
+        records = inputs.pop("record_index")
+        keep, targets = labelled_positions(inputs["labels"])
+        if num_items_in_batch is not None:
+            # A batch whose every record is masked whole has nothing to divide by; its loss is zero.
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        result = super().compute_loss(
+            model,
+            {**inputs, "labels": targets, "shift_labels": targets, "logits_to_keep": keep, "use_cache": False},
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
+        )
+        loss = result[0] if return_outputs else result
+        if not torch.isfinite(loss):
+            places = "\n  ".join(self.samples.records.place(int(index)) for index in records)
+            raise NonFiniteLossError(
+                f"the loss at step {self.state.global_step + 1} is {loss.item()}; nothing was updated. The batch:\n"
+                f"  {places}\nA lower learning rate or training.bf16 instead of fp16 usually helps."
+            )
+        return result
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """A micro-batch; the last one of an update carries the penalties."""
+        last = self.penalties is not None and self.accelerator.sync_gradients
+        penalty = self._prepare_penalties() if last else None
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._pending = {}
+        self._log_term("ce", loss)
+        total = loss if penalty is None else loss + penalty.to(loss.dtype)
+        self._loss_sum += total.detach()
+        return total
+
+    def _prepare_penalties(self) -> Tensor:
+        """Compute both terms at the current matrices, leave their gradient to the hooks, move learnable weights."""
+        assert self.penalties is not None
+        live = self.stack.live()
+        alpha, beta = self.weights["alpha"].value, self.weights["beta"].value
+        with gathered(parameter for pair in live.values() for parameter in pair), torch.no_grad():
+            contrastive, orthogonality, self._pending = self.penalties.terms(live, alpha, beta)
+        for name, term, weight in (("contrastive", contrastive, "alpha"), ("orthogonality", orthogonality, "beta")):
+            self._log_term(name, term)
+            self._log_term(weight, torch.tensor(self.weights[weight].value, dtype=torch.float64))
+            self.weights[weight].update(term, self._get_learning_rate())
+        return alpha * contrastive + beta * orthogonality
+
+    # --- logging ---
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this task, in earlier launches up to the checkpoint too."""
+        return time.monotonic() - self._started
+
+    def mean_loss(self) -> float:
+        """The loss per update, averaged over all steps, those of earlier launches too, and over ranks."""
+        return self.accelerator.reduce(self._loss_sum, "mean").item() / max(self.state.global_step, 1)
+
+    def _log_term(self, name: str, value: Tensor) -> None:
+        self._logged[name] = self._logged.get(name, torch.zeros((), device=value.device)) + value.detach()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each term, averaged over the steps since the last log and over ranks."""
+        steps = self.state.global_step - self._logged_from
+        if "loss" in logs and self._logged and steps:
+            for name, total in self._logged.items():
+                logs[name] = self.accelerator.reduce(total.to(self.args.device), "mean").item() / steps
+            self._logged, self._logged_from = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    # --- saving: the live bank and nothing else, whole or not at all ---
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir) / ".saving")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Let the Trainer write a checkpoint under a temporary name, then rename it and drop older ones."""
+        staging = Path(self._get_output_dir(trial))
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        wait_for_all()
+        with writing(staging):
+            super()._save_checkpoint(model, trial)
+            wait_for_all()
+            if self.args.should_save:
+                name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                publish_folder(staging / name, Path(self.args.output_dir) / name)
+                for old in checkpoints(Path(self.args.output_dir))[: -(self.args.save_total_limit or 1)]:
+                    shutil.rmtree(old)
+        wait_for_all()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the live bank, and what this trainer adds to the Trainer's state, into a checkpoint."""
+        assert output_dir is not None
+        loss_sum = self.accelerator.reduce(self._loss_sum, "mean")
+        with gathered(parameter for pair in self.stack.live().values() for parameter in pair):
+            bank = self.stack.snapshot(LIVE, *self.bank_shape)
+        if self.args.should_save:
+            folder = Path(output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_bank(bank, folder / BANK_FOLDER)
+            weights = {name: weight.state_dict() for name, weight in self.weights.items()}
+            torch.save({"weights": weights, "loss_sum": loss_sum, "seconds": self.seconds}, folder / STATE)
+            (folder / LAUNCH).write_text(json.dumps(launch(self.args)), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.stack.load_live(load_bank(Path(resume_from_checkpoint) / BANK_FOLDER).matrices)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            state = torch.load(Path(checkpoint) / STATE, map_location=self.args.device, weights_only=True)
+            for name, weight in self.weights.items():
+                weight.load_state_dict(state["weights"][name])
+            self._loss_sum = state["loss_sum"]
+            self._started -= state["seconds"]
+            self._logged_from = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints inside a task, oldest first."""
+    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+class TowerOutsideGraph(TrainerCallback):
+    """Keeps the vision tower out of the graph under gradient checkpointing.
+
+    transformers makes the output of every embedding require a gradient then, the tower's too, so the tower would be
+    recomputed and walked backwards. Checkpointing without re-entry, the only one allowed here, needs none of that.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        model.disable_input_require_grads()
+
+
+def launch(args: TrainingArguments) -> dict[str, int]:
+    """What a checkpoint's state on each rank depends on."""
+    return {"processes": args.world_size, "ZeRO stage": zero_stage(args.deepspeed)}
+
+
+def refuse_other_launch(checkpoint: Path, args: TrainingArguments) -> None:
+    """Raise unless this run is launched as the one that wrote a checkpoint inside a task.
+
+    Raises:
+        DistributedError: it is not; between tasks both may change freely.
+    """
+    written = json.loads((checkpoint / LAUNCH).read_text(encoding="utf-8"))
+    if written != launch(args):
+        before, now = (", ".join(f"{key} {value}" for key, value in facts.items()) for facts in (written, launch(args)))
+        raise DistributedError(
+            f"{checkpoint} was written with {before}; this run has {now}. Launch it as before, or remove "
+            f"{checkpoint.parent} to start this task again (finished tasks stay, and both may change between tasks)"
+        )
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Name the place in what libraries raise when a disk is full or a folder cannot be written.
+
+    Raises:
+        SaveError: instead of the library's own error.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if lost_a_process(error):
+            raise
+        raise SaveError(
+            f"{place} cannot be written ({str(error).splitlines()[0]}). What was complete before is kept; the same "
+            "command goes on from there once there is space and permission"
+        ) from error
+
+
+class JsonLinesCallback(TrainerCallback):
+    """Writes every logged record of a task as a line of JSON; a resumed task continues its file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop what a killed run logged after the checkpoint that this one starts from."""
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    kept += [line] if json.loads(line)["step"] <= state.global_step else []
+                except ValueError:
+                    break  # the line that was being written when the run was killed
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# Train MSLoRA-CR-ORTHO on six tasks. Options: scripts/launch.sh --help
+set -euo pipefail
+exec "$(dirname "$0")/launch.sh" train configs/finetune_mslora_cr_ortho_6task.yaml "$@"

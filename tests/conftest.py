@@ -1,0 +1,115 @@
+"""One thread a process, and what most tests need once: a tiny base model, a tiny stream, a run trained on them."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+
+from mslora_cr.cli import main
+from mslora_cr.data.synthetic import make_stream
+from mslora_cr.tiny_model import MODEL_FOLDER, make_tiny_llava_med
+
+torch.set_num_threads(1)
+
+GOLDEN = Path(__file__).parent / "golden" / "tiny_a"
+STEPS = {"pathvqa": 4, "slake-vqarad": 4, "PCAM": 4}
+"""Optimizer steps of each task of the tiny stream."""
+
+ConfigWriter = Callable[..., Path]
+
+
+def once(folder: Path, build: Callable[[Path], Any]) -> Path:
+    """The folder, filled by the first of the test processes that asks for it."""
+    finished = folder.with_suffix(".finished")
+    with FileLock(f"{folder}.lock"):
+        if not finished.exists():
+            build(folder)
+            finished.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def tiny_model(shared_tmp: Path) -> Path:
+    """The folder of a tiny LLaVA-Med with random weights."""
+    made = once(shared_tmp / "model", lambda folder: make_tiny_llava_med(folder, pretrain_steps=0, progress=False))
+    return made / MODEL_FOLDER
+
+
+@pytest.fixture(scope="session")
+def tiny_data(shared_tmp: Path) -> Path:
+    """The data root of a tiny stream: 8 training and 4 test pictures per task."""
+    return once(shared_tmp / "data", lambda folder: make_stream(folder, train_images=8, test_images=4))
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_model: Path, tiny_data: Path) -> dict[str, Any]:
+    """A configuration of three tasks, two of them of one modality; 4 steps a task, a checkpoint every 2.
+
+    Dropout and a learnable weight are on, so that a resumed run needs the random state and the weight's own.
+    """
+    return {
+        "run": "tiny",
+        "model": {"path": str(tiny_model), "dtype": "float32", "device": "cpu"},
+        "data": {"root": str(tiny_data), "check_images": False},
+        "lora": {"rank": 4, "alpha": 8, "dropout": 0.05},
+        "regularization": {"alpha": -1, "beta": 0.01},
+        "training": {"logging_steps": 1, "save_steps": 2, "disable_tqdm": True},
+        "evaluation": {"max_new_tokens": 4, "batch_size": 4},
+        "datasets": {
+            "pathvqa": {"modality": "pathology", "folder": "PathVQA"},
+            "slake-vqarad": {"modality": "radiology", "folder": "Slake-VQARad"},
+            "PCAM": {"modality": "pathology", "folder": "PCam"},
+        },
+        "tasks": [
+            {"name": "pathvqa", "epochs": 1, "batch_size": 4, "learning_rate": 0.002},
+            {"name": "slake-vqarad", "epochs": 1, "batch_size": 4, "learning_rate": 0.002},
+            {"name": "PCAM", "epochs": 2, "batch_size": 4, "learning_rate": 0.002},
+        ],
+    }
+
+
+def write_config(folder: Path, settings: dict[str, Any], **changes: Any) -> Path:
+    """A run's YAML file in a folder of its own; its run and results folders go there too."""
+    places = {"output_dir": str(folder / "checkpoints"), "results_dir": str(folder / "results")}
+    path = folder / "run.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({**settings, **places, **changes}, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, tiny_settings: dict[str, Any]) -> ConfigWriter:
+    """Writes the tiny configuration, with top-level keys replaced, and returns the file."""
+    return lambda **changes: write_config(tmp_path, tiny_settings, **changes)
+
+
+@pytest.fixture(scope="session")
+def trained_config(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Path:
+    """The configuration of the tiny stream trained without a break: `checkpoints/tiny` stands beside it. Read only."""
+
+    def build(folder: Path) -> None:
+        assert main(["train", str(write_config(folder, tiny_settings))]) == 0
+
+    return once(shared_tmp / "trained", build) / "run.yaml"
+
+
+def bank_bytes(run_folder: Path) -> dict[str, bytes]:
+    """Each bank's weights as they stand in the file."""
+    files = sorted(run_folder.glob("banks/*/adapter_model.safetensors"))
+    return {file.parent.name: file.read_bytes() for file in files}

@@ -1,0 +1,187 @@
+import argparse
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from mslora_cr.data import check as module
+from mslora_cr.data.catalog import data_set
+from mslora_cr.data.check import Report, Scan, check, read_limit, table
+from mslora_cr.data.records import DataError
+from tests.data.test_images import picture
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_a" / "llava_med_tiny"
+TURNS = [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "yes"}]
+
+
+def question(image: str = "images/test0.png", gt: str = "yes", **changes) -> dict:
+    return {"question_id": 1, "image": image, "text": "Is it?", "gt": gt, "answer_type": "CLOSED", **changes}
+
+
+def training(image: str = "images/train0.png", **changes) -> dict:
+    return {"id": 1, "image": image, "conversations": TURNS, **changes}
+
+
+def write(root: Path, train: list[dict], test: list[dict]) -> Path:
+    folder = root / "PathVQA"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.json").write_text(json.dumps(train))
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test))
+    return root
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A data set without a fault but its size: 4 training images, 3 test images."""
+    for i in range(4):
+        picture(tmp_path / f"PathVQA/images/train{i}.png", seed=i)
+        picture(tmp_path / f"PathVQA/images/test{i}.png", seed=10 + i)
+    train = [training(f"images/train{i}.png") for i in range(4)]
+    return write(tmp_path, train, [question(f"images/test{i}.png", gt) for i, gt in enumerate(["yes", "no", "Yes"])])
+
+
+def look(root: Path, **options) -> Report:
+    return check(data_set("pathvqa"), root, scan=Scan(), **options)
+
+
+def messages(report: Report, level: str) -> str:
+    return "\n".join(f"{p.message} ({p.count}): {p.examples}" for p in report.problems if p.level == level)
+
+
+def test_a_sound_data_set(root):
+    report = look(root)
+    assert report.errors == 0
+    assert (report.train_rows, report.test_open, report.test_closed, report.images) == (4, 0, 3, 7)
+    assert (report.missing, report.unreadable, report.shared_images, report.shared_contents) == (0, 0, 0, 0)
+    assert report.closed_answers == {"yes": 2, "no": 1}
+    assert report.truncated is None
+    assert [problem.message for problem in report.problems] == [
+        "the published test set holds 3370 open and 3391 closed rows, this one 0 and 3: "
+        "scores cannot be compared with the published ones"
+    ]
+
+
+def test_a_missing_tree(root):
+    assert "HAM: no such folder" in messages(check(data_set("HAM"), root, scan=Scan()), "error")
+    (root / "PathVQA/test.jsonl").unlink()
+    (root / "PathVQA/images").rename(root / "PathVQA/pictures")
+    report = look(root)
+    assert "test.jsonl: cannot be read" in messages(report, "error")
+    assert "PathVQA/images: no such folder" in messages(report, "error")
+    assert (report.train_rows, report.test_closed, report.missing) == (4, None, 4)
+
+
+def test_malformed_records_are_named(root):
+    write(root, [training(), {"id": 3}], [question(), question(gt=3)])
+    errors = messages(look(root), "error")
+    assert "train.json: record 1: field 'conversations' is missing" in errors
+    assert "test.jsonl: line 2: field 'gt'" in errors
+
+
+def test_missing_unsafe_and_broken_images(root):
+    train = [training(f"images/train{i}.png") for i in range(4)] + [
+        training("images/none.png"),
+        training("../x.png"),
+    ]
+    write(root, train, [question("/etc/passwd"), question(["images/test0.png", "images/test1.png"])])
+    (root / "PathVQA/images/test1.png").write_bytes(b"broken")
+    truncated = root / "PathVQA/images/train2.png"
+    truncated.write_bytes(truncated.read_bytes()[:200])
+    report = look(root)
+    errors = messages(report, "error")
+    assert (report.images, report.missing, report.unreadable) == (6, 1, 2)
+    assert "train.json: images that are missing" in errors and "images/none.png" in errors
+    assert "'../x.png'" in errors and "'/etc/passwd'" in errors
+    assert "test1.png: not a readable image" in errors and "train2.png: not a readable image" in errors
+    assert report.errors == 4
+
+
+def test_overlap_by_name_and_by_content(root):
+    copy = root / "PathVQA/images/test2.png"
+    copy.write_bytes((root / "PathVQA/images/train1.png").read_bytes())
+    test = [question("images/test2.png"), question("images/test0.png", "no"), question("./images/train0.png")]
+    write(root, [training(f"images/train{i}.png") for i in range(3)], test)
+    report = look(root)
+    assert (report.shared_images, report.shared_contents, report.errors) == (1, 1, 0)
+    warnings = messages(report, "warning")
+    assert "both the training and the test file (1)" in warnings and "train0.png" in warnings
+    assert "under another name" in warnings and str(copy) in warnings
+
+
+def test_one_sided_answers_marks_without_images_and_empty_answers(root):
+    silent = [{"from": "human", "value": "What is <image>?"}, {"from": "gpt", "value": " "}]
+    write(root, [training(), {"id": 2, "conversations": silent}], [question()] * 38 + [question(gt="no")] * 2)
+    report = look(root)
+    assert "95% of the closed test questions have the same answer, 'yes'" in messages(report, "warning")
+    assert "an empty answer (1): ['train.json: record 1']" in messages(report, "warning")
+    assert "<image> mark, but no image (1): ['train.json: record 1']" in messages(report, "error")
+    write(root, [training()], [question()] * 37 + [question(gt="no")] * 3)
+    assert "same answer" not in messages(look(root), "warning")
+
+
+def test_samples_that_would_be_cut_off(root):
+    long = [TURNS[0], {"from": "gpt", "value": "word " * 30}]
+    unclear = [TURNS[0], {"from": "gpt", "value": "a [/INST] b"}]
+    train = [training(), training(conversations=long), training(conversations=unclear)]
+    write(root, train, [question(), question(text="word " * 40, gt="no")])
+    limit = read_limit(GOLDEN, max_length=50)
+    assert limit.patches == 16  # 56 // 14 squared
+    report = look(root, limit=limit)
+    assert report.truncated == 2
+    warnings = messages(report, "warning")
+    assert "longer than 50 positions: their end is cut off (1): ['train.json: record 1']" in warnings
+    assert "longer than 50 positions: their end is cut off (1): ['test.jsonl: question 1']" in warnings
+    assert "add nothing to the loss (1): ['train.json: record 2']" in warnings
+    assert look(root, limit=read_limit(GOLDEN, max_length=2048)).truncated == 0
+    with pytest.raises(DataError, match="not a model's folder"):
+        read_limit(root, 2048)
+
+
+def test_twenty_thousand_rows_without_images_take_seconds(tmp_path):
+    train = [training(f"images/train/train_{i // 4:05}.jpg", id=i) for i in range(20_000)]
+    test = [question(f"images/test/test_{i // 4:05}.jpg", "yes" if i % 2 else "no") for i in range(6_761)]
+    write(tmp_path, train, test)
+    (tmp_path / "PathVQA/images").mkdir()
+    start = time.perf_counter()
+    report = look(tmp_path)
+    assert time.perf_counter() - start < 10
+    assert (report.train_rows, report.missing, report.images) == (20_000, 5_000 + 1_691, 0)
+    assert len(report.problems[1].examples) == module.EXAMPLES
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_the_command_prints_a_table_writes_json_and_exits_by_the_errors(root, tmp_path, capsys):
+    output = tmp_path / "out" / "check.json"
+    words = [str(root), "--only", "pathvqa", "--workers", "1", "--output", str(output)]
+    assert module.run(arguments(*words)) == 0
+    printed = capsys.readouterr().out
+    assert "pathvqa" in printed and "warnings" in printed and "0 errors" in printed
+    assert output.with_suffix(".good-images").stat().st_size == 7 * 16
+    assert json.loads(output.read_text())["data_sets"][0]["closed_answers"] == {"yes": 2, "no": 1}
+
+    (root / "PathVQA/images/test0.png").unlink()
+    assert module.run(arguments(*words)) == 1
+    assert "images/test0.png" in capsys.readouterr().out
+    saved = json.loads(output.read_text())
+    assert saved["errors"] == 1 and saved["data_sets"][0]["missing"] == 1
+
+    assert module.run(arguments(*words, "--no-images")) == 0
+    assert json.loads(output.read_text())["data_sets"][0]["images"] is None
+    assert module.run(arguments(str(root), "--output", str(output))) == 1  # seven sets are not there
+    with pytest.raises(DataError, match="no such folder"):
+        module.run(arguments(str(root / "nowhere")))
+
+
+def test_the_table_is_aligned():
+    report = Report("pathvqa", train_rows=19_755)
+    report.error("something", ["here", "there"])
+    lines = table([Report("CXP"), report]).splitlines()
+    assert len({len(line) for line in lines[:3]}) == 1
+    assert "19,755" in lines[2] and lines[1].endswith("ok") and lines[2].endswith("errors")
+    assert lines[4:] == ["error: pathvqa: something (2)", "    here", "    there"]

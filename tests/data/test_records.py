@@ -1,0 +1,186 @@
+import hashlib
+import json
+import pickle
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from mslora_cr.data import records
+from mslora_cr.data.records import DataError, TestRecords, TrainingRecords, Turn
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_a" / "conversations.json"
+HUMAN = {"from": "human", "value": "<image>\nWhat is shown?"}
+GPT = {"from": "gpt", "value": "The liver."}
+GOOD = {"id": "a", "image": "images/a.png", "conversations": [HUMAN, GPT]}
+QUESTION = {"question_id": 1, "image": "a.png", "text": "Is it?", "gt": "yes", "answer_type": "CLOSED"}
+
+
+def write(path: Path, content: bytes | str | list) -> Path:
+    if isinstance(content, list):
+        content = json.dumps(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def lines(*items: dict) -> str:
+    return "".join(json.dumps(item) + "\n" for item in items)
+
+
+def test_golden_conversations_are_read_as_they_are():
+    opened = TrainingRecords(GOLDEN)
+    expected = json.loads(GOLDEN.read_text())
+    assert len(opened) == len(expected) == 24
+    assert opened.digest == hashlib.sha256(GOLDEN.read_bytes()).hexdigest()
+    for record, raw in zip(opened, expected, strict=True):
+        assert record.id == raw["id"]
+        assert record.images == ((raw["image"],) if "image" in raw else ())
+        assert [(turn.speaker, turn.text) for turn in record.turns] == [
+            (turn["from"], turn["value"]) for turn in raw["conversations"]
+        ]
+
+
+def test_access_by_index_slice_and_after_pickling(tmp_path):
+    raw = [{**GOOD, "id": f"é病{i}"} for i in range(5)]
+    path = write(tmp_path / "train.json", " \n" + json.dumps(raw, ensure_ascii=False, indent=2) + "\n\n")
+    opened = pickle.loads(pickle.dumps(TrainingRecords(path)))  # noqa: S301
+    assert [record.id for record in opened] == [f"é病{i}" for i in range(5)]
+    assert opened[-1] == opened[4] and opened[-1].id == "é病4"
+    assert [record.id for record in opened[1:4:2]] == ["é病1", "é病3"]
+    assert opened[0].turns[1] == Turn(speaker="gpt", text="The liver.")
+    with pytest.raises(IndexError):
+        opened[5]
+
+
+def test_records_may_lie_across_the_chunks_that_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "CHUNK_BYTES", 7)  # splits characters, strings and separators alike
+    raw = [{**GOOD, "id": i, "conversations": [HUMAN, {**GPT, "value": "é病" * i}]} for i in range(30)]
+    for text in (json.dumps(raw), json.dumps(raw, ensure_ascii=False, indent=3)):
+        opened = TrainingRecords(write(tmp_path / "train.json", text))
+        assert [(record.id, record.turns[1].text) for record in opened] == [(i, "é病" * i) for i in range(30)]
+
+
+def test_image_is_a_name_a_list_or_absent(tmp_path):
+    raw = [GOOD, {**GOOD, "image": ["a", "b"]}, {**GOOD, "image": None}, {**GOOD, "extra": 1.5}]
+    raw.append({key: value for key, value in GOOD.items() if key != "image"})
+    opened = TrainingRecords(write(tmp_path / "train.json", raw))
+    assert [record.images for record in opened] == [("images/a.png",), ("a", "b"), (), ("images/a.png",), ()]
+
+
+def test_questions_are_read_line_by_line(tmp_path):
+    content = lines(QUESTION, {**QUESTION, "image": ["a", "b"]}) + "\n  \n" + lines({**QUESTION, "text": "é"})
+    opened = TestRecords(write(tmp_path / "test.jsonl", content))
+    assert [record.images for record in opened] == [("a.png",), ("a", "b"), ("a.png",)]
+    assert opened[2].text == "é" and opened[2].answer_type == "CLOSED"
+    assert [opened.place(i) for i in range(3)] == ["line 1", "line 2", "line 5"]
+    assert opened.digest == hashlib.sha256(opened.path.read_bytes()).hexdigest()
+
+
+G = json.dumps(GOOD)
+BAD_TRAINING = {
+    "empty": (b"", "expected one list"),
+    "empty list": ("[]", "no records"),
+    "object": ("{}", "expected one list"),
+    "lines": (lines(GOOD, GOOD), "expected one list"),
+    "numbers": ("[1]", "record 0: expected an object"),
+    "string": (f'[{G}, "x"]', "record 1: expected an object"),
+    "cut after a record": (f"[{G}", "record 0: the file ends inside the list"),
+    "cut after a comma": (f"[{G},", "record 1: the file ends inside the list"),
+    "cut inside": (f"[{G}, {G[:-4]}", "record 1: not valid JSON"),
+    "comma too many": (f"[{G},]", "record 1: expected an object"),
+    "comma too few": (f"[{G} {G}]", "record 0: expected ',' or ']'"),
+    "trailing": (f"[{G}] x", "something follows the end"),
+    "two lists": (f"[{G}][]", "something follows the end"),
+    "not UTF-8": (f"[{G},é]".encode("latin-1"), "not UTF-8"),
+    "not UTF-8, cut": (f"[{G}]é".encode()[:-1], "not UTF-8"),
+    "syntax": (f"[{G}, {G.replace('}', '', 1)}]", "record 1: not valid JSON"),
+    "huge number": ("[" + G.replace('"a"', "1" * 5000) + "]", "digits"),
+    "NaN": ("[" + G.replace('"a"', "NaN") + "]", "NaN is not JSON"),
+    "depth": ('[{"a":' * 100_000, "nested too deeply"),
+    "half a surrogate": ("[" + G.replace("liver", "\\ud83d") + "]", r"conversations\[1\].value.*surrogate"),
+    "id a bool": ([GOOD, {**GOOD, "id": True}], "record 1: field 'id': .*found True"),
+    "id a float": ([{**GOOD, "id": 1.5}], "field 'id': should be a string or an integer"),
+    "no id": ([{"conversations": [HUMAN]}], "field 'id' is missing"),
+    "no turns": ([{**GOOD, "conversations": []}], "field 'conversations' is empty"),
+    "turns a text": ([{**GOOD, "conversations": "x"}], "field 'conversations': should be a list; found 'x'"),
+    "speaker": (
+        [{**GOOD, "conversations": [{**HUMAN, "from": "user"}]}],
+        r"\[0\].from': should be 'human' or 'gpt'",
+    ),
+    "turn without text": ([{**GOOD, "conversations": [HUMAN, {"from": "gpt"}]}], r"\[1\].value' is missing"),
+    "text a number": (
+        [{**GOOD, "conversations": [{**HUMAN, "value": 3}]}],
+        r"\[0\].value': should be a valid string",
+    ),
+    "image a number": ([{**GOOD, "image": 3}], "field 'image': should be a name or a list of names; found 3"),
+    "image in list": ([{**GOOD, "image": ["a", 3]}], r"field 'image\[1\]'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TRAINING)
+def test_malformed_training_files_are_refused(name, tmp_path):
+    content, message = BAD_TRAINING[name]
+    path = write(tmp_path / "train.json", content)
+    with pytest.raises(DataError, match=message) as caught:
+        TrainingRecords(path)
+    assert str(caught.value).startswith(str(path))
+
+
+Q = json.dumps(QUESTION)
+BAD_TEST = {
+    "empty": ("\n\n", "no records"),
+    "list": (f"[{Q}]", "line 1: expected an object"),
+    "syntax": (f"{Q}\n\n{Q[:-1]}\n", "line 3: not valid JSON"),
+    "two on a line": (f"{Q} {Q}", "line 1: not valid JSON: Extra data"),
+    "not UTF-8": (Q.encode() + b"\n\xff", "line 2: not UTF-8"),
+    "huge number": (Q.replace("1", "1" * 5000), "line 1: .*digits"),
+    "Infinity": (Q.replace("1", "-Infinity"), "line 1: .*-Infinity is not JSON"),
+    "depth": ('{"a":' * 100_000, "line 1: nested too deeply"),
+    "no image": (lines({**QUESTION, "image": None}), "line 1: field 'image' is empty"),
+    "answer type": (
+        lines(QUESTION, {**QUESTION, "answer_type": "open"}),
+        "line 2: field 'answer_type'.*'OPEN' or",
+    ),
+    "gt a number": (lines({**QUESTION, "gt": 2}), "field 'gt': should be a valid string; found 2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEST)
+def test_malformed_test_files_are_refused(name, tmp_path):
+    content, message = BAD_TEST[name]
+    with pytest.raises(DataError, match=message):
+        TestRecords(write(tmp_path / "test.jsonl", content))
+
+
+def test_a_missing_file_and_one_changed_behind_our_back(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        TrainingRecords(tmp_path / "train.json")
+    path = write(tmp_path / "test.jsonl", lines(QUESTION, QUESTION))
+    opened = TestRecords(path)
+    for changed in ("x" * 10 + lines(QUESTION, QUESTION), lines(QUESTION, {**QUESTION, "gt": 123})):
+        write(path, changed)
+        with pytest.raises(DataError, match="changed since"):
+            opened[1]
+
+
+def test_endless_records_are_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
+    long = {**GOOD, "extra": "x" * 5000}
+    with pytest.raises(DataError, match="record 0: not valid JSON"):
+        TrainingRecords(write(tmp_path / "train.json", [long]))
+    with pytest.raises(DataError, match="line 1: not valid JSON"):
+        TestRecords(write(tmp_path / "test.jsonl", lines({**QUESTION, "extra": "x" * 5000})))
+
+
+def test_memory_stays_bounded(tmp_path):
+    """14 MB of records are opened with a few chunks held at a time, and kept in 16 bytes each."""
+    raw = {**GOOD, "conversations": [HUMAN, {**GPT, "value": "word " * 150}]}
+    path = write(tmp_path / "train.json", [raw] * 16000)
+    assert path.stat().st_size > 13_000_000
+    tracemalloc.start()
+    opened = TrainingRecords(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * records.CHUNK_BYTES
+    assert len(pickle.dumps(opened)) < 17 * len(opened)

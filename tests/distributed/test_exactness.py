@@ -1,0 +1,101 @@
+"""However a stream is spread over processes, the numbers are those of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from mslora_cr.banks import file_digest, load_bank
+from mslora_cr.llava_med import load
+from tests.conftest import write_config
+from tests.distributed.conftest import Run
+from tests.distributed.launch import STAGES, compare_runs, deepspeed_file, launch, logged
+
+TASKS = ("pathvqa", "slake-vqarad", "PCAM")
+SPLIT = ("training.per_device_train_batch_size=1",)
+CHECKPOINTED = ("training.gradient_checkpointing=true", "training.gradient_checkpointing_kwargs={use_reentrant: false}")
+
+
+@pytest.mark.parametrize("weights", ["fixed", "learnable"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_give_the_numbers_of_one(trained: Run, stage: str, weights: str) -> None:
+    compare_runs(trained(stage, weights), trained("one", weights), TASKS)
+
+
+def test_both_penalties_are_on_and_learnable_weights_move(trained: Run) -> None:
+    steps = logged(trained("one", "learnable"), "PCAM")
+    assert all(row["contrastive"] > 0 and row["orthogonality"] > 0 for row in steps)
+    assert len({row["alpha"] for row in steps}) == len({row["beta"] for row in steps}) == len(steps)
+
+
+def test_four_micro_batches_equal_one_batch(trained: Run) -> None:
+    compare_runs(trained("one", "fixed", *SPLIT), trained("one"), TASKS)
+
+
+def test_gradient_checkpointing_changes_nothing(trained: Run) -> None:
+    compare_runs(trained("one", "fixed", *CHECKPOINTED), trained("one"), TASKS)
+
+
+def test_zero3_with_accumulation_checkpointing_and_concatenated_banks(trained: Run) -> None:
+    ours = trained("zero3", "fixed", *SPLIT, *CHECKPOINTED, "lora.fold=concatenate")
+    compare_runs(ours, trained("one"), TASKS)
+
+
+def test_offload_gives_the_numbers_of_one(trained: Run) -> None:
+    compare_runs(trained("zero3_offload"), trained("one"), TASKS)
+
+
+def test_a_penalty_without_gradient_is_caught(trained: Run, tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    config = write_config(tmp_path, tiny_settings)
+    override = deepspeed_file("zero3", tmp_path)
+    launch(["train", config, *override], module="tests.distributed.penalty_without_gradient")
+    ours = tmp_path / "checkpoints" / "tiny"
+    compare_runs(ours, trained("one"), TASKS[:1])  # the first task has no penalties
+    with pytest.raises(AssertionError):
+        compare_runs(ours, trained("one"), TASKS)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_trains_with_penalties_in_float32(trained: Run, stage: str) -> None:
+    ours = trained(stage, "fixed", "training.bf16=true", "model.dtype=bfloat16")
+    for task in TASKS:
+        steps, exact = logged(ours, task), logged(trained("one"), task)
+        assert steps[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.05)
+        for name in {"contrastive", "orthogonality"} & exact[0].keys():
+            # The first step's matrices are those of float32, at most rounded; the terms are not.
+            assert steps[0][name] == pytest.approx(exact[0][name], rel=2e-3)
+    bank = load_file(ours / "banks" / "PCAM" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in bank.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_bank_is_whole_and_plain_peft_opens_it(trained: Run, stage: str, tiny_model: Path) -> None:
+    run = trained(stage)
+    ours, one = (load_bank(folder / "banks" / "PCAM") for folder in (run, trained("one")))
+    assert {name: (a.shape, b.shape) for name, (a, b) in ours.matrices.items()} == {
+        name: (a.shape, b.shape) for name, (a, b) in one.matrices.items()
+    }
+    model = PeftModel.from_pretrained(load(tiny_model, dtype=torch.float32).model, run / "banks" / "PCAM")
+    loaded = {name: tensor for name, tensor in model.state_dict().items() if "lora_B" in name}
+    assert len(loaded) == len(ours.matrices) and all(tensor.any() for tensor in loaded.values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_earlier_banks_stay_as_they_were_written(trained: Run, stage: str) -> None:
+    run = trained(stage)
+    import json
+
+    ledger = json.loads((run / "ledger.json").read_text(encoding="utf-8"))
+    for task in TASKS:
+        folder = run / "banks" / task
+        assert file_digest(folder / "adapter_model.safetensors") == ledger["tasks"][task]["digest"]
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "adapter_config.json", "adapter_model.safetensors", "bank.json"
+        ]  # fmt: skip
+    assert sorted(path.name for path in run.iterdir()) == ["banks", "config.yaml", "ledger.json", "logs", "work"]
+    assert not list((run / "work").iterdir())

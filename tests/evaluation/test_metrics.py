@@ -1,0 +1,118 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mslora_cr.evaluation.metrics import Overlap, normalize_answer, score_answers, token_f1
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "metrics"
+
+
+def answer(text, gt, answer_type="OPEN"):
+    return SimpleNamespace(text=text, gt=gt, answer_type=answer_type)
+
+
+@pytest.mark.parametrize("name", ["closed", "mixed", "open"])
+def test_golden_scores_and_rows(name):
+    lines = (GOLDEN / f"{name}.answers.jsonl").read_text(encoding="utf-8").splitlines()
+    expected = json.loads((GOLDEN / f"{name}.expected.json").read_text(encoding="utf-8"))
+
+    scores = score_answers(SimpleNamespace(**json.loads(line)) for line in lines)
+
+    assert list(scores.metrics) == list(expected["table"])
+    assert scores.metrics == pytest.approx(expected["table"], rel=1e-12)
+    found = [(row.prediction, row.reference, *row.overlap) for row in scores.rows]
+    assert found == [tuple(row[key] for key in ("pred", "gt", "f1", "precision", "recall")) for row in expected["rows"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The Left Lung.", "left lung"),
+        ("t2-weighted", "t2 weighted"),
+        ("t2-weighted - left", "t2weighted left"),  # one mark beside a space removes all of its kind
+        ("1,234 left/right", "1234 leftright"),  # a comma between digits does so for every mark
+        ("3.5 cm. 2.", "3.5 cm 2"),
+        ("none of three", "0 of 3"),
+        ("eleven", "eleven"),
+        ("isnt the Ten couldntve couldnt've", "isn't 10 couldntve couldn't've"),
+        ("twas yall'dve y'all'dve 'ows'at", "'twas yall'dve y'all'd've 'ow's'at"),
+        ("somebody'd shed", "somebodyd shed"),
+        ("H&E 50% : ok", "h&e 50% : ok"),
+        ("a an the", ""),
+        ("", ""),
+        ("左肺 ; naïve", "左肺 naïve"),
+        ("one\ntwo\u00a0three\u2028four", "1 2 3 4"),
+    ],
+)
+def test_normalization(text, normal):
+    assert normalize_answer(text) == normal
+
+
+def test_only_32_periods_are_stripped():
+    assert normalize_answer("a. " * 33) == "a."
+    # exact match compares texts normalised once, the overlap texts normalised twice
+    (row,) = score_answers([answer("x. " * 33, "x " * 33)]).rows
+    assert not row.exact
+    assert row.overlap == Overlap(1.0, 1.0, 1.0)
+
+
+def test_overlap_counts_shared_words_as_often_as_the_prediction_says_them():
+    # shared: opacity twice; alone in the prediction: left; alone in the truth: right, lower
+    overlap = token_f1("opacity opacity left", "opacity right lower")
+    assert overlap.precision == 2 / 3
+    assert overlap.recall == 2 / 4
+    assert overlap.f1 == pytest.approx(2 * (2 / 3) * (1 / 2) / (2 / 3 + 1 / 2))
+    assert token_f1("left", "right") == token_f1("", "right") == token_f1("left", "the") == Overlap(0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("row", "hit", "exact"),
+    [
+        (answer("ASSISTANT: -left-right", "left right", "CLOSED"), True, True),
+        (answer("not sure", "no", "CLOSED"), True, False),  # contained as letters, as published
+        (
+            answer("yes", "the", "CLOSED"),
+            True,
+            False,
+        ),  # nothing is left of the truth, and nothing is in everything
+        (answer("no", "yes", "CLOSED"), False, False),
+        (answer("left lung", "left upper"), False, False),  # recall is one half, not more
+        (answer("left lung", "left"), True, False),
+        (answer(None, "none", "CLOSED"), True, True),
+        (answer(12, "12.", "CLOSED"), True, True),
+        (answer(["a", {"b": 1}], "x"), False, False),
+        (answer("\ud83d half", "half"), True, False),
+    ],
+)
+def test_hits(row, hit, exact):
+    (score,) = score_answers([row]).rows
+    assert (score.hit, score.exact) == (hit, exact)
+
+
+def test_bleu_by_hand():
+    # 4 words of 5: brevity exp(1 - 5/4); unigrams 4/4, bigrams 2/3, trigrams 1/2, four-grams 0/1
+    scores = score_answers([answer("w x y v", "w x y z v")])
+    brevity = 2.718281828459045 ** (1 - 5 / 4)
+    assert scores.metrics["bleu_score_1"] == pytest.approx(100 * brevity)
+    assert scores.metrics["bleu_score_2"] == pytest.approx(100 * brevity * 2 / 3)
+    assert scores.metrics["bleu_score_3"] == pytest.approx(100 * brevity / 2)
+    assert scores.metrics["bleu_score"] == pytest.approx(0, abs=1e-60)
+
+
+def test_kinds_of_questions_have_metrics_of_their_own():
+    opened, closed = answer("left", "left"), answer("no", "yes", "CLOSED")
+    both = score_answers([opened, closed])
+    assert (both.open, both.closed) == (1, 1)
+    assert both.metrics["exact match score"] == 50
+    assert both.metrics["f1 score"] == 100
+    assert both.metrics["close accuracy"] == 0
+    assert "close accuracy" not in score_answers([opened]).metrics
+    assert list(score_answers([closed]).metrics) == ["exact match score", "close accuracy"]
+    assert score_answers([]).metrics == {}
+
+
+def test_nltk_does_not_warn_of_short_answers(recwarn):
+    score_answers([answer("left", "left"), answer("right", "left")])
+    assert not recwarn.list

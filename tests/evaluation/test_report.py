@@ -1,0 +1,407 @@
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mslora_cr.evaluation.heatmaps import similarity_map
+from mslora_cr.evaluation.metrics import score_answers
+from mslora_cr.evaluation.record import (
+    ReportError,
+    Similarity,
+    bank_similarity,
+    load_published_scores,
+    pick_examples,
+    read_log,
+    read_run,
+)
+from mslora_cr.evaluation.report import write_comparison, write_report
+from mslora_cr.evaluation.score import AnswerRecord, score_file
+
+MODALITIES = {
+    "pathvqa": "pathology",
+    "slake-vqarad": "radiology",
+    "derm": "dermatology",
+    "PCAM": "pathology",
+    "CXP": "radiology",
+    "HAM": "dermatology",
+    "nmi": "pathology",
+    "iu-x-ray": "radiology",
+}
+OPEN_ONLY = {"nmi", "iu-x-ray"}
+CLOSED_ONLY = {"PCAM", "CXP", "HAM"}
+ENVIRONMENT = {
+    "versions": {"python": "3.11.2", "torch": "2.13.0"},
+    "git": {"commit": "0123456789abcdef", "dirty": True},
+    "hardware": {"machine": "x86_64", "threads": 2, "gpus": []},
+}
+
+
+def answer_lines(task, right, rows=20):
+    """`right` of `rows` answers of each kind that the task has are right."""
+    lines = []
+    for kind in ("OPEN", "CLOSED"):
+        if task in (CLOSED_ONLY if kind == "OPEN" else OPEN_ONLY):
+            continue
+        truth = "Mild cardiomegaly, no effusion." if kind == "OPEN" else "yes"
+        for row in range(rows):
+            text = truth if row < right else ("no finding" if kind == "OPEN" else "not so")
+            lines.append(
+                {
+                    "question_id": len(lines),
+                    "prompt": f"What about <b>{task}</b> | no {row}?",
+                    "text": text,
+                    "gt": truth,
+                    "answer_type": kind,
+                    "answer_id": "a",
+                    "model_id": "tiny",
+                    "metadata": {},
+                }
+            )
+    return lines
+
+
+def make_run(root, name, method="mslora_cr", tasks=tuple(MODALITIES), stages="seen", published=False, right=None):
+    """A run folder and a results folder as left behind; `right(task, stage)` of 20 answers are right."""
+    run_dir, results_dir = root / "checkpoints" / name, root / "results" / name
+    right = right or (lambda task, stage: 18 - tasks.index(task) % 3)
+    cells = []
+    for number, task in enumerate(tasks, 1):
+        train(run_dir, task, number, method)
+        for stage in range(number, len(tasks) + 1) if stages == "seen" else [number]:
+            folder = results_dir / task
+            if stage != number and method == "sequential":
+                folder = folder / f"stage-{stage}"
+            folder.mkdir(parents=True, exist_ok=True)
+            answers = folder / "answer-file.jsonl"
+            answers.write_text("".join(json.dumps(line) + "\n" for line in answer_lines(task, right(task, stage))))
+            scores = score_file(answers, folder)
+            cells.append(
+                {
+                    "task": task,
+                    "stage": stage,
+                    "banks": [tasks[stage - 1]] if method == "sequential" else list(tasks[:number]),
+                    "answers": str(answers.relative_to(results_dir)),
+                    "rows": len(scores.rows),
+                    "seconds": 1.5,
+                    "metrics": scores.metrics,
+                }
+            )
+    evaluation = {
+        "run": name,
+        "method": method,
+        "banks_by": "prefix",
+        "tasks": list(tasks),
+        "modalities": {task: MODALITIES[task] for task in tasks},
+        "published": {task: task if published else None for task in tasks},
+        "stages": sorted({cell["stage"] for cell in cells}),
+        "cells": cells,
+        "environment": ENVIRONMENT,
+    }
+    (results_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    entries = {
+        task: {
+            "digest": "ab" * 32,
+            "steps": 60,
+            "train_loss": 0.25,
+            "seconds": 12.5,
+            "finished": "2026-01-01T00:00:00",
+        }
+        for task in tasks
+    }
+    ledger = {"run": name, "method": method, "config_digest": "cd" * 32, **ENVIRONMENT, "tasks": entries}
+    (run_dir / "ledger.json").write_text(json.dumps(ledger))
+    (run_dir / "config.yaml").write_text(f"run: {name}\nnote: <script>alert(1)</script>\n")
+    return run_dir, results_dir
+
+
+def train(run_dir, task, number, method):
+    """A log and a bank: banks of one modality lie close together."""
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for step in range(2, 61, 2):
+        entry = {
+            "step": step,
+            "epoch": step / 60,
+            "loss": 1.0,
+            "ce": 2 * math.exp(-step / 15) + 0.02 * number,
+        }
+        if number > 1 and method == "mslora_cr":
+            entry |= {
+                "contrastive": 2.5 - step / 60,
+                "orthogonality": 20 * math.exp(-step / 20),
+                "alpha": 0.1,
+                "beta": 0.01,
+            }
+        lines.append(json.dumps(entry))
+    (run_dir / "logs" / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
+    folder = run_dir / "banks" / task
+    folder.mkdir(parents=True)
+    centre = torch.full((2, 3), float(list(MODALITIES.values()).index(MODALITIES[task])))
+    noise = torch.randn(2, 3, generator=torch.Generator().manual_seed(number)) * 0.1
+    key = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file(
+        {key.format("A"): centre + noise, key.format("B"): (centre + noise).T.contiguous()},
+        folder / "adapter_model.safetensors",
+    )
+
+
+class Page(HTMLParser):
+    """The text of a page, its links and what it would load; refuses tags that are never closed."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.words, self.links, self.loads, self.open = [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if tag == "a" and name == "href"]
+        self.loads += [value for name, value in attrs if tag in ("script", "link", "img") or name in ("src", "onload")]
+        if tag not in ("meta", "br", "img", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+
+def test_report_of_a_whole_run(tmp_path):
+    run_dir, results_dir = make_run(tmp_path, "demo", published=True)
+    path = write_report(run_dir, results_dir)
+    assert path == results_dir / "report.html"
+    page = Page(path)
+    # closed accuracy of the six tasks that have closed questions: 18, 17, 16, 18, 17, 16 of 20
+    assert "Final average closed accuracy 85.0 % mean of 6 tasks, after the last stage" in page.text
+    assert "Forgetting 0.0 points zero by construction" in page.text
+    assert "Forgetting is zero by construction here" in page.text
+    assert "91.54" in page.text  # published
+    assert "finetune_lora_MSLoRA-CR-ORTHO-64-64_llava_med_v1.5" in page.text
+    assert "Not in this report" not in page.text
+    for heading in (
+        "Scores",
+        "Task × stage",
+        "Training losses",
+        "Similarity between banks",
+        "What made this run",
+    ):
+        assert heading in page.text
+    for term in ("Cross-entropy", "Contrastive term", "Orthogonality term", "α = 0.1", "β = 0.01"):
+        assert term in page.text
+    assert "0123456789abcdef" in page.text
+    assert "git · dirty True" in page.text
+    assert "hardware · gpus none" in page.text
+
+
+def test_pages_stand_alone_and_escape_what_they_show(tmp_path):
+    run_dir, results_dir = make_run(tmp_path, "demo")
+    page = Page(write_report(run_dir, results_dir))
+    comparison = Page(write_comparison([("a", run_dir, results_dir)], tmp_path / "index.html"))
+    assert page.loads == comparison.loads == []
+    assert "<script>alert(1)</script>" in page.text  # as text: the parser saw no such tag
+    assert "What about <b>pathvqa</b>" in page.text
+
+
+def test_markdown_has_the_same_figures(tmp_path):
+    run_dir, results_dir = make_run(tmp_path, "demo", published=True)
+    write_report(run_dir, results_dir)
+    text = (results_dir / "report.md").read_text(encoding="utf-8")
+    assert "**Final average closed accuracy: 85.00 %** over 6 tasks, after the last stage" in text
+    assert "zero by construction" in text
+    assert "| pathvqa | pathology | 40 | 90.00 | 91.54 |" in text
+    assert "\\<b\\>pathvqa\\</b\\> \\| no" in text
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert len(tables) == 10
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+
+
+def test_forgetting_of_a_sequential_run(tmp_path):
+    # 18 of 20 right at its own stage, four fewer at each later one
+    def right(task, stage):
+        return 18 - 4 * (stage - 1 - list(MODALITIES).index(task))
+
+    tasks = ("pathvqa", "slake-vqarad", "derm")
+    run_dir, results_dir = make_run(tmp_path, "seq", "sequential", tasks, right=right)
+    page = Page(write_report(run_dir, results_dir))
+    assert f"Final average closed accuracy {(50 + 70 + 90) / 3:.1f} %" in page.text
+    assert f"Forgetting {(40 + 20) / 2:.1f} points what earlier tasks lost" in page.text
+    assert "by construction" not in page.text
+    assert "pathvqa 90.0 1 70.0 2 50.0 3 40.0" in page.text  # scores, the bank that answered, forgetting
+
+
+def test_own_stages_alone_give_no_forgetting(tmp_path):
+    run_dir, results_dir = make_run(tmp_path, "own", stages="own")
+    page = Page(write_report(run_dir, results_dir))
+    assert "Average closed accuracy 85.0 % mean of 6 tasks, each at its own stage" in page.text
+    assert "Forgetting – needs the scores of all later stages" in page.text
+    assert "by construction" not in page.text
+
+
+def test_published_run_fits_the_method_and_the_tasks(tmp_path):
+    six = tuple(task for task in MODALITIES if task not in ("derm", "HAM"))
+    for name, method, tasks, expected in (
+        ("a", "each", tuple(MODALITIES), "finetune_lora_each-64-64"),
+        ("b", "mslora_cr", six, "MSLoRA-CR-ORTHO_6TASK"),
+        ("c", "sequential", tuple(MODALITIES), "MSLoRA-CR-ORTHO-64-64"),
+    ):
+        page = Page(write_report(*make_run(tmp_path, name, method, tasks, stages="own", published=True)))
+        assert expected in page.text
+
+
+def test_published_scores_are_percentages_of_the_known_tasks():
+    runs = load_published_scores()
+    assert {kind: len(run.scores) for kind, run in runs.items()} == {
+        "each": 8,
+        "mslora_cr_ortho": 8,
+        "mslora_cr_ortho_6task": 6,
+    }
+    for run in runs.values():
+        assert set(run.scores) <= set(MODALITIES)
+        for task, scores in run.scores.items():
+            assert set(scores) == {"exact"} | ({"f1"} - ({"f1"} if task in CLOSED_ONLY else set())) | (
+                set() if task in OPEN_ONLY else {"closed"}
+            )
+            assert all(0 < score < 100 for score in scores.values())
+
+
+def test_missing_parts_are_named(tmp_path):
+    run_dir, results_dir = make_run(tmp_path, "part", tasks=("pathvqa", "derm", "nmi"))
+    (run_dir / "logs" / "derm.jsonl").unlink()
+    (run_dir / "banks" / "nmi" / "adapter_model.safetensors").unlink()
+    (results_dir / "pathvqa" / "answer-file.jsonl").unlink()
+    page = Page(write_report(run_dir, results_dir))
+    assert "no training log of derm" in page.text
+    assert "no bank of nmi" in page.text
+    assert "no answers at the own stage of pathvqa" in page.text
+
+    (results_dir / "evaluation.json").unlink()
+    page = Page(write_report(run_dir, results_dir))
+    assert "the run is not evaluated yet" in page.text
+    assert "Task × stage" not in page.text
+    assert "Training losses" in page.text
+
+    run_dir, results_dir = make_run(tmp_path, "bare", tasks=("pathvqa", "derm"))
+    page = Page(write_report(tmp_path / "nowhere", results_dir))
+    assert "no ledger.json in the run folder" in page.text
+    assert "Training losses" not in page.text
+
+
+def test_nothing_to_report_is_an_error(tmp_path):
+    with pytest.raises(ReportError, match=r"no .*ledger\.json and no .*evaluation\.json; train the run first"):
+        write_report(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(ReportError, match=r"no .*evaluation\.json; evaluate that run first"):
+        write_comparison([("a", tmp_path / "a", tmp_path / "b")], tmp_path / "index.html")
+
+
+def test_malformed_files_are_named(tmp_path):
+    run_dir, results_dir = make_run(tmp_path, "bad", tasks=("pathvqa",))
+    ledger = json.loads((run_dir / "ledger.json").read_text())
+    del ledger["tasks"]["pathvqa"]["seconds"]
+    (run_dir / "ledger.json").write_text(json.dumps(ledger))
+    with pytest.raises(ReportError, match=r"ledger\.json: tasks\.pathvqa\.seconds: Field required"):
+        read_run(run_dir, results_dir)
+    (run_dir / "ledger.json").write_text("{")
+    with pytest.raises(ReportError, match=r"ledger\.json: the file: Invalid JSON"):
+        read_run(run_dir, results_dir)
+
+
+def test_comparison_of_two_runs(tmp_path):
+    tasks = ("pathvqa", "slake-vqarad", "derm")
+    ours = make_run(tmp_path, "ours", tasks=tasks)
+    forgetful = make_run(
+        tmp_path,
+        "seq",
+        "sequential",
+        tasks,
+        right=lambda task, stage: 18 - 5 * (stage - 1 - tasks.index(task)),
+    )
+    output = tmp_path / "results" / "index.html"
+    path = write_comparison([("MSLoRA-CR", *ours), ("one LoRA", *forgetful)], output)
+    page = Page(path)
+    assert "Each task after the last stage" in page.text
+    assert "MSLoRA-CR 85.0 % final average; forgetting 0.0 points, zero by construction." in page.text
+    assert "one LoRA 65.0 % final average" in page.text
+    assert "forgetting 37.5 points." in page.text
+    assert {"ours/report.html", "seq/report.html"} == set(page.links)
+    assert "Average over the tasks learned so far" in page.text
+
+
+def test_log_of_a_resumed_run(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 2, "ce": 1}\n{"step": 4, "ce": 2}\n{"step": 2, "ce": 3}\n{"step": 6, "c')
+    assert read_log(path) == [{"step": 2, "ce": 3}, {"step": 4, "ce": 2}]
+    path.write_text('{"step": 2}\n{"ste\n{"step": 4}\n')
+    with pytest.raises(ReportError, match=r"log\.jsonl: line 2: expected a JSON object with a 'step'"):
+        read_log(path)
+
+
+def test_similarity_by_hand(tmp_path):
+    # distances: A 5 (a 3-4-5 triangle), B 0; so s = (exp(-5) + 1) / 2
+    banks = {
+        "a": {"x.A": torch.zeros(1, 2), "x.B": torch.ones(2, 1)},
+        "b": {"x.A": torch.tensor([[3.0, 4.0]]), "x.B": torch.ones(2, 1)},
+    }
+    paths = {}
+    for name, tensors in banks.items():
+        paths[name] = tmp_path / f"{name}.safetensors"
+        save_file(tensors, paths[name])
+    similarity = bank_similarity(paths)
+    assert similarity.values[1][0] == similarity.values[0][1] == pytest.approx((math.exp(-5) + 1) / 2)
+    assert similarity.values[0][0] == 1
+
+    save_file({"x.A": torch.zeros(1, 2)}, paths["b"])
+    with pytest.raises(ReportError, match=r"b\.safetensors does not hold matrices of the same names"):
+        bank_similarity(paths)
+    paths["b"].write_bytes(b"nonsense")
+    with pytest.raises(ReportError, match="cannot be read"):
+        bank_similarity(paths)
+
+
+def test_similarity_is_tinted_over_the_range_it_spans():
+    similarity = Similarity(("a", "b", "c"), [[1, 0.2, 0.6], [0.2, 1, 0.4], [0.6, 0.4, 1]])
+    rows = similarity_map(similarity).rows
+    assert [(cell.text, cell.tint) for cell in rows["b"]] == [("0.200", 0.15), ("", None)]
+    assert [(cell.text, cell.tint) for cell in rows["c"]] == [("0.600", 1.0), ("0.400", pytest.approx(0.575))]
+
+
+def test_similarity_meets_the_golden_values(tmp_path):
+    golden = Path(__file__).parents[1] / "golden" / "tiny_a"
+    training = json.loads((golden / "training.json").read_text())
+    folders = [
+        "pathvqa",
+        "pathvqa_slake-vqarad",
+        "pathvqa_slake-vqarad_derm",
+        "pathvqa_slake-vqarad_derm_PCAM",
+    ]
+    paths = {}
+    for number, folder in enumerate(folders):
+        state = torch.load(golden / "checkpoints" / folder / "cl_lora.bin", weights_only=True)
+        own = {
+            key.replace(f"task_{number}_lora.", ""): value
+            for key, value in state.items()
+            if f"task_{number}_lora" in key
+        }
+        paths[folder] = tmp_path / f"{number}.safetensors"
+        save_file(own, paths[folder])
+    values = bank_similarity(paths).values
+    for number, task in enumerate(training["tasks"]):
+        assert values[number][:number] == pytest.approx(task["end_sim_to_previous"], rel=1e-5)
+
+
+def test_examples_are_right_and_wrong_and_repeatable():
+    answers = [AnswerRecord.model_validate(line) for line in answer_lines("pathvqa", right=15)]
+    examples = pick_examples(answers)
+    assert [example.hit for example in examples] == [True, True, False, False]
+    assert pick_examples(answers) == examples
+    assert all(score_answers([answers[0]]).rows[0].hit for _ in examples)
+    assert [example.hit for example in pick_examples(answers[:15])] == [True, True]
+    assert pick_examples([]) == []

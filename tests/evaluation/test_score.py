@@ -1,0 +1,116 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from mslora_cr.data.records import DataError
+from mslora_cr.evaluation.score import CSV_HEADER, read_answers, score_file
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "metrics"
+LINE = {"question_id": 1, "prompt": "Side?", "text": "Left", "gt": "left", "answer_type": "CLOSED"}
+
+
+def write(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def rows_of(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+@pytest.mark.parametrize("name", ["closed", "mixed", "open"])
+def test_golden_files_byte_for_byte(name, tmp_path):
+    score_file(GOLDEN / f"{name}.answers.jsonl", tmp_path / "deep" / "out")
+    for file in ("metrics.txt", "hit.csv", "not_hit.csv"):
+        assert (tmp_path / "deep" / "out" / file).read_bytes() == (GOLDEN / f"{name}.{file}").read_bytes()
+
+
+def test_metrics_json_is_full_precision(tmp_path):
+    score_file(GOLDEN / "mixed.answers.jsonl", tmp_path)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    expected = json.loads((GOLDEN / "mixed.expected.json").read_text())
+    assert {key: found[key] for key in ("rows", "open", "closed")} == {
+        "rows": 240,
+        "open": 131,
+        "closed": 109,
+    }
+    assert found["metrics"] == pytest.approx(expected["table"], rel=1e-12)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "hit.csv",
+        "metrics.json",
+        "metrics.txt",
+        "not_hit.csv",
+    ]
+
+
+def test_hits_are_by_row_where_ids_repeat(tmp_path):
+    answers = write(tmp_path / "a.jsonl", LINE, LINE | {"text": "Right"}, LINE | {"image": ["a.png", "b.png"]})
+    score_file(answers, tmp_path)
+    left = ["1", "Side?", "left", "left", "CLOSED"]
+    assert rows_of(tmp_path / "hit.csv") == [list(CSV_HEADER), [*left, ""], [*left, "['a.png', 'b.png']"]]
+    assert rows_of(tmp_path / "not_hit.csv") == [
+        list(CSV_HEADER),
+        ["1", "Side?", "right", "left", "CLOSED", ""],
+    ]
+
+
+def test_a_file_without_answers(tmp_path):
+    scores = score_file(write(tmp_path / "a.jsonl"), tmp_path)
+    assert scores.metrics == {}
+    assert (tmp_path / "metrics.txt").read_text().splitlines()[0].split() == ["Metric", "Performance"]
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {
+        "metrics": {},
+        "rows": 0,
+        "open": 0,
+        "closed": 0,
+    }
+    assert rows_of(tmp_path / "hit.csv") == rows_of(tmp_path / "not_hit.csv") == [list(CSV_HEADER)]
+
+
+@pytest.mark.parametrize("text", ['a\nb\r\nc,"d"', "\u2028\u0085", "\x00", "\ud83d", None, 7, ["x"], "", " "])
+def test_text_may_hold_anything(text, tmp_path):
+    score_file(write(tmp_path / "a.jsonl", LINE | {"text": text}), tmp_path)
+    kept = rows_of(tmp_path / "not_hit.csv")[1][2]
+    assert kept == ("\\ud83d" if text == "\ud83d" else str(text).lower())
+
+
+def test_blank_lines_are_skipped_and_lines_end_at_newlines_only(tmp_path):
+    path = tmp_path / "a.jsonl"
+    line = json.dumps(LINE | {"text": "x\u2028y"}, ensure_ascii=False)
+    path.write_bytes(f"\n{line}\r\n  \n{line}".encode())
+    assert [answer.text for answer in read_answers(path)] == ["x\u2028y"] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b'{"question_id": 1', "not a line of JSON"),
+        (b"\xff\xfe", "not a line of JSON in UTF-8"),
+        (b"[1, 2]", "expected an object"),
+        (json.dumps({key: LINE[key] for key in LINE if key != "gt"}).encode(), "field 'gt' is missing"),
+        (
+            json.dumps(LINE | {"answer_type": "YESNO"}).encode(),
+            "field 'answer_type': .*'OPEN' or 'CLOSED'.*'YESNO'",
+        ),
+        (json.dumps(LINE | {"prompt": 3}).encode(), "field 'prompt': .*string.*3"),
+        (
+            json.dumps(LINE | {"question_id": True}).encode(),
+            "field 'question_id': should be a string or an integer",
+        ),
+        (b"[" * 100_000, "line 2"),
+    ],
+)
+def test_a_malformed_line_is_named(line, complaint, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps(LINE).encode() + b"\n" + line + b"\n")
+    with pytest.raises(DataError, match=f"a.jsonl: line 2: .*{complaint}|a.jsonl: {complaint}"):
+        score_file(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"none\.jsonl: cannot be read"):
+        read_answers(tmp_path / "none.jsonl")

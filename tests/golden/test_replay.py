@@ -1,0 +1,29 @@
+"""The golden numbers, and that the replay notices a wrong one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.golden.replay import Replay, main
+
+GOLDEN = Path(__file__).parent / "tiny_a"
+
+
+@pytest.mark.parametrize("fold", ["merge", "concatenate"])
+def test_every_golden_number_is_met(fold: str) -> None:
+    checks = Replay(GOLDEN, fold).run()
+    assert len(checks) == 19
+    assert [check.name for check in checks if not check.passed] == []
+
+
+@pytest.mark.slow
+def test_an_altered_number_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(GOLDEN, folder)
+    training = json.loads((folder / "training.json").read_text())
+    training["tasks"][1]["train_loss"][3] += 1e-3
+    (folder / "training.json").write_text(json.dumps(training))
+    assert main([str(folder)]) == 1
+    assert "FAILED" in capsys.readouterr().out

@@ -1,0 +1,355 @@
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from mslora_cr.banks import Bank, BankError, BankStack, export_published, language_linears, load_bank, save_bank
+from mslora_cr.cli import main
+from mslora_cr.llava_med import LlavaMed, load
+from tests.conftest import GOLDEN, ConfigWriter
+
+CHAIN = ["pathvqa", "pathvqa_slake-vqarad", "pathvqa_slake-vqarad_derm", "pathvqa_slake-vqarad_derm_PCAM"]
+FOLDS = ("merge", "concatenate")
+
+
+def golden_bank(number: int) -> Bank:
+    return load_bank(GOLDEN / "checkpoints" / CHAIN[number])
+
+
+def golden_base(dtype: torch.dtype = torch.float32) -> LlavaMed:
+    return load(GOLDEN / "llava_med_tiny", dtype=dtype, attn_implementation="eager")
+
+
+@torch.no_grad()
+def logits(model: Any, image_token_id: int = 3, patches: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 32000, (2, 12), generator=generator)
+    ids = torch.cat([torch.full((2, 1), 1), torch.full((2, patches), image_token_id), ids], dim=1)
+    pixels = torch.randn(2, 3, 56, 56, generator=generator)
+    return model(input_ids=ids, pixel_values=pixels).logits
+
+
+def unfolded(banks: list[Bank], folder: Path) -> torch.Tensor:
+    """The logits of plain PEFT with every bank an adapter of its own, all of them active."""
+    for bank in banks:
+        save_bank(bank, folder / bank.name)
+    model = PeftModel.from_pretrained(golden_base().model, folder / banks[0].name, adapter_name=banks[0].name)
+    for bank in banks[1:]:
+        model.load_adapter(folder / bank.name, adapter_name=bank.name)
+    model.base_model.set_adapter([bank.name for bank in banks])
+    return logits(model.eval())
+
+
+@pytest.fixture(scope="module")
+def patches() -> int:
+    return golden_base().patches
+
+
+# --- folding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_both_folds_equal_the_unfolded_sum(count: int, tmp_path: Path) -> None:
+    banks = [golden_bank(number) for number in range(count)]
+    expected = unfolded(banks, tmp_path)
+    assert (expected - logits(golden_base().model)).abs().max() > 1e-2  # the banks do something
+    for fold in FOLDS:
+        stack = BankStack(golden_base().model, fold)
+        stack.freeze(banks)
+        torch.testing.assert_close(logits(stack.model), expected, rtol=0, atol=1e-5)
+        # In training the last bank is live, on top of the others folded.
+        stack = BankStack(golden_base().model, fold)
+        stack.freeze(banks[:-1])
+        stack.add_live(banks[-1].rank, banks[-1].alpha, initial=banks[-1])
+        torch.testing.assert_close(logits(stack.model.eval()), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_freezing_again_starts_from_the_pristine_base(fold: str) -> None:
+    """Any banks after any others, and none: what was folded before leaves no trace, not even of rounding."""
+    banks = [golden_bank(number) for number in range(4)]
+    stack = BankStack(golden_base().model, fold, reuse=True)
+    base = logits(stack.model)
+    seen = {}
+    for chosen in [(0, 1, 2, 3), (0,), (), (2,), (0, 1, 2, 3), ()]:
+        stack.freeze([banks[number] for number in chosen])
+        found = logits(stack.model)
+        assert torch.equal(found, seen.setdefault(chosen, found))
+    assert torch.equal(seen[()], base)
+    assert not torch.equal(seen[(0,)], seen[(2,)])
+
+
+def test_merging_rounds_once() -> None:
+    """In bfloat16 the banks are summed in float32 before they are rounded."""
+    banks = [golden_bank(number) for number in range(4)]
+    base = golden_base(torch.bfloat16).model
+    pristine = {name: linear.weight.float() for name, linear in language_linears(base).items()}
+    BankStack(base, "merge").freeze(banks)
+    for name, linear in language_linears(base).items():
+        total = pristine[name] + sum(bank.scaling * bank.matrices[name][1] @ bank.matrices[name][0] for bank in banks)
+        expected = total.to(torch.bfloat16)
+        # A float32 sum in another order may cross a rounding boundary here and there; rounding each bank would all over.
+        assert (linear.weight != expected).float().mean() < 1e-3
+
+
+# --- what is trainable -----------------------------------------------------------------------------------------------
+
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("earlier", [0, 1, 3])
+def test_exactly_the_live_bank_is_trainable(fold: str, earlier: int) -> None:
+    base = golden_base().model
+    assert not [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+    stack = BankStack(base, fold)
+    stack.freeze([golden_bank(number) for number in range(earlier)])
+    assert not [name for name, parameter in stack.model.named_parameters() if parameter.requires_grad]
+    stack.add_live(4, 8)
+    expected = {
+        f"base_model.model.model.language_model.layers.{layer}.{linear}.lora_{half}.live.weight"
+        for layer in range(base.config.text_config.num_hidden_layers)
+        for linear in LINEARS
+        for half in "AB"
+    }
+    trainable = {name for name, parameter in stack.model.named_parameters() if parameter.requires_grad}
+    assert trainable == expected
+    assert all(parameter.dtype == torch.float32 for pair in stack.live().values() for parameter in pair)
+    assert all(not b.any() and a.any() for a, b in stack.live().values())  # the stage before is where training starts
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_only_the_live_bank_moves(fold: str) -> None:
+    stack = BankStack(golden_base().model, fold)
+    stack.freeze([golden_bank(0), golden_bank(1)])
+    stack.add_live(4, 8, initial=None)
+    before = {name: parameter.detach().clone() for name, parameter in stack.model.named_parameters()}
+    optimizer = torch.optim.AdamW(stack.model.parameters(), lr=0.1)
+    for _ in range(2):  # A has no gradient while B is zero
+        output = stack.model(input_ids=torch.tensor([[1, 50, 60, 70]]), labels=torch.tensor([[1, 50, 60, 70]]))
+        output.loss.backward()
+        optimizer.step()
+    moved = {name for name, parameter in stack.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if ".live." in name}
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def same_matrices(one: Bank, other: Bank) -> bool:
+    return one.matrices.keys() == other.matrices.keys() and all(
+        torch.equal(x, y)
+        for name in one.matrices
+        for x, y in zip(one.matrices[name], other.matrices[name], strict=True)
+    )
+
+
+def test_a_bank_comes_back_as_it_was(tmp_path: Path) -> None:
+    bank = golden_bank(1)
+    bank = Bank("second", bank.rank, bank.alpha, bank.matrices, {"modality": "radiology"})
+    digest = save_bank(bank, tmp_path / "bank")
+    again = load_bank(tmp_path / "bank")
+    assert (again.name, again.rank, again.alpha, again.metadata["modality"]) == (
+        "second",
+        bank.rank,
+        bank.alpha,
+        "radiology",
+    )
+    assert same_matrices(again, bank)
+    assert save_bank(again, tmp_path / "other") == digest
+    assert {file.name for file in (tmp_path / "bank").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "bank.json",
+    }
+
+
+def test_a_bank_that_changed_describes_itself_anew(tmp_path: Path) -> None:
+    save_bank(golden_bank(0), tmp_path / "first")
+    loaded = load_bank(tmp_path / "first")
+    digest = save_bank(Bank("changed", 4, 4.0, golden_bank(1).matrices, loaded.metadata), tmp_path / "second")
+    described = json.loads((tmp_path / "second" / "bank.json").read_text())
+    assert (described["name"], described["alpha"], described["sha256"]) == ("changed", 4.0, digest)
+
+
+def test_plain_peft_loads_a_bank(trained_config: Path, tmp_path: Path) -> None:
+    bank = golden_bank(0)
+    save_bank(bank, tmp_path / "bank")
+    stack = BankStack(golden_base().model, "merge")
+    stack.freeze([bank])
+    model = PeftModel.from_pretrained(golden_base().model, tmp_path / "bank").eval()
+    torch.testing.assert_close(logits(model), logits(stack.model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_published_in_and_out_is_bit_identical(number: int, tmp_path: Path) -> None:
+    source = GOLDEN / "checkpoints" / CHAIN[number]
+    bank = load_bank(source)
+    export_published(bank, tmp_path / "exported", number, json.loads((source / "config.json").read_text()))
+    stored, exported = (
+        torch.load(folder / "cl_lora.bin", weights_only=True) for folder in (source, tmp_path / "exported")
+    )
+    assert exported.keys() == stored.keys()
+    assert all(torch.equal(exported[key], stored[key]) for key in stored)
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    published = json.loads((source / "config.json").read_text())
+    assert config["mslora_cfg"].keys() <= published["mslora_cfg"].keys()
+    assert config["mslora_cfg"]["lora_rank"] == published["mslora_cfg"]["lora_rank"]
+    assert config["mslora_cfg"]["lora_alpha"] == published["mslora_cfg"]["lora_alpha"]
+    assert same_matrices(load_bank(tmp_path / "exported"), bank)
+    assert same_matrices(load_bank(tmp_path / "exported" / "cl_lora.bin"), bank)
+
+
+def test_a_trained_run_is_exported_and_read_again(
+    trained_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bank", "export", str(trained_config), "--output", str(tmp_path)]) == 0
+    folders = [tmp_path / "tiny" / name for name in ("pathvqa", "pathvqa_slake-vqarad", "pathvqa_slake-vqarad_PCAM")]
+    assert capsys.readouterr().out.split() == [str(folder) for folder in folders]
+    for folder, name in zip(folders, ("pathvqa", "slake-vqarad", "PCAM"), strict=True):
+        ours = load_bank(trained_config.parent / "checkpoints" / "tiny" / "banks" / name)
+        assert same_matrices(load_bank(folder), ours)
+
+
+def test_show(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bank", "show", str(GOLDEN / "checkpoints" / "pathvqa")]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    bank = golden_bank(0)
+    assert shown["rank"] == bank.rank and shown["linear_layers"] == len(bank.matrices)
+
+
+# --- refused -------------------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Unpickling this would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.path, "it ran")
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_pickle_that_is_not_plain_tensors_runs_nothing(writer: str, tmp_path: Path) -> None:
+    folder, proof = tmp_path / "pathvqa", tmp_path / "proof"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((GOLDEN / "checkpoints" / "pathvqa" / "config.json").read_bytes())
+    if writer == "torch":
+        torch.save({"model.layers.0": Trap(proof)}, folder / "cl_lora.bin")
+    else:
+        (folder / "cl_lora.bin").write_bytes(pickle.dumps({"model.layers.0": Trap(proof)}))
+    with pytest.raises(BankError, match=r"cl_lora\.bin: not plain tensors"):
+        load_bank(folder)
+    assert not proof.exists()
+
+
+def published_copy(folder: Path) -> Path:
+    folder.mkdir()
+    for file in (GOLDEN / "checkpoints" / "pathvqa").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x02]q\x00.", b"PK\x03\x04 cut short"])
+def test_a_damaged_published_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    folder = published_copy(tmp_path / "pathvqa")
+    (folder / "cl_lora.bin").write_bytes(content)
+    with pytest.raises(BankError, match=r"cl_lora\.bin"):
+        load_bank(folder)
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"model.layers.0.self_attn.q_proj.weight": torch.ones(2, 2)}, r"q_proj\.weight is no matrix"),
+        ({"model.layers.0.self_attn.q_proj.cl_lora_pool.task_0_lora.lora_A": 3}, "is no matrix"),
+        (
+            {"model.layers.0.self_attn.q_proj.cl_lora_pool.task_0_lora.lora_A": torch.ones(4, 8)},
+            "no pair of matrices of rank",
+        ),
+        ({}, "empty"),
+        ([1, 2], "expected a dictionary"),
+    ],
+)
+def test_published_tensors_that_are_no_bank_are_refused(stored: Any, message: str, tmp_path: Path) -> None:
+    folder = published_copy(tmp_path / "pathvqa")
+    torch.save(stored, folder / "cl_lora.bin")
+    with pytest.raises(BankError, match=message):
+        load_bank(folder)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "only plain LoRA"),
+        ({"use_rslora": True}, "only plain LoRA"),
+        ({"rank_pattern": {"q_proj": 8}}, "only plain LoRA"),
+        ({"r": 3}, "rank 3"),
+        ({"r": None}, r"adapter_config\.json"),
+        ({"lora_alpha": None}, r"adapter_config\.json"),
+    ],
+)
+def test_an_adapter_that_is_no_bank_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_bank(golden_bank(0), tmp_path / "bank")
+    edit_json(tmp_path / "bank" / "adapter_config.json", **changes)
+    with pytest.raises(BankError, match=message):
+        load_bank(tmp_path / "bank")
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "bank.json"])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe"])
+def test_a_damaged_bank_is_refused(file: str, content: bytes, tmp_path: Path) -> None:
+    save_bank(golden_bank(0), tmp_path / "bank")
+    (tmp_path / "bank" / file).write_bytes(content)
+    with pytest.raises(BankError, match=re.escape(str(tmp_path / "bank"))):
+        load_bank(tmp_path / "bank")
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BankError, match=r"no bank; expected adapter_config\.json"):
+        load_bank(tmp_path)
+
+
+def test_a_matrix_of_another_layer_is_refused(tmp_path: Path) -> None:
+    save_bank(golden_bank(0), tmp_path / "bank")
+    weights = tmp_path / "bank" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors["base_model.model.lm_head.weight"] = torch.ones(2, 2)
+    save_file(tensors, weights)
+    with pytest.raises(BankError, match=r"lm_head\.weight is no LoRA matrix"):
+        load_bank(tmp_path / "bank")
+
+
+def test_banks_that_do_not_fit_the_model_are_refused() -> None:
+    bank, stack = golden_bank(0), BankStack(golden_base().model, "merge")
+    short = dict(bank.matrices)
+    first = next(iter(short))
+    del short[first]
+    with pytest.raises(BankError, match=f"differ in 1 linear layers, first {re.escape(first)}"):
+        stack.freeze([Bank("short", bank.rank, bank.alpha, short)])
+    a, b = bank.matrices[first]
+    wide = {**bank.matrices, first: (torch.ones(bank.rank, a.shape[1] + 1), b)}
+    with pytest.raises(BankError, match=f"{re.escape(first)} is"):
+        stack.freeze([Bank("wide", bank.rank, bank.alpha, wide)])
+
+
+def test_a_published_run_of_another_rank_is_refused(
+    config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_file()
+    assert main(["evaluate", str(config), "lora.rank=3", "--banks", str(GOLDEN / "checkpoints")]) == 1
+    assert "set lora.rank and lora.alpha" in capsys.readouterr().err

@@ -1,0 +1,277 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mslora_cr.config import ConfigError, StreamConfig, load_config, training_fields
+
+MINIMAL: dict[str, Any] = {
+    "run": "small",
+    "model": {"path": "model"},
+    "data": {"root": "data"},
+    "tasks": [
+        {"name": "pathvqa", "epochs": 3, "batch_size": 24, "learning_rate": 2e-4},
+        {"name": "slake-vqarad", "epochs": 4, "batch_size": 24, "learning_rate": 2e-4},
+        {"name": "PCAM", "epochs": 1, "batch_size": 24, "learning_rate": 2e-4},
+    ],
+}
+
+
+def write(folder: Path, name: str = "run.yaml", **changes: Any) -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump({**MINIMAL, **changes}), encoding="utf-8")
+    return path
+
+
+def write_text(folder: Path, text: str, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+# --- what is derived -----------------------------------------------------------------------------------------------
+
+
+def test_published_data_sets_are_known_and_relations_derived(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, output_dir="out", results_dir="res"))
+    pathvqa, slake, pcam = config.stream
+    assert (pathvqa.modality, slake.modality, pcam.modality) == ("pathology", "radiology", "pathology")
+    assert (pcam.folder, pcam.image_folders, pcam.index) == ("PCam", ["train", "test"], 2)
+    assert [config.same_modality(task) for task in config.stream] == [[], [False], [True, False]]
+    assert (config.run_dir, config.results_run_dir) == (Path("out/small"), Path("res/small"))
+    assert config.datasets["PCAM"].published == "PCAM"
+
+
+def test_a_new_data_set_beside_the_published_ones(tmp_path: Path) -> None:
+    mine = {"modality": "endoscopy", "folder": "Mine"}
+    task = {"name": "mine", "epochs": 1, "batch_size": 8, "learning_rate": 1e-4}
+    config = load_config(write(tmp_path, datasets={"mine": mine}, tasks=[*MINIMAL["tasks"], task]))
+    assert config.same_modality(config.task("mine")) == [False, False, False]
+    assert config.task("mine").folder == "Mine"
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    """YAML 1.1 reads 2e-4 as a string."""
+    text = yaml.safe_dump(MINIMAL).replace("learning_rate: 0.0002", "learning_rate: 2e-4")
+    assert "2e-4" in text
+    config = load_config(write_text(tmp_path, text), ["regularization.beta=1e-2"])
+    assert config.stream[0].learning_rate == 2e-4
+    assert config.regularization.beta == 0.01
+
+
+def test_the_resolved_configuration_reads_as_itself(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), ["lora.rank=8", "training.save_steps=5"])
+    resolved = write_text(tmp_path, yaml.safe_dump(config.model_dump(mode="json")), "resolved.yaml")
+    assert load_config(resolved) == config
+
+
+def test_the_digest_follows_what_decides_the_banks(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    digest = load_config(path).training_digest()
+    for harmless in (
+        "output_dir=elsewhere",
+        "results_dir=elsewhere",
+        "model.device=cpu",
+        "data.check_images=false",
+        "evaluation.batch_size=1",
+        "training.save_steps=7",
+        "training.report_to=wandb",
+    ):
+        assert load_config(path, [harmless]).training_digest() == digest, harmless
+    for decisive in (
+        "seed=1",
+        "method=each",
+        "lora.rank=8",
+        "lora.fold=concatenate",
+        "model.dtype=float32",
+        "data.max_length=100",
+        "data.images=all",
+        "regularization.alpha=0.2",
+        "tasks.PCAM.epochs=2",
+        "tasks=[pathvqa, PCAM]",
+        "training.warmup_steps=3",
+    ):
+        assert load_config(path, [decisive]).training_digest() != digest, decisive
+
+
+# --- overrides and layers --------------------------------------------------------------------------------------------
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, lora={"rank": 64, "alpha": 64})
+    config = load_config(
+        path,
+        ["lora.rank=8", "tasks.*.batch_size=4", "tasks.PCAM.epochs=0.5", "training.bf16=true", "model.dtype=float32"],
+    )
+    assert (config.lora.rank, config.lora.alpha) == (8, 64)
+    assert [task.batch_size for task in config.tasks] == [4, 4, 4]
+    assert [task.epochs for task in config.tasks] == [3, 4, 0.5]
+    assert config.training == {"bf16": True}
+
+
+def test_a_selection_and_order_of_tasks(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), ["tasks=[PCAM, pathvqa]", "tasks.PCAM.epochs=9"])
+    assert [(task.name, task.epochs) for task in config.tasks] == [("PCAM", 9), ("pathvqa", 3)]
+    assert "did you mean 'PCAM'?" in error_of(write(tmp_path), "tasks=[PACM]")
+
+
+def test_a_file_over_another(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base", lora={"rank": 16, "alpha": 32}, training={"bf16": True, "tf32": True})
+    middle = {"extends": "base/run.yaml", "training": {"tf32": False}, "lora": {"rank": 4}}
+    write_text(tmp_path, yaml.safe_dump(middle), "middle.yaml")
+    top = {"extends": "middle.yaml", "run": "top", "tasks": MINIMAL["tasks"][:1]}
+    config = load_config(write_text(tmp_path, yaml.safe_dump(top), "top.yaml"))
+    assert config.run == "top"
+    assert (config.lora.rank, config.lora.alpha) == (4, 32)
+    assert config.training == {"bf16": True, "tf32": False}
+    assert [task.name for task in config.tasks] == ["pathvqa"]  # lists are replaced, not merged
+
+
+@pytest.mark.parametrize("names", [["run.yaml"], ["other.yaml", "run.yaml"]])
+def test_extends_in_a_circle_is_refused(names: list[str], tmp_path: Path) -> None:
+    for name, parent in zip(["run.yaml", *names], names, strict=False):
+        write(tmp_path, name, extends=parent)
+    assert "leads back to this file" in error_of(tmp_path / "run.yaml")
+
+
+def test_extends_of_a_file_that_is_not_there_names_it(tmp_path: Path) -> None:
+    assert "none.yaml: cannot be read" in error_of(write(tmp_path, extends="none.yaml"))
+    assert "`extends` must name one file" in error_of(write(tmp_path, extends=["a", "b"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.rnk=8", "lora.rnk: unknown key; did you mean 'rank'?"),
+        ("lora", "not of the form key.path=value"),
+        ("=3", "not of the form key.path=value"),
+        ("lora.rank=!!python/object:os.system x", "not plain YAML"),
+        ("lora.rank=[1", "not plain YAML"),
+        ("tasks.PACM.epochs=1", "unknown task 'PACM'; did you mean 'PCAM'?"),
+        ("tasks.PCAM.epoch=1", "did you mean 'epochs'?"),
+        ("tasks.PCAM.epochs.more=1", "holds a value, not further keys"),
+        ("run.name=x", "'run' holds a value, not further keys"),
+        ("modle.path=x", "modle: unknown key; did you mean 'model'?"),
+        ("datasets.PCAM.modalty=x", "did you mean 'modality'?"),
+        ("extends=other.yaml", "extends"),
+    ],
+)
+def test_a_bad_override_is_refused(override: str, message: str, tmp_path: Path) -> None:
+    assert message in error_of(write(tmp_path), override)
+
+
+@pytest.mark.parametrize("tasks", [None, "pathvqa", ["pathvqa"], [None]])
+@pytest.mark.parametrize("override", ["tasks.PCAM.epochs=1", "tasks.*.epochs=1", "tasks=[PCAM]"])
+def test_overrides_of_tasks_that_are_no_tasks_are_refused(tasks: Any, override: str, tmp_path: Path) -> None:
+    assert "task" in error_of(write(tmp_path, tasks=tasks), override)
+
+
+# --- refused -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metod": "each"}, "metod: unknown key; did you mean 'method'?"),
+        ({"lora": {"rank": 8, "dropuot": 0.1}}, "lora.dropuot: unknown key; did you mean 'dropout'?"),
+        ({"lora": {"rank": 0}}, "lora.rank"),
+        ({"lora": {"rank": "eight"}}, "lora.rank"),
+        ({"lora": {"rank": True}}, "lora.rank"),
+        ({"lora": {"rank": 8.5}}, "lora.rank"),
+        ({"lora": {"dropout": 1.0}}, "lora.dropout"),
+        ({"lora": None}, "lora"),
+        ({"method": "rehearsal"}, "method"),
+        ({"run": "../elsewhere"}, "run"),
+        ({"run": ""}, "run"),
+        ({"run": None}, "run"),
+        ({"model": {}}, "model.path: required, but not given"),
+        ({"model": {"path": "m", "dtype": "int8"}}, "model.dtype"),
+        ({"regularization": {"alpha": -0.5}}, "alpha is -0.5; give a weight of at least 0, or -1"),
+        ({"regularization": {"beta": float("nan")}}, "regularization.beta"),
+        ({"tasks": []}, "tasks"),
+        ({"tasks": MINIMAL["tasks"] + MINIMAL["tasks"][:1]}, "task 'pathvqa' stands twice"),
+        ({"tasks": [{**MINIMAL["tasks"][0], "name": "patvqa"}]}, "unknown task 'patvqa'; did you mean 'pathvqa'?"),
+        ({"tasks": [{**MINIMAL["tasks"][0], "epochs": 0}]}, "tasks.0.epochs"),
+        ({"tasks": [{**MINIMAL["tasks"][0], "learning_rate": float("inf")}]}, "tasks.0.learning_rate"),
+        ({"tasks": [{**MINIMAL["tasks"][0], "lerning_rate": 1}]}, "did you mean 'learning_rate'?"),
+        ({"tasks": [{"name": "pathvqa"}]}, "tasks.0.epochs: required, but not given"),
+        ({"datasets": {"mine": {"folder": "Mine"}}}, "datasets.mine.modality: required, but not given"),
+        ({"datasets": {"PCAM": {"modaliti": "x"}}}, "datasets.PCAM.modaliti: unknown key; did you mean 'modality'?"),
+        ({5: "five"}, "5"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(changes: dict[Any, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, **changes}), encoding="utf-8")
+    assert message in error_of(path)
+
+
+def test_every_error_is_told_at_once(tmp_path: Path) -> None:
+    message = error_of(write(tmp_path, metod="each", lora={"rnk": 3}))
+    assert "metod" in message and "lora.rnk" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!python/object/apply:os.system ['touch PROOF']", "a: &x [*x", "- a list", "just words", "", "\x00", "a: b: c"],
+)
+def test_a_file_that_is_no_plain_mapping_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert str(tmp_path / "run.yaml") in error_of(write_text(tmp_path, text))
+    assert not (tmp_path / "PROOF").exists()
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"run: \xff\xfe")
+    assert "not plain YAML" in error_of(path)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """YAML keeps the last of two; the first would be without effect, silently."""
+    text = yaml.safe_dump(MINIMAL) + "lora: {rank: 8}\nlora: {alpha: 8}\n"
+    assert "'lora' stands twice" in error_of(write_text(tmp_path, text))
+
+
+# --- the training section --------------------------------------------------------------------------------------------
+
+
+def fields(tmp_path: Path, **training: Any) -> dict[str, Any]:
+    return training_fields(StreamConfig.model_validate({**MINIMAL, "training": training, "datasets": DATASETS}))
+
+
+DATASETS = {
+    task["name"]: {"modality": "any", "folder": "any", "image_folders": [], "published": None}
+    for task in MINIMAL["tasks"]
+}
+
+
+def test_training_takes_any_field_of_transformers(tmp_path: Path) -> None:
+    given = {"warmup_steps": "3e-2", "lr_scheduler_type": "cosine", "bf16": True, "save_steps": 10}
+    assert fields(tmp_path, **given) == {**given, "warmup_steps": 0.03}
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"warmup_stps": 1}, "training.warmup_stps: unknown key; did you mean 'warmup_steps'?"),
+        ({"learning_rate": 1e-3}, "use tasks.NAME.learning_rate"),
+        ({"output_dir": "x"}, "use output_dir"),
+        ({"gradient_accumulation_steps": 2}, "training.per_device_train_batch_size"),
+        ({"seed": 1}, "use seed"),
+        ({"save_steps": "often"}, "training.save_steps"),
+        ({"bf16": "maybe"}, "training.bf16"),
+    ],
+)
+def test_a_wrong_training_field_is_refused(training: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        fields(tmp_path, **training)
+    assert message in str(caught.value)

@@ -1,0 +1,295 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mslora_cr.cli import main
+from mslora_cr.config import StreamConfig, load_config
+from mslora_cr.evaluation import generate
+from mslora_cr.evaluation.evaluate import cells
+from tests.killing import KillPoint, run_until_killed
+
+TASKS = ["pathvqa", "slake-vqarad", "PCAM"]
+QUESTIONS = {"pathvqa": 8, "slake-vqarad": 8, "PCAM": 4}
+
+
+class Results:
+    """A results folder of its own for the shared trained run, and what was asked."""
+
+    def __init__(self, config: Path, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.run = folder / "tiny"
+
+    def command(self, *arguments: str) -> list[str]:
+        return ["evaluate", str(self.config), f"results_dir={self.folder}", *arguments]
+
+    def evaluate(self, *arguments: str) -> dict[str, Any]:
+        assert main(self.command(*arguments)) == 0
+        return json.loads((self.run / "evaluation.json").read_text())
+
+    def answers(self) -> dict[str, bytes]:
+        return {str(file.relative_to(self.run)): file.read_bytes() for file in self.run.rglob("answer-file.jsonl")}
+
+
+@pytest.fixture
+def results(trained_config: Path, tmp_path: Path) -> Results:
+    return Results(trained_config, tmp_path / "results")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many questions each call of the decoder answers."""
+    counts: list[int] = []
+    greedy = generate.greedy
+
+    def counted(model: Any, batch: Any, *args: Any) -> Any:
+        counts.append(len(batch["input_ids"]))
+        return greedy(model, batch, *args)
+
+    monkeypatch.setattr(generate, "greedy", counted)
+    return counts
+
+
+# --- what is answered ----------------------------------------------------------------------------------------------
+
+
+def test_the_diagonal(results: Results) -> None:
+    summary = results.evaluate()
+    assert [(cell["task"], cell["stage"], cell["banks"]) for cell in summary["cells"]] == [
+        ("pathvqa", 1, TASKS[:1]),
+        ("slake-vqarad", 2, TASKS[:2]),
+        ("PCAM", 3, TASKS[:3]),
+    ]
+    config = load_config(results.config)
+    for cell in summary["cells"]:
+        rows = [json.loads(line) for line in (results.run / cell["answers"]).read_text().splitlines()]
+        folder = Path(config.data.root) / config.task(cell["task"]).folder
+        questions = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+        assert cell["rows"] == len(rows) == len(questions) == QUESTIONS[cell["task"]]
+        for row, question in zip(rows, questions, strict=True):
+            assert list(row) == [
+                "question_id",
+                "prompt",
+                "text",
+                "gt",
+                "answer_type",
+                "answer_id",
+                "model_id",
+                "metadata",
+            ]
+            assert [row[key] for key in ("question_id", "prompt", "gt", "answer_type")] == [
+                question[key] for key in ("question_id", "text", "gt", "answer_type")
+            ]
+            assert row["model_id"] == "llava_med_tiny"
+        assert len({row["answer_id"] for row in rows}) == len(rows)
+        assert (results.run / cell["task"] / "metrics.txt").is_file()
+        stored = json.loads((results.run / cell["task"] / "metrics.json").read_text())
+        assert cell["metrics"] == stored["metrics"]
+
+
+def test_batched_answers_are_those_given_one_by_one(results: Results, asked: list[int], tmp_path: Path) -> None:
+    results.evaluate("evaluation.batch_size=5", "evaluation.max_new_tokens=8")
+    assert sorted(asked) == [3, 3, 4, 5, 5]
+    one_by_one = Results(results.config, tmp_path / "single")
+    asked.clear()
+    one_by_one.evaluate("evaluation.batch_size=1", "evaluation.max_new_tokens=8")
+    assert asked == [1] * 20
+    assert one_by_one.answers() == results.answers()
+    texts = {json.loads(line)["text"] for data in results.answers().values() for line in data.splitlines()}
+    assert len(texts) > 5  # not one answer for all
+
+
+def test_the_whole_matrix(results: Results, asked: list[int]) -> None:
+    summary = results.evaluate("--stages", "all")
+    banks = {(cell["task"], cell["stage"]): cell["banks"] for cell in summary["cells"]}
+    assert summary["stages"] == [1, 2, 3]
+    # As published, task i is answered with banks 1..i from its own stage on, and with those there are before.
+    assert banks == {
+        (task, stage): TASKS[: min(number, stage)] for number, task in enumerate(TASKS, 1) for stage in (1, 2, 3)
+    }
+    places = {(cell["task"], cell["stage"]): cell["answers"] for cell in summary["cells"]}
+    assert places["pathvqa", 1] == places["pathvqa", 3] == "pathvqa/answer-file.jsonl"
+    assert places["PCAM", 1] == "PCAM/stage-1/answer-file.jsonl"
+    # 1 way to answer the first task, 2 for the second, 3 for the third.
+    assert sum(asked) == 1 * 8 + 2 * 8 + 3 * 4
+
+
+def test_all_banks_at_every_stage(results: Results, asked: list[int]) -> None:
+    summary = results.evaluate("--stages", "seen", "evaluation.banks_by=all")
+    banks = {(cell["task"], cell["stage"]): cell["banks"] for cell in summary["cells"]}
+    assert banks == {(task, stage): TASKS[:stage] for number, task in enumerate(TASKS, 1) for stage in range(number, 4)}
+    assert sum(asked) == 3 * 8 + 2 * 8 + 1 * 4
+    published, later = (results.run / "pathvqa" / part / "answer-file.jsonl" for part in ("", "stage-3"))
+    assert published.read_text() != later.read_text()
+
+
+def test_one_task(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [cell["task"] for cell in results.evaluate("--task", "PCAM")["cells"]] == ["PCAM"]
+    # Another call adds its cells.
+    assert [cell["task"] for cell in results.evaluate("--task", "pathvqa")["cells"]] == ["pathvqa", "PCAM"]
+    assert main(results.command("--task", "PACM")) == 1
+    assert "did you mean 'PCAM'?" in capsys.readouterr().err
+
+
+def cell_table(config: StreamConfig, stages: Any, learned: list[int]) -> dict[tuple[int, int], tuple[int, ...]]:
+    return {(cell.task.index + 1, cell.stage): cell.banks for cell in cells(config, stages, learned)}
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("mslora_cr", {(1, 1): (1,), (1, 2): (1,), (2, 1): (1,), (2, 2): (1, 2), (3, 1): (1,), (3, 2): (1, 2)}),
+        ("each", {(1, 1): (1,), (1, 2): (1,), (2, 1): (), (2, 2): (2,), (3, 1): (), (3, 2): ()}),
+        ("sequential", {(task, stage): (stage,) for task in (1, 2, 3) for stage in (1, 2)}),
+    ],
+)
+def test_cells_of_each_method(method: str, expected: Any, trained_config: Path) -> None:
+    """With two of three tasks learned."""
+    config = load_config(trained_config, [f"method={method}"])
+    assert cell_table(config, "all", [1, 2]) == expected
+    assert cell_table(config, "own", [1, 2]) == {key: expected[key] for key in ((1, 1), (2, 2))}
+    assert cell_table(config, "seen", [1, 2]) == {key: expected[key] for key in ((1, 1), (1, 2), (2, 2))}
+
+
+def test_each_answers_with_one_bank_though_an_earlier_one_is_missing(trained_config: Path) -> None:
+    config = load_config(trained_config, ["method=each"])
+    assert cell_table(config, "own", [1, 3]) == {(1, 1): (1,), (3, 3): (3,)}
+    config = load_config(trained_config)
+    assert cell_table(config, "own", [1, 3]) == {(1, 1): (1,)}
+
+
+# --- published banks -------------------------------------------------------------------------------------------------
+
+
+def test_exported_banks_answer_as_the_run_does(results: Results, tmp_path: Path) -> None:
+    results.evaluate()
+    assert main(["bank", "export", str(results.config), "--output", str(tmp_path / "published")]) == 0
+    other = Results(results.config, tmp_path / "others")
+    other.evaluate("--banks", str(tmp_path / "published"))
+    assert other.answers() == results.answers()
+
+
+# --- killed and started again --------------------------------------------------------------------------------------
+
+GREEDY = "mslora_cr.evaluation.generate:greedy"
+POINTS = {
+    "before the first answer": KillPoint(GREEDY, call=1),
+    "after the first batch": KillPoint(GREEDY, call=2),
+    "a batch answered, but not yet noted": KillPoint(GREEDY, call=2, after=True),
+    "all answered, the file not yet written": KillPoint("mslora_cr.evaluation.generate:_publish"),
+    "the file written, not yet taken note of": KillPoint("mslora_cr.evaluation.generate:_publish", after=True),
+    "before the second task": KillPoint("mslora_cr.evaluation.evaluate:score_file", after=True),
+    "before the summary": KillPoint("mslora_cr.evaluation.evaluate:_write_summary"),
+}
+
+
+def noted(run: Path) -> int:
+    """Answers that a killed run has on disk."""
+    journals = sum(file.read_bytes().count(b"\n") for file in run.rglob(".answers-*.jsonl"))
+    finished = [file for file in run.rglob("answer-file.jsonl") if not list(file.parent.glob(".answers-*"))]
+    return journals + sum(file.read_bytes().count(b"\n") for file in finished)
+
+
+@pytest.fixture(scope="module")
+def whole(trained_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """An evaluation without a break."""
+    done = Results(trained_config, tmp_path_factory.mktemp("whole"))
+    done.evaluate()
+    return done
+
+
+@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
+def test_a_killed_evaluation_asks_no_question_twice_and_loses_none(
+    point: KillPoint, results: Results, whole: Results, asked: list[int], tmp_path: Path
+) -> None:
+    run_until_killed(results.command(), point, tmp_path / "output")
+    before = noted(results.run)
+    results.evaluate()
+    assert sum(asked) == 20 - before
+    assert results.answers() == whole.answers()
+    assert not list(results.run.rglob(".answers-*"))
+
+
+@pytest.mark.parametrize("cut", [1, 12])
+def test_a_line_that_was_cut_short_is_asked_again(
+    cut: int, results: Results, whole: Results, asked: list[int], tmp_path: Path
+) -> None:
+    run_until_killed(results.command(), KillPoint(GREEDY, call=2), tmp_path / "output")
+    [journal] = results.run.rglob(".answers-*.jsonl")
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    results.evaluate()
+    assert sum(asked) == 20 - 3
+    assert results.answers() == whole.answers()
+
+
+def test_what_was_answered_is_not_asked_again(results: Results, asked: list[int]) -> None:
+    first = results.evaluate()
+    asked.clear()
+    again = results.evaluate()
+    assert asked == []
+    assert again["cells"] == first["cells"]
+
+
+def test_what_decides_the_answers_asks_again(results: Results, asked: list[int]) -> None:
+    results.evaluate("--stages", "all")
+    asked.clear()
+    summary = results.evaluate("evaluation.max_new_tokens=3")
+    assert sum(asked) == 20
+    # Cells that the first call scored with the old limit are not kept beside the new ones.
+    assert {(cell["task"], cell["stage"]) for cell in summary["cells"]} >= {("pathvqa", 1), ("PCAM", 3)}
+    for cell in summary["cells"]:
+        texts = [json.loads(line)["text"] for line in (results.run / cell["answers"]).read_text().splitlines()]
+        assert len(texts) == cell["rows"]
+    fingerprints = {(cell["task"], cell["stage"]): cell["fingerprint"] for cell in summary["cells"]}
+    assert fingerprints["pathvqa", 1] == fingerprints.get(("pathvqa", 2), fingerprints["pathvqa", 1])
+
+
+def test_a_kill_while_answering_anew_leaves_no_old_stamp_on_new_answers(
+    results: Results, asked: list[int], tmp_path: Path
+) -> None:
+    results.evaluate()
+    before = results.answers()
+    changed = results.command("evaluation.max_new_tokens=1")
+    run_until_killed(changed, KillPoint("mslora_cr.evaluation.generate:_publish", after=True), tmp_path / "output")
+    results.evaluate()
+    assert results.answers() == before
+
+
+# --- refused -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_banks_is_refused(results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(results.command(f"output_dir={tmp_path / 'nowhere'}")) == 1
+    assert "no task of this run is trained yet" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own_data(tiny_data: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_data, tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_missing_image_is_named(
+    workers: int, results: Results, own_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = json.loads((own_data / "PCam" / "test.jsonl").read_text().splitlines()[2])
+    (own_data / "PCam" / question["image"]).unlink()
+    options = [f"data.root={own_data}", f"training.dataloader_num_workers={workers}"]
+    assert main(results.command(*options, "--task", "PCAM")) == 1
+    message = capsys.readouterr().err
+    assert "line 3" in message and question["image"] in message
+
+
+def test_a_question_that_cannot_be_asked_is_named(
+    results: Results, own_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = own_data / "PCam" / "test.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1]["text"] = "What is\0this?"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(results.command(f"data.root={own_data}", "--task", "PCAM")) == 1
+    message = capsys.readouterr().err
+    assert "line 2" in message and "NUL" in message

@@ -1,0 +1,67 @@
+"""The direction of imports: a file imports only from rows above its own."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "mslora_cr"
+ROWS = (
+    ("__init__", "errors"),
+    ("config",),
+    ("losses", "methods", "evaluation.metrics", "evaluation.matrix"),
+    ("data.records", "data.tokenizer"),
+    ("data.images", "data.prompts", "data.catalog", "data.synthetic_images"),
+    ("data.collator", "data.raw", "data.synthetic"),
+    ("data.pcam", "data.check", "data.download"),
+    ("data.annotations",),
+    ("data.prepare",),
+    ("llava_med",),
+    ("banks", "inspection", "tiny_pretraining"),
+    ("chains", "tiny_model"),
+    ("training.penalties", "training.distributed", "training.ledger"),
+    ("training.trainer",),
+    ("training.stream",),
+    ("evaluation.score",),
+    ("evaluation.generate", "evaluation.plots", "evaluation.record"),
+    ("evaluation.heatmaps", "evaluation.evaluate"),
+    ("evaluation.report",),
+    ("demo",),
+    ("cli",),
+    ("__main__",),
+)
+RANK = {name: number for number, row in enumerate(ROWS) for name in row}
+
+
+def modules() -> dict[str, Path]:
+    found = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name: path for name, path in found.items() if not name.endswith(".__init__")}
+
+
+def imported(path: Path) -> set[str]:
+    """The package's modules that a file imports, also inside functions."""
+    known, names = modules(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mslora_cr":
+            module = (node.module or "").removeprefix("mslora_cr").lstrip(".")
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".lstrip(".")
+                names.add(inner if inner in known else module or "__init__")
+    return names
+
+
+def test_every_file_has_a_row() -> None:
+    assert set(modules()) == set(RANK)
+
+
+def test_a_file_imports_only_from_rows_above_its_own() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in modules().items()
+        for other in imported(path)
+        if RANK[other] >= RANK[name]
+    ]
+    assert not wrong
+
+
+def test_only_distributed_imports_deepspeed() -> None:
+    importers = [name for name, path in modules().items() if "import deepspeed" in path.read_text(encoding="utf-8")]
+    assert importers == ["training.distributed"]

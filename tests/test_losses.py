@@ -1,0 +1,200 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mslora_cr.banks import Bank
+from mslora_cr.losses import contrastive_term, contrastive_value, orthogonality_term
+from mslora_cr.training.penalties import INITIAL_LOG_WEIGHT, BankPenalties, PenaltyWeight
+
+LAYERS = {"q_proj": (12, 12), "k_proj": (6, 12), "gate_proj": (20, 12), "down_proj": (12, 20)}
+"""Linear layers, (out, in): more and fewer columns than the rank below, and shapes that share a batch."""
+
+
+def random_bank(name: str, rank: int, scale: float, seed: int) -> Bank:
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(*shape: int) -> Tensor:
+        return scale * torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    return Bank(name, rank, rank, {key: (matrix(rank, i), matrix(o, rank)) for key, (o, i) in LAYERS.items()})
+
+
+def loss_of_the_readme(banks: list[Bank], same: list[bool], alpha: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The formulas of tests/golden/README.md, word for word; the last bank is the one in training."""
+    *frozen, live = banks
+    modules = list(live.matrices)
+    contrastive = torch.zeros((), dtype=torch.float64)
+    for bank, is_same in zip(frozen, same, strict=True):
+        distances = [
+            torch.linalg.norm(live.matrices[m][half] - bank.matrices[m][half]) for m in modules for half in (0, 1)
+        ]
+        similarity = torch.stack([torch.exp(-d) for d in distances]).mean()
+        contrastive = contrastive + (1 - similarity if is_same else similarity)
+    squares = []
+    for bank in banks:
+        eye = torch.eye(bank.rank, dtype=torch.float64)
+        for a, b in bank.matrices.values():
+            squares.append(((a @ a.T - eye) ** 2).sum() + ((b.T @ b - eye) ** 2).sum())
+    orthogonality = torch.stack(squares).mean()
+    return alpha * contrastive + beta * orthogonality, contrastive, orthogonality
+
+
+def autograd(
+    frozen: list[Bank], live: Bank, same: list[bool], alpha: float, beta: float
+) -> dict[tuple[str, int], Tensor]:
+    leaves = {m: tuple(x.clone().requires_grad_() for x in pair) for m, pair in live.matrices.items()}
+    total, _, _ = loss_of_the_readme([*frozen, Bank("live", live.rank, live.alpha, leaves)], same, alpha, beta)
+    total.backward()
+    return {(m, half): pair[half].grad for m, pair in leaves.items() for half in (0, 1)}
+
+
+def closed_form(
+    frozen: list[Bank], live: Bank, same: list[bool], alpha: float, beta: float
+) -> dict[tuple[str, int], Tensor]:
+    """The gradient from the pure functions alone, in float64."""
+    found = {}
+    pairs = len(LAYERS) * (len(frozen) + 1)
+    for module in live.matrices:
+        for half in (0, 1):
+            wide = [bank.matrices[module][half] for bank in [*frozen, live]]
+            wide = [matrix.T if half else matrix for matrix in wide]
+            stacked = torch.stack([matrix.flatten() for matrix in wide[:-1]])[None]
+            close = contrastive_term(
+                wide[-1].flatten()[None], stacked, stacked.square().sum(2), torch.tensor(same), 2 * len(LAYERS)
+            )
+            gradient = alpha * close.gradient.view_as(wide[-1])
+            gradient = gradient + beta / pairs * orthogonality_term(wide[-1][None]).gradient[0]
+            found[module, half] = gradient.T if half else gradient
+    return found
+
+
+def shifted(bank: Bank, by: float) -> Bank:
+    return Bank("near", bank.rank, bank.alpha, {m: (a + by, b - by) for m, (a, b) in bank.matrices.items()})
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8])
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0])
+def test_gradient_is_autograds(rank: int, count: int, scale: float) -> None:
+    frozen = [random_bank(f"bank{i}", rank, scale, seed=i) for i in range(count)]
+    live, same = random_bank("live", rank, scale, seed=99), [i % 2 == 0 for i in range(count)]
+    expected = autograd(frozen, live, same, 0.7, 0.3)
+    for key, gradient in closed_form(frozen, live, same, 0.7, 0.3).items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("by", [1e-9, 1e-6, 1e-4, 1e-2])
+def test_gradient_is_autograds_beside_a_frozen_bank(by: float) -> None:
+    """Nearly equal matrices, on both sides of the switch from the expansion to the difference."""
+    first, other = random_bank("first", 4, 0.5, seed=1), random_bank("other", 4, 0.5, seed=2)
+    live = shifted(first, by)
+    expected = autograd([first, other], live, [True, False], 1.0, 0.0)
+    for key, gradient in closed_form([first, other], live, [True, False], 1.0, 0.0).items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-10, atol=1e-10)
+
+
+def test_gradient_is_zero_where_both_banks_are_equal() -> None:
+    bank, other = random_bank("bank", 4, 0.5, seed=1), random_bank("other", 4, 0.5, seed=2)
+    for gradient in closed_form([bank], bank, [True], 1.0, 0.0).values():
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+    # One equal bank among others must not spoil their share (0 · inf, or 0 / 0).
+    both, alone = (
+        closed_form(banks, bank, same, 1.0, 0.0) for banks, same in (([bank, other], [True, False]), ([other], [False]))
+    )
+    for key, gradient in both.items():
+        torch.testing.assert_close(gradient, alone[key], rtol=1e-12, atol=1e-12)
+
+
+def test_similarity_by_hand() -> None:
+    current = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    frozen = torch.tensor([[[0.0, 0.0], [3.0, 3.0]]], dtype=torch.float64)  # at distances 5 and 1
+    same = torch.tensor([True, False])
+    found = contrastive_term(current, frozen, frozen.square().sum(2), same, matrices=2)
+    torch.testing.assert_close(found.sums, torch.tensor([math.exp(-5), math.exp(-1)], dtype=torch.float64))
+    # + exp(-5)/2 · (3, 4)/5 for the bank of the same modality, - exp(-1)/2 · (0, 1)/1 for the other.
+    expected = torch.tensor([[math.exp(-5) * 0.3, math.exp(-5) * 0.4 - math.exp(-1) / 2]], dtype=torch.float64)
+    torch.testing.assert_close(found.gradient, expected)
+    similarity = found.sums / 2
+    assert contrastive_value(similarity, same).item() == pytest.approx(1 - math.exp(-5) / 2 + math.exp(-1) / 2)
+
+
+def test_orthogonality_by_hand() -> None:
+    matrices = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]], [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]])
+    value, gradient = orthogonality_term(matrices)
+    assert value.item() == 9.0  # (4 - 1)² of the first, whose second row is a unit vector; the second is orthonormal
+    expected = torch.zeros_like(matrices)
+    expected[0, 0, 0] = 4 * 3 * 2
+    assert torch.equal(gradient, expected)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"current \(2, 5\).*do not fit"):
+        contrastive_term(torch.ones(2, 5), torch.ones(2, 3, 4), torch.ones(2, 3), torch.ones(3, dtype=torch.bool), 4)
+    with pytest.raises(ValueError, match="expected"):
+        orthogonality_term(torch.ones(3, 4))
+
+
+def test_bank_penalties_are_the_formula_in_float32() -> None:
+    """The batching over shapes, the constant share of frozen banks, B's transpose: values and gradients of a whole bank."""
+    frozen = [random_bank(f"bank{i}", 4, 0.3, seed=i) for i in range(3)]
+    live, same = random_bank("live", 4, 0.3, seed=9), [True, False, True]
+    penalties = BankPenalties([single(bank) for bank in frozen], same, torch.device("cpu"))
+    contrastive, orthogonality, gradients = penalties.terms(single(live).matrices, 0.7, 0.3)
+    _, expected_contrastive, expected_orthogonality = loss_of_the_readme([*frozen, live], same, 0.7, 0.3)
+    assert contrastive.item() == pytest.approx(expected_contrastive.item(), rel=1e-6)
+    assert orthogonality.item() == pytest.approx(expected_orthogonality.item(), rel=1e-6)
+    expected = autograd(frozen, live, same, 0.7, 0.3)
+    assert gradients.keys() == expected.keys()
+    for key, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient.double(), expected[key], rtol=1e-5, atol=1e-6)
+
+
+def test_nearly_equal_matrices_keep_their_digits_in_float32() -> None:
+    first = single(random_bank("first", 4, 1.0, seed=1))
+    live = shifted(first, 1e-4)
+    _, expected, _ = loss_of_the_readme([double(first), double(live)], [False], 1.0, 0.0)
+    contrastive, _, gradients = BankPenalties([first], [False], torch.device("cpu")).terms(live.matrices, 1.0, 0.0)
+    assert contrastive.item() == pytest.approx(expected.item(), rel=1e-6)
+    for key, exact in autograd([double(first)], double(live), [False], 1.0, 0.0).items():
+        torch.testing.assert_close(gradients[key].double(), exact, rtol=1e-4, atol=1e-7)
+
+
+def single(bank: Bank) -> Bank:
+    return Bank(bank.name, bank.rank, bank.alpha, {m: (a.float(), b.float()) for m, (a, b) in bank.matrices.items()})
+
+
+def double(bank: Bank) -> Bank:
+    return Bank(bank.name, bank.rank, bank.alpha, {m: (a.double(), b.double()) for m, (a, b) in bank.matrices.items()})
+
+
+def test_a_learnable_weight_follows_adamw_by_hand() -> None:
+    weight, rate = PenaltyWeight(-1), 0.01
+    assert weight.value == pytest.approx(math.exp(INITIAL_LOG_WEIGHT)) == pytest.approx(math.exp(-4.6))
+    a, first, second = -4.6, 0.0, 0.0
+    for step, penalty in enumerate([0.5, 2.0, 0.1], start=1):
+        weight.update(torch.tensor(penalty), rate)
+        gradient = math.exp(a) * penalty  # d exp(a)·penalty / da
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        a -= rate * (first / (1 - 0.9**step)) / (math.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        assert weight.value == pytest.approx(math.exp(a), rel=1e-6)
+
+
+def test_a_learnable_weight_goes_on_from_its_state() -> None:
+    straight, halted = PenaltyWeight(-1), PenaltyWeight(-1)
+    for penalty in (0.5, 2.0):
+        straight.update(torch.tensor(penalty), 0.01)
+        halted.update(torch.tensor(penalty), 0.01)
+    resumed = PenaltyWeight(-1)
+    resumed.load_state_dict(halted.state_dict())
+    straight.update(torch.tensor(1.0), 0.01)
+    resumed.update(torch.tensor(1.0), 0.01)
+    assert resumed.value == straight.value
+
+
+def test_a_fixed_weight_stays() -> None:
+    weight = PenaltyWeight(0.1)
+    weight.update(torch.tensor(5.0), 1.0)
+    assert weight.value == 0.1

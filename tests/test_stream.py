@@ -1,0 +1,322 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from mslora_cr.banks import load_bank
+from mslora_cr.cli import main
+from mslora_cr.config import ConfigError, load_config
+from mslora_cr.training import stream
+from mslora_cr.training.ledger import Ledger
+from mslora_cr.training.stream import batch_shape, plan, train
+from tests.conftest import STEPS, ConfigWriter, bank_bytes
+from tests.killing import KillPoint, run_until_killed
+
+TASKS = list(STEPS)
+TWO = "tasks=[pathvqa, slake-vqarad]"
+
+
+def run_folder(config: Path) -> Path:
+    return load_config(config).run_dir
+
+
+# --- killed and started again --------------------------------------------------------------------------------------
+
+LOG = "mslora_cr.training.trainer:JsonLinesCallback.on_log"
+POINTS = {
+    "before the first checkpoint": KillPoint(LOG, call=1),
+    "after a checkpoint": KillPoint(LOG, call=3),
+    "in the second task, before its first checkpoint": KillPoint(LOG, call=6),  # on_log is also told the summary
+    "in the second task, after a checkpoint": KillPoint(LOG, call=8, after=True),
+    "while a checkpoint is written": KillPoint("mslora_cr.training.trainer:BankTrainer._save_rng_state"),
+    "a second checkpoint complete, but not yet renamed": KillPoint("mslora_cr.training.trainer:publish_folder", call=2),
+    "two checkpoints side by side": KillPoint("mslora_cr.training.trainer:publish_folder", call=2, after=True),
+    "the bank written, but not yet renamed": KillPoint("mslora_cr.banks:publish_folder", call=3),
+    "the bank saved, but not in the ledger": KillPoint("mslora_cr.training.stream:save_bank", after=True),
+    "the ledger written, but not yet renamed": KillPoint("mslora_cr.training.ledger:Path.replace", call=2),
+    "in the ledger, checkpoints not yet removed": KillPoint("mslora_cr.training.ledger:Ledger.record", after=True),
+    "between tasks": KillPoint("mslora_cr.training.stream:train_task", call=2),
+}
+
+
+@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
+def test_a_killed_run_ends_in_the_same_banks(
+    point: KillPoint, config_file: ConfigWriter, trained_config: Path, tmp_path: Path
+) -> None:
+    command = ["train", str(config_file()), TWO]
+    run_until_killed(command, point, tmp_path / "output")
+    run = run_folder(tmp_path / "run.yaml")
+    assert len(bank_bytes(run)) < 2
+    assert main(command) == 0
+    whole = bank_bytes(run_folder(trained_config))
+    assert bank_bytes(run) == {name: whole[name] for name in ("pathvqa", "slake-vqarad")}
+    assert not [path for path in run.rglob("*") if "tmp" in path.name or "checkpoint" in path.name]
+    for name in ("pathvqa", "slake-vqarad"):
+        assert [row["step"] for row in log_rows(run, name)] == [1, 2, 3, 4]
+        ours, theirs = ledger_entry(run, name), ledger_entry(run_folder(trained_config), name)
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-6)
+
+
+def test_kill_9_from_outside(config_file: ConfigWriter, trained_config: Path) -> None:
+    """As a user does it: two launches of one command, the first killed inside the second task."""
+    command = [sys.executable, "-m", "mslora_cr", "train", str(config_file()), TWO]
+    run = run_folder(Path(command[4]))
+    output = run.parent / "output"
+    output.parent.mkdir()
+    process = subprocess.Popen(command, stdout=output.open("w"), stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while not (run / "work" / "slake-vqarad" / "checkpoint-2").exists():
+        assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "pathvqa: already done, skipped" in again.stdout
+    whole = bank_bytes(run_folder(trained_config))
+    assert bank_bytes(run) == {name: whole[name] for name in ("pathvqa", "slake-vqarad")}
+
+
+def log_rows(run: Path, task: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "logs" / f"{task}.jsonl").read_text().splitlines()]
+
+
+def ledger_entry(run: Path, task: str) -> dict[str, Any]:
+    return json.loads((run / "ledger.json").read_text())["tasks"][task]
+
+
+# --- a whole run ---------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves(trained_config: Path) -> None:
+    config = load_config(trained_config)
+    run = config.run_dir
+    assert {path.name for path in run.iterdir()} == {"banks", "logs", "config.yaml", "ledger.json", "work"}
+    assert not list((run / "work").iterdir())
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert list(ledger["tasks"]) == TASKS
+    for name, entry in ledger["tasks"].items():
+        assert entry["steps"] == STEPS[name]
+        assert json.loads((run / "banks" / name / "bank.json").read_text())["sha256"] == entry["digest"]
+    assert {"torch", "transformers", "peft", "python"} <= ledger["versions"].keys()
+    assert ledger["config_digest"] == config.training_digest()
+    assert load_config(run / "config.yaml") == config  # the resolved configuration can be run again
+
+
+def test_each_term_is_logged(trained_config: Path) -> None:
+    config = load_config(trained_config)
+    for name, steps in STEPS.items():
+        rows = log_rows(config.run_dir, name)
+        assert [row["step"] for row in rows] == list(range(1, steps + 1))
+        for row in rows:
+            if name == "pathvqa":  # the first task: cross entropy alone
+                assert not {"contrastive", "orthogonality", "alpha", "beta"} & row.keys()
+                assert row["loss"] == pytest.approx(row["ce"], rel=1e-5)
+            else:
+                parts = row["ce"] + row["alpha"] * row["contrastive"] + row["beta"] * row["orthogonality"]
+                assert row["loss"] == pytest.approx(parts, rel=1e-5)
+                assert row["beta"] == 0.01
+    learned = [row["alpha"] for row in log_rows(config.run_dir, "PCAM")]
+    assert learned[0] == pytest.approx(0.010052, rel=1e-3)  # exp(-4.6)
+    assert learned == sorted(learned, reverse=True) and learned[-1] < learned[0]  # the term is positive
+
+
+def test_finished_tasks_are_skipped(
+    trained_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained_config.parent / "checkpoints", tmp_path / "checkpoints")
+    before = bank_bytes(tmp_path / "checkpoints" / "tiny")
+    monkeypatch.setattr(stream, "train_task", None)  # nothing may be trained
+    assert main(["train", str(trained_config), f"output_dir={tmp_path / 'checkpoints'}"]) == 0
+    assert [f"{name}: already done, skipped" in capsys.readouterr().out for name in TASKS[:1]] == [True]
+    assert bank_bytes(tmp_path / "checkpoints" / "tiny") == before
+
+
+def test_one_launch_per_task(config_file: ConfigWriter, trained_config: Path) -> None:
+    """`--task` by `--task` gives the banks of one launch, and a bank is not trained before those it builds on."""
+    config = config_file()
+    assert main(["train", str(config), TWO, "--task", "slake-vqarad"]) == 1
+    for name in ("pathvqa", "slake-vqarad"):
+        assert main(["train", str(config), TWO, "--task", name]) == 0
+    whole = bank_bytes(run_folder(trained_config))
+    assert bank_bytes(run_folder(config)) == {name: whole[name] for name in ("pathvqa", "slake-vqarad")}
+
+
+def test_later_tasks_build_on_earlier_banks(config_file: ConfigWriter, trained_config: Path) -> None:
+    """`each` trains every task from the base alone: the first bank is the same, the second is another."""
+    config = config_file(method="each")
+    assert main(["train", str(config), TWO]) == 0
+    alone, stacked = bank_bytes(run_folder(config)), bank_bytes(run_folder(trained_config))
+    assert alone["pathvqa"] == stacked["pathvqa"]
+    assert alone["slake-vqarad"] != stacked["slake-vqarad"]
+    assert "contrastive" not in log_rows(run_folder(config), "slake-vqarad")[0]
+
+
+def test_sequential_goes_on_with_the_last_bank(config_file: ConfigWriter) -> None:
+    config = config_file(method="sequential")
+    settings = yaml.safe_load(config.read_text())
+    settings["training"] = {"logging_steps": 1}
+    settings["tasks"][1]["learning_rate"] = 1e-30  # so small that nothing moves: the start is seen
+    config.write_text(yaml.safe_dump(settings))
+    assert main(["train", str(config), TWO]) == 0
+    first, second = (load_file(run_folder(config) / "banks" / n / "adapter_model.safetensors") for n in TASKS[:2])
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+# --- refused before anything is trained ------------------------------------------------------------------------------
+
+
+def test_a_run_folder_of_another_configuration_is_refused(
+    trained_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained_config.parent / "checkpoints", tmp_path / "checkpoints")
+    folder = f"output_dir={tmp_path / 'checkpoints'}"
+    kept = (tmp_path / "checkpoints" / "tiny" / "config.yaml").read_bytes()
+    assert main(["train", str(trained_config), folder, "tasks.PCAM.epochs=3", "lora.dropout=0.1"]) == 1
+    message = capsys.readouterr().err
+    assert "made by another configuration" in message and "--force" in message
+    assert "tasks.PCAM.epochs: 2.0 there, 3.0 here" in message and "lora.dropout: 0.05 there, 0.1 here" in message
+    assert (tmp_path / "checkpoints" / "tiny" / "config.yaml").read_bytes() == kept
+    # What decides no weight may change, and --force goes on.
+    monkeypatch.setattr(stream, "train_task", None)
+    assert main(["train", str(trained_config), folder, "training.logging_steps=7", "evaluation.batch_size=2"]) == 0
+    assert main(["train", str(trained_config), folder, "tasks.PCAM.epochs=3", "--force"]) == 0
+
+
+def test_a_bank_that_changed_is_not_taken_for_the_recorded_one(
+    trained_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained_config.parent / "checkpoints", tmp_path / "checkpoints")
+    weights = tmp_path / "checkpoints" / "tiny" / "banks" / "pathvqa" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert main(["train", str(trained_config), f"output_dir={tmp_path / 'checkpoints'}"]) == 1
+    message = capsys.readouterr().err
+    assert f"{weights} is not the bank that the ledger records" in message and "'pathvqa'" in message
+
+
+@pytest.fixture
+def broken_data(tiny_data: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of the data root, and the picture of the second task's record 3."""
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    records = json.loads((root / "Slake-VQARad" / "train.json").read_text())
+    return root, root / "Slake-VQARad" / records[3]["image"]
+
+
+@pytest.mark.parametrize("check", ["true", "false"])
+def test_a_missing_image_is_named_before_training(
+    check: str, broken_data: tuple[Path, Path], config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, picture = broken_data
+    picture.unlink()
+    config = config_file()
+    assert main(["train", str(config), f"data.root={root}", f"data.check_images={check}"]) == 1
+    message = capsys.readouterr().err
+    assert "is missing" in message and picture.name in message and "record" in message
+    assert not (run_folder(config) / "logs").exists()
+
+
+def test_a_corrupt_image_is_named_before_training(
+    broken_data: tuple[Path, Path], config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, picture = broken_data
+    picture.write_bytes(picture.read_bytes()[:200])
+    config = config_file()
+    assert main(["train", str(config), f"data.root={root}", "data.check_images=true"]) == 1
+    message = capsys.readouterr().err
+    assert "slake-vqarad: 1 image" in message and "record" in message and "not a readable image" in message
+    assert not (run_folder(config) / "logs").exists()
+
+
+def test_an_image_outside_the_data_root_is_refused(
+    broken_data: tuple[Path, Path], config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, picture = broken_data
+    file = root / "Slake-VQARad" / "train.json"
+    records = json.loads(file.read_text())
+    (root.parent / "outside.png").write_bytes(picture.read_bytes())
+    records[3]["image"] = "../../outside.png"
+    file.write_text(json.dumps(records))
+    assert main(["train", str(config_file()), f"data.root={root}"]) == 1
+    message = capsys.readouterr().err
+    assert "record 3" in message and "'../../outside.png'" in message
+
+
+def test_malformed_records_are_refused_before_training(
+    broken_data: tuple[Path, Path], config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, _ = broken_data
+    file = root / "Slake-VQARad" / "train.json"
+    records = json.loads(file.read_text())
+    del records[2]["conversations"][0]["value"]
+    file.write_text(json.dumps(records))
+    config = config_file()
+    assert main(["train", str(config), f"data.root={root}"]) == 1
+    message = capsys.readouterr().err
+    assert f"{file}: record 2" in message and "value" in message
+    assert not run_folder(config).exists()
+
+
+# --- the plan ------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_is_what_training_does(
+    trained_config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = load_config(trained_config)
+    plans, trainable = plan(config)
+    assert [(item.task, item.steps, item.done) for item in plans] == [(name, STEPS[name], True) for name in TASKS]
+    assert [item.frozen_banks for item in plans] == [TASKS[:0], TASKS[:1], TASKS[:2]]
+    assert [item.penalties for item in plans] == [False, True, True]
+    bank = load_bank(config.run_dir / "banks" / "PCAM")
+    assert trainable == sum(matrix.numel() for pair in bank.matrices.values() for matrix in pair)
+
+    assert main(["train", str(trained_config), f"output_dir={tmp_path / 'nowhere'}", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{trainable:,}" in printed and "to do" in printed and "dropout: 0.05" in printed
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "most", "expected"),
+    [(24, None, (24, 1)), (24, 8, (8, 3)), (24, 9, (8, 3)), (7, 4, (1, 7)), (4, 9, (4, 1))],
+)
+def test_batch_shape(batch_size: int, most: int | None, expected: tuple[int, int], config_file: ConfigWriter) -> None:
+    config = load_config(config_file(), [f"tasks.PCAM.batch_size={batch_size}"])
+    fields = {} if most is None else {"per_device_train_batch_size": most}
+    assert batch_shape(config.task("PCAM"), fields) == expected
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(
+    config_file: ConfigWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    config = load_config(config_file())
+    with pytest.raises(ConfigError, match=r"tasks\.PCAM\.batch_size is 4, which 3 processes cannot share"):
+        batch_shape(config.task("PCAM"), {})
+
+
+@pytest.mark.parametrize(
+    "fields", [{"lr_scheduler_type": "cosinee"}, {"per_device_train_batch_size": 0}, {"optim": "adamm"}]
+)
+def test_training_fields_that_transformers_refuses_are_an_error_of_the_user(
+    fields: dict[str, Any], config_file: ConfigWriter
+) -> None:
+    with pytest.raises(ConfigError, match=f"training.*{next(iter(fields))}|{next(iter(fields.values()))}"):
+        train(load_config(config_file(training=fields)))
+
+
+def test_the_ledger_of_an_empty_folder(config_file: ConfigWriter) -> None:
+    config = load_config(config_file())
+    assert Ledger.read(config).content["tasks"] == {}
+    assert not config.run_dir.exists()
