@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from mslora_cr.banks import file_digest, load_bank
 from mslora_cr.llava_med import load
 from tests.conftest import write_config
-from tests.distributed.conftest import Run
+from tests.distributed.conftest import FIXED, WITHOUT_DROPOUT, Run
 from tests.distributed.launch import STAGES, compare_runs, deepspeed_file, launch, logged
 
 TASKS = ("pathvqa", "slake-vqarad", "PCAM")
@@ -51,7 +52,7 @@ def test_offload_gives_the_numbers_of_one(trained: Run) -> None:
 
 
 def test_a_penalty_without_gradient_is_caught(trained: Run, tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
-    config = write_config(tmp_path, tiny_settings)
+    config = write_config(tmp_path, tiny_settings, lora=WITHOUT_DROPOUT, regularization=FIXED)
     override = deepspeed_file("zero3", tmp_path)
     launch(["train", config, *override], module="tests.distributed.penalty_without_gradient")
     ours = tmp_path / "checkpoints" / "tiny"
@@ -88,8 +89,6 @@ def test_a_bank_is_whole_and_plain_peft_opens_it(trained: Run, stage: str, tiny_
 @pytest.mark.parametrize("stage", STAGES)
 def test_earlier_banks_stay_as_they_were_written(trained: Run, stage: str) -> None:
     run = trained(stage)
-    import json
-
     ledger = json.loads((run / "ledger.json").read_text(encoding="utf-8"))
     for task in TASKS:
         folder = run / "banks" / task
