@@ -16,12 +16,21 @@ FIXED = {"alpha": 0.1, "beta": 0.01}
 LEARNABLE = {"alpha": -1, "beta": -1}
 WITHOUT_DROPOUT = {"rank": 4, "alpha": 8}
 """Each rank draws its own dropout mask, so only without dropout are the numbers those of one process."""
+ADAM_EPSILON = 1e-6
+"""Adam scales gradients far above its epsilon, 1e-8 otherwise, to one size, so a gradient of 1e-8 that is all rounding
+error would move its number as far as any other."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.distributed)
+
+
+def write_exact_config(folder: Path, settings: dict[str, Any], regularization: dict[str, float]) -> Path:
+    """The tiny configuration without what makes runs differ that are spread differently."""
+    training = {**settings["training"], "adam_epsilon": ADAM_EPSILON}
+    return write_config(folder, settings, lora=WITHOUT_DROPOUT, training=training, regularization=regularization)
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, A
         if key not in done:
             folder = tmp_path_factory.mktemp("run")
             regularization = LEARNABLE if weights == "learnable" else FIXED
-            config = write_config(folder, tiny_settings, lora=WITHOUT_DROPOUT, regularization=regularization)
+            config = write_exact_config(folder, tiny_settings, regularization)
             if stage == "one":
                 assert main(["train", str(config), *overrides]) == 0
             else:
