@@ -88,6 +88,11 @@ def load(
     path = Path(path)
     config = read_config(path)
     if config.get("model_type") == "llava":
+        if vision_tower not in ("config", "checkpoint"):
+            raise ModelError(
+                f"{path} is in transformers' own layout, which holds its vision tower; model.vision_tower "
+                f"({vision_tower}) would be without effect, so leave it out"
+            )
         tower_source: str | Path = path
         model = _load_transformers_layout(path, dtype)
     else:
@@ -123,10 +128,20 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _load_transformers_layout(path: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     try:
-        model, report = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    except OSError as error:
+        return _from_pretrained(LlavaForConditionalGeneration, path, dtype)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{path}: {error}") from None
-    _refuse_differences(path, set(report["missing_keys"]), set(report["unexpected_keys"]))
+
+
+def _from_pretrained(kind: Any, source: str | Path, dtype: torch.dtype, allow_unexpected: bool = False) -> Any:
+    """transformers' loader, with whatever differs between weights and configuration refused by name.
+
+    It takes `pytorch_model.bin` where there is no safetensors file, as in CLIP's own release, with `weights_only`.
+    """
+    model, report = kind.from_pretrained(source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    misshapen = [f"{name} {list(there)} instead of {list(wanted)}" for name, there, wanted in report["mismatched_keys"]]
+    unexpected = set() if allow_unexpected else set(report["unexpected_keys"])
+    _refuse_differences(source, set(report["missing_keys"]), unexpected, sorted(misshapen))
     return model
 
 
@@ -237,14 +252,15 @@ def _tower_config(source: str | Path) -> CLIPVisionConfig:
 
 def _load_tower(path: Path, source: str | Path, dtype: torch.dtype) -> CLIPVisionModel:
     try:
-        tower, report = CLIPVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+            raise OSError("config.json is missing")  # transformers would take its own defaults
+        # A full CLIP has a text model as well.
+        return _from_pretrained(CLIPVisionModel, source, dtype, allow_unexpected=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"{source}: the vision tower that {path}/config.json names cannot be loaded ({error}); download it, or set "
             "model.vision_tower to its folder (or to `checkpoint` for the tower inside the shards)"
         ) from None
-    _refuse_differences(source, set(report["missing_keys"]), set())  # a full CLIP has a text model as well
-    return tower
 
 
 # --- the shards --------------------------------------------------------------------------------------------------
