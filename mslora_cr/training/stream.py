@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,8 @@ def train_task(
     stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial)
     penalties = BankPenalties(frozen, config.same_modality(task), device) if uses_penalties(config, task) else None
     args = training_arguments(config, task, fields)
+    # Its default is inside the work folder, which goes when the task is done.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / "logs" / "tensorboard" / task.name)
     if sharded:
         partition(stack.model, args.hf_deepspeed_config.config)
     trainer = BankTrainer(
@@ -360,8 +363,7 @@ def train_task(
     if not args.should_save:
         ledger.content = Ledger.read(config).content
     release(trainer)
+    if "wandb" in args.report_to:
+        import wandb
 
-
-def plan_as_dict(plans: list[TaskPlan], trainable: int) -> dict[str, Any]:
-    """The plan as plain data, for `--dry-run --json`."""
-    return {"trainable_parameters": trainable, "tasks": [asdict(item) for item in plans]}
+        wandb.finish()  # else the next task would be logged into this one's W&B run
