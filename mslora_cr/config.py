@@ -82,8 +82,8 @@ class LoraSettings(_Strict):
     alpha: PositiveNumber = 64.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     fold: Literal["merge", "concatenate"] = "merge"
-    """`merge` adds frozen banks to the base weights; `concatenate` keeps one frozen adapter of rank r·(t-1). A quantised
-    base is never merged into: with `model.quantization`, `concatenate` is the default."""
+    """`merge` adds frozen banks to the base weights; `concatenate` keeps one frozen adapter of rank r·(t-1), and is the
+    default with `model.quantization`: a quantised base is never merged into."""
 
 
 class RegularizationConfig(_Strict):

@@ -73,7 +73,9 @@ def train(
     """
     fields = training_fields(config)
     if config.model.quantization and zero_stage(fields.get("deepspeed")) == 3:
-        raise ConfigError("training.deepspeed: ZeRO-3 cannot shard a quantised base; use zero2, or no model.quantization")
+        raise ConfigError(
+            "training.deepspeed: ZeRO-3 cannot shard a quantised base; use zero2, or no model.quantization"
+        )
     use_gpu = own_device(config.model.device).type == "cuda"
     start_process_group(use_gpu, fields.get("ddp_timeout", TIMEOUT_SECONDS))
     if zero_stage(fields.get("deepspeed")):
