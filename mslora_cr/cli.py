@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
 EXTRAS |= {"deepspeed": "train", "wandb": "train", "tensorboard": "train", "h5py": "data"}
+EXTRAS |= {"bitsandbytes": "quantization"}
 OVERRIDES = "any value of the configuration, e.g. lora.rank=32 tasks.pathvqa.epochs=1 'tasks.*.batch_size=8'"
 
 

@@ -56,6 +56,8 @@ class ModelConfig(_Strict):
     vision_tower: str = "config"
     """`config` (the tower that the base's `mm_vision_tower` names), `checkpoint` (the shards' own), or a path."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Store the language model's linear layers in 4 or 8 bits (bitsandbytes); they compute in `dtype`."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`; in a run of several processes each takes its own GPU."""
@@ -80,7 +82,8 @@ class LoraSettings(_Strict):
     alpha: PositiveNumber = 64.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     fold: Literal["merge", "concatenate"] = "merge"
-    """`merge` adds frozen banks to the base weights; `concatenate` keeps one frozen adapter of rank r·(t-1)."""
+    """`merge` adds frozen banks to the base weights; `concatenate` keeps one frozen adapter of rank r·(t-1), and is the
+    default with `model.quantization`: a quantised base is never merged into."""
 
 
 class RegularizationConfig(_Strict):
@@ -161,6 +164,20 @@ class StreamConfig(_Strict):
     datasets: dict[Name, DatasetConfig]
     """The published data sets, from the package's catalogue, and those that the file adds."""
     tasks: Annotated[list[TaskConfig], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_beside_a_quantised_base(cls, raw: Any) -> Any:
+        model, lora = raw.get("model"), raw.get("lora", {})
+        if isinstance(model, dict) and model.get("quantization") and isinstance(lora, dict):
+            return {**raw, "lora": {"fold": "concatenate", **lora}}
+        return raw
+
+    @model_validator(mode="after")
+    def _check_fold(self) -> StreamConfig:
+        if self.model.quantization and self.lora.fold == "merge":
+            raise ValueError("lora.fold: banks cannot be merged into a quantised base; set it to concatenate")
+        return self
 
     @model_validator(mode="after")
     def _check_tasks(self) -> StreamConfig:

@@ -73,6 +73,10 @@ def train(
         ConfigError, DataError, ModelError, BankError: with what is wrong, where, and how to mend it.
     """
     fields = training_fields(config)
+    if config.model.quantization and zero_stage(fields.get("deepspeed")) == 3:
+        raise ConfigError(
+            "training.deepspeed: ZeRO-3 cannot shard a quantised base; use zero2, or no model.quantization"
+        )
     use_gpu = own_device(config.model.device).type == "cuda"
     start_process_group(use_gpu, fields.get("ddp_timeout", TIMEOUT_SECONDS))
     if zero_stage(fields.get("deepspeed")):
@@ -236,6 +240,7 @@ def load_base(config: StreamConfig, device: torch.device | str) -> llava_med.Lla
         dtype=getattr(torch, config.model.dtype),
         attn_implementation=config.model.attn_implementation,
         device=device,
+        quantization=config.model.quantization,
     )
 
 
