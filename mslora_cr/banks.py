@@ -334,6 +334,10 @@ class BankStack:
             if isinstance(module, LoraLayer)
         }
 
+    def live_parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained."""
+        return [parameter for pair in self.live().values() for parameter in pair]
+
     @torch.no_grad()
     def load_live(self, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Copy matrices into the live bank."""

@@ -22,6 +22,7 @@ from mslora_cr.data.collator import Preprocessing, TrainingCollator, TrainingSam
 from mslora_cr.data.images import check_images, image_roots, resolve_image
 from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.methods import METHODS
+from mslora_cr.methods.base import Setup
 from mslora_cr.training.distributed import (
     TIMEOUT_SECONDS,
     agree,
@@ -38,7 +39,6 @@ from mslora_cr.training.distributed import (
     zero_stage,
 )
 from mslora_cr.training.ledger import Ledger, versions
-from mslora_cr.training.penalties import BankPenalties
 from mslora_cr.training.trainer import BankTrainer, JsonLinesCallback, checkpoints, refuse_other_launch, writing
 
 CHECK_WORKERS = 8
@@ -76,12 +76,12 @@ def train(
     start_process_group(use_gpu, fields.get("ddp_timeout", TIMEOUT_SECONDS))
     if zero_stage(fields.get("deepspeed")):
         prepare_deepspeed(use_gpu)
-    tasks = [config.task(only)] if only else config.stream
+    tasks = tasks_to_train(config, only)
     ledger = Ledger.read(config)
     pending = [task for task in tasks if not ledger.done(task.name)]
     records = {task.name: TrainingRecords(task_folder(config, task) / "train.json") for task in pending}
     if only and pending:
-        ledger.banks(config, earlier_banks(config, pending[0]))
+        ledger.banks(config, frozen_tasks(config, pending[0]) or previous_task(config, pending[0]))
     for task in pending:  # only looked at here: DeepSpeed must not hear of a task before its model is built
         training_arguments(config, task, {**fields, "deepspeed": None})
     llava_med.read_config(Path(config.model.path))
@@ -92,6 +92,8 @@ def train(
         check_task_images(config, pending, records)
 
     first_rank_first(prepare)
+    if not tasks:
+        say(f"{config.method} trains nothing; evaluate it as it is")
     progress = tqdm(tasks, desc="stream", unit="task", disable=rank() != 0)
     for task in progress:
         progress.set_postfix_str(task.name)
@@ -130,7 +132,7 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
     fields = training_fields(config)
     ledger = Ledger.read(config)
     plans = []
-    for task in config.stream:
+    for task in METHODS[config.method].trained(config):
         records = TrainingRecords(task_folder(config, task) / "train.json")
         per_device, accumulation = batch_shape(task, fields)
         plans.append(
@@ -144,7 +146,7 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
                 steps=update_steps(len(records), task, per_device, accumulation),
                 learning_rate=task.learning_rate,
                 frozen_banks=[earlier.name for earlier in frozen_tasks(config, task)],
-                penalties=uses_penalties(config, task),
+                penalties=METHODS[config.method].regularizes(config, task),
                 done=ledger.done(task.name),
             )
         )
@@ -178,21 +180,31 @@ def update_steps(records: int, task: Task, per_device: int, accumulation: int) -
     return math.ceil(task.epochs * max(1, math.ceil(batches / accumulation)))
 
 
+def tasks_to_train(config: StreamConfig, only: str | None) -> list[Task]:
+    """The tasks that get a bank, or only the one named.
+
+    Raises:
+        ConfigError: there is no task of that name, or the method gives it no bank.
+    """
+    tasks = METHODS[config.method].trained(config)
+    if only is None:
+        return tasks
+    name = config.task(only).name
+    chosen = [task for task in tasks if task.name == name]
+    if not chosen:
+        trained = ", ".join(task.name for task in tasks) or "nothing"
+        raise ConfigError(f"--task {name}: method {config.method} trains no bank for it; it trains {trained}")
+    return chosen
+
+
 def frozen_tasks(config: StreamConfig, task: Task) -> list[Task]:
     """The earlier tasks whose banks take part, frozen, while this one trains."""
     return config.stream[: task.index] if METHODS[config.method].folds_earlier else []
 
 
-def earlier_banks(config: StreamConfig, task: Task) -> list[Task]:
-    """The earlier tasks whose banks training this one needs."""
-    previous = config.stream[: task.index][-1:] if METHODS[config.method].continues else []
-    return frozen_tasks(config, task) + previous
-
-
-def uses_penalties(config: StreamConfig, task: Task) -> bool:
-    """Whether the penalties shape this task's bank. As published, the first task's loss is cross entropy alone."""
-    weights = config.regularization
-    return METHODS[config.method].penalties and task.index > 0 and (weights.alpha != 0 or weights.beta != 0)
+def previous_task(config: StreamConfig, task: Task) -> list[Task]:
+    """The task whose bank this one starts from, if any."""
+    return config.stream[: task.index][-1:] if METHODS[config.method].continues else []
 
 
 def task_folder(config: StreamConfig, task: Task) -> Path:
@@ -311,14 +323,12 @@ def train_task(
     frozen = ledger.banks(config, frozen_tasks(config, task))
     stack = BankStack(base.model, config.lora.fold)
     stack.freeze(frozen)
-    initial = (
-        ledger.banks(config, earlier_banks(config, task))[-1]
-        if METHODS[config.method].continues and task.index
-        else None
-    )
+    initial = ledger.banks(config, previous_task(config, task))
     set_seed(config.seed + task.index)
-    stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial)
-    penalties = BankPenalties(frozen, config.same_modality(task), device) if uses_penalties(config, task) else None
+    stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial[0] if initial else None)
+    method, setup = METHODS[config.method], Setup(config, task, ledger, frozen, device)
+    regularizes = method.regularizes(config, task)
+    penalty = method.penalty(setup) if regularizes else None
     args = training_arguments(config, task, fields)
     if sharded:
         partition(stack.model, args.hf_deepspeed_config.config)
@@ -328,9 +338,8 @@ def train_task(
         collator=TrainingCollator(base.tokenizer.pad_token_id),
         args=args,
         bank_shape=(config.lora.rank, config.lora.alpha),
-        penalties=penalties,
-        alpha=config.regularization.alpha,
-        beta=config.regularization.beta,
+        penalty=penalty,
+        distillation=method.distillation(setup) if regularizes else None,
         callbacks=[JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
     )
     found = checkpoints(work_folder(config, task))
@@ -339,7 +348,7 @@ def train_task(
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     mean_loss = trainer.mean_loss()
 
-    with gathered(parameter for pair in stack.live().values() for parameter in pair):
+    with gathered(stack.live_parameters()):
         metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
         bank = stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata)
     if args.should_save:
@@ -352,7 +361,7 @@ def train_task(
             "train_loss": mean_loss,
             "seconds": round(trainer.seconds, 3),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "weights": {name: weight.value for name, weight in trainer.weights.items()} if penalties else None,
+            "weights": penalty.weights if penalty else None,
         }
         ledger.record(task.name, entry)
         shutil.rmtree(work_folder(config, task), ignore_errors=True)

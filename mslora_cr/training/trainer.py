@@ -1,4 +1,4 @@
-"""The Trainer of one bank: cross entropy on labelled positions, plus both penalties' closed-form gradient."""
+"""The Trainer of one bank: cross entropy on labelled positions, plus what the method adds to it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mslora_cr.training.distributed import (
     wait_for_all,
     zero_stage,
 )
-from mslora_cr.training.penalties import BankPenalties, PenaltyWeight
+from mslora_cr.training.penalties import Distillation, Penalty
 
 STATE = "bank_trainer.pt"
 LAUNCH = "launch.json"
@@ -60,7 +60,7 @@ def labelled_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
 class BankTrainer(Trainer):
     """Trains the live bank of a `BankStack`.
 
-    The penalties' gradient joins each matrix's own in a tensor hook, in the last backward pass before an update. The
+    The penalty's gradient joins each matrix's own in a tensor hook, in the last backward pass before an update. The
     hook sees whole matrices under DDP and every ZeRO stage, an update gets the gradient once whatever the
     accumulation, and averaging over ranks leaves it as it is.
     """
@@ -72,17 +72,15 @@ class BankTrainer(Trainer):
         collator: TrainingCollator,
         args: TrainingArguments,
         bank_shape: tuple[int, float],
-        penalties: BankPenalties | None = None,
-        alpha: float = 0.0,
-        beta: float = 0.0,
+        penalty: Penalty | None = None,
+        distillation: Distillation | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         """
         Args:
             bank_shape: rank and alpha of the live bank.
-            penalties: none for the first task, whose loss is cross entropy alone.
-            alpha: weight of the contrastive term, -1 for a learnable one.
-            beta: weight of the orthogonality term, -1 for a learnable one.
+            penalty: what joins the cross entropy once per update, if anything.
+            distillation: what joins it in every micro-batch, if anything.
         """
         super().__init__(
             model=stack.model,
@@ -94,14 +92,14 @@ class BankTrainer(Trainer):
         self.stack = stack
         self.samples = samples
         self.bank_shape = bank_shape
-        self.penalties = penalties
-        self.weights = {"alpha": PenaltyWeight(alpha), "beta": PenaltyWeight(beta)}
+        self.penalty = penalty
+        self.distillation = distillation
         self._pending: dict[tuple[str, int], Tensor] = {}
         self._logged: dict[str, Tensor] = {}
         self._logged_from = 0
         self._loss_sum = torch.zeros((), device=args.device)
         self._started = time.monotonic()
-        if penalties is not None:
+        if penalty is not None:
             for module, pair in stack.live().items():
                 for half, parameter in enumerate(pair):
                     parameter.register_hook(self._penalty_hook((module, half)))
@@ -150,9 +148,9 @@ class BankTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """A micro-batch; the last one of an update carries the penalties."""
-        last = self.penalties is not None and self.accelerator.sync_gradients
-        penalty = self._prepare_penalties() if last else None
+        """A micro-batch; the last one of an update carries the penalty."""
+        last = self.penalty is not None and self.accelerator.sync_gradients
+        penalty = self._prepare_penalty() if last else None
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._pending = {}
         self._log_term("ce", loss)
@@ -160,18 +158,16 @@ class BankTrainer(Trainer):
         self._loss_sum += total.detach()
         return total
 
-    def _prepare_penalties(self) -> Tensor:
-        """Compute both terms at the current matrices, leave their gradient to the hooks, move learnable weights."""
-        assert self.penalties is not None
+    def _prepare_penalty(self) -> Tensor:
+        """The penalty at the current matrices, its gradient left to the hooks."""
+        assert self.penalty is not None
         live = self.stack.live()
-        alpha, beta = self.weights["alpha"].value, self.weights["beta"].value
-        with gathered(parameter for pair in live.values() for parameter in pair), torch.no_grad():
-            contrastive, orthogonality, self._pending = self.penalties.terms(live, alpha, beta)
-        for name, term, weight in (("contrastive", contrastive, "alpha"), ("orthogonality", orthogonality, "beta")):
-            self._log_term(name, term)
-            self._log_term(weight, torch.tensor(self.weights[weight].value, dtype=torch.float64))
-            self.weights[weight].update(term, self._get_learning_rate())
-        return alpha * contrastive + beta * orthogonality
+        with gathered(self.stack.live_parameters()), torch.no_grad():
+            step = self.penalty.step(live, self._get_learning_rate())
+        self._pending = step.gradients
+        for name, value in step.logged.items():
+            self._log_term(name, value)
+        return step.value
 
     # --- logging ---
 
@@ -221,14 +217,14 @@ class BankTrainer(Trainer):
         """Write the live bank, and what this trainer adds to the Trainer's state, into a checkpoint."""
         assert output_dir is not None
         loss_sum = self.accelerator.reduce(self._loss_sum, "mean")
-        with gathered(parameter for pair in self.stack.live().values() for parameter in pair):
+        with gathered(self.stack.live_parameters()):
             bank = self.stack.snapshot(LIVE, *self.bank_shape)
         if self.args.should_save:
             folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             save_bank(bank, folder / BANK_FOLDER)
-            weights = {name: weight.state_dict() for name, weight in self.weights.items()}
-            torch.save({"weights": weights, "loss_sum": loss_sum, "seconds": self.seconds}, folder / STATE)
+            penalty = self.penalty.state_dict() if self.penalty else {}
+            torch.save({"penalty": penalty, "loss_sum": loss_sum, "seconds": self.seconds}, folder / STATE)
             (folder / LAUNCH).write_text(json.dumps(launch(self.args)), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -238,8 +234,8 @@ class BankTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             state = torch.load(Path(checkpoint) / STATE, map_location=self.args.device, weights_only=True)
-            for name, weight in self.weights.items():
-                weight.load_state_dict(state["weights"][name])
+            if self.penalty:
+                self.penalty.load_state_dict(state["penalty"])
             self._loss_sum = state["loss_sum"]
             self._started -= state["seconds"]
             self._logged_from = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
