@@ -117,6 +117,36 @@ class OloraConfig(_Strict):
     """Of the new bank's norm."""
 
 
+class EwcConfig(_Strict):
+    """How hard elastic weight consolidation holds a bank, and how it learns where."""
+
+    mode: Literal["online", "per_task"] = "online"
+    """One anchor, the last task's, with the Fisher information of all; or an anchor for every earlier task."""
+    strength: PositiveNumber = 400.0
+    """λ."""
+    decay: Annotated[PositiveNumber, Field(le=1)] = 1.0
+    """γ, what an online anchor keeps of earlier Fisher information from task to task."""
+    fisher_batches: PositiveInt = 16
+    """Batches of the task's size whose samples the Fisher information is averaged over."""
+
+
+class ReplayConfig(_Strict):
+    """How many earlier samples are kept, and how many of a batch they are."""
+
+    buffer_size: PositiveInt = 1000
+    """Samples, over all earlier tasks together."""
+    share: Annotated[PositiveNumber, Field(lt=1)] = 0.5
+    """Of each batch, from the second task on."""
+
+
+class LwfConfig(_Strict):
+    """Learning without Forgetting's distillation, with the published values."""
+
+    strength: PositiveNumber = 1.0
+    """λ_o, the weight of the term."""
+    temperature: PositiveNumber = 2.0
+
+
 class EvaluationConfig(_Strict):
     """Greedy generation and what is answered."""
 
@@ -159,10 +189,12 @@ class Task(_Strict):
     learning_rate: float
 
 
-MethodName = Literal["zero_shot", "each", "sequential", "incremental", "mslora_cr", "olora"]
-METHOD_SECTIONS = frozenset({"olora"})
+MethodName = Literal[
+    "zero_shot", "each", "sequential", "incremental", "mslora_cr", "olora", "ewc", "lwf", "replay", "joint"
+]
+METHOD_SECTIONS = frozenset({"olora", "ewc", "lwf", "replay"})
 """Methods with hyper-parameters of their own, in a section of the method's name."""
-SUMMED = frozenset({"olora"})
+SUMMED = frozenset({"olora", "lwf"})
 """Methods whose source sums all banks for every question, so that `evaluation.banks_by` is `all` unless it is given."""
 
 
@@ -180,6 +212,9 @@ class StreamConfig(_Strict):
     regularization: RegularizationConfig = RegularizationConfig()
     """Read by `mslora_cr` alone; the published configurations share it."""
     olora: OloraConfig | None = None
+    ewc: EwcConfig | None = None
+    lwf: LwfConfig | None = None
+    replay: ReplayConfig | None = None
     training: dict[str, Any] = {}
     """Any field of transformers' TrainingArguments that is not derived from the fields above."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -220,6 +255,8 @@ class StreamConfig(_Strict):
             if task.name in seen:
                 raise ValueError(f"tasks.{position}.name: task {task.name!r} stands twice in the stream")
             seen.add(task.name)
+            if self.method == "replay" and task.batch_size == 1:
+                raise ValueError(f"tasks.{position}.batch_size: replay mixes new and old in a batch; give at least 2")
         return self
 
     @property

@@ -21,7 +21,7 @@ ROWS = (
     ("training.trainer",),
     ("methods.base",),
     ("methods.zero_shot", "methods.each", "methods.sequential", "methods.incremental"),
-    ("methods.mslora_cr", "methods.olora"),
+    ("methods.mslora_cr", "methods.olora", "methods.lwf", "methods.ewc", "methods.replay", "methods.joint"),
     ("methods",),
     ("chains",),
     ("training.stream",),

@@ -3,9 +3,13 @@
 from mslora_cr.config import MethodName
 from mslora_cr.methods.base import Method
 from mslora_cr.methods.each import Each
+from mslora_cr.methods.ewc import Ewc
 from mslora_cr.methods.incremental import Incremental
+from mslora_cr.methods.joint import Joint
+from mslora_cr.methods.lwf import Lwf
 from mslora_cr.methods.mslora_cr import MsloraCr
 from mslora_cr.methods.olora import Olora
+from mslora_cr.methods.replay import Replay
 from mslora_cr.methods.sequential import Sequential
 from mslora_cr.methods.zero_shot import ZeroShot
 
@@ -16,4 +20,8 @@ METHODS: dict[MethodName, Method] = {
     "incremental": Incremental(),
     "mslora_cr": MsloraCr(),
     "olora": Olora(),
+    "ewc": Ewc(),
+    "lwf": Lwf(),
+    "replay": Replay(),
+    "joint": Joint(),
 }

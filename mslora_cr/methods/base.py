@@ -1,16 +1,19 @@
-"""What a method is: which banks take part, and what joins the cross entropy while a bank is trained."""
+"""What a method is: which banks and samples take part, what joins the cross entropy, what is kept for later tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mslora_cr.banks import Bank
 from mslora_cr.config import StreamConfig, Task
 from mslora_cr.training.ledger import Ledger
 from mslora_cr.training.penalties import Distillation, Penalty
+from mslora_cr.training.trainer import BankTrainer
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,23 @@ class Method:
             return [task] if task <= stage else []
         return list(range(1, (min(task, stage) if banks_by == "prefix" else stage) + 1))
 
+    # --- which samples ---
+
+    def sources(self, config: StreamConfig, task: Task) -> list[Task]:
+        """The tasks whose training samples are read while a task trains; their samples are counted through."""
+        return [task]
+
+    def order(
+        self, config: StreamConfig, task: Task, counts: Sequence[int], memory: Mapping[str, Tensor]
+    ) -> list[int] | None:
+        """Positions among the samples of `sources`, in the order of all visits; None to shuffle them every epoch.
+
+        Args:
+            counts: how many samples each of `sources` has.
+            memory: what was kept of the task before this one; empty before that is trained.
+        """
+        return None
+
     # --- what joins the cross entropy ---
 
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
@@ -73,3 +93,15 @@ class Method:
     def distillation(self, setup: Setup) -> Distillation | None:
         """A term of every micro-batch's logits; asked for if the method `regularizes` the task."""
         return None
+
+    # --- what is kept ---
+
+    def memory(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
+        """What is saved beside a trained bank for the tasks after it. Called on every rank."""
+        return {}
+
+
+def visits(count: int, epochs: float, generator: torch.Generator) -> Tensor:
+    """Positions of ``round(count · epochs)`` visits: each epoch goes through all samples in an order of its own."""
+    passes = [torch.randperm(count, generator=generator) for _ in range(math.ceil(epochs))]
+    return torch.cat(passes)[: round(count * epochs)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mslora_cr.banks import LIVE, BankStack, load_bank, publish_folder, save_bank
-from mslora_cr.data.collator import TrainingCollator, TrainingSamples
+from mslora_cr.data.collator import TrainingCollator, UnitedSamples
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.errors import UserError
 from mslora_cr.training.distributed import (
@@ -27,7 +28,7 @@ from mslora_cr.training.distributed import (
     wait_for_all,
     zero_stage,
 )
-from mslora_cr.training.penalties import Distillation, Penalty
+from mslora_cr.training.penalties import Distillation, Key, Penalty
 
 STATE = "bank_trainer.pt"
 LAUNCH = "launch.json"
@@ -68,10 +69,11 @@ class BankTrainer(Trainer):
     def __init__(
         self,
         stack: BankStack,
-        samples: TrainingSamples,
+        samples: UnitedSamples,
         collator: TrainingCollator,
         args: TrainingArguments,
         bank_shape: tuple[int, float],
+        order: Sequence[int] | None = None,
         penalty: Penalty | None = None,
         distillation: Distillation | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -79,13 +81,15 @@ class BankTrainer(Trainer):
         """
         Args:
             bank_shape: rank and alpha of the live bank.
+            order: positions of the samples, with repetitions, in the order in which to visit them; otherwise each
+                epoch shuffles them all.
             penalty: what joins the cross entropy once per update, if anything.
             distillation: what joins it in every micro-batch, if anything.
         """
         super().__init__(
             model=stack.model,
             args=args,
-            train_dataset=samples,
+            train_dataset=samples if order is None else Subset(samples, order),
             data_collator=collator,
             callbacks=[TowerOutsideGraph(), *(callbacks or [])],
         )
@@ -95,6 +99,7 @@ class BankTrainer(Trainer):
         self.penalty = penalty
         self.distillation = distillation
         self._pending: dict[tuple[str, int], Tensor] = {}
+        self._micro_batch: dict[str, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
         self._logged_from = 0
         self._loss_sum = torch.zeros((), device=args.device)
@@ -120,7 +125,7 @@ class BankTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross entropy, with only labelled positions going through `lm_head`.
+        """Cross entropy, with only labelled positions going through `lm_head`, and the method's distillation.
 
         Raises:
             NonFiniteLossError: before anything has moved.
@@ -130,20 +135,35 @@ class BankTrainer(Trainer):
         if num_items_in_batch is not None:
             # A batch whose every record is masked whole has nothing to divide by; its loss is zero.
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
-        result = super().compute_loss(
+        inputs = {**inputs, "logits_to_keep": keep, "use_cache": False}
+        # Before the student: ZeRO-3 wants nothing between a forward pass and its backward pass.
+        teacher = self._logits_without_bank(model, inputs) if self.distillation else None
+        loss, outputs = super().compute_loss(
             model,
-            {**inputs, "labels": targets, "shift_labels": targets, "logits_to_keep": keep, "use_cache": False},
-            return_outputs=return_outputs,
+            {**inputs, "labels": targets, "shift_labels": targets},
+            return_outputs=True,
             num_items_in_batch=num_items_in_batch,
         )
-        loss = result[0] if return_outputs else result
+        self._micro_batch = {"ce": loss.detach()}
+        if self.distillation is not None:
+            assert teacher is not None and num_items_in_batch is not None, "distillation is for training alone"
+            # Averaged over tokens as the cross entropy is: over all ranks and micro-batches of an update.
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            distilled = self.distillation.term(outputs.logits, teacher).sum() * ranks / num_items_in_batch
+            self._micro_batch["distillation"] = distilled.detach()
+            loss = loss + self.distillation.weight * distilled
         if not torch.isfinite(loss):
-            places = "\n  ".join(self.samples.records.place(int(index)) for index in records)
+            places = "\n  ".join(self.samples.place(int(index)) for index in records)
             raise NonFiniteLossError(
                 f"the loss at step {self.state.global_step + 1} is {loss.item()}; nothing was updated. The batch:\n"
                 f"  {places}\nA lower learning rate or training.bf16 instead of fp16 usually helps."
             )
-        return result
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _logits_without_bank(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        with self.stack.live_off():
+            return model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -153,7 +173,8 @@ class BankTrainer(Trainer):
         penalty = self._prepare_penalty() if last else None
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._pending = {}
-        self._log_term("ce", loss)
+        for name, value in self._micro_batch.items():
+            self._log_term(name, value)
         total = loss if penalty is None else loss + penalty.to(loss.dtype)
         self._loss_sum += total.detach()
         return total
@@ -170,6 +191,21 @@ class BankTrainer(Trainer):
         return step.value
 
     # --- logging ---
+
+    def sample_gradients(self, index: int) -> dict[Key, Tensor]:
+        """The gradient of one sample's cross entropy, summed over its answer's tokens, float32; moves nothing.
+
+        On every rank for a sample of its own, and for each as often: under ZeRO-3 all ranks share each pass.
+        """
+        batch = self._prepare_inputs(self.data_collator([self.samples[index]]))
+        del batch["record_index"]
+        keep, targets = labelled_positions(batch.pop("labels"))
+        keys = {(name, half): matrix for name, pair in self.stack.live().items() for half, matrix in enumerate(pair)}
+        with self.compute_loss_context_manager():
+            logits = self.stack.model(**batch, logits_to_keep=keep, use_cache=False).logits
+        loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        gradients = torch.autograd.grad(loss, list(keys.values()))
+        return {key: gradient.float() for key, gradient in zip(keys, gradients, strict=True)}
 
     @property
     def seconds(self) -> float:

@@ -33,6 +33,7 @@ from mslora_cr.data.collator import (
     QuestionSamples,
     TrainingCollator,
     TrainingSamples,
+    UnitedSamples,
 )
 from mslora_cr.data.images import load_image, preprocess
 from mslora_cr.data.prompts import encode_conversation, encode_prompt, generation_prompt
@@ -232,7 +233,7 @@ class Replay:
             weights = RegularizationConfig(alpha=self.training["alpha"], beta=self.training["beta"])
             trainer = BankTrainer(
                 stack=stack,
-                samples=self.samples,
+                samples=UnitedSamples([self.samples]),
                 collator=TrainingCollator(self.preprocessing.tokenizer.pad_token_id),
                 args=args,
                 bank_shape=(self.training["rank"], self.training["lora_alpha"]),
