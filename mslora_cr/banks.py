@@ -13,7 +13,8 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from mslora_cr.llava_med import LANGUAGE_LINEARS, linear_name, published_linear_
 LIVE = "live"
 FROZEN = "frozen"
 WEIGHTS, CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "bank.json"
+MEMORY = "memory.safetensors"
+"""What a method keeps of a task beside its bank."""
 PUBLISHED_WEIGHTS = "cl_lora.bin"
 _PEFT_PREFIX = "base_model.model."
 _PUBLISHED_KEY = re.compile(r"(model\.layers\.\d+\.\w+\.\w+)\.cl_lora_pool\.task_(\d+)_lora\.lora_([AB])")
@@ -62,8 +65,10 @@ class Bank:
 # --- on disk -------------------------------------------------------------------------------------------------------
 
 
-def save_bank(bank: Bank, folder: Path, dropout: float = 0.0) -> str:
+def save_bank(bank: Bank, folder: Path, dropout: float = 0.0, memory: Mapping[str, Tensor] | None = None) -> str:
     """Write a bank as a PEFT adapter with `bank.json` beside it, and return the SHA-256 of its weights.
+
+    `memory` is what the method keeps of the task, if anything; it goes into a file of its own.
 
     The folder appears whole or not at all: it is written under a temporary name and renamed.
     """
@@ -76,6 +81,8 @@ def save_bank(bank: Bank, folder: Path, dropout: float = 0.0) -> str:
         tensors[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = a.contiguous()
         tensors[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = b.contiguous()
     save_file(tensors, staging / WEIGHTS, {"format": "pt"})
+    if memory:
+        save_file(dict(memory), staging / MEMORY)
     digest = file_digest(staging / WEIGHTS)
     described = {**bank.metadata, "name": bank.name, "rank": bank.rank, "alpha": bank.alpha, "sha256": digest}
     (staging / METADATA).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -333,6 +340,25 @@ class BankStack:
             for name, module in self.model.named_modules()
             if isinstance(module, LoraLayer)
         }
+
+    def live_parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained."""
+        return [parameter for pair in self.live().values() for parameter in pair]
+
+    @contextmanager
+    def live_off(self) -> Iterator[None]:
+        """Inside, the live bank adds nothing; frozen ones do.
+
+        It is scaled by zero: every layer still runs, so ZeRO-3 gathers the same parameters in the same order.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            layer.set_scale(LIVE, 0)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.set_scale(LIVE, 1)
 
     @torch.no_grad()
     def load_live(self, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -11,10 +11,19 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from mslora_cr.errors import UserError
 
@@ -41,6 +50,7 @@ def _scientific(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_scientific), Field(allow_inf_nan=False)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -101,6 +111,45 @@ class RegularizationConfig(_Strict):
         return self
 
 
+class OloraConfig(_Strict):
+    """Weights of O-LoRA's two terms, as its published scripts set them."""
+
+    lambda_1: NotNegative = 0.5
+    """Of Σ |A_old A_newᵀ|."""
+    lambda_2: NotNegative = 0.0
+    """Of the new bank's norm."""
+
+
+class EwcConfig(_Strict):
+    """How hard elastic weight consolidation holds a bank, and how it learns where."""
+
+    mode: Literal["online", "per_task"] = "online"
+    """One anchor, the last task's, with the Fisher information of all; or an anchor for every earlier task."""
+    strength: PositiveNumber = 400.0
+    """λ."""
+    decay: Annotated[PositiveNumber, Field(le=1)] = 1.0
+    """γ, what an online anchor keeps of earlier Fisher information from task to task."""
+    fisher_batches: PositiveInt = 16
+    """Batches of the task's size whose samples the Fisher information is averaged over."""
+
+
+class ReplayConfig(_Strict):
+    """How many earlier samples are kept, and how many of a batch they are."""
+
+    buffer_size: PositiveInt = 1000
+    """Samples, over all earlier tasks together."""
+    share: Annotated[PositiveNumber, Field(lt=1)] = 0.5
+    """Of each batch, from the second task on."""
+
+
+class LwfConfig(_Strict):
+    """Learning without Forgetting's distillation, with the published values."""
+
+    strength: PositiveNumber = 1.0
+    """λ_o, the weight of the term."""
+    temperature: PositiveNumber = 2.0
+
+
 class EvaluationConfig(_Strict):
     """Greedy generation and what is answered."""
 
@@ -143,7 +192,13 @@ class Task(_Strict):
     learning_rate: float
 
 
-MethodName = Literal["mslora_cr", "each", "sequential"]
+MethodName = Literal[
+    "zero_shot", "each", "sequential", "incremental", "mslora_cr", "olora", "ewc", "lwf", "replay", "joint"
+]
+METHOD_SECTIONS = frozenset({"olora", "ewc", "lwf", "replay"})
+"""Methods with hyper-parameters of their own, in a section of the method's name."""
+SUMMED = frozenset({"olora", "lwf"})
+"""Methods whose source sums all banks for every question, so that `evaluation.banks_by` is `all` unless it is given."""
 
 
 class StreamConfig(_Strict):
@@ -158,6 +213,11 @@ class StreamConfig(_Strict):
     data: DataConfig
     lora: LoraSettings = LoraSettings()
     regularization: RegularizationConfig = RegularizationConfig()
+    """Read by `mslora_cr` alone; the published configurations share it."""
+    olora: OloraConfig | None = None
+    ewc: EwcConfig | None = None
+    lwf: LwfConfig | None = None
+    replay: ReplayConfig | None = None
     training: dict[str, Any] = {}
     """Any field of transformers' TrainingArguments that is not derived from the fields above."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -179,6 +239,27 @@ class StreamConfig(_Strict):
             raise ValueError("lora.fold: banks cannot be merged into a quantised base; set it to concatenate")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_method(cls, raw: Any) -> Any:
+        """Fill in the chosen method's section and what its source answers with; refuse other methods' sections."""
+        method = raw.get("method", cls.model_fields["method"].default) if isinstance(raw, Mapping) else None
+        if method not in get_args(MethodName):
+            return raw
+        for other in sorted(METHOD_SECTIONS & raw.keys() - {method}):
+            raise ValueError(f"{other}: belongs to method {other!r}, but this run's method is {method!r}; remove it")
+        settled = dict(raw)
+        if method in METHOD_SECTIONS and raw.get(method) is None:
+            settled[method] = {}
+        evaluation = raw.get("evaluation", {})
+        if method in SUMMED and isinstance(evaluation, Mapping):
+            settled["evaluation"] = {"banks_by": "all", **evaluation}
+        return settled
+
+    @model_serializer(mode="wrap")
+    def _only_the_chosen_section(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key not in METHOD_SECTIONS or value is not None}
+
     @model_validator(mode="after")
     def _check_tasks(self) -> StreamConfig:
         seen: set[str] = set()
@@ -191,6 +272,8 @@ class StreamConfig(_Strict):
             if task.name in seen:
                 raise ValueError(f"tasks.{position}.name: task {task.name!r} stands twice in the stream")
             seen.add(task.name)
+            if self.method == "replay" and task.batch_size == 1:
+                raise ValueError(f"tasks.{position}.batch_size: replay mixes new and old in a batch; give at least 2")
         return self
 
     @property
@@ -399,7 +482,8 @@ def _known_keys(location: Sequence[str]) -> list[str]:
             continue
         nested = {"tasks": TaskConfig, "datasets": DatasetConfig}
         field = model.model_fields.get(part)
-        model = nested.get(part) or (field.annotation if field else model)
+        inner = get_args(field.annotation)[:1] if field and part in METHOD_SECTIONS else ()  # `OloraConfig | None`
+        model = nested.get(part) or (*inner, field.annotation if field else model)[0]
     return list(model.model_fields)
 
 

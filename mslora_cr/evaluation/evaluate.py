@@ -43,6 +43,7 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
         learned: positions, from 1, of the tasks whose banks are there.
     """
     method, found = METHODS[config.method], []
+    answering = method.stages(learned, len(config.tasks))
     for task in config.stream:
         number, places = task.index + 1, {}
         own = method.banks(number, number, config.evaluation.banks_by)
@@ -51,7 +52,7 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
             stages, range(1, len(config.tasks) + 1)
         ):
             banks = tuple(method.banks(number, stage, config.evaluation.banks_by))
-            if stage not in learned or not set(banks) <= set(learned):
+            if stage not in answering or not set(banks) <= set(learned):
                 continue
             folder = places.setdefault(banks, config.results_run_dir / task.name / f"stage-{stage}")
             found.append(Cell(task, stage, banks, folder))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -98,6 +98,13 @@ def from_first_rank(value: Any) -> Any:
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(box)
     return box[0]
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of all ranks' tensors, on every rank, in place."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 def agree(facts: Mapping[str, Any]) -> None:
