@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from mslora_cr.config import StreamConfig
 
 EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
-EXTRAS |= {"deepspeed": "train", "wandb": "train", "tensorboard": "train", "h5py": "data"}
+
+EXTRAS |= {"rouge_score": "eval", "deepspeed": "train", "wandb": "train", "tensorboard": "train", "h5py": "data"}
 OVERRIDES = "any value of the configuration, e.g. lora.rank=32 tasks.pathvqa.epochs=1 'tasks.*.batch_size=8'"
 
 
@@ -75,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_score(commands)
     _add_report(commands)
+    _add_compare(commands)
     _add_data(commands)
     _add_model(commands)
     _add_bank(commands)
@@ -207,7 +209,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         choices=("own", "seen", "all"),
         default="own",
         help="own: task t after task t, as published (default); seen: at every stage from its own on; "
-        "all: the whole task × stage matrix",
+        "all: the whole task × stage matrix, and the base model without a bank (forward transfer needs both)",
     )
     parser.add_argument(
         "--banks",
@@ -278,6 +280,67 @@ def _report(args: argparse.Namespace) -> int:
     config = load_config(source, args.overrides)
     print(f"report: {write_report(config.run_dir, config.results_run_dir)}")
     return 0
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "compare",
+        "test runs of the same questions against the first one, per task and overall",
+        "mslora-cr compare checkpoints/mslora_cr checkpoints/sequential",
+        "mslora-cr compare configs/a.yaml configs/b.yaml --at own --output comparison.json",
+        "mslora-cr compare results/RUN results/RUN/routed     # what routing costs against being told the task",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run's configuration, its run folder or its results folder; at least two, the first is the baseline",
+    )
+    parser.add_argument(
+        "--at",
+        choices=("final", "own"),
+        default="final",
+        help="final: score each task after the last stage (default; needs evaluate --stages seen, where they are "
+        "several); own: each at its own stage, as published",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the tests there too")
+    parser.set_defaults(run=_compare)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from mslora_cr.evaluation.compare import compare, render_comparison
+    from mslora_cr.training.ledger import write_json
+
+    if len(args.runs) < 2:
+        raise UserError("compare needs at least two runs, the baseline first")
+    folders = [_results_folder(target) for target in args.runs]
+    labels = _labels(folders)
+    found = compare(dict(zip(labels, folders, strict=True)), args.at)
+    print(render_comparison(found))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.output, found)
+    return 0
+
+
+def _results_folder(target: Path) -> Path:
+    """The results folder of a run that is named by its configuration, its run folder or that folder itself."""
+    from mslora_cr.config import load_config
+
+    if (target / "evaluation.json").is_file():
+        return target
+    return load_config(target / "config.yaml" if target.is_dir() else target).results_run_dir
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, or whole paths where names repeat."""
+    names = [folder.name for folder in folders]
+    labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"a run stands twice among {', '.join(labels)}")
+    return labels
 
 
 # --- data, model, bank ---------------------------------------------------------------------------------------------

@@ -8,7 +8,18 @@ import pytest
 
 from mslora_cr.cli import main
 
-COMMANDS = ("", "demo", "train", "evaluate", "score", "report", "data check", "data prepare", "data download")
+COMMANDS = (
+    "",
+    "demo",
+    "train",
+    "evaluate",
+    "score",
+    "report",
+    "compare",
+    "data check",
+    "data prepare",
+    "data download",
+)
 COMMANDS += ("model download", "model inspect", "bank export", "bank show")
 
 

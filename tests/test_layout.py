@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "mslora_cr"
 ROWS = (
     ("__init__", "errors"),
     ("config",),
-    ("losses", "methods", "evaluation.metrics", "evaluation.matrix"),
+    ("losses", "methods", "evaluation.metrics", "evaluation.matrix", "evaluation.intervals"),
     ("data.records", "data.tokenizer"),
     ("data.images", "data.prompts", "data.catalog", "data.synthetic_images"),
     ("data.collator", "data.raw", "data.synthetic"),
@@ -23,7 +23,7 @@ ROWS = (
     ("evaluation.score",),
     ("evaluation.generate", "evaluation.plots", "evaluation.record"),
     ("evaluation.heatmaps", "evaluation.evaluate"),
-    ("evaluation.report",),
+    ("evaluation.report", "evaluation.compare"),
     ("demo",),
     ("cli",),
     ("__main__",),

@@ -23,12 +23,14 @@ from mslora_cr.training.stream import load_base, preprocessing, task_folder, tas
 
 STAMP = "answers.json"
 Stages = Literal["own", "seen", "all"]
-"""`own`: each task at its own stage (published); `seen`: at every stage from its own on; `all`: at every stage."""
+"""`own`: each task at its own stage (published); `seen`: at every stage from its own on; `all`: at every stage, and at
+stage 0, where the base model answers without a bank (zero shot)."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A task to answer at a stage (from 1), the banks that answer it, and where its answers go."""
+    """A task to answer at a stage, the banks that answer it, and where its answers go. Stages count from 1; 0 is the
+    base model."""
 
     task: Task
     stage: int
@@ -48,10 +50,10 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
         own = method.banks(number, number, config.evaluation.banks_by)
         places[tuple(own)] = config.results_run_dir / task.name
         for stage in {"own": [number], "seen": range(number, len(config.tasks) + 1)}.get(
-            stages, range(1, len(config.tasks) + 1)
+            stages, range(len(config.tasks) + 1)
         ):
-            banks = tuple(method.banks(number, stage, config.evaluation.banks_by))
-            if stage not in learned or not set(banks) <= set(learned):
+            banks = tuple(method.banks(number, stage, config.evaluation.banks_by)) if stage else ()
+            if stage not in (0, *learned) or not set(banks) <= set(learned):
                 continue
             folder = places.setdefault(banks, config.results_run_dir / task.name / f"stage-{stage}")
             found.append(Cell(task, stage, banks, folder))
@@ -136,9 +138,11 @@ class _Session:
             "banks": [self.banks[number].name for number in cell.banks],
             "answers": str((cell.folder / ANSWERS).relative_to(self.config.results_run_dir)),
             "fingerprint": fingerprint,
+            "questions": records.digest,
             "rows": len(records),
             "seconds": known["seconds"],
             "metrics": metrics["metrics"],
+            "intervals": metrics["intervals"],
         }
 
     def _answer(self, cell: Cell, records: TestRecords, fingerprint: str) -> dict[str, Any]:

@@ -11,12 +11,19 @@ from mslora_cr.evaluation.record import Evaluation, Similarity
 
 @dataclass(frozen=True)
 class HeatCell:
-    """What a cell says, in small letters too, and how strongly it is tinted, in [0, 1]; None leaves it
-    blank."""
+    """What a cell says, in small letters too, how strongly it is tinted, in [0, 1] (None leaves it blank), and the
+    interval of its number."""
 
     text: str = ""
     note: str = ""
     tint: float | None = None
+    span: str = ""
+
+
+def span(ends: tuple[float, float] | None, digits: int = 1) -> str:
+    """An interval's ends as text; empty without one."""
+    # Adding zero turns -0.0, which rounding leaves, into 0.0.
+    return "" if ends is None else " to ".join(f"{round(end, digits) + 0:.{digits}f}" for end in ends)
 
 
 @dataclass(frozen=True)
@@ -31,13 +38,17 @@ class HeatMap:
     last: Sequence[str] = ()
 
 
-def matrix_map(title: str, matrix: TaskStageMatrix, evaluation: Evaluation) -> HeatMap:
-    """Scores by task and stage; each cell notes the numbers of the banks that answered, in stream order."""
-    banks = {(cell.task, cell.stage): _numbers(cell.banks, matrix.stream) for cell in evaluation.cells}
-    stages = range(1, matrix.last + 1)
+def matrix_map(title: str, metric: str, evaluation: Evaluation) -> HeatMap | None:
+    """A metric by task and stage; each cell notes the numbers of the banks that answered, and its interval."""
+    matrix = evaluation.matrix(metric)
+    if matrix is None:
+        return None
+    spans = {(cell.task, cell.stage): span(cell.intervals.get(metric), 0) for cell in evaluation.cells}
+    cells = {(cell.task, cell.stage): cell for cell in evaluation.cells}
+    stages = range(min(1, *(stage for _, stage in matrix.scores)), matrix.last + 1)
     rows = {
         task: [
-            HeatCell(f"{score:.1f}", banks[task, stage], score / 100)
+            HeatCell(f"{score:.1f}", evaluation.bank_numbers(cells[task, stage]), score / 100, spans[task, stage])
             if (score := matrix.scores.get((task, stage))) is not None
             else HeatCell()
             for stage in stages
@@ -84,14 +95,3 @@ def _lost(matrix: TaskStageMatrix, task: str) -> str:
         return f"{round(matrix.forgetting_of(task), 1) + 0:.1f}"
     except MissingCellError:
         return "–"
-
-
-def _numbers(banks: Sequence[str], stream: Sequence[str]) -> str:
-    """`1-3` or `2, 5`: the places of banks in the stream; `none` for the base alone; names if they are
-    others."""
-    if not set(banks) <= set(stream):
-        return ", ".join(banks)
-    places = sorted(stream.index(bank) + 1 for bank in banks)
-    if len(places) > 1 and places == list(range(places[0], places[-1] + 1)):
-        return f"{places[0]}–{places[-1]}"
-    return ", ".join(map(str, places)) or "none"

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from mslora_cr.errors import UserError
+from mslora_cr.evaluation.intervals import SAMPLES, Scores, interval, resampled_means
 from mslora_cr.evaluation.matrix import TaskStageMatrix
 from mslora_cr.evaluation.metrics import score_answers
-from mslora_cr.evaluation.score import AnswerRecord, read_answers
+from mslora_cr.evaluation.score import SCORES, AnswerRecord, read_answers, read_scores
 
 PUBLISHED_SCORES = Path(__file__).with_name("published_scores.yaml")
 BANK_WEIGHTS = "adapter_model.safetensors"
@@ -32,15 +34,20 @@ class _Read(BaseModel):
 
 
 class Cell(_Read):
-    """A task's answers at a stage: who answered, where the answers are, and their metrics in percent."""
+    """A task's answers at a stage: who answered, where the answers are, and their metrics in percent.
+
+    `intervals` has the ends of each metric's bootstrap interval, `questions` the digest of the file asked from.
+    """
 
     task: str
     stage: int
     banks: tuple[str, ...]
     answers: str
+    questions: str
     rows: int
     seconds: float
     metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
 
 
 class Evaluation(_Read):
@@ -52,6 +59,7 @@ class Evaluation(_Read):
     tasks: tuple[str, ...]
     modalities: dict[str, str]
     published: dict[str, str | None]
+    stages: tuple[int, ...]
     cells: tuple[Cell, ...]
     environment: dict[str, Any]
 
@@ -65,6 +73,56 @@ class Evaluation(_Read):
         """A task's cell at its own stage."""
         own = self.tasks.index(task) + 1
         return next((cell for cell in self.cells if (cell.task, cell.stage) == (task, own)), None)
+
+    def last_cell(self, task: str) -> Cell | None:
+        """A task's cell after the last stage."""
+        return next((cell for cell in self.cells if (cell.task, cell.stage) == (task, len(self.tasks))), None)
+
+    def bank_numbers(self, cell: Cell) -> str:
+        """Who answered: `1–3` or `2, 5`, the places of banks in the stream; `none` for the base alone; names if they
+        are others."""
+        if not set(cell.banks) <= set(self.tasks):
+            return ", ".join(cell.banks)
+        places = sorted(self.tasks.index(bank) + 1 for bank in cell.banks)
+        if len(places) > 1 and places == list(range(places[0], places[-1] + 1)):
+            return f"{places[0]}–{places[-1]}"
+        return ", ".join(map(str, places)) or "none"
+
+    def scores(self, results_dir: Path, metric: str) -> dict[tuple[str, int], Scores]:
+        """By task and stage, the scores in [0, 1] of the questions that have the metric, in their order.
+
+        Raises:
+            DataError: the scores of a cell are gone.
+        """
+        places = {(cell.task, cell.stage): (results_dir / cell.answers).with_name(SCORES) for cell in self.cells}
+        columns = {place: read_scores(place)[1] for place in set(places.values())}
+        known = {place: found[metric][~np.isnan(found[metric])] for place, found in columns.items() if found}
+        return {key: known[place] for key, place in places.items() if len(known.get(place, ()))}
+
+    def figure_intervals(self, results_dir: Path, metric: str) -> dict[str, tuple[float, float]]:
+        """The bootstrap interval of every figure of the metric's matrix that is known.
+
+        Questions are drawn anew within each task, the same ones at all its stages; tasks stay as they are.
+
+        Raises:
+            DataError: the scores of a cell are gone.
+        """
+        matrix, scores = self.matrix(metric), self.scores(results_dir, metric)
+        if matrix is None:
+            return {}
+        drawn: dict[tuple[str, int], Scores] = {}
+        for number, task in enumerate(matrix.tasks):
+            keys = [key for key in scores if key[0] == task]
+            means = resampled_means(np.column_stack([scores[key] for key in keys]), stream=number)
+            drawn |= dict(zip(keys, 100 * means.T, strict=True))
+        replicates: dict[str, list[float]] = {}
+        figures = [name for name, value in matrix.summary().items() if value is not None]
+        for sample in range(SAMPLES):
+            cells = {key: float(means[sample]) for key, means in drawn.items()}
+            redrawn = TaskStageMatrix(matrix.stream, matrix.tasks, cells)
+            for name in figures:
+                replicates.setdefault(name, []).append(getattr(redrawn, name)())
+        return {name: interval(values) for name, values in replicates.items()}
 
     def same_banks_since_learned(self) -> bool:
         """Whether every task is answered by the same banks at all its evaluated stages from its own on.
@@ -136,13 +194,15 @@ class RunRecord:
     """All that is known of a run; `missing` says in words what is not there.
 
     Attributes:
-        tasks: names in stream order. modalities: by task; empty if the run is not evaluated.
+        results_dir: where it was read from. tasks: names in stream order.
+        modalities: by task; empty if the run is not evaluated.
         logs: by task, one mapping for each logged step.
         config: the text of `config.yaml`, or None.
     """
 
     name: str
     method: str
+    results_dir: Path
     tasks: tuple[str, ...]
     modalities: dict[str, str]
     evaluation: Evaluation | None
@@ -176,6 +236,7 @@ def read_run(run_dir: Path, results_dir: Path) -> RunRecord:
     return RunRecord(
         name=known.run,
         method=known.method,
+        results_dir=results_dir,
         tasks=tasks,
         modalities=evaluation.modalities if evaluation else {},
         evaluation=evaluation,
