@@ -200,15 +200,16 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         "answer and score the test questions of every learned task; a killed evaluation goes on",
         "mslora-cr evaluate configs/demo.yaml",
         "mslora-cr evaluate configs/demo.yaml --stages all",
+        "mslora-cr evaluate configs/demo.yaml --banks-by routed     # without telling the task",
         "mslora-cr evaluate configs/finetune_mslora_cr_ortho.yaml --banks checkpoints/published",
     )
     _add_config(parser)
     parser.add_argument("--task", metavar="NAME", help="answer this task only")
     parser.add_argument(
         "--stages",
-        choices=("own", "seen", "all"),
-        default="own",
-        help="own: task t after task t, as published (default); seen: at every stage from its own on; "
+        choices=("own", "final", "seen", "all"),
+        help="own: task t after task t, as published (default); final: all after the last task (default if routed); "
+        "seen: at every stage from its own on; "
         "all: the whole task × stage matrix, and the base model without a bank (forward transfer needs both)",
     )
     parser.add_argument(
@@ -217,19 +218,31 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="take the banks from published checkpoint folders or another run folder",
     )
+    parser.add_argument(
+        "--banks-by",
+        choices=("prefix", "all", "routed"),
+        help="which banks answer task t: prefix: 1..t, as published (default); all: every bank there is; routed: the "
+        "prefix of the task that the router takes each question for, with results in routed/",
+    )
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if args.banks_by:
+        args.overrides.append(f"evaluation.banks_by={args.banks_by}")
     config = _config(args)
     _quieten()
     from mslora_cr.chains import load_chain
     from mslora_cr.evaluation.evaluate import evaluate
+    from mslora_cr.evaluation.routed import evaluate_routed
     from mslora_cr.training.distributed import rank, stopping_together
 
     with stopping_together():
         banks = load_chain(args.banks, config) if args.banks else None
-        path = evaluate(config, args.stages, args.task, banks)
+        if config.evaluation.banks_by == "routed":
+            path = evaluate_routed(config, args.stages or "final", args.task, banks)
+        else:
+            path = evaluate(config, args.stages or "own", args.task, banks)
     if rank() == 0:
         print(f"answers and scores: {path.parent}")
     return 0
@@ -425,6 +438,15 @@ def _add_bank(commands: argparse._SubParsersAction) -> None:
     _add_config(export)
     export.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the run's folder goes")
     export.set_defaults(run=_export)
+    fit = _command(
+        actions,
+        "fit-router",
+        "put with the banks what `evaluate --banks-by routed` needs, for banks that were trained elsewhere",
+        "mslora-cr bank fit-router configs/finetune_mslora_cr_ortho.yaml",
+    )
+    _add_config(fit)
+    fit.add_argument("--task", metavar="NAME", help="for this task only")
+    fit.set_defaults(run=_fit_router)
     show = _command(
         actions,
         "show",
@@ -444,6 +466,18 @@ def _export(args: argparse.Namespace) -> int:
 
     for folder in export_chain(finished_banks(config), config, args.output):
         print(folder)
+    return 0
+
+
+def _fit_router(args: argparse.Namespace) -> int:
+    config = _config(args)
+    _quieten()
+    from mslora_cr.evaluation.routed import fit_router
+    from mslora_cr.training.distributed import stopping_together
+
+    with stopping_together():
+        for path in fit_router(config, args.task):
+            print(path)
     return 0
 
 

@@ -20,7 +20,7 @@ COMMANDS = (
     "data prepare",
     "data download",
 )
-COMMANDS += ("model download", "model inspect", "bank export", "bank show")
+COMMANDS += ("model download", "model inspect", "bank export", "bank fit-router", "bank show")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -183,7 +183,7 @@ POINTS = {
     "all answered, the file not yet written": KillPoint("mslora_cr.evaluation.generate:_publish"),
     "the file written, not yet taken note of": KillPoint("mslora_cr.evaluation.generate:_publish", after=True),
     "before the second task": KillPoint("mslora_cr.evaluation.evaluate:score_file", after=True),
-    "before the summary": KillPoint("mslora_cr.evaluation.evaluate:_write_summary"),
+    "before the summary": KillPoint("mslora_cr.evaluation.evaluate:write_summary"),
 }
 
 

@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
 
 from mslora_cr import llava_med
-from mslora_cr.banks import BankStack, save_bank
+from mslora_cr.banks import ROUTER, BankStack, file_digest, save_bank
 from mslora_cr.config import ConfigError, StreamConfig, Task, training_fields
 from mslora_cr.data.collator import Preprocessing, TrainingCollator, TrainingSamples
 from mslora_cr.data.images import check_images, image_roots, resolve_image
 from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.methods import METHODS
+from mslora_cr.router import FeatureExtractor, TaskStatistics, looked_at, statistics_of
 from mslora_cr.training.distributed import (
     TIMEOUT_SECONDS,
     agree,
@@ -33,6 +34,7 @@ from mslora_cr.training.distributed import (
     rank,
     release,
     start_process_group,
+    sum_over_ranks,
     wait_for_all,
     world_size,
     zero_stage,
@@ -308,6 +310,7 @@ def train_task(
     device = own_device(config.model.device)
     # Everything is built before DeepSpeed hears of the task: transformers would partition what it loads afterwards.
     base = load_base(config, "cpu" if sharded else device)
+    router = router_statistics(config, task, records, base) if is_routed(config) else None
     frozen = ledger.banks(config, frozen_tasks(config, task))
     stack = BankStack(base.model, config.lora.fold)
     stack.freeze(frozen)
@@ -344,9 +347,11 @@ def train_task(
         bank = stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata)
     if args.should_save:
         with writing(ledger.bank_folder(task.name)):
-            digest = save_bank(bank, ledger.bank_folder(task.name), config.lora.dropout)
+            folder = ledger.bank_folder(task.name)
+            digest = save_bank(bank, folder, config.lora.dropout, router.tensors() if router else None)
         entry = {
             "digest": digest,
+            "router_digest": file_digest(folder / ROUTER) if router else None,
             "records_digest": records.digest,
             "steps": trainer.state.global_step,
             "train_loss": mean_loss,
@@ -360,6 +365,27 @@ def train_task(
     if not args.should_save:
         ledger.content = Ledger.read(config).content
     release(trainer)
+
+
+def is_routed(config: StreamConfig) -> bool:
+    """Whether it matters which task a question belongs to: whether tasks are answered by different banks."""
+    method, last = METHODS[config.method], len(config.tasks)
+    return len({tuple(method.banks(task, last, "prefix")) for task in range(1, last + 1)}) > 1
+
+
+def router_statistics(
+    config: StreamConfig, task: Task, records: TrainingRecords, base: llava_med.LlavaMed
+) -> TaskStatistics:
+    """What a router needs to know of a task, from a pass over its training records that all ranks share."""
+    extractor = feature_extractor(config, base)
+    mine = looked_at(len(records))[rank() :: world_size()]
+    label = f"{task.name}, for the router" if rank() == 0 else None
+    return statistics_of(sum_over_ranks(extractor.gram(records, mine, task_image_roots(config, task), label)))
+
+
+def feature_extractor(config: StreamConfig, base: llava_med.LlavaMed) -> FeatureExtractor:
+    workers = int(config.training.get("dataloader_num_workers", 0))
+    return FeatureExtractor(base, preprocessing(config, base), own_device(config.model.device), workers)
 
 
 def plan_as_dict(plans: list[TaskPlan], trainable: int) -> dict[str, Any]:
