@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_score(commands)
     _add_report(commands)
     _add_compare(commands)
+    _add_analyze(commands)
     _add_data(commands)
     _add_model(commands)
     _add_bank(commands)
@@ -289,8 +290,7 @@ def _report(args: argparse.Namespace) -> int:
     from mslora_cr.config import load_config
     from mslora_cr.evaluation.report import write_report
 
-    source = args.target / "config.yaml" if args.target.is_dir() else args.target
-    config = load_config(source, args.overrides)
+    config = load_config(_config_file(args.target), args.overrides)
     print(f"report: {write_report(config.run_dir, config.results_run_dir)}")
     return 0
 
@@ -338,13 +338,59 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_analyze(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "analyze",
+        "look for what explains a run's result, and put it into the report: how banks lie to each other, their "
+        "effective ranks, what each adds to the answers, which answers changed",
+        "mslora-cr analyze configs/demo.yaml",
+        "mslora-cr analyze checkpoints/with_beta --against checkpoints/without_beta",
+        "mslora-cr analyze checkpoints/RUN --questions 0     # without asking the model",
+    )
+    parser.add_argument("target", type=Path, metavar="RUN", help="the run's configuration, or its run folder")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    parser.add_argument(
+        "--against", nargs="+", type=Path, default=[], metavar="RUN", help="put these runs' effective ranks beside"
+    )
+    parser.add_argument(
+        "--questions",
+        type=int,
+        default=200,
+        metavar="N",
+        help="ask at most so many questions of a task, with every bank left out once (default 200; 0: none)",
+    )
+    parser.set_defaults(run=_analyze)
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    _quieten()
+    from mslora_cr.config import load_config
+    from mslora_cr.evaluation.analyze import analyze
+    from mslora_cr.evaluation.report import write_report
+    from mslora_cr.training.distributed import rank, stopping_together
+
+    config = load_config(_config_file(args.target), args.overrides)
+    others = [load_config(_config_file(target)) for target in args.against]
+    with stopping_together():
+        path = analyze(config, others, args.questions)
+    if rank() == 0:
+        print(f"analysis: {path}\nreport: {write_report(config.run_dir, config.results_run_dir)}")
+    return 0
+
+
+def _config_file(target: Path) -> Path:
+    """A run's configuration, given as such or by its run folder."""
+    return target / "config.yaml" if target.is_dir() else target
+
+
 def _results_folder(target: Path) -> Path:
     """The results folder of a run that is named by its configuration, its run folder or that folder itself."""
     from mslora_cr.config import load_config
 
     if (target / "evaluation.json").is_file():
         return target
-    return load_config(target / "config.yaml" if target.is_dir() else target).results_run_dir
+    return load_config(_config_file(target)).results_run_dir
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

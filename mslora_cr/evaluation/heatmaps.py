@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mslora_cr.evaluation.matrix import MissingCellError, TaskStageMatrix
-from mslora_cr.evaluation.record import Evaluation, Similarity
+from mslora_cr.evaluation.record import Evaluation, Similarity, StageRouting
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,63 @@ def similarity_map(similarity: Similarity) -> HeatMap:
         if index
     }
     return HeatMap("", similarity.banks[:-1], rows)
+
+
+def confusion_map(stage: StageRouting) -> HeatMap:
+    """Of each task's questions (rows), the share in percent that were taken for each learned task; counts in small."""
+    rows = {
+        task: [
+            HeatCell(f"{100 * count / sum(counts):.1f}", str(count), count / sum(counts)) if count else HeatCell()
+            for count in counts
+        ]
+        for task, counts in stage.confusion.items()
+    }
+    return HeatMap("", stage.learned, rows)
+
+
+def cosine_map(title: str, banks: Sequence[str], places: Mapping[str, Sequence[Sequence[float]]]) -> HeatMap:
+    """Cosines of every two banks' updates (rows) by place (columns), tinted by their size over the largest."""
+    pairs = [(one, two) for two in range(len(banks)) for one in range(two)]
+    largest = max((abs(values[one][two]) for values in places.values() for one, two in pairs), default=0.0) or 1.0
+    rows = {
+        f"{banks[one]} · {banks[two]}": [
+            HeatCell(f"{value:.2f}", "", abs(value) / largest)
+            for values in places.values()
+            for value in [values[one][two]]
+        ]
+        for one, two in pairs
+    }
+    return HeatMap(title, list(places), rows)
+
+
+def contribution_map(rows: Sequence[Mapping[str, Any]]) -> HeatMap:
+    """What each task (rows) loses, in points, without each bank (columns); losses are tinted, intervals in small."""
+    banks = list(dict.fromkeys(row["dropped"] for row in rows))
+    tasks: dict[str, dict[str, HeatCell]] = {}
+    for row in rows:
+        lost = row["contribution"]
+        cell = HeatCell(
+            f"{round(lost, 1) + 0:+.1f}", "", max(0.0, min(1.0, lost / 100)), span(tuple(row["interval"]), 0)
+        )
+        tasks.setdefault(row["task"], {})[row["dropped"]] = cell
+    return HeatMap("", banks, {task: [cells.get(bank, HeatCell()) for bank in banks] for task, cells in tasks.items()})
+
+
+def rank_map(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> HeatMap:
+    """Mean effective rank of each bank (rows) in each run (columns), tinted by its share of the rank."""
+    banks = dict.fromkeys(bank for found in runs.values() for bank in found)
+    rows = {
+        bank: [
+            HeatCell(
+                f"{found[bank]['mean']:.2f}", f"of {found[bank]['rank']}", found[bank]["mean"] / found[bank]["rank"]
+            )
+            if bank in found
+            else HeatCell()
+            for found in runs.values()
+        ]
+        for bank in banks
+    }
+    return HeatMap("", list(runs), rows)
 
 
 def final_scores_map(matrices: Mapping[str, TaskStageMatrix]) -> HeatMap:

@@ -22,6 +22,9 @@ from mslora_cr.evaluation.metrics import score_answers
 from mslora_cr.evaluation.score import SCORES, AnswerRecord, read_answers, read_scores
 
 PUBLISHED_SCORES = Path(__file__).with_name("published_scores.yaml")
+ROUTED, ROUTING = "routed", "routing.json"
+"""Where answers without the task being told go in a results folder, and what the router did there."""
+ANALYSIS = "analysis.json"
 BANK_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -138,6 +141,28 @@ class Evaluation(_Read):
         return several and all(len(set(banks)) <= 1 for banks in since.values())
 
 
+class StageRouting(_Read):
+    """What the router took the questions for after a stage.
+
+    Attributes:
+        learned: the tasks it knows. confusion: by a question's task, how many were taken for each of `learned`.
+        questions: how many are of learned tasks. accuracy: how many of those it knew, in percent.
+    """
+
+    stage: int
+    learned: tuple[str, ...]
+    confusion: dict[str, tuple[int, ...]]
+    questions: int
+    accuracy: float | None
+    interval: tuple[float, float] | None
+
+
+class Routing(_Read):
+    """`routing.json` of a results folder."""
+
+    stages: tuple[StageRouting, ...]
+
+
 class TaskEntry(_Read):
     """A finished task in the ledger."""
 
@@ -206,6 +231,8 @@ class RunRecord:
     tasks: tuple[str, ...]
     modalities: dict[str, str]
     evaluation: Evaluation | None
+    routing: Routing | None
+    analysis: dict[str, Any] | None
     ledger: RunLedger | None
     logs: dict[str, list[dict[str, float]]]
     similarity: Similarity | None
@@ -240,6 +267,8 @@ def read_run(run_dir: Path, results_dir: Path) -> RunRecord:
         tasks=tasks,
         modalities=evaluation.modalities if evaluation else {},
         evaluation=evaluation,
+        routing=_load(results_dir / ROUTED / ROUTING, Routing),
+        analysis=_read_analysis(results_dir / ANALYSIS),
         ledger=ledger,
         logs=logs,
         similarity=bank_similarity(banks) if len(banks) > 1 else None,
@@ -340,6 +369,15 @@ def _load(path: Path, model: type[Model]) -> Model | None:
         problem = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in problem["loc"])
         raise ReportError(f"{path}: {field or 'the file'}: {problem['msg']}") from None
+
+
+def _read_analysis(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"{path}: not JSON ({error}); `mslora-cr analyze` writes it anew") from None
 
 
 def _answer_files(evaluation: Evaluation, results_dir: Path) -> dict[str, Path]:

@@ -13,11 +13,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mslora_cr.evaluation import intervals
-from mslora_cr.evaluation.heatmaps import final_scores_map, matrix_map, similarity_map, span
+from mslora_cr.evaluation.compare import compare
+from mslora_cr.evaluation.heatmaps import (
+    confusion_map,
+    contribution_map,
+    cosine_map,
+    final_scores_map,
+    matrix_map,
+    rank_map,
+    similarity_map,
+    span,
+)
 from mslora_cr.evaluation.matrix import TaskStageMatrix
 from mslora_cr.evaluation.plots import loss_curves, stage_curves
 from mslora_cr.evaluation.record import (
     PUBLISHED_SCORES,
+    ROUTED,
     Evaluation,
     PublishedRun,
     ReportError,
@@ -133,6 +144,8 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
         "maps": [matrix_map(_capital(TITLES[key]), METRICS[key], evaluation) for key in present if evaluation],
         "curves": Markup(curves) if curves else None,
         "weights": _last_weights(run),
+        "routing": _routing(run) if run.routing else None,
+        "analysis": _analysis(run.analysis) if run.analysis else None,
         "similarity": similarity_map(run.similarity) if run.similarity else None,
         "kinship": _kinship(run.similarity, run.modalities) if run.similarity else None,
         "provenance": {
@@ -190,6 +203,31 @@ def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -
             }
         )
     return rows
+
+
+def _routing(run: RunRecord) -> dict[str, Any]:
+    """What the router did after the last stage that it was asked at, and what that costs against being told."""
+    assert run.routing is not None
+    last = run.routing.stages[-1]
+    context: dict[str, Any] = {"last": last, "stages": run.routing.stages, "map": confusion_map(last)}
+    try:
+        cost = compare({"told": run.results_dir, "routed": run.results_dir / ROUTED})
+        return context | {"cost": cost["metrics"], "why": None}
+    except ReportError as error:
+        return context | {"cost": {}, "why": str(error)}
+
+
+def _analysis(found: Mapping[str, Any]) -> dict[str, Any]:
+    """`analysis.json` as tables."""
+    similarity, contribution = found["similarity"], found["contribution"]
+    places = {"By decoder layer": "by_layer", "By module": "by_module"}
+    return {
+        "cosines": [cosine_map(title, similarity["banks"], similarity[place]) for title, place in places.items()],
+        "ranks": rank_map(found["effective_rank"]),
+        "contribution": contribution,
+        "contribution_map": contribution_map(contribution["rows"]) if contribution else None,
+        "changed": found["changed"],
+    }
 
 
 def _last_weights(run: RunRecord) -> dict[str, float]:

@@ -35,6 +35,7 @@ from mslora_cr.evaluation.evaluate import (
 )
 from mslora_cr.evaluation.generate import ANSWERS, answer_questions, forget_journals
 from mslora_cr.evaluation.intervals import interval, resampled_means
+from mslora_cr.evaluation.record import ROUTED, ROUTING
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.llava_med import LlavaMed
 from mslora_cr.methods import METHODS
@@ -59,9 +60,6 @@ from mslora_cr.training.stream import (
     task_folder,
     task_image_roots,
 )
-
-ROUTED = "routed"
-ROUTING = "routing.json"
 
 
 def evaluate_routed(
@@ -110,7 +108,7 @@ def evaluate_routed(
     if rank() == 0:
         order = [(task.name, stage) for task in config.stream for stage in asked if (task.name, stage) in rows]
         write_summary(config, folder / "evaluation.json", [rows[key] for key in order])
-        write_json(folder / ROUTING, {"run": config.run, "tasks": [t.name for t in config.stream], "stages": routing})
+        write_json(folder / ROUTING, {"stages": routing})
     wait_for_all()
     return folder / "evaluation.json"
 
