@@ -35,6 +35,8 @@ FROZEN = "frozen"
 WEIGHTS, CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "bank.json"
 MEMORY = "memory.safetensors"
 """What a method keeps of a task beside its bank."""
+ROUTER = "router.safetensors"
+"""What tells the task's questions from those of others."""
 PUBLISHED_WEIGHTS = "cl_lora.bin"
 _PEFT_PREFIX = "base_model.model."
 _PUBLISHED_KEY = re.compile(r"(model\.layers\.\d+\.\w+\.\w+)\.cl_lora_pool\.task_(\d+)_lora\.lora_([AB])")
@@ -65,12 +67,15 @@ class Bank:
 # --- on disk -------------------------------------------------------------------------------------------------------
 
 
-def save_bank(bank: Bank, folder: Path, dropout: float = 0.0, memory: Mapping[str, Tensor] | None = None) -> str:
+def save_bank(
+    bank: Bank, folder: Path, dropout: float = 0.0, beside: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> str:
     """Write a bank as a PEFT adapter with `bank.json` beside it, and return the SHA-256 of its weights.
 
-    `memory` is what the method keeps of the task, if anything; it goes into a file of its own.
-
     The folder appears whole or not at all: it is written under a temporary name and renamed.
+
+    Args:
+        beside: what else is kept of the task, by the name of its safetensors file; empty ones are not written.
     """
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
@@ -81,8 +86,9 @@ def save_bank(bank: Bank, folder: Path, dropout: float = 0.0, memory: Mapping[st
         tensors[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = a.contiguous()
         tensors[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = b.contiguous()
     save_file(tensors, staging / WEIGHTS, {"format": "pt"})
-    if memory:
-        save_file(dict(memory), staging / MEMORY)
+    for name, kept in (beside or {}).items():
+        if kept:
+            save_file(dict(kept), staging / name)
     digest = file_digest(staging / WEIGHTS)
     described = {**bank.metadata, "name": bank.name, "rank": bank.rank, "alpha": bank.alpha, "sha256": digest}
     (staging / METADATA).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -296,7 +302,7 @@ class BankStack:
                 weight = self._pristine.setdefault(name, weight.detach().clone())
             total = weight.to(torch.float32, copy=True)
             if banks:
-                a, b = _concatenated(name, banks)
+                a, b = concatenated(name, banks)
                 total.addmm_(b.to(total.device), a.to(total.device))
             linear.weight.copy_(total)
 
@@ -308,7 +314,7 @@ class BankStack:
             return
         rank = sum(bank.rank for bank in banks)
         model = get_peft_model(self._base, lora_config(rank, rank), adapter_name=FROZEN)
-        matrices = {name: _concatenated(name, banks) for name in self._linears}
+        matrices = {name: concatenated(name, banks) for name in self._linears}
         _copy_into(model, FROZEN, matrices)
         model.requires_grad_(False)
         self.model = model
@@ -377,7 +383,7 @@ class BankStack:
         return Bank(name, rank, alpha, matrices, metadata or {})
 
 
-def _concatenated(name: str, banks: Iterable[Bank]) -> tuple[Tensor, Tensor]:
+def concatenated(name: str, banks: Iterable[Bank]) -> tuple[Tensor, Tensor]:
     """Scaled A matrices on top of each other, B matrices side by side: B A is the sum of the banks' updates."""
     pairs = [(bank.scaling * bank.matrices[name][0], bank.matrices[name][1]) for bank in banks]
     return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mslora_cr.banks import PUBLISHED_WEIGHTS, Bank, BankError, export_published, load_bank
+from mslora_cr.banks import PUBLISHED_WEIGHTS, WEIGHTS, Bank, BankError, export_published, load_bank
 from mslora_cr.config import StreamConfig, Task
 from mslora_cr.methods import METHODS
 
@@ -63,7 +63,7 @@ def _place(folder: Path, config: StreamConfig, task: Task) -> Path | None:
     for root in roots:
         if (root / _published_name(config, task) / PUBLISHED_WEIGHTS).is_file():
             return root / _published_name(config, task)
-        if (root / "banks" / task.name).is_dir():
+        if (root / "banks" / task.name / WEIGHTS).is_file():
             return root / "banks" / task.name
     return None
 

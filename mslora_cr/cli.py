@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mslora_cr.config import StreamConfig
 
 EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
-EXTRAS |= {"deepspeed": "train", "wandb": "train", "tensorboard": "train", "h5py": "data"}
+EXTRAS |= {"rouge_score": "eval", "deepspeed": "train", "wandb": "train", "tensorboard": "train", "h5py": "data"}
 EXTRAS |= {"bitsandbytes": "quantization"}
 OVERRIDES = "any value of the configuration, e.g. lora.rank=32 tasks.pathvqa.epochs=1 'tasks.*.batch_size=8'"
 
@@ -76,6 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_score(commands)
     _add_report(commands)
+    _add_compare(commands)
+    _add_analyze(commands)
     _add_data(commands)
     _add_model(commands)
     _add_bank(commands)
@@ -199,16 +201,17 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         "answer and score the test questions of every learned task; a killed evaluation goes on",
         "mslora-cr evaluate configs/demo.yaml",
         "mslora-cr evaluate configs/demo.yaml --stages all",
+        "mslora-cr evaluate configs/demo.yaml --banks-by routed     # without telling the task",
         "mslora-cr evaluate configs/finetune_mslora_cr_ortho.yaml --banks checkpoints/published",
     )
     _add_config(parser)
     parser.add_argument("--task", metavar="NAME", help="answer this task only")
     parser.add_argument(
         "--stages",
-        choices=("own", "seen", "all"),
-        default="own",
-        help="own: task t after task t, as published (default); seen: at every stage from its own on; "
-        "all: the whole task × stage matrix",
+        choices=("own", "final", "seen", "all"),
+        help="own: task t after task t, as published (default); final: all after the last task (default if routed); "
+        "seen: at every stage from its own on; "
+        "all: the whole task × stage matrix, and the base model without a bank (forward transfer needs both)",
     )
     parser.add_argument(
         "--banks",
@@ -216,19 +219,31 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="take the banks from published checkpoint folders or another run folder",
     )
+    parser.add_argument(
+        "--banks-by",
+        choices=("prefix", "all", "routed"),
+        help="which banks answer task t: prefix: 1..t, as published (default); all: every bank there is; routed: the "
+        "prefix of the task that the router takes each question for, with results in routed/",
+    )
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if args.banks_by:
+        args.overrides.append(f"evaluation.banks_by={args.banks_by}")
     config = _config(args)
     _quieten()
     from mslora_cr.chains import load_chain
     from mslora_cr.evaluation.evaluate import evaluate
+    from mslora_cr.evaluation.routed import evaluate_routed
     from mslora_cr.training.distributed import rank, stopping_together
 
     with stopping_together():
         banks = load_chain(args.banks, config) if args.banks else None
-        path = evaluate(config, args.stages, args.task, banks)
+        if config.evaluation.banks_by == "routed":
+            path = evaluate_routed(config, args.stages or "final", args.task, banks)
+        else:
+            path = evaluate(config, args.stages or "own", args.task, banks)
     if rank() == 0:
         print(f"answers and scores: {path.parent}")
     return 0
@@ -275,10 +290,116 @@ def _report(args: argparse.Namespace) -> int:
     from mslora_cr.config import load_config
     from mslora_cr.evaluation.report import write_report
 
-    source = args.target / "config.yaml" if args.target.is_dir() else args.target
-    config = load_config(source, args.overrides)
+    config = load_config(_config_file(args.target), args.overrides)
     print(f"report: {write_report(config.run_dir, config.results_run_dir)}")
     return 0
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "compare",
+        "test runs of the same questions against the first one, per task and overall",
+        "mslora-cr compare checkpoints/mslora_cr checkpoints/sequential",
+        "mslora-cr compare configs/a.yaml configs/b.yaml --at own --output comparison.json",
+        "mslora-cr compare results/RUN results/RUN/routed     # what routing costs against being told the task",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run's configuration, its run folder or its results folder; at least two, the first is the baseline",
+    )
+    parser.add_argument(
+        "--at",
+        choices=("final", "own"),
+        default="final",
+        help="final: score each task after the last stage (default; needs evaluate --stages seen, where they are "
+        "several); own: each at its own stage, as published",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the tests there too")
+    parser.set_defaults(run=_compare)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from mslora_cr.evaluation.compare import compare, render_comparison
+    from mslora_cr.training.ledger import write_json
+
+    if len(args.runs) < 2:
+        raise UserError("compare needs at least two runs, the baseline first")
+    folders = [_results_folder(target) for target in args.runs]
+    labels = _labels(folders)
+    found = compare(dict(zip(labels, folders, strict=True)), args.at)
+    print(render_comparison(found))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.output, found)
+    return 0
+
+
+def _add_analyze(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "analyze",
+        "look for what explains a run's result, and put it into the report: how banks lie to each other, their "
+        "effective ranks, what each adds to the answers, which answers changed",
+        "mslora-cr analyze configs/demo.yaml",
+        "mslora-cr analyze checkpoints/with_beta --against checkpoints/without_beta",
+        "mslora-cr analyze checkpoints/RUN --questions 0     # without asking the model",
+    )
+    parser.add_argument("target", type=Path, metavar="RUN", help="the run's configuration, or its run folder")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    parser.add_argument(
+        "--against", nargs="+", type=Path, default=[], metavar="RUN", help="put these runs' effective ranks beside"
+    )
+    parser.add_argument(
+        "--questions",
+        type=int,
+        default=200,
+        metavar="N",
+        help="ask at most so many questions of a task, with every bank left out once (default 200; 0: none)",
+    )
+    parser.set_defaults(run=_analyze)
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    _quieten()
+    from mslora_cr.config import load_config
+    from mslora_cr.evaluation.analyze import analyze
+    from mslora_cr.evaluation.report import write_report
+    from mslora_cr.training.distributed import rank, stopping_together
+
+    config = load_config(_config_file(args.target), args.overrides)
+    others = [load_config(_config_file(target)) for target in args.against]
+    with stopping_together():
+        path = analyze(config, others, args.questions)
+    if rank() == 0:
+        print(f"analysis: {path}\nreport: {write_report(config.run_dir, config.results_run_dir)}")
+    return 0
+
+
+def _config_file(target: Path) -> Path:
+    """A run's configuration, given as such or by its run folder."""
+    return target / "config.yaml" if target.is_dir() else target
+
+
+def _results_folder(target: Path) -> Path:
+    """The results folder of a run that is named by its configuration, its run folder or that folder itself."""
+    from mslora_cr.config import load_config
+
+    if (target / "evaluation.json").is_file():
+        return target
+    return load_config(_config_file(target)).results_run_dir
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, or whole paths where names repeat."""
+    names = [folder.name for folder in folders]
+    labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"a run stands twice among {', '.join(labels)}")
+    return labels
 
 
 # --- data, model, bank ---------------------------------------------------------------------------------------------
@@ -363,6 +484,15 @@ def _add_bank(commands: argparse._SubParsersAction) -> None:
     _add_config(export)
     export.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the run's folder goes")
     export.set_defaults(run=_export)
+    fit = _command(
+        actions,
+        "fit-router",
+        "put with the banks what `evaluate --banks-by routed` needs, for banks that were trained elsewhere",
+        "mslora-cr bank fit-router configs/finetune_mslora_cr_ortho.yaml",
+    )
+    _add_config(fit)
+    fit.add_argument("--task", metavar="NAME", help="for this task only")
+    fit.set_defaults(run=_fit_router)
     show = _command(
         actions,
         "show",
@@ -382,6 +512,18 @@ def _export(args: argparse.Namespace) -> int:
 
     for folder in export_chain(finished_banks(config), config, args.output):
         print(folder)
+    return 0
+
+
+def _fit_router(args: argparse.Namespace) -> int:
+    config = _config(args)
+    _quieten()
+    from mslora_cr.evaluation.routed import fit_router
+    from mslora_cr.training.distributed import stopping_together
+
+    with stopping_together():
+        for path in fit_router(config, args.task):
+            print(path)
     return 0
 
 

@@ -155,8 +155,9 @@ class EvaluationConfig(_Strict):
 
     max_new_tokens: PositiveInt = 100
     batch_size: PositiveInt = 16
-    banks_by: Literal["prefix", "all"] = "prefix"
-    """Banks that answer task i at stage k: `prefix` takes 1..min(i, k) (published), `all` takes 1..k."""
+    banks_by: Literal["prefix", "all", "routed"] = "prefix"
+    """Banks that answer task i at stage k: `prefix` takes 1..min(i, k) (published), `all` takes 1..k, `routed` takes
+    `prefix`'s of the task that the router takes a question for."""
 
 
 class DatasetConfig(_Strict):

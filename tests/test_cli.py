@@ -8,8 +8,19 @@ import pytest
 
 from mslora_cr.cli import main
 
-COMMANDS = ("", "demo", "train", "evaluate", "score", "report", "data check", "data prepare", "data download")
-COMMANDS += ("model download", "model inspect", "bank export", "bank show")
+COMMANDS = (
+    "",
+    "demo",
+    "train",
+    "evaluate",
+    "score",
+    "report",
+    "compare",
+    "data check",
+    "data prepare",
+    "data download",
+)
+COMMANDS += ("model download", "model inspect", "bank export", "bank fit-router", "bank show")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

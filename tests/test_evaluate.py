@@ -104,16 +104,17 @@ def test_batched_answers_are_those_given_one_by_one(results: Results, asked: lis
 def test_the_whole_matrix(results: Results, asked: list[int]) -> None:
     summary = results.evaluate("--stages", "all")
     banks = {(cell["task"], cell["stage"]): cell["banks"] for cell in summary["cells"]}
-    assert summary["stages"] == [1, 2, 3]
-    # As published, task i is answered with banks 1..i from its own stage on, and with those there are before.
+    assert summary["stages"] == [0, 1, 2, 3]
+    # As published, task i is answered with banks 1..i from its own stage on, and with those there are before; at stage
+    # 0 the base model answers alone.
     assert banks == {
-        (task, stage): TASKS[: min(number, stage)] for number, task in enumerate(TASKS, 1) for stage in (1, 2, 3)
+        (task, stage): TASKS[: min(number, stage)] for number, task in enumerate(TASKS, 1) for stage in (0, 1, 2, 3)
     }
     places = {(cell["task"], cell["stage"]): cell["answers"] for cell in summary["cells"]}
     assert places["pathvqa", 1] == places["pathvqa", 3] == "pathvqa/answer-file.jsonl"
     assert places["PCAM", 1] == "PCAM/stage-1/answer-file.jsonl"
-    # 1 way to answer the first task, 2 for the second, 3 for the third.
-    assert sum(asked) == 1 * 8 + 2 * 8 + 3 * 4
+    # 2 ways to answer the first task, 3 for the second, 4 for the third.
+    assert sum(asked) == 2 * 8 + 3 * 8 + 4 * 4
 
 
 def test_all_banks_at_every_stage(results: Results, asked: list[int]) -> None:
@@ -148,7 +149,8 @@ def cell_table(config: StreamConfig, stages: Any, learned: list[int]) -> dict[tu
 def test_cells_of_each_method(method: str, expected: Any, trained_config: Path) -> None:
     """With two of three tasks learned."""
     config = load_config(trained_config, [f"method={method}"])
-    assert cell_table(config, "all", [1, 2]) == expected
+    zero_shot = {(task, 0): () for task in (1, 2, 3)}
+    assert cell_table(config, "all", [1, 2]) == expected | zero_shot
     assert cell_table(config, "own", [1, 2]) == {key: expected[key] for key in ((1, 1), (2, 2))}
     assert cell_table(config, "seen", [1, 2]) == {key: expected[key] for key in ((1, 1), (1, 2), (2, 2))}
 
@@ -181,7 +183,7 @@ POINTS = {
     "all answered, the file not yet written": KillPoint("mslora_cr.evaluation.generate:_publish"),
     "the file written, not yet taken note of": KillPoint("mslora_cr.evaluation.generate:_publish", after=True),
     "before the second task": KillPoint("mslora_cr.evaluation.evaluate:score_file", after=True),
-    "before the summary": KillPoint("mslora_cr.evaluation.evaluate:_write_summary"),
+    "before the summary": KillPoint("mslora_cr.evaluation.evaluate:write_summary"),
 }
 
 

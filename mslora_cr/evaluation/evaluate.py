@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mslora_cr.banks import Bank, BankError, BankStack
-from mslora_cr.config import StreamConfig, Task
+from mslora_cr.config import ConfigError, StreamConfig, Task
 from mslora_cr.data.collator import QuestionSamples
 from mslora_cr.data.records import TestRecords
 from mslora_cr.evaluation.generate import ANSWERS, Decoding, answer_questions, forget_journals
@@ -22,13 +22,15 @@ from mslora_cr.training.ledger import Ledger, environment, write_json
 from mslora_cr.training.stream import load_base, preprocessing, task_folder, task_image_roots
 
 STAMP = "answers.json"
-Stages = Literal["own", "seen", "all"]
-"""`own`: each task at its own stage (published); `seen`: at every stage from its own on; `all`: at every stage."""
+Stages = Literal["own", "final", "seen", "all"]
+"""`own`: each task at its own stage (published); `final`: all after the last stage; `seen`: each at every stage from
+its own on; `all`: at every stage, and at stage 0, where the base model answers without a bank (zero shot)."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A task to answer at a stage (from 1), the banks that answer it, and where its answers go."""
+    """A task to answer at a stage, the banks that answer it, and where its answers go. Stages count from 1; 0 is the
+    base model."""
 
     task: Task
     stage: int
@@ -48,15 +50,19 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
         number, places = task.index + 1, {}
         own = method.banks(number, number, config.evaluation.banks_by)
         places[tuple(own)] = config.results_run_dir / task.name
-        for stage in {"own": [number], "seen": range(number, len(config.tasks) + 1)}.get(
-            stages, range(1, len(config.tasks) + 1)
-        ):
-            banks = tuple(method.banks(number, stage, config.evaluation.banks_by))
-            if stage not in answering or not set(banks) <= set(learned):
+        for stage in stages_of(task, stages, config):
+            banks = tuple(method.banks(number, stage, config.evaluation.banks_by)) if stage else ()
+            if stage not in (0, *answering) or not set(banks) <= set(learned):
                 continue
             folder = places.setdefault(banks, config.results_run_dir / task.name / f"stage-{stage}")
             found.append(Cell(task, stage, banks, folder))
     return found
+
+
+def stages_of(task: Task, stages: Stages, config: StreamConfig) -> Sequence[int]:
+    """The stages at which a task is to be answered."""
+    own, last = task.index + 1, len(config.tasks)
+    return {"own": [own], "final": [last], "seen": range(own, last + 1), "all": range(last + 1)}[stages]
 
 
 def evaluate(
@@ -73,14 +79,18 @@ def evaluate(
     Raises:
         ConfigError, DataError, ModelError, BankError: before anything is answered.
     """
+    if config.evaluation.banks_by == "routed":
+        raise ConfigError("evaluation.banks_by is `routed`, which is answered by evaluate_routed")
     start_process_group(own_device(config.model.device).type == "cuda")
     chain = dict(banks) if banks is not None else finished_banks(config)
     learned = [task.index + 1 for task in config.stream if task.name in chain]
     wanted = [cell for cell in cells(config, stages, learned) if only in (None, cell.task.name)]
     if only is not None:
         config.task(only)
-    if not wanted:
+    if not learned and not wanted:
         raise BankError(f"no task of this run is trained yet in {config.run_dir}; train one first")
+    if not wanted:
+        raise BankError(f"the banks in {config.run_dir} do not reach the stages asked for ({stages}); train the rest")
     by_number = {task.index + 1: chain[task.name] for task in config.stream if task.name in chain}
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
     records = {name: TestRecords(task_folder(config, config.task(name)) / "test.jsonl") for name in sorted(names)}
@@ -89,7 +99,7 @@ def evaluate(
     rows = {(cell.task.name, cell.stage): session.answer(cell, records[cell.task.name]) for cell in _by_banks(wanted)}
     path = config.results_run_dir / "evaluation.json"
     if rank() == 0:
-        _write_summary(config, path, [rows[cell.task.name, cell.stage] for cell in wanted])
+        write_summary(config, path, [rows[cell.task.name, cell.stage] for cell in wanted])
     wait_for_all()
     return path
 
@@ -111,7 +121,7 @@ class _Session:
     def __init__(self, config: StreamConfig, banks: Mapping[int, Bank]) -> None:
         self.config = config
         self.banks = banks
-        self._digests = {number: _bank_digest(bank) for number, bank in banks.items()}
+        self._digests = {number: bank_digest(bank) for number, bank in banks.items()}
         self._loaded: tuple[BankStack, Any] | None = None
         self._folded: tuple[int, ...] | None = None
 
@@ -119,7 +129,7 @@ class _Session:
         """Answer and score a cell, unless that was done before; its row of `evaluation.json`."""
         stamp = cell.folder / STAMP
         fingerprint = self._fingerprint(cell, records)
-        known = from_first_rank(_read_stamp(cell.folder))
+        known = from_first_rank(read_stamp(cell.folder))
         if known.get("fingerprint") != fingerprint or not (cell.folder / ANSWERS).is_file():
             if rank() == 0:
                 stamp.unlink(missing_ok=True)  # it must never stand beside answers that it does not describe
@@ -130,17 +140,9 @@ class _Session:
         if rank() == 0:
             score_file(cell.folder / ANSWERS, cell.folder)
         wait_for_all()
-        metrics = json.loads((cell.folder / "metrics.json").read_text(encoding="utf-8"))
-        return {
-            "task": cell.task.name,
-            "stage": cell.stage,
-            "banks": [self.banks[number].name for number in cell.banks],
-            "answers": str((cell.folder / ANSWERS).relative_to(self.config.results_run_dir)),
-            "fingerprint": fingerprint,
-            "rows": len(records),
-            "seconds": known["seconds"],
-            "metrics": metrics["metrics"],
-        }
+        names = [self.banks[number].name for number in cell.banks]
+        root = self.config.results_run_dir
+        return cell_row(cell.task, cell.stage, names, cell.folder, root, fingerprint, records, known["seconds"])
 
     def _answer(self, cell: Cell, records: TestRecords, fingerprint: str) -> dict[str, Any]:
         started = time.monotonic()
@@ -149,15 +151,9 @@ class _Session:
             stack.freeze([self.banks[number] for number in cell.banks])
             stack.model.eval()
             self._folded = cell.banks
-        decoding = Decoding(
-            max_new_tokens=self.config.evaluation.max_new_tokens,
-            batch_size=self.config.evaluation.batch_size,
-            model_id=Path(self.config.model.path).name,
-            workers=int(self.config.training.get("dataloader_num_workers", 0)),
-        )
         samples = QuestionSamples(records, task_image_roots(self.config, cell.task), prepare)
         label = f"{cell.task.name} with {'+'.join(self.banks[number].name for number in cell.banks) or 'no bank'}"
-        answer_questions(stack.model, samples, cell.folder, decoding, fingerprint, label)
+        answer_questions(stack.model, samples, cell.folder, decoding(self.config), fingerprint, label)
         return {"fingerprint": fingerprint, "seconds": round(time.monotonic() - started, 3)}
 
     def _model(self) -> tuple[BankStack, Any]:
@@ -171,25 +167,67 @@ class _Session:
 
     def _fingerprint(self, cell: Cell, records: TestRecords) -> str:
         """What decides a cell's answers."""
-        decisive = {
+        facts = {
+            **decisive(self.config),
             "banks": [self._digests[number] for number in cell.banks],
             "scalings": [self.banks[number].scaling for number in cell.banks],
             "questions": records.digest,
-            "model": self.config.model.model_dump(exclude={"device"}),
-            "data": self.config.data.model_dump(exclude={"root", "check_images"}),
             "fold": self.config.lora.fold,
-            "max_new_tokens": self.config.evaluation.max_new_tokens,
         }
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _read_stamp(folder: Path) -> dict[str, Any]:
+def decoding(config: StreamConfig) -> Decoding:
+    return Decoding(
+        max_new_tokens=config.evaluation.max_new_tokens,
+        batch_size=config.evaluation.batch_size,
+        model_id=Path(config.model.path).name,
+        workers=int(config.training.get("dataloader_num_workers", 0)),
+    )
+
+
+def decisive(config: StreamConfig) -> dict[str, Any]:
+    """What decides answers, whoever gives them."""
+    return {
+        "model": config.model.model_dump(exclude={"device"}),
+        "data": config.data.model_dump(exclude={"root", "check_images"}),
+        "max_new_tokens": config.evaluation.max_new_tokens,
+    }
+
+
+def cell_row(
+    task: Task,
+    stage: int,
+    banks: Sequence[str],
+    folder: Path,
+    root: Path,
+    fingerprint: str,
+    records: TestRecords,
+    seconds: float,
+) -> dict[str, Any]:
+    """A row of `evaluation.json`, once the answers in `folder`, somewhere below `root`, are scored."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return {
+        "task": task.name,
+        "stage": stage,
+        "banks": list(banks),
+        "answers": str((folder / ANSWERS).relative_to(root)),
+        "fingerprint": fingerprint,
+        "questions": records.digest,
+        "rows": len(records),
+        "seconds": seconds,
+        "metrics": metrics["metrics"],
+        "intervals": metrics["intervals"],
+    }
+
+
+def read_stamp(folder: Path) -> dict[str, Any]:
     """What an answer file was made from, and how long it took; empty if there is none."""
     stamp = folder / STAMP
     return json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
 
 
-def _bank_digest(bank: Bank) -> str:
+def bank_digest(bank: Bank) -> str:
     digest = hashlib.sha256()
     for name, pair in bank.matrices.items():
         digest.update(name.encode())
@@ -198,7 +236,7 @@ def _bank_digest(bank: Bank) -> str:
     return digest.hexdigest()
 
 
-def _write_summary(config: StreamConfig, path: Path, rows: list[dict[str, Any]]) -> None:
+def write_summary(config: StreamConfig, path: Path, rows: list[dict[str, Any]]) -> None:
     """Merge this call's cells into `evaluation.json`, task by task and stage by stage.
 
     Cells of an earlier call stay only if their answers still are what they were scored from.
@@ -208,7 +246,7 @@ def _write_summary(config: StreamConfig, path: Path, rows: list[dict[str, Any]])
     kept_cells = [
         row
         for row in old["cells"]
-        if same and _read_stamp((path.parent / row["answers"]).parent).get("fingerprint") == row["fingerprint"]
+        if same and read_stamp((path.parent / row["answers"]).parent).get("fingerprint") == row["fingerprint"]
     ]
     merged = {(row["task"], row["stage"]): row for row in [*kept_cells, *rows]}
     order = [task.name for task in config.tasks]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from mslora_cr.data.collator import QuestionCollator, QuestionSamples
+from mslora_cr.data.collator import Preprocessing, QuestionCollator, Sample
+from mslora_cr.data.records import TestRecord
 from mslora_cr.data.tokenizer import Tokenizer
 from mslora_cr.training.distributed import from_first_rank, rank, wait_for_all, world_size
 
@@ -31,15 +32,28 @@ class Decoding:
     workers: int = 0
 
 
+class Questions(Protocol):
+    """What is answered: the questions of a task's file, or of several."""
+
+    @property
+    def preprocessing(self) -> Preprocessing: ...
+    @property
+    def records(self) -> Iterable[TestRecord]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Sample: ...
+    def encode(self, index: int, /) -> list[int]: ...
+
+
 def answer_questions(
     model: nn.Module,
-    samples: QuestionSamples,
+    samples: Questions,
     folder: Path,
     decoding: Decoding,
     fingerprint: str,
     label: str,
+    choose: Callable[[Sequence[int]], None] | None = None,
 ) -> Path:
-    """Answer every question of a task, greedily, and write `answer-file.jsonl` in the questions' order.
+    """Answer every question of some samples, greedily, and write `answer-file.jsonl` in the questions' order.
 
     Each batch is appended to a file of this rank as soon as it is answered, so that a killed run goes on after its
     last batch. The answer file appears whole, when the last question is answered.
@@ -49,6 +63,7 @@ def answer_questions(
         fingerprint: says what decides the answers (banks, questions, limits); answers given under another one are
             thrown away.
         label: what the progress bar says.
+        choose: is told the questions of each batch before they are answered.
     """
     target = folder / ANSWERS
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +77,7 @@ def answer_questions(
         journal.open("a", encoding="utf-8") as file,
         tqdm(desc=label, total=len(samples), initial=len(answered), unit="answer", disable=rank() != 0) as bar,
     ):
-        for rows in _answer_batches(model, samples, mine, decoding):
+        for rows in _answer_batches(model, samples, mine, decoding, choose):
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             file.flush()
             bar.update(len(rows) * world_size())
@@ -73,24 +88,30 @@ def answer_questions(
     return target
 
 
-def _by_length(samples: QuestionSamples) -> list[int]:
+def _by_length(samples: Questions) -> list[int]:
     """Longest first: padding is least among neighbours, and what does not fit in memory fails at once."""
     lengths = [len(samples.encode(index)) for index in range(len(samples))]
     return sorted(range(len(samples)), key=lambda index: -lengths[index])
 
 
 def _answer_batches(
-    model: nn.Module, samples: QuestionSamples, batches: list[list[int]], decoding: Decoding
+    model: nn.Module,
+    samples: Questions,
+    batches: list[list[int]],
+    decoding: Decoding,
+    choose: Callable[[Sequence[int]], None] | None,
 ) -> Iterator[list[dict[str, Any]]]:
     tokenizer = samples.preprocessing.tokenizer
-    loader = DataLoader(
-        samples,
+    loader: DataLoader[Any] = DataLoader(
+        samples,  # type: ignore[arg-type]  # it has what a Dataset has
         batch_sampler=batches,
         collate_fn=QuestionCollator(tokenizer.pad_token_id),
         num_workers=decoding.workers,
     )
     for batch in loader:
         indices = batch.pop("record_index").tolist()
+        if choose is not None:
+            choose(indices)
         texts = tokenizer.decode(greedy(model, batch, tokenizer, decoding.max_new_tokens))
         yield [{"index": index, "text": text} for index, text in zip(indices, texts, strict=True)]
 
@@ -135,9 +156,7 @@ def _read_journals(folder: Path, fingerprint: str) -> dict[int, str]:
     return answered
 
 
-def _publish(
-    samples: QuestionSamples, answered: dict[int, str], target: Path, decoding: Decoding, fingerprint: str
-) -> None:
+def _publish(samples: Questions, answered: dict[int, str], target: Path, decoding: Decoding, fingerprint: str) -> None:
     assert len(answered) == len(samples), f"{len(samples) - len(answered)} questions have no answer"
     staging = target.with_name(f".{target.name}.tmp")
     with staging.open("w", encoding="utf-8") as file:

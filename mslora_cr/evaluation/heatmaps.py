@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mslora_cr.evaluation.matrix import MissingCellError, TaskStageMatrix
-from mslora_cr.evaluation.record import Evaluation, Similarity
+from mslora_cr.evaluation.record import Evaluation, Similarity, StageRouting
 
 
 @dataclass(frozen=True)
 class HeatCell:
-    """What a cell says, in small letters too, and how strongly it is tinted, in [0, 1]; None leaves it
-    blank."""
+    """What a cell says, in small letters too, how strongly it is tinted, in [0, 1] (None leaves it blank), and the
+    interval of its number."""
 
     text: str = ""
     note: str = ""
     tint: float | None = None
+    span: str = ""
+
+
+def span(ends: tuple[float, float] | None, digits: int = 1) -> str:
+    """An interval's ends as text; empty without one."""
+    # Adding zero turns -0.0, which rounding leaves, into 0.0.
+    return "" if ends is None else " to ".join(f"{round(end, digits) + 0:.{digits}f}" for end in ends)
 
 
 @dataclass(frozen=True)
@@ -31,13 +39,17 @@ class HeatMap:
     last: Sequence[str] = ()
 
 
-def matrix_map(title: str, matrix: TaskStageMatrix, evaluation: Evaluation) -> HeatMap:
-    """Scores by task and stage; each cell notes the numbers of the banks that answered, in stream order."""
-    banks = {(cell.task, cell.stage): _numbers(cell.banks, matrix.stream) for cell in evaluation.cells}
-    stages = range(1, matrix.last + 1)
+def matrix_map(title: str, metric: str, evaluation: Evaluation) -> HeatMap | None:
+    """A metric by task and stage; each cell notes the numbers of the banks that answered, and its interval."""
+    matrix = evaluation.matrix(metric)
+    if matrix is None:
+        return None
+    spans = {(cell.task, cell.stage): span(cell.intervals.get(metric), 0) for cell in evaluation.cells}
+    cells = {(cell.task, cell.stage): cell for cell in evaluation.cells}
+    stages = range(min(1, *(stage for _, stage in matrix.scores)), matrix.last + 1)
     rows = {
         task: [
-            HeatCell(f"{score:.1f}", banks[task, stage], score / 100)
+            HeatCell(f"{score:.1f}", evaluation.bank_numbers(cells[task, stage]), score / 100, spans[task, stage])
             if (score := matrix.scores.get((task, stage))) is not None
             else HeatCell()
             for stage in stages
@@ -64,6 +76,63 @@ def similarity_map(similarity: Similarity) -> HeatMap:
     return HeatMap("", similarity.banks[:-1], rows)
 
 
+def confusion_map(stage: StageRouting) -> HeatMap:
+    """Of each task's questions (rows), the share in percent that were taken for each learned task; counts in small."""
+    rows = {
+        task: [
+            HeatCell(f"{100 * count / sum(counts):.1f}", str(count), count / sum(counts)) if count else HeatCell()
+            for count in counts
+        ]
+        for task, counts in stage.confusion.items()
+    }
+    return HeatMap("", stage.learned, rows)
+
+
+def cosine_map(title: str, banks: Sequence[str], places: Mapping[str, Sequence[Sequence[float]]]) -> HeatMap:
+    """Cosines of every two banks' updates (rows) by place (columns), tinted by their size over the largest."""
+    pairs = [(one, two) for two in range(len(banks)) for one in range(two)]
+    largest = max((abs(values[one][two]) for values in places.values() for one, two in pairs), default=0.0) or 1.0
+    rows = {
+        f"{banks[one]} · {banks[two]}": [
+            HeatCell(f"{value:.2f}", "", abs(value) / largest)
+            for values in places.values()
+            for value in [values[one][two]]
+        ]
+        for one, two in pairs
+    }
+    return HeatMap(title, list(places), rows)
+
+
+def contribution_map(rows: Sequence[Mapping[str, Any]]) -> HeatMap:
+    """What each task (rows) loses, in points, without each bank (columns); losses are tinted, intervals in small."""
+    banks = list(dict.fromkeys(row["dropped"] for row in rows))
+    tasks: dict[str, dict[str, HeatCell]] = {}
+    for row in rows:
+        lost = row["contribution"]
+        cell = HeatCell(
+            f"{round(lost, 1) + 0:+.1f}", "", max(0.0, min(1.0, lost / 100)), span(tuple(row["interval"]), 0)
+        )
+        tasks.setdefault(row["task"], {})[row["dropped"]] = cell
+    return HeatMap("", banks, {task: [cells.get(bank, HeatCell()) for bank in banks] for task, cells in tasks.items()})
+
+
+def rank_map(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> HeatMap:
+    """Mean effective rank of each bank (rows) in each run (columns), tinted by its share of the rank."""
+    banks = dict.fromkeys(bank for found in runs.values() for bank in found)
+    rows = {
+        bank: [
+            HeatCell(
+                f"{found[bank]['mean']:.2f}", f"of {found[bank]['rank']}", found[bank]["mean"] / found[bank]["rank"]
+            )
+            if bank in found
+            else HeatCell()
+            for found in runs.values()
+        ]
+        for bank in banks
+    }
+    return HeatMap("", list(runs), rows)
+
+
 def final_scores_map(matrices: Mapping[str, TaskStageMatrix]) -> HeatMap:
     """Each task after the last stage, a column for each run."""
     tasks = dict.fromkeys(task for matrix in matrices.values() for task in matrix.tasks)
@@ -84,14 +153,3 @@ def _lost(matrix: TaskStageMatrix, task: str) -> str:
         return f"{round(matrix.forgetting_of(task), 1) + 0:.1f}"
     except MissingCellError:
         return "–"
-
-
-def _numbers(banks: Sequence[str], stream: Sequence[str]) -> str:
-    """`1-3` or `2, 5`: the places of banks in the stream; `none` for the base alone; names if they are
-    others."""
-    if not set(banks) <= set(stream):
-        return ", ".join(banks)
-    places = sorted(stream.index(bank) + 1 for bank in banks)
-    if len(places) > 1 and places == list(range(places[0], places[-1] + 1)):
-        return f"{places[0]}–{places[-1]}"
-    return ", ".join(map(str, places)) or "none"

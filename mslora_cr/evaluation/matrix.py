@@ -1,9 +1,9 @@
 """The task × stage matrix of a stream, and what continual learning reads off it.
 
 ``R[i,k]`` is the score of task i after stage k, in percent: the model that has learned the first k tasks of
-the stream. Stages and tasks count from 1, so task i is learned at stage i; T is the last stage. The averages
-run over the N tasks that have the score at all (an open-ended task has no closed accuracy), which need not be
-all T.
+the stream. Stages and tasks count from 1, so task i is learned at stage i; T is the last stage, and stage 0 is
+the base model without a bank (zero shot). The averages run over the N tasks that have the score at all (an
+open-ended task has no closed accuracy), which need not be all T.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TaskStageMatrix:
     Attributes:
         stream: the names of all T tasks in the order in which they are learned.
         tasks: the names of the N tasks that have the score, at least one, in the same order.
-        scores: R, in percent, by task name and stage (1..T).
+        scores: R, in percent, by task name and stage (0..T).
 
     Raises:
         ValueError: `tasks` is empty or not a subsequence of `stream`, or a score is outside the matrix.
@@ -41,7 +41,7 @@ class TaskStageMatrix:
         if not self.tasks or tuple(task for task in self.stream if task in self.tasks) != self.tasks:
             raise ValueError(f"tasks {self.tasks} must be some of the stream {self.stream}, in its order")
         for task, stage in self.scores:
-            if task not in self.tasks or not 1 <= stage <= self.last:
+            if task not in self.tasks or not 0 <= stage <= self.last:
                 raise ValueError(f"score of task {task!r} at stage {stage} is outside the matrix")
 
     @property
@@ -147,23 +147,20 @@ class TaskStageMatrix:
             [self.cell(task, self.last) - self.cell(task, self.learned_at(task)) for task in self._before_last()]
         )
 
-    def forward_transfer(self, zero_shot: Mapping[str, float]) -> float:
-        """The mean of ``R[i,i-1] - b_i`` over the tasks after the first stage, in points; 0 without such.
+    def forward_transfer(self) -> float:
+        """The mean of ``R[i,i-1] - R[i,0]`` over the tasks after the first stage, in points; 0 without such.
 
-        What the stages before a task do for it, against `zero_shot`: the scores b of the base model without a
-        bank, in percent. Source: Lopez-Paz and Ranzato, NeurIPS 2017, whose b is a model initialised at
-        random.
+        What the stages before a task do for it, against zero shot. Source: Lopez-Paz and Ranzato, NeurIPS 2017,
+        whose b_i, here R[i,0], is the score of a model initialised at random.
 
         Raises:
-            MissingCellError: a task was not evaluated at the stage before its own, or has no zero-shot score.
+            MissingCellError: a task was not evaluated at the stage before its own, or at stage 0.
         """
         later = [task for task in self.tasks if self.learned_at(task) > 1]
-        if absent := [task for task in later if task not in zero_shot]:
-            raise MissingCellError(f"no zero-shot score for {', '.join(absent)}; evaluate the base model without banks")
-        return _mean_or_zero([self.cell(task, self.learned_at(task) - 1) - zero_shot[task] for task in later])
+        return _mean_or_zero([self.cell(task, self.learned_at(task) - 1) - self.cell(task, 0) for task in later])
 
     def summary(self) -> dict[str, float | None]:
-        """Every figure that needs nothing but the matrix, by name; None where a cell is missing."""
+        """Every figure by name; None where a cell is missing."""
         return {
             figure.__name__: _or_none(figure)
             for figure in (
@@ -172,6 +169,7 @@ class TaskStageMatrix:
                 self.average_incremental_accuracy,
                 self.forgetting,
                 self.backward_transfer,
+                self.forward_transfer,
             )
         }
 

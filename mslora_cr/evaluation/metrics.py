@@ -1,8 +1,8 @@
-"""Text metrics of generated answers, as the published MSLoRA-CR evaluation computes them.
+"""Text metrics of generated answers: those of the published MSLoRA-CR evaluation, and two more for reports.
 
-An answer and its truth are normalised the way the VQA challenge normalises answers (Antol et al., "VQA:
-Visual Question Answering", ICCV 2015), in the variant that LLaVA-Med's evaluation uses. Everything here is a
-pure function of the texts.
+For the published ones an answer and its truth are normalised the way the VQA challenge normalises answers
+(Antol et al., "VQA: Visual Question Answering", ICCV 2015), in the variant that LLaVA-Med's evaluation uses.
+Everything here is a pure function of the texts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Literal, NamedTuple, Protocol
 
 from nltk.translate.bleu_score import sentence_bleu
+from rouge_score.rouge_scorer import RougeScorer
 
 AnswerType = Literal["OPEN", "CLOSED"]
 
@@ -32,11 +33,18 @@ BLEU_WEIGHTS = {
 """N-gram weights by published name: `bleu_score_n` is the n-gram precision alone times the brevity
 penalty."""
 
+OVERLAPS = ("f1 score", "precision", "recall")
+"""Published names of `Overlap`'s fields, in its order."""
+
+ADDED = ("rouge-l", "token recall")
+"""Metrics of open answers that the published evaluation does not have; they stand in no `metrics.txt`."""
+
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 STRIPPED_PERIODS = 32
 """No more periods than this are taken out of a text: the published code hands `re.UNICODE`, which is 32, to
 the argument that limits how many are replaced. Reports of more sentences than that do occur."""
 
+_ROUGE = RougeScorer(["rouge1", "rougeL"])
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _ARTICLES = {"a", "an", "the"}
@@ -92,6 +100,19 @@ class RowScore:
     overlap: Overlap
     bleu: tuple[float, ...] | None
     """In the order of `BLEU_WEIGHTS`; None for closed questions."""
+    added: tuple[float, ...] | None
+    """In the order of `ADDED`; None for closed questions."""
+
+    def by_metric(self) -> dict[str, float | None]:
+        """The answer's score in each metric, in [0, 1]; None where a metric is not for its kind of question."""
+        opened = self.answer_type == "OPEN"
+        return {
+            "exact match score": float(self.exact),
+            **(dict(zip(OVERLAPS, self.overlap, strict=True)) if opened else dict.fromkeys(OVERLAPS)),
+            **(dict(zip(BLEU_WEIGHTS, self.bleu, strict=True)) if self.bleu else dict.fromkeys(BLEU_WEIGHTS)),
+            "close accuracy": None if opened else float(self.hit),
+            **(dict(zip(ADDED, self.added, strict=True)) if self.added else dict.fromkeys(ADDED)),
+        }
 
 
 @dataclass(frozen=True)
@@ -100,9 +121,14 @@ class Scores:
 
     Open questions alone give F1 to BLEU, closed questions alone give the closed accuracy; a metric with no
     row of its kind is left out, so a file without answers has no metrics at all.
+
+    Attributes:
+        added: the averages of `ADDED`, in percent.
+        rows: the answers, one by one.
     """
 
     metrics: dict[str, float]
+    added: dict[str, float]
     rows: tuple[RowScore, ...]
 
     @property
@@ -156,12 +182,15 @@ def score_answers(answers: Iterable[Answer]) -> Scores:
         # NLTK warns of every answer without a shared 4-gram, which is the rule for answers of a word or two.
         warnings.filterwarnings("ignore", module="nltk")
         rows = tuple(_score_row(answer) for answer in answers)
-    return Scores(_averages(rows), rows)
+    averages = _averages(rows)
+    added = {name: averages.pop(name) for name in ADDED if name in averages}
+    return Scores(averages, added, rows)
 
 
 def _score_row(answer: Answer) -> RowScore:
     """Score one answer; a leading or embedded `assistant:` of the chat format is dropped from its text."""
-    prediction = normalize_answer(str(answer.text).lower().replace("assistant:", "").strip())
+    said = str(answer.text).lower().replace("assistant:", "").strip()
+    prediction = normalize_answer(said)
     reference = normalize_answer(str(answer.gt).lower())
     # The published code normalises a second time before it counts words, and so does token_f1: that matters
     # only for texts of more than STRIPPED_PERIODS periods.
@@ -175,7 +204,22 @@ def _score_row(answer: Answer) -> RowScore:
         hit=reference in prediction if closed else overlap.recall > HIT_RECALL,
         overlap=overlap,
         bleu=None if closed else _bleu(prediction, reference),
+        added=None if closed else report_overlap(said, str(answer.gt)),
     )
+
+
+@lru_cache(maxsize=1 << 14)
+def report_overlap(prediction: str, reference: str) -> tuple[float, float]:
+    """ROUGE-L and token-level recall of a text, each in [0, 1].
+
+    ROUGE-L is ``2PR / (P + R)`` with P and R the length of the longest common subsequence of words over the
+    prediction's and the reference's number of words. Token recall is ROUGE-1's: the reference's words that the
+    prediction has, each as often as both have it, over all of the reference's. Words are runs of letters and
+    digits, lower-cased, not stemmed; articles count. Source: Lin, "ROUGE: A Package for Automatic Evaluation of
+    Summaries", ACL 2004 workshop; computed by the `rouge-score` library.
+    """
+    found = _ROUGE.score(reference, prediction)
+    return float(found["rougeL"].fmeasure), float(found["rouge1"].recall)
 
 
 @lru_cache(maxsize=1 << 14)  # short answers repeat, and NLTK takes most of the time
@@ -186,12 +230,8 @@ def _bleu(prediction: str, reference: str) -> tuple[float, ...]:
 
 
 def _averages(rows: Sequence[RowScore]) -> dict[str, float]:
-    opened = [row for row in rows if row.answer_type == "OPEN"]
-    closed = [row for row in rows if row.answer_type == "CLOSED"]
-    columns: dict[str, list[float]] = {"exact match score": [row.exact for row in rows]}
-    for index, name in enumerate(("f1 score", "precision", "recall")):
-        columns[name] = [row.overlap[index] for row in opened]
-    for index, name in enumerate(BLEU_WEIGHTS):
-        columns[name] = [row.bleu[index] for row in opened if row.bleu]
-    columns["close accuracy"] = [row.hit for row in closed]
-    return {name: fmean(values) * 100 for name, values in columns.items() if values}
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        for name, score in row.by_metric().items():
+            columns.setdefault(name, []).extend(() if score is None else (score,))
+    return {name: fmean(scores) * 100 for name, scores in columns.items() if scores}

@@ -9,17 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from mslora_cr.errors import UserError
+from mslora_cr.evaluation.intervals import SAMPLES, Scores, interval, resampled_means
 from mslora_cr.evaluation.matrix import TaskStageMatrix
 from mslora_cr.evaluation.metrics import score_answers
-from mslora_cr.evaluation.score import AnswerRecord, read_answers
+from mslora_cr.evaluation.score import SCORES, AnswerRecord, read_answers, read_scores
 
 PUBLISHED_SCORES = Path(__file__).with_name("published_scores.yaml")
+ROUTED, ROUTING = "routed", "routing.json"
+"""Where answers without the task being told go in a results folder, and what the router did there."""
+ANALYSIS = "analysis.json"
 BANK_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -32,15 +37,20 @@ class _Read(BaseModel):
 
 
 class Cell(_Read):
-    """A task's answers at a stage: who answered, where the answers are, and their metrics in percent."""
+    """A task's answers at a stage: who answered, where the answers are, and their metrics in percent.
+
+    `intervals` has the ends of each metric's bootstrap interval, `questions` the digest of the file asked from.
+    """
 
     task: str
     stage: int
     banks: tuple[str, ...]
     answers: str
+    questions: str
     rows: int
     seconds: float
     metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
 
 
 class Evaluation(_Read):
@@ -52,6 +62,7 @@ class Evaluation(_Read):
     tasks: tuple[str, ...]
     modalities: dict[str, str]
     published: dict[str, str | None]
+    stages: tuple[int, ...]
     cells: tuple[Cell, ...]
     environment: dict[str, Any]
 
@@ -66,6 +77,56 @@ class Evaluation(_Read):
         own = self.tasks.index(task) + 1
         return next((cell for cell in self.cells if (cell.task, cell.stage) == (task, own)), None)
 
+    def last_cell(self, task: str) -> Cell | None:
+        """A task's cell after the last stage."""
+        return next((cell for cell in self.cells if (cell.task, cell.stage) == (task, len(self.tasks))), None)
+
+    def bank_numbers(self, cell: Cell) -> str:
+        """Who answered: `1–3` or `2, 5`, the places of banks in the stream; `none` for the base alone; names if they
+        are others."""
+        if not set(cell.banks) <= set(self.tasks):
+            return ", ".join(cell.banks)
+        places = sorted(self.tasks.index(bank) + 1 for bank in cell.banks)
+        if len(places) > 1 and places == list(range(places[0], places[-1] + 1)):
+            return f"{places[0]}–{places[-1]}"
+        return ", ".join(map(str, places)) or "none"
+
+    def scores(self, results_dir: Path, metric: str) -> dict[tuple[str, int], Scores]:
+        """By task and stage, the scores in [0, 1] of the questions that have the metric, in their order.
+
+        Raises:
+            DataError: the scores of a cell are gone.
+        """
+        places = {(cell.task, cell.stage): (results_dir / cell.answers).with_name(SCORES) for cell in self.cells}
+        columns = {place: read_scores(place)[1] for place in set(places.values())}
+        known = {place: found[metric][~np.isnan(found[metric])] for place, found in columns.items() if found}
+        return {key: known[place] for key, place in places.items() if len(known.get(place, ()))}
+
+    def figure_intervals(self, results_dir: Path, metric: str) -> dict[str, tuple[float, float]]:
+        """The bootstrap interval of every figure of the metric's matrix that is known.
+
+        Questions are drawn anew within each task, the same ones at all its stages; tasks stay as they are.
+
+        Raises:
+            DataError: the scores of a cell are gone.
+        """
+        matrix, scores = self.matrix(metric), self.scores(results_dir, metric)
+        if matrix is None:
+            return {}
+        drawn: dict[tuple[str, int], Scores] = {}
+        for number, task in enumerate(matrix.tasks):
+            keys = [key for key in scores if key[0] == task]
+            means = resampled_means(np.column_stack([scores[key] for key in keys]), stream=number)
+            drawn |= dict(zip(keys, 100 * means.T, strict=True))
+        replicates: dict[str, list[float]] = {}
+        figures = [name for name, value in matrix.summary().items() if value is not None]
+        for sample in range(SAMPLES):
+            cells = {key: float(means[sample]) for key, means in drawn.items()}
+            redrawn = TaskStageMatrix(matrix.stream, matrix.tasks, cells)
+            for name in figures:
+                replicates.setdefault(name, []).append(getattr(redrawn, name)())
+        return {name: interval(values) for name, values in replicates.items()}
+
     def same_banks_since_learned(self) -> bool:
         """Whether every task is answered by the same banks at all its evaluated stages from its own on.
 
@@ -78,6 +139,28 @@ class Evaluation(_Read):
                 since[cell.task].append(cell.banks)
         several = any(len(banks) > 1 for banks in since.values())
         return several and all(len(set(banks)) <= 1 for banks in since.values())
+
+
+class StageRouting(_Read):
+    """What the router took the questions for after a stage.
+
+    Attributes:
+        learned: the tasks it knows. confusion: by a question's task, how many were taken for each of `learned`.
+        questions: how many are of learned tasks. accuracy: how many of those it knew, in percent.
+    """
+
+    stage: int
+    learned: tuple[str, ...]
+    confusion: dict[str, tuple[int, ...]]
+    questions: int
+    accuracy: float | None
+    interval: tuple[float, float] | None
+
+
+class Routing(_Read):
+    """`routing.json` of a results folder."""
+
+    stages: tuple[StageRouting, ...]
 
 
 class TaskEntry(_Read):
@@ -136,16 +219,20 @@ class RunRecord:
     """All that is known of a run; `missing` says in words what is not there.
 
     Attributes:
-        tasks: names in stream order. modalities: by task; empty if the run is not evaluated.
+        results_dir: where it was read from. tasks: names in stream order.
+        modalities: by task; empty if the run is not evaluated.
         logs: by task, one mapping for each logged step.
         config: the text of `config.yaml`, or None.
     """
 
     name: str
     method: str
+    results_dir: Path
     tasks: tuple[str, ...]
     modalities: dict[str, str]
     evaluation: Evaluation | None
+    routing: Routing | None
+    analysis: dict[str, Any] | None
     ledger: RunLedger | None
     logs: dict[str, list[dict[str, float]]]
     similarity: Similarity | None
@@ -176,9 +263,12 @@ def read_run(run_dir: Path, results_dir: Path) -> RunRecord:
     return RunRecord(
         name=known.run,
         method=known.method,
+        results_dir=results_dir,
         tasks=tasks,
         modalities=evaluation.modalities if evaluation else {},
         evaluation=evaluation,
+        routing=_load(results_dir / ROUTED / ROUTING, Routing),
+        analysis=_read_analysis(results_dir / ANALYSIS),
         ledger=ledger,
         logs=logs,
         similarity=bank_similarity(banks) if len(banks) > 1 else None,
@@ -279,6 +369,15 @@ def _load(path: Path, model: type[Model]) -> Model | None:
         problem = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in problem["loc"])
         raise ReportError(f"{path}: {field or 'the file'}: {problem['msg']}") from None
+
+
+def _read_analysis(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"{path}: not JSON ({error}); `mslora-cr analyze` writes it anew") from None
 
 
 def _answer_files(evaluation: Evaluation, results_dir: Path) -> dict[str, Path]:

@@ -12,11 +12,23 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mslora_cr.evaluation.heatmaps import final_scores_map, matrix_map, similarity_map
+from mslora_cr.evaluation import intervals
+from mslora_cr.evaluation.compare import compare
+from mslora_cr.evaluation.heatmaps import (
+    confusion_map,
+    contribution_map,
+    cosine_map,
+    final_scores_map,
+    matrix_map,
+    rank_map,
+    similarity_map,
+    span,
+)
 from mslora_cr.evaluation.matrix import TaskStageMatrix
 from mslora_cr.evaluation.plots import loss_curves, stage_curves
 from mslora_cr.evaluation.record import (
     PUBLISHED_SCORES,
+    ROUTED,
     Evaluation,
     PublishedRun,
     ReportError,
@@ -31,6 +43,8 @@ from mslora_cr.evaluation.record import (
 METRICS = {"closed": "close accuracy", "f1": "f1 score", "exact": "exact match score"}
 """Name in `published_scores.yaml` → name in `metrics.json`; the first that a run has is its headline."""
 TITLES = {"closed": "closed accuracy", "f1": "F1 of open answers", "exact": "exact match"}
+ADDED_TITLES = {"rouge-l": "ROUGE-L", "token recall": "token recall"}
+"""Title by name in `metrics.json` of what the published evaluation does not measure."""
 PALETTE = ("#2f7fd6", "#d97a2b", "#2f9e6e", "#a65cc9", "#c94f6d", "#8a8f2a")
 """Colours that read on white and on black alike."""
 
@@ -75,8 +89,10 @@ def write_comparison(runs: Sequence[tuple[str, Path, Path]], output: Path) -> Pa
             "color": colors[label],
             "link": os.path.relpath(results_dir / "report.html", output.parent),
             "summary": matrices[label].summary(),
+            "intervals": evaluations[label].figure_intervals(results_dir, METRICS[key]),
+            "banks_by": evaluations[label].banks_by,
             "told": evaluations[label].same_banks_since_learned(),
-            "map": matrix_map(label, matrices[label], evaluations[label]),
+            "map": matrix_map(label, METRICS[key], evaluations[label]),
             "seconds": ledger.seconds if (ledger := read_ledger(run_dir)) else None,
         }
         for label, run_dir, results_dir in runs
@@ -87,6 +103,7 @@ def write_comparison(runs: Sequence[tuple[str, Path, Path]], output: Path) -> Pa
         "metric": TITLES[key],
         "curves": Markup(stage_curves(curves, colors, f"{TITLES[key]}, %")) if curves else None,
         "final": final_scores_map(matrices),
+        "bootstrap": intervals,
         "now": datetime.now(UTC),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +125,7 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
     evaluation, ledger = run.evaluation, run.ledger
     matrices = {key: evaluation.matrix(name) for key, name in METRICS.items()} if evaluation else {}
     present = {key: matrix for key, matrix in matrices.items() if matrix}
+    spans = {key: evaluation.figure_intervals(run.results_dir, METRICS[key]) for key in present} if evaluation else {}
     curves = loss_curves(run.logs, {task: colors.get(task, PALETTE[0]) for task in run.tasks})
     return {
         "run": run,
@@ -115,16 +133,19 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
         "colors": colors,
         "evaluation": evaluation,
         "summed": bool(evaluation and any(len(cell.banks) > 1 for cell in evaluation.cells)),
-        "headline": _headline(present),
+        "headline": _headline(present, spans),
         "told": evaluation.same_banks_since_learned() if evaluation else False,
         "published": _published_run(evaluation, published) if evaluation else None,
         "scores": _score_rows(evaluation, published) if evaluation else [],
-        "summaries": [(TITLES[key], len(matrix.tasks), matrix.summary()) for key, matrix in present.items()],
-        "maps": [
-            matrix_map(_capital(TITLES[key]), matrix, evaluation) for key, matrix in present.items() if evaluation
+        "added": ADDED_TITLES,
+        "summaries": [
+            (TITLES[key], len(matrix.tasks), matrix.summary(), spans[key]) for key, matrix in present.items()
         ],
+        "maps": [matrix_map(_capital(TITLES[key]), METRICS[key], evaluation) for key in present if evaluation],
         "curves": Markup(curves) if curves else None,
         "weights": _last_weights(run),
+        "routing": _routing(run) if run.routing else None,
+        "analysis": _analysis(run.analysis) if run.analysis else None,
         "similarity": similarity_map(run.similarity) if run.similarity else None,
         "kinship": _kinship(run.similarity, run.modalities) if run.similarity else None,
         "provenance": {
@@ -133,6 +154,7 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
             else {},
             "evaluation": evaluation.environment if evaluation else {},
         },
+        "bootstrap": intervals,
         "now": datetime.now(UTC),
     }
 
@@ -142,10 +164,12 @@ def _modality_colors(run: RunRecord) -> dict[str, str]:
     return {modality: PALETTE[index % len(PALETTE)] for index, modality in enumerate(modalities)}
 
 
-def _headline(matrices: Mapping[str, TaskStageMatrix]) -> dict[str, Any] | None:
-    """The first metric that the run has, with its figures."""
+def _headline(
+    matrices: Mapping[str, TaskStageMatrix], spans: Mapping[str, Mapping[str, tuple[float, float]]]
+) -> dict[str, Any] | None:
+    """The first metric that the run has, with its figures and their intervals."""
     for key, matrix in matrices.items():
-        return {"title": TITLES[key], "tasks": len(matrix.tasks), **matrix.summary()}
+        return {"title": TITLES[key], "tasks": len(matrix.tasks), "spans": spans[key], **matrix.summary()}
     return None
 
 
@@ -161,16 +185,49 @@ def _published_run(evaluation: Evaluation, runs: Mapping[str, PublishedRun]) -> 
 
 
 def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -> list[dict[str, Any]]:
-    """Each task at its own stage: its scores in the order of METRICS, each with the published one or None."""
+    """Each task at its own stage: the banks that answered, and its scores in the order of METRICS and ADDED_TITLES,
+    each with its interval and, for the former, the published one or None."""
     beside = _published_run(evaluation, published)
     rows = []
     for task in evaluation.tasks:
         cell = evaluation.own_cell(task)
         theirs = beside.scores.get(evaluation.published.get(task) or "", {}) if beside else {}
-        ours = cell.metrics if cell else {}
-        scores = [(ours.get(name), theirs.get(key)) for key, name in METRICS.items()]
-        rows.append({"task": task, "rows": cell.rows if cell else None, "scores": scores})
+        ours, spans = (cell.metrics, cell.intervals) if cell else ({}, {})
+        rows.append(
+            {
+                "task": task,
+                "rows": cell.rows if cell else None,
+                "banks": evaluation.bank_numbers(cell) if cell else "–",
+                "scores": [(ours.get(name), spans.get(name), theirs.get(key)) for key, name in METRICS.items()],
+                "added": [(ours.get(name), spans.get(name)) for name in ADDED_TITLES],
+            }
+        )
     return rows
+
+
+def _routing(run: RunRecord) -> dict[str, Any]:
+    """What the router did after the last stage that it was asked at, and what that costs against being told."""
+    assert run.routing is not None
+    last = run.routing.stages[-1]
+    context: dict[str, Any] = {"last": last, "stages": run.routing.stages, "map": confusion_map(last)}
+    try:
+        cost = compare({"told": run.results_dir, "routed": run.results_dir / ROUTED})
+        return context | {"cost": cost["metrics"], "why": None}
+    except ReportError as error:
+        return context | {"cost": {}, "why": str(error)}
+
+
+def _analysis(found: Mapping[str, Any]) -> dict[str, Any]:
+    """`analysis.json` as tables."""
+    similarity, contribution = found["similarity"], found["contribution"]
+    places = {"By decoder layer": "by_layer", "By module": "by_module"}
+    return {
+        "cosines": [cosine_map(title, similarity["banks"], similarity[place]) for title, place in places.items()],
+        "ranks": rank_map(found["effective_rank"]),
+        "contribution": contribution,
+        "contribution_map": contribution_map(contribution["rows"]) if contribution else None,
+        "changed": found["changed"],
+    }
 
 
 def _last_weights(run: RunRecord) -> dict[str, float]:
@@ -201,6 +258,7 @@ def _render(template: str, path: Path, context: Mapping[str, Any]) -> None:
     )
     environment.filters |= {
         "number": _number,
+        "span": span,
         "duration": _duration,
         "capital": _capital,
         "flat": _flat,

@@ -9,12 +9,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from tabulate import tabulate
 
 from mslora_cr.data.records import DataError
+from mslora_cr.evaluation import intervals
 from mslora_cr.evaluation.metrics import AnswerType, Scores, score_answers
 
+SCORES = "scores.csv"
 CSV_HEADER = ("id", "question", "pred", "answer", "answer_type", "image")
 
 
@@ -52,10 +55,11 @@ def read_answers(path: Path) -> list[AnswerRecord]:
 
 
 def score_file(answers: Path, output: Path) -> Scores:
-    """Score the file `answers`; `metrics.txt`, `metrics.json`, `hit.csv` and `not_hit.csv` go into `output`.
+    """Score the file `answers`; `metrics.txt`, `metrics.json`, `scores.csv`, `hit.csv`, `not_hit.csv` go to `output`.
 
-    `hit.csv` and `not_hit.csv` part the answers row by row, also where question ids repeat. Each file appears
-    whole or not at all: it is written under a temporary name and renamed.
+    `scores.csv` has each answer's score in each metric, in [0, 1]. `hit.csv` and `not_hit.csv` part the answers row by
+    row, also where question ids repeat. Each file appears whole or not at all: it is written under a temporary name
+    and renamed.
 
     Raises:
         DataError: as `read_answers`.
@@ -65,6 +69,7 @@ def score_file(answers: Path, output: Path) -> Scores:
     output.mkdir(parents=True, exist_ok=True)
     _write(output / "metrics.txt", render_metrics(scores))
     _write(output / "metrics.json", json.dumps(summarize(scores), indent=2) + "\n")
+    _write(output / SCORES, _render_scores(records, scores))
     for name, wanted in (("hit.csv", True), ("not_hit.csv", False)):
         chosen = (record for record, row in zip(records, scores.rows, strict=True) if row.hit is wanted)
         _write(output / name, _render_csv(chosen))
@@ -77,8 +82,35 @@ def render_metrics(scores: Scores) -> str:
 
 
 def summarize(scores: Scores) -> dict[str, Any]:
-    """The content of `metrics.json`."""
-    return {"metrics": scores.metrics, "rows": len(scores.rows), "open": scores.open, "closed": scores.closed}
+    """The content of `metrics.json`: every metric in percent, with the ends of its bootstrap interval."""
+    metrics = scores.metrics | scores.added
+    table = np.array([[row.by_metric()[name] for name in metrics] for row in scores.rows], dtype=np.float64)
+    resampled = 100 * intervals.resampled_means(table) if metrics else table
+    return {
+        "metrics": metrics,
+        "intervals": {name: intervals.interval(column) for name, column in zip(metrics, resampled.T, strict=True)},
+        "bootstrap": {"samples": intervals.SAMPLES, "seed": intervals.SEED, "confidence": intervals.CONFIDENCE},
+        "rows": len(scores.rows),
+        "open": scores.open,
+        "closed": scores.closed,
+    }
+
+
+def read_scores(path: Path) -> tuple[list[str], dict[str, intervals.Scores]]:
+    """`scores.csv`: the questions' ids in order, and by metric their scores in [0, 1], NaN where there is none.
+
+    Raises:
+        DataError: it is missing or not such a file.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        columns = zip(*rows, strict=True) if rows else [()] * len(header)
+        ids, _, *scores = ([*column] for column in columns)
+        values = (np.array([float(score or "nan") for score in column]) for column in scores)
+        return ids, dict(zip(header[2:], values, strict=True))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: no scores of answers ({error}); evaluate or score them again") from None
 
 
 def _parse(line: bytes, place: str) -> AnswerRecord:
@@ -96,6 +128,16 @@ def _parse(line: bytes, place: str) -> AnswerRecord:
         if problem["type"] == "missing":
             raise DataError(f"{place}: field '{field}' is missing") from None
         raise DataError(f"{place}: field '{field}': {message}; found {problem['input']!r:.60}") from None
+
+
+def _render_scores(records: Iterable[AnswerRecord], scores: Scores) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    rows = [row.by_metric() for row in scores.rows]
+    writer.writerow(("question_id", "answer_type", *(rows[0] if rows else ())))
+    for record, row in zip(records, rows, strict=True):
+        writer.writerow((record.question_id, record.answer_type, *row.values()))
+    return text.getvalue()
 
 
 def _render_csv(records: Iterable[AnswerRecord]) -> str:

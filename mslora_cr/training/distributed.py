@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -100,11 +100,22 @@ def from_first_rank(value: Any) -> Any:
     return box[0]
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of all ranks' tensors, on every rank, in place."""
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
-    return tensor
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's tensor, on the CPU of every rank."""
+    if not torch.distributed.is_initialized():
+        return tensor
+    total = tensor.cuda() if torch.distributed.get_backend() == "nccl" else tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total.cpu()
+
+
+def gather_from_ranks(value: Any) -> list[Any]:
+    """Every rank's value, in their order, on every rank."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    everyone: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(everyone, value)
+    return everyone
 
 
 def agree(facts: Mapping[str, Any]) -> None:
@@ -115,8 +126,7 @@ def agree(facts: Mapping[str, Any]) -> None:
     """
     if not torch.distributed.is_initialized():
         return
-    everyone: list[dict[str, Any]] = [{} for _ in range(world_size())]
-    torch.distributed.all_gather_object(everyone, dict(facts))
+    everyone = gather_from_ranks(dict(facts))
     for name in facts:
         for other, theirs in enumerate(everyone):
             if theirs.get(name) != everyone[0].get(name):

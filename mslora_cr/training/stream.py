@@ -17,13 +17,14 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
 
 from mslora_cr import llava_med
-from mslora_cr.banks import MEMORY, BankStack, file_digest, save_bank
+from mslora_cr.banks import MEMORY, ROUTER, BankStack, file_digest, save_bank
 from mslora_cr.config import ConfigError, StreamConfig, Task, training_fields
 from mslora_cr.data.collator import Preprocessing, TrainingCollator, TrainingSamples, UnitedSamples
 from mslora_cr.data.images import check_images, image_roots, resolve_image
 from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.methods import METHODS
 from mslora_cr.methods.base import Setup
+from mslora_cr.router import FeatureExtractor, TaskStatistics, looked_at, statistics_of
 from mslora_cr.training.distributed import (
     TIMEOUT_SECONDS,
     agree,
@@ -35,6 +36,7 @@ from mslora_cr.training.distributed import (
     rank,
     release,
     start_process_group,
+    sum_over_ranks,
     wait_for_all,
     world_size,
     zero_stage,
@@ -353,6 +355,7 @@ def train_task(
     device = own_device(config.model.device)
     # Everything is built before DeepSpeed hears of the task: transformers would partition what it loads afterwards.
     base = load_base(config, "cpu" if sharded else device)
+    router = router_statistics(config, task, records[task.name], base) if is_routed(config) else None
     frozen = ledger.banks(config, frozen_tasks(config, task))
     stack = BankStack(base.model, config.lora.fold)
     stack.freeze(frozen)
@@ -398,10 +401,13 @@ def train_task(
         bank = stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata)
     if args.should_save:
         with writing(ledger.bank_folder(task.name)):
-            digest = save_bank(bank, ledger.bank_folder(task.name), config.lora.dropout, kept)
+            folder = ledger.bank_folder(task.name)
+            beside = {MEMORY: kept, ROUTER: router.tensors() if router else {}}
+            digest = save_bank(bank, folder, config.lora.dropout, beside)
         entry = {
             "digest": digest,
-            "memory_digest": file_digest(ledger.bank_folder(task.name) / MEMORY) if kept else None,
+            "memory_digest": file_digest(folder / MEMORY) if kept else None,
+            "router_digest": file_digest(folder / ROUTER) if router else None,
             "records_digest": records[task.name].digest,
             "steps": trainer.state.global_step,
             "train_loss": mean_loss,
@@ -419,3 +425,24 @@ def train_task(
         import wandb
 
         wandb.finish()  # else the next task would be logged into this one's W&B run
+
+
+def is_routed(config: StreamConfig) -> bool:
+    """Whether it matters which task a question belongs to: whether tasks are answered by different banks."""
+    method, last = METHODS[config.method], len(config.tasks)
+    return len({tuple(method.banks(task, last, "prefix")) for task in range(1, last + 1)}) > 1
+
+
+def router_statistics(
+    config: StreamConfig, task: Task, records: TrainingRecords, base: llava_med.LlavaMed
+) -> TaskStatistics:
+    """What a router needs to know of a task, from a pass over its training records that all ranks share."""
+    extractor = feature_extractor(config, base)
+    mine = looked_at(len(records))[rank() :: world_size()]
+    label = f"{task.name}, for the router" if rank() == 0 else None
+    return statistics_of(sum_over_ranks(extractor.gram(records, mine, task_image_roots(config, task), label)))
+
+
+def feature_extractor(config: StreamConfig, base: llava_med.LlavaMed) -> FeatureExtractor:
+    workers = int(config.training.get("dataloader_num_workers", 0))
+    return FeatureExtractor(base, preprocessing(config, base), own_device(config.model.device), workers)

@@ -3,15 +3,15 @@ import pytest
 from mslora_cr.evaluation.matrix import MissingCellError, TaskStageMatrix
 
 # A stream of three tasks, worked by hand:
-#        stage 1  stage 2  stage 3
-#   a       90       96       60
-#   b       40       80       70
-#   c       10       30       50
+#        stage 0  stage 1  stage 2  stage 3
+#   a        5       90       96       60
+#   b       20       40       80       70
+#   c       25       10       30       50
 STREAM = ("a", "b", "c")
 SCORES = {
-    ("a", 1): 90.0, ("a", 2): 96.0, ("a", 3): 60.0,
-    ("b", 1): 40.0, ("b", 2): 80.0, ("b", 3): 70.0,
-    ("c", 1): 10.0, ("c", 2): 30.0, ("c", 3): 50.0,
+    ("a", 0): 5.0, ("a", 1): 90.0, ("a", 2): 96.0, ("a", 3): 60.0,
+    ("b", 0): 20.0, ("b", 1): 40.0, ("b", 2): 80.0, ("b", 3): 70.0,
+    ("c", 0): 25.0, ("c", 1): 10.0, ("c", 2): 30.0, ("c", 3): 50.0,
 }  # fmt: skip
 
 
@@ -29,8 +29,7 @@ def test_forgetting_and_transfer_by_hand():
     assert [matrix().forgetting_of(task) for task in STREAM] == [96 - 60, 80 - 70, 0]
     assert matrix().forgetting() == pytest.approx((36 + 10) / 2)
     assert matrix().backward_transfer() == pytest.approx(((60 - 90) + (70 - 80)) / 2)
-    zero_shot = {"a": 5.0, "b": 20.0, "c": 25.0}
-    assert matrix().forward_transfer(zero_shot) == pytest.approx(((40 - 20) + (30 - 25)) / 2)
+    assert matrix().forward_transfer() == pytest.approx(((40 - 20) + (30 - 25)) / 2)
 
 
 def test_a_task_that_ends_better_than_ever_has_negative_forgetting():
@@ -48,13 +47,13 @@ def test_tasks_without_the_score_leave_the_stages_as_they_are():
     assert part.average_incremental_accuracy() == pytest.approx((80 + (70 + 50) / 2) / 2)
     assert part.forgetting() == 10
     assert part.backward_transfer() == -10
-    assert part.forward_transfer({"b": 20.0, "c": 25.0}) == pytest.approx((20 + 5) / 2)
+    assert part.forward_transfer() == pytest.approx((20 + 5) / 2)
 
 
 def test_one_task_forgets_and_transfers_nothing():
     one = TaskStageMatrix(("a",), ("a",), {("a", 1): 80.0})
     assert one.final_average() == one.average_incremental_accuracy() == 80
-    assert one.forgetting() == one.backward_transfer() == one.forward_transfer({}) == 0
+    assert one.forgetting() == one.backward_transfer() == one.forward_transfer() == 0
 
 
 @pytest.mark.parametrize(
@@ -65,7 +64,8 @@ def test_one_task_forgets_and_transfers_nothing():
         (("a", 2), TaskStageMatrix.average_incremental_accuracy),
         (("a", 2), TaskStageMatrix.forgetting),
         (("b", 3), TaskStageMatrix.backward_transfer),
-        (("b", 1), lambda partial: partial.forward_transfer({"b": 0.0, "c": 0.0})),
+        (("b", 1), TaskStageMatrix.forward_transfer),
+        (("c", 0), TaskStageMatrix.forward_transfer),
     ],
 )
 def test_a_missing_cell_is_named(cell, figure):
@@ -87,19 +87,22 @@ def test_summary_has_none_where_a_cell_is_missing():
         "average_incremental_accuracy": matrix().average_incremental_accuracy(),
         "forgetting": matrix().forgetting(),
         "backward_transfer": matrix().backward_transfer(),
+        "forward_transfer": matrix().forward_transfer(),
     }
     absent = [name for name, value in matrix(("a", 2)).summary().items() if value is None]
     assert absent == ["average_incremental_accuracy", "forgetting"]
 
 
-def test_forward_transfer_names_missing_zero_shot_scores():
-    with pytest.raises(MissingCellError, match="zero-shot score for c"):
-        matrix().forward_transfer({"b": 1.0})
-
-
 @pytest.mark.parametrize(
     ("tasks", "scores"),
-    [((), {}), (("b", "a"), {}), (("a", "d"), {}), (("a",), {("a", 4): 1.0}), (("a",), {("b", 2): 1.0})],
+    [
+        ((), {}),
+        (("b", "a"), {}),
+        (("a", "d"), {}),
+        (("a",), {("a", 4): 1.0}),
+        (("a",), {("a", -1): 1.0}),
+        (("a",), {("b", 2): 1.0}),
+    ],
 )
 def test_what_does_not_fit_the_stream_is_refused(tasks, scores):
     with pytest.raises(ValueError, match=r"must be some of the stream|outside the matrix"):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mslora_cr.evaluation.metrics import Overlap, normalize_answer, score_answers, token_f1
+from mslora_cr.evaluation.metrics import Overlap, normalize_answer, report_overlap, score_answers, token_f1
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "metrics"
 
@@ -116,3 +116,25 @@ def test_kinds_of_questions_have_metrics_of_their_own():
 def test_nltk_does_not_warn_of_short_answers(recwarn):
     score_answers([answer("left", "left"), answer("right", "left")])
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "rouge_l", "recall"),
+    [
+        # 4 words against 6, the longest common subsequence has 4: P = 1, R = 4/6
+        ("The heart is large.", "the heart is not very large", 0.8, 4 / 6),
+        # the same words in another order: a common subsequence of 2 of 4, but every word recalled
+        ("clear lungs normal heart", "normal heart clear lungs", 0.5, 1.0),
+        # a word counts as often as both texts have it
+        ("no no no", "no effusion", 2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2), 0.5),
+        ("", "no effusion", 0.0, 0.0),
+    ],
+)
+def test_rouge_l_and_token_recall_by_hand(prediction, reference, rouge_l, recall):
+    assert report_overlap(prediction, reference) == pytest.approx((rouge_l, recall))
+
+
+def test_added_metrics_are_of_open_answers_alone():
+    scores = score_answers([answer("clear lungs", "clear lungs"), answer("yes", "no", "CLOSED")])
+    assert scores.added == {"rouge-l": 100, "token recall": 100}
+    assert score_answers([answer("yes", "no", "CLOSED")]).added == {}

@@ -16,11 +16,12 @@ from mslora_cr.evaluation.record import (
     bank_similarity,
     load_published_scores,
     pick_examples,
+    read_evaluation,
     read_log,
     read_run,
 )
 from mslora_cr.evaluation.report import write_comparison, write_report
-from mslora_cr.evaluation.score import AnswerRecord, score_file
+from mslora_cr.evaluation.score import AnswerRecord, score_file, summarize
 
 MODALITIES = {
     "pathvqa": "pathology",
@@ -86,9 +87,10 @@ def make_run(root, name, method="mslora_cr", tasks=tuple(MODALITIES), stages="se
                     "stage": stage,
                     "banks": [tasks[stage - 1]] if method == "sequential" else list(tasks[:number]),
                     "answers": str(answers.relative_to(results_dir)),
+                    "questions": "ef" * 32,
                     "rows": len(scores.rows),
                     "seconds": 1.5,
-                    "metrics": scores.metrics,
+                    **{key: summarize(scores)[key] for key in ("metrics", "intervals")},
                 }
             )
     evaluation = {
@@ -180,7 +182,10 @@ def test_report_of_a_whole_run(tmp_path):
     assert path == results_dir / "report.html"
     page = Page(path)
     # closed accuracy of the six tasks that have closed questions: 18, 17, 16, 18, 17, 16 of 20
-    assert "Final average closed accuracy 85.0 % mean of 6 tasks, after the last stage" in page.text
+    assert re.search(
+        r"Final average closed accuracy 85.0 % 7\d.\d to 9\d.\d; mean of 6 tasks, after the last", page.text
+    )
+    assert "95 % (1000 resamplings of the questions, seed 0)" in page.text
     assert "Forgetting 0.0 points zero by construction" in page.text
     assert "Forgetting is zero by construction here" in page.text
     assert "91.54" in page.text  # published
@@ -214,9 +219,10 @@ def test_markdown_has_the_same_figures(tmp_path):
     run_dir, results_dir = make_run(tmp_path, "demo", published=True)
     write_report(run_dir, results_dir)
     text = (results_dir / "report.md").read_text(encoding="utf-8")
-    assert "**Final average closed accuracy: 85.00 %** over 6 tasks, after the last stage" in text
+    assert re.search(r"\*\*Final average closed accuracy: 85.00 %\*\* \[7\d.\d to 9\d.\d\] over 6 tasks", text)
     assert "zero by construction" in text
-    assert "| pathvqa | pathology | 40 | 90.00 | 91.54 |" in text
+    assert re.search(r"\| pathvqa \| pathology \| 40 \| 1 \| 90.00 \[[\d.]+ to 100.0\] \| 91.54 \|", text)
+    assert re.search(r"\| slake-vqarad \| radiology \| 40 \| 1–2 \| 85.00 \[", text)
     assert "\\<b\\>pathvqa\\</b\\> \\| no" in text
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
     assert len(tables) == 10
@@ -233,15 +239,34 @@ def test_forgetting_of_a_sequential_run(tmp_path):
     run_dir, results_dir = make_run(tmp_path, "seq", "sequential", tasks, right=right)
     page = Page(write_report(run_dir, results_dir))
     assert f"Final average closed accuracy {(50 + 70 + 90) / 3:.1f} %" in page.text
-    assert f"Forgetting {(40 + 20) / 2:.1f} points what earlier tasks lost" in page.text
+    assert re.search(r"Forgetting 30.0 points 1\d.\d to 4\d.\d; what earlier tasks lost", page.text)
     assert "by construction" not in page.text
-    assert "pathvqa 90.0 1 70.0 2 50.0 3 40.0" in page.text  # scores, the bank that answered, forgetting
+    # scores, their intervals, the bank that answered, forgetting
+    assert re.search(r"pathvqa 90.0 \d+ to 100 1 70.0 \d+ to \d+ 2 50.0 \d+ to \d+ 3 40.0", page.text)
+
+
+def test_intervals_of_figures_are_paired_by_question(tmp_path):
+    """Each stage loses the same four answers of a task: forgetting is as uncertain as their number, no more."""
+
+    def right(task, stage):
+        return 18 - 4 * (stage - 1 - list(MODALITIES).index(task))
+
+    _, results_dir = make_run(tmp_path, "seq", "sequential", ("pathvqa", "slake-vqarad"), right=right)
+    evaluation = read_evaluation(results_dir)
+    found = evaluation.figure_intervals(results_dir, "close accuracy")
+    matrix = evaluation.matrix("close accuracy")
+    assert set(found) == {name for name, value in matrix.summary().items() if value is not None}
+    # 4 of 20 questions change: a standard error of 9 points; were the stages drawn apart, it would be 12
+    low, high = found["forgetting"]
+    assert low < matrix.forgetting() == 20 < high
+    assert high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.2 * 0.8 / 20), rel=0.1)
+    assert found["backward_transfer"] == pytest.approx((-high, -low))
 
 
 def test_own_stages_alone_give_no_forgetting(tmp_path):
     run_dir, results_dir = make_run(tmp_path, "own", stages="own")
     page = Page(write_report(run_dir, results_dir))
-    assert "Average closed accuracy 85.0 % mean of 6 tasks, each at its own stage" in page.text
+    assert re.search(r"Average closed accuracy 85.0 % .*; mean of 6 tasks, each at its own stage", page.text)
     assert "Forgetting – needs the scores of all later stages" in page.text
     assert "by construction" not in page.text
 

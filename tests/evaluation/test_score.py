@@ -2,10 +2,11 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mslora_cr.data.records import DataError
-from mslora_cr.evaluation.score import CSV_HEADER, read_answers, score_file
+from mslora_cr.evaluation.score import CSV_HEADER, read_answers, read_scores, score_file
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "metrics"
 LINE = {"question_id": 1, "prompt": "Side?", "text": "Left", "gt": "left", "answer_type": "CLOSED"}
@@ -37,13 +38,32 @@ def test_metrics_json_is_full_precision(tmp_path):
         "open": 131,
         "closed": 109,
     }
-    assert found["metrics"] == pytest.approx(expected["table"], rel=1e-12)
+    published = {name: found["metrics"][name] for name in expected["table"]}
+    assert published == pytest.approx(expected["table"], rel=1e-12)
+    assert set(found["metrics"]) - set(published) == {"rouge-l", "token recall"}
+    for name, (low, high) in found["intervals"].items():
+        assert 0 <= low <= found["metrics"][name] <= high <= 100
+        assert 1 < high - low < 20  # of some 100 questions
+    assert found["bootstrap"] == {"samples": 1000, "seed": 0, "confidence": 0.95}
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "hit.csv",
         "metrics.json",
         "metrics.txt",
         "not_hit.csv",
+        "scores.csv",
     ]
+
+
+def test_scores_by_question_give_the_averages(tmp_path):
+    scores = score_file(GOLDEN / "mixed.answers.jsonl", tmp_path)
+    ids, columns = read_scores(tmp_path / "scores.csv")
+    assert ids == [str(answer.question_id) for answer in read_answers(GOLDEN / "mixed.answers.jsonl")]
+    averages = {name: 100 * np.nanmean(column) for name, column in columns.items()}
+    assert averages == pytest.approx(scores.metrics | scores.added)
+    assert np.isnan(columns["close accuracy"]).sum() == scores.open
+    assert np.isnan(columns["rouge-l"]).sum() == scores.closed
+    with pytest.raises(DataError, match="no scores of answers"):
+        read_scores(tmp_path / "none.csv")
 
 
 def test_hits_are_by_row_where_ids_repeat(tmp_path):
@@ -63,6 +83,8 @@ def test_a_file_without_answers(tmp_path):
     assert (tmp_path / "metrics.txt").read_text().splitlines()[0].split() == ["Metric", "Performance"]
     assert json.loads((tmp_path / "metrics.json").read_text()) == {
         "metrics": {},
+        "intervals": {},
+        "bootstrap": {"samples": 1000, "seed": 0, "confidence": 0.95},
         "rows": 0,
         "open": 0,
         "closed": 0,

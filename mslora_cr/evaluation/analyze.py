@@ -1,0 +1,242 @@
+"""What explains a run's result: how its banks lie to each other, how many directions they use, what each of them adds
+to the answers, and which answers changed. Everything goes into `analysis.json`, which the report shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from mslora_cr.banks import Bank, BankError
+from mslora_cr.config import StreamConfig, Task
+from mslora_cr.data.collator import QuestionSamples
+from mslora_cr.data.records import TestRecords
+from mslora_cr.evaluation.evaluate import bank_digest, decisive, decoding, finished_banks
+from mslora_cr.evaluation.generate import ANSWERS, answer_questions, forget_journals
+from mslora_cr.evaluation.geometry import by_place, effective_ranks, update_cosines
+from mslora_cr.evaluation.intervals import interval, resampled_means
+from mslora_cr.evaluation.metrics import RowScore, score_answers
+from mslora_cr.evaluation.record import ANALYSIS, ROUTED, Cell, Evaluation, read_evaluation
+from mslora_cr.evaluation.routed import MixedQuestions
+from mslora_cr.evaluation.score import read_answers
+from mslora_cr.methods import METHODS
+from mslora_cr.mixed_banks import MixedBanks
+from mslora_cr.training.distributed import own_device, rank, start_process_group, wait_for_all
+from mslora_cr.training.ledger import write_json
+from mslora_cr.training.stream import load_base, preprocessing, task_folder, task_image_roots
+
+QUESTIONS = 200
+"""Questions of a task that drop-one evaluation asks unless told otherwise, spread evenly over its file."""
+EXAMPLES = 2
+"""Examples of changed answers shown, of each kind and task."""
+
+
+def analyze(config: StreamConfig, others: Sequence[StreamConfig] = (), questions: int = QUESTIONS) -> Path:
+    """Analyse a run that is trained, and write `analysis.json` into its results folder; returns its path.
+
+    Args:
+        others: runs whose banks' effective ranks stand beside this one's, such as one without the orthogonality term.
+        questions: the most that drop-one evaluation asks of a task; 0 leaves it out.
+
+    Raises:
+        BankError: a run has no banks. ModelError, DataError: something cannot be read.
+    """
+    start_process_group(own_device(config.model.device).type == "cuda")
+    chain = _banks_of(config)
+    runs = {run.run: run for run in (config, *others)}
+    if len(runs) <= len(others):  # names repeat
+        runs = {str(run.run_dir): run for run in (config, *others)}
+    found = {
+        "run": config.run,
+        "similarity": _similarity(list(chain.values())),
+        "effective_rank": {label: _ranks(_banks_of(run)) for label, run in runs.items()},
+        "contribution": _contribution(config, chain, questions) if questions else None,
+        "changed": _changed(config.results_run_dir),
+    }
+    path = config.results_run_dir / ANALYSIS
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+    wait_for_all()
+    return path
+
+
+def _banks_of(config: StreamConfig) -> dict[str, Bank]:
+    banks = finished_banks(config)
+    if not banks:
+        raise BankError(f"no task of this run is trained yet in {config.run_dir}; train one first")
+    return banks
+
+
+# --- geometry --------------------------------------------------------------------------------------------------------
+
+
+def _similarity(banks: Sequence[Bank]) -> dict[str, Any]:
+    """Cosines of the banks' updates, averaged by decoder layer and by module; matrices in the order of `banks`."""
+    names = tqdm(banks[0].matrices, desc="similarity of banks", unit="layer", disable=rank() != 0)
+    by_layer, by_module = by_place({name: update_cosines(name, banks) for name in names})
+    return {
+        "banks": [bank.name for bank in banks],
+        "by_layer": {place: values.tolist() for place, values in by_layer.items()},
+        "by_module": {place: values.tolist() for place, values in by_module.items()},
+    }
+
+
+def _ranks(banks: Mapping[str, Bank]) -> dict[str, Any]:
+    """For each bank its rank, its mean effective rank, and that by decoder layer and by module."""
+    found = {}
+    for name, bank in tqdm(banks.items(), desc="effective ranks", unit="bank", disable=rank() != 0):
+        ranks = {module: torch.tensor(value) for module, value in effective_ranks(bank).items()}
+        by_layer, by_module = by_place(ranks)
+        found[name] = {
+            "rank": bank.rank,
+            "mean": float(torch.stack(list(ranks.values())).mean()),
+            "by_layer": {place: float(value) for place, value in by_layer.items()},
+            "by_module": {place: float(value) for place, value in by_module.items()},
+        }
+    return found
+
+
+# --- what each bank adds to the answers ------------------------------------------------------------------------------
+
+
+def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: int) -> dict[str, Any]:
+    """Every learned task answered with its banks, and again with each of them left out.
+
+    A question's score is its hit if it is closed, its F1 if it is open. All variants of all tasks are answered in
+    mixed batches, so that a bank which is left out costs no new model.
+    """
+    variants = _variants(config, chain)
+    files = {task.name: TestRecords(task_folder(config, task) / "test.jsonl") for task, _ in variants}
+    base = load_base(config, own_device(config.model.device))
+    prepare = preprocessing(config, base)
+    parts, chosen, sizes = [], [], []
+    for task, banks in variants:
+        records = files[task.name]
+        asked = records.thinned(questions)
+        parts.append(QuestionSamples(asked, task_image_roots(config, task), prepare))
+        chosen += [banks] * len(asked)
+        sizes.append(len(asked))
+    mixed = MixedBanks(base.model, list(chain.values()))
+    folder = config.results_run_dir / "analysis"
+    facts = {
+        **decisive(config),
+        "banks": [bank_digest(bank) for bank in chain.values()],
+        "scalings": [bank.scaling for bank in chain.values()],
+        "rows": [(task.name, banks) for task, banks in variants],
+        "questions": [(records.digest, questions) for records in files.values()],
+    }
+    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def choose(indices: Sequence[int]) -> None:
+        mixed.choose([chosen[index] for index in indices])
+
+    answer_questions(
+        base.model, MixedQuestions(parts), folder, decoding(config), fingerprint, "each bank left out", choose
+    )
+    scores = np.array([_score(row) for row in score_answers(read_answers(folder / ANSWERS)).rows])
+    wait_for_all()
+    if rank() == 0:
+        forget_journals(folder)
+    names, rows, begin = list(chain), [], 0
+    whole: dict[str, tuple[tuple[int, ...], Any]] = {}
+    for (task, banks), size in zip(variants, sizes, strict=True):
+        own = scores[begin : begin + size]
+        begin += size
+        if task.name not in whole:
+            whole[task.name] = (banks, own)
+            continue
+        [dropped] = set(whole[task.name][0]) - set(banks)
+        difference = whole[task.name][1] - own
+        rows.append(
+            {
+                "task": task.name,
+                "dropped": names[dropped],
+                "questions": size,
+                "with_all": 100 * float(whole[task.name][1].mean()),
+                "without": 100 * float(own.mean()),
+                "contribution": 100 * float(difference.mean()),
+                "interval": interval(100 * resampled_means(difference[:, None])),
+            }
+        )
+    by = "all" if config.evaluation.banks_by == "all" else "prefix"
+    return {"banks_by": by, "score": "hit of closed questions, F1 of open ones", "rows": rows}
+
+
+def _variants(config: StreamConfig, chain: Mapping[str, Bank]) -> list[tuple[Task, tuple[int, ...]]]:
+    """Each learned task with the places in `chain` of the banks that answer it, then with each of them left out."""
+    method, names, found = METHODS[config.method], list(chain), []
+    by = "all" if config.evaluation.banks_by == "all" else "prefix"
+    stage = max(config.task(name).index for name in names) + 1
+    for task in config.stream:
+        if task.name not in chain:
+            continue
+        numbers = method.banks(task.index + 1, stage, by)
+        banks = tuple(names.index(config.stream[number - 1].name) for number in numbers)
+        found.append((task, banks))
+        found += [(task, tuple(bank for bank in banks if bank != dropped)) for dropped in banks]
+    return found
+
+
+def _score(row: RowScore) -> float:
+    return float(row.hit) if row.answer_type == "CLOSED" else row.overlap.f1
+
+
+# --- answers that changed --------------------------------------------------------------------------------------------
+
+
+def _changed(results_dir: Path) -> list[dict[str, Any]]:
+    """Answers to a task that differ between its own stage and the last one, and between told and routed."""
+    told, routed = read_evaluation(results_dir), read_evaluation(results_dir / ROUTED)
+    found: list[dict[str, Any]] = []
+    if told is None:
+        return found
+    for task in told.tasks:
+        own, last = told.own_cell(task), told.last_cell(task)
+        if own and last and own.stage != last.stage:
+            found.append(_change(task, "own stage", "last stage", (results_dir, told, own), (results_dir, told, last)))
+        guessed = routed.last_cell(task) if routed else None
+        if routed and last and guessed and guessed.questions == last.questions:
+            place = results_dir / ROUTED
+            found.append(_change(task, "told", "routed", (results_dir, told, last), (place, routed, guessed)))
+    return found
+
+
+Side = tuple[Path, Evaluation, Cell]
+
+
+def _change(task: str, first: str, second: str, before: Side, after: Side) -> dict[str, Any]:
+    """How many answers changed, and how; examples of each kind. Nothing can change where one file holds both."""
+    sides = [folder / cell.answers for folder, _, cell in (before, after)]
+    summary: dict[str, Any] = {
+        "task": task,
+        "from": f"{first}, banks {before[1].bank_numbers(before[2])}",
+        "to": f"{second}, banks {after[1].bank_numbers(after[2])}",
+        "questions": before[2].rows,
+        "same_banks": sides[0] == sides[1],
+        "changed": 0,
+        "lost": 0,
+        "gained": 0,
+        "examples": [],
+    }
+    if summary["same_banks"]:
+        return summary
+    old, new = (read_answers(path) for path in sides)
+    hits = [[row.hit for row in score_answers(answers).rows] for answers in (old, new)]
+    kinds: dict[str, list[dict[str, str]]] = {"lost": [], "gained": [], "changed": []}
+    for one, two, was, now in zip(old, new, *hits, strict=True):
+        if one.text == two.text:
+            continue
+        kind = "lost" if was and not now else "gained" if now and not was else "changed"
+        texts = {"question": one.prompt, "before": str(one.text), "after": str(two.text), "truth": str(one.gt)}
+        kinds[kind].append({"kind": kind, **texts})
+    summary["changed"] = sum(len(examples) for examples in kinds.values())
+    summary |= {kind: len(kinds[kind]) for kind in ("lost", "gained")}
+    summary["examples"] = [example for examples in kinds.values() for example in examples[:EXAMPLES]]
+    return summary

@@ -1,0 +1,343 @@
+"""Answers without the task being told: questions of all tasks mixed, each answered by the banks of the task that the
+router takes it for. Everything goes to `routed/` in the results folder, beside the answers with the task told."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mslora_cr.banks import ROUTER, Bank, BankError, file_digest
+from mslora_cr.config import ConfigError, StreamConfig, Task
+from mslora_cr.data.collator import Preprocessing, QuestionSamples, Sample
+from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecords
+from mslora_cr.evaluation.evaluate import (
+    STAMP,
+    Stages,
+    bank_digest,
+    cell_row,
+    decisive,
+    decoding,
+    finished_banks,
+    read_stamp,
+    stages_of,
+    write_summary,
+)
+from mslora_cr.evaluation.generate import ANSWERS, answer_questions, forget_journals
+from mslora_cr.evaluation.intervals import interval, resampled_means
+from mslora_cr.evaluation.record import ROUTED, ROUTING
+from mslora_cr.evaluation.score import score_file
+from mslora_cr.llava_med import LlavaMed
+from mslora_cr.methods import METHODS
+from mslora_cr.mixed_banks import MixedBanks
+from mslora_cr.router import Router, TaskStatistics, load_statistics
+from mslora_cr.training.distributed import (
+    from_first_rank,
+    gather_from_ranks,
+    own_device,
+    rank,
+    start_process_group,
+    wait_for_all,
+    world_size,
+)
+from mslora_cr.training.ledger import Ledger, write_json
+from mslora_cr.training.stream import (
+    feature_extractor,
+    is_routed,
+    load_base,
+    preprocessing,
+    router_statistics,
+    task_folder,
+    task_image_roots,
+)
+
+
+def evaluate_routed(
+    config: StreamConfig, stages: Stages = "final", only: str | None = None, banks: Mapping[str, Bank] | None = None
+) -> Path:
+    """Answer and score the questions of every learned task, or only the one named, without telling the task.
+
+    Writes, below `routed/` of the results folder, answers and scores by task, `evaluation.json`, and `routing.json`
+    with the router's confusion matrix at every stage.
+
+    Args:
+        banks: the banks by task, where they do not come from the run folder's ledger.
+
+    Raises:
+        ConfigError: the method answers every task with the same banks.
+        DataError, ModelError, BankError: before anything is answered.
+    """
+    if not is_routed(config):
+        raise ConfigError(
+            f"method {config.method} answers every task with the same banks, so routing changes nothing; "
+            "use evaluation.banks_by=prefix"
+        )
+    start_process_group(own_device(config.model.device).type == "cuda")
+    chain = dict(banks) if banks is not None else finished_banks(config)
+    learned = [task for task in config.stream if task.name in chain]
+    if only is not None:
+        config.task(only)
+    asked = {
+        stage: [
+            task for task in config.stream if stage in stages_of(task, stages, config) and only in (None, task.name)
+        ]
+        for stage in range(1, len(config.tasks) + 1)
+        if len(learned) >= stage and learned[stage - 1].index == stage - 1  # the chain is whole up to here
+    }
+    asked = {stage: tasks for stage, tasks in asked.items() if tasks}
+    if not asked:
+        raise BankError(f"no stage of this run can be answered from the banks there are in {config.run_dir}")
+    session = _Session(config, chain, saved_statistics(config, learned[: max(asked)]))
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    routing = []
+    for stage, tasks in asked.items():
+        answered, confusion = session.answer(stage, tasks)
+        rows |= answered
+        routing.append(confusion)
+    folder = config.results_run_dir / ROUTED
+    if rank() == 0:
+        order = [(task.name, stage) for task in config.stream for stage in asked if (task.name, stage) in rows]
+        write_summary(config, folder / "evaluation.json", [rows[key] for key in order])
+        write_json(folder / ROUTING, {"stages": routing})
+    wait_for_all()
+    return folder / "evaluation.json"
+
+
+def saved_statistics(config: StreamConfig, tasks: Sequence[Task]) -> list[TaskStatistics]:
+    """What was saved with the banks of these tasks.
+
+    Raises:
+        BankError: it is not there, or not what the ledger records.
+    """
+    ledger, found = Ledger.read(config), []
+    for task in tasks:
+        folder = ledger.bank_folder(task.name)
+        found.append(load_statistics(folder))
+        recorded = ledger.content["tasks"].get(task.name, {}).get("router_digest")
+        if recorded not in (None, file_digest(folder / ROUTER)):
+            raise BankError(
+                f"{folder / ROUTER} is not what the ledger records; `mslora-cr bank fit-router CONFIG --task "
+                f"{task.name}` makes it anew"
+            )
+    return found
+
+
+def fit_router(config: StreamConfig, only: str | None = None) -> Iterator[Path]:
+    """Make what a router needs to know of every task, or of the one named, from its training records, and put it with
+    the bank; gives each file when it is there. For banks that were trained elsewhere.
+
+    Raises:
+        DataError, ModelError, ConfigError: something cannot be read.
+    """
+    start_process_group(own_device(config.model.device).type == "cuda")
+    tasks = [config.task(only)] if only else config.stream
+    records = {task.name: TrainingRecords(task_folder(config, task) / "train.json") for task in tasks}
+    base = load_base(config, own_device(config.model.device))
+    ledger = Ledger.read(config)
+    for task in tasks:
+        statistics = router_statistics(config, task, records[task.name], base)
+        path = ledger.bank_folder(task.name) / ROUTER
+        if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staging = path.with_name(f".{path.name}.tmp")
+            save_file(statistics.tensors(), staging)
+            staging.replace(path)
+            if task.name in ledger.content["tasks"]:
+                entry = {**ledger.content["tasks"][task.name], "router_digest": file_digest(path)}
+                ledger.record(task.name, entry)
+            yield path
+        wait_for_all()
+
+
+class MixedQuestions:
+    """Questions of several tasks, one task after another."""
+
+    def __init__(self, parts: Sequence[QuestionSamples]) -> None:
+        self.parts = parts
+        self._starts = [0, *accumulate(len(part) for part in parts)]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.parts[0].preprocessing
+
+    @property
+    def records(self) -> Iterator[TestRecord]:
+        return (record for part in self.parts for record in part.records)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        part, place = self._find(index)
+        return Sample(**{**part[place], "index": index})
+
+    def encode(self, index: int) -> list[int]:
+        """Ids of a question's prompt, as `QuestionSamples.encode`."""
+        part, place = self._find(index)
+        return part.encode(place)
+
+    def _find(self, index: int) -> tuple[QuestionSamples, int]:
+        number = bisect_right(self._starts, index) - 1
+        return self.parts[number], index - self._starts[number]
+
+
+class _Session:
+    """The base model with all banks beside it, loaded when the first question needs it."""
+
+    def __init__(self, config: StreamConfig, chain: Mapping[str, Bank], statistics: Sequence[TaskStatistics]) -> None:
+        self.config = config
+        self.banks = [chain[task.name] for task in config.stream[: len(statistics)]]
+        self.statistics = statistics
+        self._digests = [bank_digest(bank) for bank in self.banks]
+        self._records: dict[str, TestRecords] = {}
+        self._features: dict[str, Tensor] = {}
+        self._base: LlavaMed | None = None
+        self._mixed: MixedBanks | None = None
+
+    def answer(self, stage: int, tasks: Sequence[Task]) -> tuple[dict[tuple[str, int], dict[str, Any]], dict[str, Any]]:
+        """Answer and score these tasks' questions after a stage, unless that was done before.
+
+        Returns:
+            The rows of `evaluation.json` by task and stage, and the stage's entry of `routing.json`.
+        """
+        root = self.config.results_run_dir / ROUTED
+        together = root / f"stage-{stage}"
+        fingerprint = self._fingerprint(stage, tasks)
+        folders = {task.name: root / task.name / f"stage-{stage}" for task in tasks}
+        done = all((folder / ANSWERS).is_file() and read_stamp(folder).get("fingerprint") == fingerprint
+                   for folder in folders.values())  # fmt: skip
+        known = from_first_rank(read_stamp(together) if done else {})
+        if known.get("fingerprint") != fingerprint:
+            if rank() == 0:
+                (together / STAMP).unlink(missing_ok=True)  # it must never stand beside what it does not describe
+            known = self._answer(stage, tasks, together, folders, fingerprint)
+            if rank() == 0:
+                write_json(together / STAMP, known)
+                forget_journals(together)
+        names = [bank.name for bank in self.banks[:stage]]
+        rows = {}
+        for task in tasks:
+            if rank() == 0:
+                score_file(folders[task.name] / ANSWERS, folders[task.name])
+            wait_for_all()
+            rows[task.name, stage] = cell_row(
+                task, stage, names, folders[task.name], root, fingerprint, self._questions(task), known["seconds"]
+            )
+        return rows, known["routing"]
+
+    def _answer(
+        self, stage: int, tasks: Sequence[Task], together: Path, folders: Mapping[str, Path], fingerprint: str
+    ) -> dict[str, Any]:
+        started = time.monotonic()
+        base = self._model()
+        routes = self._routes(stage, tasks)
+        flat = [route for task in tasks for route in routes[task.name]]
+        method = METHODS[self.config.method]
+        chosen = [[number - 1 for number in method.banks(route + 1, stage, "prefix")] for route in range(stage)]
+        mixed = self._mixed = self._mixed or MixedBanks(base.model, self.banks)
+        prepare = preprocessing(self.config, base)
+        questions = MixedQuestions(
+            [QuestionSamples(self._questions(task), task_image_roots(self.config, task), prepare) for task in tasks]
+        )
+
+        def choose(indices: Sequence[int]) -> None:
+            mixed.choose([chosen[flat[index]] for index in indices])
+
+        label = f"{len(tasks)} tasks mixed, routed among {stage}"
+        answer_questions(base.model, questions, together, decoding(self.config), fingerprint, label, choose)
+        seconds = round(time.monotonic() - started, 3)
+        if rank() == 0:
+            self._part(tasks, together, folders, routes, fingerprint)
+        wait_for_all()
+        return {"fingerprint": fingerprint, "seconds": seconds, "routing": self._confusion(stage, tasks, routes)}
+
+    def _part(
+        self,
+        tasks: Sequence[Task],
+        together: Path,
+        folders: Mapping[str, Path],
+        routes: Mapping[str, Sequence[int]],
+        fingerprint: str,
+    ) -> None:
+        """Give each task its share of the answers, each noting the task it was taken for."""
+        with (together / ANSWERS).open(encoding="utf-8") as lines:
+            for task in tasks:
+                folder = folders[task.name]
+                folder.mkdir(parents=True, exist_ok=True)
+                staging = folder / f".{ANSWERS}.tmp"
+                with staging.open("w", encoding="utf-8") as file:
+                    for route in routes[task.name]:
+                        answer = {**json.loads(next(lines)), "metadata": {"routed_to": self.banks[route].name}}
+                        file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                staging.replace(folder / ANSWERS)
+                write_json(folder / STAMP, {"fingerprint": fingerprint})
+        (together / ANSWERS).unlink()
+
+    def _confusion(self, stage: int, tasks: Sequence[Task], routes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """How many questions of each task were taken for each learned one, and how many of learned tasks rightly."""
+        counts = {task.name: np.bincount(routes[task.name], minlength=stage).tolist() for task in tasks}
+        known = [task for task in tasks if task.index < stage]
+        right = np.array([float(route == task.index) for task in known for route in routes[task.name]])
+        return {
+            "stage": stage,
+            "learned": [bank.name for bank in self.banks[:stage]],
+            "confusion": counts,
+            "questions": len(right),
+            "accuracy": 100 * float(right.mean()) if known else None,
+            "interval": interval(100 * resampled_means(right[:, None])) if known else None,
+        }
+
+    def _routes(self, stage: int, tasks: Sequence[Task]) -> dict[str, list[int]]:
+        """For each question of these tasks, the learned task that it is taken for, by its place from 0."""
+        router = Router(self.statistics[:stage])
+        return {task.name: router.route(self._features_of(task)).tolist() for task in tasks}
+
+    def _features_of(self, task: Task) -> Tensor:
+        """(questions, features), looked at once, by all ranks together."""
+        if task.name not in self._features:
+            records = self._questions(task)
+            extractor = feature_extractor(self.config, self._model())
+            mine = range(len(records))[rank() :: world_size()]
+            label = f"{task.name}, for the router" if rank() == 0 else None
+            roots = task_image_roots(self.config, task)
+            own = torch.cat([torch.empty(0, extractor.features), *extractor.batches(records, mine, roots, label)])
+            features = torch.empty(len(records), extractor.features)
+            for other, part in enumerate(gather_from_ranks(own)):
+                features[other :: world_size()] = part
+            self._features[task.name] = features
+        return self._features[task.name]
+
+    def _questions(self, task: Task) -> TestRecords:
+        if task.name not in self._records:
+            self._records[task.name] = TestRecords(task_folder(self.config, task) / "test.jsonl")
+        return self._records[task.name]
+
+    def _model(self) -> LlavaMed:
+        if self._base is None:
+            self._base = load_base(self.config, own_device(self.config.model.device))
+        return self._base
+
+    def _fingerprint(self, stage: int, tasks: Sequence[Task]) -> str:
+        """What decides the answers at a stage."""
+        router = hashlib.sha256()
+        for statistics in self.statistics[:stage]:
+            router.update(statistics.mean.numpy().tobytes() + statistics.scatter.numpy().tobytes())
+        facts = {
+            **decisive(self.config),
+            "method": self.config.method,
+            "banks": self._digests[:stage],
+            "scalings": [bank.scaling for bank in self.banks[:stage]],
+            "router": router.hexdigest(),
+            "questions": [self._questions(task).digest for task in tasks],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

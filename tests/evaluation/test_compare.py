@@ -1,0 +1,76 @@
+"""`mslora-cr compare`, on answers whose differences are known."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mslora_cr.cli import main
+from tests.evaluation.test_report import make_run
+
+TASKS = ("pathvqa", "PCAM", "nmi")
+
+
+def compared(tmp_path: Path, *runs: Path, options: tuple[str, ...] = ()) -> dict:
+    output = tmp_path / "comparison.json"
+    assert main(["compare", *map(str, runs), "--output", str(output), *options]) == 0
+    return json.loads(output.read_text())
+
+
+def by_task(found: dict, metric: str, run: str) -> dict:
+    return {test["task"]: test for test in found["metrics"][metric] if test["run"] == run}
+
+
+def test_a_difference_is_found_where_there_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_run(tmp_path, "base", tasks=TASKS, right=lambda task, stage: 18)[1]
+    same = make_run(tmp_path, "same", tasks=TASKS, right=lambda task, stage: 18)[1]
+    worse = make_run(tmp_path, "worse", tasks=TASKS, right=lambda task, stage: 8 if task == "PCAM" else 18)[1]
+    found = compared(tmp_path, base, same, worse)
+    assert found["baseline"] == "base"
+    assert all(
+        test["difference"] == 0 and test["p"] == 1 for test in by_task(found, "closed accuracy", "same").values()
+    )
+    tests = by_task(found, "closed accuracy", "worse")
+    assert set(tests) == {"pathvqa", "PCAM", "overall"}  # nmi has no closed question
+    assert tests["pathvqa"]["p_adjusted"] == 1
+    # 10 of 20 answers are lost and none gained: the exact McNemar test gives 2/2^10
+    lost = tests["PCAM"]
+    assert (lost["baseline_score"], lost["score"], lost["difference"]) == (90, 40, -50)
+    assert lost["p"] == pytest.approx(2 / 2**10, abs=2e-3)
+    assert lost["p_adjusted"] == pytest.approx(4 * lost["p"])  # of four tests: two runs, two tasks
+    assert lost["interval"][0] < -50 < lost["interval"][1] < -20
+    assert tests["overall"]["difference"] == pytest.approx(-25)
+    assert tests["overall"]["p_adjusted"] == pytest.approx(2 * tests["overall"]["p"])  # of two runs
+    assert lost["banks"] == {"base": "1–2", "worse": "1–2"}
+    text = capsys.readouterr().out
+    assert "prefix 1–2" in text and "Holm" in text and "-50.00" in text
+
+
+def test_the_stage_is_chosen(tmp_path: Path) -> None:
+    def forgets(task: str, stage: int) -> int:
+        return 18 - 5 * (stage - 1 - TASKS.index(task))
+
+    base = make_run(tmp_path, "base", tasks=TASKS, right=lambda task, stage: 18)[1]
+    one = make_run(tmp_path, "one", "sequential", TASKS, right=forgets)[1]
+    final = by_task(compared(tmp_path, base, one), "closed accuracy", "one")
+    own = by_task(compared(tmp_path, base, one, options=("--at", "own")), "closed accuracy", "one")
+    assert {task: test["difference"] for task, test in final.items()} == {"pathvqa": -50, "PCAM": -25, "overall": -37.5}
+    assert {test["difference"] for test in own.values()} == {0}
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_run(tmp_path, "base", tasks=TASKS)[1]
+    other = make_run(tmp_path, "other", tasks=TASKS)[1]
+    own = make_run(tmp_path, "own", tasks=TASKS, stages="own")[1]
+    assert main(["compare", str(base), str(own)]) == 1
+    assert "own: pathvqa was not evaluated after the last stage" in capsys.readouterr().err
+    summary = json.loads((other / "evaluation.json").read_text())
+    for cell in summary["cells"]:
+        cell["questions"] = "00" * 32
+    (other / "evaluation.json").write_text(json.dumps(summary))
+    assert main(["compare", str(base), str(other)]) == 1
+    assert "base and other were asked different questions of pathvqa" in capsys.readouterr().err
+    assert main(["compare", str(base), str(base)]) == 1
+    assert "stands twice" in capsys.readouterr().err
+    assert main(["compare", str(base)]) == 1
+    assert "at least two" in capsys.readouterr().err

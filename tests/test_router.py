@@ -1,0 +1,72 @@
+"""The router's statistics and decisions, on features worked by hand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mslora_cr.banks import BankError
+from mslora_cr.router import FIT_RECORDS, Router, TaskStatistics, load_statistics, looked_at, statistics_of
+
+
+def gram(features: torch.Tensor) -> torch.Tensor:
+    wide = torch.cat([features, torch.ones(len(features), 1)], dim=1).double()
+    return wide.T @ wide
+
+
+def test_statistics_by_hand_and_in_parts() -> None:
+    features = torch.tensor([[1.0, 0.0], [3.0, 2.0], [2.0, 4.0]])
+    found = statistics_of(gram(features[:1]) + gram(features[1:]))
+    assert found.count == 3
+    assert found.mean.tolist() == [2, 2]
+    # deviations (-1, -2), (1, 0), (0, 2)
+    assert found.scatter.tolist() == [[2, 2], [2, 8]]
+
+
+def test_the_shared_covariance_decides_not_the_distance() -> None:
+    """Two tasks that differ along a narrow direction, both spread along the other one."""
+    random = torch.Generator().manual_seed(0)
+    spread = torch.tensor([10.0, 0.1])
+    tasks = [torch.randn(400, 2, generator=random) * spread + torch.tensor([0.0, place]) for place in (0.0, 1.0)]
+    router = Router([statistics_of(gram(task)) for task in tasks])
+    # (30, 0.1) is far from both means and slightly nearer, in plain distance, to a mean it does not belong to
+    assert router.route(torch.tensor([[30.0, 0.1], [-30.0, 0.9]])).tolist() == [0, 1]
+    fresh = [torch.randn(400, 2, generator=random) * spread + torch.tensor([0.0, place]) for place in (0.0, 1.0)]
+    right = sum((router.route(task) == number).sum().item() for number, task in enumerate(fresh))
+    assert right / 800 > 0.99
+
+
+def test_a_later_task_needs_nothing_but_its_own_statistics() -> None:
+    random = torch.Generator().manual_seed(1)
+    tasks = [torch.randn(50, 6, generator=random) + 4 * torch.eye(6)[number] for number in range(3)]
+    statistics = [statistics_of(gram(task)) for task in tasks]
+    for known in (1, 2, 3):
+        router = Router(statistics[:known])
+        for number, task in enumerate(tasks[:known]):
+            assert (router.route(task) == number).float().mean() > 0.9
+
+
+def test_one_record_a_task_and_features_that_never_vary() -> None:
+    ones = [TaskStatistics(1, torch.eye(3)[number], torch.zeros(3, 3)) for number in range(2)]
+    assert Router(ones).route(torch.eye(3)[:2]).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("records", [1, 7, FIT_RECORDS, FIT_RECORDS + 1, 262_144])
+def test_what_is_looked_at_is_bounded_and_spread(records: int) -> None:
+    looked = looked_at(records)
+    assert min(records, FIT_RECORDS) / 2 <= len(looked) <= FIT_RECORDS
+    assert looked[0] == 0 and records - looked[-1] <= looked.step
+
+
+def test_missing_statistics_are_named(tmp_path: Path) -> None:
+    with pytest.raises(BankError, match=r"router\.safetensors: nothing that a router could use.*fit-router"):
+        load_statistics(tmp_path)
+    known = TaskStatistics(5, torch.rand(3), torch.rand(3, 3))
+    save_file(known.tensors(), tmp_path / "router.safetensors")
+    found = load_statistics(tmp_path)
+    assert (found.count, found.mean.tolist(), found.scatter.tolist()) == (
+        5,
+        known.mean.tolist(),
+        known.scatter.tolist(),
+    )
