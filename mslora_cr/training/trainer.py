@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from mslora_cr.training.distributed import (
     wait_for_all,
     zero_stage,
 )
-from mslora_cr.training.penalties import BankPenalties, PenaltyWeight
+from mslora_cr.training.penalties import BankPenalties, Key, PenaltyWeight
 
 STATE = "bank_trainer.pt"
 LAUNCH = "launch.json"
@@ -96,7 +96,7 @@ class BankTrainer(Trainer):
         self.bank_shape = bank_shape
         self.penalties = penalties
         self.weights = {"alpha": PenaltyWeight(alpha), "beta": PenaltyWeight(beta)}
-        self._pending: dict[tuple[str, int], Tensor] = {}
+        self._pending: dict[Key, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
         self._logged_from = 0
         self._loss_sum = torch.zeros((), device=args.device)
@@ -104,14 +104,7 @@ class BankTrainer(Trainer):
         if penalties is not None:
             for module, pair in stack.live().items():
                 for half, parameter in enumerate(pair):
-                    parameter.register_hook(self._penalty_hook((module, half)))
-
-    def _penalty_hook(self, key: tuple[str, int]) -> Any:
-        def add(gradient: Tensor) -> Tensor:
-            penalty = self._pending.get(key)
-            return gradient if penalty is None else gradient + penalty.to(gradient.dtype)
-
-        return add
+                    parameter.register_hook(_penalty_hook(self._pending, (module, half)))
 
     # --- one step ---
 
@@ -154,7 +147,7 @@ class BankTrainer(Trainer):
         last = self.penalties is not None and self.accelerator.sync_gradients
         penalty = self._prepare_penalties() if last else None
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._pending = {}
+        self._pending.clear()
         self._log_term("ce", loss)
         total = loss if penalty is None else loss + penalty.to(loss.dtype)
         self._loss_sum += total.detach()
@@ -166,7 +159,8 @@ class BankTrainer(Trainer):
         live = self.stack.live()
         alpha, beta = self.weights["alpha"].value, self.weights["beta"].value
         with gathered(parameter for pair in live.values() for parameter in pair), torch.no_grad():
-            contrastive, orthogonality, self._pending = self.penalties.terms(live, alpha, beta)
+            contrastive, orthogonality, gradients = self.penalties.terms(live, alpha, beta)
+        self._pending.update(gradients)
         for name, term, weight in (("contrastive", contrastive, "alpha"), ("orthogonality", orthogonality, "beta")):
             self._log_term(name, term)
             self._log_term(weight, torch.tensor(self.weights[weight].value, dtype=torch.float64))
@@ -243,6 +237,20 @@ class BankTrainer(Trainer):
             self._loss_sum = state["loss_sum"]
             self._started -= state["seconds"]
             self._logged_from = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+
+
+def _penalty_hook(pending: dict[Key, Tensor], key: Key) -> Callable[[Tensor], Tensor]:
+    """Adds what is pending to a matrix's gradient.
+
+    It must not know the trainer: PyTorch keeps a hook's references where the garbage collector does not look, and the
+    trainer leads to the parameter, so the model would never be freed.
+    """
+
+    def add(gradient: Tensor) -> Tensor:
+        penalty = pending.get(key)
+        return gradient if penalty is None else gradient + penalty.to(gradient.dtype)
+
+    return add
 
 
 def checkpoints(folder: Path) -> list[Path]:
