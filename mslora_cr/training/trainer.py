@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class BankTrainer(Trainer):
         self.bank_shape = bank_shape
         self.penalty = penalty
         self.distillation = distillation
-        self._pending: dict[tuple[str, int], Tensor] = {}
+        self._pending: dict[Key, Tensor] = {}
         self._micro_batch: dict[str, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
         self._logged_from = 0
@@ -107,14 +107,7 @@ class BankTrainer(Trainer):
         if penalty is not None:
             for module, pair in stack.live().items():
                 for half, parameter in enumerate(pair):
-                    parameter.register_hook(self._penalty_hook((module, half)))
-
-    def _penalty_hook(self, key: tuple[str, int]) -> Any:
-        def add(gradient: Tensor) -> Tensor:
-            penalty = self._pending.get(key)
-            return gradient if penalty is None else gradient + penalty.to(gradient.dtype)
-
-        return add
+                    parameter.register_hook(_penalty_hook(self._pending, (module, half)))
 
     # --- one step ---
 
@@ -172,7 +165,7 @@ class BankTrainer(Trainer):
         last = self.penalty is not None and self.accelerator.sync_gradients
         penalty = self._prepare_penalty() if last else None
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._pending = {}
+        self._pending.clear()
         for name, value in self._micro_batch.items():
             self._log_term(name, value)
         total = loss if penalty is None else loss + penalty.to(loss.dtype)
@@ -185,7 +178,7 @@ class BankTrainer(Trainer):
         live = self.stack.live()
         with gathered(self.stack.live_parameters()), torch.no_grad():
             step = self.penalty.step(live, self._get_learning_rate())
-        self._pending = step.gradients
+        self._pending.update(step.gradients)
         for name, value in step.logged.items():
             self._log_term(name, value)
         return step.value
@@ -275,6 +268,20 @@ class BankTrainer(Trainer):
             self._loss_sum = state["loss_sum"]
             self._started -= state["seconds"]
             self._logged_from = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+
+
+def _penalty_hook(pending: dict[Key, Tensor], key: Key) -> Callable[[Tensor], Tensor]:
+    """Adds what is pending to a matrix's gradient.
+
+    It must not know the trainer: PyTorch keeps a hook's references where the garbage collector does not look, and the
+    trainer leads to the parameter, so the model would never be freed.
+    """
+
+    def add(gradient: Tensor) -> Tensor:
+        penalty = pending.get(key)
+        return gradient if penalty is None else gradient + penalty.to(gradient.dtype)
+
+    return add
 
 
 def checkpoints(folder: Path) -> list[Path]:
