@@ -226,7 +226,9 @@ def finish(
         "repetitions": setting.repetitions,
         "unit": unit,
         "figures": summary,
-        "ratios": {name: summary[above]["median"] / summary[below]["median"] for name, (above, below) in ratios.items()},
+        "ratios": {
+            name: summary[above]["median"] / summary[below]["median"] for name, (above, below) in ratios.items()
+        },
         "ratio_spread": {
             name: figure([a / b for a, b in zip(figures[above], figures[below], strict=True)])
             for name, (above, below) in ratios.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -123,7 +124,7 @@ def load_bank(path: Path) -> Bank:
         return _load_published(path.parent if path.name == PUBLISHED_WEIGHTS else path)
     try:
         config = _read_object(path / CONFIG)
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        rank, alpha = _shape(config["r"], config["lora_alpha"])
         tensors = load_file(path / WEIGHTS)
         metadata = _read_object(path / METADATA) if (path / METADATA).is_file() else {}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -141,6 +142,12 @@ def load_bank(path: Path) -> Bank:
     return _bank(path, metadata.get("name", path.name), rank, alpha, halves, metadata)
 
 
+def _shape(rank: Any, alpha: Any) -> tuple[int, float]:
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ValueError(f"rank {rank!r} and alpha {alpha!r} are not those of a bank")
+    return rank, float(alpha)
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
@@ -152,7 +159,7 @@ def _load_published(folder: Path) -> Bank:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         settings = config["mslora_cfg"]
-        rank, alpha = int(settings["lora_rank"]), float(settings["lora_alpha"])
+        rank, alpha = _shape(settings["lora_rank"], settings["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BankError(f"{folder}/config.json: lora_rank and lora_alpha not found in mslora_cfg ({error!r})") from None
     try:

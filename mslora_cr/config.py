@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -409,9 +410,21 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)  # `59:59:59` is a number of base 60, of any length
+        if not -(2**63) <= value < 2**63:
+            raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
+        return value
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_yaml_int)
+
 
 def _plain_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  (it is a SafeLoader)
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  (it is a SafeLoader)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -513,6 +526,8 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
             checked[key] = adapter.validate_python(_scientific(value) if _wants_number(hints[key]) else value)
         except ValidationError as error:
             raise ConfigError(f"training.{key}: {error.errors()[0]['msg']}, found {value!r}") from None
+        if isinstance(checked[key], float) and not math.isfinite(checked[key]):
+            raise ConfigError(f"training.{key}: should be a finite number, found {value!r}")
     return checked
 
 

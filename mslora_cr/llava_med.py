@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -41,6 +43,9 @@ rows, and produced by no text (a NUL character in a text is refused)."""
 
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 """Full-match pattern of the linear layers that a bank adapts: all of the language model, nothing else."""
+
+MOST_LAYERS, MOST_WIDTH = 1_000, 10_000_000
+_SIZE = re.compile(r"_(size|layers|heads)$")
 
 UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 """What keeps its dtype beside a language model in 4 or 8 bits: a small part of the memory, and the most exact one."""
@@ -129,11 +134,27 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: config.json is missing") from None
     except ValueError as error:
         raise ModelError(f"{path}/config.json: not JSON ({error})") from None
+    except RecursionError:
+        raise ModelError(f"{path}/config.json: nested too deeply") from None
     known = ("llava_mistral", "llava")
     if not isinstance(config, dict) or config.get("model_type") not in known:
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise ModelError(f"{path}/config.json: model_type is {found!r}; expected one of {', '.join(known)}")
+    _check_numbers(path / "config.json", config)
     return config
+
+
+def _check_numbers(place: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what no model has, before anything of that size is made."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_numbers(place, value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ModelError(f"{place}: {key} is {value}; expected a finite number")
+        elif value is not None and (match := _SIZE.search(key)):
+            most = MOST_LAYERS if match[1] == "layers" else MOST_WIDTH
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise ModelError(f"{place}: {key} is {value!r}; expected a whole number from 1 to {most:,}")
 
 
 def _loading_options(dtype: torch.dtype, quantization: str | None, device: torch.device | str) -> dict[str, Any]:
@@ -158,7 +179,7 @@ def _loading_options(dtype: torch.dtype, quantization: str | None, device: torch
 def _load_transformers_layout(path: Path, options: Mapping[str, Any]) -> LlavaForConditionalGeneration:
     try:
         model, report = LlavaForConditionalGeneration.from_pretrained(path, ignore_mismatched_sizes=True, **options)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{path}: {error}") from None
     _refuse_report(path, report, set(report["unexpected_keys"]))
     return model
@@ -266,6 +287,13 @@ def load_named_tower(path: Path, config: Mapping[str, Any]) -> CLIPVisionModel:
 
 
 def _tower_config(source: str | Path) -> CLIPVisionConfig:
+    if isinstance(source, Path):
+        try:
+            _check_numbers(source / "config.json", json.loads((source / "config.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:  # transformers would take the default sizes
+            raise ModelError(f"{source}: config.json is missing") from None
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{source}/config.json: not a JSON object ({error})") from None
     try:
         return CLIPVisionConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -273,12 +301,15 @@ def _tower_config(source: str | Path) -> CLIPVisionConfig:
 
 
 def _load_tower(path: Path, source: str | Path, dtype: torch.dtype) -> CLIPVisionModel:
-    if isinstance(source, Path) and not (source / "config.json").is_file():  # transformers would take the default sizes
-        raise ModelError(f"{source}: config.json is missing")
+    _tower_config(source)
     try:
         tower, report = CLIPVisionModel.from_pretrained(
             source, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
+    except (pickle.UnpicklingError, RuntimeError):  # their text advises to load it all the same
+        raise ModelError(
+            f"{source}: the vision tower's weights are not plain tensors, so they are not opened"
+        ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"{source}: the vision tower that {path}/config.json names cannot be loaded ({error}); download it, or set "
@@ -305,10 +336,13 @@ def shard_files(path: Path) -> list[Path]:
         return [single]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"{index}: not a safetensors index ({error!r})") from None
+    if outside:
+        raise ModelError(f"{index}: names {outside[0]!r}, which is no file of this folder")
     files = [path / name for name in names]
-    missing = [file.name for file in files if Path(file.name) != file.relative_to(path) or not file.is_file()]
+    missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ModelError(f"{path}: missing {', '.join(missing)}, which {index.name} names")
     return files
@@ -406,7 +440,7 @@ def _with_processors(path: Path, model: LlavaForConditionalGeneration, tower_sou
         raise ModelError(f"{path}: the tokenizer has no piece {PLACEHOLDER_PIECE} to stand for an image patch")
     model.config.image_token_id = image_token_id
     try:
-        processor = AutoImageProcessor.from_pretrained(tower_source, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(tower_source, backend="pil", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{tower_source}: no image processor configuration ({error})") from None
     vision = model.config.vision_config

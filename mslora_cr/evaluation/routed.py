@@ -42,8 +42,8 @@ from mslora_cr.methods import METHODS
 from mslora_cr.mixed_banks import MixedBanks
 from mslora_cr.router import Router, TaskStatistics, load_statistics
 from mslora_cr.training.distributed import (
-    from_first_rank,
     from_all_ranks,
+    from_first_rank,
     own_device,
     rank,
     start_process_group,

@@ -249,11 +249,12 @@ def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords])
         DataError: names the bad ones, with the record that asks for the first.
     """
     for task in (config.task(name) for name in records):
-        roots, paths = task_image_roots(config, task), {}
+        roots = task_image_roots(config, task)
+        paths: dict[Path, int] = {}
         for index, record in enumerate(records[task.name]):
             for name in record.images if config.data.images == "all" else record.images[:1]:
                 try:
-                    paths[resolve_image(name, roots)] = index
+                    paths.setdefault(resolve_image(name, roots), index)
                 except DataError as error:
                     place = f"{records[task.name].path}: {records[task.name].place(index)}"
                     raise DataError(f"{place}: {error}") from None
