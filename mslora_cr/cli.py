@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_compare(commands)
     _add_analyze(commands)
+    _add_sweep(commands)
     _add_data(commands)
     _add_model(commands)
     _add_bank(commands)
@@ -376,6 +377,43 @@ def _analyze(args: argparse.Namespace) -> int:
         path = analyze(config, others, args.questions)
     if rank() == 0:
         print(f"analysis: {path}\nreport: {write_report(config.run_dir, config.results_run_dir)}")
+    return 0
+
+
+def _add_sweep(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "sweep",
+        "run methods × orders of the tasks × seeds of one stream, side by side, and gather them into one table; what "
+        "is finished is kept, a killed sweep goes on",
+        "mslora-cr sweep configs/sweep.yaml --orders 2 --seeds 1 2 3",
+        "mslora-cr sweep configs/sweep.yaml --methods mslora_cr incremental --seeds 1 2 3 4 5 --dry-run",
+        "CUDA_VISIBLE_DEVICES=0,1 mslora-cr sweep configs/finetune_mslora_cr_ortho.yaml --orders 3",
+    )
+    _add_config(parser)
+    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="which methods (default: all)")
+    parser.add_argument(
+        "--orders", type=int, default=1, metavar="N", help="how many orders of the tasks, the file's first (default 1)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="default: the file's")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at once (default: one for each GPU, or for each core without any)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
+    parser.set_defaults(run=_sweep)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    _quieten()
+    from mslora_cr import sweep
+
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--jobs is {args.jobs}; give at least 1")
+    runs = sweep.plan_sweep(args.config, args.overrides, args.methods, args.orders, args.seeds)
+    places = sweep.slots(runs[0].config.model.device, args.jobs)
+    print(sweep.describe(runs, places), flush=True)
+    if not args.dry_run:
+        print(f"report: {sweep.run_sweep(runs, places)}")
     return 0
 
 

@@ -30,7 +30,7 @@ ROWS = (
     ("evaluation.heatmaps", "evaluation.evaluate"),
     ("evaluation.compare", "evaluation.routed"),
     ("evaluation.report", "evaluation.analyze"),
-    ("demo",),
+    ("demo", "sweep"),
     ("cli",),
     ("__main__",),
 )

@@ -79,6 +79,37 @@ def stage_curves(averages: Mapping[str, Sequence[tuple[int, float]]], colors: Ma
         return _svg(figure)
 
 
+def sweep_dots(panels: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]], colors: Mapping[str, str]) -> str:
+    """A panel for each figure, a row for each method: a dot for each run in its order's colour, a bar at the mean.
+
+    Args:
+        panels: by title and method, (order, value).
+        colors: by order.
+    """
+    methods = list(dict.fromkeys(method for panel in panels.values() for method in panel))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 1.1 + 0.34 * len(methods)), layout="constrained")
+        for ax, (title, panel) in zip(
+            figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+        ):
+            ax.set_title(title)
+            for row, method in enumerate(methods):
+                points = panel.get(method, ())
+                for index, order in enumerate(colors):
+                    values = [value for drawn, value in points if drawn == order]
+                    height = row + 0.28 * (index / max(1, len(colors) - 1) - 0.5)  # orders one below the other
+                    label = f"order {order}" if row == 0 else None
+                    ax.plot(values, [height] * len(values), ".", color=colors[order], markersize=7, label=label)
+                if points:
+                    mean = sum(value for _, value in points) / len(points)
+                    ax.plot([mean, mean], [row - 0.32, row + 0.32], color=INK, linewidth=1)
+            ax.set_yticks(range(len(methods)), methods)
+            ax.grid(axis="x", alpha=0.15, color=INK)
+        ax.invert_yaxis()
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        return _svg(figure)
+
+
 def _spans(logs: Mapping[str, Log]) -> dict[str, tuple[float, float]]:
     """First and last step of each logged task, counted over the stream."""
     spans, start = {}, 0.0

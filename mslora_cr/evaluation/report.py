@@ -25,7 +25,7 @@ from mslora_cr.evaluation.heatmaps import (
     span,
 )
 from mslora_cr.evaluation.matrix import TaskStageMatrix
-from mslora_cr.evaluation.plots import loss_curves, stage_curves
+from mslora_cr.evaluation.plots import loss_curves, stage_curves, sweep_dots
 from mslora_cr.evaluation.record import (
     PUBLISHED_SCORES,
     ROUTED,
@@ -109,6 +109,62 @@ def write_comparison(runs: Sequence[tuple[str, Path, Path]], output: Path) -> Pa
     output.parent.mkdir(parents=True, exist_ok=True)
     _render("comparison.html", output, context)
     return output
+
+
+SWEEP_PANELS = {"final_average": "final average, %", "forgetting": "forgetting, points"}
+SWEEP_COLUMNS = {
+    "final_average": "Final average",
+    "average_incremental_accuracy": "Incremental",
+    "forgetting": "Forgetting",
+    "backward_transfer": "Backward transfer",
+}
+
+
+def write_sweep_page(found: Mapping[str, Any], output: Path) -> Path:
+    """Write `sweep.html`, `sweep.md` and `sweep.svg` of a sweep into a folder, and return the page's path.
+
+    Args:
+        found: the content of `sweep.json`.
+    """
+    colors = {order: PALETTE[index % len(PALETTE)] for index, order in enumerate(found["orders"])}
+    headline = next((key for key in METRICS if found["metrics"][key]), None)
+    if headline is None:
+        raise ReportError("the runs of this sweep have no metric in common")
+    panels = {
+        title: {
+            method: points
+            for method in found["metrics"][headline]
+            if (points := _sweep_points(found["runs"], method, headline, figure))
+        }
+        for figure, title in SWEEP_PANELS.items()
+    }
+    plot = sweep_dots({title: panel for title, panel in panels.items() if panel}, colors)
+    (output / "sweep.svg").write_text(plot, encoding="utf-8")
+    context = {
+        "found": found,
+        "metrics": {TITLES[key]: methods for key, methods in found["metrics"].items() if methods},
+        "headline": TITLES[headline],
+        "columns": SWEEP_COLUMNS,
+        "banks_by": {run["method"]: run["banks_by"] for run in found["runs"]},
+        "told": sorted({run["method"] for run in found["runs"] if run["told"]}),
+        "seconds": {
+            method: sum(run["seconds"] for run in found["runs"] if run["method"] == method)
+            for method in dict.fromkeys(run["method"] for run in found["runs"])
+        },
+        "plot": Markup(plot),
+        "now": datetime.now(UTC),
+    }
+    for name in ("sweep.html", "sweep.md"):
+        _render(name, output / name, context)
+    return output / "sweep.html"
+
+
+def _sweep_points(runs: Sequence[Mapping[str, Any]], method: str, metric: str, figure: str) -> list[tuple[str, float]]:
+    """(order, value) of each run of a method that has the figure."""
+    values = [
+        (str(run["order"]), run["figures"].get(metric, {}).get(figure)) for run in runs if run["method"] == method
+    ]
+    return [(order, value) for order, value in values if value is not None]
 
 
 def _evaluated(results_dir: Path) -> Evaluation:

@@ -1,0 +1,329 @@
+"""Methods × orders × seeds of one stream: planned, run side by side, gathered into one table."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import factorial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, get_args
+
+import torch
+from tqdm.auto import tqdm
+
+from mslora_cr.config import ConfigError, MethodName, StreamConfig, load_config, nearest
+from mslora_cr.errors import UserError
+from mslora_cr.evaluation.evaluate import evaluate
+from mslora_cr.evaluation.record import read_evaluation, read_ledger
+from mslora_cr.evaluation.report import METRICS, write_sweep_page
+from mslora_cr.training import stream
+from mslora_cr.training.ledger import environment, write_json
+
+OURS = "mslora_cr"
+RESULT = "sweep.json"
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep."""
+
+    method: str
+    order: int
+    """0 is the order of the file, others are drawn."""
+    seed: int
+    config: StreamConfig
+
+    @property
+    def name(self) -> str:
+        return self.config.run
+
+
+def known_methods() -> tuple[str, ...]:
+    """Every method there is."""
+    return get_args(MethodName)
+
+
+def plan_sweep(
+    config_file: Path,
+    overrides: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    orders: int = 1,
+    seeds: Sequence[int] = (),
+) -> list[SweepRun]:
+    """The runs of a sweep, method by method. Their folders stand below those of the file's own run.
+
+    Args:
+        methods: all that there are, if none is named.
+        orders: how many orders of the tasks; the first is the file's, further ones are drawn, always alike.
+        seeds: the file's, if none is given.
+
+    Raises:
+        ConfigError: an unknown method, more orders than there are, or a configuration that is wrong.
+    """
+    for method in methods:
+        if method not in known_methods():
+            raise ConfigError(
+                f"--methods: unknown method {method!r}{nearest(method, known_methods())}; there are "
+                f"{', '.join(known_methods())}"
+            )
+    base = load_config(config_file, overrides)
+    places = [f"output_dir={base.run_dir}", f"results_dir={base.results_run_dir}"]
+    drawn = task_orders([task.name for task in base.tasks], orders)
+    found = []
+    for method, (number, tasks), seed in itertools.product(
+        dict.fromkeys(methods or known_methods()), enumerate(drawn), dict.fromkeys(seeds or [base.seed])
+    ):
+        settings = [f"run={method}-order{number}-seed{seed}", f"method={method}", f"seed={seed}"]
+        tasks_setting = f"tasks=[{','.join(tasks)}]"
+        config = load_config(config_file, [*overrides, *places, *settings, tasks_setting])
+        found.append(SweepRun(method, number, seed, config))
+    return found
+
+
+def task_orders(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
+    """So many different orders of the tasks, the one given first.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    if not 1 <= count <= factorial(len(tasks)):
+        raise ConfigError(
+            f"--orders: {len(tasks)} tasks have {factorial(len(tasks))} orders; {count} is not among them"
+        )
+    found = [tuple(tasks)]
+    generator = random.Random(0)
+    while len(found) < count:
+        drawn = tuple(generator.sample(tasks, len(tasks)))
+        if drawn not in found:
+            found.append(drawn)
+    return found
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def slots(device: str, jobs: int | None = None) -> list[str | None]:
+    """What runs side by side: a GPU each (by `CUDA_VISIBLE_DEVICES`), or, on the CPU (None), a share of the cores."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return [None] * (jobs or cores())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    return [gpus[number % len(gpus)] for number in range(jobs or len(gpus))]
+
+
+def describe(runs: Sequence[SweepRun], places: Sequence[str | None]) -> str:
+    """The plan, for people: what is run, in how many steps, where, and what is done already."""
+    methods = dict.fromkeys(run.method for run in runs)
+    orders = {run.order: [task.name for task in run.config.tasks] for run in runs}
+    seeds = dict.fromkeys(run.seed for run in runs)
+    where = "CPU" if places[0] is None else f"GPU {', '.join(str(place) for place in dict.fromkeys(places))}"
+    lines = [
+        f"{len(runs)} runs = {len(methods)} methods × {len(orders)} orders × {len(seeds)} seeds, {len(places)} at once "
+        f"({where})",
+        f"methods  {', '.join(methods)}",
+        *(f"order {number}  {' → '.join(tasks)}" for number, tasks in orders.items()),
+        f"seeds    {', '.join(map(str, seeds))}",
+        f"folders  {runs[0].config.run_dir.parent}, {runs[0].config.results_run_dir.parent}",
+        "",
+    ]
+    width = max(len(run.name) for run in runs)
+    for run in runs:
+        ledger = read_ledger(run.config.run_dir)
+        evaluated = " and evaluated" if (run.config.results_run_dir / "evaluation.json").is_file() else ""
+        learned = f"{len(ledger.tasks)} of {len(run.config.tasks)} tasks learned{evaluated}" if ledger else "to do"
+        lines.append(f"  {run.name:<{width}}  {learned}")
+    return "\n".join(lines)
+
+
+def run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None]) -> Path:
+    """Train and evaluate every run that is not done yet, as many at once as there are places, and write the report.
+
+    What a run prints goes into `sweep.log` in its results folder. A run that fails does not stop the others.
+
+    Returns:
+        The page. `sweep.json`, `sweep.md` and `sweep.svg` stand beside it.
+
+    Raises:
+        UserError: runs have failed; names them and their logs. The report holds the others.
+    """
+    root = runs[0].config.results_run_dir.parent
+    threads = max(1, cores() // len(places))
+    context = multiprocessing.get_context("spawn")
+    free = context.Queue()
+    for place in places:
+        free.put(place)
+    failed: dict[str, str] = {}
+    with (
+        ProcessPoolExecutor(len(places), context, _settle, (free, threads)) as pool,
+        tqdm(desc="sweep", total=len(runs), unit="run") as bar,
+    ):
+        waiting = {pool.submit(_run, run.config): run for run in runs}
+        try:
+            for done in as_completed(waiting):
+                error = done.exception()
+                if isinstance(error, BrokenProcessPool):
+                    raise UserError(
+                        "a process of the sweep has ended at once (out of memory?); the same command goes on with what "
+                        "is not done, --jobs 1 needs the least"
+                    ) from None
+                if error is not None:
+                    failed[waiting[done].name] = str(error)
+                bar.set_postfix_str(waiting[done].name)
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    finished = [run for run in runs if run.name not in failed]
+    page = gather(finished, root) if finished else None
+    if failed or page is None:
+        lines = "\n  ".join(f"{name}: {error} ({root / name / 'sweep.log'})" for name, error in failed.items())
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again\n  {lines}")
+    return page
+
+
+def _settle(free: Any, threads: int) -> None:
+    """Give a worker its GPU or its share of the cores."""
+    place = free.get()
+    if place is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place
+    torch.set_num_threads(threads)
+
+
+def _run(config: StreamConfig) -> None:
+    """Train and evaluate one run, in a worker; its output goes into a file."""
+    folder = config.results_run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    with _output_into(folder / "sweep.log"):
+        try:
+            stream.train(config)
+            evaluate(config, "seen")
+        except UserError as error:
+            print(error)
+            raise UserError(str(error)) from None  # others may not survive the way to the parent process
+        except Exception as error:
+            traceback.print_exc()
+            raise UserError(repr(error)) from None
+
+
+@contextmanager
+def _output_into(path: Path) -> Iterator[None]:
+    """Let everything that this process prints, libraries included, go into a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with path.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, descriptor)
+                os.close(old)
+
+
+# --- what came out ---------------------------------------------------------------------------------------------------
+
+
+def gather(runs: Sequence[SweepRun], root: Path) -> Path:
+    """Write `sweep.json` and the pages of finished runs into a folder, and return the HTML page."""
+    outcomes = [_outcome(run) for run in runs]
+    orders = {run.order: [task.name for task in run.config.tasks] for run in runs}
+    found = {
+        "orders": {str(number): tasks for number, tasks in sorted(orders.items())},
+        "seeds": sorted({run.seed for run in runs}),
+        "metrics": {key: summarize(outcomes, key) for key in METRICS},
+        "runs": outcomes,
+        "environment": environment(),
+    }
+    write_json(root / RESULT, found)
+    return write_sweep_page(json.loads((root / RESULT).read_text(encoding="utf-8")), root)
+
+
+def _outcome(run: SweepRun) -> dict[str, Any]:
+    """The figures of a finished run, by metric."""
+    evaluation, ledger = read_evaluation(run.config.results_run_dir), read_ledger(run.config.run_dir)
+    assert evaluation is not None, f"{run.name} is not evaluated"
+    figures = {}
+    for key, metric in METRICS.items():
+        matrix = evaluation.matrix(metric)
+        if matrix is not None:
+            final = {task: matrix.scores.get((task, matrix.last)) for task in matrix.tasks}
+            figures[key] = {**matrix.summary(), "final": final}
+    return {
+        "run": run.name,
+        "method": run.method,
+        "order": run.order,
+        "seed": run.seed,
+        "banks_by": evaluation.banks_by,
+        "told": evaluation.same_banks_since_learned(),
+        "seconds": ledger.seconds if ledger else 0.0,
+        "figures": figures,
+    }
+
+
+def summarize(outcomes: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, Any]]:
+    """By method and figure: the mean over all runs, their standard deviation, and what the order has to do with it.
+
+    `between_orders` is the standard deviation of the orders' means (each over its seeds), `within_orders` the pooled
+    one of the runs about their order's mean: an order matters where the first stands out from the second over the root
+    of the number of seeds. `against` is the paired difference to MSLoRA-CR at the same order and seed: its mean and
+    standard deviation.
+
+    Args:
+        outcomes: of finished runs. metric: a key of `METRICS`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for method in dict.fromkeys(outcome["method"] for outcome in outcomes):
+        rows = [outcome for outcome in outcomes if outcome["method"] == method and metric in outcome["figures"]]
+        figures = [name for name in rows[0]["figures"][metric] if name != "final"] if rows else []
+        found[method] = {}
+        for figure in figures:
+            values = {(row["order"], row["seed"]): row["figures"][metric][figure] for row in rows}
+            known = {key: value for key, value in values.items() if value is not None}
+            if known:
+                ours = {
+                    (row["order"], row["seed"]): row["figures"].get(metric, {}).get(figure)
+                    for row in outcomes
+                    if row["method"] == OURS
+                }
+                found[method][figure] = _spread(known, ours)
+    return {method: figures for method, figures in found.items() if figures}
+
+
+def _spread(values: Mapping[tuple[int, int], float], ours: Mapping[tuple[int, int], float | None]) -> dict[str, Any]:
+    orders: dict[int, list[float]] = {}
+    for (order, _), value in sorted(values.items()):
+        orders.setdefault(order, []).append(value)
+    means = {order: fmean(group) for order, group in orders.items()}
+    freedom = len(values) - len(orders)
+    within = sum((value - means[order]) ** 2 for order, group in orders.items() for value in group)
+    paired = [value - own for key, value in values.items() if (own := ours.get(key)) is not None]
+    return {
+        "runs": len(values),
+        "mean": fmean(values.values()),
+        "deviation": _deviation(list(values.values())),
+        "by_order": {str(order): mean for order, mean in means.items()},
+        "between_orders": _deviation(list(means.values())),
+        "within_orders": (within / freedom) ** 0.5 if freedom else None,
+        "against": {"mean": fmean(paired), "deviation": _deviation(paired), "pairs": len(paired)} if paired else None,
+    }
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None

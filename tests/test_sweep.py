@@ -1,0 +1,144 @@
+"""`mslora-cr sweep`, on the tiny stream."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mslora_cr import sweep
+from mslora_cr.cli import main
+from mslora_cr.config import ConfigError, load_config
+from mslora_cr.sweep import plan_sweep, summarize, task_orders
+from tests.conftest import once, write_config
+from tests.evaluation.test_report import Page
+
+ARGUMENTS = ["--methods", "mslora_cr", "each", "--orders", "2", "--seeds", "1", "--jobs", "1"]
+
+
+@pytest.fixture(scope="module")
+def swept(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Path:
+    """The folder of a finished sweep's configuration: 2 methods × 2 orders of two tasks, two steps each."""
+
+    def build(folder: Path) -> None:
+        tasks = [{**task, "epochs": 0.5} for task in tiny_settings["tasks"][:2]]
+        config = write_config(folder, tiny_settings, run="sweep", tasks=tasks)
+        assert main(["sweep", str(config), *ARGUMENTS]) == 0
+
+    return once(shared_tmp / "swept", build)
+
+
+def test_every_run_is_there(swept: Path) -> None:
+    found = json.loads((swept / "results" / "sweep" / "sweep.json").read_text())
+    expected = [f"{method}-order{order}-seed1" for method in ("mslora_cr", "each") for order in (0, 1)]
+    assert [run["run"] for run in found["runs"]] == expected
+    assert found["orders"] == {"0": ["pathvqa", "slake-vqarad"], "1": ["slake-vqarad", "pathvqa"]}
+    for run in found["runs"]:
+        folder = swept / "results" / "sweep" / run["run"]
+        summary = json.loads((folder / "evaluation.json").read_text())
+        assert summary["method"] == run["method"]
+        assert summary["tasks"] == found["orders"][str(run["order"])]
+        assert load_config(swept / "checkpoints" / "sweep" / run["run"] / "config.yaml").seed == run["seed"]
+        last = {cell["task"]: cell["metrics"]["exact match score"] for cell in summary["cells"] if cell["stage"] == 2}
+        figures = run["figures"]["exact"]
+        assert figures["final"] == pytest.approx(last)
+        assert figures["final_average"] == pytest.approx(sum(last.values()) / 2)
+
+
+def test_the_pages_show_methods_orders_and_deviation(swept: Path) -> None:
+    root = swept / "results" / "sweep"
+    page, text = Page(root / "sweep.html"), (root / "sweep.md").read_text()
+    assert page.loads == []
+    assert "2 methods, 2 orders, 1 seeds" in page.text
+    assert "slake-vqarad → pathvqa" in page.text and "slake-vqarad → pathvqa" in text
+    assert "Forgetting is zero by construction for each, mslora_cr" in text
+    assert "| mslora\\_cr | prefix | 2 |" in text
+    assert (root / "sweep.svg").read_text().startswith("<svg")
+
+
+def test_a_sweep_goes_on_and_a_run_that_fails_stops_no_other(
+    swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run is gone and has to come out the same, one has a broken bank, two are done."""
+    shutil.copytree(swept, tmp_path / "copy")
+    trained, results = (tmp_path / "copy" / part / "sweep" for part in ("checkpoints", "results"))
+    shutil.rmtree(trained / "each-order1-seed1")
+    shutil.rmtree(results / "each-order1-seed1")
+    (trained / "each-order0-seed1" / "banks" / "pathvqa" / "adapter_model.safetensors").write_bytes(b"broken")
+    banks = {path: path.stat().st_mtime_ns for path in trained.rglob("adapter_model.safetensors")}
+    command = ["sweep", str(swept / "run.yaml"), *ARGUMENTS]
+    command += [f"output_dir={trained.parent}", f"results_dir={results.parent}"]
+    assert main([*command, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert plan.count("2 of 2 tasks learned and evaluated") == 3 and plan.count("to do") == 1
+    assert "4 runs = 2 methods × 2 orders × 1 seeds, 1 at once (CPU)" in plan
+    assert main(command) == 1
+    message = capsys.readouterr().err
+    assert "1 of 4 runs failed" in message and "each-order0-seed1" in message and "is not the bank" in message
+    assert all(path.stat().st_mtime_ns == time for path, time in banks.items())
+    before, after = (
+        {run["run"]: run["figures"] for run in json.loads((folder / "sweep.json").read_text())["runs"]}
+        for folder in (swept / "results" / "sweep", results)
+    )
+    del before["each-order0-seed1"]
+    assert after == before
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_orders_are_different_and_always_the_same() -> None:
+    tasks = ["a", "b", "c"]
+    assert task_orders(tasks, 1) == [("a", "b", "c")]
+    found = task_orders(tasks, 6)
+    assert len(set(found)) == 6 and found[0] == ("a", "b", "c")
+    assert task_orders(tasks, 3) == found[:3]
+    for count in (0, 7):
+        with pytest.raises(ConfigError, match="3 tasks have 6 orders"):
+            task_orders(tasks, count)
+
+
+def test_the_plan_of_a_file(config_file: Callable[..., Path]) -> None:
+    runs = plan_sweep(config_file(seed=7))
+    assert [run.method for run in runs] == list(sweep.known_methods())
+    assert {(run.order, run.seed, run.config.seed) for run in runs} == {(0, 7, 7)}
+    assert runs[0].config.run_dir.parent.name == "tiny"
+    with pytest.raises(ConfigError, match="unknown method 'mslora'; did you mean 'mslora_cr'"):
+        plan_sweep(config_file(), methods=["mslora"])
+
+
+@pytest.mark.parametrize(
+    ("visible", "jobs", "expected"), [("0,1", None, ["0", "1"]), ("3,5", 3, ["3", "5", "3"]), ("2", 1, ["2"])]
+)
+def test_a_gpu_for_each_run(
+    visible: str, jobs: int | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert sweep.slots("auto", jobs) == expected
+    assert sweep.slots("cpu", 2) == [None, None]
+
+
+def test_spread_by_hand() -> None:
+    """Two orders of two seeds: 80, 84 and 90, 94; MSLoRA-CR has 85 everywhere, but one run is not there."""
+    values = {(0, 1): 80.0, (0, 2): 84.0, (1, 1): 90.0, (1, 2): 94.0}
+    rows = [
+        {"method": method, "order": order, "seed": seed, "figures": {"closed": {"final_average": value, "final": {}}}}
+        for method, scores in (("other", values), ("mslora_cr", dict.fromkeys(list(values)[:3], 85.0)))
+        for (order, seed), value in scores.items()
+    ]
+    found = summarize(rows, "closed")["other"]["final_average"]
+    assert found["mean"] == 87 and found["runs"] == 4
+    assert found["deviation"] == pytest.approx(((49 + 9 + 9 + 49) / 3) ** 0.5)
+    assert found["by_order"] == {"0": 82, "1": 92}
+    assert found["between_orders"] == pytest.approx(50**0.5)
+    assert found["within_orders"] == pytest.approx(8**0.5)  # 4 · 2² over 4 - 2
+    assert found["against"] == {"mean": pytest.approx(-1 / 3), "deviation": pytest.approx(stdev(-5, -1, 5)), "pairs": 3}
+    assert summarize(rows, "f1") == {}
+
+
+def stdev(*values: float) -> float:
+    mean = sum(values) / len(values)
+    return (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
