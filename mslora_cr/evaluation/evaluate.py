@@ -195,6 +195,8 @@ def _bank_digest(bank: Bank) -> str:
         digest.update(name.encode())
         for matrix in pair:
             digest.update(matrix.contiguous().numpy().tobytes())
+    for router in bank.routers.values():
+        digest.update(router.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
