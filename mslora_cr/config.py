@@ -151,6 +151,13 @@ class LwfConfig(_Strict):
     temperature: PositiveNumber = 2.0
 
 
+class MoeLoraConfig(_Strict):
+    """How a mixture of LoRA experts shares a bank's rank."""
+
+    experts: Annotated[int, Field(ge=2)] = 4
+    """E; each has rank / E."""
+
+
 class EvaluationConfig(_Strict):
     """Greedy generation and what is answered."""
 
@@ -195,9 +202,9 @@ class Task(_Strict):
 
 
 MethodName = Literal[
-    "zero_shot", "each", "sequential", "incremental", "mslora_cr", "olora", "ewc", "lwf", "replay", "joint"
+    "zero_shot", "each", "sequential", "incremental", "mslora_cr", "olora", "ewc", "lwf", "replay", "moe_lora", "joint"
 ]
-METHOD_SECTIONS = frozenset({"olora", "ewc", "lwf", "replay"})
+METHOD_SECTIONS = frozenset({"olora", "ewc", "lwf", "replay", "moe_lora"})
 """Methods with hyper-parameters of their own, in a section of the method's name."""
 SUMMED = frozenset({"olora", "lwf"})
 """Methods whose source sums all banks for every question, so that `evaluation.banks_by` is `all` unless it is given."""
@@ -220,6 +227,7 @@ class StreamConfig(_Strict):
     ewc: EwcConfig | None = None
     lwf: LwfConfig | None = None
     replay: ReplayConfig | None = None
+    moe_lora: MoeLoraConfig | None = None
     training: dict[str, Any] = {}
     """Any field of transformers' TrainingArguments that is not derived from the fields above."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -276,6 +284,14 @@ class StreamConfig(_Strict):
             seen.add(task.name)
             if self.method == "replay" and task.batch_size == 1:
                 raise ValueError(f"tasks.{position}.batch_size: replay mixes new and old in a batch; give at least 2")
+        return self
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> StreamConfig:
+        if self.moe_lora is not None and self.lora.rank % self.moe_lora.experts:
+            raise ValueError(
+                f"moe_lora.experts: {self.moe_lora.experts} cannot share lora.rank {self.lora.rank} equally"
+            )
         return self
 
     @property

@@ -47,6 +47,7 @@ BANKS = {"zero_shot": 0, "joint": 1}
 TERMS = {
     "mslora_cr": {"contrastive", "orthogonality", "alpha", "beta"},
     "olora": {"overlap", "norm"},
+    "ewc": {"drift"},
     "lwf": {"distillation"},
 }
 """What a method's log shows of its second task beside the cross entropy."""

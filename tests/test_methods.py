@@ -201,6 +201,14 @@ def test_replay_of_batches_of_one_is_refused(tmp_path: Path) -> None:
         stream_of("replay", tmp_path, [("pathvqa", 1.0, 2), ("PCAM", 1.0, 1)])
 
 
+# --- mixture of experts: the layer itself is worked by hand in test_banks.py -----------------------------------------
+
+
+def test_experts_that_cannot_share_the_rank_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"moe_lora\.experts: 3 cannot share lora\.rank 64 equally"):
+        stream_of("moe_lora", tmp_path, [("pathvqa", 1.0, 2)], moe_lora={"experts": 3})
+
+
 # --- joint ---------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +241,7 @@ SUMMED: dict[str, Any] = {"prefix": [1, 2], "all": [1, 2, 3]}
         ("lwf", SUMMED, [1]),
         ("ewc", [3], [1]),
         ("replay", [3], [1]),
+        ("moe_lora", [3], [1]),
         ("joint", [1], [1]),
     ],
 )

@@ -233,6 +233,8 @@ def bank_digest(bank: Bank) -> str:
         digest.update(name.encode())
         for matrix in pair:
             digest.update(matrix.contiguous().numpy().tobytes())
+    for router in bank.routers.values():
+        digest.update(router.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ from mslora_cr.methods.ewc import Ewc
 from mslora_cr.methods.incremental import Incremental
 from mslora_cr.methods.joint import Joint
 from mslora_cr.methods.lwf import Lwf
+from mslora_cr.methods.moe_lora import MoeLora
 from mslora_cr.methods.mslora_cr import MsloraCr
 from mslora_cr.methods.olora import Olora
 from mslora_cr.methods.replay import Replay
@@ -23,5 +24,6 @@ METHODS: dict[MethodName, Method] = {
     "ewc": Ewc(),
     "lwf": Lwf(),
     "replay": Replay(),
+    "moe_lora": MoeLora(),
     "joint": Joint(),
 }

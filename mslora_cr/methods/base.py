@@ -63,6 +63,10 @@ class Method:
             return [task] if task <= stage else []
         return list(range(1, (min(task, stage) if banks_by == "prefix" else stage) + 1))
 
+    def experts(self, config: StreamConfig) -> int:
+        """How many experts a bank is a mixture of; 1 is plain LoRA."""
+        return 1
+
     # --- which samples ---
 
     def sources(self, config: StreamConfig, task: Task) -> list[Task]:

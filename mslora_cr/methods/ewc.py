@@ -22,8 +22,8 @@ class Ewc(Method):
     ``F_i = (1/N) Σ_n (d log p(answer_n) / dθ)²`` at θ*_i, the bank after task i, over N samples of the task. `online`
     has one anchor: ``F̃_t = γ F̃_{t-1} + F_t`` at θ*_t, and the penalty of task t+1 is ``λ/2 γ F̃_t``.
 
-    Sources: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017 (a term per task,
-    λ = 400 in its Atari runs); Schwarz et al., "Progress & Compress", ICML 2018 (online).
+    Sources: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017 (a term per task);
+    Schwarz et al., "Progress & Compress", ICML 2018 (online).
     """
 
     continues = True

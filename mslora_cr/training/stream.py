@@ -362,7 +362,8 @@ def train_task(
     stack.freeze(frozen)
     initial = ledger.banks(config, previous_task(config, task))
     set_seed(config.seed + task.index)
-    stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial[0] if initial else None)
+    experts = METHODS[config.method].experts(config)
+    stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial[0] if initial else None, experts)
     method, setup = METHODS[config.method], Setup(config, task, ledger, frozen, device)
     sources = method.sources(config, task)
     memory = ledger.memory(config.stream[task.index - 1].name) if task.index else {}

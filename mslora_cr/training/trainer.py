@@ -257,7 +257,7 @@ class BankTrainer(Trainer):
             (folder / LAUNCH).write_text(json.dumps(launch(self.args)), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.stack.load_live(load_bank(Path(resume_from_checkpoint) / BANK_FOLDER).matrices)
+        self.stack.load_live(load_bank(Path(resume_from_checkpoint) / BANK_FOLDER))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
