@@ -358,8 +358,10 @@ class BankStack:
             if not weight.is_floating_point():
                 raise BankError("a quantised base cannot be merged into; set lora.fold=concatenate")
             if self._pristine is not None:
-                weight = self._pristine.setdefault(name, weight.detach().clone())
-            total = weight.to(torch.float32, copy=True)
+                if name not in self._pristine:  # on the CPU: a GPU that holds the model once need not hold it twice
+                    self._pristine[name] = weight.detach().to("cpu", copy=True)
+                weight = self._pristine[name]
+            total = weight.to(linear.weight.device, torch.float32, copy=True)
             if banks:
                 a, b = concatenated(name, banks)
                 total.addmm_(b.to(total.device), a.to(total.device))

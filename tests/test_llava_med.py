@@ -80,12 +80,21 @@ def test_the_named_tower_is_used_unless_the_shards_own_is_asked_for(copy: Path) 
     assert name in load(copy).model.state_dict()
 
 
-@pytest.mark.parametrize("spelling", ["absolute", "relative to the config", "relative to here", "given"])
+@pytest.mark.parametrize(
+    "spelling", ["absolute", "relative to the config", "relative to here", "beside a linked model", "given"]
+)
 def test_where_the_tower_may_stand(spelling: str, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = logits(load(copy, dtype=torch.float32).model)
     tower = (copy.parent / "clip-tiny-patch14").rename(copy.parent / "towers")
     monkeypatch.chdir(copy.parent)
-    if spelling == "given":
+    if spelling == "beside a linked model":  # what scripts/link_assets.sh makes, with LLaVA-Med's own name of the tower
+        links = copy.parent / "pretrained_models"
+        (links / "openai").mkdir(parents=True)
+        (links / "llava_med_v1.5").symlink_to(copy)
+        (links / "openai" / "clip-vit-large-patch14-336").symlink_to(tower)
+        edit_config(copy, mm_vision_tower="openai/clip-vit-large-patch14-336")
+        found = load(links / "llava_med_v1.5", dtype=torch.float32)
+    elif spelling == "given":
         found = load(copy, vision_tower=str(tower), dtype=torch.float32)
     else:
         names = {"absolute": str(tower), "relative to the config": "../towers", "relative to here": "towers"}
