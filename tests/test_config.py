@@ -307,9 +307,9 @@ PUBLISHED = {
     "finetune_lora_each": (
         "finetune_lora_each-64-64_llava_med_v1.5",
         {
-            **{name: (3, 16, 2e-4) for name in ("pathvqa", "slake-vqarad", "derm")},
-            **{name: (1, 16, 2e-4) for name in ("PCAM", "CXP", "HAM")},
-            **{name: (6, 16, 2e-4) for name in ("nmi", "iu-x-ray")},
+            **dict.fromkeys(("pathvqa", "slake-vqarad", "derm"), (3, 16, 0.0002)),
+            **dict.fromkeys(("PCAM", "CXP", "HAM"), (1, 16, 0.0002)),
+            **dict.fromkeys(("nmi", "iu-x-ray"), (6, 16, 0.0002)),
         },
     ),
     "finetune_mslora_cr_ortho": (
