@@ -1,9 +1,10 @@
 """The true shapes of LLaVA-Med v1.5 with random weights: loading, one forward, and the first step of a bank.
 
     python -m benchmarks.real_size make DIR          # 15.1 GB: four shards, bf16; CLIP beside them
-    python -m benchmarks.real_size run DIR [--json FILE]
+    python -m benchmarks.real_size run DIR [--quantization 4bit] [--json FILE]
 
-`run` states seconds and the process's peak resident memory after each stage, on the CPU or a GPU.
+`run` states seconds and the process's peak resident memory after each stage, on the CPU or a GPU; on a GPU it also
+generates an answer.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from transformers import (
 
 from mslora_cr import llava_med
 from mslora_cr.banks import BankStack
+from mslora_cr.evaluation.generate import greedy
 from mslora_cr.training.ledger import environment
 from mslora_cr.training.trainer import labelled_positions
 
@@ -39,6 +41,7 @@ BASE = "llava_med_v1.5"
 SHARDS = 4
 RANK = 64
 QUESTION_TOKENS, ANSWER_TOKENS = 56, 8
+NEW_TOKENS = 100
 LLAVA_MED = {
     "architectures": ["LlavaMistralForCausalLM"],
     "model_type": "llava_mistral",
@@ -101,15 +104,21 @@ def make(folder: Path) -> None:
     (folder / BASE / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def run(folder: Path) -> dict[str, Any]:
+def run(folder: Path, quantization: str | None = None) -> dict[str, Any]:
     """Load the model, run a forward pass, and take the first step of a bank; figures by stage."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    figures: dict[str, Any] = {"device": str(device), "stages": {}}
-    base = _stage(figures, "load", lambda: llava_med.load(folder / BASE, device=device))
+    figures: dict[str, Any] = {"device": str(device), "quantization": quantization, "stages": {}}
+    base = _stage(figures, "load", lambda: llava_med.load(folder / BASE, device=device, quantization=quantization))
     batch = _batch(base, device)
+    # There is no dropout. On some CPUs bitsandbytes repacks 4-bit layers at the first forward pass in evaluation mode,
+    # and what it packs has no gradient.
+    base.model.train()
     with torch.no_grad():
         _stage(figures, "forward", lambda: float(base.model(**batch).loss))
-    stack = BankStack(base.model, "merge")
+    if device.type == "cuda":
+        question = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        _stage(figures, "generate", lambda: greedy(base.model, question, base.tokenizer, NEW_TOKENS))
+    stack = BankStack(base.model, "concatenate" if quantization else "merge")
     stack.add_live(RANK, RANK)
     stack.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     stack.model.train()
@@ -167,11 +176,12 @@ def main() -> int:
     parser.add_argument("action", choices=("make", "run"))
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of `run` there")
+    parser.add_argument("--quantization", choices=("4bit", "8bit"), help="for `run`: the base in 4 or 8 bits")
     args = parser.parse_args()
     if args.action == "make":
         make(args.folder)
         return 0
-    figures = run(args.folder)
+    figures = run(args.folder, args.quantization)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,12 @@ from mslora_cr.llava_med import LANGUAGE_LINEARS, linear_name, published_linear_
 LIVE = "live"
 FROZEN = "frozen"
 WEIGHTS, CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "bank.json"
+MEMORY = "memory.safetensors"
+"""What a method keeps of a task beside its bank."""
 ROUTER = "router.safetensors"
+"""What tells the task's questions from those of others."""
 PUBLISHED_WEIGHTS = "cl_lora.bin"
+ROUTER = "lora_router.weight"
 _PEFT_PREFIX = "base_model.model."
 _PUBLISHED_KEY = re.compile(r"(model\.layers\.\d+\.\w+\.\w+)\.cl_lora_pool\.task_(\d+)_lora\.lora_([AB])")
 
@@ -47,29 +53,46 @@ class BankError(UserError):
 
 @dataclass(frozen=True)
 class Bank:
-    """A task's LoRA: float32 matrices on the CPU. Adds ``alpha / rank · B A`` to each linear layer's weight."""
+    """A task's LoRA: float32 matrices on the CPU. Adds ``alpha / rank · B A`` to each linear layer's weight.
+
+    With routers it is a mixture of experts, equal slices of the rank: ``alpha / rank · B (g(x) ⊙ A x)``, each slice
+    times its expert's share in ``g(x) = softmax(router x)``. That depends on the input, so it cannot be folded.
+    """
 
     name: str
     rank: int
     alpha: float
     matrices: Matrices
     metadata: dict[str, Any] = field(default_factory=dict)
+    routers: dict[str, Tensor] = field(default_factory=dict)
+    """By linear layer, (experts, in); empty for plain LoRA."""
 
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All its numbers."""
+        return [*(matrix for pair in self.matrices.values() for matrix in pair), *self.routers.values()]
+
+    @property
+    def experts(self) -> int:
+        return next((len(router) for router in self.routers.values()), 1)
+
 
 # --- on disk -------------------------------------------------------------------------------------------------------
 
 
-def save_bank(bank: Bank, folder: Path, dropout: float = 0.0, router: Mapping[str, Tensor] | None = None) -> str:
+def save_bank(
+    bank: Bank, folder: Path, dropout: float = 0.0, beside: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> str:
     """Write a bank as a PEFT adapter with `bank.json` beside it, and return the SHA-256 of its weights.
 
     The folder appears whole or not at all: it is written under a temporary name and renamed.
 
     Args:
-        router: what a router needs to know of the task, for a file beside the bank.
+        beside: what else is kept of the task, by the name of its safetensors file; empty ones are not written.
     """
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
@@ -79,9 +102,12 @@ def save_bank(bank: Bank, folder: Path, dropout: float = 0.0, router: Mapping[st
     for name, (a, b) in bank.matrices.items():
         tensors[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = a.contiguous()
         tensors[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = b.contiguous()
+    for name, router in bank.routers.items():
+        tensors[f"{_PEFT_PREFIX}{name}.{ROUTER}"] = router.contiguous()
     save_file(tensors, staging / WEIGHTS, {"format": "pt"})
-    if router is not None:
-        save_file(dict(router), staging / ROUTER)
+    for name, kept in (beside or {}).items():
+        if kept:
+            save_file(dict(kept), staging / name)
     digest = file_digest(staging / WEIGHTS)
     described = {**bank.metadata, "name": bank.name, "rank": bank.rank, "alpha": bank.alpha, "sha256": digest}
     (staging / METADATA).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -116,7 +142,7 @@ def load_bank(path: Path) -> Bank:
         return _load_published(path.parent if path.name == PUBLISHED_WEIGHTS else path)
     try:
         config = _read_object(path / CONFIG)
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        rank, alpha = _shape(config["r"], config["lora_alpha"])
         tensors = load_file(path / WEIGHTS)
         metadata = _read_object(path / METADATA) if (path / METADATA).is_file() else {}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -127,11 +153,17 @@ def load_bank(path: Path) -> Bank:
         raise BankError(f"{path}: only plain LoRA of one rank is a bank (no rsLoRA, DoRA or patterns)")
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(re.escape(_PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        match = re.fullmatch(re.escape(_PEFT_PREFIX) + r"(.+)\.lora_(A|B|router)\.weight", key)
         if match is None:
             raise BankError(f"{path}/{WEIGHTS}: {key} is no LoRA matrix")
         halves.setdefault(match[1], {})[match[2]] = tensor
     return _bank(path, metadata.get("name", path.name), rank, alpha, halves, metadata)
+
+
+def _shape(rank: Any, alpha: Any) -> tuple[int, float]:
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ValueError(f"rank {rank!r} and alpha {alpha!r} are not those of a bank")
+    return rank, float(alpha)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -145,7 +177,7 @@ def _load_published(folder: Path) -> Bank:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         settings = config["mslora_cfg"]
-        rank, alpha = int(settings["lora_rank"]), float(settings["lora_alpha"])
+        rank, alpha = _shape(settings["lora_rank"], settings["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BankError(f"{folder}/config.json: lora_rank and lora_alpha not found in mslora_cfg ({error!r})") from None
     try:
@@ -184,14 +216,22 @@ def _bank(
     metadata: dict[str, Any],
 ) -> Bank:
     matrices: Matrices = {}
+    routers = {}
     for module, pair in sorted(halves.items(), key=lambda item: _natural(item[0])):
         a, b = pair.get("A"), pair.get("B")
         if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
             raise BankError(f"{path}: {module} has no pair of matrices of rank {rank}")
         matrices[module] = (a.float(), b.float())
+        router = pair.get("router")
+        if router is not None:
+            if router.dim() != 2 or router.shape[1] != a.shape[1] or rank % router.shape[0]:
+                raise BankError(f"{path}: {module} has no router of experts that share rank {rank} equally")
+            routers[module] = router.float()
     if not matrices:
         raise BankError(f"{path}: the bank is empty")
-    return Bank(name, rank, float(alpha), matrices, metadata)
+    if routers.keys() - matrices.keys() or (routers and len(routers) < len(matrices)):
+        raise BankError(f"{path}: some of its layers have a router, and some have none")
+    return Bank(name, rank, float(alpha), matrices, metadata, routers)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -204,7 +244,12 @@ def export_published(bank: Bank, folder: Path, index: int, base_config: Mapping[
     Args:
         index: the task's position in the stream, from 0; it stands in every key.
         base_config: the base model's `config.json`, to which `mslora_cfg` is added.
+
+    Raises:
+        BankError: the bank has routers, for which the published format has no place.
     """
+    if bank.routers:
+        raise BankError(f"bank {bank.name!r} is a mixture of experts, which the published format cannot hold")
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -238,6 +283,24 @@ def language_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return found
 
 
+class RoutedExperts(nn.Linear):
+    """PEFT's A of a mixture of experts: ``g(x) ⊙ A x``, so that B of it is the experts' weighted sum.
+
+    The router is a module of its own, so that ZeRO-3 gathers it when it is called.
+    """
+
+    def __init__(self, plain: nn.Linear, experts: int) -> None:
+        weight = plain.weight
+        super().__init__(plain.in_features, plain.out_features, bias=False, device=weight.device, dtype=weight.dtype)
+        self.weight = weight
+        self.router = nn.Linear(plain.in_features, experts, bias=False, device=weight.device, dtype=weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, in) → (…, rank)."""
+        shares = self.router(input).softmax(-1)
+        return super().forward(input) * shares.repeat_interleave(self.out_features // self.router.out_features, -1)
+
+
 class BankStack:
     """A base model with banks folded into it and, in training, one live bank on top.
 
@@ -266,10 +329,13 @@ class BankStack:
         """
         for bank in banks:
             self._check(bank)
+        routed = any(bank.routers for bank in banks)
+        if routed and len(banks) > 1:
+            raise BankError("a bank with routers stands alone; it cannot be summed with others")
         if self.fold == "merge":
-            self._merge(banks)
-        else:
-            self._concatenate(banks)
+            self._merge([] if routed else banks)
+        if self.fold == "concatenate" or routed or isinstance(self.model, PeftModel):
+            self._concatenate(banks if self.fold == "concatenate" or routed else [])
 
     def _check(self, bank: Bank) -> None:
         if set(bank.matrices) != set(self._linears):
@@ -309,11 +375,19 @@ class BankStack:
         model = get_peft_model(self._base, lora_config(rank, rank), adapter_name=FROZEN)
         matrices = {name: concatenated(name, banks) for name in self._linears}
         _copy_into(model, FROZEN, matrices)
+        if banks[0].routers:
+            _route(model, FROZEN, banks[0].experts)
+            _copy_routers(model, FROZEN, banks[0].routers)
         model.requires_grad_(False)
         self.model = model
 
-    def add_live(self, rank: int, alpha: float, dropout: float = 0.0, initial: Bank | None = None) -> None:
+    def add_live(
+        self, rank: int, alpha: float, dropout: float = 0.0, initial: Bank | None = None, experts: int = 1
+    ) -> None:
         """Put the trainable bank on top: float32, A Kaiming-uniform and B zero unless `initial` is given.
+
+        Args:
+            experts: with more than one, the bank is a mixture of them, with routers.
 
         Afterwards the live matrices are the only trainable parameters of the model.
         """
@@ -325,11 +399,13 @@ class BankStack:
             self.model.set_requires_grad(LIVE, True)
         else:
             self.model = get_peft_model(self._base, config, adapter_name=LIVE)
+        if experts > 1:
+            _route(self.model, LIVE, experts)
         if initial is not None:
             self._check(initial)
-            self.load_live(initial.matrices)
+            self.load_live(initial)
         trainable = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
-        live = {id(parameter) for pair in self.live().values() for parameter in pair}
+        live = {id(parameter) for parameter in self.live_parameters()}
         assert trainable == live, "something besides the live bank is trainable"
 
     def live(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -340,10 +416,34 @@ class BankStack:
             if isinstance(module, LoraLayer)
         }
 
+    def live_parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained, routers too."""
+        pairs = [parameter for pair in self.live().values() for parameter in pair]
+        return [
+            *pairs,
+            *(parameter for router in _routers(self.model, LIVE).values() for parameter in router.parameters()),
+        ]
+
+    @contextmanager
+    def live_off(self) -> Iterator[None]:
+        """Inside, the live bank adds nothing; frozen ones do.
+
+        It is scaled by zero: every layer still runs, so ZeRO-3 gathers the same parameters in the same order.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            layer.set_scale(LIVE, 0)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.set_scale(LIVE, 1)
+
     @torch.no_grad()
-    def load_live(self, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Copy matrices into the live bank."""
-        _copy_into(self.model, LIVE, matrices)
+    def load_live(self, bank: Bank) -> None:
+        """Copy a bank's numbers into the live one."""
+        _copy_into(self.model, LIVE, bank.matrices)
+        _copy_routers(self.model, LIVE, bank.routers)
 
     def snapshot(self, name: str, rank: int, alpha: float, metadata: dict[str, Any] | None = None) -> Bank:
         """The live bank as it is now, copied to the CPU. Under ZeRO-3 its parameters must be gathered."""
@@ -354,7 +454,11 @@ class BankStack:
             )
             for module, (a, b) in self.live().items()
         }
-        return Bank(name, rank, alpha, matrices, metadata or {})
+        routers = {
+            name: router.weight.detach().to("cpu", torch.float32, copy=True)
+            for name, router in _routers(self.model, LIVE).items()
+        }
+        return Bank(name, rank, alpha, matrices, metadata or {}, routers)
 
 
 def concatenated(name: str, banks: Iterable[Bank]) -> tuple[Tensor, Tensor]:
@@ -370,3 +474,27 @@ def _copy_into(model: nn.Module, adapter: str, matrices: Mapping[str, tuple[Tens
             a, b = matrices[name.removeprefix(_PEFT_PREFIX)]
             module.lora_A[adapter].weight.copy_(a)
             module.lora_B[adapter].weight.copy_(b)
+
+
+def _route(model: nn.Module, adapter: str, experts: int) -> None:
+    """Turn an adapter into a mixture of experts, its routers uniform at random as PyTorch makes a linear layer."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_A[adapter] = RoutedExperts(module.lora_A[adapter], experts)
+
+
+def _routers(model: nn.Module, adapter: str) -> dict[str, nn.Linear]:
+    return {
+        name.removeprefix(_PEFT_PREFIX): module.lora_A[adapter].router
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and isinstance(module.lora_A[adapter], RoutedExperts)
+    }
+
+
+@torch.no_grad()
+def _copy_routers(model: nn.Module, adapter: str, routers: Mapping[str, Tensor]) -> None:
+    own = _routers(model, adapter)
+    if own.keys() != routers.keys():
+        raise BankError("a mixture of experts and plain LoRA cannot go on from each other")
+    for name, router in own.items():
+        router.weight.copy_(routers[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def load_chain(folder: Path, config: StreamConfig) -> dict[str, Bank]:
                 f"{place}: rank {bank.rank} and alpha {bank.alpha:g}, but the configuration says rank "
                 f"{config.lora.rank} and alpha {config.lora.alpha:g}; set lora.rank and lora.alpha"
             )
-        banks[task.name] = Bank(task.name, bank.rank, bank.alpha, bank.matrices, bank.metadata)
+        banks[task.name] = replace(bank, name=task.name)
     return banks
 
 
@@ -86,8 +87,9 @@ def describe(bank: Bank) -> dict[str, Any]:
         "name": bank.name,
         "rank": bank.rank,
         "alpha": bank.alpha,
+        "experts": bank.experts,
         "linear_layers": len(bank.matrices),
-        "parameters": sum(a.numel() + b.numel() for a, b in bank.matrices.values()),
+        "parameters": sum(matrix.numel() for matrix in bank.tensors),
         "update_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
         "largest_update": {"layer": largest, "norm": norms[largest]},
         "metadata": bank.metadata,

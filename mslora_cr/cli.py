@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from mslora_cr.config import StreamConfig
 
 EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
-
 EXTRAS |= {"rouge_score": "eval", "deepspeed": "train", "wandb": "train", "tensorboard": "train", "h5py": "data"}
+EXTRAS |= {"bitsandbytes": "quantization"}
 OVERRIDES = "any value of the configuration, e.g. lora.rank=32 tasks.pathvqa.epochs=1 'tasks.*.batch_size=8'"
 
 

@@ -9,12 +9,22 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from mslora_cr.errors import UserError
 
@@ -41,6 +51,7 @@ def _scientific(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_scientific), Field(allow_inf_nan=False)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -56,6 +67,8 @@ class ModelConfig(_Strict):
     vision_tower: str = "config"
     """`config` (the tower that the base's `mm_vision_tower` names), `checkpoint` (the shards' own), or a path."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Store the language model's linear layers in 4 or 8 bits (bitsandbytes); they compute in `dtype`."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`; in a run of several processes each takes its own GPU."""
@@ -80,7 +93,8 @@ class LoraSettings(_Strict):
     alpha: PositiveNumber = 64.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     fold: Literal["merge", "concatenate"] = "merge"
-    """`merge` adds frozen banks to the base weights; `concatenate` keeps one frozen adapter of rank r·(t-1)."""
+    """`merge` adds frozen banks to the base weights; `concatenate` keeps one frozen adapter of rank r·(t-1), and is the
+    default with `model.quantization`: a quantised base is never merged into."""
 
 
 class RegularizationConfig(_Strict):
@@ -96,6 +110,52 @@ class RegularizationConfig(_Strict):
             if value != LEARNABLE and value < 0:
                 raise ValueError(f"{name} is {value}; give a weight of at least 0, or -1 for a learnable one")
         return self
+
+
+class OloraConfig(_Strict):
+    """Weights of O-LoRA's two terms, as its published scripts set them."""
+
+    lambda_1: NotNegative = 0.5
+    """Of Σ |A_old A_newᵀ|."""
+    lambda_2: NotNegative = 0.0
+    """Of the new bank's norm."""
+
+
+class EwcConfig(_Strict):
+    """How hard elastic weight consolidation holds a bank, and how it learns where."""
+
+    mode: Literal["online", "per_task"] = "online"
+    """One anchor, the last task's, with the Fisher information of all; or an anchor for every earlier task."""
+    strength: PositiveNumber = 400.0
+    """λ."""
+    decay: Annotated[PositiveNumber, Field(le=1)] = 1.0
+    """γ, what an online anchor keeps of earlier Fisher information from task to task."""
+    fisher_batches: PositiveInt = 16
+    """Batches of the task's size whose samples the Fisher information is averaged over."""
+
+
+class ReplayConfig(_Strict):
+    """How many earlier samples are kept, and how many of a batch they are."""
+
+    buffer_size: PositiveInt = 1000
+    """Samples, over all earlier tasks together."""
+    share: Annotated[PositiveNumber, Field(lt=1)] = 0.5
+    """Of each batch, from the second task on."""
+
+
+class LwfConfig(_Strict):
+    """Learning without Forgetting's distillation, with the published values."""
+
+    strength: PositiveNumber = 1.0
+    """λ_o, the weight of the term."""
+    temperature: PositiveNumber = 2.0
+
+
+class MoeLoraConfig(_Strict):
+    """How a mixture of LoRA experts shares a bank's rank."""
+
+    experts: Annotated[int, Field(ge=2)] = 4
+    """E; each has rank / E."""
 
 
 class EvaluationConfig(_Strict):
@@ -141,7 +201,13 @@ class Task(_Strict):
     learning_rate: float
 
 
-MethodName = Literal["mslora_cr", "each", "sequential"]
+MethodName = Literal[
+    "zero_shot", "each", "sequential", "incremental", "mslora_cr", "olora", "ewc", "lwf", "replay", "moe_lora", "joint"
+]
+METHOD_SECTIONS = frozenset({"olora", "ewc", "lwf", "replay", "moe_lora"})
+"""Methods with hyper-parameters of their own, in a section of the method's name."""
+SUMMED = frozenset({"olora", "lwf"})
+"""Methods whose source sums all banks for every question, so that `evaluation.banks_by` is `all` unless it is given."""
 
 
 class StreamConfig(_Strict):
@@ -156,12 +222,53 @@ class StreamConfig(_Strict):
     data: DataConfig
     lora: LoraSettings = LoraSettings()
     regularization: RegularizationConfig = RegularizationConfig()
+    """Read by `mslora_cr` alone; the published configurations share it."""
+    olora: OloraConfig | None = None
+    ewc: EwcConfig | None = None
+    lwf: LwfConfig | None = None
+    replay: ReplayConfig | None = None
+    moe_lora: MoeLoraConfig | None = None
     training: dict[str, Any] = {}
     """Any field of transformers' TrainingArguments that is not derived from the fields above."""
     evaluation: EvaluationConfig = EvaluationConfig()
     datasets: dict[Name, DatasetConfig]
     """The published data sets, from the package's catalogue, and those that the file adds."""
     tasks: Annotated[list[TaskConfig], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_beside_a_quantised_base(cls, raw: Any) -> Any:
+        model, lora = raw.get("model"), raw.get("lora", {})
+        if isinstance(model, dict) and model.get("quantization") and isinstance(lora, dict):
+            return {**raw, "lora": {"fold": "concatenate", **lora}}
+        return raw
+
+    @model_validator(mode="after")
+    def _check_fold(self) -> StreamConfig:
+        if self.model.quantization and self.lora.fold == "merge":
+            raise ValueError("lora.fold: banks cannot be merged into a quantised base; set it to concatenate")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_method(cls, raw: Any) -> Any:
+        """Fill in the chosen method's section and what its source answers with; refuse other methods' sections."""
+        method = raw.get("method", cls.model_fields["method"].default) if isinstance(raw, Mapping) else None
+        if method not in get_args(MethodName):
+            return raw
+        for other in sorted(METHOD_SECTIONS & raw.keys() - {method}):
+            raise ValueError(f"{other}: belongs to method {other!r}, but this run's method is {method!r}; remove it")
+        settled = dict(raw)
+        if method in METHOD_SECTIONS and raw.get(method) is None:
+            settled[method] = {}
+        evaluation = raw.get("evaluation", {})
+        if method in SUMMED and isinstance(evaluation, Mapping):
+            settled["evaluation"] = {"banks_by": "all", **evaluation}
+        return settled
+
+    @model_serializer(mode="wrap")
+    def _only_the_chosen_section(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key not in METHOD_SECTIONS or value is not None}
 
     @model_validator(mode="after")
     def _check_tasks(self) -> StreamConfig:
@@ -175,6 +282,16 @@ class StreamConfig(_Strict):
             if task.name in seen:
                 raise ValueError(f"tasks.{position}.name: task {task.name!r} stands twice in the stream")
             seen.add(task.name)
+            if self.method == "replay" and task.batch_size == 1:
+                raise ValueError(f"tasks.{position}.batch_size: replay mixes new and old in a batch; give at least 2")
+        return self
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> StreamConfig:
+        if self.moe_lora is not None and self.lora.rank % self.moe_lora.experts:
+            raise ValueError(
+                f"moe_lora.experts: {self.moe_lora.experts} cannot share lora.rank {self.lora.rank} equally"
+            )
         return self
 
     @property
@@ -309,9 +426,21 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)  # `59:59:59` is a number of base 60, of any length
+        if not -(2**63) <= value < 2**63:
+            raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
+        return value
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_yaml_int)
+
 
 def _plain_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  (it is a SafeLoader)
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  (it is a SafeLoader)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -383,7 +512,8 @@ def _known_keys(location: Sequence[str]) -> list[str]:
             continue
         nested = {"tasks": TaskConfig, "datasets": DatasetConfig}
         field = model.model_fields.get(part)
-        model = nested.get(part) or (field.annotation if field else model)
+        inner = get_args(field.annotation)[:1] if field and part in METHOD_SECTIONS else ()  # `OloraConfig | None`
+        model = nested.get(part) or (*inner, field.annotation if field else model)[0]
     return list(model.model_fields)
 
 
@@ -412,6 +542,8 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
             checked[key] = adapter.validate_python(_scientific(value) if _wants_number(hints[key]) else value)
         except ValidationError as error:
             raise ConfigError(f"training.{key}: {error.errors()[0]['msg']}, found {value!r}") from None
+        if isinstance(checked[key], float) and not math.isfinite(checked[key]):
+            raise ConfigError(f"training.{key}: should be a finite number, found {value!r}")
     return checked
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mslora_cr.config import MethodName, StreamConfig, load_config
+from mslora_cr.config import ConfigError, MethodName, StreamConfig, load_config
 from mslora_cr.data.synthetic import make_stream
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.record import read_evaluation
@@ -30,9 +30,10 @@ def run_demo(overrides: Sequence[str] = (), config_file: Path = CONFIG) -> Path:
     started = time.monotonic()
     runs = {method: _configure(method, overrides, config_file) for method in COMPARED}
     first = runs[COMPARED[0]]
-    make_stream(Path(first.data.root))
     model = Path(first.model.path)
-    assert model.name == MODEL_FOLDER
+    if model.name != MODEL_FOLDER:
+        raise ConfigError(f"model.path: the demo makes its own model, in a folder named {MODEL_FOLDER}, not {model}")
+    make_stream(Path(first.data.root))
     make_tiny_llava_med(model.parent)
     for method, config in runs.items():
         print(f"\n{method}: {len(config.tasks)} tasks, one after another", flush=True)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mslora_cr.data.prompts import generation_prompt
+from mslora_cr.data.tokenizer import Tokenizer, TokenizerError
 from mslora_cr.llava_med import (
     ModelError,
     load_named_tower,
@@ -28,9 +29,9 @@ def inspect(path: Path) -> dict[str, Any]:
     """Sizes, dtypes, vocabulary, prompt template, and the difference of the two towers.
 
     Returns:
-        `layout`, `files`, `tensors`, `parameters`, `dtypes`, `vocabulary`, `template`, and `towers`: the named tower,
-        and for each tensor of the shards' own tower the largest absolute difference, or what keeps them from being
-        compared.
+        `layout`, `files` (bytes of each), `tensors`, `parameters`, `parameters_by_dtype`, `vocabulary` (rows of the
+        embedding, pieces of the tokenizer), `template`, and `towers`: the named tower, and for each tensor of either
+        the largest absolute difference, or what keeps them from being compared.
 
     Raises:
         ModelError: the folder is no base model.
@@ -41,15 +42,12 @@ def inspect(path: Path) -> dict[str, Any]:
     own_tower: dict[str, tuple[Path, str]] = {}
     tensors = parameters = 0
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for stored in opened.keys():  # noqa: SIM118
-                part = opened.get_slice(stored)
-                count = torch.Size(part.get_shape()).numel()
-                dtypes[part.get_dtype()] = dtypes.get(part.get_dtype(), 0) + count
-                tensors, parameters = tensors + 1, parameters + count
-                name = tensor_name(stored)
-                if name is not None and name.startswith(_TOWER):
-                    own_tower[name.removeprefix(_TOWER)] = (file, stored)
+        for stored, (dtype, count) in _header(file).items():
+            dtypes[dtype] = dtypes.get(dtype, 0) + count
+            tensors, parameters = tensors + 1, parameters + count
+            name = tensor_name(stored)
+            if name is not None and name.startswith(_TOWER):
+                own_tower[name.removeprefix(_TOWER)] = (file, stored)
     text = config.get("text_config", config)
     return {
         "layout": config["model_type"],
@@ -57,10 +55,27 @@ def inspect(path: Path) -> dict[str, Any]:
         "tensors": tensors,
         "parameters": parameters,
         "parameters_by_dtype": dtypes,
-        "vocabulary": text.get("vocab_size"),
+        "vocabulary": {"rows": text.get("vocab_size"), "pieces": _pieces(path)},
         "template": generation_prompt("QUESTION"),
         "towers": _towers(path, config, own_tower),
     }
+
+
+def _header(file: Path) -> dict[str, tuple[str, int]]:
+    """Tensor → its dtype and how many numbers it holds."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {name: (part.get_dtype(), torch.Size(part.get_shape()).numel()) for name, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: not a complete safetensors file ({error})") from None
+
+
+def _pieces(path: Path) -> int | str:
+    try:
+        return len(Tokenizer(path))
+    except TokenizerError as error:
+        return str(error)
 
 
 def _towers(path: Path, config: dict[str, Any], own: dict[str, tuple[Path, str]]) -> dict[str, Any]:

@@ -8,6 +8,9 @@ The shards carry a vision tower of their own; the published code ignores it and 
 from __future__ import annotations
 
 import json
+import logging
+import math
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoImageProcessor,
+    BitsAndBytesConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
     GenerationConfig,
@@ -29,6 +33,7 @@ from transformers import (
     MistralConfig,
 )
 
+from mslora_cr.data.images import tower_folder
 from mslora_cr.data.tokenizer import Tokenizer, TokenizerError
 from mslora_cr.errors import UserError
 
@@ -38,6 +43,12 @@ rows, and produced by no text (a NUL character in a text is refused)."""
 
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 """Full-match pattern of the linear layers that a bank adapts: all of the language model, nothing else."""
+
+MOST_LAYERS, MOST_WIDTH = 1_000, 10_000_000
+_SIZE = re.compile(r"_(size|layers|heads)$")
+
+UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+"""What keeps its dtype beside a language model in 4 or 8 bits: a small part of the memory, and the most exact one."""
 
 _TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 _RENAMES = (
@@ -73,6 +84,7 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     attn_implementation: str = "sdpa",
     device: torch.device | str = "cpu",
+    quantization: str | None = None,
 ) -> LlavaMed:
     """Load a base model, frozen and in evaluation mode, from LLaVA-Med's own layout or transformers' LLaVA layout.
 
@@ -81,20 +93,28 @@ def load(
         vision_tower: `config` (what `mm_vision_tower` names: a folder relative to the config or to the working
             directory, an absolute one, or a hub name), `checkpoint` (the tower inside the shards), or a folder or hub
             name to use instead.
+        quantization: `4bit` (NF4 with quantised constants) or `8bit` (LLM.int8) for the language model's linear
+            layers, which compute in `dtype`; everything else keeps `dtype`. A layer is quantised as it is read, so
+            the device never holds the whole model.
 
     Raises:
         ModelError: a file or weight is missing, unexpected, or of another shape; all of them are named.
+        ModuleNotFoundError: `quantization` without bitsandbytes.
     """
     path = Path(path)
     config = read_config(path)
+    options = _loading_options(dtype, quantization, device)
     if config.get("model_type") == "llava":
+        if vision_tower not in ("config", "checkpoint"):
+            raise ModelError(f"{path}: transformers' layout holds its vision tower; set model.vision_tower to config")
         tower_source: str | Path = path
-        model = _load_transformers_layout(path, dtype)
+        model = _load_transformers_layout(path, options)
     else:
         tower_source = _tower_source(path, config, vision_tower)
-        model = _load_llava_layout(path, config, vision_tower, tower_source, dtype)
+        model = _load_llava_layout(path, config, vision_tower, tower_source, options)
     model.set_attn_implementation(attn_implementation)
-    model.to(device)
+    if quantization is None:
+        model.to(device)
     model.requires_grad_(False)
     model.eval()
     return _with_processors(path, model, tower_source)
@@ -114,26 +134,62 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: config.json is missing") from None
     except ValueError as error:
         raise ModelError(f"{path}/config.json: not JSON ({error})") from None
+    except RecursionError:
+        raise ModelError(f"{path}/config.json: nested too deeply") from None
     known = ("llava_mistral", "llava")
     if not isinstance(config, dict) or config.get("model_type") not in known:
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise ModelError(f"{path}/config.json: model_type is {found!r}; expected one of {', '.join(known)}")
+    _check_numbers(path / "config.json", config)
     return config
 
 
-def _load_transformers_layout(path: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+def _check_numbers(place: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what no model has, before anything of that size is made."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_numbers(place, value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ModelError(f"{place}: {key} is {value}; expected a finite number")
+        elif value is not None and (match := _SIZE.search(key)):
+            most = MOST_LAYERS if match[1] == "layers" else MOST_WIDTH
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise ModelError(f"{place}: {key} is {value!r}; expected a whole number from 1 to {most:,}")
+
+
+def _loading_options(dtype: torch.dtype, quantization: str | None, device: torch.device | str) -> dict[str, Any]:
+    """What `from_pretrained` is told besides the place.
+
+    The method and its settings are those of QLoRA (Dettmers et al., 2023) and LLM.int8 (Dettmers et al., 2022).
+    """
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if quantization is None:
+        return options
+    import bitsandbytes  # noqa: F401  (transformers would only say that it is missing after reading every header)
+
+    # It would say at every layer of every forward pass that 8-bit layers take float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    kind: dict[str, Any] = {"load_in_8bit": True}
+    if quantization == "4bit":
+        kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    settings = BitsAndBytesConfig(**kind, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=UNQUANTISED)
+    return {**options, "quantization_config": settings, "device_map": {"": device}}
+
+
+def _load_transformers_layout(path: Path, options: Mapping[str, Any]) -> LlavaForConditionalGeneration:
     try:
-        model, report = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    except OSError as error:
+        model, report = LlavaForConditionalGeneration.from_pretrained(path, ignore_mismatched_sizes=True, **options)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{path}: {error}") from None
-    _refuse_differences(path, set(report["missing_keys"]), set(report["unexpected_keys"]))
+    _refuse_report(path, report, set(report["unexpected_keys"]))
     return model
 
 
 def _load_llava_layout(
-    path: Path, config: Mapping[str, Any], vision_tower: str, tower_source: str | Path, dtype: torch.dtype
+    path: Path, config: Mapping[str, Any], vision_tower: str, tower_source: str | Path, options: Mapping[str, Any]
 ) -> LlavaForConditionalGeneration:
     """Meta model first, then every tensor straight from its shard: never two copies of the weights in memory."""
+    dtype = options["dtype"]
     own_tower = vision_tower == "checkpoint"
     tower = None if own_tower else _load_tower(path, tower_source, dtype)
     vision_config = tower.config if tower is not None else _tower_config(tower_source)
@@ -143,10 +199,12 @@ def _load_llava_layout(
     state: dict[str, Tensor] = {}
     if tower is not None:
         state = {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
-    for name, tensor in _shard_tensors(path, expected, already=set(state), own_tower=own_tower):
-        state[name] = tensor.to(dtype)
-    model.load_state_dict(state, strict=True, assign=True)
-    model.config.dtype = dtype
+    state |= dict(_shard_tensors(path, expected, already=set(state), own_tower=own_tower))
+    if "quantization_config" in options:
+        model, _ = LlavaForConditionalGeneration.from_pretrained(None, config=model.config, state_dict=state, **options)
+    else:
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
+        model.config.dtype = dtype
     model.generation_config = GenerationConfig(
         bos_token_id=config.get("bos_token_id", 1), eos_token_id=config.get("eos_token_id", 2), pad_token_id=0
     )
@@ -208,13 +266,13 @@ def _tower_source(path: Path, config: Mapping[str, Any], vision_tower: str) -> s
     name = vision_tower if vision_tower not in ("config", "checkpoint") else config.get("mm_vision_tower")
     if not isinstance(name, str) or not name:
         raise ModelError(f"{path}/config.json: mm_vision_tower is missing")
-    for folder in (path / name, Path(name)):
-        if folder.is_dir():
-            return folder
+    folder = tower_folder(path, name)
+    if folder is not None:
+        return folder
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
-            f"{path}/config.json: mm_vision_tower is {name!r}, but there is no such folder beside the config or below "
-            "the working directory; put CLIP there or set model.vision_tower"
+            f"{path}/config.json: mm_vision_tower is {name!r}, but there is no such folder in or beside {path}, nor "
+            "below the working directory; put CLIP there or set model.vision_tower"
         )
     return name
 
@@ -229,6 +287,13 @@ def load_named_tower(path: Path, config: Mapping[str, Any]) -> CLIPVisionModel:
 
 
 def _tower_config(source: str | Path) -> CLIPVisionConfig:
+    if isinstance(source, Path):
+        try:
+            _check_numbers(source / "config.json", json.loads((source / "config.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:  # transformers would take the default sizes
+            raise ModelError(f"{source}: config.json is missing") from None
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{source}/config.json: not a JSON object ({error})") from None
     try:
         return CLIPVisionConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -236,14 +301,21 @@ def _tower_config(source: str | Path) -> CLIPVisionConfig:
 
 
 def _load_tower(path: Path, source: str | Path, dtype: torch.dtype) -> CLIPVisionModel:
+    _tower_config(source)
     try:
-        tower, report = CLIPVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        tower, report = CLIPVisionModel.from_pretrained(
+            source, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except (pickle.UnpicklingError, RuntimeError):  # their text advises to load it all the same
+        raise ModelError(
+            f"{source}: the vision tower's weights are not plain tensors, so they are not opened"
+        ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"{source}: the vision tower that {path}/config.json names cannot be loaded ({error}); download it, or set "
             "model.vision_tower to its folder (or to `checkpoint` for the tower inside the shards)"
         ) from None
-    _refuse_differences(source, set(report["missing_keys"]), set())  # a full CLIP has a text model as well
+    _refuse_report(source, report, unexpected=set())  # a full CLIP has a text model as well
     return tower
 
 
@@ -264,10 +336,13 @@ def shard_files(path: Path) -> list[Path]:
         return [single]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"{index}: not a safetensors index ({error!r})") from None
+    if outside:
+        raise ModelError(f"{index}: names {outside[0]!r}, which is no file of this folder")
     files = [path / name for name in names]
-    missing = [file.name for file in files if Path(file.name) != file.relative_to(path) or not file.is_file()]
+    missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ModelError(f"{path}: missing {', '.join(missing)}, which {index.name} names")
     return files
@@ -325,6 +400,14 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
         raise ModelError(f"{file}: not a complete safetensors file ({error})") from None
 
 
+def _refuse_report(path: str | Path, report: Mapping[str, Any], unexpected: set[str]) -> None:
+    """Refuse what transformers reports after loading."""
+    misshapen = [
+        f"{name} {list(stored)} instead of {list(wanted)}" for name, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    _refuse_differences(path, set(report["missing_keys"]), unexpected, misshapen)
+
+
 def _refuse_differences(
     path: str | Path, missing: set[str], unexpected: set[str], misshapen: list[str] | None = None
 ) -> None:
@@ -357,7 +440,7 @@ def _with_processors(path: Path, model: LlavaForConditionalGeneration, tower_sou
         raise ModelError(f"{path}: the tokenizer has no piece {PLACEHOLDER_PIECE} to stand for an image patch")
     model.config.image_token_id = image_token_id
     try:
-        processor = AutoImageProcessor.from_pretrained(tower_source, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(tower_source, backend="pil", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{tower_source}: no image processor configuration ({error})") from None
     vision = model.config.vision_config

@@ -1,6 +1,8 @@
 import json
+import math
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from mslora_cr.banks import Bank, BankError, BankStack, export_published, language_linears, load_bank, save_bank
+from mslora_cr.banks import (
+    Bank,
+    BankError,
+    BankStack,
+    RoutedExperts,
+    export_published,
+    language_linears,
+    load_bank,
+    save_bank,
+)
 from mslora_cr.cli import main
 from mslora_cr.llava_med import LlavaMed, load
 from tests.conftest import GOLDEN, ConfigWriter
@@ -223,6 +234,111 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     shown = json.loads(capsys.readouterr().out)
     bank = golden_bank(0)
     assert shown["rank"] == bank.rank and shown["linear_layers"] == len(bank.matrices)
+
+
+# --- a mixture of experts ------------------------------------------------------------------------------------------
+
+
+def routed_bank(experts: int = 2) -> Bank:
+    bank = golden_bank(0)
+    generator = torch.Generator().manual_seed(1)
+    routers = {name: torch.randn(experts, a.shape[1], generator=generator) for name, (a, _) in bank.matrices.items()}
+    return replace(bank, name="routed", routers=routers)
+
+
+def test_experts_by_hand() -> None:
+    """x = (1, 2): A x = (1, 2, 3, -1); the router gives (ln 3, 0), so shares of 3/4 and 1/4 for two ranks each."""
+    plain = torch.nn.Linear(2, 4, bias=False)
+    layer = RoutedExperts(plain, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]]))
+        layer.router.weight.copy_(torch.tensor([[math.log(3), 0.0], [0.0, 0.0]]))
+        found = layer(torch.tensor([[[1.0, 2.0]]]))
+    torch.testing.assert_close(found, torch.tensor([[[0.75, 1.5, 0.75, -0.25]]]))
+
+
+def test_a_routed_layer_is_the_weighted_sum_of_its_experts_and_so_is_its_gradient() -> None:
+    """Against experts written out one by one, B included, with autograd through router, A and B."""
+    torch.manual_seed(0)
+    experts, rank, inputs, outputs = 3, 6, 5, 4
+    layer, b = (
+        RoutedExperts(torch.nn.Linear(inputs, rank, bias=False), experts),
+        torch.nn.Linear(rank, outputs, bias=False),
+    )
+    x = torch.randn(2, 7, inputs)
+    a, router = (w.detach().clone().requires_grad_() for w in (layer.weight, layer.router.weight))
+    shares = torch.softmax(x @ router.T, -1)
+    per_expert = zip(a.split(rank // experts), b.weight.detach().split(rank // experts, dim=1), strict=True)
+    expected = sum(shares[..., e, None] * (x @ one.T @ other.T) for e, (one, other) in enumerate(per_expert))
+    found = b(layer(x))
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, a.grad)
+    torch.testing.assert_close(layer.router.weight.grad, router.grad)
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_a_mixture_answers_as_it_was_trained_and_comes_back_as_it_was(fold: str, tmp_path: Path) -> None:
+    bank = routed_bank()
+    save_bank(bank, tmp_path / "bank")
+    again = load_bank(tmp_path / "bank")
+    assert same_matrices(again, bank) and again.experts == 2
+    assert all(torch.equal(again.routers[name], router) for name, router in bank.routers.items())
+    live = BankStack(golden_base().model, fold)
+    live.add_live(bank.rank, bank.alpha, initial=bank, experts=2)
+    expected = logits(live.model.eval())
+    frozen = BankStack(golden_base().model, fold, reuse=True)
+    frozen.freeze([again])
+    torch.testing.assert_close(logits(frozen.model.eval()), expected, rtol=0, atol=1e-5)
+    assert not [name for name, parameter in frozen.model.named_parameters() if parameter.requires_grad]
+    snapshot = live.snapshot("copy", bank.rank, bank.alpha)
+    assert same_matrices(snapshot, bank) and snapshot.routers.keys() == bank.routers.keys()
+    # Other banks afterwards, and none, leave no trace of it.
+    plain = BankStack(golden_base().model, fold)
+    plain.freeze([golden_bank(1)])
+    frozen.freeze([golden_bank(1)])
+    torch.testing.assert_close(logits(frozen.model.eval()), logits(plain.model), rtol=0, atol=0)
+    frozen.freeze([])
+    torch.testing.assert_close(logits(frozen.model.eval()), logits(golden_base().model), rtol=0, atol=0)
+
+
+def test_plain_peft_loads_a_mixture_as_the_plain_sum_of_its_experts(tmp_path: Path) -> None:
+    save_bank(routed_bank(), tmp_path / "bank")
+    save_bank(golden_bank(0), tmp_path / "plain")
+    mixture, plain = (
+        logits(PeftModel.from_pretrained(golden_base().model, tmp_path / name).eval()) for name in ("bank", "plain")
+    )
+    torch.testing.assert_close(mixture, plain, rtol=0, atol=0)
+
+
+def test_what_a_mixture_cannot_do_is_refused(tmp_path: Path) -> None:
+    bank = routed_bank()
+    with pytest.raises(BankError, match="stands alone"):
+        BankStack(golden_base().model, "merge").freeze([bank, golden_bank(1)])
+    with pytest.raises(BankError, match="cannot go on from each other"):
+        BankStack(golden_base().model, "merge").add_live(bank.rank, bank.alpha, initial=bank)
+    with pytest.raises(BankError, match="the published format cannot hold"):
+        export_published(bank, tmp_path / "published", 0, {})
+    save_bank(replace(bank, routers=dict(list(bank.routers.items())[1:])), tmp_path / "half")
+    with pytest.raises(BankError, match="some of its layers have a router"):
+        load_bank(tmp_path / "half")
+    save_bank(routed_bank(experts=3), tmp_path / "three")
+    with pytest.raises(BankError, match="no router of experts that share rank 4 equally"):
+        load_bank(tmp_path / "three")
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_the_live_bank_can_be_switched_off_alone(fold: str) -> None:
+    stack = BankStack(golden_base().model, fold)
+    stack.freeze([golden_bank(0)])
+    expected = logits(stack.model)
+    stack.add_live(4, 8, initial=golden_bank(1))
+    both = logits(stack.model.eval())
+    with stack.live_off():
+        torch.testing.assert_close(logits(stack.model), expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits(stack.model), both, rtol=0, atol=0)
+    assert not torch.equal(both, expected)
 
 
 # --- refused -------------------------------------------------------------------------------------------------------

@@ -275,3 +275,26 @@ def test_a_wrong_training_field_is_refused(training: dict[str, Any], message: st
     with pytest.raises(ConfigError) as caught:
         fields(tmp_path, **training)
     assert message in str(caught.value)
+
+
+# --- methods -------------------------------------------------------------------------------------------------------
+
+
+def test_a_method_brings_its_section_and_what_its_source_answers_with(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, method="olora"), ["olora.lambda_2=1e-1"])
+    assert config.olora is not None and (config.olora.lambda_1, config.olora.lambda_2) == (0.5, 0.1)
+    assert config.evaluation.banks_by == "all"
+    assert (
+        load_config(write(tmp_path, method="olora", evaluation={"banks_by": "prefix"})).evaluation.banks_by == "prefix"
+    )
+    plain = load_config(write(tmp_path))
+    assert plain.olora is None and "olora" not in plain.model_dump() and plain.evaluation.banks_by == "prefix"
+
+
+def test_sections_of_other_methods_and_unknown_hyper_parameters_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, olora={"lambda_1": 0.5})
+    assert "olora: belongs to method 'olora', but this run's method is 'mslora_cr'" in error_of(path)
+    assert "olora.lambda1: unknown key; did you mean 'lambda_1'?" in error_of(path, "method=olora", "olora.lambda1=1")
+    assert "olora.lambda_1" in error_of(path, "method=olora", "olora.lambda_1=-1")
+    assert "method: Input should be" in error_of(path, "method=oloro")
+    assert "method: " in error_of(path, "method=[olora]")

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "mslora_cr"
 ROWS = (
     ("__init__", "errors"),
     ("config",),
-    ("losses", "methods", "evaluation.metrics", "evaluation.matrix", "evaluation.intervals"),
+    ("losses", "evaluation.metrics", "evaluation.matrix", "evaluation.intervals"),
     ("data.records", "data.tokenizer"),
     ("data.images", "data.prompts", "data.catalog", "data.synthetic_images"),
     ("data.collator", "data.raw", "data.synthetic"),
@@ -16,9 +16,22 @@ ROWS = (
     ("data.prepare",),
     ("llava_med",),
     ("banks", "inspection", "tiny_pretraining"),
-    ("chains", "tiny_model", "router", "mixed_banks"),
+    ("tiny_model", "router", "mixed_banks"),
     ("training.penalties", "training.distributed", "training.ledger"),
     ("training.trainer",),
+    ("methods.base",),
+    ("methods.zero_shot", "methods.each", "methods.sequential", "methods.incremental"),
+    (
+        "methods.mslora_cr",
+        "methods.olora",
+        "methods.lwf",
+        "methods.ewc",
+        "methods.replay",
+        "methods.joint",
+        "methods.moe_lora",
+    ),
+    ("methods",),
+    ("chains",),
     ("training.stream",),
     ("evaluation.score", "evaluation.geometry"),
     ("evaluation.generate", "evaluation.plots", "evaluation.record"),
@@ -33,8 +46,9 @@ RANK = {name: number for number, row in enumerate(ROWS) for name in row}
 
 
 def modules() -> dict[str, Path]:
+    """By name; a package's own name is its `__init__.py`, where there is something in it."""
     found = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-    return {name: path for name, path in found.items() if not name.endswith(".__init__")}
+    return {name.removesuffix(".__init__"): path for name, path in found.items() if path.stat().st_size}
 
 
 def imported(path: Path) -> set[str]:

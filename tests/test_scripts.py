@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ TASKS = {"lora_each": 8, "mslora_cr_ortho": 8, "mslora_cr_ortho_6task": 6}
 
 def script(name: str, *arguments: str, **environment: str) -> str:
     done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / name), "--gpus", "1", *arguments],
+        ["bash", str(ROOT / "scripts" / name), *arguments],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True,
         text=True,
@@ -64,13 +66,109 @@ def test_the_scripts_train_and_evaluate_their_run(run: str, tiny_model: Path, ti
         assert (results / cell["task"] / "metrics.txt").is_file()
 
 
-def test_launch_says_what_it_takes_and_refuses_an_unknown_launcher() -> None:
-    help_text = subprocess.run(["bash", str(ROOT / "scripts" / "launch.sh")], capture_output=True, text=True).stdout
-    assert "--per-device-batch" in help_text
-    refused = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "finetune_lora_each.sh"), "--launcher", "mpirun"],
-        capture_output=True,
-        text=True,
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", ["deepspeed", "accelerate"])  # torchrun: tests/distributed
+def test_a_launcher_trains_with_two_processes(launcher: str, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    places = [f"output_dir={tmp_path / 'runs'}", f"results_dir={tmp_path / 'results'}"]
+    length = ["tasks=[CXP]", "tasks.*.epochs=0.01", "lora.rank=4", "training.dataloader_num_workers=0"]
+    assets = {"MODEL": str(tiny_model), "DATA": str(tiny_data), "GPUS": "2", "LAUNCHER": launcher}
+    script("finetune_lora_each.sh", "--per-device-batch", "4", *places, *length, **assets)
+    [folder] = (tmp_path / "runs").iterdir()
+    entry = json.loads((folder / "ledger.json").read_text())["tasks"]["CXP"]
+    assert entry["steps"] == 1
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert [task["batch_size"] for task in resolved["tasks"]] == [16]  # 2 processes × 4 samples × 2
+
+
+# --- what launch.sh starts: a stand-in for Python prints it ------------------------------------------------------------
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a copy of a script, with a `python` that only says how it was called."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "clone" / "scripts")
+    stand_in = tmp_path / "bin" / "python"
+    stand_in.parent.mkdir()
+    stand_in.write_text('#!/bin/bash\n[[ $1 != -c ]] || { echo 4321; exit; }\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+
+    def run(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        path = f"{stand_in.parent}:{os.environ['PATH']}"
+        command = ["bash", str(tmp_path / "clone" / "scripts" / name), *arguments]
+        return subprocess.run(command, env={"PATH": path, **environment}, capture_output=True, text=True)
+
+    return run
+
+
+EACH = ["mslora_cr", "train", "configs/finetune_lora_each.yaml"]
+STARTS = {
+    "none": ["-m", *EACH],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *EACH],
+    "deepspeed": [
+        *("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "4321", "--module"),
+        *(*EACH, "training.deepspeed=configs/deepspeed/zero2.json"),
+    ],
+    "accelerate": [
+        *("-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
+        *("--dynamo_backend", "no", "--multi_gpu", "--main_process_port", "4321", "--module", *EACH),
+    ],
+}
+
+
+@pytest.mark.parametrize("launcher", STARTS)
+def test_what_each_launcher_starts(launcher: str, launch: Callable[..., subprocess.CompletedProcess]) -> None:
+    gpus = "1" if launcher == "none" else "2"
+    by_option = launch("finetune_lora_each.sh", "--gpus", gpus, "--launcher", launcher)
+    by_environment = launch("finetune_lora_each.sh", GPUS=gpus, LAUNCHER=launcher)
+    assert by_option.stdout.splitlines() == by_environment.stdout.splitlines() == STARTS[launcher]
+
+
+def test_arguments_reach_the_command(launch: Callable[..., subprocess.CompletedProcess]) -> None:
+    given = ["--task", "derm", "lora.rank=32", "tasks.*.epochs=1", "run=a b"]
+    train = launch(
+        "finetune_lora_each.sh", "--per-device-batch", "8", *given, "--deepspeed", "x.json", MODEL="m", DATA="d"
     )
-    assert refused.returncode == 2
-    assert "mpirun" in refused.stderr
+    assert train.stdout.splitlines() == [
+        *("-m", *EACH, *given, "model.path=m", "data.root=d"),
+        *("training.per_device_train_batch_size=8", "training.deepspeed=x.json"),
+    ]
+    evaluate = launch("eval_mslora_cr_ortho.sh", "--banks", "checkpoints", PER_DEVICE_BATCH="4", DEEPSPEED="x.json")
+    assert evaluate.stdout.splitlines() == [
+        *("-m", "mslora_cr", "evaluate", "configs/finetune_mslora_cr_ortho.yaml", "--banks", "checkpoints"),
+        "evaluation.batch_size=4",
+    ]
+
+
+@pytest.mark.parametrize(("visible", "count"), [("", 1), ("3", 1), ("0,2,5", 3)])
+def test_the_visible_gpus_are_taken(
+    visible: str, count: int, launch: Callable[..., subprocess.CompletedProcess]
+) -> None:
+    words = launch("finetune_lora_each.sh", CUDA_VISIBLE_DEVICES=visible).stdout.splitlines()
+    assert words == (STARTS["none"] if count == 1 else [word.replace("2", str(count)) for word in STARTS["torchrun"]])
+    chosen = launch("finetune_lora_each.sh", "--launcher", "deepspeed", "--gpus", "1", CUDA_VISIBLE_DEVICES="5,7")
+    assert "localhost:5" in chosen.stdout.splitlines() and "--num_gpus" not in chosen.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--launcher", "mpirun"], "unknown launcher 'mpirun'"),
+        (["--gpus", "two"], "--gpus is 'two'"),
+        (["--gpus", "0"], "--gpus is '0'"),
+        (["--gpus", "4", "--launcher", "none"], "launcher none starts one process, not 4"),
+        (["--per-device-batch"], "--per-device-batch needs a value"),
+    ],
+)
+def test_launch_refuses(arguments: list[str], message: str, launch: Callable[..., subprocess.CompletedProcess]) -> None:
+    refused = launch("finetune_lora_each.sh", *arguments)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert message in refused.stderr
+
+
+def test_launch_says_what_it_takes(launch: Callable[..., subprocess.CompletedProcess]) -> None:
+    for name, arguments in (("launch.sh", ["--help"]), ("finetune_lora_each.sh", ["-h"])):
+        told = launch(name, *arguments)
+        assert told.returncode == 0
+        assert "--per-device-batch" in told.stdout and "goes on" in told.stdout
+    assert launch("launch.sh").returncode == 2

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mslora_cr.banks import load_bank
 from mslora_cr.cli import main
@@ -127,6 +128,24 @@ def test_each_term_is_logged(trained_config: Path) -> None:
     learned = [row["alpha"] for row in log_rows(config.run_dir, "PCAM")]
     assert learned[0] == pytest.approx(0.010052, rel=1e-3)  # exp(-4.6)
     assert learned == sorted(learned, reverse=True) and learned[-1] < learned[0]  # the term is positive
+
+
+def test_tensorboard_and_wandb_get_a_run_per_task(
+    config_file: ConfigWriter, tiny_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # so that what the stream sets is taken back
+    training = {**tiny_settings["training"], "report_to": ["tensorboard", "wandb"]}
+    config = config_file(training=training)
+    assert main(["train", str(config), TWO]) == 0
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2
+    for task in ("pathvqa", "slake-vqarad"):
+        events = EventAccumulator(str(run_folder(config) / "logs" / "tensorboard" / task)).Reload()
+        rows = log_rows(run_folder(config), task)
+        for term in {"loss", "ce", "contrastive", "orthogonality", "alpha", "beta"} & rows[0].keys():
+            logged = [(event.step, event.value) for event in events.Scalars(f"train/{term}")]
+            assert logged == [(row["step"], pytest.approx(row[term])) for row in rows]
 
 
 def test_finished_tasks_are_skipped(

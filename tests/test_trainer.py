@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from mslora_cr.banks import BankStack
 from mslora_cr.cli import main
-from mslora_cr.data.collator import TrainingCollator
+from mslora_cr.data.collator import TrainingCollator, UnitedSamples
 from mslora_cr.data.images import image_roots
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.llava_med import LlavaMed, load
@@ -60,7 +60,9 @@ def make_trainer(base: LlavaMed, tiny_data: Path, folder: Path) -> BankTrainer:
     args = TrainingArguments(
         output_dir=str(folder), report_to="none", use_cpu=True, remove_unused_columns=False, label_names=["labels"]
     )
-    return BankTrainer(stack, samples, TrainingCollator(base.tokenizer.pad_token_id), args, bank_shape=(4, 8))
+    return BankTrainer(
+        stack, UnitedSamples([samples]), TrainingCollator(base.tokenizer.pad_token_id), args, bank_shape=(4, 8)
+    )
 
 
 # --- labelled positions --------------------------------------------------------------------------------------------

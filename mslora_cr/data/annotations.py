@@ -24,7 +24,7 @@ from mslora_cr.config import nearest
 from mslora_cr.data.catalog import DataSet
 from mslora_cr.data.pcam import image_name, read_labels
 from mslora_cr.data.raw import RawData, RawFile, read
-from mslora_cr.data.records import DataError
+from mslora_cr.data.records import STRICT_JSON, DataError
 
 Split = Literal["train", "test"]
 AnswerType = Literal["OPEN", "CLOSED"]
@@ -264,7 +264,9 @@ def _load(file: RawFile) -> Any:
         if file.path.suffix == ".pkl":
             return _PlainUnpickler(io.BytesIO(data)).load()
         text = data.decode()
-        return [json.loads(line) for line in text.splitlines()] if file.path.suffix == ".jsonl" else json.loads(text)
+        lines = text.splitlines() if file.path.suffix == ".jsonl" else [text]
+        rows = [STRICT_JSON.decode(line) for line in lines]
+        return rows if file.path.suffix == ".jsonl" else rows[0]
     except DataError as error:
         raise DataError(f"{file.path}: {error}") from None
     except Exception as error:  # a damaged pickle may raise nearly anything

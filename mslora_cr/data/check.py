@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 from tqdm import tqdm
 
 from mslora_cr.data.catalog import DataSet, catalog, data_set
-from mslora_cr.data.images import check_images, check_name, image_roots
+from mslora_cr.data.images import check_images, check_name, image_roots, tower_folder
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 
 if TYPE_CHECKING:
@@ -305,8 +305,8 @@ def read_limit(model: Path, max_length: int) -> Limit:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
         tower = config.get("vision_config")
         if tower is None:
-            named = model / str(config.get("mm_vision_tower")) / "config.json"
-            tower = json.loads(named.read_text(encoding="utf-8")) if named.is_file() else {}
+            named = tower_folder(model, str(config.get("mm_vision_tower")))
+            tower = json.loads((named / "config.json").read_text(encoding="utf-8")) if named else {}
             tower = tower.get("vision_config", tower)
         patches = (tower["image_size"] // tower["patch_size"]) ** 2 if "patch_size" in tower else CLIP_PATCHES
         return Limit(Tokenizer(model), patches, max_length)

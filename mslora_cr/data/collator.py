@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -77,6 +79,36 @@ class TrainingSamples(Dataset[Sample]):
         except ValueError as error:
             raise DataError(f"{self.records.path}: {self.records.place(index)}: {error}") from None
         return Sample(index=index, input_ids=encoded.input_ids, labels=encoded.labels, pixel_values=pixels)
+
+
+class UnitedSamples(Dataset[Sample]):
+    """The training samples of one task or several, one behind another; `index` counts through all of them."""
+
+    def __init__(self, parts: Sequence[TrainingSamples]) -> None:
+        self._parts = parts
+        self._starts = [0, *accumulate(len(part) for part in parts)]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many samples each part has."""
+        return [len(part) for part in self._parts]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        part, place = self._find(index)
+        return {**self._parts[part][place], "index": index}
+
+    def _find(self, index: int) -> tuple[int, int]:
+        part = bisect_right(self._starts, index) - 1
+        return part, index - self._starts[part]
+
+    def place(self, index: int) -> str:
+        """Where a sample's record stands, for errors."""
+        part, place = self._find(index)
+        records = self._parts[part].records
+        return records.place(place) if len(self._parts) == 1 else f"{records.path}: {records.place(place)}"
 
 
 class QuestionSamples(Dataset[Sample]):

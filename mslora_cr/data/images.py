@@ -31,6 +31,15 @@ def image_roots(data_root: Path, folder: str, image_folders: Sequence[str] = ())
     return [task, data_root, *(task / name for name in image_folders)]
 
 
+def tower_folder(model: Path, name: str) -> Path | None:
+    """Where the vision tower stands that a model's configuration calls `name`, unless it is on the hub only.
+
+    A folder in the model's own, beside it (`pretrained_models/openai/…` beside `pretrained_models/llava_med_v1.5`), or
+    below the working directory; or an absolute one.
+    """
+    return next((folder for folder in (model / name, model.parent / name, Path(name)) if folder.is_dir()), None)
+
+
 def check_name(name: str) -> PurePosixPath:
     """`name` as a relative path that stays below whatever it is joined to.
 

@@ -9,6 +9,7 @@ import codecs
 import copy
 import hashlib
 import json
+import math
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
@@ -47,9 +48,9 @@ def _encodable(text: str) -> str:
 def _identifier(value: Any) -> int | str:
     if isinstance(value, str):
         return _encodable(value)
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
         return value
-    raise ValueError("should be a string or an integer")
+    raise ValueError("should be a string or an integer of 64 bits")
 
 
 def _as_tuple(value: Any) -> Any:
@@ -156,7 +157,7 @@ class _Records(Sequence[Record], Generic[Record]):
         file.seek(self._starts[index])
         data = file.read(self._ends[index] - self._starts[index])
         try:
-            return self._model.model_validate(_DECODER.decode(data.decode()))
+            return self._model.model_validate(STRICT_JSON.decode(data.decode()))
         except ValueError as error:  # it was valid when the file was opened
             problem = "the file changed since it was opened"
             raise DataError(f"{self.path}: {self.place(index)}: {problem}") from error
@@ -217,7 +218,7 @@ class TestRecords(_Records[TestRecord]):
 
     def _decode(self, line: bytes, place: str) -> Any:
         try:
-            return _DECODER.decode(line.decode())
+            return STRICT_JSON.decode(line.decode())
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: {place}: {_explain_json(error)}") from None
 
@@ -264,7 +265,7 @@ class _ListReader:
             self._fail("expected an object ({…})" if self.text else "the file ends inside the list")
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.text, self.position)
+                value, end = STRICT_JSON.raw_decode(self.text, self.position)
             except (ValueError, RecursionError) as error:
                 # It may only be that the window ends inside the element: widen it, up to a limit.
                 held = len(self.text) - self.position
@@ -309,7 +310,15 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{_shorten(text)} is too large a number")
+    return value
+
+
+STRICT_JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+"""Decodes JSON from outside: numbers are finite, NaN and Infinity are refused."""
 
 
 def _explain_json(error: Exception) -> str:

@@ -47,6 +47,10 @@ class Tokenizer:
         self._special = dict(zip(self._llama.all_special_tokens, self._llama.all_special_ids, strict=True))
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
 
+    def __len__(self) -> int:
+        """How many pieces the vocabulary has."""
+        return len(self._llama)
+
     @property
     def eos_token(self) -> str:
         return str(self._llama.eos_token)

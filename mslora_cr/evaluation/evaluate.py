@@ -45,13 +45,14 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
         learned: positions, from 1, of the tasks whose banks are there.
     """
     method, found = METHODS[config.method], []
+    answering = method.stages(learned, len(config.tasks))
     for task in config.stream:
         number, places = task.index + 1, {}
         own = method.banks(number, number, config.evaluation.banks_by)
         places[tuple(own)] = config.results_run_dir / task.name
         for stage in stages_of(task, stages, config):
             banks = tuple(method.banks(number, stage, config.evaluation.banks_by)) if stage else ()
-            if stage not in (0, *learned) or not set(banks) <= set(learned):
+            if stage not in (0, *answering) or not set(banks) <= set(learned):
                 continue
             folder = places.setdefault(banks, config.results_run_dir / task.name / f"stage-{stage}")
             found.append(Cell(task, stage, banks, folder))
@@ -232,6 +233,8 @@ def bank_digest(bank: Bank) -> str:
         digest.update(name.encode())
         for matrix in pair:
             digest.update(matrix.contiguous().numpy().tobytes())
+    for router in bank.routers.values():
+        digest.update(router.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -42,8 +42,8 @@ from mslora_cr.methods import METHODS
 from mslora_cr.mixed_banks import MixedBanks
 from mslora_cr.router import Router, TaskStatistics, load_statistics
 from mslora_cr.training.distributed import (
+    from_all_ranks,
     from_first_rank,
-    gather_from_ranks,
     own_device,
     rank,
     start_process_group,
@@ -312,7 +312,7 @@ class _Session:
             roots = task_image_roots(self.config, task)
             own = torch.cat([torch.empty(0, extractor.features), *extractor.batches(records, mine, roots, label)])
             features = torch.empty(len(records), extractor.features)
-            for other, part in enumerate(gather_from_ranks(own)):
+            for other, part in enumerate(from_all_ranks(own)):
                 features[other :: world_size()] = part
             self._features[task.name] = features
         return self._features[task.name]

@@ -9,16 +9,19 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.distributed import PrefixStore, TCPStore
 from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -26,8 +29,12 @@ from mslora_cr.errors import UserError
 
 TIMEOUT_SECONDS = 1800
 """The longest that a rank waits for another one that is alive, unless `training.ddp_timeout` says otherwise."""
-ERROR_KEY = "mslora_cr/first_to_fail"
-LAUNCHER_CHECK_SECONDS = 1.0
+SILENCE_SECONDS = 120
+"""After so long without a sign of life a rank counts as lost, with its host; sooner if `ddp_timeout` is shorter."""
+SHARED_FOLDER_SECONDS = 60
+"""How late a shared file system may show one host what another has written."""
+GRACE_SECONDS = 5
+"""What a rank that fails has to say why, before the others end."""
 
 
 class DistributedError(UserError):
@@ -66,6 +73,8 @@ def start_process_group(use_gpu: bool, timeout_seconds: float = TIMEOUT_SECONDS)
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
     torch.distributed.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    global _others
+    _others = _Others(min(SILENCE_SECONDS, timeout_seconds))
 
 
 def wait_for_all() -> None:
@@ -76,20 +85,19 @@ def wait_for_all() -> None:
 
 def first_rank_first(work: Callable[[], None]) -> None:
     """Let the first rank do something alone, however long it takes, while the others wait."""
-    if not torch.distributed.is_initialized():
+    if _others is None:
         work()
         return
-    wait_for_all()  # the store's counter below is then the same for all
-    store = torch.distributed.distributed_c10d._get_default_store()
-    finished = "mslora_cr/first_rank_is_done"
+    wait_for_all()  # the store's key below is then the same for all
+    finished = "first_rank_is_done"
     if rank() == 0:
         work()
-        store.set(finished, "1")
-    while not store.check([finished]):
+        _others.store.set(finished, "1")
+    while not _others.store.check([finished]):
         time.sleep(0.1)
     wait_for_all()
     if rank() == 0:
-        store.delete_key(finished)
+        _others.store.delete_key(finished)
 
 
 def from_first_rank(value: Any) -> Any:
@@ -109,13 +117,13 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return total.cpu()
 
 
-def gather_from_ranks(value: Any) -> list[Any]:
-    """Every rank's value, in their order, on every rank."""
+def from_all_ranks(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks, on every rank."""
     if not torch.distributed.is_initialized():
         return [value]
-    everyone: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(everyone, value)
-    return everyone
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def agree(facts: Mapping[str, Any]) -> None:
@@ -124,9 +132,7 @@ def agree(facts: Mapping[str, Any]) -> None:
     Raises:
         DistributedError: on every rank; names the first fact that differs, and where.
     """
-    if not torch.distributed.is_initialized():
-        return
-    everyone = gather_from_ranks(dict(facts))
+    everyone = from_all_ranks(dict(facts))
     for name in facts:
         for other, theirs in enumerate(everyone):
             if theirs.get(name) != everyone[0].get(name):
@@ -136,6 +142,32 @@ def agree(facts: Mapping[str, Any]) -> None:
                 )
 
 
+def must_be_shared(folder: Path) -> None:
+    """Let every rank see that a folder is one and the same wherever ranks run.
+
+    Raises:
+        DistributedError: on every rank; the first rank's mark does not appear on another.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    mark = Path(from_first_rank(str(folder / f".seen-by-all-{uuid.uuid4().hex}")))
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    wait_for_all()
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    unseen = [other for other, sees in enumerate(from_all_ranks(seen)) if not sees]
+    if rank() == 0:
+        mark.unlink()
+    if unseen:
+        raise DistributedError(
+            f"{folder} is not one folder for all: what rank 0 writes there does not appear on rank {unseen[0]}. Put "
+            "output_dir and results_dir on a file system that all hosts share"
+        )
+
+
 # --- errors: the first one is shown, and all processes end ------------------------------------------------------------
 
 
@@ -143,32 +175,81 @@ def agree(facts: Mapping[str, Any]) -> None:
 def stopping_together() -> Iterator[None]:
     """Around the work of each process that a launcher started: the first error of any is shown, and all of them end.
 
-    Nothing in a run of one process. A rank whose partner has ended sees its connection break; a rank whose launcher has
-    ended notices that by itself.
+    Nothing in a run of one process. A rank whose partner has ended sees its connection break; that the launcher has
+    ended, or another host does not answer, is noticed by a thread.
     """
     if world_size() == 1:
         yield
         return
-    _watch_launcher()
+    threading.Thread(target=_watch, args=(_launchers(),), name="watch", daemon=True).start()
     try:
         yield
+        wait_for_all()
     except BaseException as error:
         if _first_to_fail():
             _show(error)
         _end_process(130 if isinstance(error, KeyboardInterrupt) else 1)
+    if _others is not None:
+        _others.finish()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
+class _Others:
+    """The other ranks, as this one hears of them through a connection of its own to the run's store."""
+
+    def __init__(self, silence_seconds: float) -> None:
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = PrefixStore(f"mslora_cr/{attempt}", TCPStore(*place, is_master=False))
+        self.neighbour = (rank() + 1) % world_size()
+        self.failed: int | None = None
+        self._silence_seconds = silence_seconds
+        self._heard = time.monotonic()
+        self._finished = threading.Event()
+        self._listener = threading.Thread(target=self._listen, name="listen", daemon=True)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        """Give signs of life, and listen for the next rank's: the ranks form a ring."""
+        sign, last = 0, b""
+        while not self._finished.wait(min(2.0, self._silence_seconds / 5)):
+            try:
+                sign += 1
+                self.store.set(f"alive/{rank()}", str(sign))
+                if self.store.check(["failed"]):
+                    self.failed = int(self.store.get("failed"))
+                if self.store.check([f"alive/{self.neighbour}"]):
+                    word = self.store.get(f"alive/{self.neighbour}")
+                    if word != last or word == b"finished":
+                        last, self._heard = word, time.monotonic()
+            except (RuntimeError, ValueError):
+                return  # the store has gone with its host: silence from now on
+
+    def silent(self) -> bool:
+        return not self._finished.is_set() and time.monotonic() - self._heard > self._silence_seconds
+
+    def first_to_fail(self) -> bool:
+        """Whether this rank's error is the first among all ranks', hence the one to show."""
+        try:
+            return int(self.store.compare_set("failed", "", str(rank()))) == rank()
+        except (RuntimeError, ValueError):
+            return True  # the host of the store is gone, and with it whoever could have shown an error
+
+    def finish(self) -> None:
+        self._finished.set()
+        self._listener.join()  # a thread that is inside the store when Python ends would abort the process
+        with suppress(RuntimeError, ValueError):
+            self.store.set(f"alive/{rank()}", "finished")
+
+
+_others: _Others | None = None
+
+
 def _first_to_fail() -> bool:
-    """Whether this process's error is the first among all ranks', hence the one to show."""
-    if not torch.distributed.is_initialized():
+    if _others is None:
         return os.environ.get("LOCAL_RANK", "0") == "0"  # before the ranks have met, once per host
-    try:
-        store = torch.distributed.distributed_c10d._get_default_store()
-        return int(store.compare_set(ERROR_KEY, "", str(rank()))) == rank()
-    except (RuntimeError, ValueError):
-        return True  # the host of the store is gone, and with it whoever could have shown an error
+    return _others.first_to_fail()
 
 
 def _show(error: BaseException) -> None:
@@ -193,19 +274,42 @@ def lost_a_process(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-def _watch_launcher() -> None:
-    """End this process when its launcher has ended: nobody else would."""
-    launcher = os.getppid()
+def _launchers() -> list[int]:
+    """The processes without which this one must not go on: its parent, and DeepSpeed's runner above that."""
+    parent = os.getppid()
+    with suppress(psutil.Error):
+        process = psutil.Process(parent)
+        if "deepspeed.launcher.launch" in process.cmdline():
+            return [parent, process.ppid()]
+    return [parent]
 
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(LAUNCHER_CHECK_SECONDS)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            ended = "the launcher has ended, so this run stops; the same command goes on from the last checkpoint"
-            print(f"mslora-cr: error: {ended}", file=sys.stderr)
-        _end_process(1)
 
-    threading.Thread(target=watch, name="watch-launcher", daemon=True).start()
+def _watch(launchers: list[int]) -> None:
+    """End this process when its launcher has ended, or another rank has failed or is lost: nobody else would."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    here = int(
+        os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size()))
+    )  # torchrun's, DeepSpeed's
+    first_here = rank() - local_rank
+    again = "so this run stops; the same command goes on from the last checkpoint"
+    while True:
+        time.sleep(1)
+        failed = None if _others is None else _others.failed
+        if _launchers() != launchers:
+            _stop_for(f"the launcher has ended, {again}", show=local_rank == 0)
+        elif failed not in (None, rank()):
+            time.sleep(GRACE_SECONDS)
+            elsewhere = failed not in range(first_here, first_here + here)
+            _stop_for(f"rank {failed} has failed, and its host shows why, {again}", show=elsewhere and local_rank == 0)
+        elif _others is not None and _others.silent():
+            lost = f"rank {_others.neighbour} gives no sign of life, its host or the network is lost"
+            _stop_for(f"{lost}, {again}", show=True)
+
+
+def _stop_for(reason: str, show: bool) -> None:
+    if show:
+        print(f"mslora-cr: error: {reason}", file=sys.stderr)
+    _end_process(1)
 
 
 def _end_process(status: int) -> None:
@@ -277,7 +381,10 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def release(trainer: Trainer) -> None:
     """Take apart what a trainer has left in the process, so that the next task's starts as in a fresh one."""
     if trainer.is_deepspeed_enabled:
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
         trainer.model_wrapped.destroy()
+        FWD_MODULE_STACK.clear()  # ZeRO-3 leaves the model in this list of its own, and with it all that it holds
     trainer.accelerator.free_memory()
     AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
+from torch import Tensor
 
-from mslora_cr.banks import WEIGHTS, Bank, BankError, file_digest, load_bank
+from mslora_cr.banks import MEMORY, WEIGHTS, Bank, BankError, file_digest, load_bank
 from mslora_cr.config import ConfigError, StreamConfig, Task
 
 PACKAGES = ("mslora-cr", "torch", "transformers", "peft", "accelerate", "deepspeed", "tokenizers")
@@ -123,13 +125,20 @@ class Ledger:
         entry = self.content["tasks"].get(task)
         if entry is None:
             return False
-        weights = self.bank_folder(task) / WEIGHTS
-        if not weights.is_file() or file_digest(weights) != entry["digest"]:
-            raise BankError(
-                f"{weights} is not the bank that the ledger records; restore it, or remove {task!r} from "
-                f"{self.folder / 'ledger.json'} to train it again"
-            )
+        recorded = {WEIGHTS: entry["digest"]} | ({MEMORY: entry["memory_digest"]} if entry.get("memory_digest") else {})
+        for name, digest in recorded.items():
+            file = self.bank_folder(task) / name
+            if not file.is_file() or file_digest(file) != digest:
+                raise BankError(
+                    f"{file} is not the one that the ledger records; restore it, or remove {task!r} from "
+                    f"{self.folder / 'ledger.json'} to train it again"
+                )
         return True
+
+    def memory(self, task: str) -> dict[str, Tensor]:
+        """What the method kept of a finished task; empty if that is nothing, or the task is not finished."""
+        entry = self.content["tasks"].get(task, {})
+        return load_file(self.bank_folder(task) / MEMORY) if entry.get("memory_digest") else {}
 
     def banks(self, config: StreamConfig, tasks: list[Task]) -> list[Bank]:
         """The finished banks of these tasks.

@@ -1,11 +1,11 @@
-"""Both penalties of a live bank against its frozen banks: batched over matrices of one shape, once per update."""
+"""What may join the cross entropy: the interface, and the two penalties between banks, batched and once per update."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,45 @@ GROUP_BYTES = {"cpu": 4_000_000, "cuda": 256_000_000}
 kernels to be few."""
 INITIAL_LOG_WEIGHT = -4.6
 """Where a learnable weight exp(a) starts, as published."""
+
+
+class PenaltyStep(NamedTuple):
+    """A penalty at the live bank's matrices."""
+
+    value: Tensor
+    """A scalar; what joins the loss."""
+    gradients: dict[Key, Tensor]
+    """Its gradient, matrix by matrix, float32."""
+    logged: dict[str, Tensor]
+    """What the log shows: terms before weighting, and their weights."""
+
+
+class Penalty:
+    """A term of the live bank's matrices alone. It needs no graph, so it is the same under DDP and every ZeRO stage."""
+
+    def step(self, live: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
+        """Called once per optimizer step, with whole matrices; what the penalty itself learns moves here."""
+        raise NotImplementedError
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights as they are now, for the ledger."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint inside the task must hold, tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint's `state_dict`."""
+
+
+class Distillation(NamedTuple):
+    """A term of each micro-batch's logits with the live bank (student) and without it (teacher)."""
+
+    weight: float
+    term: Callable[[Tensor, Tensor], Tensor]
+    """Student's and teacher's logits at the labelled positions, (positions, vocabulary) → (positions,)."""
 
 
 class PenaltyWeight:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
 
 from mslora_cr import llava_med
-from mslora_cr.banks import ROUTER, BankStack, file_digest, save_bank
+from mslora_cr.banks import MEMORY, ROUTER, BankStack, file_digest, save_bank
 from mslora_cr.config import ConfigError, StreamConfig, Task, training_fields
-from mslora_cr.data.collator import Preprocessing, TrainingCollator, TrainingSamples
+from mslora_cr.data.collator import Preprocessing, TrainingCollator, TrainingSamples, UnitedSamples
 from mslora_cr.data.images import check_images, image_roots, resolve_image
 from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.methods import METHODS
+from mslora_cr.methods.base import Setup
 from mslora_cr.router import FeatureExtractor, TaskStatistics, looked_at, statistics_of
 from mslora_cr.training.distributed import (
     TIMEOUT_SECONDS,
@@ -40,7 +42,6 @@ from mslora_cr.training.distributed import (
     zero_stage,
 )
 from mslora_cr.training.ledger import Ledger, versions
-from mslora_cr.training.penalties import BankPenalties
 from mslora_cr.training.trainer import BankTrainer, JsonLinesCallback, checkpoints, refuse_other_launch, writing
 
 CHECK_WORKERS = 8
@@ -74,16 +75,24 @@ def train(
         ConfigError, DataError, ModelError, BankError: with what is wrong, where, and how to mend it.
     """
     fields = training_fields(config)
+    if config.model.quantization and zero_stage(fields.get("deepspeed")) == 3:
+        raise ConfigError(
+            "training.deepspeed: ZeRO-3 cannot shard a quantised base; use zero2, or no model.quantization"
+        )
     use_gpu = own_device(config.model.device).type == "cuda"
     start_process_group(use_gpu, fields.get("ddp_timeout", TIMEOUT_SECONDS))
     if zero_stage(fields.get("deepspeed")):
         prepare_deepspeed(use_gpu)
-    tasks = [config.task(only)] if only else config.stream
+    tasks = tasks_to_train(config, only)
     ledger = Ledger.read(config)
     pending = [task for task in tasks if not ledger.done(task.name)]
-    records = {task.name: TrainingRecords(task_folder(config, task) / "train.json") for task in pending}
+    records = {}
+    for source in (source for task in pending for source in METHODS[config.method].sources(config, task)):
+        if source.name not in records:
+            records[source.name] = TrainingRecords(task_folder(config, source) / "train.json")
+    refuse_changed_records(ledger, records)
     if only and pending:
-        ledger.banks(config, earlier_banks(config, pending[0]))
+        ledger.banks(config, frozen_tasks(config, pending[0]) or previous_task(config, pending[0]))
     for task in pending:  # only looked at here: DeepSpeed must not hear of a task before its model is built
         training_arguments(config, task, {**fields, "deepspeed": None})
     llava_med.read_config(Path(config.model.path))
@@ -91,14 +100,16 @@ def train(
 
     def prepare() -> None:
         ledger.open(config, force)
-        check_task_images(config, pending, records)
+        check_task_images(config, records)
 
     first_rank_first(prepare)
+    if not tasks:
+        say(f"{config.method} trains nothing; evaluate it as it is")
     progress = tqdm(tasks, desc="stream", unit="task", disable=rank() != 0)
     for task in progress:
         progress.set_postfix_str(task.name)
         if task in pending:
-            train_task(config, task, records[task.name], ledger, fields)
+            train_task(config, task, records, ledger, fields)
         elif rank() == 0:
             shutil.rmtree(work_folder(config, task), ignore_errors=True)  # a run killed right after the ledger
             say(f"{task.name}: already done, skipped")
@@ -132,21 +143,25 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
     fields = training_fields(config)
     ledger = Ledger.read(config)
     plans = []
-    for task in config.stream:
-        records = TrainingRecords(task_folder(config, task) / "train.json")
+    method = METHODS[config.method]
+    for task in method.trained(config):
+        sources = method.sources(config, task)
+        counts = [len(TrainingRecords(task_folder(config, source) / "train.json")) for source in sources]
+        order = method.order(config, task, counts, {})
+        visited, epochs = (len(order), 1.0) if order is not None else (counts[0], task.epochs)
         per_device, accumulation = batch_shape(task, fields)
         plans.append(
             TaskPlan(
                 task=task.name,
                 modality=task.modality,
-                records=len(records),
+                records=sum(counts),
                 epochs=task.epochs,
                 per_device_batch_size=per_device,
                 accumulation_steps=accumulation,
-                steps=update_steps(len(records), task, per_device, accumulation),
+                steps=update_steps(visited, epochs, per_device, accumulation),
                 learning_rate=task.learning_rate,
                 frozen_banks=[earlier.name for earlier in frozen_tasks(config, task)],
-                penalties=uses_penalties(config, task),
+                penalties=method.regularizes(config, task),
                 done=ledger.done(task.name),
             )
         )
@@ -174,10 +189,27 @@ def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:
     return per_device, share // per_device
 
 
-def update_steps(records: int, task: Task, per_device: int, accumulation: int) -> int:
+def update_steps(records: int, epochs: float, per_device: int, accumulation: int) -> int:
     """Optimizer steps of a task, as the Trainer counts them."""
     batches = math.ceil(records / (per_device * world_size()))
-    return math.ceil(task.epochs * max(1, math.ceil(batches / accumulation)))
+    return math.ceil(epochs * max(1, math.ceil(batches / accumulation)))
+
+
+def tasks_to_train(config: StreamConfig, only: str | None) -> list[Task]:
+    """The tasks that get a bank, or only the one named.
+
+    Raises:
+        ConfigError: there is no task of that name, or the method gives it no bank.
+    """
+    tasks = METHODS[config.method].trained(config)
+    if only is None:
+        return tasks
+    name = config.task(only).name
+    chosen = [task for task in tasks if task.name == name]
+    if not chosen:
+        trained = ", ".join(task.name for task in tasks) or "nothing"
+        raise ConfigError(f"--task {name}: method {config.method} trains no bank for it; it trains {trained}")
+    return chosen
 
 
 def frozen_tasks(config: StreamConfig, task: Task) -> list[Task]:
@@ -185,16 +217,9 @@ def frozen_tasks(config: StreamConfig, task: Task) -> list[Task]:
     return config.stream[: task.index] if METHODS[config.method].folds_earlier else []
 
 
-def earlier_banks(config: StreamConfig, task: Task) -> list[Task]:
-    """The earlier tasks whose banks training this one needs."""
-    previous = config.stream[: task.index][-1:] if METHODS[config.method].continues else []
-    return frozen_tasks(config, task) + previous
-
-
-def uses_penalties(config: StreamConfig, task: Task) -> bool:
-    """Whether the penalties shape this task's bank. As published, the first task's loss is cross entropy alone."""
-    weights = config.regularization
-    return METHODS[config.method].penalties and task.index > 0 and (weights.alpha != 0 or weights.beta != 0)
+def previous_task(config: StreamConfig, task: Task) -> list[Task]:
+    """The task whose bank this one starts from, if any."""
+    return config.stream[: task.index][-1:] if METHODS[config.method].continues else []
 
 
 def task_folder(config: StreamConfig, task: Task) -> Path:
@@ -205,18 +230,31 @@ def task_image_roots(config: StreamConfig, task: Task) -> list[Path]:
     return image_roots(Path(config.data.root), task.folder, task.image_folders)
 
 
-def check_task_images(config: StreamConfig, tasks: Sequence[Task], records: dict[str, TrainingRecords]) -> None:
+def refuse_changed_records(ledger: Ledger, records: dict[str, TrainingRecords]) -> None:
+    """Raise if a finished task whose samples are still needed has other records now.
+
+    Raises:
+        DataError: names the file.
+    """
+    for name, found in records.items():
+        entry = ledger.content["tasks"].get(name)
+        if entry is not None and entry["records_digest"] != found.digest:
+            raise DataError(f"{found.path} has changed since {name!r} was trained on it; restore it to go on")
+
+
+def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
     """Find and, unless `data.check_images` is off, decode every image that training will read.
 
     Raises:
         DataError: names the bad ones, with the record that asks for the first.
     """
-    for task in tasks:
-        roots, paths = task_image_roots(config, task), {}
+    for task in (config.task(name) for name in records):
+        roots = task_image_roots(config, task)
+        paths: dict[Path, int] = {}
         for index, record in enumerate(records[task.name]):
             for name in record.images if config.data.images == "all" else record.images[:1]:
                 try:
-                    paths[resolve_image(name, roots)] = index
+                    paths.setdefault(resolve_image(name, roots), index)
                 except DataError as error:
                     place = f"{records[task.name].path}: {records[task.name].place(index)}"
                     raise DataError(f"{place}: {error}") from None
@@ -237,6 +275,7 @@ def load_base(config: StreamConfig, device: torch.device | str) -> llava_med.Lla
         dtype=getattr(torch, config.model.dtype),
         attn_implementation=config.model.attn_implementation,
         device=device,
+        quantization=config.model.quantization,
     )
 
 
@@ -251,8 +290,13 @@ def preprocessing(config: StreamConfig, base: llava_med.LlavaMed) -> Preprocessi
     )
 
 
-def training_arguments(config: StreamConfig, task: Task, fields: dict[str, Any]) -> TrainingArguments:
+def training_arguments(
+    config: StreamConfig, task: Task, fields: dict[str, Any], ordered: bool = False
+) -> TrainingArguments:
     """TrainingArguments of one task; starts the process group in a run of several processes.
+
+    Args:
+        ordered: the method orders all visits of samples itself, so the Trainer takes them as they come, once.
 
     Raises:
         ConfigError: transformers refuses them, or checkpointing is to re-enter.
@@ -268,7 +312,7 @@ def training_arguments(config: StreamConfig, task: Task, fields: dict[str, Any])
         "run_name": f"{config.run}/{task.name}",
         **fields,
         "output_dir": str(work_folder(config, task)),
-        "num_train_epochs": task.epochs,
+        "num_train_epochs": 1.0 if ordered else task.epochs,
         "learning_rate": task.learning_rate,
         "per_device_train_batch_size": per_device,
         "gradient_accumulation_steps": accumulation,
@@ -279,6 +323,8 @@ def training_arguments(config: StreamConfig, task: Task, fields: dict[str, Any])
         # The trainer checks every loss itself and stops; the Trainer would leave it out of the average.
         "logging_nan_inf_filter": False,
     }
+    if ordered:
+        chosen["train_sampling_strategy"] = "sequential"
     if chosen.get("tf32") and not torch.cuda.is_available():
         warnings.warn("training.tf32 has no effect without a GPU", stacklevel=2)
         del chosen["tf32"]
@@ -300,7 +346,7 @@ def work_folder(config: StreamConfig, task: Task) -> Path:
 
 
 def train_task(
-    config: StreamConfig, task: Task, records: TrainingRecords, ledger: Ledger, fields: dict[str, Any]
+    config: StreamConfig, task: Task, records: dict[str, TrainingRecords], ledger: Ledger, fields: dict[str, Any]
 ) -> None:
     """Train one task's bank from its last checkpoint, if it has one, save it, and enter it in the ledger.
 
@@ -310,30 +356,39 @@ def train_task(
     device = own_device(config.model.device)
     # Everything is built before DeepSpeed hears of the task: transformers would partition what it loads afterwards.
     base = load_base(config, "cpu" if sharded else device)
-    router = router_statistics(config, task, records, base) if is_routed(config) else None
+    router = router_statistics(config, task, records[task.name], base) if is_routed(config) else None
     frozen = ledger.banks(config, frozen_tasks(config, task))
     stack = BankStack(base.model, config.lora.fold)
     stack.freeze(frozen)
-    initial = (
-        ledger.banks(config, earlier_banks(config, task))[-1]
-        if METHODS[config.method].continues and task.index
-        else None
-    )
+    initial = ledger.banks(config, previous_task(config, task))
     set_seed(config.seed + task.index)
-    stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial)
-    penalties = BankPenalties(frozen, config.same_modality(task), device) if uses_penalties(config, task) else None
-    args = training_arguments(config, task, fields)
+    experts = METHODS[config.method].experts(config)
+    stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial[0] if initial else None, experts)
+    method, setup = METHODS[config.method], Setup(config, task, ledger, frozen, device)
+    sources = method.sources(config, task)
+    memory = ledger.memory(config.stream[task.index - 1].name) if task.index else {}
+    order = method.order(config, task, [len(records[source.name]) for source in sources], memory)
+    regularizes = method.regularizes(config, task)
+    penalty = method.penalty(setup) if regularizes else None
+    args = training_arguments(config, task, fields, order is not None)
+    # Its default is inside the work folder, which goes when the task is done.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / "logs" / "tensorboard" / task.name)
     if sharded:
         partition(stack.model, args.hf_deepspeed_config.config)
     trainer = BankTrainer(
         stack=stack,
-        samples=TrainingSamples(records, task_image_roots(config, task), preprocessing(config, base)),
+        samples=UnitedSamples(
+            [
+                TrainingSamples(records[source.name], task_image_roots(config, source), preprocessing(config, base))
+                for source in sources
+            ]
+        ),
         collator=TrainingCollator(base.tokenizer.pad_token_id),
         args=args,
         bank_shape=(config.lora.rank, config.lora.alpha),
-        penalties=penalties,
-        alpha=config.regularization.alpha,
-        beta=config.regularization.beta,
+        order=order,
+        penalty=penalty,
+        distillation=method.distillation(setup) if regularizes else None,
         callbacks=[JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
     )
     found = checkpoints(work_folder(config, task))
@@ -341,23 +396,26 @@ def train_task(
         refuse_other_launch(found[-1], args)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     mean_loss = trainer.mean_loss()
+    kept = method.memory(setup, trainer)
 
-    with gathered(parameter for pair in stack.live().values() for parameter in pair):
+    with gathered(stack.live_parameters()):
         metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
         bank = stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata)
     if args.should_save:
         with writing(ledger.bank_folder(task.name)):
             folder = ledger.bank_folder(task.name)
-            digest = save_bank(bank, folder, config.lora.dropout, router.tensors() if router else None)
+            beside = {MEMORY: kept, ROUTER: router.tensors() if router else {}}
+            digest = save_bank(bank, folder, config.lora.dropout, beside)
         entry = {
             "digest": digest,
+            "memory_digest": file_digest(folder / MEMORY) if kept else None,
             "router_digest": file_digest(folder / ROUTER) if router else None,
-            "records_digest": records.digest,
+            "records_digest": records[task.name].digest,
             "steps": trainer.state.global_step,
             "train_loss": mean_loss,
             "seconds": round(trainer.seconds, 3),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "weights": {name: weight.value for name, weight in trainer.weights.items()} if penalties else None,
+            "weights": penalty.weights if penalty else None,
         }
         ledger.record(task.name, entry)
         shutil.rmtree(work_folder(config, task), ignore_errors=True)
@@ -365,6 +423,10 @@ def train_task(
     if not args.should_save:
         ledger.content = Ledger.read(config).content
     release(trainer)
+    if "wandb" in args.report_to:
+        import wandb
+
+        wandb.finish()  # else the next task would be logged into this one's W&B run
 
 
 def is_routed(config: StreamConfig) -> bool:
@@ -386,8 +448,3 @@ def router_statistics(
 def feature_extractor(config: StreamConfig, base: llava_med.LlavaMed) -> FeatureExtractor:
     workers = int(config.training.get("dataloader_num_workers", 0))
     return FeatureExtractor(base, preprocessing(config, base), own_device(config.model.device), workers)
-
-
-def plan_as_dict(plans: list[TaskPlan], trainable: int) -> dict[str, Any]:
-    """The plan as plain data, for `--dry-run --json`."""
-    return {"trainable_parameters": trainable, "tasks": [asdict(item) for item in plans]}

@@ -1,11 +1,11 @@
-"""The Trainer of one bank: cross entropy on labelled positions, plus both penalties' closed-form gradient."""
+"""The Trainer of one bank: cross entropy on labelled positions, plus what the method adds to it."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mslora_cr.banks import LIVE, BankStack, load_bank, publish_folder, save_bank
-from mslora_cr.data.collator import TrainingCollator, TrainingSamples
+from mslora_cr.data.collator import TrainingCollator, UnitedSamples
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.errors import UserError
 from mslora_cr.training.distributed import (
@@ -27,7 +28,7 @@ from mslora_cr.training.distributed import (
     wait_for_all,
     zero_stage,
 )
-from mslora_cr.training.penalties import BankPenalties, PenaltyWeight
+from mslora_cr.training.penalties import Distillation, Key, Penalty
 
 STATE = "bank_trainer.pt"
 LAUNCH = "launch.json"
@@ -60,7 +61,7 @@ def labelled_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
 class BankTrainer(Trainer):
     """Trains the live bank of a `BankStack`.
 
-    The penalties' gradient joins each matrix's own in a tensor hook, in the last backward pass before an update. The
+    The penalty's gradient joins each matrix's own in a tensor hook, in the last backward pass before an update. The
     hook sees whole matrices under DDP and every ZeRO stage, an update gets the gradient once whatever the
     accumulation, and averaging over ranks leaves it as it is.
     """
@@ -68,50 +69,45 @@ class BankTrainer(Trainer):
     def __init__(
         self,
         stack: BankStack,
-        samples: TrainingSamples,
+        samples: UnitedSamples,
         collator: TrainingCollator,
         args: TrainingArguments,
         bank_shape: tuple[int, float],
-        penalties: BankPenalties | None = None,
-        alpha: float = 0.0,
-        beta: float = 0.0,
+        order: Sequence[int] | None = None,
+        penalty: Penalty | None = None,
+        distillation: Distillation | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         """
         Args:
             bank_shape: rank and alpha of the live bank.
-            penalties: none for the first task, whose loss is cross entropy alone.
-            alpha: weight of the contrastive term, -1 for a learnable one.
-            beta: weight of the orthogonality term, -1 for a learnable one.
+            order: positions of the samples, with repetitions, in the order in which to visit them; otherwise each
+                epoch shuffles them all.
+            penalty: what joins the cross entropy once per update, if anything.
+            distillation: what joins it in every micro-batch, if anything.
         """
         super().__init__(
             model=stack.model,
             args=args,
-            train_dataset=samples,
+            train_dataset=samples if order is None else Subset(samples, order),
             data_collator=collator,
             callbacks=[TowerOutsideGraph(), *(callbacks or [])],
         )
         self.stack = stack
         self.samples = samples
         self.bank_shape = bank_shape
-        self.penalties = penalties
-        self.weights = {"alpha": PenaltyWeight(alpha), "beta": PenaltyWeight(beta)}
-        self._pending: dict[tuple[str, int], Tensor] = {}
+        self.penalty = penalty
+        self.distillation = distillation
+        self._pending: dict[Key, Tensor] = {}
+        self._micro_batch: dict[str, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
         self._logged_from = 0
         self._loss_sum = torch.zeros((), device=args.device)
         self._started = time.monotonic()
-        if penalties is not None:
+        if penalty is not None:
             for module, pair in stack.live().items():
                 for half, parameter in enumerate(pair):
-                    parameter.register_hook(self._penalty_hook((module, half)))
-
-    def _penalty_hook(self, key: tuple[str, int]) -> Any:
-        def add(gradient: Tensor) -> Tensor:
-            penalty = self._pending.get(key)
-            return gradient if penalty is None else gradient + penalty.to(gradient.dtype)
-
-        return add
+                    parameter.register_hook(_penalty_hook(self._pending, (module, half)))
 
     # --- one step ---
 
@@ -122,7 +118,7 @@ class BankTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross entropy, with only labelled positions going through `lm_head`.
+        """Cross entropy, with only labelled positions going through `lm_head`, and the method's distillation.
 
         Raises:
             NonFiniteLossError: before anything has moved.
@@ -132,48 +128,77 @@ class BankTrainer(Trainer):
         if num_items_in_batch is not None:
             # A batch whose every record is masked whole has nothing to divide by; its loss is zero.
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
-        result = super().compute_loss(
+        inputs = {**inputs, "logits_to_keep": keep, "use_cache": False}
+        # Before the student: ZeRO-3 wants nothing between a forward pass and its backward pass.
+        teacher = self._logits_without_bank(model, inputs) if self.distillation else None
+        loss, outputs = super().compute_loss(
             model,
-            {**inputs, "labels": targets, "shift_labels": targets, "logits_to_keep": keep, "use_cache": False},
-            return_outputs=return_outputs,
+            {**inputs, "labels": targets, "shift_labels": targets},
+            return_outputs=True,
             num_items_in_batch=num_items_in_batch,
         )
-        loss = result[0] if return_outputs else result
+        self._micro_batch = {"ce": loss.detach()}
+        if self.distillation is not None:
+            assert teacher is not None and num_items_in_batch is not None, "distillation is for training alone"
+            # Averaged over tokens as the cross entropy is: over all ranks and micro-batches of an update.
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            distilled = self.distillation.term(outputs.logits, teacher).sum() * ranks / num_items_in_batch
+            self._micro_batch["distillation"] = distilled.detach()
+            loss = loss + self.distillation.weight * distilled
         if not torch.isfinite(loss):
-            places = "\n  ".join(self.samples.records.place(int(index)) for index in records)
+            places = "\n  ".join(self.samples.place(int(index)) for index in records)
             raise NonFiniteLossError(
                 f"the loss at step {self.state.global_step + 1} is {loss.item()}; nothing was updated. The batch:\n"
                 f"  {places}\nA lower learning rate or training.bf16 instead of fp16 usually helps."
             )
-        return result
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _logits_without_bank(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        with self.stack.live_off():
+            return model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """A micro-batch; the last one of an update carries the penalties."""
-        last = self.penalties is not None and self.accelerator.sync_gradients
-        penalty = self._prepare_penalties() if last else None
+        """A micro-batch; the last one of an update carries the penalty."""
+        last = self.penalty is not None and self.accelerator.sync_gradients
+        penalty = self._prepare_penalty() if last else None
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._pending = {}
-        self._log_term("ce", loss)
+        self._pending.clear()
+        for name, value in self._micro_batch.items():
+            self._log_term(name, value)
         total = loss if penalty is None else loss + penalty.to(loss.dtype)
         self._loss_sum += total.detach()
         return total
 
-    def _prepare_penalties(self) -> Tensor:
-        """Compute both terms at the current matrices, leave their gradient to the hooks, move learnable weights."""
-        assert self.penalties is not None
+    def _prepare_penalty(self) -> Tensor:
+        """The penalty at the current matrices, its gradient left to the hooks."""
+        assert self.penalty is not None
         live = self.stack.live()
-        alpha, beta = self.weights["alpha"].value, self.weights["beta"].value
-        with gathered(parameter for pair in live.values() for parameter in pair), torch.no_grad():
-            contrastive, orthogonality, self._pending = self.penalties.terms(live, alpha, beta)
-        for name, term, weight in (("contrastive", contrastive, "alpha"), ("orthogonality", orthogonality, "beta")):
-            self._log_term(name, term)
-            self._log_term(weight, torch.tensor(self.weights[weight].value, dtype=torch.float64))
-            self.weights[weight].update(term, self._get_learning_rate())
-        return alpha * contrastive + beta * orthogonality
+        with gathered(self.stack.live_parameters()), torch.no_grad():
+            step = self.penalty.step(live, self._get_learning_rate())
+        self._pending.update(step.gradients)
+        for name, value in step.logged.items():
+            self._log_term(name, value)
+        return step.value
 
     # --- logging ---
+
+    def sample_gradients(self, index: int) -> dict[Key, Tensor]:
+        """The gradient of one sample's cross entropy, summed over its answer's tokens, float32; moves nothing.
+
+        On every rank for a sample of its own, and for each as often: under ZeRO-3 all ranks share each pass.
+        """
+        batch = self._prepare_inputs(self.data_collator([self.samples[index]]))
+        del batch["record_index"]
+        keep, targets = labelled_positions(batch.pop("labels"))
+        keys = {(name, half): matrix for name, pair in self.stack.live().items() for half, matrix in enumerate(pair)}
+        with self.compute_loss_context_manager():
+            logits = self.stack.model(**batch, logits_to_keep=keep, use_cache=False).logits
+        loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        gradients = torch.autograd.grad(loss, list(keys.values()))
+        return {key: gradient.float() for key, gradient in zip(keys, gradients, strict=True)}
 
     @property
     def seconds(self) -> float:
@@ -221,28 +246,42 @@ class BankTrainer(Trainer):
         """Write the live bank, and what this trainer adds to the Trainer's state, into a checkpoint."""
         assert output_dir is not None
         loss_sum = self.accelerator.reduce(self._loss_sum, "mean")
-        with gathered(parameter for pair in self.stack.live().values() for parameter in pair):
+        with gathered(self.stack.live_parameters()):
             bank = self.stack.snapshot(LIVE, *self.bank_shape)
         if self.args.should_save:
             folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             save_bank(bank, folder / BANK_FOLDER)
-            weights = {name: weight.state_dict() for name, weight in self.weights.items()}
-            torch.save({"weights": weights, "loss_sum": loss_sum, "seconds": self.seconds}, folder / STATE)
+            penalty = self.penalty.state_dict() if self.penalty else {}
+            torch.save({"penalty": penalty, "loss_sum": loss_sum, "seconds": self.seconds}, folder / STATE)
             (folder / LAUNCH).write_text(json.dumps(launch(self.args)), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.stack.load_live(load_bank(Path(resume_from_checkpoint) / BANK_FOLDER).matrices)
+        self.stack.load_live(load_bank(Path(resume_from_checkpoint) / BANK_FOLDER))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             state = torch.load(Path(checkpoint) / STATE, map_location=self.args.device, weights_only=True)
-            for name, weight in self.weights.items():
-                weight.load_state_dict(state["weights"][name])
+            if self.penalty:
+                self.penalty.load_state_dict(state["penalty"])
             self._loss_sum = state["loss_sum"]
             self._started -= state["seconds"]
             self._logged_from = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+
+
+def _penalty_hook(pending: dict[Key, Tensor], key: Key) -> Callable[[Tensor], Tensor]:
+    """Adds what is pending to a matrix's gradient.
+
+    It must not know the trainer: PyTorch keeps a hook's references where the garbage collector does not look, and the
+    trainer leads to the parameter, so the model would never be freed.
+    """
+
+    def add(gradient: Tensor) -> Tensor:
+        penalty = pending.get(key)
+        return gradient if penalty is None else gradient + penalty.to(gradient.dtype)
+
+    return add
 
 
 def checkpoints(folder: Path) -> list[Path]:

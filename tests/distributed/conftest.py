@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import pytest
 
 from mslora_cr.cli import main
-from tests.conftest import write_config
-from tests.distributed.launch import deepspeed_file, launch
+from tests.conftest import once, write_config
+from tests.distributed.launch import deepspeed_file, launch, run
 
 Run = Callable[..., Path]
+LAUNCHERS = {"ddp": "accelerate", "zero1": "torchrun", "zero2": "deepspeed", "zero3": "torchrun"}
 FIXED = {"alpha": 0.1, "beta": 0.01}
 LEARNABLE = {"alpha": -1, "beta": -1}
 WITHOUT_DROPOUT = {"rank": 4, "alpha": 8}
@@ -34,25 +36,27 @@ def write_exact_config(folder: Path, settings: dict[str, Any], regularization: d
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, Any]) -> Run:
+def trained(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Run:
     """Trains the tiny stream once for each (stage, weights, overrides), and returns its run folder.
 
-    `stage` is `one` for a single process without a launcher; otherwise two processes share each batch of four.
+    `stage` is `one` for a single process without a launcher; otherwise two processes share each batch of four. With
+    fixed weights and no overrides they are started by the user's script, each stage by another launcher.
     """
-    done: dict[tuple[str, ...], Path] = {}
 
     def train(stage: str, weights: str = "fixed", *overrides: str) -> Path:
-        key = (stage, weights, *overrides)
-        if key not in done:
-            folder = tmp_path_factory.mktemp("run")
-            regularization = LEARNABLE if weights == "learnable" else FIXED
-            config = write_exact_config(folder, tiny_settings, regularization)
+        def build(folder: Path) -> None:
+            config = write_exact_config(folder, tiny_settings, LEARNABLE if weights == "learnable" else FIXED)
+            command = ["train", config, *overrides]
             if stage == "one":
-                assert main(["train", str(config), *overrides]) == 0
+                assert main([str(word) for word in command]) == 0
+            elif stage in LAUNCHERS and weights == "fixed" and not overrides:
+                script = ("bash", "scripts/launch.sh", *command, "--gpus", "2")
+                run(*script, "--launcher", LAUNCHERS[stage], *deepspeed_file(stage, folder))
             else:
-                launch(["train", config, *deepspeed_file(stage, folder), *overrides])
-            done[key] = folder / "checkpoints" / "tiny"
-        return done[key]
+                launch([*command, *deepspeed_file(stage, folder)])
+
+        key = hashlib.sha256(repr((stage, weights, overrides)).encode()).hexdigest()[:16]
+        return once(shared_tmp / f"trained-{key}", build) / "checkpoints" / "tiny"
 
     return train
 

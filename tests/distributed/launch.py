@@ -1,25 +1,47 @@
-"""Start the command as a user does, with real processes, and compare what runs leave on disk."""
+"""Start the command as a user does, with real processes, and compare what runs leave on disk.
+
+Two ways: `run` starts a launcher with its own command line; `launch` and `start` run torchrun's own agent in a process
+forked from a server that has imported everything, and its ranks are forked from it, which saves most of the time.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import mkstemp
 from typing import Any
 
+os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import deepspeed  # noqa: F401  (imported once, by the server)
 import torch
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
+from torch.multiprocessing.spawn import _prctl_pr_set_pdeathsig
+
+import mslora_cr.evaluation.evaluate
+import mslora_cr.training.stream  # noqa: F401
+from mslora_cr.cli import main
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 TIMEOUT = 240
 """Seconds after which a run counts as hanging."""
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 ZEROED = ("param_persistence_threshold", "prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload([__name__])
+gc.freeze()  # in the server: its ranks' collections, three a task, then pass over what was imported
 
 
 def deepspeed_file(stage: str, folder: Path) -> list[str]:
@@ -35,32 +57,84 @@ def deepspeed_file(stage: str, folder: Path) -> list[str]:
     return [f"training.deepspeed={path}"]
 
 
-def start(
-    command: Sequence[str | Path], processes: int = 2, module: str = "mslora_cr", **variables: str
-) -> subprocess.Popen[str]:
-    """`mslora-cr COMMAND` in so many processes under torchrun; standard output and error come together."""
-    line = [*TORCHRUN, str(processes), "-m", module, *map(str, command)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT
+def run(*command: str | Path, **variables: str) -> str:
+    """Run a command from the repository as a user does, and expect success; its output."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **variables}
+    done = subprocess.run(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=TIMEOUT,
     )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
 
 
-def finish(process: subprocess.Popen[str], timeout: float = TIMEOUT) -> tuple[int, str]:
-    """Exit status and output; a process that is still there after the timeout is killed, and fails the test."""
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        for pid in [*children(process.pid), process.pid]:
-            os.kill(pid, 9)
-        output, _ = process.communicate()
-        raise AssertionError(f"still running after {timeout} s:\n{output[-4000:]}") from None
-    return process.returncode, output
+class Launch:
+    """A launcher that runs, and its ranks."""
+
+    def __init__(self, process: BaseProcess, output: Path) -> None:
+        self.process, self._output = process, output
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(encoding="utf-8", errors="replace")
+
+    def ranks(self) -> list[int]:
+        """Process ids, in the order of ranks."""
+        return sorted(children(self.pid))
+
+    def finish(self, timeout: float = TIMEOUT) -> tuple[int, str]:
+        """Exit status and output; a process that is still there after the timeout is killed, and fails the test."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            for pid in [*self.ranks(), self.pid]:
+                os.kill(pid, 9)
+            raise AssertionError(f"still running after {timeout} s:\n{self.output[-4000:]}")
+        return self.process.exitcode, self.output
 
 
-def launch(command: Sequence[str | Path], processes: int = 2, module: str = "mslora_cr", **variables: str) -> str:
+def start(command: Sequence[str | Path], processes: int = 2, before: Callable[[], None] | None = None) -> Launch:
+    """`mslora-cr COMMAND` in so many processes under torchrun's agent.
+
+    Args:
+        before: called in each rank first, to plant a fault; a function of a module.
+    """
+    descriptor, output = mkstemp(suffix=".output")
+    os.close(descriptor)
+    process = _CONTEXT.Process(target=_agent, args=(list(map(str, command)), processes, before, output))
+    process.start()
+    return Launch(process, Path(output))
+
+
+def _agent(command: list[str], processes: int, before: Callable[[], None] | None, output: str) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--rdzv_id", output]
+    config, _, _ = config_from_args(parse_args([*rendezvous, "--nproc_per_node", str(processes), "unused"]))
+    config.start_method = "fork"
+    elastic_launch(config, entrypoint=_rank)(command, before)
+
+
+def _rank(command: list[str], before: Callable[[], None] | None) -> None:
+    _prctl_pr_set_pdeathsig(0)  # torchrun's own ranks get no signal when it is killed
+    if before is not None:
+        before()
+    sys.exit(main(command))
+
+
+def launch(command: Sequence[str | Path], processes: int = 2, before: Callable[[], None] | None = None) -> str:
     """Start, wait, and expect success; the output."""
-    status, output = finish(start(command, processes, module, **variables))
+    status, output = start(command, processes, before).finish()
     assert status == 0, output[-6000:]
     return output
 

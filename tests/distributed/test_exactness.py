@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from mslora_cr.banks import file_digest, load_bank
 from mslora_cr.llava_med import load
+from tests.distributed import faults
 from tests.distributed.conftest import FIXED, Run, write_exact_config
 from tests.distributed.launch import STAGES, compare_runs, deepspeed_file, launch, logged
 
@@ -53,7 +54,7 @@ def test_offload_gives_the_numbers_of_one(trained: Run) -> None:
 def test_a_penalty_without_gradient_is_caught(trained: Run, tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
     config = write_exact_config(tmp_path, tiny_settings, FIXED)
     override = deepspeed_file("zero3", tmp_path)
-    launch(["train", config, *override], module="tests.distributed.penalty_without_gradient")
+    launch(["train", config, *override], before=faults.penalty_without_gradient)
     ours = tmp_path / "checkpoints" / "tiny"
     compare_runs(ours, trained("one"), TASKS[:1])  # the first task has no penalties
     with pytest.raises(AssertionError):

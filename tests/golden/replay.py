@@ -26,18 +26,21 @@ from transformers.utils import logging
 
 from mslora_cr import llava_med
 from mslora_cr.banks import Bank, BankStack, load_bank, published_bank
+from mslora_cr.config import RegularizationConfig
 from mslora_cr.data.collator import (
     Preprocessing,
     QuestionCollator,
     QuestionSamples,
     TrainingCollator,
     TrainingSamples,
+    UnitedSamples,
 )
 from mslora_cr.data.images import load_image, preprocess
 from mslora_cr.data.prompts import encode_conversation, encode_prompt, generation_prompt
 from mslora_cr.data.records import TestRecords, TrainingRecords
 from mslora_cr.evaluation.generate import greedy
 from mslora_cr.llava_med import linear_name
+from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.training.penalties import BankPenalties
 from mslora_cr.training.trainer import BankTrainer, labelled_positions
 
@@ -227,15 +230,14 @@ class Replay:
                 remove_unused_columns=False,
                 label_names=["labels"],
             )
+            weights = RegularizationConfig(alpha=self.training["alpha"], beta=self.training["beta"])
             trainer = BankTrainer(
                 stack=stack,
-                samples=self.samples,
+                samples=UnitedSamples([self.samples]),
                 collator=TrainingCollator(self.preprocessing.tokenizer.pad_token_id),
                 args=args,
                 bank_shape=(self.training["rank"], self.training["lora_alpha"]),
-                penalties=penalties,
-                alpha=self.training["alpha"],
-                beta=self.training["beta"],
+                penalty=WeightedPenalties(penalties, weights) if penalties else None,
                 callbacks=[CompareGradients(self, stack, number)],
             )
             trainer.train_dataset = Subset(self.samples, [index for batch in self.batches for index in batch])

@@ -1,0 +1,66 @@
+"""What the figures are held against: PEFT with every bank active, and the penalties' formulas under autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from mslora_cr.banks import Bank, lora_config
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+def peft_all_active(model: LlavaForConditionalGeneration, banks: Sequence[Bank], train_last: bool) -> PeftModel:
+    """PEFT with all banks active and unfolded; only the last one is trained, if any."""
+    names = [bank.name for bank in banks]
+    peft = get_peft_model(model, lora_config(banks[0].rank, banks[0].alpha), adapter_name=names[0])
+    for bank in banks[1:]:
+        peft.add_adapter(bank.name, lora_config(bank.rank, bank.alpha))
+    # set_adapter takes several names only here, and makes every one of them trainable unless told otherwise.
+    peft.base_model.set_adapter(names, inference_mode=True)
+    if train_last:
+        peft.set_requires_grad(names[-1], True)
+    with torch.no_grad():
+        for bank in banks:
+            for name, pair in adapter_matrices(peft, bank.name).items():
+                for parameter, matrix in zip(pair, bank.matrices[name], strict=True):
+                    parameter.copy_(matrix)
+    return peft
+
+
+def adapter_matrices(peft: PeftModel, adapter: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """An adapter's parameters: linear layer's name → (A, B)."""
+    return {
+        name.removeprefix("base_model.model."): (module.lora_A[adapter].weight, module.lora_B[adapter].weight)
+        for name, module in peft.named_modules()
+        if hasattr(module, "lora_A") and adapter in module.lora_A
+    }
+
+
+def autograd_penalties(
+    current: Pairs, frozen: Sequence[Pairs], same_modality: Sequence[bool], alpha: float, beta: float
+) -> Tensor:
+    """``alpha · contrastive + beta · orthogonality``, matrix by matrix as the formulas are written, with a graph.
+
+    Source: tests/golden/README.md.
+    """
+    contrastive = torch.zeros(())
+    for bank, same in zip(frozen, same_modality, strict=True):
+        distances = [
+            torch.linalg.norm(own - other)
+            for name, pair in current.items()
+            for own, other in zip(pair, bank[name], strict=True)
+        ]
+        similarity = torch.stack([torch.exp(-distance) for distance in distances]).mean()
+        contrastive = contrastive + (1 - similarity if same else similarity)
+    everyone = [*frozen, current]
+    residuals = []
+    for bank in everyone:
+        for a, b in bank.values():
+            identity = torch.eye(len(a), device=a.device, dtype=a.dtype)
+            residuals.append((a @ a.T - identity).square().sum() + (b.T @ b - identity).square().sum())
+    return alpha * contrastive + beta * torch.stack(residuals).mean()

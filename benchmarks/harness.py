@@ -1,0 +1,269 @@
+"""What all benchmarks share: sizes, models of random weights, interleaved timing, a table, JSON.
+
+Variants are timed in rounds, each variant once a round and another one first each time, so that a machine that slows
+down or is shared slows all of them alike. A figure is the median over the rounds; its spread is the first and third
+quartile. A ratio is that of two medians; its spread is the quartiles of the rounds' own ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+
+from mslora_cr.banks import Bank, language_linears
+from mslora_cr.training.ledger import environment, write_json
+
+
+@dataclass(frozen=True)
+class Size:
+    """A language model's shape, its banks, and a batch of it."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+    rank: int
+    batch: int
+    length: int
+    dtype: str
+
+
+SIZES = {
+    "tiny": Size(64, 2, 4, 2, 128, 256, 4, 2, 16, "float32"),
+    "small": Size(768, 8, 12, 3, 2688, 32000, 16, 2, 128, "float32"),
+    "7b": Size(4096, 32, 32, 8, 14336, 32000, 64, 24, 640, "bfloat16"),
+}
+"""`small` is the shape that the published code was measured at; `7b` is LLaVA-Med v1.5's language model."""
+
+
+@dataclass
+class Setting:
+    """What a benchmark is run with, and where."""
+
+    name: str
+    size: Size
+    device: torch.device
+    repetitions: int
+    json: Path | None
+    args: argparse.Namespace
+
+
+def parse(
+    module: str, description: str, argv: Sequence[str] | None, add: Callable[[argparse.ArgumentParser], Any] | None
+) -> Setting:
+    """Read a benchmark's command line.
+
+    Args:
+        module: the benchmark's name below `benchmarks`.
+        add: adds the benchmark's own arguments.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", choices=SIZES, default="small", help="a shape to start from (default: small)")
+    for field in fields(Size):
+        kind = str if field.name == "dtype" else int
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"instead of the size's {field.name}")
+    parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="rounds of all variants (default: 7)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, ratios and what made them there")
+    if add is not None:
+        add(parser)
+    args = parser.parse_args(argv)
+    own = {field.name: getattr(args, field.name) for field in fields(Size)}
+    size = replace(SIZES[args.size], **{name: value for name, value in own.items() if value is not None})
+    if args.repetitions < 1:
+        parser.error("--repetitions must be at least 1")
+    return Setting(module, size, torch.device(args.device), args.repetitions, args.json, args)
+
+
+# --- models, banks, batches ------------------------------------------------------------------------------------------
+
+
+def language_model(size: Size, device: torch.device, seed: int = 0) -> LlavaForConditionalGeneration:
+    """LLaVA with a language model of random weights and a token of a tower, frozen: what the figures are about is the
+    language model, so no images are shown to it."""
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = MistralConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        sliding_window=None,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_id=3)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, size.dtype))
+    try:
+        with device:
+            model = LlavaForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def random_banks(size: Size, count: int, scale: float = 0.01) -> list[Bank]:
+    """Banks as trained ones look: A near its Kaiming-uniform start, B small and normal."""
+    generator = torch.Generator().manual_seed(1)
+    model = language_model(size, torch.device("meta"))
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in language_linears(model).items()}
+    return [
+        Bank(
+            name=f"bank{number}",
+            rank=size.rank,
+            alpha=size.rank,
+            matrices={
+                name: (
+                    (torch.rand(size.rank, columns, generator=generator) * 2 - 1) / columns**0.5,
+                    torch.randn(rows, size.rank, generator=generator) * scale,
+                )
+                for name, (rows, columns) in shapes.items()
+            },
+        )
+        for number in range(count)
+    ]
+
+
+def random_batch(size: Size, labelled: int, device: torch.device) -> dict[str, Tensor]:
+    """Random ids, (batch, length), the last `labelled` of each row labelled."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(4, size.vocabulary, (size.batch, size.length), generator=generator)
+    labels = ids.clone()
+    labels[:, :-labelled] = -100
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+# --- timing ----------------------------------------------------------------------------------------------------------
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that `work` takes, until the device has finished it."""
+    _synchronize(device)
+    started = time.perf_counter()
+    work()
+    _synchronize(device)
+    return time.perf_counter() - started
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]], repetitions: int, device: torch.device, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each variant, round by round. The first `warm_up` rounds do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for number in range(warm_up + repetitions):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            gc.collect()
+            taken = timed(variants[name], device)
+            if number >= warm_up:
+                seconds[name].append(taken)
+    return seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def figure(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and extremes."""
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    return {"median": median(values), "q1": low, "q3": high, "min": min(values), "max": max(values)}
+
+
+def finish(
+    setting: Setting,
+    figures: Mapping[str, Sequence[float]],
+    ratios: Mapping[str, tuple[str, str]],
+    unit: str = "s",
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Print the table, write the JSON, return it.
+
+    Args:
+        figures: values of each variant, round by round.
+        ratios: name → (variant above, variant below the line).
+        extra: further facts, which stand in the JSON under their own names.
+    """
+    summary = {name: figure(values) for name, values in figures.items()}
+    result = {
+        "benchmark": setting.name,
+        "command": " ".join(["python -m", f"benchmarks.{setting.name}", *sys.argv[1:]]),
+        "size": asdict(setting.size),
+        "device": str(setting.device),
+        "repetitions": setting.repetitions,
+        "unit": unit,
+        "figures": summary,
+        "ratios": {
+            name: summary[above]["median"] / summary[below]["median"] for name, (above, below) in ratios.items()
+        },
+        "ratio_spread": {
+            name: figure([a / b for a, b in zip(figures[above], figures[below], strict=True)])
+            for name, (above, below) in ratios.items()
+        },
+        **(extra or {}),
+        "environment": {**environment(), "machine": machine()},
+    }
+    _print(result, extra or {})
+    if setting.json is not None:
+        setting.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(setting.json, result)
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """The processor, how many cores this process may use, and how busy they have been."""
+    found = {"processor": platform.processor() or platform.machine(), "load": list(os.getloadavg())}
+    found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        lines = information.read_text(encoding="utf-8").splitlines()
+        found["processor"] = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
+    return found
+
+
+def _print(result: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+    facts = result["environment"]
+    print(f"{result['benchmark']}: {result['repetitions']} interleaved rounds on {result['device']}, "
+          f"{facts['hardware']['threads']} threads, load {facts['machine']['load'][0]:.1f}")  # fmt: skip
+    width = max(len(name) for name in [*result["figures"], *result["ratios"]]) + 2
+    print(f"{'':<{width}}{'median':>12}{'q1':>12}{'q3':>12}  {result['unit']}")
+    for name, row in result["figures"].items():
+        print(f"{name:<{width}}{row['median']:>12.4g}{row['q1']:>12.4g}{row['q3']:>12.4g}")
+    for name, value in result["ratios"].items():
+        spread = result["ratio_spread"][name]
+        print(f"{name:<{width}}{value:>12.4g}{spread['q1']:>12.4g}{spread['q3']:>12.4g}  ratio")
+    for name, value in extra.items():
+        print(f"{name}: {json.dumps(value)}")

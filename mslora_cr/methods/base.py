@@ -1,0 +1,111 @@
+"""What a method is: which banks and samples take part, what joins the cross entropy, what is kept for later tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mslora_cr.banks import Bank
+from mslora_cr.config import StreamConfig, Task
+from mslora_cr.training.ledger import Ledger
+from mslora_cr.training.penalties import Distillation, Penalty
+from mslora_cr.training.trainer import BankTrainer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a task's training starts from."""
+
+    config: StreamConfig
+    task: Task
+    ledger: Ledger
+    """Opens the banks of finished tasks."""
+    frozen: Sequence[Bank]
+    """The banks that are folded into the base."""
+    device: torch.device
+    """Where the live bank is."""
+
+
+class Method:
+    """A way to learn a stream; each is a subclass in a file of its own. Tasks and stages count from 1.
+
+    As it stands here a method trains one bank per task, from the base alone, on cross entropy.
+    """
+
+    folds_earlier = False
+    """Earlier banks take part, frozen, while a task trains, and their sum answers."""
+    continues = False
+    """A task's bank starts as a copy of the one before it, and the last one answers alone."""
+
+    # --- which banks ---
+
+    def trained(self, config: StreamConfig) -> list[Task]:
+        """What gets a bank, in order: every task."""
+        return config.stream
+
+    def stages(self, learned: Sequence[int], tasks: int) -> Sequence[int]:
+        """The stages of a stream of so many tasks that can answer, if the banks of `learned` are there."""
+        return learned
+
+    def banks(self, task: int, stage: int, banks_by: str) -> list[int]:
+        """The banks that answer a task at a stage.
+
+        Where banks are summed, `prefix` takes, as published, those up to the task's own that are learned by that
+        stage; `all` takes every bank that the stage has.
+        """
+        if self.continues:
+            return [stage]
+        if not self.folds_earlier:
+            return [task] if task <= stage else []
+        return list(range(1, (min(task, stage) if banks_by == "prefix" else stage) + 1))
+
+    def experts(self, config: StreamConfig) -> int:
+        """How many experts a bank is a mixture of; 1 is plain LoRA."""
+        return 1
+
+    # --- which samples ---
+
+    def sources(self, config: StreamConfig, task: Task) -> list[Task]:
+        """The tasks whose training samples are read while a task trains; their samples are counted through."""
+        return [task]
+
+    def order(
+        self, config: StreamConfig, task: Task, counts: Sequence[int], memory: Mapping[str, Tensor]
+    ) -> list[int] | None:
+        """Positions among the samples of `sources`, in the order of all visits; None to shuffle them every epoch.
+
+        Args:
+            counts: how many samples each of `sources` has.
+            memory: what was kept of the task before this one; empty before that is trained.
+        """
+        return None
+
+    # --- what joins the cross entropy ---
+
+    def regularizes(self, config: StreamConfig, task: Task) -> bool:
+        """Whether anything joins the cross entropy of this task."""
+        return False
+
+    def penalty(self, setup: Setup) -> Penalty | None:
+        """A term of the bank's matrices, once per update; asked for if the method `regularizes` the task."""
+        return None
+
+    def distillation(self, setup: Setup) -> Distillation | None:
+        """A term of every micro-batch's logits; asked for if the method `regularizes` the task."""
+        return None
+
+    # --- what is kept ---
+
+    def memory(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
+        """What is saved beside a trained bank for the tasks after it. Called on every rank."""
+        return {}
+
+
+def visits(count: int, epochs: float, generator: torch.Generator) -> Tensor:
+    """Positions of ``round(count · epochs)`` visits: each epoch goes through all samples in an order of its own."""
+    passes = [torch.randperm(count, generator=generator) for _ in range(math.ceil(epochs))]
+    return torch.cat(passes)[: round(count * epochs)]

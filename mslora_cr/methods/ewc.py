@@ -1,0 +1,98 @@
+"""Elastic weight consolidation: one bank, trained on, held by springs where earlier tasks need it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mslora_cr.banks import Bank
+from mslora_cr.config import StreamConfig, Task
+from mslora_cr.methods.base import Method, Setup
+from mslora_cr.training.distributed import rank, sum_over_ranks, world_size
+from mslora_cr.training.penalties import Key, Pair, Penalty, PenaltyStep
+from mslora_cr.training.trainer import BankTrainer
+
+
+class Ewc(Method):
+    """``CE + λ/2 Σ_i Σ_j F_ij (θ_j - θ*_ij)²`` over earlier tasks i and all numbers θ of the bank.
+
+    ``F_i = (1/N) Σ_n (d log p(answer_n) / dθ)²`` at θ*_i, the bank after task i, over N samples of the task. `online`
+    has one anchor: ``F̃_t = γ F̃_{t-1} + F_t`` at θ*_t, and the penalty of task t+1 is ``λ/2 γ F̃_t``.
+
+    Sources: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017 (a term per task);
+    Schwarz et al., "Progress & Compress", ICML 2018 (online).
+    """
+
+    continues = True
+
+    def regularizes(self, config: StreamConfig, task: Task) -> bool:
+        return task.index > 0
+
+    def penalty(self, setup: Setup) -> Penalty:
+        settings, earlier = setup.config.ewc, setup.config.stream[: setup.task.index]
+        assert settings is not None
+        anchors = earlier[-1:] if settings.mode == "online" else earlier
+        banks = ((setup.ledger.banks(setup.config, [task])[0], setup.ledger.memory(task.name)) for task in anchors)
+        return EwcPenalty(banks, settings.strength * (settings.decay if settings.mode == "online" else 1), setup.device)
+
+    def memory(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
+        settings = setup.config.ewc
+        assert settings is not None
+        fisher = diagonal_fisher(trainer, settings.fisher_batches * setup.task.batch_size, setup.config.seed)
+        if settings.mode == "online" and setup.task.index:
+            before = setup.ledger.memory(setup.config.stream[setup.task.index - 1].name)
+            fisher = {name: settings.decay * before[name] + values for name, values in fisher.items()}
+        return fisher
+
+
+class EwcPenalty(Penalty):
+    """All anchors as one: ``Σ_i F_i (θ - θ_i)² = F (θ - c)² + rest`` with F = Σ F_i and c = Σ F_i θ_i / F."""
+
+    def __init__(self, anchors: Iterable[tuple[Bank, Mapping[str, Tensor]]], strength: float, device: torch.device):
+        self._strength, self._rest = strength, torch.zeros((), device=device)
+        self._fisher: dict[Key, Tensor] = {}
+        self._centre: dict[Key, Tensor] = {}
+        for bank, fisher in anchors:
+            for name, pair in bank.matrices.items():
+                for half, matrix in enumerate(pair):
+                    self._add((name, half), matrix.to(device), fisher[fisher_name(name, half)].to(device))
+
+    def _add(self, key: Key, matrix: Tensor, fisher: Tensor) -> None:
+        before = self._fisher.get(key, torch.zeros_like(fisher))
+        centre = self._centre.get(key, matrix)
+        gain = torch.where(fisher > 0, fisher / (before + fisher), 0.0)
+        self._rest += (before * gain * (matrix - centre).square()).sum()
+        self._fisher[key], self._centre[key] = before + fisher, centre + gain * (matrix - centre)
+
+    def step(self, live: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
+        total, gradients = self._rest, dict[Key, Tensor]()
+        for key, fisher in self._fisher.items():
+            away = live[key[0]][key[1]].detach().float() - self._centre[key]
+            gradients[key] = self._strength * fisher * away
+            total = total + (fisher * away.square()).sum()
+        return PenaltyStep(self._strength / 2 * total, gradients, {"drift": total / 2})
+
+
+def fisher_name(module: str, half: int) -> str:
+    return f"fisher.{module}.{'AB'[half]}"
+
+
+def diagonal_fisher(trainer: BankTrainer, samples: int, seed: int) -> dict[str, Tensor]:
+    """The empirical Fisher information's diagonal: squared gradients of single samples, averaged, on the CPU.
+
+    Args:
+        samples: how many to take at most, chosen by the seed; ranks share them.
+    """
+    count = min(samples, len(trainer.samples))
+    chosen = torch.randperm(len(trainer.samples), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    total: dict[Key, Tensor] = {}
+    trainer.stack.model.eval()
+    for start in tqdm(range(0, count, world_size()), desc="Fisher information", unit="batch", disable=rank() != 0):
+        own = start + rank()
+        # Every rank takes part in every pass, if only with a sample that does not count.
+        for key, gradient in trainer.sample_gradients(chosen[min(own, count - 1)]).items():
+            total[key] = total.get(key, 0) + gradient.square() * (own < count)
+    return {fisher_name(*key): sum_over_ranks(values / count).cpu() for key, values in total.items()}

@@ -1,0 +1,13 @@
+"""Frozen banks and a new one: MSLoRA-CR without its two penalties."""
+
+from mslora_cr.methods.base import Method
+
+
+class Incremental(Method):
+    """Loss: cross entropy of the base with banks 1..t, of which bank t alone is trained.
+
+    Source: the incremental LoRA from which Zhang et al., "Contrastive Regularization over LoRA for Multimodal
+    Biomedical Image Incremental Learning", ACM MM 2025, start.
+    """
+
+    folds_earlier = True

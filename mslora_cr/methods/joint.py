@@ -1,0 +1,42 @@
+"""One bank on all tasks at once: the upper bound, which no stream reaches by luck alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mslora_cr.config import StreamConfig, Task
+from mslora_cr.methods.base import Method, visits
+
+
+class Joint(Method):
+    """Loss: cross entropy, on the shuffled union of all tasks' samples, each visited as often as in the stream.
+
+    The bank stands under the first task's name and trains with its batch size and learning rate. It answers every
+    task, so every stage is the same model.
+
+    Source: multi-task training; Caruana, "Multitask Learning", Machine Learning 28, 1997.
+    """
+
+    def trained(self, config: StreamConfig) -> list[Task]:
+        return config.stream[:1]
+
+    def stages(self, learned: Sequence[int], tasks: int) -> Sequence[int]:
+        return range(1, tasks + 1) if learned else []
+
+    def banks(self, task: int, stage: int, banks_by: str) -> list[int]:
+        return [1]
+
+    def sources(self, config: StreamConfig, task: Task) -> list[Task]:
+        return config.stream
+
+    def order(self, config: StreamConfig, task: Task, counts: Sequence[int], memory: Mapping[str, Tensor]) -> list[int]:
+        generator = torch.Generator().manual_seed(config.seed)
+        positions, start = [], 0
+        for source, count in zip(config.stream, counts, strict=True):
+            positions.append(start + visits(count, source.epochs, generator))
+            start += count
+        union = torch.cat(positions)
+        return union[torch.randperm(len(union), generator=generator)].tolist()

@@ -1,0 +1,35 @@
+"""Learning without Forgetting: the new bank must leave the answers of the model before it as they were."""
+
+from functools import partial
+
+from torch import Tensor
+
+from mslora_cr.config import StreamConfig, Task
+from mslora_cr.methods.base import Method, Setup
+from mslora_cr.training.penalties import Distillation
+
+
+class Lwf(Method):
+    """``CE + λ · mean over answer tokens of -Σ_v p_v log q_v``, p = softmax(teacher / T), q = softmax(student / T).
+
+    The teacher is the same model with the new bank off, on the new task's own samples: nothing old is stored. The
+    first task has no teacher. All banks are summed for every question.
+
+    Source: Li and Hoiem, "Learning without Forgetting", TPAMI 2018: T = 2, λ_o = 1.
+    """
+
+    folds_earlier = True
+
+    def regularizes(self, config: StreamConfig, task: Task) -> bool:
+        return task.index > 0
+
+    def distillation(self, setup: Setup) -> Distillation:
+        settings = setup.config.lwf
+        assert settings is not None
+        return Distillation(settings.strength, partial(softened_cross_entropy, temperature=settings.temperature))
+
+
+def softened_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``-Σ_v p_v log q_v`` of logits (positions, vocabulary), softened by T; (positions,) float32."""
+    p = (teacher.float() / temperature).softmax(-1)
+    return -(p * (student.float() / temperature).log_softmax(-1)).sum(-1)

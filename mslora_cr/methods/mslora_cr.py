@@ -1,0 +1,60 @@
+"""MSLoRA-CR: a new bank beside frozen ones, shaped by a contrastive and an orthogonality term."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mslora_cr.config import RegularizationConfig, StreamConfig, Task
+from mslora_cr.methods.base import Method, Setup
+from mslora_cr.training.penalties import BankPenalties, Pair, Penalty, PenaltyStep, PenaltyWeight
+
+
+class MsloraCr(Method):
+    """``CE + α Σ_{i<t} (1 - s_i if same modality else s_i) + β (1/L) Σ ‖A Aᵀ - I‖² + ‖Bᵀ B - I‖²``
+
+    with ``s_i = (1/K) Σ_k exp(-‖W_t^k - W_i^k‖_F)``; the formulas in full are in `losses.py`. A weight of 0 removes
+    its term, -1 makes it learnable. As published, the first task's loss is cross entropy alone.
+
+    Source: Zhang et al., "Contrastive Regularization over LoRA for Multimodal Biomedical Image Incremental Learning",
+    ACM MM 2025.
+    """
+
+    folds_earlier = True
+
+    def regularizes(self, config: StreamConfig, task: Task) -> bool:
+        return task.index > 0 and (config.regularization.alpha != 0 or config.regularization.beta != 0)
+
+    def penalty(self, setup: Setup) -> Penalty:
+        terms = BankPenalties(setup.frozen, setup.config.same_modality(setup.task), setup.device)
+        return WeightedPenalties(terms, setup.config.regularization)
+
+
+class WeightedPenalties(Penalty):
+    """Both terms with their weights, which may be learnable."""
+
+    def __init__(self, terms: BankPenalties, settings: RegularizationConfig) -> None:
+        self._terms = terms
+        self._weights = {"alpha": PenaltyWeight(settings.alpha), "beta": PenaltyWeight(settings.beta)}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {name: weight.value for name, weight in self._weights.items()}
+
+    def step(self, live: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
+        before = self.weights
+        contrastive, orthogonality, gradients = self._terms.terms(live, **before)
+        self._weights["alpha"].update(contrastive, learning_rate)
+        self._weights["beta"].update(orthogonality, learning_rate)
+        logged = {name: torch.tensor(weight, dtype=torch.float64) for name, weight in before.items()}
+        logged |= {"contrastive": contrastive, "orthogonality": orthogonality}
+        return PenaltyStep(before["alpha"] * contrastive + before["beta"] * orthogonality, gradients, logged)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: weight.state_dict() for name, weight in self._weights.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, weight in self._weights.items():
+            weight.load_state_dict(state[name])

@@ -1,0 +1,71 @@
+"""Experience replay: one bank, trained on, with samples of earlier tasks in every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mslora_cr.config import StreamConfig, Task
+from mslora_cr.methods.base import Method, Setup, visits
+from mslora_cr.training.trainer import BankTrainer
+
+
+class Replay(Method):
+    """Loss: cross entropy of batches of which a share, half as published, comes from a buffer of earlier samples.
+
+    The buffer holds at most `replay.buffer_size` samples, as many of each task. A task's are chosen at random by the
+    run's seed alone; when room is needed for a later task, the last chosen go. It is kept as positions in `train.json`.
+
+    Source: Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019.
+    """
+
+    continues = True
+
+    def sources(self, config: StreamConfig, task: Task) -> list[Task]:
+        return [task, *config.stream[: task.index]]
+
+    def order(
+        self, config: StreamConfig, task: Task, counts: Sequence[int], memory: Mapping[str, Tensor]
+    ) -> list[int] | None:
+        assert config.replay is not None
+        earlier = config.stream[: task.index]
+        if not earlier:
+            return None
+        buffer = memory or choose(config, earlier, counts[1:])
+        starts = torch.tensor(counts).cumsum(0).tolist()
+        old = torch.cat([buffer[source.name] + start for source, start in zip(earlier, starts, strict=False)])
+        return mix(old, counts[0], task, config.replay.share, config.seed)
+
+    def memory(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
+        """The buffer for the next task: by task, positions in its records, int64."""
+        own, *earlier = trainer.samples.counts
+        return choose(setup.config, setup.config.stream[: setup.task.index + 1], [*earlier, own])
+
+
+def choose(config: StreamConfig, tasks: Sequence[Task], counts: Sequence[int]) -> dict[str, Tensor]:
+    """A balanced buffer of these tasks, of so many samples each: what does not divide goes to the first of them."""
+    assert config.replay is not None
+    share, rest = divmod(config.replay.buffer_size, len(tasks))
+    chosen = {}
+    for task, count in zip(tasks, counts, strict=True):
+        everything = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed + task.index))
+        chosen[task.name] = everything[: share + (task.index < rest)].clone()
+    return chosen
+
+
+def mix(old: Tensor, new: int, task: Task, share: float, seed: int) -> list[int]:
+    """All visits of a task: its epochs over positions 0..new-1, with `share` of each batch drawn from `old`.
+
+    Draws go through the whole buffer, in an order of its own each time, before any sample comes again.
+    """
+    generator = torch.Generator().manual_seed(seed + task.index)
+    replayed = min(max(round(share * task.batch_size), 1), task.batch_size - 1)
+    batches = visits(new, task.epochs, generator).split(task.batch_size - replayed)
+    drawn = visits(len(old), len(batches) * replayed / len(old) + 1, generator)
+    order: list[int] = []
+    for number, batch in enumerate(batches):
+        mixed = torch.cat([batch, old[drawn[number * replayed : (number + 1) * replayed]]])
+        order += mixed[torch.randperm(len(mixed), generator=generator)].tolist()
+    return order

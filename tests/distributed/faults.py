@@ -1,0 +1,56 @@
+"""What goes wrong in the tests: each function is called in every rank before the command runs."""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import torch
+
+from mslora_cr.data.collator import TrainingCollator
+from mslora_cr.training import trainer
+from mslora_cr.training.distributed import rank
+from mslora_cr.training.trainer import BankTrainer
+
+FILE_BYTES = 20_000
+"""Less than the smallest state of an optimizer, more than a ledger or a configuration."""
+
+
+def penalty_without_gradient() -> None:
+    """The published mistake: under ZeRO-3 the penalties' gradient reaches no parameter."""
+
+    trainer._penalty_hook = lambda pending, key: lambda gradient: gradient
+
+
+def exception_on_rank_1() -> None:
+    """A bug that only rank 1 runs into, at the second step."""
+    step, steps = BankTrainer.training_step, 0
+
+    def training_step(self: BankTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if rank() == 1 and steps == 2:
+            raise ZeroDivisionError("planted")
+        return step(self, *args, **kwargs)
+
+    BankTrainer.training_step = training_step  # type: ignore[method-assign]
+
+
+def nan_on_rank_1() -> None:
+    """Pixels that are no numbers, in rank 1's second batch."""
+    collate, batches = TrainingCollator.__call__, 0
+
+    def call(self: TrainingCollator, samples: Any) -> dict[str, torch.Tensor]:
+        nonlocal batches
+        batches += 1
+        batch = collate(self, samples)
+        if rank() == 1 and batches == 2:
+            batch["pixel_values"] = batch["pixel_values"] * torch.nan
+        return batch
+
+    TrainingCollator.__call__ = call  # type: ignore[method-assign]
+
+
+def full_disk() -> None:
+    """No file may grow beyond a few kilobytes; the error is one of the disk's own."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, resource.RLIM_INFINITY))

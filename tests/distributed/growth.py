@@ -1,0 +1,65 @@
+"""What a process holds after each task; `watch` is called in every rank before the command runs."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import Trainer
+
+from mslora_cr.training import stream
+from mslora_cr.training.distributed import rank
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+
+
+def watch(folder: Path) -> None:
+    """Write a line of counts to `folder/RANK.jsonl` after each task, and while it trains the hooks of its model."""
+    release = stream.release
+    file = folder / f"{rank()}.jsonl"
+
+    def release_and_count(trainer: Trainer) -> None:
+        training = count_hooks([trainer.model, *trainer.model.modules()], trainer.model.parameters())
+        release(trainer)
+        with file.open("a") as opened:
+            opened.write(json.dumps({"hooks of the model": training}) + "\n")
+
+    train_task = stream.train_task
+
+    def train_and_count(*args: Any, **kwargs: Any) -> None:
+        train_task(*args, **kwargs)
+        with file.open("a") as opened:
+            opened.write(json.dumps(held()) + "\n")
+
+    stream.release, stream.train_task = release_and_count, train_and_count
+
+
+def held() -> dict[str, int]:
+    gc.collect()
+    found = gc.get_objects()
+    modules = [thing for thing in found if isinstance(thing, nn.Module)]
+    tensors = [thing for thing in found if type(thing) in (torch.Tensor, nn.Parameter)]
+    process = psutil.Process()
+    return {
+        "hooks": count_hooks(modules, tensors) + len(nn.modules.module._global_forward_hooks),
+        "modules": len(modules),
+        "tensors": len(tensors),
+        "objects": len(found),
+        "groups": len(torch.distributed.distributed_c10d._world.pg_map),
+        "threads": threading.active_count(),
+        "native threads": process.num_threads(),
+        "files": process.num_fds(),
+        "resident": process.memory_info().rss,
+    }
+
+
+def count_hooks(modules: Any, tensors: Any) -> int:
+    """Hooks registered on modules and tensors."""
+    on_modules = sum(len(getattr(module, name)) for module in modules for name in HOOKS)
+    return on_modules + sum(len(tensor._backward_hooks or ()) for tensor in tensors)

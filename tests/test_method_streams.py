@@ -1,0 +1,175 @@
+"""Every method through the command line: trained, killed and started again, evaluated, reported."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mslora_cr.banks import BankError, BankStack, load_bank
+from mslora_cr.cli import main
+from mslora_cr.config import load_config
+from mslora_cr.data.collator import TrainingCollator, TrainingSamples
+from mslora_cr.data.records import TrainingRecords
+from mslora_cr.methods import METHODS
+from mslora_cr.training.ledger import Ledger
+from mslora_cr.training.stream import load_base, preprocessing, task_folder, task_image_roots
+from tests.conftest import STEPS, ConfigWriter, bank_bytes, once, write_config
+from tests.killing import KillPoint, run_until_killed
+
+Trained = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def method_run(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Trained:
+    """The configuration of a method's run on the tiny stream, trained and evaluated once. Read only."""
+
+    def run(method: str) -> Path:
+        def build(folder: Path) -> None:
+            config = str(write_config(folder, tiny_settings, run=method, method=method))
+            assert main(["train", config]) == 0
+            assert main(["evaluate", config, "--stages", "all"]) == 0
+            assert main(["report", config]) == 0
+
+        return once(shared_tmp / f"method-{method}", build) / "run.yaml"
+
+    return run
+
+
+TRAINED = [method for method in METHODS if method not in ("zero_shot", "mslora_cr")]
+"""Methods that train; tests/test_stream.py kills runs of mslora_cr."""
+BANKS = {"zero_shot": 0, "joint": 1}
+"""How many banks a method trains, if not one per task."""
+TERMS = {
+    "mslora_cr": {"contrastive", "orthogonality", "alpha", "beta"},
+    "olora": {"overlap", "norm"},
+    "ewc": {"drift"},
+    "lwf": {"distillation"},
+}
+"""What a method's log shows of its second task beside the cross entropy."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_evaluates_and_reports(method: str, method_run: Trained) -> None:
+    config = load_config(method_run(method))
+    ledger = json.loads((config.run_dir / "ledger.json").read_text())
+    assert ledger["method"] == method and len(ledger["tasks"]) == BANKS.get(method, 3)
+    for task in ledger["tasks"]:
+        rows = [json.loads(line) for line in (config.run_dir / "logs" / f"{task}.jsonl").open()]
+        expected = TERMS.get(method, set()) if task != "pathvqa" else set()
+        assert rows[0].keys() - {"step", "loss", "ce", "learning_rate", "grad_norm", "epoch"} == expected
+    cells = json.loads((config.results_run_dir / "evaluation.json").read_text())["cells"]
+    seen = {(cell["task"], cell["stage"]) for cell in cells}
+    assert {(task, stage) for number, task in enumerate(STEPS, 1) for stage in range(number, 4)} <= seen
+    page = (config.results_run_dir / "report.html").read_text()
+    assert f"<code>{method}</code>" in page
+
+
+# The fourth file that a task of 4 steps writes with save_bank is its bank's memory, behind two checkpoints and the bank.
+MEMORY_WRITTEN = KillPoint("mslora_cr.banks:save_file", call=4)
+LOGGED = KillPoint("mslora_cr.training.trainer:JsonLinesCallback.on_log", call=8, after=True)
+"""In the second task, after a checkpoint; `joint` has one task, of more steps."""
+
+
+@pytest.mark.parametrize(
+    ("method", "point"),
+    [*((method, LOGGED) for method in TRAINED), ("ewc", MEMORY_WRITTEN), ("replay", MEMORY_WRITTEN)],
+)
+def test_a_killed_run_of_a_method_ends_in_the_same_files(
+    method: str, point: KillPoint, method_run: Trained, config_file: ConfigWriter, tmp_path: Path
+) -> None:
+    config = config_file(run=method, method=method)
+    tasks = [] if method == "joint" else ["tasks=[pathvqa, slake-vqarad]"]
+    run_until_killed(["train", str(config), *tasks], point, tmp_path / "output")
+    assert main(["train", str(config), *tasks]) == 0
+    ours, whole = load_config(config).run_dir, load_config(method_run(method)).run_dir
+    written = sorted(path.relative_to(ours) for path in ours.glob("banks/*/*.safetensors"))
+    assert len(written) >= BANKS.get(method, 2)
+    for file in written:
+        assert (ours / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_memory_is_saved_with_the_bank_and_watched(method_run: Trained, tmp_path: Path) -> None:
+    run = load_config(method_run("ewc")).run_dir
+    memory = load_file(run / "banks" / "slake-vqarad" / "memory.safetensors")
+    bank = load_bank(run / "banks" / "slake-vqarad").matrices
+    assert memory.keys() == {f"fisher.{name}.{half}" for name in bank for half in "AB"}
+    assert all((values >= 0).all() for values in memory.values()) and any(values.any() for values in memory.values())
+    copied = shutil.copytree(run, tmp_path / "ewc")
+    save_file({name: values + 1 for name, values in memory.items()}, copied / "banks/slake-vqarad/memory.safetensors")
+    config = load_config(method_run("ewc"), [f"output_dir={tmp_path}"])
+    with pytest.raises(BankError, match=r"memory\.safetensors is not the one that the ledger records"):
+        Ledger.read(config).done("slake-vqarad")
+
+
+def test_fisher_information_is_the_mean_of_squared_gradients(method_run: Trained, tiny_model: Path) -> None:
+    """Against transformers' own loss, sample by sample, at the first task's bank; all of its samples are taken."""
+    config = load_config(method_run("ewc"))
+    task = config.stream[0]
+    base = load_base(config, "cpu")
+    stack = BankStack(base.model, "merge")
+    stack.add_live(config.lora.rank, config.lora.alpha, initial=load_bank(config.run_dir / "banks" / task.name))
+    records = TrainingRecords(task_folder(config, task) / "train.json")
+    samples = TrainingSamples(records, task_image_roots(config, task), preprocessing(config, base))
+    totals = {parameter: torch.zeros_like(parameter) for parameter in stack.live_parameters()}
+    for sample in (samples[index] for index in range(len(samples))):
+        batch = TrainingCollator(0)([sample])
+        del batch["record_index"]
+        stack.model.zero_grad()
+        answer = sum(label != -100 for label in sample["labels"])
+        (stack.model(**batch).loss * answer).backward()
+        for parameter, total in totals.items():
+            total += parameter.grad.square() / len(samples)
+    fisher = load_file(config.run_dir / "banks" / task.name / "memory.safetensors")
+    for name, pair in stack.live().items():
+        for half, parameter in zip("AB", pair, strict=True):
+            torch.testing.assert_close(fisher[f"fisher.{name}.{half}"], totals[parameter], rtol=1e-4, atol=1e-12)
+
+
+def test_online_ewc_adds_up_what_it_forgets_slowly(method_run: Trained, config_file: ConfigWriter) -> None:
+    """Training alike up to the second bank, only what is kept differs: F̃_2 = γ F̃_1 + F_2."""
+    config = config_file(run="ewc", method="ewc", ewc={"decay": 0.5, "strength": 1e-30})
+    assert main(["train", str(config), "tasks=[pathvqa, slake-vqarad]"]) == 0
+    per_task = ["tasks=[pathvqa, slake-vqarad]", "run=per_task", "ewc.mode=per_task"]
+    assert main(["train", str(config), *per_task]) == 0
+    online, single = (load_config(config).run_dir.parent / name / "banks" for name in ("ewc", "per_task"))
+    first, second, alone = (
+        load_file(folder / "memory.safetensors")
+        for folder in (online / "pathvqa", online / "slake-vqarad", single / "slake-vqarad")
+    )
+    for name, values in second.items():
+        torch.testing.assert_close(values, 0.5 * first[name] + alone[name], rtol=1e-5, atol=1e-12)
+
+
+def test_changed_records_of_a_replayed_task_are_refused(
+    method_run: Trained, config_file: ConfigWriter, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data, tmp_path / "data")
+    shutil.copytree(load_config(method_run("replay")).run_dir, tmp_path / "checkpoints" / "replay")
+    ledger = tmp_path / "checkpoints" / "replay" / "ledger.json"
+    content = json.loads(ledger.read_text())
+    del content["tasks"]["PCAM"]
+    ledger.write_text(json.dumps(content))
+    records = tmp_path / "data" / "PathVQA" / "train.json"
+    records.write_text(json.dumps(json.loads(records.read_text())[1:]))
+    config = str(config_file(run="replay", method="replay"))
+    assert main(["train", config, f"data.root={tmp_path / 'data'}", "--force"]) == 1
+    assert f"{records} has changed since 'pathvqa' was trained on it" in capsys.readouterr().err
+
+
+def test_incremental_is_mslora_cr_without_its_terms(method_run: Trained, config_file: ConfigWriter) -> None:
+    config = config_file(regularization={"alpha": 0, "beta": 0})
+    assert main(["train", str(config)]) == 0
+    assert bank_bytes(load_config(config).run_dir) == bank_bytes(load_config(method_run("incremental")).run_dir)
+
+
+def test_zero_shot_trains_nothing_and_says_so(config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(config_file(method="zero_shot"))
+    assert main(["train", config]) == 0
+    assert "zero_shot trains nothing" in capsys.readouterr().out
+    assert main(["train", config, "--task", "PCAM"]) == 1
+    assert "--task PCAM: method zero_shot trains no bank for it; it trains nothing" in capsys.readouterr().err

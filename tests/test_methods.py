@@ -1,0 +1,252 @@
+"""What each method adds to the cross entropy, worked by hand and against autograd; which banks answer."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from mslora_cr.banks import Bank
+from mslora_cr.config import ConfigError, OloraConfig, StreamConfig, load_config
+from mslora_cr.methods import METHODS
+from mslora_cr.methods.ewc import EwcPenalty, fisher_name
+from mslora_cr.methods.lwf import softened_cross_entropy
+from mslora_cr.methods.olora import OloraPenalty
+from mslora_cr.methods.replay import choose
+from mslora_cr.training.penalties import Pair, Penalty
+
+CPU = torch.device("cpu")
+
+
+def bank(**matrices: tuple[list[list[float]], list[list[float]]]) -> Bank:
+    pairs = {name: (torch.tensor(a), torch.tensor(b)) for name, (a, b) in matrices.items()}
+    return Bank("bank", len(next(iter(matrices.values()))[0]), 1.0, pairs)
+
+
+def random_bank(seed: int) -> Bank:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"q": (2, 5, 3), "v": (2, 4, 6)}
+    return Bank("bank", 2, 1.0, {
+        name: (torch.randn(r, i, generator=generator), torch.randn(o, r, generator=generator))
+        for name, (r, i, o) in shapes.items()
+    })  # fmt: skip
+
+
+def check_against_autograd(penalty: Penalty, formula: Callable[[dict[str, Pair]], Tensor]) -> None:
+    live = {name: tuple(m.requires_grad_() for m in pair) for name, pair in random_bank(9).matrices.items()}
+    value = formula(live)
+    value.backward()
+    step = penalty.step(live, 0.1)
+    torch.testing.assert_close(step.value, value.detach())
+    for name, pair in live.items():
+        for half, matrix in enumerate(pair):
+            expected = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad
+            found = step.gradients.get((name, half), torch.zeros_like(matrix))
+            torch.testing.assert_close(found, expected)
+
+
+# --- O-LoRA --------------------------------------------------------------------------------------------------------
+
+
+def test_olora_by_hand() -> None:
+    """|A_old A_newᵀ| = |(1·3 + 2·(-4), 0·3 + (-1)·(-4))| = 5 + 4; ‖A‖ = 5, ‖B‖ = 13."""
+    old = bank(q=([[1.0, 2.0], [0.0, -1.0]], [[0.0, 0.0]]))
+    live = {"q": (torch.tensor([[3.0, -4.0]]), torch.tensor([[5.0], [12.0]]))}
+    step = OloraPenalty([old], OloraConfig(lambda_1=0.5, lambda_2=0.1), CPU).step(live, 0.1)
+    assert step.logged == {"overlap": 9.0, "norm": 18.0}
+    assert step.value.item() == pytest.approx(0.5 * 9 + 0.1 * 18)
+    # signs -1 and +1: 0.5 (-(1, 2) + (0, -1)) + 0.1 (3, -4) / 5
+    torch.testing.assert_close(step.gradients["q", 0], torch.tensor([[-0.5 + 0.06, -1.5 - 0.08]]))
+    torch.testing.assert_close(step.gradients["q", 1], torch.tensor([[5.0], [12.0]]) / 130)
+
+
+def test_olora_against_autograd() -> None:
+    old = [random_bank(1), random_bank(2)]
+
+    def formula(live: dict[str, Pair]) -> Tensor:
+        overlap = sum((one.matrices[name][0] @ a.T).abs().sum() for one in old for name, (a, _) in live.items())
+        return 0.5 * overlap + 0.2 * sum(matrix.norm() for pair in live.values() for matrix in pair)
+
+    check_against_autograd(OloraPenalty(old, OloraConfig(lambda_1=0.5, lambda_2=0.2), CPU), formula)
+
+
+def test_olora_of_a_first_task_is_its_norm_alone_and_zero_at_zero() -> None:
+    live = {"q": (torch.tensor([[3.0, -4.0]]), torch.zeros(2, 1))}
+    step = OloraPenalty([], OloraConfig(lambda_2=0.1), CPU).step(live, 0.1)
+    assert step.value.item() == pytest.approx(0.5)
+    assert not step.gradients["q", 1].any()
+
+
+# --- LwF -----------------------------------------------------------------------------------------------------------
+
+
+def test_lwf_by_hand() -> None:
+    """At T = 2 logits (2 ln 3, 0) soften to (3/4, 1/4), and (0, 2 ln 3) to (1/4, 3/4)."""
+    high = 2 * math.log(3)
+    teacher = torch.tensor([[high, 0.0], [high, 0.0]])
+    student = torch.tensor([[high, 0.0], [0.0, high]])
+    found = softened_cross_entropy(student, teacher, temperature=2.0)
+    same = -(3 / 4 * math.log(3 / 4) + 1 / 4 * math.log(1 / 4))
+    other = -(3 / 4 * math.log(1 / 4) + 1 / 4 * math.log(3 / 4))
+    torch.testing.assert_close(found, torch.tensor([same, other]))
+
+
+def test_lwf_pulls_towards_the_teacher_alone() -> None:
+    """The gradient at T is (softmax(student / T) - softmax(teacher / T)) / T, and none where they agree."""
+    student, teacher = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
+    student.requires_grad_()
+    softened_cross_entropy(student, teacher, 2.0).sum().backward()
+    expected = ((student / 2).softmax(-1) - (teacher / 2).softmax(-1)) / 2
+    torch.testing.assert_close(student.grad, expected.detach())
+
+
+# --- EWC -----------------------------------------------------------------------------------------------------------
+
+
+def anchor(a: float, b: float, fisher_a: float, fisher_b: float) -> tuple[Bank, dict[str, Tensor]]:
+    values = {"fisher.q.A": torch.tensor([[fisher_a]]), "fisher.q.B": torch.tensor([[fisher_b]])}
+    return bank(q=([[a]], [[b]])), values
+
+
+def test_ewc_by_hand() -> None:
+    """One anchor: λ/2 (2 (3 - 1)² + 0.5 (1 - 0)²) = λ/2 · 8.5."""
+    live = {"q": (torch.tensor([[3.0]]), torch.tensor([[1.0]]))}
+    step = EwcPenalty([anchor(1.0, 0.0, 2.0, 0.5)], 10.0, CPU).step(live, 0.1)
+    assert step.value.item() == pytest.approx(42.5)
+    assert step.logged["drift"].item() == pytest.approx(4.25)
+    assert (step.gradients["q", 0].item(), step.gradients["q", 1].item()) == pytest.approx((40.0, 5.0))
+
+
+def test_ewc_of_two_tasks_by_hand() -> None:
+    """λ/2 (2 (3-1)² + 6 (3-2)² + 0.5 · 1² + 0 · (1-9)²) with λ = 2; d/dA = 2 (2·2 + 6·1)."""
+    live = {"q": (torch.tensor([[3.0]]), torch.tensor([[1.0]]))}
+    anchors = [anchor(1.0, 0.0, 2.0, 0.5), anchor(2.0, 9.0, 6.0, 0.0)]
+    step = EwcPenalty(anchors, 2.0, CPU).step(live, 0.1)
+    assert step.value.item() == pytest.approx(8 + 6 + 0.5)
+    assert (step.gradients["q", 0].item(), step.gradients["q", 1].item()) == pytest.approx((20.0, 1.0))
+
+
+def test_ewc_against_autograd() -> None:
+    old = [random_bank(seed) for seed in (1, 2, 3)]
+    fishers = [
+        {
+            fisher_name(name, half): matrix.square()
+            for name, pair in random_bank(seed).matrices.items()
+            for half, matrix in enumerate(pair)
+        }
+        for seed in (4, 5, 6)
+    ]
+
+    def formula(live: dict[str, Pair]) -> Tensor:
+        return 400 / 2 * sum(
+            (fisher[fisher_name(name, half)] * (live[name][half] - one.matrices[name][half]).square()).sum()
+            for one, fisher in zip(old, fishers, strict=True) for name in live for half in (0, 1)
+        )  # fmt: skip
+
+    check_against_autograd(EwcPenalty(zip(old, fishers, strict=True), 400.0, CPU), formula)
+
+
+# --- replay --------------------------------------------------------------------------------------------------------
+
+
+def stream_of(method: str, tmp_path: Path, tasks: list[tuple[str, float, int]], **section: Any) -> StreamConfig:
+    listed = [{"name": n, "epochs": e, "batch_size": b, "learning_rate": 1e-3} for n, e, b in tasks]
+    raw = {"run": "r", "method": method, "model": {"path": "m"}, "data": {"root": "d"}, "tasks": listed, **section}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    return load_config(tmp_path / "run.yaml")
+
+
+def test_the_replay_buffer_is_balanced_and_only_shrinks(tmp_path: Path) -> None:
+    tasks = [("pathvqa", 1.0, 4), ("PCAM", 1.0, 4), ("CXP", 1.0, 4)]
+    config = stream_of("replay", tmp_path, tasks, replay={"buffer_size": 10})
+    buffers = [choose(config, config.stream[:seen], [100, 50, 2][:seen]) for seen in (1, 2, 3)]
+    assert [{name: len(kept) for name, kept in buffer.items()} for buffer in buffers] == [
+        {"pathvqa": 10},
+        {"pathvqa": 5, "PCAM": 5},
+        {"pathvqa": 4, "PCAM": 3, "CXP": 2},  # CXP has no third sample
+    ]
+    for smaller, larger in zip(buffers[1:], buffers, strict=False):
+        for name, kept in larger.items():
+            assert torch.equal(smaller[name], kept[: len(smaller[name])])
+
+
+def test_a_replayed_order_mixes_every_batch(tmp_path: Path) -> None:
+    """Batches of 4 with a share of 0.25: 3 new ones, 1 old; 9 new samples, 2 epochs, so 6 batches."""
+    tasks = [("pathvqa", 1.0, 4), ("PCAM", 2.0, 4)]
+    config = stream_of("replay", tmp_path, tasks, replay={"buffer_size": 3, "share": 0.25})
+    method, second = METHODS["replay"], config.stream[1]
+    assert [task.name for task in method.sources(config, second)] == ["PCAM", "pathvqa"]
+    assert method.order(config, config.stream[0], [20], {}) is None
+    memory = {"pathvqa": torch.tensor([19, 0, 7])}
+    order = method.order(config, second, [9, 20], memory)
+    assert order is not None and len(order) == 24
+    batches = [order[start : start + 4] for start in range(0, 24, 4)]
+    assert all(sum(position >= 9 for position in batch) == 1 for batch in batches)
+    new = [position for position in order if position < 9]
+    assert sorted(new[:9]) == sorted(new[9:]) == list(range(9)) and new[:9] != new[9:]
+    old = [position - 9 for position in order if position >= 9]
+    assert sorted(old[:3]) == sorted(old[3:]) == [0, 7, 19]  # the whole buffer before any comes again
+    assert method.order(config, second, [9, 20], memory) == order
+
+
+def test_replay_of_batches_of_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"tasks\.1\.batch_size: replay mixes new and old in a batch; give at least 2"
+    ):
+        stream_of("replay", tmp_path, [("pathvqa", 1.0, 2), ("PCAM", 1.0, 1)])
+
+
+# --- mixture of experts: the layer itself is worked by hand in test_banks.py -----------------------------------------
+
+
+def test_experts_that_cannot_share_the_rank_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"moe_lora\.experts: 3 cannot share lora\.rank 64 equally"):
+        stream_of("moe_lora", tmp_path, [("pathvqa", 1.0, 2)], moe_lora={"experts": 3})
+
+
+# --- joint ---------------------------------------------------------------------------------------------------------
+
+
+def test_joint_visits_every_sample_as_often_as_the_stream_does(tmp_path: Path) -> None:
+    config = stream_of("joint", tmp_path, [("pathvqa", 2.0, 8), ("PCAM", 1.0, 4), ("CXP", 0.5, 4)])
+    method = METHODS["joint"]
+    (task,) = method.trained(config)
+    order = method.order(config, task, [3, 4, 6], {})
+    assert order is not None
+    counted = Counter(order)
+    assert [counted[position] for position in range(7)] == [2] * 3 + [1] * 4
+    assert sum(counted[position] for position in range(7, 13)) == 3 and max(order) < 13
+    assert order != sorted(order)
+
+
+# --- which banks answer --------------------------------------------------------------------------------------------
+
+SUMMED: dict[str, Any] = {"prefix": [1, 2], "all": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("method", "at_stage_3", "at_stage_1"),
+    [
+        ("zero_shot", [], []),
+        ("each", [2], []),
+        ("sequential", [3], [1]),
+        ("incremental", SUMMED, [1]),
+        ("mslora_cr", SUMMED, [1]),
+        ("olora", SUMMED, [1]),
+        ("lwf", SUMMED, [1]),
+        ("ewc", [3], [1]),
+        ("replay", [3], [1]),
+        ("moe_lora", [3], [1]),
+        ("joint", [1], [1]),
+    ],
+)
+@pytest.mark.parametrize("banks_by", ["prefix", "all"])
+def test_banks_of_the_second_task(method: Any, at_stage_3: Any, at_stage_1: list[int], banks_by: str) -> None:
+    expected = at_stage_3[banks_by] if isinstance(at_stage_3, dict) else at_stage_3
+    assert METHODS[method].banks(2, 3, banks_by) == expected
+    assert METHODS[method].banks(2, 1, banks_by) == at_stage_1

@@ -1,0 +1,151 @@
+"""A base in 4 or 8 bits: bitsandbytes' kernels run on the CPU, too, so a whole run is trained and evaluated here."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mslora_cr.banks import BankError, BankStack, language_linears, load_bank
+from mslora_cr.cli import main
+from mslora_cr.config import ConfigError, load_config
+from mslora_cr.llava_med import load
+from tests.conftest import ConfigWriter
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+BITS = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8bitLt}
+LINEARS_PER_LAYER = 7
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.tensor([[1, 50, 60, 70, 80]])
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exactly_the_language_models_linear_layers_are_quantised(
+    bits: str, dtype: torch.dtype, tiny_model: Path
+) -> None:
+    model = load(tiny_model, dtype=dtype, quantization=bits).model
+    quantised = {name for name, module in model.named_modules() if isinstance(module, BITS[bits])}
+    assert quantised == set(language_linears(model))
+    assert len(quantised) == LINEARS_PER_LAYER * model.config.text_config.num_hidden_layers
+    rest = {parameter.dtype for name, parameter in model.named_parameters() if name.rpartition(".")[0] not in quantised}
+    assert rest == {dtype}
+    stored = {"4bit": torch.uint8, "8bit": torch.int8}[bits]
+    assert {linear.weight.dtype for linear in language_linears(model).values()} == {stored}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize(("bits", "least", "most"), [("4bit", 1e-2, 0.3), ("8bit", 1e-3, 0.03)])
+def test_a_quantised_model_says_nearly_the_same(bits: str, least: float, most: float, tiny_model: Path) -> None:
+    exact = logits(load(tiny_model, dtype=torch.float32).model)
+    found = logits(load(tiny_model, dtype=torch.float32, quantization=bits).model)
+    assert least < ((found - exact).norm() / exact.norm()).item() < most
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_transformers_layout_is_quantised_alike(bits: str, tiny_model: Path, tmp_path: Path) -> None:
+    whole = load(tiny_model, dtype=torch.float32)
+    whole.model.save_pretrained(tmp_path)
+    whole.image_processor.save_pretrained(tmp_path)
+    for file in tiny_model.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    both = [load(folder, dtype=torch.float32, quantization=bits).model for folder in (tiny_model, tmp_path)]
+    assert torch.equal(logits(both[0]), logits(both[1]))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_frozen_banks_add_to_a_quantised_base_what_they_add_to_any(
+    bits: str, tiny_model: Path, trained_config: Path
+) -> None:
+    """The concatenated adapter runs in full precision beside the quantised layer: y = Q(W) x + sum of B A x."""
+    banks = [load_bank(folder) for folder in sorted((trained_config.parent / "checkpoints/tiny/banks").iterdir())]
+    base = load(tiny_model, dtype=torch.float32, quantization=bits).model
+    without = logits(base)
+    stack = BankStack(base, "concatenate")
+    stack.freeze(banks)
+    assert not torch.equal(logits(stack.model), without)
+    name = "model.language_model.layers.1.mlp.up_proj"
+    layer = stack.model.get_submodule(f"base_model.model.{name}")
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    update = sum(bank.scaling * bank.matrices[name][1] @ bank.matrices[name][0] for bank in banks)
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), x @ update.T, rtol=0, atol=1e-5)
+    stack.freeze([])
+    assert torch.equal(logits(stack.model), without)
+    with pytest.raises(BankError, match=r"quantised base cannot be merged into; set lora\.fold=concatenate"):
+        BankStack(base, "merge").freeze(banks)
+
+
+@pytest.mark.parametrize(("bits", "most"), [("4bit", 1e-6), ("8bit", 0.1)])
+def test_a_banks_gradient_is_that_through_the_dequantised_base(
+    bits: str, most: float, tiny_model: Path, trained_config: Path
+) -> None:
+    """8-bit layers also round what goes in, so theirs is near only."""
+    start = load_bank(trained_config.parent / "checkpoints/tiny/banks/pathvqa")
+    ids = torch.tensor([[1, 50, 60, 70, 80]])
+    gradients = []
+    for dequantise in (False, True):
+        base = load(tiny_model, dtype=torch.float32, quantization=bits).model
+        stack = BankStack(base.dequantize() if dequantise else base, "concatenate")
+        stack.add_live(start.rank, start.alpha, initial=start)
+        stack.model.train()
+        stack.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        gradients.append(torch.cat([half.grad.flatten() for pair in stack.live().values() for half in pair]))
+    ours, expected = gradients
+    assert expected.norm() > 0
+    assert (ours - expected).norm() / expected.norm() <= most
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_stream_is_trained_and_evaluated(bits: str, config_file: ConfigWriter, tmp_path: Path) -> None:
+    """Two tasks, so that a frozen bank takes part; checkpointing on, as in the published configurations."""
+    config = config_file()
+    options = [f"model.quantization={bits}", "tasks=[pathvqa,PCAM]", "tasks.*.epochs=1"]
+    options += ["training.gradient_checkpointing=true", "training.gradient_checkpointing_kwargs={use_reentrant: false}"]
+    assert main(["train", str(config), *options]) == 0
+    run = tmp_path / "checkpoints" / "tiny"
+    assert load_config(run / "config.yaml").lora.fold == "concatenate"
+    losses = [json.loads(line) for line in (run / "logs" / "PCAM.jsonl").read_text().splitlines()]
+    assert losses and all(entry["contrastive"] > 0 and entry["orthogonality"] > 0 for entry in losses)
+    for name in ("pathvqa", "PCAM"):
+        bank = load_bank(run / "banks" / name)
+        assert all(b.abs().sum() > 0 and a.dtype == torch.float32 for a, b in bank.matrices.values())
+    assert main(["evaluate", str(config), *options]) == 0
+    cells = json.loads((tmp_path / "results" / "tiny" / "evaluation.json").read_text())["cells"]
+    assert [cell["banks"] for cell in cells] == [["pathvqa"], ["pathvqa", "PCAM"]]
+
+
+# --- refused -------------------------------------------------------------------------------------------------------
+
+
+def test_merging_is_refused_before_anything_is_loaded(config_file: ConfigWriter) -> None:
+    assert load_config(config_file()).lora.fold == "merge"
+    assert load_config(config_file(), ["model.quantization=8bit"]).lora.fold == "concatenate"
+    with pytest.raises(ConfigError, match=r"lora\.fold: banks cannot be merged into a quantised base"):
+        load_config(config_file(), ["model.quantization=4bit", "lora.fold=merge"])
+    with pytest.raises(ConfigError, match=r"model\.quantization: Input should be '4bit' or '8bit'"):
+        load_config(config_file(), ["model.quantization=2bit"])
+
+
+def test_zero_3_is_refused(
+    config_file: ConfigWriter, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    options = ["model.quantization=4bit", "training.deepspeed=configs/deepspeed/zero3.json"]
+    assert main(["train", str(config_file()), *options]) == 1
+    assert "ZeRO-3 cannot shard a quantised base" in capsys.readouterr().err
+
+
+def test_without_bitsandbytes_the_extra_is_named(
+    config_file: ConfigWriter, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert main(["train", str(config_file()), "model.quantization=4bit"]) == 1
+    assert "bitsandbytes is not installed; pip install -e '.[quantization]'" in capsys.readouterr().err
