@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from mslora_cr.banks import Bank, concatenated, language_linears
+from mslora_cr.banks import Bank, BankError, concatenated, language_linears
 
 
 class MixedBanks:
@@ -25,7 +25,12 @@ class MixedBanks:
         Args:
             model: the base, with no adapter and nothing merged; `remove` leaves it as it was.
             banks: at least one; rows choose them by position.
+
+        Raises:
+            BankError: a bank has routers; such banks cannot be summed.
         """
+        if any(bank.routers for bank in banks):
+            raise BankError("a bank with routers stands alone; it cannot answer beside others")
         self._columns = torch.repeat_interleave(torch.arange(len(banks)), torch.tensor([bank.rank for bank in banks]))
         self._banks = len(banks)
         self._dtype = model.get_input_embeddings().weight.dtype  # a quantised layer's weight has none to compute in
