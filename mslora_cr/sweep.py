@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import random
 import sys
-import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,6 +29,7 @@ from mslora_cr.evaluation.record import read_evaluation, read_ledger
 from mslora_cr.evaluation.report import METRICS, write_sweep_page
 from mslora_cr.training import stream
 from mslora_cr.training.ledger import environment, write_json
+from mslora_cr.workers import end_with_parent
 
 OURS = "mslora_cr"
 RESULT = "sweep.json"
@@ -197,19 +197,11 @@ def run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None]) -> Path:
 
 def _settle(free: Any, threads: int) -> None:
     """Give a worker its GPU or its share of the cores, and let it end with the process that started it."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     place = free.get()
     if place is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place
     torch.set_num_threads(threads)
-
-
-def _end_with_parent() -> None:
-    """A killed sweep must not leave a run behind that the next one would meet."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "only workers do this"
-    parent.join()
-    os._exit(1)
 
 
 def _run(config: StreamConfig) -> None:
