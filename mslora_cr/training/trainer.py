@@ -191,8 +191,6 @@ class BankTrainer(Trainer):
             self._log_term(name, value)
         return step.value
 
-    # --- logging ---
-
     def sample_gradients(self, index: int) -> dict[Key, Tensor]:
         """The gradient of one sample's cross entropy, summed over its answer's tokens, float32; moves nothing.
 
@@ -208,6 +206,8 @@ class BankTrainer(Trainer):
         gradients = torch.autograd.grad(loss, list(keys.values()))
         shard_again(self)
         return {key: gradient.float() for key, gradient in zip(keys, gradients, strict=True)}
+
+    # --- logging ---
 
     @property
     def seconds(self) -> float:
