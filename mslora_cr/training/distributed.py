@@ -377,6 +377,12 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
 
 
+def shard_again(trainer: Trainer) -> None:
+    """Shard what a backward pass that the engine did not start has left whole: ZeRO-3 alone leaves anything."""
+    if trainer.is_deepspeed_enabled:
+        trainer.model_wrapped.empty_partition_cache()
+
+
 def release(trainer: Trainer) -> None:
     """Take apart what a trainer has left in the process, so that the next task's starts as in a fresh one."""
     if trainer.is_deepspeed_enabled:

@@ -147,7 +147,7 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
     for task in method.trained(config):
         sources = method.sources(config, task)
         counts = [len(TrainingRecords(task_folder(config, source) / "train.json")) for source in sources]
-        order = method.order(config, task, counts, {})
+        order = method.order(config, task, counts, ledger)
         visited, epochs = (len(order), 1.0) if order is not None else (counts[0], task.epochs)
         per_device, accumulation = batch_shape(task, fields)
         plans.append(
@@ -366,8 +366,7 @@ def train_task(
     stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial[0] if initial else None, experts)
     method, setup = METHODS[config.method], Setup(config, task, ledger, frozen, device)
     sources = method.sources(config, task)
-    memory = ledger.memory(config.stream[task.index - 1].name) if task.index else {}
-    order = method.order(config, task, [len(records[source.name]) for source in sources], memory)
+    order = method.order(config, task, [len(records[source.name]) for source in sources], ledger)
     regularizes = method.regularizes(config, task)
     penalty = method.penalty(setup) if regularizes else None
     args = training_arguments(config, task, fields, order is not None)

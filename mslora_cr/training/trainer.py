@@ -25,6 +25,7 @@ from mslora_cr.training.distributed import (
     DistributedError,
     gathered,
     lost_a_process,
+    shard_again,
     wait_for_all,
     zero_stage,
 )
@@ -183,8 +184,6 @@ class BankTrainer(Trainer):
             self._log_term(name, value)
         return step.value
 
-    # --- logging ---
-
     def sample_gradients(self, index: int) -> dict[Key, Tensor]:
         """The gradient of one sample's cross entropy, summed over its answer's tokens, float32; moves nothing.
 
@@ -198,7 +197,10 @@ class BankTrainer(Trainer):
             logits = self.stack.model(**batch, logits_to_keep=keep, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         gradients = torch.autograd.grad(loss, list(keys.values()))
+        shard_again(self)
         return {key: gradient.float() for key, gradient in zip(keys, gradients, strict=True)}
+
+    # --- logging ---
 
     @property
     def seconds(self) -> float:
