@@ -11,14 +11,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mslora_cr.banks import Bank, BankError, BankStack
-from mslora_cr.config import StreamConfig, Task
+from mslora_cr.config import StreamConfig, Task, training_fields
 from mslora_cr.data.collator import QuestionSamples
 from mslora_cr.data.records import TestRecords
 from mslora_cr.evaluation.generate import ANSWERS, Decoding, answer_questions, forget_journals
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.methods import METHODS
-from mslora_cr.training.distributed import from_first_rank, own_device, rank, start_process_group, wait_for_all
-from mslora_cr.training.ledger import Ledger, environment, write_json
+from mslora_cr.training.distributed import (
+    TIMEOUT_SECONDS,
+    agree,
+    from_first_rank,
+    must_be_shared,
+    own_device,
+    rank,
+    start_process_group,
+    wait_for_all,
+)
+from mslora_cr.training.ledger import Ledger, environment, versions, write_json
 from mslora_cr.training.stream import load_base, preprocessing, task_folder, task_image_roots
 
 STAMP = "answers.json"
@@ -72,7 +81,8 @@ def evaluate(
     Raises:
         ConfigError, DataError, ModelError, BankError: before anything is answered.
     """
-    start_process_group(own_device(config.model.device).type == "cuda")
+    timeout = training_fields(config).get("ddp_timeout", TIMEOUT_SECONDS)
+    start_process_group(own_device(config.model.device).type == "cuda", timeout)
     chain = dict(banks) if banks is not None else finished_banks(config)
     learned = [task.index + 1 for task in config.stream if task.name in chain]
     wanted = [cell for cell in cells(config, stages, learned) if only in (None, cell.task.name)]
@@ -84,6 +94,14 @@ def evaluate(
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
     records = {name: TestRecords(task_folder(config, config.task(name)) / "test.jsonl") for name in sorted(names)}
     session = _Session(config, by_number)
+    facts = {
+        f"the questions, banks or settings of {cell.task.name} at stage {cell.stage}": session.fingerprint(
+            cell, records[cell.task.name]
+        )
+        for cell in wanted
+    }
+    agree({"the package versions": versions(), **facts})
+    must_be_shared(config.results_run_dir)
     # Cells that the same banks answer stand together, so that a stage is folded once.
     rows = {(cell.task.name, cell.stage): session.answer(cell, records[cell.task.name]) for cell in _by_banks(wanted)}
     path = config.results_run_dir / "evaluation.json"
@@ -115,20 +133,20 @@ class _Session:
         self._folded: tuple[int, ...] | None = None
 
     def answer(self, cell: Cell, records: TestRecords) -> dict[str, Any]:
-        """Answer and score a cell, unless that was done before; its row of `evaluation.json`."""
+        """Answer and score a cell, unless that was done before; on the first rank its row of `evaluation.json`."""
         stamp = cell.folder / STAMP
-        fingerprint = self._fingerprint(cell, records)
-        known = from_first_rank(_read_stamp(cell.folder))
-        if known.get("fingerprint") != fingerprint or not (cell.folder / ANSWERS).is_file():
+        fingerprint = self.fingerprint(cell, records)
+        known = from_first_rank(_read_stamp(cell.folder) if (cell.folder / ANSWERS).is_file() else {})
+        if known.get("fingerprint") != fingerprint:
             if rank() == 0:
                 stamp.unlink(missing_ok=True)  # it must never stand beside answers that it does not describe
             known = self._answer(cell, records, fingerprint)
             if rank() == 0:
                 write_json(stamp, known)
                 forget_journals(cell.folder)
-        if rank() == 0:
-            score_file(cell.folder / ANSWERS, cell.folder)
-        wait_for_all()
+        if rank() != 0:
+            return {}
+        score_file(cell.folder / ANSWERS, cell.folder)
         metrics = json.loads((cell.folder / "metrics.json").read_text(encoding="utf-8"))
         return {
             "task": cell.task.name,
@@ -168,7 +186,7 @@ class _Session:
             )
         return self._loaded
 
-    def _fingerprint(self, cell: Cell, records: TestRecords) -> str:
+    def fingerprint(self, cell: Cell, records: TestRecords) -> str:
         """What decides a cell's answers."""
         decisive = {
             "banks": [self._digests[number] for number in cell.banks],

@@ -281,7 +281,9 @@ def _launchers() -> list[int]:
 def _watch(launchers: list[int]) -> None:
     """End this process when its launcher has ended, or another rank has failed or is lost: nobody else would."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size())))  # torchrun's, DeepSpeed's
+    here = int(
+        os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size()))
+    )  # torchrun's, DeepSpeed's
     first_here = rank() - local_rank
     again = "so this run stops; the same command goes on from the last checkpoint"
     while True:

@@ -26,14 +26,15 @@ from mslora_cr.training.distributed import (
     TIMEOUT_SECONDS,
     agree,
     first_rank_first,
+    from_first_rank,
     gathered,
+    must_be_shared,
     own_device,
     partition,
     prepare_deepspeed,
     rank,
     release,
     start_process_group,
-    wait_for_all,
     world_size,
     zero_stage,
 )
@@ -91,6 +92,7 @@ def train(
         ledger.open(config, force)
         check_task_images(config, pending, records)
 
+    must_be_shared(config.run_dir)
     first_rank_first(prepare)
     progress = tqdm(tasks, desc="stream", unit="task", disable=rank() != 0)
     for task in progress:
@@ -333,7 +335,9 @@ def train_task(
         beta=config.regularization.beta,
         callbacks=[JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
     )
-    found = checkpoints(work_folder(config, task))
+    found = from_first_rank(
+        checkpoints(work_folder(config, task))
+    )  # a shared file system may show others an older state
     if found:
         refuse_other_launch(found[-1], args)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
@@ -356,9 +360,7 @@ def train_task(
         }
         ledger.record(task.name, entry)
         shutil.rmtree(work_folder(config, task), ignore_errors=True)
-    wait_for_all()
-    if not args.should_save:
-        ledger.content = Ledger.read(config).content
+    ledger.content = from_first_rank(ledger.content)
     release(trainer)
 
 

@@ -136,9 +136,7 @@ def _rank(command: list[str], before: Callable[[], None] | None) -> None:
     sys.exit(main(command))
 
 
-def launch(
-    command: Sequence[str | Path], processes: int = 2, before: Callable[[], None] | None = None
-) -> str:
+def launch(command: Sequence[str | Path], processes: int = 2, before: Callable[[], None] | None = None) -> str:
     """Start, wait, and expect success; the output."""
     status, output = start(command, processes, before).finish()
     assert status == 0, output[-6000:]
