@@ -38,6 +38,8 @@ ROOT = Path(__file__).parents[2]
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 TIMEOUT = 240
 """Seconds after which a run counts as hanging."""
+BOUND = 60
+"""Seconds within which the processes of a broken run must have ended, on a busy machine too."""
 ZEROED = ("param_persistence_threshold", "prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")
 
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -14,28 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import bank_bytes, once, write_config
+from tests.conftest import bank_bytes, write_config
 from tests.distributed import faults
-from tests.distributed.launch import ROOT, STAGES, Launch, alive, deepspeed_file, launch, start, wait_until
+from tests.distributed.conftest import TWO_TASKS
+from tests.distributed.launch import BOUND, ROOT, STAGES, Launch, alive, deepspeed_file, launch, start, wait_until
 
-TASKS = "tasks=[pathvqa, slake-vqarad]"
 STEPS = 4
 """Optimizer steps a task; a checkpoint is written every second one."""
-BOUND = 60
-"""Seconds within which the processes of a broken run must have ended, on a busy machine too."""
-
-
-@pytest.fixture(scope="session")
-def whole(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Callable[[str], dict[str, bytes]]:
-    """The banks of an uninterrupted run of two processes under a stage, with dropout and a learnable weight."""
-
-    def train(stage: str) -> dict[str, bytes]:
-        def build(folder: Path) -> None:
-            launch(["train", write_config(folder, tiny_settings), TASKS, *deepspeed_file(stage, folder)])
-
-        return bank_bytes(once(shared_tmp / f"whole-{stage}", build) / "checkpoints" / "tiny")
-
-    return train
 
 
 class Stream:
@@ -44,7 +29,7 @@ class Stream:
     def __init__(self, folder: Path, settings: dict[str, Any], stage: str, *overrides: str) -> None:
         config = write_config(folder, settings)
         self.run = folder / "checkpoints" / "tiny"
-        self.command = ["train", config, TASKS, *deepspeed_file(stage, folder), *overrides]
+        self.command = ["train", config, TWO_TASKS, *deepspeed_file(stage, folder), *overrides]
 
     def steps(self) -> int:
         """How many optimizer steps the logs tell of."""
