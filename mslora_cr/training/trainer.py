@@ -264,10 +264,10 @@ class BankTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = torch.load(Path(checkpoint) / STATE, map_location=self.args.device, weights_only=True)
+            state = torch.load(Path(checkpoint) / STATE, map_location="cpu", weights_only=True)
             if self.penalty:
                 self.penalty.load_state_dict(state["penalty"])
-            self._loss_sum = state["loss_sum"]
+            self._loss_sum = state["loss_sum"].to(self._loss_sum.device)
             self._started -= state["seconds"]
             self._logged_from = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
 
