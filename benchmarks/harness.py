@@ -52,6 +52,9 @@ SIZES = {
 """`small` is the shape that the published code was measured at; `7b` is LLaVA-Med v1.5's language model."""
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
 @dataclass
 class Setting:
     """What a benchmark is run with, and where."""
@@ -60,12 +63,41 @@ class Setting:
     size: Size
     device: torch.device
     repetitions: int
+    clock: Callable[[], float]
     json: Path | None
     args: argparse.Namespace
 
+    def seconds(self, work: Callable[[], Any]) -> float:
+        """What `work` takes, until the device has finished it."""
+        self._synchronize()
+        started = self.clock()
+        work()
+        self._synchronize()
+        return self.clock() - started
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def interleaved(self, variants: Mapping[str, Callable[[], Any]], warm_up: int = 1) -> dict[str, list[float]]:
+        """Seconds of each variant, round by round. The first `warm_up` rounds do not count."""
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        names = list(variants)
+        for number in range(warm_up + self.repetitions):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                gc.collect()
+                taken = self.seconds(variants[name])
+                if number >= warm_up:
+                    seconds[name].append(taken)
+        return seconds
+
 
 def parse(
-    module: str, description: str, argv: Sequence[str] | None, add: Callable[[argparse.ArgumentParser], Any] | None
+    module: str,
+    description: str | None,
+    argv: Sequence[str] | None,
+    add: Callable[[argparse.ArgumentParser], Any] | None = None,
 ) -> Setting:
     """Read a benchmark's command line.
 
@@ -83,6 +115,13 @@ def parse(
         kind = str if field.name == "dtype" else int
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"instead of the size's {field.name}")
     parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="rounds of all variants (default: 7)")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="wall: seconds that pass (default); cpu: seconds "
+        "that the processor spends on this process, on all its threads",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, ratios and what made them there")
     if add is not None:
@@ -92,7 +131,7 @@ def parse(
     size = replace(SIZES[args.size], **{name: value for name, value in own.items() if value is not None})
     if args.repetitions < 1:
         parser.error("--repetitions must be at least 1")
-    return Setting(module, size, torch.device(args.device), args.repetitions, args.json, args)
+    return Setting(module, size, torch.device(args.device), args.repetitions, CLOCKS[args.clock], args.json, args)
 
 
 # --- models, banks, batches ------------------------------------------------------------------------------------------
@@ -161,39 +200,6 @@ def random_batch(size: Size, labelled: int, device: torch.device) -> dict[str, T
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-# --- timing ----------------------------------------------------------------------------------------------------------
-
-
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that `work` takes, until the device has finished it."""
-    _synchronize(device)
-    started = time.perf_counter()
-    work()
-    _synchronize(device)
-    return time.perf_counter() - started
-
-
-def interleaved(
-    variants: Mapping[str, Callable[[], Any]], repetitions: int, device: torch.device, warm_up: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of each variant, round by round. The first `warm_up` rounds do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    for number in range(warm_up + repetitions):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            gc.collect()
-            taken = timed(variants[name], device)
-            if number >= warm_up:
-                seconds[name].append(taken)
-    return seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -224,9 +230,12 @@ def finish(
         "size": asdict(setting.size),
         "device": str(setting.device),
         "repetitions": setting.repetitions,
+        "clock": setting.args.clock,
         "unit": unit,
         "figures": summary,
-        "ratios": {name: summary[above]["median"] / summary[below]["median"] for name, (above, below) in ratios.items()},
+        "ratios": {
+            name: summary[above]["median"] / summary[below]["median"] for name, (above, below) in ratios.items()
+        },
         "ratio_spread": {
             name: figure([a / b for a, b in zip(figures[above], figures[below], strict=True)])
             for name, (above, below) in ratios.items()
@@ -254,8 +263,8 @@ def machine() -> dict[str, Any]:
 
 def _print(result: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     facts = result["environment"]
-    print(f"{result['benchmark']}: {result['repetitions']} interleaved rounds on {result['device']}, "
-          f"{facts['hardware']['threads']} threads, load {facts['machine']['load'][0]:.1f}")  # fmt: skip
+    clock = f"{result['clock']} clock, {facts['hardware']['threads']} threads, load {facts['machine']['load'][0]:.1f}"
+    print(f"{result['benchmark']}: {result['repetitions']} interleaved rounds on {result['device']}, {clock}")
     width = max(len(name) for name in [*result["figures"], *result["ratios"]]) + 2
     print(f"{'':<{width}}{'median':>12}{'q1':>12}{'q3':>12}  {result['unit']}")
     for name, row in result["figures"].items():
