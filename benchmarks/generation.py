@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.baselines import peft_all_active
-from benchmarks.harness import Setting, finish, language_model, parse, random_banks
+from benchmarks.harness import finish, language_model, parse, random_banks
 from mslora_cr.banks import BankStack
 from mslora_cr.data.collator import QuestionCollator, Sample
 from mslora_cr.evaluation.generate import greedy
@@ -25,13 +26,17 @@ BANKS = 8
 SHORTEST, LONGEST = 8, 64
 """Tokens of a question, drawn evenly: most of the published test questions are one sentence."""
 
-Answers = list[list[int]]
+Answers = dict[int, list[int]]
+"""Question → new ids."""
 
 
+@dataclass(frozen=True)
 class Ids:
-    """What `greedy` needs of a tokenizer. No id ends an answer, so that each is as long as asked for."""
+    """What `greedy` needs of a tokenizer. The id that ends an answer is outside the vocabulary, so that each answer is as
+    long as asked for."""
 
-    eos_token_id, pad_token_id = -1, 0
+    eos_token_id: int
+    pad_token_id: int = 0
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -42,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     answers: dict[str, Answers] = {}
 
     def answering(name: str, model: Any, batch: int) -> Callable[[], None]:
-        return lambda: answers.update({name: _answer(model, questions, batch, args.new_tokens)})
+        return lambda: answers.update(
+            {name: _answer(model, questions, batch, Ids(setting.size.vocabulary), args.new_tokens)}
+        )
 
     folded = {fold: BankStack(language_model(setting.size, setting.device), fold) for fold in ("merge", "concatenate")}
     for stack in folded.values():
@@ -66,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         extra={
             "identical_text": answers[ours] == answers[baseline],
             "identical_answers": {
-                name: sum(a == b for a, b in zip(answers[name], answers[baseline], strict=True)) for name in models
+                name: sum(ids == answers[baseline][index] for index, ids in answers[name].items()) for name in models
             },
             "answers_per_second": {
                 name: len(questions) / sorted(taken)[len(taken) // 2] for name, taken in seconds.items()
@@ -100,17 +107,16 @@ def _questions(count: int, vocabulary: int) -> list[Sample]:
     ]
 
 
-def _answer(model: Any, questions: Sequence[Sample], batch: int, new_tokens: int) -> Answers:
-    """The new ids of each question, in the questions' order."""
-    collate = QuestionCollator(Ids.pad_token_id)
+def _answer(model: Any, questions: Sequence[Sample], batch: int, ids: Ids, new_tokens: int) -> Answers:
+    collate = QuestionCollator(ids.pad_token_id)
     order = sorted(range(len(questions)), key=lambda index: -len(questions[index]["input_ids"]))
-    answers: Answers = [[] for _ in questions]
+    answers: Answers = {}
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         inputs = collate([questions[index] for index in chosen])
         del inputs["record_index"]
-        for index, ids in zip(chosen, greedy(model, inputs, Ids(), new_tokens), strict=True):  # type: ignore[arg-type]
-            answers[index] = ids
+        new = greedy(model, inputs, ids, new_tokens)  # type: ignore[arg-type]
+        answers |= dict(zip(chosen, new, strict=True))
     return answers
 
 

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,9 +48,11 @@ class Size:
 SIZES = {
     "tiny": Size(64, 2, 4, 2, 128, 256, 4, 2, 16, "float32"),
     "small": Size(768, 8, 12, 3, 2688, 32000, 16, 2, 128, "float32"),
+    "long": Size(768, 8, 12, 3, 2688, 32000, 16, 8, 640, "float32"),
     "7b": Size(4096, 32, 32, 8, 14336, 32000, 64, 24, 640, "bfloat16"),
 }
-"""`small` is the shape that the published code was measured at; `7b` is LLaVA-Med v1.5's language model."""
+"""`small` is the shape that the published code was measured at, `long` the same with as many positions as images bring;
+`7b` is LLaVA-Med v1.5's language model."""
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -65,6 +68,7 @@ class Setting:
     repetitions: int
     clock: Callable[[], float]
     json: Path | None
+    argv: Sequence[str]
     args: argparse.Namespace
 
     def seconds(self, work: Callable[[], Any]) -> float:
@@ -98,19 +102,21 @@ def parse(
     description: str | None,
     argv: Sequence[str] | None,
     add: Callable[[argparse.ArgumentParser], Any] | None = None,
+    size: str = "small",
 ) -> Setting:
     """Read a benchmark's command line.
 
     Args:
         module: the benchmark's name below `benchmarks`.
         add: adds the benchmark's own arguments.
+        size: the shape to start from where the command line names none.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{module}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--size", choices=SIZES, default="small", help="a shape to start from (default: small)")
+    parser.add_argument("--size", choices=SIZES, default=size, help=f"a shape to start from (default: {size})")
     for field in fields(Size):
         kind = str if field.name == "dtype" else int
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"instead of the size's {field.name}")
@@ -126,12 +132,15 @@ def parse(
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, ratios and what made them there")
     if add is not None:
         add(parser)
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     own = {field.name: getattr(args, field.name) for field in fields(Size)}
-    size = replace(SIZES[args.size], **{name: value for name, value in own.items() if value is not None})
+    chosen = replace(SIZES[args.size], **{name: value for name, value in own.items() if value is not None})
     if args.repetitions < 1:
         parser.error("--repetitions must be at least 1")
-    return Setting(module, size, torch.device(args.device), args.repetitions, CLOCKS[args.clock], args.json, args)
+    return Setting(
+        module, chosen, torch.device(args.device), args.repetitions, CLOCKS[args.clock], args.json, argv, args
+    )
 
 
 # --- models, banks, batches ------------------------------------------------------------------------------------------
@@ -226,7 +235,7 @@ def finish(
     summary = {name: figure(values) for name, values in figures.items()}
     result = {
         "benchmark": setting.name,
-        "command": " ".join(["python -m", f"benchmarks.{setting.name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{setting.name}", *setting.argv]),
         "size": asdict(setting.size),
         "device": str(setting.device),
         "repetitions": setting.repetitions,

@@ -12,14 +12,15 @@ from typing import Any, Literal
 
 from mslora_cr.banks import Bank, BankError, BankStack
 from mslora_cr.config import StreamConfig, Task
-from mslora_cr.data.collator import QuestionSamples
+from mslora_cr.data.collator import Preprocessing, QuestionSamples
+from mslora_cr.data.images import resolve_image
 from mslora_cr.data.records import TestRecords
 from mslora_cr.evaluation.generate import ANSWERS, Decoding, answer_questions, forget_journals
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.methods import METHODS
 from mslora_cr.training.distributed import from_first_rank, own_device, rank, start_process_group, wait_for_all
 from mslora_cr.training.ledger import Ledger, environment, write_json
-from mslora_cr.training.stream import load_base, preprocessing, task_folder, task_image_roots
+from mslora_cr.training.stream import CachedTower, cached_tower, load_base, preprocessing, task_folder, task_image_roots
 
 STAMP = "answers.json"
 Stages = Literal["own", "seen", "all"]
@@ -111,7 +112,7 @@ class _Session:
         self.config = config
         self.banks = banks
         self._digests = {number: _bank_digest(bank) for number, bank in banks.items()}
-        self._loaded: tuple[BankStack, Any] | None = None
+        self._loaded: tuple[BankStack, Preprocessing, CachedTower | None] | None = None
         self._folded: tuple[int, ...] | None = None
 
     def answer(self, cell: Cell, records: TestRecords) -> dict[str, Any]:
@@ -137,13 +138,13 @@ class _Session:
             "answers": str((cell.folder / ANSWERS).relative_to(self.config.results_run_dir)),
             "fingerprint": fingerprint,
             "rows": len(records),
-            "seconds": known["seconds"],
+            **{name: known[name] for name in ("seconds", "padding", "padding_unsorted") if name in known},
             "metrics": metrics["metrics"],
         }
 
     def _answer(self, cell: Cell, records: TestRecords, fingerprint: str) -> dict[str, Any]:
         started = time.monotonic()
-        stack, prepare = self._model()
+        stack, prepare, tower = self._model()
         if self._folded != cell.banks:
             stack.freeze([self.banks[number] for number in cell.banks])
             stack.model.eval()
@@ -154,18 +155,21 @@ class _Session:
             model_id=Path(self.config.model.path).name,
             workers=int(self.config.training.get("dataloader_num_workers", 0)),
         )
-        samples = QuestionSamples(records, task_image_roots(self.config, cell.task), prepare)
+        roots = task_image_roots(self.config, cell.task)
+        if tower is not None:
+            names = dict.fromkeys(name for record in records for name in prepare.image_names(record))
+            tower.fill([resolve_image(name, roots) for name in names], decoding.workers)
+        samples = QuestionSamples(records, roots, prepare)
         label = f"{cell.task.name} with {'+'.join(self.banks[number].name for number in cell.banks) or 'no bank'}"
-        answer_questions(stack.model, samples, cell.folder, decoding, fingerprint, label)
-        return {"fingerprint": fingerprint, "seconds": round(time.monotonic() - started, 3)}
+        padding = answer_questions(stack.model, samples, cell.folder, decoding, fingerprint, label)
+        return {"fingerprint": fingerprint, "seconds": round(time.monotonic() - started, 3), **padding}
 
-    def _model(self) -> tuple[BankStack, Any]:
+    def _model(self) -> tuple[BankStack, Preprocessing, CachedTower | None]:
         if self._loaded is None:
             base = load_base(self.config, own_device(self.config.model.device))
-            self._loaded = (
-                BankStack(base.model, self.config.lora.fold, reuse=True),
-                preprocessing(self.config, base),
-            )
+            tower = cached_tower(self.config, base)
+            stack = BankStack(base.model, self.config.lora.fold, reuse=True)
+            self._loaded = (stack, preprocessing(self.config, base, tower), tower)
         return self._loaded
 
     def _fingerprint(self, cell: Cell, records: TestRecords) -> str:
@@ -175,7 +179,7 @@ class _Session:
             "scalings": [self.banks[number].scaling for number in cell.banks],
             "questions": records.digest,
             "model": self.config.model.model_dump(exclude={"device"}),
-            "data": self.config.data.model_dump(exclude={"root", "check_images"}),
+            "data": self.config.data.model_dump(exclude={"root", "check_images", "cache_image_features"}),
             "fold": self.config.lora.fold,
             "max_new_tokens": self.config.evaluation.max_new_tokens,
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from mslora_cr.data.collator import QuestionCollator, QuestionSamples
+from mslora_cr.data.collator import QuestionCollator, QuestionSamples, in_batches, padding_share
 from mslora_cr.data.tokenizer import Tokenizer
 from mslora_cr.training.distributed import from_first_rank, rank, wait_for_all, world_size
 
@@ -38,7 +38,7 @@ def answer_questions(
     decoding: Decoding,
     fingerprint: str,
     label: str,
-) -> Path:
+) -> dict[str, float]:
     """Answer every question of a task, greedily, and write `answer-file.jsonl` in the questions' order.
 
     Each batch is appended to a file of this rank as soon as it is answered, so that a killed run goes on after its
@@ -49,15 +49,20 @@ def answer_questions(
         fingerprint: says what decides the answers (banks, questions, limits); answers given under another one are
             thrown away.
         label: what the progress bar says.
+
+    Returns:
+        The share of padding in the prompts' batches, and what it would be in the questions' own order.
     """
     target = folder / ANSWERS
     folder.mkdir(parents=True, exist_ok=True)
     journal = folder / f".answers-{fingerprint[:16]}-{rank()}.jsonl"
     # One rank reads, before any writes again: all must see the same questions as answered.
     answered = from_first_rank(_read_journals(folder, fingerprint) if rank() == 0 else {})
-    todo = [index for index in _by_length(samples) if index not in answered]
-    batches = [todo[start : start + decoding.batch_size] for start in range(0, len(todo), decoding.batch_size)]
-    mine = batches[rank() :: world_size()]
+    lengths = samples.lengths()
+    # Longest first: padding is least among neighbours, and what does not fit in memory fails at once.
+    order = sorted(range(len(samples)), key=lambda index: -lengths[index])
+    todo = [index for index in order if index not in answered]
+    mine = in_batches(todo, decoding.batch_size)[rank() :: world_size()]
     with (
         journal.open("a", encoding="utf-8") as file,
         tqdm(desc=label, total=len(samples), initial=len(answered), unit="answer", disable=rank() != 0) as bar,
@@ -70,17 +75,14 @@ def answer_questions(
     if rank() == 0:
         _publish(samples, _read_journals(folder, fingerprint), target, decoding, fingerprint)
     wait_for_all()
-    return target
-
-
-def _by_length(samples: QuestionSamples) -> list[int]:
-    """Longest first: padding is least among neighbours, and what does not fit in memory fails at once."""
-    lengths = [len(samples.encode(index)) for index in range(len(samples))]
-    return sorted(range(len(samples)), key=lambda index: -lengths[index])
+    return {
+        "padding": padding_share(lengths, in_batches(order, decoding.batch_size)),
+        "padding_unsorted": padding_share(lengths, in_batches(range(len(samples)), decoding.batch_size)),
+    }
 
 
 def _answer_batches(
-    model: nn.Module, samples: QuestionSamples, batches: list[list[int]], decoding: Decoding
+    model: nn.Module, samples: QuestionSamples, batches: list[Sequence[int]], decoding: Decoding
 ) -> Iterator[list[dict[str, Any]]]:
     tokenizer = samples.preprocessing.tokenizer
     loader = DataLoader(

@@ -19,6 +19,7 @@ from mslora_cr import llava_med
 from mslora_cr.banks import BankStack, save_bank
 from mslora_cr.config import ConfigError, StreamConfig, Task, training_fields
 from mslora_cr.data.collator import Preprocessing, TrainingCollator, TrainingSamples
+from mslora_cr.data.features import FeatureCache, feature_key
 from mslora_cr.data.images import check_images, image_roots, resolve_image
 from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.methods import METHODS
@@ -238,7 +239,35 @@ def load_base(config: StreamConfig, device: torch.device | str) -> llava_med.Lla
     )
 
 
-def preprocessing(config: StreamConfig, base: llava_med.LlavaMed) -> Preprocessing:
+class CachedTower:
+    """The tower, taken out of its model, and the folder where its features are kept."""
+
+    def __init__(self, folder: Path, base: llava_med.LlavaMed, device: torch.device) -> None:
+        self._layer = base.model.config.vision_feature_layer
+        self._processor = base.image_processor
+        self._tower, self._device = llava_med.detach_tower(base.model), device
+        self.cache = FeatureCache(folder / feature_key(self._tower, self._layer, self._processor))
+
+    def fill(self, images: Sequence[Path], workers: int) -> None:
+        """See to it that every image has its features; the ranks share the work."""
+        self._tower.to(self._device)
+        self.cache.fill(images[rank() :: world_size()], self._processor, self._encode, workers, progress=rank() == 0)
+        self._tower.to("cpu")
+        wait_for_all()
+
+    @torch.inference_mode()
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        parameter = next(self._tower.parameters())
+        return llava_med.tower_features(self._tower, self._layer, pixels.to(parameter.device, parameter.dtype))
+
+
+def cached_tower(config: StreamConfig, base: llava_med.LlavaMed) -> CachedTower | None:
+    """The tower apart from its model, if `data.cache_image_features` asks for it."""
+    folder = config.data.cache_image_features
+    return CachedTower(Path(folder), base, own_device(config.model.device)) if folder else None
+
+
+def preprocessing(config: StreamConfig, base: llava_med.LlavaMed, tower: CachedTower | None = None) -> Preprocessing:
     return Preprocessing(
         tokenizer=base.tokenizer,
         image_processor=base.image_processor,
@@ -246,6 +275,7 @@ def preprocessing(config: StreamConfig, base: llava_med.LlavaMed) -> Preprocessi
         patches=base.patches,
         max_length=config.data.max_length,
         all_images=config.data.images == "all",
+        features=tower.cache if tower else None,
     )
 
 
@@ -289,6 +319,11 @@ def training_arguments(config: StreamConfig, task: Task, fields: dict[str, Any])
             "training.gradient_checkpointing_kwargs.use_reentrant: with true the vision tower would be walked "
             "backwards at every step; set it to false"
         )
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ConfigError(
+            "training.train_sampling_strategy: batch_rebalance would decode every image to learn how long samples are; "
+            "use group_by_length, or random (the default)"
+        )
     return args
 
 
@@ -308,6 +343,13 @@ def train_task(
     device = own_device(config.model.device)
     # Everything is built before DeepSpeed hears of the task: transformers would partition what it loads afterwards.
     base = load_base(config, "cpu" if sharded else device)
+    roots = task_image_roots(config, task)
+    tower = cached_tower(config, base)
+    prepare = preprocessing(config, base, tower)
+    if tower is not None:
+        names = dict.fromkeys(name for record in records for name in prepare.image_names(record))
+        tower.fill([resolve_image(name, roots) for name in names], int(fields.get("dataloader_num_workers", 0)))
+    samples = TrainingSamples(records, roots, prepare)
     frozen = ledger.banks(config, frozen_tasks(config, task))
     stack = BankStack(base.model, config.lora.fold)
     stack.freeze(frozen)
@@ -318,13 +360,17 @@ def train_task(
     )
     set_seed(config.seed + task.index)
     stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial)
-    penalties = BankPenalties(frozen, config.same_modality(task), device) if uses_penalties(config, task) else None
+    penalties = None
+    if uses_penalties(config, task):
+        held = config.regularization
+        place = torch.device("cpu") if held.frozen_device == "cpu" else device
+        penalties = BankPenalties(frozen, config.same_modality(task), device, getattr(torch, held.frozen_dtype), place)
     args = training_arguments(config, task, fields)
     if sharded:
         partition(stack.model, args.hf_deepspeed_config.config)
     trainer = BankTrainer(
         stack=stack,
-        samples=TrainingSamples(records, task_image_roots(config, task), preprocessing(config, base)),
+        samples=samples,
         collator=TrainingCollator(base.tokenizer.pad_token_id),
         args=args,
         bank_shape=(config.lora.rank, config.lora.alpha),
@@ -337,7 +383,7 @@ def train_task(
     if found:
         refuse_other_launch(found[-1], args)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
-    mean_loss = trainer.mean_loss()
+    mean_loss, padding = trainer.mean_loss(), trainer.padding()
 
     with gathered(parameter for pair in stack.live().values() for parameter in pair):
         metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
@@ -351,7 +397,9 @@ def train_task(
             "steps": trainer.state.global_step,
             "train_loss": mean_loss,
             "seconds": round(trainer.seconds, 3),
+            "padding": padding,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "frozen_bank_bytes": penalties.frozen_bytes if penalties else 0,
             "weights": {name: weight.value for name, weight in trainer.weights.items()} if penalties else None,
         }
         ledger.record(task.name, entry)

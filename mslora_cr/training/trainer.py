@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mslora_cr.banks import LIVE, BankStack, load_bank, publish_folder, save_bank
-from mslora_cr.data.collator import TrainingCollator, TrainingSamples
+from mslora_cr.data.collator import TrainingCollator, TrainingSamples, in_batches, padding_share
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.errors import UserError
 from mslora_cr.training.distributed import (
@@ -100,6 +102,7 @@ class BankTrainer(Trainer):
         self._logged: dict[str, Tensor] = {}
         self._logged_from = 0
         self._loss_sum = torch.zeros((), device=args.device)
+        self._positions = torch.zeros(2, dtype=torch.int64, device=args.device)  # with a token, and all
         self._started = time.monotonic()
         if penalties is not None:
             for module, pair in stack.live().items():
@@ -153,6 +156,9 @@ class BankTrainer(Trainer):
         """A micro-batch; the last one of an update carries the penalties."""
         last = self.penalties is not None and self.accelerator.sync_gradients
         penalty = self._prepare_penalties() if last else None
+        mask = inputs["attention_mask"]
+        self._positions[0] += mask.sum()
+        self._positions[1] += mask.numel()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._pending = {}
         self._log_term("ce", loss)
@@ -172,6 +178,28 @@ class BankTrainer(Trainer):
             self._log_term(weight, torch.tensor(self.weights[weight].value, dtype=torch.float64))
             self.weights[weight].update(term, self._get_learning_rate())
         return alpha * contrastive + beta * orthogonality
+
+    # --- the order of samples ---
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Groups by length on `train_sampling_strategy: group_by_length`; no image is decoded to learn lengths."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return GroupedByLength(self._lengths, self.args, lambda: int(self.state.epoch or 0))
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return self.samples.lengths()
+
+    def padding(self) -> dict[str, float]:
+        """The share of padded positions so far; where samples are grouped, what it would be in random order too."""
+        real, everything = self.accelerator.reduce(self._positions, "sum").tolist()
+        found = {"share": 1 - real / max(everything, 1)}
+        if self.args.train_sampling_strategy == "group_by_length":
+            generator = torch.Generator().manual_seed(self.args.seed)
+            order = torch.randperm(len(self._lengths), generator=generator).tolist()
+            found["in_random_order"] = padding_share(self._lengths, in_batches(order, self.args.train_batch_size))
+        return found
 
     # --- logging ---
 
@@ -194,6 +222,8 @@ class BankTrainer(Trainer):
             for name, total in self._logged.items():
                 logs[name] = self.accelerator.reduce(total.to(self.args.device), "mean").item() / steps
             self._logged, self._logged_from = {}, self.state.global_step
+            real, everything = self.accelerator.reduce(self._positions, "sum").tolist()
+            logs["padding"] = 1 - real / everything
         super().log(logs, start_time)
 
     # --- saving: the live bank and nothing else, whole or not at all ---
@@ -221,6 +251,7 @@ class BankTrainer(Trainer):
         """Write the live bank, and what this trainer adds to the Trainer's state, into a checkpoint."""
         assert output_dir is not None
         loss_sum = self.accelerator.reduce(self._loss_sum, "mean")
+        positions = self.accelerator.reduce(self._positions, "sum")
         with gathered(parameter for pair in self.stack.live().values() for parameter in pair):
             bank = self.stack.snapshot(LIVE, *self.bank_shape)
         if self.args.should_save:
@@ -228,7 +259,10 @@ class BankTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             save_bank(bank, folder / BANK_FOLDER)
             weights = {name: weight.state_dict() for name, weight in self.weights.items()}
-            torch.save({"weights": weights, "loss_sum": loss_sum, "seconds": self.seconds}, folder / STATE)
+            torch.save(
+                {"weights": weights, "loss_sum": loss_sum, "positions": positions, "seconds": self.seconds},
+                folder / STATE,
+            )
             (folder / LAUNCH).write_text(json.dumps(launch(self.args)), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -241,8 +275,22 @@ class BankTrainer(Trainer):
             for name, weight in self.weights.items():
                 weight.load_state_dict(state["weights"][name])
             self._loss_sum = state["loss_sum"]
+            self._positions = state["positions"] if self.args.process_index == 0 else self._positions
             self._started -= state["seconds"]
             self._logged_from = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """transformers' sampler in an order that seed and epoch alone decide, so that it is the same on every rank and in a
+    run that goes on after a kill."""
+
+    def __init__(self, lengths: list[int], args: TrainingArguments, epoch: Callable[[], int]) -> None:
+        super().__init__(args.train_batch_size * args.gradient_accumulation_steps, lengths=lengths)
+        self.seed, self.epoch = args.seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 def checkpoints(folder: Path) -> list[Path]:
