@@ -32,8 +32,7 @@ Answers = dict[int, list[int]]
 
 @dataclass(frozen=True)
 class Ids:
-    """What `greedy` needs of a tokenizer. The id that ends an answer is outside the vocabulary, so that each answer is as
-    long as asked for."""
+    """What `greedy` needs of a tokenizer. No word of the vocabulary ends an answer: each is as long as asked for."""
 
     eos_token_id: int
     pad_token_id: int = 0

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def running(arguments: list[str]) -> Callable[[], Any]:
         return lambda: subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
 
-    seconds = setting.interleaved({name: running(arguments) for name, arguments in COMMANDS.items()})
+    seconds = setting.interleaved({name: running(arguments) for name, arguments in COMMANDS.items()}, warm_up=0)
     return finish(
         setting,
         seconds,
