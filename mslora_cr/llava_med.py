@@ -21,7 +21,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
     BitsAndBytesConfig,
@@ -32,6 +32,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     MistralConfig,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mslora_cr.data.images import tower_folder
 from mslora_cr.data.tokenizer import Tokenizer, TokenizerError
@@ -118,6 +119,29 @@ def load(
     model.requires_grad_(False)
     model.eval()
     return _with_processors(path, model, tower_source)
+
+
+def detach_tower(model: LlavaForConditionalGeneration) -> nn.Module:
+    """Take the vision tower out of a model, which then takes its features (`tower_features`) where it took pixels."""
+    tower = model.model.vision_tower
+    model.model.vision_tower = _GivenFeatures(model.config.vision_feature_layer)
+    return tower
+
+
+def tower_features(tower: nn.Module, layer: int, pixels: Tensor) -> Tensor:
+    """(images, positions, width): the tower's hidden states that the projector reads, class position included."""
+    return tower(pixels, output_hidden_states=True).hidden_states[layer]
+
+
+class _GivenFeatures(nn.Module):
+    """Stands where a tower stood: what it is given are the features already."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(last_hidden_state=pixel_values, hidden_states={self.layer: pixel_values})
 
 
 def read_config(path: Path) -> dict[str, Any]:

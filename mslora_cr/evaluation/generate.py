@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from mslora_cr.data.collator import Preprocessing, QuestionCollator, Sample
+from mslora_cr.data.collator import Preprocessing, QuestionCollator, Sample, in_batches, padding_share
 from mslora_cr.data.records import TestRecord
 from mslora_cr.data.tokenizer import Tokenizer
 from mslora_cr.training.distributed import from_all_ranks, from_first_rank, rank, wait_for_all, world_size
@@ -41,7 +41,7 @@ class Questions(Protocol):
     def records(self) -> Iterable[TestRecord]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Sample: ...
-    def encode(self, index: int, /) -> list[int]: ...
+    def lengths(self) -> list[int]: ...
 
 
 def answer_questions(
@@ -52,7 +52,7 @@ def answer_questions(
     fingerprint: str,
     label: str,
     choose: Callable[[Sequence[int]], None] | None = None,
-) -> Path:
+) -> dict[str, float]:
     """Answer every question of some samples, greedily, and write `answer-file.jsonl` in the questions' order.
 
     Each batch is appended to a file of this rank as soon as it is answered, so that a killed run goes on after its
@@ -64,14 +64,19 @@ def answer_questions(
             thrown away.
         label: what the progress bar says.
         choose: is told the questions of each batch before they are answered.
+
+    Returns:
+        The share of padding in the prompts' batches, and what it would be in the questions' own order.
     """
     target = folder / ANSWERS
     folder.mkdir(parents=True, exist_ok=True)
     journal = folder / f".answers-{fingerprint[:16]}-{rank()}.jsonl"
     # One rank reads, before any writes again: all must see the same questions as answered.
     answered = from_first_rank(_read_journals(folder, fingerprint) if rank() == 0 else {})
-    todo = [index for index in _by_length(samples) if index not in answered]
-    batches = [todo[start : start + decoding.batch_size] for start in range(0, len(todo), decoding.batch_size)]
+    lengths = samples.lengths()
+    # Longest first: padding is least among neighbours, and what does not fit in memory fails at once.
+    order = sorted(range(len(samples)), key=lambda index: -lengths[index])
+    batches = in_batches([index for index in order if index not in answered], decoding.batch_size)
     mine: dict[int, str] = {}
     with (
         journal.open("a", encoding="utf-8") as file,
@@ -88,13 +93,10 @@ def answer_questions(
     if rank() == 0:
         _publish(samples, answered, target, decoding, fingerprint)
     wait_for_all()
-    return target
-
-
-def _by_length(samples: Questions) -> list[int]:
-    """Longest first: padding is least among neighbours, and what does not fit in memory fails at once."""
-    lengths = [len(samples.encode(index)) for index in range(len(samples))]
-    return sorted(range(len(samples)), key=lambda index: -lengths[index])
+    return {
+        "padding": padding_share(lengths, in_batches(order, decoding.batch_size)),
+        "padding_unsorted": padding_share(lengths, in_batches(range(len(samples)), decoding.batch_size)),
+    }
 
 
 def _answer_batches(

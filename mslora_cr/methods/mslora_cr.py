@@ -28,8 +28,15 @@ class MsloraCr(Method):
         return task.index > 0 and (config.regularization.alpha != 0 or config.regularization.beta != 0)
 
     def penalty(self, setup: Setup) -> Penalty:
-        terms = BankPenalties(setup.frozen, setup.config.same_modality(setup.task), setup.device)
-        return WeightedPenalties(terms, setup.config.regularization)
+        settings = setup.config.regularization
+        terms = BankPenalties(
+            setup.frozen,
+            setup.config.same_modality(setup.task),
+            setup.device,
+            getattr(torch, settings.frozen_dtype),
+            torch.device("cpu") if settings.frozen_device == "cpu" else setup.device,
+        )
+        return WeightedPenalties(terms, settings)
 
 
 class WeightedPenalties(Penalty):
@@ -42,6 +49,10 @@ class WeightedPenalties(Penalty):
     @property
     def weights(self) -> dict[str, float]:
         return {name: weight.value for name, weight in self._weights.items()}
+
+    @property
+    def frozen_bytes(self) -> int:
+        return self._terms.frozen_bytes
 
     def step(self, live: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
         before = self.weights

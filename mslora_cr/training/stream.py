@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from mslora_cr import llava_med
 from mslora_cr.banks import MEMORY, ROUTER, BankStack, file_digest, save_bank
 from mslora_cr.config import ConfigError, StreamConfig, Task, training_fields
 from mslora_cr.data.collator import Preprocessing, TrainingCollator, TrainingSamples, UnitedSamples
+from mslora_cr.data.features import FeatureCache, feature_key
 from mslora_cr.data.images import check_images, image_roots, resolve_image
 from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.methods import METHODS
@@ -39,6 +41,7 @@ from mslora_cr.training.distributed import (
     release,
     start_process_group,
     sum_over_ranks,
+    wait_for_all,
     world_size,
     zero_stage,
 )
@@ -281,7 +284,35 @@ def load_base(config: StreamConfig, device: torch.device | str) -> llava_med.Lla
     )
 
 
-def preprocessing(config: StreamConfig, base: llava_med.LlavaMed) -> Preprocessing:
+class CachedTower:
+    """The tower, taken out of its model, and the folder where its features are kept."""
+
+    def __init__(self, folder: Path, base: llava_med.LlavaMed, device: torch.device) -> None:
+        self._layer = base.model.config.vision_feature_layer
+        self._processor = base.image_processor
+        self._tower, self._device = llava_med.detach_tower(base.model), device
+        self.cache = FeatureCache(folder / feature_key(self._tower, self._layer, self._processor))
+
+    def fill(self, images: Sequence[Path], workers: int) -> None:
+        """See to it that every image has its features; the ranks share the work."""
+        self._tower.to(self._device)
+        self.cache.fill(images[rank() :: world_size()], self._processor, self._encode, workers, progress=rank() == 0)
+        self._tower.to("cpu")
+        wait_for_all()
+
+    @torch.inference_mode()
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        parameter = next(self._tower.parameters())
+        return llava_med.tower_features(self._tower, self._layer, pixels.to(parameter.device, parameter.dtype))
+
+
+def cached_tower(config: StreamConfig, base: llava_med.LlavaMed) -> CachedTower | None:
+    """The tower apart from its model, if `data.cache_image_features` asks for it."""
+    folder = config.data.cache_image_features
+    return CachedTower(Path(folder), base, own_device(config.model.device)) if folder else None
+
+
+def preprocessing(config: StreamConfig, base: llava_med.LlavaMed, tower: CachedTower | None = None) -> Preprocessing:
     return Preprocessing(
         tokenizer=base.tokenizer,
         image_processor=base.image_processor,
@@ -289,6 +320,7 @@ def preprocessing(config: StreamConfig, base: llava_med.LlavaMed) -> Preprocessi
         patches=base.patches,
         max_length=config.data.max_length,
         all_images=config.data.images == "all",
+        features=tower.cache if tower else None,
     )
 
 
@@ -339,6 +371,11 @@ def training_arguments(
             "training.gradient_checkpointing_kwargs.use_reentrant: with true the vision tower would be walked "
             "backwards at every step; set it to false"
         )
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ConfigError(
+            "training.train_sampling_strategy: batch_rebalance would decode every image to learn how long samples are; "
+            "use group_by_length, or random (the default)"
+        )
     return args
 
 
@@ -359,16 +396,23 @@ def train_task(
     # Everything is built before DeepSpeed hears of the task: transformers would partition what it loads afterwards.
     base = load_base(config, "cpu" if sharded else device)
     router = router_statistics(config, task, records[task.name], base) if is_routed(config) else None
+    method = METHODS[config.method]
+    sources = method.sources(config, task)
+    tower = cached_tower(config, base)
+    prepare = preprocessing(config, base, tower)
+    parts = [TrainingSamples(records[source.name], task_image_roots(config, source), prepare) for source in sources]
+    if tower is not None:
+        images = (prepare.image_paths(part.records, part.roots) for part in parts)
+        tower.fill(list(itertools.chain.from_iterable(images)), int(fields.get("dataloader_num_workers", 0)))
     frozen = ledger.banks(config, frozen_tasks(config, task))
     stack = BankStack(base.model, config.lora.fold)
     stack.freeze(frozen)
     initial = ledger.banks(config, previous_task(config, task))
     set_seed(config.seed + task.index)
-    experts = METHODS[config.method].experts(config)
+    experts = method.experts(config)
     stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial[0] if initial else None, experts)
-    method, setup = METHODS[config.method], Setup(config, task, ledger, frozen, device)
-    sources = method.sources(config, task)
-    order = method.order(config, task, [len(records[source.name]) for source in sources], ledger)
+    setup = Setup(config, task, ledger, frozen, device)
+    order = method.order(config, task, [len(part) for part in parts], ledger)
     regularizes = method.regularizes(config, task)
     penalty = method.penalty(setup) if regularizes else None
     args = training_arguments(config, task, fields, order is not None)
@@ -378,12 +422,7 @@ def train_task(
         partition(stack.model, args.hf_deepspeed_config.config)
     trainer = BankTrainer(
         stack=stack,
-        samples=UnitedSamples(
-            [
-                TrainingSamples(records[source.name], task_image_roots(config, source), preprocessing(config, base))
-                for source in sources
-            ]
-        ),
+        samples=UnitedSamples(parts),
         collator=TrainingCollator(base.tokenizer.pad_token_id),
         args=args,
         bank_shape=(config.lora.rank, config.lora.alpha),
@@ -397,7 +436,7 @@ def train_task(
     if found:
         refuse_other_launch(found[-1], args)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
-    mean_loss = trainer.mean_loss()
+    mean_loss, padding = trainer.mean_loss(), trainer.padding()
     kept = method.memory(setup, trainer)
 
     with gathered(stack.live_parameters()):
@@ -416,7 +455,9 @@ def train_task(
             "steps": trainer.state.global_step,
             "train_loss": mean_loss,
             "seconds": round(trainer.seconds, 3),
+            "padding": padding,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "frozen_bank_bytes": penalty.frozen_bytes if penalty else 0,
             "weights": penalty.weights if penalty else None,
         }
         ledger.record(task.name, entry)
