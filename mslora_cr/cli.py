@@ -233,6 +233,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.banks_by:
         args.overrides.append(f"evaluation.banks_by={args.banks_by}")
     config = _config(args)
+    if args.task and config.evaluation.banks_by == "routed":
+        raise UserError("--task tells the task; routed questions of all tasks are answered together, so leave it out")
     _quieten()
     from mslora_cr.chains import load_chain
     from mslora_cr.evaluation.evaluate import evaluate
@@ -242,7 +244,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     with stopping_together():
         banks = load_chain(args.banks, config) if args.banks else None
         if config.evaluation.banks_by == "routed":
-            path = evaluate_routed(config, args.stages or "final", args.task, banks)
+            path = evaluate_routed(config, args.stages or "final", banks)
         else:
             path = evaluate(config, args.stages or "own", args.task, banks)
     if rank() == 0:

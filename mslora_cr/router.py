@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from mslora_cr.banks import ROUTER, BankError
+from mslora_cr.banks import STATISTICS, BankError
 from mslora_cr.data.collator import Preprocessing
 from mslora_cr.data.prompts import question_text
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecord, TrainingRecords
@@ -70,7 +70,7 @@ def load_statistics(bank_folder: Path) -> TaskStatistics:
     Raises:
         BankError: nothing readable is there.
     """
-    path = bank_folder / ROUTER
+    path = bank_folder / STATISTICS
     try:
         stored = load_file(path)
         return TaskStatistics(int(stored["count"]), stored["mean"], stored["scatter"])

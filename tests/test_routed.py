@@ -128,7 +128,7 @@ def test_statistics_stand_with_the_banks_and_in_the_ledger(
     assert "mslora-cr bank fit-router" in capsys.readouterr().err
     assert main(["bank", "fit-router", str(results.config), "--task", "PCAM", place]) == 0
     assert (folder / "router.safetensors").read_bytes() == before
-    assert main(results.command("--banks-by", "routed", place, "--task", "PCAM")) == 0
+    assert main(results.command("--banks-by", "routed", place)) == 0
 
 
 def test_a_killed_routed_evaluation_goes_on(results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +150,26 @@ def test_a_killed_routed_evaluation_goes_on(results: Results, tmp_path: Path, mo
     routed(results)
     assert sum(asked) == 20 - 2 * 4  # nothing is asked again
     assert not list(results.run.rglob(".answers-*"))
+
+
+def test_stages_of_several_calls_stand_together(results: Results, batches: list[list[list[int]]]) -> None:
+    routed(results)
+    routed(results, "--stages", "seen")
+    assert sum(map(len, batches)) == (8 + 8 + 4) + (8 + 8) + 8  # the last stage is not answered again
+    summary, routing = routed(results)
+    assert [stage["stage"] for stage in routing["stages"]] == [1, 2, 3]
+    assert {(cell["task"], cell["stage"]) for cell in summary["cells"]} == {
+        (task, stage) for number, task in enumerate(TASKS, 1) for stage in range(number, 4)
+    }
+
+
+def test_what_tells_the_task_is_refused(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (("--task", "PCAM"), "--task tells the task"),
+        (("--stages", "own"), "answered together"),
+    ):
+        assert main(results.command("--banks-by", "routed", *arguments)) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_a_method_with_one_bank_for_all_is_refused(results: Results, capsys: pytest.CaptureFixture[str]) -> None:

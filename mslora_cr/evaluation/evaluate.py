@@ -259,8 +259,8 @@ def bank_digest(bank: Bank) -> str:
     return digest.hexdigest()
 
 
-def write_summary(config: StreamConfig, path: Path, rows: list[dict[str, Any]]) -> None:
-    """Merge this call's cells into `evaluation.json`, task by task and stage by stage.
+def write_summary(config: StreamConfig, path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge this call's cells into `evaluation.json`, task by task and stage by stage; what stands there now.
 
     Cells of an earlier call stay only if their answers still are what they were scored from.
     """
@@ -289,3 +289,4 @@ def write_summary(config: StreamConfig, path: Path, rows: list[dict[str, Any]]) 
         "environment": environment(),
     }
     write_json(path, summary)
+    return summary

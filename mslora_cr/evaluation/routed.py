@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mslora_cr.banks import ROUTER, Bank, BankError, file_digest
+from mslora_cr.banks import STATISTICS, Bank, BankError, file_digest
 from mslora_cr.config import ConfigError, StreamConfig, Task
 from mslora_cr.data.collator import Preprocessing, QuestionSamples, Sample
 from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecords
@@ -62,10 +62,8 @@ from mslora_cr.training.stream import (
 )
 
 
-def evaluate_routed(
-    config: StreamConfig, stages: Stages = "final", only: str | None = None, banks: Mapping[str, Bank] | None = None
-) -> Path:
-    """Answer and score the questions of every learned task, or only the one named, without telling the task.
+def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mapping[str, Bank] | None = None) -> Path:
+    """Answer and score the questions of every learned task, without telling the task.
 
     Writes, below `routed/` of the results folder, answers and scores by task, `evaluation.json`, and `routing.json`
     with the router's confusion matrix at every stage.
@@ -74,7 +72,7 @@ def evaluate_routed(
         banks: the banks by task, where they do not come from the run folder's ledger.
 
     Raises:
-        ConfigError: the method answers every task with the same banks.
+        ConfigError: the method answers every task with the same banks, or `stages` is `own`, where nothing is mixed.
         DataError, ModelError, BankError: before anything is answered.
     """
     if not is_routed(config):
@@ -82,15 +80,13 @@ def evaluate_routed(
             f"method {config.method} answers every task with the same banks, so routing changes nothing; "
             "use evaluation.banks_by=prefix"
         )
+    if stages == "own":
+        raise ConfigError("routed questions of all tasks are answered together; use --stages final, seen or all")
     start_process_group(own_device(config.model.device).type == "cuda")
     chain = dict(banks) if banks is not None else finished_banks(config)
     learned = [task for task in config.stream if task.name in chain]
-    if only is not None:
-        config.task(only)
     asked = {
-        stage: [
-            task for task in config.stream if stage in stages_of(task, stages, config) and only in (None, task.name)
-        ]
+        stage: [task for task in config.stream if stage in stages_of(task, stages, config)]
         for stage in range(1, len(config.tasks) + 1)
         if len(learned) >= stage and learned[stage - 1].index == stage - 1  # the chain is whole up to here
     }
@@ -99,16 +95,14 @@ def evaluate_routed(
         raise BankError(f"no stage of this run can be answered from the banks there are in {config.run_dir}")
     session = _Session(config, chain, saved_statistics(config, learned[: max(asked)]))
     rows: dict[tuple[str, int], dict[str, Any]] = {}
-    routing = []
     for stage, tasks in asked.items():
-        answered, confusion = session.answer(stage, tasks)
-        rows |= answered
-        routing.append(confusion)
+        rows |= session.answer(stage, tasks)
     folder = config.results_run_dir / ROUTED
     if rank() == 0:
         order = [(task.name, stage) for task in config.stream for stage in asked if (task.name, stage) in rows]
-        write_summary(config, folder / "evaluation.json", [rows[key] for key in order])
-        write_json(folder / ROUTING, {"stages": routing})
+        kept = write_summary(config, folder / "evaluation.json", [rows[key] for key in order])
+        stamps = (read_stamp(folder / f"stage-{stage}") for stage in kept["stages"])
+        write_json(folder / ROUTING, {"stages": [stamp["routing"] for stamp in stamps]})
     wait_for_all()
     return folder / "evaluation.json"
 
@@ -124,9 +118,9 @@ def saved_statistics(config: StreamConfig, tasks: Sequence[Task]) -> list[TaskSt
         folder = ledger.bank_folder(task.name)
         found.append(load_statistics(folder))
         recorded = ledger.content["tasks"].get(task.name, {}).get("router_digest")
-        if recorded not in (None, file_digest(folder / ROUTER)):
+        if recorded not in (None, file_digest(folder / STATISTICS)):
             raise BankError(
-                f"{folder / ROUTER} is not what the ledger records; `mslora-cr bank fit-router CONFIG --task "
+                f"{folder / STATISTICS} is not what the ledger records; `mslora-cr bank fit-router CONFIG --task "
                 f"{task.name}` makes it anew"
             )
     return found
@@ -146,7 +140,7 @@ def fit_router(config: StreamConfig, only: str | None = None) -> Iterator[Path]:
     ledger = Ledger.read(config)
     for task in tasks:
         statistics = router_statistics(config, task, records[task.name], base)
-        path = ledger.bank_folder(task.name) / ROUTER
+        path = ledger.bank_folder(task.name) / STATISTICS
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             staging = path.with_name(f".{path.name}.tmp")
@@ -203,11 +197,11 @@ class _Session:
         self._base: LlavaMed | None = None
         self._mixed: MixedBanks | None = None
 
-    def answer(self, stage: int, tasks: Sequence[Task]) -> tuple[dict[tuple[str, int], dict[str, Any]], dict[str, Any]]:
+    def answer(self, stage: int, tasks: Sequence[Task]) -> dict[tuple[str, int], dict[str, Any]]:
         """Answer and score these tasks' questions after a stage, unless that was done before.
 
         Returns:
-            The rows of `evaluation.json` by task and stage, and the stage's entry of `routing.json`.
+            The rows of `evaluation.json` by task and stage. The stage's entry of `routing.json` is in its stamp.
         """
         root = self.config.results_run_dir / ROUTED
         together = root / f"stage-{stage}"
@@ -233,7 +227,7 @@ class _Session:
             rows[task.name, stage] = cell_row(
                 task, stage, names, folders[task.name], root, stamp, self._questions(task)
             )
-        return rows, known["routing"]
+        return rows
 
     def _answer(
         self, stage: int, tasks: Sequence[Task], together: Path, folders: Mapping[str, Path], fingerprint: str

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
 
 from mslora_cr import llava_med
-from mslora_cr.banks import MEMORY, ROUTER, BankStack, file_digest, save_bank
+from mslora_cr.banks import MEMORY, STATISTICS, BankStack, file_digest, save_bank
 from mslora_cr.config import ConfigError, StreamConfig, Task, training_fields
 from mslora_cr.data.collator import Preprocessing, TrainingCollator, TrainingSamples, UnitedSamples
 from mslora_cr.data.features import FeatureCache, feature_key
@@ -445,12 +445,12 @@ def train_task(
     if args.should_save:
         with writing(ledger.bank_folder(task.name)):
             folder = ledger.bank_folder(task.name)
-            beside = {MEMORY: kept, ROUTER: router.tensors() if router else {}}
+            beside = {MEMORY: kept, STATISTICS: router.tensors() if router else {}}
             digest = save_bank(bank, folder, config.lora.dropout, beside)
         entry = {
             "digest": digest,
             "memory_digest": file_digest(folder / MEMORY) if kept else None,
-            "router_digest": file_digest(folder / ROUTER) if router else None,
+            "router_digest": file_digest(folder / STATISTICS) if router else None,
             "records_digest": records[task.name].digest,
             "steps": trainer.state.global_step,
             "train_loss": mean_loss,
