@@ -420,11 +420,8 @@ class BankStack:
 
     def live_parameters(self) -> list[nn.Parameter]:
         """Everything that is trained, routers too."""
-        pairs = [parameter for pair in self.live().values() for parameter in pair]
-        return [
-            *pairs,
-            *(parameter for router in _routers(self.model, LIVE).values() for parameter in router.parameters()),
-        ]
+        routers = nn.ModuleList(_routers(self.model, LIVE).values())
+        return [*(parameter for pair in self.live().values() for parameter in pair), *routers.parameters()]
 
     @contextmanager
     def live_off(self) -> Iterator[None]:
@@ -496,7 +493,7 @@ def _routers(model: nn.Module, adapter: str) -> dict[str, nn.Linear]:
 @torch.no_grad()
 def _copy_routers(model: nn.Module, adapter: str, routers: Mapping[str, Tensor]) -> None:
     own = _routers(model, adapter)
-    if own.keys() != routers.keys():
-        raise BankError("a mixture of experts and plain LoRA cannot go on from each other")
+    if {name: router.weight.shape for name, router in own.items()} != {name: r.shape for name, r in routers.items()}:
+        raise BankError("a mixture goes on from one of as many experts, and plain LoRA from plain LoRA")
     for name, router in own.items():
         router.weight.copy_(routers[name])

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
-from mslora_cr.banks import Bank, concatenated, language_linears
+from mslora_cr.banks import Bank, BankError, concatenated, language_linears
 
 
 class MixedBanks:
@@ -19,14 +20,20 @@ class MixedBanks:
     gets what it would get alone, whatever stands beside it. The banks are held once, in the model's dtype.
     """
 
-    def __init__(self, model: nn.Module, banks: Sequence[Bank]) -> None:
+    def __init__(self, model: PreTrainedModel, banks: Sequence[Bank]) -> None:
         """
         Args:
             model: the base, with no adapter and nothing merged; `remove` leaves it as it was.
             banks: at least one; rows choose them by position.
+
+        Raises:
+            BankError: a bank has routers; such banks cannot be summed.
         """
+        if any(bank.routers for bank in banks):
+            raise BankError("a bank with routers stands alone; it cannot answer beside others")
         self._columns = torch.repeat_interleave(torch.arange(len(banks)), torch.tensor([bank.rank for bank in banks]))
         self._banks = len(banks)
+        self._dtype = model.get_input_embeddings().weight.dtype  # a quantised layer's weight has none to compute in
         self._mask: Tensor | None = None
         linears = language_linears(model)
         self._handles = [self._add(linear, *concatenated(name, banks)) for name, linear in linears.items()]
@@ -44,8 +51,7 @@ class MixedBanks:
             handle.remove()
 
     def _add(self, linear: nn.Linear, a: Tensor, b: Tensor) -> RemovableHandle:
-        weight = linear.weight
-        a, b = (matrix.to(weight.device, weight.dtype) for matrix in (a, b))
+        a, b = (matrix.to(linear.weight.device, self._dtype) for matrix in (a, b))
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
             assert self._mask is not None and len(self._mask) == len(output), "each row must choose its banks first"

@@ -29,6 +29,7 @@ from mslora_cr.evaluation.record import read_evaluation, read_ledger
 from mslora_cr.evaluation.report import METRICS, write_sweep_page
 from mslora_cr.training import stream
 from mslora_cr.training.ledger import environment, write_json
+from mslora_cr.workers import end_with_parent
 
 OURS = "mslora_cr"
 RESULT = "sweep.json"
@@ -195,7 +196,8 @@ def run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None]) -> Path:
 
 
 def _settle(free: Any, threads: int) -> None:
-    """Give a worker its GPU or its share of the cores."""
+    """Give a worker its GPU or its share of the cores, and let it end with the process that started it."""
+    end_with_parent()
     place = free.get()
     if place is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place

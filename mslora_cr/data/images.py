@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mslora_cr.data.records import DataError
+from mslora_cr.workers import end_with_parent
 
 if TYPE_CHECKING:  # torch is slow to import, and the processes that only check images never need it
     import torch
@@ -126,7 +127,7 @@ def check_images(
     context = multiprocessing.get_context("spawn")  # forking a process that holds torch's threads may hang
     with tqdm(total=total, desc="images", unit="image", disable=not progress) as bar:
         pending = _new_images(enumerate(paths), known, bar)
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, context, end_with_parent) as pool:
             for good, found in _bounded(pool, iter(lambda: list(islice(pending, _CHUNK)), []), 4 * workers):
                 bad += found
                 _add_marks(cache, good)

@@ -52,11 +52,12 @@ def analyze(config: StreamConfig, others: Sequence[StreamConfig] = (), questions
     runs = {run.run: run for run in (config, *others)}
     if len(runs) <= len(others):  # names repeat
         runs = {str(run.run_dir): run for run in (config, *others)}
+    summed = not any(bank.routers for bank in chain.values())  # a bank with routers takes part whole or not at all
     found = {
         "run": config.run,
         "similarity": _similarity(list(chain.values())),
         "effective_rank": {label: _ranks(_banks_of(run)) for label, run in runs.items()},
-        "contribution": _contribution(config, chain, questions) if questions else None,
+        "contribution": _contribution(config, chain, questions) if questions and summed else None,
         "changed": _changed(config.results_run_dir),
     }
     path = config.results_run_dir / ANALYSIS
@@ -173,12 +174,13 @@ def _variants(config: StreamConfig, chain: Mapping[str, Bank]) -> list[tuple[Tas
     """Each learned task with the places in `chain` of the banks that answer it, then with each of them left out."""
     method, names, found = METHODS[config.method], list(chain), []
     by = "all" if config.evaluation.banks_by == "all" else "prefix"
-    stage = max(config.task(name).index for name in names) + 1
-    for task in config.stream:
-        if task.name not in chain:
-            continue
+    learned = [config.task(name).index + 1 for name in names]
+    stage = max(method.stages(learned, len(config.tasks)))
+    for task in config.stream[:stage]:
         numbers = method.banks(task.index + 1, stage, by)
-        banks = tuple(names.index(config.stream[number - 1].name) for number in numbers)
+        if not set(numbers) <= set(learned):
+            continue
+        banks = tuple(learned.index(number) for number in numbers)
         found.append((task, banks))
         found += [(task, tuple(bank for bank in banks if bank != dropped)) for dropped in banks]
     return found

@@ -11,14 +11,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mslora_cr.banks import Bank, BankError, BankStack
-from mslora_cr.config import ConfigError, StreamConfig, Task
+from mslora_cr.config import ConfigError, StreamConfig, Task, training_fields
 from mslora_cr.data.collator import QuestionSamples
 from mslora_cr.data.records import TestRecords
 from mslora_cr.evaluation.generate import ANSWERS, Decoding, answer_questions, forget_journals
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.methods import METHODS
-from mslora_cr.training.distributed import from_first_rank, own_device, rank, start_process_group, wait_for_all
-from mslora_cr.training.ledger import Ledger, environment, write_json
+from mslora_cr.training.distributed import (
+    TIMEOUT_SECONDS,
+    agree,
+    from_first_rank,
+    must_be_shared,
+    own_device,
+    rank,
+    start_process_group,
+    wait_for_all,
+)
+from mslora_cr.training.ledger import Ledger, environment, versions, write_json
 from mslora_cr.training.stream import load_base, preprocessing, task_folder, task_image_roots
 
 STAMP = "answers.json"
@@ -81,7 +90,8 @@ def evaluate(
     """
     if config.evaluation.banks_by == "routed":
         raise ConfigError("evaluation.banks_by is `routed`, which is answered by evaluate_routed")
-    start_process_group(own_device(config.model.device).type == "cuda")
+    timeout = training_fields(config).get("ddp_timeout", TIMEOUT_SECONDS)
+    start_process_group(own_device(config.model.device).type == "cuda", timeout)
     chain = dict(banks) if banks is not None else finished_banks(config)
     learned = [task.index + 1 for task in config.stream if task.name in chain]
     wanted = [cell for cell in cells(config, stages, learned) if only in (None, cell.task.name)]
@@ -95,6 +105,14 @@ def evaluate(
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
     records = {name: TestRecords(task_folder(config, config.task(name)) / "test.jsonl") for name in sorted(names)}
     session = _Session(config, by_number)
+    facts = {
+        f"the questions, banks or settings of {cell.task.name} at stage {cell.stage}": session.fingerprint(
+            cell, records[cell.task.name]
+        )
+        for cell in wanted
+    }
+    agree({"the package versions": versions(), **facts})
+    must_be_shared(config.results_run_dir)
     # Cells that the same banks answer stand together, so that a stage is folded once.
     rows = {(cell.task.name, cell.stage): session.answer(cell, records[cell.task.name]) for cell in _by_banks(wanted)}
     path = config.results_run_dir / "evaluation.json"
@@ -126,20 +144,20 @@ class _Session:
         self._folded: tuple[int, ...] | None = None
 
     def answer(self, cell: Cell, records: TestRecords) -> dict[str, Any]:
-        """Answer and score a cell, unless that was done before; its row of `evaluation.json`."""
+        """Answer and score a cell, unless that was done before; on the first rank its row of `evaluation.json`."""
         stamp = cell.folder / STAMP
-        fingerprint = self._fingerprint(cell, records)
-        known = from_first_rank(read_stamp(cell.folder))
-        if known.get("fingerprint") != fingerprint or not (cell.folder / ANSWERS).is_file():
+        fingerprint = self.fingerprint(cell, records)
+        known = from_first_rank(read_stamp(cell.folder) if (cell.folder / ANSWERS).is_file() else {})
+        if known.get("fingerprint") != fingerprint:
             if rank() == 0:
                 stamp.unlink(missing_ok=True)  # it must never stand beside answers that it does not describe
             known = self._answer(cell, records, fingerprint)
             if rank() == 0:
                 write_json(stamp, known)
                 forget_journals(cell.folder)
-        if rank() == 0:
-            score_file(cell.folder / ANSWERS, cell.folder)
-        wait_for_all()
+        if rank() != 0:
+            return {}
+        score_file(cell.folder / ANSWERS, cell.folder)
         names = [self.banks[number].name for number in cell.banks]
         root = self.config.results_run_dir
         return cell_row(cell.task, cell.stage, names, cell.folder, root, fingerprint, records, known["seconds"])
@@ -165,7 +183,7 @@ class _Session:
             )
         return self._loaded
 
-    def _fingerprint(self, cell: Cell, records: TestRecords) -> str:
+    def fingerprint(self, cell: Cell, records: TestRecords) -> str:
         """What decides a cell's answers."""
         facts = {
             **decisive(self.config),

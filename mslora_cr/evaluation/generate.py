@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from mslora_cr.data.collator import Preprocessing, QuestionCollator, Sample
 from mslora_cr.data.records import TestRecord
 from mslora_cr.data.tokenizer import Tokenizer
-from mslora_cr.training.distributed import from_first_rank, rank, wait_for_all, world_size
+from mslora_cr.training.distributed import from_all_ranks, from_first_rank, rank, wait_for_all, world_size
 
 ANSWERS = "answer-file.jsonl"
 
@@ -72,18 +72,21 @@ def answer_questions(
     answered = from_first_rank(_read_journals(folder, fingerprint) if rank() == 0 else {})
     todo = [index for index in _by_length(samples) if index not in answered]
     batches = [todo[start : start + decoding.batch_size] for start in range(0, len(todo), decoding.batch_size)]
-    mine = batches[rank() :: world_size()]
+    mine: dict[int, str] = {}
     with (
         journal.open("a", encoding="utf-8") as file,
         tqdm(desc=label, total=len(samples), initial=len(answered), unit="answer", disable=rank() != 0) as bar,
     ):
-        for rows in _answer_batches(model, samples, mine, decoding, choose):
+        for rows in _answer_batches(model, samples, batches[rank() :: world_size()], decoding, choose):
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             file.flush()
-            bar.update(len(rows) * world_size())
-    wait_for_all()
+            mine.update((row["index"], row["text"]) for row in rows)
+            bar.update(min(len(rows) * world_size(), len(samples) - bar.n))
+    # Ranks tell each other: a shared file system may show a file late.
+    for theirs in from_all_ranks(mine):
+        answered |= theirs
     if rank() == 0:
-        _publish(samples, _read_journals(folder, fingerprint), target, decoding, fingerprint)
+        _publish(samples, answered, target, decoding, fingerprint)
     wait_for_all()
     return target
 

@@ -133,19 +133,19 @@ def rank_map(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> HeatMap:
     return HeatMap("", list(runs), rows)
 
 
-def final_scores_map(matrices: Mapping[str, TaskStageMatrix]) -> HeatMap:
-    """Each task after the last stage, a column for each run."""
-    tasks = dict.fromkeys(task for matrix in matrices.values() for task in matrix.tasks)
-    rows = {
-        task: [
-            HeatCell(f"{score:.1f}", "", score / 100)
-            if (score := matrix.scores.get((task, matrix.last))) is not None
-            else HeatCell()
-            for matrix in matrices.values()
-        ]
-        for task in tasks
-    }
-    return HeatMap("", list(matrices), rows)
+def final_scores_map(runs: Mapping[str, Evaluation], metric: str) -> HeatMap:
+    """Each task after the last stage, a column for each run, with its interval and the banks that answered."""
+    tasks = dict.fromkeys(task for run in runs.values() for task in run.tasks)
+    rows = {task: [_final_score(run, task, metric) for run in runs.values()] for task in tasks}
+    return HeatMap("", list(runs), {task: cells for task, cells in rows.items() if any(cell.text for cell in cells)})
+
+
+def _final_score(run: Evaluation, task: str, metric: str) -> HeatCell:
+    cell = run.last_cell(task)
+    if cell is None or metric not in cell.metrics:
+        return HeatCell()
+    score = cell.metrics[metric]
+    return HeatCell(f"{score:.1f}", run.bank_numbers(cell), score / 100, span(cell.intervals[metric], 0))
 
 
 def _lost(matrix: TaskStageMatrix, task: str) -> str:

@@ -102,7 +102,7 @@ def write_comparison(runs: Sequence[tuple[str, Path, Path]], output: Path) -> Pa
         "runs": compared,
         "metric": TITLES[key],
         "curves": Markup(stage_curves(curves, colors, f"{TITLES[key]}, %")) if curves else None,
-        "final": final_scores_map(matrices),
+        "final": final_scores_map(evaluations, METRICS[key]),
         "bootstrap": intervals,
         "now": datetime.now(UTC),
     }

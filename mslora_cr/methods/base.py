@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,14 +73,12 @@ class Method:
         """The tasks whose training samples are read while a task trains; their samples are counted through."""
         return [task]
 
-    def order(
-        self, config: StreamConfig, task: Task, counts: Sequence[int], memory: Mapping[str, Tensor]
-    ) -> list[int] | None:
+    def order(self, config: StreamConfig, task: Task, counts: Sequence[int], ledger: Ledger) -> list[int] | None:
         """Positions among the samples of `sources`, in the order of all visits; None to shuffle them every epoch.
 
         Args:
             counts: how many samples each of `sources` has.
-            memory: what was kept of the task before this one; empty before that is trained.
+            ledger: opens what was kept of tasks before; nothing of those that are not trained yet.
         """
         return None
 

@@ -90,7 +90,8 @@ def diagonal_fisher(trainer: BankTrainer, samples: int, seed: int) -> dict[str, 
     chosen = torch.randperm(len(trainer.samples), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     total: dict[Key, Tensor] = {}
     trainer.stack.model.eval()
-    for start in tqdm(range(0, count, world_size()), desc="Fisher information", unit="batch", disable=rank() != 0):
+    passes = range(0, count, world_size())
+    for start in tqdm(passes, desc="Fisher information", unit="sample", unit_scale=world_size(), disable=rank() != 0):
         own = start + rank()
         # Every rank takes part in every pass, if only with a sample that does not count.
         for key, gradient in trainer.sample_gradients(chosen[min(own, count - 1)]).items():

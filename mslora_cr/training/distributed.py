@@ -33,6 +33,7 @@ SILENCE_SECONDS = 120
 """After so long without a sign of life a rank counts as lost, with its host; sooner if `ddp_timeout` is shorter."""
 SHARED_FOLDER_SECONDS = 60
 """How late a shared file system may show one host what another has written."""
+WATCH_SECONDS = 1
 GRACE_SECONDS = 5
 """What a rank that fails has to say why, before the others end."""
 
@@ -186,6 +187,8 @@ def stopping_together() -> Iterator[None]:
         yield
         wait_for_all()
     except BaseException as error:
+        if lost_a_process(error):
+            time.sleep(2 * WATCH_SECONDS)  # if that was the launcher's end, the thread says so and stops here
         if _first_to_fail():
             _show(error)
         _end_process(130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -292,7 +295,7 @@ def _watch(launchers: list[int]) -> None:
     first_here = rank() - local_rank
     again = "so this run stops; the same command goes on from the last checkpoint"
     while True:
-        time.sleep(1)
+        time.sleep(WATCH_SECONDS)
         failed = None if _others is None else _others.failed
         if _launchers() != launchers:
             _stop_for(f"the launcher has ended, {again}", show=local_rank == 0)
@@ -375,6 +378,12 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(sharded):
         yield
+
+
+def shard_again(trainer: Trainer) -> None:
+    """Shard what a backward pass that the engine did not start has left whole: ZeRO-3 alone leaves anything."""
+    if trainer.is_deepspeed_enabled:
+        trainer.model_wrapped.empty_partition_cache()
 
 
 def release(trainer: Trainer) -> None:

@@ -29,7 +29,9 @@ from mslora_cr.training.distributed import (
     TIMEOUT_SECONDS,
     agree,
     first_rank_first,
+    from_first_rank,
     gathered,
+    must_be_shared,
     own_device,
     partition,
     prepare_deepspeed,
@@ -37,7 +39,6 @@ from mslora_cr.training.distributed import (
     release,
     start_process_group,
     sum_over_ranks,
-    wait_for_all,
     world_size,
     zero_stage,
 )
@@ -102,6 +103,7 @@ def train(
         ledger.open(config, force)
         check_task_images(config, records)
 
+    must_be_shared(config.run_dir)
     first_rank_first(prepare)
     if not tasks:
         say(f"{config.method} trains nothing; evaluate it as it is")
@@ -147,7 +149,7 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
     for task in method.trained(config):
         sources = method.sources(config, task)
         counts = [len(TrainingRecords(task_folder(config, source) / "train.json")) for source in sources]
-        order = method.order(config, task, counts, {})
+        order = method.order(config, task, counts, ledger)
         visited, epochs = (len(order), 1.0) if order is not None else (counts[0], task.epochs)
         per_device, accumulation = batch_shape(task, fields)
         plans.append(
@@ -366,8 +368,7 @@ def train_task(
     stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial[0] if initial else None, experts)
     method, setup = METHODS[config.method], Setup(config, task, ledger, frozen, device)
     sources = method.sources(config, task)
-    memory = ledger.memory(config.stream[task.index - 1].name) if task.index else {}
-    order = method.order(config, task, [len(records[source.name]) for source in sources], memory)
+    order = method.order(config, task, [len(records[source.name]) for source in sources], ledger)
     regularizes = method.regularizes(config, task)
     penalty = method.penalty(setup) if regularizes else None
     args = training_arguments(config, task, fields, order is not None)
@@ -391,7 +392,8 @@ def train_task(
         distillation=method.distillation(setup) if regularizes else None,
         callbacks=[JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
     )
-    found = checkpoints(work_folder(config, task))
+    # A shared file system may show the other ranks an older state.
+    found = from_first_rank(checkpoints(work_folder(config, task)))
     if found:
         refuse_other_launch(found[-1], args)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
@@ -419,9 +421,7 @@ def train_task(
         }
         ledger.record(task.name, entry)
         shutil.rmtree(work_folder(config, task), ignore_errors=True)
-    wait_for_all()
-    if not args.should_save:
-        ledger.content = Ledger.read(config).content
+    ledger.content = from_first_rank(ledger.content)
     release(trainer)
     if "wandb" in args.report_to:
         import wandb

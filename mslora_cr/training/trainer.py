@@ -25,6 +25,7 @@ from mslora_cr.training.distributed import (
     DistributedError,
     gathered,
     lost_a_process,
+    shard_again,
     wait_for_all,
     zero_stage,
 )
@@ -183,8 +184,6 @@ class BankTrainer(Trainer):
             self._log_term(name, value)
         return step.value
 
-    # --- logging ---
-
     def sample_gradients(self, index: int) -> dict[Key, Tensor]:
         """The gradient of one sample's cross entropy, summed over its answer's tokens, float32; moves nothing.
 
@@ -198,7 +197,10 @@ class BankTrainer(Trainer):
             logits = self.stack.model(**batch, logits_to_keep=keep, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         gradients = torch.autograd.grad(loss, list(keys.values()))
+        shard_again(self)
         return {key: gradient.float() for key, gradient in zip(keys, gradients, strict=True)}
+
+    # --- logging ---
 
     @property
     def seconds(self) -> float:
@@ -262,10 +264,10 @@ class BankTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = torch.load(Path(checkpoint) / STATE, map_location=self.args.device, weights_only=True)
+            state = torch.load(Path(checkpoint) / STATE, map_location="cpu", weights_only=True)
             if self.penalty:
                 self.penalty.load_state_dict(state["penalty"])
-            self._loss_sum = state["loss_sum"]
+            self._loss_sum = state["loss_sum"].to(self._loss_sum.device)
             self._started -= state["seconds"]
             self._logged_from = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
 

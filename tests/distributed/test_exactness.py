@@ -94,7 +94,38 @@ def test_earlier_banks_stay_as_they_were_written(trained: Run, stage: str) -> No
         folder = run / "banks" / task
         assert file_digest(folder / "adapter_model.safetensors") == ledger["tasks"][task]["digest"]
         assert sorted(path.name for path in folder.iterdir()) == [
-            "adapter_config.json", "adapter_model.safetensors", "bank.json"
+            "adapter_config.json", "adapter_model.safetensors", "bank.json", "router.safetensors"
         ]  # fmt: skip
     assert sorted(path.name for path in run.iterdir()) == ["banks", "config.yaml", "ledger.json", "logs", "work"]
     assert not list((run / "work").iterdir())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_share_what_the_router_learns(trained: Run, stage: str) -> None:
+    for task in TASKS:
+        ours, one = (load_file(run / "banks" / task / "router.safetensors") for run in (trained(stage), trained("one")))
+        assert ours["count"] == one["count"]
+        for name in ("mean", "scatter"):
+            assert (ours[name] - one[name]).norm() <= 1e-5 * one[name].norm()
+
+
+def test_two_processes_route_and_answer_as_one(trained: Run) -> None:
+    answers = []
+    for processes, folder in ((1, "alone"), (2, "together")):
+        run = trained("one")
+        results = run.parents[1] / folder
+        command = [
+            "evaluate",
+            run / "config.yaml",
+            "--banks-by",
+            "routed",
+            "--stages",
+            "seen",
+            f"results_dir={results}",
+        ]
+        launch(command, processes)
+        files = sorted((results / "tiny" / "routed").rglob("answer-file.jsonl"))
+        answers.append([file.read_bytes() for file in files])
+        answers[-1].append((results / "tiny" / "routed" / "routing.json").read_bytes())
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 1 + 2 + 3 + 1

@@ -1,4 +1,4 @@
-"""Every method under ZeRO-3, which shards the most: two processes give the numbers of one."""
+"""Each way to train under ZeRO-3, which shards the most: two processes give the numbers of one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from tests.distributed.launch import compare_runs, deepspeed_file, deviation, la
 
 TASKS = ("pathvqa", "slake-vqarad")
 SETTINGS: Mapping[str, dict[str, Any]] = {
-    "each": {},
-    "sequential": {},
-    "incremental": {},
     "olora": {"lambda_1": 0.5, "lambda_2": 0.1},
     "ewc": {"strength": 1e4, "fisher_batches": 2},
     "lwf": {},
@@ -26,7 +23,8 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
     "moe_lora": {"experts": 2},
     "joint": {},
 }
-"""Every method that trains, but mslora_cr, which test_exactness.py has under every stage."""
+"""Every method with a way of its own to train. test_exactness.py has mslora_cr, under every stage; each, sequential and
+incremental have nothing that these have not."""
 
 
 def configure(folder: Path, settings: dict[str, Any], method: str) -> Path:
@@ -37,21 +35,13 @@ def configure(folder: Path, settings: dict[str, Any], method: str) -> Path:
     return write_config(folder, settings, method=method, **changes, **section)
 
 
-import os
-
-
-@pytest.fixture
-def stage():
-    return os.environ.get("STAGE", "zero3")
-
-
 @pytest.mark.parametrize("method", SETTINGS)
 def test_a_method_under_zero3_gives_the_numbers_of_one_process(
-    method: str, stage: str, tmp_path: Path, tiny_settings: dict[str, Any]
+    method: str, tmp_path: Path, tiny_settings: dict[str, Any]
 ) -> None:
     assert main(["train", str(configure(tmp_path / "one", tiny_settings, method))]) == 0
     two = configure(tmp_path / "two", tiny_settings, method)
-    launch(["train", two, *deepspeed_file(stage, tmp_path)])
+    launch(["train", two, *deepspeed_file("zero3", tmp_path)])
     runs = [tmp_path / name / "checkpoints" / "tiny" for name in ("two", "one")]
     compare_runs(runs[0], runs[1], TASKS[:1] if method == "joint" else TASKS)
     ours, theirs = ([load_file(file) for file in sorted(run.glob("banks/*/memory.safetensors"))] for run in runs)
