@@ -46,7 +46,8 @@ LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|m
 """Full-match pattern of the linear layers that a bank adapts: all of the language model, nothing else."""
 
 MOST_LAYERS, MOST_WIDTH = 1_000, 10_000_000
-_SIZE = re.compile(r"_(size|layers|heads)$")
+_SIZES = {"hidden_size", "mm_hidden_size", "intermediate_size", "vocab_size", "image_size", "patch_size"}
+_SIZES |= {"num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
 
 UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 """What keeps its dtype beside a language model in 4 or 8 bits: a small part of the memory, and the most exact one."""
@@ -175,8 +176,8 @@ def _check_numbers(place: Path, config: Mapping[str, Any]) -> None:
             _check_numbers(place, value)
         elif isinstance(value, float) and not math.isfinite(value):
             raise ModelError(f"{place}: {key} is {value}; expected a finite number")
-        elif value is not None and (match := _SIZE.search(key)):
-            most = MOST_LAYERS if match[1] == "layers" else MOST_WIDTH
+        elif key in _SIZES and value is not None:
+            most = MOST_LAYERS if key == "num_hidden_layers" else MOST_WIDTH
             if not isinstance(value, int) or not 1 <= value <= most:
                 raise ModelError(f"{place}: {key} is {value!r}; expected a whole number from 1 to {most:,}")
 
