@@ -265,6 +265,7 @@ def training_arguments(config: StreamConfig, task: Task, fields: dict[str, Any])
         "report_to": "none",
         "optim": "adamw_torch",
         "max_grad_norm": 0.0,
+        "ddp_find_unused_parameters": False,  # every batch uses every matrix of the bank
         "run_name": f"{config.run}/{task.name}",
         **fields,
         "output_dir": str(work_folder(config, task)),
@@ -321,6 +322,7 @@ def train_task(
     set_seed(config.seed + task.index)
     stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial)
     penalties = BankPenalties(frozen, config.same_modality(task), device) if uses_penalties(config, task) else None
+    del frozen  # folded into the model and held by the penalties; on the host it would be a copy per process
     args = training_arguments(config, task, fields)
     if sharded:
         partition(stack.model, args.hf_deepspeed_config.config)
