@@ -4,7 +4,7 @@
     python -m benchmarks.memory --gpus 4 --task 1 --rank 128
 
 Counted are what lies on a GPU from the first step to the last: weights, gradients, optimizer state, frozen banks. Not
-counted are activations, which depend on the batch (measured: `benchmarks.real_size`), the CUDA context (about 0.5 GB),
+counted are activations, which depend on the batch (measured: `benchmarks.real_size`), the CUDA context,
 and ZeRO's buckets (0.1 GB each at the sizes in `configs/deepspeed`).
 """
 
@@ -51,7 +51,7 @@ def per_gpu(base: int, bank: int, stage: int, gpus: int, task: int) -> dict[str,
     """
     live_bytes = BF16 if stage in (1, 2) else FP32
     master = 0 if stage == 0 else FP32
-    gradient = bank * BF16 / (gpus if stage >= 2 else 1) if stage else bank * 2 * FP32
+    gradient = bank * FP32 * min(gpus, 2) if stage == 0 else bank * BF16 / (gpus if stage >= 2 else 1)
     optimizer = bank * (ADAM + master) / (gpus if stage >= 1 else 1)
     weights = (base * BF16 + bank * live_bytes) / (gpus if stage >= 3 else 1)
     gathered = 0
