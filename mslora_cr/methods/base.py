@@ -24,8 +24,6 @@ class Setup:
     task: Task
     ledger: Ledger
     """Opens the banks of finished tasks."""
-    frozen: Sequence[Bank]
-    """The banks that are folded into the base."""
     device: torch.device
     """Where the live bank is."""
 
@@ -88,8 +86,12 @@ class Method:
         """Whether anything joins the cross entropy of this task."""
         return False
 
-    def penalty(self, setup: Setup) -> Penalty | None:
-        """A term of the bank's matrices, once per update; asked for if the method `regularizes` the task."""
+    def penalty(self, setup: Setup, frozen: Sequence[Bank]) -> Penalty | None:
+        """A term of the bank's matrices, once per update; asked for if the method `regularizes` the task.
+
+        Args:
+            frozen: the banks that are folded into the base.
+        """
         return None
 
     def distillation(self, setup: Setup) -> Distillation | None:

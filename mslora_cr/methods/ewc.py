@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Ewc(Method):
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
         return task.index > 0
 
-    def penalty(self, setup: Setup) -> Penalty:
+    def penalty(self, setup: Setup, frozen: Sequence[Bank]) -> Penalty:
         settings, earlier = setup.config.ewc, setup.config.stream[: setup.task.index]
         assert settings is not None
         anchors = earlier[-1:] if settings.mode == "online" else earlier

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from mslora_cr.banks import Bank
 from mslora_cr.config import RegularizationConfig, StreamConfig, Task
 from mslora_cr.methods.base import Method, Setup
 from mslora_cr.training.penalties import BankPenalties, Pair, Penalty, PenaltyStep, PenaltyWeight
@@ -27,10 +28,10 @@ class MsloraCr(Method):
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
         return task.index > 0 and (config.regularization.alpha != 0 or config.regularization.beta != 0)
 
-    def penalty(self, setup: Setup) -> Penalty:
+    def penalty(self, setup: Setup, frozen: Sequence[Bank]) -> Penalty:
         settings = setup.config.regularization
         terms = BankPenalties(
-            setup.frozen,
+            frozen,
             setup.config.same_modality(setup.task),
             setup.device,
             getattr(torch, settings.frozen_dtype),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 import sys
@@ -389,13 +390,24 @@ def shard_again(trainer: Trainer) -> None:
 def release(trainer: Trainer) -> None:
     """Take apart what a trainer has left in the process, so that the next task's starts as in a fresh one."""
     if trainer.is_deepspeed_enabled:
-        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
         trainer.model_wrapped.destroy()
-        FWD_MODULE_STACK.clear()  # ZeRO-3 leaves the model in this list of its own, and with it all that it holds
+        _forget_in_zero3()
     trainer.accelerator.free_memory()
     AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _forget_in_zero3() -> None:
+    """Empty what ZeRO-3 keeps for the whole process: it would hold every task's model, as long as the process lives."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    FWD_MODULE_STACK.clear()
+    # A decorated method caches its results for every module that it was ever given.
+    for method in filter(inspect.isfunction, vars(PartitionedParameterCoordinator).values()):
+        for inner in inspect.getclosurevars(method).nonlocals.values():
+            if hasattr(inner, "cache_clear"):
+                inner.cache_clear()

@@ -343,6 +343,7 @@ def training_arguments(
         "report_to": "none",
         "optim": "adamw_torch",
         "max_grad_norm": 0.0,
+        "ddp_find_unused_parameters": False,  # every batch uses every matrix of the bank
         "run_name": f"{config.run}/{task.name}",
         **fields,
         "output_dir": str(work_folder(config, task)),
@@ -411,10 +412,11 @@ def train_task(
     set_seed(config.seed + task.index)
     experts = method.experts(config)
     stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial[0] if initial else None, experts)
-    setup = Setup(config, task, ledger, frozen, device)
+    setup = Setup(config, task, ledger, device)
     order = method.order(config, task, [len(part) for part in parts], ledger)
     regularizes = method.regularizes(config, task)
-    penalty = method.penalty(setup) if regularizes else None
+    penalty = method.penalty(setup, frozen) if regularizes else None
+    del frozen  # folded into the model and held by the penalty; on the host it would be a copy per process
     args = training_arguments(config, task, fields, order is not None)
     # Its default is inside the work folder, which goes when the task is done.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / "logs" / "tensorboard" / task.name)

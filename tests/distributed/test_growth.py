@@ -22,8 +22,8 @@ LEAST_LEAK = 3_000_000
 def test_eight_tasks_in_one_launch_leave_nothing_behind(
     stage: str, tiny_settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    one_step = {"epochs": 0.01, "batch_size": 4, "learning_rate": 0.002}
-    settings = {**tiny_settings, "datasets": {}, "tasks": [{"name": name, **one_step} for name in catalog()]}
+    steps = {"epochs": 1, "batch_size": 4, "learning_rate": 0.002}
+    settings = {**tiny_settings, "datasets": {}, "tasks": [{"name": name, **steps} for name in catalog()]}
     assert len(settings["tasks"]) == 8
     config = write_config(tmp_path, settings)
     launch(["train", config, *deepspeed_file(stage, tmp_path)], before=functools.partial(growth.watch, tmp_path))

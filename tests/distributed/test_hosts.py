@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import bank_bytes, write_config
 from tests.distributed.conftest import TWO_TASKS
-from tests.distributed.launch import BOUND, ROOT, deepspeed_file, wait_until
+from tests.distributed.launch import BOUND, ROOT, deepspeed_file, run, wait_until
 
 NAMES = [f"mslora-{os.getpid()}-{number}" for number in (0, 1)]
 ADDRESSES = ["10.77.0.1", "10.77.0.2"]
@@ -54,7 +54,7 @@ class Hosts:
         self.processes = []
         self.outputs = [output.with_suffix(f".{number}") for number in (0, 1)]
         for number, name in enumerate(names):
-            line = ["bash", "scripts/launch_multinode.sh", *map(str, command), "--master", ADDRESSES[0]]
+            line = ["bash", "scripts/launch_multinode.sh", *map(str, command), "--hosts", "2", "--master", ADDRESSES[0]]
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
             self.processes.append(
                 subprocess.Popen(
@@ -88,18 +88,18 @@ def test_a_lost_host_ends_the_run_and_the_same_lines_go_on(
     tmp_path: Path,
 ) -> None:
     """torchrun's host is cut off the network, so that nothing tells the other; DeepSpeed's is switched off."""
-    run = tmp_path / "checkpoints" / "tiny"
+    folder = tmp_path / "checkpoints" / "tiny"
     stage = {"torchrun": "ddp", "deepspeed": "zero2"}[launcher]
     config = write_config(tmp_path, tiny_settings)
     command: list[str | Path] = ["train", config, TWO_TASKS, f"training.ddp_timeout={SILENCE}"]
-    command += [*deepspeed_file(stage, tmp_path), "--hosts", "2"]
+    command += deepspeed_file(stage, tmp_path)
     if launcher == "deepspeed":
         hostfile = tmp_path / "hostfile"
         hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
         command += ["--hostfile", hostfile]
 
     pair = Hosts(hosts, command, tmp_path / "first")
-    log = run / "logs" / "pathvqa.jsonl"
+    log = folder / "logs" / "pathvqa.jsonl"
     wait_until(lambda: (log.is_file() and log.read_text().count("\n") > 2) or pair.processes[0].poll() is not None)
     if launcher == "torchrun":
         ip("-n", hosts[1], "link", "set", "eth0", "down")
@@ -112,6 +112,24 @@ def test_a_lost_host_ends_the_run_and_the_same_lines_go_on(
     lost = ("rank 1 gives no sign of life", "another process of this run has ended")
     assert any(message in pair.text(0) for message in lost), pair.text(0)[-4000:]
 
-    again = Hosts(hosts, command, tmp_path / "second")
-    assert [again.finish(number) for number in (0, 1)] == [0, 0], again.text(0)[-4000:]
-    assert bank_bytes(run) == whole(stage)
+    if launcher == "torchrun":
+        run_under_slurm(hosts, command, tmp_path)
+    else:
+        again = Hosts(hosts, command, tmp_path / "second")
+        assert [again.finish(number) for number in (0, 1)] == [0, 0], again.text(0)[-4000:]
+    assert bank_bytes(folder) == whole(stage)
+
+
+def run_under_slurm(hosts: list[str], command: list[str | Path], folder: Path) -> None:
+    """The batch script, with Slurm's two commands played by shell scripts: `srun` starts its line on both hosts."""
+    lines = [f'SLURM_NODEID={number} ip netns exec {name} "${{@:2}}" & pids+=($!)' for number, name in enumerate(hosts)]
+    stubs = {
+        "scontrol": [f"printf '%s\\n' {' '.join(ADDRESSES)}"],
+        "srun": ["pids=()", *lines, 'for pid in "${pids[@]}"; do wait "$pid"; done'],
+    }
+    for name, body in stubs.items():
+        (folder / name).write_text("\n".join(["#!/usr/bin/env bash", "set -e", *body]) + "\n")
+        (folder / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "two hosts", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
+    path = f"{folder}:{os.environ['PATH']}"
+    run("bash", "scripts/slurm.sbatch", *command, PATH=path, INTERFACE="eth0", DS_ACCELERATOR="cpu", **job)
