@@ -144,6 +144,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "mslora-cr train configs/demo.yaml --dry-run",
         "mslora-cr train configs/finetune_mslora_cr_ortho.yaml training.per_device_train_batch_size=4",
         "mslora-cr train configs/finetune_mslora_cr_ortho.yaml --task derm",
+        "mslora-cr train configs/demo.yaml run=ewc method=ewc ewc.strength=1e4    # methods: docs/methods.md",
         "torchrun --nproc_per_node 4 -m mslora_cr train configs/finetune_mslora_cr_ortho.yaml \\\n"
         "      training.deepspeed=configs/deepspeed/zero2.json",
     )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from mslora_cr.cli import main
 from tests.conftest import once, write_config
 from tests.distributed.conftest import ADAM_EPSILON, FIXED, WITHOUT_DROPOUT
-from tests.distributed.launch import compare_runs, deepspeed_file, deviation, launch
+from tests.distributed.launch import TIMEOUT, compare_runs, deepspeed_file, deviation, finish, start
 
 TASKS = ("pathvqa", "slake-vqarad")
 SETTINGS: Mapping[str, dict[str, Any]] = {
@@ -36,7 +36,8 @@ def both(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Path:
             assert main(["train", str(configure(folder / "one" / method, tiny_settings, method))]) == 0
         stage = deepspeed_file("zero3", folder)[0].removeprefix("training.deepspeed=")
         configs = [configure(folder / "two" / method, tiny_settings, method, deepspeed=stage) for method in SETTINGS]
-        launch(configs, module="tests.distributed.train_several")
+        status, output = finish(start(configs, module="tests.distributed.train_several"), timeout=3 * TIMEOUT)
+        assert status == 0, output[-6000:]
 
     return once(shared_tmp / "methods-on-two", build)
 
