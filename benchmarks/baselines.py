@@ -64,3 +64,8 @@ def autograd_penalties(
             identity = torch.eye(len(a), device=a.device, dtype=a.dtype)
             residuals.append((a @ a.T - identity).square().sum() + (b.T @ b - identity).square().sum())
     return alpha * contrastive + beta * torch.stack(residuals).mean()
+
+
+def alternating(banks: int) -> list[bool]:
+    """Flags of so many earlier banks, every other one of the task's own modality."""
+    return [number % 2 == 0 for number in range(banks)]

@@ -12,6 +12,8 @@ import gc
 import json
 import os
 import platform
+import resource
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,9 +49,22 @@ class Size:
 SIZES = {
     "tiny": Size(64, 2, 4, 2, 128, 256, 4, 2, 16, "float32"),
     "small": Size(768, 8, 12, 3, 2688, 32000, 16, 2, 128, "float32"),
+    "long": Size(768, 8, 12, 3, 2688, 32000, 16, 8, 640, "float32"),
     "7b": Size(4096, 32, 32, 8, 14336, 32000, 64, 24, 640, "bfloat16"),
 }
-"""`small` is the shape that the published code was measured at; `7b` is LLaVA-Med v1.5's language model."""
+"""`small` is the shape that the published code was measured at, `long` the same with as many positions as images bring;
+`7b` is LLaVA-Med v1.5's language model."""
+
+
+def _processor_seconds() -> float:
+    """What this process and the ended ones that it started have taken of the processor."""
+    return sum(
+        used.ru_utime + used.ru_stime
+        for used in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    )
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": _processor_seconds}
 
 
 @dataclass
@@ -60,39 +75,81 @@ class Setting:
     size: Size
     device: torch.device
     repetitions: int
+    clock: Callable[[], float]
     json: Path | None
+    argv: Sequence[str]
     args: argparse.Namespace
+
+    def seconds(self, work: Callable[[], Any]) -> float:
+        """What `work` takes, until the device has finished it."""
+        self._synchronize()
+        started = self.clock()
+        work()
+        self._synchronize()
+        return self.clock() - started
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def interleaved(self, variants: Mapping[str, Callable[[], Any]], warm_up: int = 1) -> dict[str, list[float]]:
+        """Seconds of each variant, round by round. The first `warm_up` rounds do not count."""
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        names = list(variants)
+        for number in range(warm_up + self.repetitions):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                gc.collect()
+                taken = self.seconds(variants[name])
+                if number >= warm_up:
+                    seconds[name].append(taken)
+        return seconds
 
 
 def parse(
-    module: str, description: str, argv: Sequence[str] | None, add: Callable[[argparse.ArgumentParser], Any] | None
+    module: str,
+    description: str | None,
+    argv: Sequence[str] | None,
+    add: Callable[[argparse.ArgumentParser], Any] | None = None,
+    size: str = "small",
 ) -> Setting:
     """Read a benchmark's command line.
 
     Args:
         module: the benchmark's name below `benchmarks`.
         add: adds the benchmark's own arguments.
+        size: the shape to start from where the command line names none.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{module}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--size", choices=SIZES, default="small", help="a shape to start from (default: small)")
+    parser.add_argument("--size", choices=SIZES, default=size, help=f"a shape to start from (default: {size})")
     for field in fields(Size):
         kind = str if field.name == "dtype" else int
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"instead of the size's {field.name}")
     parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="rounds of all variants (default: 7)")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="wall: seconds that pass (default); cpu: seconds "
+        "that the processor spends on this process, on all its threads",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, ratios and what made them there")
     if add is not None:
         add(parser)
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     own = {field.name: getattr(args, field.name) for field in fields(Size)}
-    size = replace(SIZES[args.size], **{name: value for name, value in own.items() if value is not None})
+    chosen = replace(SIZES[args.size], **{name: value for name, value in own.items() if value is not None})
     if args.repetitions < 1:
         parser.error("--repetitions must be at least 1")
-    return Setting(module, size, torch.device(args.device), args.repetitions, args.json, args)
+    return Setting(
+        module, chosen, torch.device(args.device), args.repetitions, CLOCKS[args.clock], args.json, argv, args
+    )
 
 
 # --- models, banks, batches ------------------------------------------------------------------------------------------
@@ -161,39 +218,6 @@ def random_batch(size: Size, labelled: int, device: torch.device) -> dict[str, T
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-# --- timing ----------------------------------------------------------------------------------------------------------
-
-
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that `work` takes, until the device has finished it."""
-    _synchronize(device)
-    started = time.perf_counter()
-    work()
-    _synchronize(device)
-    return time.perf_counter() - started
-
-
-def interleaved(
-    variants: Mapping[str, Callable[[], Any]], repetitions: int, device: torch.device, warm_up: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of each variant, round by round. The first `warm_up` rounds do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    for number in range(warm_up + repetitions):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            gc.collect()
-            taken = timed(variants[name], device)
-            if number >= warm_up:
-                seconds[name].append(taken)
-    return seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -220,10 +244,11 @@ def finish(
     summary = {name: figure(values) for name, values in figures.items()}
     result = {
         "benchmark": setting.name,
-        "command": " ".join(["python -m", f"benchmarks.{setting.name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{setting.name}", *setting.argv]),
         "size": asdict(setting.size),
         "device": str(setting.device),
         "repetitions": setting.repetitions,
+        "clock": setting.args.clock,
         "unit": unit,
         "figures": summary,
         "ratios": {
@@ -256,8 +281,8 @@ def machine() -> dict[str, Any]:
 
 def _print(result: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     facts = result["environment"]
-    print(f"{result['benchmark']}: {result['repetitions']} interleaved rounds on {result['device']}, "
-          f"{facts['hardware']['threads']} threads, load {facts['machine']['load'][0]:.1f}")  # fmt: skip
+    clock = f"{result['clock']} clock, {facts['hardware']['threads']} threads, load {facts['machine']['load'][0]:.1f}"
+    print(f"{result['benchmark']}: {result['repetitions']} interleaved rounds on {result['device']}, {clock}")
     width = max(len(name) for name in [*result["figures"], *result["ratios"]]) + 2
     print(f"{'':<{width}}{'median':>12}{'q1':>12}{'q3':>12}  {result['unit']}")
     for name, row in result["figures"].items():

@@ -3,13 +3,14 @@
     python -m benchmarks.step                      # the shape that the published code was measured at
     python -m benchmarks.step --size 7b --checkpointing --repetitions 5
 
-A step is the trainer's own: forward and backward of one batch, both penalties, AdamW. PEFT's step has the same loss on
-the same labelled positions, and no penalties; "and autograd penalties" adds the formulas as they are written.
+A step is the trainer's own: forward and backward of one batch, both penalties, AdamW. The baseline is PEFT with all
+banks active and the last one trained, as its users write it: `model(**batch).loss`, no penalties. Beside it stand the
+same with logits at labelled positions alone, as ours; the same with the penalties' formulas under autograd; and the
+floor, forward and backward through the base model without any bank.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from benchmarks.baselines import adapter_matrices, autograd_penalties, peft_all_active
-from benchmarks.harness import Setting, finish, interleaved, language_model, parse, random_banks, random_batch, timed
+from benchmarks.baselines import adapter_matrices, alternating, autograd_penalties, peft_all_active
+from benchmarks.harness import Setting, finish, language_model, parse, random_banks, random_batch
 from mslora_cr.banks import Bank, BankStack
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.training.penalties import BankPenalties
@@ -41,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"{BANKS} banks": _ours(setting, folder, banks[:BANKS], batch, penalties[f"penalties, {BANKS} banks"]),
             f"{BANKS} banks, no penalties": _ours(setting, folder, banks[:BANKS], batch, None),
             f"{MANY} banks": _ours(setting, folder, banks, batch, penalties[f"penalties, {MANY} banks"]),
-            f"PEFT, {BANKS} banks active": _peft(setting, banks[:BANKS], batch, penalties=False),
-            "PEFT and autograd penalties": _peft(setting, banks[:BANKS], batch, penalties=True),
+            "PEFT, all active": _peft(setting, banks[:BANKS], batch),
+            "PEFT, labelled logits": _peft(setting, banks[:BANKS], batch, labelled=True),
+            "PEFT, autograd penalties": _peft(setting, banks[:BANKS], batch, penalties=True),
+            "floor": _floor(setting, batch),
         }
-        seconds = interleaved(variants, setting.repetitions, setting.device, warm_up=2)
+        seconds = setting.interleaved(variants, warm_up=2)
     seconds |= {name: values[-setting.repetitions :] for name, values in penalties.items()}
     tokens = setting.size.batch * setting.size.length
     return finish(
@@ -54,8 +57,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "banks_8_over_1": ("8 banks", "1 bank"),
             "banks_32_over_8": ("32 banks", "8 banks"),
             "penalties_share": ("penalties, 8 banks", "8 banks"),
-            "peft_all_active_over_ours": ("PEFT, 8 banks active", "8 banks"),
-            "peft_and_autograd_penalties_over_ours": ("PEFT and autograd penalties", "8 banks"),
+            "peft_all_active_over_ours": ("PEFT, all active", "8 banks"),
+            "peft_labelled_logits_over_ours": ("PEFT, labelled logits", "8 banks"),
+            "peft_autograd_penalties_over_ours": ("PEFT, autograd penalties", "8 banks"),
+            "floor_over_ours": ("floor", "8 banks"),
         },
         extra={"tokens_per_step": tokens, "labelled_per_sample": setting.args.labelled},
     )
@@ -89,7 +94,7 @@ def _ours(
             report_to="none",
         ),
         bank_shape=(setting.size.rank, setting.size.rank),
-        penalties=BankPenalties(frozen, _alternating(frozen), setting.device) if taken is not None else None,
+        penalties=BankPenalties(frozen, alternating(len(frozen)), setting.device) if taken is not None else None,
         alpha=ALPHA,
         beta=BETA,
     )
@@ -103,7 +108,7 @@ def _ours(
 
         def measured() -> Tensor:
             value: list[Tensor] = []
-            taken.append(timed(lambda: value.append(prepare()), setting.device))
+            taken.append(setting.seconds(lambda: value.append(prepare())))
             return value[0]
 
         trainer._prepare_penalties = measured  # type: ignore[method-assign]
@@ -119,7 +124,9 @@ def _ours(
     return step
 
 
-def _peft(setting: Setting, banks: Sequence[Bank], batch: dict[str, Tensor], penalties: bool) -> Callable[[], None]:
+def _peft(
+    setting: Setting, banks: Sequence[Bank], batch: dict[str, Tensor], labelled: bool = False, penalties: bool = False
+) -> Callable[[], None]:
     model = peft_all_active(language_model(setting.size, setting.device), banks, train_last=True)
     if setting.args.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -127,14 +134,13 @@ def _peft(setting: Setting, banks: Sequence[Bank], batch: dict[str, Tensor], pen
     current = adapter_matrices(model, banks[-1].name)
     frozen = [adapter_matrices(model, bank.name) for bank in banks[:-1]]
     optimizer = torch.optim.AdamW([part for pair in current.values() for part in pair], LEARNING_RATE, weight_decay=0)
-    keep, targets = labelled_positions(batch["labels"])
-    inputs = {**batch, "labels": targets, "shift_labels": targets, "logits_to_keep": keep, "use_cache": False}
+    inputs = _labelled_alone(batch) if labelled else {**batch, "use_cache": False}
 
     def step() -> None:
-        with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.size.dtype == "bfloat16"):
+        with _autocast(setting):
             loss = model(**inputs).loss
         if penalties:
-            loss = loss + autograd_penalties(current, frozen, _alternating(frozen), ALPHA, BETA)
+            loss = loss + autograd_penalties(current, frozen, alternating(len(frozen)), ALPHA, BETA)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -142,11 +148,32 @@ def _peft(setting: Setting, banks: Sequence[Bank], batch: dict[str, Tensor], pen
     return step
 
 
-def _alternating(banks: Sequence[Any]) -> list[bool]:
-    """Every other bank is of the task's own modality."""
-    return [number % 2 == 0 for number in range(len(banks))]
+def _floor(setting: Setting, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """Forward, and backward down to the word vectors, of the base model alone."""
+    model = language_model(setting.size, setting.device)
+    if setting.args.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    inputs = _labelled_alone(batch)
+    vectors = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+
+    def step() -> None:
+        with _autocast(setting):
+            loss = model(**inputs, inputs_embeds=vectors).loss
+        loss.backward()
+        vectors.grad = None
+
+    return step
+
+
+def _labelled_alone(batch: dict[str, Tensor]) -> dict[str, Any]:
+    keep, targets = labelled_positions(batch["labels"])
+    return {**batch, "labels": targets, "shift_labels": targets, "logits_to_keep": keep, "use_cache": False}
+
+
+def _autocast(setting: Setting) -> torch.autocast:
+    return torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.size.dtype == "bfloat16")
 
 
 if __name__ == "__main__":
     main()
-    sys.exit(0)

@@ -358,8 +358,10 @@ class BankStack:
             if not weight.is_floating_point():
                 raise BankError("a quantised base cannot be merged into; set lora.fold=concatenate")
             if self._pristine is not None:
-                weight = self._pristine.setdefault(name, weight.detach().clone())
-            total = weight.to(torch.float32, copy=True)
+                if name not in self._pristine:  # on the CPU: a GPU that holds the model once need not hold it twice
+                    self._pristine[name] = weight.detach().to("cpu", copy=True)
+                weight = self._pristine[name]
+            total = weight.to(linear.weight.device, torch.float32, copy=True)
             if banks:
                 a, b = concatenated(name, banks)
                 total.addmm_(b.to(total.device), a.to(total.device))
@@ -418,11 +420,8 @@ class BankStack:
 
     def live_parameters(self) -> list[nn.Parameter]:
         """Everything that is trained, routers too."""
-        pairs = [parameter for pair in self.live().values() for parameter in pair]
-        return [
-            *pairs,
-            *(parameter for router in _routers(self.model, LIVE).values() for parameter in router.parameters()),
-        ]
+        routers = nn.ModuleList(_routers(self.model, LIVE).values())
+        return [*(parameter for pair in self.live().values() for parameter in pair), *routers.parameters()]
 
     @contextmanager
     def live_off(self) -> Iterator[None]:
@@ -494,7 +493,7 @@ def _routers(model: nn.Module, adapter: str) -> dict[str, nn.Linear]:
 @torch.no_grad()
 def _copy_routers(model: nn.Module, adapter: str, routers: Mapping[str, Tensor]) -> None:
     own = _routers(model, adapter)
-    if own.keys() != routers.keys():
-        raise BankError("a mixture of experts and plain LoRA cannot go on from each other")
+    if {name: router.weight.shape for name, router in own.items()} != {name: r.shape for name, r in routers.items()}:
+        raise BankError("a mixture goes on from one of as many experts, and plain LoRA from plain LoRA")
     for name, router in own.items():
         router.weight.copy_(routers[name])

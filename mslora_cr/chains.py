@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mslora_cr.banks import PUBLISHED_WEIGHTS, WEIGHTS, Bank, BankError, export_published, load_bank
 from mslora_cr.config import StreamConfig, Task
 from mslora_cr.methods import METHODS
@@ -81,7 +83,7 @@ def export_chain(banks: Mapping[str, Bank], config: StreamConfig, output: Path) 
 
 def describe(bank: Bank) -> dict[str, Any]:
     """What a bank is, for people: rank, layers, parameters, and the norm of its update ``alpha / rank · B A``."""
-    norms = {name: (bank.scaling * b @ a).norm().item() for name, (a, b) in bank.matrices.items()}
+    norms = {name: bank.scaling * _product_norm(a.double(), b.double()) for name, (a, b) in bank.matrices.items()}
     largest = max(norms, key=lambda name: norms[name])
     return {
         "name": bank.name,
@@ -94,3 +96,8 @@ def describe(bank: Bank) -> dict[str, Any]:
         "largest_update": {"layer": largest, "norm": norms[largest]},
         "metadata": bank.metadata,
     }
+
+
+def _product_norm(a: Tensor, b: Tensor) -> float:
+    """``‖B A‖`` from matrices of the rank's size: ``‖B A‖² = tr(BᵀB AAᵀ)``."""
+    return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()

@@ -21,7 +21,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
     BitsAndBytesConfig,
@@ -32,6 +32,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     MistralConfig,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mslora_cr.data.images import tower_folder
 from mslora_cr.data.tokenizer import Tokenizer, TokenizerError
@@ -45,7 +46,8 @@ LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|m
 """Full-match pattern of the linear layers that a bank adapts: all of the language model, nothing else."""
 
 MOST_LAYERS, MOST_WIDTH = 1_000, 10_000_000
-_SIZE = re.compile(r"_(size|layers|heads)$")
+_SIZES = {"hidden_size", "mm_hidden_size", "intermediate_size", "vocab_size", "image_size", "patch_size"}
+_SIZES |= {"num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
 
 UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 """What keeps its dtype beside a language model in 4 or 8 bits: a small part of the memory, and the most exact one."""
@@ -120,6 +122,29 @@ def load(
     return _with_processors(path, model, tower_source)
 
 
+def detach_tower(model: LlavaForConditionalGeneration) -> nn.Module:
+    """Take the vision tower out of a model, which then takes its features (`tower_features`) where it took pixels."""
+    tower = model.model.vision_tower
+    model.model.vision_tower = _GivenFeatures(model.config.vision_feature_layer)
+    return tower
+
+
+def tower_features(tower: nn.Module, layer: int, pixels: Tensor) -> Tensor:
+    """(images, positions, width): the tower's hidden states that the projector reads, class position included."""
+    return tower(pixels, output_hidden_states=True).hidden_states[layer]
+
+
+class _GivenFeatures(nn.Module):
+    """Stands where a tower stood: what it is given are the features already."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(last_hidden_state=pixel_values, hidden_states={self.layer: pixel_values})
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The folder's `config.json`, if it is one of the two layouts.
 
@@ -151,8 +176,8 @@ def _check_numbers(place: Path, config: Mapping[str, Any]) -> None:
             _check_numbers(place, value)
         elif isinstance(value, float) and not math.isfinite(value):
             raise ModelError(f"{place}: {key} is {value}; expected a finite number")
-        elif value is not None and (match := _SIZE.search(key)):
-            most = MOST_LAYERS if match[1] == "layers" else MOST_WIDTH
+        elif key in _SIZES and value is not None:
+            most = MOST_LAYERS if key == "num_hidden_layers" else MOST_WIDTH
             if not isinstance(value, int) or not 1 <= value <= most:
                 raise ModelError(f"{place}: {key} is {value!r}; expected a whole number from 1 to {most:,}")
 

@@ -67,17 +67,20 @@ def contrastive_term(
     # A row times a matrix: the other way round, PyTorch's batched product on the CPU takes over ten times as long.
     squared = scale - 2 * torch.bmm(row, frozen.transpose(1, 2)).squeeze(1)
     near = squared < NEAR * scale
-    rows, columns = near.nonzero(as_tuple=True)
-    difference = current[rows] - frozen[rows, columns]
-    squared[rows, columns] = difference.square().sum(1)
+    some_near = bool(near.any())
+    if some_near:
+        rows, columns = near.nonzero(as_tuple=True)
+        difference = current[rows] - frozen[rows, columns]
+        squared[rows, columns] = difference.square().sum(1)
 
     distance = squared.sqrt()
     closeness = torch.exp(-distance)
     sign = torch.where(same_modality, 1.0, -1.0).to(current.dtype)
     weight = torch.where(distance > 0, closeness / distance, 0.0) * sign / matrices
-    far = weight.masked_fill(near, 0.0).unsqueeze(1)
-    gradient = torch.baddbmm(row * far.sum(2, keepdim=True), far, frozen, alpha=-1).squeeze(1)
-    gradient.index_add_(0, rows, weight[rows, columns].unsqueeze(1) * difference)
+    far = (weight.masked_fill(near, 0.0) if some_near else weight).unsqueeze(1)
+    gradient = (row * far.sum(2, keepdim=True)).baddbmm_(far, frozen, alpha=-1).squeeze(1)
+    if some_near:
+        gradient.index_add_(0, rows, weight[rows, columns].unsqueeze(1) * difference)
     return Similarities(closeness.sum(0), gradient)
 
 
@@ -100,6 +103,7 @@ def orthogonality_term(matrices: Tensor, transposed: bool = False) -> Penalty:
     other = matrices.transpose(1, 2)
     residual = torch.bmm(other, matrices) if transposed else torch.bmm(matrices, other)
     residual.diagonal(dim1=1, dim2=2).sub_(1)
-    value = residual.square().sum()
+    flat = residual.flatten()
+    value = torch.dot(flat, flat)
     residual *= 4
     return Penalty(value, torch.bmm(matrices, residual) if transposed else torch.bmm(residual, matrices))

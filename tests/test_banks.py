@@ -234,6 +234,13 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     shown = json.loads(capsys.readouterr().out)
     bank = golden_bank(0)
     assert shown["rank"] == bank.rank and shown["linear_layers"] == len(bank.matrices)
+    updates = {name: bank.scaling * b @ a for name, (a, b) in bank.matrices.items()}
+    largest = max(updates, key=lambda name: updates[name].norm())
+    assert shown["largest_update"]["layer"] == largest
+    assert shown["largest_update"]["norm"] == pytest.approx(updates[largest].norm().item(), rel=1e-5)
+    assert shown["update_norm"] == pytest.approx(
+        torch.stack([x.norm() for x in updates.values()]).norm().item(), rel=1e-5
+    )
 
 
 # --- a mixture of experts ------------------------------------------------------------------------------------------
@@ -316,7 +323,7 @@ def test_what_a_mixture_cannot_do_is_refused(tmp_path: Path) -> None:
     bank = routed_bank()
     with pytest.raises(BankError, match="stands alone"):
         BankStack(golden_base().model, "merge").freeze([bank, golden_bank(1)])
-    with pytest.raises(BankError, match="cannot go on from each other"):
+    with pytest.raises(BankError, match="plain LoRA from plain LoRA"):
         BankStack(golden_base().model, "merge").add_live(bank.rank, bank.alpha, initial=bank)
     with pytest.raises(BankError, match="the published format cannot hold"):
         export_published(bank, tmp_path / "published", 0, {})

@@ -298,3 +298,68 @@ def test_sections_of_other_methods_and_unknown_hyper_parameters_are_refused(tmp_
     assert "olora.lambda_1" in error_of(path, "method=olora", "olora.lambda_1=-1")
     assert "method: Input should be" in error_of(path, "method=oloro")
     assert "method: " in error_of(path, "method=[olora]")
+
+
+# --- the shipped runs ------------------------------------------------------------------------------------------------
+
+# Task → (epochs, global batch, learning rate), as published.
+PUBLISHED = {
+    "finetune_lora_each": (
+        "finetune_lora_each-64-64_llava_med_v1.5",
+        {
+            **dict.fromkeys(("pathvqa", "slake-vqarad", "derm"), (3, 16, 0.0002)),
+            **dict.fromkeys(("PCAM", "CXP", "HAM"), (1, 16, 0.0002)),
+            **dict.fromkeys(("nmi", "iu-x-ray"), (6, 16, 0.0002)),
+        },
+    ),
+    "finetune_mslora_cr_ortho": (
+        "finetune_lora_MSLoRA-CR-ORTHO-64-64_llava_med_v1.5",
+        {
+            "pathvqa": (3, 24, 2e-4),
+            "slake-vqarad": (4, 24, 2e-4),
+            "derm": (4, 24, 2e-4),
+            "PCAM": (1, 24, 2e-4),
+            "CXP": (1, 24, 2e-4),
+            "HAM": (1, 16, 2e-5),
+            "nmi": (6, 16, 2e-4),
+            "iu-x-ray": (9, 16, 2e-4),
+        },
+    ),
+    "finetune_mslora_cr_ortho_6task": (
+        "finetune_lora_MSLoRA-CR-ORTHO_6TASK-64-64_llava_med_v1.5",
+        {
+            "pathvqa": (3, 32, 2e-4),
+            "slake-vqarad": (4, 32, 2e-4),
+            "PCAM": (1, 32, 2e-4),
+            "CXP": (1, 32, 2e-4),
+            "nmi": (6, 32, 2e-4),
+            "iu-x-ray": (9, 16, 2e-4),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_shipped_runs_hold_the_published_protocol(name: str) -> None:
+    run, tasks = PUBLISHED[name]
+    config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.yaml")
+    found = {task.name: (task.epochs, task.batch_size, task.learning_rate) for task in config.tasks}
+    assert list(found.items()) == list(tasks.items())
+    assert config.run == run
+    assert config.method == ("each" if name.endswith("each") else "mslora_cr")
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (64, 64, 0)
+    assert (config.regularization.alpha, config.regularization.beta) == (0.1, 0.01)
+    assert (config.seed, config.data.max_length, config.evaluation.max_new_tokens) == (42, 2048, 100)
+    assert (config.model.dtype, config.model.vision_tower) == ("bfloat16", "config")
+    expected = {
+        "weight_decay": 0,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "max_grad_norm": 0,
+        "bf16": True,
+        "tf32": True,
+        "gradient_checkpointing": True,
+    }
+    assert {key: config.training[key] for key in expected} == expected
+    relations = {task.name: config.same_modality(task) for task in config.stream}
+    assert relations["PCAM"][0] is True and relations["CXP"][:2] == [False, True]

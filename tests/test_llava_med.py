@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from mslora_cr.cli import main
+from mslora_cr.data.check import read_limit
+from mslora_cr.data.images import load_image, preprocess
 from mslora_cr.llava_med import ModelError, language_linear_shapes, linear_name, load, published_linear_name
 from tests.conftest import GOLDEN
 
@@ -80,12 +82,21 @@ def test_the_named_tower_is_used_unless_the_shards_own_is_asked_for(copy: Path) 
     assert name in load(copy).model.state_dict()
 
 
-@pytest.mark.parametrize("spelling", ["absolute", "relative to the config", "relative to here", "given"])
+@pytest.mark.parametrize(
+    "spelling", ["absolute", "relative to the config", "relative to here", "beside a linked model", "given"]
+)
 def test_where_the_tower_may_stand(spelling: str, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = logits(load(copy, dtype=torch.float32).model)
     tower = (copy.parent / "clip-tiny-patch14").rename(copy.parent / "towers")
     monkeypatch.chdir(copy.parent)
-    if spelling == "given":
+    if spelling == "beside a linked model":  # what scripts/link_assets.sh makes, with LLaVA-Med's own name of the tower
+        links = copy.parent / "pretrained_models"
+        (links / "openai").mkdir(parents=True)
+        (links / "llava_med_v1.5").symlink_to(copy)
+        (links / "openai" / "clip-vit-large-patch14-336").symlink_to(tower)
+        edit_config(copy, mm_vision_tower="openai/clip-vit-large-patch14-336")
+        found = load(links / "llava_med_v1.5", dtype=torch.float32)
+    elif spelling == "given":
         found = load(copy, vision_tower=str(tower), dtype=torch.float32)
     else:
         names = {"absolute": str(tower), "relative to the config": "../towers", "relative to here": "towers"}
@@ -139,6 +150,42 @@ def test_names_of_linear_layers_there_and_back() -> None:
         assert ours is not None and published_linear_name(ours) == name
     assert linear_name("lm_head") is None
     assert linear_name("model.layers.0.input_layernorm.weight") is None
+
+
+def test_a_tower_in_clips_own_layout(copy: Path) -> None:
+    """CLIP's repository holds text and vision model together, as a pickle, with settings of long ago, most of them 0."""
+    expected = logits(load(copy, dtype=torch.float32).model)
+    file = copy.parent / "clip-tiny-patch14" / "config.json"
+    vision = {key: value for key, value in json.loads(file.read_text()).items() if key != "architectures"}
+    old = {
+        "no_repeat_ngram_size": 0,
+        "encoder_no_repeat_ngram_size": 0,
+        "chunk_size_feed_forward": 0,
+        "pruned_heads": {},
+    }
+    old |= {"cross_attention_hidden_size": None, "num_beams": 1, "temperature": 1.0}
+    text = {"model_type": "clip_text_model", "hidden_size": 48, "vocab_size": 49408, **old}
+    clip = {"model_type": "clip", "projection_dim": 768, "logit_scale_init_value": 2.6592}
+    file.write_text(json.dumps({**clip, "text_config": text, "vision_config": {**vision, **old}}))
+    weights = load_file(file.with_name("model.safetensors"))
+    weights |= {"logit_scale": torch.ones(()), "text_model.final_layer_norm.weight": torch.ones(48)}
+    weights |= {"vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    torch.save(weights, file.with_name("pytorch_model.bin"))
+    file.with_name("model.safetensors").unlink()
+    settings = json.loads(file.with_name("preprocessor_config.json").read_text())
+    kept = ("do_center_crop", "do_normalize", "do_resize", "image_mean", "image_std", "resample")
+    plain = {key: settings[key] for key in kept} | {"crop_size": 56, "size": 56}
+    plain |= {"feature_extractor_type": "CLIPFeatureExtractor"}
+    file.with_name("preprocessor_config.json").write_text(json.dumps(plain))
+    found = load(copy, dtype=torch.float32)
+    assert torch.equal(logits(found.model), expected)
+    pixels = preprocess(load_image(GOLDEN / "images" / "wide.png"), found.image_processor)
+    golden = load_file(GOLDEN / "pixel_values.safetensors")
+    assert (
+        pixels - next(tensor for name, tensor in golden.items() if "wide" in name and "gray" not in name)
+    ).abs().max() < 1e-5
+    assert found.image_processor.crop_size["height"] == 56
+    assert read_limit(copy, 2048).patches == 16
 
 
 # --- refused -------------------------------------------------------------------------------------------------------

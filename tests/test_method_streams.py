@@ -17,7 +17,7 @@ from mslora_cr.data.collator import TrainingCollator, TrainingSamples
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.methods import METHODS
 from mslora_cr.training.ledger import Ledger
-from mslora_cr.training.stream import load_base, preprocessing, task_folder, task_image_roots
+from mslora_cr.training.stream import load_base, plan, preprocessing, task_folder, task_image_roots
 from tests.conftest import STEPS, ConfigWriter, bank_bytes, once, write_config
 from tests.killing import KillPoint, run_until_killed
 
@@ -58,6 +58,8 @@ def test_a_method_trains_evaluates_and_reports(method: str, method_run: Trained)
     config = load_config(method_run(method))
     ledger = json.loads((config.run_dir / "ledger.json").read_text())
     assert ledger["method"] == method and len(ledger["tasks"]) == BANKS.get(method, 3)
+    planned = {item.task: item.steps for item in plan(config)[0]}
+    assert planned == {task: entry["steps"] for task, entry in ledger["tasks"].items()}
     for task in ledger["tasks"]:
         rows = [json.loads(line) for line in (config.run_dir / "logs" / f"{task}.jsonl").open()]
         expected = TERMS.get(method, set()) if task != "pathvqa" else set()

@@ -18,6 +18,7 @@ from mslora_cr.methods.ewc import EwcPenalty, fisher_name
 from mslora_cr.methods.lwf import softened_cross_entropy
 from mslora_cr.methods.olora import OloraPenalty
 from mslora_cr.methods.replay import choose
+from mslora_cr.training.ledger import Ledger
 from mslora_cr.training.penalties import Pair, Penalty
 
 CPU = torch.device("cpu")
@@ -175,15 +176,17 @@ def test_the_replay_buffer_is_balanced_and_only_shrinks(tmp_path: Path) -> None:
             assert torch.equal(smaller[name], kept[: len(smaller[name])])
 
 
-def test_a_replayed_order_mixes_every_batch(tmp_path: Path) -> None:
+def test_a_replayed_order_mixes_every_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of 4 with a share of 0.25: 3 new ones, 1 old; 9 new samples, 2 epochs, so 6 batches."""
     tasks = [("pathvqa", 1.0, 4), ("PCAM", 2.0, 4)]
     config = stream_of("replay", tmp_path, tasks, replay={"buffer_size": 3, "share": 0.25})
     method, second = METHODS["replay"], config.stream[1]
     assert [task.name for task in method.sources(config, second)] == ["PCAM", "pathvqa"]
-    assert method.order(config, config.stream[0], [20], {}) is None
-    memory = {"pathvqa": torch.tensor([19, 0, 7])}
-    order = method.order(config, second, [9, 20], memory)
+    ledger = Ledger(tmp_path, {"tasks": {}})
+    assert method.order(config, config.stream[0], [20], ledger) is None
+    assert method.order(config, second, [9, 20], ledger) is not None  # a plan, before the first task is trained
+    monkeypatch.setattr(ledger, "memory", {"pathvqa": {"pathvqa": torch.tensor([19, 0, 7])}}.get)
+    order = method.order(config, second, [9, 20], ledger)
     assert order is not None and len(order) == 24
     batches = [order[start : start + 4] for start in range(0, 24, 4)]
     assert all(sum(position >= 9 for position in batch) == 1 for batch in batches)
@@ -191,7 +194,7 @@ def test_a_replayed_order_mixes_every_batch(tmp_path: Path) -> None:
     assert sorted(new[:9]) == sorted(new[9:]) == list(range(9)) and new[:9] != new[9:]
     old = [position - 9 for position in order if position >= 9]
     assert sorted(old[:3]) == sorted(old[3:]) == [0, 7, 19]  # the whole buffer before any comes again
-    assert method.order(config, second, [9, 20], memory) == order
+    assert method.order(config, second, [9, 20], ledger) == order
 
 
 def test_replay_of_batches_of_one_is_refused(tmp_path: Path) -> None:
@@ -216,7 +219,7 @@ def test_joint_visits_every_sample_as_often_as_the_stream_does(tmp_path: Path) -
     config = stream_of("joint", tmp_path, [("pathvqa", 2.0, 8), ("PCAM", 1.0, 4), ("CXP", 0.5, 4)])
     method = METHODS["joint"]
     (task,) = method.trained(config)
-    order = method.order(config, task, [3, 4, 6], {})
+    order = method.order(config, task, [3, 4, 6], Ledger(tmp_path, {"tasks": {}}))
     assert order is not None
     counted = Counter(order)
     assert [counted[position] for position in range(7)] == [2] * 3 + [1] * 4

@@ -34,7 +34,7 @@ def test_every_shipped_run_has_its_two_scripts() -> None:
         assert f"finetune_{run}.sh" in scripts
         assert f"eval_{run}.sh" in scripts
     every = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-    assert every == sorted([*(f"finetune_{run}.yaml" for run in RUNS), "published.yaml", "demo.yaml"])
+    assert every == sorted([*(f"finetune_{run}.yaml" for run in RUNS), "published.yaml", "demo.yaml", "sweep.yaml"])
 
 
 @pytest.mark.slow

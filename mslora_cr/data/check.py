@@ -123,20 +123,24 @@ def check(dataset: DataSet, root: Path, limit: Limit | None = None, scan: Scan |
 
 
 def _check_training(records: TrainingRecords, limit: Limit | None, report: Report) -> None:
-    unplaced, empty, silent, long = [], [], [], []
+    unplaced, empty, silent, long, nul = [], [], [], [], []
     for index, record in enumerate(records):
         place = f"{records.path.name}: {records.place(index)}"
         if not record.images and any("<image>" in turn.text for turn in record.turns):
             unplaced.append(place)
         if any(turn.speaker == "gpt" and not turn.text.strip() for turn in record.turns):
             empty.append(place)
-        if limit is not None:
+        if any("\0" in turn.text for turn in record.turns):
+            nul.append(place)
+        elif limit is not None:
             learned, length = _training_length(record.turns, bool(record.images), limit)
             silent += [] if learned else [place]
             long += [place] if length > limit.max_length else []
     report.train_rows = len(records)
     if unplaced:
         report.error("conversations with an <image> mark, but no image", unplaced)
+    if nul:
+        report.error("conversations with a NUL character, which cannot be encoded", nul)
     if empty:
         report.warning("conversations with an empty answer", empty)
     if silent:
@@ -147,15 +151,18 @@ def _check_training(records: TrainingRecords, limit: Limit | None, report: Repor
 def _check_test(records: TestRecords, dataset: DataSet, limit: Limit | None, report: Report) -> None:
     types: Counter[str] = Counter()
     answers: Counter[str] = Counter()
-    empty, long = [], []
+    empty, long, nul = [], [], []
     for index, record in enumerate(records):
+        place = f"{records.path.name}: question {index}"
         types[record.answer_type] += 1
         if record.answer_type == "CLOSED":
             answers[record.gt.strip().lower()] += 1
         if not record.gt.strip():
             empty.append(str(record.question_id))
-        if limit is not None and _prompt_length(record.text, limit) > limit.max_length:
-            long.append(f"{records.path.name}: question {index}")
+        if "\0" in record.text:
+            nul.append(place)
+        elif limit is not None and _prompt_length(record.text, limit) > limit.max_length:
+            long.append(place)
     report.test_open, report.test_closed = types["OPEN"], types["CLOSED"]
     report.closed_answers = dict(answers.most_common(10))
     expected = dataset.test_rows
@@ -164,6 +171,8 @@ def _check_test(records: TestRecords, dataset: DataSet, limit: Limit | None, rep
             f"the published test set holds {expected.open} open and {expected.closed} closed rows, this one "
             f"{report.test_open} and {report.test_closed}: scores cannot be compared with the published ones"
         )
+    if nul:
+        report.error("questions with a NUL character, which cannot be encoded", nul)
     if empty:
         report.warning("questions with an empty answer", empty)
     _check_balance(answers, report)
@@ -321,10 +330,13 @@ COLUMNS = (
 
 
 def table(reports: Iterable[Report]) -> str:
-    """A line for each data set, and below them what is wrong."""
+    """A line for each data set, and below them how the closed answers are shared and what is wrong."""
     rows = [["data set", *(name.replace("_", " ") for name in COLUMNS), "verdict"]]
-    problems = []
+    problems, balance = [], []
     for report in reports:
+        if report.test_closed:
+            shares = (f"{answer} {count / report.test_closed:.0%}" for answer, count in report.closed_answers.items())
+            balance.append(f"closed answers: {report.name}: {', '.join(shares)}")
         values = [getattr(report, name) for name in COLUMNS]
         verdict = "errors" if report.errors else "warnings" if report.problems else "ok"
         rows.append([report.name, *("-" if value is None else f"{value:,}" for value in values), verdict])
@@ -334,16 +346,22 @@ def table(reports: Iterable[Report]) -> str:
             problems += [f"    {example}" for example in problem.examples]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, "", *problems]).rstrip()
+    return "\n".join([*lines, "", *balance, *problems]).rstrip()
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("root", metavar="ROOT", type=Path, nargs="?", default=Path("data/MSLoRA_CR"))
     parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="these data sets instead of all")
     parser.add_argument("--model", type=Path, help="a model's folder: look for samples that would be cut off")
-    parser.add_argument("--max-length", type=int, default=2048, help="positions per sample (%(default)s)")
+    parser.add_argument("--max-length", type=_positive, default=2048, help="positions per sample (%(default)s)")
     parser.add_argument("--no-images", action="store_true", help="look at the annotations only")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("results/data-check.json"), help="(%(default)s)")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mslora_cr.data.features import FeatureCache
 from mslora_cr.data.images import load_image, preprocess, resolve_image
 from mslora_cr.data.prompts import (
     IGNORE_INDEX,
@@ -36,14 +37,28 @@ class Preprocessing:
     patches: int
     max_length: int = 2048
     all_images: bool = False
+    features: FeatureCache | None = None
+    """Where the tower's features are read from, if the model takes them instead of pixels."""
+
+    def image_paths(self, records: TrainingRecords | TestRecords, roots: Sequence[Path]) -> list[Path]:
+        """Every image that some records show, once.
+
+        Raises:
+            DataError: one is missing or outside its root.
+        """
+        names = dict.fromkeys(name for record in records for name in self.image_names(record))
+        return [resolve_image(name, roots) for name in names]
 
     def image_names(self, record: TrainingRecord | TestRecord) -> tuple[str, ...]:
         """The images of a record that are shown: the first, as published, unless all are asked for."""
         return record.images if self.all_images else record.images[:1]
 
     def pixel_values(self, names: Sequence[str], roots: Sequence[Path]) -> Tensor:
-        """(images, 3, height, width) float32."""
-        images = [preprocess(load_image(resolve_image(name, roots)), self.image_processor) for name in names]
+        """(images, 3, height, width) float32; or the tower's features, (images, positions, width), where cached."""
+        paths = [resolve_image(name, roots) for name in names]
+        if self.features is not None and paths:
+            return torch.stack([self.features.load(path) for path in paths])
+        images = [preprocess(load_image(path), self.image_processor) for path in paths]
         size = self.image_processor.crop_size
         return torch.stack(images) if images else torch.empty(0, 3, size["height"], size["width"])
 
@@ -71,14 +86,29 @@ class TrainingSamples(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
-        names = self.preprocessing.image_names(record)
         try:
-            encoded = encode_conversation(self.preprocessing.tokenizer, record.turns, len(names))
-            encoded = self.preprocessing.expand(encoded)
-            pixels = self.preprocessing.pixel_values(names, self.roots)
+            encoded = self._encode(record)
+            pixels = self.preprocessing.pixel_values(self.preprocessing.image_names(record), self.roots)
         except ValueError as error:
-            raise DataError(f"{self.records.path}: {self.records.place(index)}: {error}") from None
+            raise self._at(index, error) from None
         return Sample(index=index, input_ids=encoded.input_ids, labels=encoded.labels, pixel_values=pixels)
+
+    def lengths(self) -> list[int]:
+        """Positions of every sample, image patches included, without reading an image."""
+        found = []
+        for index, record in enumerate(self.records):
+            try:
+                found.append(len(self._encode(record).input_ids))
+            except ValueError as error:
+                raise self._at(index, error) from None
+        return found
+
+    def _encode(self, record: TrainingRecord) -> Encoded:
+        names = self.preprocessing.image_names(record)
+        return self.preprocessing.expand(encode_conversation(self.preprocessing.tokenizer, record.turns, len(names)))
+
+    def _at(self, index: int, error: ValueError) -> DataError:
+        return DataError(f"{self.records.path}: {self.records.place(index)}: {error}")
 
 
 class UnitedSamples(Dataset[Sample]):
@@ -104,6 +134,10 @@ class UnitedSamples(Dataset[Sample]):
         part = bisect_right(self._starts, index) - 1
         return part, index - self._starts[part]
 
+    def lengths(self) -> list[int]:
+        """Positions of every sample, as `TrainingSamples.lengths`."""
+        return [length for part in self._parts for length in part.lengths()]
+
     def place(self, index: int) -> str:
         """Where a sample's record stands, for errors."""
         part, place = self._find(index)
@@ -119,6 +153,10 @@ class QuestionSamples(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def lengths(self) -> list[int]:
+        """Positions of every prompt, image patches included, without reading an image."""
+        return [len(self.encode(index)) for index in range(len(self))]
 
     def encode(self, index: int) -> list[int]:
         """Ids of a question's prompt, image patches included, without reading its image."""
@@ -177,6 +215,25 @@ class QuestionCollator:
             "record_index": torch.tensor([sample["index"] for sample in samples]),
         }
         return batch | _stacked_pixels(samples)
+
+
+def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:
+    """The share of positions that hold no token, in batches of samples padded to the longest of each.
+
+    Args:
+        lengths: positions of each sample.
+        batches: the samples of each batch, by their place in `lengths`; none of them empty.
+    """
+    real, all_positions = 0, 0
+    for batch in batches:
+        real += sum(lengths[index] for index in batch)
+        all_positions += len(batch) * max(lengths[index] for index in batch)
+    return 1 - real / all_positions if all_positions else 0.0
+
+
+def in_batches(order: Sequence[int], size: int) -> list[list[int]]:
+    """Consecutive samples of an order, `size` at a time."""
+    return [list(order[start : start + size]) for start in range(0, len(order), size)]
 
 
 def _padded(rows: Sequence[list[int]], length: int, value: int, left: bool = False) -> Tensor:

@@ -64,7 +64,7 @@ MODELS = {
         "Apache-2.0; for research use",
     ),
     "clip": Asset("openai/clip-vit-large-patch14-336", "model", WEIGHTS, "openai/clip-vit-large-patch14-336", "MIT"),
-    "checkpoints": Asset("VentusAislant/MSLoRA_CR", "model", ("finetune_lora_*/*",), ".", "Apache-2.0; for inference"),
+    "checkpoints": Asset("VentusAislant/MSLoRA_CR", "model", ("finetune_*/*",), ".", "Apache-2.0; for inference"),
 }
 
 

@@ -111,10 +111,8 @@ def _write_png(pixels: Any, target: Path) -> None:
 @contextmanager
 def _array(raw: RawData, split: str, which: str) -> Iterator[Any]:
     """The dataset "x" (rows, 96, 96, 3) uint8 or "y" (rows, 1, 1, 1) uint8 of a split."""
-    try:
-        import h5py
-    except ImportError:
-        raise DataError("PCam's files need h5py: pip install 'mslora-cr[data]'") from None
+    import h5py  # of the extra `data`
+
     name = f"camelyonpatch_level_2_split_{split}_{which}.h5"
     path = _on_disk(raw, raw.find(name, f"{name}.gz"))
     try:

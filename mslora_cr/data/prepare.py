@@ -138,10 +138,11 @@ def _match(dataset: DataSet, names: Sequence[str], data: RawData, result: Prepar
     claims: dict[RawFile, Likeness] = {}
     for name in names:
         path = PurePosixPath(name)
-        candidates = data.named(path.name)
         if shared[path.name] > 1 or path.parent.name not in ("", dataset.folder, *dataset.image_folders):
             # `source.jpg` alone says nothing: the folder it lies in must be the same, too.
-            candidates = [file for file in candidates if path.parent.name in file.path.parts]
+            candidates = data.named_below(path.parent.name, path.name)
+        else:
+            candidates = data.named(path.name)
         highest = max((_likeness(path, file) for file in candidates), default=(0, 0))
         best = [file for file in candidates if _likeness(path, file) == highest]
         if len(best) > 1 and len({fingerprint(file) for file in best}) > 1:

@@ -23,7 +23,8 @@ from mslora_cr.data.images import check_name
 from mslora_cr.data.records import DataError
 
 MAX_TABLE_BYTES = 512 << 20  # annotations and metadata are read whole
-_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_FOREIGN = (".7z", ".rar")
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
@@ -55,6 +56,7 @@ class RawData:
         self.places, self.work = places, work
         self.files: list[RawFile] = []
         self._by_name: dict[str, list[RawFile]] = defaultdict(list)
+        self._by_folder: dict[tuple[str, str], list[RawFile]] = defaultdict(list)
         self._visited: set[Path] = set()
 
     def __enter__(self) -> RawData:
@@ -63,12 +65,16 @@ class RawData:
             for place in self.places:
                 if not place.exists():
                     raise DataError(f"{place}: no such file or folder")
+                if place.name.lower().endswith(_FOREIGN):
+                    raise DataError(f"{place}: archives of this kind are not read; unpack it and give the folder")
                 self._add(place, PurePosixPath(place.name) if place.is_file() else PurePosixPath())
         except BaseException:
             self.__exit__()
             raise
         for file in self.files:
             self._by_name[file.path.name].append(file)
+            for folder in set(file.path.parts[:-1]):
+                self._by_folder[folder, file.path.name].append(file)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,6 +109,10 @@ class RawData:
     def named(self, name: str) -> list[RawFile]:
         """The files whose own name is `name`, wherever they lie."""
         return self._by_name.get(name, [])
+
+    def named_below(self, folder: str, name: str) -> list[RawFile]:
+        """The files whose own name is `name`, anywhere below a folder of the name `folder`."""
+        return self._by_folder.get((folder, name), [])
 
     def find(self, *suffixes: str) -> RawFile:
         """The file whose path ends with one of the suffixes; the first suffix that fits counts.

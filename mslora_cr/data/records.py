@@ -241,6 +241,8 @@ class _ListReader:
         self.ended = False
 
     def items(self) -> Iterator[Item]:
+        if self._peek() == "\ufeff":
+            raise DataError(f"{self.path}: opens with a byte order mark; save it as UTF-8 without one")
         if self._peek() != "[":
             raise DataError(f"{self.path}: expected one list ([…]) of records")
         self._advance(1)

@@ -11,15 +11,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mslora_cr.banks import Bank, BankError, BankStack
-from mslora_cr.config import ConfigError, StreamConfig, Task
-from mslora_cr.data.collator import QuestionSamples
+from mslora_cr.config import ConfigError, StreamConfig, Task, training_fields
+from mslora_cr.data.collator import Preprocessing, QuestionSamples
 from mslora_cr.data.records import TestRecords
 from mslora_cr.evaluation.generate import ANSWERS, Decoding, answer_questions, forget_journals
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.methods import METHODS
-from mslora_cr.training.distributed import from_first_rank, own_device, rank, start_process_group, wait_for_all
-from mslora_cr.training.ledger import Ledger, environment, write_json
-from mslora_cr.training.stream import load_base, preprocessing, task_folder, task_image_roots
+from mslora_cr.training.distributed import (
+    TIMEOUT_SECONDS,
+    agree,
+    from_first_rank,
+    must_be_shared,
+    own_device,
+    rank,
+    start_process_group,
+    wait_for_all,
+)
+from mslora_cr.training.ledger import Ledger, environment, versions, write_json
+from mslora_cr.training.stream import CachedTower, cached_tower, load_base, preprocessing, task_folder, task_image_roots
 
 STAMP = "answers.json"
 Stages = Literal["own", "final", "seen", "all"]
@@ -81,7 +90,8 @@ def evaluate(
     """
     if config.evaluation.banks_by == "routed":
         raise ConfigError("evaluation.banks_by is `routed`, which is answered by evaluate_routed")
-    start_process_group(own_device(config.model.device).type == "cuda")
+    timeout = training_fields(config).get("ddp_timeout", TIMEOUT_SECONDS)
+    start_process_group(own_device(config.model.device).type == "cuda", timeout)
     chain = dict(banks) if banks is not None else finished_banks(config)
     learned = [task.index + 1 for task in config.stream if task.name in chain]
     wanted = [cell for cell in cells(config, stages, learned) if only in (None, cell.task.name)]
@@ -95,6 +105,14 @@ def evaluate(
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
     records = {name: TestRecords(task_folder(config, config.task(name)) / "test.jsonl") for name in sorted(names)}
     session = _Session(config, by_number)
+    facts = {
+        f"the questions, banks or settings of {cell.task.name} at stage {cell.stage}": session.fingerprint(
+            cell, records[cell.task.name]
+        )
+        for cell in wanted
+    }
+    agree({"the package versions": versions(), **facts})
+    must_be_shared(config.results_run_dir)
     # Cells that the same banks answer stand together, so that a stage is folded once.
     rows = {(cell.task.name, cell.stage): session.answer(cell, records[cell.task.name]) for cell in _by_banks(wanted)}
     path = config.results_run_dir / "evaluation.json"
@@ -122,50 +140,51 @@ class _Session:
         self.config = config
         self.banks = banks
         self._digests = {number: bank_digest(bank) for number, bank in banks.items()}
-        self._loaded: tuple[BankStack, Any] | None = None
+        self._loaded: tuple[BankStack, Preprocessing, CachedTower | None] | None = None
         self._folded: tuple[int, ...] | None = None
 
     def answer(self, cell: Cell, records: TestRecords) -> dict[str, Any]:
-        """Answer and score a cell, unless that was done before; its row of `evaluation.json`."""
+        """Answer and score a cell, unless that was done before; on the first rank its row of `evaluation.json`."""
         stamp = cell.folder / STAMP
-        fingerprint = self._fingerprint(cell, records)
-        known = from_first_rank(read_stamp(cell.folder))
-        if known.get("fingerprint") != fingerprint or not (cell.folder / ANSWERS).is_file():
+        fingerprint = self.fingerprint(cell, records)
+        known = from_first_rank(read_stamp(cell.folder) if (cell.folder / ANSWERS).is_file() else {})
+        if known.get("fingerprint") != fingerprint:
             if rank() == 0:
                 stamp.unlink(missing_ok=True)  # it must never stand beside answers that it does not describe
             known = self._answer(cell, records, fingerprint)
             if rank() == 0:
                 write_json(stamp, known)
                 forget_journals(cell.folder)
-        if rank() == 0:
-            score_file(cell.folder / ANSWERS, cell.folder)
-        wait_for_all()
+        if rank() != 0:
+            return {}
+        score_file(cell.folder / ANSWERS, cell.folder)
         names = [self.banks[number].name for number in cell.banks]
-        root = self.config.results_run_dir
-        return cell_row(cell.task, cell.stage, names, cell.folder, root, fingerprint, records, known["seconds"])
+        return cell_row(cell.task, cell.stage, names, cell.folder, self.config.results_run_dir, known, records)
 
     def _answer(self, cell: Cell, records: TestRecords, fingerprint: str) -> dict[str, Any]:
         started = time.monotonic()
-        stack, prepare = self._model()
+        stack, prepare, tower = self._model()
         if self._folded != cell.banks:
             stack.freeze([self.banks[number] for number in cell.banks])
             stack.model.eval()
             self._folded = cell.banks
-        samples = QuestionSamples(records, task_image_roots(self.config, cell.task), prepare)
+        roots = task_image_roots(self.config, cell.task)
+        if tower is not None:
+            tower.fill(prepare.image_paths(records, roots), decoding(self.config).workers)
+        samples = QuestionSamples(records, roots, prepare)
         label = f"{cell.task.name} with {'+'.join(self.banks[number].name for number in cell.banks) or 'no bank'}"
-        answer_questions(stack.model, samples, cell.folder, decoding(self.config), fingerprint, label)
-        return {"fingerprint": fingerprint, "seconds": round(time.monotonic() - started, 3)}
+        padding = answer_questions(stack.model, samples, cell.folder, decoding(self.config), fingerprint, label)
+        return {"fingerprint": fingerprint, "seconds": round(time.monotonic() - started, 3), **padding}
 
-    def _model(self) -> tuple[BankStack, Any]:
+    def _model(self) -> tuple[BankStack, Preprocessing, CachedTower | None]:
         if self._loaded is None:
             base = load_base(self.config, own_device(self.config.model.device))
-            self._loaded = (
-                BankStack(base.model, self.config.lora.fold, reuse=True),
-                preprocessing(self.config, base),
-            )
+            tower = cached_tower(self.config, base)
+            stack = BankStack(base.model, self.config.lora.fold, reuse=True)
+            self._loaded = (stack, preprocessing(self.config, base, tower), tower)
         return self._loaded
 
-    def _fingerprint(self, cell: Cell, records: TestRecords) -> str:
+    def fingerprint(self, cell: Cell, records: TestRecords) -> str:
         """What decides a cell's answers."""
         facts = {
             **decisive(self.config),
@@ -190,7 +209,7 @@ def decisive(config: StreamConfig) -> dict[str, Any]:
     """What decides answers, whoever gives them."""
     return {
         "model": config.model.model_dump(exclude={"device"}),
-        "data": config.data.model_dump(exclude={"root", "check_images"}),
+        "data": config.data.model_dump(exclude={"root", "check_images", "cache_image_features"}),
         "max_new_tokens": config.evaluation.max_new_tokens,
     }
 
@@ -201,21 +220,23 @@ def cell_row(
     banks: Sequence[str],
     folder: Path,
     root: Path,
-    fingerprint: str,
+    stamp: Mapping[str, Any],
     records: TestRecords,
-    seconds: float,
 ) -> dict[str, Any]:
-    """A row of `evaluation.json`, once the answers in `folder`, somewhere below `root`, are scored."""
+    """A row of `evaluation.json`, once the answers in `folder`, somewhere below `root`, are scored.
+
+    Args:
+        stamp: the answers' `answers.json`: fingerprint, seconds and share of padding.
+    """
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return {
         "task": task.name,
         "stage": stage,
         "banks": list(banks),
         "answers": str((folder / ANSWERS).relative_to(root)),
-        "fingerprint": fingerprint,
         "questions": records.digest,
         "rows": len(records),
-        "seconds": seconds,
+        **stamp,
         "metrics": metrics["metrics"],
         "intervals": metrics["intervals"],
     }

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from mslora_cr.data.collator import Preprocessing, QuestionCollator, Sample
+from mslora_cr.data.collator import Preprocessing, QuestionCollator, Sample, in_batches, padding_share
 from mslora_cr.data.records import TestRecord
 from mslora_cr.data.tokenizer import Tokenizer
-from mslora_cr.training.distributed import from_first_rank, rank, wait_for_all, world_size
+from mslora_cr.training.distributed import from_all_ranks, from_first_rank, rank, wait_for_all, world_size
 
 ANSWERS = "answer-file.jsonl"
 
@@ -41,7 +41,7 @@ class Questions(Protocol):
     def records(self) -> Iterable[TestRecord]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Sample: ...
-    def encode(self, index: int, /) -> list[int]: ...
+    def lengths(self) -> list[int]: ...
 
 
 def answer_questions(
@@ -52,7 +52,7 @@ def answer_questions(
     fingerprint: str,
     label: str,
     choose: Callable[[Sequence[int]], None] | None = None,
-) -> Path:
+) -> dict[str, float]:
     """Answer every question of some samples, greedily, and write `answer-file.jsonl` in the questions' order.
 
     Each batch is appended to a file of this rank as soon as it is answered, so that a killed run goes on after its
@@ -64,34 +64,39 @@ def answer_questions(
             thrown away.
         label: what the progress bar says.
         choose: is told the questions of each batch before they are answered.
+
+    Returns:
+        The share of padding in the prompts' batches, and what it would be in the questions' own order.
     """
     target = folder / ANSWERS
     folder.mkdir(parents=True, exist_ok=True)
     journal = folder / f".answers-{fingerprint[:16]}-{rank()}.jsonl"
     # One rank reads, before any writes again: all must see the same questions as answered.
     answered = from_first_rank(_read_journals(folder, fingerprint) if rank() == 0 else {})
-    todo = [index for index in _by_length(samples) if index not in answered]
-    batches = [todo[start : start + decoding.batch_size] for start in range(0, len(todo), decoding.batch_size)]
-    mine = batches[rank() :: world_size()]
+    lengths = samples.lengths()
+    # Longest first: padding is least among neighbours, and what does not fit in memory fails at once.
+    order = sorted(range(len(samples)), key=lambda index: -lengths[index])
+    batches = in_batches([index for index in order if index not in answered], decoding.batch_size)
+    mine: dict[int, str] = {}
     with (
         journal.open("a", encoding="utf-8") as file,
         tqdm(desc=label, total=len(samples), initial=len(answered), unit="answer", disable=rank() != 0) as bar,
     ):
-        for rows in _answer_batches(model, samples, mine, decoding, choose):
+        for rows in _answer_batches(model, samples, batches[rank() :: world_size()], decoding, choose):
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             file.flush()
-            bar.update(len(rows) * world_size())
-    wait_for_all()
+            mine.update((row["index"], row["text"]) for row in rows)
+            bar.update(min(len(rows) * world_size(), len(samples) - bar.n))
+    # Ranks tell each other: a shared file system may show a file late.
+    for theirs in from_all_ranks(mine):
+        answered |= theirs
     if rank() == 0:
-        _publish(samples, _read_journals(folder, fingerprint), target, decoding, fingerprint)
+        _publish(samples, answered, target, decoding, fingerprint)
     wait_for_all()
-    return target
-
-
-def _by_length(samples: Questions) -> list[int]:
-    """Longest first: padding is least among neighbours, and what does not fit in memory fails at once."""
-    lengths = [len(samples.encode(index)) for index in range(len(samples))]
-    return sorted(range(len(samples)), key=lambda index: -lengths[index])
+    return {
+        "padding": padding_share(lengths, in_batches(order, decoding.batch_size)),
+        "padding_unsorted": padding_share(lengths, in_batches(range(len(samples)), decoding.batch_size)),
+    }
 
 
 def _answer_batches(

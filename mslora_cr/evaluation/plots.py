@@ -13,7 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-TERMS = {"ce": "Cross-entropy", "contrastive": "Contrastive term", "orthogonality": "Orthogonality term"}
+TERMS = {
+    "ce": "Cross-entropy",
+    "contrastive": "Contrastive term",
+    "orthogonality": "Orthogonality term",
+    "overlap": "Overlap with earlier banks",
+    "norm": "Norm of the new bank",
+    "drift": "Drift from earlier tasks",
+    "distillation": "Distillation",
+}
 INK = "#010203"
 """Stands for the page's text colour until the SVG is finished."""
 STYLE: dict[Any, Any] = {

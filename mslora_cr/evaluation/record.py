@@ -348,7 +348,9 @@ def bank_similarity(weights: Mapping[str, Path]) -> Similarity:
 
 
 def _shapes(file: safe_open) -> dict[str, list[int]]:
-    return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+    """Of A and B of each layer; a mixture's routers are left out."""
+    keys = file.keys()
+    return {key: file.get_slice(key).get_shape() for key in keys if not key.endswith(".lora_router.weight")}
 
 
 def load_published_scores(path: Path = PUBLISHED_SCORES) -> dict[str, PublishedRun]:

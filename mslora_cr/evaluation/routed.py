@@ -175,10 +175,9 @@ class MixedQuestions:
         part, place = self._find(index)
         return Sample(**{**part[place], "index": index})
 
-    def encode(self, index: int) -> list[int]:
-        """Ids of a question's prompt, as `QuestionSamples.encode`."""
-        part, place = self._find(index)
-        return part.encode(place)
+    def lengths(self) -> list[int]:
+        """Positions of every prompt, as `QuestionSamples.lengths`."""
+        return [length for part in self.parts for length in part.lengths()]
 
     def _find(self, index: int) -> tuple[QuestionSamples, int]:
         number = bisect_right(self._starts, index) - 1
@@ -224,8 +223,9 @@ class _Session:
             if rank() == 0:
                 score_file(folders[task.name] / ANSWERS, folders[task.name])
             wait_for_all()
+            stamp = {"fingerprint": fingerprint, "seconds": known["seconds"]}
             rows[task.name, stage] = cell_row(
-                task, stage, names, folders[task.name], root, fingerprint, self._questions(task), known["seconds"]
+                task, stage, names, folders[task.name], root, stamp, self._questions(task)
             )
         return rows
 

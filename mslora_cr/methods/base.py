@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,6 @@ class Setup:
     task: Task
     ledger: Ledger
     """Opens the banks of finished tasks."""
-    frozen: Sequence[Bank]
-    """The banks that are folded into the base."""
     device: torch.device
     """Where the live bank is."""
 
@@ -73,14 +71,12 @@ class Method:
         """The tasks whose training samples are read while a task trains; their samples are counted through."""
         return [task]
 
-    def order(
-        self, config: StreamConfig, task: Task, counts: Sequence[int], memory: Mapping[str, Tensor]
-    ) -> list[int] | None:
+    def order(self, config: StreamConfig, task: Task, counts: Sequence[int], ledger: Ledger) -> list[int] | None:
         """Positions among the samples of `sources`, in the order of all visits; None to shuffle them every epoch.
 
         Args:
             counts: how many samples each of `sources` has.
-            memory: what was kept of the task before this one; empty before that is trained.
+            ledger: opens what was kept of tasks before; nothing of those that are not trained yet.
         """
         return None
 
@@ -90,8 +86,12 @@ class Method:
         """Whether anything joins the cross entropy of this task."""
         return False
 
-    def penalty(self, setup: Setup) -> Penalty | None:
-        """A term of the bank's matrices, once per update; asked for if the method `regularizes` the task."""
+    def penalty(self, setup: Setup, frozen: Sequence[Bank]) -> Penalty | None:
+        """A term of the bank's matrices, once per update; asked for if the method `regularizes` the task.
+
+        Args:
+            frozen: the banks that are folded into the base.
+        """
         return None
 
     def distillation(self, setup: Setup) -> Distillation | None:

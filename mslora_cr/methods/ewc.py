@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Ewc(Method):
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
         return task.index > 0
 
-    def penalty(self, setup: Setup) -> Penalty:
+    def penalty(self, setup: Setup, frozen: Sequence[Bank]) -> Penalty:
         settings, earlier = setup.config.ewc, setup.config.stream[: setup.task.index]
         assert settings is not None
         anchors = earlier[-1:] if settings.mode == "online" else earlier
@@ -90,7 +90,8 @@ def diagonal_fisher(trainer: BankTrainer, samples: int, seed: int) -> dict[str, 
     chosen = torch.randperm(len(trainer.samples), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     total: dict[Key, Tensor] = {}
     trainer.stack.model.eval()
-    for start in tqdm(range(0, count, world_size()), desc="Fisher information", unit="batch", disable=rank() != 0):
+    passes = range(0, count, world_size())
+    for start in tqdm(passes, desc="Fisher information", unit="sample", unit_scale=world_size(), disable=rank() != 0):
         own = start + rank()
         # Every rank takes part in every pass, if only with a sample that does not count.
         for key, gradient in trainer.sample_gradients(chosen[min(own, count - 1)]).items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from mslora_cr.config import StreamConfig, Task
 from mslora_cr.methods.base import Method, visits
+from mslora_cr.training.ledger import Ledger
 
 
 class Joint(Method):
@@ -32,7 +32,7 @@ class Joint(Method):
     def sources(self, config: StreamConfig, task: Task) -> list[Task]:
         return config.stream
 
-    def order(self, config: StreamConfig, task: Task, counts: Sequence[int], memory: Mapping[str, Tensor]) -> list[int]:
+    def order(self, config: StreamConfig, task: Task, counts: Sequence[int], ledger: Ledger) -> list[int]:
         generator = torch.Generator().manual_seed(config.seed)
         positions, start = [], 0
         for source, count in zip(config.stream, counts, strict=True):

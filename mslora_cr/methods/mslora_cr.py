@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from mslora_cr.banks import Bank
 from mslora_cr.config import RegularizationConfig, StreamConfig, Task
 from mslora_cr.methods.base import Method, Setup
 from mslora_cr.training.penalties import BankPenalties, Pair, Penalty, PenaltyStep, PenaltyWeight
@@ -27,9 +28,16 @@ class MsloraCr(Method):
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
         return task.index > 0 and (config.regularization.alpha != 0 or config.regularization.beta != 0)
 
-    def penalty(self, setup: Setup) -> Penalty:
-        terms = BankPenalties(setup.frozen, setup.config.same_modality(setup.task), setup.device)
-        return WeightedPenalties(terms, setup.config.regularization)
+    def penalty(self, setup: Setup, frozen: Sequence[Bank]) -> Penalty:
+        settings = setup.config.regularization
+        terms = BankPenalties(
+            frozen,
+            setup.config.same_modality(setup.task),
+            setup.device,
+            getattr(torch, settings.frozen_dtype),
+            torch.device("cpu") if settings.frozen_device == "cpu" else setup.device,
+        )
+        return WeightedPenalties(terms, settings)
 
 
 class WeightedPenalties(Penalty):
@@ -42,6 +50,10 @@ class WeightedPenalties(Penalty):
     @property
     def weights(self) -> dict[str, float]:
         return {name: weight.value for name, weight in self._weights.items()}
+
+    @property
+    def frozen_bytes(self) -> int:
+        return self._terms.frozen_bytes
 
     def step(self, live: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
         before = self.weights

@@ -30,9 +30,9 @@ class Olora(Method):
         assert config.olora is not None
         return config.olora.lambda_2 > 0 or (task.index > 0 and config.olora.lambda_1 > 0)
 
-    def penalty(self, setup: Setup) -> Penalty:
+    def penalty(self, setup: Setup, frozen: Sequence[Bank]) -> Penalty:
         assert setup.config.olora is not None
-        return OloraPenalty(setup.frozen, setup.config.olora, setup.device)
+        return OloraPenalty(frozen, setup.config.olora, setup.device)
 
 
 class OloraPenalty(Penalty):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mslora_cr.config import StreamConfig, Task
 from mslora_cr.methods.base import Method, Setup, visits
+from mslora_cr.training.ledger import Ledger
 from mslora_cr.training.trainer import BankTrainer
 
 
@@ -26,14 +27,12 @@ class Replay(Method):
     def sources(self, config: StreamConfig, task: Task) -> list[Task]:
         return [task, *config.stream[: task.index]]
 
-    def order(
-        self, config: StreamConfig, task: Task, counts: Sequence[int], memory: Mapping[str, Tensor]
-    ) -> list[int] | None:
+    def order(self, config: StreamConfig, task: Task, counts: Sequence[int], ledger: Ledger) -> list[int] | None:
         assert config.replay is not None
         earlier = config.stream[: task.index]
         if not earlier:
             return None
-        buffer = memory or choose(config, earlier, counts[1:])
+        buffer = ledger.memory(earlier[-1].name) or choose(config, earlier, counts[1:])
         starts = torch.tensor(counts).cumsum(0).tolist()
         old = torch.cat([buffer[source.name] + start for source, start in zip(earlier, starts, strict=False)])
         return mix(old, counts[0], task, config.replay.share, config.seed)

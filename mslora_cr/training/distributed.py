@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 import sys
@@ -33,6 +34,7 @@ SILENCE_SECONDS = 120
 """After so long without a sign of life a rank counts as lost, with its host; sooner if `ddp_timeout` is shorter."""
 SHARED_FOLDER_SECONDS = 60
 """How late a shared file system may show one host what another has written."""
+WATCH_SECONDS = 1
 GRACE_SECONDS = 5
 """What a rank that fails has to say why, before the others end."""
 
@@ -186,6 +188,8 @@ def stopping_together() -> Iterator[None]:
         yield
         wait_for_all()
     except BaseException as error:
+        if lost_a_process(error):
+            time.sleep(2 * WATCH_SECONDS)  # if that was the launcher's end, the thread says so and stops here
         if _first_to_fail():
             _show(error)
         _end_process(130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -287,13 +291,12 @@ def _launchers() -> list[int]:
 def _watch(launchers: list[int]) -> None:
     """End this process when its launcher has ended, or another rank has failed or is lost: nobody else would."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    here = int(
-        os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size()))
-    )  # torchrun's, DeepSpeed's
+    # torchrun's name of it, then DeepSpeed's
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size())))
     first_here = rank() - local_rank
     again = "so this run stops; the same command goes on from the last checkpoint"
     while True:
-        time.sleep(1)
+        time.sleep(WATCH_SECONDS)
         failed = None if _others is None else _others.failed
         if _launchers() != launchers:
             _stop_for(f"the launcher has ended, {again}", show=local_rank == 0)
@@ -378,16 +381,33 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
 
 
+def shard_again(trainer: Trainer) -> None:
+    """Shard what a backward pass that the engine did not start has left whole: ZeRO-3 alone leaves anything."""
+    if trainer.is_deepspeed_enabled:
+        trainer.model_wrapped.empty_partition_cache()
+
+
 def release(trainer: Trainer) -> None:
     """Take apart what a trainer has left in the process, so that the next task's starts as in a fresh one."""
     if trainer.is_deepspeed_enabled:
-        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
         trainer.model_wrapped.destroy()
-        FWD_MODULE_STACK.clear()  # ZeRO-3 leaves the model in this list of its own, and with it all that it holds
+        _forget_in_zero3()
     trainer.accelerator.free_memory()
     AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _forget_in_zero3() -> None:
+    """Empty what ZeRO-3 keeps for the whole process: it would hold every task's model, as long as the process lives."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    FWD_MODULE_STACK.clear()
+    # A decorated method caches its results for every module that it was ever given.
+    for method in filter(inspect.isfunction, vars(PartitionedParameterCoordinator).values()):
+        for inner in inspect.getclosurevars(method).nonlocals.values():
+            if hasattr(inner, "cache_clear"):
+                inner.cache_clear()

@@ -17,7 +17,7 @@ from mslora_cr.losses import contrastive_term, contrastive_value, orthogonality_
 Pair = tuple[Tensor, Tensor]
 Key = tuple[str, int]
 """A matrix of a bank: its linear layer's name, and 0 for A or 1 for B."""
-GROUP_BYTES = {"cpu": 4_000_000, "cuda": 256_000_000}
+GROUP_BYTES = {"cpu": 8_000_000, "cuda": 256_000_000}
 """Frozen float32 numbers that are worked on at once: on the CPU a share of its last cache, on a GPU enough for its
 kernels to be few."""
 INITIAL_LOG_WEIGHT = -4.6
@@ -46,6 +46,11 @@ class Penalty:
     def weights(self) -> dict[str, float]:
         """Weights as they are now, for the ledger."""
         return {}
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Memory that earlier banks take for it, for the ledger."""
+        return 0
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint inside the task must hold, tensors and plain values."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from mslora_cr import llava_med
 from mslora_cr.banks import MEMORY, STATISTICS, BankStack, file_digest, save_bank
 from mslora_cr.config import ConfigError, StreamConfig, Task, training_fields
 from mslora_cr.data.collator import Preprocessing, TrainingCollator, TrainingSamples, UnitedSamples
+from mslora_cr.data.features import FeatureCache, feature_key
 from mslora_cr.data.images import check_images, image_roots, resolve_image
 from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.methods import METHODS
@@ -29,7 +31,9 @@ from mslora_cr.training.distributed import (
     TIMEOUT_SECONDS,
     agree,
     first_rank_first,
+    from_first_rank,
     gathered,
+    must_be_shared,
     own_device,
     partition,
     prepare_deepspeed,
@@ -102,6 +106,7 @@ def train(
         ledger.open(config, force)
         check_task_images(config, records)
 
+    must_be_shared(config.run_dir)
     first_rank_first(prepare)
     if not tasks:
         say(f"{config.method} trains nothing; evaluate it as it is")
@@ -147,7 +152,7 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
     for task in method.trained(config):
         sources = method.sources(config, task)
         counts = [len(TrainingRecords(task_folder(config, source) / "train.json")) for source in sources]
-        order = method.order(config, task, counts, {})
+        order = method.order(config, task, counts, ledger)
         visited, epochs = (len(order), 1.0) if order is not None else (counts[0], task.epochs)
         per_device, accumulation = batch_shape(task, fields)
         plans.append(
@@ -279,7 +284,35 @@ def load_base(config: StreamConfig, device: torch.device | str) -> llava_med.Lla
     )
 
 
-def preprocessing(config: StreamConfig, base: llava_med.LlavaMed) -> Preprocessing:
+class CachedTower:
+    """The tower, taken out of its model, and the folder where its features are kept."""
+
+    def __init__(self, folder: Path, base: llava_med.LlavaMed, device: torch.device) -> None:
+        self._layer = base.model.config.vision_feature_layer
+        self._processor = base.image_processor
+        self._tower, self._device = llava_med.detach_tower(base.model), device
+        self.cache = FeatureCache(folder / feature_key(self._tower, self._layer, self._processor))
+
+    def fill(self, images: Sequence[Path], workers: int) -> None:
+        """See to it that every image has its features; the ranks share the work."""
+        self._tower.to(self._device)
+        self.cache.fill(images[rank() :: world_size()], self._processor, self._encode, workers, progress=rank() == 0)
+        self._tower.to("cpu")
+        wait_for_all()
+
+    @torch.inference_mode()
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        parameter = next(self._tower.parameters())
+        return llava_med.tower_features(self._tower, self._layer, pixels.to(parameter.device, parameter.dtype))
+
+
+def cached_tower(config: StreamConfig, base: llava_med.LlavaMed) -> CachedTower | None:
+    """The tower apart from its model, if `data.cache_image_features` asks for it."""
+    folder = config.data.cache_image_features
+    return CachedTower(Path(folder), base, own_device(config.model.device)) if folder else None
+
+
+def preprocessing(config: StreamConfig, base: llava_med.LlavaMed, tower: CachedTower | None = None) -> Preprocessing:
     return Preprocessing(
         tokenizer=base.tokenizer,
         image_processor=base.image_processor,
@@ -287,6 +320,7 @@ def preprocessing(config: StreamConfig, base: llava_med.LlavaMed) -> Preprocessi
         patches=base.patches,
         max_length=config.data.max_length,
         all_images=config.data.images == "all",
+        features=tower.cache if tower else None,
     )
 
 
@@ -309,6 +343,7 @@ def training_arguments(
         "report_to": "none",
         "optim": "adamw_torch",
         "max_grad_norm": 0.0,
+        "ddp_find_unused_parameters": False,  # every batch uses every matrix of the bank
         "run_name": f"{config.run}/{task.name}",
         **fields,
         "output_dir": str(work_folder(config, task)),
@@ -337,6 +372,11 @@ def training_arguments(
             "training.gradient_checkpointing_kwargs.use_reentrant: with true the vision tower would be walked "
             "backwards at every step; set it to false"
         )
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ConfigError(
+            "training.train_sampling_strategy: batch_rebalance would decode every image to learn how long samples are; "
+            "use group_by_length, or random (the default)"
+        )
     return args
 
 
@@ -357,19 +397,26 @@ def train_task(
     # Everything is built before DeepSpeed hears of the task: transformers would partition what it loads afterwards.
     base = load_base(config, "cpu" if sharded else device)
     router = router_statistics(config, task, records[task.name], base) if is_routed(config) else None
+    method = METHODS[config.method]
+    sources = method.sources(config, task)
+    tower = cached_tower(config, base)
+    prepare = preprocessing(config, base, tower)
+    parts = [TrainingSamples(records[source.name], task_image_roots(config, source), prepare) for source in sources]
+    if tower is not None:
+        images = (prepare.image_paths(part.records, part.roots) for part in parts)
+        tower.fill(list(itertools.chain.from_iterable(images)), int(fields.get("dataloader_num_workers", 0)))
     frozen = ledger.banks(config, frozen_tasks(config, task))
     stack = BankStack(base.model, config.lora.fold)
     stack.freeze(frozen)
     initial = ledger.banks(config, previous_task(config, task))
     set_seed(config.seed + task.index)
-    experts = METHODS[config.method].experts(config)
+    experts = method.experts(config)
     stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial[0] if initial else None, experts)
-    method, setup = METHODS[config.method], Setup(config, task, ledger, frozen, device)
-    sources = method.sources(config, task)
-    memory = ledger.memory(config.stream[task.index - 1].name) if task.index else {}
-    order = method.order(config, task, [len(records[source.name]) for source in sources], memory)
+    setup = Setup(config, task, ledger, device)
+    order = method.order(config, task, [len(part) for part in parts], ledger)
     regularizes = method.regularizes(config, task)
-    penalty = method.penalty(setup) if regularizes else None
+    penalty = method.penalty(setup, frozen) if regularizes else None
+    del frozen  # folded into the model and held by the penalty; on the host it would be a copy per process
     args = training_arguments(config, task, fields, order is not None)
     # Its default is inside the work folder, which goes when the task is done.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / "logs" / "tensorboard" / task.name)
@@ -377,12 +424,7 @@ def train_task(
         partition(stack.model, args.hf_deepspeed_config.config)
     trainer = BankTrainer(
         stack=stack,
-        samples=UnitedSamples(
-            [
-                TrainingSamples(records[source.name], task_image_roots(config, source), preprocessing(config, base))
-                for source in sources
-            ]
-        ),
+        samples=UnitedSamples(parts),
         collator=TrainingCollator(base.tokenizer.pad_token_id),
         args=args,
         bank_shape=(config.lora.rank, config.lora.alpha),
@@ -391,11 +433,12 @@ def train_task(
         distillation=method.distillation(setup) if regularizes else None,
         callbacks=[JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
     )
-    found = checkpoints(work_folder(config, task))
+    # A shared file system may show the other ranks an older state.
+    found = from_first_rank(checkpoints(work_folder(config, task)))
     if found:
         refuse_other_launch(found[-1], args)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
-    mean_loss = trainer.mean_loss()
+    mean_loss, padding = trainer.mean_loss(), trainer.padding()
     kept = method.memory(setup, trainer)
 
     with gathered(stack.live_parameters()):
@@ -414,14 +457,14 @@ def train_task(
             "steps": trainer.state.global_step,
             "train_loss": mean_loss,
             "seconds": round(trainer.seconds, 3),
+            "padding": padding,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "frozen_bank_bytes": penalty.frozen_bytes if penalty else 0,
             "weights": penalty.weights if penalty else None,
         }
         ledger.record(task.name, entry)
         shutil.rmtree(work_folder(config, task), ignore_errors=True)
-    wait_for_all()
-    if not args.should_save:
-        ledger.content = Ledger.read(config).content
+    ledger.content = from_first_rank(ledger.content)
     release(trainer)
     if "wandb" in args.report_to:
         import wandb

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mslora_cr.banks import LIVE, BankStack, load_bank, publish_folder, save_bank
-from mslora_cr.data.collator import TrainingCollator, UnitedSamples
+from mslora_cr.data.collator import TrainingCollator, UnitedSamples, in_batches, padding_share
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.errors import UserError
 from mslora_cr.training.distributed import (
     DistributedError,
     gathered,
     lost_a_process,
+    shard_again,
     wait_for_all,
     zero_stage,
 )
@@ -103,6 +106,7 @@ class BankTrainer(Trainer):
         self._logged: dict[str, Tensor] = {}
         self._logged_from = 0
         self._loss_sum = torch.zeros((), device=args.device)
+        self._positions = torch.zeros(2, dtype=torch.int64, device=args.device)  # with a token, and all
         self._started = time.monotonic()
         if penalty is not None:
             for module, pair in stack.live().items():
@@ -164,6 +168,9 @@ class BankTrainer(Trainer):
         """A micro-batch; the last one of an update carries the penalty."""
         last = self.penalty is not None and self.accelerator.sync_gradients
         penalty = self._prepare_penalty() if last else None
+        mask = inputs["attention_mask"]
+        self._positions[0] += mask.sum()
+        self._positions[1] += mask.numel()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._pending.clear()
         for name, value in self._micro_batch.items():
@@ -183,8 +190,6 @@ class BankTrainer(Trainer):
             self._log_term(name, value)
         return step.value
 
-    # --- logging ---
-
     def sample_gradients(self, index: int) -> dict[Key, Tensor]:
         """The gradient of one sample's cross entropy, summed over its answer's tokens, float32; moves nothing.
 
@@ -198,7 +203,32 @@ class BankTrainer(Trainer):
             logits = self.stack.model(**batch, logits_to_keep=keep, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         gradients = torch.autograd.grad(loss, list(keys.values()))
+        shard_again(self)
         return {key: gradient.float() for key, gradient in zip(keys, gradients, strict=True)}
+
+    # --- the order of samples ---
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Groups by length on `train_sampling_strategy: group_by_length`; no image is decoded to learn lengths."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return GroupedByLength(self._lengths, self.args, lambda: int(self.state.epoch or 0))
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return self.samples.lengths()
+
+    def padding(self) -> dict[str, float]:
+        """The share of padded positions so far; where samples are grouped, what it would be in random order too."""
+        real, everything = self.accelerator.reduce(self._positions, "sum").tolist()
+        found = {"share": 1 - real / max(everything, 1)}
+        if self.args.train_sampling_strategy == "group_by_length":
+            generator = torch.Generator().manual_seed(self.args.seed)
+            order = torch.randperm(len(self._lengths), generator=generator).tolist()
+            found["in_random_order"] = padding_share(self._lengths, in_batches(order, self.args.train_batch_size))
+        return found
+
+    # --- logging ---
 
     @property
     def seconds(self) -> float:
@@ -246,14 +276,20 @@ class BankTrainer(Trainer):
         """Write the live bank, and what this trainer adds to the Trainer's state, into a checkpoint."""
         assert output_dir is not None
         loss_sum = self.accelerator.reduce(self._loss_sum, "mean")
+        positions = self.accelerator.reduce(self._positions, "sum")
         with gathered(self.stack.live_parameters()):
             bank = self.stack.snapshot(LIVE, *self.bank_shape)
         if self.args.should_save:
             folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             save_bank(bank, folder / BANK_FOLDER)
-            penalty = self.penalty.state_dict() if self.penalty else {}
-            torch.save({"penalty": penalty, "loss_sum": loss_sum, "seconds": self.seconds}, folder / STATE)
+            state = {
+                "penalty": self.penalty.state_dict() if self.penalty else {},
+                "loss_sum": loss_sum,
+                "positions": positions,
+                "seconds": self.seconds,
+            }
+            torch.save(state, folder / STATE)
             (folder / LAUNCH).write_text(json.dumps(launch(self.args)), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -262,10 +298,12 @@ class BankTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = torch.load(Path(checkpoint) / STATE, map_location=self.args.device, weights_only=True)
+            state = torch.load(Path(checkpoint) / STATE, map_location="cpu", weights_only=True)
             if self.penalty:
                 self.penalty.load_state_dict(state["penalty"])
-            self._loss_sum = state["loss_sum"]
+            self._loss_sum = state["loss_sum"].to(self._loss_sum.device)
+            if self.args.process_index == 0:  # they are summed over ranks
+                self._positions = state["positions"].to(self._positions.device)
             self._started -= state["seconds"]
             self._logged_from = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
 
@@ -282,6 +320,19 @@ def _penalty_hook(pending: dict[Key, Tensor], key: Key) -> Callable[[Tensor], Te
         return gradient if penalty is None else gradient + penalty.to(gradient.dtype)
 
     return add
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """transformers' sampler in an order that seed and epoch alone decide, so that it is the same on every rank and in a
+    run that goes on after a kill."""
+
+    def __init__(self, lengths: list[int], args: TrainingArguments, epoch: Callable[[], int]) -> None:
+        super().__init__(args.train_batch_size * args.gradient_accumulation_steps, lengths=lengths)
+        self.seed, self.epoch = args.seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 def checkpoints(folder: Path) -> list[Path]:

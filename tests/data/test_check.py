@@ -138,6 +138,15 @@ def test_samples_that_would_be_cut_off(root):
         read_limit(root, 2048)
 
 
+def test_texts_that_cannot_be_encoded(root):
+    nul = [{"from": "human", "value": "<image>\na\0b"}, {"from": "gpt", "value": "yes"}]
+    write(root, [training(), training(conversations=nul)], [question(), question(text="a\0b")])
+    for limit in (None, read_limit(GOLDEN, max_length=50)):
+        errors = messages(look(root, limit=limit), "error")
+        assert "conversations with a NUL character, which cannot be encoded (1): ['train.json: record 1']" in errors
+        assert "questions with a NUL character, which cannot be encoded (1): ['test.jsonl: question 1']" in errors
+
+
 def test_twenty_thousand_rows_without_images_take_seconds(tmp_path):
     train = [training(f"images/train/train_{i // 4:05}.jpg", id=i) for i in range(20_000)]
     test = [question(f"images/test/test_{i // 4:05}.jpg", "yes" if i % 2 else "no") for i in range(6_761)]
@@ -162,6 +171,7 @@ def test_the_command_prints_a_table_writes_json_and_exits_by_the_errors(root, tm
     assert module.run(arguments(*words)) == 0
     printed = capsys.readouterr().out
     assert "pathvqa" in printed and "warnings" in printed and "0 errors" in printed
+    assert "closed answers: pathvqa: yes 67%, no 33%" in printed
     assert output.with_suffix(".good-images").stat().st_size == 7 * 16
     assert json.loads(output.read_text())["data_sets"][0]["closed_answers"] == {"yes": 2, "no": 1}
 
@@ -176,6 +186,13 @@ def test_the_command_prints_a_table_writes_json_and_exits_by_the_errors(root, tm
     assert module.run(arguments(str(root), "--output", str(output))) == 1  # seven sets are not there
     with pytest.raises(DataError, match="no such folder"):
         module.run(arguments(str(root / "nowhere")))
+
+
+@pytest.mark.parametrize("option", [("--workers", "0"), ("--max-length", "-5"), ("--workers", "x")])
+def test_senseless_options_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        arguments(*option)
+    assert f"argument {option[0]}" in capsys.readouterr().err
 
 
 def test_the_table_is_aligned():

@@ -188,6 +188,31 @@ def test_archives_and_archives_in_archives_are_unpacked(tmp_path):
     ]
 
 
+def test_many_images_of_one_name_are_matched_in_time(tmp_path):
+    """As many `source.jpg` as would take minutes if each were compared with each."""
+    names = [f"Slake_images/xmlab{i}/source.jpg" for i in range(20_000)]
+    annotate(tmp_path / "root/Slake-VQARad", names, names[:1])
+    zip_of(tmp_path / "raw.zip", {name.replace("Slake_images", "imgs"): b"" for name in names})
+    with RawData([tmp_path / "raw.zip"], tmp_path / "work") as data:
+        result = Prepared()
+        matches = module._match(data_set("slake-vqarad"), names, data, result)
+    assert result.ambiguous == {} and len(matches) == len(names)
+    assert all(file.path.parts[-2] == name.split("/")[1] for name, file in matches.items())
+
+
+@pytest.mark.parametrize("suffix", ["bz2", "xz"])
+def test_other_tar_archives_are_read(suffix, tmp_path):
+    with tarfile.open(tmp_path / f"raw.tar.{suffix}", f"w:{suffix}") as archive:
+        info = tarfile.TarInfo("images/x.png")
+        info.size = len(png(4))
+        archive.addfile(info, io.BytesIO(png(4)))
+    annotate(tmp_path / "root/PathVQA", ["images/x.png"], ["images/x.png"])
+    run("pathvqa", tmp_path / f"raw.tar.{suffix}", tmp_path / "root")
+    assert red(tmp_path / "root", "pathvqa", "images/x.png") == 4
+    with pytest.raises(DataError, match=r"raw\.7z: archives of this kind are not read; unpack it"):
+        run("pathvqa", put(tmp_path / "raw.7z", b"7z"), tmp_path / "root")
+
+
 def test_broken_links_are_replaced(tmp_path):
     raw, root = tmp_path / "raw", tmp_path / "root"
     put(raw / "x.png", png(1))

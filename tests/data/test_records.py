@@ -80,6 +80,7 @@ G = json.dumps(GOOD)
 BAD_TRAINING = {
     "empty": (b"", "expected one list"),
     "empty list": ("[]", "no records"),
+    "byte order mark": (f"[{G}]".encode("utf-8-sig"), "byte order mark; save it as UTF-8 without one"),
     "object": ("{}", "expected one list"),
     "lines": (lines(GOOD, GOOD), "expected one list"),
     "numbers": ("[1]", "record 0: expected an object"),

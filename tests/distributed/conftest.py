@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mslora_cr.cli import main
-from tests.conftest import once, write_config
+from tests.conftest import bank_bytes, once, write_config
 from tests.distributed.launch import deepspeed_file, launch, run
 
 Run = Callable[..., Path]
@@ -18,6 +18,7 @@ FIXED = {"alpha": 0.1, "beta": 0.01}
 LEARNABLE = {"alpha": -1, "beta": -1}
 WITHOUT_DROPOUT = {"rank": 4, "alpha": 8}
 """Each rank draws its own dropout mask, so only without dropout are the numbers those of one process."""
+TWO_TASKS = "tasks=[pathvqa, slake-vqarad]"
 ADAM_EPSILON = 1e-6
 """Adam scales gradients far above its epsilon, 1e-8 otherwise, to one size, so a gradient of 1e-8 that is all rounding
 error would move its number as far as any other."""
@@ -57,6 +58,19 @@ def trained(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Run:
 
         key = hashlib.sha256(repr((stage, weights, overrides)).encode()).hexdigest()[:16]
         return once(shared_tmp / f"trained-{key}", build) / "checkpoints" / "tiny"
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def whole(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Callable[[str], dict[str, bytes]]:
+    """The banks of an uninterrupted run of two processes under a stage, with dropout and a learnable weight."""
+
+    def train(stage: str) -> dict[str, bytes]:
+        def build(folder: Path) -> None:
+            launch(["train", write_config(folder, tiny_settings), TWO_TASKS, *deepspeed_file(stage, folder)])
+
+        return bank_bytes(once(shared_tmp / f"whole-{stage}", build) / "checkpoints" / "tiny")
 
     return train
 

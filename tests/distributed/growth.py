@@ -20,7 +20,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def watch(folder: Path) -> None:
-    """Write a line of counts to `folder/RANK.jsonl` after each task, and while it trains the hooks of its model."""
+    """Write two lines to `folder/RANK.jsonl` for each task: the hooks of its model, and what is held when it is done."""
     release = stream.release
     file = folder / f"{rank()}.jsonl"
 
@@ -28,7 +28,7 @@ def watch(folder: Path) -> None:
         training = count_hooks([trainer.model, *trainer.model.modules()], trainer.model.parameters())
         release(trainer)
         with file.open("a") as opened:
-            opened.write(json.dumps({"hooks of the model": training}) + "\n")
+            opened.write(json.dumps({"hooks": training}) + "\n")
 
     train_task = stream.train_task
 

@@ -25,6 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import deepspeed  # noqa: F401  (imported once, by the server)
 import torch
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 from torch.multiprocessing.spawn import _prctl_pr_set_pdeathsig
@@ -37,6 +38,8 @@ ROOT = Path(__file__).parents[2]
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 TIMEOUT = 240
 """Seconds after which a run counts as hanging."""
+BOUND = 60
+"""Seconds within which the processes of a broken run must have ended, on a busy machine too."""
 ZEROED = ("param_persistence_threshold", "prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -122,7 +125,10 @@ def _agent(command: list[str], processes: int, before: Callable[[], None] | None
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--rdzv_id", output]
     config, _, _ = config_from_args(parse_args([*rendezvous, "--nproc_per_node", str(processes), "unused"]))
     config.start_method = "fork"
-    elastic_launch(config, entrypoint=_rank)(command, before)
+    try:
+        elastic_launch(config, entrypoint=_rank)(command, before)
+    except ChildFailedError as error:
+        sys.exit(str(error))
 
 
 def _rank(command: list[str], before: Callable[[], None] | None) -> None:

@@ -1,11 +1,13 @@
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mslora_cr.data.records import DataError
+from mslora_cr.evaluation.record import load_published_scores
 from mslora_cr.evaluation.score import CSV_HEADER, read_answers, read_scores, score_file
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "metrics"
@@ -27,6 +29,22 @@ def test_golden_files_byte_for_byte(name, tmp_path):
     score_file(GOLDEN / f"{name}.answers.jsonl", tmp_path / "deep" / "out")
     for file in ("metrics.txt", "hit.csv", "not_hit.csv"):
         assert (tmp_path / "deep" / "out" / file).read_bytes() == (GOLDEN / f"{name}.{file}").read_bytes()
+
+
+@pytest.mark.skipif("MSLORA_PUBLISHED_RESULTS" not in os.environ, reason="MSLORA_PUBLISHED_RESULTS names no folder")
+def test_published_answers_get_their_published_scores(tmp_path):
+    """RUN/TASK/answer-file.jsonl and metrics.txt, as published with the method."""
+    answers = sorted(Path(os.environ["MSLORA_PUBLISHED_RESULTS"]).glob("*/*/answer-file.jsonl"))
+    assert answers
+    published = {entry.run: entry.scores for entry in load_published_scores().values()}
+    for file in answers:
+        scores = score_file(file, tmp_path)
+        assert (tmp_path / "metrics.txt").read_bytes() == file.with_name("metrics.txt").read_bytes(), file
+        table = published[file.parents[1].name][file.parent.name]
+        shown = {"exact": "exact match score", "closed": "close accuracy", "f1": "f1 score"}
+        for name, key in shown.items():
+            assert (name in table) == (key in scores.metrics)
+            assert name not in table or table[name] == pytest.approx(scores.metrics[key], abs=0.005)
 
 
 def test_metrics_json_is_full_precision(tmp_path):

@@ -1,0 +1,91 @@
+"""How exact and how quick folding is: eight banks merged into the base, or concatenated into one adapter.
+
+    python -m benchmarks.folding
+    python -m benchmarks.folding --size 7b --layers 2      # LLaVA-Med's shapes; times by 16 for all of it
+
+Deviations are those of the logits from the float32 computation with every bank on its own, in float32 and in bfloat16,
+whose unfolded computation deviates as well. Times stand beside what merging cannot do without: the matrix products
+alone, and one copy of the weights; and beside loading the weights from disk, which switching a stage does not do.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from benchmarks.baselines import peft_all_active
+from benchmarks.harness import Setting, finish, language_model, parse, random_banks, random_batch
+from mslora_cr.banks import Bank, BankStack, language_linears
+
+BANKS = 8
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    setting = parse("folding", __doc__, argv)
+    banks = random_banks(setting.size, BANKS)
+    deviations = _deviations(setting, banks)
+    merged = BankStack(_base(setting, torch.bfloat16), "merge", reuse=True)
+    concatenated = BankStack(_base(setting, torch.bfloat16), "concatenate")
+    linears = language_linears(merged.model)
+    a, b = ({name: [bank.matrices[name][half] for bank in banks] for name in linears} for half in (0, 1))
+    stacked = [(torch.cat(a[name]).to(setting.device), torch.cat(b[name], 1).to(setting.device)) for name in linears]
+    weights = [linear.weight.detach() for linear in linears.values()]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "weights.safetensors"
+        save_file({str(number): weight.cpu().clone() for number, weight in enumerate(weights)}, file)
+        seconds = setting.interleaved(
+            {
+                "merge": lambda: merged.freeze(banks),
+                "switch to 7 banks": lambda: merged.freeze(banks[:-1]),
+                "concatenate": lambda: concatenated.freeze(banks),
+                "products alone": lambda: [right @ left for left, right in stacked],
+                "copy of the weights": lambda: [weight.clone() for weight in weights],
+                "load from disk": lambda: [tensor.to(setting.device) for tensor in load_file(file).values()],
+            }
+        )
+    return finish(
+        setting,
+        seconds,
+        {"merge_over_products": ("merge", "products alone"), "merge_over_copy": ("merge", "copy of the weights")},
+        extra={"deviation": deviations, "merged_parameters": sum(weight.numel() for weight in weights)},
+    )
+
+
+def _base(setting: Setting, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+    """The same weights whatever the dtype: those that bfloat16 can hold."""
+    return language_model(setting.size, setting.device).to(torch.bfloat16).to(dtype)
+
+
+@torch.inference_mode()
+def _deviations(setting: Setting, banks: Sequence[Bank]) -> dict[str, dict[str, float]]:
+    """Of the logits: the root of the mean square against that of the logits, and the share of equal best words."""
+    ids = random_batch(setting.size, 1, setting.device)["input_ids"]
+    expected: Tensor | None = None
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for fold in ("unfolded", "merge", "concatenate"):
+            base = _base(setting, dtype)
+            if fold == "unfolded":
+                model: Any = peft_all_active(base, banks, train_last=False)
+            else:
+                stack = BankStack(base, fold)
+                stack.freeze(banks)
+                model = stack.model
+            logits = model.eval()(input_ids=ids).logits.float()
+            expected = logits if expected is None else expected
+            found[f"{fold}, {str(dtype).removeprefix('torch.')}"] = {
+                "relative": float((logits - expected).norm() / expected.norm()),
+                "same_word": float((logits.argmax(-1) == expected.argmax(-1)).float().mean()),
+            }
+    return found
+
+
+if __name__ == "__main__":
+    main()

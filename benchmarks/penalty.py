@@ -1,0 +1,81 @@
+"""Both penalties and their gradient, against the formulas as they are written, under autograd.
+
+    python -m benchmarks.penalty                   # the shape that the published code was measured at
+    python -m benchmarks.penalty --size 7b --layers 2
+
+The live bank is bank 8 of 8, then bank 32 of 32; values and gradients of both ways are compared as well. The frozen
+banks are held in float32 and in bfloat16; on a GPU also in the CPU's pinned memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.baselines import Pairs, alternating, autograd_penalties
+from benchmarks.harness import finish, parse, random_banks
+from mslora_cr.training.penalties import BankPenalties
+
+ALPHA, BETA = 0.1, 0.01
+BANKS, MANY = 8, 32
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    setting = parse("penalty", __doc__, argv)
+    device = setting.device
+    banks = random_banks(setting.size, MANY)
+    live: Pairs = {
+        name: (a.to(device).requires_grad_(), b.to(device).requires_grad_())
+        for name, (a, b) in banks[BANKS - 1].matrices.items()
+    }
+    frozen = banks[: BANKS - 1]
+    others = [{name: (a.to(device), b.to(device)) for name, (a, b) in bank.matrices.items()} for bank in frozen]
+    same = alternating(len(frozen))
+
+    def autograd() -> None:
+        for pair in live.values():
+            for matrix in pair:
+                matrix.grad = None
+        autograd_penalties(live, others, same, ALPHA, BETA).backward()
+
+    held = {
+        "ours": BankPenalties(frozen, same, device),
+        "ours, bfloat16": BankPenalties(frozen, same, device, torch.bfloat16),
+        "ours, 32 banks": BankPenalties([*frozen, *banks[BANKS:]], alternating(MANY - 1), device),
+    }
+    if device.type == "cuda":
+        held["ours, pinned"] = BankPenalties(frozen, same, device, frozen_device=torch.device("cpu"))
+
+    def ours(penalties: BankPenalties) -> Callable[[], Any]:
+        return lambda: penalties.terms(live, ALPHA, BETA)
+
+    seconds = setting.interleaved({"autograd": autograd} | {name: ours(terms) for name, terms in held.items()}, 2)
+    return finish(
+        setting,
+        seconds,
+        {
+            "autograd_over_ours": ("autograd", "ours"),
+            "autograd_over_ours_bfloat16": ("autograd", "ours, bfloat16"),
+            "banks_32_over_8": ("ours, 32 banks", "ours"),
+        },
+        extra={
+            "frozen_megabytes": {name: round(terms.frozen_bytes / 1e6, 1) for name, terms in held.items()},
+            "largest_deviation_from_autograd": _deviation(held["ours"], live, autograd),
+        },
+    )
+
+
+def _deviation(penalties: BankPenalties, live: Pairs, autograd: Callable[[], None]) -> dict[str, float]:
+    """Of the gradient, absolute, and against the largest entry of autograd's."""
+    autograd()
+    gradients = penalties.terms(live, ALPHA, BETA)[2]
+    pairs = [(live[module][half].grad, gradient) for (module, half), gradient in gradients.items()]
+    largest = max(float(theirs.abs().max()) for theirs, _ in pairs if theirs is not None)
+    absolute = max(float((theirs - own).abs().max()) for theirs, own in pairs if theirs is not None)
+    return {"gradient": absolute, "gradient_relative": absolute / largest}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Cached features of the tower: the same as computed ones, keyed by content, whole or not there."""
+
+import multiprocessing
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mslora_cr.data.features import FeatureCache, feature_key
+from mslora_cr.data.records import DataError
+from mslora_cr.llava_med import detach_tower, load, tower_features
+
+
+class Processor:
+    """As a CLIP processor, without resizing."""
+
+    image_mean = (0.5, 0.5, 0.5)
+
+    def __call__(self, images: Image.Image, return_tensors: str) -> dict[str, torch.Tensor]:
+        return {"pixel_values": torch.from_numpy(np.array(images)).permute(2, 0, 1)[None].float()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"image_mean": self.image_mean}
+
+
+def image(path: Path, value: int) -> Path:
+    Image.new("RGB", (4, 4), (value, value, value)).save(path)
+    return path
+
+
+def means(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.mean((2, 3))[:, :, None]
+
+
+def fill(folder: Path, images: list[Path]) -> None:
+    FeatureCache(folder).fill(images, Processor(), means, progress=False)
+
+
+def test_equal_images_are_seen_once_and_a_known_one_never_again(tmp_path: Path) -> None:
+    first, other = image(tmp_path / "a.png", 10), image(tmp_path / "b.png", 20)
+    copy = Path(shutil.copy(first, tmp_path / "c.png"))
+    seen: list[int] = []
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return means(pixels)
+
+    cache = FeatureCache(tmp_path / "cache")
+    cache.fill([first, other, copy], Processor(), encode, progress=False)
+    assert seen == [2]
+    assert cache.load(copy).equal(torch.full((3, 1), 10.0))
+    assert cache.load(other).equal(torch.full((3, 1), 20.0))
+    cache.fill([first, other, copy], Processor(), encode, progress=False)
+    assert seen == [2]
+
+
+def test_an_image_that_changes_has_no_features(tmp_path: Path) -> None:
+    path = image(tmp_path / "a.png", 10)
+    fill(tmp_path / "cache", [path])
+    image(path, 11)
+    with pytest.raises(DataError, match="no features"):
+        FeatureCache(tmp_path / "cache").load(path)
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    path = image(tmp_path / "a.png", 10)
+    cache = FeatureCache(tmp_path / "cache")
+    fill(cache.folder, [path])
+    cache.place(path).write_bytes(cache.place(path).read_bytes()[:-4])
+    with pytest.raises(DataError, match="remove that file"):
+        cache.load(path)
+
+
+def test_two_writers_leave_whole_files_and_nothing_else(tmp_path: Path) -> None:
+    images = [image(tmp_path / f"{number}.png", number) for number in range(24)]
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=fill, args=(tmp_path / "cache", images)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    cache = FeatureCache(tmp_path / "cache")
+    assert [float(cache.load(path)[0]) for path in images] == list(map(float, range(24)))
+    assert sum(file.is_file() for file in cache.folder.rglob("*")) == len(images)
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = image(tmp_path / "a.png", 10)
+
+    def fail(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        fill(tmp_path / "cache", [path])
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+
+
+def test_the_key_follows_tower_layer_and_preprocessing() -> None:
+    tower, processor, other = torch.nn.Linear(2, 2), Processor(), Processor()
+    other.image_mean = (0.4, 0.5, 0.5)
+    keys = {feature_key(tower, -2, processor), feature_key(tower, -1, processor), feature_key(tower, -2, other)}
+    keys.add(feature_key(torch.nn.Linear(2, 2), -2, processor))
+    keys.add(feature_key(tower.bfloat16(), -2, processor))
+    assert len(keys) == 5
+
+
+def test_a_model_takes_features_where_it_took_pixels(tiny_model: Path) -> None:
+    base = load(tiny_model, dtype=torch.float32)
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[1, *[base.image_token_id] * base.patches, 300, 301]] * 2)
+    with torch.no_grad():
+        expected = base.model(input_ids=ids, pixel_values=pixels).logits
+        tower = detach_tower(base.model)
+        features = tower_features(tower, base.model.config.vision_feature_layer, pixels)
+        assert features.shape == (2, base.patches + 1, 96)
+        assert base.model(input_ids=ids, pixel_values=features).logits.equal(expected)

@@ -1,0 +1,141 @@
+"""Killed, broken or out of space: all ranks end soon and say why, and the same command goes on to the same banks."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import bank_bytes, write_config
+from tests.distributed import faults
+from tests.distributed.conftest import TWO_TASKS
+from tests.distributed.launch import BOUND, ROOT, STAGES, Launch, alive, deepspeed_file, launch, start, wait_until
+
+STEPS = 4
+"""Optimizer steps a task; a checkpoint is written every second one."""
+
+
+class Stream:
+    """A run of two tasks that is started again and again."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], stage: str, *overrides: str) -> None:
+        config = write_config(folder, settings)
+        self.run = folder / "checkpoints" / "tiny"
+        self.command = ["train", config, TWO_TASKS, *deepspeed_file(stage, folder), *overrides]
+
+    def steps(self) -> int:
+        """How many optimizer steps the logs tell of."""
+        return sum(file.read_text().count("\n") for file in self.run.glob("logs/*.jsonl"))
+
+    def start_until(self, step: int) -> Launch:
+        """Start two processes and return when the logs tell of that step."""
+        launched = start(self.command)
+        wait_until(lambda: self.steps() >= step or launched.process.exitcode is not None, pause=0.001)
+        assert launched.process.exitcode is None, launched.output[-4000:]
+        return launched
+
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in self.run.glob("work/*/*"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_broken_and_killed_again(
+    stage: str, tiny_settings: dict[str, Any], tmp_path: Path, whole: Callable[[str], dict[str, bytes]]
+) -> None:
+    """One command: a rank is killed, then the disk is full, then the launcher is killed, then it ends."""
+    stream = Stream(tmp_path, tiny_settings, stage)
+    moments = random.randint(1, STEPS - 1), random.randint(STEPS + 1, 2 * STEPS - 1)
+    print("killed at steps", moments)  # shown if the test fails
+
+    launched = stream.start_until(moments[0])
+    os.kill(launched.ranks()[random.randint(0, 1)], signal.SIGKILL)
+    status, output = launched.finish(BOUND)
+    assert status == 1
+    assert "Signal 9 (SIGKILL)" in output or "another process of this run has ended" in output
+
+    before = [name for name in stream.checkpoints() if name.startswith("checkpoint")]
+    status, output = start(stream.command, before=faults.full_disk).finish(BOUND)
+    assert status == 1
+    assert output.count("mslora-cr: error on rank") == 1, output[-4000:]
+    assert "cannot be written" in output and "What was complete before is kept" in output, output[-4000:]
+    assert [name for name in stream.checkpoints() if name.startswith("checkpoint")] == before[-1:]
+
+    launched = stream.start_until(moments[1])
+    ranks = launched.ranks()
+    os.kill(launched.pid, signal.SIGKILL)
+    wait_until(lambda: not any(alive(rank) for rank in ranks), BOUND)
+    assert launched.output.count("the launcher has ended") == 1, launched.output[-4000:]
+
+    launch(stream.command)
+    assert bank_bytes(stream.run) == whole(stage)
+    assert not stream.checkpoints()
+
+
+def test_another_number_of_processes_inside_a_task(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """It is refused, and allowed between tasks; one checkpoint is kept, whole and under its name."""
+    stream = Stream(tmp_path, tiny_settings, "zero2")
+    launched = stream.start_until(STEPS - 1)
+    os.kill(launched.ranks()[1], signal.SIGKILL)
+    launched.finish(BOUND)
+    assert [name for name in stream.checkpoints() if name != ".saving"] == ["checkpoint-2"]
+    status, output = start(stream.command, processes=1).finish(BOUND)
+    assert status == 1
+    assert "was written with processes 2, ZeRO stage 2; this run has processes 1, ZeRO stage 2" in output
+    shutil.rmtree(stream.run / "work" / "pathvqa")  # as the message says
+    launch(stream.command, processes=1)
+    assert bank_bytes(stream.run).keys() == {"pathvqa", "slake-vqarad"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "stage", "message"),
+    [
+        (faults.exception_on_rank_1, "zero3", "error on rank 1: ZeroDivisionError('planted')"),
+        (faults.nan_on_rank_1, "ddp", "error on rank 1: the loss at step 2 is nan; nothing was updated. The batch:"),
+    ],
+)
+def test_an_error_on_one_rank_stops_all(
+    fault: Callable[[], None], stage: str, message: str, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    stream = Stream(tmp_path, tiny_settings, stage, "training.save_steps=1")
+    status, output = start(stream.command, before=fault).finish(BOUND)
+    assert status == 1
+    assert output.count("mslora-cr: error") == output.count(message) == 1, output[-4000:]
+    assert output.count("ZeroDivisionError: planted") == (1 if "planted" in message else 0)  # a traceback's last line
+    assert stream.steps() == 1  # nothing moved at the second
+    assert [name for name in stream.checkpoints() if name != ".saving"] == ["checkpoint-1"]
+
+
+def test_a_wrong_record_stops_all(tiny_settings: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    images = sorted((data / "PathVQA").rglob("*.jpg")) or sorted((data / "PathVQA").rglob("*.png"))
+    for image in images:
+        image.write_bytes(b"no image")
+    stream = Stream(tmp_path, tiny_settings, "zero1", f"data.root={data}")
+    status, output = start(stream.command).finish(BOUND)
+    assert status == 1
+    assert output.count("mslora-cr: error on rank") == 1, output[-4000:]
+    assert "PathVQA" in output
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_killed_launcher_of_the_users_own(launcher: str, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """DeepSpeed's has two processes; without the upper one the lower one would go on."""
+    stream = Stream(tmp_path, tiny_settings, "ddp")
+    script = ["bash", "scripts/launch.sh", *map(str, stream.command), "--gpus", "2", "--launcher", launcher]
+    process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    wait_until(lambda: stream.steps() >= 1 or process.poll() is not None)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    output, _ = process.communicate(timeout=BOUND)  # until the last of them has closed it
+    assert len(family) >= 2
+    wait_until(lambda: not any(alive(member.pid) for member in family), BOUND)
+    assert output.count("the launcher has ended, so this run stops") == 1, output[-4000:]

@@ -1,0 +1,59 @@
+"""Every benchmark runs at its tiny size and writes what it promises. No time is asserted."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RATIOS = {
+    "step": {"banks_8_over_1", "penalties_share", "peft_all_active_over_ours"},
+    "penalty": {"autograd_over_ours"},
+    "generation": {"answers_per_second_over_baseline"},
+    "memory": {"full_logits_over_ours"},
+    "startup": {"help_over_python"},
+    "data": {"png_over_cache", "jpeg_over_cache"},
+    "folding": {"merge_over_products"},
+}
+REPETITIONS = {"startup": 1, "memory": 1}
+"""Fewer where every measurement is a process of its own."""
+SMALLER = {"generation": ["--questions", "6", "--new-tokens", "4", "--batches", "1", "6"]}
+
+
+def run(name: str, folder: Path) -> dict[str, Any]:
+    file = folder / "figures.json"
+    repetitions = str(REPETITIONS.get(name, 2))
+    arguments = ["--size", "tiny", "--repetitions", repetitions, "--device", "cpu", "--json", str(file)]
+    importlib.import_module(f"benchmarks.{name}").main([*arguments, *SMALLER.get(name, [])])
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", RATIOS)
+def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(name, tmp_path)
+    assert RATIOS[name] <= set(found["ratios"])
+    assert all(value > 0 for value in found["ratios"].values())
+    assert set(found["ratio_spread"]) == set(found["ratios"])
+    for figures in found["figures"].values():
+        assert 0 < figures["min"] <= figures["q1"] <= figures["median"] <= figures["q3"] <= figures["max"]
+    assert found["repetitions"] == REPETITIONS.get(name, 2)
+    assert found["command"].startswith(f"python -m benchmarks.{name} --size tiny")
+    assert {"versions", "git", "hardware", "machine"} <= set(found["environment"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in [*found["figures"], *found["ratios"]])
+    if name == "penalty":
+        assert found["largest_deviation_from_autograd"]["gradient_relative"] < 1e-5
+    if name == "generation":
+        assert found["identical_text"] is True
+    if name == "folding":
+        deviation = {key: value["relative"] for key, value in found["deviation"].items()}
+        assert max(deviation["merge, float32"], deviation["concatenate, float32"]) < 1e-5
+        assert deviation["unfolded, bfloat16"] > 1e-4
+
+
+def test_every_benchmark_is_tried() -> None:
+    folder = Path(__file__).parents[1] / "benchmarks"
+    assert {path.stem for path in folder.glob("*.py")} - {"__init__", "harness", "baselines", "real_size"} == set(
+        RATIOS
+    )
