@@ -337,9 +337,8 @@ def train_task(
         beta=config.regularization.beta,
         callbacks=[JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
     )
-    found = from_first_rank(
-        checkpoints(work_folder(config, task))
-    )  # a shared file system may show others an older state
+    # A shared file system may show other hosts an older state, of checkpoints here and of the ledger below.
+    found = from_first_rank(checkpoints(work_folder(config, task)))
     if found:
         refuse_other_launch(found[-1], args)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
