@@ -35,6 +35,7 @@ SILENCE_SECONDS = 120
 SHARED_FOLDER_SECONDS = 60
 """How late a shared file system may show one host what another has written."""
 WATCH_SECONDS = 1
+"""How often a rank looks whether its launcher and the others are still there."""
 GRACE_SECONDS = 5
 """What a rank that fails has to say why, before the others end."""
 
@@ -291,7 +292,7 @@ def _launchers() -> list[int]:
 def _watch(launchers: list[int]) -> None:
     """End this process when its launcher has ended, or another rank has failed or is lost: nobody else would."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    # torchrun's name of it, then DeepSpeed's
+    # Ranks on this host, as torchrun and as DeepSpeed's launcher say it.
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size())))
     first_here = rank() - local_rank
     again = "so this run stops; the same command goes on from the last checkpoint"

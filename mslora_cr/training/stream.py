@@ -433,7 +433,7 @@ def train_task(
         distillation=method.distillation(setup) if regularizes else None,
         callbacks=[JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
     )
-    # A shared file system may show the other ranks an older state.
+    # A shared file system may show other hosts an older state, of checkpoints here and of the ledger below.
     found = from_first_rank(checkpoints(work_folder(config, task)))
     if found:
         refuse_other_launch(found[-1], args)

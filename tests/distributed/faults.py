@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import resource
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mslora_cr.data.collator import TrainingCollator
-from mslora_cr.training import trainer
+from mslora_cr.training import distributed, trainer
 from mslora_cr.training.distributed import rank
 from mslora_cr.training.trainer import BankTrainer
 
@@ -54,3 +56,9 @@ def nan_on_rank_1() -> None:
 def full_disk() -> None:
     """No file may grow beyond a few kilobytes; the error is one of the disk's own."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, resource.RLIM_INFINITY))
+
+
+def folder_of_its_own(parent: Path) -> None:
+    """Relative paths lead each rank elsewhere, as on hosts that share no file system."""
+    os.chdir(parent / str(rank()))
+    distributed.SHARED_FOLDER_SECONDS = 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,26 @@ def test_a_wrong_record_stops_all(tiny_settings: dict[str, Any], tiny_data: Path
     assert status == 1
     assert output.count("mslora-cr: error on rank") == 1, output[-4000:]
     assert "PathVQA" in output
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.root=data", "rank 1 and rank 0 differ in the training records"),
+        ("output_dir=runs", "runs/tiny is not one folder for all: what rank 0 writes there does not appear on rank 1"),
+    ],
+)
+def test_hosts_that_see_different_files_are_refused(
+    override: str, message: str, tiny_settings: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    for rank in ("0", "1"):
+        shutil.copytree(tiny_data, tmp_path / rank / "data")
+    records = tmp_path / "1" / "data" / "PathVQA" / "train.json"
+    records.write_text(json.dumps(json.loads(records.read_text())[1:]))
+    stream = Stream(tmp_path, tiny_settings, "ddp", override)
+    status, output = start(stream.command, before=partial(faults.folder_of_its_own, tmp_path)).finish(BOUND)
+    assert status == 1
+    assert output.count("mslora-cr: error") == output.count(message) == 1, output[-4000:]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
