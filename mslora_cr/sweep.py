@@ -22,7 +22,7 @@ from typing import Any, get_args
 import torch
 from tqdm.auto import tqdm
 
-from mslora_cr.config import ConfigError, MethodName, StreamConfig, load_config, nearest
+from mslora_cr.config import METHOD_SECTIONS, ConfigError, MethodName, StreamConfig, load_config, nearest
 from mslora_cr.errors import UserError
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.record import read_evaluation, read_ledger
@@ -65,6 +65,7 @@ def plan_sweep(
     """The runs of a sweep, method by method. Their folders stand below those of the file's own run.
 
     Args:
+        overrides: for every run; what belongs to one method, as `ewc.strength=10`, for its runs alone.
         methods: all that there are, if none is named.
         orders: how many orders of the tasks; the first is the file's, further ones are drawn, always alike.
         seeds: the file's, if none is given.
@@ -78,16 +79,21 @@ def plan_sweep(
                 f"--methods: unknown method {method!r}{nearest(method, known_methods())}; there are "
                 f"{', '.join(known_methods())}"
             )
-    base = load_config(config_file, overrides)
+    chosen = list(dict.fromkeys(methods or known_methods()))
+    sections = {override: override.partition("=")[0].partition(".")[0] for override in overrides}
+    for section in METHOD_SECTIONS & set(sections.values()) - set(chosen):
+        raise ConfigError(f"{section}: belongs to method {section!r}, which is not in this sweep")
+    base = load_config(config_file, [override for override in overrides if sections[override] not in METHOD_SECTIONS])
     places = [f"output_dir={base.run_dir}", f"results_dir={base.results_run_dir}"]
     drawn = task_orders([task.name for task in base.tasks], orders)
     found = []
     for method, (number, tasks), seed in itertools.product(
-        dict.fromkeys(methods or known_methods()), enumerate(drawn), dict.fromkeys(seeds or [base.seed])
+        chosen, enumerate(drawn), dict.fromkeys(seeds or [base.seed])
     ):
+        own = [override for override in overrides if sections[override] not in METHOD_SECTIONS - {method}]
         settings = [f"run={method}-order{number}-seed{seed}", f"method={method}", f"seed={seed}"]
         tasks_setting = f"tasks=[{','.join(tasks)}]"
-        config = load_config(config_file, [*overrides, *places, *settings, tasks_setting])
+        config = load_config(config_file, [*own, *places, *settings, tasks_setting])
         found.append(SweepRun(method, number, seed, config))
     return found
 
