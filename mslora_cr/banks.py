@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -444,19 +444,25 @@ class BankStack:
         _copy_into(self.model, LIVE, bank.matrices)
         _copy_routers(self.model, LIVE, bank.routers)
 
-    def snapshot(self, name: str, rank: int, alpha: float, metadata: dict[str, Any] | None = None) -> Bank:
-        """The live bank as it is now, copied to the CPU. Under ZeRO-3 its parameters must be gathered."""
-        matrices = {
-            module: (
-                a.detach().to("cpu", torch.float32, copy=True),
-                b.detach().to("cpu", torch.float32, copy=True),
-            )
-            for module, (a, b) in self.live().items()
-        }
-        routers = {
-            name: router.weight.detach().to("cpu", torch.float32, copy=True)
-            for name, router in _routers(self.model, LIVE).items()
-        }
+    def snapshot(
+        self,
+        name: str,
+        rank: int,
+        alpha: float,
+        metadata: dict[str, Any] | None = None,
+        value: Callable[[Tensor], Tensor] = Tensor.detach,
+    ) -> Bank:
+        """The live bank as it is now, copied to the CPU.
+
+        Args:
+            value: a parameter's whole value; under DeepSpeed the model holds a part or a rounded copy of it.
+        """
+
+        def copied(parameter: Tensor) -> Tensor:
+            return value(parameter).to("cpu", torch.float32, copy=True)
+
+        matrices = {module: (copied(a), copied(b)) for module, (a, b) in self.live().items()}
+        routers = {module: copied(router.weight) for module, router in _routers(self.model, LIVE).items()}
         return Bank(name, rank, alpha, matrices, metadata or {}, routers)
 
 

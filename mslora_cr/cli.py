@@ -578,11 +578,14 @@ def _show(args: argparse.Namespace) -> int:
 
 def _quieten() -> None:
     """Leave the console to this program's own progress: no bars for loading, no advice for library authors."""
+    import logging
     import warnings
 
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    # It advises further packages when PEFT looks for it, and float16 at every 8-bit layer of every forward pass.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 

@@ -8,7 +8,6 @@ The shards carry a vision tower of their own; the published code ignores it and 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import pickle
 import re
@@ -192,8 +191,6 @@ def _loading_options(dtype: torch.dtype, quantization: str | None, device: torch
         return options
     import bitsandbytes  # noqa: F401  (transformers would only say that it is missing after reading every header)
 
-    # It would say at every layer of every forward pass that 8-bit layers take float16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     kind: dict[str, Any] = {"load_in_8bit": True}
     if quantization == "4bit":
         kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

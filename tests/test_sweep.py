@@ -47,6 +47,16 @@ def test_every_run_is_there(swept: Path) -> None:
         assert figures["final_average"] == pytest.approx(sum(last.values()) / 2)
 
 
+def test_what_belongs_to_one_method_goes_to_its_runs_alone(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    config = write_config(tmp_path, tiny_settings)
+    overrides = ["ewc.strength=7", "lora.rank=2"]
+    runs = plan_sweep(config, overrides, ["mslora_cr", "ewc"])
+    assert [(run.method, run.config.lora.rank) for run in runs] == [("mslora_cr", 2), ("ewc", 2)]
+    assert runs[1].config.ewc is not None and runs[1].config.ewc.strength == 7
+    with pytest.raises(ConfigError, match="ewc: belongs to method 'ewc', which is not in this sweep"):
+        plan_sweep(config, overrides, ["mslora_cr"])
+
+
 def test_the_pages_show_methods_orders_and_deviation(swept: Path) -> None:
     root = swept / "results" / "sweep"
     page, text = Page(root / "sweep.html"), (root / "sweep.md").read_text()

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore
 from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -111,7 +111,7 @@ def from_first_rank(value: Any) -> Any:
     return box[0]
 
 
-def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of every rank's tensor, on the CPU of every rank."""
     if not torch.distributed.is_initialized():
         return tensor
@@ -380,6 +380,18 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(sharded):
         yield
+
+
+def float32_value(parameter: Tensor) -> Tensor:
+    """A trainable parameter whole, as the optimizer holds it, float32. To be called on every rank.
+
+    DeepSpeed in bfloat16 or float16 trains a float32 copy and rounds it into the model at every step.
+    """
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+    return parameter.detach().float()
 
 
 def shard_again(trainer: Trainer) -> None:

@@ -31,8 +31,8 @@ from mslora_cr.training.distributed import (
     TIMEOUT_SECONDS,
     agree,
     first_rank_first,
+    float32_value,
     from_first_rank,
-    gathered,
     must_be_shared,
     own_device,
     partition,
@@ -441,9 +441,8 @@ def train_task(
     mean_loss, padding = trainer.mean_loss(), trainer.padding()
     kept = method.memory(setup, trainer)
 
-    with gathered(stack.live_parameters()):
-        metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
-        bank = stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata)
+    metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
+    bank = stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata, float32_value)
     if args.should_save:
         with writing(ledger.bank_folder(task.name)):
             folder = ledger.bank_folder(task.name)

@@ -25,6 +25,7 @@ from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.errors import UserError
 from mslora_cr.training.distributed import (
     DistributedError,
+    float32_value,
     gathered,
     lost_a_process,
     shard_again,
@@ -277,8 +278,7 @@ class BankTrainer(Trainer):
         assert output_dir is not None
         loss_sum = self.accelerator.reduce(self._loss_sum, "mean")
         positions = self.accelerator.reduce(self._positions, "sum")
-        with gathered(self.stack.live_parameters()):
-            bank = self.stack.snapshot(LIVE, *self.bank_shape)
+        bank = self.stack.snapshot(LIVE, *self.bank_shape, value=float32_value)
         if self.args.should_save:
             folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
