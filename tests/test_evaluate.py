@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from mslora_cr.banks import BankStack
 from mslora_cr.cli import main
 from mslora_cr.config import StreamConfig, load_config
+from mslora_cr.evaluation import evaluate as evaluate_module
 from mslora_cr.evaluation import generate
 from mslora_cr.evaluation.evaluate import cells
 from tests.killing import KillPoint, run_until_killed
@@ -115,6 +117,30 @@ def test_the_whole_matrix(results: Results, asked: list[int]) -> None:
     assert places["PCAM", 1] == "PCAM/stage-1/answer-file.jsonl"
     # 2 ways to answer the first task, 3 for the second, 4 for the third.
     assert sum(asked) == 2 * 8 + 3 * 8 + 4 * 4
+
+
+def test_switching_the_stage_loads_nothing_again(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads, folds = [], []
+    load, freeze = evaluate_module.load_base, BankStack.freeze
+    monkeypatch.setattr(evaluate_module, "load_base", lambda *args: loads.append(args) or load(*args))
+    monkeypatch.setattr(BankStack, "freeze", lambda *args: folds.append(len(args[1])) or freeze(*args))
+    results.evaluate("--stages", "all", "evaluation.banks_by=all")
+    assert len(loads) == 1
+    assert folds == [1, 2, 3]
+
+
+def test_the_share_of_padding_stands_in_the_record(results: Results) -> None:
+    cells = {cell["task"]: cell for cell in results.evaluate("evaluation.batch_size=2")["cells"]}
+    assert all(0 <= cell["padding"] <= cell["padding_unsorted"] < 1 for cell in cells.values())
+    assert cells["slake-vqarad"]["padding"] < cells["slake-vqarad"]["padding_unsorted"]
+
+
+def test_cached_features_give_the_same_answers(results: Results, tmp_path: Path) -> None:
+    results.evaluate()
+    cached = Results(results.config, tmp_path / "with cache")
+    cached.evaluate(f"data.cache_image_features={tmp_path / 'features'}")
+    assert cached.answers() == results.answers()
+    assert len(list((tmp_path / "features").rglob("*.safetensors"))) > 0
 
 
 def test_all_banks_at_every_stage(results: Results, asked: list[int]) -> None:

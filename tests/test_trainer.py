@@ -12,13 +12,13 @@ from transformers import TrainingArguments
 
 from mslora_cr.banks import BankStack
 from mslora_cr.cli import main
-from mslora_cr.data.collator import TrainingCollator, UnitedSamples
+from mslora_cr.data.collator import TrainingCollator, UnitedSamples, in_batches, padding_share
 from mslora_cr.data.images import image_roots
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.llava_med import LlavaMed, load
 from mslora_cr.training import trainer as trainer_module
 from mslora_cr.training.stream import Preprocessing, TrainingSamples
-from mslora_cr.training.trainer import BankTrainer, labelled_positions
+from mslora_cr.training.trainer import BankTrainer, GroupedByLength, labelled_positions
 
 TASK = "slake-vqarad"  # the second of the stream, with answers of several lengths
 
@@ -119,7 +119,8 @@ def assert_same_training(
     assert len(one[1]) == len(other[1])
     for row, twin in zip(one[1], other[1], strict=True):
         assert row.keys() == twin.keys()
-        assert row == {key: pytest.approx(value, rel=1e-4) for key, value in twin.items()}
+        expected = {key: pytest.approx(value, rel=1e-4) for key, value in twin.items()}
+        assert row == expected | {"padding": row["padding"]}  # which depends on how batches are cut
 
 
 @pytest.mark.parametrize("weights", [("5", "0.5"), ("-1", "-1")], ids=["fixed", "learnable"])
@@ -199,6 +200,65 @@ def test_the_ledger_holds_the_mean_loss(trained_config: Path) -> None:
 
 
 # --- odd batches ---------------------------------------------------------------------------------------------------
+
+
+# --- padding, cached features, where frozen banks are ----------------------------------------------------------------
+
+GROUPED = ("training.train_sampling_strategy=group_by_length",)
+
+
+def decode_nothing(path: Path) -> None:
+    raise AssertionError(f"{path} was decoded to learn a length")
+
+
+def test_lengths_are_learned_without_an_image(
+    base: LlavaMed, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(base, tiny_data, tmp_path)
+    expected = [len(trainer.samples[index]["input_ids"]) for index in range(len(trainer.samples))]
+    monkeypatch.setattr("mslora_cr.data.collator.load_image", decode_nothing)
+    trainer.args.train_sampling_strategy = "group_by_length"
+    sampler = trainer._get_train_sampler()
+    assert sampler.lengths == expected
+    assert sorted(sampler) == list(range(len(expected)))
+
+
+def test_the_order_by_length_follows_seed_and_epoch_alone(tmp_path: Path) -> None:
+    lengths, epoch = [number % 7 for number in range(64)], [0]
+    args = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, seed=3, use_cpu=True)
+    sampler = GroupedByLength(lengths, args, lambda: epoch[0])
+    first = list(sampler)
+    torch.rand(5)  # as dropout would move the common generator
+    assert list(sampler) == first
+    epoch[0] = 1
+    assert list(sampler) != first
+    assert padding_share(lengths, in_batches(first, 4)) < padding_share(lengths, in_batches(range(64), 4)) / 2
+
+
+def test_a_run_grouped_by_length_reports_its_padding(retrain: Retrain, tmp_path: Path) -> None:
+    _, rows = retrain(*GROUPED)
+    ledger = json.loads(next(tmp_path.glob("run*/tiny/ledger.json")).read_text())
+    padding = ledger["tasks"][TASK]["padding"]
+    assert all(0 <= padding[order] < 1 for order in ("share", "in_random_order"))
+    assert rows[-1]["padding"] == pytest.approx(padding["share"])
+
+
+def test_padding_share_by_hand() -> None:
+    assert padding_share([4, 1, 3, 3], [[0, 1], [2, 3]]) == pytest.approx(3 / 14)
+    assert padding_share([4, 1], [[0], [1]]) == 0
+
+
+def test_cached_features_train_the_same_bank(retrain: Retrain, tmp_path: Path) -> None:
+    plain, rows = retrain(*SGD)
+    cached, cached_rows = retrain(*SGD, f"data.cache_image_features={tmp_path / 'features'}")
+    assert_same_training((plain, rows), (cached, cached_rows))
+
+
+def test_banks_held_in_bfloat16_change_the_penalties_little(retrain: Retrain) -> None:
+    plain, rows = retrain()
+    held, held_rows = retrain("regularization.frozen_dtype=bfloat16", "regularization.frozen_device=cpu")
+    assert held_rows[0]["contrastive"] == pytest.approx(rows[0]["contrastive"], rel=1e-2)
+    assert any(not plain[name].equal(held[name]) for name in plain)
 
 
 def edited_data(tiny_data: Path, folder: Path, edit: Callable[[int, dict[str, Any]], None]) -> Path:
