@@ -22,7 +22,9 @@ from transformers import TrainingArguments
 from benchmarks.baselines import adapter_matrices, alternating, autograd_penalties, peft_all_active
 from benchmarks.harness import Setting, finish, language_model, parse, random_banks, random_batch
 from mslora_cr.banks import Bank, BankStack
+from mslora_cr.config import RegularizationConfig
 from mslora_cr.data.collator import TrainingCollator
+from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.training.penalties import BankPenalties
 from mslora_cr.training.trainer import BankTrainer, labelled_positions
 
@@ -78,7 +80,6 @@ def _ours(
     stack = BankStack(language_model(setting.size, setting.device), "merge")
     stack.freeze(banks[:-1])
     stack.add_live(setting.size.rank, setting.size.rank, initial=banks[-1])
-    frozen = banks[:-1]
     bfloat16 = setting.size.dtype == "bfloat16"
     trainer = BankTrainer(
         stack=stack,
@@ -94,9 +95,7 @@ def _ours(
             report_to="none",
         ),
         bank_shape=(setting.size.rank, setting.size.rank),
-        penalties=BankPenalties(frozen, alternating(len(frozen)), setting.device) if taken is not None else None,
-        alpha=ALPHA,
-        beta=BETA,
+        penalty=_penalties(setting, banks[:-1]) if taken is not None else None,
     )
     if setting.args.checkpointing:
         stack.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -104,14 +103,14 @@ def _ours(
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.current_gradient_accumulation_steps = 1
     if taken is not None:
-        prepare = trainer._prepare_penalties
+        prepare = trainer._prepare_penalty
 
         def measured() -> Tensor:
             value: list[Tensor] = []
             taken.append(setting.seconds(lambda: value.append(prepare())))
             return value[0]
 
-        trainer._prepare_penalties = measured  # type: ignore[method-assign]
+        trainer._prepare_penalty = measured  # type: ignore[method-assign]
 
     labelled = (batch["labels"] != -100).sum()
     records = torch.arange(setting.size.batch)
@@ -122,6 +121,11 @@ def _ours(
         optimizer.zero_grad()
 
     return step
+
+
+def _penalties(setting: Setting, frozen: Sequence[Bank]) -> WeightedPenalties:
+    terms = BankPenalties(frozen, alternating(len(frozen)), setting.device)
+    return WeightedPenalties(terms, RegularizationConfig(alpha=ALPHA, beta=BETA))
 
 
 def _peft(
