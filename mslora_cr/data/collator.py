@@ -186,9 +186,9 @@ def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> f
     return 1 - real / all_positions if all_positions else 0.0
 
 
-def in_batches(order: Sequence[int], size: int) -> list[Sequence[int]]:
+def in_batches(order: Sequence[int], size: int) -> list[list[int]]:
     """Consecutive samples of an order, `size` at a time."""
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    return [list(order[start : start + size]) for start in range(0, len(order), size)]
 
 
 def _padded(rows: Sequence[list[int]], length: int, value: int, left: bool = False) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def answer_questions(
 
 
 def _answer_batches(
-    model: nn.Module, samples: QuestionSamples, batches: list[Sequence[int]], decoding: Decoding
+    model: nn.Module, samples: QuestionSamples, batches: list[list[int]], decoding: Decoding
 ) -> Iterator[list[dict[str, Any]]]:
     tokenizer = samples.preprocessing.tokenizer
     loader = DataLoader(
