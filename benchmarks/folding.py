@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 "concatenate": lambda: concatenated.freeze(banks),
                 "products alone": lambda: [right @ left for left, right in stacked],
                 "copy of the weights": lambda: [weight.clone() for weight in weights],
-                "load from disk": lambda: [tensor.to(setting.device) for tensor in load_file(file).values()],
+                "load from disk": lambda: [tensor.to(setting.device, copy=True) for tensor in load_file(file).values()],
             }
         )
     return finish(
