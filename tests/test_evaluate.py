@@ -126,7 +126,7 @@ def test_switching_the_stage_loads_nothing_again(results: Results, monkeypatch: 
     monkeypatch.setattr(BankStack, "freeze", lambda *args: folds.append(len(args[1])) or freeze(*args))
     results.evaluate("--stages", "all", "evaluation.banks_by=all")
     assert len(loads) == 1
-    assert folds == [1, 2, 3]
+    assert folds == [0, 1, 2, 3]
 
 
 def test_the_share_of_padding_stands_in_the_record(results: Results) -> None:

@@ -104,7 +104,7 @@ def test_memory_is_saved_with_the_bank_and_watched(method_run: Trained, tmp_path
     copied = shutil.copytree(run, tmp_path / "ewc")
     save_file({name: values + 1 for name, values in memory.items()}, copied / "banks/slake-vqarad/memory.safetensors")
     config = load_config(method_run("ewc"), [f"output_dir={tmp_path}"])
-    with pytest.raises(BankError, match=r"memory\.safetensors is not the bank that the ledger records"):
+    with pytest.raises(BankError, match=r"memory\.safetensors is not what the ledger records"):
         Ledger.read(config).done("slake-vqarad")
 
 

@@ -220,7 +220,7 @@ def test_a_bank_that_changed_is_not_taken_for_the_recorded_one(
     weights.write_bytes(data)
     assert main(["train", str(trained_config), f"output_dir={tmp_path / 'checkpoints'}"]) == 1
     message = capsys.readouterr().err
-    assert f"{weights} is not the one that the ledger records" in message and "'pathvqa'" in message
+    assert f"{weights} is not what the ledger records" in message and "'pathvqa'" in message
 
 
 @pytest.fixture

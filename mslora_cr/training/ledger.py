@@ -130,7 +130,7 @@ class Ledger:
             file = self.bank_folder(task) / name
             if not file.is_file() or file_digest(file) != digest:
                 raise BankError(
-                    f"{file} is not the bank that the ledger records; restore it, or remove {task!r} from "
+                    f"{file} is not what the ledger records; restore it, or remove {task!r} from "
                     f"{self.folder / 'ledger.json'} to train it again"
                 )
         return True

@@ -153,7 +153,8 @@ class BankTrainer(Trainer):
         if not torch.isfinite(loss):
             places = "\n  ".join(self.samples.place(int(index)) for index in records)
             raise NonFiniteLossError(
-                f"{self.args.run_name}: the loss at step {self.state.global_step + 1} is {loss.item()}; nothing was updated. The batch:\n"
+                f"{self.args.run_name}: the loss at step {self.state.global_step + 1} is {loss.item()}; nothing was "
+                f"updated. The batch:\n"
                 f"  {places}\nA lower learning rate or training.bf16 instead of fp16 usually helps."
             )
         return (loss, outputs) if return_outputs else loss

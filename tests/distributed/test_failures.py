@@ -100,7 +100,11 @@ def test_another_number_of_processes_inside_a_task(tiny_settings: dict[str, Any]
     ("fault", "stage", "message"),
     [
         (faults.exception_on_rank_1, "zero3", "error on rank 1: ZeroDivisionError('planted')"),
-        (faults.nan_on_rank_1, "ddp", "error on rank 1: tiny/pathvqa: the loss at step 2 is nan; nothing was updated. The batch:"),
+        (
+            faults.nan_on_rank_1,
+            "ddp",
+            "error on rank 1: tiny/pathvqa: the loss at step 2 is nan; nothing was updated. The batch:",
+        ),
     ],
 )
 def test_an_error_on_one_rank_stops_all(
