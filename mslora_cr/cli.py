@@ -579,10 +579,14 @@ def _show(args: argparse.Namespace) -> int:
 def _quieten() -> None:
     """Leave the console to this program's own progress: no bars for loading, no advice for library authors."""
     import logging
+    import os
     import warnings
 
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find out by itself, and warn of it
     # It advises further packages when PEFT looks for it, and float16 at every 8-bit layer of every forward pass.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     disable_progress_bar()
