@@ -10,6 +10,7 @@ import pytest
 
 from mslora_cr.cli import _parse, main
 from mslora_cr.config import load_config
+from mslora_cr.sweep import plan_sweep
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,7 +64,9 @@ def test_documented_commands_are_understood() -> None:
                 continue
             words = ["mslora-cr", *script.split('launch.sh" ')[1].split()[:2], *words[2:]]
         args = _parse(words[1:])
-        if "overrides" in args and "config" in args and args.config.name != "CONFIG":
+        if words[1] == "sweep":  # its overrides may belong to one of its methods
+            plan_sweep(ROOT / args.config, args.overrides, args.methods, args.orders, args.seeds)
+        elif "overrides" in args and "config" in args and args.config.name != "CONFIG":
             load_config(ROOT / args.config, args.overrides)
 
 
