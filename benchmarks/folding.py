@@ -22,7 +22,8 @@ from transformers import LlavaForConditionalGeneration
 
 from benchmarks.baselines import peft_all_active
 from benchmarks.harness import Setting, finish, language_model, parse, random_banks, random_batch
-from mslora_cr.banks import Bank, BankStack, language_linears
+from mslora_cr.bank_stack import BankStack, language_linears
+from mslora_cr.banks import Bank
 
 BANKS = 8
 

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.baselines import peft_all_active
 from benchmarks.harness import finish, language_model, parse, random_banks
-from mslora_cr.banks import BankStack
+from mslora_cr.bank_stack import BankStack
 from mslora_cr.data.collator import QuestionCollator, Sample
 from mslora_cr.evaluation.generate import greedy
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
-from mslora_cr.banks import Bank, language_linears
+from mslora_cr.bank_stack import language_linears
+from mslora_cr.banks import Bank
 from mslora_cr.training.ledger import environment, write_json
 
 

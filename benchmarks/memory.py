@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Setting, finish, language_model, parse, random_banks, random_batch
-from mslora_cr.banks import BankStack
+from mslora_cr.bank_stack import BankStack
 from mslora_cr.training.trainer import labelled_positions
 
 BANKS = 8

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from mslora_cr import llava_med
-from mslora_cr.banks import BankStack
+from mslora_cr.bank_stack import BankStack
 from mslora_cr.evaluation.generate import greedy
 from mslora_cr.training.ledger import environment
 from mslora_cr.training.trainer import labelled_positions

@@ -21,7 +21,8 @@ from transformers import TrainingArguments
 
 from benchmarks.baselines import adapter_matrices, alternating, autograd_penalties, peft_all_active
 from benchmarks.harness import Setting, finish, language_model, parse, random_banks, random_batch
-from mslora_cr.banks import Bank, BankStack
+from mslora_cr.bank_stack import BankStack
+from mslora_cr.banks import Bank
 from mslora_cr.config import RegularizationConfig
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.methods.mslora_cr import WeightedPenalties

@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 from benchmarks.real_size import LLAVA_MED
-from mslora_cr.banks import language_linears
+from mslora_cr.bank_stack import language_linears
 
 STAGES = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3, "ZeRO-3, offloaded": 4}
 BF16, FP32, ADAM = 2, 4, 8

@@ -105,7 +105,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(args: argparse.Namespace) -> StreamConfig:
-    from mslora_cr.config import load_config
+    from mslora_cr.config_file import load_config
 
     return load_config(args.config, args.overrides)
 
@@ -163,7 +163,7 @@ def _train(args: argparse.Namespace) -> int:
     config = _config(args)
     _quieten()
     from mslora_cr.training import stream
-    from mslora_cr.training.distributed import stopping_together
+    from mslora_cr.training.processes import stopping_together
 
     if args.dry_run:
         _print_plan(config)
@@ -240,7 +240,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from mslora_cr.chains import load_chain
     from mslora_cr.evaluation.evaluate import evaluate
     from mslora_cr.evaluation.routed import evaluate_routed
-    from mslora_cr.training.distributed import rank, stopping_together
+    from mslora_cr.training.distributed import rank
+    from mslora_cr.training.processes import stopping_together
 
     with stopping_together():
         banks = load_chain(args.banks, config) if args.banks else None
@@ -291,7 +292,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from mslora_cr.config import load_config
+    from mslora_cr.config_file import load_config
     from mslora_cr.evaluation.report import write_report
 
     config = load_config(_config_file(args.target), args.overrides)
@@ -369,10 +370,11 @@ def _add_analyze(commands: argparse._SubParsersAction) -> None:
 
 def _analyze(args: argparse.Namespace) -> int:
     _quieten()
-    from mslora_cr.config import load_config
+    from mslora_cr.config_file import load_config
     from mslora_cr.evaluation.analyze import analyze
     from mslora_cr.evaluation.report import write_report
-    from mslora_cr.training.distributed import rank, stopping_together
+    from mslora_cr.training.distributed import rank
+    from mslora_cr.training.processes import stopping_together
 
     config = load_config(_config_file(args.target), args.overrides)
     others = [load_config(_config_file(target)) for target in args.against]
@@ -427,7 +429,7 @@ def _config_file(target: Path) -> Path:
 
 def _results_folder(target: Path) -> Path:
     """The results folder of a run that is named by its configuration, its run folder or that folder itself."""
-    from mslora_cr.config import load_config
+    from mslora_cr.config_file import load_config
 
     if (target / "evaluation.json").is_file():
         return target
@@ -560,7 +562,7 @@ def _fit_router(args: argparse.Namespace) -> int:
     config = _config(args)
     _quieten()
     from mslora_cr.evaluation.routed import fit_router
-    from mslora_cr.training.distributed import stopping_together
+    from mslora_cr.training.processes import stopping_together
 
     with stopping_together():
         for path in fit_router(config, args.task):

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mslora_cr.config import ConfigError, MethodName, StreamConfig, load_config
+from mslora_cr.config import ConfigError, MethodName, StreamConfig
+from mslora_cr.config_file import load_config
 from mslora_cr.data.synthetic import make_stream
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.record import read_evaluation

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from mslora_cr.banks import Bank, BankError, concatenated, language_linears
+from mslora_cr.bank_stack import language_linears
+from mslora_cr.banks import Bank, BankError, concatenated
 
 
 class MixedBanks:

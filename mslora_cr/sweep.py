@@ -22,7 +22,8 @@ from typing import Any, get_args
 import torch
 from tqdm.auto import tqdm
 
-from mslora_cr.config import METHOD_SECTIONS, ConfigError, MethodName, StreamConfig, load_config, nearest
+from mslora_cr.config import METHOD_SECTIONS, ConfigError, MethodName, StreamConfig, nearest
+from mslora_cr.config_file import load_config
 from mslora_cr.errors import UserError
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.record import read_evaluation, read_ledger

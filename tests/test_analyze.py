@@ -9,7 +9,7 @@ import torch
 
 from mslora_cr.banks import load_bank
 from mslora_cr.cli import main
-from mslora_cr.config import load_config
+from mslora_cr.config_file import load_config
 from mslora_cr.evaluation import analyze as module
 from mslora_cr.evaluation.analyze import _change
 from mslora_cr.evaluation.metrics import score_answers

@@ -11,16 +11,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from mslora_cr.banks import (
-    Bank,
-    BankError,
-    BankStack,
-    RoutedExperts,
-    export_published,
-    language_linears,
-    load_bank,
-    save_bank,
-)
+from mslora_cr.bank_stack import BankStack, RoutedExperts, language_linears
+from mslora_cr.banks import Bank, BankError, export_published, load_bank, save_bank
 from mslora_cr.cli import main
 from mslora_cr.llava_med import LlavaMed, load
 from tests.conftest import GOLDEN, ConfigWriter

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mslora_cr.cli import _parse, main
-from mslora_cr.config import load_config
+from mslora_cr.config_file import load_config
 from mslora_cr.sweep import plan_sweep
 
 ROOT = Path(__file__).parents[1]

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from mslora_cr.banks import BankStack
+from mslora_cr.bank_stack import BankStack
 from mslora_cr.cli import main
-from mslora_cr.config import StreamConfig, load_config
+from mslora_cr.config import StreamConfig
+from mslora_cr.config_file import load_config
 from mslora_cr.evaluation import evaluate as evaluate_module
 from mslora_cr.evaluation import generate
 from mslora_cr.evaluation.evaluate import cells

@@ -7,6 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "mslora_cr"
 ROWS = (
     ("__init__", "errors", "workers"),
     ("config",),
+    ("config_file",),
     ("losses", "evaluation.metrics", "evaluation.matrix", "evaluation.intervals"),
     ("data.records", "data.tokenizer"),
     ("data.images", "data.prompts", "data.catalog", "data.synthetic_images"),
@@ -17,9 +18,10 @@ ROWS = (
     ("data.prepare",),
     ("llava_med",),
     ("banks", "inspection", "tiny_pretraining"),
-    ("tiny_model", "router", "mixed_banks"),
-    ("training.penalties", "training.distributed", "training.ledger"),
-    ("training.trainer",),
+    ("bank_stack", "tiny_model", "router"),
+    ("mixed_banks", "training.penalties", "training.distributed", "training.ledger"),
+    ("training.processes",),
+    ("runtime", "training.trainer"),
     ("methods.base",),
     ("methods.zero_shot", "methods.each", "methods.sequential", "methods.incremental"),
     (

@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mslora_cr.banks import BankError, BankStack, load_bank
+from mslora_cr.bank_stack import BankStack
+from mslora_cr.banks import BankError, load_bank
 from mslora_cr.cli import main
-from mslora_cr.config import load_config
+from mslora_cr.config_file import load_config
 from mslora_cr.data.collator import TrainingCollator, TrainingSamples
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.methods import METHODS
+from mslora_cr.runtime import load_base, preprocessing, task_folder, task_image_roots
 from mslora_cr.training.ledger import Ledger
-from mslora_cr.training.stream import load_base, plan, preprocessing, task_folder, task_image_roots
+from mslora_cr.training.stream import plan
 from tests.conftest import STEPS, ConfigWriter, bank_bytes, once, write_config
 from tests.killing import KillPoint, run_until_killed
 

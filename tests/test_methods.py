@@ -12,7 +12,8 @@ import yaml
 from torch import Tensor
 
 from mslora_cr.banks import Bank
-from mslora_cr.config import ConfigError, OloraConfig, StreamConfig, load_config
+from mslora_cr.config import ConfigError, OloraConfig, StreamConfig
+from mslora_cr.config_file import load_config
 from mslora_cr.methods import METHODS
 from mslora_cr.methods.ewc import EwcPenalty, fisher_name
 from mslora_cr.methods.lwf import softened_cross_entropy

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from mslora_cr.banks import BankError, BankStack, language_linears, load_bank
+from mslora_cr.bank_stack import BankStack, language_linears
+from mslora_cr.banks import BankError, load_bank
 from mslora_cr.cli import main
-from mslora_cr.config import ConfigError, load_config
+from mslora_cr.config import ConfigError
+from mslora_cr.config_file import load_config
 from mslora_cr.llava_med import load
 from tests.conftest import ConfigWriter
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from mslora_cr import router
-from mslora_cr.banks import BankStack, load_bank
+from mslora_cr.bank_stack import BankStack
+from mslora_cr.banks import load_bank
 from mslora_cr.cli import main
-from mslora_cr.config import load_config
+from mslora_cr.config_file import load_config
 from mslora_cr.evaluation import generate
 from mslora_cr.mixed_banks import MixedBanks
+from mslora_cr.runtime import load_base
 from mslora_cr.training.ledger import Ledger
-from mslora_cr.training.stream import load_base
 from tests.killing import KillPoint, run_until_killed
 from tests.test_evaluate import QUESTIONS, TASKS, Results
 

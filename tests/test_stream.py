@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mslora_cr.banks import load_bank
 from mslora_cr.cli import main
-from mslora_cr.config import ConfigError, load_config
+from mslora_cr.config import ConfigError
+from mslora_cr.config_file import load_config
 from mslora_cr.training import stream
 from mslora_cr.training.ledger import Ledger
 from mslora_cr.training.stream import batch_shape, plan, train

@@ -10,7 +10,8 @@ import pytest
 
 from mslora_cr import sweep
 from mslora_cr.cli import main
-from mslora_cr.config import ConfigError, load_config
+from mslora_cr.config import ConfigError
+from mslora_cr.config_file import load_config
 from mslora_cr.sweep import plan_sweep, summarize, task_orders
 from tests.conftest import once, write_config
 from tests.evaluation.test_report import Page

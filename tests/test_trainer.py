@@ -10,14 +10,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from mslora_cr.banks import BankStack
+from mslora_cr.bank_stack import BankStack
 from mslora_cr.cli import main
-from mslora_cr.data.collator import TrainingCollator, UnitedSamples, in_batches, padding_share
+from mslora_cr.data.collator import (
+    Preprocessing,
+    TrainingCollator,
+    TrainingSamples,
+    UnitedSamples,
+    in_batches,
+    padding_share,
+)
 from mslora_cr.data.images import image_roots
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.llava_med import LlavaMed, load
 from mslora_cr.training import trainer as trainer_module
-from mslora_cr.training.stream import Preprocessing, TrainingSamples
 from mslora_cr.training.trainer import BankTrainer, GroupedByLength, labelled_positions
 
 TASK = "slake-vqarad"  # the second of the stream, with answers of several lengths

@@ -3,8 +3,6 @@ to the answers, and which answers changed. Everything goes into `analysis.json`,
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from mslora_cr.banks import Bank, BankError
 from mslora_cr.config import StreamConfig, Task
 from mslora_cr.data.collator import QuestionSamples
 from mslora_cr.data.records import TestRecords
-from mslora_cr.evaluation.evaluate import bank_digest, decisive, decoding, finished_banks
-from mslora_cr.evaluation.generate import ANSWERS, answer_questions, forget_journals
+from mslora_cr.evaluation.evaluate import decisive, decoding, finished_banks
+from mslora_cr.evaluation.generate import ANSWERS, answer_once, answer_questions, fingerprint_of
 from mslora_cr.evaluation.geometry import by_place, effective_ranks, update_cosines
 from mslora_cr.evaluation.intervals import interval, resampled_means
 from mslora_cr.evaluation.metrics import RowScore, score_answers
@@ -27,9 +25,16 @@ from mslora_cr.evaluation.routed import MixedQuestions
 from mslora_cr.evaluation.score import read_answers
 from mslora_cr.methods import METHODS
 from mslora_cr.mixed_banks import MixedBanks
-from mslora_cr.training.distributed import own_device, rank, start_process_group, wait_for_all
+from mslora_cr.runtime import (
+    check_hosts,
+    load_base,
+    preprocessing,
+    start_processes,
+    task_folder,
+    task_image_roots,
+)
+from mslora_cr.training.distributed import agree, own_device, rank, wait_for_all
 from mslora_cr.training.ledger import write_json
-from mslora_cr.training.stream import load_base, preprocessing, task_folder, task_image_roots
 
 QUESTIONS = 200
 """Questions of a task that drop-one evaluation asks unless told otherwise, spread evenly over its file."""
@@ -47,8 +52,9 @@ def analyze(config: StreamConfig, others: Sequence[StreamConfig] = (), questions
     Raises:
         BankError: a run has no banks. ModelError, DataError: something cannot be read.
     """
-    start_process_group(own_device(config.model.device).type == "cuda")
+    start_processes(config)
     chain = _banks_of(config)
+    check_hosts(config.results_run_dir, {"the banks": [bank.digest for bank in chain.values()]})
     runs = {run.run: run for run in (config, *others)}
     if len(runs) <= len(others):  # names repeat
         runs = {str(run.run_dir): run for run in (config, *others)}
@@ -107,49 +113,66 @@ def _ranks(banks: Mapping[str, Bank]) -> dict[str, Any]:
 # --- what each bank adds to the answers ------------------------------------------------------------------------------
 
 
+Variant = tuple[Task, tuple[int, ...]]
+"""A task, and the places of the banks that answer it."""
+
+
 def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: int) -> dict[str, Any]:
     """Every learned task answered with its banks, and again with each of them left out.
 
-    A question's score is its hit if it is closed, its F1 if it is open. All variants of all tasks are answered in
-    mixed batches, so that a bank which is left out costs no new model.
+    A question's score is its hit if it is closed, its F1 if it is open.
     """
     variants = _variants(config, chain)
-    files = {task.name: TestRecords(task_folder(config, task) / "test.jsonl") for task, _ in variants}
+    records = {task.name: TestRecords(task_folder(config, task) / "test.jsonl") for task, _ in variants}
+    asked = {name: found.thinned(questions) for name, found in records.items()}
+    folder = config.results_run_dir / "analysis"
+    fingerprint = fingerprint_of(
+        {
+            **decisive(config),
+            "banks": [bank.digest for bank in chain.values()],
+            "scalings": [bank.scaling for bank in chain.values()],
+            "rows": [(task.name, banks) for task, banks in variants],
+            "questions": [(found.digest, questions) for found in records.values()],
+        }
+    )
+    agree({"the questions, banks or settings of the analysis": fingerprint})
+    answer_once(folder, fingerprint, lambda: _answer_variants(config, chain, variants, asked, folder, fingerprint))
+    scores = np.array([_score(row) for row in score_answers(read_answers(folder / ANSWERS)).rows])
+    parts = np.split(scores, np.cumsum([len(asked[task.name]) for task, _ in variants])[:-1])
+    return {
+        "banks_by": _banks_by(config),
+        "score": "hit of closed questions, F1 of open ones",
+        "rows": _dropped(list(chain), variants, parts),
+    }
+
+
+def _answer_variants(
+    config: StreamConfig,
+    chain: Mapping[str, Bank],
+    variants: Sequence[Variant],
+    asked: Mapping[str, TestRecords],
+    folder: Path,
+    fingerprint: str,
+) -> dict[str, float]:
+    """Answer all variants of all tasks in mixed batches, so that a bank which is left out costs no new model."""
     base = load_base(config, own_device(config.model.device))
     prepare = preprocessing(config, base)
-    parts, chosen, sizes = [], [], []
-    for task, banks in variants:
-        records = files[task.name]
-        asked = records.thinned(questions)
-        parts.append(QuestionSamples(asked, task_image_roots(config, task), prepare))
-        chosen += [banks] * len(asked)
-        sizes.append(len(asked))
+    parts = [QuestionSamples(asked[task.name], task_image_roots(config, task), prepare) for task, _ in variants]
+    chosen = [banks for (_, banks), part in zip(variants, parts, strict=True) for _ in range(len(part))]
     mixed = MixedBanks(base.model, list(chain.values()))
-    folder = config.results_run_dir / "analysis"
-    facts = {
-        **decisive(config),
-        "banks": [bank_digest(bank) for bank in chain.values()],
-        "scalings": [bank.scaling for bank in chain.values()],
-        "rows": [(task.name, banks) for task, banks in variants],
-        "questions": [(records.digest, questions) for records in files.values()],
-    }
-    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def choose(indices: Sequence[int]) -> None:
         mixed.choose([chosen[index] for index in indices])
 
-    answer_questions(
-        base.model, MixedQuestions(parts), folder, decoding(config), fingerprint, "each bank left out", choose
-    )
-    scores = np.array([_score(row) for row in score_answers(read_answers(folder / ANSWERS)).rows])
-    wait_for_all()
-    if rank() == 0:
-        forget_journals(folder)
-    names, rows, begin = list(chain), [], 0
+    samples = MixedQuestions(parts)
+    return answer_questions(base.model, samples, folder, decoding(config), fingerprint, "each bank left out", choose)
+
+
+def _dropped(names: Sequence[str], variants: Sequence[Variant], parts: Sequence[Any]) -> list[dict[str, Any]]:
+    """What each bank adds to each task, from the scores of every variant; a task's first variant has all its banks."""
+    rows = []
     whole: dict[str, tuple[tuple[int, ...], Any]] = {}
-    for (task, banks), size in zip(variants, sizes, strict=True):
-        own = scores[begin : begin + size]
-        begin += size
+    for (task, banks), own in zip(variants, parts, strict=True):
         if task.name not in whole:
             whole[task.name] = (banks, own)
             continue
@@ -159,25 +182,27 @@ def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: in
             {
                 "task": task.name,
                 "dropped": names[dropped],
-                "questions": size,
+                "questions": len(own),
                 "with_all": 100 * float(whole[task.name][1].mean()),
                 "without": 100 * float(own.mean()),
                 "contribution": 100 * float(difference.mean()),
                 "interval": interval(100 * resampled_means(difference[:, None])),
             }
         )
-    by = "all" if config.evaluation.banks_by == "all" else "prefix"
-    return {"banks_by": by, "score": "hit of closed questions, F1 of open ones", "rows": rows}
+    return rows
 
 
-def _variants(config: StreamConfig, chain: Mapping[str, Bank]) -> list[tuple[Task, tuple[int, ...]]]:
+def _banks_by(config: StreamConfig) -> str:
+    return "all" if config.evaluation.banks_by == "all" else "prefix"
+
+
+def _variants(config: StreamConfig, chain: Mapping[str, Bank]) -> list[Variant]:
     """Each learned task with the places in `chain` of the banks that answer it, then with each of them left out."""
     method, names, found = METHODS[config.method], list(chain), []
-    by = "all" if config.evaluation.banks_by == "all" else "prefix"
     learned = [config.task(name).index + 1 for name in names]
     stage = max(method.stages(learned, len(config.tasks)))
     for task in config.stream[:stage]:
-        numbers = method.banks(task.index + 1, stage, by)
+        numbers = method.banks(task.index + 1, stage, _banks_by(config))
         if not set(numbers) <= set(learned):
             continue
         banks = tuple(learned.index(number) for number in numbers)

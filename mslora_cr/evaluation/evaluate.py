@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mslora_cr.banks import Bank, BankError, BankStack
-from mslora_cr.config import ConfigError, StreamConfig, Task, training_fields
+from mslora_cr.bank_stack import BankStack
+from mslora_cr.banks import Bank, BankError
+from mslora_cr.config import ConfigError, StreamConfig, Task
 from mslora_cr.data.collator import Preprocessing, QuestionSamples
 from mslora_cr.data.records import TestRecords
-from mslora_cr.evaluation.generate import ANSWERS, Decoding, answer_questions, forget_journals
+from mslora_cr.evaluation.generate import (
+    ANSWERS,
+    Decoding,
+    answer_once,
+    answer_questions,
+    fingerprint_of,
+    read_stamp,
+)
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.methods import METHODS
-from mslora_cr.training.distributed import (
-    TIMEOUT_SECONDS,
-    agree,
-    from_first_rank,
-    must_be_shared,
-    own_device,
-    rank,
-    start_process_group,
-    wait_for_all,
+from mslora_cr.runtime import (
+    CachedTower,
+    cached_tower,
+    check_hosts,
+    load_base,
+    preprocessing,
+    start_processes,
+    task_folder,
+    task_image_roots,
 )
-from mslora_cr.training.ledger import Ledger, environment, versions, write_json
-from mslora_cr.training.stream import CachedTower, cached_tower, load_base, preprocessing, task_folder, task_image_roots
+from mslora_cr.training.distributed import own_device, rank, wait_for_all
+from mslora_cr.training.ledger import Ledger, environment, write_json
 
-STAMP = "answers.json"
 Stages = Literal["own", "final", "seen", "all"]
 """`own`: each task at its own stage (published); `final`: all after the last stage; `seen`: each at every stage from
 its own on; `all`: at every stage, and at stage 0, where the base model answers without a bank (zero shot)."""
@@ -90,8 +95,7 @@ def evaluate(
     """
     if config.evaluation.banks_by == "routed":
         raise ConfigError("evaluation.banks_by is `routed`, which is answered by evaluate_routed")
-    timeout = training_fields(config).get("ddp_timeout", TIMEOUT_SECONDS)
-    start_process_group(own_device(config.model.device).type == "cuda", timeout)
+    start_processes(config)
     chain = dict(banks) if banks is not None else finished_banks(config)
     learned = [task.index + 1 for task in config.stream if task.name in chain]
     wanted = [cell for cell in cells(config, stages, learned) if only in (None, cell.task.name)]
@@ -111,8 +115,7 @@ def evaluate(
         )
         for cell in wanted
     }
-    agree({"the package versions": versions(), **facts})
-    must_be_shared(config.results_run_dir)
+    check_hosts(config.results_run_dir, facts)
     # Cells that the same banks answer stand together, so that a stage is folded once.
     rows = {(cell.task.name, cell.stage): session.answer(cell, records[cell.task.name]) for cell in _by_banks(wanted)}
     path = config.results_run_dir / "evaluation.json"
@@ -139,30 +142,20 @@ class _Session:
     def __init__(self, config: StreamConfig, banks: Mapping[int, Bank]) -> None:
         self.config = config
         self.banks = banks
-        self._digests = {number: bank_digest(bank) for number, bank in banks.items()}
         self._loaded: tuple[BankStack, Preprocessing, CachedTower | None] | None = None
         self._folded: tuple[int, ...] | None = None
 
     def answer(self, cell: Cell, records: TestRecords) -> dict[str, Any]:
         """Answer and score a cell, unless that was done before; on the first rank its row of `evaluation.json`."""
-        stamp = cell.folder / STAMP
         fingerprint = self.fingerprint(cell, records)
-        known = from_first_rank(read_stamp(cell.folder) if (cell.folder / ANSWERS).is_file() else {})
-        if known.get("fingerprint") != fingerprint:
-            if rank() == 0:
-                stamp.unlink(missing_ok=True)  # it must never stand beside answers that it does not describe
-            known = self._answer(cell, records, fingerprint)
-            if rank() == 0:
-                write_json(stamp, known)
-                forget_journals(cell.folder)
+        stamp = answer_once(cell.folder, fingerprint, lambda: self._answer(cell, records, fingerprint))
         if rank() != 0:
             return {}
         score_file(cell.folder / ANSWERS, cell.folder)
         names = [self.banks[number].name for number in cell.banks]
-        return cell_row(cell.task, cell.stage, names, cell.folder, self.config.results_run_dir, known, records)
+        return cell_row(cell.task, cell.stage, names, cell.folder, self.config.results_run_dir, stamp, records)
 
-    def _answer(self, cell: Cell, records: TestRecords, fingerprint: str) -> dict[str, Any]:
-        started = time.monotonic()
+    def _answer(self, cell: Cell, records: TestRecords, fingerprint: str) -> dict[str, float]:
         stack, prepare, tower = self._model()
         if self._folded != cell.banks:
             stack.freeze([self.banks[number] for number in cell.banks])
@@ -173,8 +166,7 @@ class _Session:
             tower.fill(prepare.image_paths(records, roots), decoding(self.config).workers)
         samples = QuestionSamples(records, roots, prepare)
         label = f"{cell.task.name} with {'+'.join(self.banks[number].name for number in cell.banks) or 'no bank'}"
-        padding = answer_questions(stack.model, samples, cell.folder, decoding(self.config), fingerprint, label)
-        return {"fingerprint": fingerprint, "seconds": round(time.monotonic() - started, 3), **padding}
+        return answer_questions(stack.model, samples, cell.folder, decoding(self.config), fingerprint, label)
 
     def _model(self) -> tuple[BankStack, Preprocessing, CachedTower | None]:
         if self._loaded is None:
@@ -186,14 +178,15 @@ class _Session:
 
     def fingerprint(self, cell: Cell, records: TestRecords) -> str:
         """What decides a cell's answers."""
-        facts = {
-            **decisive(self.config),
-            "banks": [self._digests[number] for number in cell.banks],
-            "scalings": [self.banks[number].scaling for number in cell.banks],
-            "questions": records.digest,
-            "fold": self.config.lora.fold,
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(
+            {
+                **decisive(self.config),
+                "banks": [self.banks[number].digest for number in cell.banks],
+                "scalings": [self.banks[number].scaling for number in cell.banks],
+                "questions": records.digest,
+                "fold": self.config.lora.fold,
+            }
+        )
 
 
 def decoding(config: StreamConfig) -> Decoding:
@@ -240,23 +233,6 @@ def cell_row(
         "metrics": metrics["metrics"],
         "intervals": metrics["intervals"],
     }
-
-
-def read_stamp(folder: Path) -> dict[str, Any]:
-    """What an answer file was made from, and how long it took; empty if there is none."""
-    stamp = folder / STAMP
-    return json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
-
-
-def bank_digest(bank: Bank) -> str:
-    digest = hashlib.sha256()
-    for name, pair in bank.matrices.items():
-        digest.update(name.encode())
-        for matrix in pair:
-            digest.update(matrix.contiguous().numpy().tobytes())
-    for router in bank.routers.values():
-        digest.update(router.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write_summary(config: StreamConfig, path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:

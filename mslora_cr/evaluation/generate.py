@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,11 @@ from mslora_cr.data.collator import Preprocessing, QuestionCollator, Sample, in_
 from mslora_cr.data.records import TestRecord
 from mslora_cr.data.tokenizer import Tokenizer
 from mslora_cr.training.distributed import from_all_ranks, from_first_rank, rank, wait_for_all, world_size
+from mslora_cr.training.ledger import write_json
 
 ANSWERS = "answer-file.jsonl"
+STAMP = "answers.json"
+"""What the answers beside it were made from."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,42 @@ def _publish(samples: Questions, answered: dict[int, str], target: Path, decodin
     staging.replace(target)
 
 
-def forget_journals(folder: Path) -> None:
-    """Remove the notes that an interrupted run would go on from; for the first rank, once all answers are scored."""
-    for journal in folder.glob(".answers-*.jsonl"):
-        journal.unlink()
+def answer_once(
+    folder: Path, fingerprint: str, answer: Callable[[], dict[str, Any]], complete: bool | None = None
+) -> dict[str, Any]:
+    """Let `answer` write a folder's answers, unless those there were made from the same; to be called on every rank.
+
+    Args:
+        fingerprint: of everything that decides the answers, alike on every rank.
+        answer: writes them, and returns what else to note of them.
+        complete: whether the answers are there, on the first rank; not given: whether the folder has its answer file.
+
+    Returns:
+        The folder's stamp: `fingerprint`, `seconds` that answering took, and what `answer` returned.
+    """
+    complete = (folder / ANSWERS).is_file() if complete is None else complete
+    stamp = from_first_rank(read_stamp(folder) if complete else {})
+    if stamp.get("fingerprint") == fingerprint:
+        return stamp
+    if rank() == 0:
+        (folder / STAMP).unlink(missing_ok=True)  # it must never stand beside answers that it does not describe
+    started = time.monotonic()
+    noted = answer()
+    stamp = {"fingerprint": fingerprint, "seconds": round(time.monotonic() - started, 3), **noted}
+    if rank() == 0:
+        write_json(folder / STAMP, stamp)
+        for journal in folder.glob(".answers-*.jsonl"):
+            journal.unlink()
+    wait_for_all()
+    return stamp
+
+
+def read_stamp(folder: Path) -> dict[str, Any]:
+    """What a folder's answers were made from, and how long it took; empty if there is no stamp."""
+    stamp = folder / STAMP
+    return json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
+
+
+def fingerprint_of(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of facts that decide answers; plain values, lists and mappings of them."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

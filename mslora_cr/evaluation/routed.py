@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -22,44 +21,34 @@ from mslora_cr.config import ConfigError, StreamConfig, Task
 from mslora_cr.data.collator import Preprocessing, QuestionSamples, Sample
 from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecords
 from mslora_cr.evaluation.evaluate import (
-    STAMP,
     Stages,
-    bank_digest,
     cell_row,
     decisive,
     decoding,
     finished_banks,
-    read_stamp,
     stages_of,
     write_summary,
 )
-from mslora_cr.evaluation.generate import ANSWERS, answer_questions, forget_journals
+from mslora_cr.evaluation.generate import ANSWERS, STAMP, answer_once, answer_questions, fingerprint_of, read_stamp
 from mslora_cr.evaluation.intervals import interval, resampled_means
 from mslora_cr.evaluation.record import ROUTED, ROUTING
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.llava_med import LlavaMed
-from mslora_cr.methods import METHODS
+from mslora_cr.methods import METHODS, needs_task
 from mslora_cr.mixed_banks import MixedBanks
 from mslora_cr.router import Router, TaskStatistics, load_statistics
-from mslora_cr.training.distributed import (
-    from_all_ranks,
-    from_first_rank,
-    own_device,
-    rank,
-    start_process_group,
-    wait_for_all,
-    world_size,
-)
-from mslora_cr.training.ledger import Ledger, write_json
-from mslora_cr.training.stream import (
+from mslora_cr.runtime import (
+    check_hosts,
     feature_extractor,
-    is_routed,
     load_base,
     preprocessing,
     router_statistics,
+    start_processes,
     task_folder,
     task_image_roots,
 )
+from mslora_cr.training.distributed import from_all_ranks, own_device, rank, wait_for_all, world_size
+from mslora_cr.training.ledger import Ledger, write_json
 
 
 def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mapping[str, Bank] | None = None) -> Path:
@@ -75,14 +64,14 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
         ConfigError: the method answers every task with the same banks, or `stages` is `own`, where nothing is mixed.
         DataError, ModelError, BankError: before anything is answered.
     """
-    if not is_routed(config):
+    if not needs_task(config):
         raise ConfigError(
             f"method {config.method} answers every task with the same banks, so routing changes nothing; "
             "use evaluation.banks_by=prefix"
         )
     if stages == "own":
         raise ConfigError("routed questions of all tasks are answered together; use --stages final, seen or all")
-    start_process_group(own_device(config.model.device).type == "cuda")
+    start_processes(config)
     chain = dict(banks) if banks is not None else finished_banks(config)
     learned = [task for task in config.stream if task.name in chain]
     asked = {
@@ -94,6 +83,11 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
     if not asked:
         raise BankError(f"no stage of this run can be answered from the banks there are in {config.run_dir}")
     session = _Session(config, chain, saved_statistics(config, learned[: max(asked)]))
+    facts = {
+        f"the questions, banks or settings at stage {stage}": session.fingerprint(stage, tasks)
+        for stage, tasks in asked.items()
+    }
+    check_hosts(config.results_run_dir, facts)
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for stage, tasks in asked.items():
         rows |= session.answer(stage, tasks)
@@ -126,18 +120,19 @@ def saved_statistics(config: StreamConfig, tasks: Sequence[Task]) -> list[TaskSt
     return found
 
 
-def fit_router(config: StreamConfig, only: str | None = None) -> Iterator[Path]:
+def fit_router(config: StreamConfig, only: str | None = None) -> list[Path]:
     """Make what a router needs to know of every task, or of the one named, from its training records, and put it with
-    the bank; gives each file when it is there. For banks that were trained elsewhere.
+    the bank. For banks that were trained elsewhere. Returns the files.
 
     Raises:
         DataError, ModelError, ConfigError: something cannot be read.
     """
-    start_process_group(own_device(config.model.device).type == "cuda")
+    start_processes(config)
     tasks = [config.task(only)] if only else config.stream
     records = {task.name: TrainingRecords(task_folder(config, task) / "train.json") for task in tasks}
+    check_hosts(config.run_dir, {"the training records": {name: found.digest for name, found in records.items()}})
     base = load_base(config, own_device(config.model.device))
-    ledger = Ledger.read(config)
+    ledger, paths = Ledger.read(config), []
     for task in tasks:
         statistics = router_statistics(config, task, records[task.name], base)
         path = ledger.bank_folder(task.name) / STATISTICS
@@ -149,8 +144,9 @@ def fit_router(config: StreamConfig, only: str | None = None) -> Iterator[Path]:
             if task.name in ledger.content["tasks"]:
                 entry = {**ledger.content["tasks"][task.name], "router_digest": file_digest(path)}
                 ledger.record(task.name, entry)
-            yield path
-        wait_for_all()
+        paths.append(path)
+    wait_for_all()
+    return paths
 
 
 class MixedQuestions:
@@ -191,7 +187,6 @@ class _Session:
         self.config = config
         self.banks = [chain[task.name] for task in config.stream[: len(statistics)]]
         self.statistics = statistics
-        self._digests = [bank_digest(bank) for bank in self.banks]
         self._records: dict[str, TestRecords] = {}
         self._features: dict[str, Tensor] = {}
         self._base: LlavaMed | None = None
@@ -201,38 +196,35 @@ class _Session:
         """Answer and score these tasks' questions after a stage, unless that was done before.
 
         Returns:
-            The rows of `evaluation.json` by task and stage. The stage's entry of `routing.json` is in its stamp.
+            On the first rank, the rows of `evaluation.json` by task and stage. The stage's entry of `routing.json` is
+            in its stamp.
         """
         root = self.config.results_run_dir / ROUTED
         together = root / f"stage-{stage}"
-        fingerprint = self._fingerprint(stage, tasks)
+        fingerprint = self.fingerprint(stage, tasks)
         folders = {task.name: root / task.name / f"stage-{stage}" for task in tasks}
-        done = all((folder / ANSWERS).is_file() and read_stamp(folder).get("fingerprint") == fingerprint
-                   for folder in folders.values())  # fmt: skip
-        known = from_first_rank(read_stamp(together) if done else {})
-        if known.get("fingerprint") != fingerprint:
-            if rank() == 0:
-                (together / STAMP).unlink(missing_ok=True)  # it must never stand beside what it does not describe
-            known = self._answer(stage, tasks, together, folders, fingerprint)
-            if rank() == 0:
-                write_json(together / STAMP, known)
-                forget_journals(together)
+        complete = all(
+            (folder / ANSWERS).is_file() and read_stamp(folder).get("fingerprint") == fingerprint
+            for folder in folders.values()
+        )
+        stamp = answer_once(
+            together, fingerprint, lambda: self._answer(stage, tasks, together, folders, fingerprint), complete
+        )
+        if rank() != 0:
+            return {}
         names = [bank.name for bank in self.banks[:stage]]
+        noted = {key: value for key, value in stamp.items() if key != "routing"}
         rows = {}
         for task in tasks:
-            if rank() == 0:
-                score_file(folders[task.name] / ANSWERS, folders[task.name])
-            wait_for_all()
-            stamp = {"fingerprint": fingerprint, "seconds": known["seconds"]}
+            score_file(folders[task.name] / ANSWERS, folders[task.name])
             rows[task.name, stage] = cell_row(
-                task, stage, names, folders[task.name], root, stamp, self._questions(task)
+                task, stage, names, folders[task.name], root, noted, self._questions(task)
             )
         return rows
 
     def _answer(
         self, stage: int, tasks: Sequence[Task], together: Path, folders: Mapping[str, Path], fingerprint: str
     ) -> dict[str, Any]:
-        started = time.monotonic()
         base = self._model()
         routes = self._routes(stage, tasks)
         flat = [route for task in tasks for route in routes[task.name]]
@@ -248,12 +240,10 @@ class _Session:
             mixed.choose([chosen[flat[index]] for index in indices])
 
         label = f"{len(tasks)} tasks mixed, routed among {stage}"
-        answer_questions(base.model, questions, together, decoding(self.config), fingerprint, label, choose)
-        seconds = round(time.monotonic() - started, 3)
+        padding = answer_questions(base.model, questions, together, decoding(self.config), fingerprint, label, choose)
         if rank() == 0:
             self._part(tasks, together, folders, routes, fingerprint)
-        wait_for_all()
-        return {"fingerprint": fingerprint, "seconds": seconds, "routing": self._confusion(stage, tasks, routes)}
+        return {**padding, "routing": self._confusion(stage, tasks, routes)}
 
     def _part(
         self,
@@ -321,17 +311,18 @@ class _Session:
             self._base = load_base(self.config, own_device(self.config.model.device))
         return self._base
 
-    def _fingerprint(self, stage: int, tasks: Sequence[Task]) -> str:
+    def fingerprint(self, stage: int, tasks: Sequence[Task]) -> str:
         """What decides the answers at a stage."""
         router = hashlib.sha256()
         for statistics in self.statistics[:stage]:
             router.update(statistics.mean.numpy().tobytes() + statistics.scatter.numpy().tobytes())
-        facts = {
-            **decisive(self.config),
-            "method": self.config.method,
-            "banks": self._digests[:stage],
-            "scalings": [bank.scaling for bank in self.banks[:stage]],
-            "router": router.hexdigest(),
-            "questions": [self._questions(task).digest for task in tasks],
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(
+            {
+                **decisive(self.config),
+                "method": self.config.method,
+                "banks": [bank.digest for bank in self.banks[:stage]],
+                "scalings": [bank.scaling for bank in self.banks[:stage]],
+                "router": router.hexdigest(),
+                "questions": [self._questions(task).digest for task in tasks],
+            }
+        )

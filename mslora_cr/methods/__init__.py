@@ -1,6 +1,6 @@
 """The methods by the name that `method:` chooses."""
 
-from mslora_cr.config import MethodName
+from mslora_cr.config import MethodName, StreamConfig
 from mslora_cr.methods.base import Method
 from mslora_cr.methods.each import Each
 from mslora_cr.methods.ewc import Ewc
@@ -27,3 +27,9 @@ METHODS: dict[MethodName, Method] = {
     "moe_lora": MoeLora(),
     "joint": Joint(),
 }
+
+
+def needs_task(config: StreamConfig) -> bool:
+    """Whether it matters which task a question belongs to: whether tasks are answered by different banks."""
+    method, last = METHODS[config.method], len(config.tasks)
+    return len({tuple(method.banks(task, last, "prefix")) for task in range(1, last + 1)}) > 1

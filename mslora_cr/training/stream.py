@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,34 +18,38 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
 
 from mslora_cr import llava_med
-from mslora_cr.banks import MEMORY, STATISTICS, BankStack, file_digest, save_bank
-from mslora_cr.config import ConfigError, StreamConfig, Task, training_fields
-from mslora_cr.data.collator import Preprocessing, TrainingCollator, TrainingSamples, UnitedSamples
-from mslora_cr.data.features import FeatureCache, feature_key
-from mslora_cr.data.images import check_images, image_roots, resolve_image
+from mslora_cr.bank_stack import BankStack
+from mslora_cr.banks import MEMORY, STATISTICS, file_digest, save_bank
+from mslora_cr.config import ConfigError, StreamConfig, Task
+from mslora_cr.config_file import training_fields
+from mslora_cr.data.collator import TrainingCollator, TrainingSamples, UnitedSamples
+from mslora_cr.data.images import check_images, resolve_image
 from mslora_cr.data.records import DataError, TrainingRecords
-from mslora_cr.methods import METHODS
+from mslora_cr.methods import METHODS, needs_task
 from mslora_cr.methods.base import Setup
-from mslora_cr.router import FeatureExtractor, TaskStatistics, looked_at, statistics_of
+from mslora_cr.runtime import (
+    cached_tower,
+    check_hosts,
+    load_base,
+    preprocessing,
+    router_statistics,
+    start_processes,
+    task_folder,
+    task_image_roots,
+)
 from mslora_cr.training.distributed import (
-    TIMEOUT_SECONDS,
-    agree,
-    first_rank_first,
     float32_value,
     from_first_rank,
-    must_be_shared,
     own_device,
     partition,
     prepare_deepspeed,
     rank,
     release,
-    start_process_group,
-    sum_over_ranks,
-    wait_for_all,
     world_size,
     zero_stage,
 )
-from mslora_cr.training.ledger import Ledger, versions
+from mslora_cr.training.ledger import Ledger
+from mslora_cr.training.processes import first_rank_first
 from mslora_cr.training.trainer import BankTrainer, JsonLinesCallback, checkpoints, refuse_other_launch, writing
 
 CHECK_WORKERS = 8
@@ -78,15 +82,13 @@ def train(
     Raises:
         ConfigError, DataError, ModelError, BankError: with what is wrong, where, and how to mend it.
     """
-    fields = training_fields(config)
+    fields = start_processes(config)
     if config.model.quantization and zero_stage(fields.get("deepspeed")) == 3:
         raise ConfigError(
             "training.deepspeed: ZeRO-3 cannot shard a quantised base; use zero2, or no model.quantization"
         )
-    use_gpu = own_device(config.model.device).type == "cuda"
-    start_process_group(use_gpu, fields.get("ddp_timeout", TIMEOUT_SECONDS))
     if zero_stage(fields.get("deepspeed")):
-        prepare_deepspeed(use_gpu)
+        prepare_deepspeed(own_device(config.model.device).type == "cuda")
     tasks = tasks_to_train(config, only)
     ledger = Ledger.read(config)
     pending = [task for task in tasks if not ledger.done(task.name)]
@@ -100,13 +102,12 @@ def train(
     for task in pending:  # only looked at here: DeepSpeed must not hear of a task before its model is built
         training_arguments(config, task, {**fields, "deepspeed": None})
     llava_med.read_config(Path(config.model.path))
-    agree(shared_facts(config, records, ledger, fields))
+    check_hosts(config.run_dir, shared_facts(config, records, ledger, fields))
 
     def prepare() -> None:
         ledger.open(config, force)
         check_task_images(config, records)
 
-    must_be_shared(config.run_dir)
     first_rank_first(prepare)
     if not tasks:
         say(f"{config.method} trains nothing; evaluate it as it is")
@@ -135,7 +136,6 @@ def shared_facts(
         "the checkpoints": {
             name: [path.name for path in checkpoints(work_folder(config, config.task(name)))] for name in records
         },
-        "the package versions": versions(),
     }
 
 
@@ -227,14 +227,6 @@ def previous_task(config: StreamConfig, task: Task) -> list[Task]:
     return config.stream[: task.index][-1:] if METHODS[config.method].continues else []
 
 
-def task_folder(config: StreamConfig, task: Task) -> Path:
-    return Path(config.data.root) / task.folder
-
-
-def task_image_roots(config: StreamConfig, task: Task) -> list[Path]:
-    return image_roots(Path(config.data.root), task.folder, task.image_folders)
-
-
 def refuse_changed_records(ledger: Ledger, records: dict[str, TrainingRecords]) -> None:
     """Raise if a finished task whose samples are still needed has other records now.
 
@@ -270,58 +262,6 @@ def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords])
         if bad:
             lines = [f"{records[task.name].place(paths[path])}: {problem}" for path, problem in bad[:10]]
             raise DataError(f"{task.name}: {len(bad)} images cannot be read\n  " + "\n  ".join(lines))
-
-
-def load_base(config: StreamConfig, device: torch.device | str) -> llava_med.LlavaMed:
-    """The base model as the configuration asks for it."""
-    return llava_med.load(
-        Path(config.model.path),
-        vision_tower=config.model.vision_tower,
-        dtype=getattr(torch, config.model.dtype),
-        attn_implementation=config.model.attn_implementation,
-        device=device,
-        quantization=config.model.quantization,
-    )
-
-
-class CachedTower:
-    """The tower, taken out of its model, and the folder where its features are kept."""
-
-    def __init__(self, folder: Path, base: llava_med.LlavaMed, device: torch.device) -> None:
-        self._layer = base.model.config.vision_feature_layer
-        self._processor = base.image_processor
-        self._tower, self._device = llava_med.detach_tower(base.model), device
-        self.cache = FeatureCache(folder / feature_key(self._tower, self._layer, self._processor))
-
-    def fill(self, images: Sequence[Path], workers: int) -> None:
-        """See to it that every image has its features; the ranks share the work."""
-        self._tower.to(self._device)
-        self.cache.fill(images[rank() :: world_size()], self._processor, self._encode, workers, progress=rank() == 0)
-        self._tower.to("cpu")
-        wait_for_all()
-
-    @torch.inference_mode()
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        parameter = next(self._tower.parameters())
-        return llava_med.tower_features(self._tower, self._layer, pixels.to(parameter.device, parameter.dtype))
-
-
-def cached_tower(config: StreamConfig, base: llava_med.LlavaMed) -> CachedTower | None:
-    """The tower apart from its model, if `data.cache_image_features` asks for it."""
-    folder = config.data.cache_image_features
-    return CachedTower(Path(folder), base, own_device(config.model.device)) if folder else None
-
-
-def preprocessing(config: StreamConfig, base: llava_med.LlavaMed, tower: CachedTower | None = None) -> Preprocessing:
-    return Preprocessing(
-        tokenizer=base.tokenizer,
-        image_processor=base.image_processor,
-        image_token_id=base.image_token_id,
-        patches=base.patches,
-        max_length=config.data.max_length,
-        all_images=config.data.images == "all",
-        features=tower.cache if tower else None,
-    )
 
 
 def training_arguments(
@@ -396,7 +336,7 @@ def train_task(
     device = own_device(config.model.device)
     # Everything is built before DeepSpeed hears of the task: transformers would partition what it loads afterwards.
     base = load_base(config, "cpu" if sharded else device)
-    router = router_statistics(config, task, records[task.name], base) if is_routed(config) else None
+    router = router_statistics(config, task, records[task.name], base) if needs_task(config) else None
     method = METHODS[config.method]
     sources = method.sources(config, task)
     tower = cached_tower(config, base)
@@ -469,24 +409,3 @@ def train_task(
         import wandb
 
         wandb.finish()  # else the next task would be logged into this one's W&B run
-
-
-def is_routed(config: StreamConfig) -> bool:
-    """Whether it matters which task a question belongs to: whether tasks are answered by different banks."""
-    method, last = METHODS[config.method], len(config.tasks)
-    return len({tuple(method.banks(task, last, "prefix")) for task in range(1, last + 1)}) > 1
-
-
-def router_statistics(
-    config: StreamConfig, task: Task, records: TrainingRecords, base: llava_med.LlavaMed
-) -> TaskStatistics:
-    """What a router needs to know of a task, from a pass over its training records that all ranks share."""
-    extractor = feature_extractor(config, base)
-    mine = looked_at(len(records))[rank() :: world_size()]
-    label = f"{task.name}, for the router" if rank() == 0 else None
-    return statistics_of(sum_over_ranks(extractor.gram(records, mine, task_image_roots(config, task), label)))
-
-
-def feature_extractor(config: StreamConfig, base: llava_med.LlavaMed) -> FeatureExtractor:
-    workers = int(config.training.get("dataloader_num_workers", 0))
-    return FeatureExtractor(base, preprocessing(config, base), own_device(config.model.device), workers)

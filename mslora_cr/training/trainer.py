@@ -19,7 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mslora_cr.banks import LIVE, BankStack, load_bank, publish_folder, save_bank
+from mslora_cr.bank_stack import LIVE, BankStack
+from mslora_cr.banks import load_bank, publish_folder, save_bank
 from mslora_cr.data.collator import TrainingCollator, UnitedSamples, in_batches, padding_share
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.errors import UserError
@@ -27,12 +28,12 @@ from mslora_cr.training.distributed import (
     DistributedError,
     float32_value,
     gathered,
-    lost_a_process,
     shard_again,
     wait_for_all,
     zero_stage,
 )
 from mslora_cr.training.penalties import Distillation, Key, Penalty
+from mslora_cr.training.processes import lost_a_process
 
 STATE = "bank_trainer.pt"
 LAUNCH = "launch.json"

@@ -25,7 +25,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from mslora_cr import llava_med
-from mslora_cr.banks import Bank, BankStack, load_bank, published_bank
+from mslora_cr.bank_stack import BankStack
+from mslora_cr.banks import Bank, load_bank, published_bank
 from mslora_cr.config import RegularizationConfig
 from mslora_cr.data.collator import (
     Preprocessing,
