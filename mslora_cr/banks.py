@@ -97,7 +97,16 @@ def save_bank(
 
     Args:
         beside: what else is kept of the task, by the name of its safetensors file; empty ones are not written.
+
+    Raises:
+        BankError: some of its numbers are not finite; nothing is written then.
     """
+    broken = [name for name, pair in bank.matrices.items() if not all(matrix.isfinite().all() for matrix in pair)]
+    if broken:
+        raise BankError(
+            f"bank {bank.name!r} is not saved: {len(broken)} of its layers hold NaN or infinite numbers, first "
+            f"{broken[0]}. A lower learning rate or lower penalty weights usually help"
+        )
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -115,19 +124,22 @@ def save_bank(
     digest = file_digest(staging / WEIGHTS)
     described = {**bank.metadata, "name": bank.name, "rank": bank.rank, "alpha": bank.alpha, "sha256": digest}
     (staging / METADATA).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    publish_folder(staging, folder)
+    replace_folder(staging, folder)
     return digest
 
 
-def publish_folder(staging: Path, folder: Path) -> None:
-    """Flush a finished folder to disk and give it its name, replacing an older one of that name."""
+def replace_folder(staging: Path, folder: Path) -> None:
+    """Flush a finished folder to disk and give it its name; an older one of that name goes last."""
     for file in sorted(staging.rglob("*")):
         if file.is_file():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     staging.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def file_digest(path: Path) -> str:
@@ -266,7 +278,7 @@ def export_published(bank: Bank, folder: Path, index: int, base_config: Mapping[
     settings = {"max_task": index + 1, "lora_rank": bank.rank, "lora_alpha": bank.alpha, "lora_dropout": 0.0}
     config = {**base_config, "max_task": index + 1, "mslora_cfg": settings}
     (staging / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    publish_folder(staging, folder)
+    replace_folder(staging, folder)
 
 
 # --- its mathematics -----------------------------------------------------------------------------------------------

@@ -334,30 +334,41 @@ class StreamConfig(_Strict):
         """For each earlier task of the stream: does it share this task's modality?"""
         return [earlier.modality == task.modality for earlier in self.stream[: task.index]]
 
-    def training_digest(self) -> str:
-        """SHA-256 of everything that decides what the banks become (places and evaluation are left out)."""
-        decisive = self.model_dump(mode="json", exclude={"output_dir", "results_dir", "evaluation"})
+    def decisive(self, last: Task | None = None) -> dict[str, Any]:
+        """Everything in this configuration that decides what the banks up to a task's become, the last one's if none
+        is given: no places, no speed, no evaluation, no later task. `joint` trains on all tasks at once.
+        """
+        tasks = self.tasks if last is None or self.method == "joint" else self.tasks[: last.index + 1]
+        found = self.model_dump(mode="json", exclude={"run", "output_dir", "results_dir", "evaluation", "datasets"})
         for place, key in PLACES:
-            del decisive[place][key]
+            del found[place][key]
         for key in UNDECIDING_TRAINING_FIELDS:
-            decisive["training"].pop(key, None)
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+            found["training"].pop(key, None)
+        modalities = {task.name: self.datasets[task.name].modality for task in tasks}
+        return {**found, "tasks": [task.model_dump(mode="json") for task in tasks], "modalities": modalities}
+
+    def training_digest(self, last: Task | None = None) -> str:
+        """SHA-256 of `decisive`."""
+        return hashlib.sha256(json.dumps(self.decisive(last), sort_keys=True).encode()).hexdigest()
 
 
 PLACES = (
+    ("model", "path"),
     ("model", "device"),
+    ("data", "root"),
     ("data", "check_images"),
     ("data", "cache_image_features"),
     ("regularization", "frozen_device"),
 )
-"""Settings that say where or how fast, not what the banks become."""
+"""Settings that say where or how fast, not what the banks become: of base model and records, the ledger has digests."""
 
 UNDECIDING_TRAINING_FIELDS = frozenset(
     {"save_steps", "save_total_limit", "save_strategy", "logging_steps", "report_to", "disable_tqdm"}
     | {"dataloader_num_workers", "dataloader_pin_memory", "log_level", "run_name", "project"}
     | {"deepspeed", "ddp_timeout"}
+    | {"per_device_train_batch_size", "gradient_checkpointing", "gradient_checkpointing_kwargs"}
 )
-"""Fields of `training` that may differ when a run is continued: they do not change a weight."""
+"""Fields of `training` that may differ when a run is continued: they change no weight by more than rounding."""
 
 DERIVED_TRAINING_FIELDS = {
     "output_dir": "output_dir",
@@ -371,6 +382,12 @@ DERIVED_TRAINING_FIELDS = {
     "resume_from_checkpoint": "nothing: the same command goes on by itself",
     "do_train": "nothing: `mslora-cr train` trains",
     "do_eval": "nothing: `mslora-cr evaluate` evaluates",
+    "eval_strategy": "nothing: `mslora-cr evaluate` evaluates",
+    "load_best_model_at_end": "nothing: the bank after the last step is kept",
+    "ignore_data_skip": "nothing: a resumed run takes up the samples where it was stopped",
+    "save_only_model": "nothing: a checkpoint holds all that a resumed run needs",
+    "auto_find_batch_size": "training.per_device_train_batch_size",
+    "push_to_hub": "nothing: upload the banks of a finished run yourself",
     "label_names": "nothing: labels are `labels`",
     "use_cpu": "model.device",
 }

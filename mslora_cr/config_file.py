@@ -22,6 +22,9 @@ from mslora_cr.config import (
     nearest,
 )
 
+SAVE_STRATEGIES = ("steps", "epoch", "no")
+"""When checkpoints may be written; transformers also has `best`, which needs evaluations that there are none of."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
     """Read a run's YAML file and apply `key.path=value` overrides (values are YAML).
@@ -194,6 +197,8 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
             checked[key] = adapter.validate_python(as_number(value) if _wants_number(hints[key]) else value)
         except ValidationError as error:
             raise ConfigError(f"training.{key}: {error.errors()[0]['msg']}, found {value!r}") from None
+        if key == "save_strategy" and checked[key] not in SAVE_STRATEGIES:
+            raise ConfigError(f"training.save_strategy is {value!r}; choose one of {', '.join(SAVE_STRATEGIES)}")
         if isinstance(checked[key], float) and not math.isfinite(checked[key]):
             raise ConfigError(f"training.{key}: should be a finite number, found {value!r}")
     return checked

@@ -1,7 +1,7 @@
-"""The two penalties between LoRA banks: values and closed-form gradients, pure functions of matrices.
+"""The two penalties between LoRA banks: values and closed-form gradient, a pure function of matrices.
 
-Both are separable by matrix, so neither needs an autograd graph, and matrices of one shape are batched. Each formula
-needs the distances or the residual for its gradient, so that its value beside them costs next to nothing.
+Both are separable by matrix, so neither needs an autograd graph, and matrices of one shape are batched. They are
+computed together because they share their passes over memory, which is what they cost.
 
 Source of the formulas: Zhang et al., "Contrastive Regularization over LoRA for Multimodal Biomedical Image
 Incremental Learning", ACM MM 2025, as its published code computes them.
@@ -19,91 +19,97 @@ NEAR = 1e-3
 ‖W‖² + ‖P‖² - 2⟨W, P⟩ loses more than four digits of float32."""
 
 
-class Penalty(NamedTuple):
-    """A penalty's value and its gradient with respect to the current bank's matrices."""
+class Frozen(NamedTuple):
+    """The frozen counterparts of n matrices in the earlier banks, for the contrastive term."""
 
-    value: Tensor
+    matrices: Tensor
+    """P, (n, banks, D), each matrix flattened."""
+    squared: Tensor
+    """‖P‖², (n, banks); constant, so computed once."""
+    pull: Tensor
+    """(banks,): the term's weight over K, the number of matrices of a bank; negative where a bank's modality is not
+    the current one's."""
+
+
+class PenaltyTerms(NamedTuple):
+    """Both penalties' shares of n matrices of one shape."""
+
+    closeness: Tensor | None
+    """Σ_k exp(-‖W_k - P_ik‖_F) for each frozen bank i, (banks,); None without frozen banks."""
+    orthogonality: Tensor
+    """Σ_k ‖M_k M_kᵀ - I‖_F², a scalar."""
     gradient: Tensor
+    """Of the weighted sum of both terms, of the matrices' shape."""
 
 
-class Similarities(NamedTuple):
-    """Σ_k exp(-‖W_k - P_ik‖) for each frozen bank i, of shape (banks,), and the gradient of the contrastive term."""
+def penalty_terms(
+    current: Tensor, frozen: Frozen | None = None, beta: float = 0.0, transposed: bool = False
+) -> PenaltyTerms:
+    """Both penalties of matrices of one shape, and the gradient of their weighted sum.
 
-    sums: Tensor
-    gradient: Tensor
+    With ``s_i = (1/K) Σ_k exp(-d_ik)``, ``d_ik = ‖W_k - P_ik‖_F``, the contrastive term is ``Σ_i (1 - s_i if same
+    modality else s_i)``, hence ``d term / dW_k = Σ_i ± exp(-d_ik) (W_k - P_ik) / (K d_ik)``, + for banks of the same
+    modality, and zero where W = P. The orthogonality term is ``Σ_k ‖M_k M_kᵀ - I‖_F²``, its gradient
+    ``4 (M Mᵀ - I) M``. The factors of W in both are added up before W is read.
 
-
-def contrastive_term(
-    current: Tensor, frozen: Tensor, frozen_squared: Tensor, same_modality: Tensor, matrices: int
-) -> Similarities:
-    """The share of a batch of equally shaped matrices in the contrastive term, without a graph.
-
-    With ``s_i = (1/K) Σ_k exp(-‖W_k - P_ik‖_F)`` the term is ``Σ_i (1 - s_i if same modality else s_i)``, so that
-    ``d term / dW_k = Σ_i ± exp(-d_ik) (W_k - P_ik) / (K d_ik)``, + for banks of the same modality, and zero where
-    W = P. Frozen banks are read twice, for the distances and for the weighted sum: keep a batch small enough for the
-    second time to come from the cache.
+    Frozen banks are read twice, for the distances and for the weighted sum: keep a batch small enough for the second
+    time to come from the cache.
 
     Args:
-        current: W, (n, D), float32 or float64; the n matrices flattened.
-        frozen: P, (n, banks, D), the same dtype.
-        frozen_squared: ‖P‖², (n, banks); constant, so the caller computes it once.
-        same_modality: (banks,), bool.
-        matrices: K, the number of matrices of a whole bank.
-
-    Returns:
-        ``sums`` (banks,) and ``gradient`` (n, D).
+        current: W, float32 or float64: M itself, (n, rank, m), as A is; or, if `transposed`, Mᵀ, (n, m, rank), as B is.
+        frozen: of the same dtype; without them the contrastive term is left out.
+        beta: the orthogonality term's weight over the number of pairs (A, B) that it is averaged over.
 
     Raises:
         ValueError: the shapes do not fit.
     """
-    n, banks, size = frozen.shape
-    if current.shape != (n, size) or frozen_squared.shape != (n, banks) or same_modality.shape != (banks,):
-        raise ValueError(
-            f"current {tuple(current.shape)}, frozen {tuple(frozen.shape)}, frozen_squared "
-            f"{tuple(frozen_squared.shape)} and same_modality {tuple(same_modality.shape)} do not fit together"
-        )
-    row = current.unsqueeze(1)
-    scale = current.square().sum(1, keepdim=True) + frozen_squared
-    # A row times a matrix: the other way round, PyTorch's batched product on the CPU takes over ten times as long.
-    squared = scale - 2 * torch.bmm(row, frozen.transpose(1, 2)).squeeze(1)
-    near = squared < NEAR * scale
-    some_near = bool(near.any())
-    if some_near:
-        rows, columns = near.nonzero(as_tuple=True)
-        difference = current[rows] - frozen[rows, columns]
-        squared[rows, columns] = difference.square().sum(1)
+    if current.dim() != 3:
+        raise ValueError(f"expected three dimensions, (n, rank, m), found {tuple(current.shape)}")
+    across = current.transpose(1, 2)
+    residual = torch.bmm(across, current) if transposed else torch.bmm(current, across)
+    diagonal = residual.diagonal(dim1=1, dim2=2)
+    squared = diagonal.sum(1, keepdim=True)
+    diagonal.sub_(1)
+    flat = residual.flatten()
+    orthogonality = torch.dot(flat, flat)
+    factor = residual.mul_(4 * beta)
+    if frozen is None:
+        gradient = torch.bmm(current, factor) if transposed else torch.bmm(factor, current)
+        return PenaltyTerms(None, orthogonality, gradient)
 
-    distance = squared.sqrt()
+    distance, near = _distances(current.flatten(1), squared, frozen)
     closeness = torch.exp(-distance)
-    sign = torch.where(same_modality, 1.0, -1.0).to(current.dtype)
-    weight = torch.where(distance > 0, closeness / distance, 0.0) * sign / matrices
-    far = (weight.masked_fill(near, 0.0) if some_near else weight).unsqueeze(1)
-    gradient = (row * far.sum(2, keepdim=True)).baddbmm_(far, frozen, alpha=-1).squeeze(1)
-    if some_near:
-        gradient.index_add_(0, rows, weight[rows, columns].unsqueeze(1) * difference)
-    return Similarities(closeness.sum(0), gradient)
+    weight = torch.where(distance > 0, closeness / distance, 0.0) * frozen.pull
+    far = weight if near is None else weight.index_put(near, weight.new_zeros(()))
+    diagonal.add_(far.sum(1, keepdim=True))
+    gradient = torch.bmm(current, factor) if transposed else torch.bmm(factor, current)
+    rows = gradient.flatten(1)
+    rows.unsqueeze(1).baddbmm_(far.unsqueeze(1), frozen.matrices, alpha=-1)
+    if near is not None:
+        difference = current.flatten(1)[near[0]] - frozen.matrices[near]
+        rows.index_add_(0, near[0], weight[near].unsqueeze(1) * difference)
+    return PenaltyTerms(closeness.sum(0), orthogonality, gradient)
+
+
+def _distances(current: Tensor, squared: Tensor, frozen: Frozen) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """‖W_k - P_ik‖, (n, banks), and the places (k, i) of pairs so near that only their difference is exact, if any."""
+    n, banks, size = frozen.matrices.shape
+    if current.shape != (n, size) or frozen.squared.shape != (n, banks) or frozen.pull.shape != (banks,):
+        raise ValueError(
+            f"current {tuple(current.shape)}, frozen {tuple(frozen.matrices.shape)}, their squares "
+            f"{tuple(frozen.squared.shape)} and pull {tuple(frozen.pull.shape)} do not fit together"
+        )
+    scale = squared + frozen.squared
+    # A row times a matrix: the other way round, PyTorch's batched product on the CPU takes over ten times as long.
+    found = scale - 2 * torch.bmm(current.unsqueeze(1), frozen.matrices.transpose(1, 2)).squeeze(1)
+    near = found < NEAR * scale
+    if not near.any():
+        return found.sqrt_(), None
+    rows, columns = near.nonzero(as_tuple=True)
+    found[rows, columns] = (current[rows] - frozen.matrices[rows, columns]).square().sum(1)
+    return found.sqrt_(), (rows, columns)
 
 
 def contrastive_value(similarity: Tensor, same_modality: Tensor) -> Tensor:
     """``Σ_i (1 - s_i if same modality else s_i)`` from similarities s, (banks,), and flags, (banks,); a scalar."""
     return torch.where(same_modality, 1 - similarity, similarity).sum()
-
-
-def orthogonality_term(matrices: Tensor, transposed: bool = False) -> Penalty:
-    """``Σ_k ‖M_k M_kᵀ - I‖_F²`` over a batch of matrices, and its gradient ``4 (M Mᵀ - I) M``, without a graph.
-
-    Args:
-        matrices: M, (n, rank, m), as A is; or, if `transposed`, Mᵀ, (n, m, rank), as B is.
-
-    Returns:
-        A scalar and a gradient of the matrices' shape, neither divided by the number of pairs.
-    """
-    if matrices.dim() != 3:
-        raise ValueError(f"expected three dimensions, (n, rank, m), found {tuple(matrices.shape)}")
-    other = matrices.transpose(1, 2)
-    residual = torch.bmm(other, matrices) if transposed else torch.bmm(matrices, other)
-    residual.diagonal(dim1=1, dim2=2).sub_(1)
-    flat = residual.flatten()
-    value = torch.dot(flat, flat)
-    residual *= 4
-    return Penalty(value, torch.bmm(matrices, residual) if transposed else torch.bmm(residual, matrices))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mslora_cr.banks import Bank
-from mslora_cr.losses import contrastive_term, contrastive_value, orthogonality_term
+from mslora_cr.losses import Frozen, contrastive_value, penalty_terms
 from mslora_cr.training.penalties import INITIAL_LOG_WEIGHT, BankPenalties, PenaltyWeight
 
 LAYERS = {"q_proj": (12, 12), "k_proj": (6, 12), "gate_proj": (20, 12), "down_proj": (12, 20)}
@@ -53,20 +53,16 @@ def autograd(
 def closed_form(
     frozen: list[Bank], live: Bank, same: list[bool], alpha: float, beta: float
 ) -> dict[tuple[str, int], Tensor]:
-    """The gradient from the pure functions alone, in float64."""
+    """The gradient from the pure function alone, in float64."""
     found = {}
+    pull = alpha * torch.tensor([1.0 if flag else -1.0 for flag in same], dtype=torch.float64) / (2 * len(LAYERS))
     pairs = len(LAYERS) * (len(frozen) + 1)
     for module in live.matrices:
         for half in (0, 1):
-            wide = [bank.matrices[module][half] for bank in [*frozen, live]]
-            wide = [matrix.T if half else matrix for matrix in wide]
-            stacked = torch.stack([matrix.flatten() for matrix in wide[:-1]])[None]
-            close = contrastive_term(
-                wide[-1].flatten()[None], stacked, stacked.square().sum(2), torch.tensor(same), 2 * len(LAYERS)
-            )
-            gradient = alpha * close.gradient.view_as(wide[-1])
-            gradient = gradient + beta / pairs * orthogonality_term(wide[-1][None]).gradient[0]
-            found[module, half] = gradient.T if half else gradient
+            stacked = torch.stack([bank.matrices[module][half].flatten() for bank in frozen])[None]
+            others = Frozen(stacked, stacked.square().sum(2), pull)
+            terms = penalty_terms(live.matrices[module][half][None], others, beta / pairs, transposed=half == 1)
+            found[module, half] = terms.gradient[0]
     return found
 
 
@@ -107,33 +103,40 @@ def test_gradient_is_zero_where_both_banks_are_equal() -> None:
         torch.testing.assert_close(gradient, alone[key], rtol=1e-12, atol=1e-12)
 
 
-def test_similarity_by_hand() -> None:
-    current = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
-    frozen = torch.tensor([[[0.0, 0.0], [3.0, 3.0]]], dtype=torch.float64)  # at distances 5 and 1
-    same = torch.tensor([True, False])
-    found = contrastive_term(current, frozen, frozen.square().sum(2), same, matrices=2)
-    torch.testing.assert_close(found.sums, torch.tensor([math.exp(-5), math.exp(-1)], dtype=torch.float64))
+def test_contrastive_term_by_hand() -> None:
+    current = torch.tensor([[[3.0, 4.0]]], dtype=torch.float64)
+    matrices = torch.tensor([[[0.0, 0.0], [3.0, 3.0]]], dtype=torch.float64)  # at distances 5 and 1
+    pull = torch.tensor([0.5, -0.5], dtype=torch.float64)  # of one modality and of another, K = 2, α = 1
+    found = penalty_terms(current, Frozen(matrices, matrices.square().sum(2), pull))
+    assert found.closeness is not None
+    torch.testing.assert_close(found.closeness, torch.tensor([math.exp(-5), math.exp(-1)], dtype=torch.float64))
     # + exp(-5)/2 · (3, 4)/5 for the bank of the same modality, - exp(-1)/2 · (0, 1)/1 for the other.
-    expected = torch.tensor([[math.exp(-5) * 0.3, math.exp(-5) * 0.4 - math.exp(-1) / 2]], dtype=torch.float64)
+    expected = torch.tensor([[[math.exp(-5) * 0.3, math.exp(-5) * 0.4 - math.exp(-1) / 2]]], dtype=torch.float64)
     torch.testing.assert_close(found.gradient, expected)
-    similarity = found.sums / 2
-    assert contrastive_value(similarity, same).item() == pytest.approx(1 - math.exp(-5) / 2 + math.exp(-1) / 2)
+    value = contrastive_value(found.closeness / 2, torch.tensor([True, False]))
+    assert value.item() == pytest.approx(1 - math.exp(-5) / 2 + math.exp(-1) / 2)
 
 
-def test_orthogonality_by_hand() -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_orthogonality_by_hand(transposed: bool) -> None:
     matrices = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]], [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]])
-    value, gradient = orthogonality_term(matrices)
-    assert value.item() == 9.0  # (4 - 1)² of the first, whose second row is a unit vector; the second is orthonormal
     expected = torch.zeros_like(matrices)
     expected[0, 0, 0] = 4 * 3 * 2
-    assert torch.equal(gradient, expected)
+    if transposed:
+        matrices, expected = (tensor.transpose(1, 2).contiguous() for tensor in (matrices, expected))
+    found = penalty_terms(matrices, beta=1.0, transposed=transposed)
+    assert found.closeness is None
+    # (4 - 1)² of the first, whose second row is a unit vector; the second is orthonormal
+    assert found.orthogonality.item() == 9.0
+    assert torch.equal(found.gradient, expected)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
+    frozen = Frozen(torch.ones(2, 3, 4), torch.ones(2, 3), torch.ones(3))
     with pytest.raises(ValueError, match=r"current \(2, 5\).*do not fit"):
-        contrastive_term(torch.ones(2, 5), torch.ones(2, 3, 4), torch.ones(2, 3), torch.ones(3, dtype=torch.bool), 4)
+        penalty_terms(torch.ones(2, 1, 5), frozen)
     with pytest.raises(ValueError, match="expected"):
-        orthogonality_term(torch.ones(3, 4))
+        penalty_terms(torch.ones(3, 4))
 
 
 def test_bank_penalties_are_the_formula_in_float32() -> None:
@@ -150,6 +153,17 @@ def test_bank_penalties_are_the_formula_in_float32() -> None:
     for key, gradient in gradients.items():
         assert gradient.dtype == torch.float32
         torch.testing.assert_close(gradient.double(), expected[key], rtol=1e-5, atol=1e-6)
+
+
+def test_without_the_contrastive_term_no_frozen_bank_is_held() -> None:
+    frozen, live = [single(random_bank("frozen", 4, 0.3, seed=1))], single(random_bank("live", 4, 0.3, seed=9))
+    whole = BankPenalties(frozen, [True], torch.device("cpu"))
+    without = BankPenalties(frozen, [True], torch.device("cpu"), contrastive=False)
+    assert whole.frozen_bytes > 0 == without.frozen_bytes
+    expected, found = whole.terms(live.matrices, 0.0, 0.3), without.terms(live.matrices, 0.0, 0.3)
+    assert found.contrastive.item() == 0 and found.orthogonality == expected.orthogonality
+    for key, gradient in expected.gradients.items():
+        torch.testing.assert_close(found.gradients[key], gradient, rtol=1e-6, atol=1e-9)
 
 
 def test_nearly_equal_matrices_keep_their_digits_in_float32() -> None:

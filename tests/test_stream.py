@@ -20,6 +20,7 @@ from mslora_cr.config_file import load_config
 from mslora_cr.training import stream
 from mslora_cr.training.ledger import Ledger
 from mslora_cr.training.stream import batch_shape, plan, train
+from mslora_cr.training.trainer import BankTrainer
 from tests.conftest import STEPS, ConfigWriter, bank_bytes
 from tests.killing import KillPoint, run_until_killed
 
@@ -40,9 +41,9 @@ POINTS = {
     "in the second task, before its first checkpoint": KillPoint(LOG, call=6),  # on_log is also told the summary
     "in the second task, after a checkpoint": KillPoint(LOG, call=8, after=True),
     "while a checkpoint is written": KillPoint("mslora_cr.training.trainer:BankTrainer._save_rng_state"),
-    "a second checkpoint complete, but not yet renamed": KillPoint("mslora_cr.training.trainer:publish_folder", call=2),
-    "two checkpoints side by side": KillPoint("mslora_cr.training.trainer:publish_folder", call=2, after=True),
-    "the bank written, but not yet renamed": KillPoint("mslora_cr.banks:publish_folder", call=3),
+    "a second checkpoint complete, but not yet renamed": KillPoint("mslora_cr.training.trainer:replace_folder", call=2),
+    "two checkpoints side by side": KillPoint("mslora_cr.training.trainer:replace_folder", call=2, after=True),
+    "the bank written, but not yet renamed": KillPoint("mslora_cr.banks:replace_folder", call=3),
     "the bank saved, but not in the ledger": KillPoint("mslora_cr.training.stream:save_bank", after=True),
     "the ledger written, but not yet renamed": KillPoint("mslora_cr.training.ledger:Path.replace", call=2),
     "in the ledger, checkpoints not yet removed": KillPoint("mslora_cr.training.ledger:Ledger.record", after=True),
@@ -211,6 +212,82 @@ def test_a_run_folder_of_another_configuration_is_refused(
     assert main(["train", str(trained_config), folder, "tasks.PCAM.epochs=3", "--force"]) == 0
 
 
+def test_a_stream_may_grow_behind_its_finished_tasks(
+    trained_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained_config.parent / "checkpoints", tmp_path / "checkpoints")
+    trained: list[str] = []
+    monkeypatch.setattr(stream, "train_task", lambda run, task: trained.append(task.name))
+    ledger = tmp_path / "checkpoints" / "tiny" / "ledger.json"
+    content = json.loads(ledger.read_text())
+    del content["tasks"]["PCAM"]
+    ledger.write_text(json.dumps(content))
+    folder = f"output_dir={tmp_path / 'checkpoints'}"
+    assert main(["train", str(trained_config), folder, "tasks.PCAM.epochs=3"]) == 0
+    assert trained == ["PCAM"]
+
+
+def test_a_base_model_of_other_content_is_refused(
+    trained_config: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained_config.parent / "checkpoints", tmp_path / "checkpoints")
+    shutil.copytree(tiny_model, tmp_path / "moved" / tiny_model.name)
+    tower = json.loads((tiny_model / "config.json").read_text())["mm_vision_tower"]
+    shutil.copytree(tiny_model / tower, (tmp_path / "moved" / tiny_model.name / tower).resolve(), dirs_exist_ok=True)
+    model = tmp_path / "moved" / tiny_model.name
+    command = ["train", str(trained_config), f"output_dir={tmp_path / 'checkpoints'}", f"model.path={model}"]
+    assert main(command) == 0  # the same model in another place
+    shard = sorted(model.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert main(command) == 1
+    assert "was trained on a base model of other content" in capsys.readouterr().err
+
+
+def test_a_damaged_ledger_is_named(config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_file()
+    run_folder(config).mkdir(parents=True)
+    (run_folder(config) / "ledger.json").write_text("")
+    assert main(["train", str(config)]) == 1
+    assert "ledger.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["save_only_model=true", "eval_strategy=steps", "save_strategy=best", "fp16=true"])
+def test_what_a_run_cannot_keep_its_word_with_is_refused(
+    field: str, config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_file()
+    assert main(["train", str(config), f"training.{field}"]) == 1
+    assert f"training.{field.partition('=')[0]}" in capsys.readouterr().err
+    assert not run_folder(config).exists()
+
+
+def test_a_bank_that_bursts_is_not_finished(
+    config_file: ConfigWriter, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last update makes the numbers infinite, so that no loss shows it."""
+
+    def burst(trainer: BankTrainer, resume_from_checkpoint: str | None = None) -> None:
+        trainer.state.global_step = 1
+        with torch.no_grad():
+            next(iter(trainer.stack.live().values()))[1].fill_(torch.inf)
+
+    monkeypatch.setattr(BankTrainer, "train", burst)
+    config = config_file()
+    assert main(["train", str(config), "tasks=[pathvqa]"]) == 1
+    assert "bank 'pathvqa' is not saved: 1 of its layers" in capsys.readouterr().err
+    assert json.loads((run_folder(config) / "ledger.json").read_text())["tasks"] == {}
+
+
+def test_a_penalty_that_is_not_finite_stops_before_anything_moves(
+    config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_file()
+    assert main(["train", str(config), "tasks=[pathvqa, slake-vqarad]", "regularization.beta=1e38"]) == 1
+    assert "the penalty at step 1 is inf; nothing was updated" in capsys.readouterr().err
+
+
 def test_a_bank_that_changed_is_not_taken_for_the_recorded_one(
     trained_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,7 +320,7 @@ def test_a_missing_image_is_named_before_training(
     assert main(["train", str(config), f"data.root={root}", f"data.check_images={check}"]) == 1
     message = capsys.readouterr().err
     assert "is missing" in message and picture.name in message and "record" in message
-    assert not (run_folder(config) / "logs").exists()
+    assert not (run_folder(config) / "ledger.json").exists()  # so another configuration may start here
 
 
 def test_a_corrupt_image_is_named_before_training(

@@ -24,7 +24,7 @@ from mslora_cr.data.images import image_roots
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.llava_med import LlavaMed, load
 from mslora_cr.training import trainer as trainer_module
-from mslora_cr.training.trainer import BankTrainer, GroupedByLength, labelled_positions
+from mslora_cr.training.trainer import BankTrainer, VisitSampler, labelled_positions
 
 TASK = "slake-vqarad"  # the second of the stream, with answers of several lengths
 
@@ -223,21 +223,39 @@ def test_lengths_are_learned_without_an_image(
     expected = [len(trainer.samples[index]["input_ids"]) for index in range(len(trainer.samples))]
     monkeypatch.setattr("mslora_cr.data.collator.load_image", decode_nothing)
     trainer.args.train_sampling_strategy = "group_by_length"
+    order = list(trainer._get_train_sampler())
+    assert sorted(order) == list(range(len(expected)))
+
+
+def test_grouping_by_length_saves_padding(base: LlavaMed, tiny_data: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(base, tiny_data, tmp_path)
+    trainer.args.train_sampling_strategy = "group_by_length"
+    trainer._lengths = lengths = [number % 7 for number in range(640)]
+    grouped = in_batches(trainer._epoch_order(0), trainer.args.train_batch_size)
+    unsorted = in_batches(range(640), trainer.args.train_batch_size)
+    assert padding_share(lengths, grouped) < padding_share(lengths, unsorted) / 2
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_the_order_follows_seed_and_epoch_alone(strategy: str, base: LlavaMed, tiny_data: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(base, tiny_data, tmp_path)
+    trainer.args.train_sampling_strategy = strategy
     sampler = trainer._get_train_sampler()
-    assert sampler.lengths == expected
-    assert sorted(sampler) == list(range(len(expected)))
-
-
-def test_the_order_by_length_follows_seed_and_epoch_alone(tmp_path: Path) -> None:
-    lengths, epoch = [number % 7 for number in range(64)], [0]
-    args = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, seed=3, use_cpu=True)
-    sampler = GroupedByLength(lengths, args, lambda: epoch[0])
     first = list(sampler)
     torch.rand(5)  # as dropout would move the common generator
     assert list(sampler) == first
-    epoch[0] = 1
+    sampler.set_epoch(1)
     assert list(sampler) != first
-    assert padding_share(lengths, in_batches(first, 4)) < padding_share(lengths, in_batches(range(64), 4)) / 2
+    assert sorted(sampler) == sorted(first)
+
+
+def test_blanks_fill_up_what_all_ranks_take_at_once(base: LlavaMed, tiny_data: Path, tmp_path: Path) -> None:
+    assert list(VisitSampler(lambda epoch: [2, 0, 1], 3, 4)) == [2, 0, 1, 3]
+    assert len(VisitSampler(lambda epoch: [2, 0, 1], 3, 3)) == 3
+    samples = make_trainer(base, tiny_data, tmp_path).samples
+    blank = samples[len(samples)]
+    assert blank["input_ids"] == samples[0]["input_ids"]
+    assert set(blank["labels"]) == {-100}
 
 
 def test_a_run_grouped_by_length_reports_its_padding(retrain: Retrain, tmp_path: Path) -> None:
@@ -321,14 +339,14 @@ def test_a_checkpoint_holds_the_live_bank_and_nothing_of_the_base(
     retrain: Retrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, set[str]] = {}
-    publish = trainer_module.publish_folder
+    publish = trainer_module.replace_folder
 
     def watched(staging: Path, folder: Path) -> None:
         publish(staging, folder)
         seen[folder.name] = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
         assert [path.name for path in folder.parent.glob("checkpoint-*")] != []
 
-    monkeypatch.setattr(trainer_module, "publish_folder", watched)
+    monkeypatch.setattr(trainer_module, "replace_folder", watched)
     retrain()
     assert list(seen) == ["checkpoint-2", "checkpoint-4"]
     assert {name for name in seen["checkpoint-2"] if "model" in name} == {"bank/adapter_model.safetensors"}

@@ -112,7 +112,10 @@ class TrainingSamples(Dataset[Sample]):
 
 
 class UnitedSamples(Dataset[Sample]):
-    """The training samples of one task or several, one behind another; `index` counts through all of them."""
+    """The training samples of one task or several, one behind another; `index` counts through all of them.
+
+    The position after the last is a blank, which fills up a batch: the first sample without a label.
+    """
 
     def __init__(self, parts: Sequence[TrainingSamples]) -> None:
         self._parts = parts
@@ -127,6 +130,9 @@ class UnitedSamples(Dataset[Sample]):
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> Sample:
+        if index == len(self):
+            first = self._parts[0][0]
+            return {**first, "index": index, "labels": [IGNORE_INDEX] * len(first["labels"])}
         part, place = self._find(index)
         return {**self._parts[part][place], "index": index}
 

@@ -22,6 +22,7 @@ from mslora_cr.evaluation.generate import (
     read_stamp,
 )
 from mslora_cr.evaluation.score import score_file
+from mslora_cr.llava_med import weights_digest
 from mslora_cr.methods import METHODS
 from mslora_cr.runtime import (
     CachedTower,
@@ -142,6 +143,7 @@ class _Session:
     def __init__(self, config: StreamConfig, banks: Mapping[int, Bank]) -> None:
         self.config = config
         self.banks = banks
+        self._decisive = decisive(config)
         self._loaded: tuple[BankStack, Preprocessing, CachedTower | None] | None = None
         self._folded: tuple[int, ...] | None = None
 
@@ -180,7 +182,7 @@ class _Session:
         """What decides a cell's answers."""
         return fingerprint_of(
             {
-                **decisive(self.config),
+                **self._decisive,
                 "banks": [self.banks[number].digest for number in cell.banks],
                 "scalings": [self.banks[number].scaling for number in cell.banks],
                 "questions": records.digest,
@@ -199,9 +201,10 @@ def decoding(config: StreamConfig) -> Decoding:
 
 
 def decisive(config: StreamConfig) -> dict[str, Any]:
-    """What decides answers, whoever gives them."""
+    """What decides answers, whoever gives them; reads some of the base model's weights."""
     return {
-        "model": config.model.model_dump(exclude={"device"}),
+        "model": config.model.model_dump(exclude={"device", "path"}),
+        "weights": weights_digest(Path(config.model.path), config.model.vision_tower),
         "data": config.data.model_dump(exclude={"root", "check_images", "cache_image_features"}),
         "max_new_tokens": config.evaluation.max_new_tokens,
     }

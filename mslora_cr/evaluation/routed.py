@@ -187,6 +187,7 @@ class _Session:
         self.config = config
         self.banks = [chain[task.name] for task in config.stream[: len(statistics)]]
         self.statistics = statistics
+        self._decisive = decisive(config)
         self._records: dict[str, TestRecords] = {}
         self._features: dict[str, Tensor] = {}
         self._base: LlavaMed | None = None
@@ -318,7 +319,7 @@ class _Session:
             router.update(statistics.mean.numpy().tobytes() + statistics.scatter.numpy().tobytes())
         return fingerprint_of(
             {
-                **decisive(self.config),
+                **self._decisive,
                 "method": self.config.method,
                 "banks": [bank.digest for bank in self.banks[:stage]],
                 "scalings": [bank.scaling for bank in self.banks[:stage]],

@@ -12,6 +12,9 @@ from mslora_cr.config import RegularizationConfig, StreamConfig, Task
 from mslora_cr.methods.base import Method, Setup
 from mslora_cr.training.penalties import BankPenalties, Pair, Penalty, PenaltyStep, PenaltyWeight
 
+TERMS = {"alpha": "contrastive", "beta": "orthogonality"}
+"""What each weight weighs, as the log names it."""
+
 
 class MsloraCr(Method):
     """``CE + α Σ_{i<t} (1 - s_i if same modality else s_i) + β (1/L) Σ ‖A Aᵀ - I‖² + ‖Bᵀ B - I‖²``
@@ -36,16 +39,18 @@ class MsloraCr(Method):
             setup.device,
             getattr(torch, settings.frozen_dtype),
             torch.device("cpu") if settings.frozen_device == "cpu" else setup.device,
+            contrastive=settings.alpha != 0,
         )
         return WeightedPenalties(terms, settings)
 
 
 class WeightedPenalties(Penalty):
-    """Both terms with their weights, which may be learnable."""
+    """Both terms with their weights, which may be learnable. A term whose weight is 0 is neither added nor logged."""
 
     def __init__(self, terms: BankPenalties, settings: RegularizationConfig) -> None:
         self._terms = terms
-        self._weights = {"alpha": PenaltyWeight(settings.alpha), "beta": PenaltyWeight(settings.beta)}
+        given = {"alpha": settings.alpha, "beta": settings.beta}
+        self._weights = {name: PenaltyWeight(weight) for name, weight in given.items() if weight != 0}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -56,13 +61,16 @@ class WeightedPenalties(Penalty):
         return self._terms.frozen_bytes
 
     def step(self, live: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
-        before = self.weights
-        contrastive, orthogonality, gradients = self._terms.terms(live, **before)
-        self._weights["alpha"].update(contrastive, learning_rate)
-        self._weights["beta"].update(orthogonality, learning_rate)
-        logged = {name: torch.tensor(weight, dtype=torch.float64) for name, weight in before.items()}
-        logged |= {"contrastive": contrastive, "orthogonality": orthogonality}
-        return PenaltyStep(before["alpha"] * contrastive + before["beta"] * orthogonality, gradients, logged)
+        weights = self.weights
+        found = self._terms.terms(live, weights.get("alpha", 0.0), weights.get("beta", 0.0))
+        terms = dict(zip(TERMS, (found.contrastive, found.orthogonality), strict=True))
+        value, logged = torch.zeros_like(found.orthogonality), dict[str, torch.Tensor]()
+        for name, weight in self._weights.items():
+            term = terms[name]
+            value = value + weights[name] * term
+            logged |= {name: torch.tensor(weights[name], dtype=torch.float64), TERMS[name]: term}
+            weight.update(term, learning_rate)
+        return PenaltyStep(value, found.gradients, logged)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: weight.state_dict() for name, weight in self._weights.items()}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -64,52 +66,84 @@ def _hardware() -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON under a temporary name, then rename it."""
+    """Write JSON under a temporary name, flush it to disk, then rename it."""
     staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with staging.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     staging.replace(path)
 
 
 @dataclass
 class Ledger:
-    """A run folder. Open it with `Ledger.open`; `record` is called once per finished task."""
+    """A run folder: `read` it, `open` it before anything is written there, `record` each finished task."""
 
     folder: Path
     content: dict[str, Any]
+    _verified: set[tuple[str, str]] = field(default_factory=set)
+    """Files of banks, with their digests, that were found to be what is recorded: a bank is hashed once."""
 
     @classmethod
     def read(cls, config: StreamConfig) -> Ledger:
-        """The ledger of a configuration's run folder, empty if there is none yet. Writes nothing."""
-        path = config.run_dir / "ledger.json"
-        fresh: dict[str, Any] = {"run": config.run, "method": config.method, "tasks": {}}
-        return cls(config.run_dir, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else fresh)
+        """The ledger of a configuration's run folder, empty if there is none yet. Writes nothing.
 
-    def open(self, config: StreamConfig, force: bool) -> None:
+        Raises:
+            ConfigError: `ledger.json` is damaged.
+        """
+        path = config.run_dir / "ledger.json"
+        if not path.is_file():
+            return cls(config.run_dir, {"run": config.run, "method": config.method, "tasks": {}})
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content["tasks"].keys()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} is damaged ({error!r}); restore it, or move {config.run_dir} away to start again"
+            ) from None
+        return cls(config.run_dir, content)
+
+    def open(self, config: StreamConfig, model_digest: str, force: bool) -> None:
         """Make the run folder this configuration's.
 
         Raises:
-            ConfigError: another configuration made it and `force` is not given; the differing keys are named.
+            ConfigError: finished tasks were trained otherwise and `force` is not given; what differs is named.
         """
-        digest = config.training_digest()
-        known = self.content.get("config_digest")
-        if known not in (None, digest) and not force:
+        differences = self.differences(config, model_digest)
+        if differences and not force:
             raise ConfigError(
-                f"{self.folder} was made by another configuration ({self._differences(config)}). Choose another `run`, "
-                "or pass --force to go on with this one"
+                f"{self.folder} was made by another configuration ({differences}). Choose another `run`, or pass "
+                "--force to go on with this one"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(
             yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
         )
-        self.content.update(config_digest=digest, **environment())
+        self.content.update(config_digest=config.training_digest(), **environment())
         self._write()
 
-    def _differences(self, config: StreamConfig) -> str:
+    def differences(self, config: StreamConfig, model_digest: str) -> str:
+        """What sets finished tasks apart from those that this configuration would train; empty if nothing does.
+
+        A stream may grow: tasks behind the finished ones are free.
+        """
+        stream = {task.name: task for task in config.stream}
+        for name, entry in reversed(self.content["tasks"].items()):  # the last one's configuration holds the others'
+            if name not in stream:
+                return f"{name!r} is finished there, and not a task here"
+            if entry.get("config_digest") not in (None, config.training_digest(stream[name])):
+                return self._changed_keys(config, stream[name])
+            if entry.get("model_digest") not in (None, model_digest):
+                return f"{name!r} was trained on a base model of other content than that in {config.model.path}"
+        return ""
+
+    def _changed_keys(self, config: StreamConfig, task: Task) -> str:
         try:
             old = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
-            return "its config.yaml is gone"
-        before, now = _flat(old), _flat(config.model_dump(mode="json"))
+            before = _flat(StreamConfig.model_validate(old).decisive(task))
+        except (OSError, yaml.YAMLError, ValidationError):
+            return "its config.yaml is gone or damaged"
+        now = _flat(config.decisive(task))
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         return "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in changed[:6])
 
@@ -128,11 +162,14 @@ class Ledger:
         recorded = {WEIGHTS: entry["digest"]} | ({MEMORY: entry["memory_digest"]} if entry.get("memory_digest") else {})
         for name, digest in recorded.items():
             file = self.bank_folder(task) / name
+            if (str(file), digest) in self._verified:
+                continue
             if not file.is_file() or file_digest(file) != digest:
                 raise BankError(
                     f"{file} is not what the ledger records; restore it, or remove {task!r} from "
                     f"{self.folder / 'ledger.json'} to train it again"
                 )
+            self._verified.add((str(file), digest))
         return True
 
     def memory(self, task: str) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mslora_cr.banks import Bank
 from mslora_cr.config import LEARNABLE
-from mslora_cr.losses import contrastive_term, contrastive_value, orthogonality_term
+from mslora_cr.losses import Frozen, contrastive_value, penalty_terms
 
 Pair = tuple[Tensor, Tensor]
 Key = tuple[str, int]
@@ -102,15 +103,24 @@ class PenaltyWeight:
 
 @dataclass(frozen=True)
 class _Group:
-    """Matrices of one shape, all A or all B, with their frozen counterparts, (n, banks, rows · columns)."""
+    """Matrices of one shape, all A or all B, with their frozen counterparts, (n, banks, rows · columns), and those'
+    squared norms; without any where the contrastive term is left out."""
 
     keys: list[Key]
-    frozen: Tensor
-    frozen_squared: Tensor
+    frozen: Tensor | None = None
+    frozen_squared: Tensor | None = None
 
     @property
     def transposed(self) -> bool:
         return self.keys[0][1] == 1
+
+
+class BankTerms(NamedTuple):
+    """Both penalties at a bank, scalars, and the gradient of their weighted sum, float32, matrix by matrix."""
+
+    contrastive: Tensor
+    orthogonality: Tensor
+    gradients: dict[Key, Tensor]
 
 
 class BankPenalties:
@@ -127,6 +137,7 @@ class BankPenalties:
         device: torch.device,
         frozen_dtype: torch.dtype = torch.float32,
         frozen_device: torch.device | None = None,
+        contrastive: bool = True,
     ) -> None:
         """
         Args:
@@ -135,17 +146,21 @@ class BankPenalties:
             device: where the live bank is, and the penalties are computed.
             frozen_dtype: how frozen banks are held; the arithmetic is float32 whatever it is.
             frozen_device: where frozen banks are held, `device` if not given; the CPU's memory is pinned for a GPU.
+            contrastive: false leaves the contrastive term out, which then counts as zero; no frozen bank is held.
         """
         assert frozen and len(frozen) == len(same_modality)
-        self._device, self._dtype = device, frozen_dtype
+        self._device, self._dtype, self._contrastive = device, frozen_dtype, contrastive
         self._frozen_device = frozen_device or device
         self._same = torch.tensor(list(same_modality), device=device)
         self._matrices = 2 * len(frozen[0].matrices)
         self._pairs = len(frozen[0].matrices) * (len(frozen) + 1)
         limit = GROUP_BYTES.get(device.type, GROUP_BYTES["cuda"])
-        self._groups = [self._group(keys, frozen) for keys in _groups(frozen[0], limit // len(frozen))]
+        groups = _groups(frozen[0], limit // len(frozen))
+        self._groups = [self._group(keys, frozen) if contrastive else _Group(keys) for keys in groups]
         self._frozen_orthogonality = sum(
-            orthogonality_term(bank.matrices[module][half][None].to(device, frozen_dtype).float(), half == 1).value
+            penalty_terms(
+                bank.matrices[module][half][None].to(device, frozen_dtype).float(), transposed=half == 1
+            ).orthogonality
             for bank in frozen
             for module, half in itertools.product(bank.matrices, (0, 1))
         )
@@ -161,32 +176,49 @@ class BankPenalties:
     @property
     def frozen_bytes(self) -> int:
         """Memory that the frozen banks take."""
-        return sum(group.frozen.nbytes for group in self._groups)
+        return sum(group.frozen.nbytes for group in self._groups if group.frozen is not None)
 
-    def terms(self, live: Mapping[str, Pair], alpha: float, beta: float) -> tuple[Tensor, Tensor, dict[Key, Tensor]]:
+    def terms(self, live: Mapping[str, Pair], alpha: float, beta: float) -> BankTerms:
         """Values of both terms, and the gradient of ``alpha · contrastive + beta · orthogonality``.
 
         Args:
             live: the live bank's matrices; computed in float32 whatever their dtype.
-
-        Returns:
-            Two scalars, and (linear layer, 0 for A or 1 for B) → gradient of that matrix's shape, float32.
         """
-        similarity = torch.zeros(len(self._same), device=self._device)
+        closeness = torch.zeros(len(self._same), device=self._device)
         orthogonality = torch.as_tensor(self._frozen_orthogonality, device=self._device)
+        pull = torch.where(self._same, alpha, -alpha).float() / self._matrices
         gradients: dict[Key, Tensor] = {}
-        for group in self._groups:
-            current = torch.stack([live[module][half].detach() for module, half in group.keys]).float()
-            frozen = group.frozen.to(self._device, torch.float32, non_blocking=True)
-            closeness = contrastive_term(current.flatten(1), frozen, group.frozen_squared, self._same, self._matrices)
-            orthogonal = orthogonality_term(current, group.transposed)
-            similarity += closeness.sums / self._matrices
-            orthogonality = orthogonality + orthogonal.value
-            gradient = (
-                closeness.gradient.view_as(current).mul_(alpha).add_(orthogonal.gradient, alpha=beta / self._pairs)
-            )
-            gradients.update(zip(group.keys, gradient, strict=True))
-        return contrastive_value(similarity, self._same), orthogonality / self._pairs, gradients
+        contrastive = closeness.new_zeros(())
+        with ieee_float32():
+            for group in self._groups:
+                current = torch.stack([live[module][half].detach() for module, half in group.keys]).float()
+                found = penalty_terms(current, self._frozen(group, pull), beta / self._pairs, group.transposed)
+                if found.closeness is not None:
+                    closeness += found.closeness
+                orthogonality = orthogonality + found.orthogonality
+                gradients.update(zip(group.keys, found.gradient, strict=True))
+        if self._contrastive:
+            contrastive = contrastive_value(closeness / self._matrices, self._same)
+        return BankTerms(contrastive, orthogonality / self._pairs, gradients)
+
+    def _frozen(self, group: _Group, pull: Tensor) -> Frozen | None:
+        if group.frozen is None or group.frozen_squared is None:
+            return None
+        matrices = group.frozen.to(self._device, torch.float32, non_blocking=True)
+        return Frozen(matrices, group.frozen_squared, pull)
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Products in full float32 also where `training.tf32` rounds those of the model: a penalty is the small difference
+    of large numbers."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _groups(bank: Bank, limit: int) -> list[list[Key]]:

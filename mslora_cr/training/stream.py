@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +26,7 @@ from mslora_cr.data.images import check_images, resolve_image
 from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.methods import METHODS, needs_task
 from mslora_cr.methods.base import Setup
+from mslora_cr.router import TaskStatistics
 from mslora_cr.runtime import (
     cached_tower,
     check_hosts,
@@ -72,9 +72,30 @@ class TaskPlan:
     done: bool
 
 
-def train(
-    config: StreamConfig, only: str | None = None, force: bool = False, say: Callable[[str], None] = print
-) -> Ledger:
+@dataclass(frozen=True)
+class StreamRun:
+    """What the tasks of one launch share."""
+
+    config: StreamConfig
+    fields: dict[str, Any]
+    """The `training` section, checked."""
+    ledger: Ledger
+    records: dict[str, TrainingRecords]
+    """By task, of all tasks whose samples are read."""
+    model_digest: str
+    force: bool
+
+    def made_from(self, task: Task) -> dict[str, str]:
+        """Digests of what decides a task's bank: a checkpoint inside the task is of no use to another."""
+        sources = METHODS[self.config.method].sources(self.config, task)
+        return {
+            "configuration": self.config.training_digest(task),
+            "base model": self.model_digest,
+            "training records": " ".join(self.records[source.name].digest for source in sources),
+        }
+
+
+def train(config: StreamConfig, only: str | None = None, force: bool = False) -> None:
     """Train every task of the stream that is not done yet, or only the one named.
 
     Everything that can be wrong is looked at before the first step: configuration, records, images, earlier banks.
@@ -83,10 +104,7 @@ def train(
         ConfigError, DataError, ModelError, BankError: with what is wrong, where, and how to mend it.
     """
     fields = start_processes(config)
-    if config.model.quantization and zero_stage(fields.get("deepspeed")) == 3:
-        raise ConfigError(
-            "training.deepspeed: ZeRO-3 cannot shard a quantised base; use zero2, or no model.quantization"
-        )
+    refuse_what_cannot_train(config, fields)
     if zero_stage(fields.get("deepspeed")):
         prepare_deepspeed(own_device(config.model.device).type == "cuda")
     tasks = tasks_to_train(config, only)
@@ -101,36 +119,56 @@ def train(
         ledger.banks(config, frozen_tasks(config, pending[0]) or previous_task(config, pending[0]))
     for task in pending:  # only looked at here: DeepSpeed must not hear of a task before its model is built
         training_arguments(config, task, {**fields, "deepspeed": None})
-    llava_med.read_config(Path(config.model.path))
-    check_hosts(config.run_dir, shared_facts(config, records, ledger, fields))
+    model_digest = llava_med.weights_digest(Path(config.model.path), config.model.vision_tower)
+    check_hosts(config.run_dir, shared_facts(config, records, ledger, fields, model_digest))
 
     def prepare() -> None:
-        ledger.open(config, force)
         check_task_images(config, records)
+        ledger.open(config, model_digest, force)
 
     first_rank_first(prepare)
-    if not tasks:
-        say(f"{config.method} trains nothing; evaluate it as it is")
+    if not tasks and rank() == 0:
+        print(f"{config.method} trains nothing; evaluate it as it is")
+    run = StreamRun(config, fields, ledger, records, model_digest, force)
     progress = tqdm(tasks, desc="stream", unit="task", disable=rank() != 0)
     for task in progress:
         progress.set_postfix_str(task.name)
         if task in pending:
-            train_task(config, task, records, ledger, fields)
+            train_task(run, task)
         elif rank() == 0:
             shutil.rmtree(work_folder(config, task), ignore_errors=True)  # a run killed right after the ledger
-            say(f"{task.name}: already done, skipped")
-    return ledger
+            print(f"{task.name}: already done, skipped")
+
+
+def refuse_what_cannot_train(config: StreamConfig, fields: dict[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: settings that are right by themselves, but not together.
+    """
+    if config.model.quantization and zero_stage(fields.get("deepspeed")) == 3:
+        raise ConfigError(
+            "training.deepspeed: ZeRO-3 cannot shard a quantised base; use zero2, or no model.quantization"
+        )
+    method = METHODS[config.method]
+    if fields.get("fp16") and any(method.regularizes(config, task) for task in method.trained(config)):
+        raise ConfigError(
+            "training.fp16 scales the loss, so that a penalty's gradient, which is added behind it, would all but "
+            f"vanish; use training.bf16, or a method without a penalty instead of {config.method}"
+        )
 
 
 def shared_facts(
-    config: StreamConfig, records: dict[str, TrainingRecords], ledger: Ledger, fields: dict[str, Any]
+    config: StreamConfig,
+    records: dict[str, TrainingRecords],
+    ledger: Ledger,
+    fields: dict[str, Any],
+    model_digest: str,
 ) -> dict[str, Any]:
     """What all ranks of a run must find alike, wherever they run."""
-    model = Path(config.model.path)
     return {
         "the configuration": config.training_digest(),
         "training.deepspeed": zero_stage(fields.get("deepspeed")),
-        "the base model's files": sorted((file.name, file.stat().st_size) for file in model.iterdir()),
+        "the base model's files": model_digest,
         "the training records": {name: found.digest for name, found in records.items()},
         "the finished tasks": {name: entry["digest"] for name, entry in ledger.content["tasks"].items()},
         "the checkpoints": {
@@ -257,7 +295,8 @@ def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords])
                     raise DataError(f"{place}: {error}") from None
         if not config.data.check_images:
             continue
-        cache = config.run_dir / "images-checked.txt"
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        cache = config.run_dir / "images-checked.bin"
         bad = check_images(paths, CHECK_WORKERS, progress=True, cache=cache)
         if bad:
             lines = [f"{records[task.name].place(paths[path])}: {problem}" for path, problem in bad[:10]]
@@ -325,87 +364,114 @@ def work_folder(config: StreamConfig, task: Task) -> Path:
     return config.run_dir / "work" / task.name
 
 
-def train_task(
-    config: StreamConfig, task: Task, records: dict[str, TrainingRecords], ledger: Ledger, fields: dict[str, Any]
-) -> None:
+def train_task(run: StreamRun, task: Task) -> None:
     """Train one task's bank from its last checkpoint, if it has one, save it, and enter it in the ledger.
 
     The base model is loaded afresh, so a task does not depend on which ones this process has trained before.
     """
-    sharded = zero_stage(fields.get("deepspeed")) == 3
+    trainer, router = build_trainer(run, task)
+    # A shared file system may show other hosts an older state, of checkpoints here and of the ledger below.
+    found = from_first_rank(checkpoints(work_folder(run.config, task)))
+    if found:
+        refuse_other_launch(found[-1], trainer.args, run.made_from(task), run.force)
+    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    save_task(run, task, trainer, router)
+    run.ledger.content = from_first_rank(run.ledger.content)
+    release(trainer)
+    if "wandb" in trainer.args.report_to:
+        import wandb
+
+        wandb.finish()  # else the next task would be logged into this one's W&B run
+
+
+def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatistics | None]:
+    """Base model, frozen banks, the live one and its trainer; and what a router needs to know of the task."""
+    config, method = run.config, METHODS[run.config.method]
+    sharded = zero_stage(run.fields.get("deepspeed")) == 3
     device = own_device(config.model.device)
     # Everything is built before DeepSpeed hears of the task: transformers would partition what it loads afterwards.
     base = load_base(config, "cpu" if sharded else device)
-    router = router_statistics(config, task, records[task.name], base) if needs_task(config) else None
-    method = METHODS[config.method]
-    sources = method.sources(config, task)
-    tower = cached_tower(config, base)
-    prepare = preprocessing(config, base, tower)
-    parts = [TrainingSamples(records[source.name], task_image_roots(config, source), prepare) for source in sources]
-    if tower is not None:
-        images = (prepare.image_paths(part.records, part.roots) for part in parts)
-        tower.fill(list(itertools.chain.from_iterable(images)), int(fields.get("dataloader_num_workers", 0)))
-    frozen = ledger.banks(config, frozen_tasks(config, task))
+    router = router_statistics(config, task, run.records[task.name], base) if needs_task(config) else None
+    samples = training_samples(run, task, base)
+    frozen = run.ledger.banks(config, frozen_tasks(config, task))
     stack = BankStack(base.model, config.lora.fold)
     stack.freeze(frozen)
-    initial = ledger.banks(config, previous_task(config, task))
+    initial = run.ledger.banks(config, previous_task(config, task))
     set_seed(config.seed + task.index)
-    experts = method.experts(config)
-    stack.add_live(config.lora.rank, config.lora.alpha, config.lora.dropout, initial[0] if initial else None, experts)
-    setup = Setup(config, task, ledger, device)
-    order = method.order(config, task, [len(part) for part in parts], ledger)
+    stack.add_live(
+        config.lora.rank,
+        config.lora.alpha,
+        config.lora.dropout,
+        initial[0] if initial else None,
+        method.experts(config),
+    )
+    setup = Setup(config, task, run.ledger, device)
     regularizes = method.regularizes(config, task)
     penalty = method.penalty(setup, frozen) if regularizes else None
     del frozen  # folded into the model and held by the penalty; on the host it would be a copy per process
-    args = training_arguments(config, task, fields, order is not None)
+    order = method.order(config, task, samples.counts, run.ledger)
+    args = training_arguments(config, task, run.fields, order is not None)
     # Its default is inside the work folder, which goes when the task is done.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / "logs" / "tensorboard" / task.name)
     if sharded:
         partition(stack.model, args.hf_deepspeed_config.config)
     trainer = BankTrainer(
         stack=stack,
-        samples=UnitedSamples(parts),
+        samples=samples,
         collator=TrainingCollator(base.tokenizer.pad_token_id),
         args=args,
         bank_shape=(config.lora.rank, config.lora.alpha),
+        made_from=run.made_from(task),
         order=order,
         penalty=penalty,
         distillation=method.distillation(setup) if regularizes else None,
         callbacks=[JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
     )
-    # A shared file system may show other hosts an older state, of checkpoints here and of the ledger below.
-    found = from_first_rank(checkpoints(work_folder(config, task)))
-    if found:
-        refuse_other_launch(found[-1], args)
-    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    return trainer, router
+
+
+def training_samples(run: StreamRun, task: Task, base: llava_med.LlavaMed) -> UnitedSamples:
+    """The samples that a task trains on; with `data.cache_image_features`, their images' features are there then."""
+    tower = cached_tower(run.config, base)
+    prepare = preprocessing(run.config, base, tower)
+    parts = [
+        TrainingSamples(run.records[source.name], task_image_roots(run.config, source), prepare)
+        for source in METHODS[run.config.method].sources(run.config, task)
+    ]
+    if tower is not None:
+        images = (prepare.image_paths(part.records, part.roots) for part in parts)
+        tower.fill(list(itertools.chain.from_iterable(images)), int(run.fields.get("dataloader_num_workers", 0)))
+    return UnitedSamples(parts)
+
+
+def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStatistics | None) -> None:
+    """Write a trained bank with what is kept beside it, and enter it in the ledger; to be called on every rank."""
+    config, ledger = run.config, run.ledger
     mean_loss, padding = trainer.mean_loss(), trainer.padding()
-    kept = method.memory(setup, trainer)
-
+    kept = METHODS[config.method].memory(Setup(config, task, ledger, own_device(config.model.device)), trainer)
     metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
-    bank = stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata, float32_value)
-    if args.should_save:
-        with writing(ledger.bank_folder(task.name)):
-            folder = ledger.bank_folder(task.name)
-            beside = {MEMORY: kept, STATISTICS: router.tensors() if router else {}}
-            digest = save_bank(bank, folder, config.lora.dropout, beside)
-        entry = {
-            "digest": digest,
-            "memory_digest": file_digest(folder / MEMORY) if kept else None,
-            "router_digest": file_digest(folder / STATISTICS) if router else None,
-            "records_digest": records[task.name].digest,
-            "steps": trainer.state.global_step,
-            "train_loss": mean_loss,
-            "seconds": round(trainer.seconds, 3),
-            "padding": padding,
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "frozen_bank_bytes": penalty.frozen_bytes if penalty else 0,
-            "weights": penalty.weights if penalty else None,
-        }
-        ledger.record(task.name, entry)
-        shutil.rmtree(work_folder(config, task), ignore_errors=True)
-    ledger.content = from_first_rank(ledger.content)
-    release(trainer)
-    if "wandb" in args.report_to:
-        import wandb
-
-        wandb.finish()  # else the next task would be logged into this one's W&B run
+    bank = trainer.stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata, float32_value)
+    if not trainer.args.should_save:
+        return
+    folder = ledger.bank_folder(task.name)
+    with writing(folder):
+        beside = {MEMORY: kept, STATISTICS: router.tensors() if router else {}}
+        digest = save_bank(bank, folder, config.lora.dropout, beside)
+    made_from = run.made_from(task)
+    entry = {
+        "digest": digest,
+        "memory_digest": file_digest(folder / MEMORY) if kept else None,
+        "router_digest": file_digest(folder / STATISTICS) if router else None,
+        "records_digest": run.records[task.name].digest,
+        "config_digest": made_from["configuration"],
+        "model_digest": made_from["base model"],
+        "steps": trainer.state.global_step,
+        "train_loss": mean_loss,
+        "seconds": round(trainer.seconds, 3),
+        "padding": padding,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "frozen_bank_bytes": trainer.penalty.frozen_bytes if trainer.penalty else 0,
+        "weights": trainer.penalty.weights if trainer.penalty else None,
+    }
+    ledger.record(task.name, entry)
+    shutil.rmtree(work_folder(config, task), ignore_errors=True)

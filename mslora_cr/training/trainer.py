@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mslora_cr.bank_stack import LIVE, BankStack
-from mslora_cr.banks import load_bank, publish_folder, save_bank
+from mslora_cr.banks import load_bank, replace_folder, save_bank
+from mslora_cr.config import ConfigError
 from mslora_cr.data.collator import TrainingCollator, UnitedSamples, in_batches, padding_share
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.errors import UserError
@@ -78,6 +79,7 @@ class BankTrainer(Trainer):
         collator: TrainingCollator,
         args: TrainingArguments,
         bank_shape: tuple[int, float],
+        made_from: Mapping[str, str] | None = None,
         order: Sequence[int] | None = None,
         penalty: Penalty | None = None,
         distillation: Distillation | None = None,
@@ -86,6 +88,7 @@ class BankTrainer(Trainer):
         """
         Args:
             bank_shape: rank and alpha of the live bank.
+            made_from: digests of what decides the bank, noted in its checkpoints.
             order: positions of the samples, with repetitions, in the order in which to visit them; otherwise each
                 epoch shuffles them all.
             penalty: what joins the cross entropy once per update, if anything.
@@ -94,13 +97,15 @@ class BankTrainer(Trainer):
         super().__init__(
             model=stack.model,
             args=args,
-            train_dataset=samples if order is None else Subset(samples, order),
+            train_dataset=samples,
             data_collator=collator,
             callbacks=[TowerOutsideGraph(), *(callbacks or [])],
         )
         self.stack = stack
         self.samples = samples
+        self.order = order
         self.bank_shape = bank_shape
+        self.made_from = dict(made_from or {})
         self.penalty = penalty
         self.distillation = distillation
         self._pending: dict[Key, Tensor] = {}
@@ -152,7 +157,7 @@ class BankTrainer(Trainer):
             self._micro_batch["distillation"] = distilled.detach()
             loss = loss + self.distillation.weight * distilled
         if not torch.isfinite(loss):
-            places = "\n  ".join(self.samples.place(int(index)) for index in records)
+            places = "\n  ".join(self.samples.place(index) for index in records.tolist() if index < len(self.samples))
             raise NonFiniteLossError(
                 f"{self.args.run_name}: the loss at step {self.state.global_step + 1} is {loss.item()}; nothing was "
                 f"updated. The batch:\n"
@@ -188,6 +193,11 @@ class BankTrainer(Trainer):
         live = self.stack.live()
         with gathered(self.stack.live_parameters()), torch.no_grad():
             step = self.penalty.step(live, self._get_learning_rate())
+        if not torch.isfinite(step.value):
+            raise NonFiniteLossError(
+                f"{self.args.run_name}: the penalty at step {self.state.global_step + 1} is {step.value.item()}; "
+                "nothing was updated. Lower its weights or the learning rate."
+            )
         self._pending.update(step.gradients)
         for name, value in step.logged.items():
             self._log_term(name, value)
@@ -211,11 +221,19 @@ class BankTrainer(Trainer):
 
     # --- the order of samples ---
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Groups by length on `train_sampling_strategy: group_by_length`; no image is decoded to learn lengths."""
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        return GroupedByLength(self._lengths, self.args, lambda: int(self.state.epoch or 0))
+    def _get_train_sampler(self, train_dataset: Any = None) -> VisitSampler:
+        multiple = self.args.train_batch_size * self.args.world_size
+        return VisitSampler(self._epoch_order, len(self.samples), multiple)
+
+    def _epoch_order(self, epoch: int) -> Sequence[int]:
+        """Positions in the order of an epoch's visits; no image is decoded to learn lengths."""
+        if self.order is not None:
+            return self.order
+        generator = torch.Generator().manual_seed(self.args.seed + epoch)
+        if self.args.train_sampling_strategy == "group_by_length":
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return get_length_grouped_indices(self._lengths, batch, generator=generator)
+        return torch.randperm(len(self.samples), generator=generator).tolist()
 
     @cached_property
     def _lengths(self) -> list[int]:
@@ -270,7 +288,7 @@ class BankTrainer(Trainer):
             wait_for_all()
             if self.args.should_save:
                 name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                publish_folder(staging / name, Path(self.args.output_dir) / name)
+                replace_folder(staging / name, Path(self.args.output_dir) / name)
                 for old in checkpoints(Path(self.args.output_dir))[: -(self.args.save_total_limit or 1)]:
                     shutil.rmtree(old)
         wait_for_all()
@@ -292,7 +310,7 @@ class BankTrainer(Trainer):
                 "seconds": self.seconds,
             }
             torch.save(state, folder / STATE)
-            (folder / LAUNCH).write_text(json.dumps(launch(self.args)), encoding="utf-8")
+            (folder / LAUNCH).write_text(json.dumps({**launch(self.args), **self.made_from}), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.stack.load_live(load_bank(Path(resume_from_checkpoint) / BANK_FOLDER))
@@ -324,17 +342,32 @@ def _penalty_hook(pending: dict[Key, Tensor], key: Key) -> Callable[[Tensor], Te
     return add
 
 
-class GroupedByLength(LengthGroupedSampler):
-    """transformers' sampler in an order that seed and epoch alone decide, so that it is the same on every rank and in a
-    run that goes on after a kill."""
+class VisitSampler(Sampler[int]):
+    """Positions of samples in an order that the epoch alone decides, so that it is the same on every rank and in a
+    resumed run.
 
-    def __init__(self, lengths: list[int], args: TrainingArguments, epoch: Callable[[], int]) -> None:
-        super().__init__(args.train_batch_size * args.gradient_accumulation_steps, lengths=lengths)
-        self.seed, self.epoch = args.seed, epoch
+    Behind them come blanks (`UnitedSamples`), up to a multiple of what all ranks take at once. accelerate would
+    repeat samples from the start of the epoch instead, so that several ranks would train on other batches than one.
+    """
+
+    def __init__(self, order: Callable[[int], Sequence[int]], blank: int, multiple: int) -> None:
+        """
+        Args:
+            order: epoch → positions, as many in every epoch.
+            blank: the position of a blank.
+        """
+        self._order, self._epoch = order, 0
+        self._blanks = [blank] * (-len(order(0)) % multiple)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._order(0)) + len(self._blanks)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        return iter([*self._order(self._epoch), *self._blanks])
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -361,18 +394,32 @@ def launch(args: TrainingArguments) -> dict[str, int]:
     return {"processes": args.world_size, "ZeRO stage": zero_stage(args.deepspeed)}
 
 
-def refuse_other_launch(checkpoint: Path, args: TrainingArguments) -> None:
-    """Raise unless this run is launched as the one that wrote a checkpoint inside a task.
+def refuse_other_launch(checkpoint: Path, args: TrainingArguments, made_from: Mapping[str, str], force: bool) -> None:
+    """Raise unless this run is launched as the one that wrote a checkpoint inside a task, and of the same content.
+
+    Args:
+        force: another configuration is all right.
 
     Raises:
-        DistributedError: it is not; between tasks both may change freely.
+        DistributedError: another number of processes or ZeRO stage; between tasks both may change freely.
+        ConfigError: another configuration, base model or training records.
     """
     written = json.loads((checkpoint / LAUNCH).read_text(encoding="utf-8"))
-    if written != launch(args):
-        before, now = (", ".join(f"{key} {value}" for key, value in facts.items()) for facts in (written, launch(args)))
+    again = f"remove {checkpoint.parent} to start this task again (finished tasks stay)"
+    now = launch(args)
+    before = {key: written.get(key) for key in now}
+    if before != now:
+        was, is_now = (", ".join(f"{key} {value}" for key, value in facts.items()) for facts in (before, now))
         raise DistributedError(
-            f"{checkpoint} was written with {before}; this run has {now}. Launch it as before, or remove "
-            f"{checkpoint.parent} to start this task again (finished tasks stay, and both may change between tasks)"
+            f"{checkpoint} was written with {was}; this run has {is_now}. Launch it as before, or {again}; between "
+            "tasks both may change"
+        )
+    free = {"configuration"} if force else set()
+    changed = [key for key, value in made_from.items() if written.get(key) != value and key not in free]
+    if changed:
+        raise ConfigError(
+            f"{checkpoint} was made by another configuration, or from other files: {', '.join(changed)} changed since. "
+            f"Restore what it was, or {again}; --force goes on with another configuration"
         )
 
 
@@ -386,7 +433,7 @@ def writing(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if lost_a_process(error):
+        if lost_a_process(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         raise SaveError(
             f"{place} cannot be written ({str(error).splitlines()[0]}). What was complete before is kept; the same "

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
@@ -215,11 +215,9 @@ class Replay:
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
                 output_dir=folder,
-                per_device_train_batch_size=len(self.batches[0]),
                 learning_rate=self.training["lr"],
                 num_train_epochs=1,
                 lr_scheduler_type="constant",
-                train_sampling_strategy="sequential",
                 optim="adamw_torch",
                 weight_decay=0.0,
                 max_grad_norm=0.0,
@@ -241,7 +239,8 @@ class Replay:
                 penalty=WeightedPenalties(penalties, weights) if penalties else None,
                 callbacks=[CompareGradients(self, stack, number)],
             )
-            trainer.train_dataset = Subset(self.samples, [index for batch in self.batches for index in batch])
+            batches: Any = DataLoader(self.samples, batch_sampler=self.batches, collate_fn=trainer.data_collator)
+            trainer.get_train_dataloader = lambda: batches  # type: ignore[method-assign]
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         return [row for row in trainer.state.log_history if "loss" in row]
