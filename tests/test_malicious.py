@@ -227,6 +227,18 @@ def test_a_huge_number_in_a_banks_configuration(key: str, number: str, banks: Pa
     assert "lora_rank and lora_alpha not found in mslora_cfg" in refused("bank", "show", str(banks / "pathvqa"))
 
 
+# --- marks ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_mark_that_no_image_stands_for(data: Path, config_file: ConfigWriter, refused: Refused) -> None:
+    path = data / "PathVQA" / "train.json"
+    records = json.loads(path.read_text())
+    records[2]["conversations"][1]["value"] += " <image>"
+    path.write_text(json.dumps(records))
+    message = refused("train", str(config_file()), f"data.root={data}", "--task", "pathvqa")
+    assert f"{path}: record 2: field 'conversations[1].value': holds an <image> mark" in message
+
+
 # --- paths ---------------------------------------------------------------------------------------------------------
 
 

@@ -123,11 +123,9 @@ def check(dataset: DataSet, root: Path, limit: Limit | None = None, scan: Scan |
 
 
 def _check_training(records: TrainingRecords, limit: Limit | None, report: Report) -> None:
-    unplaced, empty, silent, long, nul = [], [], [], [], []
+    empty, silent, long, nul = [], [], [], []
     for index, record in enumerate(records):
         place = f"{records.path.name}: {records.place(index)}"
-        if not record.images and any("<image>" in turn.text for turn in record.turns):
-            unplaced.append(place)
         if any(turn.speaker == "gpt" and not turn.text.strip() for turn in record.turns):
             empty.append(place)
         if any("\0" in turn.text for turn in record.turns):
@@ -137,8 +135,6 @@ def _check_training(records: TrainingRecords, limit: Limit | None, report: Repor
             silent += [] if learned else [place]
             long += [place] if length > limit.max_length else []
     report.train_rows = len(records)
-    if unplaced:
-        report.error("conversations with an <image> mark, but no image", unplaced)
     if nul:
         report.error("conversations with a NUL character, which cannot be encoded", nul)
     if empty:

@@ -109,13 +109,21 @@ def test_overlap_by_name_and_by_content(root):
     assert "under another name" in warnings and str(copy) in warnings
 
 
-def test_one_sided_answers_marks_without_images_and_empty_answers(root):
-    silent = [{"from": "human", "value": "What is <image>?"}, {"from": "gpt", "value": " "}]
-    write(root, [training(), {"id": 2, "conversations": silent}], [question()] * 38 + [question(gt="no")] * 2)
+def test_marks_that_no_image_stands_for_are_errors(root):
+    marked = [*TURNS, {"from": "human", "value": "And <image>?"}, {"from": "gpt", "value": "no"}]
+    for record in (training(conversations=marked), {"id": 2, "conversations": TURNS}):
+        write(root, [training(), record], [question(text="Is <image> it?")])
+        errors = messages(look(root), "error")
+        assert "train.json: record 1: field 'conversations[" in errors and "holds an <image> mark" in errors
+        assert "test.jsonl" not in errors
+
+
+def test_one_sided_answers_and_empty_answers(root):
+    silent = [TURNS[0], {"from": "gpt", "value": " "}]
+    write(root, [training(), training(conversations=silent)], [question()] * 38 + [question(gt="no")] * 2)
     report = look(root)
     assert "95% of the closed test questions have the same answer, 'yes'" in messages(report, "warning")
     assert "an empty answer (1): ['train.json: record 1']" in messages(report, "warning")
-    assert "<image> mark, but no image (1): ['train.json: record 1']" in messages(report, "error")
     write(root, [training()], [question()] * 37 + [question(gt="no")] * 3)
     assert "same answer" not in messages(look(root), "warning")
 
