@@ -186,7 +186,7 @@ def _loading_options(dtype: torch.dtype, quantization: str | None, device: torch
 
     The method and its settings are those of QLoRA (Dettmers et al., 2023) and LLM.int8 (Dettmers et al., 2022).
     """
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype}
     if quantization is None:
         return options
     import bitsandbytes  # noqa: F401  (transformers would only say that it is missing after reading every header)
@@ -199,12 +199,27 @@ def _loading_options(dtype: torch.dtype, quantization: str | None, device: torch
 
 
 def _load_transformers_layout(path: Path, options: Mapping[str, Any]) -> LlavaForConditionalGeneration:
-    try:
-        model, report = LlavaForConditionalGeneration.from_pretrained(path, ignore_mismatched_sizes=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{path}: {error}") from None
+    model, report = _from_pretrained(LlavaForConditionalGeneration, path, "the model", options)
     _refuse_report(path, report, set(report["unexpected_keys"]))
     return model
+
+
+def _from_pretrained(
+    kind: Any, source: str | Path, what: str, options: Mapping[str, Any], advice: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """A model of one of transformers' classes, and the report of its loading; `what` it is and `advice` are for errors.
+
+    Raises:
+        ModelError: it cannot be loaded, or its weights are a pickle that is damaged or holds more than tensors.
+    """
+    try:
+        return kind.from_pretrained(source, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    except (pickle.UnpicklingError, RuntimeError) as error:  # their text advises to load it all the same
+        if isinstance(error, RuntimeError) and any(Path(source).glob("*.safetensors")):
+            raise  # no pickle was read: it is the device that complains
+        raise ModelError(f"{source}: the weights of {what} are not plain tensors, so they are not opened") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{source}: {what} cannot be loaded ({error}){advice}") from None
 
 
 def _load_llava_layout(
@@ -223,7 +238,7 @@ def _load_llava_layout(
         state = {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     state |= dict(_shard_tensors(path, expected, already=set(state), own_tower=own_tower))
     if "quantization_config" in options:
-        model, _ = LlavaForConditionalGeneration.from_pretrained(None, config=model.config, state_dict=state, **options)
+        model = LlavaForConditionalGeneration.from_pretrained(None, config=model.config, state_dict=state, **options)
     else:
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
         model.config.dtype = dtype
@@ -324,19 +339,13 @@ def _tower_config(source: str | Path) -> CLIPVisionConfig:
 
 def _load_tower(path: Path, source: str | Path, dtype: torch.dtype) -> CLIPVisionModel:
     _tower_config(source)
-    try:
-        tower, report = CLIPVisionModel.from_pretrained(
-            source, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    except (pickle.UnpicklingError, RuntimeError):  # their text advises to load it all the same
-        raise ModelError(
-            f"{source}: the vision tower's weights are not plain tensors, so they are not opened"
-        ) from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(
-            f"{source}: the vision tower that {path}/config.json names cannot be loaded ({error}); download it, or set "
-            "model.vision_tower to its folder (or to `checkpoint` for the tower inside the shards)"
-        ) from None
+    tower, report = _from_pretrained(
+        CLIPVisionModel,
+        source,
+        f"the vision tower that {path}/config.json names",
+        {"dtype": dtype},
+        "; download it, or set model.vision_tower to its folder (or to `checkpoint` for the tower inside the shards)",
+    )
     _refuse_report(source, report, unexpected=set())  # a full CLIP has a text model as well
     return tower
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mslora_cr.cli import main
+from mslora_cr.llava_med import load
 from tests.conftest import GOLDEN, ConfigWriter
 from tests.data.test_images import bomb
 from tests.data.test_prepare import everything
@@ -105,17 +106,37 @@ def test_a_published_bank_that_is_not_plain_tensors(
 def test_a_tower_that_is_not_plain_tensors(
     writer: str, model: Path, tmp_path: Path, config_file: ConfigWriter, refused: Refused
 ) -> None:
-    tower = tmp_path / "clip-tiny-patch14"
-    (tower / "model.safetensors").unlink()
-    file, trap = tower / "pytorch_model.bin", {"vision_model.post_layernorm.weight": Trap(tmp_path / "proof")}
+    set_trap(tmp_path / "clip-tiny-patch14", tmp_path / "proof", writer)
+    command = ("evaluate", str(config_file()), "--banks", str(GOLDEN / "checkpoints"), f"model.path={model}")
+    message = refused_but_for_results(refused, tmp_path, command)
+    assert "clip-tiny-patch14: the weights of the vision tower that" in message
+    assert "are not plain tensors, so they are not opened" in message and "weights_only" not in message
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_model_in_transformers_layout_that_is_not_plain_tensors(
+    writer: str, model: Path, tmp_path: Path, config_file: ConfigWriter, refused: Refused
+) -> None:
+    base, folder = load(model), tmp_path / "transformers"
+    base.model.save_pretrained(folder)
+    base.image_processor.save_pretrained(folder)
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(model / name, folder)
+    set_trap(folder, tmp_path / "proof", writer)
+    command = ("evaluate", str(config_file()), "--banks", str(GOLDEN / "checkpoints"), f"model.path={folder}")
+    message = refused_but_for_results(refused, tmp_path, command)
+    assert f"{folder}: the weights of the model are not plain tensors, so they are not opened" in message
+    assert "weights_only" not in message
+
+
+def set_trap(folder: Path, proof: Path, writer: str) -> None:
+    """Put a pickle in the place of a folder's weights that makes a folder of its own where it is unpickled."""
+    (folder / "model.safetensors").unlink()
+    file, trap = folder / "pytorch_model.bin", {"vision_model.post_layernorm.weight": Trap(proof)}
     if writer == "torch":
         torch.save(trap, file)
     else:
         file.write_bytes(pickle.dumps(trap))
-    command = ("evaluate", str(config_file()), "--banks", str(GOLDEN / "checkpoints"), f"model.path={model}")
-    assert "clip-tiny-patch14: the vision tower's weights are not plain tensors" in refused_but_for_results(
-        refused, tmp_path, command
-    )
 
 
 def refused_but_for_results(refused: Refused, tmp_path: Path, command: tuple[str, ...]) -> str:
