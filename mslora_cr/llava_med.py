@@ -7,14 +7,15 @@ The shards carry a vision tower of their own; the published code ignores it and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from accelerate import init_empty_weights
@@ -47,6 +48,14 @@ LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|m
 MOST_LAYERS, MOST_WIDTH = 1_000, 10_000_000
 _SIZES = {"hidden_size", "mm_hidden_size", "intermediate_size", "vocab_size", "image_size", "patch_size"}
 _SIZES |= {"num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+
+WHOLE_BYTES, END_BYTES, BLOCK_BYTES, BLOCKS = 64 << 20, 1 << 20, 64 << 10, 16
+"""`weights_digest`: files up to the first are read whole; of larger ones, their two ends and blocks between them."""
+_SETTINGS = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+"""The small files that decide what a model does with a text and an image."""
 
 UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 """What keeps its dtype beside a language model in 4 or 8 bits: a small part of the memory, and the most exact one."""
@@ -198,7 +207,7 @@ def _loading_options(dtype: torch.dtype, quantization: str | None, device: torch
 
     The method and its settings are those of QLoRA (Dettmers et al., 2023) and LLM.int8 (Dettmers et al., 2022).
     """
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype}
     if quantization is None:
         return options
     import bitsandbytes  # noqa: F401  (transformers would only say that it is missing after reading every header)
@@ -211,12 +220,27 @@ def _loading_options(dtype: torch.dtype, quantization: str | None, device: torch
 
 
 def _load_transformers_layout(path: Path, options: Mapping[str, Any]) -> LlavaForConditionalGeneration:
-    try:
-        model, report = LlavaForConditionalGeneration.from_pretrained(path, ignore_mismatched_sizes=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{path}: {error}") from None
+    model, report = _from_pretrained(LlavaForConditionalGeneration, path, "the model", options)
     _refuse_report(path, report, set(report["unexpected_keys"]))
     return model
+
+
+def _from_pretrained(
+    kind: Any, source: str | Path, what: str, options: Mapping[str, Any], advice: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """A model of one of transformers' classes, and the report of its loading; `what` it is and `advice` are for errors.
+
+    Raises:
+        ModelError: it cannot be loaded, or its weights are a pickle that is damaged or holds more than tensors.
+    """
+    try:
+        return kind.from_pretrained(source, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    except (pickle.UnpicklingError, RuntimeError) as error:  # their text advises to load it all the same
+        if isinstance(error, RuntimeError) and any(Path(source).glob("*.safetensors")):
+            raise  # no pickle was read: it is the device that complains
+        raise ModelError(f"{source}: the weights of {what} are not plain tensors, so they are not opened") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{source}: {what} cannot be loaded ({error}){advice}") from None
 
 
 def _load_llava_layout(
@@ -235,7 +259,7 @@ def _load_llava_layout(
         state = {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     state |= dict(_shard_tensors(path, expected, already=set(state), own_tower=own_tower))
     if "quantization_config" in options:
-        model, _ = LlavaForConditionalGeneration.from_pretrained(None, config=model.config, state_dict=state, **options)
+        model = LlavaForConditionalGeneration.from_pretrained(None, config=model.config, state_dict=state, **options)
     else:
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
         model.config.dtype = dtype
@@ -336,19 +360,13 @@ def _tower_config(source: str | Path) -> CLIPVisionConfig:
 
 def _load_tower(path: Path, source: str | Path, dtype: torch.dtype) -> CLIPVisionModel:
     _tower_config(source)
-    try:
-        tower, report = CLIPVisionModel.from_pretrained(
-            source, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    except (pickle.UnpicklingError, RuntimeError):  # their text advises to load it all the same
-        raise ModelError(
-            f"{source}: the vision tower's weights are not plain tensors, so they are not opened"
-        ) from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(
-            f"{source}: the vision tower that {path}/config.json names cannot be loaded ({error}); download it, or set "
-            "model.vision_tower to its folder (or to `checkpoint` for the tower inside the shards)"
-        ) from None
+    tower, report = _from_pretrained(
+        CLIPVisionModel,
+        source,
+        f"the vision tower that {path}/config.json names",
+        {"dtype": dtype},
+        "; download it, or set model.vision_tower to its folder (or to `checkpoint` for the tower inside the shards)",
+    )
     _refuse_report(source, report, unexpected=set())  # a full CLIP has a text model as well
     return tower
 
@@ -368,11 +386,17 @@ def shard_files(path: Path) -> list[Path]:
         if not single.is_file():
             raise ModelError(f"{path}: neither model.safetensors.index.json nor model.safetensors is there")
         return [single]
+    return _indexed_files(index)
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The files that an index spreads the weights over, which must be in its folder."""
+    path = index.parent
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ModelError(f"{index}: not a safetensors index ({error!r})") from None
+        raise ModelError(f"{index}: not an index of weights ({error!r})") from None
     if outside:
         raise ModelError(f"{index}: names {outside[0]!r}, which is no file of this folder")
     files = [path / name for name in names]
@@ -456,6 +480,76 @@ def _refuse_differences(
             parts.append(f"{what}: {', '.join(names[:8])}{more}")
     if parts:
         raise ModelError(f"{path}: the weights do not fit the configuration; " + "; ".join(parts))
+
+
+# --- which weights these are ---------------------------------------------------------------------------------------
+
+
+def weights_digest(path: Path, vision_tower: str = "config") -> str:
+    """What tells one base model from another: a SHA-256, in hexadecimal, in well under a second for 15 GB.
+
+    It covers the model's folder and that of the vision tower that `load` would take with this `vision_tower`:
+    configurations, tokenizer and index in full; of the weights, every file's name and size, and all bytes of a file of
+    up to 64 MB. Of a larger file it covers the safetensors header (each tensor's name, dtype, shape and offset), the
+    first and the last MB, and 16 blocks of 64 KB, evenly spaced. Where the folders stand and what else is in them does
+    not matter.
+
+    Weights of another size, dtype or sharding are noticed, and so are weights that were trained further as a whole,
+    even where they replace the old ones in place. Not noticed: a large file that differs only outside the blocks
+    (damage to a few bytes, or a few matrices that happen to lie between two blocks), and another revision of a tower on
+    the hub, of which only the name counts. This is no protection against forgery.
+
+    Raises:
+        ModelError: a file is missing, or the configuration or an index is not one.
+    """
+    digest = hashlib.sha256()
+    config = read_config(path)
+    if config["model_type"] == "llava":
+        _add_files(digest, [*_present(path, *_SETTINGS), *_transformers_files(path)])
+        return digest.hexdigest()
+    _add_files(digest, [*_present(path, *_SETTINGS, "model.safetensors.index.json"), *shard_files(path)])
+    tower = _tower_source(path, config, vision_tower)
+    if not isinstance(tower, Path):
+        digest.update(tower.encode())
+        return digest.hexdigest()
+    own_tower = vision_tower == "checkpoint"  # the folder still tells the preprocessing
+    _add_files(digest, [*_present(tower, *_SETTINGS), *([] if own_tower else _transformers_files(tower))])
+    return digest.hexdigest()
+
+
+def _present(folder: Path, *names: str) -> list[Path]:
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _transformers_files(folder: Path) -> list[Path]:
+    """The files that transformers takes a folder's weights from, the index included."""
+    single = ("model.safetensors", "pytorch_model.bin")
+    for file in _present(folder, *(f"{name}{ending}" for name in single for ending in ("", ".index.json"))):
+        return [file, *_indexed_files(file)] if file.suffix == ".json" else [file]
+    raise ModelError(f"{folder}: holds no weights: neither {' nor '.join(single)}, nor an index of either")
+
+
+def _add_files(digest: hashlib._Hash, files: Sequence[Path]) -> None:
+    for file in files:
+        try:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as opened:
+                for start, length in _looked_at(opened, size):
+                    opened.seek(start)
+                    digest.update(opened.read(length))
+        except OSError as error:
+            raise ModelError(f"{file}: cannot be read ({error.strerror or error})") from None
+
+
+def _looked_at(file: BinaryIO, size: int) -> list[tuple[int, int]]:
+    """(start, length) of the parts of a file that its digest covers."""
+    if size <= WHOLE_BYTES:
+        return [(0, size)]
+    header = 8 + int.from_bytes(file.read(8), "little") if file.name.endswith(".safetensors") else 0
+    head = max(END_BYTES, min(header, WHOLE_BYTES))  # a length that no header has is not believed
+    places = [size * (number + 1) // (BLOCKS + 1) for number in range(BLOCKS)]
+    return [(0, head), *((place, BLOCK_BYTES) for place in places), (size - END_BYTES, END_BYTES)]
 
 
 # --- tokenizer, image processor ------------------------------------------------------------------------------------

@@ -9,10 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+from mslora_cr import llava_med
 from mslora_cr.cli import main
 from mslora_cr.data.check import read_limit
 from mslora_cr.data.images import load_image, preprocess
-from mslora_cr.llava_med import ModelError, language_linear_shapes, linear_name, load, published_linear_name
+from mslora_cr.llava_med import (
+    ModelError,
+    language_linear_shapes,
+    linear_name,
+    load,
+    published_linear_name,
+    weights_digest,
+)
 from tests.conftest import GOLDEN
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -186,6 +194,125 @@ def test_a_tower_in_clips_own_layout(copy: Path) -> None:
     ).abs().max() < 1e-5
     assert found.image_processor.crop_size["height"] == 56
     assert read_limit(copy, 2048).patches == 16
+
+
+# --- which weights these are ---------------------------------------------------------------------------------------
+
+
+def flip(file: Path, position: int) -> None:
+    """Change one byte of a file where it stands."""
+    with file.open("r+b") as opened:
+        opened.seek(position)
+        byte = opened.read(1)[0]
+        opened.seek(position)
+        opened.write(bytes([byte ^ 1]))
+
+
+def train_further(file: Path) -> None:
+    tensors = load_file(file)
+    save_file({name: tensor * 1.03 for name, tensor in tensors.items()}, file, {"format": "pt"})
+
+
+def test_the_digest_is_of_what_is_loaded_not_of_where_it_stands(copy: Path, tmp_path: Path) -> None:
+    digest = weights_digest(copy)
+    assert len(digest) == 64 and digest == weights_digest(GOLDEN / "llava_med_tiny")
+    (copy / "README.md").write_text("a note")
+    (copy.parent / "clip-tiny-patch14" / "flax_model.msgpack").write_bytes(b"weights of another framework")
+    assert weights_digest(copy) == digest
+    assert weights_digest(copy, str((copy.parent / "clip-tiny-patch14").rename(tmp_path / "tower"))) == digest
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(f"llava_med_tiny/{name}" for name in (*SHARDS, "model.safetensors.index.json", "tokenizer.model")),
+        "llava_med_tiny/tokenizer_config.json",
+        *(f"clip-tiny-patch14/{name}" for name in ("model.safetensors", "config.json", "preprocessor_config.json")),
+    ],
+)
+def test_the_digest_changes_with_every_file_that_matters(file: str, copy: Path) -> None:
+    digest, place = weights_digest(copy), copy.parent / file
+    content = place.read_bytes()
+    if place.suffix == ".json":
+        place.write_bytes(content + b"\n")
+    else:
+        flip(place, len(content) // 2)
+    assert weights_digest(copy) != digest
+    place.write_bytes(content)
+    assert weights_digest(copy) == digest
+
+
+def test_the_digest_changes_with_the_configuration_and_with_shards_replaced_in_place(copy: Path) -> None:
+    digests = {weights_digest(copy)}
+    for shard in SHARDS:
+        size = (copy / shard).stat().st_size
+        train_further(copy / shard)
+        assert (copy / shard).stat().st_size == size
+        digests.add(weights_digest(copy))
+    edit_config(copy, rms_norm_eps=1e-6)
+    digests.add(weights_digest(copy))
+    assert len(digests) == 4
+
+
+def test_the_digest_of_a_model_with_the_shards_own_tower(copy: Path) -> None:
+    tower = copy.parent / "clip-tiny-patch14"
+    digest = weights_digest(copy, "checkpoint")
+    assert digest != weights_digest(copy)
+    (tower / "model.safetensors").unlink()
+    assert weights_digest(copy, "checkpoint") == digest
+    with pytest.raises(ModelError, match="clip-tiny-patch14: holds no weights"):
+        weights_digest(copy)
+    (tower / "preprocessor_config.json").write_text("{}")
+    assert weights_digest(copy, "checkpoint") != digest
+
+
+def test_the_digest_takes_a_tower_on_the_hub_by_its_name(copy: Path) -> None:
+    assert weights_digest(copy, "openai/some-clip") != weights_digest(copy, "openai/another-clip")
+
+
+def test_the_digest_of_transformers_layout_and_of_pickles(transformers_layout: Path) -> None:
+    digests = {weights_digest(transformers_layout)}
+    train_further(transformers_layout / "model.safetensors")
+    digests.add(weights_digest(transformers_layout))
+    (transformers_layout / "model.safetensors").rename(transformers_layout / "pytorch_model.bin")  # not opened as one
+    digests.add(weights_digest(transformers_layout))
+    flip(transformers_layout / "pytorch_model.bin", 5000)
+    digests.add(weights_digest(transformers_layout))
+    assert len(digests) == 4
+
+
+def test_what_the_digest_notices_of_a_large_file(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WHOLE_BYTES": 20_000, "END_BYTES": 1_000, "BLOCK_BYTES": 64}.items():
+        monkeypatch.setattr(llava_med, name, value)
+    shard, digest = copy / SHARDS[0], weights_digest(copy)
+    size, header = shard.stat().st_size, 8 + int.from_bytes(shard.read_bytes()[:8], "little")
+    assert header > 1_000
+    for position in (header - 40, size // 17 + 10, size - 500):  # in the header, in a block, at the end
+        flip(shard, position)
+        assert weights_digest(copy) != digest
+        flip(shard, position)
+    flip(shard, size // 17 + 200)  # between two blocks
+    assert weights_digest(copy) == digest
+    train_further(shard)
+    assert weights_digest(copy) != digest
+
+
+def test_the_digest_reads_little_of_a_large_file(copy: Path) -> None:
+    """To read all of it would take minutes."""
+    digests = set()
+    for length in (4_000, 2**63):  # the second is no header's
+        with (copy / SHARDS[0]).open("wb") as file:
+            file.write(length.to_bytes(8, "little"))
+            file.truncate(200 << 30)  # takes no space on the disk
+        digests.add(weights_digest(copy))
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("spoiled", [SHARDS[1], "config.json"])
+def test_no_digest_of_half_a_model(spoiled: str, copy: Path) -> None:
+    (copy / spoiled).unlink()
+    with pytest.raises(ModelError, match="missing"):
+        weights_digest(copy)
 
 
 # --- refused -------------------------------------------------------------------------------------------------------

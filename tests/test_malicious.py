@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mslora_cr.cli import main
+from mslora_cr.llava_med import load
 from tests.conftest import GOLDEN, ConfigWriter
 from tests.data.test_images import bomb
 from tests.data.test_prepare import everything
@@ -105,17 +106,37 @@ def test_a_published_bank_that_is_not_plain_tensors(
 def test_a_tower_that_is_not_plain_tensors(
     writer: str, model: Path, tmp_path: Path, config_file: ConfigWriter, refused: Refused
 ) -> None:
-    tower = tmp_path / "clip-tiny-patch14"
-    (tower / "model.safetensors").unlink()
-    file, trap = tower / "pytorch_model.bin", {"vision_model.post_layernorm.weight": Trap(tmp_path / "proof")}
+    set_trap(tmp_path / "clip-tiny-patch14", tmp_path / "proof", writer)
+    command = ("evaluate", str(config_file()), "--banks", str(GOLDEN / "checkpoints"), f"model.path={model}")
+    message = refused_but_for_results(refused, tmp_path, command)
+    assert "clip-tiny-patch14: the weights of the vision tower that" in message
+    assert "are not plain tensors, so they are not opened" in message and "weights_only" not in message
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_model_in_transformers_layout_that_is_not_plain_tensors(
+    writer: str, model: Path, tmp_path: Path, config_file: ConfigWriter, refused: Refused
+) -> None:
+    base, folder = load(model), tmp_path / "transformers"
+    base.model.save_pretrained(folder)
+    base.image_processor.save_pretrained(folder)
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(model / name, folder)
+    set_trap(folder, tmp_path / "proof", writer)
+    command = ("evaluate", str(config_file()), "--banks", str(GOLDEN / "checkpoints"), f"model.path={folder}")
+    message = refused_but_for_results(refused, tmp_path, command)
+    assert f"{folder}: the weights of the model are not plain tensors, so they are not opened" in message
+    assert "weights_only" not in message
+
+
+def set_trap(folder: Path, proof: Path, writer: str) -> None:
+    """Put a pickle in the place of a folder's weights that makes a folder of its own where it is unpickled."""
+    (folder / "model.safetensors").unlink()
+    file, trap = folder / "pytorch_model.bin", {"vision_model.post_layernorm.weight": Trap(proof)}
     if writer == "torch":
         torch.save(trap, file)
     else:
         file.write_bytes(pickle.dumps(trap))
-    command = ("evaluate", str(config_file()), "--banks", str(GOLDEN / "checkpoints"), f"model.path={model}")
-    assert "clip-tiny-patch14: the vision tower's weights are not plain tensors" in refused_but_for_results(
-        refused, tmp_path, command
-    )
 
 
 def refused_but_for_results(refused: Refused, tmp_path: Path, command: tuple[str, ...]) -> str:
@@ -225,6 +246,18 @@ def test_a_senseless_number_in_a_models_configuration(key: str, number: str, mod
 def test_a_huge_number_in_a_banks_configuration(key: str, number: str, banks: Path, refused: Refused) -> None:
     spoil(banks / "pathvqa" / "config.json", key, number)
     assert "lora_rank and lora_alpha not found in mslora_cfg" in refused("bank", "show", str(banks / "pathvqa"))
+
+
+# --- marks ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_mark_that_no_image_stands_for(data: Path, config_file: ConfigWriter, refused: Refused) -> None:
+    path = data / "PathVQA" / "train.json"
+    records = json.loads(path.read_text())
+    records[2]["conversations"][1]["value"] += " <image>"
+    path.write_text(json.dumps(records))
+    message = refused("train", str(config_file()), f"data.root={data}", "--task", "pathvqa")
+    assert f"{path}: record 2: field 'conversations[1].value': holds an <image> mark" in message
 
 
 # --- paths ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """`mslora-cr data check ROOT`: everything about the data that would otherwise cost an hour to find out.
 
-Errors would stop a run or spoil it; warnings are worth knowing. Memory is bounded by the image names of one
-data set, whatever the annotations hold.
+Errors would stop a run or spoil it; warnings are worth knowing. Memory is bounded by the image names and the short
+answers of one data set, whatever the annotations hold.
 """
 
 from __future__ import annotations
@@ -22,16 +22,25 @@ from typing import TYPE_CHECKING, Literal
 from tqdm import tqdm
 
 from mslora_cr.data.catalog import DataSet, catalog, data_set
-from mslora_cr.data.images import check_images, check_name, image_roots, tower_folder
+from mslora_cr.data.images import check_images, check_name, image_roots, resolve_image, tower_folder
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 
 if TYPE_CHECKING:
     from mslora_cr.data.tokenizer import Tokenizer
 
+Names = dict[str, str]
+"""Images by their place below the data set's folder, with the name that the annotations give."""
+
 EXAMPLES = 5
 """How many instances of a problem are named."""
+COMMONEST = 10
+"""How many answers are counted in the report."""
 ONE_SIDED = 0.95
-"""The share of one answer among closed questions from which on it is remarked."""
+"""The share of one answer, among closed questions or in training, from which on it is remarked."""
+SHORT = 80
+"""Characters up to which a training answer is taken for a choice, such as a closed question has."""
+NOTABLE = 0.01
+"""The share from which on a training answer is named."""
 CLIP_PATCHES = 576
 """Patches of CLIP ViT-L/14 at 336 pixels, assumed where the model's own tower is not at hand."""
 
@@ -42,6 +51,12 @@ class Problem:
     message: str
     count: int
     examples: list[str]
+
+
+@dataclass
+class Share:
+    count: int
+    share: float
 
 
 @dataclass
@@ -58,9 +73,11 @@ class Report:
     shared_images: int | None = None
     """Images that both the training and the test file name."""
     shared_contents: int | None = None
-    """Test images whose bytes are, under another name, also a training image."""
+    """Test images that are, under another name, also training images: the same file, or one of the same bytes."""
     closed_answers: dict[str, int] = field(default_factory=dict)
     """The commonest answers to the closed test questions, in lower case."""
+    training_answers: dict[str, Share] = field(default_factory=dict)
+    """The commonest short answers in training, in lower case, with their share of all answers there."""
     truncated: int | None = None
     """Training conversations and test prompts longer than the model's limit."""
     problems: list[Problem] = field(default_factory=list)
@@ -110,25 +127,31 @@ def check(dataset: DataSet, root: Path, limit: Limit | None = None, scan: Scan |
         test = TestRecords(folder / "test.jsonl")
     except DataError as error:
         report.error(str(error))
-    if training:
-        _check_training(training, limit, report)
-    if test:
-        _check_test(test, dataset, limit, report)
+    train_images = _check_training(training, dataset, limit, report) if training else {}
+    test_images = _check_test(test, dataset, limit, report) if test else {}
+    if training and test:
+        _check_overlap(train_images, test_images, report)
     if scan is not None:
-        _check_image_files(dataset, root, training, test, scan, report)
+        _check_image_files(dataset, root, train_images, test_images, scan, report)
     return report
 
 
 # --- records -----------------------------------------------------------------
 
 
-def _check_training(records: TrainingRecords, limit: Limit | None, report: Report) -> None:
-    unplaced, empty, silent, long, nul = [], [], [], [], []
+def _check_training(records: TrainingRecords, dataset: DataSet, limit: Limit | None, report: Report) -> Names:
+    """Report on the conversations, and give the images that they name."""
+    empty, silent, long, nul = [], [], [], []
+    names: set[str] = set()
+    answers: Counter[str] = Counter()
+    all_answers = 0
     for index, record in enumerate(records):
         place = f"{records.path.name}: {records.place(index)}"
-        if not record.images and any("<image>" in turn.text for turn in record.turns):
-            unplaced.append(place)
-        if any(turn.speaker == "gpt" and not turn.text.strip() for turn in record.turns):
+        names.update(record.images)
+        said = [turn.text.strip().lower() for turn in record.turns if turn.speaker == "gpt"]
+        answers.update(answer for answer in said if 0 < len(answer) <= SHORT)
+        all_answers += len(said)
+        if "" in said:
             empty.append(place)
         if any("\0" in turn.text for turn in record.turns):
             nul.append(place)
@@ -137,23 +160,28 @@ def _check_training(records: TrainingRecords, limit: Limit | None, report: Repor
             silent += [] if learned else [place]
             long += [place] if length > limit.max_length else []
     report.train_rows = len(records)
-    if unplaced:
-        report.error("conversations with an <image> mark, but no image", unplaced)
     if nul:
         report.error("conversations with a NUL character, which cannot be encoded", nul)
     if empty:
         report.warning("conversations with an empty answer", empty)
     if silent:
         report.warning("conversations that the template cannot hold: they add nothing to the loss", silent)
+    commonest = {answer: Share(count, count / all_answers) for answer, count in answers.most_common(COMMONEST)}
+    report.training_answers = {answer: found for answer, found in commonest.items() if found.share >= NOTABLE}
+    _check_balance(answers, all_answers, "training answers are the same", report)
     _count_long(long, limit, report)
+    return _images(names, dataset, records.path.name, report)
 
 
-def _check_test(records: TestRecords, dataset: DataSet, limit: Limit | None, report: Report) -> None:
+def _check_test(records: TestRecords, dataset: DataSet, limit: Limit | None, report: Report) -> Names:
+    """Report on the questions, and give the images that they name."""
     types: Counter[str] = Counter()
     answers: Counter[str] = Counter()
+    names: set[str] = set()
     empty, long, nul = [], [], []
     for index, record in enumerate(records):
         place = f"{records.path.name}: question {index}"
+        names.update(record.images)
         types[record.answer_type] += 1
         if record.answer_type == "CLOSED":
             answers[record.gt.strip().lower()] += 1
@@ -164,7 +192,7 @@ def _check_test(records: TestRecords, dataset: DataSet, limit: Limit | None, rep
         elif limit is not None and _prompt_length(record.text, limit) > limit.max_length:
             long.append(place)
     report.test_open, report.test_closed = types["OPEN"], types["CLOSED"]
-    report.closed_answers = dict(answers.most_common(10))
+    report.closed_answers = dict(answers.most_common(COMMONEST))
     expected = dataset.test_rows
     if (report.test_open, report.test_closed) != (expected.open, expected.closed):
         report.warning(
@@ -175,15 +203,38 @@ def _check_test(records: TestRecords, dataset: DataSet, limit: Limit | None, rep
         report.error("questions with a NUL character, which cannot be encoded", nul)
     if empty:
         report.warning("questions with an empty answer", empty)
-    _check_balance(answers, report)
+    _check_balance(answers, answers.total(), "closed test questions have the same answer", report)
     _count_long(long, limit, report)
+    return _images(names, dataset, records.path.name, report)
 
 
-def _check_balance(answers: Counter[str], report: Report) -> None:
+def _check_balance(answers: Counter[str], total: int, what: str, report: Report) -> None:
     for answer, count in answers.most_common(1):
-        share = count / answers.total()
-        if share >= ONE_SIDED:
-            report.warning(f"{share:.0%} of the closed test questions have the same answer, {answer!r}")
+        if count / total >= ONE_SIDED:
+            report.warning(f"{count / total:.0%} of the {what}, {answer!r}")
+
+
+def _images(names: Iterable[str], dataset: DataSet, file: str, report: Report) -> Names:
+    """The images named in a file, each by its place below the data set's folder; unsafe names are reported."""
+    images, unsafe = {}, []
+    for name in names:
+        try:
+            place = check_name(name)
+        except DataError as error:
+            unsafe.append(str(error))
+            continue
+        from_root = place.parts[0] == dataset.folder
+        images[str(place.relative_to(dataset.folder) if from_root else place)] = name
+    if unsafe:
+        report.error(f"{file}: image names that lead outside the data root", sorted(unsafe))
+    return images
+
+
+def _check_overlap(training: Names, test: Names, report: Report) -> None:
+    shared = sorted(training.keys() & test.keys())
+    report.shared_images = len(shared)
+    if shared:
+        report.warning("images in both the training and the test file", shared)
 
 
 def _training_length(turns: Sequence, has_image: bool, limit: Limit) -> tuple[bool, int]:
@@ -216,21 +267,15 @@ def _count_long(long: list[str], limit: Limit | None, report: Report) -> None:
 # --- images ------------------------------------------------------------------
 
 
-def _check_image_files(
-    dataset: DataSet,
-    root: Path,
-    training: TrainingRecords | None,
-    test: TestRecords | None,
-    scan: Scan,
-    report: Report,
-) -> None:
+def _check_image_files(dataset: DataSet, root: Path, training: Names, test: Names, scan: Scan, report: Report) -> None:
     for name in dataset.image_folders:
         if not (root / dataset.folder / name).is_dir():
             report.error(f"{root / dataset.folder / name}: no such folder")
     roots = image_roots(root, dataset.folder, dataset.image_folders)
-    train_images = _resolve(training or (), roots, report)
-    test_images = _resolve(test or (), roots, report)
-    paths = sorted(train_images | test_images)
+    train_files = _resolve(training, roots, "train.json", report)
+    test_files = _resolve(test, roots, "test.jsonl", report)
+    train_paths, test_paths = set(train_files.values()), set(test_files.values())
+    paths = sorted(train_paths | test_paths)
     report.images = len(paths)
 
     bad = check_images(paths, scan.workers, scan.progress, scan.cache)
@@ -238,35 +283,22 @@ def _check_image_files(
     if bad:
         report.error("unreadable images", [f"{path}: {problem}" for path, problem in bad])
 
-    shared = sorted(map(str, train_images & test_images))
-    report.shared_images = len(shared)
-    if shared:
-        report.warning("images in both the training and the test file", shared)
-    copies = _copies(train_images, test_images, scan)
+    renamed = [str(path) for place, path in test_files.items() if place not in training and path in train_paths]
+    copies = sorted({*renamed, *_copies(train_paths, test_paths, scan)})
     report.shared_contents = len(copies)
     if copies:
         report.warning("test images that are, under another name, also training images", copies)
 
 
-def _resolve(records: TrainingRecords | TestRecords | tuple[()], roots: Sequence[Path], report: Report) -> set[Path]:
-    """The images that records name, as far as they exist."""
-    names = {name for record in records for name in record.images}
-    found, unsafe, missing = set(), [], []
-    for name in names:
+def _resolve(names: Names, roots: Sequence[Path], file: str, report: Report) -> dict[str, Path]:
+    """The images that are there, by their places."""
+    found, missing = {}, []
+    for place, name in names.items():
         try:
-            relative = check_name(name)
-        except DataError as error:
-            unsafe.append(str(error))
-            continue
-        path = next((root / relative for root in roots if (root / relative).is_file()), None)
-        if path is None:
+            found[place] = resolve_image(name, roots)
+        except DataError:
             missing.append(name)
-        else:
-            found.add(path)
     report.missing = (report.missing or 0) + len(missing)
-    file = records.path.name if records else ""
-    if unsafe:
-        report.error(f"{file}: image names that lead outside the data root", sorted(unsafe))
     if missing:
         report.error(f"{file}: images that are missing below {roots[0]}", sorted(missing))
     return found
@@ -330,13 +362,16 @@ COLUMNS = (
 
 
 def table(reports: Iterable[Report]) -> str:
-    """A line for each data set, and below them how the closed answers are shared and what is wrong."""
+    """A line for each data set, and below them how the answers are shared and what is wrong."""
     rows = [["data set", *(name.replace("_", " ") for name in COLUMNS), "verdict"]]
     problems, balance = [], []
     for report in reports:
         if report.test_closed:
             shares = (f"{answer} {count / report.test_closed:.0%}" for answer, count in report.closed_answers.items())
             balance.append(f"closed answers: {report.name}: {', '.join(shares)}")
+        if report.training_answers:
+            shares = (f"{answer} {found.share:.0%}" for answer, found in report.training_answers.items())
+            balance.append(f"training answers: {report.name}: {', '.join(shares)}")
         values = [getattr(report, name) for name in COLUMNS]
         verdict = "errors" if report.errors else "warnings" if report.problems else "ok"
         rows.append([report.name, *("-" if value is None else f"{value:,}" for value in values), verdict])

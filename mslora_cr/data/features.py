@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ class FeatureCache:
 
     def place(self, image: Path) -> Path:
         """Where the features of an image file stand, whether or not they do."""
-        with image.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        status = image.stat()
+        digest = _digest(os.fspath(image), status.st_size, status.st_mtime_ns)
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def load(self, image: Path) -> Tensor:
@@ -79,6 +80,16 @@ class FeatureCache:
                 for place, features in zip(islice(remaining, len(pixels)), encode(pixels).cpu(), strict=True):
                     _write(place, save({_NAME: features.contiguous()}))
                 bar.update(len(pixels))
+
+
+@lru_cache(maxsize=1 << 20)
+def _digest(image: str, size: int, mtime_ns: int) -> str:
+    """SHA-256 of an image file, which is read again only where its size or modification time is another.
+
+    Remembered in this process and in data loader workers forked from it; some hundred bytes an image.
+    """
+    with Path(image).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Pixels(Dataset[Tensor]):

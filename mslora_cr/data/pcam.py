@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,11 +43,11 @@ def read_labels(raw: RawData, split: str) -> list[bool]:
 def export_images(raw: RawData, wanted: Mapping[str, Path], answers: Mapping[str, str], progress: bool) -> None:
     """Write the images `wanted` (name → target), rows of the arrays by the number their name ends in.
 
-    `answers` gives what the annotations say of each image. Nothing is written unless all agree with the
-    labels: nothing else shows that the names count the rows.
+    `answers` gives what the annotations say of each image, in whatever two words. Nothing is written unless one
+    word goes with each label throughout: nothing else shows that the names count the rows.
 
     Raises:
-        DataError: a name has no split or number, a number is out of range, an answer differs from the label.
+        DataError: a name has no split or number, a number is out of range, answers and labels do not go together.
     """
     rows: dict[str, dict[int, Path]] = defaultdict(dict)
     for name, target in wanted.items():
@@ -66,18 +66,24 @@ def export_images(raw: RawData, wanted: Mapping[str, Path], answers: Mapping[str
 
 def _check_answers(raw: RawData, answers: Mapping[str, str]) -> None:
     labels: dict[str, list[bool]] = {}
+    found: Counter[tuple[str, bool]] = Counter()
     for name, answer in answers.items():
         split, index = _row_of(name)
         if split not in labels:
             labels[split] = read_labels(raw, split)
         if index >= len(labels[split]):
             raise DataError(f"PCam image {name!r}: split {split} has {len(labels[split])} rows only")
-        if (answer.strip(" .").lower() == "positive") != labels[split][index]:
-            raise DataError(
-                f"PCam image {name!r}: the annotations say {answer!r}, row {index} of split {split} says "
-                "otherwise, so these names do not count the rows; place the images by hand, or build the "
-                "annotations with --annotations"
-            )
+        found[answer.strip().strip(" .").lower(), labels[split][index]] += 1
+    words = Counter(word for word, _ in found.elements())
+    if not len(words) == len(found) == len({label for _, label in found}) == 2:
+        named = [word for word, _ in words.most_common(4)]
+        counts = [f"{word[:60]!r} ({found[word, True]} with, {found[word, False]} without)" for word in named]
+        more = f" and {len(words) - len(named)} other answers" if len(words) > len(named) else ""
+        raise DataError(
+            "PCam: expected two answers in the annotations, one for the rows with tumor tissue and one for those "
+            f"without; found {', '.join(counts)}{more}. So the image names do not count the rows, or something else "
+            "was asked: place the images by hand, or build the annotations with --annotations"
+        )
 
 
 def _row_of(name: str) -> tuple[str, int]:

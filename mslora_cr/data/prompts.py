@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from mslora_cr.data.records import IMAGE
 from mslora_cr.data.tokenizer import Tokenizer
 
-IMAGE = "<image>"
 IGNORE_INDEX = -100
 """Label of positions that carry no loss; the value PyTorch's cross entropy ignores."""
 IMAGE_INDEX = -200

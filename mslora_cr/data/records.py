@@ -29,6 +29,8 @@ from pydantic import (
 from mslora_cr.errors import UserError
 
 CHUNK_BYTES = 1 << 20
+IMAGE = "<image>"
+"""The mark that stands for a record's images in a text."""
 MAX_RECORD_BYTES = 16 << 20  # no conversation comes near this; it bounds what a damaged file can make us read
 
 
@@ -145,11 +147,11 @@ class _Records(Sequence[Record], Generic[Record]):
     def place(self, index: int) -> str:
         """Where record `index` stands in the file, in words: for messages."""
 
-    def _check(self, value: Any, place: str) -> None:
+    def _check(self, value: Any, place: str) -> Record:
         if not isinstance(value, dict):
             raise DataError(f"{self.path}: {place}: expected an object ({{…}}), found {_shorten(value)}")
         try:
-            self._model.model_validate(value)
+            return self._model.model_validate(value)
         except ValidationError as error:
             raise DataError(f"{self.path}: {place}: {_explain(error)}") from None
 
@@ -196,8 +198,25 @@ class TrainingRecords(_Records[TrainingRecord]):
     def _items(self, file: BinaryIO, hasher: "hashlib._Hash") -> Iterator[Item]:
         return _ListReader(self.path, file, hasher).items()
 
+    def _check(self, value: Any, place: str) -> TrainingRecord:
+        record = super()._check(value, place)
+        if problem := _misplaced_mark(record):
+            raise DataError(f"{self.path}: {place}: {problem}")
+        return record
+
     def place(self, index: int) -> str:
         return f"record {index}"
+
+
+def _misplaced_mark(record: TrainingRecord) -> str | None:
+    """A mark elsewhere than in the first question would ask for more images than the record shows."""
+    question = 0 if record.turns[0].speaker == "human" else 1  # an opening answer is dropped
+    for number, turn in enumerate(record.turns):
+        legal = number == question and turn.speaker == "human" and record.images
+        if IMAGE in turn.text and not legal:
+            reason = "only the first question may hold one" if record.images else "the record names no image"
+            return f"field 'conversations[{number}].value': holds an {IMAGE} mark, but {reason}"
+    return None
 
 
 class TestRecords(_Records[TestRecord]):

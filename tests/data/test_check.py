@@ -1,18 +1,20 @@
 import argparse
 import json
-import time
+import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from mslora_cr.data import check as module
 from mslora_cr.data.catalog import data_set
-from mslora_cr.data.check import Report, Scan, check, read_limit, table
+from mslora_cr.data.check import Report, Scan, Share, check, read_limit, table
 from mslora_cr.data.records import DataError
 from tests.data.test_images import picture
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_a" / "llava_med_tiny"
 TURNS = [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "yes"}]
+NO = [TURNS[0], {"from": "gpt", "value": "No "}]
 
 
 def question(image: str = "images/test0.png", gt: str = "yes", **changes) -> dict:
@@ -37,7 +39,7 @@ def root(tmp_path) -> Path:
     for i in range(4):
         picture(tmp_path / f"PathVQA/images/train{i}.png", seed=i)
         picture(tmp_path / f"PathVQA/images/test{i}.png", seed=10 + i)
-    train = [training(f"images/train{i}.png") for i in range(4)]
+    train = [training(f"images/train{i}.png", conversations=NO if i == 3 else TURNS) for i in range(4)]
     return write(tmp_path, train, [question(f"images/test{i}.png", gt) for i, gt in enumerate(["yes", "no", "Yes"])])
 
 
@@ -55,6 +57,7 @@ def test_a_sound_data_set(root):
     assert (report.train_rows, report.test_open, report.test_closed, report.images) == (4, 0, 3, 7)
     assert (report.missing, report.unreadable, report.shared_images, report.shared_contents) == (0, 0, 0, 0)
     assert report.closed_answers == {"yes": 2, "no": 1}
+    assert report.training_answers == {"yes": Share(3, 0.75), "no": Share(1, 0.25)}
     assert report.truncated is None
     assert [problem.message for problem in report.problems] == [
         "the published test set holds 3370 open and 3391 closed rows, this one 0 and 3: "
@@ -109,14 +112,70 @@ def test_overlap_by_name_and_by_content(root):
     assert "under another name" in warnings and str(copy) in warnings
 
 
-def test_one_sided_answers_marks_without_images_and_empty_answers(root):
-    silent = [{"from": "human", "value": "What is <image>?"}, {"from": "gpt", "value": " "}]
-    write(root, [training(), {"id": 2, "conversations": silent}], [question()] * 38 + [question(gt="no")] * 2)
+def test_overlap_is_told_from_names_alone(root):
+    shutil.rmtree(root / "PathVQA/images")
+    train = [training("images/a.png"), training(["images/b.png", "images/c.png"]), training("x.png")]
+    write(root, train, [question("./images/a.png"), question("PathVQA/images/c.png"), question("images/d.png")])
+    for scan in (None, Scan()):
+        report = check(data_set("pathvqa"), root, scan=scan)
+        assert report.shared_images == 2
+        shared = "both the training and the test file (2): ['images/a.png', 'images/c.png']"
+        assert shared in messages(report, "warning")
+    (root / "PathVQA/test.jsonl").unlink()
+    assert look(root).shared_images is None
+
+
+def test_a_file_under_two_names_is_no_new_image(root):
+    """`train0.png` is looked for in the image folder as well."""
+    write(root, [training()], [question("train0.png")])
+    report = look(root)
+    assert (report.images, report.shared_images, report.shared_contents) == (1, 0, 1)
+
+
+def test_unsafe_names_are_reported_without_looking_at_images(root):
+    write(root, [training("../x.png")], [question()])
+    assert "'../x.png'" in messages(check(data_set("pathvqa"), root), "error")
+
+
+def test_which_answers_dominate_in_training(root):
+    long = [TURNS[0], {"from": "gpt", "value": "The section shows a cell. " * 9}]
+    twice = [*TURNS, {"from": "human", "value": "And?"}, {"from": "gpt", "value": "YES"}]
+    rows = [training(conversations=turns) for turns in [TURNS] * 186 + [twice] + [NO] * 10 + [long]]
+    write(root, rows, [question()])
+    report = look(root)
+    assert report.training_answers == {"yes": Share(188, 188 / 199), "no": Share(10, 10 / 199)}
+    assert "training answers" not in messages(report, "warning")
+    assert "training answers: pathvqa: yes 94%, no 5%" in table([report])
+
+    write(root, [*rows, *[training()] * 60], [question()])
+    assert "96% of the training answers are the same, 'yes'" in messages(look(root), "warning")
+    write(root, [training(conversations=long)] * 3, [question()])
+    report = look(root)
+    assert report.training_answers == {} and "training answers" not in table([report])
+
+
+def test_rare_answers_are_not_listed(root):
+    turns = [[TURNS[0], {"from": "gpt", "value": f"word {i}"}] for i in range(150)]
+    write(root, [training(conversations=each) for each in [NO, NO, *turns]], [question()])
+    assert list(look(root).training_answers) == ["no"]
+
+
+def test_marks_that_no_image_stands_for_are_errors(root):
+    marked = [*TURNS, {"from": "human", "value": "And <image>?"}, {"from": "gpt", "value": "no"}]
+    for record in (training(conversations=marked), {"id": 2, "conversations": TURNS}):
+        write(root, [training(), record], [question(text="Is <image> it?")])
+        errors = messages(look(root), "error")
+        assert "train.json: record 1: field 'conversations[" in errors and "holds an <image> mark" in errors
+        assert "test.jsonl" not in errors
+
+
+def test_one_sided_answers_and_empty_answers(root):
+    silent = [TURNS[0], {"from": "gpt", "value": " "}]
+    write(root, [training(), training(conversations=silent)], [question()] * 38 + [question(gt="no")] * 2)
     report = look(root)
     assert "95% of the closed test questions have the same answer, 'yes'" in messages(report, "warning")
     assert "an empty answer (1): ['train.json: record 1']" in messages(report, "warning")
-    assert "<image> mark, but no image (1): ['train.json: record 1']" in messages(report, "error")
-    write(root, [training()], [question()] * 37 + [question(gt="no")] * 3)
+    write(root, [training(), training(conversations=NO)], [question()] * 37 + [question(gt="no")] * 3)
     assert "same answer" not in messages(look(root), "warning")
 
 
@@ -147,16 +206,35 @@ def test_texts_that_cannot_be_encoded(root):
         assert "questions with a NUL character, which cannot be encoded (1): ['test.jsonl: question 1']" in errors
 
 
-def test_twenty_thousand_rows_without_images_take_seconds(tmp_path):
-    train = [training(f"images/train/train_{i // 4:05}.jpg", id=i) for i in range(20_000)]
+def rows_of(tmp_path: Path, answer: str) -> Path:
+    """A training file of 20,000 rows, their images missing; every answer is another one."""
+    train = [
+        training(f"images/train/train_{i // 4:05}.jpg", id=i, conversations=[TURNS[0], {"from": "gpt", "value": text}])
+        for i, text in enumerate(f"{answer} {i}" for i in range(20_000))
+    ]
     test = [question(f"images/test/test_{i // 4:05}.jpg", "yes" if i % 2 else "no") for i in range(6_761)]
-    write(tmp_path, train, test)
-    (tmp_path / "PathVQA/images").mkdir()
-    start = time.perf_counter()
-    report = look(tmp_path)
-    assert time.perf_counter() - start < 10
+    (tmp_path / "PathVQA/images").mkdir(parents=True)
+    return write(tmp_path, train, test)
+
+
+def test_twenty_thousand_rows_without_images(tmp_path):
+    report = look(rows_of(tmp_path, "cells"))
     assert (report.train_rows, report.missing, report.images) == (20_000, 5_000 + 1_691, 0)
+    assert (report.shared_images, report.shared_contents) == (0, 0)
     assert len(report.problems[1].examples) == module.EXAMPLES
+
+
+def test_memory_is_bounded(tmp_path):
+    """The records are looked at one by one, and nothing is kept of long answers."""
+    root = rows_of(tmp_path, "The section shows a cell. " * 60)
+    size = (root / "PathVQA/train.json").stat().st_size
+    assert size > 32_000_000
+    tracemalloc.start()
+    report = look(root)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report.train_rows == 20_000
+    assert peak < size / 3
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -171,9 +249,11 @@ def test_the_command_prints_a_table_writes_json_and_exits_by_the_errors(root, tm
     assert module.run(arguments(*words)) == 0
     printed = capsys.readouterr().out
     assert "pathvqa" in printed and "warnings" in printed and "0 errors" in printed
-    assert "closed answers: pathvqa: yes 67%, no 33%" in printed
+    assert "closed answers: pathvqa: yes 67%, no 33%\ntraining answers: pathvqa: yes 75%, no 25%" in printed
     assert output.with_suffix(".good-images").stat().st_size == 7 * 16
-    assert json.loads(output.read_text())["data_sets"][0]["closed_answers"] == {"yes": 2, "no": 1}
+    saved = json.loads(output.read_text())["data_sets"][0]
+    assert saved["closed_answers"] == {"yes": 2, "no": 1}
+    assert saved["training_answers"] == {"yes": {"count": 3, "share": 0.75}, "no": {"count": 1, "share": 0.25}}
 
     (root / "PathVQA/images/test0.png").unlink()
     assert module.run(arguments(*words)) == 1

@@ -1,6 +1,8 @@
 """Cached features of the tower: the same as computed ones, keyed by content, whole or not there."""
 
+import hashlib
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,31 @@ def test_an_image_that_changes_has_no_features(tmp_path: Path) -> None:
     image(path, 11)
     with pytest.raises(DataError, match="no features"):
         FeatureCache(tmp_path / "cache").load(path)
+
+
+def test_an_image_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def file_digest(file: Any, kind: str) -> Any:
+        hashed.append(Path(file.name).name)
+        return original(file, kind)
+
+    original = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", file_digest)
+    first, other = image(tmp_path / "a.png", 10), image(tmp_path / "b.png", 20)
+    cache = FeatureCache(tmp_path / "cache")
+    cache.fill([first, other], Processor(), means, progress=False)
+    for _ in range(3):
+        cache.load(first)
+        FeatureCache(tmp_path / "cache").load(other)
+    assert hashed == ["a.png", "b.png"]
+
+    content, status = other.read_bytes(), first.stat()
+    assert len(content) == status.st_size
+    first.write_bytes(content)
+    os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert cache.load(first).equal(cache.load(other))
+    assert hashed == ["a.png", "b.png", "a.png"]
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

@@ -531,12 +531,52 @@ def test_pcam_arrays_become_images_and_labels(packed, tmp_path):
     assert not (tmp_path / "root/PCam/.prepare").exists()
 
 
-def test_pcam_names_that_do_not_count_the_rows_are_refused(tmp_path):
-    labels = pcam(tmp_path / "raw", rows=4)
+def reword(folder: Path, positive: str, negative: str) -> None:
+    for name in ("train.json", "test.jsonl"):
+        text = (folder / name).read_text().replace('"Positive"', json.dumps(positive))
+        (folder / name).write_text(text.replace('"Negative"', json.dumps(negative)))
+
+
+@pytest.mark.parametrize("words", [("yes", "no"), ("Tumor.", "Normal."), ("abnormal ", "\nnormal"), ("no", "yes")])
+def test_pcam_answers_may_be_any_two_words(words, tmp_path):
+    """Which of them means tumor is the question's affair."""
+    pcam(tmp_path / "raw", rows=40)
+    run("PCAM", tmp_path / "raw", tmp_path / "root", annotations=True)
+    before = everything(tmp_path / "root")
     folder = tmp_path / "root/PCam"
-    wrong = "Negative" if labels["test"].ravel()[2] else "Positive"
-    annotate(folder, ["train/x_3.png"], ["test/2.png"], answer=wrong)
-    with pytest.raises(DataError, match=r"test/2.png|train/x_3.png"):
+    for split in ("train", "test"):
+        shutil.rmtree(folder / split)
+    reword(folder, *words)
+    assert run("PCAM", tmp_path / "raw", tmp_path / "root").placed == 80
+    images = {name: content for name, content in before.items() if name.endswith(".png")}
+    assert images.items() <= everything(tmp_path / "root").items()
+
+
+@pytest.mark.parametrize("wrong", ["normal", "maybe"])
+def test_pcam_answers_that_do_not_go_with_the_labels_are_counted(wrong, tmp_path):
+    labels = pcam(tmp_path / "raw", rows=40)
+    run("PCAM", tmp_path / "raw", tmp_path / "root", annotations=True)
+    folder = tmp_path / "root/PCam"
+    for split in ("train", "test"):
+        shutil.rmtree(folder / split)
+    reword(folder, "tumor", "normal")
+    path = folder / "train.json"
+    path.write_text(path.read_text().replace('"value": "tumor"', f'"value": "{wrong}"', 1))
+    tumor = sum(int(each.sum()) for each in labels.values())
+    counts = {"tumor": [tumor - 1, 0], "normal": [0, 80 - tumor], "maybe": [0, 0]}
+    counts[wrong][0] += 1
+    with pytest.raises(DataError) as caught:
+        run("PCAM", tmp_path / "raw", tmp_path / "root")
+    for word, (with_tumor, without) in counts.items():
+        assert (f"{word!r} ({with_tumor} with, {without} without)" in str(caught.value)) == (with_tumor + without > 0)
+    assert not list(folder.rglob("*.png"))
+
+
+def test_pcam_names_that_do_not_count_the_rows_are_refused(tmp_path):
+    pcam(tmp_path / "raw", rows=4)
+    folder = tmp_path / "root/PCam"
+    annotate(folder, ["train/x_3.png"], ["test/2.png"], answer="Positive")
+    with pytest.raises(DataError, match="expected two answers"):
         run("PCAM", tmp_path / "raw", tmp_path / "root")
     annotate(folder, ["train/abc.png"], ["test/abc.png"])
     with pytest.raises(DataError, match="row number"):

@@ -61,8 +61,9 @@ def test_records_may_lie_across_the_chunks_that_are_read(tmp_path, monkeypatch):
 
 
 def test_image_is_a_name_a_list_or_absent(tmp_path):
-    raw = [GOOD, {**GOOD, "image": ["a", "b"]}, {**GOOD, "image": None}, {**GOOD, "extra": 1.5}]
-    raw.append({key: value for key, value in GOOD.items() if key != "image"})
+    plain = [{**HUMAN, "value": "What is shown?"}, GPT]
+    raw = [GOOD, {**GOOD, "image": ["a", "b"]}, {**GOOD, "image": None, "conversations": plain}, {**GOOD, "extra": 1.5}]
+    raw.append({"id": "b", "conversations": plain})
     opened = TrainingRecords(write(tmp_path / "train.json", raw))
     assert [record.images for record in opened] == [("images/a.png",), ("a", "b"), (), ("images/a.png",), ()]
 
@@ -125,6 +126,46 @@ def test_malformed_training_files_are_refused(name, tmp_path):
     with pytest.raises(DataError, match=message) as caught:
         TrainingRecords(path)
     assert str(caught.value).startswith(str(path))
+
+
+MARK = {"value": "see <image>"}
+AGAIN = {"from": "human", "value": "And?"}
+MISPLACED = {
+    "answer": ([HUMAN, {**GPT, **MARK}], 1),
+    "later question": ([HUMAN, GPT, {**AGAIN, **MARK}, GPT], 2),
+    "later answer": ([HUMAN, GPT, AGAIN, {**GPT, **MARK}], 3),
+    "unanswered question": ([HUMAN, GPT, {**AGAIN, **MARK}], 2),
+    "opening answer": ([{**GPT, **MARK}, HUMAN, GPT], 0),
+    "question behind two answers": ([GPT, GPT, HUMAN], 2),
+    "second answer in place of a question": ([GPT, {**GPT, **MARK}], 1),
+}
+
+
+@pytest.mark.parametrize("name", MISPLACED)
+def test_an_image_mark_outside_the_first_question_is_refused(name, tmp_path):
+    turns, place = MISPLACED[name]
+    path = write(tmp_path / "train.json", [GOOD, {**GOOD, "conversations": turns}])
+    with pytest.raises(DataError) as caught:
+        TrainingRecords(path)
+    problem = "holds an <image> mark, but only the first question may hold one"
+    assert str(caught.value) == f"{path}: record 1: field 'conversations[{place}].value': {problem}"
+
+
+@pytest.mark.parametrize("images", [{}, {"image": None}, {"image": []}])
+def test_an_image_mark_without_an_image_is_refused(images, tmp_path):
+    record = {"id": 1, "conversations": [HUMAN, GPT], **images}
+    with pytest.raises(DataError, match=r"record 0: field 'conversations\[0\].value': .*names no image"):
+        TrainingRecords(write(tmp_path / "train.json", [record]))
+
+
+@pytest.mark.parametrize(
+    "text", ["What <image> is it?", "What is it?\n<image>", "<image>\n<image>\nWhat is it?", "What?"]
+)
+def test_image_marks_may_stand_anywhere_in_the_first_question_and_in_test_questions(text, tmp_path):
+    for turns in ([{**HUMAN, "value": text}, GPT], [GPT, {**HUMAN, "value": text}, GPT]):
+        record = TrainingRecords(write(tmp_path / "train.json", [{**GOOD, "conversations": turns}]))[0]
+        assert record.turns[-2].text == text
+    assert TestRecords(write(tmp_path / "test.jsonl", lines({**QUESTION, "text": text})))[0].text == text
 
 
 Q = json.dumps(QUESTION)
