@@ -90,19 +90,25 @@ class Ledger:
         Raises:
             ConfigError: another configuration made it and `force` is not given; the differing keys are named.
         """
-        digest = config.training_digest()
-        known = self.content.get("config_digest")
-        if known not in (None, digest) and not force:
+        differences = self.differences(config)
+        if differences is not None and not force:
             raise ConfigError(
-                f"{self.folder} was made by another configuration ({self._differences(config)}). Choose another `run`, "
+                f"{self.folder} was made by another configuration ({differences}). Choose another `run`, "
                 "or pass --force to go on with this one"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(
             yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
         )
-        self.content.update(config_digest=digest, **environment())
+        self.content.update(config_digest=config.training_digest(), **environment())
         self._write()
+
+    def differences(self, config: StreamConfig) -> str | None:
+        """How the configuration that made the run folder differs from this one, in words; None if in nothing that
+        decides a weight, or if there is none yet."""
+        if self.content.get("config_digest") in (None, config.training_digest()):
+            return None
+        return self._differences(config)
 
     def _differences(self, config: StreamConfig) -> str:
         try:
