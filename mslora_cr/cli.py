@@ -572,7 +572,8 @@ def _add_bank(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "bank",
-        "export and inspect banks",
+        "import, export and inspect banks",
+        "mslora-cr bank import configs/finetune_mslora_cr_ortho.yaml --from checkpoints",
         "mslora-cr bank export configs/demo.yaml --output published/",
         "mslora-cr bank show checkpoints/RUN/banks/derm",
     )
@@ -586,6 +587,23 @@ def _add_bank(commands: argparse._SubParsersAction) -> None:
     _add_config(export)
     export.add_argument("--output", type=Path, required=True, metavar="DIR", help="parent of the exported run's folder")
     export.set_defaults(run=_export)
+    take = _command(
+        actions,
+        "import",
+        "import published checkpoints or another run's banks as finished tasks of a run",
+        "mslora-cr bank import configs/finetune_mslora_cr_ortho.yaml --from checkpoints",
+        "mslora-cr bank import configs/finetune_mslora_cr_ortho.yaml run=longer --from checkpoints/RUN",
+    )
+    _add_config(take)
+    take.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a published run, the folder of several, or a run folder",
+    )
+    take.set_defaults(run=_import)
     fit = _command(
         actions,
         "fit-router",
@@ -614,6 +632,16 @@ def _export(args: argparse.Namespace) -> int:
 
     for folder in export_chain(finished_banks(config), config, args.output):
         print(folder)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    config = _config(args)
+    from mslora_cr.chains import import_chain
+
+    imported = import_chain(args.source, config)
+    done = f"imported {', '.join(imported)}" if imported else "nothing to import, every bank is already there"
+    print(f"{config.run_dir}: {done}")
     return 0
 
 

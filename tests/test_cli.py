@@ -29,7 +29,7 @@ COMMANDS = (
     "sweep",
 )
 COMMANDS += ("data", "data check", "data prepare", "data download", "model", "model download", "model inspect")
-COMMANDS += ("bank", "bank export", "bank fit-router", "bank show")
+COMMANDS += ("bank", "bank import", "bank export", "bank fit-router", "bank show")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
