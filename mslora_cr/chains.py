@@ -5,14 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
-from mslora_cr.banks import PUBLISHED_WEIGHTS, WEIGHTS, Bank, BankError, export_published, load_bank
+from mslora_cr.banks import (
+    PUBLISHED_WEIGHTS,
+    STATISTICS,
+    WEIGHTS,
+    Bank,
+    BankError,
+    export_published,
+    file_digest,
+    load_bank,
+    save_bank,
+)
 from mslora_cr.config import StreamConfig, Task
+from mslora_cr.llava_med import language_linear_shapes, weights_digest
 from mslora_cr.methods import METHODS
+from mslora_cr.methods.base import Method
+from mslora_cr.training.ledger import Ledger
 
 _SPELLINGS = ("finetune_lora_MSLoRA", "finetune_MSLoRA")
 
@@ -26,29 +41,34 @@ def load_chain(folder: Path, config: StreamConfig) -> dict[str, Bank]:
     Raises:
         BankError: there is no bank, a bank is missing while a later one is there, or one is of another rank or alpha.
     """
+    places = _places(folder, config, whole=METHODS[config.method].folds_earlier)
+    return {name: _load(place, name, config) for name, place in places.items()}
+
+
+def _places(folder: Path, config: StreamConfig, whole: bool) -> dict[str, Path]:
+    """The folders of the banks, by task; `whole`: from the first task on, without a hole."""
     places = {task.name: _place(folder, config, task) for task in config.stream}
-    found = [task.name for task in config.stream if places[task.name] is not None]
+    found = {name: place for name, place in places.items() if place is not None}
     if not found:
         tried = _published_name(config, config.stream[0])
         raise BankError(f"{folder}: no bank of this stream; looked for {tried}/{PUBLISHED_WEIGHTS} and banks/NAME")
-    banks: dict[str, Bank] = {}
-    for task in config.stream:
-        place = places[task.name]
-        if place is None:
-            if METHODS[config.method].folds_earlier and len(banks) < len(found):
-                raise BankError(
-                    f"{folder}: the chain has a hole: {_published_name(config, task)} is missing, though "
-                    f"{_published_name(config, config.task(found[-1]))} is there"
-                )
-            continue
-        bank = load_bank(place)
-        if (bank.rank, bank.alpha) != (config.lora.rank, config.lora.alpha):
-            raise BankError(
-                f"{place}: rank {bank.rank} and alpha {bank.alpha:g}, but the configuration says rank "
-                f"{config.lora.rank} and alpha {config.lora.alpha:g}; set lora.rank and lora.alpha"
-            )
-        banks[task.name] = replace(bank, name=task.name)
-    return banks
+    missing = next((task for task in config.stream[: len(found)] if task.name not in found), None)
+    if whole and missing is not None:
+        raise BankError(
+            f"{folder}: the chain has a hole: {_published_name(config, missing)} is missing, though "
+            f"{_published_name(config, config.task([*found][-1]))} is there"
+        )
+    return found
+
+
+def _load(place: Path, name: str, config: StreamConfig) -> Bank:
+    bank = load_bank(place)
+    if (bank.rank, bank.alpha) != (config.lora.rank, config.lora.alpha):
+        raise BankError(
+            f"{place}: rank {bank.rank} and alpha {bank.alpha:g}, but the configuration says rank "
+            f"{config.lora.rank} and alpha {config.lora.alpha:g}; set lora.rank and lora.alpha"
+        )
+    return replace(bank, name=name)
 
 
 def _published_name(config: StreamConfig, task: Task) -> str:
@@ -79,6 +99,66 @@ def export_chain(banks: Mapping[str, Bank], config: StreamConfig, output: Path) 
             folder = output / config.run / _published_name(config, task)
             export_published(banks[task.name], folder, task.index, base)
             yield folder
+
+
+def import_chain(folder: Path, config: StreamConfig) -> list[str]:
+    """Make the banks of a folder that `load_chain` reads finished tasks of the configuration's run, so that training
+    goes on after them and whatever reads the run folder finds them; returns the tasks that were not there yet.
+
+    Raises:
+        BankError: as `load_chain`; the banks are of another base model; a task is there with another bank; or the
+            method keeps more of a task than its bank. Nothing is written then.
+        ConfigError: another configuration made the run folder.
+        ModelError: the base model cannot be read.
+    """
+    method, ledger = METHODS[config.method], Ledger.read(config)
+    if type(method).memory is not Method.memory:
+        raise BankError(f"method {config.method} keeps more of a task than its bank, so banks alone cannot be imported")
+    places = _places(folder, config, whole=method.folds_earlier or method.continues)
+    banks = {name: _load(place, name, config) for name, place in places.items()}
+    shapes = sorted(language_linear_shapes(Path(config.model.path)))
+    for name, bank in banks.items():
+        if sorted((b.shape[0], a.shape[1]) for a, b in bank.matrices.values()) != shapes:
+            raise BankError(f"{places[name]}: its layers are not those of the base model {config.model.path}")
+    missing = [name for name in banks if not _is_there(banks[name], ledger)]
+    ledger.open(config, weights_digest(Path(config.model.path), config.model.vision_tower), force=False)
+    for name in missing:
+        _enter(banks[name], places[name], config, ledger)
+    return missing
+
+
+def _is_there(bank: Bank, ledger: Ledger) -> bool:
+    """Whether the run has this very bank; refuses another one of that task."""
+    if not ledger.done(bank.name):
+        return False
+    own = ledger.bank_folder(bank.name)
+    if load_bank(own).digest != bank.digest:
+        raise BankError(f"{own}: task {bank.name!r} is finished with another bank; import into another `run`")
+    return True
+
+
+def _enter(bank: Bank, place: Path, config: StreamConfig, ledger: Ledger) -> None:
+    """Save a bank in the run folder and enter it in the ledger. How it was trained is not known there."""
+    task, folder = config.task(bank.name), ledger.bank_folder(bank.name)
+    file = place / (PUBLISHED_WEIGHTS if (place / PUBLISHED_WEIGHTS).is_file() else WEIGHTS)
+    source = {"path": str(file.resolve()), "sha256": file_digest(file)}
+    # The source's, or what `bank fit-router` has put there before.
+    routers = [known / STATISTICS for known in (place, folder) if (known / STATISTICS).is_file()]
+    beside = {STATISTICS: load_file(routers[0])} if routers else {}
+    described = {**bank.metadata, "modality": task.modality, "index": task.index, "imported": source}
+    digest = save_bank(replace(bank, metadata=described), folder, config.lora.dropout, beside)
+    entry = {
+        "digest": digest,
+        "memory_digest": None,
+        "router_digest": file_digest(folder / STATISTICS) if beside else None,
+        "records_digest": None,
+        "steps": 0,
+        "train_loss": None,
+        "seconds": 0.0,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "imported": source,
+    }
+    ledger.record(bank.name, entry)
 
 
 def describe(bank: Bank) -> dict[str, Any]:

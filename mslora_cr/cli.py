@@ -5,45 +5,43 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import get_args
 
 from mslora_cr import __version__
+from mslora_cr.config import EvaluationConfig, StreamConfig
 from mslora_cr.errors import UserError
-
-if TYPE_CHECKING:
-    from mslora_cr.config import StreamConfig
 
 EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
 EXTRAS |= {"rouge_score": "eval", "deepspeed": "train", "wandb": "train", "tensorboard": "train", "h5py": "data"}
 EXTRAS |= {"bitsandbytes": "quantization"}
-OVERRIDES = "any value of the configuration, e.g. lora.rank=32 tasks.pathvqa.epochs=1 'tasks.*.batch_size=8'"
+OVERRIDES = "override configuration values, e.g. lora.rank=32 tasks.pathvqa.epochs=1 'tasks.*.batch_size=8'"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 1 on an error that the user can mend, told in a few lines, 130 on Ctrl-C."""
+    """Run a command; 0 on success, 1 on an error that the user can fix, reported in a few lines, 130 on Ctrl-C."""
     args = _parse(argv)
     try:
         return int(args.run(args))
     except UserError as error:
         print(f"mslora-cr: error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"mslora-cr: error: {error}; nothing that was finished before is lost", file=sys.stderr)
+        print(f"mslora-cr: error: {error}; finished work is kept", file=sys.stderr)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        missing = f"{error.name} is not installed; pip install -e '.[{extra}]' brings it"
+        missing = f"{error.name} is not installed; pip install -e '.[{extra}]' installs it"
         print(f"mslora-cr: error: {missing}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nmslora-cr: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nmslora-cr: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     return 1
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, with KEY=VALUE overrides anywhere behind the configuration: argparse by itself takes
+    """Parse the command line, with KEY=VALUE overrides anywhere after the configuration: argparse by itself accepts
     a list of positional arguments only in one piece."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
@@ -59,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line; imports nothing heavy."""
     parser = argparse.ArgumentParser(
         prog="mslora-cr",
-        description="Teach a biomedical vision-language model one imaging task after another, a LoRA bank per task.",
+        description="Continual learning for biomedical vision-language models: one LoRA bank per imaging task.",
         epilog=_examples(
             "mslora-cr demo",
             "mslora-cr train configs/finetune_mslora_cr_ortho.yaml --dry-run",
@@ -68,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument("--version", action="version", version=f"mslora-cr {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
@@ -100,7 +98,7 @@ def _command(commands: argparse._SubParsersAction, name: str, help: str, *exampl
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="the run's YAML file")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
 
 
@@ -117,7 +115,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "demo",
-        "make a tiny model and a synthetic stream, train and compare two methods on it, and write a report",
+        "build a tiny model and a synthetic task stream, train and compare two methods on it, and write a report",
         "mslora-cr demo",
         "mslora-cr demo evaluation.batch_size=32",
     )
@@ -140,7 +138,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "train",
-        "train the banks of a stream, one task after another; finished tasks are skipped, a killed one goes on",
+        "train one bank per task of the stream; finished tasks are skipped and an interrupted one resumes",
         "mslora-cr train configs/demo.yaml --dry-run",
         "mslora-cr train configs/finetune_mslora_cr_ortho.yaml training.per_device_train_batch_size=4",
         "mslora-cr train configs/finetune_mslora_cr_ortho.yaml --task derm",
@@ -149,12 +147,14 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "      training.deepspeed=configs/deepspeed/zero2.json",
     )
     _add_config(parser)
-    parser.add_argument("--task", metavar="NAME", help="train this task only; the banks it builds on must be there")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved configuration and plan, train nothing"
+        "--task", metavar="NAME", help="train only this task; the banks it builds on must already exist"
     )
     parser.add_argument(
-        "--force", action="store_true", help="go on in a run folder that another configuration has made"
+        "--dry-run", action="store_true", help="print the resolved configuration and the plan, then exit"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="resume in a run folder that was created with a different configuration"
     )
     parser.set_defaults(run=_train)
 
@@ -163,22 +163,31 @@ def _train(args: argparse.Namespace) -> int:
     config = _config(args)
     _quieten()
     from mslora_cr.training import stream
+    from mslora_cr.training.distributed import rank
     from mslora_cr.training.processes import stopping_together
 
-    if args.dry_run:
-        _print_plan(config)
-        return 0
     with stopping_together():
-        stream.train(config, only=args.task, force=args.force)
+        if not args.dry_run:
+            stream.train(config, only=args.task, force=args.force)
+        elif rank() == 0:
+            _print_plan(config, args.task, args.force)
     return 0
 
 
-def _print_plan(config: StreamConfig) -> None:
+def _print_plan(config: StreamConfig, only: str | None, force: bool) -> None:
+    """Print what `train` would do with these arguments.
+
+    Raises:
+        ConfigError, DataError, BankError: as `train` would.
+    """
     import yaml
 
-    from mslora_cr.training.stream import plan
+    from mslora_cr.training.stream import plan, tasks_to_train
 
+    chosen = {task.name for task in tasks_to_train(config, only)}
     plans, trainable = plan(config)
+    done = {item.task for item in plans if item.done}
+    plans = [item for item in plans if item.task in chosen]
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     print(f"run folder: {config.run_dir}\ntrainable parameters per bank: {trainable:,}\n")
     print(
@@ -191,6 +200,28 @@ def _print_plan(config: StreamConfig) -> None:
             f"{item.task:<16}{item.modality:<14}{item.records:>9,}{item.epochs:>8g}{batch:>14}{item.steps:>8,}"
             f"  {len(item.frozen_banks):>6}  {'yes' if item.penalties else 'no':<9}  {'done' if item.done else 'to do'}"
         )
+    for warning in _obstacles(config, only, force, done):
+        print(f"\nwarning: {warning}")
+
+
+def _obstacles(config: StreamConfig, only: str | None, force: bool, done: Collection[str]) -> Iterator[str]:
+    """Why training would refuse to start, as far as the plan shows it."""
+    from mslora_cr.llava_med import weights_digest
+    from mslora_cr.training.ledger import Ledger
+    from mslora_cr.training.stream import frozen_tasks, previous_task
+
+    model_digest = weights_digest(Path(config.model.path), config.model.vision_tower)
+    differences = Ledger.read(config).differences(config, model_digest)
+    if differences and not force:
+        yield (
+            f"{config.run_dir} was created with a different configuration ({differences}); "
+            "without --force, training refuses to resume in it"
+        )
+    if only and only not in done:
+        needed = frozen_tasks(config, config.task(only)) or previous_task(config, config.task(only))
+        missing = [task.name for task in needed if task.name not in done]
+        if missing:
+            yield f"{only} builds on banks that are not trained yet: {', '.join(missing)}"
 
 
 # --- evaluate, score, report ---------------------------------------------------------------------------------------
@@ -200,32 +231,33 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "evaluate",
-        "answer and score the test questions of every learned task; a killed evaluation goes on",
+        "answer and score the test questions of every trained task; an interrupted evaluation resumes",
         "mslora-cr evaluate configs/demo.yaml",
         "mslora-cr evaluate configs/demo.yaml --stages all",
-        "mslora-cr evaluate configs/demo.yaml --banks-by routed     # without telling the task",
-        "mslora-cr evaluate configs/finetune_mslora_cr_ortho.yaml --banks checkpoints/published",
+        "mslora-cr evaluate configs/demo.yaml --banks-by routed     # task ID not given",
+        "mslora-cr evaluate configs/finetune_mslora_cr_ortho.yaml --banks checkpoints     # published ones",
     )
     _add_config(parser)
-    parser.add_argument("--task", metavar="NAME", help="answer this task only")
+    parser.add_argument("--task", metavar="NAME", help="evaluate only this task")
     parser.add_argument(
         "--stages",
         choices=("own", "final", "seen", "all"),
-        help="own: task t after task t, as published (default); final: all after the last task (default if routed); "
-        "seen: at every stage from its own on; "
-        "all: the whole task × stage matrix, and the base model without a bank (forward transfer needs both)",
+        help="when each task is evaluated. own: right after it was learned, as published (default); final: after the "
+        "last task (default if routed); seen: after its own and every later task; all: the full task × stage matrix, "
+        "including the base model without banks (stage 0), as forward transfer needs it",
     )
     parser.add_argument(
         "--banks",
         type=Path,
         metavar="DIR",
-        help="take the banks from published checkpoint folders or another run folder",
+        help="read the banks from published checkpoints or another run folder instead of this run's folder",
     )
     parser.add_argument(
         "--banks-by",
-        choices=("prefix", "all", "routed"),
-        help="which banks answer task t: prefix: 1..t, as published (default); all: every bank there is; routed: the "
-        "prefix of the task that the router takes each question for, with results in routed/",
+        choices=get_args(EvaluationConfig.model_fields["banks_by"].annotation),
+        help="which banks answer a question of task t (default: evaluation.banks_by of the configuration). prefix: "
+        "banks 1..t, as published; all: every bank trained so far; routed: task ID not given, a router predicts it for "
+        "each question; results go to routed/",
     )
     parser.set_defaults(run=_evaluate)
 
@@ -235,7 +267,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.overrides.append(f"evaluation.banks_by={args.banks_by}")
     config = _config(args)
     if args.task and config.evaluation.banks_by == "routed":
-        raise UserError("--task tells the task; routed questions of all tasks are answered together, so leave it out")
+        raise UserError("--task cannot be combined with routed evaluation, which mixes the questions of all tasks")
     _quieten()
     from mslora_cr.chains import load_chain
     from mslora_cr.evaluation.evaluate import evaluate
@@ -250,7 +282,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         else:
             path = evaluate(config, args.stages or "own", args.task, banks)
     if rank() == 0:
-        print(f"answers and scores: {path.parent}")
+        print(f"results: {path.parent}")
     return 0
 
 
@@ -258,16 +290,16 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "score",
-        "score a file of answers as the published evaluation does",
+        "score an answer file with the published metrics",
         "mslora-cr score results/RUN/pathvqa/answer-file.jsonl --output scores/",
     )
     parser.add_argument(
         "answers",
         type=Path,
         metavar="ANSWERS.jsonl",
-        help="answers with question_id, prompt, text, gt, answer_type",
+        help="answer file, one object per line with question_id, prompt, text, gt and answer_type",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where metrics and hit lists go")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for metrics and hit lists")
     parser.set_defaults(run=_score)
 
 
@@ -282,11 +314,11 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "report",
-        "write report.html and report.md of a run beside its scores",
+        "write report.html and report.md to a run's results folder",
         "mslora-cr report configs/demo.yaml",
         "mslora-cr report checkpoints/RUN",
     )
-    parser.add_argument("target", type=Path, metavar="RUN", help="the run's configuration, or its run folder")
+    parser.add_argument("target", type=Path, metavar="RUN", help="configuration or run folder")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.set_defaults(run=_report)
 
@@ -304,26 +336,26 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "compare",
-        "test runs of the same questions against the first one, per task and overall",
+        "compare runs on the same questions with paired significance tests, per task and overall",
         "mslora-cr compare checkpoints/mslora_cr checkpoints/sequential",
         "mslora-cr compare configs/a.yaml configs/b.yaml --at own --output comparison.json",
-        "mslora-cr compare results/RUN results/RUN/routed     # what routing costs against being told the task",
+        "mslora-cr compare results/RUN results/RUN/routed     # what not being given the task ID costs",
     )
     parser.add_argument(
         "runs",
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="a run's configuration, its run folder or its results folder; at least two, the first is the baseline",
+        help="configuration, run folder or results folder of a run; the first of at least two is the baseline",
     )
     parser.add_argument(
         "--at",
         choices=("final", "own"),
         default="final",
-        help="final: score each task after the last stage (default; needs evaluate --stages seen, where they are "
-        "several); own: each at its own stage, as published",
+        help="which scores to compare. final: every task after the last one (default; needs evaluate --stages final "
+        "or seen); own: each task right after it was learned, as published",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the tests there too")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the results as JSON")
     parser.set_defaults(run=_compare)
 
 
@@ -347,23 +379,27 @@ def _add_analyze(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "analyze",
-        "look for what explains a run's result, and put it into the report: how banks lie to each other, their "
-        "effective ranks, what each adds to the answers, which answers changed",
+        "explain a run's results in its report: similarity and effective rank of the banks, leave-one-bank-out "
+        "contributions, changed answers",
         "mslora-cr analyze configs/demo.yaml",
         "mslora-cr analyze checkpoints/with_beta --against checkpoints/without_beta",
-        "mslora-cr analyze checkpoints/RUN --questions 0     # without asking the model",
+        "mslora-cr analyze checkpoints/RUN --questions 0     # no leave-one-bank-out evaluation",
     )
-    parser.add_argument("target", type=Path, metavar="RUN", help="the run's configuration, or its run folder")
+    parser.add_argument("target", type=Path, metavar="RUN", help="configuration or run folder")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument(
-        "--against", nargs="+", type=Path, default=[], metavar="RUN", help="put these runs' effective ranks beside"
+        "--against",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="RUN",
+        help="runs whose effective ranks to show for comparison",
     )
     parser.add_argument(
         "--questions",
         type=int,
-        default=200,
         metavar="N",
-        help="ask at most so many questions of a task, with every bank left out once (default 200; 0: none)",
+        help="questions per task for the leave-one-bank-out evaluation (default: 200; 0 skips it)",
     )
     parser.set_defaults(run=_analyze)
 
@@ -371,7 +407,7 @@ def _add_analyze(commands: argparse._SubParsersAction) -> None:
 def _analyze(args: argparse.Namespace) -> int:
     _quieten()
     from mslora_cr.config_file import load_config
-    from mslora_cr.evaluation.analyze import analyze
+    from mslora_cr.evaluation.analyze import QUESTIONS, analyze
     from mslora_cr.evaluation.report import write_report
     from mslora_cr.training.distributed import rank
     from mslora_cr.training.processes import stopping_together
@@ -379,7 +415,7 @@ def _analyze(args: argparse.Namespace) -> int:
     config = load_config(_config_file(args.target), args.overrides)
     others = [load_config(_config_file(target)) for target in args.against]
     with stopping_together():
-        path = analyze(config, others, args.questions)
+        path = analyze(config, others, QUESTIONS if args.questions is None else args.questions)
     if rank() == 0:
         print(f"analysis: {path}\nreport: {write_report(config.run_dir, config.results_run_dir)}")
     return 0
@@ -389,22 +425,24 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "sweep",
-        "run methods × orders of the tasks × seeds of one stream, side by side, and gather them into one table; what "
-        "is finished is kept, a killed sweep goes on",
+        "run methods × task orders × seeds of one stream in parallel and summarize them in one table; an interrupted "
+        "sweep resumes",
         "mslora-cr sweep configs/sweep.yaml --orders 2 --seeds 1 2 3",
         "mslora-cr sweep configs/sweep.yaml --methods mslora_cr incremental --seeds 1 2 3 4 5 --dry-run",
         "CUDA_VISIBLE_DEVICES=0,1 mslora-cr sweep configs/finetune_mslora_cr_ortho.yaml --orders 3",
     )
     _add_config(parser)
-    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="which methods (default: all)")
+    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="methods to run (default: all)")
     parser.add_argument(
-        "--orders", type=int, default=1, metavar="N", help="how many orders of the tasks, the file's first (default 1)"
+        "--orders", type=int, default=1, metavar="N", help="number of task orders, the file's own first (default: 1)"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="default: the file's")
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at once (default: one for each GPU, or for each core without any)"
+        "--seeds", nargs="+", type=int, default=[], metavar="SEED", help="random seeds (default: the file's)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="parallel runs (default: one per GPU, or one per CPU core without GPUs)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, then exit")
     parser.set_defaults(run=_sweep)
 
 
@@ -413,7 +451,7 @@ def _sweep(args: argparse.Namespace) -> int:
     from mslora_cr import sweep
 
     if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs is {args.jobs}; give at least 1")
+        raise UserError(f"--jobs must be at least 1, not {args.jobs}")
     runs = sweep.plan_sweep(args.config, args.overrides, args.methods, args.orders, args.seeds)
     places = sweep.slots(runs[0].config.model.device, args.jobs)
     print(sweep.describe(runs, places), flush=True)
@@ -423,12 +461,12 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _config_file(target: Path) -> Path:
-    """A run's configuration, given as such or by its run folder."""
+    """The configuration file of a run, given directly or by its run folder."""
     return target / "config.yaml" if target.is_dir() else target
 
 
 def _results_folder(target: Path) -> Path:
-    """The results folder of a run that is named by its configuration, its run folder or that folder itself."""
+    """The results folder of a run, given by its configuration, its run folder or that folder itself."""
     from mslora_cr.config_file import load_config
 
     if (target / "evaluation.json").is_file():
@@ -437,11 +475,11 @@ def _results_folder(target: Path) -> Path:
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, or whole paths where names repeat."""
+    """The folders' names, or full paths where names repeat."""
     names = [folder.name for folder in folders]
     labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
     if len(set(labels)) < len(labels):
-        raise UserError(f"a run stands twice among {', '.join(labels)}")
+        raise UserError(f"the same run is given twice: {', '.join(labels)}")
     return labels
 
 
@@ -451,15 +489,24 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 def _add_data(commands: argparse._SubParsersAction) -> None:
     from mslora_cr.data import check, download, prepare
 
-    parser = commands.add_parser("data", help="download, prepare and check data sets")
+    parser = _command(
+        commands,
+        "data",
+        "download, prepare and check data sets",
+        "mslora-cr data download",
+        "mslora-cr data prepare CXP --raw downloads/chest_xray.zip",
+        "mslora-cr data check data/MSLoRA_CR --model pretrained_models/llava_med_v1.5",
+    )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    action = _command(actions, "download", "fetch the published annotations from the hub", "mslora-cr data download")
+    action = _command(
+        actions, "download", "download the published annotations from the Hugging Face Hub", "mslora-cr data download"
+    )
     download.add_data_arguments(action)
     action.set_defaults(run=download.run_data)
     action = _command(
         actions,
         "prepare",
-        "turn a source's raw download into the tree that training reads",
+        "convert a source's raw download into the folder layout that training reads",
         "mslora-cr data prepare CXP --raw downloads/chest_xray.zip",
         "mslora-cr data prepare PCAM --raw downloads/pcam/ --annotations",
     )
@@ -468,7 +515,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     action = _command(
         actions,
         "check",
-        "look at a whole data root before an hour is spent",
+        "validate a data root before training: annotations, images, train/test overlap, prompt lengths",
         "mslora-cr data check data/MSLoRA_CR --model pretrained_models/llava_med_v1.5",
         "mslora-cr data check --only derm HAM --no-images",
     )
@@ -479,12 +526,18 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
 def _add_model(commands: argparse._SubParsersAction) -> None:
     from mslora_cr.data import download
 
-    parser = commands.add_parser("model", help="download base models and look into them")
+    parser = _command(
+        commands,
+        "model",
+        "download and inspect base models",
+        "mslora-cr model download",
+        "mslora-cr model inspect pretrained_models/llava_med_v1.5",
+    )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     action = _command(
         actions,
         "download",
-        "fetch the base model, CLIP and the published checkpoints from the hub",
+        "download the base model, CLIP and the published checkpoints from the Hugging Face Hub",
         "mslora-cr model download",
         "mslora-cr model download checkpoints",
     )
@@ -493,12 +546,14 @@ def _add_model(commands: argparse._SubParsersAction) -> None:
     action = _command(
         actions,
         "inspect",
-        "print what a base model holds, and compare its own vision tower with the one its configuration names",
+        "show what a base model contains and compare its own vision tower with the one its configuration names",
         "mslora-cr model inspect pretrained_models/llava_med_v1.5",
         "mslora-cr model inspect pretrained_models/llava_med_v1.5 --json",
     )
-    action.add_argument("path", type=Path, metavar="MODEL", help="the base model's folder")
-    action.add_argument("--json", action="store_true", help="print everything as JSON, with every tensor's difference")
+    action.add_argument("path", type=Path, metavar="MODEL", help="base model folder")
+    action.add_argument(
+        "--json", action="store_true", help="list every tensor's difference, not only the largest eight"
+    )
     action.set_defaults(run=_inspect)
 
 
@@ -516,34 +571,58 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _add_bank(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("bank", help="export and show banks")
+    parser = _command(
+        commands,
+        "bank",
+        "import, export and inspect banks",
+        "mslora-cr bank import configs/finetune_mslora_cr_ortho.yaml --from checkpoints",
+        "mslora-cr bank export configs/demo.yaml --output published/",
+        "mslora-cr bank show checkpoints/RUN/banks/derm",
+    )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     export = _command(
         actions,
         "export",
-        "write a run's banks as published checkpoints, <a_b_c>/cl_lora.bin and config.json",
+        "export a run's banks in the published format, <a_b_c>/cl_lora.bin and config.json",
         "mslora-cr bank export configs/demo.yaml --output published/",
     )
     _add_config(export)
-    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the run's folder goes")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="parent of the exported run's folder")
     export.set_defaults(run=_export)
+    take = _command(
+        actions,
+        "import",
+        "import published checkpoints or another run's banks as finished tasks of a run",
+        "mslora-cr bank import configs/finetune_mslora_cr_ortho.yaml --from checkpoints",
+        "mslora-cr bank import configs/finetune_mslora_cr_ortho.yaml run=longer --from checkpoints/RUN",
+    )
+    _add_config(take)
+    take.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a published run, the folder of several, or a run folder",
+    )
+    take.set_defaults(run=_import)
     fit = _command(
         actions,
         "fit-router",
-        "put with the banks what `evaluate --banks-by routed` needs, for banks that were trained elsewhere",
+        "fit the router of `evaluate --banks-by routed` for banks that were trained elsewhere",
         "mslora-cr bank fit-router configs/finetune_mslora_cr_ortho.yaml",
     )
     _add_config(fit)
-    fit.add_argument("--task", metavar="NAME", help="for this task only")
+    fit.add_argument("--task", metavar="NAME", help="fit only this task")
     fit.set_defaults(run=_fit_router)
     show = _command(
         actions,
         "show",
-        "print what a bank is: rank, layers, norms",
+        "show rank, layers and norms of a bank",
         "mslora-cr bank show checkpoints/RUN/banks/derm",
     )
     show.add_argument(
-        "bank", type=Path, metavar="BANK", help="a PEFT adapter folder, a published folder, or cl_lora.bin"
+        "bank", type=Path, metavar="BANK", help="PEFT adapter folder, published checkpoint folder, or cl_lora.bin"
     )
     show.set_defaults(run=_show)
 
@@ -555,6 +634,16 @@ def _export(args: argparse.Namespace) -> int:
 
     for folder in export_chain(finished_banks(config), config, args.output):
         print(folder)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    config = _config(args)
+    from mslora_cr.chains import import_chain
+
+    imported = import_chain(args.source, config)
+    done = f"imported {', '.join(imported)}" if imported else "nothing to import, every bank is already there"
+    print(f"{config.run_dir}: {done}")
     return 0
 
 
@@ -579,7 +668,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _quieten() -> None:
-    """Leave the console to this program's own progress: no bars for loading, no advice for library authors."""
+    """Keep the console for this program's own progress: no loading bars, no advice for library authors."""
     import logging
     import os
     import warnings
@@ -588,8 +677,8 @@ def _quieten() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find out by itself, and warn of it
-    # It advises further packages when PEFT looks for it, and float16 at every 8-bit layer of every forward pass.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would detect it by itself, with a warning
+    # It recommends more packages when PEFT looks for it, and float16 at every 8-bit layer of every forward pass.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")

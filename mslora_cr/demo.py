@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,26 @@ from mslora_cr.evaluation.record import read_evaluation
 from mslora_cr.evaluation.report import write_comparison, write_report
 from mslora_cr.tiny_model import MODEL_FOLDER, make_tiny_llava_med
 from mslora_cr.training import stream
-from mslora_cr.training.ledger import write_json
+from mslora_cr.training.ledger import Ledger, write_json
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 COMPARED: tuple[MethodName, ...] = ("mslora_cr", "sequential")
 """The method of this project, and one LoRA trained through the whole stream."""
 
 
-def run_demo(overrides: Sequence[str] = (), config_file: Path = CONFIG) -> Path:
+def run_demo(overrides: Sequence[str] = ()) -> None:
     """Make what is missing, train and evaluate both methods, and write `summary.json` and the reports.
 
-    Everything that an earlier call has finished is kept, so a killed demo goes on. Returns the page that compares the
-    methods.
+    Everything that an earlier call has finished is kept, so a killed demo goes on.
     """
     started = time.monotonic()
-    runs = {method: _configure(method, overrides, config_file) for method in COMPARED}
+    runs = {method: load_config(CONFIG, [*overrides, f"run={method}", f"method={method}"]) for method in COMPARED}
     first = runs[COMPARED[0]]
     model = Path(first.model.path)
     if model.name != MODEL_FOLDER:
         raise ConfigError(f"model.path: the demo makes its own model, in a folder named {MODEL_FOLDER}, not {model}")
+    summary = Path(first.results_dir) / "summary.json"
+    complete, spent = _earlier_seconds(runs.values(), summary)
     make_stream(Path(first.data.root))
     make_tiny_llava_med(model.parent)
     for method, config in runs.items():
@@ -41,20 +43,26 @@ def run_demo(overrides: Sequence[str] = (), config_file: Path = CONFIG) -> Path:
         stream.train(config)
         evaluate(config, "seen")
         write_report(config.run_dir, config.results_run_dir)
-    output = Path(first.results_dir)
     page = write_comparison(
         [(method, config.run_dir, config.results_run_dir) for method, config in runs.items()],
-        output / "report.html",
+        summary.with_name("report.html"),
     )
     methods = {method: _outcome(config) for method, config in runs.items()}
-    seconds = round(time.monotonic() - started, 1)
-    write_json(output / "summary.json", {"methods": methods, "seconds": seconds})
+    seconds = spent if complete else round(spent + time.monotonic() - started, 1)
+    write_json(summary, {"methods": methods, "seconds": seconds})
     _say(methods, seconds, page)
-    return page
 
 
-def _configure(method: MethodName, overrides: Sequence[str], config_file: Path) -> StreamConfig:
-    return load_config(config_file, [*overrides, f"run={method}", f"method={method}"])
+def _earlier_seconds(runs: Iterable[StreamConfig], summary: Path) -> tuple[bool, float]:
+    """Whether an earlier call has done everything, and its time; else what earlier calls spent on finished tasks.
+
+    So the time told is that of the whole work, also by a call that had nothing left to do or finished a killed one.
+    """
+    tasks = [(Ledger.read(config).content["tasks"], config) for config in runs]
+    trained = all(task.name in done for done, config in tasks for task in config.tasks)
+    if trained and summary.is_file():
+        return True, json.loads(summary.read_text(encoding="utf-8"))["seconds"]
+    return False, sum(entry["seconds"] for done, _ in tasks for entry in done.values())
 
 
 def _outcome(config: StreamConfig) -> dict[str, Any]:

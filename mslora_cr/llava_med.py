@@ -130,18 +130,6 @@ def load(
     return _with_processors(path, model, tower_source)
 
 
-def weights_digest(path: Path, vision_tower: str = "config") -> str:
-    """TEMPORARY."""
-    import hashlib
-
-    read_config(path)
-    h = hashlib.sha256()
-    for f in sorted(path.iterdir()):
-        if f.is_file() and f.suffix in (".json", ".safetensors", ".model"):
-            h.update(f.name.encode() + f.read_bytes()[:64_000_000])
-    return h.hexdigest()
-
-
 def detach_tower(model: LlavaForConditionalGeneration) -> nn.Module:
     """Take the vision tower out of a model, which then takes its features (`tower_features`) where it took pixels."""
     tower = model.model.vision_tower

@@ -1,16 +1,19 @@
-"""Published checkpoint folders are evaluated as they are, through the command line, on the golden model."""
+"""Published checkpoint folders are evaluated as they are, or imported, through the command line, on the golden model."""
 
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from mslora_cr.bank_stack import BankStack
+from mslora_cr.banks import file_digest
 from mslora_cr.cli import main
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, bank_bytes
 
 TASKS = ("pathvqa", "slake-vqarad", "derm", "PCAM")
 CHAIN = ["_".join(TASKS[: number + 1]) for number in range(len(TASKS))]
@@ -23,17 +26,17 @@ Evaluate = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def golden_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every golden record with an image as a question of each task."""
+    """Every golden record with an image as a training record and as a question of each task."""
     root = tmp_path_factory.mktemp("golden")
-    records = json.loads((GOLDEN / "conversations.json").read_text())
+    records = [record for record in json.loads((GOLDEN / "conversations.json").read_text()) if "image" in record]
     rows = [
         {"question_id": record["id"], "image": record["image"], "text": record["conversations"][0]["value"]}
         | {"gt": "yes", "answer_type": "OPEN"}
         for record in records
-        if "image" in record
     ]
     for folder in FOLDERS.values():
         shutil.copytree(GOLDEN / "images", root / folder / "images")
+        (root / folder / "train.json").write_text(json.dumps(records))
         (root / folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
@@ -47,8 +50,8 @@ def published(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def evaluate(golden_data: Path, tmp_path: Path) -> Evaluate:
-    """Evaluates a folder of banks, under a configuration like the shipped ones."""
+def config(golden_data: Path, tmp_path: Path) -> Path:
+    """A configuration like the shipped ones."""
     settings = {
         "run": RUN,
         "output_dir": str(tmp_path / "runs"),
@@ -59,14 +62,30 @@ def evaluate(golden_data: Path, tmp_path: Path) -> Evaluate:
         "evaluation": {"max_new_tokens": 12, "batch_size": 8},
         "tasks": [{"name": name, "epochs": 1, "batch_size": 4, "learning_rate": 1e-4} for name in TASKS],
     }
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(settings))
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture
+def evaluate(config: Path) -> Evaluate:
+    """Evaluates a folder of banks."""
     return lambda banks, *options: main(["evaluate", str(config), "--banks", str(banks), *options])
 
 
-def answers(tmp_path: Path, task: str) -> dict[str, str]:
-    lines = (tmp_path / "results" / RUN / task / "answer-file.jsonl").read_text().splitlines()
+@pytest.fixture
+def take(config: Path) -> Evaluate:
+    """Imports a folder of banks."""
+    return lambda banks, *options: main(["bank", "import", str(config), "--from", str(banks), *options])
+
+
+def answers(tmp_path: Path, task: str, results: str = "results") -> dict[str, str]:
+    lines = (tmp_path / results / RUN / task / "answer-file.jsonl").read_text().splitlines()
     return {row["question_id"]: row["text"] for row in map(json.loads, lines)}
+
+
+def ledger(tmp_path: Path, run: str = RUN) -> dict[str, Any]:
+    return json.loads((tmp_path / "runs" / run / "ledger.json").read_text())["tasks"]
 
 
 def test_a_published_run_gives_the_golden_generations(evaluate: Evaluate, published: Path, tmp_path: Path) -> None:
@@ -105,6 +124,120 @@ def test_banks_of_their_own_need_no_chain(evaluate: Evaluate, published: Path, t
     assert evaluate(published, "method=each", "evaluation.max_new_tokens=1") == 0
     [pathvqa, derm] = json.loads((tmp_path / "results" / RUN / "evaluation.json").read_text())["cells"]
     assert (pathvqa["banks"], derm["banks"]) == (["pathvqa"], ["derm"])
+
+
+# --- imported into a run folder --------------------------------------------------------------------------------------
+
+
+def test_imported_banks_are_finished_tasks(
+    evaluate: Evaluate,
+    take: Evaluate,
+    config: Path,
+    published: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Everything that reads a run folder reads them: evaluation without `--banks`, training, analysis, report."""
+    assert take(published) == 0
+    assert f"{tmp_path / 'runs' / RUN}: imported {', '.join(TASKS)}" in capsys.readouterr().out
+    for name, entry in zip(CHAIN, ledger(tmp_path).values(), strict=True):
+        file = published / RUN / name / "cl_lora.bin"
+        assert entry["imported"] == {"path": str(file), "sha256": file_digest(file)}
+    assert evaluate(published) == 0
+    assert main(["evaluate", str(config), f"results_dir={tmp_path / 'own'}"]) == 0
+    for task in TASKS:
+        assert answers(tmp_path, task, "own") == answers(tmp_path, task)
+    capsys.readouterr()
+    assert main(["train", str(config)]) == 0
+    assert capsys.readouterr().out.count("already done, skipped") == len(TASKS)
+    assert main(["analyze", str(config), "--questions", "2"]) == 0
+    assert main(["report", str(config)]) == 0
+    assert (tmp_path / "results" / RUN / "report.md").read_text().count("| imported |") == len(TASKS)
+
+
+def test_what_is_imported_is_not_imported_again(
+    take: Evaluate, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert take(published) == 0
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("banks/*/*")}
+    entries = ledger(tmp_path)
+    assert take(published) == 0
+    assert "nothing to import" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("banks/*/*")} == files
+    assert ledger(tmp_path) == entries
+
+    assert take(tmp_path / "runs" / RUN, "run=other") == 0  # from a run folder of this project
+    assert {name: entry["digest"] for name, entry in ledger(tmp_path, "other").items()} == {
+        name: entry["digest"] for name, entry in entries.items()
+    }
+
+
+def test_the_next_task_trains_on_imported_banks(
+    take: Evaluate, config: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(published / RUN / CHAIN[3])
+    assert take(published) == 0
+    imported = bank_bytes(tmp_path / "runs" / RUN)
+    assert list(imported) == sorted(TASKS[:3])
+    frozen: list[list[str]] = []
+    freeze = BankStack.freeze
+    monkeypatch.setattr(
+        BankStack,
+        "freeze",
+        lambda self, banks: (frozen.append([bank.name for bank in banks]), freeze(self, banks))[1],
+    )
+    assert main(["train", str(config), "training.logging_steps=1"]) == 0
+    assert frozen == [list(TASKS[:3])]
+    after = bank_bytes(tmp_path / "runs" / RUN)
+    assert {name: after[name] for name in imported} == imported and "PCAM" in after
+    [row] = map(json.loads, (tmp_path / "runs" / RUN / "logs" / "PCAM.jsonl").read_text().splitlines()[-1:])
+    assert row["contrastive"] > 0
+    assert [entry.get("imported") is not None for entry in ledger(tmp_path).values()] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("first", ["fit", "import"])
+def test_imported_banks_are_routed_to_once_the_router_is_fitted(
+    first: str, take: Evaluate, config: Path, published: Path
+) -> None:
+    """Before or after the import: what is fitted before stays."""
+    if first == "import":
+        assert take(published) == 0
+    assert main(["bank", "fit-router", str(config)]) == 0
+    assert take(published) == 0
+    assert main(["evaluate", str(config), "--banks-by", "routed", "evaluation.max_new_tokens=1"]) == 0
+
+
+def test_another_bank_of_a_finished_task_is_not_imported(
+    take: Evaluate, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert take(published) == 0
+    before = ledger(tmp_path)
+    file = published / RUN / CHAIN[1] / "cl_lora.bin"
+    stored = torch.load(file, weights_only=True)
+    torch.save({key: 2 * tensor for key, tensor in stored.items()}, file)
+    assert take(published) == 1
+    assert "task 'slake-vqarad' is finished with another bank" in capsys.readouterr().err
+    assert ledger(tmp_path) == before
+
+
+@pytest.mark.parametrize("method", ["mslora_cr", "sequential"])
+def test_a_chain_with_a_hole_is_not_imported(
+    method: str, take: Evaluate, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(published / RUN / CHAIN[1])
+    assert take(published, f"method={method}") == 1
+    assert "the chain has a hole" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_banks_of_another_model_or_without_what_the_method_keeps_are_not_imported(
+    take: Evaluate, published: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert take(published, f"model.path={tiny_model}") == 1
+    assert "its layers are not those of the base model" in capsys.readouterr().err
+    assert take(published, "method=ewc") == 1
+    assert "method ewc keeps more of a task than its bank" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 # --- refused -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The demo's own path with a smaller stream, an untrained model and two tasks."""
+"""The demo's own path with a smaller stream, an untrained model and two tasks; and the whole demo as it is shipped."""
 
 import json
 from functools import partial
@@ -9,7 +9,8 @@ import pytest
 from mslora_cr import demo
 from mslora_cr.cli import main
 from mslora_cr.data.synthetic import make_stream
-from mslora_cr.tiny_model import make_tiny_llava_med
+from mslora_cr.evaluation.record import read_evaluation
+from mslora_cr.tiny_model import MODEL_FOLDER, make_tiny_llava_med
 
 TASKS = ["pathvqa", "PCAM"]
 
@@ -50,3 +51,34 @@ def test_the_demo_compares_its_methods_and_goes_on_where_it_was(
     assert main(command) == 0
     assert capsys.readouterr().out.count("already done, skipped") == len(banks)
     assert {file: file.stat().st_mtime_ns for file in banks} == banks
+    again = json.loads((tmp_path / "results" / "summary.json").read_text())
+    assert again == summary  # its time too: that of the work, not of finding it done
+
+    (tmp_path / "results" / "summary.json").unlink()  # as if killed at the last moment
+    assert main(command) == 0
+    ledgers = [json.loads((tmp_path / "runs" / method / "ledger.json").read_text()) for method in demo.COMPARED]
+    trained = sum(entry["seconds"] for ledger in ledgers for entry in ledger["tasks"].values())
+    assert json.loads((tmp_path / "results" / "summary.json").read_text())["seconds"] > trained
+
+
+@pytest.mark.slow
+def test_the_shipped_demo_shows_what_the_method_is_for(tmp_path: Path) -> None:
+    """Nothing but its folders is changed: it learns, does not forget, and answers as well without being told the task."""
+    places = [
+        *(f"model.path={tmp_path / 'models' / MODEL_FOLDER}", f"data.root={tmp_path / 'data'}"),
+        *(f"output_dir={tmp_path / 'runs'}", f"results_dir={tmp_path / 'results'}"),
+    ]
+    assert main(["demo", *places]) == 0
+    summary = json.loads((tmp_path / "results" / "summary.json").read_text())
+    assert summary.keys() == {"methods", "seconds"} and summary["methods"].keys() == {"mslora_cr", "sequential"}
+    ours, sequential = summary["methods"]["mslora_cr"], summary["methods"]["sequential"]
+    assert ours.keys() == sequential.keys() == {"average_closed_accuracy", "forgetting"}
+    assert ours["average_closed_accuracy"] >= 85
+    assert ours["forgetting"] == 0
+    assert sequential["forgetting"] >= 20
+
+    assert main(["evaluate", str(demo.CONFIG), "--banks-by", "routed", *places]) == 0
+    routed = read_evaluation(tmp_path / "results" / "mslora_cr" / "routed")
+    matrix = routed.matrix("close accuracy") if routed else None
+    assert matrix is not None
+    assert matrix.final_average() == pytest.approx(ours["average_closed_accuracy"], abs=3)

@@ -164,11 +164,11 @@ class Routing(_Read):
 
 
 class TaskEntry(_Read):
-    """A finished task in the ledger."""
+    """A finished task in the ledger. How an imported bank was trained is not known: no loss, no steps, no seconds."""
 
     digest: str
     steps: int
-    train_loss: float
+    train_loss: float | None
     seconds: float
     finished: str
 

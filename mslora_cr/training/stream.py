@@ -273,7 +273,7 @@ def refuse_changed_records(ledger: Ledger, records: dict[str, TrainingRecords]) 
     """
     for name, found in records.items():
         entry = ledger.content["tasks"].get(name)
-        if entry is not None and entry["records_digest"] != found.digest:
+        if entry is not None and entry["records_digest"] not in (None, found.digest):
             raise DataError(f"{found.path} has changed since {name!r} was trained on it; restore it to go on")
 
 

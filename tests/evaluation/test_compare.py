@@ -71,6 +71,6 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: pytest
     assert main(["compare", str(base), str(other)]) == 1
     assert "base and other were asked different questions of pathvqa" in capsys.readouterr().err
     assert main(["compare", str(base), str(base)]) == 1
-    assert "stands twice" in capsys.readouterr().err
+    assert "the same run is given twice" in capsys.readouterr().err
     assert main(["compare", str(base)]) == 1
     assert "at least two" in capsys.readouterr().err
