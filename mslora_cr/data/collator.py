@@ -5,13 +5,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from mslora_cr.data.features import FeatureCache
 from mslora_cr.data.images import load_image, preprocess, resolve_image
@@ -111,44 +110,37 @@ class TrainingSamples(Dataset[Sample]):
         return DataError(f"{self.records.path}: {self.records.place(index)}: {error}")
 
 
-class UnitedSamples(Dataset[Sample]):
+class UnitedSamples(ConcatDataset[Sample]):
     """The training samples of one task or several, one behind another; `index` counts through all of them.
 
     The position after the last is a blank, which fills up a batch: the first sample without a label.
     """
 
     def __init__(self, parts: Sequence[TrainingSamples]) -> None:
-        self._parts = parts
-        self._starts = [0, *accumulate(len(part) for part in parts)]
+        super().__init__(parts)
+        self.parts = parts
 
     @property
     def counts(self) -> list[int]:
         """How many samples each part has."""
-        return [len(part) for part in self._parts]
-
-    def __len__(self) -> int:
-        return self._starts[-1]
+        return [len(part) for part in self.parts]
 
     def __getitem__(self, index: int) -> Sample:
         if index == len(self):
-            first = self._parts[0][0]
+            first = self.parts[0][0]
             return {**first, "index": index, "labels": [IGNORE_INDEX] * len(first["labels"])}
-        part, place = self._find(index)
-        return {**self._parts[part][place], "index": index}
-
-    def _find(self, index: int) -> tuple[int, int]:
-        part = bisect_right(self._starts, index) - 1
-        return part, index - self._starts[part]
+        return {**super().__getitem__(index), "index": index}
 
     def lengths(self) -> list[int]:
         """Positions of every sample, as `TrainingSamples.lengths`."""
-        return [length for part in self._parts for length in part.lengths()]
+        return [length for part in self.parts for length in part.lengths()]
 
     def place(self, index: int) -> str:
         """Where a sample's record stands, for errors."""
-        part, place = self._find(index)
-        records = self._parts[part].records
-        return records.place(place) if len(self._parts) == 1 else f"{records.path}: {records.place(place)}"
+        part = bisect_right(self.cumulative_sizes, index)
+        records = self.parts[part].records
+        place = records.place(index - ([0, *self.cumulative_sizes][part]))
+        return place if len(self.parts) == 1 else f"{records.path}: {place}"
 
 
 class QuestionSamples(Dataset[Sample]):

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from mslora_cr.banks import STATISTICS, Bank, BankError, file_digest
 from mslora_cr.config import ConfigError, StreamConfig, Task
@@ -149,12 +148,12 @@ def fit_router(config: StreamConfig, only: str | None = None) -> list[Path]:
     return paths
 
 
-class MixedQuestions:
-    """Questions of several tasks, one task after another."""
+class MixedQuestions(ConcatDataset[Sample]):
+    """Questions of several tasks, one task after another; `index` counts through all of them."""
 
     def __init__(self, parts: Sequence[QuestionSamples]) -> None:
+        super().__init__(parts)
         self.parts = parts
-        self._starts = [0, *accumulate(len(part) for part in parts)]
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -164,20 +163,12 @@ class MixedQuestions:
     def records(self) -> Iterator[TestRecord]:
         return (record for part in self.parts for record in part.records)
 
-    def __len__(self) -> int:
-        return self._starts[-1]
-
     def __getitem__(self, index: int) -> Sample:
-        part, place = self._find(index)
-        return Sample(**{**part[place], "index": index})
+        return {**super().__getitem__(index), "index": index}
 
     def lengths(self) -> list[int]:
         """Positions of every prompt, as `QuestionSamples.lengths`."""
         return [length for part in self.parts for length in part.lengths()]
-
-    def _find(self, index: int) -> tuple[QuestionSamples, int]:
-        number = bisect_right(self._starts, index) - 1
-        return self.parts[number], index - self._starts[number]
 
 
 class _Session:
