@@ -166,7 +166,7 @@ def test_stages_of_several_calls_stand_together(results: Results, batches: list[
 
 def test_what_tells_the_task_is_refused(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (("--task", "PCAM"), "--task tells the task"),
+        (("--task", "PCAM"), "--task cannot be combined with routed evaluation"),
         (("--stages", "own"), "answered together"),
     ):
         assert main(results.command("--banks-by", "routed", *arguments)) == 1

@@ -129,7 +129,8 @@ class UnitedSamples(ConcatDataset[Sample]):
         if index == len(self):
             first = self.parts[0][0]
             return {**first, "index": index, "labels": [IGNORE_INDEX] * len(first["labels"])}
-        return {**super().__getitem__(index), "index": index}
+        sample: Sample = super().__getitem__(index)
+        return {**sample, "index": index}
 
     def lengths(self) -> list[int]:
         """Positions of every sample, as `TrainingSamples.lengths`."""

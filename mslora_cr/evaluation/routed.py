@@ -164,7 +164,8 @@ class MixedQuestions(ConcatDataset[Sample]):
         return (record for part in self.parts for record in part.records)
 
     def __getitem__(self, index: int) -> Sample:
-        return {**super().__getitem__(index), "index": index}
+        sample: Sample = super().__getitem__(index)
+        return {**sample, "index": index}
 
     def lengths(self) -> list[int]:
         """Positions of every prompt, as `QuestionSamples.lengths`."""
