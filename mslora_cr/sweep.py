@@ -26,8 +26,10 @@ from mslora_cr.config import METHOD_SECTIONS, ConfigError, MethodName, StreamCon
 from mslora_cr.config_file import load_config
 from mslora_cr.errors import UserError
 from mslora_cr.evaluation.evaluate import evaluate
-from mslora_cr.evaluation.record import read_evaluation, read_ledger
+from mslora_cr.evaluation.record import ROUTED, read_evaluation, read_ledger
 from mslora_cr.evaluation.report import METRICS, write_sweep_page
+from mslora_cr.evaluation.routed import evaluate_routed
+from mslora_cr.methods import needs_task
 from mslora_cr.training import stream
 from mslora_cr.training.ledger import environment, write_json
 from mslora_cr.workers import end_with_parent
@@ -50,6 +52,12 @@ class SweepRun:
     def name(self) -> str:
         return self.config.run
 
+    @property
+    def results(self) -> Path:
+        """Where its scores are."""
+        routed = self.config.evaluation.banks_by == "routed"
+        return self.config.results_run_dir / ROUTED if routed else self.config.results_run_dir
+
 
 def known_methods() -> tuple[str, ...]:
     """Every method there is."""
@@ -64,6 +72,9 @@ def plan_sweep(
     seeds: Sequence[int] = (),
 ) -> list[SweepRun]:
     """The runs of a sweep, method by method. Their folders stand below those of the file's own run.
+
+    With `evaluation.banks_by` `routed`, a method that answers every task with the same banks has nothing to route: its
+    runs are answered by `prefix`, which tells it no task either.
 
     Args:
         overrides: for every run; what belongs to one method, as `ewc.strength=10`, for its runs alone.
@@ -93,8 +104,10 @@ def plan_sweep(
     ):
         own = [override for override in overrides if sections[override] not in METHOD_SECTIONS - {method}]
         settings = [f"run={method}-order{number}-seed{seed}", f"method={method}", f"seed={seed}"]
-        tasks_setting = f"tasks=[{','.join(tasks)}]"
-        config = load_config(config_file, [*own, *places, *settings, tasks_setting])
+        everything = [*own, *places, *settings, f"tasks=[{','.join(tasks)}]"]
+        config = load_config(config_file, everything)
+        if config.evaluation.banks_by == "routed" and not needs_task(config):
+            config = load_config(config_file, [*everything, "evaluation.banks_by=prefix"])
         found.append(SweepRun(method, number, seed, config))
     return found
 
@@ -150,7 +163,7 @@ def describe(runs: Sequence[SweepRun], places: Sequence[str | None]) -> str:
     width = max(len(run.name) for run in runs)
     for run in runs:
         ledger = read_ledger(run.config.run_dir)
-        evaluated = " and evaluated" if (run.config.results_run_dir / "evaluation.json").is_file() else ""
+        evaluated = " and evaluated" if (run.results / "evaluation.json").is_file() else ""
         learned = f"{len(ledger.tasks)} of {len(run.config.tasks)} tasks learned{evaluated}" if ledger else "to do"
         lines.append(f"  {run.name:<{width}}  {learned}")
     return "\n".join(lines)
@@ -218,7 +231,10 @@ def _run(config: StreamConfig) -> None:
     with _output_into(folder / "sweep.log"):
         try:
             stream.train(config)
-            evaluate(config, "seen")
+            if config.evaluation.banks_by == "routed":
+                evaluate_routed(config, "seen")
+            else:
+                evaluate(config, "seen")
         except UserError as error:
             print(error)
             raise UserError(str(error)) from None  # others may not survive the way to the parent process
@@ -266,7 +282,7 @@ def gather(runs: Sequence[SweepRun], root: Path) -> Path:
 
 def _outcome(run: SweepRun) -> dict[str, Any]:
     """The figures of a finished run, by metric."""
-    evaluation, ledger = read_evaluation(run.config.results_run_dir), read_ledger(run.config.run_dir)
+    evaluation, ledger = read_evaluation(run.results), read_ledger(run.config.run_dir)
     assert evaluation is not None, f"{run.name} is not evaluated"
     figures = {}
     for key, metric in METRICS.items():

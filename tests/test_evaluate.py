@@ -104,6 +104,23 @@ def test_batched_answers_are_those_given_one_by_one(results: Results, asked: lis
     assert len(texts) > 5  # not one answer for all
 
 
+def test_questions_of_very_different_length_are_answered_as_one_by_one(
+    results: Results, own_data: Path, tmp_path: Path
+) -> None:
+    """Mostly padding, and answers that end early beside others that do not. In float32; see docs/evaluation.md."""
+    file = own_data / "PathVQA" / "test.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["text"] = " ".join([row["text"]] * (1 + 3 * number))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = (f"data.root={own_data}", "--task", "pathvqa", "evaluation.max_new_tokens=16")
+    [cell] = results.evaluate("evaluation.batch_size=8", *options)["cells"]
+    assert cell["padding"] > 0.25
+    one_by_one = Results(results.config, tmp_path / "single")
+    one_by_one.evaluate("evaluation.batch_size=1", *options)
+    assert one_by_one.answers() == results.answers()
+
+
 def test_the_whole_matrix(results: Results, asked: list[int]) -> None:
     summary = results.evaluate("--stages", "all")
     banks = {(cell["task"], cell["stage"]): cell["banks"] for cell in summary["cells"]}
@@ -273,6 +290,22 @@ def test_what_decides_the_answers_asks_again(results: Results, asked: list[int])
         assert len(texts) == cell["rows"]
     fingerprints = {(cell["task"], cell["stage"]): cell["fingerprint"] for cell in summary["cells"]}
     assert fingerprints["pathvqa", 1] == fingerprints.get(("pathvqa", 2), fingerprints["pathvqa", 1])
+
+
+def test_cells_of_other_questions_are_not_kept(results: Results, own_data: Path) -> None:
+    """A task's questions change between two calls, the later of which answers its own stage alone."""
+    options = (f"data.root={own_data}", "evaluation.banks_by=all")
+    results.evaluate("--stages", "seen", *options)
+    file = own_data / "PathVQA" / "test.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-2]))
+    summary = results.evaluate(*options)
+    assert [(cell["task"], cell["stage"], cell["rows"]) for cell in summary["cells"]] == [
+        ("pathvqa", 1, 6),
+        ("slake-vqarad", 2, 8),
+        ("slake-vqarad", 3, 8),
+        ("PCAM", 3, 4),
+    ]
+    assert main(["report", str(results.config), f"results_dir={results.folder}"]) == 0
 
 
 def test_a_kill_while_answering_anew_leaves_no_old_stamp_on_new_answers(

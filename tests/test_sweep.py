@@ -98,6 +98,30 @@ def test_a_sweep_goes_on_and_a_run_that_fails_stops_no_other(
     assert after == before
 
 
+def test_a_sweep_answers_without_being_told_the_task(
+    swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(swept, tmp_path / "copy")
+    trained, results = (tmp_path / "copy" / part / "sweep" for part in ("checkpoints", "results"))
+    command = ["sweep", str(swept / "run.yaml"), "--methods", "mslora_cr", "--seeds", "1", "--jobs", "1"]
+    command += [f"output_dir={trained.parent}", f"results_dir={results.parent}", "evaluation.banks_by=routed"]
+    assert main([*command, "--dry-run"]) == 0
+    assert "2 of 2 tasks learned\n" in capsys.readouterr().out  # told is not routed
+    assert main(command) == 0
+    [run] = json.loads((results / "sweep.json").read_text())["runs"]
+    summary = json.loads((results / run["run"] / "routed" / "evaluation.json").read_text())
+    assert summary["banks_by"] == run["banks_by"] == "routed"
+    assert [(cell["task"], cell["stage"]) for cell in summary["cells"]] == [
+        ("pathvqa", 1),
+        ("pathvqa", 2),
+        ("slake-vqarad", 2),
+    ]
+    last = {cell["task"]: cell["metrics"]["exact match score"] for cell in summary["cells"] if cell["stage"] == 2}
+    assert run["figures"]["exact"]["final"] == pytest.approx(last)
+    assert main([*command, "--dry-run"]) == 0
+    assert "2 of 2 tasks learned and evaluated" in capsys.readouterr().out
+
+
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
@@ -110,6 +134,12 @@ def test_orders_are_different_and_always_the_same() -> None:
     for count in (0, 7):
         with pytest.raises(ConfigError, match="3 tasks have 6 orders"):
             task_orders(tasks, count)
+
+
+def test_what_has_nothing_to_route_is_answered_by_prefix(config_file: Callable[..., Path]) -> None:
+    runs = plan_sweep(config_file(), ["evaluation.banks_by=routed"], ["mslora_cr", "each", "sequential", "zero_shot"])
+    assert [run.config.evaluation.banks_by for run in runs] == ["routed", "routed", "prefix", "prefix"]
+    assert [run.results.name for run in runs[1:3]] == ["routed", "sequential-order0-seed42"]
 
 
 def test_the_plan_of_a_file(config_file: Callable[..., Path]) -> None:

@@ -241,14 +241,18 @@ def cell_row(
 def write_summary(config: StreamConfig, path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Merge this call's cells into `evaluation.json`, task by task and stage by stage; what stands there now.
 
-    Cells of an earlier call stay only if their answers still are what they were scored from.
+    Cells of an earlier call stay only if their answers still are what they were scored from, and if their task is asked
+    the same questions now: the scores of a task must be of the same questions at all stages.
     """
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cells": [], "banks_by": None}
     same = old["banks_by"] == config.evaluation.banks_by
+    questions = {row["task"]: row["questions"] for row in rows}
     kept_cells = [
         row
         for row in old["cells"]
-        if same and read_stamp((path.parent / row["answers"]).parent).get("fingerprint") == row["fingerprint"]
+        if same
+        and questions.get(row["task"], row["questions"]) == row["questions"]
+        and read_stamp((path.parent / row["answers"]).parent).get("fingerprint") == row["fingerprint"]
     ]
     merged = {(row["task"], row["stage"]): row for row in [*kept_cells, *rows]}
     order = [task.name for task in config.tasks]

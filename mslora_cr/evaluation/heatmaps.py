@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mslora_cr.evaluation.matrix import MissingCellError, TaskStageMatrix
 from mslora_cr.evaluation.record import Evaluation, Similarity, StageRouting
 
 
@@ -36,11 +35,17 @@ class HeatMap:
     columns: Sequence[str]
     rows: Mapping[str, Sequence[HeatCell]]
     last_title: str = ""
-    last: Sequence[str] = ()
+    last: Sequence[HeatCell] = ()
 
 
-def matrix_map(title: str, metric: str, evaluation: Evaluation) -> HeatMap | None:
-    """A metric by task and stage; each cell notes the numbers of the banks that answered, and its interval."""
+def matrix_map(
+    title: str, metric: str, evaluation: Evaluation, lost: Mapping[str, tuple[float, float]]
+) -> HeatMap | None:
+    """A metric by task and stage; each cell notes the numbers of the banks that answered, and its interval.
+
+    Args:
+        lost: by task, the interval of what it lost.
+    """
     matrix = evaluation.matrix(metric)
     if matrix is None:
         return None
@@ -56,7 +61,12 @@ def matrix_map(title: str, metric: str, evaluation: Evaluation) -> HeatMap | Non
         ]
         for task in matrix.tasks
     }
-    return HeatMap(title, [str(stage) for stage in stages], rows, "lost", [_lost(matrix, task) for task in rows])
+    points = matrix.lost() | {task: 0.0 for task in rows if matrix.learned_at(task) == matrix.last}
+    last = [
+        HeatCell(f"{round(points[task], 1) + 0:.1f}" if task in points else "–", span=span(lost.get(task)))
+        for task in rows
+    ]
+    return HeatMap(title, [str(stage) for stage in stages], rows, "lost", last)
 
 
 def similarity_map(similarity: Similarity) -> HeatMap:
@@ -146,10 +156,3 @@ def _final_score(run: Evaluation, task: str, metric: str) -> HeatCell:
         return HeatCell()
     score = cell.metrics[metric]
     return HeatCell(f"{score:.1f}", run.bank_numbers(cell), score / 100, span(cell.intervals[metric], 0))
-
-
-def _lost(matrix: TaskStageMatrix, task: str) -> str:
-    try:
-        return f"{round(matrix.forgetting_of(task), 1) + 0:.1f}"
-    except MissingCellError:
-        return "–"

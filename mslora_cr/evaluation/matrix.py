@@ -60,7 +60,10 @@ class TaskStageMatrix:
             MissingCellError: it was not evaluated.
         """
         if (task, stage) not in self.scores:
-            raise MissingCellError(f"task {task!r} was not evaluated at stage {stage}; evaluate with `--stages all`")
+            stages = "seen" if stage >= self.learned_at(task) else "all"
+            raise MissingCellError(
+                f"task {task!r} was not evaluated at stage {stage}; evaluate with `--stages {stages}`"
+            )
         return self.scores[task, stage]
 
     def own_stage_average(self) -> float:
@@ -127,6 +130,11 @@ class TaskStageMatrix:
         if not earlier:
             return 0.0
         return max(self.cell(task, stage) for stage in earlier) - self.cell(task, self.last)
+
+    def lost(self) -> dict[str, float]:
+        """`forgetting_of` each task before the last stage whose cells are all there."""
+        found = {task: _or_none(partial(self.forgetting_of, task)) for task in self._before_last()}
+        return {task: value for task, value in found.items() if value is not None}
 
     def forgetting(self) -> float:
         """The mean of `forgetting_of` over the tasks before the last stage, in points; 0 if there are none.

@@ -67,11 +67,17 @@ def loss_curves(logs: Mapping[str, Log], colors: Mapping[str, str]) -> str | Non
         return _svg(figure)
 
 
-def stage_curves(averages: Mapping[str, Sequence[tuple[int, float]]], colors: Mapping[str, str], label: str) -> str:
-    """One line a run: an average, in percent, over stages.
+def stage_curves(
+    averages: Mapping[str, Sequence[tuple[int, float]]],
+    bands: Mapping[str, Mapping[int, tuple[float, float]]],
+    colors: Mapping[str, str],
+    label: str,
+) -> str:
+    """One line a run: an average, in percent, over stages, in a band of its intervals.
 
     Args:
         averages: by run, (stage, average).
+        bands: by run and stage, the interval of the average.
         colors: by run.
         label: of the vertical axis.
     """
@@ -79,7 +85,10 @@ def stage_curves(averages: Mapping[str, Sequence[tuple[int, float]]], colors: Ma
         figure = Figure(figsize=(7, 3), layout="constrained")
         ax = figure.subplots()
         for run, points in averages.items():
+            stages = [stage for stage, _ in points]
             ax.plot(*zip(*points, strict=True), color=colors[run], marker="o", markersize=4, label=run)
+            low, high = zip(*(bands[run][stage] for stage in stages), strict=True)
+            ax.fill_between(stages, low, high, color=colors[run], alpha=0.15, linewidth=0)
         ax.set(xlabel="stage", ylabel=label, ylim=(0, 103))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(axis="y", alpha=0.15, color=INK)

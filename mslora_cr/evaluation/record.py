@@ -26,6 +26,7 @@ ROUTED, ROUTING = "routed", "routing.json"
 """Where answers without the task being told go in a results folder, and what the router did there."""
 ANALYSIS = "analysis.json"
 BANK_WEIGHTS = "adapter_model.safetensors"
+"""`banks.WEIGHTS`, named again: to import that loads PEFT and transformers, which triples a report's start."""
 
 
 class ReportError(UserError):
@@ -51,6 +52,15 @@ class Cell(_Read):
     seconds: float
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
+
+
+class MatrixIntervals(NamedTuple):
+    """Bootstrap intervals of what is read off a task × stage matrix: its figures by name, what each task lost, and the
+    average over the tasks learned by each stage."""
+
+    figures: dict[str, tuple[float, float]]
+    lost: dict[str, tuple[float, float]]
+    stages: dict[int, tuple[float, float]]
 
 
 class Evaluation(_Read):
@@ -91,41 +101,60 @@ class Evaluation(_Read):
             return f"{places[0]}–{places[-1]}"
         return ", ".join(map(str, places)) or "none"
 
-    def scores(self, results_dir: Path, metric: str) -> dict[tuple[str, int], Scores]:
-        """By task and stage, the scores in [0, 1] of the questions that have the metric, in their order.
+    def scores(self, results_dir: Path, *metrics: str) -> list[dict[tuple[str, int], Scores]]:
+        """For each metric, by task and stage, the scores in [0, 1] of the questions that have it, in their order.
 
         Raises:
             DataError: the scores of a cell are gone.
         """
         places = {(cell.task, cell.stage): (results_dir / cell.answers).with_name(SCORES) for cell in self.cells}
         columns = {place: read_scores(place)[1] for place in set(places.values())}
-        known = {place: found[metric][~np.isnan(found[metric])] for place, found in columns.items() if found}
-        return {key: known[place] for key, place in places.items() if len(known.get(place, ()))}
+        found = []
+        for metric in metrics:
+            known = {place: own[metric][~np.isnan(own[metric])] for place, own in columns.items() if own}
+            found.append({key: known[place] for key, place in places.items() if len(known.get(place, ()))})
+        return found
 
-    def figure_intervals(self, results_dir: Path, metric: str) -> dict[str, tuple[float, float]]:
-        """The bootstrap interval of every figure of the metric's matrix that is known.
+    def matrix_intervals(self, results_dir: Path, metric: str) -> MatrixIntervals:
+        """The bootstrap intervals of what the metric's matrix gives, where that is known.
 
         Questions are drawn anew within each task, the same ones at all its stages; tasks stay as they are.
 
         Raises:
+            ReportError: a task has scores of more questions at one stage than at another.
             DataError: the scores of a cell are gone.
         """
-        matrix, scores = self.matrix(metric), self.scores(results_dir, metric)
+        matrix = self.matrix(metric)
         if matrix is None:
-            return {}
+            return MatrixIntervals({}, {}, {})
+        figures = [name for name, value in matrix.summary().items() if value is not None]
+        lost = matrix.lost()
+        stages = [stage for stage, _ in matrix.stage_averages()]
+        [scores] = self.scores(results_dir, metric)
+        redrawn = self._redrawn(matrix, scores)
+        return MatrixIntervals(
+            figures={name: interval([getattr(drawn, name)() for drawn in redrawn]) for name in figures},
+            lost={task: interval([drawn.forgetting_of(task) for drawn in redrawn]) for task in lost},
+            stages={stage: interval([drawn.stage_average(stage) for drawn in redrawn]) for stage in stages},
+        )
+
+    def _redrawn(self, matrix: TaskStageMatrix, scores: Mapping[tuple[str, int], Scores]) -> list[TaskStageMatrix]:
+        """A matrix as it is, from questions drawn anew, `SAMPLES` times."""
         drawn: dict[tuple[str, int], Scores] = {}
         for number, task in enumerate(matrix.tasks):
-            keys = [key for key in scores if key[0] == task]
-            means = resampled_means(np.column_stack([scores[key] for key in keys]), stream=number)
-            drawn |= dict(zip(keys, 100 * means.T, strict=True))
-        replicates: dict[str, list[float]] = {}
-        figures = [name for name, value in matrix.summary().items() if value is not None]
-        for sample in range(SAMPLES):
-            cells = {key: float(means[sample]) for key, means in drawn.items()}
-            redrawn = TaskStageMatrix(matrix.stream, matrix.tasks, cells)
-            for name in figures:
-                replicates.setdefault(name, []).append(getattr(redrawn, name)())
-        return {name: interval(values) for name, values in replicates.items()}
+            own = {key: column for key, column in scores.items() if key[0] == task}
+            counts = {stage: len(column) for (_, stage), column in own.items()}
+            if len(set(counts.values())) > 1:
+                told = ", ".join(f"{count} at stage {stage}" for stage, count in counts.items())
+                raise ReportError(
+                    f"{task} has scores of different questions ({told}); evaluate it anew at all these stages"
+                )
+            means = resampled_means(np.column_stack(list(own.values())), stream=number)
+            drawn |= dict(zip(own, 100 * means.T, strict=True))
+        return [
+            TaskStageMatrix(matrix.stream, matrix.tasks, {key: float(means[sample]) for key, means in drawn.items()})
+            for sample in range(SAMPLES)
+        ]
 
     def same_banks_since_learned(self) -> bool:
         """Whether every task is answered by the same banks at all its evaluated stages from its own on.
@@ -191,9 +220,13 @@ class RunLedger(_Read):
 
 
 class PublishedRun(_Read):
-    """Published scores of a run by task: `exact`, `closed`, `f1`, in percent, where the task has them."""
+    """Published scores of a run by task: `exact`, `closed`, `f1`, in percent, where the task has them.
+
+    `method` is the name that its method has here.
+    """
 
     run: str
+    method: str
     title: str
     scores: dict[str, dict[str, float]]
 
@@ -285,6 +318,18 @@ def read_evaluation(results_dir: Path) -> Evaluation | None:
         ReportError: it is malformed.
     """
     return _load(results_dir / "evaluation.json", Evaluation)
+
+
+def required_evaluation(results_dir: Path) -> Evaluation:
+    """`evaluation.json`.
+
+    Raises:
+        ReportError: the run is not evaluated, or it is malformed.
+    """
+    evaluation = read_evaluation(results_dir)
+    if evaluation is None:
+        raise ReportError(f"there is no {results_dir / 'evaluation.json'}; evaluate that run first")
+    return evaluation
 
 
 def read_ledger(run_dir: Path) -> RunLedger | None:

@@ -30,14 +30,15 @@ from mslora_cr.evaluation.record import (
     PUBLISHED_SCORES,
     ROUTED,
     Evaluation,
+    MatrixIntervals,
     PublishedRun,
     ReportError,
     RunRecord,
     Similarity,
     load_published_scores,
-    read_evaluation,
     read_ledger,
     read_run,
+    required_evaluation,
 )
 
 METRICS = {"closed": "close accuracy", "f1": "f1 score", "exact": "exact match score"}
@@ -77,11 +78,12 @@ def write_comparison(runs: Sequence[tuple[str, Path, Path]], output: Path) -> Pa
         malformed.
     """
     colors = {label: PALETTE[index % len(PALETTE)] for index, (label, _, _) in enumerate(runs)}
-    evaluations = {label: _evaluated(results_dir) for label, _, results_dir in runs}
+    evaluations = {label: required_evaluation(results_dir) for label, _, results_dir in runs}
     key = next((key for key in METRICS if all(run.matrix(METRICS[key]) for run in evaluations.values())), None)
     if key is None:
         raise ReportError(f"the runs {', '.join(evaluations)} have no metric in common; evaluate each of them")
     matrices = {label: matrix for label, run in evaluations.items() if (matrix := run.matrix(METRICS[key]))}
+    spans = {label: evaluations[label].matrix_intervals(folder, METRICS[key]) for label, _, folder in runs}
     compared = [
         {
             "label": label,
@@ -89,19 +91,20 @@ def write_comparison(runs: Sequence[tuple[str, Path, Path]], output: Path) -> Pa
             "color": colors[label],
             "link": os.path.relpath(results_dir / "report.html", output.parent),
             "summary": matrices[label].summary(),
-            "intervals": evaluations[label].figure_intervals(results_dir, METRICS[key]),
+            "intervals": spans[label].figures,
             "banks_by": evaluations[label].banks_by,
             "told": evaluations[label].same_banks_since_learned(),
-            "map": matrix_map(label, METRICS[key], evaluations[label]),
+            "map": matrix_map(label, METRICS[key], evaluations[label], spans[label].lost),
             "seconds": ledger.seconds if (ledger := read_ledger(run_dir)) else None,
         }
         for label, run_dir, results_dir in runs
     ]
     curves = {label: points for label, matrix in matrices.items() if (points := matrix.stage_averages())}
+    bands = {label: found.stages for label, found in spans.items()}
     context = {
         "runs": compared,
         "metric": TITLES[key],
-        "curves": Markup(stage_curves(curves, colors, f"{TITLES[key]}, %")) if curves else None,
+        "curves": Markup(stage_curves(curves, bands, colors, f"{TITLES[key]}, %")) if curves else None,
         "final": final_scores_map(evaluations, METRICS[key]),
         "bootstrap": intervals,
         "now": datetime.now(UTC),
@@ -147,10 +150,6 @@ def write_sweep_page(found: Mapping[str, Any], output: Path) -> Path:
         "columns": SWEEP_COLUMNS,
         "banks_by": {run["method"]: run["banks_by"] for run in found["runs"]},
         "told": sorted({run["method"] for run in found["runs"] if run["told"]}),
-        "seconds": {
-            method: sum(run["seconds"] for run in found["runs"] if run["method"] == method)
-            for method in dict.fromkeys(run["method"] for run in found["runs"])
-        },
         "plot": Markup(plot),
         "now": datetime.now(UTC),
     }
@@ -167,13 +166,6 @@ def _sweep_points(runs: Sequence[Mapping[str, Any]], method: str, metric: str, f
     return [(order, value) for order, value in values if value is not None]
 
 
-def _evaluated(results_dir: Path) -> Evaluation:
-    evaluation = read_evaluation(results_dir)
-    if evaluation is None:
-        raise ReportError(f"there is no {results_dir / 'evaluation.json'}; evaluate that run first")
-    return evaluation
-
-
 def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str, Any]:
     """What the templates show."""
     modalities = _modality_colors(run)
@@ -181,7 +173,7 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
     evaluation, ledger = run.evaluation, run.ledger
     matrices = {key: evaluation.matrix(name) for key, name in METRICS.items()} if evaluation else {}
     present = {key: matrix for key, matrix in matrices.items() if matrix}
-    spans = {key: evaluation.figure_intervals(run.results_dir, METRICS[key]) for key in present} if evaluation else {}
+    spans = {key: evaluation.matrix_intervals(run.results_dir, METRICS[key]) for key in present} if evaluation else {}
     curves = loss_curves(run.logs, {task: colors.get(task, PALETTE[0]) for task in run.tasks})
     return {
         "run": run,
@@ -195,9 +187,13 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
         "scores": _score_rows(evaluation, published) if evaluation else [],
         "added": ADDED_TITLES,
         "summaries": [
-            (TITLES[key], len(matrix.tasks), matrix.summary(), spans[key]) for key, matrix in present.items()
+            (TITLES[key], len(matrix.tasks), matrix.summary(), spans[key].figures) for key, matrix in present.items()
         ],
-        "maps": [matrix_map(_capital(TITLES[key]), METRICS[key], evaluation) for key in present if evaluation],
+        "maps": [
+            matrix_map(_capital(TITLES[key]), METRICS[key], evaluation, spans[key].lost)
+            for key in present
+            if evaluation
+        ],
         "curves": Markup(curves) if curves else None,
         "weights": _last_weights(run),
         "routing": _routing(run) if run.routing else None,
@@ -220,17 +216,16 @@ def _modality_colors(run: RunRecord) -> dict[str, str]:
     return {modality: PALETTE[index % len(PALETTE)] for index, modality in enumerate(modalities)}
 
 
-def _headline(
-    matrices: Mapping[str, TaskStageMatrix], spans: Mapping[str, Mapping[str, tuple[float, float]]]
-) -> dict[str, Any] | None:
+def _headline(matrices: Mapping[str, TaskStageMatrix], spans: Mapping[str, MatrixIntervals]) -> dict[str, Any] | None:
     """The first metric that the run has, with its figures and their intervals."""
     for key, matrix in matrices.items():
-        return {"title": TITLES[key], "tasks": len(matrix.tasks), "spans": spans[key], **matrix.summary()}
+        return {"title": TITLES[key], "tasks": len(matrix.tasks), "spans": spans[key].figures, **matrix.summary()}
     return None
 
 
 def _published_run(evaluation: Evaluation, runs: Mapping[str, PublishedRun]) -> PublishedRun | None:
-    """The published run to stand beside this one: of its method, and of as many tasks if there is one."""
+    """The published run to stand beside this one: `each` beside `each`, MSLoRA-CR beside every other method (no other's
+    scores are published), the run of six tasks if these are its tasks."""
     tasks = {name for name in evaluation.published.values() if name}
     if not tasks:
         return None

@@ -84,7 +84,7 @@ def render_metrics(scores: Scores) -> str:
 def summarize(scores: Scores) -> dict[str, Any]:
     """The content of `metrics.json`: every metric in percent, with the ends of its bootstrap interval."""
     metrics = scores.metrics | scores.added
-    table = np.array([[row.by_metric()[name] for name in metrics] for row in scores.rows], dtype=np.float64)
+    table = np.array([scores.columns[name] for name in metrics], dtype=np.float64).T
     resampled = 100 * intervals.resampled_means(table) if metrics else table
     return {
         "metrics": metrics,
@@ -133,10 +133,9 @@ def _parse(line: bytes, place: str) -> AnswerRecord:
 def _render_scores(records: Iterable[AnswerRecord], scores: Scores) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    rows = [row.by_metric() for row in scores.rows]
-    writer.writerow(("question_id", "answer_type", *(rows[0] if rows else ())))
-    for record, row in zip(records, rows, strict=True):
-        writer.writerow((record.question_id, record.answer_type, *row.values()))
+    writer.writerow(("question_id", "answer_type", *scores.columns))
+    for record, *row in zip(records, *scores.columns.values(), strict=True):
+        writer.writerow((record.question_id, record.answer_type, *row))
     return text.getvalue()
 
 

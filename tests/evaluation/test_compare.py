@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mslora_cr.cli import main
+from mslora_cr.evaluation.compare import compare
 from tests.evaluation.test_report import make_run
 
 TASKS = ("pathvqa", "PCAM", "nmi")
@@ -39,11 +40,25 @@ def test_a_difference_is_found_where_there_is_one(tmp_path: Path, capsys: pytest
     assert lost["p"] == pytest.approx(2 / 2**10, abs=2e-3)
     assert lost["p_adjusted"] == pytest.approx(4 * lost["p"])  # of four tests: two runs, two tasks
     assert lost["interval"][0] < -50 < lost["interval"][1] < -20
+    assert 70 < lost["baseline_interval"][0] < 90 < lost["baseline_interval"][1] <= 100
+    assert lost["score_interval"][0] < 40 < lost["score_interval"][1] < 70
+    everything = tests["overall"]
+    assert everything["score_interval"][0] < everything["score"] < everything["score_interval"][1]
     assert tests["overall"]["difference"] == pytest.approx(-25)
     assert tests["overall"]["p_adjusted"] == pytest.approx(2 * tests["overall"]["p"])  # of two runs
     assert lost["banks"] == {"base": "1–2", "worse": "1–2"}
     text = capsys.readouterr().out
-    assert "prefix 1–2" in text and "Holm" in text and "-50.00" in text
+    assert "prefix 1–2" in text and "Holm" in text and "-50.00 [" in text and "90.00 [" in text
+
+
+def test_one_of_many_runs_can_come_out_significant(tmp_path: Path) -> None:
+    """With 1,000 flips the least adjusted p of 80 tests would be 80 / 1001."""
+    base = make_run(tmp_path, "base", tasks=("PCAM", "CXP"), right=lambda task, stage: 20)[1]
+    worse = make_run(tmp_path, "worse", tasks=("PCAM", "CXP"), right=lambda task, stage: 2)[1]
+    found = compare({"base": base, "worse": worse, **{f"same {number}": base for number in range(39)}})
+    for test in by_task(found, "closed accuracy", "worse").values():  # exactly, 2/2^18 each
+        assert test["p_adjusted"] < 0.05
+    assert by_task(found, "closed accuracy", "same 7")["PCAM"]["p_adjusted"] == 1
 
 
 def test_the_stage_is_chosen(tmp_path: Path) -> None:
@@ -70,6 +85,11 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: pytest
     (other / "evaluation.json").write_text(json.dumps(summary))
     assert main(["compare", str(base), str(other)]) == 1
     assert "base and other were asked different questions of pathvqa" in capsys.readouterr().err
+    lines = (own / "PCAM" / "scores.csv").read_text().splitlines()
+    (own / "PCAM" / "scores.csv").write_text("\n".join(lines[:-3]) + "\n")
+    assert main(["compare", str(base), str(own), "--at", "own"]) == 1
+    message = "base and own were asked the same questions of PCAM, but scores.csv has 20 of the one and 17 of the other"
+    assert message in capsys.readouterr().err
     assert main(["compare", str(base), str(base)]) == 1
     assert "the same run is given twice" in capsys.readouterr().err
     assert main(["compare", str(base)]) == 1

@@ -73,6 +73,13 @@ def test_a_missing_cell_is_named(cell, figure):
         figure(matrix(cell))
 
 
+def test_the_stages_that_mend_it_are_named():
+    with pytest.raises(MissingCellError, match="--stages seen"):
+        matrix(("a", 2)).forgetting()
+    with pytest.raises(MissingCellError, match="--stages all"):
+        matrix(("c", 0)).forward_transfer()
+
+
 def test_cells_before_a_task_is_learned_are_not_needed():
     upper = matrix(("b", 1), ("c", 1), ("c", 2))
     assert upper.forgetting() == 23

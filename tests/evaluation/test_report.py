@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mslora_cr.banks import WEIGHTS
 from mslora_cr.evaluation.heatmaps import similarity_map
 from mslora_cr.evaluation.metrics import score_answers
 from mslora_cr.evaluation.record import (
+    BANK_WEIGHTS,
     ReportError,
     Similarity,
     bank_similarity,
@@ -242,7 +244,10 @@ def test_forgetting_of_a_sequential_run(tmp_path):
     assert re.search(r"Forgetting 30.0 points 1\d.\d to 4\d.\d; what earlier tasks lost", page.text)
     assert "by construction" not in page.text
     # scores, their intervals, the bank that answered, forgetting
-    assert re.search(r"pathvqa 90.0 \d+ to 100 1 70.0 \d+ to \d+ 2 50.0 \d+ to \d+ 3 40.0", page.text)
+    assert re.search(
+        r"pathvqa 90.0 \d+ to 100 1 70.0 \d+ to \d+ 2 50.0 \d+ to \d+ 3 40.0 \d+.\d to \d+.\d slake", page.text
+    )
+    assert "derm 90.0" in page.text and re.search(r"3 0.0 Average over tasks", page.text)  # nothing came after it
 
 
 def test_intervals_of_figures_are_paired_by_question(tmp_path):
@@ -253,7 +258,8 @@ def test_intervals_of_figures_are_paired_by_question(tmp_path):
 
     _, results_dir = make_run(tmp_path, "seq", "sequential", ("pathvqa", "slake-vqarad"), right=right)
     evaluation = read_evaluation(results_dir)
-    found = evaluation.figure_intervals(results_dir, "close accuracy")
+    intervals = evaluation.matrix_intervals(results_dir, "close accuracy")
+    found = intervals.figures
     matrix = evaluation.matrix("close accuracy")
     assert set(found) == {name for name, value in matrix.summary().items() if value is not None}
     # 4 of 20 questions change: a standard error of 9 points; were the stages drawn apart, it would be 12
@@ -261,25 +267,43 @@ def test_intervals_of_figures_are_paired_by_question(tmp_path):
     assert low < matrix.forgetting() == 20 < high
     assert high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.2 * 0.8 / 20), rel=0.1)
     assert found["backward_transfer"] == pytest.approx((-high, -low))
+    assert intervals.lost == {"pathvqa": (low, high)}
+    assert list(intervals.stages) == [1, 2]
+    assert intervals.stages[2] == found["final_average"]
+
+
+def test_scores_of_other_questions_at_another_stage_are_named(tmp_path):
+    run_dir, results_dir = make_run(tmp_path, "seq", "sequential", ("pathvqa", "slake-vqarad"))
+    scores = results_dir / "pathvqa" / "stage-2" / "scores.csv"
+    scores.write_text("".join(scores.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(
+        ReportError, match=r"pathvqa has scores of different questions \(20 at stage 1, 19 at stage 2\)"
+    ):
+        write_report(run_dir, results_dir)
 
 
 def test_own_stages_alone_give_no_forgetting(tmp_path):
     run_dir, results_dir = make_run(tmp_path, "own", stages="own")
     page = Page(write_report(run_dir, results_dir))
     assert re.search(r"Average closed accuracy 85.0 % .*; mean of 6 tasks, each at its own stage", page.text)
-    assert "Forgetting – needs the scores of all later stages" in page.text
+    assert "Forgetting – needs the scores of all later stages (--stages seen)" in page.text
     assert "by construction" not in page.text
 
 
 def test_published_run_fits_the_method_and_the_tasks(tmp_path):
     six = tuple(task for task in MODALITIES if task not in ("derm", "HAM"))
-    for name, method, tasks, expected in (
-        ("a", "each", tuple(MODALITIES), "finetune_lora_each-64-64"),
-        ("b", "mslora_cr", six, "MSLoRA-CR-ORTHO_6TASK"),
-        ("c", "sequential", tuple(MODALITIES), "MSLoRA-CR-ORTHO-64-64"),
+    for name, method, tasks, expected, whose in (
+        ("a", "each", tuple(MODALITIES), "finetune_lora_each-64-64", "each"),
+        ("b", "mslora_cr", six, "MSLoRA-CR-ORTHO_6TASK", "mslora_cr"),
+        ("c", "sequential", tuple(MODALITIES), "MSLoRA-CR-ORTHO-64-64", "mslora_cr"),
     ):
-        page = Page(write_report(*make_run(tmp_path, name, method, tasks, stages="own", published=True)))
-        assert expected in page.text
+        run_dir, results_dir = make_run(tmp_path, name, method, tasks, stages="own", published=True)
+        page = Page(write_report(run_dir, results_dir))
+        text = (results_dir / "report.md").read_text(encoding="utf-8")
+        assert expected in page.text and expected in text
+        assert page.text.count(f"published {whose}") == 3
+        assert f"| *published {whose} *|".replace(" *|", "* |").replace("_", "\\_") in text
+        assert ("for sequential none are published" in page.text) == (method == "sequential")
 
 
 def test_published_scores_are_percentages_of_the_known_tasks():
@@ -358,6 +382,7 @@ def test_comparison_of_two_runs(tmp_path):
     assert "forgetting 37.5 points." in page.text
     assert {"ours/report.html", "seq/report.html"} == set(page.links)
     assert "Average over the tasks learned so far" in page.text
+    assert path.read_text(encoding="utf-8").count("FillBetweenPolyCollection") == 2  # a band for each line
 
 
 def test_log_of_a_resumed_run(tmp_path):
@@ -430,3 +455,7 @@ def test_examples_are_right_and_wrong_and_repeatable():
     assert all(score_answers([answers[0]]).rows[0].hit for _ in examples)
     assert [example.hit for example in pick_examples(answers[:15])] == [True, True]
     assert pick_examples([]) == []
+
+
+def test_a_banks_file_has_one_name():
+    assert BANK_WEIGHTS == WEIGHTS
