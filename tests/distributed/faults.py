@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +26,31 @@ def penalty_without_gradient() -> None:
     trainer._penalty_hook = lambda pending, key: lambda gradient: gradient
 
 
-def exception_on_rank_1() -> None:
-    """A bug that only rank 1 runs into, at the second step."""
+def at_step(number: int, on_rank: int, act: Callable[[], None]) -> None:
+    """Do something on one rank before the launch's step of that number."""
     step, steps = BankTrainer.training_step, 0
 
     def training_step(self: BankTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal steps
         steps += 1
-        if rank() == 1 and steps == 2:
-            raise ZeroDivisionError("planted")
+        if rank() == on_rank and steps == number:
+            act()
         return step(self, *args, **kwargs)
 
     BankTrainer.training_step = training_step  # type: ignore[method-assign]
 
 
-def nan_on_rank_1() -> None:
-    """Pixels that are no numbers, in rank 1's second batch."""
+def exception_on_rank_1() -> None:
+    """A bug that only rank 1 runs into, at the second step."""
+
+    def fail() -> None:
+        raise ZeroDivisionError("planted")
+
+    at_step(2, 1, fail)
+
+
+def second_batch_on_rank_1(change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Do something with rank 1's second batch."""
     collate, batches = TrainingCollator.__call__, 0
 
     def call(self: TrainingCollator, samples: Any) -> dict[str, torch.Tensor]:
@@ -47,10 +58,31 @@ def nan_on_rank_1() -> None:
         batches += 1
         batch = collate(self, samples)
         if rank() == 1 and batches == 2:
-            batch["pixel_values"] = batch["pixel_values"] * torch.nan
+            change(batch)
         return batch
 
     TrainingCollator.__call__ = call  # type: ignore[method-assign]
+
+
+def nan_on_rank_1() -> None:
+    """Pixels that are no numbers."""
+    second_batch_on_rank_1(lambda batch: batch["pixel_values"].fill_(torch.nan))
+
+
+def broken_images_on_rank_1(parent: Path) -> None:
+    """Rank 1's own copy of the images is overwritten once its second batch has been read."""
+    folder_of_its_own(parent)
+
+    def overwrite(batch: dict[str, torch.Tensor]) -> None:
+        for image in Path("data").rglob("*.png"):
+            image.write_bytes(b"no image")
+
+    second_batch_on_rank_1(overwrite)
+
+
+def read_only(mount: Path, number: int) -> None:
+    """From the launch's step of that number on, nothing can be written below a mount point."""
+    at_step(number, 0, lambda: subprocess.run(["mount", "-o", "remount,bind,ro", mount], check=True))
 
 
 def full_disk() -> None:

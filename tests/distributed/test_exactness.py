@@ -38,6 +38,12 @@ def test_four_micro_batches_equal_one_batch(trained: Run) -> None:
     compare_runs(trained("one", "fixed", *SPLIT), trained("one"), TASKS)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_micro_batches_of_two_processes_equal_one_batch(trained: Run, stage: str) -> None:
+    """2 processes × 1 sample × 2 micro-batches against 4 samples at once."""
+    compare_runs(trained(stage, "fixed", *SPLIT), trained("one"), TASKS)
+
+
 def test_gradient_checkpointing_changes_nothing(trained: Run) -> None:
     compare_runs(trained("one", "fixed", *CHECKPOINTED), trained("one"), TASKS)
 

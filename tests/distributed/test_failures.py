@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,19 +96,19 @@ def test_another_number_of_processes_inside_a_task(tiny_settings: dict[str, Any]
     assert bank_bytes(stream.run).keys() == {"pathvqa", "slake-vqarad"}
 
 
+@pytest.mark.parametrize("stage", ["ddp", "zero3"])
 @pytest.mark.parametrize(
-    ("fault", "stage", "message"),
+    ("fault", "message"),
     [
-        (faults.exception_on_rank_1, "zero3", "error on rank 1: ZeroDivisionError('planted')"),
+        (faults.exception_on_rank_1, "error on rank 1: ZeroDivisionError('planted')"),
         (
             faults.nan_on_rank_1,
-            "ddp",
             "error on rank 1: tiny/pathvqa: the loss at step 2 is nan; nothing was updated. The batch:",
         ),
     ],
 )
 def test_an_error_on_one_rank_stops_all(
-    fault: Callable[[], None], stage: str, message: str, tiny_settings: dict[str, Any], tmp_path: Path
+    fault: Callable[[], None], message: str, stage: str, tiny_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     stream = Stream(tmp_path, tiny_settings, stage, "training.save_steps=1")
     status, output = start(stream.command, before=fault).finish(BOUND)
@@ -117,6 +117,20 @@ def test_an_error_on_one_rank_stops_all(
     assert output.count("ZeroDivisionError: planted") == (1 if "planted" in message else 0)  # a traceback's last line
     assert stream.steps() == 1  # nothing moved at the second
     assert [name for name in stream.checkpoints() if name != ".saving"] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("stage", ["ddp", "zero3"])
+def test_an_image_that_breaks_during_training_stops_all(
+    stage: str, tiny_settings: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    for rank in ("0", "1"):
+        shutil.copytree(tiny_data, tmp_path / rank / "data")
+    stream = Stream(tmp_path, tiny_settings, stage, "data.root=data", "training.save_steps=1")
+    status, output = start(stream.command, before=partial(faults.broken_images_on_rank_1, tmp_path)).finish(BOUND)
+    assert status == 1
+    assert output.count("mslora-cr: error") == output.count("not a readable image") == 1, output[-4000:]
+    assert "mslora-cr: error on rank 1: data/PathVQA/train.json: record " in output
+    assert 1 <= stream.steps() < STEPS
 
 
 def test_a_wrong_record_stops_all(tiny_settings: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:
@@ -130,6 +144,49 @@ def test_a_wrong_record_stops_all(tiny_settings: dict[str, Any], tiny_data: Path
     assert status == 1
     assert output.count("mslora-cr: error on rank") == 1, output[-4000:]
     assert "PathVQA" in output
+
+
+def test_a_run_folder_that_cannot_be_made(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    stream = Stream(tmp_path, tiny_settings, "ddp", f"output_dir={tmp_path / 'file' / 'runs'}")
+    status, output = start(stream.command).finish(BOUND)
+    assert status == 1
+    message = f"mslora-cr: error on rank 0: [Errno 20] Not a directory: '{tmp_path / 'file' / 'runs' / 'tiny'}'"
+    assert output.count("mslora-cr: error") == output.count(message) == 1, output[-4000:]
+
+
+@pytest.fixture
+def mount_point(tmp_path: Path) -> Iterator[Path]:
+    """Where checkpoints inside a task go, as a file system of its own."""
+    folder = tmp_path / "checkpoints" / "tiny" / "work"
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "--bind", folder, folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a folder that root cannot write needs the right to mount: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("stage", ["ddp", "zero3"])
+def test_a_folder_that_becomes_read_only(
+    stage: str,
+    mount_point: Path,
+    whole: Callable[[str], dict[str, bytes]],
+    tiny_settings: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """In the second task, before its first checkpoint."""
+    stream = Stream(tmp_path, tiny_settings, stage)
+    status, output = start(stream.command, before=partial(faults.read_only, mount_point, STEPS + 1)).finish(BOUND)
+    assert status == 1
+    message = f": {mount_point / 'slake-vqarad' / '.saving'} cannot be written ("  # all ranks run into it
+    assert output.count("mslora-cr: error") == output.count(message) == 1, output[-4000:]
+    assert "Read-only file system" in output and "What was complete before is kept" in output
+    assert stream.steps() == STEPS + 2 and bank_bytes(stream.run).keys() == {"pathvqa"}
+
+    subprocess.run(["mount", "-o", "remount,bind,rw", mount_point], check=True)
+    launch(stream.command)
+    assert bank_bytes(stream.run) == whole(stage)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""Each way to train under ZeRO-3, which shards the most: two processes give the numbers of one."""
+"""Each way to train, under DDP and every ZeRO stage: two processes give the numbers of one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,18 @@ import pytest
 from safetensors.torch import load_file
 
 from mslora_cr.cli import main
-from tests.conftest import write_config
+from mslora_cr.config_file import load_config
+from mslora_cr.methods import METHODS
+from mslora_cr.training import stream
+from tests.conftest import once, write_config
 from tests.distributed.conftest import ADAM_EPSILON, FIXED, WITHOUT_DROPOUT
-from tests.distributed.launch import compare_runs, deepspeed_file, deviation, launch
+from tests.distributed.launch import STAGES, compare_runs, deepspeed_file, deviation, launch
 
 TASKS = ("pathvqa", "slake-vqarad")
 SETTINGS: Mapping[str, dict[str, Any]] = {
+    "each": {},
+    "sequential": {},
+    "incremental": {},
     "olora": {"lambda_1": 0.5, "lambda_2": 0.1},
     "ewc": {"strength": 1e4, "fisher_batches": 2},
     "lwf": {},
@@ -23,8 +30,11 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
     "moe_lora": {"experts": 2},
     "joint": {},
 }
-"""Every method with a way of its own to train. test_exactness.py has mslora_cr, under every stage; each, sequential and
-incremental have nothing that these have not."""
+
+
+def test_every_method_that_trains_is_tried() -> None:
+    """test_exactness.py has mslora_cr."""
+    assert METHODS.keys() - {"mslora_cr", "zero_shot"} == SETTINGS.keys()
 
 
 def configure(folder: Path, settings: dict[str, Any], method: str) -> Path:
@@ -34,20 +44,55 @@ def configure(folder: Path, settings: dict[str, Any], method: str) -> Path:
     changes = {
         "lora": WITHOUT_DROPOUT,
         "regularization": FIXED,
-        "training": {**settings["training"], **exact},
+        "training": {**settings["training"], **exact, "save_strategy": "no"},
         "tasks": [task for task in settings["tasks"] if task["name"] in TASKS],
     }
     return write_config(folder, settings, method=method, **changes, **section)
 
 
+def train_these_too(commands: list[tuple[Path, list[str]]]) -> None:
+    """Let one launch train other configurations after its own; a launch for each would take most of the time."""
+    train = stream.train
+
+    def train_all(*args: Any, **kwargs: Any) -> None:
+        train(*args, **kwargs)
+        for config, overrides in commands:
+            train(load_config(config, overrides))
+
+    stream.train = train_all  # type: ignore[assignment]
+
+
+@pytest.fixture(scope="module")
+def trained(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Callable[[str, str], Path]:
+    """The run folder of a method under a stage, `one` being a single process."""
+
+    def alone(method: str) -> Path:
+        def build(folder: Path) -> None:
+            assert main(["train", str(configure(folder, tiny_settings, method))]) == 0
+
+        return once(shared_tmp / f"method-{method}", build)
+
+    def together(stage: str) -> Path:
+        def build(folder: Path) -> None:
+            configs = [configure(folder / method, tiny_settings, method) for method in SETTINGS]
+            override = deepspeed_file(stage, folder)
+            others = [(config, override) for config in configs[1:]]
+            launch(["train", configs[0], *override], before=partial(train_these_too, others))
+
+        return once(shared_tmp / f"methods-{stage}", build)
+
+    def run_folder(stage: str, method: str) -> Path:
+        folder = alone(method) if stage == "one" else together(stage) / method
+        return folder / "checkpoints" / "tiny"
+
+    return run_folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("method", SETTINGS)
-def test_a_method_under_zero3_gives_the_numbers_of_one_process(
-    method: str, tmp_path: Path, tiny_settings: dict[str, Any]
-) -> None:
-    assert main(["train", str(configure(tmp_path / "one", tiny_settings, method))]) == 0
-    launch(["train", configure(tmp_path / "two", tiny_settings, method), *deepspeed_file("zero3", tmp_path)])
-    runs = [tmp_path / processes / "checkpoints" / "tiny" for processes in ("two", "one")]
-    compare_runs(runs[0], runs[1], TASKS[:1] if method == "joint" else TASKS)
-    ours, theirs = ([load_file(file) for file in sorted(run.glob("banks/*/memory.safetensors"))] for run in runs)
+def test_two_processes_give_the_numbers_of_one(trained: Callable[[str, str], Path], stage: str, method: str) -> None:
+    two, one = trained(stage, method), trained("one", method)
+    compare_runs(two, one, TASKS[:1] if method == "joint" else TASKS)
+    ours, theirs = ([load_file(file) for file in sorted(run.glob("banks/*/memory.safetensors"))] for run in (two, one))
     assert len(ours) == len(theirs) == (2 if method in ("ewc", "replay") else 0)
     assert all(deviation(mine, other) <= 1e-5 for mine, other in zip(ours, theirs, strict=True))
