@@ -18,6 +18,8 @@ from tests.distributed.conftest import FIXED, Run, write_exact_config
 from tests.distributed.launch import STAGES, compare_runs, deepspeed_file, launch, logged
 
 TASKS = ("pathvqa", "slake-vqarad", "PCAM")
+RAGGED = "tasks.*.batch_size=6"
+"""Neither 16 nor 8 records are a multiple of it."""
 SPLIT = ("training.per_device_train_batch_size=1",)
 CHECKPOINTED = ("training.gradient_checkpointing=true", "training.gradient_checkpointing_kwargs={use_reentrant: false}")
 
@@ -26,6 +28,11 @@ CHECKPOINTED = ("training.gradient_checkpointing=true", "training.gradient_check
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_give_the_numbers_of_one(trained: Run, stage: str, weights: str) -> None:
     compare_runs(trained(stage, weights), trained("one", weights), TASKS)
+
+
+@pytest.mark.parametrize("stage", ["ddp", "zero3"])
+def test_records_that_do_not_fill_the_last_batch_are_not_repeated(trained: Run, stage: str) -> None:
+    compare_runs(trained(stage, "fixed", RAGGED), trained("one", "fixed", RAGGED), TASKS)
 
 
 def test_both_penalties_are_on_and_learnable_weights_move(trained: Run) -> None:
