@@ -57,6 +57,7 @@ class BankStack:
 
     Attributes:
         model: what to call: the base model itself, or the PEFT model around it.
+        base: the base model.
     """
 
     def __init__(self, base: PreTrainedModel, fold: str, reuse: bool = False) -> None:
@@ -68,7 +69,7 @@ class BankStack:
         """
         self.model: PreTrainedModel | PeftModel = base
         self.fold = fold
-        self._base = base
+        self.base = base
         self._linears = language_linears(base)
         self._pristine: dict[str, Tensor] | None = {} if reuse and fold == "merge" else None
 
@@ -121,11 +122,11 @@ class BankStack:
     def _concatenate(self, banks: Sequence[Bank]) -> None:
         if isinstance(self.model, PeftModel):
             self.model = self.model.unload()
-            self._linears = language_linears(self._base)
+            self._linears = language_linears(self.base)
         if not banks:
             return
         rank = sum(bank.rank for bank in banks)
-        model = get_peft_model(self._base, lora_config(rank, rank), adapter_name=FROZEN)
+        model = get_peft_model(self.base, lora_config(rank, rank), adapter_name=FROZEN)
         matrices = {name: concatenated(name, banks) for name in self._linears}
         _copy_into(model, FROZEN, matrices)
         if banks[0].routers:
@@ -151,7 +152,7 @@ class BankStack:
             self.model.base_model.set_adapter([FROZEN, LIVE], inference_mode=True)
             self.model.set_requires_grad(LIVE, True)
         else:
-            self.model = get_peft_model(self._base, config, adapter_name=LIVE)
+            self.model = get_peft_model(self.base, config, adapter_name=LIVE)
         if experts > 1:
             _route(self.model, LIVE, experts)
         if initial is not None:

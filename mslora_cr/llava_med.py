@@ -130,6 +130,11 @@ def load(
     return _with_processors(path, model, tower_source)
 
 
+def last_mlp(model: LlavaForConditionalGeneration) -> nn.Module:
+    """The MLP of the language model's last decoder layer."""
+    return model.model.language_model.layers[-1].mlp
+
+
 def detach_tower(model: LlavaForConditionalGeneration) -> nn.Module:
     """Take the vision tower out of a model, which then takes its features (`tower_features`) where it took pixels."""
     tower = model.model.vision_tower

@@ -19,7 +19,7 @@ ROWS = (
     ("llava_med",),
     ("banks", "inspection", "tiny_pretraining"),
     ("bank_stack", "tiny_model", "router"),
-    ("mixed_banks", "training.penalties", "training.distributed", "training.ledger"),
+    ("mixed_banks", "kept_positions", "training.penalties", "training.distributed", "training.ledger"),
     ("training.processes",),
     ("runtime", "training.trainer"),
     ("methods.base",),

@@ -22,7 +22,7 @@ from mslora_cr.data.collator import (
 )
 from mslora_cr.data.images import image_roots
 from mslora_cr.data.records import TrainingRecords
-from mslora_cr.llava_med import LlavaMed, load
+from mslora_cr.llava_med import LlavaMed, last_mlp, load
 from mslora_cr.training import trainer as trainer_module
 from mslora_cr.training.trainer import BankTrainer, VisitSampler, labelled_positions
 
@@ -84,27 +84,34 @@ def test_labelled_positions_by_hand() -> None:
 def test_only_labelled_positions_go_through_the_head(base: LlavaMed, tiny_data: Path, tmp_path: Path) -> None:
     trainer = make_trainer(base, tiny_data, tmp_path)
     rows: list[int] = []
-    base.model.lm_head.register_forward_hook(
-        lambda module, inputs, output: rows.append(inputs[0].numel() // inputs[0].shape[-1])
-    )
+    for module in (base.model.lm_head, last_mlp(base.model).down_proj):
+        module.register_forward_hook(
+            lambda module, inputs, output: rows.append(inputs[0].numel() // inputs[0].shape[-1])
+        )
     batch = trainer.data_collator([trainer.samples[index] for index in range(4)])
     labelled = int((batch["labels"] != -100).sum())
     plain = {name: value for name, value in batch.items() if name != "record_index"}
     whole = base.model(**plain).loss
     sparse = trainer.compute_loss(trainer.model, dict(batch))
-    assert rows == [batch["labels"].numel(), labelled]
+    assert rows == [batch["labels"].numel()] * 2 + [labelled] * 2
     assert labelled < batch["labels"].numel() / 4
     torch.testing.assert_close(sparse, whole, rtol=1e-6, atol=0)
     summed = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(10))
     torch.testing.assert_close(summed * 10 / labelled, whole, rtol=1e-6, atol=0)
 
 
-def test_gradients_through_labelled_positions_are_the_same(base: LlavaMed, tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_through_labelled_positions_are_the_same(
+    checkpointing: bool, base: LlavaMed, tiny_data: Path, tmp_path: Path
+) -> None:
     trainer = make_trainer(base, tiny_data, tmp_path)
     batch = trainer.data_collator([trainer.samples[index] for index in range(4)])
     matrices = [b for _, b in trainer.stack.live().values()]  # A's gradient is zero while B is
     plain = {name: value for name, value in batch.items() if name != "record_index"}
     expected = torch.autograd.grad(trainer.model(**plain).loss, matrices)
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.model.train()
     found = torch.autograd.grad(trainer.compute_loss(trainer.model, dict(batch)), matrices)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
@@ -149,7 +156,7 @@ def test_gradient_checkpointing_changes_nothing(retrain: Retrain, monkeypatch: p
     class Watched(BankTrainer):
         def __init__(self, stack: BankStack, **kwargs: Any) -> None:
             super().__init__(stack=stack, **kwargs)
-            model = stack._base.model
+            model = stack.base.model
             model.language_model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
             for part in (model.vision_tower, model.multi_modal_projector):
                 part.register_forward_hook(lambda module, inputs, output: seen.append(requires_grad(output)))

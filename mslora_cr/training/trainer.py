@@ -25,6 +25,8 @@ from mslora_cr.config import ConfigError
 from mslora_cr.data.collator import TrainingCollator, UnitedSamples, in_batches, padding_share
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.errors import UserError
+from mslora_cr.kept_positions import KeptPositions
+from mslora_cr.llava_med import last_mlp
 from mslora_cr.training.distributed import (
     DistributedError,
     float32_value,
@@ -108,6 +110,7 @@ class BankTrainer(Trainer):
         self.made_from = dict(made_from or {})
         self.penalty = penalty
         self.distillation = distillation
+        self._kept = KeptPositions(last_mlp(stack.base))
         self._pending: dict[Key, Tensor] = {}
         self._micro_batch: dict[str, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
@@ -129,13 +132,15 @@ class BankTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross entropy, with only labelled positions going through `lm_head`, and the method's distillation.
+        """Cross entropy, with only labelled positions going through the last MLP and `lm_head`, and the method's
+        distillation.
 
         Raises:
             NonFiniteLossError: before anything has moved.
         """
         records = inputs.pop("record_index")
         keep, targets = labelled_positions(inputs["labels"])
+        self._kept.choose(keep)
         if num_items_in_batch is not None:
             # A batch whose every record is masked whole has nothing to divide by; its loss is zero.
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
@@ -211,6 +216,7 @@ class BankTrainer(Trainer):
         batch = self._prepare_inputs(self.data_collator([self.samples[index]]))
         del batch["record_index"]
         keep, targets = labelled_positions(batch.pop("labels"))
+        self._kept.choose(keep)
         keys = {(name, half): matrix for name, pair in self.stack.live().items() for half, matrix in enumerate(pair)}
         with self.compute_loss_context_manager():
             logits = self.stack.model(**batch, logits_to_keep=keep, use_cache=False).logits
