@@ -87,7 +87,10 @@ def test_a_lost_host_ends_the_run_and_the_same_lines_go_on(
     tiny_settings: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    """torchrun's host is cut off the network, so that nothing tells the other; DeepSpeed's is switched off."""
+    """torchrun's host is cut off the network, so that nothing tells the other; DeepSpeed's is switched off.
+
+    They start with a line on each host, and resume with one line for all: under Slurm, and by pdsh.
+    """
     folder = tmp_path / "checkpoints" / "tiny"
     stage = {"torchrun": "ddp", "deepspeed": "zero2"}[launcher]
     config = write_config(tmp_path, tiny_settings)
@@ -112,12 +115,17 @@ def test_a_lost_host_ends_the_run_and_the_same_lines_go_on(
     lost = ("rank 1 gives no sign of life", "another process of this run has ended")
     assert any(message in pair.text(0) for message in lost), pair.text(0)[-4000:]
 
-    if launcher == "torchrun":
-        run_under_slurm(hosts, command, tmp_path)
-    else:
-        again = Hosts(hosts, command, tmp_path / "second")
-        assert [again.finish(number) for number in (0, 1)] == [0, 0], again.text(0)[-4000:]
+    resume = run_under_slurm if launcher == "torchrun" else run_by_pdsh
+    resume(hosts, command, tmp_path)
     assert bank_bytes(folder) == whole(stage)
+
+
+def on_path(folder: Path, stubs: dict[str, list[str]]) -> str:
+    """A PATH on which shell scripts of these lines stand for commands."""
+    for name, body in stubs.items():
+        (folder / name).write_text("\n".join(["#!/usr/bin/env bash", "set -e", *body]) + "\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
 
 
 def run_under_slurm(hosts: list[str], command: list[str | Path], folder: Path) -> None:
@@ -127,9 +135,34 @@ def run_under_slurm(hosts: list[str], command: list[str | Path], folder: Path) -
         "scontrol": [f"printf '%s\\n' {' '.join(ADDRESSES)}"],
         "srun": ["pids=()", *lines, 'for pid in "${pids[@]}"; do wait "$pid"; done'],
     }
-    for name, body in stubs.items():
-        (folder / name).write_text("\n".join(["#!/usr/bin/env bash", "set -e", *body]) + "\n")
-        (folder / name).chmod(0o755)
+    path = on_path(folder, stubs)
     job = {"SLURM_JOB_NODELIST": "two hosts", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
-    path = f"{folder}:{os.environ['PATH']}"
     run("bash", "scripts/slurm.sbatch", *command, PATH=path, INTERFACE="eth0", DS_ACCELERATOR="cpu", **job)
+
+
+def run_by_pdsh(hosts: list[str], command: list[str | Path], folder: Path) -> None:
+    """One line on the first host, with `pdsh` and `ssh` played by shell scripts that enter a host's namespace.
+
+    As a remote shell has it, there is nothing of the caller's environment but what DeepSpeed sends.
+    """
+    shell = 'env -i HOME="$HOME" PATH="$PATH" bash -c'
+    lines = [f'ip netns exec {name} {shell} "${{line//%n/{number}}}" & pids+=($!)' for number, name in enumerate(hosts)]
+    cases = [f"{address}) name={name} ;;" for address, name in zip(ADDRESSES, hosts, strict=True)]
+    stubs = {
+        "ssh": [
+            "while [[ $1 == -* ]]; do shift 2; done",
+            f"case $1 in {' '.join(cases)} esac",
+            f'ip netns exec "$name" {shell} "${{*:2}}"',
+        ],
+        "pdsh": [
+            f'[[ "${{*:1:5}}" == "-S -f 1024 -w {",".join(ADDRESSES)}" ]]',
+            'line="${*:6}" pids=()',
+            *lines,
+            'for pid in "${pids[@]}"; do wait "$pid"; done',
+        ],
+    }
+    path = on_path(folder, stubs)
+    sent = folder / "environment"
+    sent.write_text("GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\n")  # docs/distributed.md, known traps
+    script = ["ip", "netns", "exec", hosts[0], "bash", "scripts/launch_multinode.sh", *command]
+    run(*script, PATH=path, DS_ENV_FILE=str(sent), DS_ACCELERATOR="cpu")
