@@ -1,10 +1,10 @@
-"""Scoring an answer file, against scoring it with NLTK's BLEU and the `rouge-score` library's ROUGE themselves.
+"""Seconds that scoring an answer file takes, by kind of answers.
 
     python -m benchmarks.scoring                   # 60,000 answers, twice
 
 `reports` are open answers of report length, no two alike; `mix` has closed and open questions in the published test
 sets' proportion, short answers, and some reports. The time is that of `mslora-cr score` without Python's start: reading
-the file, scoring, resampling, writing. `identical_files` says whether both ways wrote the same bytes.
+the file, scoring, resampling, writing.
 """
 
 from __future__ import annotations
@@ -13,17 +13,11 @@ import argparse
 import json
 import random
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
-
-from nltk.translate import bleu_score
-from rouge_score.rouge_scorer import RougeScorer
 
 from benchmarks.harness import finish, parse
-from mslora_cr.evaluation import metrics
 from mslora_cr.evaluation.score import score_file
 
 _VOCABULARY = (
@@ -49,23 +43,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             lines = (json.dumps(answer) + "\n" for answer in _answers(count, shares))
             (folder / f"{kind}.jsonl").write_text("".join(lines), encoding="utf-8")
 
-        def scoring(kind: str, score: Callable[[Path, Path], Any], way: str) -> Callable[[], Any]:
-            return lambda: score(folder / f"{kind}.jsonl", folder / way / kind)
+        def scoring(kind: str) -> Callable[[], Any]:
+            return lambda: score_file(folder / f"{kind}.jsonl", folder / kind)
 
-        ways: dict[str, Callable[[Path, Path], Any]] = {"ours": score_file, "libraries": _score_by_libraries}
-        seconds = setting.interleaved(
-            {f"{kind}, {way}": scoring(kind, score, way) for kind in KINDS for way, score in ways.items()}, warm_up=0
-        )
-        identical = all(
-            file.read_bytes() == (folder / "libraries" / file.relative_to(folder / "ours")).read_bytes()
-            for file in (folder / "ours").glob("*/*")
-        )
-    return finish(
-        setting,
-        seconds,
-        {f"{kind}_libraries_over_ours": (f"{kind}, libraries", f"{kind}, ours") for kind in KINDS},
-        extra={"answers": count, "identical_files": identical},
-    )
+        seconds = setting.interleaved({kind: scoring(kind) for kind in KINDS}, warm_up=0)
+    return finish(setting, seconds, {"reports_over_mix": ("reports", "mix")}, extra={"answers": count})
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,29 +76,6 @@ def _text(draw: random.Random, least: int, most: int) -> str:
 def _retold(draw: random.Random, truth: str) -> str:
     """The truth with every third word another one, on average."""
     return " ".join(draw.choice(WORDS) if draw.random() < 1 / 3 else word for word in truth.split())
-
-
-def _score_by_libraries(answers: Path, output: Path) -> None:
-    with (
-        warnings.catch_warnings(),
-        patch.object(metrics, "sentence_bleu", _library_bleu),
-        patch.object(metrics, "report_overlap", _library_overlap),
-    ):
-        warnings.filterwarnings("ignore", module="nltk")  # of every answer without a shared 4-gram
-        score_file(answers, output)
-
-
-def _library_bleu(prediction: Sequence[str], reference: Sequence[str]) -> tuple[float, ...]:
-    scores = bleu_score.sentence_bleu([reference], prediction, weights=list(metrics.BLEU_WEIGHTS.values()))
-    return tuple(float(score) for score in scores)
-
-
-_ROUGE = RougeScorer(["rouge1", "rougeL"])
-
-
-def _library_overlap(prediction: str, reference: str) -> tuple[float, float]:
-    found = _ROUGE.score(reference, prediction)
-    return float(found["rougeL"].fmeasure), float(found["rouge1"].recall)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,15 @@ Everything here is a pure function of the texts.
 from __future__ import annotations
 
 import re
-import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from math import exp, fsum, log
+from functools import cached_property, lru_cache
 from statistics import fmean
 from typing import Literal, NamedTuple, Protocol
 
-from nltk.translate.bleu_score import brevity_penalty
-from rouge_score.scoring import fmeasure
-from rouge_score.tokenize import tokenize
+from nltk.translate.bleu_score import sentence_bleu
+from rouge_score.rouge_scorer import RougeScorer
 
 AnswerType = Literal["OPEN", "CLOSED"]
 
@@ -46,6 +43,7 @@ STRIPPED_PERIODS = 32
 """No more periods than this are taken out of a text: the published code hands `re.UNICODE`, which is 32, to
 the argument that limits how many are replaced. Reports of more sentences than that do occur."""
 
+_ROUGE = RougeScorer(["rouge1", "rougeL"])
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _ARTICLES = {"a", "an", "the"}
@@ -197,7 +195,10 @@ def token_f1(prediction: str, reference: str) -> Overlap:
 
 def score_answers(answers: Iterable[Answer]) -> Scores:
     """Score answers one by one."""
-    return Scores(tuple(_score_row(answer) for answer in answers))
+    with warnings.catch_warnings():
+        # NLTK warns of every answer without a shared 4-gram, which is the rule for answers of a word or two.
+        warnings.filterwarnings("ignore", module="nltk")
+        return Scores(tuple(_score_row(answer) for answer in answers))
 
 
 def _score_row(answer: Answer) -> RowScore:
@@ -216,11 +217,12 @@ def _score_row(answer: Answer) -> RowScore:
         exact=prediction == reference,
         hit=reference in prediction if closed else overlap.recall > HIT_RECALL,
         overlap=overlap,
-        bleu=None if closed else sentence_bleu(prediction.split(), reference.split()),
+        bleu=None if closed else _bleu(prediction, reference),
         added=None if closed else report_overlap(said, str(answer.gt)),
     )
 
 
+@lru_cache(maxsize=1 << 14)
 def report_overlap(prediction: str, reference: str) -> tuple[float, float]:
     """ROUGE-L and token-level recall of a text, each in [0, 1].
 
@@ -228,64 +230,14 @@ def report_overlap(prediction: str, reference: str) -> tuple[float, float]:
     prediction's and the reference's number of words. Token recall is ROUGE-1's: the reference's words that the
     prediction has, each as often as both have it, over all of the reference's. Words are runs of letters and
     digits, lower-cased, not stemmed; articles count. Source: Lin, "ROUGE: A Package for Automatic Evaluation of
-    Summaries", ACL 2004 workshop. Words and F are the `rouge-score` library's, and the numbers are equal to its own.
-    The length of the subsequence is not: to fill the library's table of it takes longer than all the rest of scoring.
+    Summaries", ACL 2004 workshop; computed by the `rouge-score` library.
     """
-    said, expected = tokenize(prediction, None), tokenize(reference, None)
-    if not said or not expected:
-        return 0.0, 0.0
-    length = common_subsequence(said, expected)
-    shared = _shared(Counter(said), Counter(expected))
-    return float(fmeasure(length / len(said), length / len(expected))), shared / len(expected)
+    found = _ROUGE.score(reference, prediction)
+    return float(found["rougeL"].fmeasure), float(found["rouge1"].recall)
 
 
-def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence of two sequences of words, a whole row of its table at a time.
-
-    A bit of `row` stands for a word of `first` and is 0 where the row's length is one more than at the word before:
-    ``V' = (V + (V & M)) | (V & ~M)``, M the places of a word in `first`; the length is the number of zeros. Source:
-    Hyyrö, "Bit-Parallel LCS-length Computation Revisited", AWOCA 2004.
-    """
-    places: dict[str, int] = {}
-    for place, word in enumerate(first):
-        places[word] = places.get(word, 0) | 1 << place
-    everywhere = row = (1 << len(first)) - 1
-    for word in second:
-        if found := row & places.get(word, 0):
-            row = ((row + found) | (row - found)) & everywhere
-    return len(first) - row.bit_count()
-
-
-def sentence_bleu(prediction: Sequence[str], reference: Sequence[str]) -> tuple[float, ...]:
-    """Sentence BLEU of words under every weighting w of `BLEU_WEIGHTS`, unsmoothed: ``b · exp(Σ_n w_n log p_n)``.
-
-    p_n is the share of the prediction's n-grams that the reference has, each as often as both have it, and b NLTK's
-    brevity penalty; as NLTK has it, a p_n of 0 counts as the least float, unless no word is shared at all. The numbers
-    are equal, to the last digit, to those of NLTK's own `sentence_bleu`, which takes several times as long. Source:
-    Papineni et al., "BLEU: a Method for Automatic Evaluation of Machine Translation", ACL 2002.
-    """
-    matches = ngram_matches(prediction, reference, max(map(len, BLEU_WEIGHTS.values())))
-    if not matches[0]:
-        return (0.0,) * len(BLEU_WEIGHTS)
-    logs = [log(count / (len(prediction) - n) if count else sys.float_info.min) for n, count in enumerate(matches)]
-    penalty = brevity_penalty(len(reference), len(prediction))
-    return tuple(
-        penalty * exp(fsum([weight * value for weight, value in zip(weights, logs, strict=True)]))
-        for weights in BLEU_WEIGHTS.values()
-    )
-
-
-def ngram_matches(prediction: Sequence[str], reference: Sequence[str], longest: int) -> list[int]:
-    """How many n-grams of the prediction the reference has too, each as often as both have it, for n = 1..longest."""
-    found = [0] * longest
-    for n in range(longest):
-        grams = [zip(*(words[start:] for start in range(n + 1)), strict=False) for words in (prediction, reference)]
-        found[n] = _shared(*map(Counter, grams))
-        if not found[n]:  # what shares no n-gram shares no longer one
-            break
-    return found
-
-
-def _shared(first: Counter, second: Counter) -> int:
-    """How many things two collections have in common, each as often as both have it."""
-    return sum([min(count, second[thing]) for thing, count in first.items() if thing in second])
+@lru_cache(maxsize=1 << 14)  # short answers repeat, and NLTK takes most of the time
+def _bleu(prediction: str, reference: str) -> tuple[float, ...]:
+    """Sentence BLEU (Papineni et al., ACL 2002), unsmoothed, under every weighting of `BLEU_WEIGHTS`."""
+    scores = sentence_bleu([reference.split()], prediction.split(), weights=list(BLEU_WEIGHTS.values()))
+    return tuple(float(score) for score in scores)
