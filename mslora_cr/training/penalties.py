@@ -18,8 +18,8 @@ from mslora_cr.losses import Frozen, contrastive_value, penalty_terms
 Pair = tuple[Tensor, Tensor]
 Key = tuple[str, int]
 """A matrix of a bank: its linear layer's name, and 0 for A or 1 for B."""
-GROUP_BYTES = {"cpu": 8_000_000, "cuda": 256_000_000}
-"""Frozen float32 numbers that are worked on at once: on the CPU a share of its last cache, on a GPU enough for its
+GROUP_BYTES = {"cpu": 32_000_000, "cuda": 256_000_000}
+"""Frozen float32 numbers that are worked on at once: on the CPU what its last cache may hold, on a GPU enough for its
 kernels to be few."""
 INITIAL_LOG_WEIGHT = -4.6
 """Where a learnable weight exp(a) starts, as published."""
