@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import zero_memory
+from benchmarks import real_size, zero_memory
 
 RATIOS = {
     "step": {"banks_8_over_1", "penalties_share", "peft_all_active_over_ours"},
@@ -52,6 +52,27 @@ def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capsys: pytes
         deviation = {key: value["relative"] for key, value in found["deviation"].items()}
         assert max(deviation["merge, float32"], deviation["concatenate, float32"]) < 1e-5
         assert deviation["unfolded, bfloat16"] > 1e-4
+
+
+@pytest.mark.parametrize("quantization", [None, "4bit"])
+def test_the_real_size_benchmark_at_tiny_size(quantization: str | None, tmp_path: Path) -> None:
+    if quantization:
+        pytest.importorskip("bitsandbytes")
+    real_size.main(["make", str(tmp_path), "--size", "tiny"])
+    assert len(list((tmp_path / real_size.BASE).glob("*.safetensors"))) == real_size.SHARDS
+    file = tmp_path / "figures.json"
+    options = ["--quantization", quantization] if quantization else []
+    real_size.main(["run", str(tmp_path), "--json", str(file), *options])
+    found = json.loads(file.read_text(encoding="utf-8"))
+    stages = found["stages"]
+    assert list(stages) == [
+        "load",
+        "forward",
+        *(["generate"] if found["device"] == "cuda" else []),
+        "fold a frozen bank",
+        "first step of a bank",
+    ]
+    assert all(entry["peak_resident_gb"] > 0 for entry in stages.values())
 
 
 @pytest.mark.slow
