@@ -1,10 +1,10 @@
-"""The true shapes of LLaVA-Med v1.5 with random weights: loading, one forward, and the first step of a bank.
+"""The true shapes of LLaVA-Med v1.5 with random weights: loading, a forward pass, a frozen bank, the next one's step.
 
-    python -m benchmarks.real_size make DIR          # 15.1 GB: four shards, bf16; CLIP beside them
+    python -m benchmarks.real_size make DIR [--size tiny]          # 15.1 GB: four shards, bf16; CLIP beside them
     python -m benchmarks.real_size run DIR [--quantization 4bit] [--json FILE]
 
 `run` states seconds and the process's peak resident memory after each stage, on the CPU or a GPU; on a GPU it also
-generates an answer.
+generates an answer. The step is the trainer's own, with both penalties and gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,20 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    TrainingArguments,
 )
 
 from mslora_cr import llava_med
-from mslora_cr.bank_stack import BankStack
+from mslora_cr.bank_stack import BankStack, language_linears
+from mslora_cr.banks import Bank
+from mslora_cr.config import RegularizationConfig
+from mslora_cr.data.collator import TrainingCollator
+from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.evaluation.generate import greedy
+from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.training.ledger import environment
-from mslora_cr.training.trainer import labelled_positions
+from mslora_cr.training.penalties import BankPenalties
+from mslora_cr.training.trainer import BankTrainer, labelled_positions
 
 TOWER = "clip-vit-large-patch14-336"
 BASE = "llava_med_v1.5"
@@ -69,9 +77,27 @@ LLAVA_MED = {
 }
 
 
-def make(folder: Path) -> None:
+TINY = LLAVA_MED | {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "mm_hidden_size": 96,
+}
+_TINY_TOWER = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+_TINY_TOWER |= {"image_size": 56, "patch_size": 14}
+SIZES: dict[str, tuple[dict[str, Any], CLIPVisionConfig]] = {
+    "7b": (LLAVA_MED, CLIPVisionConfig.from_dict(LlavaConfig().vision_config.to_dict())),
+    "tiny": (TINY, CLIPVisionConfig(**_TINY_TOWER)),
+}
+"""LLaVA-Med's configuration and its tower's; `tiny` is for tests."""
+
+
+def make(folder: Path, size: str = "7b") -> None:
     """Write the model and its tower. Every tensor is a piece of one random block, so memory stays at one shard."""
-    vision = CLIPVisionConfig.from_dict(LlavaConfig().vision_config.to_dict())
+    config, vision = SIZES[size]
     names = (
         "hidden_size",
         "intermediate_size",
@@ -79,7 +105,7 @@ def make(folder: Path) -> None:
         "num_attention_heads",
         "num_key_value_heads",
     )
-    text = MistralConfig(**{name: LLAVA_MED[name] for name in (*names, "vocab_size", "rms_norm_eps", "rope_theta")})
+    text = MistralConfig(**{name: config[name] for name in (*names, "vocab_size", "rms_norm_eps", "rope_theta")})
     with init_empty_weights():
         model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.endswith("position_ids")}
@@ -88,10 +114,10 @@ def make(folder: Path) -> None:
     state |= {
         name: torch.ones(shapes[name], dtype=torch.bfloat16) for name in shapes if "norm" in name and "weight" in name
     }
-    llava_med.save_llava_layout(state, LLAVA_MED, folder / BASE, SHARDS)
+    llava_med.save_llava_layout(state, config, folder / BASE, SHARDS)
     CLIPVisionModel(vision).to(torch.bfloat16).save_pretrained(folder / TOWER)
-    size = vision.image_size
-    CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size).save_pretrained(folder / TOWER)
+    side = vision.image_size
+    CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(folder / TOWER)
     sentences = [" ".join(f"w{number}" for number in range(start, start + 8)) for start in range(0, 4000, 8)]
     SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
@@ -105,7 +131,7 @@ def make(folder: Path) -> None:
 
 
 def run(folder: Path, quantization: str | None = None) -> dict[str, Any]:
-    """Load the model, run a forward pass, and take the first step of a bank; figures by stage."""
+    """Load the model, run a forward pass, fold a frozen bank, and take the first step of the next; figures by stage."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures: dict[str, Any] = {"device": str(device), "quantization": quantization, "stages": {}}
     base = _stage(figures, "load", lambda: llava_med.load(folder / BASE, device=device, quantization=quantization))
@@ -114,27 +140,60 @@ def run(folder: Path, quantization: str | None = None) -> dict[str, Any]:
     # and what it packs has no gradient.
     base.model.train()
     with torch.no_grad():
-        _stage(figures, "forward", lambda: float(base.model(**batch).loss))
+        _stage(figures, "forward", lambda: float(base.model(**_labelled_alone(batch)).loss))
     if device.type == "cuda":
         question = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
         _stage(figures, "generate", lambda: greedy(base.model, question, base.tokenizer, NEW_TOKENS))
     stack = BankStack(base.model, "concatenate" if quantization else "merge")
+    frozen = [_random_bank(base.model)]
+    _stage(figures, "fold a frozen bank", partial(stack.freeze, frozen))
     stack.add_live(RANK, RANK)
     stack.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    stack.model.train()
-    optimizer = torch.optim.AdamW([parameter for pair in stack.live().values() for parameter in pair], lr=2e-4)
+    with tempfile.TemporaryDirectory() as work:
+        trainer = _trainer(stack, frozen, device, Path(work))
+        del frozen  # the penalties hold a copy
+        model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
 
-    def first_step() -> float:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = stack.model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        return float(loss.detach())
+        def first_step() -> float:
+            loss = trainer.training_step(model, batch, (batch["labels"] != IGNORE_INDEX).sum())
+            optimizer.step()
+            return float(loss)
 
-    _stage(figures, "first step of a bank", first_step)
+        _stage(figures, "first step of a bank", first_step)
     moved = sum(float(b.detach().abs().sum()) for _, b in stack.live().values())
     assert moved > 0, "the step did not move the bank"
     return figures | {"environment": environment()}
+
+
+def _trainer(stack: BankStack, frozen: Sequence[Bank], device: torch.device, folder: Path) -> BankTrainer:
+    terms = BankPenalties(frozen, [True] * len(frozen), device)
+    trainer = BankTrainer(
+        stack=stack,
+        samples=[],  # type: ignore[arg-type]  (the batch is given directly)
+        collator=TrainingCollator(0),
+        args=TrainingArguments(
+            output_dir=str(folder),
+            learning_rate=2e-4,
+            weight_decay=0.0,
+            optim="adamw_torch",
+            bf16=True,
+            use_cpu=device.type == "cpu",
+            report_to="none",
+        ),
+        bank_shape=(RANK, RANK),
+        penalty=WeightedPenalties(terms, RegularizationConfig()),
+    )
+    trainer.create_optimizer_and_scheduler(num_training_steps=10**6)
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def _random_bank(model: torch.nn.Module) -> Bank:
+    matrices = {
+        name: (torch.randn(RANK, linear.in_features) * 0.01, torch.randn(linear.out_features, RANK) * 0.01)
+        for name, linear in language_linears(model).items()
+    }
+    return Bank("frozen", RANK, RANK, matrices)
 
 
 def _batch(base: llava_med.LlavaMed, device: torch.device) -> dict[str, torch.Tensor]:
@@ -143,16 +202,21 @@ def _batch(base: llava_med.LlavaMed, device: torch.device) -> dict[str, torch.Te
     words = torch.randint(300, 600, (1, QUESTION_TOKENS + ANSWER_TOKENS))
     ids = torch.cat([torch.full((1, base.patches), base.image_token_id), words], dim=1)
     labels = ids.clone()
-    labels[:, :-ANSWER_TOKENS] = -100
-    keep, targets = labelled_positions(labels)
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": torch.ones_like(ids).to(device),
-        "pixel_values": torch.randn(1, 3, size, size, dtype=torch.bfloat16, device=device),
-        "labels": targets.to(device),
-        "shift_labels": targets.to(device),
-        "logits_to_keep": keep.to(device),
+    labels[:, :-ANSWER_TOKENS] = IGNORE_INDEX
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(1, 3, size, size, dtype=torch.bfloat16),
+        "labels": labels,
+        "record_index": torch.zeros(1, dtype=torch.int64),
     }
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _labelled_alone(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    keep, targets = labelled_positions(batch["labels"])
+    inputs = {name: tensor for name, tensor in batch.items() if name != "record_index"}
+    return {**inputs, "labels": targets, "shift_labels": targets, "logits_to_keep": keep}
 
 
 def _stage(figures: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
@@ -167,7 +231,8 @@ def _stage(figures: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
     return result
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The figures of `run`; nothing for `make`."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.real_size",
         description=__doc__,
@@ -175,17 +240,18 @@ def main() -> int:
     )
     parser.add_argument("action", choices=("make", "run"))
     parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--size", choices=SIZES, default="7b", help="for `make`: the true shapes (7b), or tiny ones")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of `run` there")
     parser.add_argument("--quantization", choices=("4bit", "8bit"), help="for `run`: the base in 4 or 8 bits")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.action == "make":
-        make(args.folder)
-        return 0
+        make(args.folder, args.size)
+        return {}
     figures = run(args.folder, args.quantization)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return 0
+    return figures
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Start `mslora-cr COMMAND CONFIG …` on one GPU or several. The six scripts beside this one call it.
+# Run `mslora-cr COMMAND CONFIG …` on one or more GPUs. The six scripts next to this one call it.
 #
 #   scripts/launch.sh COMMAND CONFIG [options] [mslora-cr options] [KEY=VALUE …]
 #
-#   --gpus N              processes, one per GPU           (GPUS; all visible GPUs, or 1)
-#   --launcher NAME       none, torchrun, deepspeed, accelerate   (LAUNCHER; none for one process, else torchrun)
-#   --per-device-batch N  most samples per GPU at once; the global batch stays as configured (PER_DEVICE_BATCH)
-#   --deepspeed FILE      a DeepSpeed configuration        (DEEPSPEED; zero2 with the deepspeed launcher)
-#   MODEL, DATA           environment: the base model's folder and the data root, instead of the configuration's
+#   --gpus N              processes, one per GPU (GPUS; default: all visible GPUs, or 1)
+#   --launcher NAME       none, torchrun, deepspeed or accelerate (LAUNCHER; default: none for one process, else torchrun)
+#   --per-device-batch N  maximum samples per GPU at once; the global batch stays as configured (PER_DEVICE_BATCH)
+#   --deepspeed FILE      DeepSpeed configuration (DEEPSPEED; default with the deepspeed launcher: zero2.json)
+#   MODEL, DATA           environment variables: base model folder and data root, overriding the configuration
 #
-# Relative paths count from the repository's root. CUDA_VISIBLE_DEVICES chooses among the GPUs.
-# Run it again after an interruption: finished tasks are skipped, the one that was cut goes on.
+# Relative paths are resolved from the repository root. CUDA_VISIBLE_DEVICES selects the GPUs.
+# If the run is interrupted, rerun the same command: finished tasks are skipped, and an unfinished one resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,7 +40,7 @@ while [[ $# -gt 0 ]]; do
   esac
 done
 [[ -n $gpus ]] || { gpus=$(visible_gpus); [[ $gpus -gt 0 ]] || gpus=1; }
-[[ $gpus =~ ^[1-9][0-9]*$ ]] || refuse "--gpus is '$gpus'; give a number of at least 1"
+[[ $gpus =~ ^[1-9][0-9]*$ ]] || refuse "--gpus is '$gpus'; it must be an integer of at least 1"
 [[ -n $launcher ]] || { [[ $gpus -gt 1 ]] && launcher=torchrun || launcher=none; }
 [[ $launcher != none || $gpus -eq 1 ]] || refuse "launcher none starts one process, not $gpus; use torchrun"
 [[ $launcher != deepspeed || -n $deepspeed ]] || deepspeed=configs/deepspeed/zero2.json
@@ -62,7 +62,7 @@ case $launcher in
   torchrun) exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$gpus" -m "${program[@]}" ;;
   deepspeed)
     where=(--num_gpus "$gpus")
-    # With --num_gpus DeepSpeed would take the machine's first GPUs instead of the visible ones.
+    # --num_gpus would select the first GPUs of the machine, not the visible ones.
     [[ -z ${CUDA_VISIBLE_DEVICES:-} ]] || where=(--include "localhost:$(cut -d, -f "-$gpus" <<<"$CUDA_VISIBLE_DEVICES")")
     exec "$python" -m deepspeed.launcher.runner "${where[@]}" --master_port "$(free_port)" --module "${program[@]}" ;;
   accelerate)

@@ -1,27 +1,29 @@
 #!/usr/bin/env bash
-# Start `mslora-cr COMMAND CONFIG …` on several hosts that share the repository, data and run folders.
+# Run `mslora-cr COMMAND CONFIG …` on several hosts that share the repository, the data and the run folder.
 #
 #   scripts/launch_multinode.sh COMMAND CONFIG [options] [mslora-cr options] [KEY=VALUE …]
 #
-# With torchrun: the same line on each host, but for its number.
-#   --hosts N         hosts of the run                              (HOSTS)
-#   --host-rank R     this host's number, from 0                    (HOST_RANK; Slurm's own inside srun)
-#   --master HOST     the name or address of host 0, as the others reach it    (MASTER)
-# With DeepSpeed: one line on host 0, which reaches the others by pdsh and ssh; or, with --host-rank, a line on each.
-#   --hostfile FILE   lines of `HOST slots=GPUS`, host 0 first       (HOSTFILE)
+# torchrun: run the same command on every host, changing only --host-rank.
+#   --hosts N         number of hosts (HOSTS)
+#   --host-rank R     rank of this host, from 0 (HOST_RANK; set by Slurm inside srun)
+#   --master HOST     name or address at which the others reach host 0 (MASTER)
+# DeepSpeed: run one command on host 0, which reaches the others through pdsh and ssh; or, with --host-rank, one per host.
+#   --hostfile FILE   lines of `HOST slots=GPUS`, host 0 first (HOSTFILE)
 # Both:
-#   --gpus N          processes per host, one per GPU                (GPUS; all GPUs there are, or 1; not with --hostfile)
-#   --port P          a free port of host 0                          (MASTER_PORT; 29500)
-#   --interface NAME  the network interface between the hosts        (INTERFACE; NCCL and gloo choose)
+#   --gpus N          processes per host, one per GPU (GPUS; default: all GPUs, or 1; ignored with --hostfile)
+#   --port P          free port on host 0 (MASTER_PORT; default: 29500)
+#   --interface NAME  network interface between the hosts (INTERFACE; default: NCCL and gloo choose)
 #
-# Run it again on all hosts after an interruption or the loss of a host: the run goes on from its last checkpoint.
+# If the run is interrupted or a host is lost, rerun the same commands: the run resumes from its last checkpoint.
 #
 #   scripts/launch_multinode.sh train configs/finetune_mslora_cr_ortho.yaml --hosts 2 --host-rank 0 --master node1
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 usage() { sed -n '2,21s/^# \{0,1\}//p' "$0"; }
-[[ $# -ge 2 ]] || { usage; exit 2; }
+refuse() { echo "launch_multinode.sh: $1" >&2; exit 2; }
+[[ ${1:-} != --help && ${1:-} != -h ]] || { usage; exit 0; }
+[[ $# -ge 2 ]] || { usage >&2; exit 2; }
 command=$1 config=$2
 shift 2
 
@@ -30,6 +32,9 @@ gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)} port=${MASTER_P
 rest=()
 while [[ $# -gt 0 ]]; do
   case $1 in
+    --help | -h) usage; exit 0 ;;
+    --hosts | --host-rank | --master | --hostfile | --gpus | --port | --interface)
+      [[ $# -ge 2 ]] || refuse "$1 needs a value" ;;&
     --hosts) hosts=$2; shift 2 ;;
     --host-rank) host_rank=$2; shift 2 ;;
     --master) master=$2; shift 2 ;;
@@ -37,7 +42,6 @@ while [[ $# -gt 0 ]]; do
     --gpus) gpus=$2; shift 2 ;;
     --port) port=$2; shift 2 ;;
     --interface) interface=$2; shift 2 ;;
-    --help | -h) usage; exit 0 ;;
     *) rest+=("$1"); shift ;;
   esac
 done
@@ -54,6 +58,6 @@ if [[ -n $hostfile ]]; then
   exec "$python" -m deepspeed.launcher.runner "${options[@]}" --module "${program[@]}"
 fi
 [[ -n $hosts && -n $host_rank && -n $master ]] ||
-  { echo "launch_multinode.sh: give --hosts, --host-rank and --master, or --hostfile; see --help" >&2; exit 2; }
+  refuse "give --hosts, --host-rank and --master, or --hostfile; see --help"
 exec "$python" -m torch.distributed.run --nnodes "$hosts" --node_rank "$host_rank" --nproc_per_node "$gpus" \
   --master_addr "$master" --master_port "$port" -m "${program[@]}"

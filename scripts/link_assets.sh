@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Link the data and the pre-trained models, wherever they are, into the places that the configurations name:
+# Link the data and the pretrained models to the paths that the configurations use:
 #
-#   MSLORA_DATA      the data root                                     -> data/MSLoRA_CR
-#   LLAVA_MED_V1_5   LLaVA-Med v1.5                                    -> pretrained_models/llava_med_v1.5
-#   CLIP_PATH        the folder that holds clip-vit-large-patch14-336  -> pretrained_models/openai
+#   MSLORA_DATA      data root                                              -> data/MSLoRA_CR
+#   LLAVA_MED_V1_5   LLaVA-Med v1.5                                         -> pretrained_models/llava_med_v1.5
+#   CLIP_PATH        the folder that contains clip-vit-large-patch14-336    -> pretrained_models/openai
 #
-# Safe to repeat; what is not a link is never replaced. Exits with 1 if anything is missing.
+# Safe to rerun; replaces links only, never files or folders. Exits with 1 if anything is missing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,19 +16,19 @@ link() {
     local target=${!variable:-}
     if [[ -z $target ]]; then
         if [[ -e $place ]]; then
-            echo "ok       $place (there already; $variable is not set)"
+            echo "ok       $place (already there; $variable is not set)"
         else
             echo "missing  $place: set $variable to the folder to link" >&2
             status=1
         fi
     elif [[ ! -d $target ]]; then
-        echo "missing  $place: $variable names $target, which is no folder" >&2
+        echo "missing  $place: $variable names $target, which is not a folder" >&2
         status=1
     elif [[ -e $place && ! -L $place ]]; then
         if [[ $place -ef $target ]]; then
             echo "ok       $place"
         else
-            echo "refused  $place is not a link; move it away to link to $target instead" >&2
+            echo "refused  $place is not a link; move it out of the way to link to $target" >&2
             status=1
         fi
     else

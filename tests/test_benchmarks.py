@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import real_size, zero_memory
+
 RATIOS = {
     "step": {"banks_8_over_1", "penalties_share", "peft_all_active_over_ours"},
     "penalty": {"autograd_over_ours"},
@@ -51,6 +53,49 @@ def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capsys: pytes
         deviation = {key: value["relative"] for key, value in found["deviation"].items()}
         assert max(deviation["merge, float32"], deviation["concatenate, float32"]) < 1e-5
         assert deviation["unfolded, bfloat16"] > 1e-4
+
+
+@pytest.mark.parametrize("quantization", [None, "4bit"])
+def test_the_real_size_benchmark_at_tiny_size(quantization: str | None, tmp_path: Path) -> None:
+    if quantization:
+        pytest.importorskip("bitsandbytes")
+    real_size.main(["make", str(tmp_path), "--size", "tiny"])
+    assert len(list((tmp_path / real_size.BASE).glob("*.safetensors"))) == real_size.SHARDS
+    file = tmp_path / "figures.json"
+    options = ["--quantization", quantization] if quantization else []
+    real_size.main(["run", str(tmp_path), "--json", str(file), *options])
+    found = json.loads(file.read_text(encoding="utf-8"))
+    stages = found["stages"]
+    assert list(stages) == [
+        "load",
+        "forward",
+        *(["generate"] if found["device"] == "cuda" else []),
+        "fold a frozen bank",
+        "first step of a bank",
+    ]
+    assert all(entry["peak_resident_gb"] > 0 for entry in stages.values())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_memory_is_what_the_formula_says(capsys: pytest.CaptureFixture[str]) -> None:
+    found = zero_memory.main(["--measure", "--size", "tiny", "--task", "3", "--stages", "DDP", "ZeRO-2", "ZeRO-3"])
+    assert list(found) == ["DDP, 2", "ZeRO-2, 2", "ZeRO-3, 2"]
+    for stage, both in found.items():
+        computed, measured = both["computed"], both["measured"]
+        assert computed.keys() == measured.keys()
+        for name in computed.keys() - {"gathered at once"}:
+            assert measured[name] == pytest.approx(computed[name], rel=0.01), (stage, name)
+        # A model this small is gathered in pieces that are large beside the limit.
+        assert (0 < measured["gathered at once"] < 2 * computed["gathered at once"]) == (stage == "ZeRO-3, 2")
+    assert capsys.readouterr().out.count("| measured |") == 3
+
+
+def test_memory_of_the_real_model_is_computed(capsys: pytest.CaptureFixture[str]) -> None:
+    zero_memory.main(["--gpus", "8", "--task", "1"])
+    printed = capsys.readouterr().out
+    assert "base model 7,566,219,264 parameters, one bank 167,772,160" in printed
+    assert "| ZeRO-2 | 8 | 15.5 | 0.0 | 0.1 | 0.3 | 0.0 | 15.8 |" in printed
 
 
 def test_every_benchmark_is_tried() -> None:

@@ -170,5 +170,5 @@ def test_launch_says_what_it_takes(launch: Callable[..., subprocess.CompletedPro
     for name, arguments in (("launch.sh", ["--help"]), ("finetune_lora_each.sh", ["-h"])):
         told = launch(name, *arguments)
         assert told.returncode == 0
-        assert "--per-device-batch" in told.stdout and "goes on" in told.stdout
+        assert "--per-device-batch" in told.stdout and "resumes" in told.stdout
     assert launch("launch.sh").returncode == 2
