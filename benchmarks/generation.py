@@ -4,7 +4,7 @@
     python -m benchmarks.generation --size 7b --batches 1 16 64
 
 Ours sorts the questions by length, as evaluation does, and answers with 8 banks merged and, beside it, concatenated, by
-batches of 64 and of evaluation's default 16.
+batches of 16 (evaluation's default), 64 and 32.
 The baseline is PEFT with 8 banks active. All must give the same ids; `identical_text` says whether they did.
 """
 
@@ -89,7 +89,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=int, default=64, metavar="N")
     parser.add_argument("--new-tokens", type=int, default=24, metavar="N")
     parser.add_argument(
-        "--batches", type=int, nargs="+", default=[64, 16], metavar="N", help="questions at once; the last is compared"
+        "--batches", type=int, nargs="+", default=[16, 64, 32], metavar="N", help="questions at once; the last is compared"
     )
 
 
