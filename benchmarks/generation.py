@@ -89,7 +89,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=int, default=64, metavar="N")
     parser.add_argument("--new-tokens", type=int, default=24, metavar="N")
     parser.add_argument(
-        "--batches", type=int, nargs="+", default=[16, 64, 32], metavar="N", help="questions at once; the last is compared"
+        "--batches", type=int, nargs="+", default=[16, 64, 32], metavar="N", help="at once; the last is compared"
     )
 
 
