@@ -17,7 +17,7 @@ LAUNCHERS = {"ddp": "accelerate", "zero1": "torchrun", "zero2": "deepspeed", "ze
 FIXED = {"alpha": 0.1, "beta": 0.01}
 LEARNABLE = {"alpha": -1, "beta": -1}
 WITHOUT_DROPOUT = {"rank": 4, "alpha": 8}
-"""Each rank draws its own dropout mask, so only without dropout are the numbers those of one process."""
+"""Dropout masks depend on how a batch is split, so only without dropout are the numbers those of one process."""
 TWO_TASKS = "tasks=[pathvqa, slake-vqarad]"
 ADAM_EPSILON = 1e-6
 """Adam scales gradients far above its epsilon, 1e-8 otherwise, to one size, so a gradient of 1e-8 that is all rounding
