@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mslora_cr.bank_stack import BankStack
-from mslora_cr.config import StreamConfig, Task
+from mslora_cr.config import Task
 from mslora_cr.runtime import load_base
 from mslora_cr.training import stream
 from mslora_cr.training.distributed import gathered, rank
@@ -27,9 +27,10 @@ def look_and_fail(folder: Path, at_step: int) -> None:
     expected: dict[str, Tensor] = {}
     steps = 0
 
-    def train_task_and_remember(config: StreamConfig, task: Task, records: Any, ledger: Any, fields: Any) -> None:
+    def train_task_and_remember(run: stream.StreamRun, task: Task) -> None:
+        config = run.config
         # Before DeepSpeed hears of the task: it would shard this model too.
-        banks = ledger.banks(config, stream.frozen_tasks(config, task))
+        banks = run.ledger.banks(config, stream.frozen_tasks(config, task))
         fresh = BankStack(load_base(config, "cpu").model, config.lora.fold)
         fresh.freeze(banks)
         fresh.add_live(config.lora.rank, config.lora.alpha)
@@ -39,7 +40,7 @@ def look_and_fail(folder: Path, at_step: int) -> None:
             for module, pair in bank.matrices.items():
                 numbers = {f"penalty.{place}.{module}.{half}": matrix.flatten() for half, matrix in enumerate(pair)}
                 expected.update(numbers)
-        train_task(config, task, records, ledger, fields)
+        train_task(run, task)
 
     def step_or_look(self: BankTrainer, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal steps
