@@ -37,7 +37,7 @@ def method_run(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Trained:
             assert main(["evaluate", config, "--stages", "all"]) == 0
             assert main(["report", config]) == 0
 
-        return once(shared_tmp / f"method-{method}", build) / "run.yaml"
+        return once(shared_tmp / f"evaluated-{method}", build) / "run.yaml"
 
     return run
 
