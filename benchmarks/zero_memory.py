@@ -4,7 +4,7 @@
     python -m benchmarks.zero_memory --gpus 4 --task 1 --rank 128
     python -m benchmarks.zero_memory --measure             # the formula beside what two processes on the CPU hold
 
-Counted is the most that a GPU holds at once of weights, gradients, optimizer state and frozen banks, in bfloat16
+Counted is the most that a GPU holds of weights, gradients, optimizer state and what the penalties need, in bfloat16
 training. Not counted are activations, which depend on the batch (measured: `benchmarks.real_size`), the CUDA context,
 and ZeRO's communication buckets (0.1 GB each at the sizes in `configs/deepspeed`).
 
@@ -97,8 +97,11 @@ def per_gpu(shape: Shape, stage: int, gpus: int, task: int) -> dict[str, float]:
     and each rank's shard of them float32 while the optimizer steps: ZeRO-1 has all of them only before that, ZeRO-3
     keeps its bfloat16 shard besides.
 
+    The penalties keep the banks before the task's own in float32, and in the last backward pass of an update their
+    gradient, both whole on each GPU.
+
     Args:
-        task: position in the stream, from 1; the penalties keep the banks before it in float32, on each GPU.
+        task: position in the stream, from 1.
     """
     base, bank = shape.base, shape.bank
     if stage == 0:
@@ -120,6 +123,7 @@ def per_gpu(shape: Shape, stage: int, gpus: int, task: int) -> dict[str, float]:
         "gradients": gradients,
         "optimizer": optimizer,
         "frozen banks": FP32 * bank * (task - 1),
+        "penalty gradient": FP32 * bank * (task > 1),
     }
 
 
@@ -191,8 +195,7 @@ def train_and_look(size: Size, stage: int, task: int, folder: Path) -> None:
     peaks = Peaks(trainer, stage)
     trainer.add_callback(peaks)
     trainer.train()
-    held = {**peaks.bytes, "frozen banks": penalty.frozen_bytes if penalty else 0}
-    (folder / f"{rank()}.json").write_text(json.dumps(held), encoding="utf-8")
+    (folder / f"{rank()}.json").write_text(json.dumps(peaks.bytes), encoding="utf-8")
 
 
 def random_samples(size: Size) -> list[dict[str, Any]]:
@@ -225,10 +228,12 @@ def scaled_config(stage: int, shape: Shape) -> dict[str, Any]:
 
 
 class Peaks(TrainerCallback):
-    """The most that a trainer's live engine holds of weights, gathered weights, gradients and optimizer state."""
+    """The most that a trainer's live engine holds of each kind, in bytes."""
 
     def __init__(self, trainer: BankTrainer, stage: int) -> None:
-        self.bytes = {"weights": 0, "gathered at once": 0, "gradients": 0, "optimizer": 0}
+        names = ("weights", "gathered at once", "gradients", "optimizer", "frozen banks", "penalty gradient")
+        self.bytes = dict.fromkeys(names, 0)
+        self.bytes["frozen banks"] = trainer.penalty.frozen_bytes if trainer.penalty else 0
         self._trainer, self._stage = trainer, stage
         self._parameters = list(trainer.model.parameters())
 
@@ -238,7 +243,7 @@ class Peaks(TrainerCallback):
             self._optimizer = self._optimizer.optimizer
         self._optimizer.register_step_pre_hook(lambda *_: self._look())
         for parameter in self._trainer.stack.live_parameters():
-            parameter.register_post_accumulate_grad_hook(lambda _: self._note("gradients", self._own_gradients()))
+            parameter.register_post_accumulate_grad_hook(lambda _: self._look_at_gradients())
         if self._stage == 3:
             from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
@@ -250,6 +255,10 @@ class Peaks(TrainerCallback):
                 self._note("gathered at once", without(storages(whole), self._shards()))
 
             PartitionedParameterCoordinator.fetch_sub_module = fetch_and_look
+
+    def _look_at_gradients(self) -> None:
+        self._note("gradients", self._own_gradients())
+        self._note("penalty gradient", storages(self._trainer._pending))
 
     def _look(self) -> None:
         """When the optimizer is about to step, with all gradients there."""
