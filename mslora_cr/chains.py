@@ -24,9 +24,10 @@ from mslora_cr.banks import (
     save_bank,
 )
 from mslora_cr.config import StreamConfig, Task
-from mslora_cr.llava_med import language_linear_shapes, weights_digest
+from mslora_cr.llava_med import language_linear_shapes
 from mslora_cr.methods import METHODS
 from mslora_cr.methods.base import Method
+from mslora_cr.runtime import base_digest
 from mslora_cr.training.ledger import Ledger
 
 _SPELLINGS = ("finetune_lora_MSLoRA", "finetune_MSLoRA")
@@ -121,7 +122,7 @@ def import_chain(folder: Path, config: StreamConfig) -> list[str]:
         if sorted((b.shape[0], a.shape[1]) for a, b in bank.matrices.values()) != shapes:
             raise BankError(f"{places[name]}: its layers are not those of the base model {config.model.path}")
     missing = [name for name in banks if not _is_there(banks[name], ledger)]
-    ledger.open(config, weights_digest(Path(config.model.path), config.model.vision_tower), force=False)
+    ledger.open(config, base_digest(config), force=False)
     for name in missing:
         _enter(banks[name], places[name], config, ledger)
     return missing

@@ -206,12 +206,11 @@ def _print_plan(config: StreamConfig, only: str | None, force: bool) -> None:
 
 def _obstacles(config: StreamConfig, only: str | None, force: bool, done: Collection[str]) -> Iterator[str]:
     """Why training would refuse to start, as far as the plan shows it."""
-    from mslora_cr.llava_med import weights_digest
+    from mslora_cr.runtime import base_digest
     from mslora_cr.training.ledger import Ledger
     from mslora_cr.training.stream import frozen_tasks, previous_task
 
-    model_digest = weights_digest(Path(config.model.path), config.model.vision_tower)
-    differences = Ledger.read(config).differences(config, model_digest)
+    differences = Ledger.read(config).differences(config, base_digest(config))
     if differences and not force:
         yield (
             f"{config.run_dir} was created with a different configuration ({differences}); "

@@ -71,6 +71,11 @@ def load_base(config: StreamConfig, device: torch.device | str) -> llava_med.Lla
     )
 
 
+def base_digest(config: StreamConfig) -> str:
+    """What tells the configuration's base model, its vision tower included, from another; reads some of its weights."""
+    return llava_med.weights_digest(Path(config.model.path), config.model.vision_tower)
+
+
 class CachedTower:
     """The tower, taken out of its model, and the folder where its features are kept."""
 

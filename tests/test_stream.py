@@ -212,6 +212,16 @@ def test_a_run_folder_of_another_configuration_is_refused(
     assert main(["train", str(trained_config), folder, "tasks.PCAM.epochs=3", "--force"]) == 0
 
 
+def test_another_configuration_is_refused_before_images_are_decoded(
+    trained_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained_config.parent / "checkpoints", tmp_path / "checkpoints")
+    monkeypatch.setattr(stream, "check_task_images", None)
+    arguments = ["train", str(trained_config), f"output_dir={tmp_path / 'checkpoints'}", "lora.dropout=0.1"]
+    assert main(arguments) == 1
+    assert "made by another configuration" in capsys.readouterr().err
+
+
 def test_a_stream_may_grow_behind_its_finished_tasks(
     trained_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,10 +22,10 @@ from mslora_cr.evaluation.generate import (
     read_stamp,
 )
 from mslora_cr.evaluation.score import score_file
-from mslora_cr.llava_med import weights_digest
 from mslora_cr.methods import METHODS
 from mslora_cr.runtime import (
     CachedTower,
+    base_digest,
     cached_tower,
     check_hosts,
     load_base,
@@ -204,7 +204,7 @@ def decisive(config: StreamConfig) -> dict[str, Any]:
     """What decides answers, whoever gives them; reads some of the base model's weights."""
     return {
         "model": config.model.model_dump(exclude={"device", "path"}),
-        "weights": weights_digest(Path(config.model.path), config.model.vision_tower),
+        "weights": base_digest(config),
         "data": config.data.model_dump(exclude={"root", "check_images", "cache_image_features"}),
         "max_new_tokens": config.evaluation.max_new_tokens,
     }

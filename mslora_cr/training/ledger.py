@@ -107,7 +107,21 @@ class Ledger:
         """Make the run folder this configuration's.
 
         Raises:
-            ConfigError: finished tasks were trained otherwise and `force` is not given; what differs is named.
+            ConfigError: as `refuse_differences`.
+        """
+        self.refuse_differences(config, model_digest, force)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(
+            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+        )
+        self.content.update(config_digest=config.training_digest(), **environment())
+        self._write()
+
+    def refuse_differences(self, config: StreamConfig, model_digest: str, force: bool) -> None:
+        """Raise if finished tasks were trained otherwise. Writes nothing.
+
+        Raises:
+            ConfigError: they were, and `force` is not given; what differs is named.
         """
         differences = self.differences(config, model_digest)
         if differences and not force:
@@ -115,12 +129,6 @@ class Ledger:
                 f"{self.folder} was made by another configuration ({differences}). Choose another `run`, or pass "
                 "--force to go on with this one"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(
-            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
-        )
-        self.content.update(config_digest=config.training_digest(), **environment())
-        self._write()
 
     def differences(self, config: StreamConfig, model_digest: str) -> str:
         """What sets finished tasks apart from those that this configuration would train; empty if nothing does.

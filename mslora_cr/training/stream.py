@@ -28,6 +28,7 @@ from mslora_cr.methods import METHODS, needs_task
 from mslora_cr.methods.base import Setup
 from mslora_cr.router import TaskStatistics
 from mslora_cr.runtime import (
+    base_digest,
     cached_tower,
     check_hosts,
     load_base,
@@ -119,10 +120,11 @@ def train(config: StreamConfig, only: str | None = None, force: bool = False) ->
         ledger.banks(config, frozen_tasks(config, pending[0]) or previous_task(config, pending[0]))
     for task in pending:  # only looked at here: DeepSpeed must not hear of a task before its model is built
         training_arguments(config, task, {**fields, "deepspeed": None})
-    model_digest = llava_med.weights_digest(Path(config.model.path), config.model.vision_tower)
+    model_digest = base_digest(config)
     check_hosts(config.run_dir, shared_facts(config, records, ledger, fields, model_digest))
 
     def prepare() -> None:
+        ledger.refuse_differences(config, model_digest, force)  # in a moment; images may take minutes
         check_task_images(config, records)
         ledger.open(config, model_digest, force)
 

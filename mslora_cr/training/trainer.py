@@ -363,14 +363,15 @@ class VisitSampler(Sampler[int]):
             blank: the position of a blank.
         """
         self._order, self._epoch = order, 0
-        self._blanks = [blank] * (-len(order(0)) % multiple)
+        self._visits = len(order(0))
+        self._blanks = [blank] * (-self._visits % multiple)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each epoch."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._order(0)) + len(self._blanks)
+        return self._visits + len(self._blanks)
 
     def __iter__(self) -> Iterator[int]:
         return iter([*self._order(self._epoch), *self._blanks])
