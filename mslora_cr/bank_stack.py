@@ -83,7 +83,7 @@ class BankStack:
             self._check(bank)
         routed = any(bank.routers for bank in banks)
         if routed and len(banks) > 1:
-            raise BankError("a bank with routers stands alone; it cannot be summed with others")
+            raise BankError("a bank with routers cannot be summed with others")
         if self.fold == "merge":
             self._merge([] if routed else banks)
         if self.fold == "concatenate" or routed or isinstance(self.model, PeftModel):
@@ -246,6 +246,6 @@ def _routers(model: nn.Module, adapter: str) -> dict[str, nn.Linear]:
 def _copy_routers(model: nn.Module, adapter: str, routers: Mapping[str, Tensor]) -> None:
     own = _routers(model, adapter)
     if {name: router.weight.shape for name, router in own.items()} != {name: r.shape for name, r in routers.items()}:
-        raise BankError("a mixture goes on from one of as many experts, and plain LoRA from plain LoRA")
+        raise BankError("a mixture can only continue one with as many experts, and plain LoRA only plain LoRA")
     for name, router in own.items():
         router.weight.copy_(routers[name])

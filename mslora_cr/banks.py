@@ -171,7 +171,7 @@ def load_bank(path: Path) -> Bank:
     for key, tensor in tensors.items():
         match = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_(A|B|router)\.weight", key)
         if match is None:
-            raise BankError(f"{path}/{WEIGHTS}: {key} is no LoRA matrix")
+            raise BankError(f"{path}/{WEIGHTS}: {key} is not a LoRA matrix")
         halves.setdefault(match[1], {})[match[2]] = tensor
     return _bank(path, metadata.get("name", path.name), rank, alpha, halves, metadata)
 
@@ -218,7 +218,7 @@ def published_bank(place: Path, name: str, rank: int, alpha: float, stored: Mapp
         match = _PUBLISHED_KEY.fullmatch(str(key))
         module = linear_name(match[1]) if match else None
         if match is None or module is None or not isinstance(tensor, Tensor):
-            raise BankError(f"{place}: {key} is no matrix of a published bank")
+            raise BankError(f"{place}: {key} is not a matrix of a published bank")
         halves.setdefault(module, {})[match[3]] = tensor
     return _bank(place, name, rank, alpha, halves, {})
 
@@ -265,7 +265,7 @@ def export_published(bank: Bank, folder: Path, index: int, base_config: Mapping[
         BankError: the bank has routers, for which the published format has no place.
     """
     if bank.routers:
-        raise BankError(f"bank {bank.name!r} is a mixture of experts, which the published format cannot hold")
+        raise BankError(f"bank {bank.name!r} is a mixture of experts, which the published format cannot represent")
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

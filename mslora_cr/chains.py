@@ -56,7 +56,7 @@ def _places(folder: Path, config: StreamConfig, whole: bool) -> dict[str, Path]:
     missing = next((task for task in config.stream[: len(found)] if task.name not in found), None)
     if whole and missing is not None:
         raise BankError(
-            f"{folder}: the chain has a hole: {_published_name(config, missing)} is missing, though "
+            f"{folder}: the chain has a gap: {_published_name(config, missing)} is missing, though "
             f"{_published_name(config, config.task([*found][-1]))} is there"
         )
     return found

@@ -284,18 +284,16 @@ class StreamConfig(_Strict):
                     "a new one needs an entry in `datasets` with its modality and folder"
                 )
             if task.name in seen:
-                raise ValueError(f"tasks.{position}.name: task {task.name!r} stands twice in the stream")
+                raise ValueError(f"tasks.{position}.name: task {task.name!r} appears twice in the stream")
             seen.add(task.name)
             if self.method == "replay" and task.batch_size == 1:
-                raise ValueError(f"tasks.{position}.batch_size: replay mixes new and old in a batch; give at least 2")
+                raise ValueError(f"tasks.{position}.batch_size: replay mixes new and old in a batch; use at least 2")
         return self
 
     @model_validator(mode="after")
     def _check_experts(self) -> StreamConfig:
         if self.moe_lora is not None and self.lora.rank % self.moe_lora.experts:
-            raise ValueError(
-                f"moe_lora.experts: {self.moe_lora.experts} cannot share lora.rank {self.lora.rank} equally"
-            )
+            raise ValueError(f"moe_lora.experts: {self.moe_lora.experts} does not divide lora.rank {self.lora.rank}")
         return self
 
     @property
@@ -328,7 +326,7 @@ class StreamConfig(_Strict):
             if task.name == name:
                 return task
         names = [task.name for task in self.tasks]
-        raise ConfigError(f"unknown task {name!r}{nearest(name, names)}; the stream holds {', '.join(names)}")
+        raise ConfigError(f"unknown task {name!r}{nearest(name, names)}; the stream has {', '.join(names)}")
 
     def same_modality(self, task: Task) -> list[bool]:
         """For each earlier task of the stream: does it share this task's modality?"""
@@ -379,13 +377,13 @@ DERIVED_TRAINING_FIELDS = {
     "seed": "seed",
     "data_seed": "seed",
     "remove_unused_columns": "nothing: the collator needs every column",
-    "resume_from_checkpoint": "nothing: the same command goes on by itself",
+    "resume_from_checkpoint": "nothing: the same command resumes automatically",
     "do_train": "nothing: `mslora-cr train` trains",
     "do_eval": "nothing: `mslora-cr evaluate` evaluates",
     "eval_strategy": "nothing: `mslora-cr evaluate` evaluates",
     "load_best_model_at_end": "nothing: the bank after the last step is kept",
-    "ignore_data_skip": "nothing: a resumed run takes up the samples where it was stopped",
-    "save_only_model": "nothing: a checkpoint holds all that a resumed run needs",
+    "ignore_data_skip": "nothing: a resumed run continues with the next sample",
+    "save_only_model": "nothing: a checkpoint contains everything a resumed run needs",
     "auto_find_batch_size": "training.per_device_train_batch_size",
     "push_to_hub": "nothing: upload the banks of a finished run yourself",
     "label_names": "nothing: labels are `labels`",

@@ -78,7 +78,7 @@ class _UniqueKeys(yaml.SafeLoader):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for name in names:
             if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} appears twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
@@ -131,7 +131,7 @@ def _targets(raw: dict[str, Any], parents: list[str], override: str) -> list[dic
     for part in parents:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {part!r} holds a value, not further keys")
+            raise ConfigError(f"override {override!r}: {part!r} has a value, not further keys")
     return [node]
 
 

@@ -116,7 +116,7 @@ def load(
     options = _loading_options(dtype, quantization, device)
     if config.get("model_type") == "llava":
         if vision_tower not in ("config", "checkpoint"):
-            raise ModelError(f"{path}: transformers' layout holds its vision tower; set model.vision_tower to config")
+            raise ModelError(f"{path}: transformers' layout includes its tower; set model.vision_tower to config")
         tower_source: str | Path = path
         model = _load_transformers_layout(path, options)
     else:
@@ -377,7 +377,7 @@ def shard_files(path: Path) -> list[Path]:
     if not index.is_file():
         single = path / "model.safetensors"
         if not single.is_file():
-            raise ModelError(f"{path}: neither model.safetensors.index.json nor model.safetensors is there")
+            raise ModelError(f"{path}: neither model.safetensors.index.json nor model.safetensors exists")
         return [single]
     return _indexed_files(index)
 
@@ -391,7 +391,7 @@ def _indexed_files(index: Path) -> list[Path]:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"{index}: not an index of weights ({error!r})") from None
     if outside:
-        raise ModelError(f"{index}: names {outside[0]!r}, which is no file of this folder")
+        raise ModelError(f"{index}: names {outside[0]!r}, which is not a file in this folder")
     files = [path / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -519,7 +519,7 @@ def _transformers_files(folder: Path) -> list[Path]:
     single = ("model.safetensors", "pytorch_model.bin")
     for file in _present(folder, *(f"{name}{ending}" for name in single for ending in ("", ".index.json"))):
         return [file, *_indexed_files(file)] if file.suffix == ".json" else [file]
-    raise ModelError(f"{folder}: holds no weights: neither {' nor '.join(single)}, nor an index of either")
+    raise ModelError(f"{folder}: contains no weights: neither {' nor '.join(single)}, nor an index of either")
 
 
 def _add_files(digest: hashlib._Hash, files: Sequence[Path]) -> None:
@@ -558,7 +558,7 @@ def _with_processors(path: Path, model: LlavaForConditionalGeneration, tower_sou
     if image_token_id >= rows or tokenizer.piece_id("<image>") != image_token_id:
         image_token_id = tokenizer.piece_id(PLACEHOLDER_PIECE)
     if image_token_id is None or image_token_id == tokenizer.pad_token_id:
-        raise ModelError(f"{path}: the tokenizer has no piece {PLACEHOLDER_PIECE} to stand for an image patch")
+        raise ModelError(f"{path}: the tokenizer has no piece {PLACEHOLDER_PIECE} to represent an image patch")
     model.config.image_token_id = image_token_id
     try:
         processor = AutoImageProcessor.from_pretrained(tower_source, backend="pil", trust_remote_code=False)

@@ -31,7 +31,7 @@ class MixedBanks:
             BankError: a bank has routers; such banks cannot be summed.
         """
         if any(bank.routers for bank in banks):
-            raise BankError("a bank with routers stands alone; it cannot answer beside others")
+            raise BankError("a bank with routers cannot answer beside others")
         self._columns = torch.repeat_interleave(torch.arange(len(banks)), torch.tensor([bank.rank for bank in banks]))
         self._banks = len(banks)
         self._dtype = model.get_input_embeddings().weight.dtype  # a quantised layer's weight has none to compute in

@@ -76,7 +76,7 @@ def load_statistics(bank_folder: Path) -> TaskStatistics:
         return TaskStatistics(int(stored["count"]), stored["mean"], stored["scatter"])
     except (OSError, KeyError, SafetensorError) as error:
         raise BankError(
-            f"{path}: nothing that a router could use ({error!r}); `mslora-cr bank fit-router CONFIG` makes it from "
+            f"{path}: no usable router statistics ({error!r}); `mslora-cr bank fit-router CONFIG` makes it from "
             "the task's training records"
         ) from None
 

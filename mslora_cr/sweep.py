@@ -197,8 +197,8 @@ def run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None]) -> Path:
                 error = done.exception()
                 if isinstance(error, BrokenProcessPool):
                     raise UserError(
-                        "a process of the sweep has ended at once (out of memory?); the same command goes on with what "
-                        "is not done, --jobs 1 needs the least"
+                        "a process of the sweep died (out of memory?); the same command resumes with what is missing, "
+                        "and --jobs 1 needs the least memory"
                     ) from None
                 if error is not None:
                     failed[waiting[done].name] = str(error)
@@ -211,7 +211,7 @@ def run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None]) -> Path:
     page = gather(finished, root) if finished else None
     if failed or page is None:
         lines = "\n  ".join(f"{name}: {error} ({root / name / 'sweep.log'})" for name, error in failed.items())
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again\n  {lines}")
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed; the same command retries them\n  {lines}")
     return page
 
 

@@ -313,7 +313,7 @@ def test_plain_peft_loads_a_mixture_as_the_plain_sum_of_its_experts(tmp_path: Pa
 
 def test_what_a_mixture_cannot_do_is_refused(tmp_path: Path) -> None:
     bank = routed_bank()
-    with pytest.raises(BankError, match="stands alone"):
+    with pytest.raises(BankError, match="cannot be summed with others"):
         BankStack(golden_base().model, "merge").freeze([bank, golden_bank(1)])
     with pytest.raises(BankError, match="plain LoRA from plain LoRA"):
         BankStack(golden_base().model, "merge").add_live(bank.rank, bank.alpha, initial=bank)
@@ -445,7 +445,7 @@ def test_a_matrix_of_another_layer_is_refused(tmp_path: Path) -> None:
     tensors = load_file(weights)
     tensors["base_model.model.lm_head.weight"] = torch.ones(2, 2)
     save_file(tensors, weights)
-    with pytest.raises(BankError, match=r"lm_head\.weight is no LoRA matrix"):
+    with pytest.raises(BankError, match=r"lm_head\.weight is not a LoRA matrix"):
         load_bank(tmp_path / "bank")
 
 

@@ -260,7 +260,7 @@ def test_the_digest_of_a_model_with_the_shards_own_tower(copy: Path) -> None:
     assert digest != weights_digest(copy)
     (tower / "model.safetensors").unlink()
     assert weights_digest(copy, "checkpoint") == digest
-    with pytest.raises(ModelError, match="clip-tiny-patch14: holds no weights"):
+    with pytest.raises(ModelError, match="clip-tiny-patch14: contains no weights"):
         weights_digest(copy)
     (tower / "preprocessor_config.json").write_text("{}")
     assert weights_digest(copy, "checkpoint") != digest
@@ -334,7 +334,7 @@ def test_no_such_folder(tmp_path: Path) -> None:
         ("config.json", "config.json is missing"),
         (SHARDS[1], f"missing {SHARDS[1]}, which model.safetensors.index.json names"),
         ("model.safetensors.index.json", "neither model.safetensors.index.json nor model.safetensors"),
-        ("tokenizer.model", "neither tokenizer.model nor tokenizer.json is there"),
+        ("tokenizer.model", "neither tokenizer.model nor tokenizer.json exists"),
     ],
 )
 def test_a_missing_file_is_named(file: str, message: str, copy: Path) -> None:

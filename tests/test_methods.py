@@ -199,9 +199,7 @@ def test_a_replayed_order_mixes_every_batch(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_replay_of_batches_of_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"tasks\.1\.batch_size: replay mixes new and old in a batch; give at least 2"
-    ):
+    with pytest.raises(ConfigError, match=r"tasks\.1\.batch_size: replay mixes new and old in a batch; use at least 2"):
         stream_of("replay", tmp_path, [("pathvqa", 1.0, 2), ("PCAM", 1.0, 1)])
 
 
@@ -209,7 +207,7 @@ def test_replay_of_batches_of_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_experts_that_cannot_share_the_rank_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"moe_lora\.experts: 3 cannot share lora\.rank 64 equally"):
+    with pytest.raises(ConfigError, match=r"moe_lora\.experts: 3 does not divide lora\.rank 64"):
         stream_of("moe_lora", tmp_path, [("pathvqa", 1.0, 2)], moe_lora={"experts": 3})
 
 

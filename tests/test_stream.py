@@ -409,7 +409,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     config = load_config(config_file())
-    with pytest.raises(ConfigError, match=r"tasks\.PCAM\.batch_size is 4, which 3 processes cannot share"):
+    with pytest.raises(ConfigError, match=r"tasks\.PCAM\.batch_size is 4, which 3 processes cannot divide"):
         batch_shape(config.task("PCAM"), {})
 
 

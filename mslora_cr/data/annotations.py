@@ -56,7 +56,7 @@ def build_annotations(
     """
     if dataset.name not in _BUILDERS:
         raise DataError(
-            f"{dataset.name}: its raw release holds nothing that annotations can be built from; "
+            f"{dataset.name}: its raw release has nothing to build annotations from; "
             "fetch them with `mslora-cr data download`"
         )
     rows = _BUILDERS[dataset.name](raw, _templates(dataset, questions or {}))
@@ -71,7 +71,7 @@ def build_annotations(
             )
         for new, old in ((new_train, train), (new_test, test)):
             if old.exists() and not filecmp.cmp(new, old, shallow=False):
-                raise DataError(f"{old}: differs from what would be built; move it away to build anew")
+                raise DataError(f"{old}: differs from what would be built; move it away to rebuild it")
         new_train.replace(train)
         new_test.replace(test)
     finally:
@@ -277,7 +277,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Lists, dicts, texts and numbers only: nothing that a pickle names is ever imported or called."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise DataError(f"refused: this pickle wants to load {module}.{name}; only plain data are read")
+        raise DataError(f"refused: this pickle wants to load {module}.{name}; only plain data is allowed")
 
 
 def _table(file: RawFile, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:

@@ -391,13 +391,19 @@ def _positive(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", metavar="ROOT", type=Path, nargs="?", default=Path("data/MSLoRA_CR"))
-    parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="these data sets instead of all")
-    parser.add_argument("--model", type=Path, help="a model's folder: look for samples that would be cut off")
-    parser.add_argument("--max-length", type=_positive, default=2048, help="positions per sample (%(default)s)")
-    parser.add_argument("--no-images", action="store_true", help="look at the annotations only")
-    parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("results/data-check.json"), help="(%(default)s)")
+    parser.add_argument(
+        "root", metavar="ROOT", type=Path, nargs="?", default=Path("data/MSLoRA_CR"), help="data root (%(default)s)"
+    )
+    parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="check only these data sets")
+    parser.add_argument("--model", type=Path, help="model folder; also reports samples that would be truncated")
+    parser.add_argument(
+        "--max-length", type=_positive, default=2048, help="with --model: positions per sample (%(default)s)"
+    )
+    parser.add_argument("--no-images", action="store_true", help="check only the annotations")
+    parser.add_argument(
+        "--workers", type=_positive, default=os.cpu_count() or 1, help="processes that decode images (%(default)s)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("results/data-check.json"), help="report (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -411,7 +417,7 @@ def run(args: argparse.Namespace) -> int:
     reports = [check(dataset, args.root, limit, None if args.no_images else scan) for dataset in datasets]
     print(table(reports))
     if limit is None:
-        print("lengths were not looked at; name a model's folder with --model")
+        print("lengths were not checked; give a model folder with --model")
     errors = sum(report.errors for report in reports)
     result = {"root": str(args.root), "errors": errors, "data_sets": [asdict(report) for report in reports]}
     args.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -113,7 +113,7 @@ def _listing(asset: Asset, revision: str | None, endpoint: str | None) -> tuple[
         if _is_wanted(file.rfilename, asset, names)
     ]
     if not files or info.sha is None:
-        raise DataError(f"{asset.repo}: holds nothing that is looked for ({', '.join(asset.patterns)})")
+        raise DataError(f"{asset.repo}: contains none of the expected files ({', '.join(asset.patterns)})")
     return info.sha, files
 
 
@@ -132,7 +132,7 @@ def _is_here(file: RemoteFile, target: Path, in_place: Mapping[str, str]) -> boo
     if file.name in in_place:
         return in_place[file.name] == file.digest and path.stat().st_size == file.size
     if path.stat().st_size != file.size or _digest(path, file) != file.digest:
-        raise DataError(f"{path}: did not come from the hub, and differs from its file; move it away first")
+        raise DataError(f"{path}: was not downloaded from the hub and differs from the file there; move it away first")
     return True
 
 
@@ -155,7 +155,7 @@ def _fetch(asset: Asset, file: RemoteFile, commit: str, path: Path, endpoint: st
         )
     if _digest(partial, file) != file.digest:
         partial.unlink()
-        raise DataError(f"{path}: what came is damaged; run the same command again")
+        raise DataError(f"{path}: the download is damaged; run the same command again")
     partial.replace(path)
 
 
@@ -197,14 +197,14 @@ def _explain(asset: Asset, error: Exception) -> str:
         return f"{asset.repo}: not found, or not open to this account; see {page}"
     if isinstance(error, RevisionNotFoundError):
         return f"{asset.repo}: no such revision; see {page}/commits/main"
-    return f"{asset.repo}: the download stopped ({error}); run the same command again to go on"
+    return f"{asset.repo}: the download stopped ({error}); run the same command again to resume"
 
 
 # --- the commands ------------------------------------------------------------
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--root", type=Path, default=Path("data/MSLoRA_CR"), help="the data root (%(default)s)")
+    parser.add_argument("--root", type=Path, default=Path("data/MSLoRA_CR"), help="data root (%(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit (main)")
 
 
@@ -224,10 +224,10 @@ def run_data(args: argparse.Namespace) -> int:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", metavar="NAME", nargs="*", help=f"{', '.join(MODELS)}; all of them if none is named")
+    parser.add_argument("names", metavar="NAME", nargs="*", help=f"{', '.join(MODELS)}; all by default")
     parser.add_argument("--root", type=Path, default=Path("pretrained_models"), help="for models (%(default)s)")
-    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="(%(default)s)")
-    parser.add_argument("--revision", help="branch, tag or commit (main); for a single NAME")
+    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="for checkpoints (%(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit (main); requires a single NAME")
 
 
 def run_model(args: argparse.Namespace) -> int:

@@ -167,7 +167,7 @@ def _place(matches: Mapping[str, RawFile], targets: Mapping[str, Path], copy: bo
         for name, file in matches.items():
             target = targets[name]
             if file.size > MAX_IMAGE_BYTES:
-                raise DataError(f"image {name!r}: {file.path} holds {file.size:,} bytes, too many for an image")
+                raise DataError(f"image {name!r}: {file.path} holds {file.size:,} bytes, too large for an image")
             if file.member or copy:
                 packed.setdefault(file, []).append(target)
                 continue
@@ -180,16 +180,16 @@ def _place(matches: Mapping[str, RawFile], targets: Mapping[str, Path], copy: bo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(catalog())}")
-    parser.add_argument("--raw", type=Path, nargs="+", required=True, help="the download: folders and archives")
-    parser.add_argument("--root", type=Path, default=Path("data/MSLoRA_CR"), help="the data root (%(default)s)")
-    parser.add_argument("--annotations", action="store_true", help="build train.json and test.jsonl from the release")
-    parser.add_argument("--copy", action="store_true", help="copy images instead of linking to them")
+    parser.add_argument("--raw", type=Path, nargs="+", required=True, help="raw download: folders and archives")
+    parser.add_argument("--root", type=Path, default=Path("data/MSLoRA_CR"), help="data root (%(default)s)")
+    parser.add_argument("--annotations", action="store_true", help="build train.json and test.jsonl from it")
+    parser.add_argument("--copy", action="store_true", help="copy images instead of linking them")
     parser.add_argument(
         "--question",
         metavar="KEY=TEXT",
         action="append",
         default=[],
-        help="with --annotations: ask this instead of the catalogue's question KEY",
+        help="with --annotations: replaces the catalogue's question KEY; may be repeated",
     )
 
 
@@ -208,7 +208,7 @@ def run(args: argparse.Namespace) -> int:
     if result.rows is not None:
         left_out = f"; {result.rows['empty']} rows without question or answer left out" if result.rows["empty"] else ""
         print(f"annotations: {result.rows['train']} training rows, {result.rows['test']} test rows{left_out}")
-    print(f"{dataset.name}: {result.placed} images placed, {result.present} were there already")
+    print(f"{dataset.name}: {result.placed} images placed, {result.present} already present")
     for name in result.missing[:20]:
         print(f"  missing: {name}")
     for name, candidates in list(result.ambiguous.items())[:20]:

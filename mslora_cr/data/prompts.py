@@ -90,7 +90,7 @@ def _rounds(turns: Sequence[Turn], images: int) -> tuple[list[tuple[str, str]], 
 
 def _text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     if "\0" in text:
-        raise ValueError("a text holds a NUL character, whose piece stands for image patches; remove it")
+        raise ValueError("the text contains a NUL character, whose piece represents image patches; remove it")
     return tokenizer.encode(text)
 
 

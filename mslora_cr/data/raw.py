@@ -125,7 +125,7 @@ class RawData:
             found = [file for file in self.named(parts[-1]) if file.path.parts[-len(parts) :] == parts]
             if len({fingerprint(file) for file in found}) > 1:
                 places = "".join(f"\n  {file.path}" for file in found)
-                raise DataError(f"{suffix}: the raw data hold several different ones; leave one:{places}")
+                raise DataError(f"{suffix}: the raw data contains several different ones; keep one:{places}")
             if found:
                 return found[0]
         places = ", ".join(str(place) for place in self.places)
@@ -178,7 +178,7 @@ def _check_room(file: RawFile, targets: Sequence[Path]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
         if file.size > free:
-            raise DataError(f"{file.path}: says it holds {file.size:,} bytes; {free:,} are free at {target.parent}")
+            raise DataError(f"{file.path}: claims {file.size:,} bytes; {free:,} are free at {target.parent}")
 
 
 def write_atomically(target: Path, stream: IO[bytes] | GzipFile) -> None:
@@ -242,7 +242,7 @@ def _check_member(archive: Path, name: str, special: bool) -> None:
         if name.rstrip("/") not in ("", "."):
             check_name(name)
     except DataError:
-        raise DataError(f"{archive}: refused: member {name!r} would lead outside of it") from None
+        raise DataError(f"{archive}: refused: member {name!r} would be extracted outside") from None
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("should be text, but holds half of a surrogate pair") from None
+        raise ValueError("should be text, but contains half of a surrogate pair") from None
     return text
 
 
@@ -138,7 +138,7 @@ class _Records(Sequence[Record], Generic[Record]):
             raise DataError(f"{self.path}: cannot be read ({error.strerror or error})") from error
         self.digest = hasher.hexdigest()
         if not self._starts:
-            raise DataError(f"{self.path}: holds no records")
+            raise DataError(f"{self.path}: contains no records")
 
     @abstractmethod
     def _items(self, file: BinaryIO, hasher: "hashlib._Hash") -> Iterator[Item]: ...
@@ -214,8 +214,8 @@ def _misplaced_mark(record: TrainingRecord) -> str | None:
     for number, turn in enumerate(record.turns):
         legal = number == question and turn.speaker == "human" and record.images
         if IMAGE in turn.text and not legal:
-            reason = "only the first question may hold one" if record.images else "the record names no image"
-            return f"field 'conversations[{number}].value': holds an {IMAGE} mark, but {reason}"
+            reason = "only the first question may contain one" if record.images else "the record names no image"
+            return f"field 'conversations[{number}].value': contains an {IMAGE} marker, but {reason}"
     return None
 
 
@@ -279,7 +279,7 @@ class _ListReader:
                 self.index += 1
         self._advance(1)
         if self._peek():
-            raise DataError(f"{self.path}: something follows the end of the list")
+            raise DataError(f"{self.path}: unexpected content after the end of the list")
 
     def _element(self) -> Any:
         if self._peek() != "{":

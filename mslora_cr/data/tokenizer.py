@@ -32,7 +32,7 @@ class Tokenizer:
         """
         model_file = folder / "tokenizer.model"
         if not model_file.is_file() and not (folder / "tokenizer.json").is_file():
-            raise TokenizerError(f"{folder}: neither tokenizer.model nor tokenizer.json is there")
+            raise TokenizerError(f"{folder}: neither tokenizer.model nor tokenizer.json exists")
         try:
             self._pieces = SentencePieceProcessor(model_file=str(model_file)) if model_file.is_file() else None
             # By class, not AutoTokenizer: that one chooses by the folder's model_type.

@@ -95,12 +95,12 @@ def _answered(
         for label in having:
             pair = f"{baseline} and {label}"
             if cells[label].questions != cells[baseline].questions:
-                raise ReportError(f"{pair} were asked different questions of {task}; evaluate both anew")
+                raise ReportError(f"{pair} were asked different questions of {task}; evaluate both again")
             counts = len(columns[baseline]), len(columns[label])
             if counts[0] != counts[1]:
                 raise ReportError(
                     f"{pair} were asked the same questions of {task}, but scores.csv has {counts[0]} of the one and "
-                    f"{counts[1]} of the other; evaluate both anew"
+                    f"{counts[1]} of the other; evaluate both again"
                 )
         if len(columns[baseline]):
             # All runs see the same draws, so that their differences are paired.

@@ -147,7 +147,7 @@ class Evaluation(_Read):
             if len(set(counts.values())) > 1:
                 told = ", ".join(f"{count} at stage {stage}" for stage, count in counts.items())
                 raise ReportError(
-                    f"{task} has scores of different questions ({told}); evaluate it anew at all these stages"
+                    f"{task} has scores of different questions ({told}); evaluate it again at all these stages"
                 )
             means = resampled_means(np.column_stack(list(own.values())), stream=number)
             drawn |= dict(zip(own, 100 * means.T, strict=True))
@@ -424,7 +424,7 @@ def _read_analysis(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ReportError(f"{path}: not JSON ({error}); `mslora-cr analyze` writes it anew") from None
+        raise ReportError(f"{path}: not JSON ({error}); `mslora-cr analyze` rewrites it") from None
 
 
 def _answer_files(evaluation: Evaluation, results_dir: Path) -> dict[str, Path]:

@@ -80,7 +80,7 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
     }
     asked = {stage: tasks for stage, tasks in asked.items() if tasks}
     if not asked:
-        raise BankError(f"no stage of this run can be answered from the banks there are in {config.run_dir}")
+        raise BankError(f"no stage of this run can be answered from the banks in {config.run_dir}")
     session = _Session(config, chain, saved_statistics(config, learned[: max(asked)]))
     facts = {
         f"the questions, banks or settings at stage {stage}": session.fingerprint(stage, tasks)
@@ -114,7 +114,7 @@ def saved_statistics(config: StreamConfig, tasks: Sequence[Task]) -> list[TaskSt
         if recorded not in (None, file_digest(folder / STATISTICS)):
             raise BankError(
                 f"{folder / STATISTICS} is not what the ledger records; `mslora-cr bank fit-router CONFIG --task "
-                f"{task.name}` makes it anew"
+                f"{task.name}` recreates it"
             )
     return found
 

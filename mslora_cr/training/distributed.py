@@ -122,7 +122,7 @@ def must_be_shared(folder: Path) -> None:
         mark.unlink()
     if unseen:
         raise DistributedError(
-            f"{folder} is not one folder for all: what rank 0 writes there does not appear on rank {unseen[0]}. Put "
+            f"{folder} is not shared: what rank 0 writes there does not appear on rank {unseen[0]}. Put "
             "output_dir and results_dir on a file system that all hosts share"
         )
 
@@ -146,7 +146,8 @@ def zero_stage(deepspeed_config: str | Mapping[str, Any] | None) -> int:
             raise DistributedError(f"training.deepspeed: {deepspeed_config} cannot be read as JSON ({error})") from None
     if "RANK" not in os.environ:
         raise DistributedError(
-            "training.deepspeed needs a launcher, for one process too: torchrun --nproc_per_node 1 -m mslora_cr train …"
+            "training.deepspeed needs a launcher, even for one process: "
+            "torchrun --nproc_per_node 1 -m mslora_cr train …"
         )
     return int(content.get("zero_optimization", {}).get("stage", 0))
 

@@ -126,8 +126,8 @@ class Ledger:
         differences = self.differences(config, model_digest)
         if differences and not force:
             raise ConfigError(
-                f"{self.folder} was made by another configuration ({differences}). Choose another `run`, or pass "
-                "--force to go on with this one"
+                f"{self.folder} was made with another configuration ({differences}). Choose another `run`, or pass "
+                "--force to continue with this one"
             )
 
     def differences(self, config: StreamConfig, model_digest: str) -> str:

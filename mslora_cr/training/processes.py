@@ -74,7 +74,7 @@ def stopping_together() -> Iterator[None]:
         wait_for_all()
     except BaseException as error:
         if lost_a_process(error):
-            time.sleep(2 * WATCH_SECONDS)  # if that was the launcher's end, the thread says so and stops here
+            time.sleep(3 * WATCH_SECONDS)  # if that was the launcher's end, the thread says so and stops here
         if _first_to_fail():
             _show(error)
         _end_process(130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -143,13 +143,13 @@ def _first_to_fail() -> bool:
 
 def _show(error: BaseException) -> None:
     if isinstance(error, KeyboardInterrupt):
-        message = "interrupted; the same command goes on from the last checkpoint"
+        message = "interrupted; the same command resumes from the last checkpoint"
     elif isinstance(error, UserError | OSError):
         message = f"error on rank {rank()}: {error}"
     elif lost_a_process(error):
         message = (
             f"error on rank {rank()}: another process of this run has ended or does not answer, so all stop; the same "
-            f"command goes on from the last checkpoint ({str(error).splitlines()[0]})"
+            f"command resumes from the last checkpoint ({str(error).splitlines()[0]})"
         )
     else:
         traceback.print_exception(error)
@@ -179,11 +179,13 @@ def _watch(launchers: list[int]) -> None:
     # Ranks on this host, as torchrun and as DeepSpeed's launcher say it.
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size())))
     first_here = rank() - local_rank
-    again = "so this run stops; the same command goes on from the last checkpoint"
+    again = "so this run stops; the same command resumes from the last checkpoint"
     while True:
         time.sleep(WATCH_SECONDS)
         failed = None if _others is None else _others.failed
         if _launchers() != launchers:
+            if local_rank > 0:  # DeepSpeed's lower launcher would kill the first rank before it has said why
+                time.sleep(1.5 * WATCH_SECONDS)
             _stop_for(f"the launcher has ended, {again}", show=local_rank == 0)
         elif failed not in (None, rank()):
             time.sleep(GRACE_SECONDS)

@@ -130,7 +130,7 @@ def train(config: StreamConfig, only: str | None = None, force: bool = False) ->
 
     first_rank_first(prepare)
     if not tasks and rank() == 0:
-        print(f"{config.method} trains nothing; evaluate it as it is")
+        print(f"{config.method} trains nothing; evaluate it directly")
     run = StreamRun(config, fields, ledger, records, model_digest, force)
     progress = tqdm(tasks, desc="stream", unit="task", disable=rank() != 0)
     for task in progress:
@@ -225,11 +225,11 @@ def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:
     share, rest = divmod(task.batch_size, world_size())
     if rest:
         raise ConfigError(
-            f"tasks.{task.name}.batch_size is {task.batch_size}, which {world_size()} processes cannot share equally"
+            f"tasks.{task.name}.batch_size is {task.batch_size}, which {world_size()} processes cannot divide equally"
         )
     most = min(share, fields.get("per_device_train_batch_size", share))
     if most < 1:
-        raise ConfigError(f"training.per_device_train_batch_size is {most}; give at least 1")
+        raise ConfigError(f"training.per_device_train_batch_size is {most}; use at least 1")
     per_device = max(size for size in range(1, most + 1) if share % size == 0)
     return per_device, share // per_device
 
@@ -276,7 +276,7 @@ def refuse_changed_records(ledger: Ledger, records: dict[str, TrainingRecords]) 
     for name, found in records.items():
         entry = ledger.content["tasks"].get(name)
         if entry is not None and entry["records_digest"] not in (None, found.digest):
-            raise DataError(f"{found.path} has changed since {name!r} was trained on it; restore it to go on")
+            raise DataError(f"{found.path} has changed since {name!r} was trained on it; restore it to continue")
 
 
 def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
@@ -350,12 +350,12 @@ def training_arguments(
         raise ConfigError(f"training: {error}") from None
     if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ConfigError(
-            "training.gradient_checkpointing_kwargs.use_reentrant: with true the vision tower would be walked "
-            "backwards at every step; set it to false"
+            "training.gradient_checkpointing_kwargs.use_reentrant: true would run a backward pass through the "
+            "vision tower at every step; set it to false"
         )
     if args.train_sampling_strategy == "batch_rebalance":
         raise ConfigError(
-            "training.train_sampling_strategy: batch_rebalance would decode every image to learn how long samples are; "
+            "training.train_sampling_strategy: batch_rebalance would decode every image to measure the samples; "
             "use group_by_length, or random (the default)"
         )
     return args

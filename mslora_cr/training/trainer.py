@@ -425,8 +425,8 @@ def refuse_other_launch(checkpoint: Path, args: TrainingArguments, made_from: Ma
     changed = [key for key, value in made_from.items() if written.get(key) != value and key not in free]
     if changed:
         raise ConfigError(
-            f"{checkpoint} was made by another configuration, or from other files: {', '.join(changed)} changed since. "
-            f"Restore what it was, or {again}; --force goes on with another configuration"
+            f"{checkpoint} was made with another configuration or other files: {', '.join(changed)} changed since. "
+            f"Restore what it was, or {again}; --force continues with the changed configuration"
         )
 
 
@@ -444,7 +444,7 @@ def writing(place: Path) -> Iterator[None]:
             raise
         raise SaveError(
             f"{place} cannot be written ({str(error).splitlines()[0]}). What was complete before is kept; the same "
-            "command goes on from there once there is space and permission"
+            "command resumes from there once there is space and permission"
         ) from error
 
 

@@ -80,7 +80,7 @@ def test_a_broken_connection_is_resumed_within_a_run(hub: Hub, tmp_path):
 def test_a_download_that_stopped_goes_on_in_the_next_run(hub: Hub, tmp_path):
     hub.cut["pytorch_model.bin"] = CUT
     hub.dying.add("pytorch_model.bin")
-    with pytest.raises(DataError, match="run the same command again to go on"):
+    with pytest.raises(DataError, match="run the same command again to resume"):
         download(MODELS["clip"], tmp_path, endpoint=hub.url)
     target = tmp_path / "openai" / "clip-vit-large-patch14-336"
     record = json.loads((target / "download.json").read_text())

@@ -147,7 +147,7 @@ def test_an_image_mark_outside_the_first_question_is_refused(name, tmp_path):
     path = write(tmp_path / "train.json", [GOOD, {**GOOD, "conversations": turns}])
     with pytest.raises(DataError) as caught:
         TrainingRecords(path)
-    problem = "holds an <image> mark, but only the first question may hold one"
+    problem = "holds an <image> mark, but only the first question may contain one"
     assert str(caught.value) == f"{path}: record 1: field 'conversations[{place}].value': {problem}"
 
 

@@ -193,7 +193,7 @@ def test_a_folder_that_becomes_read_only(
     ("override", "message"),
     [
         ("data.root=data", "rank 1 and rank 0 differ in the training records"),
-        ("output_dir=runs", "runs/tiny is not one folder for all: what rank 0 writes there does not appear on rank 1"),
+        ("output_dir=runs", "runs/tiny is not shared: what rank 0 writes there does not appear on rank 1"),
     ],
 )
 def test_hosts_that_see_different_files_are_refused(
