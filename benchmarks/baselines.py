@@ -67,5 +67,5 @@ def autograd_penalties(
 
 
 def alternating(banks: int) -> list[bool]:
-    """Flags of so many earlier banks, every other one of the task's own modality."""
+    """Flags of this many earlier banks, every other one of the task's own modality."""
     return [number % 2 == 0 for number in range(banks)]

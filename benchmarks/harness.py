@@ -240,7 +240,7 @@ def finish(
     Args:
         figures: values of each variant, round by round.
         ratios: name → (variant above, variant below the line).
-        extra: further facts, which stand in the JSON under their own names.
+        extra: further facts, added to the JSON under their own names.
     """
     summary = {name: figure(values) for name, values in figures.items()}
     result = {

@@ -152,7 +152,7 @@ def load_bank(path: Path) -> Bank:
     """Read a bank: a PEFT adapter's folder, a published checkpoint's folder, or its `cl_lora.bin` itself.
 
     Raises:
-        BankError: nothing readable is there, or it is no bank over the language model's linear layers.
+        BankError: nothing readable was found, or it is not a bank over the language model's linear layers.
     """
     if path.name == PUBLISHED_WEIGHTS or (path / PUBLISHED_WEIGHTS).is_file():
         return _load_published(path.parent if path.name == PUBLISHED_WEIGHTS else path)
@@ -258,7 +258,7 @@ def export_published(bank: Bank, folder: Path, index: int, base_config: Mapping[
     """Write a bank as the published code does: `cl_lora.bin` and `config.json`.
 
     Args:
-        index: the task's position in the stream, from 0; it stands in every key.
+        index: the task's position in the stream, from 0; it is part of every key.
         base_config: the base model's `config.json`, to which `mslora_cfg` is added.
 
     Raises:

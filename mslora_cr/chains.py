@@ -73,7 +73,7 @@ def _load(place: Path, name: str, config: StreamConfig) -> Bank:
 
 
 def _published_name(config: StreamConfig, task: Task) -> str:
-    """A task's folder in a published run: the names of the tasks learned by then, or its own if banks stand alone."""
+    """A task's folder in a published run: the names of the tasks learned by then, or its own for independent banks."""
     method = METHODS[config.method]
     chain = config.stream[: task.index + 1] if method.folds_earlier or method.continues else [task]
     return "_".join(member.name for member in chain)
@@ -93,7 +93,7 @@ def _place(folder: Path, config: StreamConfig, task: Task) -> Path | None:
 
 
 def export_chain(banks: Mapping[str, Bank], config: StreamConfig, output: Path) -> Iterator[Path]:
-    """Write banks as a published run below `output`; gives each folder when it is there."""
+    """Write banks as a published run below `output`; yields each folder once it is written."""
     base = json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8"))
     for task in config.stream:
         if task.name in banks:

@@ -72,7 +72,7 @@ class ModelConfig(_Strict):
 
 
 class DataConfig(_Strict):
-    """Where the data sets stand and how a record becomes a sample."""
+    """Where the data sets are and how a record becomes a sample."""
 
     root: str
     images: Literal["first", "all"] = "first"
@@ -179,7 +179,7 @@ class DatasetConfig(_Strict):
     folder: str
     image_folders: list[str] = []
     published: str | None = None
-    """The published task whose scores stand beside this one's in reports."""
+    """The published task whose scores reports show beside this one's."""
 
 
 class TaskConfig(_Strict):

@@ -26,7 +26,7 @@ COMPARED: tuple[MethodName, ...] = ("mslora_cr", "sequential")
 def run_demo(overrides: Sequence[str] = ()) -> None:
     """Make what is missing, train and evaluate both methods, and write `summary.json` and the reports.
 
-    Everything that an earlier call has finished is kept, so a killed demo goes on.
+    Everything that an earlier call has finished is kept, so a killed demo resumes.
     """
     started = time.monotonic()
     runs = {method: load_config(CONFIG, [*overrides, f"run={method}", f"method={method}"]) for method in COMPARED}

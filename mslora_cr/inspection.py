@@ -82,7 +82,7 @@ def _towers(path: Path, config: dict[str, Any], own: dict[str, tuple[Path, str]]
     named = config.get("mm_vision_tower")
     found: dict[str, Any] = {"named": named, "tensors_in_shards": len(own)}
     if named is None or not own:
-        return found | {"compared": False, "why": "only one tower is there"}
+        return found | {"compared": False, "why": "there is only one tower"}
     try:
         theirs = load_named_tower(path, config).state_dict()
     except ModelError as error:

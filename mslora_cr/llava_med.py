@@ -39,7 +39,7 @@ from mslora_cr.data.tokenizer import Tokenizer, TokenizerError
 from mslora_cr.errors import UserError
 
 PLACEHOLDER_PIECE = "<0x00>"
-"""The byte piece that stands for an image patch in `input_ids`: inside the vocabulary, so that `lm_head` keeps its
+"""The byte piece that represents an image patch in `input_ids`: inside the vocabulary, so that `lm_head` keeps its
 rows, and produced by no text (a NUL character in a text is refused)."""
 
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
@@ -83,7 +83,7 @@ class LlavaMed:
     tokenizer: Tokenizer
     image_processor: Any
     image_token_id: int
-    """The id that stands for one image patch."""
+    """The id that represents one image patch."""
     patches: int
     """Image patches, hence positions, per image."""
 
@@ -148,7 +148,7 @@ def tower_features(tower: nn.Module, layer: int, pixels: Tensor) -> Tensor:
 
 
 class _GivenFeatures(nn.Module):
-    """Stands where a tower stood: what it is given are the features already."""
+    """Takes a tower's place: its input is already the features."""
 
     def __init__(self, layer: int) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ def language_linear_shapes(path: Path) -> list[tuple[int, int]]:
 
 
 def _tower_source(path: Path, config: Mapping[str, Any], vision_tower: str) -> str | Path:
-    """The tower's folder, or its hub name where no folder of that name stands."""
+    """The tower's folder, or its hub name where no folder of that name exists."""
     name = vision_tower if vision_tower not in ("config", "checkpoint") else config.get("mm_vision_tower")
     if not isinstance(name, str) or not name:
         raise ModelError(f"{path}/config.json: mm_vision_tower is missing")

@@ -18,7 +18,7 @@ class MixedBanks:
     """Banks beside a base model that has none folded in: ``x Wᵀ + ((x Aᵀ) · m) Bᵀ`` at every linear layer.
 
     A and B hold all banks, one after the other; m is 1 for the ranks of the row's own banks and 0 elsewhere, so a row
-    gets what it would get alone, whatever stands beside it. The banks are held once, in the model's dtype.
+    gets what it would get alone, whatever is beside it. The banks are held once, in the model's dtype.
     """
 
     def __init__(self, model: PreTrainedModel, banks: Sequence[Bank]) -> None:

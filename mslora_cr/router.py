@@ -28,7 +28,7 @@ from mslora_cr.data.records import DataError, TestRecords, TrainingRecord, Train
 from mslora_cr.llava_med import LlavaMed
 
 FIT_RECORDS = 2000
-"""Records of a task that are looked at, spread evenly over its file: more would not move its mean or scatter."""
+"""Records of a task that are used, spread evenly over its file: more would not move its mean or scatter."""
 TEXT_FEATURES = 256
 """Word embeddings wider than this are projected to as many features, at random but always alike, so that a task's
 statistics stay small: Johnson and Lindenstrauss, 1984."""
@@ -68,7 +68,7 @@ def load_statistics(bank_folder: Path) -> TaskStatistics:
     """What was saved with a bank.
 
     Raises:
-        BankError: nothing readable is there.
+        BankError: nothing readable was found.
     """
     path = bank_folder / STATISTICS
     try:

@@ -71,7 +71,7 @@ def plan_sweep(
     orders: int = 1,
     seeds: Sequence[int] = (),
 ) -> list[SweepRun]:
-    """The runs of a sweep, method by method. Their folders stand below those of the file's own run.
+    """The runs of a sweep, method by method. Their folders are below those of the file's own run.
 
     With `evaluation.banks_by` `routed`, a method that answers every task with the same banks has nothing to route: its
     runs are answered by `prefix`, which tells it no task either.
@@ -116,7 +116,7 @@ def task_orders(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
     """So many different orders of the tasks, the one given first.
 
     Raises:
-        ConfigError: there are not so many.
+        ConfigError: there are fewer.
     """
     if not 1 <= count <= factorial(len(tasks)):
         raise ConfigError(
@@ -175,7 +175,7 @@ def run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None]) -> Path:
     What a run prints goes into `sweep.log` in its results folder. A run that fails does not stop the others.
 
     Returns:
-        The page. `sweep.json`, `sweep.md` and `sweep.svg` stand beside it.
+        The page. `sweep.json`, `sweep.md` and `sweep.svg` are beside it.
 
     Raises:
         UserError: runs have failed; names them and their logs. The report holds the others.
@@ -262,7 +262,7 @@ def _output_into(path: Path) -> Iterator[None]:
                 os.close(old)
 
 
-# --- what came out ---------------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------------------------
 
 
 def gather(runs: Sequence[SweepRun], root: Path) -> Path:

@@ -47,12 +47,12 @@ def build_annotations(
 ) -> Counter[str]:
     """Write `folder/train.json` and `folder/test.jsonl`; give the number of rows of each split.
 
-    `questions` replaces templates of the catalogue, by their keys. Files that are there already are left
+    `questions` replaces templates of the catalogue, by their keys. Files that exist already are left
     alone if they say the same, and never overwritten otherwise. Rows without a question or an answer are left
     out, and counted under "empty".
 
     Raises:
-        DataError: the release holds nothing to build from or is malformed, or other annotations are there.
+        DataError: the release holds nothing to build from or is malformed, or other annotations exist.
     """
     if dataset.name not in _BUILDERS:
         raise DataError(

@@ -1,4 +1,4 @@
-"""The published data sets: where each stands, where it comes from, what it asks. Read from `catalog.yaml`."""
+"""The published data sets: where each belongs, where it comes from, what it asks. Read from `catalog.yaml`."""
 
 from functools import cache
 from pathlib import Path

@@ -42,7 +42,7 @@ SHORT = 80
 NOTABLE = 0.01
 """The share from which on a training answer is named."""
 CLIP_PATCHES = 576
-"""Patches of CLIP ViT-L/14 at 336 pixels, assumed where the model's own tower is not at hand."""
+"""Patches of CLIP ViT-L/14 at 336 pixels, assumed where the model's own tower is not available."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Share:
 
 @dataclass
 class Report:
-    """What was found about one data set; `None` where nothing could be looked at."""
+    """What was found about one data set; `None` where nothing could be checked."""
 
     name: str
     train_rows: int | None = None
@@ -95,7 +95,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Scan:
-    """How image files are looked at; a `cache` file remembers those found good (`check_images`)."""
+    """How image files are checked; a `cache` file remembers those found good (`check_images`)."""
 
     workers: int = 1
     progress: bool = False
@@ -291,7 +291,7 @@ def _check_image_files(dataset: DataSet, root: Path, training: Names, test: Name
 
 
 def _resolve(names: Names, roots: Sequence[Path], file: str, report: Report) -> dict[str, Path]:
-    """The images that are there, by their places."""
+    """The existing images, by their paths."""
     found, missing = {}, []
     for place, name in names.items():
         try:

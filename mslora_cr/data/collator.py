@@ -137,7 +137,7 @@ class UnitedSamples(ConcatDataset[Sample]):
         return [length for part in self.parts for length in part.lengths()]
 
     def place(self, index: int) -> str:
-        """Where a sample's record stands, for errors."""
+        """Where a sample's record is, for errors."""
         part = bisect_right(self.cumulative_sizes, index)
         records = self.parts[part].records
         place = records.place(index - ([0, *self.cumulative_sizes][part]))

@@ -1,6 +1,6 @@
 """`mslora-cr data download` and `mslora-cr model download`: what the Hugging Face hub holds for this project.
 
-A download that was interrupted goes on where it was. `download.json` beside the files records the exact
+An interrupted download resumes where it stopped. `download.json` beside the files records the exact
 commit. Another endpoint is named with the environment variable HF_ENDPOINT.
 """
 
@@ -71,8 +71,8 @@ MODELS = {
 def download(asset: Asset, folder: Path, revision: str | None = None, endpoint: str | None = None) -> Path:
     """Fetch an asset into `folder / asset.place`; give that place. Files already there are not fetched again.
 
-    A file that was interrupted goes on in its middle, also after a kill; with `snapshot_download` it would
-    start anew.
+    An interrupted file resumes in its middle, also after a kill; with `snapshot_download` it would
+    start from the beginning.
 
     Raises:
         DataError: no access, no such repository or revision, a broken connection, a damaged file, or one in

@@ -38,7 +38,7 @@ class FeatureCache:
     folder: Path
 
     def place(self, image: Path) -> Path:
-        """Where the features of an image file stand, whether or not they do."""
+        """Where the features of an image file belong, whether or not they exist."""
         status = image.stat()
         digest = _digest(os.fspath(image), status.st_size, status.st_mtime_ns)
         return self.folder / digest[:2] / f"{digest}.safetensors"
@@ -54,7 +54,7 @@ class FeatureCache:
             return load_file(place)[_NAME]
         except (OSError, SafetensorError, KeyError) as error:
             raise DataError(
-                f"{image}: no features in {place} ({error}); remove that file if it is there and start again, and do "
+                f"{image}: no features in {place} ({error}); remove that file if it exists and start again, and do "
                 "not change images while a run reads them"
             ) from None
 

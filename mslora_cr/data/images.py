@@ -33,7 +33,7 @@ def image_roots(data_root: Path, folder: str, image_folders: Sequence[str] = ())
 
 
 def tower_folder(model: Path, name: str) -> Path | None:
-    """Where the vision tower stands that a model's configuration calls `name`, unless it is on the hub only.
+    """The folder of the vision tower that a model's configuration calls `name`, unless it is on the hub only.
 
     A folder in the model's own, beside it (`pretrained_models/openai/…` beside `pretrained_models/llava_med_v1.5`), or
     below the working directory; or an absolute one.
@@ -119,7 +119,7 @@ def check_images(
 
     Only a few chunks of `paths` are in flight at a time, whatever its length. With a `cache` file, images
     found good before (same path, size and modification time) are not decoded again, and newly good ones are
-    added as they are found, so that a run that was interrupted goes on where it was.
+    added as they are found, so that an interrupted run resumes where it stopped.
     """
     known = _read_marks(cache)
     bad: list[tuple[int, Path, str]] = []

@@ -49,7 +49,7 @@ def prepare(
 ) -> Prepared:
     """Bring a data set's images from its raw download into `data_root`; safe to repeat.
 
-    Images that stand alone are linked, or copied with `copy`; those in archives are unpacked. With
+    Loose images are linked, or copied with `copy`; those in archives are unpacked. With
     `annotations`, `train.json` and `test.jsonl` are built first (`questions`: templates that replace the
     catalogue's).
 

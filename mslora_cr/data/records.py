@@ -30,7 +30,7 @@ from mslora_cr.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 IMAGE = "<image>"
-"""The mark that stands for a record's images in a text."""
+"""The marker that represents a record's images in a text."""
 MAX_RECORD_BYTES = 16 << 20  # no conversation comes near this; it bounds what a damaged file can make us read
 
 
@@ -145,7 +145,7 @@ class _Records(Sequence[Record], Generic[Record]):
 
     @abstractmethod
     def place(self, index: int) -> str:
-        """Where record `index` stands in the file, in words: for messages."""
+        """Where record `index` is in the file, in words, for messages."""
 
     def _check(self, value: Any, place: str) -> Record:
         if not isinstance(value, dict):
@@ -178,7 +178,7 @@ class _Records(Sequence[Record], Generic[Record]):
             return self._read(file, range(len(self))[index])
 
     def thinned(self, most: int) -> Self:
-        """At most so many of the records, spread evenly over the file."""
+        """At most this many of the records, spread evenly over the file."""
         step = max(1, -(-len(self) // most))
         some = copy.copy(self)
         some._starts, some._ends = self._starts[::step], self._ends[::step]

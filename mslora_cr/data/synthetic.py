@@ -175,7 +175,7 @@ def make_stream(root: Path, seed: int = 0, train_images: int = 240, test_images:
 
     Every task gets ``train_images`` pictures in ``train.json`` and ``test_images`` others in ``test.jsonl``;
     `pathvqa`, `slake-vqarad` and `derm` ask a closed and an open question about each picture, the rest one.
-    The same arguments write the same bytes. A complete stream made with them already is left as it is, one made
+    The same arguments write the same bytes. A complete stream made with them is left unchanged, one made
     with others is replaced.
 
     Raises:
@@ -196,7 +196,7 @@ def make_stream(root: Path, seed: int = 0, train_images: int = 240, test_images:
 
 
 def build_once(target: Path, what: str, parameters: dict[str, Any], build: Callable[[Path], None]) -> None:
-    """Make the folder ``target`` with ``build``, whole or not at all, unless it stands there already.
+    """Make the folder ``target`` with ``build``, whole or not at all, unless it exists already.
 
     ``build`` fills a folder beside ``target`` that is renamed at the end. A stamp in it records ``what`` and
     ``parameters``; a folder with the same stamp is kept, one with another stamp is replaced.

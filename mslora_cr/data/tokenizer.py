@@ -2,7 +2,7 @@
 
 transformers converts a `tokenizer.model` to merges ranked by piece id, but SentencePiece merges by score, and in
 Mistral's vocabulary runs of spaces have low ids and the lowest score: `two  spaces` would come out as other ids.
-So text is encoded by SentencePiece itself where its model is at hand; transformers decodes, and serves folders that
+So text is encoded by SentencePiece itself where its model is available; transformers decodes, and serves folders that
 hold only a `tokenizer.json`.
 """
 
@@ -28,7 +28,7 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         """
         Raises:
-            TokenizerError: neither `tokenizer.model` nor `tokenizer.json` is there, or it cannot be read.
+            TokenizerError: neither `tokenizer.model` nor `tokenizer.json` exists, or it cannot be read.
         """
         model_file = folder / "tokenizer.model"
         if not model_file.is_file() and not (folder / "tokenizer.json").is_file():

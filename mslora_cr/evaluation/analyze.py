@@ -46,7 +46,7 @@ def analyze(config: StreamConfig, others: Sequence[StreamConfig] = (), questions
     """Analyse a run that is trained, and write `analysis.json` into its results folder; returns its path.
 
     Args:
-        others: runs whose banks' effective ranks stand beside this one's, such as one without the orthogonality term.
+        others: runs whose effective ranks are shown beside this one's, such as one without the orthogonality term.
         questions: the most that drop-one evaluation asks of a task; 0 leaves it out.
 
     Raises:

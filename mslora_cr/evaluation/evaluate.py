@@ -57,7 +57,7 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
     """The cells to fill. Cells of one task that the same banks answer share one folder, hence one answering.
 
     Args:
-        learned: positions, from 1, of the tasks whose banks are there.
+        learned: positions, from 1, of the tasks whose banks exist.
     """
     method, found = METHODS[config.method], []
     answering = method.stages(learned, len(config.tasks))
@@ -117,7 +117,7 @@ def evaluate(
         for cell in wanted
     }
     check_hosts(config.results_run_dir, facts)
-    # Cells that the same banks answer stand together, so that a stage is folded once.
+    # Cells that the same banks answer are adjacent, so that a stage is folded once.
     rows = {(cell.task.name, cell.stage): session.answer(cell, records[cell.task.name]) for cell in _by_banks(wanted)}
     path = config.results_run_dir / "evaluation.json"
     if rank() == 0:
@@ -239,7 +239,7 @@ def cell_row(
 
 
 def write_summary(config: StreamConfig, path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merge this call's cells into `evaluation.json`, task by task and stage by stage; what stands there now.
+    """Merge this call's cells into `evaluation.json`, task by task and stage by stage; returns what it now contains.
 
     Cells of an earlier call stay only if their answers still are what they were scored from, and if their task is asked
     the same questions now: the scores of a task must be of the same questions at all stages.

@@ -59,7 +59,7 @@ def answer_questions(
 ) -> dict[str, float]:
     """Answer every question of some samples, greedily, and write `answer-file.jsonl` in the questions' order.
 
-    Each batch is appended to a file of this rank as soon as it is answered, so that a killed run goes on after its
+    Each batch is appended to a file of this rank as soon as it is answered, so that a killed run resumes after its
     last batch. The answer file appears whole, when the last question is answered.
 
     Args:
@@ -202,7 +202,7 @@ def answer_once(
     if stamp.get("fingerprint") == fingerprint:
         return stamp
     if rank() == 0:
-        (folder / STAMP).unlink(missing_ok=True)  # it must never stand beside answers that it does not describe
+        (folder / STAMP).unlink(missing_ok=True)  # it must never be beside answers that it does not describe
     started = time.monotonic()
     noted = answer()
     stamp = {"fingerprint": fingerprint, "seconds": round(time.monotonic() - started, 3), **noted}

@@ -54,7 +54,7 @@ def interval(replicates: Sequence[float] | Scores) -> tuple[float, float]:
 
 
 def flips_for(tests: int) -> int:
-    """How many flips a family of so many tests needs: `FLIPS`, or `FLIPS_PER_TEST` for each of them.
+    """How many flips a family of this many tests needs: `FLIPS`, or `FLIPS_PER_TEST` for each of them.
 
     A p-value of n flips is at least 1 / (n + 1), and Holm's method multiplies the least of m by m. Of 80 none could
     come out below 0.08 with 1,000 flips; with 100 m flips it can come out below 0.01.

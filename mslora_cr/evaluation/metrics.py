@@ -36,7 +36,7 @@ OVERLAPS = ("f1 score", "precision", "recall")
 """Published names of `Overlap`'s fields, in its order."""
 
 ADDED = ("rouge-l", "token recall")
-"""Metrics of open answers that the published evaluation does not have; they stand in no `metrics.txt`."""
+"""Metrics of open answers that the published evaluation does not have; they are not in `metrics.txt`."""
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 STRIPPED_PERIODS = 32
@@ -160,7 +160,7 @@ class Scores:
 def normalize_answer(text: str) -> str:
     """Lower-cased words without punctuation and articles, numbers up to ten as digits, apostrophes restored.
 
-    A punctuation mark vanishes if somewhere in the text it stands beside a space, or if the text has a comma
+    A punctuation mark vanishes if somewhere in the text it is next to a space, or if the text has a comma
     between digits; elsewhere it turns into a space. So `T2-weighted` gives `t2 weighted`, but `T2-weighted -`
     gives `t2weighted`.
     """

@@ -118,7 +118,7 @@ class Evaluation(_Read):
     def matrix_intervals(self, results_dir: Path, metric: str) -> MatrixIntervals:
         """The bootstrap intervals of what the metric's matrix gives, where that is known.
 
-        Questions are drawn anew within each task, the same ones at all its stages; tasks stay as they are.
+        Questions are resampled within each task, the same ones at all its stages; tasks stay as they are.
 
         Raises:
             ReportError: a task has scores of more questions at one stage than at another.
@@ -139,7 +139,7 @@ class Evaluation(_Read):
         )
 
     def _redrawn(self, matrix: TaskStageMatrix, scores: Mapping[tuple[str, int], Scores]) -> list[TaskStageMatrix]:
-        """A matrix as it is, from questions drawn anew, `SAMPLES` times."""
+        """This matrix recomputed from resampled questions, `SAMPLES` times."""
         drawn: dict[tuple[str, int], Scores] = {}
         for number, task in enumerate(matrix.tasks):
             own = {key: column for key, column in scores.items() if key[0] == task}
@@ -278,7 +278,7 @@ def read_run(run_dir: Path, results_dir: Path) -> RunRecord:
     """Read whatever a run left in its run folder and its results folder.
 
     Raises:
-        ReportError: neither a ledger nor an evaluation is there, or a file is malformed.
+        ReportError: neither a ledger nor an evaluation exists, or a file is malformed.
         DataError: an answer file is malformed.
     """
     evaluation, ledger = read_evaluation(results_dir), read_ledger(run_dir)

@@ -224,7 +224,7 @@ def _headline(matrices: Mapping[str, TaskStageMatrix], spans: Mapping[str, Matri
 
 
 def _published_run(evaluation: Evaluation, runs: Mapping[str, PublishedRun]) -> PublishedRun | None:
-    """The published run to stand beside this one: `each` beside `each`, MSLoRA-CR beside every other method (no other's
+    """The published run to show beside this one: `each` beside `each`, MSLoRA-CR beside every other method (no other's
     scores are published), the run of six tasks if these are its tasks."""
     tasks = {name for name in evaluation.published.values() if name}
     if not tasks:

@@ -280,7 +280,7 @@ class _Session:
         return {task.name: router.route(self._features_of(task)).tolist() for task in tasks}
 
     def _features_of(self, task: Task) -> Tensor:
-        """(questions, features), looked at once, by all ranks together."""
+        """(questions, features), computed once, by all ranks together."""
         if task.name not in self._features:
             records = self._questions(task)
             extractor = feature_extractor(self.config, self._model())

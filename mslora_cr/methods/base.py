@@ -31,7 +31,7 @@ class Setup:
 class Method:
     """A way to learn a stream; each is a subclass in a file of its own. Tasks and stages count from 1.
 
-    As it stands here a method trains one bank per task, from the base alone, on cross entropy.
+    By default a method trains one bank per task, from the base alone, on cross entropy.
     """
 
     folds_earlier = False
@@ -46,7 +46,7 @@ class Method:
         return config.stream
 
     def stages(self, learned: Sequence[int], tasks: int) -> Sequence[int]:
-        """The stages of a stream of so many tasks that can answer, if the banks of `learned` are there."""
+        """The stages of a stream of this many tasks that can answer, given the banks of `learned`."""
         return learned
 
     def banks(self, task: int, stage: int, banks_by: str) -> list[int]:

@@ -14,7 +14,7 @@ from mslora_cr.training.ledger import Ledger
 class Joint(Method):
     """Loss: cross entropy, on the shuffled union of all tasks' samples, each visited as often as in the stream.
 
-    The bank stands under the first task's name and trains with its batch size and learning rate. It answers every
+    The bank is stored under the first task's name and trains with its batch size and learning rate. It answers every
     task, so every stage is the same model.
 
     Source: multi-task training; Caruana, "Multitask Learning", Machine Learning 28, 1997.

@@ -44,7 +44,7 @@ class Replay(Method):
 
 
 def choose(config: StreamConfig, tasks: Sequence[Task], counts: Sequence[int]) -> dict[str, Tensor]:
-    """A balanced buffer of these tasks, of so many samples each: what does not divide goes to the first of them."""
+    """A balanced buffer of at most `replay.buffer_size` samples of these tasks; a remainder goes to the first ones."""
     assert config.replay is not None
     share, rest = divmod(config.replay.buffer_size, len(tasks))
     chosen = {}

@@ -1,4 +1,4 @@
-"""The base model as it is: what every method starts from."""
+"""The base model without any bank: what every method starts from."""
 
 from collections.abc import Sequence
 

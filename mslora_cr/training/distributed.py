@@ -54,7 +54,7 @@ def own_device(setting: str) -> torch.device:
 
 
 def wait_for_all() -> None:
-    """Let every rank arrive here before any goes on."""
+    """Let every rank arrive here before any continues."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 

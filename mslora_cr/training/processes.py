@@ -35,7 +35,7 @@ def start_process_group(use_gpu: bool, timeout_seconds: float = TIMEOUT_SECONDS)
     if use_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would otherwise use an available GPU
     torch.distributed.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
     global _others
     _others = _Others(min(SILENCE_SECONDS, timeout_seconds))
@@ -85,7 +85,7 @@ def stopping_together() -> Iterator[None]:
 
 
 class _Others:
-    """The other ranks, as this one hears of them through a connection of its own to the run's store."""
+    """The other ranks, as seen through this rank's own connection to the run's store."""
 
     def __init__(self, silence_seconds: float) -> None:
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -164,7 +164,7 @@ def lost_a_process(error: BaseException) -> bool:
 
 
 def _launchers() -> list[int]:
-    """The processes without which this one must not go on: its parent, and DeepSpeed's runner above that."""
+    """The processes without which this one must not continue: its parent, and DeepSpeed's runner above that."""
     parent = os.getppid()
     with suppress(psutil.Error):
         process = psutil.Process(parent)

@@ -1,4 +1,4 @@
-"""The stream: one bank per task, one after another; killed at any moment, the same command goes on."""
+"""The stream: one bank per task, one after another; killed at any moment, the same command resumes."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class StreamRun:
 def train(config: StreamConfig, only: str | None = None, force: bool = False) -> None:
     """Train every task of the stream that is not done yet, or only the one named.
 
-    Everything that can be wrong is looked at before the first step: configuration, records, images, earlier banks.
+    Everything that can be wrong is checked before the first step: configuration, records, images, earlier banks.
 
     Raises:
         ConfigError, DataError, ModelError, BankError: with what is wrong, where, and how to mend it.
@@ -118,7 +118,7 @@ def train(config: StreamConfig, only: str | None = None, force: bool = False) ->
     refuse_changed_records(ledger, records)
     if only and pending:
         ledger.banks(config, frozen_tasks(config, pending[0]) or previous_task(config, pending[0]))
-    for task in pending:  # only looked at here: DeepSpeed must not hear of a task before its model is built
+    for task in pending:  # only validated here: DeepSpeed must not know of a task before its model is built
         training_arguments(config, task, {**fields, "deepspeed": None})
     model_digest = base_digest(config)
     check_hosts(config.run_dir, shared_facts(config, records, ledger, fields, model_digest))
@@ -362,7 +362,7 @@ def training_arguments(
 
 
 def work_folder(config: StreamConfig, task: Task) -> Path:
-    """Where checkpoints inside a task stand until it is done."""
+    """Where checkpoints inside a task are kept until it is done."""
     return config.run_dir / "work" / task.name
 
 
@@ -391,7 +391,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     config, method = run.config, METHODS[run.config.method]
     sharded = zero_stage(run.fields.get("deepspeed")) == 3
     device = own_device(config.model.device)
-    # Everything is built before DeepSpeed hears of the task: transformers would partition what it loads afterwards.
+    # Everything is built before DeepSpeed knows of the task: transformers would partition what it loads afterwards.
     base = load_base(config, "cpu" if sharded else device)
     router = router_statistics(config, task, run.records[task.name], base) if needs_task(config) else None
     samples = training_samples(run, task, base)
@@ -433,7 +433,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
 
 
 def training_samples(run: StreamRun, task: Task, base: llava_med.LlavaMed) -> UnitedSamples:
-    """The samples that a task trains on; with `data.cache_image_features`, their images' features are there then."""
+    """The samples that a task trains on; with `data.cache_image_features`, it caches their images' features first."""
     tower = cached_tower(run.config, base)
     prepare = preprocessing(run.config, base, tower)
     parts = [

@@ -52,7 +52,7 @@ class SaveError(UserError):
 
 
 def labelled_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the next token is labelled, and what it is.
+    """Which positions predict a label, and the labels they predict.
 
     Args:
         labels: (batch, length) int64, `IGNORE_INDEX` where there is none.
@@ -71,7 +71,7 @@ class BankTrainer(Trainer):
 
     The penalty's gradient joins each matrix's own in a tensor hook, in the last backward pass before an update. The
     hook sees whole matrices under DDP and every ZeRO stage, an update gets the gradient once whatever the
-    accumulation, and averaging over ranks leaves it as it is.
+    accumulation, and averaging over ranks leaves it unchanged.
     """
 
     def __init__(
@@ -387,7 +387,7 @@ class TowerOutsideGraph(TrainerCallback):
     """Keeps the vision tower out of the graph under gradient checkpointing.
 
     transformers makes the output of every embedding require a gradient then, the tower's too, so the tower would be
-    recomputed and walked backwards. Checkpointing without re-entry, the only one allowed here, needs none of that.
+    recomputed and differentiated. Checkpointing without re-entry, the only one allowed here, needs none of that.
     """
 
     def on_train_begin(
