@@ -22,6 +22,10 @@ OVERRIDES = "override configuration values, e.g. lora.rank=32 tasks.pathvqa.epoc
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 1 on an error that the user can fix, reported in a few lines, 130 on Ctrl-C."""
     args = _parse(argv)
+    import logging  # behind --help, which does not need it
+
+    # It recommends more packages when PEFT looks for it, and float16 at every 8-bit layer of every forward pass.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return int(args.run(args))
     except UserError as error:
@@ -668,7 +672,6 @@ def _show(args: argparse.Namespace) -> int:
 
 def _quieten() -> None:
     """Keep the console for this program's own progress: no loading bars, no advice for library authors."""
-    import logging
     import os
     import warnings
 
@@ -677,8 +680,6 @@ def _quieten() -> None:
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would detect it by itself, with a warning
-    # It recommends more packages when PEFT looks for it, and float16 at every 8-bit layer of every forward pass.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
