@@ -308,8 +308,9 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
 
 def _score(args: argparse.Namespace) -> int:
     from mslora_cr.evaluation.score import render_metrics, score_file
+    from mslora_cr.workers import cores
 
-    print(render_metrics(score_file(args.answers, args.output)))
+    print(render_metrics(score_file(args.answers, args.output, cores())))
     return 0
 
 

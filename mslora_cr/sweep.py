@@ -32,7 +32,7 @@ from mslora_cr.evaluation.routed import evaluate_routed
 from mslora_cr.methods import needs_task
 from mslora_cr.training import stream
 from mslora_cr.training.ledger import environment, write_json
-from mslora_cr.workers import end_with_parent
+from mslora_cr.workers import cores, end_with_parent
 
 OURS = "mslora_cr"
 RESULT = "sweep.json"
@@ -129,11 +129,6 @@ def task_orders(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
         if drawn not in found:
             found.append(drawn)
     return found
-
-
-def cores() -> int:
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def slots(device: str, jobs: int | None = None) -> list[str | None]:

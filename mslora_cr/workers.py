@@ -1,10 +1,15 @@
-"""Worker processes that do not outlive the process that started them."""
+"""Worker processes: how many fit this machine, and that they do not outlive the process that started them."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import threading
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with_parent() -> None:

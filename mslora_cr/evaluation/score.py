@@ -5,19 +5,26 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable
+import multiprocessing
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from tabulate import tabulate
+from tqdm.auto import tqdm
 
 from mslora_cr.data.records import DataError
 from mslora_cr.evaluation import intervals
 from mslora_cr.evaluation.metrics import AnswerType, Scores, score_answers
+from mslora_cr.workers import end_with_parent
 
 SCORES = "scores.csv"
+BATCH = 1000
+"""Answers that a worker process scores at once."""
 CSV_HEADER = ("id", "question", "pred", "answer", "answer_type", "image")
 
 
@@ -54,18 +61,21 @@ def read_answers(path: Path) -> list[AnswerRecord]:
     return [_parse(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def score_file(answers: Path, output: Path) -> Scores:
+def score_file(answers: Path, output: Path, workers: int = 1) -> Scores:
     """Score the file `answers`; `metrics.txt`, `metrics.json`, `scores.csv`, `hit.csv`, `not_hit.csv` go to `output`.
 
     `scores.csv` has each answer's score in each metric, in [0, 1]. `hit.csv` and `not_hit.csv` part the answers row by
     row, also where question ids repeat. Each file appears whole or not at all: it is written under a temporary name
     and renamed.
 
+    Args:
+        workers: processes that share the answers of a large file.
+
     Raises:
         DataError: as `read_answers`.
     """
     records = read_answers(answers)
-    scores = score_answers(records)
+    scores = _score(records, workers)
     output.mkdir(parents=True, exist_ok=True)
     _write(output / "metrics.txt", render_metrics(scores))
     _write(output / "metrics.json", json.dumps(summarize(scores), indent=2) + "\n")
@@ -74,6 +84,17 @@ def score_file(answers: Path, output: Path) -> Scores:
         chosen = (record for record, row in zip(records, scores.rows, strict=True) if row.hit is wanted)
         _write(output / name, _render_csv(chosen))
     return scores
+
+
+def _score(records: Sequence[AnswerRecord], workers: int) -> Scores:
+    batches = [records[start : start + BATCH] for start in range(0, len(records), BATCH)]
+    with ExitStack() as stack:
+        each: Any = map
+        if workers > 1 and len(batches) > 2 * workers:  # with fewer, starting the workers would take longer
+            context = multiprocessing.get_context("spawn")
+            each = stack.enter_context(ProcessPoolExecutor(workers, context, end_with_parent)).map
+        parts = tqdm(each(score_answers, batches), "scores", len(batches), unit="k answers", disable=len(batches) < 10)
+        return Scores(tuple(row for part in parts for row in part.rows))
 
 
 def render_metrics(scores: Scores) -> str:

@@ -178,6 +178,7 @@ class BankPenalties:
         """Memory that the frozen banks take."""
         return sum(group.frozen.nbytes for group in self._groups if group.frozen is not None)
 
+    @torch.no_grad()
     def terms(self, live: Mapping[str, Pair], alpha: float, beta: float) -> BankTerms:
         """Values of both terms, and the gradient of ``alpha · contrastive + beta · orthogonality``.
 
@@ -191,7 +192,7 @@ class BankPenalties:
         contrastive = closeness.new_zeros(())
         with ieee_float32():
             for group in self._groups:
-                current = torch.stack([live[module][half].detach() for module, half in group.keys]).float()
+                current = torch.stack([live[module][half] for module, half in group.keys]).float()
                 found = penalty_terms(current, self._frozen(group, pull), beta / self._pairs, group.transposed)
                 if found.closeness is not None:
                     closeness += found.closeness

@@ -47,6 +47,17 @@ def test_published_answers_get_their_published_scores(tmp_path):
             assert name not in table or table[name] == pytest.approx(scores.metrics[key], abs=0.005)
 
 
+def test_several_processes_give_the_same_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("mslora_cr.evaluation.score.BATCH", 20)
+    answers = GOLDEN / "mixed.answers.jsonl"
+    assert len(read_answers(answers)) // 20 > 2 * 2
+    one, two = score_file(answers, tmp_path / "one"), score_file(answers, tmp_path / "two", workers=2)
+    assert one == two
+    files = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert files == sorted(file.name for file in (tmp_path / "two").iterdir())
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+
+
 def test_metrics_json_is_full_precision(tmp_path):
     score_file(GOLDEN / "mixed.answers.jsonl", tmp_path)
     found = json.loads((tmp_path / "metrics.json").read_text())
