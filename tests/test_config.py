@@ -158,8 +158,8 @@ def test_extends_of_a_file_that_is_not_there_names_it(tmp_path: Path) -> None:
         ("lora.rank=[1", "not plain YAML"),
         ("tasks.PACM.epochs=1", "unknown task 'PACM'; did you mean 'PCAM'?"),
         ("tasks.PCAM.epoch=1", "did you mean 'epochs'?"),
-        ("tasks.PCAM.epochs.more=1", "holds a value, not further keys"),
-        ("run.name=x", "'run' holds a value, not further keys"),
+        ("tasks.PCAM.epochs.more=1", "has a value, not further keys"),
+        ("run.name=x", "'run' has a value, not further keys"),
         ("modle.path=x", "modle: unknown key; did you mean 'model'?"),
         ("datasets.PCAM.modalty=x", "did you mean 'modality'?"),
         ("extends=other.yaml", "extends"),
@@ -198,7 +198,7 @@ def test_overrides_of_tasks_that_are_no_tasks_are_refused(tasks: Any, override: 
         ({"regularization": {"alpha": -0.5}}, "alpha is -0.5; give a weight of at least 0, or -1"),
         ({"regularization": {"beta": float("nan")}}, "regularization.beta"),
         ({"tasks": []}, "tasks"),
-        ({"tasks": MINIMAL["tasks"] + MINIMAL["tasks"][:1]}, "task 'pathvqa' stands twice"),
+        ({"tasks": MINIMAL["tasks"] + MINIMAL["tasks"][:1]}, "task 'pathvqa' appears twice"),
         ({"tasks": [{**MINIMAL["tasks"][0], "name": "patvqa"}]}, "unknown task 'patvqa'; did you mean 'pathvqa'?"),
         ({"tasks": [{**MINIMAL["tasks"][0], "epochs": 0}]}, "tasks.0.epochs"),
         ({"tasks": [{**MINIMAL["tasks"][0], "learning_rate": float("inf")}]}, "tasks.0.learning_rate"),
@@ -239,7 +239,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     """YAML keeps the last of two; the first would be without effect, silently."""
     text = yaml.safe_dump(MINIMAL) + "lora: {rank: 8}\nlora: {alpha: 8}\n"
-    assert "'lora' stands twice" in error_of(write_text(tmp_path, text))
+    assert "'lora' appears twice" in error_of(write_text(tmp_path, text))
 
 
 # --- the training section --------------------------------------------------------------------------------------------

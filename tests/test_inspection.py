@@ -117,7 +117,7 @@ def test_what_cannot_be_compared_is_said(copy: Path, tmp_path: Path) -> None:
     whole.model.save_pretrained(tmp_path / "transformers")
     found = inspect(tmp_path / "transformers")
     assert found["layout"] == "llava" and found["parameters_by_dtype"].keys() == {"F32"}
-    assert found["towers"]["why"] == "only one tower is there"
+    assert found["towers"]["why"] == "there is only one tower"
 
 
 def test_a_damaged_shard_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

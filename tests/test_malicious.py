@@ -257,7 +257,7 @@ def test_an_image_mark_that_no_image_stands_for(data: Path, config_file: ConfigW
     records[2]["conversations"][1]["value"] += " <image>"
     path.write_text(json.dumps(records))
     message = refused("train", str(config_file()), f"data.root={data}", "--task", "pathvqa")
-    assert f"{path}: record 2: field 'conversations[1].value': holds an <image> mark" in message
+    assert f"{path}: record 2: field 'conversations[1].value': contains an <image> marker" in message
 
 
 # --- paths ---------------------------------------------------------------------------------------------------------

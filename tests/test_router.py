@@ -60,7 +60,7 @@ def test_what_is_looked_at_is_bounded_and_spread(records: int) -> None:
 
 
 def test_missing_statistics_are_named(tmp_path: Path) -> None:
-    with pytest.raises(BankError, match=r"router\.safetensors: nothing that a router could use.*fit-router"):
+    with pytest.raises(BankError, match=r"router\.safetensors: no usable router statistics.*fit-router"):
         load_statistics(tmp_path)
     known = TaskStatistics(5, torch.rand(3), torch.rand(3, 3))
     save_file(known.tensors(), tmp_path / "router.safetensors")

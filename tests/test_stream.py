@@ -203,7 +203,7 @@ def test_a_run_folder_of_another_configuration_is_refused(
     kept = (tmp_path / "checkpoints" / "tiny" / "config.yaml").read_bytes()
     assert main(["train", str(trained_config), folder, "tasks.PCAM.epochs=3", "lora.dropout=0.1"]) == 1
     message = capsys.readouterr().err
-    assert "made by another configuration" in message and "--force" in message
+    assert "made with another configuration" in message and "--force" in message
     assert "tasks.PCAM.epochs: 2.0 there, 3.0 here" in message and "lora.dropout: 0.05 there, 0.1 here" in message
     assert (tmp_path / "checkpoints" / "tiny" / "config.yaml").read_bytes() == kept
     # What decides no weight may change, and --force goes on.
@@ -219,7 +219,7 @@ def test_another_configuration_is_refused_before_images_are_decoded(
     monkeypatch.setattr(stream, "check_task_images", None)
     arguments = ["train", str(trained_config), f"output_dir={tmp_path / 'checkpoints'}", "lora.dropout=0.1"]
     assert main(arguments) == 1
-    assert "made by another configuration" in capsys.readouterr().err
+    assert "made with another configuration" in capsys.readouterr().err
 
 
 def test_a_stream_may_grow_behind_its_finished_tasks(

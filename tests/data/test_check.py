@@ -165,7 +165,7 @@ def test_marks_that_no_image_stands_for_are_errors(root):
     for record in (training(conversations=marked), {"id": 2, "conversations": TURNS}):
         write(root, [training(), record], [question(text="Is <image> it?")])
         errors = messages(look(root), "error")
-        assert "train.json: record 1: field 'conversations[" in errors and "holds an <image> mark" in errors
+        assert "train.json: record 1: field 'conversations[" in errors and "contains an <image> marker" in errors
         assert "test.jsonl" not in errors
 
 

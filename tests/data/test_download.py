@@ -99,7 +99,7 @@ def test_a_download_that_stopped_goes_on_in_the_next_run(hub: Hub, tmp_path):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "config.json"])
 def test_damaged_files_are_noticed_and_fetched_anew(name, hub: Hub, tmp_path):
     hub.damaged.add(name)
-    with pytest.raises(DataError, match=f"{name}: what came is damaged"):
+    with pytest.raises(DataError, match=f"{name}: the download is damaged"):
         download(MODELS["clip"], tmp_path, endpoint=hub.url)
     target = tmp_path / "openai" / "clip-vit-large-patch14-336"
     assert not (target / name).exists()
@@ -134,7 +134,7 @@ def test_annotations_of_another_source_are_not_overwritten(hub: Hub, tmp_path):
     built = tmp_path / "HAM" / "train.json"
     built.parent.mkdir()
     built.write_text("[my own]")
-    with pytest.raises(DataError, match=r"HAM/train.json: did not come from the hub"):
+    with pytest.raises(DataError, match=r"HAM/train.json: was not downloaded from the hub"):
         download(ANNOTATIONS, tmp_path, endpoint=hub.url)
     assert built.read_text() == "[my own]" and files(tmp_path) == ["HAM/train.json"]
 

@@ -228,7 +228,7 @@ def test_without_annotations_the_user_is_told_where_they_come_from(tmp_path):
         run("pathvqa", tmp_path, tmp_path / "root")
     with pytest.raises(DataError, match=r"data download.*hub only"):
         run("nmi", tmp_path, tmp_path / "root")
-    with pytest.raises(DataError, match="nothing that annotations can be built from"):
+    with pytest.raises(DataError, match="nothing to build annotations from"):
         run("nmi", tmp_path, tmp_path / "root", annotations=True)
     with pytest.raises(DataError, match="no such file or folder"):
         run("pathvqa", tmp_path / "nowhere", tmp_path / "root")
@@ -326,7 +326,7 @@ def test_damaged_and_oversized_archives_are_refused(tmp_path, monkeypatch):
         with pytest.raises(DataError, match="20 are free"):
             run("pathvqa", good, root)
     monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 20)
-    with pytest.raises(DataError, match="too many for an image"):
+    with pytest.raises(DataError, match="too large for an image"):
         run("pathvqa", good, root)
     assert not (root / "PathVQA/images/x.png").exists()
 

@@ -91,8 +91,8 @@ BAD_TRAINING = {
     "cut inside": (f"[{G}, {G[:-4]}", "record 1: not valid JSON"),
     "comma too many": (f"[{G},]", "record 1: expected an object"),
     "comma too few": (f"[{G} {G}]", "record 0: expected ',' or ']'"),
-    "trailing": (f"[{G}] x", "something follows the end"),
-    "two lists": (f"[{G}][]", "something follows the end"),
+    "trailing": (f"[{G}] x", "unexpected content after the end"),
+    "two lists": (f"[{G}][]", "unexpected content after the end"),
     "not UTF-8": (f"[{G},é]".encode("latin-1"), "not UTF-8"),
     "not UTF-8, cut": (f"[{G}]é".encode()[:-1], "not UTF-8"),
     "syntax": (f"[{G}, {G.replace('}', '', 1)}]", "record 1: not valid JSON"),
@@ -147,7 +147,7 @@ def test_an_image_mark_outside_the_first_question_is_refused(name, tmp_path):
     path = write(tmp_path / "train.json", [GOOD, {**GOOD, "conversations": turns}])
     with pytest.raises(DataError) as caught:
         TrainingRecords(path)
-    problem = "holds an <image> mark, but only the first question may contain one"
+    problem = "contains an <image> marker, but only the first question may contain one"
     assert str(caught.value) == f"{path}: record 1: field 'conversations[{place}].value': {problem}"
 
 
