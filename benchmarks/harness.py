@@ -29,6 +29,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from mslora_cr.bank_stack import language_linears
 from mslora_cr.banks import Bank
 from mslora_cr.training.ledger import environment, write_json
+from mslora_cr.workers import cores
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ def finish(
 def machine() -> dict[str, Any]:
     """The processor, how many cores this process may use, and how busy they have been."""
     found = {"processor": platform.processor() or platform.machine(), "load": list(os.getloadavg())}
-    found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found["cores"] = cores()
     information = Path("/proc/cpuinfo")
     if information.is_file():
         lines = information.read_text(encoding="utf-8").splitlines()

@@ -3,8 +3,8 @@
     python -m benchmarks.scoring                   # 60,000 answers, twice
 
 `reports` are open answers of report length, no two alike; `mix` has closed and open questions in the published test
-sets' proportion, short answers, and some reports. The time is that of `mslora-cr score` without Python's start: reading
-the file, scoring, resampling, writing.
+sets' proportion, short answers, and some reports. The time is that of `mslora-cr score` on one
+core, without Python's start: reading the file, scoring, resampling, writing.
 """
 
 from __future__ import annotations

@@ -5,11 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from concurrent.futures import ProcessPoolExecutor
 
 
 def cores() -> int:
     """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """A pool of worker processes that end with this one."""
+    context = multiprocessing.get_context("spawn")  # forking a process that holds torch's threads may hang
+    return ProcessPoolExecutor(workers, context, end_with_parent)
 
 
 def end_with_parent() -> None:

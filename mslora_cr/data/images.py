@@ -1,7 +1,6 @@
 """Images of a task: finding them under the data root only, decoding them, and making the tower's pixels."""
 
 import hashlib
-import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mslora_cr.data.records import DataError
-from mslora_cr.workers import end_with_parent
+from mslora_cr.workers import worker_pool
 
 if TYPE_CHECKING:  # torch is slow to import, and the processes that only check images never need it
     import torch
@@ -124,10 +123,9 @@ def check_images(
     known = _read_marks(cache)
     bad: list[tuple[int, Path, str]] = []
     total = len(paths) if isinstance(paths, Sequence) else None
-    context = multiprocessing.get_context("spawn")  # forking a process that holds torch's threads may hang
     with tqdm(total=total, desc="images", unit="image", disable=not progress) as bar:
         pending = _new_images(enumerate(paths), known, bar)
-        with ProcessPoolExecutor(workers, context, end_with_parent) as pool:
+        with worker_pool(workers) as pool:
             for good, found in _bounded(pool, iter(lambda: list(islice(pending, _CHUNK)), []), 4 * workers):
                 bad += found
                 _add_marks(cache, good)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import multiprocessing
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +18,7 @@ from tqdm.auto import tqdm
 from mslora_cr.data.records import DataError
 from mslora_cr.evaluation import intervals
 from mslora_cr.evaluation.metrics import AnswerType, Scores, score_answers
-from mslora_cr.workers import end_with_parent
+from mslora_cr.workers import worker_pool
 
 SCORES = "scores.csv"
 BATCH = 1000
@@ -91,8 +89,7 @@ def _score(records: Sequence[AnswerRecord], workers: int) -> Scores:
     with ExitStack() as stack:
         each: Any = map
         if workers > 1 and len(batches) > 2 * workers:  # with fewer, starting the workers would take longer
-            context = multiprocessing.get_context("spawn")
-            each = stack.enter_context(ProcessPoolExecutor(workers, context, end_with_parent)).map
+            each = stack.enter_context(worker_pool(workers)).map
         parts = tqdm(each(score_answers, batches), "scores", len(batches), unit="k answers", disable=len(batches) < 10)
         return Scores(tuple(row for part in parts for row in part.rows))
 
