@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from mslora_cr.banks import PEFT_PREFIX, Bank, BankError, concatenated, lora_config
 from mslora_cr.llava_med import LANGUAGE_LINEARS
+from mslora_cr.precision import ieee_float32
 
 LIVE = "live"
 FROZEN = "frozen"
@@ -116,7 +117,8 @@ class BankStack:
             total = weight.to(linear.weight.device, torch.float32, copy=True)
             if banks:
                 a, b = concatenated(name, banks)
-                total.addmm_(b.to(total.device), a.to(total.device))
+                with ieee_float32():
+                    total.addmm_(b.to(total.device), a.to(total.device))
             linear.weight.copy_(total)
 
     def _concatenate(self, banks: Sequence[Bank]) -> None:

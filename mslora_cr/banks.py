@@ -101,22 +101,22 @@ def save_bank(
     Raises:
         BankError: some of its numbers are not finite; nothing is written then.
     """
-    broken = [name for name, pair in bank.matrices.items() if not all(matrix.isfinite().all() for matrix in pair)]
-    if broken:
-        raise BankError(
-            f"bank {bank.name!r} is not saved: {len(broken)} of its layers hold NaN or infinite numbers, first "
-            f"{broken[0]}. A lower learning rate or lower penalty weights usually help"
-        )
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    lora_config(bank.rank, bank.alpha, dropout).save_pretrained(str(staging))
     tensors = {}
     for name, (a, b) in bank.matrices.items():
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.contiguous()
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.contiguous()
     for name, router in bank.routers.items():
         tensors[f"{PEFT_PREFIX}{name}.{ROUTER}"] = router.contiguous()
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise BankError(
+            f"bank {bank.name!r} is not saved: {len(broken)} of its {len(tensors)} matrices hold NaN or infinite "
+            f"numbers, first {broken[0].removeprefix(PEFT_PREFIX)}. A lower learning rate or lower penalty weights usually help"
+        )
+    staging = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    lora_config(bank.rank, bank.alpha, dropout).save_pretrained(str(staging))
     save_file(tensors, staging / WEIGHTS, {"format": "pt"})
     for name, kept in (beside or {}).items():
         if kept:
@@ -211,15 +211,19 @@ def published_bank(place: Path, name: str, rank: int, alpha: float, stored: Mapp
     """A bank from tensors under the published keys; `place` is named in errors.
 
     Raises:
-        BankError: a key or tensor is not of a published bank.
+        BankError: a key or tensor is not of a published bank, or there are several banks.
     """
     halves: dict[str, dict[str, Tensor]] = {}
+    tasks = set()
     for key, tensor in stored.items():
         match = _PUBLISHED_KEY.fullmatch(str(key))
         module = linear_name(match[1]) if match else None
         if match is None or module is None or not isinstance(tensor, Tensor):
             raise BankError(f"{place}: {key} is not a matrix of a published bank")
         halves.setdefault(module, {})[match[3]] = tensor
+        tasks.add(int(match[2]))
+    if len(tasks) > 1:
+        raise BankError(f"{place}: holds the banks of {len(tasks)} tasks, {sorted(tasks)}; a file of one is needed")
     return _bank(place, name, rank, alpha, halves, {})
 
 

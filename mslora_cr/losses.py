@@ -79,15 +79,16 @@ def penalty_terms(
 
     distance, near = _distances(current.flatten(1), squared, frozen)
     closeness = torch.exp(-distance)
-    weight = torch.where(distance > 0, closeness / distance, 0.0) * frozen.pull
+    weight = closeness / distance * frozen.pull
     far = weight if near is None else weight.index_put(near, weight.new_zeros(()))
     diagonal.add_(far.sum(1, keepdim=True))
     gradient = torch.bmm(current, factor) if transposed else torch.bmm(factor, current)
     rows = gradient.flatten(1)
     rows.unsqueeze(1).baddbmm_(far.unsqueeze(1), frozen.matrices, alpha=-1)
     if near is not None:
+        share = torch.where(distance[near] > 0, weight[near], 0.0)
         difference = current.flatten(1)[near[0]] - frozen.matrices[near]
-        rows.index_add_(0, near[0], weight[near].unsqueeze(1) * difference)
+        rows.index_add_(0, near[0], share.unsqueeze(1) * difference)
     return PenaltyTerms(closeness.sum(0), orthogonality, gradient)
 
 
@@ -101,8 +102,9 @@ def _distances(current: Tensor, squared: Tensor, frozen: Frozen) -> tuple[Tensor
         )
     scale = squared + frozen.squared
     # A row times a matrix: the other way round, PyTorch's batched product on the CPU takes over ten times as long.
-    found = scale - 2 * torch.bmm(current.unsqueeze(1), frozen.matrices.transpose(1, 2)).squeeze(1)
-    near = found < NEAR * scale
+    across = frozen.matrices.transpose(1, 2)
+    found = torch.baddbmm(scale.unsqueeze(1), current.unsqueeze(1), across, alpha=-2).squeeze(1)
+    near = found <= NEAR * scale  # also where both are zero
     if not near.any():
         return found.sqrt_(), None
     rows, columns = near.nonzero(as_tuple=True)

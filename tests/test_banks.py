@@ -322,6 +322,9 @@ def test_what_a_mixture_cannot_do_is_refused(tmp_path: Path) -> None:
     save_bank(replace(bank, routers=dict(list(bank.routers.items())[1:])), tmp_path / "half")
     with pytest.raises(BankError, match="some of its layers have a router"):
         load_bank(tmp_path / "half")
+    broken = {name: torch.full_like(router, torch.nan) for name, router in bank.routers.items()}
+    with pytest.raises(BankError, match=r"is not saved: 21 of its 63 matrices .*first model.*\.lora_router"):
+        save_bank(replace(bank, routers=broken), tmp_path / "nan")
     save_bank(routed_bank(experts=3), tmp_path / "three")
     with pytest.raises(BankError, match="no router of experts that share rank 4 equally"):
         load_bank(tmp_path / "three")
@@ -390,6 +393,14 @@ def test_a_damaged_published_file_is_refused(content: bytes, tmp_path: Path) -> 
         (
             {"model.layers.0.self_attn.q_proj.cl_lora_pool.task_0_lora.lora_A": torch.ones(4, 8)},
             "no pair of matrices of rank",
+        ),
+        (
+            {
+                f"model.layers.0.self_attn.q_proj.cl_lora_pool.task_{task}_lora.lora_{half}": torch.ones(4, 4)
+                for task in (0, 2)
+                for half in "AB"
+            },
+            r"the banks of 2 tasks, \[0, 2\]",
         ),
         ({}, "empty"),
         ([1, 2], "expected a dictionary"),

@@ -103,6 +103,14 @@ def test_gradient_is_zero_where_both_banks_are_equal() -> None:
         torch.testing.assert_close(gradient, alone[key], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-30])
+def test_gradient_is_zero_where_both_matrices_are(scale: float) -> None:
+    """As B is at the start, beside a frozen bank that never learned; squares of 1e-30 are zero in float32."""
+    matrices = torch.full((2, 3, 20), scale)
+    found = penalty_terms(scale * torch.ones(2, 4, 5), Frozen(matrices, matrices.square().sum(2), torch.ones(3)))
+    assert torch.equal(found.gradient, torch.zeros(2, 4, 5))
+
+
 def test_contrastive_term_by_hand() -> None:
     current = torch.tensor([[[3.0, 4.0]]], dtype=torch.float64)
     matrices = torch.tensor([[[0.0, 0.0], [3.0, 3.0]]], dtype=torch.float64)  # at distances 5 and 1

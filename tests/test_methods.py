@@ -59,7 +59,9 @@ def test_olora_by_hand() -> None:
     """|A_old A_newᵀ| = |(1·3 + 2·(-4), 0·3 + (-1)·(-4))| = 5 + 4; ‖A‖ = 5, ‖B‖ = 13."""
     old = bank(q=([[1.0, 2.0], [0.0, -1.0]], [[0.0, 0.0]]))
     live = {"q": (torch.tensor([[3.0, -4.0]]), torch.tensor([[5.0], [12.0]]))}
-    step = OloraPenalty([old], OloraConfig(lambda_1=0.5, lambda_2=0.1), CPU).step(live, 0.1)
+    penalty = OloraPenalty([old], OloraConfig(lambda_1=0.5, lambda_2=0.1), CPU)
+    assert penalty.frozen_bytes == 4 * 4  # A alone
+    step = penalty.step(live, 0.1)
     assert step.logged == {"overlap": 9.0, "norm": 18.0}
     assert step.value.item() == pytest.approx(0.5 * 9 + 0.1 * 18)
     # signs -1 and +1: 0.5 (-(1, 2) + (0, -1)) + 0.1 (3, -4) / 5
@@ -118,7 +120,9 @@ def anchor(a: float, b: float, fisher_a: float, fisher_b: float) -> tuple[Bank, 
 def test_ewc_by_hand() -> None:
     """One anchor: λ/2 (2 (3 - 1)² + 0.5 (1 - 0)²) = λ/2 · 8.5."""
     live = {"q": (torch.tensor([[3.0]]), torch.tensor([[1.0]]))}
-    step = EwcPenalty([anchor(1.0, 0.0, 2.0, 0.5)], 10.0, CPU).step(live, 0.1)
+    penalty = EwcPenalty([anchor(1.0, 0.0, 2.0, 0.5)], 10.0, CPU)
+    assert penalty.frozen_bytes == 4 * 4  # two numbers, and how much each matters
+    step = penalty.step(live, 0.1)
     assert step.value.item() == pytest.approx(42.5)
     assert step.logged["drift"].item() == pytest.approx(4.25)
     assert (step.gradients["q", 0].item(), step.gradients["q", 1].item()) == pytest.approx((40.0, 5.0))

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainingArguments
 
 from mslora_cr.banks import load_bank
 from mslora_cr.cli import main
@@ -67,6 +68,30 @@ def test_a_killed_run_ends_in_the_same_banks(
         assert [row["step"] for row in log_rows(run, name)] == [1, 2, 3, 4]
         ours, theirs = ledger_entry(run, name), ledger_entry(run_folder(trained_config), name)
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "point", "steps"),
+    [
+        (2, KillPoint(LOG, call=7), 8),
+        (1.5, KillPoint("mslora_cr.training.trainer:replace_folder", call=3, after=True), 6),
+    ],
+    ids=["in the second epoch", "the last checkpoint written, inside an epoch"],
+)
+def test_a_run_killed_in_a_later_epoch_ends_in_the_same_bank(
+    epochs: float, point: KillPoint, steps: int, config_file: ConfigWriter, tmp_path: Path
+) -> None:
+    settings = ["tasks=[pathvqa]", f"tasks.*.epochs={epochs}", "training.lr_scheduler_type=constant"]
+    whole = run_folder(config_file(run="whole"))
+    assert main(["train", str(tmp_path / "run.yaml"), *settings]) == 0
+    command = ["train", str(config_file()), *settings]
+    run_until_killed(command, point, tmp_path / "output")
+    run = run_folder(tmp_path / "run.yaml")
+    assert (run / "work" / "pathvqa" / "checkpoint-6").is_dir()
+    assert main(command) == 0
+    assert bank_bytes(run) == bank_bytes(whole)
+    assert [row["step"] for row in log_rows(run, "pathvqa")] == list(range(1, steps + 1))
+    assert ledger_entry(run, "pathvqa")["steps"] == steps
 
 
 def test_kill_9_from_outside(config_file: ConfigWriter, trained_config: Path) -> None:
@@ -210,6 +235,9 @@ def test_a_run_folder_of_another_configuration_is_refused(
     monkeypatch.setattr(stream, "train_task", None)
     assert main(["train", str(trained_config), folder, "training.logging_steps=7", "evaluation.batch_size=2"]) == 0
     assert main(["train", str(trained_config), folder, "tasks.PCAM.epochs=3", "--force"]) == 0
+    capsys.readouterr()
+    assert main(["train", str(trained_config), folder, "tasks.PCAM.epochs=3"]) == 1  # not silenced by having been forced
+    assert "was trained with other settings" in capsys.readouterr().err
 
 
 def test_another_configuration_is_refused_before_images_are_decoded(
@@ -235,6 +263,23 @@ def test_a_stream_may_grow_behind_its_finished_tasks(
     folder = f"output_dir={tmp_path / 'checkpoints'}"
     assert main(["train", str(trained_config), folder, "tasks.PCAM.epochs=3"]) == 0
     assert trained == ["PCAM"]
+
+
+def test_a_checkpoint_of_other_settings_or_records_is_refused(
+    config_file: ConfigWriter, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    command = ["train", str(config_file()), "tasks=[pathvqa]", f"data.root={data}"]
+    run_until_killed(command, KillPoint(LOG, call=3), tmp_path / "output")
+    assert main([*command, "lora.dropout=0.1"]) == 1
+    message = capsys.readouterr().err
+    assert "checkpoint-2 was made with another configuration" in message and "--force continues" in message
+    records = data / "PathVQA" / "train.json"
+    records.write_text(json.dumps(json.loads(records.read_text())[1:]))
+    assert main([*command, "--force"]) == 1  # of no use here, so not recommended
+    message = capsys.readouterr().err
+    assert "training records changed since" in message and "--force" not in message
 
 
 def test_a_base_model_of_other_content_is_refused(
@@ -263,7 +308,7 @@ def test_a_damaged_ledger_is_named(config_file: ConfigWriter, capsys: pytest.Cap
     assert "ledger.json is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("field", ["save_only_model=true", "eval_strategy=steps", "save_strategy=best", "fp16=true"])
+@pytest.mark.parametrize("field", ["save_only_model=true", "eval_strategy=steps", "save_strategy=best", "fp16=true", "fsdp=full_shard"])
 def test_what_a_run_cannot_keep_its_word_with_is_refused(
     field: str, config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,6 +316,13 @@ def test_what_a_run_cannot_keep_its_word_with_is_refused(
     assert main(["train", str(config), f"training.{field}"]) == 1
     assert f"training.{field.partition('=')[0]}" in capsys.readouterr().err
     assert not run_folder(config).exists()
+
+
+def test_fp16_is_refused_for_penalties_alone(config_file: ConfigWriter) -> None:
+    config = load_config(config_file(method="lwf"))  # what it adds is scaled with the loss
+    stream.refuse_what_cannot_train(config, {"fp16": True})
+    with pytest.raises(ConfigError, match="instead of olora"):
+        stream.refuse_what_cannot_train(load_config(config_file(method="olora")), {"fp16": True})
 
 
 def test_a_bank_that_bursts_is_not_finished(
@@ -286,7 +338,7 @@ def test_a_bank_that_bursts_is_not_finished(
     monkeypatch.setattr(BankTrainer, "train", burst)
     config = config_file()
     assert main(["train", str(config), "tasks=[pathvqa]"]) == 1
-    assert "bank 'pathvqa' is not saved: 1 of its layers" in capsys.readouterr().err
+    assert "bank 'pathvqa' is not saved: 1 of its" in capsys.readouterr().err
     assert json.loads((run_folder(config) / "ledger.json").read_text())["tasks"] == {}
 
 
@@ -414,13 +466,36 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
 
 
 @pytest.mark.parametrize(
-    "fields", [{"lr_scheduler_type": "cosinee"}, {"per_device_train_batch_size": 0}, {"optim": "adamm"}]
+    "fields",
+    [
+        {"lr_scheduler_type": "cosinee"},
+        {"per_device_train_batch_size": 0},
+        {"optim": "adamm"},
+        {"report_to": "wandbb"},
+        {"report_to": "clearml"},  # not installed here
+    ],
 )
 def test_training_fields_that_transformers_refuses_are_an_error_of_the_user(
     fields: dict[str, Any], config_file: ConfigWriter
 ) -> None:
     with pytest.raises(ConfigError, match=f"training.*{next(iter(fields))}|{next(iter(fields.values()))}"):
         train(load_config(config_file(training=fields)))
+
+
+def test_a_process_takes_one_gpu(config_file: ConfigWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a launcher the Trainer would spread each batch over all GPUs, and multiply it by their number."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda args: 1 if args._n_gpu == 1 else 8))
+    config = load_config(config_file())
+    args = stream.training_arguments(config, config.task("PCAM"), {})
+    assert args.train_batch_size == args.per_device_train_batch_size == 4
+
+
+def test_a_gpu_that_is_not_there_is_an_error_of_the_user(
+    config_file: ConfigWriter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["train", str(config_file()), "model.device=cuda"]) == 1
+    assert "PyTorch sees no GPU" in capsys.readouterr().err
 
 
 def test_the_ledger_of_an_empty_folder(config_file: ConfigWriter) -> None:

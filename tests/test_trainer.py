@@ -238,7 +238,7 @@ def test_grouping_by_length_saves_padding(base: LlavaMed, tiny_data: Path, tmp_p
     trainer = make_trainer(base, tiny_data, tmp_path)
     trainer.args.train_sampling_strategy = "group_by_length"
     trainer._lengths = lengths = [number % 7 for number in range(640)]
-    grouped = in_batches(trainer._epoch_order(0), trainer.args.train_batch_size)
+    grouped = in_batches(trainer._epoch_order(), trainer.args.train_batch_size)
     unsorted = in_batches(range(640), trainer.args.train_batch_size)
     assert padding_share(lengths, grouped) < padding_share(lengths, unsorted) / 2
 
@@ -251,14 +251,26 @@ def test_the_order_follows_seed_and_epoch_alone(strategy: str, base: LlavaMed, t
     first = list(sampler)
     torch.rand(5)  # as dropout would move the common generator
     assert list(sampler) == first
-    sampler.set_epoch(1)
+    trainer.state.epoch = 1.0  # as the Trainer leaves it at the end of an epoch
     assert list(sampler) != first
     assert sorted(sampler) == sorted(first)
 
 
+def test_grouped_batches_are_those_of_one_process(
+    base: LlavaMed, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(base, tiny_data, tmp_path)
+    trainer.args.train_sampling_strategy = "group_by_length"
+    trainer._lengths = [number % 101 for number in range(5000)]
+    alone = trainer._epoch_order()
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    trainer.args.per_device_train_batch_size //= 2
+    assert trainer._epoch_order() == alone
+
+
 def test_blanks_fill_up_what_all_ranks_take_at_once(base: LlavaMed, tiny_data: Path, tmp_path: Path) -> None:
-    assert list(VisitSampler(lambda epoch: [2, 0, 1], 3, 4)) == [2, 0, 1, 3]
-    assert len(VisitSampler(lambda epoch: [2, 0, 1], 3, 3)) == 3
+    assert list(VisitSampler(lambda: [2, 0, 1], 3, 3, 4)) == [2, 0, 1, 3]
+    assert len(VisitSampler(lambda: [2, 0, 1], 3, 3, 3)) == 3
     samples = make_trainer(base, tiny_data, tmp_path).samples
     blank = samples[len(samples)]
     assert blank["input_ids"] == samples[0]["input_ids"]

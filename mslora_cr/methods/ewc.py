@@ -67,6 +67,10 @@ class EwcPenalty(Penalty):
         self._rest += (before * gain * (matrix - centre).square()).sum()
         self._fisher[key], self._centre[key] = before + fisher, centre + gain * (matrix - centre)
 
+    @property
+    def frozen_bytes(self) -> int:
+        return sum(numbers.nbytes for held in (self._fisher, self._centre) for numbers in held.values())
+
     def step(self, live: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
         total, gradients = self._rest, dict[Key, Tensor]()
         for key, fisher in self._fisher.items():

@@ -43,6 +43,10 @@ class OloraPenalty(Penalty):
         modules = frozen[0].matrices if frozen else ()
         self._frozen = {name: torch.cat([bank.matrices[name][0] for bank in frozen]).to(device) for name in modules}
 
+    @property
+    def frozen_bytes(self) -> int:
+        return sum(matrices.nbytes for matrices in self._frozen.values())
+
     def step(self, live: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
         overlaps, norms, gradients = [], [], dict[Key, Tensor]()
         for name, pair in live.items():

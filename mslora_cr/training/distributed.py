@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from mslora_cr.config import ConfigError
 from mslora_cr.errors import UserError
 
 SHARED_FOLDER_SECONDS = 60
@@ -45,10 +46,17 @@ def own_device(setting: str) -> torch.device:
 
     Args:
         setting: `model.device`; `auto` is this process's own GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigError: there is no GPU, and one is asked for.
     """
-    if setting not in ("auto", "cuda"):
-        return torch.device(setting)
-    if setting == "auto" and not torch.cuda.is_available():
+    available = torch.cuda.is_available()
+    if setting == "cuda" and not available:
+        raise ConfigError(
+            "model.device is cuda, and PyTorch sees no GPU; check nvidia-smi, CUDA_VISIBLE_DEVICES and that "
+            "torch.version.cuda is not None, or set model.device=auto"
+        )
+    if setting == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -206,13 +214,20 @@ def shard_again(trainer: Trainer) -> None:
 
 
 def release(trainer: Trainer) -> None:
-    """Take apart what a trainer has left in the process, so that the next task's starts as in a fresh one."""
+    """Take apart what a trainer has left in the process, so that the next task's starts as in a fresh one.
+
+    It and its model are parts of reference cycles: once nothing else refers to them, `free_memory` frees them.
+    """
     if trainer.is_deepspeed_enabled:
         trainer.model_wrapped.destroy()
         _forget_in_zero3()
     trainer.accelerator.free_memory()
     AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()
+
+
+def free_memory() -> None:
+    """Free what nothing refers to any more, on the GPU too."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

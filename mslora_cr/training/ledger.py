@@ -140,7 +140,9 @@ class Ledger:
             if name not in stream:
                 return f"{name!r} is finished there, and not a task here"
             if entry.get("config_digest") not in (None, config.training_digest(stream[name])):
-                return self._changed_keys(config, stream[name])
+                # A launch with --force has put its own settings into config.yaml.
+                forced = f"{name!r} was trained with other settings, by --force"
+                return self._changed_keys(config, stream[name]) or forced
             if entry.get("model_digest") not in (None, model_digest):
                 return f"{name!r} was trained on a base model of other content than that in {config.model.path}"
         return ""

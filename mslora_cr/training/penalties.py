@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from mslora_cr.banks import Bank
 from mslora_cr.config import LEARNABLE
 from mslora_cr.losses import Frozen, contrastive_value, penalty_terms
+from mslora_cr.precision import ieee_float32
 
 Pair = tuple[Tensor, Tensor]
 Key = tuple[str, int]
@@ -50,7 +50,7 @@ class Penalty:
 
     @property
     def frozen_bytes(self) -> int:
-        """Memory that earlier banks take for it, for the ledger."""
+        """Memory that what is kept of earlier banks takes, for the ledger."""
         return 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,13 +157,14 @@ class BankPenalties:
         limit = GROUP_BYTES.get(device.type, GROUP_BYTES["cuda"])
         groups = _groups(frozen[0], limit // len(frozen))
         self._groups = [self._group(keys, frozen) if contrastive else _Group(keys) for keys in groups]
-        self._frozen_orthogonality = sum(
-            penalty_terms(
-                bank.matrices[module][half][None].to(device, frozen_dtype).float(), transposed=half == 1
-            ).orthogonality
-            for bank in frozen
-            for module, half in itertools.product(bank.matrices, (0, 1))
-        )
+        with ieee_float32():
+            self._frozen_orthogonality = sum(
+                penalty_terms(
+                    bank.matrices[module][half][None].to(device, frozen_dtype).float(), transposed=half == 1
+                ).orthogonality
+                for bank in frozen
+                for module, half in itertools.product(bank.matrices, (0, 1))
+            )
 
     def _group(self, keys: list[Key], frozen: Sequence[Bank]) -> _Group:
         rows = [torch.stack([bank.matrices[module][half].flatten() for bank in frozen]) for module, half in keys]
@@ -207,19 +208,6 @@ class BankPenalties:
             return None
         matrices = group.frozen.to(self._device, torch.float32, non_blocking=True)
         return Frozen(matrices, group.frozen_squared, pull)
-
-
-@contextmanager
-def ieee_float32() -> Iterator[None]:
-    """Products in full float32 also where `training.tf32` rounds those of the model: a penalty is the small difference
-    of large numbers."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def _groups(bank: Bank, limit: int) -> list[list[Key]]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
 from mslora_cr import llava_med
 from mslora_cr.bank_stack import BankStack
@@ -25,7 +26,7 @@ from mslora_cr.data.collator import TrainingCollator, TrainingSamples, UnitedSam
 from mslora_cr.data.images import check_images, resolve_image
 from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.methods import METHODS, needs_task
-from mslora_cr.methods.base import Setup
+from mslora_cr.methods.base import Method, Setup
 from mslora_cr.router import TaskStatistics
 from mslora_cr.runtime import (
     base_digest,
@@ -40,6 +41,7 @@ from mslora_cr.runtime import (
 )
 from mslora_cr.training.distributed import (
     float32_value,
+    free_memory,
     from_first_rank,
     own_device,
     partition,
@@ -152,7 +154,8 @@ def refuse_what_cannot_train(config: StreamConfig, fields: dict[str, Any]) -> No
             "training.deepspeed: ZeRO-3 cannot shard a quantised base; use zero2, or no model.quantization"
         )
     method = METHODS[config.method]
-    if fields.get("fp16") and any(method.regularizes(config, task) for task in method.trained(config)):
+    penalised = type(method).penalty is not Method.penalty
+    if fields.get("fp16") and penalised and any(method.regularizes(config, task) for task in method.trained(config)):
         raise ConfigError(
             "training.fp16 scales the loss, so that a penalty's gradient, which is added behind it, would all but "
             f"vanish; use training.bf16, or a method without a penalty instead of {config.method}"
@@ -346,8 +349,11 @@ def training_arguments(
         del chosen["tf32"]
     try:
         args = TrainingArguments(**chosen)
-    except ValueError as error:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()  # refuses where its package is missing; otherwise the Trainer would, with the model loaded
+    except (ValueError, RuntimeError) as error:
         raise ConfigError(f"training: {error}") from None
+    args._n_gpu = min(args.n_gpu, 1)  # on several, a process without a launcher would split batches by DataParallel
     if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ConfigError(
             "training.gradient_checkpointing_kwargs.use_reentrant: true would run a backward pass through the "
@@ -372,6 +378,7 @@ def train_task(run: StreamRun, task: Task) -> None:
     The base model is loaded afresh, so a task does not depend on which ones this process has trained before.
     """
     trainer, router = build_trainer(run, task)
+    reports = trainer.args.report_to
     # A shared file system may show other hosts an older state, of checkpoints here and of the ledger below.
     found = from_first_rank(checkpoints(work_folder(run.config, task)))
     if found:
@@ -380,7 +387,9 @@ def train_task(run: StreamRun, task: Task) -> None:
     save_task(run, task, trainer, router)
     run.ledger.content = from_first_rank(run.ledger.content)
     release(trainer)
-    if "wandb" in trainer.args.report_to:
+    del trainer
+    free_memory()  # before the next task's model is loaded beside this one's
+    if "wandb" in reports:
         import wandb
 
         wandb.finish()  # else the next task would be logged into this one's W&B run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
@@ -118,12 +119,18 @@ class BankTrainer(Trainer):
         self._loss_sum = torch.zeros((), device=args.device)
         self._positions = torch.zeros(2, dtype=torch.int64, device=args.device)  # with a token, and all
         self._started = time.monotonic()
+        self._live = stack.live()
         if penalty is not None:
-            for module, pair in stack.live().items():
+            for module, pair in self._live.items():
                 for half, parameter in enumerate(pair):
                     parameter.register_hook(_penalty_hook(self._pending, (module, half)))
 
     # --- one step ---
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Unless the last step is done: from a checkpoint of it inside an epoch the Trainer would take one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -195,9 +202,8 @@ class BankTrainer(Trainer):
     def _prepare_penalty(self) -> Tensor:
         """The penalty at the current matrices, its gradient left to the hooks."""
         assert self.penalty is not None
-        live = self.stack.live()
-        with gathered(self.stack.live_parameters()), torch.no_grad():
-            step = self.penalty.step(live, self._get_learning_rate())
+        with gathered(itertools.chain.from_iterable(self._live.values())), torch.no_grad():
+            step = self.penalty.step(self._live, self._get_learning_rate())
         if not torch.isfinite(step.value):
             raise NonFiniteLossError(
                 f"{self.args.run_name}: the penalty at step {self.state.global_step + 1} is {step.value.item()}; "
@@ -217,7 +223,7 @@ class BankTrainer(Trainer):
         del batch["record_index"]
         keep, targets = labelled_positions(batch.pop("labels"))
         self._kept.choose(keep)
-        keys = {(name, half): matrix for name, pair in self.stack.live().items() for half, matrix in enumerate(pair)}
+        keys = {(name, half): matrix for name, pair in self._live.items() for half, matrix in enumerate(pair)}
         with self.compute_loss_context_manager():
             logits = self.stack.model(**batch, logits_to_keep=keep, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
@@ -228,16 +234,22 @@ class BankTrainer(Trainer):
     # --- the order of samples ---
 
     def _get_train_sampler(self, train_dataset: Any = None) -> VisitSampler:
+        visits = len(self.samples if self.order is None else self.order)
         multiple = self.args.train_batch_size * self.args.world_size
-        return VisitSampler(self._epoch_order, len(self.samples), multiple)
+        return VisitSampler(self._epoch_order, visits, len(self.samples), multiple)
 
-    def _epoch_order(self, epoch: int) -> Sequence[int]:
-        """Positions in the order of an epoch's visits; no image is decoded to learn lengths."""
+    def _epoch_order(self) -> Sequence[int]:
+        """Positions in the order of this epoch's visits; no image is decoded to learn lengths.
+
+        The epoch is asked for here because accelerate and the Trainer tell it to a sampler only where they find it: in
+        an epoch that a checkpoint cut in two, several processes have it wrapped too deeply.
+        """
         if self.order is not None:
             return self.order
-        generator = torch.Generator().manual_seed(self.args.seed + epoch)
+        generator = torch.Generator().manual_seed(self.args.seed + int(self.state.epoch or 0))
         if self.args.train_sampling_strategy == "group_by_length":
-            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            accumulated = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            batch = accumulated * self.args.world_size
             return get_length_grouped_indices(self._lengths, batch, generator=generator)
         return torch.randperm(len(self.samples), generator=generator).tolist()
 
@@ -356,25 +368,21 @@ class VisitSampler(Sampler[int]):
     repeat samples from the start of the epoch instead, so that several ranks would train on other batches than one.
     """
 
-    def __init__(self, order: Callable[[int], Sequence[int]], blank: int, multiple: int) -> None:
+    def __init__(self, order: Callable[[], Sequence[int]], visits: int, blank: int, multiple: int) -> None:
         """
         Args:
-            order: epoch → positions, as many in every epoch.
+            order: the positions of the epoch that begins.
+            visits: how many they are, in every epoch.
             blank: the position of a blank.
         """
-        self._order, self._epoch = order, 0
-        self._visits = len(order(0))
-        self._blanks = [blank] * (-self._visits % multiple)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
-        self._epoch = epoch
+        self._order, self._visits = order, visits
+        self._blanks = [blank] * (-visits % multiple)
 
     def __len__(self) -> int:
         return self._visits + len(self._blanks)
 
     def __iter__(self) -> Iterator[int]:
-        return iter([*self._order(self._epoch), *self._blanks])
+        return iter([*self._order(), *self._blanks])
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -424,9 +432,10 @@ def refuse_other_launch(checkpoint: Path, args: TrainingArguments, made_from: Ma
     free = {"configuration"} if force else set()
     changed = [key for key, value in made_from.items() if written.get(key) != value and key not in free]
     if changed:
+        forced = "; --force continues with the changed configuration" if changed == ["configuration"] else ""
         raise ConfigError(
             f"{checkpoint} was made with another configuration or other files: {', '.join(changed)} changed since. "
-            f"Restore what it was, or {again}; --force continues with the changed configuration"
+            f"Restore what it was, or {again}{forced}"
         )
 
 
@@ -440,11 +449,13 @@ def writing(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if lost_a_process(error) or isinstance(error, torch.OutOfMemoryError):
+        # PyTorch's writer of files raises a plain RuntimeError.
+        if lost_a_process(error) or isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
             raise
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise SaveError(
-            f"{place} cannot be written ({str(error).splitlines()[0]}). What was complete before is kept; the same "
-            "command resumes from there once there is space and permission"
+            f"{place} cannot be written ({reason}). What was complete before is kept; the same command resumes from "
+            "there once there is space and permission"
         ) from error
 
 

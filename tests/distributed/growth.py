@@ -42,7 +42,7 @@ def watch(folder: Path) -> None:
 
 
 def held() -> dict[str, int]:
-    gc.collect()
+    """Without collecting first: the task that follows would be loaded beside what is still there."""
     found = gc.get_objects()
     modules = [thing for thing in found if isinstance(thing, nn.Module)]
     tensors = [thing for thing in found if type(thing) in (torch.Tensor, nn.Parameter)]

@@ -81,6 +81,19 @@ def test_killed_broken_and_killed_again(
     assert not stream.checkpoints()
 
 
+def test_killed_in_the_second_epoch(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """It goes on with the second epoch's order, of which each rank has taken its share."""
+    settings = ("tasks=[pathvqa]", "tasks.*.epochs=2")
+    whole, stream = (Stream(tmp_path / name, tiny_settings, "ddp", *settings) for name in ("whole", "killed"))
+    launch(whole.command)
+    launched = stream.start_until(2 * STEPS - 1)
+    os.kill(launched.ranks()[1], signal.SIGKILL)
+    launched.finish(BOUND)
+    assert [name for name in stream.checkpoints() if name != ".saving"] == [f"checkpoint-{2 * STEPS - 2}"]
+    launch(stream.command)
+    assert bank_bytes(stream.run) == bank_bytes(whole.run)
+
+
 def test_another_number_of_processes_inside_a_task(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     """It is refused, and allowed between tasks; one checkpoint is kept, whole and under its name."""
     stream = Stream(tmp_path, tiny_settings, "zero2")
