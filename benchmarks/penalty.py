@@ -4,15 +4,18 @@
     python -m benchmarks.penalty --size 7b --layers 2
 
 The live bank is bank 8 of 8, then bank 32 of 32; values and gradients of both ways are compared as well. The frozen
-banks are held in float32 and in bfloat16; on a GPU also in the CPU's pinned memory.
+banks are held in float32 and in bfloat16; on a GPU also in the CPU's pinned memory. `--profile` prints where their time
+goes.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.profiler import profile
 
 from benchmarks.baselines import Pairs, alternating, autograd_penalties
 from benchmarks.harness import finish, parse, random_banks
@@ -20,10 +23,12 @@ from mslora_cr.training.penalties import BankPenalties
 
 ALPHA, BETA = 0.1, 0.01
 BANKS, MANY = 8, 32
+PROFILED = 20
+"""Calls that a profile covers."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    setting = parse("penalty", __doc__, argv)
+    setting = parse("penalty", __doc__, argv, _add_arguments)
     device = setting.device
     banks = random_banks(setting.size, MANY)
     live: Pairs = {
@@ -51,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def ours(penalties: BankPenalties) -> Callable[[], Any]:
         return lambda: penalties.terms(live, ALPHA, BETA)
 
+    if setting.args.profile:
+        with profile() as profiled:
+            for _ in range(PROFILED):
+                held["ours"].terms(live, ALPHA, BETA)
+        print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
     seconds = setting.interleaved({"autograd": autograd} | {name: ours(terms) for name, terms in held.items()}, 2)
     return finish(
         setting,
@@ -64,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "frozen_megabytes": {name: round(terms.frozen_bytes / 1e6, 1) for name, terms in held.items()},
             "largest_deviation_from_autograd": _deviation(held["ours"], live, autograd),
         },
+    )
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile", action="store_true", help=f"print PyTorch's profile of {PROFILED} calls of ours first"
     )
 
 

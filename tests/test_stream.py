@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -393,7 +394,8 @@ def test_a_corrupt_image_is_named_before_training(
     config = config_file()
     assert main(["train", str(config), f"data.root={root}", "data.check_images=true"]) == 1
     message = capsys.readouterr().err
-    assert "slake-vqarad: 1 image" in message and "record" in message and "not a readable image" in message
+    assert "1 of 24 images cannot be read" in message
+    assert re.search(rf"Slake-VQARad/train\.json: record \d+: .*{picture.name}: not a readable image", message)
     assert not (run_folder(config) / "logs").exists()
 
 

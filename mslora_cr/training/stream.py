@@ -54,8 +54,7 @@ from mslora_cr.training.distributed import (
 from mslora_cr.training.ledger import Ledger
 from mslora_cr.training.processes import first_rank_first
 from mslora_cr.training.trainer import BankTrainer, JsonLinesCallback, checkpoints, refuse_other_launch, writing
-
-CHECK_WORKERS = 8
+from mslora_cr.workers import cores
 
 
 @dataclass(frozen=True)
@@ -288,24 +287,23 @@ def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords])
     Raises:
         DataError: names the bad ones, with the record that asks for the first.
     """
-    for task in (config.task(name) for name in records):
-        roots = task_image_roots(config, task)
-        paths: dict[Path, int] = {}
-        for index, record in enumerate(records[task.name]):
+    paths: dict[Path, tuple[TrainingRecords, int]] = {}
+    for task_name, found in records.items():
+        roots = task_image_roots(config, config.task(task_name))
+        for index, record in enumerate(found):
             for name in record.images if config.data.images == "all" else record.images[:1]:
                 try:
-                    paths.setdefault(resolve_image(name, roots), index)
+                    paths.setdefault(resolve_image(name, roots), (found, index))
                 except DataError as error:
-                    place = f"{records[task.name].path}: {records[task.name].place(index)}"
-                    raise DataError(f"{place}: {error}") from None
-        if not config.data.check_images:
-            continue
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        cache = config.run_dir / "images-checked.bin"
-        bad = check_images(paths, CHECK_WORKERS, progress=True, cache=cache)
-        if bad:
-            lines = [f"{records[task.name].place(paths[path])}: {problem}" for path, problem in bad[:10]]
-            raise DataError(f"{task.name}: {len(bad)} images cannot be read\n  " + "\n  ".join(lines))
+                    raise DataError(f"{found.path}: {found.place(index)}: {error}") from None
+    if not config.data.check_images or not paths:
+        return
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    bad = check_images(list(paths), cores(), progress=True, cache=config.run_dir / "images-checked.bin")
+    if bad:
+        asked = ((path, problem, *paths[path]) for path, problem in bad[:10])
+        lines = [f"{found.path}: {found.place(index)}: {path}: {problem}" for path, problem, found, index in asked]
+        raise DataError(f"{len(bad)} of {len(paths)} images cannot be read\n  " + "\n  ".join(lines))
 
 
 def training_arguments(

@@ -45,7 +45,7 @@ def configure(folder: Path, settings: dict[str, Any], method: str) -> Path:
         "lora": WITHOUT_DROPOUT,
         "regularization": FIXED,
         "training": {**settings["training"], **exact, "save_strategy": "no"},
-        "tasks": [task for task in settings["tasks"] if task["name"] in TASKS],
+        "tasks": [{**task, "epochs": 0.5} for task in settings["tasks"] if task["name"] in TASKS],
     }
     return write_config(folder, settings, method=method, **changes, **section)
 
