@@ -111,7 +111,8 @@ def save_bank(
     if broken:
         raise BankError(
             f"bank {bank.name!r} is not saved: {len(broken)} of its {len(tensors)} matrices hold NaN or infinite "
-            f"numbers, first {broken[0].removeprefix(PEFT_PREFIX)}. A lower learning rate or lower penalty weights usually help"
+            f"numbers, first {broken[0].removeprefix(PEFT_PREFIX)}. A lower learning rate or lower penalty weights "
+            "usually help"
         )
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -23,8 +22,8 @@ from mslora_cr.banks import (
     load_bank,
     save_bank,
 )
-from mslora_cr.config import StreamConfig, Task
-from mslora_cr.llava_med import language_linear_shapes
+from mslora_cr.config import ConfigError, StreamConfig, Task
+from mslora_cr.llava_med import language_linear_shapes, read_config
 from mslora_cr.methods import METHODS
 from mslora_cr.methods.base import Method
 from mslora_cr.runtime import base_digest
@@ -93,8 +92,15 @@ def _place(folder: Path, config: StreamConfig, task: Task) -> Path | None:
 
 
 def export_chain(banks: Mapping[str, Bank], config: StreamConfig, output: Path) -> Iterator[Path]:
-    """Write banks as a published run below `output`; yields each folder once it is written."""
-    base = json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8"))
+    """Write banks as a published run below `output`; yields each folder once it is written.
+
+    Raises:
+        BankError: there is no bank, or one that the published format cannot represent.
+        ModelError: the base model's configuration cannot be read.
+    """
+    if not banks:
+        raise BankError(f"no task of this run is trained yet in {config.run_dir}; train one first")
+    base = read_config(Path(config.model.path))
     for task in config.stream:
         if task.name in banks:
             folder = output / config.run / _published_name(config, task)
@@ -122,7 +128,12 @@ def import_chain(folder: Path, config: StreamConfig) -> list[str]:
         if sorted((b.shape[0], a.shape[1]) for a, b in bank.matrices.values()) != shapes:
             raise BankError(f"{places[name]}: its layers are not those of the base model {config.model.path}")
     missing = [name for name in banks if not _is_there(banks[name], ledger)]
-    ledger.open(config, base_digest(config), force=False)
+    model_digest = base_digest(config)
+    if differences := ledger.differences(config, model_digest):
+        raise ConfigError(
+            f"{ledger.folder} was made with another configuration ({differences}). Import into another `run`"
+        )
+    ledger.open(config, model_digest, force=False)
     for name in missing:
         _enter(banks[name], places[name], config, ledger)
     return missing

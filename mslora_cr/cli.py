@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -14,22 +16,30 @@ from mslora_cr.config import EvaluationConfig, StreamConfig
 from mslora_cr.errors import UserError
 
 EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
-EXTRAS |= {"rouge_score": "eval", "deepspeed": "train", "wandb": "train", "tensorboard": "train", "h5py": "data"}
-EXTRAS |= {"bitsandbytes": "quantization"}
+EXTRAS |= {"rouge_score": "eval", "deepspeed": "train", "h5py": "data", "bitsandbytes": "quantization"}
 OVERRIDES = "override configuration values, e.g. lora.rank=32 tasks.pathvqa.epochs=1 'tasks.*.batch_size=8'"
+OVERRIDE = re.compile(r"[A-Za-z_][\w.*+-]*=")
+LISTS = ("--methods", "--seeds", "--against")
+"""Options that take several words."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 1 on an error that the user can fix, reported in a few lines, 130 on Ctrl-C."""
+    """Run a command; 0 on success, 1 on an error that the user can fix, reported in a few lines, 130 on Ctrl-C, 141 if
+    nobody reads its output any more, as in `… | head`."""
     args = _parse(argv)
     import logging  # behind --help, which does not need it
 
     # It recommends more packages when PEFT looks for it, and float16 at every 8-bit layer of every forward pass.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"mslora-cr: error: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would complain when it ends
+        return 141
     except OSError as error:
         print(f"mslora-cr: error: {error}; finished work is kept", file=sys.stderr)
     except ModuleNotFoundError as error:
@@ -46,15 +56,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, with KEY=VALUE overrides anywhere after the configuration: argparse by itself accepts
-    a list of positional arguments only in one piece."""
+    a list of positional arguments only in one piece, and adds them to an option's list."""
+    words = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    if len(overrides) < len(rest) or (rest and "overrides" not in args):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides += overrides
+    kept, behind_lists = _split(words)
+    args, rest = parser.parse_known_args(kept)
+    given = [*rest, *behind_lists]
+    wrong = [word for word in given if "overrides" not in args or word.startswith("-") or "=" not in word]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if "overrides" in args:  # later ones win, so they stay in the order of the command line
+        given += args.overrides
+        args.overrides = [word for word in words if word in given]
     return args
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that are none of an option's list, though they stand behind it: overrides."""
+    kept: list[str] = []
+    overrides: list[str] = []
+    option = ""
+    for word in words:
+        if word.startswith("-"):
+            option = word
+        (overrides if option in LISTS and OVERRIDE.match(word) else kept).append(word)
+    return kept, overrides
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,7 +129,11 @@ def _command(commands: argparse._SubParsersAction, name: str, help: str, *exampl
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=OVERRIDES)
 
 
 def _config(args: argparse.Namespace) -> StreamConfig:
@@ -123,7 +153,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "mslora-cr demo",
         "mslora-cr demo evaluation.batch_size=32",
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    _add_overrides(parser)
     parser.set_defaults(run=_demo)
 
 
@@ -143,7 +173,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         commands,
         "train",
         "train one bank per task of the stream; finished tasks are skipped and an interrupted one resumes",
-        "mslora-cr train configs/demo.yaml --dry-run",
+        "mslora-cr train configs/demo.yaml --dry-run     # after `mslora-cr demo`",
         "mslora-cr train configs/finetune_mslora_cr_ortho.yaml training.per_device_train_batch_size=4",
         "mslora-cr train configs/finetune_mslora_cr_ortho.yaml --task derm",
         "mslora-cr train configs/demo.yaml run=ewc method=ewc ewc.strength=1e4    # methods: docs/methods.md",
@@ -158,7 +188,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "--dry-run", action="store_true", help="print the resolved configuration and the plan, then exit"
     )
     parser.add_argument(
-        "--force", action="store_true", help="resume in a run folder that was created with a different configuration"
+        "--force", action="store_true", help="resume in a run folder that was made with another configuration"
     )
     parser.set_defaults(run=_train)
 
@@ -217,7 +247,7 @@ def _obstacles(config: StreamConfig, only: str | None, force: bool, done: Collec
     differences = Ledger.read(config).differences(config, base_digest(config))
     if differences and not force:
         yield (
-            f"{config.run_dir} was created with a different configuration ({differences}); "
+            f"{config.run_dir} was made with another configuration ({differences}); "
             "without --force, training refuses to resume in it"
         )
     if only and only not in done:
@@ -323,15 +353,14 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
         "mslora-cr report checkpoints/RUN",
     )
     parser.add_argument("target", type=Path, metavar="RUN", help="configuration or run folder")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    _add_overrides(parser)
     parser.set_defaults(run=_report)
 
 
 def _report(args: argparse.Namespace) -> int:
-    from mslora_cr.config_file import load_config
     from mslora_cr.evaluation.report import write_report
 
-    config = load_config(_config_file(args.target), args.overrides)
+    config = _run_config(args.target, args.overrides)
     print(f"report: {write_report(config.run_dir, config.results_run_dir)}")
     return 0
 
@@ -390,7 +419,7 @@ def _add_analyze(commands: argparse._SubParsersAction) -> None:
         "mslora-cr analyze checkpoints/RUN --questions 0     # no leave-one-bank-out evaluation",
     )
     parser.add_argument("target", type=Path, metavar="RUN", help="configuration or run folder")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    _add_overrides(parser)
     parser.add_argument(
         "--against",
         nargs="+",
@@ -401,23 +430,28 @@ def _add_analyze(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--questions",
-        type=int,
+        type=_count,
         metavar="N",
         help="questions per task for the leave-one-bank-out evaluation (default: 200; 0 skips it)",
     )
     parser.set_defaults(run=_analyze)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return int(text)
+
+
 def _analyze(args: argparse.Namespace) -> int:
     _quieten()
-    from mslora_cr.config_file import load_config
     from mslora_cr.evaluation.analyze import QUESTIONS, analyze
     from mslora_cr.evaluation.report import write_report
     from mslora_cr.training.distributed import rank
     from mslora_cr.training.processes import stopping_together
 
-    config = load_config(_config_file(args.target), args.overrides)
-    others = [load_config(_config_file(target)) for target in args.against]
+    config = _run_config(args.target, args.overrides)
+    others = [_run_config(target) for target in args.against]
     with stopping_together():
         path = analyze(config, others, QUESTIONS if args.questions is None else args.questions)
     if rank() == 0:
@@ -464,18 +498,30 @@ def _sweep(args: argparse.Namespace) -> int:
     return 0
 
 
-def _config_file(target: Path) -> Path:
-    """The configuration file of a run, given directly or by its run folder."""
-    return target / "config.yaml" if target.is_dir() else target
+def _run_config(target: Path, overrides: Sequence[str] = ()) -> StreamConfig:
+    """The configuration of a run, given directly or by its run folder.
+
+    Raises:
+        UserError: the folder is none, or its configuration belongs to another one, which would be read in its place.
+    """
+    from mslora_cr.config_file import load_config
+
+    if not target.is_dir():
+        return load_config(target, overrides)
+    if not (target / "config.yaml").is_file():
+        raise UserError(f"{target}: no config.yaml there; give a configuration or a run folder")
+    config, folder = load_config(target / "config.yaml", overrides), target.resolve()
+    if config.run_dir.resolve() != folder:
+        raise UserError(
+            f"{target}: its config.yaml is that of the run folder {config.run_dir.resolve()}. Move it back there, run "
+            f"this where the run was trained, or set run={folder.name} and output_dir={folder.parent}"
+        )
+    return config
 
 
 def _results_folder(target: Path) -> Path:
     """The results folder of a run, given by its configuration, its run folder or that folder itself."""
-    from mslora_cr.config_file import load_config
-
-    if (target / "evaluation.json").is_file():
-        return target
-    return load_config(_config_file(target)).results_run_dir
+    return target if (target / "evaluation.json").is_file() else _run_config(target).results_run_dir
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
@@ -552,12 +598,10 @@ def _add_model(commands: argparse._SubParsersAction) -> None:
         "inspect",
         "show what a base model contains and compare its own vision tower with the one its configuration names",
         "mslora-cr model inspect pretrained_models/llava_med_v1.5",
-        "mslora-cr model inspect pretrained_models/llava_med_v1.5 --json",
+        "mslora-cr model inspect pretrained_models/llava_med_v1.5 --all",
     )
     action.add_argument("path", type=Path, metavar="MODEL", help="base model folder")
-    action.add_argument(
-        "--json", action="store_true", help="list every tensor's difference, not only the largest eight"
-    )
+    action.add_argument("--all", action="store_true", help="list every tensor's difference, not only the largest eight")
     action.set_defaults(run=_inspect)
 
 
@@ -566,7 +610,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from mslora_cr.inspection import inspect
 
     found = inspect(args.path)
-    if not args.json:
+    if not args.all:
         differences = found["towers"].pop("differences", {})
         worst = sorted(differences.items(), key=lambda item: -item[1] if isinstance(item[1], float) else float("-inf"))
         found["towers"]["largest_differences"] = dict(worst[:8])
@@ -673,7 +717,6 @@ def _show(args: argparse.Namespace) -> int:
 
 def _quieten() -> None:
     """Keep the console for this program's own progress: no loading bars, no advice for library authors."""
-    import os
     import warnings
 
     import torch

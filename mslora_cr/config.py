@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os.path
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -51,6 +53,8 @@ PositiveNumber = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 PositiveInt = Annotated[int, Field(ge=1)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A file or folder; a leading `~` is the home folder, which a shell would not expand behind `key=`."""
 
 
 class _Strict(BaseModel):
@@ -60,28 +64,28 @@ class _Strict(BaseModel):
 class ModelConfig(_Strict):
     """The frozen base model and how it is loaded."""
 
-    path: str
-    vision_tower: str = "config"
+    path: Place
+    vision_tower: Place = "config"
     """`config` (the tower that the base's `mm_vision_tower` names), `checkpoint` (the shards' own), or a path."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["4bit", "8bit"] | None = None
     """Store the language model's linear layers in 4 or 8 bits (bitsandbytes); they compute in `dtype`."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`; in a run of several processes each takes its own GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """A process takes its own GPU among those that CUDA_VISIBLE_DEVICES names; `auto`: the CPU where there is none."""
 
 
 class DataConfig(_Strict):
     """Where the data sets are and how a record becomes a sample."""
 
-    root: str
+    root: Place
     images: Literal["first", "all"] = "first"
     """Which images of a record with a list of them are shown: the published evaluation takes the first."""
     max_length: PositiveInt = 2048
     """Positions per sample, image patches included; longer samples are cut at the end."""
     check_images: bool = True
     """Decode every image once before the first step; images found good are remembered in the run folder."""
-    cache_image_features: str | None = None
+    cache_image_features: Place | None = None
     """A folder where the frozen tower's features are kept, 1.2 MB per image in bfloat16; none: computed at every step.
     It pays where images repeat over questions and epochs and the tower or the disk is slow."""
 
@@ -91,7 +95,7 @@ class LoraSettings(_Strict):
 
     rank: PositiveInt = 64
     alpha: PositiveNumber = 64.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[NotNegative, Field(lt=1)] = 0.0
     fold: Literal["merge", "concatenate"] = "merge"
     """`merge` adds frozen banks to the base weights; `concatenate` keeps one frozen adapter of rank r·(t-1), and is the
     default with `model.quantization`: a quantised base is never merged into."""
@@ -219,9 +223,10 @@ class StreamConfig(_Strict):
 
     run: Name
     method: MethodName = "mslora_cr"
-    output_dir: str = "checkpoints"
-    results_dir: str = "results"
-    seed: int = 42
+    output_dir: Place = "checkpoints"
+    results_dir: Place = "results"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    """A task's own is this plus its place in the stream, and NumPy takes none from 2**32 on."""
     model: ModelConfig
     data: DataConfig
     lora: LoraSettings = LoraSettings()
@@ -287,7 +292,7 @@ class StreamConfig(_Strict):
                 raise ValueError(f"tasks.{position}.name: task {task.name!r} appears twice in the stream")
             seen.add(task.name)
             if self.method == "replay" and task.batch_size == 1:
-                raise ValueError(f"tasks.{position}.batch_size: replay mixes new and old in a batch; use at least 2")
+                raise ValueError(f"tasks.{task.name}.batch_size: replay mixes new and old in a batch; use at least 2")
         return self
 
     @model_validator(mode="after")
@@ -388,6 +393,8 @@ DERIVED_TRAINING_FIELDS = {
     "push_to_hub": "nothing: upload the banks of a finished run yourself",
     "label_names": "nothing: labels are `labels`",
     "use_cpu": "model.device",
+    "fsdp": "training.deepspeed: banks are gathered from ZeRO's shards alone",
+    "fsdp_config": "training.deepspeed: banks are gathered from ZeRO's shards alone",
 }
 """TrainingArguments that this configuration sets itself, each with the key to use instead."""
 

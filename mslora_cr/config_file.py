@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +25,18 @@ from mslora_cr.config import (
 
 SAVE_STRATEGIES = ("steps", "epoch", "no")
 """When checkpoints may be written; transformers also has `best`, which needs evaluations that there are none of."""
+EXPECTED = {
+    "model_type": "should be a section of keys",
+    "dict_type": "should be a section of keys",
+    "list_type": "should be a list",
+    "string_type": "should be text",
+    "int_type": "should be a whole number",
+    "float_type": "should be a number",
+    "bool_type": "should be true or false",
+    "string_pattern_mismatch": "should be letters, digits and any of . _ + -, the first a letter or digit",
+    "too_short": "should have at least one entry",
+}
+"""What pydantic's commonest types of error mean, in words for users; its own are used for the rest."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
@@ -61,6 +74,8 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not plain YAML: {error}") from None
+    if loaded is None:
+        raise ConfigError(f"{path}: the file is empty")
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(loaded).__name__}")
     parent = loaded.pop("extends", None)
@@ -119,6 +134,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raw["tasks"] = [_task_named(raw, name) for name in value]
         return
     *parents, last = key.split(".")
+    if parents == ["tasks"]:
+        raise ConfigError(f"override {override!r}: name a key of the task too, as in tasks.{last}.epochs=1")
     for target in _targets(raw, parents, override):
         target[last] = value
 
@@ -142,22 +159,37 @@ def _tasks(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _task_named(raw: dict[str, Any], name: str) -> dict[str, Any]:
-    tasks = {task.get("name"): task for task in _tasks(raw)}
+    tasks = {task["name"]: task for task in _tasks(raw) if isinstance(task.get("name"), str)}
     if name not in tasks:
-        raise ConfigError(f"unknown task {name!r}{nearest(name, [str(task) for task in tasks])}")
+        raise ConfigError(f"unknown task {name!r}{nearest(name, tasks)}")
     return tasks[name]
 
 
 def _explain(item: Any, raw: Mapping[str, Any]) -> str:
-    """One validation error in a line: where, what, and the nearest key that exists."""
-    location = [str(part) for part in item["loc"]]
-    where = ".".join(location)
+    """One validation error in a line: where, what, and the nearest key that exists. A task goes by its name."""
+    location = [str(part) for part in item["loc"] if part != "[key]"]  # so pydantic marks a key as what is wrong
+    named = location.copy()
+    if location[:1] == ["tasks"] and len(location) > 2:
+        name = raw["tasks"][int(location[1])].get("name")
+        named[1] = name if isinstance(name, str) else location[1]
+    where = ".".join(named)
     if item["type"] == "extra_forbidden":
         return f"{where}: unknown key{nearest(location[-1], _known_keys(location[:-1]))}"
     if item["type"] == "missing":
         return f"{where}: required, but not given"
-    message = item["msg"].removeprefix("Value error, ")
+    message = _fault(item)
     return f"{where}: {message}" if where else message
+
+
+def _fault(item: Any) -> str:
+    """What is wrong with a value, which is shown, shortened."""
+    if item["type"] == "value_error":  # our own, or a library's, which says all
+        return item["msg"].removeprefix("Value error, ")
+    value = item["input"]
+    message = EXPECTED.get(item["type"].replace("parsing", "type")) or item["msg"].removeprefix("Input ")
+    if item["type"] == "string_type" and not isinstance(value, list | dict | None):
+        return f"{message}, found {value}; quote it, on the command line as '\"{value}\"'"
+    return f"{message}, found {reprlib.repr(value)}"
 
 
 def _known_keys(location: Sequence[str]) -> list[str]:
@@ -196,7 +228,7 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
         try:
             checked[key] = adapter.validate_python(as_number(value) if _wants_number(hints[key]) else value)
         except ValidationError as error:
-            raise ConfigError(f"training.{key}: {error.errors()[0]['msg']}, found {value!r}") from None
+            raise ConfigError(f"training.{key}: {_fault(error.errors()[0])}") from None
         if key == "save_strategy" and checked[key] not in SAVE_STRATEGIES:
             raise ConfigError(f"training.save_strategy is {value!r}; choose one of {', '.join(SAVE_STRATEGIES)}")
         if isinstance(checked[key], float) and not math.isfinite(checked[key]):

@@ -10,12 +10,14 @@ from typing import Any
 
 from mslora_cr.config import ConfigError, MethodName, StreamConfig
 from mslora_cr.config_file import load_config
+from mslora_cr.data.catalog import catalog
 from mslora_cr.data.synthetic import make_stream
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.record import read_evaluation
 from mslora_cr.evaluation.report import write_comparison, write_report
 from mslora_cr.tiny_model import MODEL_FOLDER, make_tiny_llava_med
 from mslora_cr.training import stream
+from mslora_cr.training.distributed import own_device
 from mslora_cr.training.ledger import Ledger, write_json
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
@@ -27,14 +29,14 @@ def run_demo(overrides: Sequence[str] = ()) -> None:
     """Make what is missing, train and evaluate both methods, and write `summary.json` and the reports.
 
     Everything that an earlier call has finished is kept, so a killed demo resumes.
+
+    Raises:
+        ConfigError: before anything is made, if the demo cannot be run like that.
     """
     started = time.monotonic()
-    runs = {method: load_config(CONFIG, [*overrides, f"run={method}", f"method={method}"]) for method in COMPARED}
+    runs = _configurations(overrides)
     first = runs[COMPARED[0]]
-    model = Path(first.model.path)
-    if model.name != MODEL_FOLDER:
-        raise ConfigError(f"model.path: the demo makes its own model, in a folder named {MODEL_FOLDER}, not {model}")
-    summary = Path(first.results_dir) / "summary.json"
+    model, summary = Path(first.model.path), Path(first.results_dir) / "summary.json"
     complete, spent = _earlier_seconds(runs.values(), summary)
     make_stream(Path(first.data.root))
     make_tiny_llava_med(model.parent)
@@ -51,6 +53,30 @@ def run_demo(overrides: Sequence[str] = ()) -> None:
     seconds = spent if complete else round(spent + time.monotonic() - started, 1)
     write_json(summary, {"methods": methods, "seconds": seconds})
     _say(methods, seconds, page)
+
+
+def _configurations(overrides: Sequence[str]) -> dict[MethodName, StreamConfig]:
+    """The configuration of each compared method."""
+    if not CONFIG.is_file():
+        raise ConfigError(f"{CONFIG} is not there: the demo needs a clone, installed with pip install -e")
+    for key in {override.partition("=")[0] for override in overrides} & {"run", "method"}:
+        raise ConfigError(f"{key}: the demo always compares {' and '.join(COMPARED)}; for another run: mslora-cr train")
+    runs = {method: load_config(CONFIG, [*overrides, f"run={method}", f"method={method}"]) for method in COMPARED}
+    first = runs[COMPARED[0]]
+    own_device(first.model.device)  # refuses a GPU that is not there
+    if Path(first.model.path).name != MODEL_FOLDER:
+        raise ConfigError(
+            f"model.path: the demo makes its own model, in a folder named {MODEL_FOLDER}, not {first.model.path}"
+        )
+    if first.evaluation.banks_by == "routed":
+        raise ConfigError(
+            "evaluation.banks_by: the demo tells the task; after it, run mslora-cr evaluate configs/demo.yaml "
+            "--banks-by routed"
+        )
+    closed = {name for name, found in catalog().items() if found.test_rows.closed}
+    if closed.isdisjoint(task.name for task in first.tasks):
+        raise ConfigError("tasks: the demo compares closed questions, and none of these tasks has any; add one")
+    return runs
 
 
 def _earlier_seconds(runs: Iterable[StreamConfig], summary: Path) -> tuple[bool, float]:

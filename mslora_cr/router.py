@@ -24,11 +24,11 @@ from tqdm.auto import tqdm
 from mslora_cr.banks import STATISTICS, BankError
 from mslora_cr.data.collator import Preprocessing
 from mslora_cr.data.prompts import question_text
-from mslora_cr.data.records import DataError, TestRecords, TrainingRecord, TrainingRecords
+from mslora_cr.data.records import DataError, TestRecords, TrainingRecord, TrainingRecords, sample_of
 from mslora_cr.llava_med import LlavaMed
 
 FIT_RECORDS = 2000
-"""Records of a task that are used, spread evenly over its file: more would not move its mean or scatter."""
+"""Records of a task that are used, a sample of its file: more would not move its mean or scatter."""
 TEXT_FEATURES = 256
 """Word embeddings wider than this are projected to as many features, at random but always alike, so that a task's
 statistics stay small: Johnson and Lindenstrauss, 1984."""
@@ -123,12 +123,17 @@ class _Looked(Dataset[tuple[Tensor, list[int]]]):
     def __getitem__(self, position: int) -> tuple[Tensor, list[int]]:
         index = self.indices[position]
         record = self.records[index]
-        text = next(turn.text for turn in record.turns) if isinstance(record, TrainingRecord) else record.text
+        text = _asked_first(record) if isinstance(record, TrainingRecord) else record.text
         try:
             pixels = self.preprocessing.pixel_values(self.preprocessing.image_names(record), self.roots)
         except ValueError as error:
             raise DataError(f"{self.records.path}: {self.records.place(index)}: {error}") from None
         return pixels, self.preprocessing.tokenizer.encode(question_text(text, 0))
+
+
+def _asked_first(record: TrainingRecord) -> str:
+    """The first question of a conversation, which an answer may open; "" if there is none."""
+    return next((turn.text for turn in record.turns if turn.speaker == "human"), "")
 
 
 class FeatureExtractor:
@@ -213,6 +218,6 @@ class FeatureExtractor:
         return torch.nn.functional.normalize(features @ self._projection)
 
 
-def looked_at(records: int) -> range:
+def looked_at(records: int) -> list[int]:
     """The records of a task that the router learns from."""
-    return range(0, records, -(-records // FIT_RECORDS))
+    return sample_of(records, FIT_RECORDS)

@@ -29,8 +29,9 @@ from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.record import ROUTED, read_evaluation, read_ledger
 from mslora_cr.evaluation.report import METRICS, write_sweep_page
 from mslora_cr.evaluation.routed import evaluate_routed
-from mslora_cr.methods import needs_task
+from mslora_cr.methods import METHODS, needs_task
 from mslora_cr.training import stream
+from mslora_cr.training.distributed import own_device
 from mslora_cr.training.ledger import environment, write_json
 from mslora_cr.workers import cores, end_with_parent
 
@@ -83,7 +84,8 @@ def plan_sweep(
         seeds: the file's, if none is given.
 
     Raises:
-        ConfigError: an unknown method, more orders than there are, or a configuration that is wrong.
+        ConfigError: an unknown method, one given as an override, more orders than there are, or a configuration that
+            is wrong.
     """
     for method in methods:
         if method not in known_methods():
@@ -93,6 +95,8 @@ def plan_sweep(
             )
     chosen = list(dict.fromkeys(methods or known_methods()))
     sections = {override: override.partition("=")[0].partition(".")[0] for override in overrides}
+    if "method" in sections.values():
+        raise ConfigError("method: a sweep runs several; name them with --methods")
     for section in METHOD_SECTIONS & set(sections.values()) - set(chosen):
         raise ConfigError(f"{section}: belongs to method {section!r}, which is not in this sweep")
     base = load_config(config_file, [override for override in overrides if sections[override] not in METHOD_SECTIONS])
@@ -133,7 +137,7 @@ def task_orders(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
 
 def slots(device: str, jobs: int | None = None) -> list[str | None]:
     """What runs side by side: a GPU each (by `CUDA_VISIBLE_DEVICES`), or, on the CPU (None), a share of the cores."""
-    if device == "cpu" or not torch.cuda.is_available():
+    if own_device(device).type == "cpu":
         return [None] * (jobs or cores())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
@@ -159,7 +163,8 @@ def describe(runs: Sequence[SweepRun], places: Sequence[str | None]) -> str:
     for run in runs:
         ledger = read_ledger(run.config.run_dir)
         evaluated = " and evaluated" if (run.results / "evaluation.json").is_file() else ""
-        learned = f"{len(ledger.tasks)} of {len(run.config.tasks)} tasks learned{evaluated}" if ledger else "to do"
+        trained = len(METHODS[run.config.method].trained(run.config))
+        learned = f"{len(ledger.tasks)} of {trained} tasks learned{evaluated}" if ledger else "to do"
         lines.append(f"  {run.name:<{width}}  {learned}")
     return "\n".join(lines)
 

@@ -4,30 +4,28 @@
 #   scripts/launch.sh COMMAND CONFIG [options] [mslora-cr options] [KEY=VALUE …]
 #
 #   --gpus N              processes, one per GPU (GPUS; default: all visible GPUs, or 1)
-#   --launcher NAME       none, torchrun, deepspeed or accelerate (LAUNCHER; default: none for one process, else torchrun)
+#   --launcher NAME       none, torchrun, deepspeed or accelerate (LAUNCHER; default: torchrun for several processes or
+#                         --deepspeed, else none)
 #   --per-device-batch N  maximum samples per GPU at once; the global batch stays as configured (PER_DEVICE_BATCH)
 #   --deepspeed FILE      DeepSpeed configuration (DEEPSPEED; default with the deepspeed launcher: zero2.json)
 #   MODEL, DATA           environment variables: base model folder and data root, overriding the configuration
 #
+# KEY=VALUE wins over all of these.
 # Relative paths are resolved from the repository root. CUDA_VISIBLE_DEVICES selects the GPUs.
 # If the run is interrupted, rerun the same command: finished tasks are skipped, and an unfinished one resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; }
-refuse() { echo "launch.sh: $1" >&2; exit 2; }
-visible_gpus() {
-  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
-  else nvidia-smi -L 2>/dev/null | grep -c GPU || true; fi
-}
+usage() { sed -n '2,15s/^# \{0,1\}//p' scripts/launch.sh; }
+source scripts/common.sh
 
 [[ ${1:-} != --help && ${1:-} != -h ]] || { usage; exit 0; }
 [[ $# -ge 2 ]] || { usage >&2; exit 2; }
 command=$1 config=$2
-program=(mslora_cr "$command" "$config")
 shift 2
 
 gpus=${GPUS:-} launcher=${LAUNCHER:-} per_device=${PER_DEVICE_BATCH:-} deepspeed=${DEEPSPEED:-}
+rest=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --help | -h) usage; exit 0 ;;
@@ -36,26 +34,23 @@ while [[ $# -gt 0 ]]; do
     --launcher) launcher=$2; shift 2 ;;
     --per-device-batch) per_device=$2; shift 2 ;;
     --deepspeed) deepspeed=$2; shift 2 ;;
-    *) program+=("$1"); shift ;;
+    *) rest+=("$1"); shift ;;
   esac
 done
-[[ -n $gpus ]] || { gpus=$(visible_gpus); [[ $gpus -gt 0 ]] || gpus=1; }
-[[ $gpus =~ ^[1-9][0-9]*$ ]] || refuse "--gpus is '$gpus'; it must be an integer of at least 1"
-[[ -n $launcher ]] || { [[ $gpus -gt 1 ]] && launcher=torchrun || launcher=none; }
+settle_gpus
+[[ $command == train ]] || deepspeed=
+[[ -n $launcher ]] || { [[ $gpus -gt 1 || -n $deepspeed ]] && launcher=torchrun || launcher=none; }
 [[ $launcher != none || $gpus -eq 1 ]] || refuse "launcher none starts one process, not $gpus; use torchrun"
 [[ $launcher != deepspeed || -n $deepspeed ]] || deepspeed=configs/deepspeed/zero2.json
 
-[[ -z ${MODEL:-} ]] || program+=("model.path=$MODEL")
-[[ -z ${DATA:-} ]] || program+=("data.root=$DATA")
 if [[ $command == train ]]; then
-  [[ -z $per_device ]] || program+=("training.per_device_train_batch_size=$per_device")
-  [[ -z $deepspeed ]] || program+=("training.deepspeed=$deepspeed")
+  [[ -z $per_device ]] || settings+=("training.per_device_train_batch_size=$per_device")
+  [[ -z $deepspeed ]] || settings+=("training.deepspeed=$deepspeed")
 elif [[ -n $per_device ]]; then
-  program+=("evaluation.batch_size=$per_device")
+  settings+=("evaluation.batch_size=$per_device")
 fi
+program=(mslora_cr "$command" "$config" "${settings[@]}" "${rest[@]}")
 
-python=python
-[[ ! -x .venv/bin/python ]] || python=.venv/bin/python
 free_port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 case $launcher in
   none) exec "$python" -m "${program[@]}" ;;

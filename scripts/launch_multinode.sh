@@ -10,9 +10,11 @@
 # DeepSpeed: run one command on host 0, which reaches the others through pdsh and ssh; or, with --host-rank, one per host.
 #   --hostfile FILE   lines of `HOST slots=GPUS`, host 0 first (HOSTFILE)
 # Both:
-#   --gpus N          processes per host, one per GPU (GPUS; default: all GPUs, or 1; ignored with --hostfile)
+#   --gpus N          processes per host, one per GPU (GPUS; default: all visible GPUs, or 1; ignored with --hostfile)
 #   --port P          free port on host 0 (MASTER_PORT; default: 29500)
 #   --interface NAME  network interface between the hosts (INTERFACE; default: NCCL and gloo choose)
+#   MODEL, DATA       environment variables: base model folder and data root, overriding the configuration;
+#                     KEY=VALUE wins over them
 #
 # If the run is interrupted or a host is lost, rerun the same commands: the run resumes from its last checkpoint.
 #
@@ -20,15 +22,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,21s/^# \{0,1\}//p' "$0"; }
-refuse() { echo "launch_multinode.sh: $1" >&2; exit 2; }
+usage() { sed -n '2,23s/^# \{0,1\}//p' scripts/launch_multinode.sh; }
+source scripts/common.sh
+
 [[ ${1:-} != --help && ${1:-} != -h ]] || { usage; exit 0; }
 [[ $# -ge 2 ]] || { usage >&2; exit 2; }
 command=$1 config=$2
 shift 2
 
 hosts=${HOSTS:-} host_rank=${HOST_RANK:-${SLURM_NODEID:-}} master=${MASTER:-} hostfile=${HOSTFILE:-}
-gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)} port=${MASTER_PORT:-29500} interface=${INTERFACE:-}
+gpus=${GPUS:-} port=${MASTER_PORT:-29500} interface=${INTERFACE:-}
 rest=()
 while [[ $# -gt 0 ]]; do
   case $1 in
@@ -45,11 +48,9 @@ while [[ $# -gt 0 ]]; do
     *) rest+=("$1"); shift ;;
   esac
 done
-[[ $gpus -gt 0 ]] || gpus=1
+settle_gpus
 [[ -z $interface ]] || export NCCL_SOCKET_IFNAME=$interface GLOO_SOCKET_IFNAME=$interface
-python=python
-[[ ! -x .venv/bin/python ]] || python=$PWD/.venv/bin/python
-program=(mslora_cr "$command" "$config" "${rest[@]}")
+program=(mslora_cr "$command" "$config" "${settings[@]}" "${rest[@]}")
 
 if [[ -n $hostfile ]]; then
   options=(--hostfile "$hostfile" --master_port "$port")

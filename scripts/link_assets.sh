@@ -5,8 +5,10 @@
 #   LLAVA_MED_V1_5   LLaVA-Med v1.5                                         -> pretrained_models/llava_med_v1.5
 #   CLIP_PATH        the folder that contains clip-vit-large-patch14-336    -> pretrained_models/openai
 #
+# Relative folders are resolved from where it is called.
 # Safe to rerun; replaces links only, never files or folders. Exits with 1 if anything is missing.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 status=0
@@ -14,6 +16,7 @@ status=0
 link() {
     local variable=$1 place=$2 content=$3
     local target=${!variable:-}
+    [[ -z $target || $target == /* ]] || target=$caller/$target
     if [[ -z $target ]]; then
         if [[ -e $place ]]; then
             echo "ok       $place (already there; $variable is not set)"

@@ -240,6 +240,36 @@ def test_banks_of_another_model_or_without_what_the_method_keeps_are_not_importe
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_of_another_configuration_is_not_imported_into(
+    take: Evaluate, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert take(published) == 0
+    path = tmp_path / "runs" / RUN / "ledger.json"
+    content = json.loads(path.read_text())
+    content["tasks"]["pathvqa"]["config_digest"] = "that of another"  # as if it had been trained there
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert take(published, "data.max_length=100") == 1
+    message = capsys.readouterr().err
+    assert "was made with another configuration (data.max_length: 2048 there, 100 here)" in message
+    assert "Import into another `run`" in message and "--force" not in message
+
+
+# --- exported ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_to_export_and_no_base_model_are_said(
+    take: Evaluate, config: Path, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = ["bank", "export", str(config), "--output", str(tmp_path / "exported")]
+    assert main(export) == 1
+    assert f"no task of this run is trained yet in {tmp_path / 'runs' / RUN}" in capsys.readouterr().err
+    assert take(published) == 0
+    assert main([*export, f"model.path={tmp_path / 'nowhere'}"]) == 1
+    assert f"{tmp_path / 'nowhere'}: no such folder; set model.path" in capsys.readouterr().err
+    assert not (tmp_path / "exported").exists()
+
+
 # --- refused -------------------------------------------------------------------------------------------------------
 
 

@@ -1,13 +1,16 @@
 """The command line: help without torch, errors in a line."""
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 
 from mslora_cr.cli import _parse, main
 from mslora_cr.config_file import load_config
@@ -101,7 +104,7 @@ def test_the_plan_warns_where_training_would_refuse(
     assert "warning" not in capsys.readouterr().out
     assert dry_run(trained_config, "lora.rank=8") == 0
     printed = capsys.readouterr().out
-    assert f"warning: {run} was created with a different configuration (lora.rank: 4 there, 8 here)" in printed
+    assert f"warning: {run} was made with another configuration (lora.rank: 4 there, 8 here)" in printed
     assert dry_run(trained_config, "lora.rank=8", "--force") == 0
     assert "warning" not in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
@@ -126,15 +129,92 @@ def test_one_rank_prints_the_plan(
     assert capsys.readouterr().out == ""
 
 
+# --- a run by its folder ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command", [["report"], ["analyze"], ["compare", "CONFIG"], ["analyze", "CONFIG", "--against"]]
+)
+def test_a_folder_that_is_not_its_configurations_is_refused(
+    command: list[str], trained_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its configuration leads to another folder, which would be read instead."""
+    run, copy = load_config(trained_config).run_dir, tmp_path / "old"
+    shutil.copytree(run, copy)
+    words = [str(trained_config) if word == "CONFIG" else word for word in command]
+    assert main([*words, str(copy)]) == 1
+    message = capsys.readouterr().err
+    assert f"{copy}: its config.yaml is that of the run folder {run}. " in message
+    assert f"or set run=old and output_dir={tmp_path}" in message
+
+
+def test_a_renamed_run_is_reported_as_what_it_is_now(trained_config: Path, tmp_path: Path) -> None:
+    shutil.copytree(load_config(trained_config).run_dir, tmp_path / "old")
+    names = ["run=old", f"output_dir={tmp_path}", f"results_dir={tmp_path / 'results'}"]
+    assert main(["report", str(tmp_path / "old"), *names]) == 0
+    assert (tmp_path / "results" / "old" / "report.html").is_file()
+
+
+def test_a_relative_run_folder_is_reported_from_where_it_was_made(
+    trained_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "checkpoints" / "tiny"
+    shutil.copytree(load_config(trained_config).run_dir, run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "output_dir": "checkpoints", "results_dir": "results"}))
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "checkpoints/tiny"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["report", str(run)]) == 1
+    assert "run this where the run was trained" in capsys.readouterr().err
+
+
+def test_a_folder_of_no_run_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 1
+    assert f"{tmp_path}: no config.yaml there; give a configuration or a run folder" in capsys.readouterr().err
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_overrides_stand_anywhere_and_keep_their_order() -> None:
+    sweep = _parse(["sweep", "x.yaml", "seed=1", "--methods", "ewc", "each", "ewc.strength=1", "--jobs", "1", "seed=2"])
+    assert (sweep.methods, sweep.overrides) == (["ewc", "each"], ["seed=1", "ewc.strength=1", "seed=2"])
+    assert _parse(["sweep", "x.yaml", "--seeds", "1", "2", "tasks.*.epochs=1"]).seeds == [1, 2]
+    assert _parse(["analyze", "x.yaml", "--against", "runs/lr=1"]).against == [Path("runs/lr=1")]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train"], "required: CONFIG\n"),
+        (["analyze", "x.yaml", "--questions", "-1"], "'-1' is not a number of at least 0"),
+        (["train", "x.yaml", "--dryrun"], "--dryrun"),
+        (["compare", "a", "b", "--at", "own", "lora.rank=3"], "lora.rank=3"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(command)
+    assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(
+    trained_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in `mslora-cr bank show … | head -0`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as output:  # noqa: PTH123  (a descriptor)
+        monkeypatch.setattr(sys, "stdout", output)
+        assert main(["bank", "show", str(load_config(trained_config).run_dir / "banks" / "pathvqa")]) == 141
+    assert capsys.readouterr().err == ""
+
+
 # --- refused -------------------------------------------------------------------------------------------------------
 
 
 def test_an_error_of_the_user_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(tmp_path / "none.yaml")]) == 1
     assert "cannot be read" in capsys.readouterr().err
-
-
-def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "x.yaml", "--dryrun"])
-    assert "--dryrun" in capsys.readouterr().err

@@ -62,9 +62,18 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     """YAML 1.1 reads 2e-4 as a string."""
     text = yaml.safe_dump(MINIMAL).replace("learning_rate: 0.0002", "learning_rate: 2e-4")
     assert "2e-4" in text
-    config = load_config(write_text(tmp_path, text), ["regularization.beta=1e-2"])
+    config = load_config(write_text(tmp_path, text), ["regularization.beta=1e-2", "lora.dropout=1e-1"])
     assert config.stream[0].learning_rate == 2e-4
-    assert config.regularization.beta == 0.01
+    assert (config.regularization.beta, config.lora.dropout) == (0.01, 0.1)
+
+
+def test_the_home_folder_as_people_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    places = ["output_dir=~/runs", "results_dir=~/results", "model.path=~/model", "model.vision_tower=~/clip"]
+    config = load_config(write(tmp_path), [*places, "data.root=~/data", "data.cache_image_features=~/features"])
+    assert config.run_dir == Path("/home/me/runs/small") and config.results_dir == "/home/me/results"
+    assert (config.model.path, config.model.vision_tower) == ("/home/me/model", "/home/me/clip")
+    assert (config.data.root, config.data.cache_image_features) == ("/home/me/data", "/home/me/features")
 
 
 def test_the_resolved_configuration_reads_as_itself(tmp_path: Path) -> None:
@@ -157,7 +166,9 @@ def test_extends_of_a_file_that_is_not_there_names_it(tmp_path: Path) -> None:
         ("lora.rank=!!python/object:os.system x", "not plain YAML"),
         ("lora.rank=[1", "not plain YAML"),
         ("tasks.PACM.epochs=1", "unknown task 'PACM'; did you mean 'PCAM'?"),
-        ("tasks.PCAM.epoch=1", "did you mean 'epochs'?"),
+        ("tasks.PCAM.epoch=1", "tasks.PCAM.epoch: unknown key; did you mean 'epochs'?"),
+        ("tasks.PCAM=3", "name a key of the task too, as in tasks.PCAM.epochs=1"),
+        ("tasks.*=3", "name a key of the task too"),
         ("tasks.PCAM.epochs.more=1", "has a value, not further keys"),
         ("run.name=x", "'run' has a value, not further keys"),
         ("modle.path=x", "modle: unknown key; did you mean 'model'?"),
@@ -169,7 +180,7 @@ def test_a_bad_override_is_refused(override: str, message: str, tmp_path: Path) 
     assert message in error_of(write(tmp_path), override)
 
 
-@pytest.mark.parametrize("tasks", [None, "pathvqa", ["pathvqa"], [None]])
+@pytest.mark.parametrize("tasks", [None, "pathvqa", ["pathvqa"], [None], [{"name": ["a"]}]])
 @pytest.mark.parametrize("override", ["tasks.PCAM.epochs=1", "tasks.*.epochs=1", "tasks=[PCAM]"])
 def test_overrides_of_tasks_that_are_no_tasks_are_refused(tasks: Any, override: str, tmp_path: Path) -> None:
     assert "task" in error_of(write(tmp_path, tasks=tasks), override)
@@ -183,29 +194,41 @@ def test_overrides_of_tasks_that_are_no_tasks_are_refused(tasks: Any, override: 
     [
         ({"metod": "each"}, "metod: unknown key; did you mean 'method'?"),
         ({"lora": {"rank": 8, "dropuot": 0.1}}, "lora.dropuot: unknown key; did you mean 'dropout'?"),
-        ({"lora": {"rank": 0}}, "lora.rank"),
-        ({"lora": {"rank": "eight"}}, "lora.rank"),
-        ({"lora": {"rank": True}}, "lora.rank"),
-        ({"lora": {"rank": 8.5}}, "lora.rank"),
-        ({"lora": {"dropout": 1.0}}, "lora.dropout"),
-        ({"lora": None}, "lora"),
+        ({"lora": {"rank": 0}}, "lora.rank: should be greater than or equal to 1, found 0"),
+        ({"lora": {"rank": "eight"}}, "lora.rank: should be a whole number, found 'eight'"),
+        ({"lora": {"rank": True}}, "lora.rank: should be a whole number, found True"),
+        ({"lora": {"rank": 8.5}}, "lora.rank: should be a whole number, found 8.5"),
+        ({"lora": {"rank": "x" * 1000}}, "xxx...xxx"),
+        ({"lora": {"dropout": 1.0}}, "lora.dropout: should be less than 1, found 1.0"),
+        ({"lora": None}, "lora: should be a section of keys, found None"),
+        ({"lora": 3}, "lora: should be a section of keys, found 3"),
         ({"method": "rehearsal"}, "method"),
-        ({"run": "../elsewhere"}, "run"),
+        ({"run": "../elsewhere"}, "run: should be letters, digits and any of . _ + -, the first a letter or digit"),
         ({"run": ""}, "run"),
-        ({"run": None}, "run"),
+        ({"run": None}, "run: should be text, found None"),
+        ({"run": 2024}, "run: should be text, found 2024; quote it, on the command line as '\"2024\"'"),
+        ({"seed": -1}, "seed: should be greater than or equal to 0, found -1"),
+        ({"seed": 2**31}, "seed: should be less than"),
         ({"model": {}}, "model.path: required, but not given"),
         ({"model": {"path": "m", "dtype": "int8"}}, "model.dtype"),
         ({"regularization": {"alpha": -0.5}}, "alpha is -0.5; give a weight of at least 0, or -1"),
         ({"regularization": {"beta": float("nan")}}, "regularization.beta"),
-        ({"tasks": []}, "tasks"),
+        ({"model": {"path": "m", "device": "gpu"}}, "model.device: should be 'auto', 'cpu' or 'cuda', found 'gpu'"),
+        ({"tasks": []}, "tasks: should have at least one entry"),
+        ({"tasks": [3]}, "tasks.0: should be a section of keys, found 3"),
+        ({"tasks": [{"name": ["a"]}]}, "tasks.0.name: should be text, found ['a']"),
         ({"tasks": MINIMAL["tasks"] + MINIMAL["tasks"][:1]}, "task 'pathvqa' appears twice"),
         ({"tasks": [{**MINIMAL["tasks"][0], "name": "patvqa"}]}, "unknown task 'patvqa'; did you mean 'pathvqa'?"),
-        ({"tasks": [{**MINIMAL["tasks"][0], "epochs": 0}]}, "tasks.0.epochs"),
-        ({"tasks": [{**MINIMAL["tasks"][0], "learning_rate": float("inf")}]}, "tasks.0.learning_rate"),
+        ({"tasks": [{**MINIMAL["tasks"][0], "epochs": 0}]}, "tasks.pathvqa.epochs: should be greater than 0, found 0"),
+        (
+            {"tasks": [{**MINIMAL["tasks"][0], "learning_rate": float("inf")}]},
+            "tasks.pathvqa.learning_rate: should be a finite number, found inf",
+        ),
         ({"tasks": [{**MINIMAL["tasks"][0], "lerning_rate": 1}]}, "did you mean 'learning_rate'?"),
-        ({"tasks": [{"name": "pathvqa"}]}, "tasks.0.epochs: required, but not given"),
+        ({"tasks": [{"name": "pathvqa"}]}, "tasks.pathvqa.epochs: required, but not given"),
         ({"datasets": {"mine": {"folder": "Mine"}}}, "datasets.mine.modality: required, but not given"),
         ({"datasets": {"PCAM": {"modaliti": "x"}}}, "datasets.PCAM.modaliti: unknown key; did you mean 'modality'?"),
+        ({"datasets": {"a/b": {"modality": "x", "folder": "x"}}}, "datasets.a/b: should be letters, digits and"),
         ({5: "five"}, "5"),
     ],
 )
@@ -228,6 +251,10 @@ def test_a_file_that_is_no_plain_mapping_is_refused(text: str, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     assert str(tmp_path / "run.yaml") in error_of(write_text(tmp_path, text))
     assert not (tmp_path / "PROOF").exists()
+
+
+def test_an_empty_file_is_called_so(tmp_path: Path) -> None:
+    assert "run.yaml: the file is empty" in error_of(write_text(tmp_path, "# nothing yet\n"))
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
@@ -268,8 +295,8 @@ def test_training_takes_any_field_of_transformers(tmp_path: Path) -> None:
         ({"output_dir": "x"}, "use output_dir"),
         ({"gradient_accumulation_steps": 2}, "training.per_device_train_batch_size"),
         ({"seed": 1}, "use seed"),
-        ({"save_steps": "often"}, "training.save_steps"),
-        ({"bf16": "maybe"}, "training.bf16"),
+        ({"save_steps": "often"}, "training.save_steps: should be a number, found 'often'"),
+        ({"bf16": "maybe"}, "training.bf16: should be true or false, found 'maybe'"),
     ],
 )
 def test_a_wrong_training_field_is_refused(training: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -297,7 +324,7 @@ def test_sections_of_other_methods_and_unknown_hyper_parameters_are_refused(tmp_
     assert "olora: belongs to method 'olora', but this run's method is 'mslora_cr'" in error_of(path)
     assert "olora.lambda1: unknown key; did you mean 'lambda_1'?" in error_of(path, "method=olora", "olora.lambda1=1")
     assert "olora.lambda_1" in error_of(path, "method=olora", "olora.lambda_1=-1")
-    assert "method: Input should be" in error_of(path, "method=oloro")
+    assert "method: should be 'zero_shot', " in error_of(path, "method=oloro")
     assert "method: " in error_of(path, "method=[olora]")
 
 

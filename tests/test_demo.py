@@ -61,6 +61,35 @@ def test_the_demo_compares_its_methods_and_goes_on_where_it_was(
     assert json.loads((tmp_path / "results" / "summary.json").read_text())["seconds"] > trained
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method=ewc", "method: the demo always compares mslora_cr and sequential"),
+        ("run=x", "run: the demo always compares"),
+        ("evaluation.banks_by=routed", "mslora-cr evaluate configs/demo.yaml --banks-by routed"),
+        ("tasks=[nmi, iu-x-ray]", "tasks: the demo compares closed questions, and none of these tasks has any"),
+        ("model.path=elsewhere", "model.path: the demo makes its own model"),
+        ("model.device=cuda", "model.device is cuda"),
+    ],
+)
+def test_the_demo_refuses_before_it_makes_anything(
+    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["demo", override]) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_needs_a_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "CONFIG", tmp_path / "site-packages" / "configs" / "demo.yaml")
+    assert main(["demo"]) == 1
+    assert "the demo needs a clone, installed with pip install -e" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_shipped_demo_shows_what_the_method_is_for(tmp_path: Path) -> None:
     """Nothing but its folders is changed: it learns, does not forget, and answers as well without being told the task."""

@@ -1,17 +1,20 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mslora_cr.bank_stack import BankStack
+from mslora_cr.banks import load_bank
 from mslora_cr.cli import main
 from mslora_cr.config import StreamConfig
 from mslora_cr.config_file import load_config
 from mslora_cr.evaluation import evaluate as evaluate_module
 from mslora_cr.evaluation import generate
-from mslora_cr.evaluation.evaluate import cells
+from mslora_cr.evaluation.evaluate import cells, evaluate
 from tests.killing import KillPoint, run_until_killed
 
 TASKS = ["pathvqa", "slake-vqarad", "PCAM"]
@@ -145,6 +148,33 @@ def test_switching_the_stage_loads_nothing_again(results: Results, monkeypatch: 
     results.evaluate("--stages", "all", "evaluation.banks_by=all")
     assert len(loads) == 1
     assert folds == [0, 1, 2, 3]
+
+
+def test_answers_of_several_stages_are_scored_once(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = []
+    score = evaluate_module.score_file
+    monkeypatch.setattr(evaluate_module, "score_file", lambda *args: scored.append(args[1]) or score(*args))
+    summary = results.evaluate("--stages", "all")
+    assert len(summary["cells"]) == 12
+    assert len(scored) == len(set(scored)) == 2 + 3 + 4
+
+
+def test_seconds_are_those_of_answering(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of loading the model, which the first cell waits for."""
+    clock = SimpleNamespace(now=0.0)
+    load, greedy = evaluate_module.load_base, generate.greedy
+
+    def slowly(seconds: float, call: Any) -> Any:
+        def wrapped(*args: Any) -> Any:
+            clock.now += seconds
+            return call(*args)
+
+        return wrapped
+
+    monkeypatch.setattr(generate, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(evaluate_module, "load_base", slowly(100, load))
+    monkeypatch.setattr(generate, "greedy", slowly(1, greedy))
+    assert [cell["seconds"] for cell in results.evaluate("evaluation.batch_size=4")["cells"]] == [2, 2, 1]
 
 
 def test_the_share_of_padding_stands_in_the_record(results: Results) -> None:
@@ -290,6 +320,69 @@ def test_what_decides_the_answers_asks_again(results: Results, asked: list[int])
         assert len(texts) == cell["rows"]
     fingerprints = {(cell["task"], cell["stage"]): cell["fingerprint"] for cell in summary["cells"]}
     assert fingerprints["pathvqa", 1] == fingerprints.get(("pathvqa", 2), fingerprints["pathvqa", 1])
+
+
+def places(summary: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(cell["task"], cell["stage"]) for cell in summary["cells"]]
+
+
+@pytest.mark.parametrize("change", ["evaluation.max_new_tokens=3", "model.dtype=bfloat16"])
+def test_cells_answered_with_other_settings_are_left_out(
+    change: str, results: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results.evaluate("--stages", "seen", "method=sequential")
+    before = results.answers()
+    capsys.readouterr()
+    summary = results.evaluate("method=sequential", change)
+    assert places(summary) == [("pathvqa", 1), ("slake-vqarad", 2), ("PCAM", 3)]
+    assert summary["stages"] == [1, 2, 3]
+    assert "left out" in (printed := capsys.readouterr().out)
+    assert "gave the answers: pathvqa at stage 2, 3; slake-vqarad at stage 3\n" in printed
+    kept = {name: answers for name, answers in before.items() if "stage-" in name}
+    assert len(kept) == 3 and kept.items() <= results.answers().items()
+    # As long as nothing changes, cells of earlier calls stay.
+    results.evaluate("--stages", "seen", "method=sequential")
+    assert len(results.evaluate("method=sequential")["cells"]) == 6
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_cells_answered_by_a_bank_that_was_trained_again_are_left_out(
+    results: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(results.config, ["method=sequential", f"results_dir={results.folder}"])
+    banks = {task: load_bank(config.run_dir / "banks" / task) for task in TASKS}
+    evaluate(config, "seen", banks=banks)
+    again = replace(banks["PCAM"], matrices={name: (a, 2 * b) for name, (a, b) in banks["PCAM"].matrices.items()})
+    path = evaluate(config, "own", banks={**banks, "PCAM": again})
+    summary = json.loads(path.read_text())
+    assert places(summary) == [("pathvqa", 1), ("pathvqa", 2), ("slake-vqarad", 2), ("PCAM", 3)]
+    assert "gave the answers: pathvqa at stage 3; slake-vqarad at stage 3\n" in capsys.readouterr().out
+
+
+def test_cells_of_a_stream_in_another_order_are_left_out(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["method=sequential", f"results_dir={results.folder}"]
+    config = load_config(results.config, options)
+    banks = {task: load_bank(config.run_dir / "banks" / task) for task in TASKS}
+    evaluate(config, "seen", banks=banks)
+    capsys.readouterr()
+    turned = config.model_copy(update={"tasks": config.tasks[::-1]})
+    assert [task.name for task in turned.stream] == TASKS[::-1]
+    summary = json.loads(evaluate(turned, "own", banks=banks).read_text())
+    # The second task's bank is the same, hence its answers.
+    assert places(summary) == [("PCAM", 1), ("slake-vqarad", 2), ("pathvqa", 2), ("pathvqa", 3)]
+    printed = capsys.readouterr().out
+    assert "gave the answers: pathvqa at stage 1; slake-vqarad at stage 3; PCAM at stage 3\n" in printed
+
+
+def test_cells_of_a_task_without_questions_are_left_out(
+    results: Results, own_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a task that is not asked now, as its test file is not needed either."""
+    results.evaluate(f"data.root={own_data}")
+    (own_data / "PCam" / "test.jsonl").unlink()
+    summary = results.evaluate(f"data.root={own_data}", "--task", "pathvqa")
+    assert places(summary) == [("pathvqa", 1), ("slake-vqarad", 2)]
+    assert "gave the answers: PCAM at stage 3\n" in capsys.readouterr().out
 
 
 def test_cells_of_other_questions_are_not_kept(results: Results, own_data: Path) -> None:

@@ -68,7 +68,7 @@ def test_every_tensor_of_the_towers_is_compared(capsys: pytest.CaptureFixture[st
         if name.startswith(OWN)
     }
     theirs = named_tower(folder)
-    towers = shown(folder, capsys, "--json")["towers"]
+    towers = shown(folder, capsys, "--all")["towers"]
     expected = {name: (own[name].float() - theirs[name].float()).abs().max().item() for name in own}
     assert towers["compared"] and towers["named"] == "../clip-tiny-patch14"
     assert towers["tensors_in_shards"] == len(own) == 71
@@ -88,7 +88,7 @@ def test_equal_towers_and_one_changed_number(copy: Path, capsys: pytest.CaptureF
                 tensors[name][3] += 0.5
 
     edit_shards(copy, same)
-    differences = shown(copy, capsys, "--json")["towers"]["differences"]
+    differences = shown(copy, capsys, "--all")["towers"]["differences"]
     assert differences.pop(NORM) == pytest.approx(0.5)
     assert set(differences.values()) == {0.0}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "mslora_cr"
 ROWS = (
-    ("__init__", "errors", "workers"),
+    ("__init__", "errors", "files", "precision", "workers"),
     ("config",),
     ("config_file",),
     ("losses", "evaluation.metrics", "evaluation.matrix", "evaluation.intervals"),

@@ -132,7 +132,7 @@ def test_merging_is_refused_before_anything_is_loaded(config_file: ConfigWriter)
     assert load_config(config_file(), ["model.quantization=8bit"]).lora.fold == "concatenate"
     with pytest.raises(ConfigError, match=r"lora\.fold: banks cannot be merged into a quantised base"):
         load_config(config_file(), ["model.quantization=4bit", "lora.fold=merge"])
-    with pytest.raises(ConfigError, match=r"model\.quantization: Input should be '4bit' or '8bit'"):
+    with pytest.raises(ConfigError, match=r"model\.quantization: should be '4bit' or '8bit'"):
         load_config(config_file(), ["model.quantization=2bit"])
 
 

@@ -164,6 +164,33 @@ def test_stages_of_several_calls_stand_together(results: Results, batches: list[
     }
 
 
+def test_stages_answered_with_other_settings_are_left_out(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    routed(results, "--stages", "seen")
+    capsys.readouterr()
+    summary, routing = routed(results, "evaluation.max_new_tokens=3")
+    assert [stage["stage"] for stage in routing["stages"]] == [3]
+    assert [(cell["task"], cell["stage"]) for cell in summary["cells"]] == [(task, 3) for task in TASKS]
+    assert "gave the answers: pathvqa at stage 1, 2; slake-vqarad at stage 2\n" in capsys.readouterr().out
+
+
+def test_a_stage_that_a_kill_left_without_its_routing_is_left_out(results: Results) -> None:
+    """Its joint stamp goes first where it is answered anew; the tasks' own are still the old ones then."""
+    routed(results, "--stages", "seen")
+    (results.run / "routed" / "stage-1" / "answers.json").unlink()
+    summary, routing = routed(results)
+    assert [stage["stage"] for stage in routing["stages"]] == [2, 3]
+    assert {cell["stage"] for cell in summary["cells"]} == {2, 3}
+    _, routing = routed(results, "--stages", "seen")
+    assert [stage["stage"] for stage in routing["stages"]] == [1, 2, 3]
+
+
+def test_stages_whose_questions_were_mixed_with_those_of_all_tasks_stay(results: Results) -> None:
+    routed(results, "--stages", "all")
+    summary, routing = routed(results)
+    assert [stage["stage"] for stage in routing["stages"]] == [1, 2, 3]
+    assert len(summary["cells"]) == 9
+
+
 def test_what_tells_the_task_is_refused(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (("--task", "PCAM"), "--task cannot be combined with routed evaluation"),

@@ -7,7 +7,16 @@ import torch
 from safetensors.torch import save_file
 
 from mslora_cr.banks import BankError
-from mslora_cr.router import FIT_RECORDS, Router, TaskStatistics, load_statistics, looked_at, statistics_of
+from mslora_cr.data.records import TrainingRecord
+from mslora_cr.router import (
+    FIT_RECORDS,
+    Router,
+    TaskStatistics,
+    _asked_first,
+    load_statistics,
+    looked_at,
+    statistics_of,
+)
 
 
 def gram(features: torch.Tensor) -> torch.Tensor:
@@ -55,8 +64,24 @@ def test_one_record_a_task_and_features_that_never_vary() -> None:
 @pytest.mark.parametrize("records", [1, 7, FIT_RECORDS, FIT_RECORDS + 1, 262_144])
 def test_what_is_looked_at_is_bounded_and_spread(records: int) -> None:
     looked = looked_at(records)
-    assert min(records, FIT_RECORDS) / 2 <= len(looked) <= FIT_RECORDS
-    assert looked[0] == 0 and records - looked[-1] <= looked.step
+    assert len(set(looked)) == len(looked) == min(records, FIT_RECORDS)
+    assert looked == sorted(looked) and looked[0] >= 0 and looked[-1] < records
+    parts = torch.histc(torch.tensor(looked, dtype=torch.float64), bins=4, min=0, max=records - 1)
+    assert records < 100 or (parts / len(looked) - 0.25).abs().max() < 0.05
+
+
+def test_both_kinds_of_question_are_looked_at_where_they_alternate() -> None:
+    """With every second record, only one kind would be."""
+    odd = sum(place % 2 for place in looked_at(2 * FIT_RECORDS))
+    assert 0.4 < odd / FIT_RECORDS < 0.6
+
+
+@pytest.mark.parametrize(
+    ("speakers", "question"), [("human gpt", "0"), ("gpt human gpt", "1"), ("gpt gpt human", "2"), ("gpt", "")]
+)
+def test_the_question_is_the_human_s(speakers: str, question: str) -> None:
+    turns = [{"from": speaker, "value": str(number)} for number, speaker in enumerate(speakers.split())]
+    assert _asked_first(TrainingRecord.model_validate({"id": 1, "conversations": turns})) == question
 
 
 def test_missing_statistics_are_named(tmp_path: Path) -> None:

@@ -125,19 +125,27 @@ def test_what_each_launcher_starts(launcher: str, launch: Callable[..., subproce
 
 
 def test_arguments_reach_the_command(launch: Callable[..., subprocess.CompletedProcess]) -> None:
-    given = ["--task", "derm", "lora.rank=32", "tasks.*.epochs=1", "run=a b"]
-    train = launch(
-        "finetune_lora_each.sh", "--per-device-batch", "8", *given, "--deepspeed", "x.json", MODEL="m", DATA="d"
-    )
+    """The environment's and the script's own come first, so that those given on the command line win."""
+    given = ["--task", "derm", "lora.rank=32", "tasks.*.epochs=1", "run=a b", "model.path=other"]
+    train = launch("finetune_lora_each.sh", "--per-device-batch", "8", *given, MODEL="m", DATA="d")
     assert train.stdout.splitlines() == [
-        *("-m", *EACH, *given, "model.path=m", "data.root=d"),
-        *("training.per_device_train_batch_size=8", "training.deepspeed=x.json"),
+        *("-m", *EACH, "model.path=m", "data.root=d", "training.per_device_train_batch_size=8", *given)
     ]
     evaluate = launch("eval_mslora_cr_ortho.sh", "--banks", "checkpoints", PER_DEVICE_BATCH="4", DEEPSPEED="x.json")
     assert evaluate.stdout.splitlines() == [
-        *("-m", "mslora_cr", "evaluate", "configs/finetune_mslora_cr_ortho.yaml", "--banks", "checkpoints"),
-        "evaluation.batch_size=4",
+        *("-m", "mslora_cr", "evaluate", "configs/finetune_mslora_cr_ortho.yaml", "evaluation.batch_size=4"),
+        *("--banks", "checkpoints"),
     ]
+    nodes = ["--hosts", "2", "--host-rank", "0", "--master", "node1"]
+    several = launch("launch_multinode.sh", *EACH[1:], *nodes, "model.path=other", MODEL="m", DATA="d")
+    assert several.stdout.splitlines()[-7:] == ["-m", *EACH, "model.path=m", "data.root=d", "model.path=other"]
+
+
+def test_deepspeed_on_one_gpu_has_a_launcher(launch: Callable[..., subprocess.CompletedProcess]) -> None:
+    by_option = launch("finetune_lora_each.sh", "--gpus", "1", "--deepspeed", "x.json")
+    by_environment = launch("finetune_lora_each.sh", GPUS="1", DEEPSPEED="x.json")
+    expected = [word.replace("2", "1") for word in STARTS["torchrun"]] + ["training.deepspeed=x.json"]
+    assert by_option.stdout.splitlines() == by_environment.stdout.splitlines() == expected
 
 
 @pytest.mark.parametrize(("visible", "count"), [("", 1), ("3", 1), ("0,2,5", 3)])
@@ -148,6 +156,9 @@ def test_the_visible_gpus_are_taken(
     assert words == (STARTS["none"] if count == 1 else [word.replace("2", str(count)) for word in STARTS["torchrun"]])
     chosen = launch("finetune_lora_each.sh", "--launcher", "deepspeed", "--gpus", "1", CUDA_VISIBLE_DEVICES="5,7")
     assert "localhost:5" in chosen.stdout.splitlines() and "--num_gpus" not in chosen.stdout
+    nodes = ["--hosts", "2", "--host-rank", "0", "--master", "node1"]
+    several = launch("launch_multinode.sh", *EACH[1:], *nodes, CUDA_VISIBLE_DEVICES=visible).stdout.splitlines()
+    assert several[several.index("--nproc_per_node") + 1] == str(count)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +177,33 @@ def test_launch_refuses(arguments: list[str], message: str, launch: Callable[...
     assert message in refused.stderr
 
 
+@pytest.mark.parametrize("gpus", ["abc", "0"])
+def test_several_hosts_refuse_a_senseless_number(gpus: str, launch: Callable[..., subprocess.CompletedProcess]) -> None:
+    refused = launch("launch_multinode.sh", *EACH[1:], "--gpus", gpus)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"launch_multinode.sh: --gpus is '{gpus}'" in refused.stderr
+
+
 def test_launch_says_what_it_takes(launch: Callable[..., subprocess.CompletedProcess]) -> None:
     for name, arguments in (("launch.sh", ["--help"]), ("finetune_lora_each.sh", ["-h"])):
         told = launch(name, *arguments)
         assert told.returncode == 0
         assert "--per-device-batch" in told.stdout and "resumes" in told.stdout
+    assert "MODEL, DATA" in launch("launch_multinode.sh", "--help").stdout
     assert launch("launch.sh").returncode == 2
+
+
+# --- link_assets.sh: its own tests are in tests/data/test_link_assets.py -----------------------------------------------
+
+
+def test_relative_assets_are_those_of_the_caller(tmp_path: Path) -> None:
+    """The script itself goes to the clone."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "clone" / "scripts")
+    (tmp_path / "assets" / "model").mkdir(parents=True)
+    (tmp_path / "assets" / "data").mkdir()
+    (tmp_path / "clone" / "data").mkdir()
+    for place in (tmp_path, tmp_path / "assets"):
+        environment = {"PATH": os.environ["PATH"], "MSLORA_DATA": os.path.relpath(tmp_path / "assets" / "data", place)}
+        command = ["bash", str(tmp_path / "clone" / "scripts" / "link_assets.sh")]
+        subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+        assert (tmp_path / "clone" / "data" / "MSLoRA_CR").readlink() == tmp_path / "assets" / "data"

@@ -237,7 +237,9 @@ def test_a_run_folder_of_another_configuration_is_refused(
     assert main(["train", str(trained_config), folder, "training.logging_steps=7", "evaluation.batch_size=2"]) == 0
     assert main(["train", str(trained_config), folder, "tasks.PCAM.epochs=3", "--force"]) == 0
     capsys.readouterr()
-    assert main(["train", str(trained_config), folder, "tasks.PCAM.epochs=3"]) == 1  # not silenced by having been forced
+    assert (
+        main(["train", str(trained_config), folder, "tasks.PCAM.epochs=3"]) == 1
+    )  # not silenced by having been forced
     assert "was trained with other settings" in capsys.readouterr().err
 
 
@@ -309,7 +311,9 @@ def test_a_damaged_ledger_is_named(config_file: ConfigWriter, capsys: pytest.Cap
     assert "ledger.json is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("field", ["save_only_model=true", "eval_strategy=steps", "save_strategy=best", "fp16=true", "fsdp=full_shard"])
+@pytest.mark.parametrize(
+    "field", ["save_only_model=true", "eval_strategy=steps", "save_strategy=best", "fp16=true", "fsdp=full_shard"]
+)
 def test_what_a_run_cannot_keep_its_word_with_is_refused(
     field: str, config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]
 ) -> None:

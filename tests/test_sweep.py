@@ -12,6 +12,7 @@ from mslora_cr import sweep
 from mslora_cr.cli import main
 from mslora_cr.config import ConfigError
 from mslora_cr.config_file import load_config
+from mslora_cr.errors import UserError
 from mslora_cr.sweep import plan_sweep, summarize, task_orders
 from tests.conftest import once, write_config
 from tests.evaluation.test_report import Page
@@ -56,6 +57,8 @@ def test_what_belongs_to_one_method_goes_to_its_runs_alone(tmp_path: Path, tiny_
     assert runs[1].config.ewc is not None and runs[1].config.ewc.strength == 7
     with pytest.raises(ConfigError, match="ewc: belongs to method 'ewc', which is not in this sweep"):
         plan_sweep(config, overrides, ["mslora_cr"])
+    with pytest.raises(ConfigError, match="method: a sweep runs several; name them with --methods"):
+        plan_sweep(config, ["method=ewc"])
 
 
 def test_the_pages_show_methods_orders_and_deviation(swept: Path) -> None:
@@ -151,6 +154,16 @@ def test_the_plan_of_a_file(config_file: Callable[..., Path]) -> None:
         plan_sweep(config_file(), methods=["mslora"])
 
 
+def test_a_finished_run_has_learned_what_its_method_trains(config_file: Callable[..., Path]) -> None:
+    """`joint` trains one bank for all tasks."""
+    runs = plan_sweep(config_file(), methods=["joint"])
+    task = {"digest": "", "steps": 1, "train_loss": 1.0, "seconds": 1.0, "finished": ""}
+    ledger = {"run": runs[0].name, "method": "joint", "config_digest": "", "versions": {}, "git": None, "hardware": {}}
+    runs[0].config.run_dir.mkdir(parents=True)
+    (runs[0].config.run_dir / "ledger.json").write_text(json.dumps({**ledger, "tasks": {"pathvqa": task}}))
+    assert "1 of 1 tasks learned" in sweep.describe(runs, [None])
+
+
 @pytest.mark.parametrize(
     ("visible", "jobs", "expected"), [("0,1", None, ["0", "1"]), ("3,5", 3, ["3", "5", "3"]), ("2", 1, ["2"])]
 )
@@ -161,6 +174,13 @@ def test_a_gpu_for_each_run(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert sweep.slots("auto", jobs) == expected
     assert sweep.slots("cpu", 2) == [None, None]
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert sweep.slots("auto", 1) == [None]
+    with pytest.raises(UserError, match=r"model\.device is cuda"):
+        sweep.slots("cuda", 1)
 
 
 def test_spread_by_hand() -> None:

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from mslora_cr.config import nearest
 from mslora_cr.data.catalog import DataSet
 from mslora_cr.data.pcam import image_name, read_labels
 from mslora_cr.data.raw import RawData, RawFile, read
-from mslora_cr.data.records import STRICT_JSON, DataError
+from mslora_cr.data.records import STRICT_JSON, DataError, Text, explain_json, first_problem
 
 Split = Literal["train", "test"]
 AnswerType = Literal["OPEN", "CLOSED"]
@@ -128,29 +128,29 @@ def _test_record(row: Row) -> dict[str, Any]:
 # --- releases with questions and answers ----------------------------------------
 
 # Answers are text, but some releases hold numbers.
-_Answer = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)]
+_Answer = Annotated[Text, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)]
 _AnswerType = Annotated[
     AnswerType, BeforeValidator(lambda value: value.strip().upper() if isinstance(value, str) else value)
 ]
 
 
 class _PathVqaRow(BaseModel):
-    image: str
-    question: str
+    image: Text
+    question: Text
     answer: _Answer
 
 
 class _SlakeRow(BaseModel):
-    img_name: str
-    question: str
+    img_name: Text
+    question: Text
     answer: _Answer
     answer_type: _AnswerType
     q_lang: str
 
 
 class _VqaRadRow(BaseModel):
-    image_name: str
-    question: str
+    image_name: Text
+    question: Text
     answer: _Answer
     answer_type: _AnswerType
     phrase_type: str
@@ -248,14 +248,33 @@ def _split_by_hash(key: str) -> Split:
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def _rows(file: RawFile, model: type[_Model]) -> list[_Model]:
-    """A list of objects from a JSON, JSONL or pickle file."""
-    try:
-        return TypeAdapter(list[model]).validate_python(_load(file))  # type: ignore[valid-type]
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise DataError(f"{file.path}: record {where}: {problem['msg'].replace('Input', 'it')}") from None
+def _rows(file: RawFile, model: type[_Model]) -> Iterator[_Model]:
+    """The objects of a JSON, JSONL or pickle file."""
+    for place, value in _lines(file) if file.path.suffix == ".jsonl" else _items(file):
+        try:
+            yield model.model_validate(value)
+        except ValidationError as error:
+            raise DataError(f"{file.path}: {place}: {first_problem(error)}") from None
+
+
+def _lines(file: RawFile) -> Iterator[tuple[str, Any]]:
+    """What each line of a JSONL file holds, after its place in words; blank ones are skipped."""
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if line.strip():
+            try:
+                value = STRICT_JSON.decode(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{file.path}: line {number}: {explain_json(error)}") from None
+            yield f"line {number}", value
+
+
+def _items(file: RawFile) -> Iterator[tuple[str, Any]]:
+    """What the list in a JSON or pickle file holds, each after its place in words."""
+    values = _load(file)
+    if not isinstance(values, list):
+        raise DataError(f"{file.path}: expected a list, found {type(values).__name__}")
+    for index, value in enumerate(values):
+        yield f"record {index}", value
 
 
 def _load(file: RawFile) -> Any:
@@ -263,10 +282,7 @@ def _load(file: RawFile) -> Any:
     try:
         if file.path.suffix == ".pkl":
             return _PlainUnpickler(io.BytesIO(data)).load()
-        text = data.decode()
-        lines = text.splitlines() if file.path.suffix == ".jsonl" else [text]
-        rows = [STRICT_JSON.decode(line) for line in lines]
-        return rows if file.path.suffix == ".jsonl" else rows[0]
+        return STRICT_JSON.decode(data.decode("utf-8-sig"))
     except DataError as error:
         raise DataError(f"{file.path}: {error}") from None
     except Exception as error:  # a damaged pickle may raise nearly anything
@@ -280,18 +296,25 @@ class _PlainUnpickler(pickle.Unpickler):
         raise DataError(f"refused: this pickle wants to load {module}.{name}; only plain data is allowed")
 
 
-def _table(file: RawFile, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    """Rows of a table separated by commas or tabs, with the columns that are needed."""
+def _text(file: RawFile) -> str:
     try:
-        text = read(file).decode("utf-8-sig")
+        return read(file).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{file.path}: not UTF-8 text") from None
+
+
+def _table(file: RawFile, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """Rows of a table separated by commas or tabs, with the columns that are needed."""
+    text = _text(file)
     header = text.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ",")
-    lacking = [column for column in columns if column not in (reader.fieldnames or ())]
-    if lacking:
-        raise DataError(f"{file.path}: line 1: no column {', '.join(lacking)}")
-    for row in reader:
-        if any(row[column] is None for column in columns):
-            raise DataError(f"{file.path}: line {reader.line_num}: too few columns")
-        yield {column: row[column] for column in columns}
+    try:
+        lacking = [column for column in columns if column not in (reader.fieldnames or ())]
+        if lacking:
+            raise DataError(f"{file.path}: line 1: no column {', '.join(lacking)}")
+        for row in reader:
+            if any(row[column] is None for column in columns):
+                raise DataError(f"{file.path}: line {reader.line_num}: too few columns")
+            yield {column: row[column] for column in columns}
+    except csv.Error as error:  # such as a quote that is never closed, which makes one field of the rest
+        raise DataError(f"{file.path}: line {reader.reader.line_num}: {error}") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from mslora_cr.data.catalog import DataSet, catalog, data_set
 from mslora_cr.data.images import check_images, check_name, image_roots, resolve_image, tower_folder
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
+from mslora_cr.workers import cores
 
 if TYPE_CHECKING:
     from mslora_cr.data.tokenizer import Tokenizer
@@ -400,9 +400,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=_positive, default=2048, help="with --model: positions per sample (%(default)s)"
     )
     parser.add_argument("--no-images", action="store_true", help="check only the annotations")
-    parser.add_argument(
-        "--workers", type=_positive, default=os.cpu_count() or 1, help="processes that decode images (%(default)s)"
-    )
+    parser.add_argument("--workers", type=_positive, default=cores(), help="processes that decode images (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("results/data-check.json"), help="report (%(default)s)")
 
 

@@ -241,5 +241,6 @@ def _padded(rows: Sequence[list[int]], length: int, value: int, left: bool = Fal
 
 
 def _stacked_pixels(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    pixels = torch.cat([sample["pixel_values"] for sample in samples])
-    return {"pixel_values": pixels} if len(pixels) else {}
+    # Without the empty ones of text-only samples: those have the shape of pixels, also beside cached features.
+    shown = [sample["pixel_values"] for sample in samples if len(sample["pixel_values"])]
+    return {"pixel_values": torch.cat(shown)} if shown else {}

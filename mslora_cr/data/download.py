@@ -20,6 +20,7 @@ from mslora_cr.config import nearest
 from mslora_cr.data.catalog import catalog
 from mslora_cr.data.images import check_name
 from mslora_cr.data.records import DataError
+from mslora_cr.files import replacing
 
 RECORD = "download.json"
 
@@ -182,9 +183,8 @@ def _read_record(target: Path) -> dict[str, str]:
 
 def _write_record(target: Path, record: Mapping[str, Any]) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    partial = target / f".{RECORD}.part"
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    partial.replace(target / RECORD)
+    with replacing(target / RECORD) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _explain(asset: Asset, error: Exception) -> str:
@@ -192,7 +192,7 @@ def _explain(asset: Asset, error: Exception) -> str:
 
     page = f"https://huggingface.co/{'datasets/' if asset.kind == 'dataset' else ''}{asset.repo}"
     if isinstance(error, GatedRepoError):
-        return f"{asset.repo}: access must be asked for at {page}; then log in with `hf auth login`"
+        return f"{asset.repo}: request access at {page}; then log in with `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return f"{asset.repo}: not found, or not open to this account; see {page}"
     if isinstance(error, RevisionNotFoundError):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 
 from mslora_cr.data.images import load_image, preprocess
 from mslora_cr.data.records import DataError
+from mslora_cr.files import replacing
 
 _NAME = "features"
 _BATCH = 16  # images the tower sees at once
@@ -105,15 +105,8 @@ class _Pixels(Dataset[Tensor]):
 
 def _write(place: Path, content: bytes) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=place.parent, prefix=".", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(place)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    with replacing(place, shared=True) as partial:
+        partial.write_bytes(content)
 
 
 def feature_key(tower: torch.nn.Module, layer: int, processor: Any) -> str:

@@ -72,6 +72,8 @@ def prepare(
         else:
             # All names take part, so that a repeated run matches as the first one did.
             matches = _match(dataset, list(answers), data, result)
+            # An image that is in place, perhaps by hand, is no longer ambiguous.
+            result.ambiguous = {name: found for name, found in result.ambiguous.items() if name in targets}
             result.missing = [name for name in targets if name not in matches and name not in result.ambiguous]
             _place({name: matches[name] for name in targets if name in matches}, targets, copy, progress)
             result.placed = len(targets) - len(result.missing) - len(result.ambiguous)

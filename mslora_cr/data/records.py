@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import math
+import random
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from mslora_cr.errors import UserError
 CHUNK_BYTES = 1 << 20
 IMAGE = "<image>"
 """The marker that represents a record's images in a text."""
+BYTE_ORDER_MARK = "opens with a byte order mark; save it as UTF-8 without one"
 MAX_RECORD_BYTES = 16 << 20  # no conversation comes near this; it bounds what a damaged file can make us read
 
 
@@ -153,7 +155,7 @@ class _Records(Sequence[Record], Generic[Record]):
         try:
             return self._model.model_validate(value)
         except ValidationError as error:
-            raise DataError(f"{self.path}: {place}: {_explain(error)}") from None
+            raise DataError(f"{self.path}: {place}: {first_problem(error)}") from None
 
     def _read(self, file: BinaryIO, index: int) -> Record:
         file.seek(self._starts[index])
@@ -178,16 +180,23 @@ class _Records(Sequence[Record], Generic[Record]):
             return self._read(file, range(len(self))[index])
 
     def thinned(self, most: int) -> Self:
-        """At most this many of the records, spread evenly over the file."""
-        step = max(1, -(-len(self) // most))
-        some = copy.copy(self)
-        some._starts, some._ends = self._starts[::step], self._ends[::step]
+        """At most this many of the records, as `sample_of` chooses them."""
+        chosen, some = sample_of(len(self), most), copy.copy(self)
+        some._starts, some._ends = (array("Q", [ends[i] for i in chosen]) for ends in (self._starts, self._ends))
         return some
 
     def __iter__(self) -> Iterator[Record]:
         with self.path.open("rb") as file:
             for index in range(len(self)):
                 yield self._read(file, index)
+
+
+def sample_of(count: int, most: int) -> list[int]:
+    """Places, in order, of at most this many of `count` records: a random sample, but the same at every call.
+
+    Not every n-th record: where two kinds of question alternate in a file, those would all be of one kind.
+    """
+    return sorted(random.Random(0).sample(range(count), min(count, most)))
 
 
 class TrainingRecords(_Records[TrainingRecord]):
@@ -230,16 +239,20 @@ class TestRecords(_Records[TestRecord]):
         while line := file.readline(MAX_RECORD_BYTES):
             hasher.update(line)
             number += 1
+            if start == 0 and line.startswith(codecs.BOM_UTF8):
+                raise DataError(f"{self.path}: {BYTE_ORDER_MARK}")
             place, end = f"line {number}", start + len(line)
             if line.strip():
                 yield start, end, place, self._decode(line, place)
             start = end
 
     def _decode(self, line: bytes, place: str) -> Any:
+        if line.lstrip().startswith(b"["):
+            raise DataError(f"{self.path}: {place}: expected an object ({{…}}) on each line, found the start of a list")
         try:
             return STRICT_JSON.decode(line.decode())
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.path}: {place}: {_explain_json(error)}") from None
+            raise DataError(f"{self.path}: {place}: {explain_json(error)}") from None
 
     def place(self, index: int) -> str:
         with self.path.open("rb") as file:
@@ -261,7 +274,7 @@ class _ListReader:
 
     def items(self) -> Iterator[Item]:
         if self._peek() == "\ufeff":
-            raise DataError(f"{self.path}: opens with a byte order mark; save it as UTF-8 without one")
+            raise DataError(f"{self.path}: {BYTE_ORDER_MARK}")
         if self._peek() != "[":
             raise DataError(f"{self.path}: expected one list ([…]) of records")
         self._advance(1)
@@ -291,7 +304,7 @@ class _ListReader:
                 # It may only be that the window ends inside the element: widen it, up to a limit.
                 held = len(self.text) - self.position
                 if self.ended or held >= MAX_RECORD_BYTES or not isinstance(error, json.JSONDecodeError):
-                    self._fail(_explain_json(error))
+                    self._fail(explain_json(error))
                 self._fill(max(held, CHUNK_BYTES))
             else:
                 self._advance(end - self.position)
@@ -320,7 +333,7 @@ class _ListReader:
         try:
             more = self.decoder.decode(data, final=self.ended)
         except UnicodeDecodeError as error:
-            self._fail(_explain_json(error))
+            self._fail(explain_json(error))
         self.text, self.position = self.text[self.position :] + more, 0
 
     def _fail(self, problem: str) -> NoReturn:
@@ -342,7 +355,8 @@ STRICT_JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_fin
 """Decodes JSON from outside: numbers are finite, NaN and Infinity are refused."""
 
 
-def _explain_json(error: Exception) -> str:
+def explain_json(error: Exception) -> str:
+    """What is wrong with a text that was to be JSON."""
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON: {error.msg}, near {error.doc[max(error.pos - 20, 0) : error.pos + 20]!r}"
     if isinstance(error, UnicodeDecodeError):
@@ -352,8 +366,8 @@ def _explain_json(error: Exception) -> str:
     return f"not acceptable JSON: {error}"  # a number of thousands of digits, NaN, Infinity
 
 
-def _explain(error: ValidationError) -> str:
-    """The first problem pydantic found: field, what was expected, what was found."""
+def first_problem(error: ValidationError) -> str:
+    """The first problem pydantic found: field, if it is one's, what was expected, what was found."""
     problem = error.errors(include_url=False)[0]
     steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in problem["loc"]]
     field = "".join(steps).lstrip(".")
@@ -363,7 +377,8 @@ def _explain(error: ValidationError) -> str:
         return f"field '{field}' is empty"
     expected = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
     expected = expected.replace("a valid tuple", "a list")
-    return f"field '{field}': {expected}; found {_shorten(problem['input'])}"
+    where = f"field '{field}': " if field else ""
+    return f"{where}{expected}; found {_shorten(problem['input'])}"
 
 
 def _shorten(value: Any) -> str:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from mslora_cr.banks import Bank, BankError
 from mslora_cr.config import StreamConfig, Task
 from mslora_cr.data.collator import QuestionSamples
-from mslora_cr.data.records import TestRecords
+from mslora_cr.data.records import TestRecords, sample_of
 from mslora_cr.evaluation.evaluate import decisive, decoding, finished_banks
 from mslora_cr.evaluation.generate import ANSWERS, answer_once, answer_questions, fingerprint_of
 from mslora_cr.evaluation.geometry import by_place, effective_ranks, update_cosines
@@ -37,7 +37,7 @@ from mslora_cr.training.distributed import agree, own_device, rank, wait_for_all
 from mslora_cr.training.ledger import write_json
 
 QUESTIONS = 200
-"""Questions of a task that drop-one evaluation asks unless told otherwise, spread evenly over its file."""
+"""Questions of a task that drop-one evaluation asks unless told otherwise, a sample of its file."""
 EXAMPLES = 2
 """Examples of changed answers shown, of each kind and task."""
 
@@ -132,7 +132,7 @@ def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: in
             "banks": [bank.digest for bank in chain.values()],
             "scalings": [bank.scaling for bank in chain.values()],
             "rows": [(task.name, banks) for task, banks in variants],
-            "questions": [(found.digest, questions) for found in records.values()],
+            "questions": [(found.digest, sample_of(len(found), questions)) for found in records.values()],
         }
     )
     agree({"the questions, banks or settings of the analysis": fingerprint})

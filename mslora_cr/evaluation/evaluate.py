@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mslora_cr.bank_stack import BankStack
-from mslora_cr.banks import Bank, BankError
+from mslora_cr.banks import Bank, BankError, file_digest
 from mslora_cr.config import ConfigError, StreamConfig, Task
 from mslora_cr.data.collator import Preprocessing, QuestionSamples
 from mslora_cr.data.records import TestRecords
@@ -42,6 +43,10 @@ Stages = Literal["own", "final", "seen", "all"]
 its own on; `all`: at every stage, and at stage 0, where the base model answers without a bank (zero shot)."""
 
 
+Place = tuple[str, int]
+"""Of a cell in the matrix: task and stage."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """A task to answer at a stage, the banks that answer it, and where its answers go. Stages count from 1; 0 is the
@@ -51,6 +56,10 @@ class Cell:
     stage: int
     banks: tuple[int, ...]
     folder: Path
+
+    @property
+    def place(self) -> Place:
+        return self.task.name, self.stage
 
 
 def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[Cell]:
@@ -95,7 +104,7 @@ def evaluate(
         ConfigError, DataError, ModelError, BankError: before anything is answered.
     """
     if config.evaluation.banks_by == "routed":
-        raise ConfigError("evaluation.banks_by is `routed`, which is answered by evaluate_routed")
+        raise ConfigError("evaluation.banks_by is routed, which evaluate_routed answers")
     start_processes(config)
     chain = dict(banks) if banks is not None else finished_banks(config)
     learned = [task.index + 1 for task in config.stream if task.name in chain]
@@ -109,19 +118,25 @@ def evaluate(
     by_number = {task.index + 1: chain[task.name] for task in config.stream if task.name in chain}
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
     records = {name: TestRecords(task_folder(config, config.task(name)) / "test.jsonl") for name in sorted(names)}
-    session = _Session(config, by_number)
+    session, questions = _Session(config, by_number), question_digests(config, records)
+    fingerprints = {
+        cell.place: session.fingerprint(cell.banks, questions.get(cell.task.name))
+        for cell in cells(config, "all", learned)
+    }
     facts = {
-        f"the questions, banks or settings of {cell.task.name} at stage {cell.stage}": session.fingerprint(
-            cell, records[cell.task.name]
-        )
+        f"the questions, banks or settings of {cell.task.name} at stage {cell.stage}": fingerprints[cell.place]
         for cell in wanted
     }
     check_hosts(config.results_run_dir, facts)
     # Cells that the same banks answer are adjacent, so that a stage is folded once.
-    rows = {(cell.task.name, cell.stage): session.answer(cell, records[cell.task.name]) for cell in _by_banks(wanted)}
+    rows = {
+        cell.place: session.answer(cell, records[cell.task.name], fingerprints[cell.place])
+        for cell in _by_banks(wanted)
+    }
     path = config.results_run_dir / "evaluation.json"
     if rank() == 0:
-        write_summary(config, path, [rows[cell.task.name, cell.stage] for cell in wanted])
+        possible = {place: [fingerprint] for place, fingerprint in fingerprints.items()}
+        write_summary(config, path, [rows[cell.place] for cell in wanted], possible)
     wait_for_all()
     return path
 
@@ -131,6 +146,17 @@ def finished_banks(config: StreamConfig) -> dict[str, Bank]:
     ledger = Ledger.read(config)
     done = [task for task in config.stream if ledger.done(task.name)]
     return {task.name: bank for task, bank in zip(done, ledger.banks(config, done), strict=True)}
+
+
+def question_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -> dict[str, str]:
+    """SHA-256 of the test file of every task that has one.
+
+    Args:
+        records: by task, the files that are open; they are not read again.
+    """
+    paths = {task.name: task_folder(config, task) / "test.jsonl" for task in config.stream}
+    others = {name: file_digest(path) for name, path in paths.items() if name not in records and path.is_file()}
+    return others | {name: found.digest for name, found in records.items()}
 
 
 def _by_banks(wanted: Sequence[Cell]) -> list[Cell]:
@@ -146,14 +172,16 @@ class _Session:
         self._decisive = decisive(config)
         self._loaded: tuple[BankStack, Preprocessing, CachedTower | None] | None = None
         self._folded: tuple[int, ...] | None = None
+        self._scored: set[Path] = set()
 
-    def answer(self, cell: Cell, records: TestRecords) -> dict[str, Any]:
+    def answer(self, cell: Cell, records: TestRecords, fingerprint: str) -> dict[str, Any]:
         """Answer and score a cell, unless that was done before; on the first rank its row of `evaluation.json`."""
-        fingerprint = self.fingerprint(cell, records)
         stamp = answer_once(cell.folder, fingerprint, lambda: self._answer(cell, records, fingerprint))
         if rank() != 0:
             return {}
-        score_file(cell.folder / ANSWERS, cell.folder)
+        if cell.folder not in self._scored:  # a folder may hold several stages' cells
+            score_file(cell.folder / ANSWERS, cell.folder)
+            self._scored.add(cell.folder)
         names = [self.banks[number].name for number in cell.banks]
         return cell_row(cell.task, cell.stage, names, cell.folder, self.config.results_run_dir, stamp, records)
 
@@ -178,14 +206,14 @@ class _Session:
             self._loaded = (stack, preprocessing(self.config, base, tower), tower)
         return self._loaded
 
-    def fingerprint(self, cell: Cell, records: TestRecords) -> str:
-        """What decides a cell's answers."""
+    def fingerprint(self, banks: Sequence[int], questions: str | None) -> str:
+        """What decides a cell's answers; of questions that are not there, it is no answer's fingerprint."""
         return fingerprint_of(
             {
                 **self._decisive,
-                "banks": [self.banks[number].digest for number in cell.banks],
-                "scalings": [self.banks[number].scaling for number in cell.banks],
-                "questions": records.digest,
+                "banks": [self.banks[number].digest for number in banks],
+                "scalings": [self.banks[number].scaling for number in banks],
+                "questions": questions,
                 "fold": self.config.lora.fold,
             }
         )
@@ -238,28 +266,35 @@ def cell_row(
     }
 
 
-def write_summary(config: StreamConfig, path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def write_summary(
+    config: StreamConfig, path: Path, rows: Sequence[dict[str, Any]], possible: Mapping[Place, Collection[str]]
+) -> dict[str, Any]:
     """Merge this call's cells into `evaluation.json`, task by task and stage by stage; returns what it now contains.
 
-    Cells of an earlier call stay only if their answers still are what they were scored from, and if their task is asked
-    the same questions now: the scores of a task must be of the same questions at all stages.
+    Its cells are all of the same model, asked the same questions in the same way: one of an earlier call stays only if
+    its answers are still those that it was scored from, and if these banks, questions and settings would give them
+    again. Cells that are left out are printed.
+
+    Args:
+        possible: the fingerprints that answers to a cell can have with these banks, questions and settings.
     """
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cells": [], "banks_by": None}
-    same = old["banks_by"] == config.evaluation.banks_by
-    questions = {row["task"]: row["questions"] for row in rows}
-    kept_cells = [
-        row
-        for row in old["cells"]
-        if same
-        and questions.get(row["task"], row["questions"]) == row["questions"]
-        and read_stamp((path.parent / row["answers"]).parent).get("fingerprint") == row["fingerprint"]
-    ]
-    merged = {(row["task"], row["stage"]): row for row in [*kept_cells, *rows]}
+    old = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
+    merged = {(row["task"], row["stage"]): row for row in rows}
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for row in old:
+        place = row["task"], row["stage"]
+        if place in merged:
+            continue
+        stamp = read_stamp((path.parent / row["answers"]).parent).get("fingerprint")
+        if stamp == row["fingerprint"] and stamp in possible.get(place, ()):
+            merged[place] = row
+        else:
+            left_out[row["task"]].append(str(row["stage"]))
+    if left_out:
+        places = "; ".join(f"{task} at stage {', '.join(stages)}" for task, stages in left_out.items())
+        print(f"{path}: left out, because other banks, questions or settings gave the answers: {places}")
     order = [task.name for task in config.tasks]
-    kept = sorted(
-        (row for row in merged.values() if row["task"] in order),
-        key=lambda row: (order.index(row["task"]), row["stage"]),
-    )
+    kept = [merged[place] for place in sorted(merged, key=lambda place: (order.index(place[0]), place[1]))]
     summary = {
         "run": config.run,
         "method": config.method,

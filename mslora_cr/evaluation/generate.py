@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from mslora_cr.data.collator import Preprocessing, QuestionCollator, Sample, in_batches, padding_share
 from mslora_cr.data.records import TestRecord
 from mslora_cr.data.tokenizer import Tokenizer
+from mslora_cr.files import replacing
 from mslora_cr.training.distributed import from_all_ranks, from_first_rank, rank, wait_for_all, world_size
 from mslora_cr.training.ledger import write_json
 
@@ -70,7 +71,8 @@ def answer_questions(
         choose: is told the questions of each batch before they are answered.
 
     Returns:
-        The share of padding in the prompts' batches, and what it would be in the questions' own order.
+        The seconds that answering took in this call, and the share of padding in the prompts' batches and what it would
+        be in the questions' own order.
     """
     target = folder / ANSWERS
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +84,7 @@ def answer_questions(
     order = sorted(range(len(samples)), key=lambda index: -lengths[index])
     batches = in_batches([index for index in order if index not in answered], decoding.batch_size)
     mine: dict[int, str] = {}
+    started = time.monotonic()
     with (
         journal.open("a", encoding="utf-8") as file,
         tqdm(desc=label, total=len(samples), initial=len(answered), unit="answer", disable=rank() != 0) as bar,
@@ -94,10 +97,12 @@ def answer_questions(
     # Ranks tell each other: a shared file system may show a file late.
     for theirs in from_all_ranks(mine):
         answered |= theirs
+    seconds = time.monotonic() - started
     if rank() == 0:
         _publish(samples, answered, target, decoding, fingerprint)
     wait_for_all()
     return {
+        "seconds": round(seconds, 3),
         "padding": padding_share(lengths, in_batches(order, decoding.batch_size)),
         "padding_unsorted": padding_share(lengths, in_batches(range(len(samples)), decoding.batch_size)),
     }
@@ -167,8 +172,7 @@ def _read_journals(folder: Path, fingerprint: str) -> dict[int, str]:
 
 def _publish(samples: Questions, answered: dict[int, str], target: Path, decoding: Decoding, fingerprint: str) -> None:
     assert len(answered) == len(samples), f"{len(samples) - len(answered)} questions have no answer"
-    staging = target.with_name(f".{target.name}.tmp")
-    with staging.open("w", encoding="utf-8") as file:
+    with replacing(target) as partial, partial.open("w", encoding="utf-8") as file:
         for index, record in enumerate(samples.records):
             row: dict[str, Any] = {
                 "question_id": record.question_id,
@@ -181,7 +185,6 @@ def _publish(samples: Questions, answered: dict[int, str], target: Path, decodin
                 "metadata": {},
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    staging.replace(target)
 
 
 def answer_once(
@@ -195,7 +198,7 @@ def answer_once(
         complete: whether the answers are there, on the first rank; not given: whether the folder has its answer file.
 
     Returns:
-        The folder's stamp: `fingerprint`, `seconds` that answering took, and what `answer` returned.
+        The folder's stamp: `fingerprint`, and what `answer` returned.
     """
     complete = (folder / ANSWERS).is_file() if complete is None else complete
     stamp = from_first_rank(read_stamp(folder) if complete else {})
@@ -203,9 +206,7 @@ def answer_once(
         return stamp
     if rank() == 0:
         (folder / STAMP).unlink(missing_ok=True)  # it must never be beside answers that it does not describe
-    started = time.monotonic()
-    noted = answer()
-    stamp = {"fingerprint": fingerprint, "seconds": round(time.monotonic() - started, 3), **noted}
+    stamp = {"fingerprint": fingerprint, **answer()}
     if rank() == 0:
         write_json(folder / STAMP, stamp)
         for journal in folder.glob(".answers-*.jsonl"):
@@ -215,7 +216,7 @@ def answer_once(
 
 
 def read_stamp(folder: Path) -> dict[str, Any]:
-    """What a folder's answers were made from, and how long it took; empty if there is no stamp."""
+    """What a folder's answers were made from, and what else is noted of them; empty if there is no stamp."""
     stamp = folder / STAMP
     return json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
 

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from mslora_cr.data.records import first_problem
 from mslora_cr.errors import UserError
 from mslora_cr.evaluation.intervals import SAMPLES, Scores, interval, resampled_means
 from mslora_cr.evaluation.matrix import TaskStageMatrix
@@ -40,7 +41,8 @@ class _Read(BaseModel):
 class Cell(_Read):
     """A task's answers at a stage: who answered, where the answers are, and their metrics in percent.
 
-    `intervals` has the ends of each metric's bootstrap interval, `questions` the digest of the file asked from.
+    `intervals` has the ends of each metric's bootstrap interval, `questions` the digest of the file asked from,
+    `seconds` how long the last launch answered.
     """
 
     task: str
@@ -413,9 +415,7 @@ def _load(path: Path, model: type[Model]) -> Model | None:
     try:
         return model.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in problem["loc"])
-        raise ReportError(f"{path}: {field or 'the file'}: {problem['msg']}") from None
+        raise ReportError(f"{path}: {first_problem(error)}") from None
 
 
 def _read_analysis(path: Path) -> dict[str, Any] | None:

@@ -40,6 +40,7 @@ from mslora_cr.evaluation.record import (
     read_run,
     required_evaluation,
 )
+from mslora_cr.files import replacing
 
 METRICS = {"closed": "close accuracy", "f1": "f1 score", "exact": "exact match score"}
 """Name in `published_scores.yaml` → name in `metrics.json`; the first that a run has is its headline."""
@@ -316,9 +317,8 @@ def _render(template: str, path: Path, context: Mapping[str, Any]) -> None:
         "cell": _markdown_cell,
     }
     text = environment.get_template(f"{template}.j2").render(context)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    temporary.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _number(value: float | None, digits: int = 1) -> str:

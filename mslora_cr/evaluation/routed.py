@@ -20,11 +20,13 @@ from mslora_cr.config import ConfigError, StreamConfig, Task
 from mslora_cr.data.collator import Preprocessing, QuestionSamples, Sample
 from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecords
 from mslora_cr.evaluation.evaluate import (
+    Place,
     Stages,
     cell_row,
     decisive,
     decoding,
     finished_banks,
+    question_digests,
     stages_of,
     write_summary,
 )
@@ -32,6 +34,7 @@ from mslora_cr.evaluation.generate import ANSWERS, STAMP, answer_once, answer_qu
 from mslora_cr.evaluation.intervals import interval, resampled_means
 from mslora_cr.evaluation.record import ROUTED, ROUTING
 from mslora_cr.evaluation.score import score_file
+from mslora_cr.files import replacing
 from mslora_cr.llava_med import LlavaMed
 from mslora_cr.methods import METHODS, needs_task
 from mslora_cr.mixed_banks import MixedBanks
@@ -81,19 +84,21 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
     asked = {stage: tasks for stage, tasks in asked.items() if tasks}
     if not asked:
         raise BankError(f"no stage of this run can be answered from the banks in {config.run_dir}")
-    session = _Session(config, chain, saved_statistics(config, learned[: max(asked)]))
+    names = {task.name for tasks in asked.values() for task in tasks}
+    records = {name: TestRecords(task_folder(config, config.task(name)) / "test.jsonl") for name in sorted(names)}
+    session = _Session(config, chain, saved_statistics(config, learned[: max(asked)]), records)
     facts = {
         f"the questions, banks or settings at stage {stage}": session.fingerprint(stage, tasks)
         for stage, tasks in asked.items()
     }
     check_hosts(config.results_run_dir, facts)
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    rows: dict[Place, dict[str, Any]] = {}
     for stage, tasks in asked.items():
         rows |= session.answer(stage, tasks)
     folder = config.results_run_dir / ROUTED
     if rank() == 0:
         order = [(task.name, stage) for task in config.stream for stage in asked if (task.name, stage) in rows]
-        kept = write_summary(config, folder / "evaluation.json", [rows[key] for key in order])
+        kept = write_summary(config, folder / "evaluation.json", [rows[key] for key in order], session.possible(folder))
         stamps = (read_stamp(folder / f"stage-{stage}") for stage in kept["stages"])
         write_json(folder / ROUTING, {"stages": [stamp["routing"] for stamp in stamps]})
     wait_for_all()
@@ -137,9 +142,8 @@ def fit_router(config: StreamConfig, only: str | None = None) -> list[Path]:
         path = ledger.bank_folder(task.name) / STATISTICS
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            staging = path.with_name(f".{path.name}.tmp")
-            save_file(statistics.tensors(), staging)
-            staging.replace(path)
+            with replacing(path) as partial:
+                save_file(statistics.tensors(), partial)
             if task.name in ledger.content["tasks"]:
                 entry = {**ledger.content["tasks"][task.name], "router_digest": file_digest(path)}
                 ledger.record(task.name, entry)
@@ -175,17 +179,28 @@ class MixedQuestions(ConcatDataset[Sample]):
 class _Session:
     """The base model with all banks beside it, loaded when the first question needs it."""
 
-    def __init__(self, config: StreamConfig, chain: Mapping[str, Bank], statistics: Sequence[TaskStatistics]) -> None:
+    def __init__(
+        self,
+        config: StreamConfig,
+        chain: Mapping[str, Bank],
+        statistics: Sequence[TaskStatistics],
+        records: Mapping[str, TestRecords],
+    ) -> None:
+        """
+        Args:
+            statistics: of the tasks whose banks answer. records: the questions of those that are asked.
+        """
         self.config = config
         self.banks = [chain[task.name] for task in config.stream[: len(statistics)]]
         self.statistics = statistics
         self._decisive = decisive(config)
-        self._records: dict[str, TestRecords] = {}
+        self._records, self._question_digests = records, question_digests(config, records)
+        self._routers = list(_router_digests(statistics))
         self._features: dict[str, Tensor] = {}
         self._base: LlavaMed | None = None
         self._mixed: MixedBanks | None = None
 
-    def answer(self, stage: int, tasks: Sequence[Task]) -> dict[tuple[str, int], dict[str, Any]]:
+    def answer(self, stage: int, tasks: Sequence[Task]) -> dict[Place, dict[str, Any]]:
         """Answer and score these tasks' questions after a stage, unless that was done before.
 
         Returns:
@@ -211,7 +226,7 @@ class _Session:
         for task in tasks:
             score_file(folders[task.name] / ANSWERS, folders[task.name])
             rows[task.name, stage] = cell_row(
-                task, stage, names, folders[task.name], root, noted, self._questions(task)
+                task, stage, names, folders[task.name], root, noted, self._records[task.name]
             )
         return rows
 
@@ -226,7 +241,7 @@ class _Session:
         mixed = self._mixed = self._mixed or MixedBanks(base.model, self.banks)
         prepare = preprocessing(self.config, base)
         questions = MixedQuestions(
-            [QuestionSamples(self._questions(task), task_image_roots(self.config, task), prepare) for task in tasks]
+            [QuestionSamples(self._records[task.name], task_image_roots(self.config, task), prepare) for task in tasks]
         )
 
         def choose(indices: Sequence[int]) -> None:
@@ -251,12 +266,10 @@ class _Session:
             for task in tasks:
                 folder = folders[task.name]
                 folder.mkdir(parents=True, exist_ok=True)
-                staging = folder / f".{ANSWERS}.tmp"
-                with staging.open("w", encoding="utf-8") as file:
+                with replacing(folder / ANSWERS) as partial, partial.open("w", encoding="utf-8") as file:
                     for route in routes[task.name]:
                         answer = {**json.loads(next(lines)), "metadata": {"routed_to": self.banks[route].name}}
                         file.write(json.dumps(answer, ensure_ascii=False) + "\n")
-                staging.replace(folder / ANSWERS)
                 write_json(folder / STAMP, {"fingerprint": fingerprint})
         (together / ANSWERS).unlink()
 
@@ -282,7 +295,7 @@ class _Session:
     def _features_of(self, task: Task) -> Tensor:
         """(questions, features), computed once, by all ranks together."""
         if task.name not in self._features:
-            records = self._questions(task)
+            records = self._records[task.name]
             extractor = feature_extractor(self.config, self._model())
             mine = range(len(records))[rank() :: world_size()]
             label = f"{task.name}, for the router" if rank() == 0 else None
@@ -294,11 +307,6 @@ class _Session:
             self._features[task.name] = features
         return self._features[task.name]
 
-    def _questions(self, task: Task) -> TestRecords:
-        if task.name not in self._records:
-            self._records[task.name] = TestRecords(task_folder(self.config, task) / "test.jsonl")
-        return self._records[task.name]
-
     def _model(self) -> LlavaMed:
         if self._base is None:
             self._base = load_base(self.config, own_device(self.config.model.device))
@@ -306,16 +314,31 @@ class _Session:
 
     def fingerprint(self, stage: int, tasks: Sequence[Task]) -> str:
         """What decides the answers at a stage."""
-        router = hashlib.sha256()
-        for statistics in self.statistics[:stage]:
-            router.update(statistics.mean.numpy().tobytes() + statistics.scatter.numpy().tobytes())
         return fingerprint_of(
             {
                 **self._decisive,
                 "method": self.config.method,
                 "banks": [bank.digest for bank in self.banks[:stage]],
                 "scalings": [bank.scaling for bank in self.banks[:stage]],
-                "router": router.hexdigest(),
-                "questions": [self._questions(task).digest for task in tasks],
+                "router": self._routers[stage - 1],
+                "questions": [self._question_digests.get(task.name) for task in tasks],
             }
         )
+
+    def possible(self, root: Path) -> dict[Place, set[str]]:
+        """As `write_summary` takes it: the questions of a stage are mixed with those of the tasks learned by then, or
+        of all. Only for stages whose entry of `routing.json` is there, and of these answers."""
+        found: dict[Place, set[str]] = {}
+        for stage in range(1, len(self.banks) + 1):
+            ways = {self.fingerprint(stage, tasks) for tasks in (self.config.stream[:stage], self.config.stream)}
+            if read_stamp(root / f"stage-{stage}").get("fingerprint") in ways:
+                found |= {(task.name, stage): ways for task in self.config.stream}
+        return found
+
+
+def _router_digests(statistics: Sequence[TaskStatistics]) -> Iterator[str]:
+    """For each stage, the digest of what its router is made from."""
+    digest = hashlib.sha256()
+    for task in statistics:
+        digest.update(task.mean.numpy().tobytes() + task.scatter.numpy().tobytes())
+        yield digest.hexdigest()

@@ -15,9 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
-from mslora_cr.data.records import DataError
+from mslora_cr.data.records import DataError, first_problem
 from mslora_cr.evaluation import intervals
 from mslora_cr.evaluation.metrics import AnswerType, Scores, score_answers
+from mslora_cr.files import replacing
 from mslora_cr.workers import worker_pool
 
 SCORES = "scores.csv"
@@ -141,11 +142,7 @@ def _parse(line: bytes, place: str) -> AnswerRecord:
     try:
         return AnswerRecord.model_validate(value)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        field, message = problem["loc"][0], problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "missing":
-            raise DataError(f"{place}: field '{field}' is missing") from None
-        raise DataError(f"{place}: field '{field}': {message}; found {problem['input']!r:.60}") from None
+        raise DataError(f"{place}: {first_problem(error)}") from None
 
 
 def _render_scores(records: Iterable[AnswerRecord], scores: Scores) -> str:
@@ -169,6 +166,5 @@ def _render_csv(records: Iterable[AnswerRecord]) -> str:
 
 def _write(path: Path, text: str) -> None:
     # JSON can spell half a surrogate pair, which UTF-8 cannot: it is written as the escape it came in.
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(text.encode("utf-8", errors="backslashreplace"))
-    temporary.replace(path)
+    with replacing(path) as partial:
+        partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from mslora_cr.banks import MEMORY, WEIGHTS, Bank, BankError, file_digest, load_bank
 from mslora_cr.config import ConfigError, StreamConfig, Task
+from mslora_cr.files import replacing
 
 PACKAGES = ("mslora-cr", "torch", "transformers", "peft", "accelerate", "deepspeed", "tokenizers")
 
@@ -67,12 +67,8 @@ def _hardware() -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON under a temporary name, flush it to disk, then rename it."""
-    staging = path.with_name(f".{path.name}.tmp")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
+    with replacing(path) as staging:
+        staging.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @dataclass

@@ -1,5 +1,6 @@
 import argparse
 import json
+import os
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -241,6 +242,12 @@ def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     return parser.parse_args(words)
+
+
+def test_as_many_workers_as_cores_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert arguments().workers == 3
 
 
 def test_the_command_prints_a_table_writes_json_and_exits_by_the_errors(root, tmp_path, capsys):

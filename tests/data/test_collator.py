@@ -16,6 +16,7 @@ from mslora_cr.data.collator import (
     TrainingCollator,
     TrainingSamples,
 )
+from mslora_cr.data.features import FeatureCache
 from mslora_cr.data.prompts import IGNORE_INDEX, IMAGE_INDEX
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 from mslora_cr.llava_med import load
@@ -155,6 +156,19 @@ def test_training_batches_are_padded_at_their_end(samples: TrainingSamples) -> N
 def test_a_batch_without_images_has_no_pixels(samples: TrainingSamples) -> None:
     text_only = next(index for index, record in enumerate(samples.records) if not record.images)
     assert "pixel_values" not in TrainingCollator(0)([samples[text_only]])
+
+
+def test_text_only_samples_are_batched_with_cached_features(preprocessing: Preprocessing, tmp_path: Path) -> None:
+    """Features have another shape than pixels, of which a text-only sample has none."""
+    path = write(tmp_path, conversation("images/wide.png"), conversation(None, "Is it?"))
+    cache = FeatureCache(tmp_path / "features")
+    cache.fill(
+        [GOLDEN / "images/wide.png"], preprocessing.image_processor, lambda pixels: torch.ones(len(pixels), 5, 7)
+    )
+    cached = TrainingSamples(TrainingRecords(path), [GOLDEN], replace(preprocessing, features=cache))
+    for order in ([0, 1], [1, 0]):
+        assert TrainingCollator(0)([cached[index] for index in order])["pixel_values"].equal(torch.ones(1, 5, 7))
+    assert "pixel_values" not in TrainingCollator(0)([cached[1]])
 
 
 def test_questions_are_padded_at_their_beginning(preprocessing: Preprocessing, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_no_access_no_repository_no_revision_no_connection(hub: Hub, tmp_path):
     with pytest.raises(DataError, match="not found, or not open"):
         download(replace(ANNOTATIONS, repo="some/other"), tmp_path, endpoint=hub.url)
     hub.gated.add(DATASET)
-    with pytest.raises(DataError, match=r"access must be asked for at https://huggingface.co/datasets/Ventus"):
+    with pytest.raises(DataError, match=r"request access at https://huggingface.co/datasets/Ventus"):
         download(ANNOTATIONS, tmp_path, endpoint=hub.url)
     with pytest.raises(DataError, match="the download stopped"):
         download(MODELS["clip"], tmp_path, endpoint="http://127.0.0.1:9")

@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,16 @@ def test_two_writers_leave_whole_files_and_nothing_else(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "cache")
     assert [float(cache.load(path)[0]) for path in images] == list(map(float, range(24)))
     assert sum(file.is_file() for file in cache.folder.rglob("*")) == len(images)
+
+
+def test_whoever_may_read_new_files_may_read_a_shared_cache(tmp_path: Path) -> None:
+    path, cache = image(tmp_path / "a.png", 10), FeatureCache(tmp_path / "cache")
+    before = os.umask(0o022)
+    try:
+        fill(cache.folder, [path])
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(cache.place(path).stat().st_mode) == 0o644
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

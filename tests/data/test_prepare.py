@@ -168,6 +168,9 @@ def test_ambiguous_images_are_reported_unless_equal(tmp_path):
     result = run("pathvqa", raw, root)
     assert result.ambiguous == {"images/one.png": ["a/one.png", "b/one.png"]}
     assert result.placed == 1 and result.missing == []
+    put(root / "PathVQA/images/one.png", png(1))  # by hand
+    result = run("pathvqa", raw, root)
+    assert (result.placed, result.present, result.missing, result.ambiguous) == (0, 2, [], {})
 
 
 def test_archives_and_archives_in_archives_are_unpacked(tmp_path):
@@ -317,6 +320,15 @@ def test_damaged_and_oversized_archives_are_refused(tmp_path, monkeypatch):
     for name, content in {"cut.zip": good.read_bytes()[:-30], "cut.tgz": b"\x1f\x8b" + b"x" * 50}.items():
         with pytest.raises(DataError, match="damaged or unreadable"):
             run("pathvqa", put(tmp_path / name, content), root)
+    numbers = b"".join(b"%d " % number for number in range(20_000))
+    with tarfile.open(tmp_path / "wrong.tar.xz", "w:xz") as archive:
+        info = tarfile.TarInfo("images/x.png")
+        info.size = len(numbers)
+        archive.addfile(info, io.BytesIO(numbers))
+    wrong = bytearray((tmp_path / "wrong.tar.xz").read_bytes())
+    wrong[len(wrong) // 2] ^= 255
+    with pytest.raises(DataError, match="damaged or unreadable"):
+        run("pathvqa", put(tmp_path / "wrong.tar.xz", bytes(wrong)), root)
     wrong = bytearray(good.read_bytes())
     wrong[60] ^= 255  # the content no longer has the checksum
     with pytest.raises(DataError, match="damaged or unreadable"):
@@ -387,6 +399,23 @@ def test_pathvqa(suffix, tmp_path):
         (0, "images/test/test_0001.jpg", "Is it a cell?", "Yes", "CLOSED"),
         (1, "images/test/test_0001.jpg", "How many?", "2", "OPEN"),
     ]
+
+
+def test_lines_end_at_newlines_only_and_blank_ones_are_skipped(tmp_path):
+    """Other characters that some take for line breaks may stand in a text."""
+    question = "What\u2028is\u0085it?"
+    row = json.dumps({"image": "a", "question": question, "answer": "b"}, ensure_ascii=False)
+    for split in QAS:
+        put(tmp_path / f"raw/qas/{split}/{split}_qa.jsonl", f"\n{row}\r\n  \n{row}\n\n".encode("utf-8-sig"))
+    result = run("pathvqa", tmp_path / "raw", tmp_path / "root", annotations=True)
+    assert result.rows == {"train": 2, "test": 2}
+    assert read_back(tmp_path / "root", "pathvqa")[1][1][2] == question
+
+
+def test_a_byte_order_mark_is_no_part_of_a_list(tmp_path):
+    for split, rows in QAS.items():
+        put(tmp_path / f"raw/qas/{split}/{split}_qa.json", json.dumps(rows).encode("utf-8-sig"))
+    assert run("pathvqa", tmp_path / "raw", tmp_path / "root", annotations=True).rows["train"] == 1
 
 
 def test_slake_and_vqarad_are_two_downloads(tmp_path):
@@ -603,6 +632,7 @@ def test_annotations_are_never_overwritten(tmp_path):
         run("CXP", tmp_path / "a.zip", tmp_path / "root", annotations=True, questions={"lable": "Other?"})
 
 
+QA = json.dumps({"image": "a", "question": "q", "answer": "b"})
 MALFORMED = {
     "columns": ("HAM", "HAM10000_metadata.csv", "lesion_id,image_id\na,b\n", "line 1: no column dx"),
     "short row": (
@@ -616,9 +646,36 @@ MALFORMED = {
         "pathvqa",
         "qas/train/train_qa.json",
         '[{"image": "a", "question": "q"}]',
-        "record 0.answer: Field required",
+        "record 0: field 'answer' is missing",
     ),
-    "form": ("pathvqa", "qas/train/train_qa.json", "{}", "valid list"),
+    "form": ("pathvqa", "qas/train/train_qa.json", "{}", "expected a list, found dict"),
+    "record": ("pathvqa", "qas/train/train_qa.json", "[3]", "record 0: should be a valid dictionary.*found 3"),
+    "surrogate": (
+        "pathvqa",
+        "qas/train/train_qa.json",
+        r'[{"image": "a", "question": "\ud83d", "answer": "b"}]',
+        "record 0: field 'question': .*half of a surrogate pair",
+    ),
+    "surrogate in an answer": (
+        "pathvqa",
+        "qas/train/train_qa.jsonl",
+        r'{"image": "a", "question": "b", "answer": "\ud83d"}',
+        "line 1: field 'answer': .*half of a surrogate pair",
+    ),
+    "line": ("pathvqa", "qas/train/train_qa.jsonl", f"\n{QA}\n{QA[:-1]}\n", "line 3: not valid JSON"),
+    "line's field": (
+        "pathvqa",
+        "qas/train/train_qa.jsonl",
+        QA + '\n\n{"image": "a"}',
+        "line 3: field 'question' is mis",
+    ),
+    "long cell": (
+        "HAM",
+        "HAM10000_metadata.csv",
+        f'lesion_id,image_id,dx\na,b,"{"c" * 200_000}',
+        "line 2: field larger",
+    ),
+    "long heading": ("HAM", "HAM10000_metadata.csv", "c" * 200_000, "line [01]: field larger"),
     "syntax": ("pathvqa", "qas/train/train_qa.json", "[", "not readable as json"),
     "number": ("pathvqa", "qas/train/train_qa.json", "[" + "1" * 5000 + "]", "not readable as json.*digits"),
     "no data": ("CXP", "train/NORMAL/a.jpeg", png(1), "1 training and 0 test rows"),

@@ -77,6 +77,17 @@ def test_questions_are_read_line_by_line(tmp_path):
     assert opened.digest == hashlib.sha256(opened.path.read_bytes()).hexdigest()
 
 
+def test_a_sample_of_records_has_both_kinds_where_they_alternate(tmp_path):
+    """As in Fitzpatrick17k's annotations: diagnosis, malignancy, diagnosis, … Every n-th would be one kind only."""
+    kinds = [f"{number}-{kind}" for number in range(200) for kind in ("diagnosis", "malignancy")]
+    opened = TestRecords(write(tmp_path / "test.jsonl", lines(*({**QUESTION, "question_id": kind} for kind in kinds))))
+    some = [record.question_id for record in opened.thinned(40)]
+    assert len(some) == 40 and some == sorted(some, key=kinds.index)
+    assert 10 <= sum(name.endswith("malignancy") for name in some) <= 30
+    assert [record.question_id for record in opened.thinned(40)] == some
+    assert [record.question_id for record in opened.thinned(400)] == kinds
+
+
 G = json.dumps(GOOD)
 BAD_TRAINING = {
     "empty": (b"", "expected one list"),
@@ -171,7 +182,9 @@ def test_image_marks_may_stand_anywhere_in_the_first_question_and_in_test_questi
 Q = json.dumps(QUESTION)
 BAD_TEST = {
     "empty": ("\n\n", "no records"),
-    "list": (f"[{Q}]", "line 1: expected an object"),
+    "byte order mark": (Q.encode("utf-8-sig"), "byte order mark; save it as UTF-8 without one"),
+    "list": (f"[{Q}]", "line 1: expected an object .* on each line, found the start of a list"),
+    "list, indented": (json.dumps([QUESTION], indent=1), "line 1: expected an object .* on each line, found the start"),
     "syntax": (f"{Q}\n\n{Q[:-1]}\n", "line 3: not valid JSON"),
     "two on a line": (f"{Q} {Q}", "line 1: not valid JSON: Extra data"),
     "not UTF-8": (Q.encode() + b"\n\xff", "line 2: not UTF-8"),

@@ -1,0 +1,63 @@
+"""A file is replaced whole or not at all, with the rights that any new file gets."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from mslora_cr.files import replacing
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_text("old")
+    with replacing(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+        assert partial.parent == tmp_path and partial.name.startswith(".")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("broken", ["the block", "the flush"])
+def test_a_failure_leaves_what_was_there(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    path = tmp_path / "file.json"
+    path.write_text("old")
+    if broken == "the flush":
+        monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"), replacing(path) as partial:
+        partial.write_text("new")
+        if broken == "the block":
+            fail(0)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with replacing(path, shared=True) as first, replacing(path, shared=True) as second:
+        first.write_text("first" * 100)
+        second.write_text("second")
+    assert path.read_text() == "first" * 100
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_rights_follow_the_umask(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        with replacing(tmp_path / "file") as partial:
+            partial.write_text("x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+
+
+def test_a_name_may_be_as_long_as_names_are(tmp_path: Path) -> None:
+    path = tmp_path / ("é" * 127)
+    with replacing(path) as partial:
+        partial.write_text("x")
+    assert path.read_text() == "x"
