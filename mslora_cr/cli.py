@@ -37,10 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except UserError as error:
         print(f"mslora-cr: error: {error}", file=sys.stderr)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would complain when it ends
-        return 141
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
         print(f"mslora-cr: error: {error}; finished work is kept", file=sys.stderr)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
@@ -52,6 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nmslora-cr: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether it is the reader of standard output that has gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would complain when it ends
+        return True
+    return False
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -86,6 +95,7 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; imports nothing heavy."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="mslora-cr",
         description="Continual learning for biomedical vision-language models: one LoRA bank per imaging task.",
         epilog=_examples(
@@ -120,6 +130,7 @@ def _examples(*lines: str) -> str:
 def _command(commands: argparse._SubParsersAction, name: str, help: str, *examples: str) -> argparse.ArgumentParser:
     return commands.add_parser(
         name,
+        allow_abbrev=False,
         help=help,
         description=help[0].upper() + help[1:] + ".",
         epilog=_examples(*examples),
@@ -514,7 +525,8 @@ def _run_config(target: Path, overrides: Sequence[str] = ()) -> StreamConfig:
     if config.run_dir.resolve() != folder:
         raise UserError(
             f"{target}: its config.yaml is that of the run folder {config.run_dir.resolve()}. Move it back there, run "
-            f"this where the run was trained, or set run={folder.name} and output_dir={folder.parent}"
+            f"this where the run was trained, or give a configuration with run: {folder.name} and output_dir: "
+            f"{folder.parent}"
         )
     return config
 

@@ -84,8 +84,8 @@ def plan_sweep(
         seeds: the file's, if none is given.
 
     Raises:
-        ConfigError: an unknown method, one given as an override, more orders than there are, or a configuration that
-            is wrong.
+        ConfigError: an unknown method, an override of what the sweep sets itself, more orders than there are, or a
+            configuration that is wrong.
     """
     for method in methods:
         if method not in known_methods():
@@ -95,8 +95,11 @@ def plan_sweep(
             )
     chosen = list(dict.fromkeys(methods or known_methods()))
     sections = {override: override.partition("=")[0].partition(".")[0] for override in overrides}
-    if "method" in sections.values():
-        raise ConfigError("method: a sweep runs several; name them with --methods")
+    own = {"method": "name several with --methods", "run": "a run is named by its method, order and seed"}
+    for key in own.keys() & set(sections.values()):
+        raise ConfigError(f"{key}: a sweep sets it itself; {own[key]}")
+    if seeds and "seed" in sections.values():
+        raise ConfigError("seed: --seeds names them; leave one of the two out")
     for section in METHOD_SECTIONS & set(sections.values()) - set(chosen):
         raise ConfigError(f"{section}: belongs to method {section!r}, which is not in this sweep")
     base = load_config(config_file, [override for override in overrides if sections[override] not in METHOD_SECTIONS])

@@ -12,10 +12,24 @@ settle_gpus() {
   [[ $gpus =~ ^[1-9][0-9]*$ ]] || refuse "--gpus is '$gpus'; it must be an integer of at least 1"
 }
 
-# Overrides that the environment asks for. They go before those of the command line, where the last one wins.
+# Overrides that the environment and the launcher's own options ask for.
 settings=()
 [[ -z ${MODEL:-} ]] || settings+=("model.path=$MODEL")
 [[ -z ${DATA:-} ]] || settings+=("data.root=$DATA")
+
+# The program's words: the settings go before the first KEY=VALUE of the command line, since the last one wins.
+assemble() {
+  local word
+  program=(mslora_cr "$command" "$config")
+  for word in "${rest[@]}"; do
+    if [[ $word == *=* && $word != -* ]]; then
+      program+=("${settings[@]}")
+      settings=()
+    fi
+    program+=("$word")
+  done
+  program+=("${settings[@]}")
+}
 
 python=python
 [[ ! -x .venv/bin/python ]] || python=$PWD/.venv/bin/python

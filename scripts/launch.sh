@@ -49,7 +49,7 @@ if [[ $command == train ]]; then
 elif [[ -n $per_device ]]; then
   settings+=("evaluation.batch_size=$per_device")
 fi
-program=(mslora_cr "$command" "$config" "${settings[@]}" "${rest[@]}")
+assemble
 
 free_port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 case $launcher in

@@ -50,7 +50,7 @@ while [[ $# -gt 0 ]]; do
 done
 settle_gpus
 [[ -z $interface ]] || export NCCL_SOCKET_IFNAME=$interface GLOO_SOCKET_IFNAME=$interface
-program=(mslora_cr "$command" "$config" "${settings[@]}" "${rest[@]}")
+assemble
 
 if [[ -n $hostfile ]]; then
   options=(--hostfile "$hostfile" --master_port "$port")

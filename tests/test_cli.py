@@ -145,7 +145,7 @@ def test_a_folder_that_is_not_its_configurations_is_refused(
     assert main([*words, str(copy)]) == 1
     message = capsys.readouterr().err
     assert f"{copy}: its config.yaml is that of the run folder {run}. " in message
-    assert f"or set run=old and output_dir={tmp_path}" in message
+    assert f"or give a configuration with run: old and output_dir: {tmp_path}" in message
 
 
 def test_a_renamed_run_is_reported_as_what_it_is_now(trained_config: Path, tmp_path: Path) -> None:
@@ -183,6 +183,8 @@ def test_overrides_stand_anywhere_and_keep_their_order() -> None:
     assert (sweep.methods, sweep.overrides) == (["ewc", "each"], ["seed=1", "ewc.strength=1", "seed=2"])
     assert _parse(["sweep", "x.yaml", "--seeds", "1", "2", "tasks.*.epochs=1"]).seeds == [1, 2]
     assert _parse(["analyze", "x.yaml", "--against", "runs/lr=1"]).against == [Path("runs/lr=1")]
+    with pytest.raises(SystemExit):  # no abbreviations: which options take several words is known by their names
+        _parse(["sweep", "x.yaml", "--meth", "ewc"])
 
 
 @pytest.mark.parametrize(
@@ -210,6 +212,17 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(
         monkeypatch.setattr(sys, "stdout", output)
         assert main(["bank", "show", str(load_config(trained_config).run_dir / "banks" / "pathvqa")]) == 141
     assert capsys.readouterr().err == ""
+
+
+def test_another_broken_pipe_is_an_error_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("mslora_cr.banks.load_bank", broken)
+    assert main(["bank", "show", str(tmp_path)]) == 1
+    assert "Broken pipe; finished work is kept" in capsys.readouterr().err
 
 
 # --- refused -------------------------------------------------------------------------------------------------------

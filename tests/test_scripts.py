@@ -126,13 +126,15 @@ def test_arguments_reach_the_command(launch: Callable[..., subprocess.CompletedP
     given = ["--task", "derm", "lora.rank=32", "tasks.*.epochs=1", "run=a b", "model.path=other"]
     train = launch("finetune_lora_each.sh", "--per-device-batch", "8", *given, MODEL="m", DATA="d")
     assert train.stdout.splitlines() == [
-        *("-m", *EACH, "model.path=m", "data.root=d", "training.per_device_train_batch_size=8", *given)
+        *("-m", *EACH, *given[:2], "model.path=m", "data.root=d", "training.per_device_train_batch_size=8", *given[2:])
     ]
     evaluate = launch("eval_mslora_cr_ortho.sh", "--banks", "checkpoints", PER_DEVICE_BATCH="4", DEEPSPEED="x.json")
     assert evaluate.stdout.splitlines() == [
-        *("-m", "mslora_cr", "evaluate", "configs/finetune_mslora_cr_ortho.yaml", "evaluation.batch_size=4"),
-        *("--banks", "checkpoints"),
+        *("-m", "mslora_cr", "evaluate", "configs/finetune_mslora_cr_ortho.yaml", "--banks", "checkpoints"),
+        "evaluation.batch_size=4",
     ]
+    routers = launch("launch.sh", "bank", "fit-router", "c.yaml", "--gpus", "1", MODEL="m")  # a command of two words
+    assert routers.stdout.splitlines() == ["-m", "mslora_cr", "bank", "fit-router", "c.yaml", "model.path=m"]
     nodes = ["--hosts", "2", "--host-rank", "0", "--master", "node1"]
     several = launch("launch_multinode.sh", *EACH[1:], *nodes, "model.path=other", MODEL="m", DATA="d")
     assert several.stdout.splitlines()[-7:] == ["-m", *EACH, "model.path=m", "data.root=d", "model.path=other"]

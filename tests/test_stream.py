@@ -479,6 +479,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
         {"optim": "adamm"},
         {"report_to": "wandbb"},
         {"report_to": "clearml"},  # not installed here
+        {"report_to": "flyte"},  # nor this one
     ],
 )
 def test_training_fields_that_transformers_refuses_are_an_error_of_the_user(

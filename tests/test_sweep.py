@@ -57,8 +57,13 @@ def test_what_belongs_to_one_method_goes_to_its_runs_alone(tmp_path: Path, tiny_
     assert runs[1].config.ewc is not None and runs[1].config.ewc.strength == 7
     with pytest.raises(ConfigError, match="ewc: belongs to method 'ewc', which is not in this sweep"):
         plan_sweep(config, overrides, ["mslora_cr"])
-    with pytest.raises(ConfigError, match="method: a sweep runs several; name them with --methods"):
+    with pytest.raises(ConfigError, match="method: a sweep sets it itself; name several with --methods"):
         plan_sweep(config, ["method=ewc"])
+    with pytest.raises(ConfigError, match="run: a sweep sets it itself"):
+        plan_sweep(config, ["run=mine"])
+    with pytest.raises(ConfigError, match="seed: --seeds names them"):
+        plan_sweep(config, ["seed=5"], seeds=[1, 2])
+    assert {run.seed for run in plan_sweep(config, ["seed=5"])} == {5}
 
 
 def test_the_pages_show_methods_orders_and_deviation(swept: Path) -> None:

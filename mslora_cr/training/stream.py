@@ -349,7 +349,7 @@ def training_arguments(
         args = TrainingArguments(**chosen)
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()  # refuses where its package is missing; otherwise the Trainer would, with the model loaded
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"training: {error}") from None
     args._n_gpu = min(args.n_gpu, 1)  # on several, a process without a launcher would split batches by DataParallel
     if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
