@@ -95,9 +95,9 @@ def plan_sweep(
             )
     chosen = list(dict.fromkeys(methods or known_methods()))
     sections = {override: override.partition("=")[0].partition(".")[0] for override in overrides}
-    own = {"method": "name several with --methods", "run": "a run is named by its method, order and seed"}
-    for key in own.keys() & set(sections.values()):
-        raise ConfigError(f"{key}: a sweep sets it itself; {own[key]}")
+    decided = {"method": "name several with --methods", "run": "a run is named by its method, order and seed"}
+    for key in decided.keys() & set(sections.values()):
+        raise ConfigError(f"{key}: a sweep sets it itself; {decided[key]}")
     if seeds and "seed" in sections.values():
         raise ConfigError("seed: --seeds names them; leave one of the two out")
     for section in METHOD_SECTIONS & set(sections.values()) - set(chosen):
