@@ -24,6 +24,7 @@ from mslora_cr.data.images import image_roots
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.llava_med import LlavaMed, last_mlp, load
 from mslora_cr.training import trainer as trainer_module
+from mslora_cr.training.penalties import BankPenalties
 from mslora_cr.training.trainer import BankTrainer, VisitSampler, labelled_positions
 
 TASK = "slake-vqarad"  # the second of the stream, with answers of several lengths
@@ -293,6 +294,22 @@ def test_cached_features_train_the_same_bank(retrain: Retrain, tmp_path: Path) -
     plain, rows = retrain(*SGD)
     cached, cached_rows = retrain(*SGD, f"data.cache_image_features={tmp_path / 'features'}")
     assert_same_training((plain, rows), (cached, cached_rows))
+
+
+def test_frozen_banks_are_visited_once_per_update(retrain: Retrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group, however many micro-batches an update has."""
+    visited: list[int] = []
+    visit = BankPenalties._frozen
+
+    def noted(penalties: BankPenalties, group: Any, pull: torch.Tensor) -> Any:
+        visited.append(id(group))
+        return visit(penalties, group, pull)
+
+    monkeypatch.setattr(BankPenalties, "_frozen", noted)
+    _, rows = retrain("training.per_device_train_batch_size=1")
+    groups = set(visited)
+    assert len(rows) == 4 and len(visited) == 4 * len(groups)
+    assert all(visited.count(group) == 4 for group in groups)
 
 
 def test_banks_held_in_bfloat16_change_the_penalties_little(retrain: Retrain) -> None:
