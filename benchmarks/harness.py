@@ -28,7 +28,8 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from mslora_cr.bank_stack import language_linears
 from mslora_cr.banks import Bank
-from mslora_cr.training.ledger import environment, write_json
+from mslora_cr.files import write_json
+from mslora_cr.training.ledger import environment
 from mslora_cr.workers import cores
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import pickle
 import re
 import shutil
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mslora_cr.errors import UserError
+from mslora_cr.files import replace_folder
 from mslora_cr.llava_med import LANGUAGE_LINEARS, linear_name, published_linear_name
 
 WEIGHTS, CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "bank.json"
@@ -127,20 +127,6 @@ def save_bank(
     (staging / METADATA).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     replace_folder(staging, folder)
     return digest
-
-
-def replace_folder(staging: Path, folder: Path) -> None:
-    """Flush a finished folder to disk and give it its name; an older one of that name goes last."""
-    for file in sorted(staging.rglob("*")):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    staging.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def file_digest(path: Path) -> str:

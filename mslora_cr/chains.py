@@ -22,7 +22,7 @@ from mslora_cr.banks import (
     load_bank,
     save_bank,
 )
-from mslora_cr.config import ConfigError, StreamConfig, Task
+from mslora_cr.config import StreamConfig, Task
 from mslora_cr.llava_med import language_linear_shapes, read_config
 from mslora_cr.methods import METHODS
 from mslora_cr.methods.base import Method
@@ -129,10 +129,7 @@ def import_chain(folder: Path, config: StreamConfig) -> list[str]:
             raise BankError(f"{places[name]}: its layers are not those of the base model {config.model.path}")
     missing = [name for name in banks if not _is_there(banks[name], ledger)]
     model_digest = base_digest(config)
-    if differences := ledger.differences(config, model_digest):
-        raise ConfigError(
-            f"{ledger.folder} was made with another configuration ({differences}). Import into another `run`"
-        )
+    ledger.refuse_differences(config, model_digest, force=False, advice="Import into another `run`")
     ledger.open(config, model_digest, force=False)
     for name in missing:
         _enter(banks[name], places[name], config, ledger)

@@ -405,7 +405,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 
 def _compare(args: argparse.Namespace) -> int:
     from mslora_cr.evaluation.compare import compare, render_comparison
-    from mslora_cr.training.ledger import write_json
+    from mslora_cr.files import write_json
 
     if len(args.runs) < 2:
         raise UserError("compare needs at least two runs, the baseline first")

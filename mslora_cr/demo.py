@@ -15,10 +15,11 @@ from mslora_cr.data.synthetic import make_stream
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.record import read_evaluation
 from mslora_cr.evaluation.report import write_comparison, write_report
+from mslora_cr.files import write_json
 from mslora_cr.tiny_model import MODEL_FOLDER, make_tiny_llava_med
 from mslora_cr.training import stream
 from mslora_cr.training.distributed import own_device
-from mslora_cr.training.ledger import Ledger, write_json
+from mslora_cr.training.ledger import Ledger
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 COMPARED: tuple[MethodName, ...] = ("mslora_cr", "sequential")

@@ -29,10 +29,11 @@ from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.record import ROUTED, read_evaluation, read_ledger
 from mslora_cr.evaluation.report import METRICS, write_sweep_page
 from mslora_cr.evaluation.routed import evaluate_routed
+from mslora_cr.files import write_json
 from mslora_cr.methods import METHODS, needs_task
 from mslora_cr.training import stream
 from mslora_cr.training.distributed import own_device
-from mslora_cr.training.ledger import environment, write_json
+from mslora_cr.training.ledger import environment
 from mslora_cr.workers import cores, end_with_parent
 
 OURS = "mslora_cr"

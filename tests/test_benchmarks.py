@@ -21,14 +21,15 @@ RATIOS = {
 }
 REPETITIONS = {"startup": 1, "memory": 1}
 """Fewer where every measurement is a process of its own."""
-SMALLER = {"generation": ["--questions", "6", "--new-tokens", "4", "--batches", "1", "6"]}
+MORE = {"generation": ["--questions", "6", "--new-tokens", "4", "--batches", "1", "6"], "penalty": ["--profile"]}
+"""Arguments of some."""
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     file = folder / "figures.json"
     repetitions = str(REPETITIONS.get(name, 2))
     arguments = ["--size", "tiny", "--repetitions", repetitions, "--device", "cpu", "--json", str(file)]
-    importlib.import_module(f"benchmarks.{name}").main([*arguments, *SMALLER.get(name, [])])
+    importlib.import_module(f"benchmarks.{name}").main([*arguments, *MORE.get(name, [])])
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -47,6 +48,7 @@ def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capsys: pytes
     assert all(name in printed for name in [*found["figures"], *found["ratios"]])
     if name == "penalty":
         assert found["largest_deviation_from_autograd"]["gradient_relative"] < 1e-5
+        assert "aten::bmm" in printed
     if name == "generation":
         assert found["identical_text"] is True
     if name == "folding":

@@ -20,7 +20,7 @@ from mslora_cr.config import nearest
 from mslora_cr.data.catalog import catalog
 from mslora_cr.data.images import check_name
 from mslora_cr.data.records import DataError
-from mslora_cr.files import replacing
+from mslora_cr.files import write_json
 
 RECORD = "download.json"
 
@@ -183,8 +183,7 @@ def _read_record(target: Path) -> dict[str, str]:
 
 def _write_record(target: Path, record: Mapping[str, Any]) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    with replacing(target / RECORD) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(target / RECORD, record)
 
 
 def _explain(asset: Asset, error: Exception) -> str:

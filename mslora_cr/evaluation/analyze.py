@@ -23,6 +23,7 @@ from mslora_cr.evaluation.metrics import RowScore, score_answers
 from mslora_cr.evaluation.record import ANALYSIS, ROUTED, Cell, Evaluation, read_evaluation
 from mslora_cr.evaluation.routed import MixedQuestions
 from mslora_cr.evaluation.score import read_answers
+from mslora_cr.files import write_json
 from mslora_cr.methods import METHODS
 from mslora_cr.mixed_banks import MixedBanks
 from mslora_cr.runtime import (
@@ -34,7 +35,6 @@ from mslora_cr.runtime import (
     task_image_roots,
 )
 from mslora_cr.training.distributed import agree, own_device, rank, wait_for_all
-from mslora_cr.training.ledger import write_json
 
 QUESTIONS = 200
 """Questions of a task that drop-one evaluation asks unless told otherwise, a sample of its file."""

@@ -23,6 +23,7 @@ from mslora_cr.evaluation.generate import (
     read_stamp,
 )
 from mslora_cr.evaluation.score import score_file
+from mslora_cr.files import write_json
 from mslora_cr.methods import METHODS
 from mslora_cr.runtime import (
     CachedTower,
@@ -36,7 +37,7 @@ from mslora_cr.runtime import (
     task_image_roots,
 )
 from mslora_cr.training.distributed import own_device, rank, wait_for_all
-from mslora_cr.training.ledger import Ledger, environment, write_json
+from mslora_cr.training.ledger import Ledger, environment
 
 Stages = Literal["own", "final", "seen", "all"]
 """`own`: each task at its own stage (published); `final`: all after the last stage; `seen`: each at every stage from

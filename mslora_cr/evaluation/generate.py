@@ -18,9 +18,8 @@ from tqdm.auto import tqdm
 from mslora_cr.data.collator import Preprocessing, QuestionCollator, Sample, in_batches, padding_share
 from mslora_cr.data.records import TestRecord
 from mslora_cr.data.tokenizer import Tokenizer
-from mslora_cr.files import replacing
+from mslora_cr.files import replacing, write_json
 from mslora_cr.training.distributed import from_all_ranks, from_first_rank, rank, wait_for_all, world_size
-from mslora_cr.training.ledger import write_json
 
 ANSWERS = "answer-file.jsonl"
 STAMP = "answers.json"

@@ -34,7 +34,7 @@ from mslora_cr.evaluation.generate import ANSWERS, STAMP, answer_once, answer_qu
 from mslora_cr.evaluation.intervals import interval, resampled_means
 from mslora_cr.evaluation.record import ROUTED, ROUTING
 from mslora_cr.evaluation.score import score_file
-from mslora_cr.files import replacing
+from mslora_cr.files import replacing, write_json
 from mslora_cr.llava_med import LlavaMed
 from mslora_cr.methods import METHODS, needs_task
 from mslora_cr.mixed_banks import MixedBanks
@@ -50,7 +50,7 @@ from mslora_cr.runtime import (
     task_image_roots,
 )
 from mslora_cr.training.distributed import from_all_ranks, own_device, rank, wait_for_all, world_size
-from mslora_cr.training.ledger import Ledger, write_json
+from mslora_cr.training.ledger import Ledger
 
 
 def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mapping[str, Bank] | None = None) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mslora_cr.banks import MEMORY, WEIGHTS, Bank, BankError, file_digest, load_bank
 from mslora_cr.config import ConfigError, StreamConfig, Task
-from mslora_cr.files import replacing
+from mslora_cr.files import write_json
 
 PACKAGES = ("mslora-cr", "torch", "transformers", "peft", "accelerate", "deepspeed", "tokenizers")
 
@@ -65,12 +65,6 @@ def _hardware() -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON under a temporary name, flush it to disk, then rename it."""
-    with replacing(path) as staging:
-        staging.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 @dataclass
 class Ledger:
     """A run folder: `read` it, `open` it before anything is written there, `record` each finished task."""
@@ -113,18 +107,24 @@ class Ledger:
         self.content.update(config_digest=config.training_digest(), **environment())
         self._write()
 
-    def refuse_differences(self, config: StreamConfig, model_digest: str, force: bool) -> None:
+    def refuse_differences(
+        self,
+        config: StreamConfig,
+        model_digest: str,
+        force: bool,
+        advice: str = "Choose another `run`, or pass --force to continue with this one",
+    ) -> None:
         """Raise if finished tasks were trained otherwise. Writes nothing.
+
+        Args:
+            advice: what the user can do instead.
 
         Raises:
             ConfigError: they were, and `force` is not given; what differs is named.
         """
         differences = self.differences(config, model_digest)
         if differences and not force:
-            raise ConfigError(
-                f"{self.folder} was made with another configuration ({differences}). Choose another `run`, or pass "
-                "--force to continue with this one"
-            )
+            raise ConfigError(f"{self.folder} was made with another configuration ({differences}). {advice}")
 
     def differences(self, config: StreamConfig, model_digest: str) -> str:
         """What sets finished tasks apart from those that this configuration would train; empty if nothing does.

@@ -376,7 +376,6 @@ def train_task(run: StreamRun, task: Task) -> None:
     The base model is loaded afresh, so a task does not depend on which ones this process has trained before.
     """
     trainer, router = build_trainer(run, task)
-    reports = trainer.args.report_to
     # A shared file system may show other hosts an older state, of checkpoints here and of the ledger below.
     found = from_first_rank(checkpoints(work_folder(run.config, task)))
     if found:
@@ -384,13 +383,13 @@ def train_task(run: StreamRun, task: Task) -> None:
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     save_task(run, task, trainer, router)
     run.ledger.content = from_first_rank(run.ledger.content)
-    release(trainer)
-    del trainer
-    free_memory()  # before the next task's model is loaded beside this one's
-    if "wandb" in reports:
+    if "wandb" in trainer.args.report_to:
         import wandb
 
         wandb.finish()  # else the next task would be logged into this one's W&B run
+    release(trainer)
+    del trainer
+    free_memory()  # before the next task's model is loaded beside this one's
 
 
 def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatistics | None]:

@@ -21,11 +21,12 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mslora_cr.bank_stack import LIVE, BankStack
-from mslora_cr.banks import load_bank, replace_folder, save_bank
+from mslora_cr.banks import load_bank, save_bank
 from mslora_cr.config import ConfigError
 from mslora_cr.data.collator import TrainingCollator, UnitedSamples, in_batches, padding_share
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.errors import UserError
+from mslora_cr.files import replace_folder
 from mslora_cr.kept_positions import KeptPositions
 from mslora_cr.llava_med import last_mlp
 from mslora_cr.training.distributed import (
