@@ -6,13 +6,20 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test test-all test-gpu lint format setup clean
 
 demo: setup
 	$(BIN)/mslora-cr demo
 
 test: setup lint
+	$(BIN)/python -m pytest -n 2 -m "not long" $(PYTEST_ARGS)
+
+# Also the long variants, of which `make test` runs one each.
+test-all: setup lint
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -9,7 +9,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from mslora_cr.banks import Bank, lora_config
+from mslora_cr.banks.bank import Bank
+from mslora_cr.banks.io import lora_config
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 

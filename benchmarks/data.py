@@ -23,7 +23,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from benchmarks.harness import finish, parse
 from mslora_cr.data.features import FeatureCache
 from mslora_cr.data.images import load_image, pad_to_square, preprocess
-from mslora_cr.llava_med import tower_features
+from mslora_cr.models.vision import tower_features
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 LARGE |= {"image_size": 336, "patch_size": 14}

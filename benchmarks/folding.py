@@ -22,8 +22,8 @@ from transformers import LlavaForConditionalGeneration
 
 from benchmarks.baselines import peft_all_active
 from benchmarks.harness import Setting, finish, language_model, parse, random_banks, random_batch
-from mslora_cr.bank_stack import BankStack, language_linears
-from mslora_cr.banks import Bank
+from mslora_cr.banks.bank import Bank
+from mslora_cr.banks.stack import BankStack, language_linears
 
 BANKS = 8
 
@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         save_file({str(number): weight.cpu().clone() for number, weight in enumerate(weights)}, file)
         seconds = setting.interleaved(
             {
-                "merge": lambda: merged.freeze(banks),
-                "switch to 7 banks": lambda: merged.freeze(banks[:-1]),
-                "concatenate": lambda: concatenated.freeze(banks),
+                "merge": lambda: merged.set_frozen(banks),
+                "switch to 7 banks": lambda: merged.set_frozen(banks[:-1]),
+                "concatenate": lambda: concatenated.set_frozen(banks),
                 "products alone": lambda: [right @ left for left, right in stacked],
                 "copy of the weights": lambda: [weight.clone() for weight in weights],
                 "load from disk": lambda: [tensor.to(setting.device, copy=True) for tensor in load_file(file).values()],
@@ -77,7 +77,7 @@ def _deviations(setting: Setting, banks: Sequence[Bank]) -> dict[str, dict[str, 
                 model: Any = peft_all_active(base, banks, train_last=False)
             else:
                 stack = BankStack(base, fold)
-                stack.freeze(banks)
+                stack.set_frozen(banks)
                 model = stack.model
             logits = model.eval()(input_ids=ids).logits.float()
             expected = logits if expected is None else expected

@@ -19,8 +19,9 @@ import torch
 
 from benchmarks.baselines import peft_all_active
 from benchmarks.harness import finish, language_model, parse, random_banks
-from mslora_cr.bank_stack import BankStack
-from mslora_cr.data.collator import QuestionCollator, Sample
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.data.collator import QuestionCollator
+from mslora_cr.data.datasets import Sample
 from mslora_cr.evaluation.generate import greedy
 
 BANKS = 8
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     folded = {fold: BankStack(language_model(setting.size, setting.device), fold) for fold in ("merge", "concatenate")}
     for stack in folded.values():
-        stack.freeze(banks)
+        stack.set_frozen(banks)
         stack.model.eval()
     unfolded = peft_all_active(language_model(setting.size, setting.device), banks, train_last=False).eval()
     models = {"one by one, unfolded": (unfolded, 1), "one by one, merged": (folded["merge"].model, 1)}

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
-from mslora_cr.bank_stack import language_linears
-from mslora_cr.banks import Bank
-from mslora_cr.files import write_json
-from mslora_cr.training.ledger import environment
-from mslora_cr.workers import cores
+from mslora_cr.banks.bank import Bank
+from mslora_cr.banks.stack import language_linears
+from mslora_cr.runs.ledger import environment
+from mslora_cr.utils.files import write_json
+from mslora_cr.utils.workers import cores
 
 
 @dataclass(frozen=True)

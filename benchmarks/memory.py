@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Setting, finish, language_model, parse, random_banks, random_batch
-from mslora_cr.bank_stack import BankStack
-from mslora_cr.training.trainer import labelled_positions
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.training.trainer import loss_mask
 
 BANKS = 8
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -65,15 +65,15 @@ def _measure(setting: Setting, full: bool) -> dict[str, float]:
     """Gigabytes held before a step, and at its peak."""
     banks = random_banks(setting.size, BANKS)
     stack = BankStack(language_model(setting.size, setting.device), "merge")
-    stack.freeze(banks[:-1])
-    stack.add_live(setting.size.rank, setting.size.rank, initial=banks[-1])
+    stack.set_frozen(banks[:-1])
+    stack.add_trainable(setting.size.rank, setting.size.rank, initial=banks[-1])
     del banks
     stack.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     stack.model.train()
-    optimizer = torch.optim.AdamW([matrix for pair in stack.live().values() for matrix in pair], weight_decay=0)
+    optimizer = torch.optim.AdamW([matrix for pair in stack.trainable().values() for matrix in pair], weight_decay=0)
     inputs: dict[str, Any] = random_batch(setting.size, setting.args.labelled, setting.device)
     if not full:
-        keep, targets = labelled_positions(inputs["labels"])
+        keep, targets = loss_mask(inputs["labels"])
         inputs |= {"labels": targets, "shift_labels": targets, "logits_to_keep": keep}
     before = _start(setting.device)
     for _ in range(2):

@@ -19,7 +19,7 @@ from torch.profiler import profile
 
 from benchmarks.baselines import Pairs, alternating, autograd_penalties
 from benchmarks.harness import finish, parse, random_banks
-from mslora_cr.training.penalties import BankPenalties
+from mslora_cr.losses.bank_penalties import BankPenalties
 
 ALPHA, BETA = 0.1, 0.01
 BANKS, MANY = 8, 32
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     setting = parse("penalty", __doc__, argv, _add_arguments)
     device = setting.device
     banks = random_banks(setting.size, MANY)
-    live: Pairs = {
+    trainable: Pairs = {
         name: (a.to(device).requires_grad_(), b.to(device).requires_grad_())
         for name, (a, b) in banks[BANKS - 1].matrices.items()
     }
@@ -40,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     same = alternating(len(frozen))
 
     def autograd() -> None:
-        for pair in live.values():
+        for pair in trainable.values():
             for matrix in pair:
                 matrix.grad = None
-        autograd_penalties(live, others, same, ALPHA, BETA).backward()
+        autograd_penalties(trainable, others, same, ALPHA, BETA).backward()
 
     held = {
         "ours": BankPenalties(frozen, same, device),
@@ -54,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         held["ours, pinned"] = BankPenalties(frozen, same, device, frozen_device=torch.device("cpu"))
 
     def ours(penalties: BankPenalties) -> Callable[[], Any]:
-        return lambda: penalties.terms(live, ALPHA, BETA)
+        return lambda: penalties.terms(trainable, ALPHA, BETA)
 
     if setting.args.profile:
         with profile() as profiled:
             for _ in range(PROFILED):
-                held["ours"].terms(live, ALPHA, BETA)
+                held["ours"].terms(trainable, ALPHA, BETA)
         print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
     seconds = setting.interleaved({"autograd": autograd} | {name: ours(terms) for name, terms in held.items()}, 2)
     return finish(
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         },
         extra={
             "frozen_megabytes": {name: round(terms.frozen_bytes / 1e6, 1) for name, terms in held.items()},
-            "largest_deviation_from_autograd": _deviation(held["ours"], live, autograd),
+            "largest_deviation_from_autograd": _deviation(held["ours"], trainable, autograd),
         },
     )
 
@@ -83,11 +83,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _deviation(penalties: BankPenalties, live: Pairs, autograd: Callable[[], None]) -> dict[str, float]:
+def _deviation(penalties: BankPenalties, trainable: Pairs, autograd: Callable[[], None]) -> dict[str, float]:
     """Of the gradient, absolute, and against the largest entry of autograd's."""
     autograd()
-    gradients = penalties.terms(live, ALPHA, BETA)[2]
-    pairs = [(live[module][half].grad, gradient) for (module, half), gradient in gradients.items()]
+    gradients = penalties.terms(trainable, ALPHA, BETA)[2]
+    pairs = [(trainable[module][half].grad, gradient) for (module, half), gradient in gradients.items()]
     largest = max(float(theirs.abs().max()) for theirs, _ in pairs if theirs is not None)
     absolute = max(float((theirs - own).abs().max()) for theirs, own in pairs if theirs is not None)
     return {"gradient": absolute, "gradient_relative": absolute / largest}

@@ -32,17 +32,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from mslora_cr import llava_med
-from mslora_cr.bank_stack import BankStack, language_linears
-from mslora_cr.banks import Bank
-from mslora_cr.config import RegularizationConfig
+from mslora_cr.banks.bank import Bank
+from mslora_cr.banks.stack import BankStack, language_linears
+from mslora_cr.config.schema import RegularizationConfig
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.evaluation.generate import greedy
+from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
-from mslora_cr.training.ledger import environment
-from mslora_cr.training.penalties import BankPenalties
-from mslora_cr.training.trainer import BankTrainer, labelled_positions
+from mslora_cr.models import llava_med
+from mslora_cr.models.layout import save_llava_layout
+from mslora_cr.runs.ledger import environment
+from mslora_cr.training.trainer import BankTrainer, loss_mask
 
 TOWER = "clip-vit-large-patch14-336"
 BASE = "llava_med_v1.5"
@@ -114,7 +115,7 @@ def make(folder: Path, size: str = "7b") -> None:
     state |= {
         name: torch.ones(shapes[name], dtype=torch.bfloat16) for name in shapes if "norm" in name and "weight" in name
     }
-    llava_med.save_llava_layout(state, config, folder / BASE, SHARDS)
+    save_llava_layout(state, config, folder / BASE, SHARDS)
     CLIPVisionModel(vision).to(torch.bfloat16).save_pretrained(folder / TOWER)
     side = vision.image_size
     CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(folder / TOWER)
@@ -146,8 +147,8 @@ def run(folder: Path, quantization: str | None = None) -> dict[str, Any]:
         _stage(figures, "generate", lambda: greedy(base.model, question, base.tokenizer, NEW_TOKENS))
     stack = BankStack(base.model, "concatenate" if quantization else "merge")
     frozen = [_random_bank(base.model)]
-    _stage(figures, "fold a frozen bank", partial(stack.freeze, frozen))
-    stack.add_live(RANK, RANK)
+    _stage(figures, "fold a frozen bank", partial(stack.set_frozen, frozen))
+    stack.add_trainable(RANK, RANK)
     stack.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with tempfile.TemporaryDirectory() as work:
         trainer = _trainer(stack, frozen, device, Path(work))
@@ -160,7 +161,7 @@ def run(folder: Path, quantization: str | None = None) -> dict[str, Any]:
             return float(loss)
 
         _stage(figures, "first step of a bank", first_step)
-    moved = sum(float(b.detach().abs().sum()) for _, b in stack.live().values())
+    moved = sum(float(b.detach().abs().sum()) for _, b in stack.trainable().values())
     assert moved > 0, "the step did not move the bank"
     return figures | {"environment": environment()}
 
@@ -214,7 +215,7 @@ def _batch(base: llava_med.LlavaMed, device: torch.device) -> dict[str, torch.Te
 
 
 def _labelled_alone(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    keep, targets = labelled_positions(batch["labels"])
+    keep, targets = loss_mask(batch["labels"])
     inputs = {name: tensor for name, tensor in batch.items() if name != "record_index"}
     return {**inputs, "labels": targets, "shift_labels": targets, "logits_to_keep": keep}
 

@@ -19,7 +19,7 @@ COMMANDS = {
     "import torch, transformers": ["-c", "import torch, transformers"],
     "mslora-cr --help": ["-m", "mslora_cr", "--help"],
     "mslora-cr train --help": ["-m", "mslora_cr", "train", "--help"],
-    "everything a training imports": ["-c", "import mslora_cr.training.stream"],
+    "everything a training imports": ["-c", "import mslora_cr.stream.train"],
 }
 
 

@@ -21,13 +21,13 @@ from transformers import TrainingArguments
 
 from benchmarks.baselines import adapter_matrices, alternating, autograd_penalties, peft_all_active
 from benchmarks.harness import Setting, finish, language_model, parse, random_banks, random_batch
-from mslora_cr.bank_stack import BankStack
-from mslora_cr.banks import Bank
-from mslora_cr.config import RegularizationConfig
+from mslora_cr.banks.bank import Bank
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.config.schema import RegularizationConfig
 from mslora_cr.data.collator import TrainingCollator
+from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
-from mslora_cr.training.penalties import BankPenalties
-from mslora_cr.training.trainer import BankTrainer, labelled_positions
+from mslora_cr.training.trainer import BankTrainer, loss_mask
 
 ALPHA, BETA = 0.1, 0.01
 LEARNING_RATE = 2e-4
@@ -79,8 +79,8 @@ def _ours(
 ) -> Callable[[], None]:
     """A step of the trainer with the last bank live; with `taken`, with penalties, whose seconds go there."""
     stack = BankStack(language_model(setting.size, setting.device), "merge")
-    stack.freeze(banks[:-1])
-    stack.add_live(setting.size.rank, setting.size.rank, initial=banks[-1])
+    stack.set_frozen(banks[:-1])
+    stack.add_trainable(setting.size.rank, setting.size.rank, initial=banks[-1])
     bfloat16 = setting.size.dtype == "bfloat16"
     trainer = BankTrainer(
         stack=stack,
@@ -172,7 +172,7 @@ def _floor(setting: Setting, batch: dict[str, Tensor]) -> Callable[[], None]:
 
 
 def _labelled_alone(batch: dict[str, Tensor]) -> dict[str, Any]:
-    keep, targets = labelled_positions(batch["labels"])
+    keep, targets = loss_mask(batch["labels"])
     return {**batch, "labels": targets, "shift_labels": targets, "logits_to_keep": keep, "use_cache": False}
 
 

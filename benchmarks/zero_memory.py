@@ -40,13 +40,14 @@ from transformers import (
 from benchmarks.baselines import alternating
 from benchmarks.harness import SIZES, Size, language_model, random_banks, random_batch
 from benchmarks.real_size import LLAVA_MED
-from mslora_cr.bank_stack import BankStack, language_linears
-from mslora_cr.config import RegularizationConfig
+from mslora_cr.banks.stack import BankStack, language_linears
+from mslora_cr.config.schema import RegularizationConfig
 from mslora_cr.data.collator import TrainingCollator
+from mslora_cr.distributed.comm import rank
+from mslora_cr.distributed.deepspeed import partition, prepare_deepspeed
+from mslora_cr.distributed.launch import abort_together, start_process_group
+from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
-from mslora_cr.training.distributed import partition, prepare_deepspeed, rank
-from mslora_cr.training.penalties import BankPenalties
-from mslora_cr.training.processes import start_process_group, stopping_together
 from mslora_cr.training.trainer import BankTrainer
 
 STAGES = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3, "ZeRO-3, offloaded": 4}
@@ -111,15 +112,15 @@ def per_gpu(shape: Shape, stage: int, gpus: int, task: int) -> dict[str, float]:
         gradients = {1: max(bank * BF16, own * FP32), 2: own * FP32}.get(stage, own * (BF16 + FP32))
     optimizer = bank * (ADAM if stage == 0 else (ADAM + FP32) / gpus)
     weights = base * BF16 + bank * (BF16 if stage in (1, 2) else FP32)
-    gathered = 0
+    gather_params = 0
     if stage >= 3:
         weights /= gpus
-        gathered = BF16 * min(shape.max_live, base + bank) if gpus > 1 or stage == 4 else 0
+        gather_params = BF16 * min(shape.max_live, base + bank) if gpus > 1 or stage == 4 else 0
     if stage == 4:
         weights = optimizer = gradients = 0
     return {
         "weights": weights,
-        "gathered at once": gathered,
+        "gathered at once": gather_params,
         "gradients": gradients,
         "optimizer": optimizer,
         "frozen banks": FP32 * bank * (task - 1),
@@ -161,8 +162,8 @@ def train_and_look(size: Size, stage: int, task: int, folder: Path) -> None:
     banks = random_banks(size, task)
     stack = BankStack(language_model(size, device), "merge")
     config = scaled_config(stage, small_shape(size)) if stage else None
-    stack.freeze(banks[:-1])
-    stack.add_live(size.rank, size.rank)
+    stack.set_frozen(banks[:-1])
+    stack.add_trainable(size.rank, size.rank)
     penalty = None
     if task > 1:
         terms = BankPenalties(banks[:-1], alternating(task - 1), device)
@@ -242,7 +243,7 @@ class Peaks(TrainerCallback):
         while not isinstance(self._optimizer, torch.optim.AdamW):
             self._optimizer = self._optimizer.optimizer
         self._optimizer.register_step_pre_hook(lambda *_: self._look())
-        for parameter in self._trainer.stack.live_parameters():
+        for parameter in self._trainer.stack.trainable_parameters():
             parameter.register_post_accumulate_grad_hook(lambda _: self._look_at_gradients())
         if self._stage == 3:
             from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -370,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, flo
     parser.add_argument("--rank-of", nargs=2, metavar=("STAGE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.rank_of:
-        with stopping_together():
+        with abort_together():
             train_and_look(MEASURED[args.size], int(args.rank_of[0]), args.task, Path(args.rank_of[1]))
         return {}
     if args.measure:

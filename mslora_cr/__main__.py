@@ -2,7 +2,7 @@
 
 import sys
 
-from mslora_cr.cli import main
+from mslora_cr.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

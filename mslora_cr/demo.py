@@ -8,20 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mslora_cr.config import ConfigError, MethodName, StreamConfig
-from mslora_cr.config_file import load_config
-from mslora_cr.data.catalog import catalog
-from mslora_cr.data.synthetic import make_stream
+from mslora_cr.config.load import DEFAULTS, load_config
+from mslora_cr.config.schema import ConfigError, MethodName, StreamConfig
+from mslora_cr.data.sources.catalog import catalog
+from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.evaluate import evaluate
-from mslora_cr.evaluation.record import read_evaluation
-from mslora_cr.evaluation.report import write_comparison, write_report
-from mslora_cr.files import write_json
-from mslora_cr.tiny_model import MODEL_FOLDER, make_tiny_llava_med
-from mslora_cr.training import stream
-from mslora_cr.training.distributed import own_device
-from mslora_cr.training.ledger import Ledger
+from mslora_cr.evaluation.results import read_evaluation
+from mslora_cr.reporting.report import write_comparison, write_report
+from mslora_cr.runs.ledger import Ledger
+from mslora_cr.stream import train as stream
+from mslora_cr.synthetic.model import MODEL_FOLDER, make_tiny_llava_med
+from mslora_cr.synthetic.stream import make_stream
+from mslora_cr.utils.files import write_json
 
-CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+CONFIG = DEFAULTS / "demo.yaml"
 COMPARED: tuple[MethodName, ...] = ("mslora_cr", "sequential")
 """The method of this project, and one LoRA trained through the whole stream."""
 
@@ -58,13 +58,11 @@ def run_demo(overrides: Sequence[str] = ()) -> None:
 
 def _configurations(overrides: Sequence[str]) -> dict[MethodName, StreamConfig]:
     """The configuration of each compared method."""
-    if not CONFIG.is_file():
-        raise ConfigError(f"{CONFIG} is not there: the demo needs a clone, installed with pip install -e")
     for key in {override.partition("=")[0] for override in overrides} & {"run", "method"}:
         raise ConfigError(f"{key}: the demo always compares {' and '.join(COMPARED)}; for another run: mslora-cr train")
     runs = {method: load_config(CONFIG, [*overrides, f"run={method}", f"method={method}"]) for method in COMPARED}
     first = runs[COMPARED[0]]
-    own_device(first.model.device)  # refuses a GPU that is not there
+    get_device(first.model.device)  # refuses a GPU that is not there
     if Path(first.model.path).name != MODEL_FOLDER:
         raise ConfigError(
             f"model.path: the demo makes its own model, in a folder named {MODEL_FOLDER}, not {first.model.path}"

@@ -22,19 +22,20 @@ from typing import Any, get_args
 import torch
 from tqdm.auto import tqdm
 
-from mslora_cr.config import METHOD_SECTIONS, ConfigError, MethodName, StreamConfig, nearest
-from mslora_cr.config_file import load_config
-from mslora_cr.errors import UserError
+from mslora_cr.config.load import load_config
+from mslora_cr.config.schema import METHOD_SECTIONS, ConfigError, MethodName, StreamConfig
+from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.evaluate import evaluate
-from mslora_cr.evaluation.record import ROUTED, read_evaluation, read_ledger
-from mslora_cr.evaluation.report import METRICS, write_sweep_page
+from mslora_cr.evaluation.results import ROUTED, read_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
-from mslora_cr.files import write_json
-from mslora_cr.methods import METHODS, needs_task
-from mslora_cr.training import stream
-from mslora_cr.training.distributed import own_device
-from mslora_cr.training.ledger import environment
-from mslora_cr.workers import cores, end_with_parent
+from mslora_cr.methods.registry import METHODS, needs_task
+from mslora_cr.reporting.report import METRICS, write_sweep_page
+from mslora_cr.reporting.run_record import read_ledger
+from mslora_cr.runs.ledger import environment
+from mslora_cr.stream import train as stream
+from mslora_cr.utils.errors import UserError, nearest
+from mslora_cr.utils.files import write_json
+from mslora_cr.utils.workers import cores, end_with_parent
 
 OURS = "mslora_cr"
 RESULT = "sweep.json"
@@ -141,7 +142,7 @@ def task_orders(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
 
 def slots(device: str, jobs: int | None = None) -> list[str | None]:
     """What runs side by side: a GPU each (by `CUDA_VISIBLE_DEVICES`), or, on the CPU (None), a share of the cores."""
-    if own_device(device).type == "cpu":
+    if get_device(device).type == "cpu":
         return [None] * (jobs or cores())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]

@@ -14,9 +14,9 @@ import torch
 import yaml
 from filelock import FileLock
 
-from mslora_cr.cli import main
-from mslora_cr.data.synthetic import make_stream
-from mslora_cr.tiny_model import MODEL_FOLDER, make_tiny_llava_med
+from mslora_cr.cli.main import main
+from mslora_cr.synthetic.model import MODEL_FOLDER, make_tiny_llava_med
+from mslora_cr.synthetic.stream import make_stream
 
 torch.set_num_threads(1)
 

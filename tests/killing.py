@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mslora_cr.evaluation.evaluate
-import mslora_cr.training.stream  # noqa: F401  (imported once, by the server)
-from mslora_cr.cli import main
+import mslora_cr.stream.train  # noqa: F401  (imported once, by the server)
+from mslora_cr.cli.main import main
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from mslora_cr.banks import load_bank
-from mslora_cr.cli import main
-from mslora_cr.config_file import load_config
+from mslora_cr.banks.io import load_bank
+from mslora_cr.cli.main import main
+from mslora_cr.config.load import load_config
 from mslora_cr.evaluation import analyze as module
 from mslora_cr.evaluation.analyze import _change
 from mslora_cr.evaluation.metrics import score_answers
-from mslora_cr.evaluation.record import read_evaluation
+from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.score import read_answers
 from tests.conftest import once, write_config
 from tests.evaluation.test_report import Page, make_run

@@ -11,10 +11,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from mslora_cr.bank_stack import BankStack, RoutedExperts, language_linears
-from mslora_cr.banks import Bank, BankError, export_published, load_bank, save_bank
-from mslora_cr.cli import main
-from mslora_cr.llava_med import LlavaMed, load
+from mslora_cr.banks.bank import Bank, BankError
+from mslora_cr.banks.experts import RoutedExperts
+from mslora_cr.banks.io import load_bank, save_bank
+from mslora_cr.banks.published import export_published
+from mslora_cr.banks.stack import BankStack, language_linears
+from mslora_cr.cli.main import main
+from mslora_cr.models.llava_med import LlavaMed, load
 from tests.conftest import GOLDEN, ConfigWriter
 
 CHAIN = ["pathvqa", "pathvqa_slake-vqarad", "pathvqa_slake-vqarad_derm", "pathvqa_slake-vqarad_derm_PCAM"]
@@ -64,12 +67,12 @@ def test_both_folds_equal_the_unfolded_sum(count: int, tmp_path: Path) -> None:
     assert (expected - logits(golden_base().model)).abs().max() > 1e-2  # the banks do something
     for fold in FOLDS:
         stack = BankStack(golden_base().model, fold)
-        stack.freeze(banks)
+        stack.set_frozen(banks)
         torch.testing.assert_close(logits(stack.model), expected, rtol=0, atol=1e-5)
         # In training the last bank is live, on top of the others folded.
         stack = BankStack(golden_base().model, fold)
-        stack.freeze(banks[:-1])
-        stack.add_live(banks[-1].rank, banks[-1].alpha, initial=banks[-1])
+        stack.set_frozen(banks[:-1])
+        stack.add_trainable(banks[-1].rank, banks[-1].alpha, initial=banks[-1])
         torch.testing.assert_close(logits(stack.model.eval()), expected, rtol=0, atol=1e-5)
 
 
@@ -81,7 +84,7 @@ def test_freezing_again_starts_from_the_pristine_base(fold: str) -> None:
     base = logits(stack.model)
     seen = {}
     for chosen in [(0, 1, 2, 3), (0,), (), (2,), (0, 1, 2, 3), ()]:
-        stack.freeze([banks[number] for number in chosen])
+        stack.set_frozen([banks[number] for number in chosen])
         found = logits(stack.model)
         assert torch.equal(found, seen.setdefault(chosen, found))
     assert torch.equal(seen[()], base)
@@ -93,7 +96,7 @@ def test_merging_rounds_once() -> None:
     banks = [golden_bank(number) for number in range(4)]
     base = golden_base(torch.bfloat16).model
     pristine = {name: linear.weight.float() for name, linear in language_linears(base).items()}
-    BankStack(base, "merge").freeze(banks)
+    BankStack(base, "merge").set_frozen(banks)
     for name, linear in language_linears(base).items():
         total = pristine[name] + sum(bank.scaling * bank.matrices[name][1] @ bank.matrices[name][0] for bank in banks)
         expected = total.to(torch.bfloat16)
@@ -113,9 +116,9 @@ def test_exactly_the_live_bank_is_trainable(fold: str, earlier: int) -> None:
     base = golden_base().model
     assert not [name for name, parameter in base.named_parameters() if parameter.requires_grad]
     stack = BankStack(base, fold)
-    stack.freeze([golden_bank(number) for number in range(earlier)])
+    stack.set_frozen([golden_bank(number) for number in range(earlier)])
     assert not [name for name, parameter in stack.model.named_parameters() if parameter.requires_grad]
-    stack.add_live(4, 8)
+    stack.add_trainable(4, 8)
     expected = {
         f"base_model.model.model.language_model.layers.{layer}.{linear}.lora_{half}.live.weight"
         for layer in range(base.config.text_config.num_hidden_layers)
@@ -124,15 +127,17 @@ def test_exactly_the_live_bank_is_trainable(fold: str, earlier: int) -> None:
     }
     trainable = {name for name, parameter in stack.model.named_parameters() if parameter.requires_grad}
     assert trainable == expected
-    assert all(parameter.dtype == torch.float32 for pair in stack.live().values() for parameter in pair)
-    assert all(not b.any() and a.any() for a, b in stack.live().values())  # the stage before is where training starts
+    assert all(parameter.dtype == torch.float32 for pair in stack.trainable().values() for parameter in pair)
+    assert all(
+        not b.any() and a.any() for a, b in stack.trainable().values()
+    )  # the stage before is where training starts
 
 
 @pytest.mark.parametrize("fold", FOLDS)
 def test_only_the_live_bank_moves(fold: str) -> None:
     stack = BankStack(golden_base().model, fold)
-    stack.freeze([golden_bank(0), golden_bank(1)])
-    stack.add_live(4, 8, initial=None)
+    stack.set_frozen([golden_bank(0), golden_bank(1)])
+    stack.add_trainable(4, 8, initial=None)
     before = {name: parameter.detach().clone() for name, parameter in stack.model.named_parameters()}
     optimizer = torch.optim.AdamW(stack.model.parameters(), lr=0.1)
     for _ in range(2):  # A has no gradient while B is zero
@@ -186,7 +191,7 @@ def test_plain_peft_loads_a_bank(trained_config: Path, tmp_path: Path) -> None:
     bank = golden_bank(0)
     save_bank(bank, tmp_path / "bank")
     stack = BankStack(golden_base().model, "merge")
-    stack.freeze([bank])
+    stack.set_frozen([bank])
     model = PeftModel.from_pretrained(golden_base().model, tmp_path / "bank").eval()
     torch.testing.assert_close(logits(model), logits(stack.model), rtol=0, atol=1e-5)
 
@@ -284,21 +289,21 @@ def test_a_mixture_answers_as_it_was_trained_and_comes_back_as_it_was(fold: str,
     again = load_bank(tmp_path / "bank")
     assert same_matrices(again, bank) and again.experts == 2
     assert all(torch.equal(again.routers[name], router) for name, router in bank.routers.items())
-    live = BankStack(golden_base().model, fold)
-    live.add_live(bank.rank, bank.alpha, initial=bank, experts=2)
-    expected = logits(live.model.eval())
+    trainable = BankStack(golden_base().model, fold)
+    trainable.add_trainable(bank.rank, bank.alpha, initial=bank, experts=2)
+    expected = logits(trainable.model.eval())
     frozen = BankStack(golden_base().model, fold, reuse=True)
-    frozen.freeze([again])
+    frozen.set_frozen([again])
     torch.testing.assert_close(logits(frozen.model.eval()), expected, rtol=0, atol=1e-5)
     assert not [name for name, parameter in frozen.model.named_parameters() if parameter.requires_grad]
-    snapshot = live.snapshot("copy", bank.rank, bank.alpha)
+    snapshot = trainable.snapshot("copy", bank.rank, bank.alpha)
     assert same_matrices(snapshot, bank) and snapshot.routers.keys() == bank.routers.keys()
     # Other banks afterwards, and none, leave no trace of it.
     plain = BankStack(golden_base().model, fold)
-    plain.freeze([golden_bank(1)])
-    frozen.freeze([golden_bank(1)])
+    plain.set_frozen([golden_bank(1)])
+    frozen.set_frozen([golden_bank(1)])
     torch.testing.assert_close(logits(frozen.model.eval()), logits(plain.model), rtol=0, atol=0)
-    frozen.freeze([])
+    frozen.set_frozen([])
     torch.testing.assert_close(logits(frozen.model.eval()), logits(golden_base().model), rtol=0, atol=0)
 
 
@@ -314,9 +319,9 @@ def test_plain_peft_loads_a_mixture_as_the_plain_sum_of_its_experts(tmp_path: Pa
 def test_what_a_mixture_cannot_do_is_refused(tmp_path: Path) -> None:
     bank = routed_bank()
     with pytest.raises(BankError, match="cannot be summed with others"):
-        BankStack(golden_base().model, "merge").freeze([bank, golden_bank(1)])
+        BankStack(golden_base().model, "merge").set_frozen([bank, golden_bank(1)])
     with pytest.raises(BankError, match="plain LoRA only plain LoRA"):
-        BankStack(golden_base().model, "merge").add_live(bank.rank, bank.alpha, initial=bank)
+        BankStack(golden_base().model, "merge").add_trainable(bank.rank, bank.alpha, initial=bank)
     with pytest.raises(BankError, match="the published format cannot represent"):
         export_published(bank, tmp_path / "published", 0, {})
     save_bank(replace(bank, routers=dict(list(bank.routers.items())[1:])), tmp_path / "half")
@@ -333,11 +338,11 @@ def test_what_a_mixture_cannot_do_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fold", FOLDS)
 def test_the_live_bank_can_be_switched_off_alone(fold: str) -> None:
     stack = BankStack(golden_base().model, fold)
-    stack.freeze([golden_bank(0)])
+    stack.set_frozen([golden_bank(0)])
     expected = logits(stack.model)
-    stack.add_live(4, 8, initial=golden_bank(1))
+    stack.add_trainable(4, 8, initial=golden_bank(1))
     both = logits(stack.model.eval())
-    with stack.live_off():
+    with stack.trainable_off():
         torch.testing.assert_close(logits(stack.model), expected, rtol=0, atol=0)
     torch.testing.assert_close(logits(stack.model), both, rtol=0, atol=0)
     assert not torch.equal(both, expected)
@@ -466,11 +471,11 @@ def test_banks_that_do_not_fit_the_model_are_refused() -> None:
     first = next(iter(short))
     del short[first]
     with pytest.raises(BankError, match=f"differ in 1 linear layers, first {re.escape(first)}"):
-        stack.freeze([Bank("short", bank.rank, bank.alpha, short)])
+        stack.set_frozen([Bank("short", bank.rank, bank.alpha, short)])
     a, b = bank.matrices[first]
     wide = {**bank.matrices, first: (torch.ones(bank.rank, a.shape[1] + 1), b)}
     with pytest.raises(BankError, match=f"{re.escape(first)} is"):
-        stack.freeze([Bank("wide", bank.rank, bank.alpha, wide)])
+        stack.set_frozen([Bank("wide", bank.rank, bank.alpha, wide)])
 
 
 def test_a_published_run_of_another_rank_is_refused(

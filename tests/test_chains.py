@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from mslora_cr.bank_stack import BankStack
-from mslora_cr.banks import file_digest
-from mslora_cr.cli import main
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.cli.main import main
+from mslora_cr.utils.files import file_digest
 from tests.conftest import GOLDEN, bank_bytes
 
 TASKS = ("pathvqa", "slake-vqarad", "derm", "PCAM")
@@ -180,11 +180,11 @@ def test_the_next_task_trains_on_imported_banks(
     imported = bank_bytes(tmp_path / "runs" / RUN)
     assert list(imported) == sorted(TASKS[:3])
     frozen: list[list[str]] = []
-    freeze = BankStack.freeze
+    set_frozen = BankStack.set_frozen
     monkeypatch.setattr(
         BankStack,
-        "freeze",
-        lambda self, banks: (frozen.append([bank.name for bank in banks]), freeze(self, banks))[1],
+        "set_frozen",
+        lambda self, banks: (frozen.append([bank.name for bank in banks]), set_frozen(self, banks))[1],
     )
     assert main(["train", str(config), "training.logging_steps=1"]) == 0
     assert frozen == [list(TASKS[:3])]

@@ -12,10 +12,10 @@ from typing import get_args
 import pytest
 import yaml
 
-from mslora_cr.cli import _parse, main
-from mslora_cr.config_file import load_config
+from mslora_cr.cli.main import _parse, main
+from mslora_cr.config.load import load_config
 from mslora_cr.evaluation.analyze import QUESTIONS
-from mslora_cr.evaluation.evaluate import Stages
+from mslora_cr.evaluation.cells import Stages
 from mslora_cr.sweep import plan_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ COMMANDS += ("bank", "bank import", "bank export", "bank fit-router", "bank show
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_examples_and_imports_no_torch(command: str) -> None:
     code = (
-        "import sys\nfrom mslora_cr.cli import main\n"
+        "import sys\nfrom mslora_cr.cli.main import main\n"
         f"try:\n    main({[*command.split(), '--help']!r})\n"
         "except SystemExit as end:\n    assert end.code == 0\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
@@ -220,7 +220,7 @@ def test_another_broken_pipe_is_an_error_like_any_other(
     def broken(*_: object) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("mslora_cr.banks.load_bank", broken)
+    monkeypatch.setattr("mslora_cr.banks.io.load_bank", broken)
     assert main(["bank", "show", str(tmp_path)]) == 1
     assert "Broken pipe; finished work is kept" in capsys.readouterr().err
 

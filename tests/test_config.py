@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mslora_cr.config import ConfigError, StreamConfig
-from mslora_cr.config_file import load_config, training_fields
+from mslora_cr.config.load import load_config, training_fields
+from mslora_cr.config.schema import ConfigError, StreamConfig
 
 MINIMAL: dict[str, Any] = {
     "run": "small",

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from mslora_cr.bank_stack import BankStack
-from mslora_cr.banks import load_bank
-from mslora_cr.cli import main
-from mslora_cr.config import StreamConfig
-from mslora_cr.config_file import load_config
+from mslora_cr.banks.io import load_bank
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.cli.main import main
+from mslora_cr.config.load import load_config
+from mslora_cr.config.schema import StreamConfig
 from mslora_cr.evaluation import evaluate as evaluate_module
 from mslora_cr.evaluation import generate
-from mslora_cr.evaluation.evaluate import cells, evaluate
+from mslora_cr.evaluation.cells import cells
+from mslora_cr.evaluation.evaluate import evaluate
 from tests.killing import KillPoint, run_until_killed
 
 TASKS = ["pathvqa", "slake-vqarad", "PCAM"]
@@ -142,9 +143,9 @@ def test_the_whole_matrix(results: Results, asked: list[int]) -> None:
 
 def test_switching_the_stage_loads_nothing_again(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     loads, folds = [], []
-    load, freeze = evaluate_module.load_base, BankStack.freeze
+    load, set_frozen = evaluate_module.load_base, BankStack.set_frozen
     monkeypatch.setattr(evaluate_module, "load_base", lambda *args: loads.append(args) or load(*args))
-    monkeypatch.setattr(BankStack, "freeze", lambda *args: folds.append(len(args[1])) or freeze(*args))
+    monkeypatch.setattr(BankStack, "set_frozen", lambda *args: folds.append(len(args[1])) or set_frozen(*args))
     results.evaluate("--stages", "all", "evaluation.banks_by=all")
     assert len(loads) == 1
     assert folds == [0, 1, 2, 3]

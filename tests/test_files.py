@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mslora_cr.files import replacing
+from mslora_cr.utils.files import replacing
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mslora_cr.cli import main
-from mslora_cr.inspection import inspect
-from mslora_cr.llava_med import load
+from mslora_cr.cli.main import main
+from mslora_cr.models.inspect import inspect
+from mslora_cr.models.llava_med import load
 from tests.conftest import GOLDEN
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -9,18 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from mslora_cr import llava_med
-from mslora_cr.cli import main
-from mslora_cr.data.check import read_limit
+from mslora_cr.cli.main import main
 from mslora_cr.data.images import load_image, preprocess
-from mslora_cr.llava_med import (
-    ModelError,
-    language_linear_shapes,
-    linear_name,
-    load,
-    published_linear_name,
-    weights_digest,
-)
+from mslora_cr.data.sources.check import read_limit
+from mslora_cr.models import digest as digest_module
+from mslora_cr.models.digest import weights_digest
+from mslora_cr.models.layout import ModelError, language_linear_shapes, linear_name, published_linear_name
+from mslora_cr.models.llava_med import load
 from tests.conftest import GOLDEN
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -283,7 +278,7 @@ def test_the_digest_of_transformers_layout_and_of_pickles(transformers_layout: P
 
 def test_what_the_digest_notices_of_a_large_file(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WHOLE_BYTES": 20_000, "END_BYTES": 1_000, "BLOCK_BYTES": 64}.items():
-        monkeypatch.setattr(llava_med, name, value)
+        monkeypatch.setattr(digest_module, name, value)
     shard, digest = copy / SHARDS[0], weights_digest(copy)
     size, header = shard.stat().st_size, 8 + int.from_bytes(shard.read_bytes()[:8], "little")
     assert header > 1_000

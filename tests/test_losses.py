@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mslora_cr.banks import Bank
-from mslora_cr.losses import Frozen, contrastive_value, penalty_terms
-from mslora_cr.training.penalties import INITIAL_LOG_WEIGHT, BankPenalties, PenaltyWeight
+from mslora_cr.banks.bank import Bank
+from mslora_cr.losses.bank_penalties import BankPenalties
+from mslora_cr.losses.contrastive import Frozen, contrastive_value, penalty_terms
+from mslora_cr.losses.penalty import INITIAL_LOG_WEIGHT, PenaltyWeight
 
 LAYERS = {"q_proj": (12, 12), "k_proj": (6, 12), "gate_proj": (20, 12), "down_proj": (12, 20)}
 """Linear layers, (out, in): more and fewer columns than the rank below, and shapes that share a batch."""
@@ -23,12 +24,12 @@ def random_bank(name: str, rank: int, scale: float, seed: int) -> Bank:
 
 def loss_of_the_readme(banks: list[Bank], same: list[bool], alpha: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """The formulas of tests/golden/README.md, word for word; the last bank is the one in training."""
-    *frozen, live = banks
-    modules = list(live.matrices)
+    *frozen, trainable = banks
+    modules = list(trainable.matrices)
     contrastive = torch.zeros((), dtype=torch.float64)
     for bank, is_same in zip(frozen, same, strict=True):
         distances = [
-            torch.linalg.norm(live.matrices[m][half] - bank.matrices[m][half]) for m in modules for half in (0, 1)
+            torch.linalg.norm(trainable.matrices[m][half] - bank.matrices[m][half]) for m in modules for half in (0, 1)
         ]
         similarity = torch.stack([torch.exp(-d) for d in distances]).mean()
         contrastive = contrastive + (1 - similarity if is_same else similarity)
@@ -42,26 +43,30 @@ def loss_of_the_readme(banks: list[Bank], same: list[bool], alpha: float, beta: 
 
 
 def autograd(
-    frozen: list[Bank], live: Bank, same: list[bool], alpha: float, beta: float
+    frozen: list[Bank], trainable: Bank, same: list[bool], alpha: float, beta: float
 ) -> dict[tuple[str, int], Tensor]:
-    leaves = {m: tuple(x.clone().requires_grad_() for x in pair) for m, pair in live.matrices.items()}
-    total, _, _ = loss_of_the_readme([*frozen, Bank("live", live.rank, live.alpha, leaves)], same, alpha, beta)
+    leaves = {m: tuple(x.clone().requires_grad_() for x in pair) for m, pair in trainable.matrices.items()}
+    total, _, _ = loss_of_the_readme(
+        [*frozen, Bank("live", trainable.rank, trainable.alpha, leaves)], same, alpha, beta
+    )
     total.backward()
     return {(m, half): pair[half].grad for m, pair in leaves.items() for half in (0, 1)}
 
 
 def closed_form(
-    frozen: list[Bank], live: Bank, same: list[bool], alpha: float, beta: float
+    frozen: list[Bank], trainable: Bank, same: list[bool], alpha: float, beta: float
 ) -> dict[tuple[str, int], Tensor]:
     """The gradient from the pure function alone, in float64."""
     found = {}
-    pull = alpha * torch.tensor([1.0 if flag else -1.0 for flag in same], dtype=torch.float64) / (2 * len(LAYERS))
+    coefficients = (
+        alpha * torch.tensor([1.0 if flag else -1.0 for flag in same], dtype=torch.float64) / (2 * len(LAYERS))
+    )
     pairs = len(LAYERS) * (len(frozen) + 1)
-    for module in live.matrices:
+    for module in trainable.matrices:
         for half in (0, 1):
             stacked = torch.stack([bank.matrices[module][half].flatten() for bank in frozen])[None]
-            others = Frozen(stacked, stacked.square().sum(2), pull)
-            terms = penalty_terms(live.matrices[module][half][None], others, beta / pairs, transposed=half == 1)
+            others = Frozen(stacked, stacked.square().sum(2), coefficients)
+            terms = penalty_terms(trainable.matrices[module][half][None], others, beta / pairs, transposed=half == 1)
             found[module, half] = terms.gradient[0]
     return found
 
@@ -75,9 +80,9 @@ def shifted(bank: Bank, by: float) -> Bank:
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0])
 def test_gradient_is_autograds(rank: int, count: int, scale: float) -> None:
     frozen = [random_bank(f"bank{i}", rank, scale, seed=i) for i in range(count)]
-    live, same = random_bank("live", rank, scale, seed=99), [i % 2 == 0 for i in range(count)]
-    expected = autograd(frozen, live, same, 0.7, 0.3)
-    for key, gradient in closed_form(frozen, live, same, 0.7, 0.3).items():
+    trainable, same = random_bank("live", rank, scale, seed=99), [i % 2 == 0 for i in range(count)]
+    expected = autograd(frozen, trainable, same, 0.7, 0.3)
+    for key, gradient in closed_form(frozen, trainable, same, 0.7, 0.3).items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-10, atol=1e-10)
 
 
@@ -85,9 +90,9 @@ def test_gradient_is_autograds(rank: int, count: int, scale: float) -> None:
 def test_gradient_is_autograds_beside_a_frozen_bank(by: float) -> None:
     """Nearly equal matrices, on both sides of the switch from the expansion to the difference."""
     first, other = random_bank("first", 4, 0.5, seed=1), random_bank("other", 4, 0.5, seed=2)
-    live = shifted(first, by)
-    expected = autograd([first, other], live, [True, False], 1.0, 0.0)
-    for key, gradient in closed_form([first, other], live, [True, False], 1.0, 0.0).items():
+    trainable = shifted(first, by)
+    expected = autograd([first, other], trainable, [True, False], 1.0, 0.0)
+    for key, gradient in closed_form([first, other], trainable, [True, False], 1.0, 0.0).items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-10, atol=1e-10)
 
 
@@ -114,14 +119,14 @@ def test_gradient_is_zero_where_both_matrices_are(scale: float) -> None:
 def test_contrastive_term_by_hand() -> None:
     current = torch.tensor([[[3.0, 4.0]]], dtype=torch.float64)
     matrices = torch.tensor([[[0.0, 0.0], [3.0, 3.0]]], dtype=torch.float64)  # at distances 5 and 1
-    pull = torch.tensor([0.5, -0.5], dtype=torch.float64)  # of one modality and of another, K = 2, α = 1
-    found = penalty_terms(current, Frozen(matrices, matrices.square().sum(2), pull))
-    assert found.closeness is not None
-    torch.testing.assert_close(found.closeness, torch.tensor([math.exp(-5), math.exp(-1)], dtype=torch.float64))
+    coefficients = torch.tensor([0.5, -0.5], dtype=torch.float64)  # of one modality and of another, K = 2, α = 1
+    found = penalty_terms(current, Frozen(matrices, matrices.square().sum(2), coefficients))
+    assert found.similarity_sum is not None
+    torch.testing.assert_close(found.similarity_sum, torch.tensor([math.exp(-5), math.exp(-1)], dtype=torch.float64))
     # + exp(-5)/2 · (3, 4)/5 for the bank of the same modality, - exp(-1)/2 · (0, 1)/1 for the other.
     expected = torch.tensor([[[math.exp(-5) * 0.3, math.exp(-5) * 0.4 - math.exp(-1) / 2]]], dtype=torch.float64)
     torch.testing.assert_close(found.gradient, expected)
-    value = contrastive_value(found.closeness / 2, torch.tensor([True, False]))
+    value = contrastive_value(found.similarity_sum / 2, torch.tensor([True, False]))
     assert value.item() == pytest.approx(1 - math.exp(-5) / 2 + math.exp(-1) / 2)
 
 
@@ -133,7 +138,7 @@ def test_orthogonality_by_hand(transposed: bool) -> None:
     if transposed:
         matrices, expected = (tensor.transpose(1, 2).contiguous() for tensor in (matrices, expected))
     found = penalty_terms(matrices, beta=1.0, transposed=transposed)
-    assert found.closeness is None
+    assert found.similarity_sum is None
     # (4 - 1)² of the first, whose second row is a unit vector; the second is orthonormal
     assert found.orthogonality.item() == 9.0
     assert torch.equal(found.gradient, expected)
@@ -150,13 +155,13 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_bank_penalties_are_the_formula_in_float32() -> None:
     """The batching over shapes, the constant share of frozen banks, B's transpose: values and gradients of a whole bank."""
     frozen = [random_bank(f"bank{i}", 4, 0.3, seed=i) for i in range(3)]
-    live, same = random_bank("live", 4, 0.3, seed=9), [True, False, True]
+    trainable, same = random_bank("live", 4, 0.3, seed=9), [True, False, True]
     penalties = BankPenalties([single(bank) for bank in frozen], same, torch.device("cpu"))
-    contrastive, orthogonality, gradients = penalties.terms(single(live).matrices, 0.7, 0.3)
-    _, expected_contrastive, expected_orthogonality = loss_of_the_readme([*frozen, live], same, 0.7, 0.3)
+    contrastive, orthogonality, gradients = penalties.terms(single(trainable).matrices, 0.7, 0.3)
+    _, expected_contrastive, expected_orthogonality = loss_of_the_readme([*frozen, trainable], same, 0.7, 0.3)
     assert contrastive.item() == pytest.approx(expected_contrastive.item(), rel=1e-6)
     assert orthogonality.item() == pytest.approx(expected_orthogonality.item(), rel=1e-6)
-    expected = autograd(frozen, live, same, 0.7, 0.3)
+    expected = autograd(frozen, trainable, same, 0.7, 0.3)
     assert gradients.keys() == expected.keys()
     for key, gradient in gradients.items():
         assert gradient.dtype == torch.float32
@@ -164,11 +169,11 @@ def test_bank_penalties_are_the_formula_in_float32() -> None:
 
 
 def test_without_the_contrastive_term_no_frozen_bank_is_held() -> None:
-    frozen, live = [single(random_bank("frozen", 4, 0.3, seed=1))], single(random_bank("live", 4, 0.3, seed=9))
+    frozen, trainable = [single(random_bank("frozen", 4, 0.3, seed=1))], single(random_bank("live", 4, 0.3, seed=9))
     whole = BankPenalties(frozen, [True], torch.device("cpu"))
     without = BankPenalties(frozen, [True], torch.device("cpu"), contrastive=False)
     assert whole.frozen_bytes > 0 == without.frozen_bytes
-    expected, found = whole.terms(live.matrices, 0.0, 0.3), without.terms(live.matrices, 0.0, 0.3)
+    expected, found = whole.terms(trainable.matrices, 0.0, 0.3), without.terms(trainable.matrices, 0.0, 0.3)
     assert found.contrastive.item() == 0 and found.orthogonality == expected.orthogonality
     for key, gradient in expected.gradients.items():
         torch.testing.assert_close(found.gradients[key], gradient, rtol=1e-6, atol=1e-9)
@@ -176,11 +181,11 @@ def test_without_the_contrastive_term_no_frozen_bank_is_held() -> None:
 
 def test_nearly_equal_matrices_keep_their_digits_in_float32() -> None:
     first = single(random_bank("first", 4, 1.0, seed=1))
-    live = shifted(first, 1e-4)
-    _, expected, _ = loss_of_the_readme([double(first), double(live)], [False], 1.0, 0.0)
-    contrastive, _, gradients = BankPenalties([first], [False], torch.device("cpu")).terms(live.matrices, 1.0, 0.0)
+    trainable = shifted(first, 1e-4)
+    _, expected, _ = loss_of_the_readme([double(first), double(trainable)], [False], 1.0, 0.0)
+    contrastive, _, gradients = BankPenalties([first], [False], torch.device("cpu")).terms(trainable.matrices, 1.0, 0.0)
     assert contrastive.item() == pytest.approx(expected.item(), rel=1e-6)
-    for key, exact in autograd([double(first)], double(live), [False], 1.0, 0.0).items():
+    for key, exact in autograd([double(first)], double(trainable), [False], 1.0, 0.0).items():
         torch.testing.assert_close(gradients[key].double(), exact, rtol=1e-4, atol=1e-7)
 
 

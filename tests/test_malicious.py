@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from mslora_cr.cli import main
-from mslora_cr.llava_med import load
+from mslora_cr.cli.main import main
+from mslora_cr.models.llava_med import load
 from tests.conftest import GOLDEN, ConfigWriter
 from tests.data.test_images import bomb
 from tests.data.test_prepare import everything

@@ -10,16 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mslora_cr.bank_stack import BankStack
-from mslora_cr.banks import BankError, load_bank
-from mslora_cr.cli import main
-from mslora_cr.config_file import load_config
-from mslora_cr.data.collator import TrainingCollator, TrainingSamples
+from mslora_cr.banks.bank import BankError
+from mslora_cr.banks.io import load_bank
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.cli.main import main
+from mslora_cr.config.load import load_config
+from mslora_cr.data.collator import TrainingCollator
+from mslora_cr.data.datasets import TrainDataset
 from mslora_cr.data.records import TrainingRecords
-from mslora_cr.methods import METHODS
-from mslora_cr.runtime import load_base, preprocessing, task_folder, task_image_roots
-from mslora_cr.training.ledger import Ledger
-from mslora_cr.training.stream import plan
+from mslora_cr.methods.registry import METHODS
+from mslora_cr.runs.ledger import Ledger
+from mslora_cr.runs.session import load_base, preprocessing, task_folder, task_image_roots
+from mslora_cr.stream.plan import plan
 from tests.conftest import STEPS, ConfigWriter, bank_bytes, once, write_config
 from tests.killing import KillPoint, run_until_killed
 
@@ -74,8 +76,8 @@ def test_a_method_trains_evaluates_and_reports(method: str, method_run: Trained)
 
 
 # The fourth file that a task of 4 steps writes with save_bank is its bank's memory, behind two checkpoints and the bank.
-MEMORY_WRITTEN = KillPoint("mslora_cr.banks:save_file", call=4)
-LOGGED = KillPoint("mslora_cr.training.trainer:JsonLinesCallback.on_log", call=8, after=True)
+MEMORY_WRITTEN = KillPoint("mslora_cr.banks.io:save_file", call=4)
+LOGGED = KillPoint("mslora_cr.training.callbacks:JsonLinesCallback.on_log", call=8, after=True)
 """In the second task, after a checkpoint; `joint` has one task, of more steps."""
 
 
@@ -116,10 +118,10 @@ def test_fisher_information_is_the_mean_of_squared_gradients(method_run: Trained
     task = config.stream[0]
     base = load_base(config, "cpu")
     stack = BankStack(base.model, "merge")
-    stack.add_live(config.lora.rank, config.lora.alpha, initial=load_bank(config.run_dir / "banks" / task.name))
+    stack.add_trainable(config.lora.rank, config.lora.alpha, initial=load_bank(config.run_dir / "banks" / task.name))
     records = TrainingRecords(task_folder(config, task) / "train.json")
-    samples = TrainingSamples(records, task_image_roots(config, task), preprocessing(config, base))
-    totals = {parameter: torch.zeros_like(parameter) for parameter in stack.live_parameters()}
+    samples = TrainDataset(records, task_image_roots(config, task), preprocessing(config, base))
+    totals = {parameter: torch.zeros_like(parameter) for parameter in stack.trainable_parameters()}
     for sample in (samples[index] for index in range(len(samples))):
         batch = TrainingCollator(0)([sample])
         del batch["record_index"]
@@ -129,7 +131,7 @@ def test_fisher_information_is_the_mean_of_squared_gradients(method_run: Trained
         for parameter, total in totals.items():
             total += parameter.grad.square() / len(samples)
     fisher = load_file(config.run_dir / "banks" / task.name / "memory.safetensors")
-    for name, pair in stack.live().items():
+    for name, pair in stack.trainable().items():
         for half, parameter in zip("AB", pair, strict=True):
             torch.testing.assert_close(fisher[f"fisher.{name}.{half}"], totals[parameter], rtol=1e-4, atol=1e-12)
 

@@ -11,16 +11,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from mslora_cr.banks import Bank
-from mslora_cr.config import ConfigError, OloraConfig, StreamConfig
-from mslora_cr.config_file import load_config
-from mslora_cr.methods import METHODS
+from mslora_cr.banks.bank import Bank
+from mslora_cr.config.load import load_config
+from mslora_cr.config.schema import ConfigError, OloraConfig, StreamConfig
+from mslora_cr.losses.penalty import Pair, Penalty
 from mslora_cr.methods.ewc import EwcPenalty, fisher_name
 from mslora_cr.methods.lwf import softened_cross_entropy
 from mslora_cr.methods.olora import OloraPenalty
+from mslora_cr.methods.registry import METHODS
 from mslora_cr.methods.replay import choose
-from mslora_cr.training.ledger import Ledger
-from mslora_cr.training.penalties import Pair, Penalty
+from mslora_cr.runs.ledger import Ledger
 
 CPU = torch.device("cpu")
 
@@ -40,12 +40,12 @@ def random_bank(seed: int) -> Bank:
 
 
 def check_against_autograd(penalty: Penalty, formula: Callable[[dict[str, Pair]], Tensor]) -> None:
-    live = {name: tuple(m.requires_grad_() for m in pair) for name, pair in random_bank(9).matrices.items()}
-    value = formula(live)
+    trainable = {name: tuple(m.requires_grad_() for m in pair) for name, pair in random_bank(9).matrices.items()}
+    value = formula(trainable)
     value.backward()
-    step = penalty.step(live, 0.1)
+    step = penalty.step(trainable, 0.1)
     torch.testing.assert_close(step.value, value.detach())
-    for name, pair in live.items():
+    for name, pair in trainable.items():
         for half, matrix in enumerate(pair):
             expected = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad
             found = step.gradients.get((name, half), torch.zeros_like(matrix))
@@ -58,10 +58,10 @@ def check_against_autograd(penalty: Penalty, formula: Callable[[dict[str, Pair]]
 def test_olora_by_hand() -> None:
     """|A_old A_newᵀ| = |(1·3 + 2·(-4), 0·3 + (-1)·(-4))| = 5 + 4; ‖A‖ = 5, ‖B‖ = 13."""
     old = bank(q=([[1.0, 2.0], [0.0, -1.0]], [[0.0, 0.0]]))
-    live = {"q": (torch.tensor([[3.0, -4.0]]), torch.tensor([[5.0], [12.0]]))}
+    trainable = {"q": (torch.tensor([[3.0, -4.0]]), torch.tensor([[5.0], [12.0]]))}
     penalty = OloraPenalty([old], OloraConfig(lambda_1=0.5, lambda_2=0.1), CPU)
     assert penalty.frozen_bytes == 4 * 4  # A alone
-    step = penalty.step(live, 0.1)
+    step = penalty.step(trainable, 0.1)
     assert step.logged == {"overlap": 9.0, "norm": 18.0}
     assert step.value.item() == pytest.approx(0.5 * 9 + 0.1 * 18)
     # signs -1 and +1: 0.5 (-(1, 2) + (0, -1)) + 0.1 (3, -4) / 5
@@ -72,16 +72,16 @@ def test_olora_by_hand() -> None:
 def test_olora_against_autograd() -> None:
     old = [random_bank(1), random_bank(2)]
 
-    def formula(live: dict[str, Pair]) -> Tensor:
-        overlap = sum((one.matrices[name][0] @ a.T).abs().sum() for one in old for name, (a, _) in live.items())
-        return 0.5 * overlap + 0.2 * sum(matrix.norm() for pair in live.values() for matrix in pair)
+    def formula(trainable: dict[str, Pair]) -> Tensor:
+        overlap = sum((one.matrices[name][0] @ a.T).abs().sum() for one in old for name, (a, _) in trainable.items())
+        return 0.5 * overlap + 0.2 * sum(matrix.norm() for pair in trainable.values() for matrix in pair)
 
     check_against_autograd(OloraPenalty(old, OloraConfig(lambda_1=0.5, lambda_2=0.2), CPU), formula)
 
 
 def test_olora_of_a_first_task_is_its_norm_alone_and_zero_at_zero() -> None:
-    live = {"q": (torch.tensor([[3.0, -4.0]]), torch.zeros(2, 1))}
-    step = OloraPenalty([], OloraConfig(lambda_2=0.1), CPU).step(live, 0.1)
+    trainable = {"q": (torch.tensor([[3.0, -4.0]]), torch.zeros(2, 1))}
+    step = OloraPenalty([], OloraConfig(lambda_2=0.1), CPU).step(trainable, 0.1)
     assert step.value.item() == pytest.approx(0.5)
     assert not step.gradients["q", 1].any()
 
@@ -119,10 +119,10 @@ def anchor(a: float, b: float, fisher_a: float, fisher_b: float) -> tuple[Bank, 
 
 def test_ewc_by_hand() -> None:
     """One anchor: λ/2 (2 (3 - 1)² + 0.5 (1 - 0)²) = λ/2 · 8.5."""
-    live = {"q": (torch.tensor([[3.0]]), torch.tensor([[1.0]]))}
+    trainable = {"q": (torch.tensor([[3.0]]), torch.tensor([[1.0]]))}
     penalty = EwcPenalty([anchor(1.0, 0.0, 2.0, 0.5)], 10.0, CPU)
     assert penalty.frozen_bytes == 4 * 4  # two numbers, and how much each matters
-    step = penalty.step(live, 0.1)
+    step = penalty.step(trainable, 0.1)
     assert step.value.item() == pytest.approx(42.5)
     assert step.logged["drift"].item() == pytest.approx(4.25)
     assert (step.gradients["q", 0].item(), step.gradients["q", 1].item()) == pytest.approx((40.0, 5.0))
@@ -130,9 +130,9 @@ def test_ewc_by_hand() -> None:
 
 def test_ewc_of_two_tasks_by_hand() -> None:
     """λ/2 (2 (3-1)² + 6 (3-2)² + 0.5 · 1² + 0 · (1-9)²) with λ = 2; d/dA = 2 (2·2 + 6·1)."""
-    live = {"q": (torch.tensor([[3.0]]), torch.tensor([[1.0]]))}
+    trainable = {"q": (torch.tensor([[3.0]]), torch.tensor([[1.0]]))}
     anchors = [anchor(1.0, 0.0, 2.0, 0.5), anchor(2.0, 9.0, 6.0, 0.0)]
-    step = EwcPenalty(anchors, 2.0, CPU).step(live, 0.1)
+    step = EwcPenalty(anchors, 2.0, CPU).step(trainable, 0.1)
     assert step.value.item() == pytest.approx(8 + 6 + 0.5)
     assert (step.gradients["q", 0].item(), step.gradients["q", 1].item()) == pytest.approx((20.0, 1.0))
 
@@ -148,10 +148,10 @@ def test_ewc_against_autograd() -> None:
         for seed in (4, 5, 6)
     ]
 
-    def formula(live: dict[str, Pair]) -> Tensor:
+    def formula(trainable: dict[str, Pair]) -> Tensor:
         return 400 / 2 * sum(
-            (fisher[fisher_name(name, half)] * (live[name][half] - one.matrices[name][half]).square()).sum()
-            for one, fisher in zip(old, fishers, strict=True) for name in live for half in (0, 1)
+            (fisher[fisher_name(name, half)] * (trainable[name][half] - one.matrices[name][half]).square()).sum()
+            for one, fisher in zip(old, fishers, strict=True) for name in trainable for half in (0, 1)
         )  # fmt: skip
 
     check_against_autograd(EwcPenalty(zip(old, fishers, strict=True), 400.0, CPU), formula)
@@ -190,7 +190,7 @@ def test_a_replayed_order_mixes_every_batch(tmp_path: Path, monkeypatch: pytest.
     ledger = Ledger(tmp_path, {"tasks": {}})
     assert method.order(config, config.stream[0], [20], ledger) is None
     assert method.order(config, second, [9, 20], ledger) is not None  # a plan, before the first task is trained
-    monkeypatch.setattr(ledger, "memory", {"pathvqa": {"pathvqa": torch.tensor([19, 0, 7])}}.get)
+    monkeypatch.setattr(ledger, "task_state", {"pathvqa": {"pathvqa": torch.tensor([19, 0, 7])}}.get)
     order = method.order(config, second, [9, 20], ledger)
     assert order is not None and len(order) == 24
     batches = [order[start : start + 4] for start in range(0, 24, 4)]

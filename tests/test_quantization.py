@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from mslora_cr.bank_stack import BankStack, language_linears
-from mslora_cr.banks import BankError, load_bank
-from mslora_cr.cli import main
-from mslora_cr.config import ConfigError
-from mslora_cr.config_file import load_config
-from mslora_cr.llava_med import load
+from mslora_cr.banks.bank import BankError
+from mslora_cr.banks.io import load_bank
+from mslora_cr.banks.stack import BankStack, language_linears
+from mslora_cr.cli.main import main
+from mslora_cr.config.load import load_config
+from mslora_cr.config.schema import ConfigError
+from mslora_cr.models.llava_med import load
 from tests.conftest import ConfigWriter
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -72,17 +73,17 @@ def test_frozen_banks_add_to_a_quantised_base_what_they_add_to_any(
     base = load(tiny_model, dtype=torch.float32, quantization=bits).model
     without = logits(base)
     stack = BankStack(base, "concatenate")
-    stack.freeze(banks)
+    stack.set_frozen(banks)
     assert not torch.equal(logits(stack.model), without)
     name = "model.language_model.layers.1.mlp.up_proj"
     layer = stack.model.get_submodule(f"base_model.model.{name}")
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
     update = sum(bank.scaling * bank.matrices[name][1] @ bank.matrices[name][0] for bank in banks)
     torch.testing.assert_close(layer(x) - layer.base_layer(x), x @ update.T, rtol=0, atol=1e-5)
-    stack.freeze([])
+    stack.set_frozen([])
     assert torch.equal(logits(stack.model), without)
     with pytest.raises(BankError, match=r"quantised base cannot be merged into; set lora\.fold=concatenate"):
-        BankStack(base, "merge").freeze(banks)
+        BankStack(base, "merge").set_frozen(banks)
 
 
 @pytest.mark.parametrize(("bits", "most"), [("4bit", 1e-6), ("8bit", 0.1)])
@@ -96,10 +97,10 @@ def test_a_banks_gradient_is_that_through_the_dequantised_base(
     for dequantise in (False, True):
         base = load(tiny_model, dtype=torch.float32, quantization=bits).model
         stack = BankStack(base.dequantize() if dequantise else base, "concatenate")
-        stack.add_live(start.rank, start.alpha, initial=start)
+        stack.add_trainable(start.rank, start.alpha, initial=start)
         stack.model.train()
         stack.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
-        gradients.append(torch.cat([half.grad.flatten() for pair in stack.live().values() for half in pair]))
+        gradients.append(torch.cat([half.grad.flatten() for pair in stack.trainable().values() for half in pair]))
     ours, expected = gradients
     assert expected.norm() > 0
     assert (ours - expected).norm() / expected.norm() <= most

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from mslora_cr import router
-from mslora_cr.bank_stack import BankStack
-from mslora_cr.banks import load_bank
-from mslora_cr.cli import main
-from mslora_cr.config_file import load_config
+from mslora_cr.banks.io import load_bank
+from mslora_cr.banks.per_sample import PerSampleAdapters
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.cli.main import main
+from mslora_cr.config.load import load_config
 from mslora_cr.evaluation import generate
-from mslora_cr.mixed_banks import MixedBanks
-from mslora_cr.runtime import load_base
-from mslora_cr.training.ledger import Ledger
+from mslora_cr.routing import features as router
+from mslora_cr.routing import lda
+from mslora_cr.runs.ledger import Ledger
+from mslora_cr.runs.session import load_base
 from tests.killing import KillPoint, run_until_killed
 from tests.test_evaluate import QUESTIONS, TASKS, Results
 
@@ -32,13 +33,13 @@ def results(trained_config: Path, tmp_path: Path) -> Results:
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
     """The banks that each row of each generation call is answered with."""
     seen: list[list[list[int]]] = []
-    choose = MixedBanks.choose
+    choose = PerSampleAdapters.set_rows
 
-    def noted(self: MixedBanks, rows: Any) -> None:
+    def noted(self: PerSampleAdapters, rows: Any) -> None:
         seen.append([list(row) for row in rows])
         choose(self, rows)
 
-    monkeypatch.setattr(MixedBanks, "choose", noted)
+    monkeypatch.setattr(PerSampleAdapters, "set_rows", noted)
     return seen
 
 
@@ -54,7 +55,7 @@ def tell(monkeypatch: pytest.MonkeyPatch, route: Any) -> None:
 
     monkeypatch.setattr(router.FeatureExtractor, "batches", marked)
     monkeypatch.setattr(
-        router.Router, "route", lambda self, features: torch.tensor([route(int(n)) for n in features[:, 0]])
+        lda.Router, "route", lambda self, features: torch.tensor([route(int(n)) for n in features[:, 0]])
     )
 
 
@@ -220,11 +221,11 @@ def test_mixed_rows_get_what_folded_banks_give(results: Results) -> None:
     expected = []
     with torch.inference_mode():
         for row, chosen in zip(ids, rows, strict=True):
-            stack.freeze([banks[number] for number in chosen])
+            stack.set_frozen([banks[number] for number in chosen])
             expected.append(base(input_ids=row[None]).logits[0])
-        stack.freeze([])
-        mixed = MixedBanks(base, banks)
-        mixed.choose(rows)
+        stack.set_frozen([])
+        mixed = PerSampleAdapters(base, banks)
+        mixed.set_rows(rows)
         found = base(input_ids=ids).logits
         assert (found - torch.stack(expected)).abs().max() < 1e-4
         assert (found[0] - found[1]).abs().max() > 1

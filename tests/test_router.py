@@ -6,17 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mslora_cr.banks import BankError
+from mslora_cr.banks.bank import BankError
 from mslora_cr.data.records import TrainingRecord
-from mslora_cr.router import (
-    FIT_RECORDS,
-    Router,
-    TaskStatistics,
-    _asked_first,
-    load_statistics,
-    looked_at,
-    statistics_of,
-)
+from mslora_cr.routing.features import FIT_RECORDS, _asked_first, sampled_records
+from mslora_cr.routing.lda import Router, TaskStatistics, load_statistics, statistics_of
 
 
 def gram(features: torch.Tensor) -> torch.Tensor:
@@ -63,7 +56,7 @@ def test_one_record_a_task_and_features_that_never_vary() -> None:
 
 @pytest.mark.parametrize("records", [1, 7, FIT_RECORDS, FIT_RECORDS + 1, 262_144])
 def test_what_is_looked_at_is_bounded_and_spread(records: int) -> None:
-    looked = looked_at(records)
+    looked = sampled_records(records)
     assert len(set(looked)) == len(looked) == min(records, FIT_RECORDS)
     assert looked == sorted(looked) and looked[0] >= 0 and looked[-1] < records
     parts = torch.histc(torch.tensor(looked, dtype=torch.float64), bins=4, min=0, max=records - 1)
@@ -72,7 +65,7 @@ def test_what_is_looked_at_is_bounded_and_spread(records: int) -> None:
 
 def test_both_kinds_of_question_are_looked_at_where_they_alternate() -> None:
     """With every second record, only one kind would be."""
-    odd = sum(place % 2 for place in looked_at(2 * FIT_RECORDS))
+    odd = sum(place % 2 for place in sampled_records(2 * FIT_RECORDS))
     assert 0.4 < odd / FIT_RECORDS < 0.6
 
 

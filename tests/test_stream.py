@@ -15,13 +15,16 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainingArguments
 
-from mslora_cr.banks import load_bank
-from mslora_cr.cli import main
-from mslora_cr.config import ConfigError
-from mslora_cr.config_file import load_config
-from mslora_cr.training import stream
-from mslora_cr.training.ledger import Ledger
-from mslora_cr.training.stream import batch_shape, plan, train
+from mslora_cr.banks.io import load_bank
+from mslora_cr.cli.main import main
+from mslora_cr.config.load import load_config
+from mslora_cr.config.schema import ConfigError
+from mslora_cr.runs.ledger import Ledger
+from mslora_cr.stream import train as stream
+from mslora_cr.stream.arguments import training_arguments
+from mslora_cr.stream.checks import check_trainable
+from mslora_cr.stream.plan import batch_shape, plan
+from mslora_cr.stream.train import train
 from mslora_cr.training.trainer import BankTrainer
 from tests.conftest import STEPS, ConfigWriter, bank_bytes
 from tests.killing import KillPoint, run_until_killed
@@ -36,7 +39,7 @@ def run_folder(config: Path) -> Path:
 
 # --- killed and started again --------------------------------------------------------------------------------------
 
-LOG = "mslora_cr.training.trainer:JsonLinesCallback.on_log"
+LOG = "mslora_cr.training.callbacks:JsonLinesCallback.on_log"
 POINTS = {
     "before the first checkpoint": KillPoint(LOG, call=1),
     "after a checkpoint": KillPoint(LOG, call=3),
@@ -45,11 +48,11 @@ POINTS = {
     "while a checkpoint is written": KillPoint("mslora_cr.training.trainer:BankTrainer._save_rng_state"),
     "a second checkpoint complete, but not yet renamed": KillPoint("mslora_cr.training.trainer:replace_folder", call=2),
     "two checkpoints side by side": KillPoint("mslora_cr.training.trainer:replace_folder", call=2, after=True),
-    "the bank written, but not yet renamed": KillPoint("mslora_cr.banks:replace_folder", call=3),
-    "the bank saved, but not in the ledger": KillPoint("mslora_cr.training.stream:save_bank", after=True),
-    "the ledger written, but not yet renamed": KillPoint("mslora_cr.training.ledger:Path.replace", call=2),
-    "in the ledger, checkpoints not yet removed": KillPoint("mslora_cr.training.ledger:Ledger.record", after=True),
-    "between tasks": KillPoint("mslora_cr.training.stream:train_task", call=2),
+    "the bank written, but not yet renamed": KillPoint("mslora_cr.banks.io:replace_folder", call=3),
+    "the bank saved, but not in the ledger": KillPoint("mslora_cr.stream.train:save_bank", after=True),
+    "the ledger written, but not yet renamed": KillPoint("mslora_cr.runs.ledger:Path.replace", call=2),
+    "in the ledger, checkpoints not yet removed": KillPoint("mslora_cr.runs.ledger:Ledger.record", after=True),
+    "between tasks": KillPoint("mslora_cr.stream.train:train_task", call=2),
 }
 
 
@@ -325,9 +328,9 @@ def test_what_a_run_cannot_keep_its_word_with_is_refused(
 
 def test_fp16_is_refused_for_penalties_alone(config_file: ConfigWriter) -> None:
     config = load_config(config_file(method="lwf"))  # what it adds is scaled with the loss
-    stream.refuse_what_cannot_train(config, {"fp16": True})
+    check_trainable(config, {"fp16": True})
     with pytest.raises(ConfigError, match="instead of olora"):
-        stream.refuse_what_cannot_train(load_config(config_file(method="olora")), {"fp16": True})
+        check_trainable(load_config(config_file(method="olora")), {"fp16": True})
 
 
 def test_a_bank_that_bursts_is_not_finished(
@@ -338,7 +341,7 @@ def test_a_bank_that_bursts_is_not_finished(
     def burst(trainer: BankTrainer, resume_from_checkpoint: str | None = None) -> None:
         trainer.state.global_step = 1
         with torch.no_grad():
-            next(iter(trainer.stack.live().values()))[1].fill_(torch.inf)
+            next(iter(trainer.stack.trainable().values()))[1].fill_(torch.inf)
 
     monkeypatch.setattr(BankTrainer, "train", burst)
     config = config_file()
@@ -493,7 +496,7 @@ def test_a_process_takes_one_gpu(config_file: ConfigWriter, monkeypatch: pytest.
     """Without a launcher the Trainer would spread each batch over all GPUs, and multiply it by their number."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda args: 1 if args._n_gpu == 1 else 8))
     config = load_config(config_file())
-    args = stream.training_arguments(config, config.task("PCAM"), {})
+    args = training_arguments(config, config.task("PCAM"), {})
     assert args.train_batch_size == args.per_device_train_batch_size == 4
 
 

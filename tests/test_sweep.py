@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from mslora_cr import sweep
-from mslora_cr.cli import main
-from mslora_cr.config import ConfigError
-from mslora_cr.config_file import load_config
-from mslora_cr.errors import UserError
+from mslora_cr.cli.main import main
+from mslora_cr.config.load import load_config
+from mslora_cr.config.schema import ConfigError
 from mslora_cr.sweep import plan_sweep, summarize, task_orders
+from mslora_cr.utils.errors import UserError
 from tests.conftest import once, write_config
 from tests.evaluation.test_report import Page
 

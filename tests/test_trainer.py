@@ -10,22 +10,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from mslora_cr.bank_stack import BankStack
-from mslora_cr.cli import main
-from mslora_cr.data.collator import (
-    Preprocessing,
-    TrainingCollator,
-    TrainingSamples,
-    UnitedSamples,
-    in_batches,
-    padding_share,
-)
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.cli.main import main
+from mslora_cr.data.collator import TrainingCollator, in_batches, padding_share
+from mslora_cr.data.datasets import ConcatTrainDataset, Preprocessing, TrainDataset
 from mslora_cr.data.images import image_roots
 from mslora_cr.data.records import TrainingRecords
-from mslora_cr.llava_med import LlavaMed, last_mlp, load
+from mslora_cr.losses.bank_penalties import BankPenalties
+from mslora_cr.models.llava_med import LlavaMed, last_mlp, load
 from mslora_cr.training import trainer as trainer_module
-from mslora_cr.training.penalties import BankPenalties
-from mslora_cr.training.trainer import BankTrainer, VisitSampler, labelled_positions
+from mslora_cr.training.sampler import FixedOrderSampler
+from mslora_cr.training.trainer import BankTrainer, loss_mask
 
 TASK = "slake-vqarad"  # the second of the stream, with answers of several lengths
 
@@ -60,15 +55,15 @@ def base(tiny_model: Path) -> LlavaMed:
 
 def make_trainer(base: LlavaMed, tiny_data: Path, folder: Path) -> BankTrainer:
     stack = BankStack(base.model, "merge")
-    stack.add_live(4, 8)
+    stack.add_trainable(4, 8)
     preprocessing = Preprocessing(base.tokenizer, base.image_processor, base.image_token_id, base.patches)
     records = TrainingRecords(tiny_data / "PathVQA" / "train.json")
-    samples = TrainingSamples(records, image_roots(tiny_data, "PathVQA"), preprocessing)
+    samples = TrainDataset(records, image_roots(tiny_data, "PathVQA"), preprocessing)
     args = TrainingArguments(
         output_dir=str(folder), report_to="none", use_cpu=True, remove_unused_columns=False, label_names=["labels"]
     )
     return BankTrainer(
-        stack, UnitedSamples([samples]), TrainingCollator(base.tokenizer.pad_token_id), args, bank_shape=(4, 8)
+        stack, ConcatTrainDataset([samples]), TrainingCollator(base.tokenizer.pad_token_id), args, bank_shape=(4, 8)
     )
 
 
@@ -77,7 +72,7 @@ def make_trainer(base: LlavaMed, tiny_data: Path, folder: Path) -> BankTrainer:
 
 def test_labelled_positions_by_hand() -> None:
     labels = torch.tensor([[-100, -100, 7, 8, -100], [5, -100, -100, -100, 9], [-100] * 5])
-    keep, targets = labelled_positions(labels)
+    keep, targets = loss_mask(labels)
     assert keep.tolist() == [[False, True, True, False, False], [False, False, False, True, False], [False] * 5]
     assert targets.tolist() == [7, 8, 9]  # the 5 opens its row: nothing predicts it
 
@@ -107,7 +102,7 @@ def test_gradients_through_labelled_positions_are_the_same(
 ) -> None:
     trainer = make_trainer(base, tiny_data, tmp_path)
     batch = trainer.data_collator([trainer.samples[index] for index in range(4)])
-    matrices = [b for _, b in trainer.stack.live().values()]  # A's gradient is zero while B is
+    matrices = [b for _, b in trainer.stack.trainable().values()]  # A's gradient is zero while B is
     plain = {name: value for name, value in batch.items() if name != "record_index"}
     expected = torch.autograd.grad(trainer.model(**plain).loss, matrices)
     if checkpointing:
@@ -162,7 +157,7 @@ def test_gradient_checkpointing_changes_nothing(retrain: Retrain, monkeypatch: p
             for part in (model.vision_tower, model.multi_modal_projector):
                 part.register_forward_hook(lambda module, inputs, output: seen.append(requires_grad(output)))
 
-    monkeypatch.setattr("mslora_cr.training.stream.BankTrainer", Watched)
+    monkeypatch.setattr("mslora_cr.stream.train.BankTrainer", Watched)
     plain = retrain(*SGD)
     assert len(calls) == 4
     checkpointed = retrain(*SGD, "training.gradient_checkpointing=true")
@@ -229,7 +224,7 @@ def test_lengths_are_learned_without_an_image(
 ) -> None:
     trainer = make_trainer(base, tiny_data, tmp_path)
     expected = [len(trainer.samples[index]["input_ids"]) for index in range(len(trainer.samples))]
-    monkeypatch.setattr("mslora_cr.data.collator.load_image", decode_nothing)
+    monkeypatch.setattr("mslora_cr.data.datasets.load_image", decode_nothing)
     trainer.args.train_sampling_strategy = "group_by_length"
     order = list(trainer._get_train_sampler())
     assert sorted(order) == list(range(len(expected)))
@@ -270,12 +265,12 @@ def test_grouped_batches_are_those_of_one_process(
 
 
 def test_blanks_fill_up_what_all_ranks_take_at_once(base: LlavaMed, tiny_data: Path, tmp_path: Path) -> None:
-    assert list(VisitSampler(lambda: [2, 0, 1], 3, 3, 4)) == [2, 0, 1, 3]
-    assert len(VisitSampler(lambda: [2, 0, 1], 3, 3, 3)) == 3
+    assert list(FixedOrderSampler(lambda: [2, 0, 1], 3, 3, 4)) == [2, 0, 1, 3]
+    assert len(FixedOrderSampler(lambda: [2, 0, 1], 3, 3, 3)) == 3
     samples = make_trainer(base, tiny_data, tmp_path).samples
-    blank = samples[len(samples)]
-    assert blank["input_ids"] == samples[0]["input_ids"]
-    assert set(blank["labels"]) == {-100}
+    padding_sample = samples[len(samples)]
+    assert padding_sample["input_ids"] == samples[0]["input_ids"]
+    assert set(padding_sample["labels"]) == {-100}
 
 
 def test_a_run_grouped_by_length_reports_its_padding(retrain: Retrain, tmp_path: Path) -> None:
@@ -301,9 +296,9 @@ def test_frozen_banks_are_visited_once_per_update(retrain: Retrain, monkeypatch:
     visited: list[int] = []
     visit = BankPenalties._frozen
 
-    def noted(penalties: BankPenalties, group: Any, pull: torch.Tensor) -> Any:
+    def noted(penalties: BankPenalties, group: Any, coefficients: torch.Tensor) -> Any:
         visited.append(id(group))
-        return visit(penalties, group, pull)
+        return visit(penalties, group, coefficients)
 
     monkeypatch.setattr(BankPenalties, "_frozen", noted)
     _, rows = retrain("training.per_device_train_batch_size=1")

@@ -10,7 +10,7 @@ from tests.distributed.launch import alive, wait_until
 POOL = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from mslora_cr.workers import end_with_parent
+from mslora_cr.utils.workers import end_with_parent
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent) as pool:

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from mslora_cr.data.images import load_image, preprocess
 from mslora_cr.data.records import DataError
-from mslora_cr.files import replacing
+from mslora_cr.utils.files import replacing
 
 _NAME = "features"
 _BATCH = 16  # images the tower sees at once

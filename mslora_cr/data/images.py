@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mslora_cr.data.records import DataError
-from mslora_cr.workers import worker_pool
+from mslora_cr.utils.workers import worker_pool
 
 if TYPE_CHECKING:  # torch is slow to import, and the processes that only check images never need it
     import torch

@@ -27,7 +27,7 @@ from pydantic import (
     ValidationError,
 )
 
-from mslora_cr.errors import UserError
+from mslora_cr.utils.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 IMAGE = "<image>"
@@ -340,7 +340,7 @@ class _ListReader:
         raise DataError(f"{self.path}: record {self.index}: {problem}")
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
@@ -351,7 +351,7 @@ def _finite(text: str) -> float:
     return value
 
 
-STRICT_JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+STRICT_JSON = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_finite)
 """Decodes JSON from outside: numbers are finite, NaN and Infinity are refused."""
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 from transformers import LlamaTokenizer
 
-from mslora_cr.errors import UserError
+from mslora_cr.utils.errors import UserError
 
 
 class TokenizerError(UserError):

@@ -11,30 +11,24 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from mslora_cr.banks import Bank, BankError
-from mslora_cr.config import StreamConfig, Task
-from mslora_cr.data.collator import QuestionSamples
+from mslora_cr.banks.bank import Bank, BankError
+from mslora_cr.banks.per_sample import PerSampleAdapters
+from mslora_cr.banks.similarity import by_place, effective_ranks, update_cosines
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.datasets import EvalDataset
 from mslora_cr.data.records import TestRecords, sample_of
-from mslora_cr.evaluation.evaluate import decisive, decoding, finished_banks
+from mslora_cr.distributed.comm import assert_same_on_all_ranks, barrier, get_device, rank
 from mslora_cr.evaluation.generate import ANSWERS, answer_once, answer_questions, fingerprint_of
-from mslora_cr.evaluation.geometry import by_place, effective_ranks, update_cosines
 from mslora_cr.evaluation.intervals import interval, resampled_means
 from mslora_cr.evaluation.metrics import RowScore, score_answers
-from mslora_cr.evaluation.record import ANALYSIS, ROUTED, Cell, Evaluation, read_evaluation
-from mslora_cr.evaluation.routed import MixedQuestions
+from mslora_cr.evaluation.results import ANALYSIS, ROUTED, Cell, Evaluation, read_evaluation
+from mslora_cr.evaluation.routed import ConcatEvalDataset
 from mslora_cr.evaluation.score import read_answers
-from mslora_cr.files import write_json
-from mslora_cr.methods import METHODS
-from mslora_cr.mixed_banks import MixedBanks
-from mslora_cr.runtime import (
-    check_hosts,
-    load_base,
-    preprocessing,
-    start_processes,
-    task_folder,
-    task_image_roots,
-)
-from mslora_cr.training.distributed import agree, own_device, rank, wait_for_all
+from mslora_cr.evaluation.summary import decoding, fingerprint_fields
+from mslora_cr.methods.registry import METHODS
+from mslora_cr.runs.ledger import finished_banks
+from mslora_cr.runs.session import check_hosts, load_base, preprocessing, start_processes, task_folder, task_image_roots
+from mslora_cr.utils.files import write_json
 
 QUESTIONS = 200
 """Questions of a task that drop-one evaluation asks unless told otherwise, a sample of its file."""
@@ -70,7 +64,7 @@ def analyze(config: StreamConfig, others: Sequence[StreamConfig] = (), questions
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
-    wait_for_all()
+    barrier()
     return path
 
 
@@ -128,14 +122,14 @@ def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: in
     folder = config.results_run_dir / "analysis"
     fingerprint = fingerprint_of(
         {
-            **decisive(config),
+            **fingerprint_fields(config),
             "banks": [bank.digest for bank in chain.values()],
             "scalings": [bank.scaling for bank in chain.values()],
             "rows": [(task.name, banks) for task, banks in variants],
             "questions": [(found.digest, sample_of(len(found), questions)) for found in records.values()],
         }
     )
-    agree({"the questions, banks or settings of the analysis": fingerprint})
+    assert_same_on_all_ranks({"the questions, banks or settings of the analysis": fingerprint})
     answer_once(folder, fingerprint, lambda: _answer_variants(config, chain, variants, asked, folder, fingerprint))
     scores = np.array([_score(row) for row in score_answers(read_answers(folder / ANSWERS)).rows])
     parts = np.split(scores, np.cumsum([len(asked[task.name]) for task, _ in variants])[:-1])
@@ -155,16 +149,16 @@ def _answer_variants(
     fingerprint: str,
 ) -> dict[str, float]:
     """Answer all variants of all tasks in mixed batches, so that a bank which is left out costs no new model."""
-    base = load_base(config, own_device(config.model.device))
+    base = load_base(config, get_device(config.model.device))
     prepare = preprocessing(config, base)
-    parts = [QuestionSamples(asked[task.name], task_image_roots(config, task), prepare) for task, _ in variants]
+    parts = [EvalDataset(asked[task.name], task_image_roots(config, task), prepare) for task, _ in variants]
     chosen = [banks for (_, banks), part in zip(variants, parts, strict=True) for _ in range(len(part))]
-    mixed = MixedBanks(base.model, list(chain.values()))
+    mixed = PerSampleAdapters(base.model, list(chain.values()))
 
     def choose(indices: Sequence[int]) -> None:
-        mixed.choose([chosen[index] for index in indices])
+        mixed.set_rows([chosen[index] for index in indices])
 
-    samples = MixedQuestions(parts)
+    samples = ConcatEvalDataset(parts)
     return answer_questions(base.model, samples, folder, decoding(config), fingerprint, "each bank left out", choose)
 
 

@@ -10,9 +10,8 @@ import numpy as np
 from tabulate import tabulate
 
 from mslora_cr.evaluation import intervals
-from mslora_cr.evaluation.heatmaps import span
-from mslora_cr.evaluation.intervals import flipped_means, flips_for, holm, interval, p_value, resampled_means
-from mslora_cr.evaluation.record import Cell, Evaluation, ReportError, required_evaluation
+from mslora_cr.evaluation.intervals import flipped_means, flips_for, holm, interval, p_value, resampled_means, span
+from mslora_cr.evaluation.results import Cell, Evaluation, ReportError, required_evaluation
 
 COMPARED = {"closed accuracy": "close accuracy", "F1 of open answers": "f1 score", "ROUGE-L": "rouge-l"}
 """Title → name in `metrics.json`."""

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from mslora_cr.data.collator import Preprocessing, QuestionCollator, Sample, in_batches, padding_share
+from mslora_cr.data.collator import QuestionCollator, in_batches, padding_share
+from mslora_cr.data.datasets import Preprocessing, Sample
 from mslora_cr.data.records import TestRecord
 from mslora_cr.data.tokenizer import Tokenizer
-from mslora_cr.files import replacing, write_json
-from mslora_cr.training.distributed import from_all_ranks, from_first_rank, rank, wait_for_all, world_size
+from mslora_cr.distributed.comm import all_gather_object, barrier, broadcast_object, rank, world_size
+from mslora_cr.utils.files import replacing, write_json
 
 ANSWERS = "answer-file.jsonl"
 STAMP = "answers.json"
@@ -77,7 +78,7 @@ def answer_questions(
     folder.mkdir(parents=True, exist_ok=True)
     journal = folder / f".answers-{fingerprint[:16]}-{rank()}.jsonl"
     # One rank reads, before any writes again: all must see the same questions as answered.
-    answered = from_first_rank(_read_journals(folder, fingerprint) if rank() == 0 else {})
+    answered = broadcast_object(_read_journals(folder, fingerprint) if rank() == 0 else {})
     lengths = samples.lengths()
     # Longest first: padding is least among neighbours, and what does not fit in memory fails at once.
     order = sorted(range(len(samples)), key=lambda index: -lengths[index])
@@ -94,12 +95,12 @@ def answer_questions(
             mine.update((row["index"], row["text"]) for row in rows)
             bar.update(min(len(rows) * world_size(), len(samples) - bar.n))
     # Ranks tell each other: a shared file system may show a file late.
-    for theirs in from_all_ranks(mine):
+    for theirs in all_gather_object(mine):
         answered |= theirs
     seconds = time.monotonic() - started
     if rank() == 0:
         _publish(samples, answered, target, decoding, fingerprint)
-    wait_for_all()
+    barrier()
     return {
         "seconds": round(seconds, 3),
         "padding": padding_share(lengths, in_batches(order, decoding.batch_size)),
@@ -200,7 +201,7 @@ def answer_once(
         The folder's stamp: `fingerprint`, and what `answer` returned.
     """
     complete = (folder / ANSWERS).is_file() if complete is None else complete
-    stamp = from_first_rank(read_stamp(folder) if complete else {})
+    stamp = broadcast_object(read_stamp(folder) if complete else {})
     if stamp.get("fingerprint") == fingerprint:
         return stamp
     if rank() == 0:
@@ -210,7 +211,7 @@ def answer_once(
         write_json(folder / STAMP, stamp)
         for journal in folder.glob(".answers-*.jsonl"):
             journal.unlink()
-    wait_for_all()
+    barrier()
     return stamp
 
 

@@ -108,3 +108,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
         worst = max(worst, min(1.0, (len(p_values) - position) * p_values[index]))
         adjusted[index] = worst
     return adjusted
+
+
+def span(ends: tuple[float, float] | None, digits: int = 1) -> str:
+    """An interval's ends as text; empty without one."""
+    # Adding zero turns -0.0, which rounding leaves, into 0.0.
+    return "" if ends is None else " to ".join(f"{round(end, digits) + 0:.{digits}f}" for end in ends)

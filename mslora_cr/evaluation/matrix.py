@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 
-from mslora_cr.errors import UserError
+from mslora_cr.utils.errors import UserError
 
 
 class MissingCellError(UserError):

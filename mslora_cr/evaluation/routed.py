@@ -15,31 +15,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from mslora_cr.banks import STATISTICS, Bank, BankError, file_digest
-from mslora_cr.config import ConfigError, StreamConfig, Task
-from mslora_cr.data.collator import Preprocessing, QuestionSamples, Sample
+from mslora_cr.banks.bank import Bank, BankError
+from mslora_cr.banks.io import STATISTICS
+from mslora_cr.banks.per_sample import PerSampleAdapters
+from mslora_cr.config.schema import ConfigError, StreamConfig, Task
+from mslora_cr.data.datasets import EvalDataset, Preprocessing, Sample
 from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecords
-from mslora_cr.evaluation.evaluate import (
-    Place,
-    Stages,
-    cell_row,
-    decisive,
-    decoding,
-    finished_banks,
-    question_digests,
-    stages_of,
-    write_summary,
-)
+from mslora_cr.distributed.comm import all_gather_object, barrier, get_device, rank, world_size
+from mslora_cr.evaluation.cells import CellKey, Stages, stages_of
 from mslora_cr.evaluation.generate import ANSWERS, STAMP, answer_once, answer_questions, fingerprint_of, read_stamp
 from mslora_cr.evaluation.intervals import interval, resampled_means
-from mslora_cr.evaluation.record import ROUTED, ROUTING
+from mslora_cr.evaluation.results import ROUTED, ROUTING
 from mslora_cr.evaluation.score import score_file
-from mslora_cr.files import replacing, write_json
-from mslora_cr.llava_med import LlavaMed
-from mslora_cr.methods import METHODS, needs_task
-from mslora_cr.mixed_banks import MixedBanks
-from mslora_cr.router import Router, TaskStatistics, load_statistics
-from mslora_cr.runtime import (
+from mslora_cr.evaluation.summary import cell_row, decoding, fingerprint_fields, question_digests, write_summary
+from mslora_cr.methods.registry import METHODS, needs_task
+from mslora_cr.models.llava_med import LlavaMed
+from mslora_cr.routing.lda import Router, TaskStatistics, load_statistics
+from mslora_cr.runs.ledger import Ledger, finished_banks
+from mslora_cr.runs.session import (
     check_hosts,
     feature_extractor,
     load_base,
@@ -49,8 +42,7 @@ from mslora_cr.runtime import (
     task_folder,
     task_image_roots,
 )
-from mslora_cr.training.distributed import from_all_ranks, own_device, rank, wait_for_all, world_size
-from mslora_cr.training.ledger import Ledger
+from mslora_cr.utils.files import file_digest, replacing, write_json
 
 
 def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mapping[str, Bank] | None = None) -> Path:
@@ -92,7 +84,7 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
         for stage, tasks in asked.items()
     }
     check_hosts(config.results_run_dir, facts)
-    rows: dict[Place, dict[str, Any]] = {}
+    rows: dict[CellKey, dict[str, Any]] = {}
     for stage, tasks in asked.items():
         rows |= session.answer(stage, tasks)
     folder = config.results_run_dir / ROUTED
@@ -101,7 +93,7 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
         kept = write_summary(config, folder / "evaluation.json", [rows[key] for key in order], session.possible(folder))
         stamps = (read_stamp(folder / f"stage-{stage}") for stage in kept["stages"])
         write_json(folder / ROUTING, {"stages": [stamp["routing"] for stamp in stamps]})
-    wait_for_all()
+    barrier()
     return folder / "evaluation.json"
 
 
@@ -135,7 +127,7 @@ def fit_router(config: StreamConfig, only: str | None = None) -> list[Path]:
     tasks = [config.task(only)] if only else config.stream
     records = {task.name: TrainingRecords(task_folder(config, task) / "train.json") for task in tasks}
     check_hosts(config.run_dir, {"the training records": {name: found.digest for name, found in records.items()}})
-    base = load_base(config, own_device(config.model.device))
+    base = load_base(config, get_device(config.model.device))
     ledger, paths = Ledger.read(config), []
     for task in tasks:
         statistics = router_statistics(config, task, records[task.name], base)
@@ -148,14 +140,14 @@ def fit_router(config: StreamConfig, only: str | None = None) -> list[Path]:
                 entry = {**ledger.content["tasks"][task.name], "router_digest": file_digest(path)}
                 ledger.record(task.name, entry)
         paths.append(path)
-    wait_for_all()
+    barrier()
     return paths
 
 
-class MixedQuestions(ConcatDataset[Sample]):
+class ConcatEvalDataset(ConcatDataset[Sample]):
     """Questions of several tasks, one task after another; `index` counts through all of them."""
 
-    def __init__(self, parts: Sequence[QuestionSamples]) -> None:
+    def __init__(self, parts: Sequence[EvalDataset]) -> None:
         super().__init__(parts)
         self.parts = parts
 
@@ -172,7 +164,7 @@ class MixedQuestions(ConcatDataset[Sample]):
         return {**sample, "index": index}
 
     def lengths(self) -> list[int]:
-        """Positions of every prompt, as `QuestionSamples.lengths`."""
+        """Positions of every prompt, as `EvalDataset.lengths`."""
         return [length for part in self.parts for length in part.lengths()]
 
 
@@ -193,14 +185,14 @@ class _Session:
         self.config = config
         self.banks = [chain[task.name] for task in config.stream[: len(statistics)]]
         self.statistics = statistics
-        self._decisive = decisive(config)
+        self._fingerprint_fields = fingerprint_fields(config)
         self._records, self._question_digests = records, question_digests(config, records)
         self._routers = list(_router_digests(statistics))
         self._features: dict[str, Tensor] = {}
         self._base: LlavaMed | None = None
-        self._mixed: MixedBanks | None = None
+        self._mixed: PerSampleAdapters | None = None
 
-    def answer(self, stage: int, tasks: Sequence[Task]) -> dict[Place, dict[str, Any]]:
+    def answer(self, stage: int, tasks: Sequence[Task]) -> dict[CellKey, dict[str, Any]]:
         """Answer and score these tasks' questions after a stage, unless that was done before.
 
         Returns:
@@ -238,14 +230,14 @@ class _Session:
         flat = [route for task in tasks for route in routes[task.name]]
         method = METHODS[self.config.method]
         chosen = [[number - 1 for number in method.banks(route + 1, stage, "prefix")] for route in range(stage)]
-        mixed = self._mixed = self._mixed or MixedBanks(base.model, self.banks)
+        mixed = self._mixed = self._mixed or PerSampleAdapters(base.model, self.banks)
         prepare = preprocessing(self.config, base)
-        questions = MixedQuestions(
-            [QuestionSamples(self._records[task.name], task_image_roots(self.config, task), prepare) for task in tasks]
+        questions = ConcatEvalDataset(
+            [EvalDataset(self._records[task.name], task_image_roots(self.config, task), prepare) for task in tasks]
         )
 
         def choose(indices: Sequence[int]) -> None:
-            mixed.choose([chosen[flat[index]] for index in indices])
+            mixed.set_rows([chosen[flat[index]] for index in indices])
 
         label = f"{len(tasks)} tasks mixed, routed among {stage}"
         padding = answer_questions(base.model, questions, together, decoding(self.config), fingerprint, label, choose)
@@ -302,21 +294,21 @@ class _Session:
             roots = task_image_roots(self.config, task)
             own = torch.cat([torch.empty(0, extractor.features), *extractor.batches(records, mine, roots, label)])
             features = torch.empty(len(records), extractor.features)
-            for other, part in enumerate(from_all_ranks(own)):
+            for other, part in enumerate(all_gather_object(own)):
                 features[other :: world_size()] = part
             self._features[task.name] = features
         return self._features[task.name]
 
     def _model(self) -> LlavaMed:
         if self._base is None:
-            self._base = load_base(self.config, own_device(self.config.model.device))
+            self._base = load_base(self.config, get_device(self.config.model.device))
         return self._base
 
     def fingerprint(self, stage: int, tasks: Sequence[Task]) -> str:
         """What decides the answers at a stage."""
         return fingerprint_of(
             {
-                **self._decisive,
+                **self._fingerprint_fields,
                 "method": self.config.method,
                 "banks": [bank.digest for bank in self.banks[:stage]],
                 "scalings": [bank.scaling for bank in self.banks[:stage]],
@@ -325,10 +317,10 @@ class _Session:
             }
         )
 
-    def possible(self, root: Path) -> dict[Place, set[str]]:
+    def possible(self, root: Path) -> dict[CellKey, set[str]]:
         """As `write_summary` takes it: the questions of a stage are mixed with those of the tasks learned by then, or
         of all. Only for stages whose entry of `routing.json` is there, and of these answers."""
-        found: dict[Place, set[str]] = {}
+        found: dict[CellKey, set[str]] = {}
         for stage in range(1, len(self.banks) + 1):
             ways = {self.fingerprint(stage, tasks) for tasks in (self.config.stream[:stage], self.config.stream)}
             if read_stamp(root / f"stage-{stage}").get("fingerprint") in ways:

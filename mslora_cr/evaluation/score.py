@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from mslora_cr.data.records import DataError, first_problem
 from mslora_cr.evaluation import intervals
 from mslora_cr.evaluation.metrics import AnswerType, Scores, score_answers
-from mslora_cr.files import replacing
-from mslora_cr.workers import worker_pool
+from mslora_cr.utils.files import replacing
+from mslora_cr.utils.workers import worker_pool
 
 SCORES = "scores.csv"
 BATCH = 1000

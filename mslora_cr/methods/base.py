@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mslora_cr.banks import Bank
-from mslora_cr.config import StreamConfig, Task
-from mslora_cr.training.ledger import Ledger
-from mslora_cr.training.penalties import Distillation, Penalty
+from mslora_cr.banks.bank import Bank
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.losses.penalty import Distillation, Penalty
+from mslora_cr.runs.ledger import Ledger
 from mslora_cr.training.trainer import BankTrainer
 
 
@@ -34,9 +34,9 @@ class Method:
     By default a method trains one bank per task, from the base alone, on cross entropy.
     """
 
-    folds_earlier = False
+    keeps_frozen_adapters = False
     """Earlier banks take part, frozen, while a task trains, and their sum answers."""
-    continues = False
+    init_from_previous = False
     """A task's bank starts as a copy of the one before it, and the last one answers alone."""
 
     # --- which banks ---
@@ -55,9 +55,9 @@ class Method:
         Where banks are summed, `prefix` takes, as published, those up to the task's own that are learned by that
         stage; `all` takes every bank that the stage has.
         """
-        if self.continues:
+        if self.init_from_previous:
             return [stage]
-        if not self.folds_earlier:
+        if not self.keeps_frozen_adapters:
             return [task] if task <= stage else []
         return list(range(1, (min(task, stage) if banks_by == "prefix" else stage) + 1))
 
@@ -100,12 +100,12 @@ class Method:
 
     # --- what is kept ---
 
-    def memory(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
+    def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
         """What is saved beside a trained bank for the tasks after it. Called on every rank."""
         return {}
 
 
-def visits(count: int, epochs: float, generator: torch.Generator) -> Tensor:
+def sample_schedule(count: int, epochs: float, generator: torch.Generator) -> Tensor:
     """Positions of ``round(count · epochs)`` visits: each epoch goes through all samples in an order of its own."""
     passes = [torch.randperm(count, generator=generator) for _ in range(math.ceil(epochs))]
     return torch.cat(passes)[: round(count * epochs)]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mslora_cr.banks import Bank
-from mslora_cr.config import StreamConfig, Task
+from mslora_cr.banks.bank import Bank
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.distributed.comm import all_reduce_sum, rank, world_size
+from mslora_cr.losses.penalty import Key, Pair, Penalty, PenaltyStep
 from mslora_cr.methods.base import Method, Setup
-from mslora_cr.training.distributed import rank, sum_over_ranks, world_size
-from mslora_cr.training.penalties import Key, Pair, Penalty, PenaltyStep
 from mslora_cr.training.trainer import BankTrainer
 
 
@@ -26,7 +26,7 @@ class Ewc(Method):
     Schwarz et al., "Progress & Compress", ICML 2018 (online).
     """
 
-    continues = True
+    init_from_previous = True
 
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
         return task.index > 0
@@ -35,15 +35,15 @@ class Ewc(Method):
         settings, earlier = setup.config.ewc, setup.config.stream[: setup.task.index]
         assert settings is not None
         anchors = earlier[-1:] if settings.mode == "online" else earlier
-        banks = ((setup.ledger.banks(setup.config, [task])[0], setup.ledger.memory(task.name)) for task in anchors)
+        banks = ((setup.ledger.banks(setup.config, [task])[0], setup.ledger.task_state(task.name)) for task in anchors)
         return EwcPenalty(banks, settings.strength * (settings.decay if settings.mode == "online" else 1), setup.device)
 
-    def memory(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
+    def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
         settings = setup.config.ewc
         assert settings is not None
         fisher = diagonal_fisher(trainer, settings.fisher_batches * setup.task.batch_size, setup.config.seed)
         if settings.mode == "online" and setup.task.index:
-            before = setup.ledger.memory(setup.config.stream[setup.task.index - 1].name)
+            before = setup.ledger.task_state(setup.config.stream[setup.task.index - 1].name)
             fisher = {name: settings.decay * before[name] + values for name, values in fisher.items()}
         return fisher
 
@@ -71,10 +71,10 @@ class EwcPenalty(Penalty):
     def frozen_bytes(self) -> int:
         return sum(numbers.nbytes for held in (self._fisher, self._centre) for numbers in held.values())
 
-    def step(self, live: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
+    def step(self, trainable: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
         total, gradients = self._rest, dict[Key, Tensor]()
         for key, fisher in self._fisher.items():
-            away = live[key[0]][key[1]].detach().float() - self._centre[key]
+            away = trainable[key[0]][key[1]].detach().float() - self._centre[key]
             gradients[key] = self._strength * fisher * away
             total = total + (fisher * away.square()).sum()
         return PenaltyStep(self._strength / 2 * total, gradients, {"drift": total / 2})
@@ -100,4 +100,4 @@ def diagonal_fisher(trainer: BankTrainer, samples: int, seed: int) -> dict[str, 
         # Every rank takes part in every pass, if only with a sample that does not count.
         for key, gradient in trainer.sample_gradients(chosen[min(own, count - 1)]).items():
             total[key] = total.get(key, 0) + gradient.square() * (own < count)
-    return {fisher_name(*key): sum_over_ranks(values / count).cpu() for key, values in total.items()}
+    return {fisher_name(*key): all_reduce_sum(values / count).cpu() for key, values in total.items()}

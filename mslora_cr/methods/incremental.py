@@ -10,4 +10,4 @@ class Incremental(Method):
     Biomedical Image Incremental Learning", ACM MM 2025, start.
     """
 
-    folds_earlier = True
+    keeps_frozen_adapters = True

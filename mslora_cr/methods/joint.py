@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from mslora_cr.config import StreamConfig, Task
-from mslora_cr.methods.base import Method, visits
-from mslora_cr.training.ledger import Ledger
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.methods.base import Method, sample_schedule
+from mslora_cr.runs.ledger import Ledger
 
 
 class Joint(Method):
@@ -36,7 +36,7 @@ class Joint(Method):
         generator = torch.Generator().manual_seed(config.seed)
         positions, start = [], 0
         for source, count in zip(config.stream, counts, strict=True):
-            positions.append(start + visits(count, source.epochs, generator))
+            positions.append(start + sample_schedule(count, source.epochs, generator))
             start += count
         union = torch.cat(positions)
         return union[torch.randperm(len(union), generator=generator)].tolist()

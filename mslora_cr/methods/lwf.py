@@ -4,9 +4,9 @@ from functools import partial
 
 from torch import Tensor
 
-from mslora_cr.config import StreamConfig, Task
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.losses.penalty import Distillation
 from mslora_cr.methods.base import Method, Setup
-from mslora_cr.training.penalties import Distillation
 
 
 class Lwf(Method):
@@ -18,7 +18,7 @@ class Lwf(Method):
     Source: Li and Hoiem, "Learning without Forgetting", TPAMI 2018: T = 2, λ_o = 1.
     """
 
-    folds_earlier = True
+    keeps_frozen_adapters = True
 
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
         return task.index > 0

@@ -1,6 +1,6 @@
 """A mixture of LoRA experts: one bank, trained on, whose parts a router weighs token by token."""
 
-from mslora_cr.config import StreamConfig
+from mslora_cr.config.schema import StreamConfig
 from mslora_cr.methods.base import Method
 
 
@@ -14,7 +14,7 @@ class MoeLora(Method):
     Models", NeurIPS 2024.
     """
 
-    continues = True
+    init_from_previous = True
 
     def experts(self, config: StreamConfig) -> int:
         assert config.moe_lora is not None

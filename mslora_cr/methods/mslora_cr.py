@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from mslora_cr.banks import Bank
-from mslora_cr.config import RegularizationConfig, StreamConfig, Task
+from mslora_cr.banks.bank import Bank
+from mslora_cr.config.schema import RegularizationConfig, StreamConfig, Task
+from mslora_cr.losses.bank_penalties import BankPenalties
+from mslora_cr.losses.penalty import Pair, Penalty, PenaltyStep, PenaltyWeight
 from mslora_cr.methods.base import Method, Setup
-from mslora_cr.training.penalties import BankPenalties, Pair, Penalty, PenaltyStep, PenaltyWeight
 
 TERMS = {"alpha": "contrastive", "beta": "orthogonality"}
 """What each weight weighs, as the log names it."""
@@ -26,7 +27,7 @@ class MsloraCr(Method):
     ACM MM 2025.
     """
 
-    folds_earlier = True
+    keeps_frozen_adapters = True
 
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
         return task.index > 0 and (config.regularization.alpha != 0 or config.regularization.beta != 0)
@@ -60,9 +61,9 @@ class WeightedPenalties(Penalty):
     def frozen_bytes(self) -> int:
         return self._terms.frozen_bytes
 
-    def step(self, live: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
+    def step(self, trainable: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
         weights = self.weights
-        found = self._terms.terms(live, weights.get("alpha", 0.0), weights.get("beta", 0.0))
+        found = self._terms.terms(trainable, weights.get("alpha", 0.0), weights.get("beta", 0.0))
         terms = dict(zip(TERMS, (found.contrastive, found.orthogonality), strict=True))
         value, logged = torch.zeros_like(found.orthogonality), dict[str, torch.Tensor]()
         for name, weight in self._weights.items():

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mslora_cr.banks import Bank
-from mslora_cr.config import OloraConfig, StreamConfig, Task
+from mslora_cr.banks.bank import Bank
+from mslora_cr.config.schema import OloraConfig, StreamConfig, Task
+from mslora_cr.losses.penalty import Key, Pair, Penalty, PenaltyStep
 from mslora_cr.methods.base import Method, Setup
-from mslora_cr.training.penalties import Key, Pair, Penalty, PenaltyStep
 
 
 class Olora(Method):
@@ -24,7 +24,7 @@ class Olora(Method):
     squared, λ₁ = 0.5, and λ₂ = 0 but for some tasks.
     """
 
-    folds_earlier = True
+    keeps_frozen_adapters = True
 
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
         assert config.olora is not None
@@ -47,9 +47,9 @@ class OloraPenalty(Penalty):
     def frozen_bytes(self) -> int:
         return sum(matrices.nbytes for matrices in self._frozen.values())
 
-    def step(self, live: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
+    def step(self, trainable: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
         overlaps, norms, gradients = [], [], dict[Key, Tensor]()
-        for name, pair in live.items():
+        for name, pair in trainable.items():
             for half, matrix in enumerate(pair):
                 matrix = matrix.detach().float()
                 norm = matrix.norm()

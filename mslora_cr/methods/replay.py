@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mslora_cr.config import StreamConfig, Task
-from mslora_cr.methods.base import Method, Setup, visits
-from mslora_cr.training.ledger import Ledger
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.methods.base import Method, Setup, sample_schedule
+from mslora_cr.runs.ledger import Ledger
 from mslora_cr.training.trainer import BankTrainer
 
 
@@ -22,7 +22,7 @@ class Replay(Method):
     Source: Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019.
     """
 
-    continues = True
+    init_from_previous = True
 
     def sources(self, config: StreamConfig, task: Task) -> list[Task]:
         return [task, *config.stream[: task.index]]
@@ -32,12 +32,12 @@ class Replay(Method):
         earlier = config.stream[: task.index]
         if not earlier:
             return None
-        buffer = ledger.memory(earlier[-1].name) or choose(config, earlier, counts[1:])
+        buffer = ledger.task_state(earlier[-1].name) or choose(config, earlier, counts[1:])
         starts = torch.tensor(counts).cumsum(0).tolist()
         old = torch.cat([buffer[source.name] + start for source, start in zip(earlier, starts, strict=False)])
         return mix(old, counts[0], task, config.replay.share, config.seed)
 
-    def memory(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
+    def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
         """The buffer for the next task: by task, positions in its records, int64."""
         own, *earlier = trainer.samples.counts
         return choose(setup.config, setup.config.stream[: setup.task.index + 1], [*earlier, own])
@@ -61,8 +61,8 @@ def mix(old: Tensor, new: int, task: Task, share: float, seed: int) -> list[int]
     """
     generator = torch.Generator().manual_seed(seed + task.index)
     replayed = min(max(round(share * task.batch_size), 1), task.batch_size - 1)
-    batches = visits(new, task.epochs, generator).split(task.batch_size - replayed)
-    drawn = visits(len(old), len(batches) * replayed / len(old) + 1, generator)
+    batches = sample_schedule(new, task.epochs, generator).split(task.batch_size - replayed)
+    drawn = sample_schedule(len(old), len(batches) * replayed / len(old) + 1, generator)
     order: list[int] = []
     for number, batch in enumerate(batches):
         mixed = torch.cat([batch, old[drawn[number * replayed : (number + 1) * replayed]]])

@@ -10,4 +10,4 @@ class Sequential(Method):
     Connectionist Networks", Psychology of Learning and Motivation 24, 1989, and of every comparison since.
     """
 
-    continues = True
+    init_from_previous = True

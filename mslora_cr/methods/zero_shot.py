@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mslora_cr.config import StreamConfig, Task
+from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.methods.base import Method
 
 

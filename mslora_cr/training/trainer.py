@@ -6,54 +6,39 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mslora_cr.bank_stack import LIVE, BankStack
-from mslora_cr.banks import load_bank, save_bank
-from mslora_cr.config import ConfigError
-from mslora_cr.data.collator import TrainingCollator, UnitedSamples, in_batches, padding_share
+from mslora_cr.banks.io import load_bank, save_bank
+from mslora_cr.banks.stack import TRAINABLE, BankStack
+from mslora_cr.data.collator import TrainingCollator, in_batches, padding_share
+from mslora_cr.data.datasets import ConcatTrainDataset
 from mslora_cr.data.prompts import IGNORE_INDEX
-from mslora_cr.errors import UserError
-from mslora_cr.files import replace_folder
-from mslora_cr.kept_positions import KeptPositions
-from mslora_cr.llava_med import last_mlp
-from mslora_cr.training.distributed import (
-    DistributedError,
-    float32_value,
-    gathered,
-    shard_again,
-    wait_for_all,
-    zero_stage,
-)
-from mslora_cr.training.penalties import Distillation, Key, Penalty
-from mslora_cr.training.processes import lost_a_process
-
-STATE = "bank_trainer.pt"
-LAUNCH = "launch.json"
-BANK_FOLDER = "bank"
+from mslora_cr.distributed.comm import barrier
+from mslora_cr.distributed.deepspeed import float32_value, gather_params, reshard
+from mslora_cr.losses.penalty import Distillation, Key, Penalty
+from mslora_cr.models.llava_med import last_mlp
+from mslora_cr.models.sparse_mlp import SparseMLP
+from mslora_cr.training.callbacks import TowerOutsideGraph
+from mslora_cr.training.checkpoints import BANK_FOLDER, LAUNCH, STATE, checkpoints, launch, writing
+from mslora_cr.training.sampler import FixedOrderSampler
+from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.files import replace_folder
 
 
 class NonFiniteLossError(UserError):
     """The loss is NaN or infinite; the message names the records of the batch."""
 
 
-class SaveError(UserError):
-    """Something cannot be written; what was complete before is kept."""
-
-
-def labelled_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+def loss_mask(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Which positions predict a label, and the labels they predict.
 
     Args:
@@ -79,11 +64,11 @@ class BankTrainer(Trainer):
     def __init__(
         self,
         stack: BankStack,
-        samples: UnitedSamples,
+        samples: ConcatTrainDataset,
         collator: TrainingCollator,
         args: TrainingArguments,
         bank_shape: tuple[int, float],
-        made_from: Mapping[str, str] | None = None,
+        input_digests: Mapping[str, str] | None = None,
         order: Sequence[int] | None = None,
         penalty: Penalty | None = None,
         distillation: Distillation | None = None,
@@ -109,10 +94,10 @@ class BankTrainer(Trainer):
         self.samples = samples
         self.order = order
         self.bank_shape = bank_shape
-        self.made_from = dict(made_from or {})
+        self.input_digests = dict(input_digests or {})
         self.penalty = penalty
         self.distillation = distillation
-        self._kept = KeptPositions(last_mlp(stack.base))
+        self._kept = SparseMLP(last_mlp(stack.base))
         self._pending: dict[Key, Tensor] = {}
         self._micro_batch: dict[str, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
@@ -120,9 +105,9 @@ class BankTrainer(Trainer):
         self._loss_sum = torch.zeros((), device=args.device)
         self._positions = torch.zeros(2, dtype=torch.int64, device=args.device)  # with a token, and all
         self._started = time.monotonic()
-        self._live = stack.live()
+        self._trainable = stack.trainable()
         if penalty is not None:
-            for module, pair in self._live.items():
+            for module, pair in self._trainable.items():
                 for half, parameter in enumerate(pair):
                     parameter.register_hook(_penalty_hook(self._pending, (module, half)))
 
@@ -147,8 +132,8 @@ class BankTrainer(Trainer):
             NonFiniteLossError: before anything has moved.
         """
         records = inputs.pop("record_index")
-        keep, targets = labelled_positions(inputs["labels"])
-        self._kept.choose(keep)
+        keep, targets = loss_mask(inputs["labels"])
+        self._kept.set_mask(keep)
         if num_items_in_batch is not None:
             # A batch whose every record is masked whole has nothing to divide by; its loss is zero.
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
@@ -180,7 +165,7 @@ class BankTrainer(Trainer):
 
     @torch.no_grad()
     def _logits_without_bank(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        with self.stack.live_off():
+        with self.stack.trainable_off():
             return model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
 
     def training_step(
@@ -203,8 +188,8 @@ class BankTrainer(Trainer):
     def _prepare_penalty(self) -> Tensor:
         """The penalty at the current matrices, its gradient left to the hooks."""
         assert self.penalty is not None
-        with gathered(itertools.chain.from_iterable(self._live.values())), torch.no_grad():
-            step = self.penalty.step(self._live, self._get_learning_rate())
+        with gather_params(itertools.chain.from_iterable(self._trainable.values())), torch.no_grad():
+            step = self.penalty.step(self._trainable, self._get_learning_rate())
         if not torch.isfinite(step.value):
             raise NonFiniteLossError(
                 f"{self.args.run_name}: the penalty at step {self.state.global_step + 1} is {step.value.item()}; "
@@ -222,22 +207,22 @@ class BankTrainer(Trainer):
         """
         batch = self._prepare_inputs(self.data_collator([self.samples[index]]))
         del batch["record_index"]
-        keep, targets = labelled_positions(batch.pop("labels"))
-        self._kept.choose(keep)
-        keys = {(name, half): matrix for name, pair in self._live.items() for half, matrix in enumerate(pair)}
+        keep, targets = loss_mask(batch.pop("labels"))
+        self._kept.set_mask(keep)
+        keys = {(name, half): matrix for name, pair in self._trainable.items() for half, matrix in enumerate(pair)}
         with self.compute_loss_context_manager():
             logits = self.stack.model(**batch, logits_to_keep=keep, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         gradients = torch.autograd.grad(loss, list(keys.values()))
-        shard_again(self)
+        reshard(self)
         return {key: gradient.float() for key, gradient in zip(keys, gradients, strict=True)}
 
     # --- the order of samples ---
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> VisitSampler:
-        visits = len(self.samples if self.order is None else self.order)
+    def _get_train_sampler(self, train_dataset: Any = None) -> FixedOrderSampler:
+        count = len(self.samples if self.order is None else self.order)
         multiple = self.args.train_batch_size * self.args.world_size
-        return VisitSampler(self._epoch_order, visits, len(self.samples), multiple)
+        return FixedOrderSampler(self._epoch_order, count, len(self.samples), multiple)
 
     def _epoch_order(self) -> Sequence[int]:
         """Positions in the order of this epoch's visits; no image is decoded to learn lengths.
@@ -301,23 +286,23 @@ class BankTrainer(Trainer):
         staging = Path(self._get_output_dir(trial))
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
-        wait_for_all()
+        barrier()
         with writing(staging):
             super()._save_checkpoint(model, trial)
-            wait_for_all()
+            barrier()
             if self.args.should_save:
                 name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
                 replace_folder(staging / name, Path(self.args.output_dir) / name)
                 for old in checkpoints(Path(self.args.output_dir))[: -(self.args.save_total_limit or 1)]:
                     shutil.rmtree(old)
-        wait_for_all()
+        barrier()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the live bank, and what this trainer adds to the Trainer's state, into a checkpoint."""
         assert output_dir is not None
         loss_sum = self.accelerator.reduce(self._loss_sum, "mean")
         positions = self.accelerator.reduce(self._positions, "sum")
-        bank = self.stack.snapshot(LIVE, *self.bank_shape, value=float32_value)
+        bank = self.stack.snapshot(TRAINABLE, *self.bank_shape, value=float32_value)
         if self.args.should_save:
             folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -329,10 +314,10 @@ class BankTrainer(Trainer):
                 "seconds": self.seconds,
             }
             torch.save(state, folder / STATE)
-            (folder / LAUNCH).write_text(json.dumps({**launch(self.args), **self.made_from}), encoding="utf-8")
+            (folder / LAUNCH).write_text(json.dumps({**launch(self.args), **self.input_digests}), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.stack.load_live(load_bank(Path(resume_from_checkpoint) / BANK_FOLDER))
+        self.stack.load_trainable(load_bank(Path(resume_from_checkpoint) / BANK_FOLDER))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -359,135 +344,3 @@ def _penalty_hook(pending: dict[Key, Tensor], key: Key) -> Callable[[Tensor], Te
         return gradient if penalty is None else gradient + penalty.to(gradient.dtype)
 
     return add
-
-
-class VisitSampler(Sampler[int]):
-    """Positions of samples in an order that the epoch alone decides, so that it is the same on every rank and in a
-    resumed run.
-
-    Behind them come blanks (`UnitedSamples`), up to a multiple of what all ranks take at once. accelerate would
-    repeat samples from the start of the epoch instead, so that several ranks would train on other batches than one.
-    """
-
-    def __init__(self, order: Callable[[], Sequence[int]], visits: int, blank: int, multiple: int) -> None:
-        """
-        Args:
-            order: the positions of the epoch that begins.
-            visits: how many they are, in every epoch.
-            blank: the position of a blank.
-        """
-        self._order, self._visits = order, visits
-        self._blanks = [blank] * (-visits % multiple)
-
-    def __len__(self) -> int:
-        return self._visits + len(self._blanks)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter([*self._order(), *self._blanks])
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints inside a task, oldest first."""
-    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-class TowerOutsideGraph(TrainerCallback):
-    """Keeps the vision tower out of the graph under gradient checkpointing.
-
-    transformers makes the output of every embedding require a gradient then, the tower's too, so the tower would be
-    recomputed and differentiated. Checkpointing without re-entry, the only one allowed here, needs none of that.
-    """
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        model.disable_input_require_grads()
-
-
-def launch(args: TrainingArguments) -> dict[str, int]:
-    """What a checkpoint's state on each rank depends on."""
-    return {"processes": args.world_size, "ZeRO stage": zero_stage(args.deepspeed)}
-
-
-def refuse_other_launch(checkpoint: Path, args: TrainingArguments, made_from: Mapping[str, str], force: bool) -> None:
-    """Raise unless this run is launched as the one that wrote a checkpoint inside a task, and of the same content.
-
-    Args:
-        force: another configuration is all right.
-
-    Raises:
-        DistributedError: another number of processes or ZeRO stage; between tasks both may change freely.
-        ConfigError: another configuration, base model or training records.
-    """
-    written = json.loads((checkpoint / LAUNCH).read_text(encoding="utf-8"))
-    again = f"remove {checkpoint.parent} to start this task again (finished tasks stay)"
-    now = launch(args)
-    before = {key: written.get(key) for key in now}
-    if before != now:
-        was, is_now = (", ".join(f"{key} {value}" for key, value in facts.items()) for facts in (before, now))
-        raise DistributedError(
-            f"{checkpoint} was written with {was}; this run has {is_now}. Launch it as before, or {again}; between "
-            "tasks both may change"
-        )
-    free = {"configuration"} if force else set()
-    changed = [key for key, value in made_from.items() if written.get(key) != value and key not in free]
-    if changed:
-        forced = "; --force continues with the changed configuration" if changed == ["configuration"] else ""
-        raise ConfigError(
-            f"{checkpoint} was made with another configuration or other files: {', '.join(changed)} changed since. "
-            f"Restore what it was, or {again}{forced}"
-        )
-
-
-@contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Name the place in what libraries raise when a disk is full or a folder cannot be written.
-
-    Raises:
-        SaveError: instead of the library's own error.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # PyTorch's writer of files raises a plain RuntimeError.
-        if lost_a_process(error) or isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
-            raise
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise SaveError(
-            f"{place} cannot be written ({reason}). What was complete before is kept; the same command resumes from "
-            "there once there is space and permission"
-        ) from error
-
-
-class JsonLinesCallback(TrainerCallback):
-    """Writes every logged record of a task as a line of JSON; a resumed task continues its file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Drop what a killed run logged after the checkpoint that this one starts from."""
-        if not state.is_world_process_zero:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    kept += [line] if json.loads(line)["step"] <= state.global_step else []
-                except ValueError:
-                    break  # the line that was being written when the run was killed
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

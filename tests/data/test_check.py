@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mslora_cr.data import check as module
-from mslora_cr.data.catalog import data_set
-from mslora_cr.data.check import Report, Scan, Share, check, read_limit, table
+from mslora_cr.cli.data import add_check_arguments, run_check
 from mslora_cr.data.records import DataError
+from mslora_cr.data.sources import check as module
+from mslora_cr.data.sources.catalog import data_set
+from mslora_cr.data.sources.check import Report, Scan, Share, check, read_limit, table
 from tests.data.test_images import picture
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_a" / "llava_med_tiny"
@@ -240,7 +241,7 @@ def test_memory_is_bounded(tmp_path):
 
 def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
+    add_check_arguments(parser)
     return parser.parse_args(words)
 
 
@@ -253,7 +254,7 @@ def test_as_many_workers_as_cores_that_may_be_used(monkeypatch):
 def test_the_command_prints_a_table_writes_json_and_exits_by_the_errors(root, tmp_path, capsys):
     output = tmp_path / "out" / "check.json"
     words = [str(root), "--only", "pathvqa", "--workers", "1", "--output", str(output)]
-    assert module.run(arguments(*words)) == 0
+    assert run_check(arguments(*words)) == 0
     printed = capsys.readouterr().out
     assert "pathvqa" in printed and "warnings" in printed and "0 errors" in printed
     assert "closed answers: pathvqa: yes 67%, no 33%\ntraining answers: pathvqa: yes 75%, no 25%" in printed
@@ -263,16 +264,16 @@ def test_the_command_prints_a_table_writes_json_and_exits_by_the_errors(root, tm
     assert saved["training_answers"] == {"yes": {"count": 3, "share": 0.75}, "no": {"count": 1, "share": 0.25}}
 
     (root / "PathVQA/images/test0.png").unlink()
-    assert module.run(arguments(*words)) == 1
+    assert run_check(arguments(*words)) == 1
     assert "images/test0.png" in capsys.readouterr().out
     saved = json.loads(output.read_text())
     assert saved["errors"] == 1 and saved["data_sets"][0]["missing"] == 1
 
-    assert module.run(arguments(*words, "--no-images")) == 0
+    assert run_check(arguments(*words, "--no-images")) == 0
     assert json.loads(output.read_text())["data_sets"][0]["images"] is None
-    assert module.run(arguments(str(root), "--output", str(output))) == 1  # seven sets are not there
+    assert run_check(arguments(str(root), "--output", str(output))) == 1  # seven sets are not there
     with pytest.raises(DataError, match="no such folder"):
-        module.run(arguments(str(root / "nowhere")))
+        run_check(arguments(str(root / "nowhere")))
 
 
 @pytest.mark.parametrize("option", [("--workers", "0"), ("--max-length", "-5"), ("--workers", "x")])

@@ -9,17 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mslora_cr.data.collator import (
-    Preprocessing,
-    QuestionCollator,
-    QuestionSamples,
-    TrainingCollator,
-    TrainingSamples,
-)
+from mslora_cr.data.collator import QuestionCollator, TrainingCollator
+from mslora_cr.data.datasets import EvalDataset, Preprocessing, TrainDataset
 from mslora_cr.data.features import FeatureCache
 from mslora_cr.data.prompts import IGNORE_INDEX, IMAGE_INDEX
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
-from mslora_cr.llava_med import load
+from mslora_cr.models.llava_med import load
 from tests.conftest import GOLDEN
 
 PLACEHOLDER, PATCHES = 3, 16
@@ -34,8 +29,8 @@ def preprocessing() -> Preprocessing:
 
 
 @pytest.fixture
-def samples(preprocessing: Preprocessing) -> TrainingSamples:
-    return TrainingSamples(TrainingRecords(GOLDEN / "conversations.json"), [GOLDEN], preprocessing)
+def samples(preprocessing: Preprocessing) -> TrainDataset:
+    return TrainDataset(TrainingRecords(GOLDEN / "conversations.json"), [GOLDEN], preprocessing)
 
 
 def write(folder: Path, *records: dict[str, Any]) -> Path:
@@ -72,7 +67,7 @@ def expanded(ids: list[int]) -> list[int]:
 # --- one sample ----------------------------------------------------------------------------------------------------
 
 
-def test_every_sample_is_the_golden_one(samples: TrainingSamples) -> None:
+def test_every_sample_is_the_golden_one(samples: TrainDataset) -> None:
     assert len(samples) == len(SUPERVISED) == 24
     for index, golden in enumerate(SUPERVISED):
         sample, record = samples[index], samples.records[index]
@@ -92,14 +87,14 @@ def test_every_sample_is_the_golden_one(samples: TrainingSamples) -> None:
 
 def test_a_list_of_images_shows_its_first_as_published(preprocessing: Preprocessing, tmp_path: Path) -> None:
     names = ["images/wide.png", "images/tall.png"]
-    alone = TrainingSamples(TrainingRecords(write(tmp_path, conversation(names[0]))), [GOLDEN], preprocessing)[0]
+    alone = TrainDataset(TrainingRecords(write(tmp_path, conversation(names[0]))), [GOLDEN], preprocessing)[0]
     (tmp_path / "list").mkdir()
     listed = TrainingRecords(write(tmp_path / "list", conversation(names)))
-    first = TrainingSamples(listed, [GOLDEN], preprocessing)[0]
+    first = TrainDataset(listed, [GOLDEN], preprocessing)[0]
     assert first["input_ids"] == alone["input_ids"]
     assert torch.equal(first["pixel_values"], alone["pixel_values"])
 
-    every = TrainingSamples(listed, [GOLDEN], replace(preprocessing, all_images=True))[0]
+    every = TrainDataset(listed, [GOLDEN], replace(preprocessing, all_images=True))[0]
     assert every["input_ids"].count(PLACEHOLDER) == 2 * PATCHES
     assert every["pixel_values"].shape[0] == 2
     assert torch.equal(every["pixel_values"][:1], alone["pixel_values"])
@@ -110,20 +105,20 @@ def test_a_list_of_images_shows_its_first_as_published(preprocessing: Preprocess
 def test_a_question_shows_the_first_image_or_all(preprocessing: Preprocessing, tmp_path: Path) -> None:
     records = questions(tmp_path, ["images/wide.png", "images/tall.png"])
     for everything, count in ((False, 1), (True, 2)):
-        sample = QuestionSamples(records, [GOLDEN], replace(preprocessing, all_images=everything))[0]
+        sample = EvalDataset(records, [GOLDEN], replace(preprocessing, all_images=everything))[0]
         assert sample["input_ids"].count(PLACEHOLDER) == count * PATCHES
         assert sample["pixel_values"].shape == (count, 3, 56, 56)
 
 
 def test_errors_name_the_file_and_the_record(preprocessing: Preprocessing, tmp_path: Path) -> None:
     path = write(tmp_path, conversation("images/wide.png"), conversation("images/none.png"))
-    broken = TrainingSamples(TrainingRecords(path), [GOLDEN], preprocessing)
+    broken = TrainDataset(TrainingRecords(path), [GOLDEN], preprocessing)
     with pytest.raises(DataError, match=r"train\.json: record 1: image 'images/none\.png' is missing"):
         broken[1]
-    short = TrainingSamples(TrainingRecords(path), [GOLDEN], replace(preprocessing, max_length=10))
+    short = TrainDataset(TrainingRecords(path), [GOLDEN], replace(preprocessing, max_length=10))
     with pytest.raises(DataError, match=r"train\.json: record 0: an image ends at position"):
         short[0]
-    asked = QuestionSamples(questions(tmp_path, "images/wide.png"), [GOLDEN], replace(preprocessing, max_length=10))
+    asked = EvalDataset(questions(tmp_path, "images/wide.png"), [GOLDEN], replace(preprocessing, max_length=10))
     with pytest.raises(DataError, match=r"test\.jsonl: line 1: an image ends at position"):
         asked[0]
 
@@ -131,7 +126,7 @@ def test_errors_name_the_file_and_the_record(preprocessing: Preprocessing, tmp_p
 # --- batches -------------------------------------------------------------------------------------------------------
 
 
-def test_training_batches_are_padded_at_their_end(samples: TrainingSamples) -> None:
+def test_training_batches_are_padded_at_their_end(samples: TrainDataset) -> None:
     text_only = next(index for index, record in enumerate(samples.records) if not record.images)
     chosen = [0, text_only, 5]
     batch = TrainingCollator(pad_token_id=0)([samples[index] for index in chosen])
@@ -153,7 +148,7 @@ def test_training_batches_are_padded_at_their_end(samples: TrainingSamples) -> N
     assert torch.equal(batch["pixel_values"], torch.cat([samples[0]["pixel_values"], samples[5]["pixel_values"]]))
 
 
-def test_a_batch_without_images_has_no_pixels(samples: TrainingSamples) -> None:
+def test_a_batch_without_images_has_no_pixels(samples: TrainDataset) -> None:
     text_only = next(index for index, record in enumerate(samples.records) if not record.images)
     assert "pixel_values" not in TrainingCollator(0)([samples[text_only]])
 
@@ -165,14 +160,14 @@ def test_text_only_samples_are_batched_with_cached_features(preprocessing: Prepr
     cache.fill(
         [GOLDEN / "images/wide.png"], preprocessing.image_processor, lambda pixels: torch.ones(len(pixels), 5, 7)
     )
-    cached = TrainingSamples(TrainingRecords(path), [GOLDEN], replace(preprocessing, features=cache))
+    cached = TrainDataset(TrainingRecords(path), [GOLDEN], replace(preprocessing, features=cache))
     for order in ([0, 1], [1, 0]):
         assert TrainingCollator(0)([cached[index] for index in order])["pixel_values"].equal(torch.ones(1, 5, 7))
     assert "pixel_values" not in TrainingCollator(0)([cached[1]])
 
 
 def test_questions_are_padded_at_their_beginning(preprocessing: Preprocessing, tmp_path: Path) -> None:
-    asked = QuestionSamples(questions(tmp_path, "images/wide.png", "images/tall.png"), [GOLDEN], preprocessing)
+    asked = EvalDataset(questions(tmp_path, "images/wide.png", "images/tall.png"), [GOLDEN], preprocessing)
     batch = QuestionCollator(pad_token_id=0)([asked[0], asked[1]])
     short, long = (len(asked[index]["input_ids"]) for index in (0, 1))
     assert short < long

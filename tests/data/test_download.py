@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mslora_cr.data.catalog import catalog
-from mslora_cr.data.download import ANNOTATIONS, MODELS, download
 from mslora_cr.data.records import DataError
+from mslora_cr.data.sources.catalog import catalog
+from mslora_cr.data.sources.download import ANNOTATIONS, MODELS, download
 from tests.data.hub import COMMIT, Hub, serving
 
 DATASET = "datasets/VentusAislant/MSLoRA_CR"
@@ -161,10 +161,11 @@ def test_file_names_that_lead_outside_are_refused(hub: Hub, tmp_path):
 
 COMMANDS = """
 import argparse, sys
-from mslora_cr.data import download
+from mslora_cr.cli import data, model
 parser = argparse.ArgumentParser()
-getattr(download, f"add_{sys.argv[1]}_arguments")(parser)
-sys.exit(getattr(download, f"run_{sys.argv[1]}")(parser.parse_args(sys.argv[2:])))
+command = {"data": data, "model": model}[sys.argv[1]]
+getattr(command, f"add_{sys.argv[1]}_download_arguments")(parser)
+sys.exit(getattr(command, f"run_{sys.argv[1]}_download")(parser.parse_args(sys.argv[2:])))
 """
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from mslora_cr.data.features import FeatureCache, feature_key
 from mslora_cr.data.records import DataError
-from mslora_cr.llava_med import detach_tower, load, tower_features
+from mslora_cr.models.llava_med import load
+from mslora_cr.models.vision import detach_tower, tower_features
 
 
 class Processor:

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mslora_cr.data import prepare as module
-from mslora_cr.data.catalog import catalog, data_set
 from mslora_cr.data.images import image_roots, load_image, resolve_image
-from mslora_cr.data.prepare import Prepared, prepare
-from mslora_cr.data.raw import RawData
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
+from mslora_cr.data.sources import prepare as module
+from mslora_cr.data.sources.catalog import catalog, data_set
+from mslora_cr.data.sources.prepare import Prepared, prepare
+from mslora_cr.data.sources.raw import RawData
 
 
 def png(colour: int, size: tuple[int, int] = (6, 4)) -> bytes:

@@ -12,11 +12,11 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
-from mslora_cr.data.synthetic import TASKS, SyntheticTask, all_texts, build_once, make_stream, sample_traits
-from mslora_cr.data.synthetic_images import SIDES, TRAITS, draw
-from mslora_cr.llava_med import load
-from mslora_cr.tiny_model import MODEL_FOLDER, TOWER_FOLDER, make_tiny_llava_med
-from mslora_cr.tiny_pretraining import pretrain, pretraining_texts
+from mslora_cr.models.llava_med import load
+from mslora_cr.synthetic.images import SIDES, TRAITS, draw
+from mslora_cr.synthetic.model import MODEL_FOLDER, TOWER_FOLDER, make_tiny_llava_med
+from mslora_cr.synthetic.pretraining import pretrain, pretraining_texts
+from mslora_cr.synthetic.stream import TASKS, SyntheticTask, all_texts, build_once, make_stream, sample_traits
 
 TREE = {
     "CXP": {"train", "test"},
@@ -210,7 +210,7 @@ def test_model_has_the_layout_of_llava_med_and_loads(model: Path) -> None:
 
 
 def test_pretraining_is_repeatable_and_keeps_the_vocabulary(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mslora_cr.tiny_pretraining.ALBUM_SIZE", 12)
+    monkeypatch.setattr("mslora_cr.synthetic.pretraining.ALBUM_SIZE", 12)
     before = load(model / MODEL_FOLDER, dtype=torch.float32).model.state_dict()
     after = []
     for _ in range(2):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mslora_cr.cli import main
+from mslora_cr.cli.main import main
 from tests.conftest import bank_bytes, once, write_config
 from tests.distributed.launch import deepspeed_file, launch, run
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from mslora_cr.data.collator import TrainingCollator
-from mslora_cr.training import distributed, trainer
-from mslora_cr.training.distributed import rank
+from mslora_cr.distributed import comm as distributed
+from mslora_cr.distributed.comm import rank
+from mslora_cr.training import trainer
 from mslora_cr.training.trainer import BankTrainer
 
 FILE_BYTES = 20_000

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mslora_cr.bank_stack import BankStack
-from mslora_cr.config import Task
-from mslora_cr.runtime import load_base
-from mslora_cr.training import stream
-from mslora_cr.training.distributed import gathered, rank
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.config.schema import Task
+from mslora_cr.distributed.comm import rank
+from mslora_cr.distributed.deepspeed import gather_params
+from mslora_cr.runs.session import load_base
+from mslora_cr.stream import train as stream
+from mslora_cr.stream.plan import frozen_tasks
 from mslora_cr.training.trainer import BankTrainer
 
 
@@ -30,10 +32,10 @@ def look_and_fail(folder: Path, at_step: int) -> None:
     def train_task_and_remember(run: stream.StreamRun, task: Task) -> None:
         config = run.config
         # Before DeepSpeed hears of the task: it would shard this model too.
-        banks = run.ledger.banks(config, stream.frozen_tasks(config, task))
+        banks = run.ledger.banks(config, frozen_tasks(config, task))
         fresh = BankStack(load_base(config, "cpu").model, config.lora.fold)
-        fresh.freeze(banks)
-        fresh.add_live(config.lora.rank, config.lora.alpha)
+        fresh.set_frozen(banks)
+        fresh.add_trainable(config.lora.rank, config.lora.alpha)
         expected.clear()
         expected.update({name: tensor for name, tensor in fresh.model.named_parameters() if not tensor.requires_grad})
         for place, bank in enumerate(banks):
@@ -62,7 +64,7 @@ def frozen_tensors(trainer: BankTrainer) -> dict[str, Tensor]:
     found = {}
     for name, parameter in trainer.stack.model.named_parameters():
         if not parameter.requires_grad:
-            with gathered([parameter]):
+            with gather_params([parameter]):
                 found[name] = parameter.detach().clone()
     for group in trainer.penalty._terms._groups:  # type: ignore[union-attr]
         for (module, half), banks in zip(group.keys, group.frozen, strict=True):

@@ -14,20 +14,20 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from mslora_cr.training import stream
-from mslora_cr.training.distributed import rank
+from mslora_cr.distributed.comm import rank
+from mslora_cr.stream import train as stream
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 
 
 def watch(folder: Path) -> None:
     """Write two lines to `folder/RANK.jsonl` for each task: the hooks of its model, and what is held when it is done."""
-    release = stream.release
+    release_trainer = stream.release_trainer
     file = folder / f"{rank()}.jsonl"
 
     def release_and_count(trainer: Trainer) -> None:
         training = count_hooks([trainer.model, *trainer.model.modules()], trainer.model.parameters())
-        release(trainer)
+        release_trainer(trainer)
         with file.open("a") as opened:
             opened.write(json.dumps({"hooks": training}) + "\n")
 
@@ -38,7 +38,7 @@ def watch(folder: Path) -> None:
         with file.open("a") as opened:
             opened.write(json.dumps(held()) + "\n")
 
-    stream.release, stream.train_task = release_and_count, train_and_count
+    stream.release_trainer, stream.train_task = release_and_count, train_and_count
 
 
 def held() -> dict[str, int]:

@@ -31,8 +31,8 @@ from torch.distributed.run import config_from_args, parse_args
 from torch.multiprocessing.spawn import _prctl_pr_set_pdeathsig
 
 import mslora_cr.evaluation.evaluate
-import mslora_cr.training.stream  # noqa: F401
-from mslora_cr.cli import main
+import mslora_cr.stream.train  # noqa: F401
+from mslora_cr.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("ddp", "zero1", "zero2", "zero3")

@@ -8,7 +8,7 @@ import random
 import signal
 from pathlib import Path
 
-from mslora_cr.cli import main
+from mslora_cr.cli.main import main
 from tests.distributed.launch import launch, start, wait_until
 
 QUESTIONS = 20

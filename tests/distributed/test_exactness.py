@@ -11,8 +11,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from mslora_cr.banks import file_digest, load_bank
-from mslora_cr.llava_med import load
+from mslora_cr.banks.io import load_bank
+from mslora_cr.models.llava_med import load
+from mslora_cr.utils.files import file_digest
 from tests.distributed import faults
 from tests.distributed.conftest import FIXED, Run, write_exact_config
 from tests.distributed.launch import STAGES, compare_runs, deepspeed_file, launch, logged

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mslora_cr.data.catalog import catalog
+from mslora_cr.data.sources.catalog import catalog
 from tests.conftest import write_config
 from tests.distributed import growth
 from tests.distributed.launch import deepspeed_file, launch

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from mslora_cr.cli import main
-from mslora_cr.config_file import load_config
-from mslora_cr.methods import METHODS
-from mslora_cr.training import stream
+from mslora_cr.cli.main import main
+from mslora_cr.config.load import load_config
+from mslora_cr.methods.registry import METHODS
+from mslora_cr.stream import train as stream
 from tests.conftest import once, write_config
 from tests.distributed.conftest import ADAM_EPSILON, FIXED, WITHOUT_DROPOUT
 from tests.distributed.launch import STAGES, compare_runs, deepspeed_file, deviation, launch

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mslora_cr.cli import main
+from mslora_cr.cli.main import main
 from mslora_cr.evaluation.compare import compare
 from tests.evaluation.test_report import make_run
 

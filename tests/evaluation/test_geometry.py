@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from mslora_cr.banks import Bank
-from mslora_cr.evaluation.geometry import by_place, effective_rank, update_cosines
+from mslora_cr.banks.bank import Bank
+from mslora_cr.banks.similarity import by_place, effective_rank, update_cosines
 
 NAME = "model.language_model.layers.0.self_attn.q_proj"
 

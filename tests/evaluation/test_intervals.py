@@ -3,15 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from mslora_cr.evaluation.intervals import (
-    SAMPLES,
-    flipped_means,
-    flips_for,
-    holm,
-    interval,
-    p_value,
-    resampled_means,
-)
+from mslora_cr.evaluation.intervals import SAMPLES, flipped_means, flips_for, holm, interval, p_value, resampled_means
 
 RANDOM = np.random.default_rng(5)
 

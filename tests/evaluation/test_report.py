@@ -8,22 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mslora_cr.banks import WEIGHTS
-from mslora_cr.evaluation.heatmaps import similarity_map
+from mslora_cr.banks.bank import BankError
+from mslora_cr.banks.io import WEIGHTS
+from mslora_cr.banks.similarity import Similarity, bank_similarity
 from mslora_cr.evaluation.metrics import score_answers
-from mslora_cr.evaluation.record import (
-    BANK_WEIGHTS,
-    ReportError,
-    Similarity,
-    bank_similarity,
-    load_published_scores,
-    pick_examples,
-    read_evaluation,
-    read_log,
-    read_run,
-)
-from mslora_cr.evaluation.report import write_comparison, write_report
+from mslora_cr.evaluation.results import ReportError, read_evaluation
 from mslora_cr.evaluation.score import AnswerRecord, score_file, summarize
+from mslora_cr.reporting.heatmaps import similarity_map
+from mslora_cr.reporting.report import write_comparison, write_report
+from mslora_cr.reporting.run_record import BANK_WEIGHTS, load_published_scores, pick_examples, read_log, read_run
 
 MODALITIES = {
     "pathvqa": "pathology",
@@ -409,10 +402,10 @@ def test_similarity_by_hand(tmp_path):
     assert similarity.values[0][0] == 1
 
     save_file({"x.A": torch.zeros(1, 2)}, paths["b"])
-    with pytest.raises(ReportError, match=r"b\.safetensors does not hold matrices of the same names"):
+    with pytest.raises(BankError, match=r"b\.safetensors does not hold matrices of the same names"):
         bank_similarity(paths)
     paths["b"].write_bytes(b"nonsense")
-    with pytest.raises(ReportError, match="cannot be read"):
+    with pytest.raises(BankError, match="cannot be read"):
         bank_similarity(paths)
 
 

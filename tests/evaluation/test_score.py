@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mslora_cr.data.records import DataError
-from mslora_cr.evaluation.record import load_published_scores
 from mslora_cr.evaluation.score import CSV_HEADER, read_answers, read_scores, score_file
+from mslora_cr.reporting.run_record import load_published_scores
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "metrics"
 LINE = {"question_id": 1, "prompt": "Side?", "text": "Left", "gt": "left", "answer_type": "CLOSED"}

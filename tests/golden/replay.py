@@ -24,26 +24,22 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from mslora_cr import llava_med
-from mslora_cr.bank_stack import BankStack
-from mslora_cr.banks import Bank, load_bank, published_bank
-from mslora_cr.config import RegularizationConfig
-from mslora_cr.data.collator import (
-    Preprocessing,
-    QuestionCollator,
-    QuestionSamples,
-    TrainingCollator,
-    TrainingSamples,
-    UnitedSamples,
-)
+from mslora_cr.banks.bank import Bank
+from mslora_cr.banks.io import load_bank
+from mslora_cr.banks.published import published_bank
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.config.schema import RegularizationConfig
+from mslora_cr.data.collator import QuestionCollator, TrainingCollator
+from mslora_cr.data.datasets import ConcatTrainDataset, EvalDataset, Preprocessing, TrainDataset
 from mslora_cr.data.images import load_image, preprocess
 from mslora_cr.data.prompts import encode_conversation, encode_prompt, generation_prompt
 from mslora_cr.data.records import TestRecords, TrainingRecords
 from mslora_cr.evaluation.generate import greedy
-from mslora_cr.llava_med import linear_name
+from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
-from mslora_cr.training.penalties import BankPenalties
-from mslora_cr.training.trainer import BankTrainer, labelled_positions
+from mslora_cr.models import llava_med
+from mslora_cr.models.layout import linear_name
+from mslora_cr.training.trainer import BankTrainer, loss_mask
 
 PIXELS, BASE_LOSS, LOGITS, PENALTIES = 1e-5, 1e-5, 1e-4, 1e-5
 GRADIENTS, TRAINING_LOSS, FINAL_BANKS, EXACT = 1e-4, 5e-5, 2e-4, 0.0
@@ -145,8 +141,8 @@ class Replay:
         return Preprocessing(base.tokenizer, base.image_processor, base.image_token_id, base.patches)
 
     @cached_property
-    def samples(self) -> TrainingSamples:
-        return TrainingSamples(self.records, [self.folder], self.preprocessing)
+    def samples(self) -> TrainDataset:
+        return TrainDataset(self.records, [self.folder], self.preprocessing)
 
     @cached_property
     def batches(self) -> list[list[int]]:
@@ -185,7 +181,7 @@ class Replay:
         """Loss, and each sample's logits at its labelled positions."""
         inputs = TrainingCollator(self.preprocessing.tokenizer.pad_token_id)([self.samples[i] for i in batch])
         del inputs["record_index"]
-        keep, targets = labelled_positions(inputs["labels"])
+        keep, targets = loss_mask(inputs["labels"])
         inputs["labels"] = targets
         output = model(**inputs, shift_labels=targets, logits_to_keep=keep)
         return output.loss, list(output.logits.split(keep.sum(1).tolist()))
@@ -204,8 +200,8 @@ class Replay:
         frozen = self.banks[: number - 1]
         same = [bool(flag) for flag in self.training["is_same_modality"].get(str(number), [])]
         stack = BankStack(self.load().model, self.fold)
-        stack.freeze(frozen)
-        stack.add_live(self.training["rank"], self.training["lora_alpha"], initial=self.initial(number))
+        stack.set_frozen(frozen)
+        stack.add_trainable(self.training["rank"], self.training["lora_alpha"], initial=self.initial(number))
         penalties = BankPenalties(frozen, same, torch.device("cpu")) if frozen else None
         steps = self.train(stack, penalties, number)
         self.compare_steps(expected, steps)
@@ -232,7 +228,7 @@ class Replay:
             weights = RegularizationConfig(alpha=self.training["alpha"], beta=self.training["beta"])
             trainer = BankTrainer(
                 stack=stack,
-                samples=UnitedSamples([self.samples]),
+                samples=ConcatTrainDataset([self.samples]),
                 collator=TrainingCollator(self.preprocessing.tokenizer.pad_token_id),
                 args=args,
                 bank_shape=(self.training["rank"], self.training["lora_alpha"]),
@@ -269,7 +265,7 @@ class Replay:
             self.see("orthogonality at the end", PENALTIES, relative(orthogonality, expected["end_ortho"]))
         folded = BankStack(self.load().model, self.fold, reuse=True)
         for count, logprobs in expected["target_logprobs_with_first_k_banks"].items():
-            folded.freeze(self.banks[: int(count)])
+            folded.set_frozen(self.banks[: int(count)])
             self.compare_logits(folded.model, f"task{number}.banks{count}.logits_every_256th", logprobs)
 
     def generations(self) -> None:
@@ -280,7 +276,7 @@ class Replay:
             questions = self.questions(Path(folder))
             by_id = {record.question_id: index for index, record in enumerate(questions.records)}
             for count in sorted({item["banks"] for item in expected}):
-                folded.freeze(self.banks[:count])
+                folded.set_frozen(self.banks[:count])
                 wanted = [item for item in expected if item["banks"] == count]
                 for item, ids in zip(
                     wanted,
@@ -291,7 +287,7 @@ class Replay:
                     self.see("generated ids", EXACT, float(ids != item["output_ids"][1:]))
                     self.see("generated text", EXACT, float(text != item["text"]))
 
-    def questions(self, folder: Path) -> QuestionSamples:
+    def questions(self, folder: Path) -> EvalDataset:
         """The records with an image as a test file."""
         lines = [
             {"question_id": record.id, "image": list(record.images), "text": record.turns[0].text}
@@ -301,9 +297,9 @@ class Replay:
         ]
         path = folder / "test.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        return QuestionSamples(TestRecords(path), [self.folder], self.preprocessing)
+        return EvalDataset(TestRecords(path), [self.folder], self.preprocessing)
 
-    def decode(self, model: Any, questions: QuestionSamples, indices: Sequence[int], limit: int) -> Iterator[list[int]]:
+    def decode(self, model: Any, questions: EvalDataset, indices: Sequence[int], limit: int) -> Iterator[list[int]]:
         collate = QuestionCollator(self.preprocessing.tokenizer.pad_token_id)
         for start in range(0, len(indices), 8):
             batch = collate([questions[index] for index in indices[start : start + 8]])
@@ -319,13 +315,13 @@ class CompareGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         prefix = f"task{self.number}.step{state.global_step}.grad."
-        live = self.stack.live()
+        trainable = self.stack.trainable()
         for key, expected in self.replay.tensors.items():
             if key.startswith(prefix):
                 published, _, half = key.removeprefix(prefix).partition(".cl_lora_pool.")
                 name = linear_name(published)
                 assert name is not None
-                gradient = live[name]["AB".index(half[-1])].grad
+                gradient = trainable[name]["AB".index(half[-1])].grad
                 assert gradient is not None
                 # B starts at zero, so A's first gradient without penalties is zero: nothing to be relative to.
                 small = expected.norm() < 1e-12

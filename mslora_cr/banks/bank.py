@@ -1,0 +1,106 @@
+"""A bank, the LoRA adapter of one task, in memory, and the sum of several."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mslora_cr.utils.errors import UserError
+
+Matrices = dict[str, tuple[Tensor, Tensor]]
+"""Linear layer's name in transformers' model → (A of shape (rank, in), B of shape (out, rank))."""
+
+
+class BankError(UserError):
+    """A bank cannot be read, or does not fit the model or the other banks."""
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A task's LoRA: float32 matrices on the CPU. Adds ``alpha / rank · B A`` to each linear layer's weight.
+
+    With routers it is a mixture of experts, equal slices of the rank: ``alpha / rank · B (g(x) ⊙ A x)``, each slice
+    times its expert's share in ``g(x) = softmax(router x)``. That depends on the input, so it cannot be folded.
+    """
+
+    name: str
+    rank: int
+    alpha: float
+    matrices: Matrices
+    metadata: dict[str, Any] = field(default_factory=dict)
+    routers: dict[str, Tensor] = field(default_factory=dict)
+    """By linear layer, (experts, in); empty for plain LoRA."""
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All its numbers."""
+        return [*(matrix for pair in self.matrices.values() for matrix in pair), *self.routers.values()]
+
+    @property
+    def experts(self) -> int:
+        return next((len(router) for router in self.routers.values()), 1)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of its layers' names and its numbers."""
+        digest = hashlib.sha256()
+        for name in self.matrices:
+            digest.update(name.encode())
+        for tensor in self.tensors:
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def check_shape(rank: Any, alpha: Any) -> tuple[int, float]:
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ValueError(f"rank {rank!r} and alpha {alpha!r} are not those of a bank")
+    return rank, float(alpha)
+
+
+def assemble_bank(
+    path: Path,
+    name: str,
+    rank: int,
+    alpha: float,
+    halves: Mapping[str, Mapping[str, Tensor]],
+    metadata: dict[str, Any],
+) -> Bank:
+    matrices: Matrices = {}
+    routers = {}
+    for module, pair in sorted(halves.items(), key=lambda item: _natural(item[0])):
+        a, b = pair.get("A"), pair.get("B")
+        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
+            raise BankError(f"{path}: {module} has no pair of matrices of rank {rank}")
+        matrices[module] = (a.float(), b.float())
+        router = pair.get("router")
+        if router is not None:
+            if router.dim() != 2 or router.shape[1] != a.shape[1] or rank % router.shape[0]:
+                raise BankError(f"{path}: {module} has no router of experts that share rank {rank} equally")
+            routers[module] = router.float()
+    if not matrices:
+        raise BankError(f"{path}: the bank is empty")
+    if routers.keys() - matrices.keys() or (routers and len(routers) < len(matrices)):
+        raise BankError(f"{path}: some of its layers have a router, and some have none")
+    return Bank(name, rank, float(alpha), matrices, metadata, routers)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def concatenated(name: str, banks: Iterable[Bank]) -> tuple[Tensor, Tensor]:
+    """Scaled A matrices on top of each other, B matrices side by side: B A is the sum of the banks' updates."""
+    pairs = [(bank.scaling * bank.matrices[name][0], bank.matrices[name][1]) for bank in banks]
+    return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)

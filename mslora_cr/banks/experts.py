@@ -1,0 +1,54 @@
+"""Banks that are mixtures of LoRA experts, in a PEFT model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from mslora_cr.banks.bank import BankError
+from mslora_cr.banks.io import PEFT_PREFIX
+
+
+class RoutedExperts(nn.Linear):
+    """PEFT's A of a mixture of experts: ``g(x) ⊙ A x``, so that B of it is the experts' weighted sum.
+
+    The router is a module of its own, so that ZeRO-3 gathers it when it is called.
+    """
+
+    def __init__(self, plain: nn.Linear, experts: int) -> None:
+        weight = plain.weight
+        super().__init__(plain.in_features, plain.out_features, bias=False, device=weight.device, dtype=weight.dtype)
+        self.weight = weight
+        self.router = nn.Linear(plain.in_features, experts, bias=False, device=weight.device, dtype=weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, in) → (…, rank)."""
+        shares = self.router(input).softmax(-1)
+        return super().forward(input) * shares.repeat_interleave(self.out_features // self.router.out_features, -1)
+
+
+def route(model: nn.Module, adapter: str, experts: int) -> None:
+    """Turn an adapter into a mixture of experts, its routers uniform at random as PyTorch makes a linear layer."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_A[adapter] = RoutedExperts(module.lora_A[adapter], experts)
+
+
+def routers_of(model: nn.Module, adapter: str) -> dict[str, nn.Linear]:
+    return {
+        name.removeprefix(PEFT_PREFIX): module.lora_A[adapter].router
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and isinstance(module.lora_A[adapter], RoutedExperts)
+    }
+
+
+@torch.no_grad()
+def copy_routers(model: nn.Module, adapter: str, routers: Mapping[str, Tensor]) -> None:
+    own = routers_of(model, adapter)
+    if {name: router.weight.shape for name, router in own.items()} != {name: r.shape for name, r in routers.items()}:
+        raise BankError("a mixture can only continue one with as many experts, and plain LoRA only plain LoRA")
+    for name, router in own.items():
+        router.weight.copy_(routers[name])

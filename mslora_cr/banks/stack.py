@@ -1,0 +1,213 @@
+"""Banks in a model: frozen ones folded into the base, and a live one on top, in training.
+
+A step costs the same however many frozen banks there are. They are either merged into the base weights, summed in
+float32 from the pristine base and rounded once, or concatenated into one frozen adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mslora_cr.banks.bank import Bank, BankError, concatenated
+from mslora_cr.banks.experts import copy_routers, route, routers_of
+from mslora_cr.banks.io import PEFT_PREFIX, lora_config
+from mslora_cr.models.layout import LANGUAGE_LINEARS
+from mslora_cr.utils.precision import ieee_float32
+
+TRAINABLE = "live"
+FROZEN = "frozen"
+
+
+def language_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that banks adapt, by their name in transformers' model, with or without PEFT around them."""
+    found = {}
+    for name, module in model.named_modules():
+        name = name.removeprefix(PEFT_PREFIX)
+        if re.fullmatch(LANGUAGE_LINEARS, name):
+            found[name] = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    return found
+
+
+class BankStack:
+    """A base model with banks folded into it and, in training, one live bank on top.
+
+    Attributes:
+        model: what to call: the base model itself, or the PEFT model around it.
+        base: the base model.
+    """
+
+    def __init__(self, base: PreTrainedModel, merge_mode: str, reuse: bool = False) -> None:
+        """
+        Args:
+            base: the frozen base model.
+            fold: `merge` or `concatenate`.
+            reuse: keep the pristine weights, so that `set_frozen` can be called again with other banks.
+        """
+        self.model: PreTrainedModel | PeftModel = base
+        self.merge_mode = merge_mode
+        self.base = base
+        self._linears = language_linears(base)
+        self._pristine: dict[str, Tensor] | None = {} if reuse and merge_mode == "merge" else None
+
+    def set_frozen(self, banks: Sequence[Bank]) -> None:
+        """Make exactly these the banks that take part, frozen.
+
+        Raises:
+            BankError: a bank does not fit the model.
+        """
+        for bank in banks:
+            self._check(bank)
+        routed = any(bank.routers for bank in banks)
+        if routed and len(banks) > 1:
+            raise BankError("a bank with routers cannot be summed with others")
+        if self.merge_mode == "merge":
+            self._merge([] if routed else banks)
+        if self.merge_mode == "concatenate" or routed or isinstance(self.model, PeftModel):
+            self._concatenate(banks if self.merge_mode == "concatenate" or routed else [])
+
+    def _check(self, bank: Bank) -> None:
+        if set(bank.matrices) != set(self._linears):
+            odd = sorted(set(bank.matrices) ^ set(self._linears))
+            raise BankError(f"bank {bank.name!r} and the model differ in {len(odd)} linear layers, first {odd[0]}")
+        for name, (a, b) in bank.matrices.items():
+            linear = self._linears[name]
+            if (b.shape[0], a.shape[1]) != (linear.out_features, linear.in_features):
+                raise BankError(
+                    f"bank {bank.name!r}: {name} is {b.shape[0]} × {a.shape[1]}, the model's "
+                    f"{linear.out_features} × {linear.in_features}"
+                )
+
+    @torch.no_grad()
+    def _merge(self, banks: Sequence[Bank]) -> None:
+        if not banks and not self._pristine:
+            return
+        for name, linear in self._linears.items():
+            weight = linear.weight
+            if not weight.is_floating_point():
+                raise BankError("a quantised base cannot be merged into; set lora.fold=concatenate")
+            if self._pristine is not None:
+                if name not in self._pristine:  # on the CPU: a GPU that holds the model once need not hold it twice
+                    self._pristine[name] = weight.detach().to("cpu", copy=True)
+                weight = self._pristine[name]
+            total = weight.to(linear.weight.device, torch.float32, copy=True)
+            if banks:
+                a, b = concatenated(name, banks)
+                with ieee_float32():
+                    total.addmm_(b.to(total.device), a.to(total.device))
+            linear.weight.copy_(total)
+
+    def _concatenate(self, banks: Sequence[Bank]) -> None:
+        if isinstance(self.model, PeftModel):
+            self.model = self.model.unload()
+            self._linears = language_linears(self.base)
+        if not banks:
+            return
+        rank = sum(bank.rank for bank in banks)
+        model = get_peft_model(self.base, lora_config(rank, rank), adapter_name=FROZEN)
+        matrices = {name: concatenated(name, banks) for name in self._linears}
+        _copy_into(model, FROZEN, matrices)
+        if banks[0].routers:
+            route(model, FROZEN, banks[0].experts)
+            copy_routers(model, FROZEN, banks[0].routers)
+        model.requires_grad_(False)
+        self.model = model
+
+    def add_trainable(
+        self, rank: int, alpha: float, dropout: float = 0.0, initial: Bank | None = None, experts: int = 1
+    ) -> None:
+        """Put the trainable bank on top: float32, A Kaiming-uniform and B zero unless `initial` is given.
+
+        Args:
+            experts: with more than one, the bank is a mixture of them, with routers.
+
+        Afterwards the live matrices are the only trainable parameters of the model.
+        """
+        config = lora_config(rank, alpha, dropout)
+        if isinstance(self.model, PeftModel):
+            self.model.add_adapter(TRAINABLE, config)
+            # set_adapter takes a list only on the tuner, and makes each adapter of a trainable list trainable.
+            self.model.base_model.set_adapter([FROZEN, TRAINABLE], inference_mode=True)
+            self.model.set_requires_grad(TRAINABLE, True)
+        else:
+            self.model = get_peft_model(self.base, config, adapter_name=TRAINABLE)
+        if experts > 1:
+            route(self.model, TRAINABLE, experts)
+        if initial is not None:
+            self._check(initial)
+            self.load_trainable(initial)
+        unfrozen = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        adapter = {id(parameter) for parameter in self.trainable_parameters()}
+        assert unfrozen == adapter, "something besides the new bank is trainable"
+
+    def trainable(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """The live bank's parameters: linear layer's name → (A, B)."""
+        return {
+            name.removeprefix(PEFT_PREFIX): (module.lora_A[TRAINABLE].weight, module.lora_B[TRAINABLE].weight)
+            for name, module in self.model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained, routers too."""
+        routers = nn.ModuleList(routers_of(self.model, TRAINABLE).values())
+        return [*(parameter for pair in self.trainable().values() for parameter in pair), *routers.parameters()]
+
+    @contextmanager
+    def trainable_off(self) -> Iterator[None]:
+        """Inside, the live bank adds nothing; frozen ones do.
+
+        It is scaled by zero: every layer still runs, so ZeRO-3 gathers the same parameters in the same order.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            layer.set_scale(TRAINABLE, 0)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.set_scale(TRAINABLE, 1)
+
+    @torch.no_grad()
+    def load_trainable(self, bank: Bank) -> None:
+        """Copy a bank's numbers into the live one."""
+        _copy_into(self.model, TRAINABLE, bank.matrices)
+        copy_routers(self.model, TRAINABLE, bank.routers)
+
+    def snapshot(
+        self,
+        name: str,
+        rank: int,
+        alpha: float,
+        metadata: dict[str, Any] | None = None,
+        value: Callable[[Tensor], Tensor] = Tensor.detach,
+    ) -> Bank:
+        """The live bank as it is now, copied to the CPU.
+
+        Args:
+            value: a parameter's whole value; under DeepSpeed the model holds a part or a rounded copy of it.
+        """
+
+        def copied(parameter: Tensor) -> Tensor:
+            return value(parameter).to("cpu", torch.float32, copy=True)
+
+        matrices = {module: (copied(a), copied(b)) for module, (a, b) in self.trainable().items()}
+        routers = {module: copied(router.weight) for module, router in routers_of(self.model, TRAINABLE).items()}
+        return Bank(name, rank, alpha, matrices, metadata or {}, routers)
+
+
+@torch.no_grad()
+def _copy_into(model: nn.Module, adapter: str, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            a, b = matrices[name.removeprefix(PEFT_PREFIX)]
+            module.lora_A[adapter].weight.copy_(a)
+            module.lora_B[adapter].weight.copy_(b)

@@ -1,0 +1,106 @@
+"""`mslora-cr bank`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from mslora_cr.cli.common import add_command, add_config, config_of, quieten
+
+
+def add_bank(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
+        "bank",
+        "import, export and inspect banks",
+        "mslora-cr bank import configs/finetune_mslora_cr_ortho.yaml --from checkpoints",
+        "mslora-cr bank export configs/demo.yaml --output published/",
+        "mslora-cr bank show checkpoints/RUN/banks/derm",
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    export = add_command(
+        actions,
+        "export",
+        "export a run's banks in the published format, <a_b_c>/cl_lora.bin and config.json",
+        "mslora-cr bank export configs/demo.yaml --output published/",
+    )
+    add_config(export)
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="parent of the exported run's folder")
+    export.set_defaults(run=_export)
+    take = add_command(
+        actions,
+        "import",
+        "import published checkpoints or another run's banks as finished tasks of a run",
+        "mslora-cr bank import configs/finetune_mslora_cr_ortho.yaml --from checkpoints",
+        "mslora-cr bank import configs/finetune_mslora_cr_ortho.yaml run=longer --from checkpoints/RUN",
+    )
+    add_config(take)
+    take.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a published run, the folder of several, or a run folder",
+    )
+    take.set_defaults(run=_import)
+    fit = add_command(
+        actions,
+        "fit-router",
+        "fit the router of `evaluate --banks-by routed` for banks that were trained elsewhere",
+        "mslora-cr bank fit-router configs/finetune_mslora_cr_ortho.yaml",
+    )
+    add_config(fit)
+    fit.add_argument("--task", metavar="NAME", help="fit only this task")
+    fit.set_defaults(run=_fit_router)
+    show = add_command(
+        actions,
+        "show",
+        "show rank, layers and norms of a bank",
+        "mslora-cr bank show checkpoints/RUN/banks/derm",
+    )
+    show.add_argument(
+        "bank", type=Path, metavar="BANK", help="PEFT adapter folder, published checkpoint folder, or cl_lora.bin"
+    )
+    show.set_defaults(run=_show)
+
+
+def _export(args: argparse.Namespace) -> int:
+    config = config_of(args)
+    from mslora_cr.runs.ledger import finished_banks
+    from mslora_cr.stream.import_export import export_chain
+
+    for folder in export_chain(finished_banks(config), config, args.output):
+        print(folder)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    config = config_of(args)
+    from mslora_cr.stream.import_export import import_chain
+
+    imported = import_chain(args.source, config)
+    done = f"imported {', '.join(imported)}" if imported else "nothing to import, every bank is already there"
+    print(f"{config.run_dir}: {done}")
+    return 0
+
+
+def _fit_router(args: argparse.Namespace) -> int:
+    config = config_of(args)
+    quieten()
+    from mslora_cr.distributed.launch import abort_together
+    from mslora_cr.evaluation.routed import fit_router
+
+    with abort_together():
+        for path in fit_router(config, args.task):
+            print(path)
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from mslora_cr.banks.io import load_bank
+    from mslora_cr.stream.import_export import describe
+
+    print(json.dumps(describe(load_bank(args.bank)), indent=2))
+    return 0

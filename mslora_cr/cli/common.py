@@ -1,0 +1,93 @@
+"""What the commands share: how they are declared, the configuration they name, and a quiet console."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.sources.download import Asset
+from mslora_cr.utils.errors import UserError
+
+EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
+EXTRAS |= {"rouge_score": "eval", "deepspeed": "train", "h5py": "data", "bitsandbytes": "quantization"}
+OVERRIDES = "override configuration values, e.g. lora.rank=32 tasks.pathvqa.epochs=1 'tasks.*.batch_size=8'"
+OVERRIDE = re.compile(r"[A-Za-z_][\w.*+-]*=")
+
+
+def examples(*lines: str) -> str:
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def add_command(commands: argparse._SubParsersAction, name: str, help: str, *shown: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        allow_abbrev=False,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=examples(*shown),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=OVERRIDES)
+
+
+def config_of(args: argparse.Namespace) -> StreamConfig:
+    from mslora_cr.config.load import load_config
+
+    return load_config(args.config, args.overrides)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return int(text)
+
+
+def run_config(target: Path, overrides: Sequence[str] = ()) -> StreamConfig:
+    """The configuration of a run, given directly or by its run folder.
+
+    Raises:
+        UserError: the folder is none, or its configuration belongs to another one, which would be read in its place.
+    """
+    from mslora_cr.config.load import load_config
+
+    if not target.is_dir():
+        return load_config(target, overrides)
+    if not (target / "config.yaml").is_file():
+        raise UserError(f"{target}: no config.yaml there; give a configuration or a run folder")
+    config, folder = load_config(target / "config.yaml", overrides), target.resolve()
+    if config.run_dir.resolve() != folder:
+        raise UserError(
+            f"{target}: its config.yaml is that of the run folder {config.run_dir.resolve()}. Move it back there, run "
+            f"this where the run was trained, or give a configuration with run: {folder.name} and output_dir: "
+            f"{folder.parent}"
+        )
+    return config
+
+
+def quieten() -> None:
+    """Keep the console for this program's own progress: no loading bars, no advice for library authors."""
+    import warnings
+
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would detect it by itself, with a warning
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+
+
+def announce(asset: Asset, folder: Path) -> None:
+    print(f"{asset.repo} -> {folder / asset.place} (licence: {asset.license})", flush=True)

@@ -1,0 +1,161 @@
+"""`mslora-cr data`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from mslora_cr.cli.common import add_command, announce
+from mslora_cr.data.records import DataError
+from mslora_cr.data.sources.catalog import catalog, data_set
+from mslora_cr.data.sources.check import Scan, check, read_limit, table
+from mslora_cr.data.sources.download import ANNOTATIONS, download
+from mslora_cr.data.sources.prepare import prepare
+from mslora_cr.utils.workers import cores
+
+
+def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(catalog())}")
+    parser.add_argument("--raw", type=Path, nargs="+", required=True, help="raw download: folders and archives")
+    parser.add_argument("--root", type=Path, default=Path("data/MSLoRA_CR"), help="data root (%(default)s)")
+    parser.add_argument("--annotations", action="store_true", help="build train.json and test.jsonl from it")
+    parser.add_argument("--copy", action="store_true", help="copy images instead of linking them")
+    parser.add_argument(
+        "--question",
+        metavar="KEY=TEXT",
+        action="append",
+        default=[],
+        help="with --annotations: replaces the catalogue's question KEY; may be repeated",
+    )
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    """0: every image that the annotations name is in place; 1: some are missing or ambiguous."""
+    dataset = data_set(args.name)
+    result = prepare(
+        dataset,
+        args.raw,
+        args.root,
+        args.annotations,
+        args.copy,
+        _questions(args.question),
+        sys.stderr.isatty(),
+    )
+    if result.rows is not None:
+        left_out = f"; {result.rows['empty']} rows without question or answer left out" if result.rows["empty"] else ""
+        print(f"annotations: {result.rows['train']} training rows, {result.rows['test']} test rows{left_out}")
+    print(f"{dataset.name}: {result.placed} images placed, {result.present} already present")
+    for name in result.missing[:20]:
+        print(f"  missing: {name}")
+    for name, candidates in list(result.ambiguous.items())[:20]:
+        print(f"  ambiguous: {name} could be {' or '.join(candidates)}")
+    if result.missing or result.ambiguous:
+        print(f"{len(result.missing)} missing, {len(result.ambiguous)} ambiguous. Licence: {dataset.license}.")
+        print(f"Source: {dataset.source}. {dataset.access}")
+        return 1
+    return 0
+
+
+def _questions(pairs: Sequence[str]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise DataError(f"--question {pair!r}: expected KEY=TEXT")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def add_data(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
+        "data",
+        "download, prepare and check data sets",
+        "mslora-cr data download",
+        "mslora-cr data prepare CXP --raw downloads/chest_xray.zip",
+        "mslora-cr data check data/MSLoRA_CR --model pretrained_models/llava_med_v1.5",
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    action = add_command(
+        actions, "download", "download the published annotations from the Hugging Face Hub", "mslora-cr data download"
+    )
+    add_data_download_arguments(action)
+    action.set_defaults(run=run_data_download)
+    action = add_command(
+        actions,
+        "prepare",
+        "convert a source's raw download into the folder layout that training reads",
+        "mslora-cr data prepare CXP --raw downloads/chest_xray.zip",
+        "mslora-cr data prepare PCAM --raw downloads/pcam/ --annotations",
+    )
+    add_prepare_arguments(action)
+    action.set_defaults(run=run_prepare)
+    action = add_command(
+        actions,
+        "check",
+        "validate a data root before training: annotations, images, train/test overlap, prompt lengths",
+        "mslora-cr data check data/MSLoRA_CR --model pretrained_models/llava_med_v1.5",
+        "mslora-cr data check --only derm HAM --no-images",
+    )
+    add_check_arguments(action)
+    action.set_defaults(run=run_check)
+
+
+def add_data_download_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", type=Path, default=Path("data/MSLoRA_CR"), help="data root (%(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit (main)")
+
+
+def run_data_download(args: argparse.Namespace) -> int:
+    """0: every data set has its annotations; 1: some are not on the hub."""
+    announce(ANNOTATIONS, args.root)
+    download(ANNOTATIONS, args.root, args.revision)
+    lacking = []
+    print("Images come from their own sources; `mslora-cr data prepare NAME --raw PATH` puts them in place:")
+    for entry in catalog().values():
+        here = [name for name in ("train.json", "test.jsonl") if (args.root / entry.folder / name).is_file()]
+        lacking += [entry.name] if len(here) < 2 else []
+        print(f"  {entry.name}: {entry.title}, {entry.license}\n    {entry.source}\n    {entry.access}")
+    if lacking:
+        print(f"without annotations after the download: {', '.join(lacking)}")
+    return 1 if lacking else 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "root", metavar="ROOT", type=Path, nargs="?", default=Path("data/MSLoRA_CR"), help="data root (%(default)s)"
+    )
+    parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="check only these data sets")
+    parser.add_argument("--model", type=Path, help="model folder; also reports samples that would be truncated")
+    parser.add_argument(
+        "--max-length", type=_positive, default=2048, help="with --model: positions per sample (%(default)s)"
+    )
+    parser.add_argument("--no-images", action="store_true", help="check only the annotations")
+    parser.add_argument("--workers", type=_positive, default=cores(), help="processes that decode images (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("results/data-check.json"), help="report (%(default)s)")
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """0: no errors; 1: errors, which are listed."""
+    datasets = [data_set(name) for name in args.only] or list(catalog().values())
+    if not args.root.is_dir():
+        raise DataError(f"{args.root}: no such folder")
+    limit = read_limit(args.model, args.max_length) if args.model else None
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    scan = Scan(args.workers, sys.stderr.isatty(), cache=args.output.with_suffix(".good-images"))
+    reports = [check(dataset, args.root, limit, None if args.no_images else scan) for dataset in datasets]
+    print(table(reports))
+    if limit is None:
+        print("lengths were not checked; give a model folder with --model")
+    errors = sum(report.errors for report in reports)
+    result = {"root": str(args.root), "errors": errors, "data_sets": [asdict(report) for report in reports]}
+    args.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{errors} errors; written to {args.output}")
+    return 1 if errors else 0

@@ -1,0 +1,95 @@
+"""`mslora-cr evaluate` and `mslora-cr score`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from mslora_cr.cli.common import add_command, add_config, config_of, quieten
+from mslora_cr.config.schema import EvaluationConfig
+from mslora_cr.utils.errors import UserError
+
+
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
+        "evaluate",
+        "answer and score the test questions of every trained task; an interrupted evaluation resumes",
+        "mslora-cr evaluate configs/demo.yaml",
+        "mslora-cr evaluate configs/demo.yaml --stages all",
+        "mslora-cr evaluate configs/demo.yaml --banks-by routed     # task ID not given",
+        "mslora-cr evaluate configs/finetune_mslora_cr_ortho.yaml --banks checkpoints     # published ones",
+    )
+    add_config(parser)
+    parser.add_argument("--task", metavar="NAME", help="evaluate only this task")
+    parser.add_argument(
+        "--stages",
+        choices=("own", "final", "seen", "all"),
+        help="when each task is evaluated. own: right after it was learned, as published (default); final: after the "
+        "last task (default if routed); seen: after its own and every later task; all: the full task × stage matrix, "
+        "including the base model without banks (stage 0), as forward transfer needs it",
+    )
+    parser.add_argument(
+        "--banks",
+        type=Path,
+        metavar="DIR",
+        help="read the banks from published checkpoints or another run folder instead of this run's folder",
+    )
+    parser.add_argument(
+        "--banks-by",
+        choices=get_args(EvaluationConfig.model_fields["banks_by"].annotation),
+        help="which banks answer a question of task t (default: evaluation.banks_by of the configuration). prefix: "
+        "banks 1..t, as published; all: every bank trained so far; routed: task ID not given, a router predicts it for "
+        "each question; results go to routed/",
+    )
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if args.banks_by:
+        args.overrides.append(f"evaluation.banks_by={args.banks_by}")
+    config = config_of(args)
+    if args.task and config.evaluation.banks_by == "routed":
+        raise UserError("--task cannot be combined with routed evaluation, which mixes the questions of all tasks")
+    quieten()
+    from mslora_cr.distributed.comm import rank
+    from mslora_cr.distributed.launch import abort_together
+    from mslora_cr.evaluation.evaluate import evaluate
+    from mslora_cr.evaluation.routed import evaluate_routed
+    from mslora_cr.stream.import_export import load_chain
+
+    with abort_together():
+        banks = load_chain(args.banks, config) if args.banks else None
+        if config.evaluation.banks_by == "routed":
+            path = evaluate_routed(config, args.stages or "final", banks)
+        else:
+            path = evaluate(config, args.stages or "own", args.task, banks)
+    if rank() == 0:
+        print(f"results: {path.parent}")
+    return 0
+
+
+def add_score(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
+        "score",
+        "score an answer file with the published metrics",
+        "mslora-cr score results/RUN/pathvqa/answer-file.jsonl --output scores/",
+    )
+    parser.add_argument(
+        "answers",
+        type=Path,
+        metavar="ANSWERS.jsonl",
+        help="answer file, one object per line with question_id, prompt, text, gt and answer_type",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for metrics and hit lists")
+    parser.set_defaults(run=_score)
+
+
+def _score(args: argparse.Namespace) -> int:
+    from mslora_cr.evaluation.score import render_metrics, score_file
+    from mslora_cr.utils.workers import cores
+
+    print(render_metrics(score_file(args.answers, args.output, cores())))
+    return 0

@@ -1,0 +1,118 @@
+"""`mslora-cr`: the one command. Libraries that take seconds to import are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from mslora_cr import __version__
+from mslora_cr.cli.bank import add_bank
+from mslora_cr.cli.common import EXTRAS, OVERRIDE, examples
+from mslora_cr.cli.data import add_data
+from mslora_cr.cli.demo import add_demo
+from mslora_cr.cli.evaluate import add_evaluate, add_score
+from mslora_cr.cli.model import add_model
+from mslora_cr.cli.report import add_analyze, add_compare, add_report
+from mslora_cr.cli.sweep import add_sweep
+from mslora_cr.cli.train import add_train
+from mslora_cr.utils.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 on success, 1 on an error that the user can fix, reported in a few lines, 130 on Ctrl-C, 141 if
+    nobody reads its output any more, as in `… | head`."""
+    args = _parse(argv)
+    import logging  # behind --help, which does not need it
+
+    # It recommends more packages when PEFT looks for it, and float16 at every 8-bit layer of every forward pass.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        print(f"mslora-cr: error: {error}", file=sys.stderr)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
+        print(f"mslora-cr: error: {error}; finished work is kept", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        missing = f"{error.name} is not installed; pip install -e '.[{extra}]' installs it"
+        print(f"mslora-cr: error: {missing}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nmslora-cr: interrupted; run the same command again to resume", file=sys.stderr)
+        return 130
+    return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether it is the reader of standard output that has gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would complain when it ends
+        return True
+    return False
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line. Words of the form KEY=VALUE are overrides wherever they stand behind a command that takes
+    them: argparse by itself would add them to an option's list, or refuse them behind an option."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser()
+    if not _takes_overrides(parser, words):
+        return parser.parse_args(words)
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    args = parser.parse_args([word for word in words if word not in overrides])
+    args.overrides = overrides
+    return args
+
+
+def _takes_overrides(parser: argparse.ArgumentParser, words: Sequence[str]) -> bool:
+    """Whether the command that these words name has KEY=VALUE among its arguments."""
+    for word in words:
+        nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        if not nested:
+            break
+        parser = nested[0].choices.get(word, parser)
+    return any(action.dest == "overrides" for action in parser._actions)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; imports nothing heavy."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        prog="mslora-cr",
+        description="Continual learning for biomedical vision-language models: one LoRA bank per imaging task.",
+        epilog=examples(
+            "mslora-cr demo",
+            "mslora-cr train configs/finetune_mslora_cr_ortho.yaml --dry-run",
+            "mslora-cr evaluate configs/finetune_mslora_cr_ortho.yaml --stages all",
+            "mslora-cr report configs/finetune_mslora_cr_ortho.yaml",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    parser.add_argument("--version", action="version", version=f"mslora-cr {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_demo(commands)
+    add_train(commands)
+    add_evaluate(commands)
+    add_score(commands)
+    add_report(commands)
+    add_compare(commands)
+    add_analyze(commands)
+    add_sweep(commands)
+    add_data(commands)
+    add_model(commands)
+    add_bank(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""`mslora-cr model`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mslora_cr.cli.common import add_command, announce, quieten
+from mslora_cr.data.records import DataError
+from mslora_cr.data.sources.download import MODELS, download
+from mslora_cr.utils.errors import nearest
+
+
+def add_model(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
+        "model",
+        "download and inspect base models",
+        "mslora-cr model download",
+        "mslora-cr model inspect pretrained_models/llava_med_v1.5",
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    action = add_command(
+        actions,
+        "download",
+        "download the base model, CLIP and the published checkpoints from the Hugging Face Hub",
+        "mslora-cr model download",
+        "mslora-cr model download checkpoints",
+    )
+    add_model_download_arguments(action)
+    action.set_defaults(run=run_model_download)
+    action = add_command(
+        actions,
+        "inspect",
+        "show what a base model contains and compare its own vision tower with the one its configuration names",
+        "mslora-cr model inspect pretrained_models/llava_med_v1.5",
+        "mslora-cr model inspect pretrained_models/llava_med_v1.5 --all",
+    )
+    action.add_argument("path", type=Path, metavar="MODEL", help="base model folder")
+    action.add_argument("--all", action="store_true", help="list every tensor's difference, not only the largest eight")
+    action.set_defaults(run=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    quieten()
+    from mslora_cr.models.inspect import inspect
+
+    found = inspect(args.path)
+    if not args.all:
+        differences = found["towers"].pop("differences", {})
+        worst = sorted(differences.items(), key=lambda item: -item[1] if isinstance(item[1], float) else float("-inf"))
+        found["towers"]["largest_differences"] = dict(worst[:8])
+    print(json.dumps(found, indent=2, ensure_ascii=False))
+    return 0
+
+
+def add_model_download_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", metavar="NAME", nargs="*", help=f"{', '.join(MODELS)}; all by default")
+    parser.add_argument("--root", type=Path, default=Path("pretrained_models"), help="for models (%(default)s)")
+    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="for checkpoints (%(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit (main); requires a single NAME")
+
+
+def run_model_download(args: argparse.Namespace) -> int:
+    names: Sequence[str] = args.names or list(MODELS)
+    for name in names:
+        if name not in MODELS:
+            raise DataError(f"unknown model {name!r}{nearest(name, MODELS)}; known: {', '.join(MODELS)}")
+    if args.revision and len(names) != 1:
+        raise DataError("--revision belongs to one repository: name one model with it")
+    for name in names:
+        folder = args.checkpoints if name == "checkpoints" else args.root
+        announce(MODELS[name], folder)
+        download(MODELS[name], folder, args.revision)
+    return 0

@@ -1,0 +1,98 @@
+"""`mslora-cr train`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Iterator
+
+from mslora_cr.cli.common import add_command, add_config, config_of, quieten
+from mslora_cr.config.schema import StreamConfig
+
+
+def add_train(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
+        "train",
+        "train one bank per task of the stream; finished tasks are skipped and an interrupted one resumes",
+        "mslora-cr train configs/demo.yaml --dry-run     # after `mslora-cr demo`",
+        "mslora-cr train configs/finetune_mslora_cr_ortho.yaml training.per_device_train_batch_size=4",
+        "mslora-cr train configs/finetune_mslora_cr_ortho.yaml --task derm",
+        "mslora-cr train configs/demo.yaml run=ewc method=ewc ewc.strength=1e4    # methods: docs/methods.md",
+        "torchrun --nproc_per_node 4 -m mslora_cr train configs/finetune_mslora_cr_ortho.yaml \\\n"
+        "      training.deepspeed=configs/deepspeed/zero2.json",
+    )
+    add_config(parser)
+    parser.add_argument(
+        "--task", metavar="NAME", help="train only this task; the banks it builds on must already exist"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and the plan, then exit"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="resume in a run folder that was made with another configuration"
+    )
+    parser.set_defaults(run=_train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = config_of(args)
+    quieten()
+    from mslora_cr.distributed.comm import rank
+    from mslora_cr.distributed.launch import abort_together
+    from mslora_cr.stream import train as stream
+
+    with abort_together():
+        if not args.dry_run:
+            stream.train(config, only=args.task, force=args.force)
+        elif rank() == 0:
+            _print_plan(config, args.task, args.force)
+    return 0
+
+
+def _print_plan(config: StreamConfig, only: str | None, force: bool) -> None:
+    """Print what `train` would do with these arguments.
+
+    Raises:
+        ConfigError, DataError, BankError: as `train` would.
+    """
+    import yaml
+
+    from mslora_cr.stream.plan import plan, tasks_to_train
+
+    chosen = {task.name for task in tasks_to_train(config, only)}
+    plans, trainable = plan(config)
+    done = {item.task for item in plans if item.done}
+    plans = [item for item in plans if item.task in chosen]
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    print(f"run folder: {config.run_dir}\ntrainable parameters per bank: {trainable:,}\n")
+    print(
+        f"{'task':<16}{'modality':<14}{'records':>9}{'epochs':>8}{'batch':>14}{'steps':>8}"
+        f"  {'frozen':>6}  penalties  state"
+    )
+    for item in plans:
+        batch = f"{item.per_device_batch_size} × {item.accumulation_steps}"
+        print(
+            f"{item.task:<16}{item.modality:<14}{item.records:>9,}{item.epochs:>8g}{batch:>14}{item.steps:>8,}"
+            f"  {len(item.frozen_banks):>6}  {'yes' if item.penalties else 'no':<9}  {'done' if item.done else 'to do'}"
+        )
+    for warning in _obstacles(config, only, force, done):
+        print(f"\nwarning: {warning}")
+
+
+def _obstacles(config: StreamConfig, only: str | None, force: bool, done: Collection[str]) -> Iterator[str]:
+    """Why training would refuse to start, as far as the plan shows it."""
+    from mslora_cr.runs.ledger import Ledger
+    from mslora_cr.runs.session import base_digest
+    from mslora_cr.stream.plan import frozen_tasks, previous_task
+
+    differences = Ledger.read(config).differences(config, base_digest(config))
+    if differences and not force:
+        yield (
+            f"{config.run_dir} was made with another configuration ({differences}); "
+            "without --force, training refuses to resume in it"
+        )
+    if only and only not in done:
+        needed = frozen_tasks(config, config.task(only)) or previous_task(config, config.task(only))
+        missing = [task.name for task in needed if task.name not in done]
+        if missing:
+            yield f"{only} builds on banks that are not trained yet: {', '.join(missing)}"

@@ -1,0 +1,242 @@
+"""Reads a run's YAML file: layers of `extends`, `key.path=value` overrides, errors that name the nearest known key."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ConfigDict, ValidationError
+
+from mslora_cr.config.schema import (
+    CATALOGUE,
+    DERIVED_TRAINING_FIELDS,
+    METHOD_SECTIONS,
+    ConfigError,
+    DatasetConfig,
+    StreamConfig,
+    TaskConfig,
+    as_number,
+)
+from mslora_cr.utils.errors import nearest
+
+DEFAULTS = Path(__file__).with_name("defaults")
+"""The configurations that the package ships."""
+SAVE_STRATEGIES = ("steps", "epoch", "no")
+"""When checkpoints may be written; transformers also has `best`, which needs evaluations that there are none of."""
+EXPECTED = {
+    "model_type": "should be a section of keys",
+    "dict_type": "should be a section of keys",
+    "list_type": "should be a list",
+    "string_type": "should be text",
+    "int_type": "should be a whole number",
+    "float_type": "should be a number",
+    "bool_type": "should be true or false",
+    "string_pattern_mismatch": "should be letters, digits and any of . _ + -, the first a letter or digit",
+    "too_short": "should have at least one entry",
+}
+"""What pydantic's commonest types of error mean, in words for users; its own are used for the rest."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
+    """Read a run's YAML file and apply `key.path=value` overrides (values are YAML).
+
+    `tasks.pathvqa.epochs=1` names a task, `tasks.*.epochs=1` all of them, `tasks=[pathvqa,derm]` keeps those.
+
+    Raises:
+        ConfigError: unreadable file, unsafe YAML, unknown key (with the nearest known one), wrong type, repeated or
+            unknown task, bad override.
+    """
+    raw = _merge({"datasets": _catalogued_datasets()}, _read_layers(Path(path), seen=()))
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return StreamConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_explain(item, raw) for item in error.errors())) from None
+
+
+def _catalogued_datasets() -> dict[str, Any]:
+    """Folder and modality of the published data sets, which the package's catalogue states."""
+    entries = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))
+    fields = ("modality", "folder", "image_folders")
+    return {name: {**{key: entry[key] for key in fields}, "published": name} for name, entry in entries.items()}
+
+
+def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's mapping, laid over the file that its `extends` names (relative to itself)."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `extends` leads back to this file")
+    try:
+        loaded = _plain_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not plain YAML: {error}") from None
+    if loaded is None:
+        raise ConfigError(f"{path}: the file is empty")
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(loaded).__name__}")
+    parent = loaded.pop("extends", None)
+    if parent is None:
+        return loaded
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: `extends` must name one file")
+    return _merge(_read_layers(path.parent / parent, (*seen, path.resolve())), loaded)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain YAML whose mappings name each key once: YAML itself would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} appears twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)  # `59:59:59` is a number of base 60, of any length
+        if not -(2**63) <= value < 2**63:
+            raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
+        return value
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_yaml_int)
+
+
+def _plain_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  (it is a SafeLoader)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`: mappings are merged key by key, anything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.path=value")
+    try:
+        value = _plain_yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"override {override!r}: the value is not plain YAML: {error}") from None
+    if key == "tasks" and isinstance(value, list) and all(isinstance(name, str) for name in value):
+        raw["tasks"] = [_task_named(raw, name) for name in value]
+        return
+    *parents, last = key.split(".")
+    if parents == ["tasks"]:
+        raise ConfigError(f"override {override!r}: name a key of the task too, as in tasks.{last}.epochs=1")
+    for target in _targets(raw, parents, override):
+        target[last] = value
+
+
+def _targets(raw: dict[str, Any], parents: list[str], override: str) -> list[dict[str, Any]]:
+    """The mappings that an override's path leads to; missing ones are made, so that validation names them."""
+    if parents[:1] == ["tasks"] and len(parents) == 2:
+        return _tasks(raw) if parents[1] == "*" else [_task_named(raw, parents[1])]
+    node = raw
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {part!r} has a value, not further keys")
+    return [node]
+
+
+def _tasks(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What may be a task in a file that is not validated yet."""
+    tasks = raw.get("tasks")
+    return [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
+
+
+def _task_named(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    tasks = {task["name"]: task for task in _tasks(raw) if isinstance(task.get("name"), str)}
+    if name not in tasks:
+        raise ConfigError(f"unknown task {name!r}{nearest(name, tasks)}")
+    return tasks[name]
+
+
+def _explain(item: Any, raw: Mapping[str, Any]) -> str:
+    """One validation error in a line: where, what, and the nearest key that exists. A task goes by its name."""
+    location = [str(part) for part in item["loc"] if part != "[key]"]  # so pydantic marks a key as what is wrong
+    named = location.copy()
+    if location[:1] == ["tasks"] and len(location) > 2:
+        name = raw["tasks"][int(location[1])].get("name")
+        named[1] = name if isinstance(name, str) else location[1]
+    where = ".".join(named)
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key{nearest(location[-1], _known_keys(location[:-1]))}"
+    if item["type"] == "missing":
+        return f"{where}: required, but not given"
+    message = _fault(item)
+    return f"{where}: {message}" if where else message
+
+
+def _fault(item: Any) -> str:
+    """What is wrong with a value, which is shown, shortened."""
+    if item["type"] == "value_error":  # our own, or a library's, which says all
+        return item["msg"].removeprefix("Value error, ")
+    value = item["input"]
+    message = EXPECTED.get(item["type"].replace("parsing", "type")) or item["msg"].removeprefix("Input ")
+    if item["type"] == "string_type" and not isinstance(value, list | dict | None):
+        return f"{message}, found {value}; quote it, on the command line as '\"{value}\"'"
+    return f"{message}, found {reprlib.repr(value)}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    model: Any = StreamConfig
+    for part in location:
+        if part.isdigit() or model is DatasetConfig:
+            continue
+        nested = {"tasks": TaskConfig, "datasets": DatasetConfig}
+        field = model.model_fields.get(part)
+        inner = get_args(field.annotation)[:1] if field and part in METHOD_SECTIONS else ()  # `OloraConfig | None`
+        model = nested.get(part) or (*inner, field.annotation if field else model)[0]
+    return list(model.model_fields)
+
+
+def training_fields(config: StreamConfig) -> dict[str, Any]:
+    """The `training` section, checked against the installed transformers' TrainingArguments.
+
+    Raises:
+        ConfigError: a field that does not exist, is derived from another key, or has the wrong type.
+    """
+    import dataclasses
+    from typing import get_type_hints
+
+    from pydantic import TypeAdapter
+    from transformers import TrainingArguments
+
+    names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    hints = get_type_hints(TrainingArguments)
+    checked = {}
+    for key, value in config.training.items():
+        if key in DERIVED_TRAINING_FIELDS:
+            raise ConfigError(f"training.{key} is not set here; use {DERIVED_TRAINING_FIELDS[key]}")
+        if key not in names:
+            raise ConfigError(f"training.{key}: unknown key{nearest(key, names - set(DERIVED_TRAINING_FIELDS))}")
+        adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
+        try:
+            checked[key] = adapter.validate_python(as_number(value) if _wants_number(hints[key]) else value)
+        except ValidationError as error:
+            raise ConfigError(f"training.{key}: {_fault(error.errors()[0])}") from None
+        if key == "save_strategy" and checked[key] not in SAVE_STRATEGIES:
+            raise ConfigError(f"training.save_strategy is {value!r}; choose one of {', '.join(SAVE_STRATEGIES)}")
+        if isinstance(checked[key], float) and not math.isfinite(checked[key]):
+            raise ConfigError(f"training.{key}: should be a finite number, found {value!r}")
+    return checked
+
+
+def _wants_number(hint: Any) -> bool:
+    return float in (hint, *getattr(hint, "__args__", ()))

@@ -1,0 +1,396 @@
+"""The configuration of a run: one YAML file, read strictly.
+
+A file may start from another with `extends: other.yaml`; every value can be overridden with `key.path=value`.
+Unknown keys are refused with the nearest known one, whatever can be derived is computed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os.path
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from mslora_cr.utils.errors import UserError, nearest
+
+LEARNABLE = -1
+"""The published spelling of a penalty weight that is learned as exp(a)."""
+CATALOGUE = Path(__file__).parents[1] / "data" / "sources" / "catalog.yaml"
+
+
+class ConfigError(UserError):
+    """The configuration is wrong; the message says where and how to mend it."""
+
+
+def as_number(value: Any) -> Any:
+    """YAML 1.1 reads `2e-4` as a string, because it has no dot; read it as the number it is."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(as_number), Field(allow_inf_nan=False)]
+PositiveNumber = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+PositiveInt = Annotated[int, Field(ge=1)]
+PathStr = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A file or folder; a leading `~` is the home folder, which a shell would not expand behind `key=`."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(_Strict):
+    """The frozen base model and how it is loaded."""
+
+    path: PathStr
+    vision_tower: PathStr = "config"
+    """`config` (the tower that the base's `mm_vision_tower` names), `checkpoint` (the shards' own), or a path."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Store the language model's linear layers in 4 or 8 bits (bitsandbytes); they compute in `dtype`."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """A process takes its own GPU among those that CUDA_VISIBLE_DEVICES names; `auto`: the CPU where there is none."""
+
+
+class DataConfig(_Strict):
+    """Where the data sets are and how a record becomes a sample."""
+
+    root: PathStr
+    images: Literal["first", "all"] = "first"
+    """Which images of a record with a list of them are shown: the published evaluation takes the first."""
+    max_length: PositiveInt = 2048
+    """Positions per sample, image patches included; longer samples are cut at the end."""
+    check_images: bool = True
+    """Decode every image once before the first step; images found good are remembered in the run folder."""
+    cache_image_features: PathStr | None = None
+    """A folder where the frozen tower's features are kept, 1.2 MB per image in bfloat16; none: computed at every step.
+    It pays where images repeat over questions and epochs and the tower or the disk is slow."""
+
+
+class LoraSettings(_Strict):
+    """The shape of a bank and how frozen banks take part in the forward pass."""
+
+    rank: PositiveInt = 64
+    alpha: PositiveNumber = 64.0
+    dropout: Annotated[NotNegative, Field(lt=1)] = 0.0
+    fold: Literal["merge", "concatenate"] = "merge"
+    """`merge` adds frozen banks to the base weights; `concatenate` keeps one frozen adapter of rank r·(t-1), and is the
+    default with `model.quantization`: a quantised base is never merged into."""
+
+
+class RegularizationConfig(_Strict):
+    """Weights of the two penalties; -1 makes a weight learnable as exp(a), a starting at -4.6."""
+
+    alpha: Number = 0.1
+    beta: Number = 0.01
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How earlier banks are held for the penalties, whose arithmetic is float32: 4 or 2 bytes per number."""
+    frozen_device: Literal["model", "cpu"] = "model"
+    """Where they are held: beside the model, or in the CPU's pinned memory, from which a GPU reads them once a step."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RegularizationConfig:
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            if value != LEARNABLE and value < 0:
+                raise ValueError(f"{name} is {value}; give a weight of at least 0, or -1 for a learnable one")
+        return self
+
+
+class OloraConfig(_Strict):
+    """Weights of O-LoRA's two terms, as its published scripts set them."""
+
+    lambda_1: NotNegative = 0.5
+    """Of Σ |A_old A_newᵀ|."""
+    lambda_2: NotNegative = 0.0
+    """Of the new bank's norm."""
+
+
+class EwcConfig(_Strict):
+    """How hard elastic weight consolidation holds a bank, and how it learns where."""
+
+    mode: Literal["online", "per_task"] = "online"
+    """One anchor, the last task's, with the Fisher information of all; or an anchor for every earlier task."""
+    strength: PositiveNumber = 400.0
+    """λ."""
+    decay: Annotated[PositiveNumber, Field(le=1)] = 1.0
+    """γ, what an online anchor keeps of earlier Fisher information from task to task."""
+    fisher_batches: PositiveInt = 16
+    """Batches of the task's size whose samples the Fisher information is averaged over."""
+
+
+class ReplayConfig(_Strict):
+    """How many earlier samples are kept, and how many of a batch they are."""
+
+    buffer_size: PositiveInt = 1000
+    """Samples, over all earlier tasks together."""
+    share: Annotated[PositiveNumber, Field(lt=1)] = 0.5
+    """Of each batch, from the second task on."""
+
+
+class LwfConfig(_Strict):
+    """Learning without Forgetting's distillation, with the published values."""
+
+    strength: PositiveNumber = 1.0
+    """λ_o, the weight of the term."""
+    temperature: PositiveNumber = 2.0
+
+
+class MoeLoraConfig(_Strict):
+    """How a mixture of LoRA experts shares a bank's rank."""
+
+    experts: Annotated[int, Field(ge=2)] = 4
+    """E; each has rank / E."""
+
+
+class EvaluationConfig(_Strict):
+    """Greedy generation and what is answered."""
+
+    max_new_tokens: PositiveInt = 100
+    batch_size: PositiveInt = 16
+    banks_by: Literal["prefix", "all", "routed"] = "prefix"
+    """Banks that answer task i at stage k: `prefix` takes 1..min(i, k) (published), `all` takes 1..k, `routed` takes
+    `prefix`'s of the task that the router takes a question for."""
+
+
+class DatasetConfig(_Strict):
+    """A data set that tasks can name: its folder below the data root and its modality."""
+
+    modality: Name
+    folder: str
+    image_folders: list[str] = []
+    published: str | None = None
+    """The published task whose scores reports show beside this one's."""
+
+
+class TaskConfig(_Strict):
+    """One task of the stream."""
+
+    name: Name
+    epochs: PositiveNumber
+    batch_size: PositiveInt
+    """Samples per optimizer step over all processes and accumulation steps."""
+    learning_rate: PositiveNumber
+
+
+class Task(_Strict):
+    """A task with its data set, as the program uses it."""
+
+    index: int
+    name: str
+    modality: str
+    folder: str
+    image_folders: list[str]
+    epochs: float
+    batch_size: int
+    learning_rate: float
+
+
+MethodName = Literal[
+    "zero_shot", "each", "sequential", "incremental", "mslora_cr", "olora", "ewc", "lwf", "replay", "moe_lora", "joint"
+]
+METHOD_SECTIONS = frozenset({"olora", "ewc", "lwf", "replay", "moe_lora"})
+"""Methods with hyper-parameters of their own, in a section of the method's name."""
+SUMMED = frozenset({"olora", "lwf"})
+"""Methods whose source sums all banks for every question, so that `evaluation.banks_by` is `all` unless it is given."""
+
+
+class StreamConfig(_Strict):
+    """A whole run. Read it with `load_config`."""
+
+    run: Name
+    method: MethodName = "mslora_cr"
+    output_dir: PathStr = "checkpoints"
+    results_dir: PathStr = "results"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    """A task's own is this plus its place in the stream, and NumPy takes none from 2**32 on."""
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraSettings = LoraSettings()
+    regularization: RegularizationConfig = RegularizationConfig()
+    """Read by `mslora_cr` alone; the published configurations share it."""
+    olora: OloraConfig | None = None
+    ewc: EwcConfig | None = None
+    lwf: LwfConfig | None = None
+    replay: ReplayConfig | None = None
+    moe_lora: MoeLoraConfig | None = None
+    training: dict[str, Any] = {}
+    """Any field of transformers' TrainingArguments that is not derived from the fields above."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    datasets: dict[Name, DatasetConfig]
+    """The published data sets, from the package's catalogue, and those that the file adds."""
+    tasks: Annotated[list[TaskConfig], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_beside_a_quantised_base(cls, raw: Any) -> Any:
+        model, lora = raw.get("model"), raw.get("lora", {})
+        if isinstance(model, dict) and model.get("quantization") and isinstance(lora, dict):
+            return {**raw, "lora": {"fold": "concatenate", **lora}}
+        return raw
+
+    @model_validator(mode="after")
+    def _check_fold(self) -> StreamConfig:
+        if self.model.quantization and self.lora.fold == "merge":
+            raise ValueError("lora.fold: banks cannot be merged into a quantised base; set it to concatenate")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_method(cls, raw: Any) -> Any:
+        """Fill in the chosen method's section and what its source answers with; refuse other methods' sections."""
+        method = raw.get("method", cls.model_fields["method"].default) if isinstance(raw, Mapping) else None
+        if method not in get_args(MethodName):
+            return raw
+        for other in sorted(METHOD_SECTIONS & raw.keys() - {method}):
+            raise ValueError(f"{other}: belongs to method {other!r}, but this run's method is {method!r}; remove it")
+        settled = dict(raw)
+        if method in METHOD_SECTIONS and raw.get(method) is None:
+            settled[method] = {}
+        evaluation = raw.get("evaluation", {})
+        if method in SUMMED and isinstance(evaluation, Mapping):
+            settled["evaluation"] = {"banks_by": "all", **evaluation}
+        return settled
+
+    @model_serializer(mode="wrap")
+    def _only_the_chosen_section(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key not in METHOD_SECTIONS or value is not None}
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> StreamConfig:
+        seen: set[str] = set()
+        for position, task in enumerate(self.tasks):
+            if task.name not in self.datasets:
+                raise ValueError(
+                    f"tasks.{position}.name: unknown task {task.name!r}{nearest(task.name, self.datasets)}; "
+                    "a new one needs an entry in `datasets` with its modality and folder"
+                )
+            if task.name in seen:
+                raise ValueError(f"tasks.{position}.name: task {task.name!r} appears twice in the stream")
+            seen.add(task.name)
+            if self.method == "replay" and task.batch_size == 1:
+                raise ValueError(f"tasks.{task.name}.batch_size: replay mixes new and old in a batch; use at least 2")
+        return self
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> StreamConfig:
+        if self.moe_lora is not None and self.lora.rank % self.moe_lora.experts:
+            raise ValueError(f"moe_lora.experts: {self.moe_lora.experts} does not divide lora.rank {self.lora.rank}")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.run
+
+    @property
+    def results_run_dir(self) -> Path:
+        return Path(self.results_dir) / self.run
+
+    @property
+    def stream(self) -> list[Task]:
+        """The tasks in order, each with its data set."""
+        return [
+            Task(
+                index=index,
+                **task.model_dump(),
+                **self.datasets[task.name].model_dump(include={"modality", "folder", "image_folders"}),
+            )
+            for index, task in enumerate(self.tasks)
+        ]
+
+    def task(self, name: str) -> Task:
+        """The task of that name.
+
+        Raises:
+            ConfigError: there is none; names the nearest one.
+        """
+        for task in self.stream:
+            if task.name == name:
+                return task
+        names = [task.name for task in self.tasks]
+        raise ConfigError(f"unknown task {name!r}{nearest(name, names)}; the stream has {', '.join(names)}")
+
+    def same_modality(self, task: Task) -> list[bool]:
+        """For each earlier task of the stream: does it share this task's modality?"""
+        return [earlier.modality == task.modality for earlier in self.stream[: task.index]]
+
+    def fingerprint_fields(self, last: Task | None = None) -> dict[str, Any]:
+        """Everything in this configuration that decides what the banks up to a task's become, the last one's if none
+        is given: no places, no speed, no evaluation, no later task. `joint` trains on all tasks at once.
+        """
+        tasks = self.tasks if last is None or self.method == "joint" else self.tasks[: last.index + 1]
+        found = self.model_dump(mode="json", exclude={"run", "output_dir", "results_dir", "evaluation", "datasets"})
+        for place, key in UNDECIDING_FIELDS:
+            del found[place][key]
+        for key in UNDECIDING_TRAINING_FIELDS:
+            found["training"].pop(key, None)
+        modalities = {task.name: self.datasets[task.name].modality for task in tasks}
+        return {**found, "tasks": [task.model_dump(mode="json") for task in tasks], "modalities": modalities}
+
+    def training_digest(self, last: Task | None = None) -> str:
+        """SHA-256 of `fingerprint_fields`."""
+        return hashlib.sha256(json.dumps(self.fingerprint_fields(last), sort_keys=True).encode()).hexdigest()
+
+
+UNDECIDING_FIELDS = (
+    ("model", "path"),
+    ("model", "device"),
+    ("data", "root"),
+    ("data", "check_images"),
+    ("data", "cache_image_features"),
+    ("regularization", "frozen_device"),
+)
+"""Settings that say where or how fast, not what the banks become: of base model and records, the ledger has digests."""
+
+UNDECIDING_TRAINING_FIELDS = frozenset(
+    {"save_steps", "save_total_limit", "save_strategy", "logging_steps", "report_to", "disable_tqdm"}
+    | {"dataloader_num_workers", "dataloader_pin_memory", "log_level", "run_name", "project"}
+    | {"deepspeed", "ddp_timeout"}
+    | {"per_device_train_batch_size", "gradient_checkpointing", "gradient_checkpointing_kwargs"}
+)
+"""Fields of `training` that may differ when a run is continued: they change no weight by more than rounding."""
+
+DERIVED_TRAINING_FIELDS = {
+    "output_dir": "output_dir",
+    "num_train_epochs": "tasks.NAME.epochs",
+    "max_steps": "tasks.NAME.epochs",
+    "learning_rate": "tasks.NAME.learning_rate",
+    "gradient_accumulation_steps": "tasks.NAME.batch_size and training.per_device_train_batch_size",
+    "seed": "seed",
+    "data_seed": "seed",
+    "remove_unused_columns": "nothing: the collator needs every column",
+    "resume_from_checkpoint": "nothing: the same command resumes automatically",
+    "do_train": "nothing: `mslora-cr train` trains",
+    "do_eval": "nothing: `mslora-cr evaluate` evaluates",
+    "eval_strategy": "nothing: `mslora-cr evaluate` evaluates",
+    "load_best_model_at_end": "nothing: the bank after the last step is kept",
+    "ignore_data_skip": "nothing: a resumed run continues with the next sample",
+    "save_only_model": "nothing: a checkpoint contains everything a resumed run needs",
+    "auto_find_batch_size": "training.per_device_train_batch_size",
+    "push_to_hub": "nothing: upload the banks of a finished run yourself",
+    "label_names": "nothing: labels are `labels`",
+    "use_cpu": "model.device",
+    "fsdp": "training.deepspeed: banks are gathered from ZeRO's shards alone",
+    "fsdp_config": "training.deepspeed: banks are gathered from ZeRO's shards alone",
+}
+"""TrainingArguments that this configuration sets itself, each with the key to use instead."""

@@ -1,0 +1,320 @@
+"""`train.json` and `test.jsonl` from what a raw release holds itself: questions and answers, or labels.
+
+One function per data set walks the release and yields rows; the questions about labels are the catalogue's
+own words, or the user's. `slake-vqarad` is two releases, one after the other, as published.
+"""
+
+from __future__ import annotations
+
+import csv
+import filecmp
+import hashlib
+import io
+import json
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ValidationError
+
+from mslora_cr.data.records import STRICT_JSON, DataError, Text, explain_json, first_problem
+from mslora_cr.data.sources.catalog import DataSet
+from mslora_cr.data.sources.pcam import image_name, read_labels
+from mslora_cr.data.sources.raw import RawData, RawFile, read
+from mslora_cr.utils.errors import nearest
+
+Split = Literal["train", "test"]
+AnswerType = Literal["OPEN", "CLOSED"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+class Row(NamedTuple):
+    """One question about one image; `image` is its name below the data set's folder."""
+
+    split: Split
+    id: int | str
+    image: str
+    question: str
+    answer: str
+    answer_type: AnswerType
+
+
+def build_annotations(
+    dataset: DataSet, raw: RawData, folder: Path, questions: Mapping[str, str] | None = None
+) -> Counter[str]:
+    """Write `folder/train.json` and `folder/test.jsonl`; give the number of rows of each split.
+
+    `questions` replaces templates of the catalogue, by their keys. Files that exist already are left
+    alone if they say the same, and never overwritten otherwise. Rows without a question or an answer are left
+    out, and counted under "empty".
+
+    Raises:
+        DataError: the release holds nothing to build from or is malformed, or other annotations exist.
+    """
+    if dataset.name not in _BUILDERS:
+        raise DataError(
+            f"{dataset.name}: its raw release has nothing to build annotations from; "
+            "fetch them with `mslora-cr data download`"
+        )
+    rows = _BUILDERS[dataset.name](raw, _templates(dataset, questions or {}))
+    train, test = folder / "train.json", folder / "test.jsonl"
+    new_train, new_test = folder / ".train.json.part", folder / ".test.jsonl.part"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        counts = _write(rows, new_train, new_test)
+        if not (counts["train"] and counts["test"]):
+            raise DataError(
+                f"{dataset.name}: the raw data give {counts['train']} training and {counts['test']} test rows"
+            )
+        for new, old in ((new_train, train), (new_test, test)):
+            if old.exists() and not filecmp.cmp(new, old, shallow=False):
+                raise DataError(f"{old}: differs from what would be built; move it away to rebuild it")
+        new_train.replace(train)
+        new_test.replace(test)
+    finally:
+        new_train.unlink(missing_ok=True)
+        new_test.unlink(missing_ok=True)
+    return counts
+
+
+def _templates(dataset: DataSet, replaced: Mapping[str, str]) -> dict[str, str]:
+    for key in replaced:
+        if key not in dataset.questions:
+            known = ", ".join(dataset.questions)
+            raise DataError(f"{dataset.name}: no question {key!r}{nearest(key, dataset.questions)}; known: {known}")
+    return {**dataset.questions, **replaced}
+
+
+def _write(rows: Iterator[Row], train: Path, test: Path) -> Counter[str]:
+    """A record a line, written as the rows come."""
+    counts: Counter[str] = Counter()
+    with train.open("w", encoding="utf-8") as train_file, test.open("w", encoding="utf-8") as test_file:
+        for row in rows:
+            if not (row.question.strip() and row.answer.strip()):
+                counts["empty"] += 1
+                continue
+            if row.split == "train":
+                train_file.write("[\n" if not counts["train"] else ",\n")
+                train_file.write(json.dumps(_training_record(row), ensure_ascii=False))
+            else:
+                test_file.write(json.dumps(_test_record(row), ensure_ascii=False) + "\n")
+            counts[row.split] += 1
+        train_file.write("\n]\n")
+    return counts
+
+
+def _training_record(row: Row) -> dict[str, Any]:
+    turns = [
+        {"from": "human", "value": f"<image>\n{row.question.strip()}"},
+        {"from": "gpt", "value": row.answer.strip()},
+    ]
+    return {"id": row.id, "image": row.image, "conversations": turns}
+
+
+def _test_record(row: Row) -> dict[str, Any]:
+    question, answer = row.question.strip(), row.answer.strip()
+    return {
+        "question_id": row.id,
+        "image": row.image,
+        "text": question,
+        "gt": answer,
+        "answer_type": row.answer_type,
+    }
+
+
+# --- releases with questions and answers ----------------------------------------
+
+# Answers are text, but some releases hold numbers.
+_Answer = Annotated[Text, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)]
+_AnswerType = Annotated[
+    AnswerType, BeforeValidator(lambda value: value.strip().upper() if isinstance(value, str) else value)
+]
+
+
+class _PathVqaRow(BaseModel):
+    image: Text
+    question: Text
+    answer: _Answer
+
+
+class _SlakeRow(BaseModel):
+    img_name: Text
+    question: Text
+    answer: _Answer
+    answer_type: _AnswerType
+    q_lang: str
+
+
+class _VqaRadRow(BaseModel):
+    image_name: Text
+    question: Text
+    answer: _Answer
+    answer_type: _AnswerType
+    phrase_type: str
+
+
+def _pathvqa(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
+    for split in SPLITS:
+        file = raw.find(*(f"qas/{split}/{split}_qa{suffix}" for suffix in (".pkl", ".json", ".jsonl")))
+        for index, row in enumerate(_rows(file, _PathVqaRow)):
+            name = row.image if PurePosixPath(row.image).suffix else f"{row.image}.jpg"
+            closed = row.answer.strip().lower() in ("yes", "no")
+            question = questions["question"].replace("{question}", row.question)
+            yield Row(split, index, f"images/{split}/{name}", question, row.answer, "CLOSED" if closed else "OPEN")
+
+
+def _slake_vqarad(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
+    template = questions["question"]
+    for split in SPLITS:
+        english = (
+            row for row in _rows(raw.find(f"Slake1.0/{split}.json", f"{split}.json"), _SlakeRow) if row.q_lang == "en"
+        )
+        for number, slake in enumerate(english, 1):
+            question = template.replace("{question}", slake.question)
+            yield Row(split, number, f"Slake_images/{slake.img_name}", question, slake.answer, slake.answer_type)
+    numbers: Counter[str] = Counter()
+    for rad in _rows(raw.find("VQA_RAD Dataset Public.json"), _VqaRadRow):
+        split = "test" if rad.phrase_type.startswith("test") else "train"
+        numbers[split] += 1
+        question = template.replace("{question}", rad.question)
+        yield Row(split, numbers[split], f"VqaRad_images/{rad.image_name}", question, rad.answer, rad.answer_type)
+
+
+# --- releases with labels -------------------------------------------------------
+
+
+def _fitzpatrick(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
+    columns = ("md5hash", "label", "three_partition_label")
+    for row in _table(raw.find("fitzpatrick17k.csv"), columns):
+        name, split = row["md5hash"], _split_by_hash(row["md5hash"])
+        image = f"images/{name}.jpg"
+        yield Row(split, f"{name}-diagnosis", image, questions["diagnosis"], row["label"], "OPEN")
+        yield Row(
+            split,
+            f"{name}-malignancy",
+            image,
+            questions["malignancy"],
+            row["three_partition_label"],
+            "CLOSED",
+        )
+
+
+def _ham(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
+    file = raw.find("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")
+    for row in _table(file, ("lesion_id", "image_id", "dx")):
+        # By lesion, so that no lesion is seen both in training and in the test.
+        split, image = _split_by_hash(row["lesion_id"]), f"images/{row['image_id']}.jpg"
+        yield Row(split, row["image_id"], image, questions["label"], row["dx"], "CLOSED")
+
+
+def _cxp(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
+    place = re.compile(r"(?:^|/)(train|test)/(NORMAL|PNEUMONIA)/([^/]+\.(?:jpeg|jpg|png))$")
+    # Kaggle's archive holds the whole tree twice.
+    found = sorted({match.groups() for file in raw.files if (match := place.search(str(file.path)))})
+    numbers: Counter[str] = Counter()
+    for folder, label, name in found:
+        split: Split = "train" if folder == "train" else "test"
+        yield Row(split, numbers[folder], f"{folder}/{label}/{name}", questions["label"], label.lower(), "CLOSED")
+        numbers[folder] += 1
+
+
+def _pcam(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
+    for split in SPLITS:
+        for index, positive in enumerate(read_labels(raw, split)):
+            answer = "Positive" if positive else "Negative"
+            yield Row(split, index, image_name(split, index), questions["label"], answer, "CLOSED")
+
+
+_BUILDERS: dict[str, Callable[[RawData, Mapping[str, str]], Iterator[Row]]] = {
+    "pathvqa": _pathvqa,
+    "slake-vqarad": _slake_vqarad,
+    "derm": _fitzpatrick,
+    "PCAM": _pcam,
+    "CXP": _cxp,
+    "HAM": _ham,
+}
+
+
+def _split_by_hash(key: str) -> Split:
+    """A fifth of all keys are test keys, the same ones whatever else is in the table."""
+    return "test" if hashlib.sha256(key.encode()).digest()[0] < 256 / 5 else "train"
+
+
+# --- reading tables -------------------------------------------------------------
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _rows(file: RawFile, model: type[_Model]) -> Iterator[_Model]:
+    """The objects of a JSON, JSONL or pickle file."""
+    for place, value in _lines(file) if file.path.suffix == ".jsonl" else _items(file):
+        try:
+            yield model.model_validate(value)
+        except ValidationError as error:
+            raise DataError(f"{file.path}: {place}: {first_problem(error)}") from None
+
+
+def _lines(file: RawFile) -> Iterator[tuple[str, Any]]:
+    """What each line of a JSONL file holds, after its place in words; blank ones are skipped."""
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if line.strip():
+            try:
+                value = STRICT_JSON.decode(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{file.path}: line {number}: {explain_json(error)}") from None
+            yield f"line {number}", value
+
+
+def _items(file: RawFile) -> Iterator[tuple[str, Any]]:
+    """What the list in a JSON or pickle file holds, each after its place in words."""
+    values = _load(file)
+    if not isinstance(values, list):
+        raise DataError(f"{file.path}: expected a list, found {type(values).__name__}")
+    for index, value in enumerate(values):
+        yield f"record {index}", value
+
+
+def _load(file: RawFile) -> Any:
+    data = read(file)
+    try:
+        if file.path.suffix == ".pkl":
+            return _PlainUnpickler(io.BytesIO(data)).load()
+        return STRICT_JSON.decode(data.decode("utf-8-sig"))
+    except DataError as error:
+        raise DataError(f"{file.path}: {error}") from None
+    except Exception as error:  # a damaged pickle may raise nearly anything
+        raise DataError(f"{file.path}: not readable as {file.path.suffix[1:]} ({error})") from error
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Lists, dicts, texts and numbers only: nothing that a pickle names is ever imported or called."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise DataError(f"refused: this pickle wants to load {module}.{name}; only plain data is allowed")
+
+
+def _text(file: RawFile) -> str:
+    try:
+        return read(file).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{file.path}: not UTF-8 text") from None
+
+
+def _table(file: RawFile, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """Rows of a table separated by commas or tabs, with the columns that are needed."""
+    text = _text(file)
+    header = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ",")
+    try:
+        lacking = [column for column in columns if column not in (reader.fieldnames or ())]
+        if lacking:
+            raise DataError(f"{file.path}: line 1: no column {', '.join(lacking)}")
+        for row in reader:
+            if any(row[column] is None for column in columns):
+                raise DataError(f"{file.path}: line {reader.line_num}: too few columns")
+            yield {column: row[column] for column in columns}
+    except csv.Error as error:  # such as a quote that is never closed, which makes one field of the rest
+        raise DataError(f"{file.path}: line {reader.reader.line_num}: {error}") from None

@@ -1,0 +1,57 @@
+"""The published data sets: where each belongs, where it comes from, what it asks. Read from `catalog.yaml`."""
+
+from functools import cache
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from mslora_cr.data.records import DataError
+from mslora_cr.utils.errors import nearest
+
+
+class TestRows(BaseModel):
+    """Rows of the published test file by answer type."""
+
+    __test__ = False  # pytest: not a test class
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    open: int
+    closed: int
+
+
+class DataSet(BaseModel):
+    """One entry; the fields are explained at the top of `catalog.yaml`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    title: str
+    modality: str
+    folder: str
+    image_folders: tuple[str, ...]
+    source: str
+    license: str
+    access: str
+    raw: tuple[str, ...]
+    test_rows: TestRows
+    questions: dict[str, str]
+    notes: str
+
+
+@cache
+def catalog() -> dict[str, DataSet]:
+    """The data sets by the name of their task, in the order of the published stream."""
+    entries = yaml.safe_load(Path(__file__).with_name("catalog.yaml").read_text(encoding="utf-8"))
+    return {name: DataSet(name=name, **entry) for name, entry in entries.items()}
+
+
+def data_set(name: str) -> DataSet:
+    """The data set of a task.
+
+    Raises:
+        DataError: there is none of that name; names the nearest one.
+    """
+    if name not in catalog():
+        raise DataError(f"unknown data set {name!r}{nearest(name, catalog())}; known: {', '.join(catalog())}")
+    return catalog()[name]

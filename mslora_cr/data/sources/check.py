@@ -1,0 +1,372 @@
+"""`mslora-cr data check ROOT`: everything about the data that would otherwise cost an hour to find out.
+
+Errors would stop a run or spoil it; warnings are worth knowing. Memory is bounded by the image names and the short
+answers of one data set, whatever the annotations hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tqdm import tqdm
+
+from mslora_cr.data.images import check_images, check_name, image_roots, resolve_image, tower_folder
+from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
+from mslora_cr.data.sources.catalog import DataSet
+
+if TYPE_CHECKING:
+    from mslora_cr.data.tokenizer import Tokenizer
+
+
+Names = dict[str, str]
+"""Images by their place below the data set's folder, with the name that the annotations give."""
+EXAMPLES = 5
+"""How many instances of a problem are named."""
+COMMONEST = 10
+"""How many answers are counted in the report."""
+ONE_SIDED = 0.95
+"""The share of one answer, among closed questions or in training, from which on it is remarked."""
+SHORT = 80
+"""Characters up to which a training answer is taken for a choice, such as a closed question has."""
+NOTABLE = 0.01
+"""The share from which on a training answer is named."""
+CLIP_PATCHES = 576
+"""Patches of CLIP ViT-L/14 at 336 pixels, assumed where the model's own tower is not available."""
+
+
+@dataclass
+class Problem:
+    level: Literal["error", "warning"]
+    message: str
+    count: int
+    examples: list[str]
+
+
+@dataclass
+class Share:
+    count: int
+    share: float
+
+
+@dataclass
+class Report:
+    """What was found about one data set; `None` where nothing could be checked."""
+
+    name: str
+    train_rows: int | None = None
+    test_open: int | None = None
+    test_closed: int | None = None
+    images: int | None = None
+    missing: int | None = None
+    unreadable: int | None = None
+    shared_images: int | None = None
+    """Images that both the training and the test file name."""
+    shared_contents: int | None = None
+    """Test images that are, under another name, also training images: the same file, or one of the same bytes."""
+    closed_answers: dict[str, int] = field(default_factory=dict)
+    """The commonest answers to the closed test questions, in lower case."""
+    training_answers: dict[str, Share] = field(default_factory=dict)
+    """The commonest short answers in training, in lower case, with their share of all answers there."""
+    truncated: int | None = None
+    """Training conversations and test prompts longer than the model's limit."""
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def errors(self) -> int:
+        return sum(problem.level == "error" for problem in self.problems)
+
+    def error(self, message: str, found: Sequence[str] = ()) -> None:
+        self.problems.append(Problem("error", message, len(found) or 1, list(found[:EXAMPLES])))
+
+    def warning(self, message: str, found: Sequence[str] = ()) -> None:
+        self.problems.append(Problem("warning", message, len(found) or 1, list(found[:EXAMPLES])))
+
+
+@dataclass(frozen=True)
+class Scan:
+    """How image files are checked; a `cache` file remembers those found good (`check_images`)."""
+
+    workers: int = 1
+    progress: bool = False
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long a sample may be, and what its length is measured with."""
+
+    tokenizer: Tokenizer
+    patches: int
+    max_length: int
+
+
+def check(dataset: DataSet, root: Path, limit: Limit | None = None, scan: Scan | None = None) -> Report:
+    """Look at one data set below the data root: at lengths with a `limit`, at image files with a `scan`."""
+    report = Report(dataset.name)
+    folder = root / dataset.folder
+    if not folder.is_dir():
+        report.error(f"{folder}: no such folder")
+        return report
+    training = test = None
+    try:
+        training = TrainingRecords(folder / "train.json")
+    except DataError as error:
+        report.error(str(error))
+    try:
+        test = TestRecords(folder / "test.jsonl")
+    except DataError as error:
+        report.error(str(error))
+    train_images = _check_training(training, dataset, limit, report) if training else {}
+    test_images = _check_test(test, dataset, limit, report) if test else {}
+    if training and test:
+        _check_overlap(train_images, test_images, report)
+    if scan is not None:
+        _check_image_files(dataset, root, train_images, test_images, scan, report)
+    return report
+
+
+def _check_training(records: TrainingRecords, dataset: DataSet, limit: Limit | None, report: Report) -> Names:
+    """Report on the conversations, and give the images that they name."""
+    empty, silent, long, nul = [], [], [], []
+    names: set[str] = set()
+    answers: Counter[str] = Counter()
+    all_answers = 0
+    for index, record in enumerate(records):
+        place = f"{records.path.name}: {records.place(index)}"
+        names.update(record.images)
+        said = [turn.text.strip().lower() for turn in record.turns if turn.speaker == "gpt"]
+        answers.update(answer for answer in said if 0 < len(answer) <= SHORT)
+        all_answers += len(said)
+        if "" in said:
+            empty.append(place)
+        if any("\0" in turn.text for turn in record.turns):
+            nul.append(place)
+        elif limit is not None:
+            learned, length = _training_length(record.turns, bool(record.images), limit)
+            silent += [] if learned else [place]
+            long += [place] if length > limit.max_length else []
+    report.train_rows = len(records)
+    if nul:
+        report.error("conversations with a NUL character, which cannot be encoded", nul)
+    if empty:
+        report.warning("conversations with an empty answer", empty)
+    if silent:
+        report.warning("conversations that the template cannot hold: they add nothing to the loss", silent)
+    commonest = {answer: Share(count, count / all_answers) for answer, count in answers.most_common(COMMONEST)}
+    report.training_answers = {answer: found for answer, found in commonest.items() if found.share >= NOTABLE}
+    _check_balance(answers, all_answers, "training answers are the same", report)
+    _count_long(long, limit, report)
+    return _images(names, dataset, records.path.name, report)
+
+
+def _check_test(records: TestRecords, dataset: DataSet, limit: Limit | None, report: Report) -> Names:
+    """Report on the questions, and give the images that they name."""
+    types: Counter[str] = Counter()
+    answers: Counter[str] = Counter()
+    names: set[str] = set()
+    empty, long, nul = [], [], []
+    for index, record in enumerate(records):
+        place = f"{records.path.name}: question {index}"
+        names.update(record.images)
+        types[record.answer_type] += 1
+        if record.answer_type == "CLOSED":
+            answers[record.gt.strip().lower()] += 1
+        if not record.gt.strip():
+            empty.append(str(record.question_id))
+        if "\0" in record.text:
+            nul.append(place)
+        elif limit is not None and _prompt_length(record.text, limit) > limit.max_length:
+            long.append(place)
+    report.test_open, report.test_closed = types["OPEN"], types["CLOSED"]
+    report.closed_answers = dict(answers.most_common(COMMONEST))
+    expected = dataset.test_rows
+    if (report.test_open, report.test_closed) != (expected.open, expected.closed):
+        report.warning(
+            f"the published test set holds {expected.open} open and {expected.closed} closed rows, this one "
+            f"{report.test_open} and {report.test_closed}: scores cannot be compared with the published ones"
+        )
+    if nul:
+        report.error("questions with a NUL character, which cannot be encoded", nul)
+    if empty:
+        report.warning("questions with an empty answer", empty)
+    _check_balance(answers, answers.total(), "closed test questions have the same answer", report)
+    _count_long(long, limit, report)
+    return _images(names, dataset, records.path.name, report)
+
+
+def _check_balance(answers: Counter[str], total: int, what: str, report: Report) -> None:
+    for answer, count in answers.most_common(1):
+        if count / total >= ONE_SIDED:
+            report.warning(f"{count / total:.0%} of the {what}, {answer!r}")
+
+
+def _images(names: Iterable[str], dataset: DataSet, file: str, report: Report) -> Names:
+    """The images named in a file, each by its place below the data set's folder; unsafe names are reported."""
+    images, unsafe = {}, []
+    for name in names:
+        try:
+            place = check_name(name)
+        except DataError as error:
+            unsafe.append(str(error))
+            continue
+        from_root = place.parts[0] == dataset.folder
+        images[str(place.relative_to(dataset.folder) if from_root else place)] = name
+    if unsafe:
+        report.error(f"{file}: image names that lead outside the data root", sorted(unsafe))
+    return images
+
+
+def _check_overlap(training: Names, test: Names, report: Report) -> None:
+    shared = sorted(training.keys() & test.keys())
+    report.shared_images = len(shared)
+    if shared:
+        report.warning("images in both the training and the test file", shared)
+
+
+def _training_length(turns: Sequence, has_image: bool, limit: Limit) -> tuple[bool, int]:
+    """Whether a conversation bears labels, and its positions with one image's patches."""
+    from mslora_cr.data.prompts import IGNORE_INDEX, encode_conversation
+
+    ids, labels = encode_conversation(limit.tokenizer, turns, int(has_image))
+    return any(label != IGNORE_INDEX for label in labels), _expanded(ids, limit)
+
+
+def _prompt_length(question: str, limit: Limit) -> int:
+    from mslora_cr.data.prompts import encode_prompt, generation_prompt
+
+    return _expanded(encode_prompt(limit.tokenizer, generation_prompt(question)), limit)
+
+
+def _expanded(ids: Sequence[int], limit: Limit) -> int:
+    from mslora_cr.data.prompts import IMAGE_INDEX
+
+    return len(ids) + ids.count(IMAGE_INDEX) * (limit.patches - 1)
+
+
+def _count_long(long: list[str], limit: Limit | None, report: Report) -> None:
+    if limit is not None:
+        report.truncated = (report.truncated or 0) + len(long)
+        if long:
+            report.warning(f"samples longer than {limit.max_length} positions: their end is cut off", long)
+
+
+def _check_image_files(dataset: DataSet, root: Path, training: Names, test: Names, scan: Scan, report: Report) -> None:
+    for name in dataset.image_folders:
+        if not (root / dataset.folder / name).is_dir():
+            report.error(f"{root / dataset.folder / name}: no such folder")
+    roots = image_roots(root, dataset.folder, dataset.image_folders)
+    train_files = _resolve(training, roots, "train.json", report)
+    test_files = _resolve(test, roots, "test.jsonl", report)
+    train_paths, test_paths = set(train_files.values()), set(test_files.values())
+    paths = sorted(train_paths | test_paths)
+    report.images = len(paths)
+
+    bad = check_images(paths, scan.workers, scan.progress, scan.cache)
+    report.unreadable = len(bad)
+    if bad:
+        report.error("unreadable images", [f"{path}: {problem}" for path, problem in bad])
+
+    renamed = [str(path) for place, path in test_files.items() if place not in training and path in train_paths]
+    copies = sorted({*renamed, *_copies(train_paths, test_paths, scan)})
+    report.shared_contents = len(copies)
+    if copies:
+        report.warning("test images that are, under another name, also training images", copies)
+
+
+def _resolve(names: Names, roots: Sequence[Path], file: str, report: Report) -> dict[str, Path]:
+    """The existing images, by their paths."""
+    found, missing = {}, []
+    for place, name in names.items():
+        try:
+            found[place] = resolve_image(name, roots)
+        except DataError:
+            missing.append(name)
+    report.missing = (report.missing or 0) + len(missing)
+    if missing:
+        report.error(f"{file}: images that are missing below {roots[0]}", sorted(missing))
+    return found
+
+
+def _copies(train: set[Path], test: set[Path], scan: Scan) -> list[str]:
+    """Test images with the bytes of a training image of another name. Only files of equal size are read."""
+    sizes = [{path.stat().st_size for path in paths} for paths in (train, test)]
+    common = sizes[0] & sizes[1]
+    candidates = [
+        sorted(path for path in paths - others if path.stat().st_size in common)
+        for paths, others in ((train, test), (test, train))
+    ]
+    with tqdm(total=sum(map(len, candidates)), desc="contents", unit="image", disable=not scan.progress) as bar:
+        known = {digest for _, digest in _digests(candidates[0], scan.workers, bar)}
+        return [str(path) for path, digest in _digests(candidates[1], scan.workers, bar) if digest in known]
+
+
+def _digests(paths: Sequence[Path], workers: int, bar: tqdm) -> Iterator[tuple[Path, bytes]]:
+    remaining = iter(paths)
+    with ThreadPoolExecutor(workers) as pool:
+        while chunk := list(islice(remaining, 1024)):
+            for path, digest in zip(chunk, pool.map(_digest, chunk), strict=True):
+                bar.update()
+                yield path, digest
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()[:16]
+
+
+def read_limit(model: Path, max_length: int) -> Limit:
+    """The tokenizer of a model's folder, and how many patches its vision tower makes of an image.
+
+    Raises:
+        DataError: the folder holds no readable tokenizer or config.json.
+    """
+    from mslora_cr.data.tokenizer import Tokenizer
+
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        tower = config.get("vision_config")
+        if tower is None:
+            named = tower_folder(model, str(config.get("mm_vision_tower")))
+            tower = json.loads((named / "config.json").read_text(encoding="utf-8")) if named else {}
+            tower = tower.get("vision_config", tower)
+        patches = (tower["image_size"] // tower["patch_size"]) ** 2 if "patch_size" in tower else CLIP_PATCHES
+        return Limit(Tokenizer(model), patches, max_length)
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise DataError(f"{model}: not a model's folder ({error})") from error
+
+
+COLUMNS = (
+    *("train_rows", "test_open", "test_closed", "images", "missing", "unreadable"),
+    *("shared_images", "shared_contents", "truncated"),
+)
+
+
+def table(reports: Iterable[Report]) -> str:
+    """A line for each data set, and below them how the answers are shared and what is wrong."""
+    rows = [["data set", *(name.replace("_", " ") for name in COLUMNS), "verdict"]]
+    problems, balance = [], []
+    for report in reports:
+        if report.test_closed:
+            shares = (f"{answer} {count / report.test_closed:.0%}" for answer, count in report.closed_answers.items())
+            balance.append(f"closed answers: {report.name}: {', '.join(shares)}")
+        if report.training_answers:
+            shares = (f"{answer} {found.share:.0%}" for answer, found in report.training_answers.items())
+            balance.append(f"training answers: {report.name}: {', '.join(shares)}")
+        values = [getattr(report, name) for name in COLUMNS]
+        verdict = "errors" if report.errors else "warnings" if report.problems else "ok"
+        rows.append([report.name, *("-" if value is None else f"{value:,}" for value in values), verdict])
+        for problem in report.problems:
+            count = f" ({problem.count:,})" if problem.examples else ""
+            problems.append(f"{problem.level}: {report.name}: {problem.message}{count}")
+            problems += [f"    {example}" for example in problem.examples]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*lines, "", *balance, *problems]).rstrip()

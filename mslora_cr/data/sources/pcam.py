@@ -1,0 +1,147 @@
+"""PatchCamelyon ships HDF5 arrays instead of images: labels from them, and the images as PNG files.
+
+Image number i of a split is row i of `camelyonpatch_level_2_split_<split>_x.h5`; its label is in `…_y.h5`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from mslora_cr.data.records import DataError
+from mslora_cr.data.sources.raw import RawData, RawFile, extract, write_atomically
+
+SLAB = 256
+"""Rows read at a time."""
+
+
+def image_name(split: str, index: int) -> str:
+    """How we name row `index` of a split."""
+    return f"{split}/{index:06d}.png"
+
+
+def has_arrays(raw: RawData) -> bool:
+    return any(file.path.name.startswith("camelyonpatch_level_2_split_") for file in raw.files)
+
+
+def read_labels(raw: RawData, split: str) -> list[bool]:
+    """The label of each row: is there tumor tissue in the centre of the patch?"""
+    with _array(raw, split, "y") as array:
+        return [bool(label) for label in array[:].reshape(-1)]
+
+
+def export_images(raw: RawData, wanted: Mapping[str, Path], answers: Mapping[str, str], progress: bool) -> None:
+    """Write the images `wanted` (name → target), rows of the arrays by the number their name ends in.
+
+    `answers` gives what the annotations say of each image, in whatever two words. Nothing is written unless one
+    word goes with each label throughout: nothing else shows that the names count the rows.
+
+    Raises:
+        DataError: a name has no split or number, a number is out of range, answers and labels do not go together.
+    """
+    rows: dict[str, dict[int, Path]] = defaultdict(dict)
+    for name, target in wanted.items():
+        split, index = _row_of(name)
+        rows[split][index] = target
+    _check_answers(raw, answers)
+    with tqdm(total=len(wanted), desc="PCam images", unit="image", disable=not progress) as bar:
+        for split, targets in rows.items():
+            with _array(raw, split, "x") as array, ThreadPoolExecutor() as pool:
+                for chunk in _slabs(targets):
+                    low, high = chunk[0], chunk[-1] + 1
+                    patches = array[low:high]
+                    list(pool.map(_write_png, (patches[i - low] for i in chunk), (targets[i] for i in chunk)))
+                    bar.update(len(chunk))
+
+
+def _check_answers(raw: RawData, answers: Mapping[str, str]) -> None:
+    labels: dict[str, list[bool]] = {}
+    found: Counter[tuple[str, bool]] = Counter()
+    for name, answer in answers.items():
+        split, index = _row_of(name)
+        if split not in labels:
+            labels[split] = read_labels(raw, split)
+        if index >= len(labels[split]):
+            raise DataError(f"PCam image {name!r}: split {split} has {len(labels[split])} rows only")
+        found[answer.strip().strip(" .").lower(), labels[split][index]] += 1
+    words = Counter(word for word, _ in found.elements())
+    if not len(words) == len(found) == len({label for _, label in found}) == 2:
+        named = [word for word, _ in words.most_common(4)]
+        counts = [f"{word[:60]!r} ({found[word, True]} with, {found[word, False]} without)" for word in named]
+        more = f" and {len(words) - len(named)} other answers" if len(words) > len(named) else ""
+        raise DataError(
+            "PCam: expected two answers in the annotations, one for the rows with tumor tissue and one for those "
+            f"without; found {', '.join(counts)}{more}. So the image names do not count the rows, or something else "
+            "was asked: place the images by hand, or build the annotations with --annotations"
+        )
+
+
+def _row_of(name: str) -> tuple[str, int]:
+    path = PurePosixPath(name)
+    splits = [part for part in path.parts if part in ("train", "test", "valid")]
+    number = re.search(r"(\d+)$", path.stem)
+    if not splits or not number or len(number[1]) > 7:
+        raise DataError(f"PCam image {name!r}: expected <split>/…<row number>.png")
+    return splits[-1], int(number[1])
+
+
+def _slabs(indices: Iterable[int]) -> Iterator[list[int]]:
+    """Sorted indices in groups that lie within `SLAB` rows."""
+    group: list[int] = []
+    for index in sorted(indices):
+        if group and index - group[0] >= SLAB:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def _write_png(pixels: Any, target: Path) -> None:
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    buffer.seek(0)
+    write_atomically(target, buffer)
+
+
+@contextmanager
+def _array(raw: RawData, split: str, which: str) -> Iterator[Any]:
+    """The dataset "x" (rows, 96, 96, 3) uint8 or "y" (rows, 1, 1, 1) uint8 of a split."""
+    import h5py  # of the extra `data`
+
+    name = f"camelyonpatch_level_2_split_{split}_{which}.h5"
+    path = _on_disk(raw, raw.find(name, f"{name}.gz"))
+    try:
+        with h5py.File(path) as file:
+            yield file[which]
+    except (OSError, KeyError) as error:
+        raise DataError(f"{path}: not PCam's HDF5 file ({error})") from error
+
+
+def _on_disk(raw: RawData, file: RawFile) -> Path:
+    """The file itself, unpacked (for as long as `raw` is open) where it lies in an archive or is gzipped."""
+    path = file.container
+    if file.member:
+        path = raw.work / f"pcam-{file.path.name}"
+        if not path.exists():
+            extract({file: [path]})
+    if path.suffix != ".gz":
+        return path
+    unpacked = raw.work / f"pcam-{path.stem.removeprefix('pcam-')}"
+    if not unpacked.exists():
+        try:
+            with gzip.open(path) as stream:
+                write_atomically(unpacked, stream)
+        except (OSError, EOFError) as error:
+            raise DataError(f"{path}: damaged ({error})") from error
+    return unpacked

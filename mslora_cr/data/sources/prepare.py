@@ -1,0 +1,178 @@
+"""`mslora-cr data prepare NAME --raw PATH`: a raw download becomes a folder of the published tree.
+
+The annotations say which images are needed and under which names. Each name is looked for in the raw download
+by its longest path suffix, and linked or copied to where it points below the data root. Nothing is written
+elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from mslora_cr.data.images import check_name, image_roots
+from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
+from mslora_cr.data.sources.annotations import build_annotations
+from mslora_cr.data.sources.catalog import DataSet
+from mslora_cr.data.sources.pcam import export_images, has_arrays
+from mslora_cr.data.sources.raw import RawData, RawFile, extract, fingerprint
+
+MAX_IMAGE_BYTES = 256 << 20
+
+
+@dataclass
+class Prepared:
+    """What was done for a data set. `missing` and `ambiguous` (with the candidates) were not placed."""
+
+    placed: int = 0
+    present: int = 0
+    missing: list[str] = field(default_factory=list)
+    ambiguous: dict[str, list[str]] = field(default_factory=dict)
+    rows: Mapping[str, int] | None = None
+    """Rows built by split, with --annotations."""
+
+
+def prepare(
+    dataset: DataSet,
+    raw: Sequence[Path],
+    data_root: Path,
+    annotations: bool = False,
+    copy: bool = False,
+    questions: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> Prepared:
+    """Bring a data set's images from its raw download into `data_root`; safe to repeat.
+
+    Loose images are linked, or copied with `copy`; those in archives are unpacked. With
+    `annotations`, `train.json` and `test.jsonl` are built first (`questions`: templates that replace the
+    catalogue's).
+
+    Raises:
+        DataError: no or malformed annotations, an unsafe archive or image name, a way out of the data root.
+    """
+    folder = data_root / dataset.folder
+    _check_inside(folder, data_root)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = Prepared()
+    with RawData(raw, work=folder / ".prepare") as data:
+        if annotations:
+            result.rows = build_annotations(dataset, data, folder, questions)
+        answers = _named_images(dataset, folder)
+        targets = _targets(answers, dataset, data_root)
+        result.present = len(answers) - len(targets)
+        if has_arrays(data):
+            export_images(data, targets, answers, progress)
+            result.placed = len(targets)
+        else:
+            # All names take part, so that a repeated run matches as the first one did.
+            matches = _match(dataset, list(answers), data, result)
+            # An image that is in place, perhaps by hand, is no longer ambiguous.
+            result.ambiguous = {name: found for name, found in result.ambiguous.items() if name in targets}
+            result.missing = [name for name in targets if name not in matches and name not in result.ambiguous]
+            _place({name: matches[name] for name in targets if name in matches}, targets, copy, progress)
+            result.placed = len(targets) - len(result.missing) - len(result.ambiguous)
+    return result
+
+
+def _named_images(dataset: DataSet, folder: Path) -> dict[str, str]:
+    """Every image that the annotations name, with the (last) answer about it.
+
+    Raises:
+        DataError: a file is missing or malformed, or a name could lead outside the data root.
+    """
+    if not (folder / "train.json").exists() and not (folder / "test.jsonl").exists():
+        build = "or build them with --annotations" if dataset.questions else "they are on the hub only"
+        raise DataError(f"{folder}: no train.json or test.jsonl; fetch them with `mslora-cr data download`; {build}")
+    names = {}
+    for place, images, answer in _uses(folder):
+        for name in images:
+            try:
+                names[str(check_name(name))] = answer
+            except DataError as error:
+                raise DataError(f"{place}: {error}") from None
+    return names
+
+
+def _uses(folder: Path) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    training, test = TrainingRecords(folder / "train.json"), TestRecords(folder / "test.jsonl")
+    for index, conversation in enumerate(training):
+        yield f"{training.path}: record {index}", conversation.images, conversation.turns[-1].text
+    for index, question in enumerate(test):
+        yield f"{test.path}: question {index}", question.images, question.gt
+
+
+def _targets(names: Iterable[str], dataset: DataSet, data_root: Path) -> dict[str, Path]:
+    """Where each image goes that is not in place yet. Names count from the data set's folder, or from the
+    data root if they start with that folder."""
+    roots = image_roots(data_root, dataset.folder, dataset.image_folders)
+    targets = {}
+    for name in names:
+        if not any((root / name).is_file() for root in roots):
+            from_root = PurePosixPath(name).parts[0] == dataset.folder
+            targets[name] = (data_root if from_root else data_root / dataset.folder) / name
+    for parent in {target.parent for target in targets.values()}:
+        _check_inside(parent, data_root)
+    return targets
+
+
+def _check_inside(folder: Path, data_root: Path) -> None:
+    """Links below the data root must not lead writing out of it."""
+    if not folder.resolve().is_relative_to(data_root.resolve()):
+        raise DataError(
+            f"{folder} leads to {folder.resolve()}, outside the data root {data_root}: nothing is written "
+            "there. Remove the link, or put the missing images in place yourself"
+        )
+
+
+Likeness = tuple[int, int]
+
+
+def _match(dataset: DataSet, names: Sequence[str], data: RawData, result: Prepared) -> dict[str, RawFile]:
+    """The raw file of each name. A file that several names could mean belongs to those it is most like."""
+    shared = Counter(PurePosixPath(name).name for name in names)
+    found: dict[str, tuple[Likeness, RawFile]] = {}
+    claims: dict[RawFile, Likeness] = {}
+    for name in names:
+        path = PurePosixPath(name)
+        if shared[path.name] > 1 or path.parent.name not in ("", dataset.folder, *dataset.image_folders):
+            # `source.jpg` alone says nothing: the folder it lies in must be the same, too.
+            candidates = data.named_below(path.parent.name, path.name)
+        else:
+            candidates = data.named(path.name)
+        highest = max((_likeness(path, file) for file in candidates), default=(0, 0))
+        best = [file for file in candidates if _likeness(path, file) == highest]
+        if len(best) > 1 and len({fingerprint(file) for file in best}) > 1:
+            result.ambiguous[name] = [str(file.path) for file in best]
+        elif best:
+            found[name] = highest, best[0]
+            claims[best[0]] = max(highest, claims.get(best[0], highest))
+    return {name: file for name, (likeness, file) in found.items() if likeness == claims[file]}
+
+
+def _likeness(name: PurePosixPath, file: RawFile) -> Likeness:
+    """The length of the common path suffix; then how many folders are shared anywhere (`test/person1.jpeg` is
+    `test/NORMAL/person1.jpeg` rather than `train/NORMAL/person1.jpeg`)."""
+    pairs = zip(reversed(name.parts), reversed(file.path.parts), strict=False)
+    suffix = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(name.parts))
+    return suffix, len(set(name.parts) & set(file.path.parts))
+
+
+def _place(matches: Mapping[str, RawFile], targets: Mapping[str, Path], copy: bool, progress: bool) -> None:
+    packed: dict[RawFile, list[Path]] = {}
+    with tqdm(total=len(matches), desc="images", unit="image", disable=not progress) as bar:
+        for name, file in matches.items():
+            target = targets[name]
+            if file.size > MAX_IMAGE_BYTES:
+                raise DataError(f"image {name!r}: {file.path} holds {file.size:,} bytes, too large for an image")
+            if file.member or copy:
+                packed.setdefault(file, []).append(target)
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)  # a link whose target went away
+            target.symlink_to(file.container.resolve())
+            bar.update()
+        extract(packed, bar.update)

@@ -1,0 +1,127 @@
+"""What several processes need: one group, one error, the same facts. The only file that imports DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mslora_cr.config.schema import ConfigError
+from mslora_cr.utils.errors import UserError
+
+SHARED_FOLDER_SECONDS = 60
+"""How late a shared file system may show one host what another has written."""
+
+
+class DistributedError(UserError):
+    """The processes of a run do not fit together."""
+
+
+def rank() -> int:
+    """This process's number among those that a launcher started; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes a launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def get_device(setting: str) -> torch.device:
+    """Where this process's model goes.
+
+    Args:
+        setting: `model.device`; `auto` is this process's own GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigError: there is no GPU, and one is asked for.
+    """
+    available = torch.cuda.is_available()
+    if setting == "cuda" and not available:
+        raise ConfigError(
+            "model.device is cuda, and PyTorch sees no GPU; check nvidia-smi, CUDA_VISIBLE_DEVICES and that "
+            "torch.version.cuda is not None, or set model.device=auto"
+        )
+    if setting == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def barrier() -> None:
+    """Let every rank arrive here before any continues."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """The first rank's value, on every rank."""
+    box = [value]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum of every rank's tensor, on the CPU of every rank."""
+    if not torch.distributed.is_initialized():
+        return tensor
+    total = tensor.cuda() if torch.distributed.get_backend() == "nccl" else tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total.cpu()
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks, on every rank."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def assert_same_on_all_ranks(facts: Mapping[str, Any]) -> None:
+    """Let every rank see that all ranks have the same facts.
+
+    Raises:
+        DistributedError: on every rank; names the first fact that differs, and where.
+    """
+    everyone = all_gather_object(dict(facts))
+    for name in facts:
+        for other, theirs in enumerate(everyone):
+            if theirs.get(name) != everyone[0].get(name):
+                raise DistributedError(
+                    f"rank {other} and rank 0 differ in {name}: {theirs.get(name)!r} and {everyone[0].get(name)!r}. "
+                    "Every host must see the same files (a shared folder, or equal copies) and the same packages"
+                )
+
+
+def assert_shared_fs(folder: Path) -> None:
+    """Let every rank see that a folder is one and the same wherever ranks run.
+
+    Raises:
+        DistributedError: on every rank; the first rank's mark does not appear on another.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    mark = Path(broadcast_object(str(folder / f".seen-by-all-{uuid.uuid4().hex}")))
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    barrier()
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    unseen = [other for other, sees in enumerate(all_gather_object(seen)) if not sees]
+    if rank() == 0:
+        mark.unlink()
+    if unseen:
+        raise DistributedError(
+            f"{folder} is not shared: what rank 0 writes there does not appear on rank {unseen[0]}. Put "
+            "output_dir and results_dir on a file system that all hosts share"
+        )

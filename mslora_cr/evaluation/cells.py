@@ -1,0 +1,59 @@
+"""The cells of the task × stage matrix: which task is answered at which stage, by which banks, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.methods.registry import METHODS
+
+Stages = Literal["own", "final", "seen", "all"]
+"""`own`: each task at its own stage (published); `final`: all after the last stage; `seen`: each at every stage from
+its own on; `all`: at every stage, and at stage 0, where the base model answers without a bank (zero shot)."""
+CellKey = tuple[str, int]
+"""Of a cell in the matrix: task and stage."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A task to answer at a stage, the banks that answer it, and where its answers go. Stages count from 1; 0 is the
+    base model."""
+
+    task: Task
+    stage: int
+    banks: tuple[int, ...]
+    folder: Path
+
+    @property
+    def place(self) -> CellKey:
+        return self.task.name, self.stage
+
+
+def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[Cell]:
+    """The cells to fill. Cells of one task that the same banks answer share one folder, hence one answering.
+
+    Args:
+        learned: positions, from 1, of the tasks whose banks exist.
+    """
+    method, found = METHODS[config.method], []
+    answering = method.stages(learned, len(config.tasks))
+    for task in config.stream:
+        number, places = task.index + 1, {}
+        own = method.banks(number, number, config.evaluation.banks_by)
+        places[tuple(own)] = config.results_run_dir / task.name
+        for stage in stages_of(task, stages, config):
+            banks = tuple(method.banks(number, stage, config.evaluation.banks_by)) if stage else ()
+            if stage not in (0, *answering) or not set(banks) <= set(learned):
+                continue
+            folder = places.setdefault(banks, config.results_run_dir / task.name / f"stage-{stage}")
+            found.append(Cell(task, stage, banks, folder))
+    return found
+
+
+def stages_of(task: Task, stages: Stages, config: StreamConfig) -> Sequence[int]:
+    """The stages at which a task is to be answered."""
+    own, last = task.index + 1, len(config.tasks)
+    return {"own": [own], "final": [last], "seen": range(own, last + 1), "all": range(last + 1)}[stages]

@@ -1,0 +1,119 @@
+"""`evaluation.json`: what decides an answer, the row of a cell, and the cells of one model put together."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.records import TestRecords
+from mslora_cr.evaluation.cells import CellKey
+from mslora_cr.evaluation.generate import ANSWERS, Decoding, read_stamp
+from mslora_cr.runs.ledger import environment
+from mslora_cr.runs.session import base_digest, task_folder
+from mslora_cr.utils.files import file_digest, write_json
+
+
+def question_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -> dict[str, str]:
+    """SHA-256 of the test file of every task that has one.
+
+    Args:
+        records: by task, the files that are open; they are not read again.
+    """
+    paths = {task.name: task_folder(config, task) / "test.jsonl" for task in config.stream}
+    others = {name: file_digest(path) for name, path in paths.items() if name not in records and path.is_file()}
+    return others | {name: found.digest for name, found in records.items()}
+
+
+def decoding(config: StreamConfig) -> Decoding:
+    return Decoding(
+        max_new_tokens=config.evaluation.max_new_tokens,
+        batch_size=config.evaluation.batch_size,
+        model_id=Path(config.model.path).name,
+        workers=int(config.training.get("dataloader_num_workers", 0)),
+    )
+
+
+def fingerprint_fields(config: StreamConfig) -> dict[str, Any]:
+    """What decides answers, whoever gives them; reads some of the base model's weights."""
+    return {
+        "model": config.model.model_dump(exclude={"device", "path"}),
+        "weights": base_digest(config),
+        "data": config.data.model_dump(exclude={"root", "check_images", "cache_image_features"}),
+        "max_new_tokens": config.evaluation.max_new_tokens,
+    }
+
+
+def cell_row(
+    task: Task,
+    stage: int,
+    banks: Sequence[str],
+    folder: Path,
+    root: Path,
+    stamp: Mapping[str, Any],
+    records: TestRecords,
+) -> dict[str, Any]:
+    """A row of `evaluation.json`, once the answers in `folder`, somewhere below `root`, are scored.
+
+    Args:
+        stamp: the answers' `answers.json`: fingerprint, seconds and share of padding.
+    """
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return {
+        "task": task.name,
+        "stage": stage,
+        "banks": list(banks),
+        "answers": str((folder / ANSWERS).relative_to(root)),
+        "questions": records.digest,
+        "rows": len(records),
+        **stamp,
+        "metrics": metrics["metrics"],
+        "intervals": metrics["intervals"],
+    }
+
+
+def write_summary(
+    config: StreamConfig, path: Path, rows: Sequence[dict[str, Any]], possible: Mapping[CellKey, Collection[str]]
+) -> dict[str, Any]:
+    """Merge this call's cells into `evaluation.json`, task by task and stage by stage; returns what it now contains.
+
+    Its cells are all of the same model, asked the same questions in the same way: one of an earlier call stays only if
+    its answers are still those that it was scored from, and if these banks, questions and settings would give them
+    again. Cells that are left out are printed.
+
+    Args:
+        possible: the fingerprints that answers to a cell can have with these banks, questions and settings.
+    """
+    old = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
+    merged = {(row["task"], row["stage"]): row for row in rows}
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for row in old:
+        place = row["task"], row["stage"]
+        if place in merged:
+            continue
+        stamp = read_stamp((path.parent / row["answers"]).parent).get("fingerprint")
+        if stamp == row["fingerprint"] and stamp in possible.get(place, ()):
+            merged[place] = row
+        else:
+            left_out[row["task"]].append(str(row["stage"]))
+    if left_out:
+        places = "; ".join(f"{task} at stage {', '.join(stages)}" for task, stages in left_out.items())
+        print(f"{path}: left out, because other banks, questions or settings gave the answers: {places}")
+    order = [task.name for task in config.tasks]
+    kept = [merged[place] for place in sorted(merged, key=lambda place: (order.index(place[0]), place[1]))]
+    summary = {
+        "run": config.run,
+        "method": config.method,
+        "banks_by": config.evaluation.banks_by,
+        "tasks": order,
+        "modalities": {task.name: task.modality for task in config.stream},
+        "published": {task.name: config.datasets[task.name].published for task in config.tasks},
+        "stages": sorted({row["stage"] for row in kept}),
+        "cells": kept,
+        "environment": environment(),
+    }
+    write_json(path, summary)
+    return summary

@@ -1,0 +1,142 @@
+"""What may join the cross entropy: the interface, and the two penalties between banks, batched and once per update."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mslora_cr.banks.bank import Bank
+from mslora_cr.losses.contrastive import Frozen, contrastive_value, penalty_terms
+from mslora_cr.losses.penalty import Key, Pair
+from mslora_cr.utils.precision import ieee_float32
+
+GROUP_BYTES = {"cpu": 32_000_000, "cuda": 256_000_000}
+"""Frozen float32 numbers that are worked on at once: on the CPU what its last cache may hold, on a GPU enough for its
+kernels to be few."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Matrices of one shape, all A or all B, with their frozen counterparts, (n, banks, rows · columns), and those'
+    squared norms; without any where the contrastive term is left out."""
+
+    keys: list[Key]
+    frozen: Tensor | None = None
+    frozen_squared: Tensor | None = None
+
+    @property
+    def transposed(self) -> bool:
+        return self.keys[0][1] == 1
+
+
+class BankTerms(NamedTuple):
+    """Both penalties at a bank, scalars, and the gradient of their weighted sum, float32, matrix by matrix."""
+
+    contrastive: Tensor
+    orthogonality: Tensor
+    gradients: dict[Key, Tensor]
+
+
+class BankPenalties:
+    """The contrastive and the orthogonality term of one task.
+
+    Frozen banks are held once, for as long as the task trains: 4 bytes (float32) or 2 (bfloat16) × banks × parameters
+    of a bank. They are visited group by group, each small enough to be read from memory once per update.
+    """
+
+    def __init__(
+        self,
+        frozen: Sequence[Bank],
+        same_modality: Sequence[bool],
+        device: torch.device,
+        frozen_dtype: torch.dtype = torch.float32,
+        frozen_device: torch.device | None = None,
+        contrastive: bool = True,
+    ) -> None:
+        """
+        Args:
+            frozen: the earlier banks, at least one.
+            same_modality: for each, whether its modality is the task's own.
+            device: where the live bank is, and the penalties are computed.
+            frozen_dtype: how frozen banks are held; the arithmetic is float32 whatever it is.
+            frozen_device: where frozen banks are held, `device` if not given; the CPU's memory is pinned for a GPU.
+            contrastive: false leaves the contrastive term out, which then counts as zero; no frozen bank is held.
+        """
+        assert frozen and len(frozen) == len(same_modality)
+        self._device, self._dtype, self._contrastive = device, frozen_dtype, contrastive
+        self._frozen_device = frozen_device or device
+        self._same = torch.tensor(list(same_modality), device=device)
+        self._matrices = 2 * len(frozen[0].matrices)
+        self._pairs = len(frozen[0].matrices) * (len(frozen) + 1)
+        limit = GROUP_BYTES.get(device.type, GROUP_BYTES["cuda"])
+        groups = _groups(frozen[0], limit // len(frozen))
+        self._groups = [self._group(keys, frozen) if contrastive else _Group(keys) for keys in groups]
+        with ieee_float32():
+            self._frozen_orthogonality = sum(
+                penalty_terms(
+                    bank.matrices[module][half][None].to(device, frozen_dtype).float(), transposed=half == 1
+                ).orthogonality
+                for bank in frozen
+                for module, half in itertools.product(bank.matrices, (0, 1))
+            )
+
+    def _group(self, keys: list[Key], frozen: Sequence[Bank]) -> _Group:
+        rows = [torch.stack([bank.matrices[module][half].flatten() for bank in frozen]) for module, half in keys]
+        stacked = torch.stack(rows).to(self._dtype)
+        squared = stacked.float().square().sum(2).to(self._device)
+        if self._frozen_device.type == "cpu" and self._device.type == "cuda":
+            stacked = stacked.pin_memory()
+        return _Group(keys, stacked.to(self._frozen_device), squared)
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Memory that the frozen banks take."""
+        return sum(group.frozen.nbytes for group in self._groups if group.frozen is not None)
+
+    @torch.no_grad()
+    def terms(self, trainable: Mapping[str, Pair], alpha: float, beta: float) -> BankTerms:
+        """Values of both terms, and the gradient of ``alpha · contrastive + beta · orthogonality``.
+
+        Args:
+            live: the live bank's matrices; computed in float32 whatever their dtype.
+        """
+        similarity_sum = torch.zeros(len(self._same), device=self._device)
+        orthogonality = torch.as_tensor(self._frozen_orthogonality, device=self._device)
+        coefficients = torch.where(self._same, alpha, -alpha).float() / self._matrices
+        gradients: dict[Key, Tensor] = {}
+        contrastive = similarity_sum.new_zeros(())
+        with ieee_float32():
+            for group in self._groups:
+                current = torch.stack([trainable[module][half] for module, half in group.keys]).float()
+                found = penalty_terms(current, self._frozen(group, coefficients), beta / self._pairs, group.transposed)
+                if found.similarity_sum is not None:
+                    similarity_sum += found.similarity_sum
+                orthogonality = orthogonality + found.orthogonality
+                gradients.update(zip(group.keys, found.gradient, strict=True))
+        if self._contrastive:
+            contrastive = contrastive_value(similarity_sum / self._matrices, self._same)
+        return BankTerms(contrastive, orthogonality / self._pairs, gradients)
+
+    def _frozen(self, group: _Group, coefficients: Tensor) -> Frozen | None:
+        if group.frozen is None or group.frozen_squared is None:
+            return None
+        matrices = group.frozen.to(self._device, torch.float32, non_blocking=True)
+        return Frozen(matrices, group.frozen_squared, coefficients)
+
+
+def _groups(bank: Bank, limit: int) -> list[list[Key]]:
+    """The matrices of a bank by role and shape, in groups of at most `limit` bytes in float32 (or one matrix)."""
+    shapes: dict[tuple[int, torch.Size], list[Key]] = {}
+    for module, pair in bank.matrices.items():
+        for half, matrix in enumerate(pair):
+            shapes.setdefault((half, matrix.shape), []).append((module, half))
+    found = []
+    for (_, shape), keys in shapes.items():
+        most = max(1, limit // (4 * shape.numel()))
+        found += [keys[start : start + most] for start in range(0, len(keys), most)]
+    return found

@@ -1,0 +1,290 @@
+"""LLaVA-Med's layout on disk: configuration, names of tensors, shards, and the way to transformers' names."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    LlavaConfig,
+    MistralConfig,
+)
+
+from mslora_cr.utils.errors import UserError
+
+PLACEHOLDER_PIECE = "<0x00>"
+"""The byte piece that represents an image patch in `input_ids`: inside the vocabulary, so that `lm_head` keeps its
+rows, and produced by no text (a NUL character in a text is refused)."""
+LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+"""Full-match pattern of the linear layers that a bank adapts: all of the language model, nothing else."""
+MOST_LAYERS, MOST_WIDTH = 1_000, 10_000_000
+_SIZES = {"hidden_size", "mm_hidden_size", "intermediate_size", "vocab_size", "image_size", "patch_size"}
+_SIZES |= {"num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
+_RENAMES = (
+    (re.escape(TOWER_PREFIX), "model.vision_tower."),
+    (r"model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+    (r"model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+    (r"model\.(?=embed_tokens\.|layers\.|norm\.)", "model.language_model."),
+    (r"(?=lm_head\.)", ""),
+)
+_PUBLISHED_LAYER = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)")
+
+
+class ModelError(UserError):
+    """A base model's folder is missing something or holds something else; the message names it."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The folder's `config.json`, if it is one of the two layouts.
+
+    Raises:
+        ModelError: no such folder or file, or another architecture.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such folder; set model.path to a LLaVA-Med v1.5 folder")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: config.json is missing") from None
+    except ValueError as error:
+        raise ModelError(f"{path}/config.json: not JSON ({error})") from None
+    except RecursionError:
+        raise ModelError(f"{path}/config.json: nested too deeply") from None
+    known = ("llava_mistral", "llava")
+    if not isinstance(config, dict) or config.get("model_type") not in known:
+        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise ModelError(f"{path}/config.json: model_type is {found!r}; expected one of {', '.join(known)}")
+    check_numbers(path / "config.json", config)
+    return config
+
+
+def check_numbers(place: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what no model has, before anything of that size is made."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            check_numbers(place, value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ModelError(f"{place}: {key} is {value}; expected a finite number")
+        elif key in _SIZES and value is not None:
+            most = MOST_LAYERS if key == "num_hidden_layers" else MOST_WIDTH
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise ModelError(f"{place}: {key} is {value!r}; expected a whole number from 1 to {most:,}")
+
+
+def from_pretrained(
+    kind: Any, source: str | Path, what: str, options: Mapping[str, Any], advice: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """A model of one of transformers' classes, and the report of its loading; `what` it is and `advice` are for errors.
+
+    Raises:
+        ModelError: it cannot be loaded, or its weights are a pickle that is damaged or holds more than tensors.
+    """
+    try:
+        return kind.from_pretrained(source, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    except (pickle.UnpicklingError, RuntimeError) as error:  # their text advises to load it all the same
+        if isinstance(error, RuntimeError) and any(Path(source).glob("*.safetensors")):
+            raise  # no pickle was read: it is the device that complains
+        raise ModelError(f"{source}: the weights of {what} are not plain tensors, so they are not opened") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{source}: {what} cannot be loaded ({error}){advice}") from None
+
+
+def llava_config(config: Mapping[str, Any], vision_config: CLIPVisionConfig) -> LlavaConfig:
+    """transformers' configuration of a LLaVA-Med one. Values that transformers' defaults get wrong are required."""
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    keys = (*sizes, "vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "hidden_act")
+    missing = [key for key in keys if key not in config]
+    if missing:
+        raise ModelError(f"config.json: missing {', '.join(missing)}")
+    for key, wanted in (("mm_projector_type", "mlp2x_gelu"), ("mm_vision_select_feature", "patch")):
+        if config.get(key) != wanted:
+            raise ModelError(f"config.json: {key} is {config.get(key)!r}; only {wanted!r} is known")
+    text = MistralConfig(
+        **{key: config[key] for key in keys},
+        sliding_window=config.get("sliding_window"),
+        attention_dropout=config.get("attention_dropout", 0.0),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        bos_token_id=config.get("bos_token_id", 1),
+        eos_token_id=config.get("eos_token_id", 2),
+        pad_token_id=config.get("pad_token_id", 0),
+    )
+    return LlavaConfig(
+        text_config=text,
+        vision_config=vision_config,
+        projector_hidden_act="gelu",
+        vision_feature_layer=config.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+
+
+def language_linear_shapes(path: Path) -> list[tuple[int, int]]:
+    """(out, in) of every linear layer that a bank adapts, from the configuration alone.
+
+    Raises:
+        ModelError: the folder holds no base model.
+    """
+    config = read_config(path)
+    if config["model_type"] == "llava":
+        text = LlavaConfig.from_pretrained(path).text_config
+    else:
+        text = llava_config(config, CLIPVisionConfig()).text_config
+    width, inner, head = text.hidden_size, text.intermediate_size, text.head_dim
+    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
+    layer = [(queries, width), (keys, width), (keys, width), (width, queries)]
+    layer += [(inner, width), (inner, width), (width, inner)]
+    return layer * text.num_hidden_layers
+
+
+def shard_files(path: Path) -> list[Path]:
+    """The model's safetensors files, from its index or the single file.
+
+    Raises:
+        ModelError: none, or one that the index names is missing.
+    """
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        single = path / "model.safetensors"
+        if not single.is_file():
+            raise ModelError(f"{path}: neither model.safetensors.index.json nor model.safetensors exists")
+        return [single]
+    return indexed_files(index)
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that an index spreads the weights over, which must be in its folder."""
+    path = index.parent
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(f"{index}: not an index of weights ({error!r})") from None
+    if outside:
+        raise ModelError(f"{index}: names {outside[0]!r}, which is not a file in this folder")
+    files = [path / name for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(f"{path}: missing {', '.join(missing)}, which {index.name} names")
+    return files
+
+
+def tensor_name(name: str) -> str | None:
+    """LLaVA's name of a tensor → transformers', or None for a name that is not LLaVA's."""
+    for pattern, replacement in _RENAMES:
+        if match := re.match(pattern, name):
+            return replacement + name[match.end() :]
+    return None
+
+
+def published_linear_name(module: str) -> str:
+    """transformers' name of a language-model linear layer → the published checkpoints' (`model.layers.N.…`)."""
+    return "model.layers." + module.rpartition("language_model.layers.")[2]
+
+
+def linear_name(published: str) -> str | None:
+    """The inverse of `published_linear_name`; None for any other name."""
+    match = _PUBLISHED_LAYER.fullmatch(published)
+    return f"model.language_model.layers.{'.'.join(match.groups())}" if match else None
+
+
+def shard_tensors(
+    path: Path, expected: Mapping[str, tuple[int, ...]], already: set[str], own_tower: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Every wanted tensor of the shards under transformers' name, after all names and shapes have been checked."""
+    places: dict[str, tuple[Path, str]] = {}
+    unexpected, misshapen = [], []
+    for file in shard_files(path):
+        for stored, shape in _header(file).items():
+            if stored.startswith(TOWER_PREFIX) and not own_tower:
+                continue
+            name = tensor_name(stored)
+            if name is None or name not in expected:
+                unexpected.append(stored)
+            elif shape != expected[name]:
+                misshapen.append(f"{stored} {list(shape)} instead of {list(expected[name])}")
+            else:
+                places[name] = (file, stored)
+    _check_names(path, set(expected) - set(places) - already, set(unexpected), misshapen)
+    opened: dict[Path, Any] = {}
+    for name, (file, stored) in places.items():
+        if file not in opened:
+            opened[file] = safe_open(file, framework="pt")
+        yield name, opened[file].get_tensor(stored)
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: not a complete safetensors file ({error})") from None
+
+
+def check_report(path: str | Path, report: Mapping[str, Any], unexpected: set[str]) -> None:
+    """Refuse what transformers reports after loading."""
+    misshapen = [
+        f"{name} {list(stored)} instead of {list(wanted)}" for name, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    _check_names(path, set(report["missing_keys"]), unexpected, misshapen)
+
+
+def _check_names(path: str | Path, missing: set[str], unexpected: set[str], misshapen: list[str] | None = None) -> None:
+    parts = []
+    for what, names in (
+        ("missing", sorted(missing)),
+        ("unexpected", sorted(unexpected)),
+        ("of another shape", misshapen or []),
+    ):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            parts.append(f"{what}: {', '.join(names[:8])}{more}")
+    if parts:
+        raise ModelError(f"{path}: the weights do not fit the configuration; " + "; ".join(parts))
+
+
+def save_llava_layout(state: Mapping[str, Tensor], config: Mapping[str, Any], directory: Path, shards: int = 2) -> None:
+    """Write tensors under transformers' names as a folder in LLaVA-Med's layout: config, shards and index.
+
+    Args:
+        state: a LLaVA state dict under transformers' names, cast by the caller to the dtype to store.
+        config: the `config.json` to write (`model_type: llava_mistral`, …).
+        shards: files to spread the tensors over, by size.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    total = sum(tensor.nbytes for tensor in state.values())
+    parts: list[list[str]] = [[] for _ in range(shards)]
+    written = 0
+    for name, tensor in state.items():
+        parts[min(shards - 1, written * shards // max(total, 1))].append(name)
+        written += tensor.nbytes
+    weight_map = {}
+    for number, names in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-{shards:05d}.safetensors"
+        # Cloned one shard at a time: tensors may be views of each other's memory, which safetensors refuses.
+        save_file({_llava_name(name): state[name].clone() for name in names}, directory / file, {"format": "pt"})
+        weight_map.update({_llava_name(name): file for name in names})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _llava_name(name: str) -> str:
+    for ours, theirs in (
+        ("model.vision_tower.", TOWER_PREFIX),
+        ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
+        ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
+        ("model.language_model.", "model."),
+    ):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name

@@ -1,0 +1,44 @@
+"""The last decoder layer's MLP on those positions alone whose logits are asked for.
+
+What that MLP makes of a position is read by that position's logits and by nothing else, so leaving the others out
+changes neither the loss nor a gradient. In training few of several hundred positions are labelled, which saves most of
+one layer: 2.5 % of the arithmetic of LLaVA-Med's linear layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SparseMLP:
+    """Hooks around an MLP, (batch, length, width) → the same shape, with zeros where nothing is kept."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        self._rows: Tensor | None = None
+        self._shape = torch.Size()
+        mlp.register_forward_pre_hook(self._gather)
+        mlp.register_forward_hook(self._scatter)
+
+    def set_mask(self, keep: Tensor) -> None:
+        """Keep these positions of the batches that follow, in the backward pass too: gradient checkpointing computes
+        the MLP again there.
+
+        Args:
+            keep: (batch, length) bool.
+        """
+        self._rows = keep.flatten().nonzero().squeeze(1)
+
+    def _gather(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+        if self._rows is None:
+            return None
+        self._shape = inputs[0].shape
+        return inputs[0].flatten(0, 1)[self._rows]
+
+    def _scatter(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if self._rows is None:
+            return None
+        whole = output.new_zeros(self._shape[0] * self._shape[1], self._shape[2])
+        return whole.index_copy(0, self._rows, output).view(self._shape)

@@ -1,0 +1,95 @@
+"""The vision tower: where it comes from, and its features apart from the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mslora_cr.data.images import tower_folder
+from mslora_cr.models.layout import ModelError, check_numbers, check_report, from_pretrained
+
+
+def detach_tower(model: LlavaForConditionalGeneration) -> nn.Module:
+    """Take the vision tower out of a model, which then takes its features (`tower_features`) where it took pixels."""
+    tower = model.model.vision_tower
+    model.model.vision_tower = _GivenFeatures(model.config.vision_feature_layer)
+    return tower
+
+
+def tower_features(tower: nn.Module, layer: int, pixels: Tensor) -> Tensor:
+    """(images, positions, width): the tower's hidden states that the projector reads, class position included."""
+    return tower(pixels, output_hidden_states=True).hidden_states[layer]
+
+
+class _GivenFeatures(nn.Module):
+    """Takes a tower's place: its input is already the features."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(last_hidden_state=pixel_values, hidden_states={self.layer: pixel_values})
+
+
+def tower_source(path: Path, config: Mapping[str, Any], vision_tower: str) -> str | Path:
+    """The tower's folder, or its hub name where no folder of that name exists."""
+    name = vision_tower if vision_tower not in ("config", "checkpoint") else config.get("mm_vision_tower")
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"{path}/config.json: mm_vision_tower is missing")
+    folder = tower_folder(path, name)
+    if folder is not None:
+        return folder
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"{path}/config.json: mm_vision_tower is {name!r}, but there is no such folder in or beside {path}, nor "
+            "below the working directory; put CLIP there or set model.vision_tower"
+        )
+    return name
+
+
+def load_named_tower(path: Path, config: Mapping[str, Any]) -> CLIPVisionModel:
+    """The tower that a LLaVA-Med configuration names, in float32.
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+    """
+    return load_tower(path, tower_source(path, config, "config"), torch.float32)
+
+
+def tower_config(source: str | Path) -> CLIPVisionConfig:
+    if isinstance(source, Path):
+        try:
+            check_numbers(source / "config.json", json.loads((source / "config.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:  # transformers would take the default sizes
+            raise ModelError(f"{source}: config.json is missing") from None
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{source}/config.json: not a JSON object ({error})") from None
+    try:
+        return CLIPVisionConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: no configuration of a CLIP vision tower ({error})") from None
+
+
+def load_tower(path: Path, source: str | Path, dtype: torch.dtype) -> CLIPVisionModel:
+    tower_config(source)
+    tower, report = from_pretrained(
+        CLIPVisionModel,
+        source,
+        f"the vision tower that {path}/config.json names",
+        {"dtype": dtype},
+        "; download it, or set model.vision_tower to its folder (or to `checkpoint` for the tower inside the shards)",
+    )
+    check_report(source, report, unexpected=set())  # a full CLIP has a text model as well
+    return tower

@@ -1,0 +1,154 @@
+"""The report's heat maps: tables whose cells are tinted by their value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mslora_cr.banks.similarity import Similarity
+from mslora_cr.evaluation.intervals import span
+from mslora_cr.evaluation.results import Evaluation, StageRouting
+
+
+@dataclass(frozen=True)
+class HeatCell:
+    """What a cell says, in small letters too, how strongly it is tinted, in [0, 1] (None leaves it blank), and the
+    interval of its number."""
+
+    text: str = ""
+    note: str = ""
+    tint: float | None = None
+    span: str = ""
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A table of tinted cells, one row a name; `last` is one more, untinted column under
+    `last_title`."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[HeatCell]]
+    last_title: str = ""
+    last: Sequence[HeatCell] = ()
+
+
+def matrix_map(
+    title: str, metric: str, evaluation: Evaluation, lost: Mapping[str, tuple[float, float]]
+) -> HeatMap | None:
+    """A metric by task and stage; each cell notes the numbers of the banks that answered, and its interval.
+
+    Args:
+        lost: by task, the interval of what it lost.
+    """
+    matrix = evaluation.matrix(metric)
+    if matrix is None:
+        return None
+    spans = {(cell.task, cell.stage): span(cell.intervals.get(metric), 0) for cell in evaluation.cells}
+    cells = {(cell.task, cell.stage): cell for cell in evaluation.cells}
+    stages = range(min(1, *(stage for _, stage in matrix.scores)), matrix.last + 1)
+    rows = {
+        task: [
+            HeatCell(f"{score:.1f}", evaluation.bank_numbers(cells[task, stage]), score / 100, spans[task, stage])
+            if (score := matrix.scores.get((task, stage))) is not None
+            else HeatCell()
+            for stage in stages
+        ]
+        for task in matrix.tasks
+    }
+    points = matrix.lost() | {task: 0.0 for task in rows if matrix.learned_at(task) == matrix.last}
+    last = [
+        HeatCell(f"{round(points[task], 1) + 0:.1f}" if task in points else "–", span=span(lost.get(task)))
+        for task in rows
+    ]
+    return HeatMap(title, [str(stage) for stage in stages], rows, "lost", last)
+
+
+def similarity_map(similarity: Similarity) -> HeatMap:
+    """The lower triangle of the similarities, tinted over the range that they span."""
+    below = [value for index, row in enumerate(similarity.values) for value in row[:index]]
+    low, span = min(below), max(below) - min(below)
+    rows = {
+        name: [
+            HeatCell(f"{value:#.3g}", "", 0.15 + 0.85 * ((value - low) / span if span else 0.0))
+            if column < index
+            else HeatCell()
+            for column, value in enumerate(similarity.values[index][:-1])
+        ]
+        for index, name in enumerate(similarity.banks)
+        if index
+    }
+    return HeatMap("", similarity.banks[:-1], rows)
+
+
+def confusion_map(stage: StageRouting) -> HeatMap:
+    """Of each task's questions (rows), the share in percent that were taken for each learned task; counts in small."""
+    rows = {
+        task: [
+            HeatCell(f"{100 * count / sum(counts):.1f}", str(count), count / sum(counts)) if count else HeatCell()
+            for count in counts
+        ]
+        for task, counts in stage.confusion.items()
+    }
+    return HeatMap("", stage.learned, rows)
+
+
+def cosine_map(title: str, banks: Sequence[str], places: Mapping[str, Sequence[Sequence[float]]]) -> HeatMap:
+    """Cosines of every two banks' updates (rows) by place (columns), tinted by their size over the largest."""
+    pairs = [(one, two) for two in range(len(banks)) for one in range(two)]
+    largest = max((abs(values[one][two]) for values in places.values() for one, two in pairs), default=0.0) or 1.0
+    rows = {
+        f"{banks[one]} · {banks[two]}": [
+            HeatCell(f"{value:.2f}", "", abs(value) / largest)
+            for values in places.values()
+            for value in [values[one][two]]
+        ]
+        for one, two in pairs
+    }
+    return HeatMap(title, list(places), rows)
+
+
+def contribution_map(rows: Sequence[Mapping[str, Any]]) -> HeatMap:
+    """What each task (rows) loses, in points, without each bank (columns); losses are tinted, intervals in small."""
+    banks = list(dict.fromkeys(row["dropped"] for row in rows))
+    tasks: dict[str, dict[str, HeatCell]] = {}
+    for row in rows:
+        lost = row["contribution"]
+        cell = HeatCell(
+            f"{round(lost, 1) + 0:+.1f}", "", max(0.0, min(1.0, lost / 100)), span(tuple(row["interval"]), 0)
+        )
+        tasks.setdefault(row["task"], {})[row["dropped"]] = cell
+    return HeatMap("", banks, {task: [cells.get(bank, HeatCell()) for bank in banks] for task, cells in tasks.items()})
+
+
+def rank_map(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> HeatMap:
+    """Mean effective rank of each bank (rows) in each run (columns), tinted by its share of the rank."""
+    banks = dict.fromkeys(bank for found in runs.values() for bank in found)
+    rows = {
+        bank: [
+            HeatCell(
+                f"{found[bank]['mean']:.2f}", f"of {found[bank]['rank']}", found[bank]["mean"] / found[bank]["rank"]
+            )
+            if bank in found
+            else HeatCell()
+            for found in runs.values()
+        ]
+        for bank in banks
+    }
+    return HeatMap("", list(runs), rows)
+
+
+def final_scores_map(runs: Mapping[str, Evaluation], metric: str) -> HeatMap:
+    """Each task after the last stage, a column for each run, with its interval and the banks that answered."""
+    tasks = dict.fromkeys(task for run in runs.values() for task in run.tasks)
+    rows = {task: [_final_score(run, task, metric) for run in runs.values()] for task in tasks}
+    return HeatMap("", list(runs), {task: cells for task, cells in rows.items() if any(cell.text for cell in cells)})
+
+
+def _final_score(run: Evaluation, task: str, metric: str) -> HeatCell:
+    cell = run.last_cell(task)
+    if cell is None or metric not in cell.metrics:
+        return HeatCell()
+    score = cell.metrics[metric]
+    return HeatCell(f"{score:.1f}", run.bank_numbers(cell), score / 100, span(cell.intervals[metric], 0))

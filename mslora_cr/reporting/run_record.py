@@ -1,0 +1,229 @@
+"""What a run left on disk, read for its report: evaluation, ledger, logs, banks, answers."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from mslora_cr.banks.similarity import Similarity, bank_similarity
+from mslora_cr.evaluation.metrics import score_answers
+from mslora_cr.evaluation.results import (
+    ANALYSIS,
+    ROUTED,
+    ROUTING,
+    Evaluation,
+    ReportError,
+    Routing,
+    _load,
+    _Read,
+    read_evaluation,
+)
+from mslora_cr.evaluation.score import AnswerRecord, read_answers
+
+PUBLISHED_SCORES = Path(__file__).with_name("published_scores.yaml")
+BANK_WEIGHTS = "adapter_model.safetensors"
+"""`banks.WEIGHTS`, named again: to import that loads PEFT and transformers, which triples a report's start."""
+
+
+class TaskEntry(_Read):
+    """A finished task in the ledger. How an imported bank was trained is not known: no loss, no steps, no seconds."""
+
+    digest: str
+    steps: int
+    train_loss: float | None
+    seconds: float
+    finished: str
+
+
+class RunLedger(_Read):
+    """`ledger.json` of a run folder."""
+
+    run: str
+    method: str
+    config_digest: str
+    versions: dict[str, str]
+    git: dict[str, Any] | None
+    hardware: dict[str, Any]
+    tasks: dict[str, TaskEntry]
+
+    @property
+    def seconds(self) -> float:
+        """What training all tasks took."""
+        return sum(entry.seconds for entry in self.tasks.values())
+
+
+class PublishedRun(_Read):
+    """Published scores of a run by task: `exact`, `closed`, `f1`, in percent, where the task has them.
+
+    `method` is the name that its method has here.
+    """
+
+    run: str
+    method: str
+    title: str
+    scores: dict[str, dict[str, float]]
+
+
+class Example(NamedTuple):
+    """An answered question, and whether the answer counts as a hit."""
+
+    question: str
+    answer: str
+    truth: str
+    hit: bool
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that is known of a run; `missing` says in words what is not there.
+
+    Attributes:
+        results_dir: where it was read from. tasks: names in stream order.
+        modalities: by task; empty if the run is not evaluated.
+        logs: by task, one mapping for each logged step.
+        config: the text of `config.yaml`, or None.
+    """
+
+    name: str
+    method: str
+    results_dir: Path
+    tasks: tuple[str, ...]
+    modalities: dict[str, str]
+    evaluation: Evaluation | None
+    routing: Routing | None
+    analysis: dict[str, Any] | None
+    ledger: RunLedger | None
+    logs: dict[str, list[dict[str, float]]]
+    similarity: Similarity | None
+    examples: dict[str, list[Example]]
+    config: str | None
+    missing: list[str]
+
+
+def read_run(run_dir: Path, results_dir: Path) -> RunRecord:
+    """Read whatever a run left in its run folder and its results folder.
+
+    Raises:
+        ReportError: neither a ledger nor an evaluation exists, or a file is malformed.
+        DataError: an answer file is malformed.
+    """
+    evaluation, ledger = read_evaluation(results_dir), read_ledger(run_dir)
+    known = evaluation or ledger
+    if known is None:
+        raise ReportError(
+            f"nothing to report: no {run_dir / 'ledger.json'} and no {results_dir / 'evaluation.json'}; "
+            "train the run first, then evaluate it"
+        )
+    tasks = tuple(known.tasks)
+    logs = {task: read_log(path) for task in tasks if (path := run_dir / "logs" / f"{task}.jsonl").is_file()}
+    banks = {task: path for task in tasks if (path := run_dir / "banks" / task / BANK_WEIGHTS).is_file()}
+    answers = _answer_files(evaluation, results_dir) if evaluation else {}
+    config = run_dir / "config.yaml"
+    return RunRecord(
+        name=known.run,
+        method=known.method,
+        results_dir=results_dir,
+        tasks=tasks,
+        modalities=evaluation.modalities if evaluation else {},
+        evaluation=evaluation,
+        routing=_load(results_dir / ROUTED / ROUTING, Routing),
+        analysis=_read_analysis(results_dir / ANALYSIS),
+        ledger=ledger,
+        logs=logs,
+        similarity=bank_similarity(banks) if len(banks) > 1 else None,
+        examples={task: pick_examples(read_answers(path)) for task, path in answers.items()},
+        config=config.read_text(encoding="utf-8") if config.is_file() else None,
+        missing=_missing(tasks, evaluation, ledger, logs, banks, answers),
+    )
+
+
+def read_ledger(run_dir: Path) -> RunLedger | None:
+    """`ledger.json`, or None if nothing was trained.
+
+    Raises:
+        ReportError: it is malformed.
+    """
+    return _load(run_dir / "ledger.json", RunLedger)
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The logged steps of a task in order; of a step that a resumed run logged again, the later one counts.
+
+    A last line that is cut off, as a killed run leaves it, is passed over.
+
+    Raises:
+        ReportError: another line is not a JSON object with a step; the message names file and line.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")
+    steps: dict[int, dict[str, float]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            steps[entry["step"]] = entry
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                continue
+            raise ReportError(f"{path}: line {number}: expected a JSON object with a 'step'") from None
+    return [steps[step] for step in sorted(steps)]
+
+
+def load_published_scores(path: Path = PUBLISHED_SCORES) -> dict[str, PublishedRun]:
+    """The published runs by kind: `each`, `mslora_cr_ortho`, `mslora_cr_ortho_6task`."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {kind: PublishedRun.model_validate(run) for kind, run in content.items()}
+
+
+def _read_analysis(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"{path}: not JSON ({error}); `mslora-cr analyze` rewrites it") from None
+
+
+def _answer_files(evaluation: Evaluation, results_dir: Path) -> dict[str, Path]:
+    """The answers of each task at its own stage, where they are still there."""
+    cells = {task: cell for task in evaluation.tasks if (cell := evaluation.own_cell(task))}
+    paths = {task: results_dir / cell.answers for task, cell in cells.items()}
+    return {task: path for task, path in paths.items() if path.is_file()}
+
+
+def pick_examples(answers: Sequence[AnswerRecord], of_each: int = 2) -> list[Example]:
+    """Up to `of_each` right and as many wrong answers, the same at every call, right ones first."""
+    found: dict[bool, list[Example]] = {True: [], False: []}
+    for answer in random.Random(0).sample(answers, len(answers)):
+        if all(len(examples) == of_each for examples in found.values()):
+            break
+        hit = score_answers([answer]).rows[0].hit
+        if len(found[hit]) < of_each:
+            found[hit].append(Example(answer.prompt, str(answer.text), str(answer.gt), hit))
+    return found[True] + found[False]
+
+
+def _missing(
+    tasks: Sequence[str],
+    evaluation: Evaluation | None,
+    ledger: RunLedger | None,
+    logs: Mapping[str, Any],
+    banks: Mapping[str, Any],
+    answers: Mapping[str, Any],
+) -> list[str]:
+    missing = []
+    if ledger is None:
+        missing.append("no ledger.json in the run folder: what made the banks is not known")
+    if evaluation is None:
+        missing.append("the run is not evaluated yet: no scores, no answers")
+    parts = {"training log": logs, "bank": banks} | ({"answers at the own stage": answers} if evaluation else {})
+    for kind, present in parts.items():
+        absent = [task for task in tasks if task not in present]
+        missing += [f"no {kind} of {', '.join(absent)}"] if absent else []
+    return missing

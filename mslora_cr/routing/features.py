@@ -1,0 +1,150 @@
+"""Which task a question belongs to, told by its picture and its words: discriminant analysis, learned task by task.
+
+A task leaves behind how many records it had, the mean of their features and their scatter about it; no picture is
+kept. A router over any number of tasks is made from those statistics alone, so a task learned later changes nothing
+that earlier ones left. Features are the frozen vision tower's and the frozen word embeddings', so they are the same at
+every stage. Source: streaming linear discriminant analysis, Hayes and Kanan, "Lifelong Machine Learning with Deep
+Streaming Linear Discriminant Analysis", CVPR workshops 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from mslora_cr.data.datasets import Preprocessing
+from mslora_cr.data.prompts import question_text
+from mslora_cr.data.records import DataError, TestRecords, TrainingRecord, TrainingRecords, sample_of
+from mslora_cr.models.llava_med import LlavaMed
+
+FIT_RECORDS = 2000
+"""Records of a task that are used, a sample of its file: more would not move its mean or scatter."""
+TEXT_FEATURES = 256
+"""Word embeddings wider than this are projected to as many features, at random but always alike, so that a task's
+statistics stay small: Johnson and Lindenstrauss, 1984."""
+PROJECTION_SEED = 0
+BATCH_SIZE = 32
+
+
+class _FeatureDataset(Dataset[tuple[Tensor, list[int]]]):
+    """Pictures and question of some records, as tensors and token ids."""
+
+    def __init__(
+        self,
+        records: TrainingRecords | TestRecords,
+        indices: Sequence[int],
+        roots: Sequence[Path],
+        preprocessing: Preprocessing,
+    ) -> None:
+        self.records, self.indices, self.roots, self.preprocessing = records, indices, roots, preprocessing
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, list[int]]:
+        index = self.indices[position]
+        record = self.records[index]
+        text = _asked_first(record) if isinstance(record, TrainingRecord) else record.text
+        try:
+            pixels = self.preprocessing.pixel_values(self.preprocessing.image_names(record), self.roots)
+        except ValueError as error:
+            raise DataError(f"{self.records.path}: {self.records.place(index)}: {error}") from None
+        return pixels, self.preprocessing.tokenizer.encode(question_text(text, 0))
+
+
+def _asked_first(record: TrainingRecord) -> str:
+    """The first question of a conversation, which an answer may open; "" if there is none."""
+    return next((turn.text for turn in record.turns if turn.speaker == "human"), "")
+
+
+class FeatureExtractor:
+    """Features of questions: the picture's, then the words', each part of length 1."""
+
+    def __init__(self, base: LlavaMed, preprocessing: Preprocessing, device: torch.device, workers: int = 0) -> None:
+        """
+        Args:
+            base: the frozen base model; its tower works on `device`, wherever the rest is.
+            workers: processes that decode pictures.
+        """
+        self._preprocessing, self._device, self._workers = preprocessing, device, workers
+        self._tower = base.model.model.vision_tower
+        self._layer = base.model.config.vision_feature_layer
+        self._words = base.model.get_input_embeddings().weight
+        width = self._words.shape[1]
+        random = torch.Generator().manual_seed(PROJECTION_SEED)
+        self._projection = (
+            torch.randn(width, TEXT_FEATURES, generator=random) if width > TEXT_FEATURES else torch.eye(width)
+        )
+
+    @property
+    def features(self) -> int:
+        """How many."""
+        return int(self._tower.config.hidden_size) + self._projection.shape[1]
+
+    def gram(
+        self, records: TrainingRecords, indices: Sequence[int], roots: Sequence[Path], label: str | None
+    ) -> Tensor:
+        """What `statistics_of` takes; those of parts of a task's records add up. Arguments: as `batches`."""
+        total = torch.zeros(self.features + 1, self.features + 1, dtype=torch.float64)
+        for batch in self.batches(records, indices, roots, label):
+            wide = torch.nn.functional.pad(batch.double(), (0, 1), value=1.0)
+            total.addmm_(wide.T, wide)
+        return total
+
+    @torch.no_grad()
+    def batches(
+        self,
+        records: TrainingRecords | TestRecords,
+        indices: Sequence[int],
+        roots: Sequence[Path],
+        label: str | None,
+    ) -> Iterator[Tensor]:
+        """(up to BATCH_SIZE, features) float32 on the CPU, record after record.
+
+        Args:
+            label: what the progress bar says; none is shown without.
+
+        Raises:
+            DataError: an image is missing or broken.
+        """
+        home = next(self._tower.parameters()).device
+        self._tower.to(self._device)
+        looked = _FeatureDataset(records, indices, roots, self._preprocessing)
+        loader = DataLoader(looked, batch_size=BATCH_SIZE, collate_fn=list, num_workers=self._workers)
+        with tqdm(desc=label, total=len(looked), unit="record", disable=label is None) as bar:
+            for batch in loader:
+                yield torch.cat([self._pictures([pixels for pixels, _ in batch]), self._texts(batch)], dim=1)
+                bar.update(len(batch))
+        self._tower.to(home)
+
+    def _pictures(self, pixels: list[Tensor]) -> Tensor:
+        """Mean over a record's image patches, at the layer that the projector reads; zeros for a text-only record."""
+        counts = [len(images) for images in pixels]
+        features = torch.zeros(len(pixels), self._tower.config.hidden_size)
+        if any(counts):
+            inputs = torch.cat(pixels).to(self._device, next(self._tower.parameters()).dtype)
+            hidden = self._tower(inputs, output_hidden_states=True).hidden_states[self._layer]
+            patches = hidden[:, 1:].float().mean(1).cpu()
+            for row, images in enumerate(patches.split(counts)):
+                if len(images):
+                    features[row] = images.mean(0)
+        return torch.nn.functional.normalize(features)
+
+    def _texts(self, batch: Sequence[tuple[Any, list[int]]]) -> Tensor:
+        """Mean of the words' frozen embeddings; zeros for an empty question."""
+        features = torch.zeros(len(batch), self._words.shape[1])
+        for row, (_, ids) in enumerate(batch):
+            if ids:
+                features[row] = self._words[torch.tensor(ids, device=self._words.device)].float().mean(0).cpu()
+        return torch.nn.functional.normalize(features @ self._projection)
+
+
+def sampled_records(records: int) -> list[int]:
+    """The records of a task that the router learns from."""
+    return sample_of(records, FIT_RECORDS)

@@ -1,0 +1,86 @@
+"""Linear discriminant analysis, learned task by task: a router over any number of tasks from statistics of each.
+
+Source: streaming linear discriminant analysis, Hayes and Kanan, "Lifelong Machine Learning with Deep Streaming Linear
+Discriminant Analysis", CVPR workshops 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mslora_cr.banks.bank import BankError
+from mslora_cr.banks.io import STATISTICS
+
+SHRINKAGE = 0.1
+"""How far covariances between features are drawn to zero; their variances stay."""
+RIDGE = 1e-3
+"""Added to each variance, as a share of their mean: a feature that varies in no task has none."""
+
+
+@dataclass(frozen=True)
+class TaskStatistics:
+    """What a task leaves for the router.
+
+    Attributes:
+        count: records. mean: (features,). scatter: (features, features), ``Σ (x - mean)(x - mean)ᵀ``; both float32.
+    """
+
+    count: int
+    mean: Tensor
+    scatter: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a safetensors file."""
+        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
+
+
+def statistics_of(gram: Tensor) -> TaskStatistics:
+    """Statistics from ``Σ [x, 1]ᵀ [x, 1]`` over a task's records, (features + 1, features + 1) float64."""
+    count, total = gram[-1, -1], gram[-1, :-1]
+    mean = total / count
+    return TaskStatistics(int(count), mean.float(), (gram[:-1, :-1] - torch.outer(total, mean)).float())
+
+
+def load_statistics(bank_folder: Path) -> TaskStatistics:
+    """What was saved with a bank.
+
+    Raises:
+        BankError: nothing readable was found.
+    """
+    path = bank_folder / STATISTICS
+    try:
+        stored = load_file(path)
+        return TaskStatistics(int(stored["count"]), stored["mean"], stored["scatter"])
+    except (OSError, KeyError, SafetensorError) as error:
+        raise BankError(
+            f"{path}: no usable router statistics ({error!r}); `mslora-cr bank fit-router CONFIG` makes it from "
+            "the task's training records"
+        ) from None
+
+
+class Router:
+    """Linear discriminants over the tasks of some statistics, all tasks equally likely beforehand."""
+
+    def __init__(self, tasks: Sequence[TaskStatistics]) -> None:
+        """
+        Args:
+            tasks: at least one, of equally many features.
+        """
+        freedom = max(1, sum(task.count for task in tasks) - len(tasks))
+        pooled = torch.stack([task.scatter for task in tasks]).double().sum(0) / freedom
+        variances = pooled.diagonal()
+        covariance = (1 - SHRINKAGE) * pooled + torch.diag(SHRINKAGE * variances + RIDGE * variances.mean() + 1e-12)
+        means = torch.stack([task.mean for task in tasks]).double()
+        self._weights = torch.cholesky_solve(means.T, torch.linalg.cholesky(covariance))
+        self._biases = -0.5 * (means.T * self._weights).sum(0)
+
+    def route(self, features: Tensor) -> Tensor:
+        """The position of the likeliest task, (questions,) int64, from (questions, features)."""
+        return (features.double() @ self._weights + self._biases).argmax(1)

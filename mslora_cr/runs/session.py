@@ -1,0 +1,134 @@
+"""What every command that runs the model starts from: processes, folders, base model, preprocessing, features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mslora_cr.config.load import training_fields
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.datasets import Preprocessing
+from mslora_cr.data.features import FeatureCache, feature_key
+from mslora_cr.data.images import image_roots
+from mslora_cr.data.records import TrainingRecords
+from mslora_cr.distributed.comm import (
+    all_reduce_sum,
+    assert_same_on_all_ranks,
+    assert_shared_fs,
+    barrier,
+    get_device,
+    rank,
+    world_size,
+)
+from mslora_cr.distributed.launch import TIMEOUT_SECONDS, start_process_group
+from mslora_cr.models import llava_med
+from mslora_cr.models.digest import weights_digest
+from mslora_cr.models.vision import detach_tower, tower_features
+from mslora_cr.routing.features import FeatureExtractor, sampled_records
+from mslora_cr.routing.lda import TaskStatistics, statistics_of
+from mslora_cr.runs.ledger import versions
+
+
+def start_processes(config: StreamConfig) -> dict[str, Any]:
+    """Join the processes that a launcher started, and return the checked `training` section.
+
+    Raises:
+        ConfigError: that section is wrong.
+    """
+    fields = training_fields(config)
+    use_gpu = get_device(config.model.device).type == "cuda"
+    start_process_group(use_gpu, fields.get("ddp_timeout", TIMEOUT_SECONDS))
+    return fields
+
+
+def check_hosts(output: Path, facts: Mapping[str, Any]) -> None:
+    """Let every rank see that all ranks work on the same thing and write to the same folder.
+
+    Raises:
+        DistributedError: on every rank; names what differs.
+    """
+    assert_same_on_all_ranks({**facts, "the package versions": versions()})
+    assert_shared_fs(output)
+
+
+def task_folder(config: StreamConfig, task: Task) -> Path:
+    return Path(config.data.root) / task.folder
+
+
+def task_image_roots(config: StreamConfig, task: Task) -> list[Path]:
+    return image_roots(Path(config.data.root), task.folder, task.image_folders)
+
+
+def load_base(config: StreamConfig, device: torch.device | str) -> llava_med.LlavaMed:
+    """The base model as the configuration asks for it."""
+    return llava_med.load(
+        Path(config.model.path),
+        vision_tower=config.model.vision_tower,
+        dtype=getattr(torch, config.model.dtype),
+        attn_implementation=config.model.attn_implementation,
+        device=device,
+        quantization=config.model.quantization,
+    )
+
+
+def base_digest(config: StreamConfig) -> str:
+    """What tells the configuration's base model, its vision tower included, from another; reads some of its weights."""
+    return weights_digest(Path(config.model.path), config.model.vision_tower)
+
+
+class CachedTower:
+    """The tower, taken out of its model, and the folder where its features are kept."""
+
+    def __init__(self, folder: Path, base: llava_med.LlavaMed, device: torch.device) -> None:
+        self._layer = base.model.config.vision_feature_layer
+        self._processor = base.image_processor
+        self._tower, self._device = detach_tower(base.model), device
+        self.cache = FeatureCache(folder / feature_key(self._tower, self._layer, self._processor))
+
+    def fill(self, images: Sequence[Path], workers: int) -> None:
+        """See to it that every image has its features; the ranks share the work."""
+        self._tower.to(self._device)
+        self.cache.fill(images[rank() :: world_size()], self._processor, self._encode, workers, progress=rank() == 0)
+        self._tower.to("cpu")
+        barrier()
+
+    @torch.inference_mode()
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        parameter = next(self._tower.parameters())
+        return tower_features(self._tower, self._layer, pixels.to(parameter.device, parameter.dtype))
+
+
+def cached_tower(config: StreamConfig, base: llava_med.LlavaMed) -> CachedTower | None:
+    """The tower apart from its model, if `data.cache_image_features` asks for it."""
+    folder = config.data.cache_image_features
+    return CachedTower(Path(folder), base, get_device(config.model.device)) if folder else None
+
+
+def preprocessing(config: StreamConfig, base: llava_med.LlavaMed, tower: CachedTower | None = None) -> Preprocessing:
+    return Preprocessing(
+        tokenizer=base.tokenizer,
+        image_processor=base.image_processor,
+        image_token_id=base.image_token_id,
+        patches=base.patches,
+        max_length=config.data.max_length,
+        all_images=config.data.images == "all",
+        features=tower.cache if tower else None,
+    )
+
+
+def router_statistics(
+    config: StreamConfig, task: Task, records: TrainingRecords, base: llava_med.LlavaMed
+) -> TaskStatistics:
+    """What a router needs to know of a task, from a pass over its training records that all ranks share."""
+    extractor = feature_extractor(config, base)
+    mine = sampled_records(len(records))[rank() :: world_size()]
+    label = f"{task.name}, for the router" if rank() == 0 else None
+    return statistics_of(all_reduce_sum(extractor.gram(records, mine, task_image_roots(config, task), label)))
+
+
+def feature_extractor(config: StreamConfig, base: llava_med.LlavaMed) -> FeatureExtractor:
+    workers = int(config.training.get("dataloader_num_workers", 0))
+    return FeatureExtractor(base, preprocessing(config, base), get_device(config.model.device), workers)

@@ -1,0 +1,93 @@
+"""What is checked before the first step, so that no hour is spent on what cannot end well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mslora_cr.config.schema import ConfigError, StreamConfig
+from mslora_cr.data.images import check_images, resolve_image
+from mslora_cr.data.records import DataError, TrainingRecords
+from mslora_cr.distributed.deepspeed import zero_stage
+from mslora_cr.methods.base import Method
+from mslora_cr.methods.registry import METHODS
+from mslora_cr.runs.ledger import Ledger
+from mslora_cr.runs.session import task_image_roots
+from mslora_cr.stream.arguments import work_folder
+from mslora_cr.training.checkpoints import checkpoints
+from mslora_cr.utils.workers import cores
+
+
+def check_trainable(config: StreamConfig, fields: dict[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: settings that are right by themselves, but not together.
+    """
+    if config.model.quantization and zero_stage(fields.get("deepspeed")) == 3:
+        raise ConfigError(
+            "training.deepspeed: ZeRO-3 cannot shard a quantised base; use zero2, or no model.quantization"
+        )
+    method = METHODS[config.method]
+    penalised = type(method).penalty is not Method.penalty
+    if fields.get("fp16") and penalised and any(method.regularizes(config, task) for task in method.trained(config)):
+        raise ConfigError(
+            "training.fp16 scales the loss, so that a penalty's gradient, which is added behind it, would all but "
+            f"vanish; use training.bf16, or a method without a penalty instead of {config.method}"
+        )
+
+
+def shared_facts(
+    config: StreamConfig,
+    records: dict[str, TrainingRecords],
+    ledger: Ledger,
+    fields: dict[str, Any],
+    model_digest: str,
+) -> dict[str, Any]:
+    """What all ranks of a run must find alike, wherever they run."""
+    return {
+        "the configuration": config.training_digest(),
+        "training.deepspeed": zero_stage(fields.get("deepspeed")),
+        "the base model's files": model_digest,
+        "the training records": {name: found.digest for name, found in records.items()},
+        "the finished tasks": {name: entry["digest"] for name, entry in ledger.content["tasks"].items()},
+        "the checkpoints": {
+            name: [path.name for path in checkpoints(work_folder(config, config.task(name)))] for name in records
+        },
+    }
+
+
+def check_records_unchanged(ledger: Ledger, records: dict[str, TrainingRecords]) -> None:
+    """Raise if a finished task whose samples are still needed has other records now.
+
+    Raises:
+        DataError: names the file.
+    """
+    for name, found in records.items():
+        entry = ledger.content["tasks"].get(name)
+        if entry is not None and entry["records_digest"] not in (None, found.digest):
+            raise DataError(f"{found.path} has changed since {name!r} was trained on it; restore it to continue")
+
+
+def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
+    """Find and, unless `data.check_images` is off, decode every image that training will read.
+
+    Raises:
+        DataError: names the bad ones, with the record that asks for the first.
+    """
+    paths: dict[Path, tuple[TrainingRecords, int]] = {}
+    for task_name, found in records.items():
+        roots = task_image_roots(config, config.task(task_name))
+        for index, record in enumerate(found):
+            for name in record.images if config.data.images == "all" else record.images[:1]:
+                try:
+                    paths.setdefault(resolve_image(name, roots), (found, index))
+                except DataError as error:
+                    raise DataError(f"{found.path}: {found.place(index)}: {error}") from None
+    if not config.data.check_images or not paths:
+        return
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    bad = check_images(list(paths), cores(), progress=True, cache=config.run_dir / "images-checked.bin")
+    if bad:
+        asked = ((path, problem, *paths[path]) for path, problem in bad[:10])
+        lines = [f"{found.path}: {found.place(index)}: {path}: {problem}" for path, problem, found, index in asked]
+        raise DataError(f"{len(bad)} of {len(paths)} images cannot be read\n  " + "\n  ".join(lines))

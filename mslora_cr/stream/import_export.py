@@ -1,0 +1,185 @@
+"""The banks of a whole stream as folders: published runs (`<run>/<a_b_c>/cl_lora.bin`) in and out, or a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mslora_cr.banks.bank import Bank, BankError
+from mslora_cr.banks.io import STATISTICS, WEIGHTS, load_bank, save_bank
+from mslora_cr.banks.published import PUBLISHED_WEIGHTS, export_published
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.methods.base import Method
+from mslora_cr.methods.registry import METHODS
+from mslora_cr.models.layout import language_linear_shapes, read_config
+from mslora_cr.runs.ledger import Ledger
+from mslora_cr.runs.session import base_digest
+from mslora_cr.utils.files import file_digest
+
+_SPELLINGS = ("finetune_lora_MSLoRA", "finetune_MSLoRA")
+
+
+def load_chain(folder: Path, config: StreamConfig) -> dict[str, Bank]:
+    """The banks of the configuration's tasks, by task, from a folder that holds them.
+
+    The folder is a published run, a folder of published runs (either spelling of the run's name), or a run folder of
+    this project. The chain may end before the stream does.
+
+    Raises:
+        BankError: there is no bank, a bank is missing while a later one is there, or one is of another rank or alpha.
+    """
+    places = _places(folder, config, whole=METHODS[config.method].keeps_frozen_adapters)
+    return {name: _load(place, name, config) for name, place in places.items()}
+
+
+def _places(folder: Path, config: StreamConfig, whole: bool) -> dict[str, Path]:
+    """The folders of the banks, by task; `whole`: from the first task on, without a hole."""
+    places = {task.name: _place(folder, config, task) for task in config.stream}
+    found = {name: place for name, place in places.items() if place is not None}
+    if not found:
+        tried = _published_name(config, config.stream[0])
+        raise BankError(f"{folder}: no bank of this stream; looked for {tried}/{PUBLISHED_WEIGHTS} and banks/NAME")
+    missing = next((task for task in config.stream[: len(found)] if task.name not in found), None)
+    if whole and missing is not None:
+        raise BankError(
+            f"{folder}: the chain has a gap: {_published_name(config, missing)} is missing, though "
+            f"{_published_name(config, config.task([*found][-1]))} is there"
+        )
+    return found
+
+
+def _load(place: Path, name: str, config: StreamConfig) -> Bank:
+    bank = load_bank(place)
+    if (bank.rank, bank.alpha) != (config.lora.rank, config.lora.alpha):
+        raise BankError(
+            f"{place}: rank {bank.rank} and alpha {bank.alpha:g}, but the configuration says rank "
+            f"{config.lora.rank} and alpha {config.lora.alpha:g}; set lora.rank and lora.alpha"
+        )
+    return replace(bank, name=name)
+
+
+def _published_name(config: StreamConfig, task: Task) -> str:
+    """A task's folder in a published run: the names of the tasks learned by then, or its own for independent banks."""
+    method = METHODS[config.method]
+    chain = config.stream[: task.index + 1] if method.keeps_frozen_adapters or method.init_from_previous else [task]
+    return "_".join(member.name for member in chain)
+
+
+def _place(folder: Path, config: StreamConfig, task: Task) -> Path | None:
+    roots = [folder, folder / config.run]
+    for ours, theirs in (_SPELLINGS, _SPELLINGS[::-1]):
+        if config.run.startswith(ours):
+            roots.append(folder / config.run.replace(ours, theirs, 1))
+    for root in roots:
+        if (root / _published_name(config, task) / PUBLISHED_WEIGHTS).is_file():
+            return root / _published_name(config, task)
+        if (root / "banks" / task.name / WEIGHTS).is_file():
+            return root / "banks" / task.name
+    return None
+
+
+def export_chain(banks: Mapping[str, Bank], config: StreamConfig, output: Path) -> Iterator[Path]:
+    """Write banks as a published run below `output`; yields each folder once it is written.
+
+    Raises:
+        BankError: there is no bank, or one that the published format cannot represent.
+        ModelError: the base model's configuration cannot be read.
+    """
+    if not banks:
+        raise BankError(f"no task of this run is trained yet in {config.run_dir}; train one first")
+    base = read_config(Path(config.model.path))
+    for task in config.stream:
+        if task.name in banks:
+            folder = output / config.run / _published_name(config, task)
+            export_published(banks[task.name], folder, task.index, base)
+            yield folder
+
+
+def import_chain(folder: Path, config: StreamConfig) -> list[str]:
+    """Make the banks of a folder that `load_chain` reads finished tasks of the configuration's run, so that training
+    goes on after them and whatever reads the run folder finds them; returns the tasks that were not there yet.
+
+    Raises:
+        BankError: as `load_chain`; the banks are of another base model; a task is there with another bank; or the
+            method keeps more of a task than its bank. Nothing is written then.
+        ConfigError: another configuration made the run folder.
+        ModelError: the base model cannot be read.
+    """
+    method, ledger = METHODS[config.method], Ledger.read(config)
+    if type(method).task_state is not Method.task_state:
+        raise BankError(f"method {config.method} keeps more of a task than its bank, so banks alone cannot be imported")
+    places = _places(folder, config, whole=method.keeps_frozen_adapters or method.init_from_previous)
+    banks = {name: _load(place, name, config) for name, place in places.items()}
+    shapes = sorted(language_linear_shapes(Path(config.model.path)))
+    for name, bank in banks.items():
+        if sorted((b.shape[0], a.shape[1]) for a, b in bank.matrices.values()) != shapes:
+            raise BankError(f"{places[name]}: its layers are not those of the base model {config.model.path}")
+    missing = [name for name in banks if not _is_there(banks[name], ledger)]
+    model_digest = base_digest(config)
+    ledger.check_same_configuration(config, model_digest, force=False, advice="Import into another `run`")
+    ledger.open(config, model_digest, force=False)
+    for name in missing:
+        _enter(banks[name], places[name], config, ledger)
+    return missing
+
+
+def _is_there(bank: Bank, ledger: Ledger) -> bool:
+    """Whether the run has this very bank; refuses another one of that task."""
+    if not ledger.done(bank.name):
+        return False
+    own = ledger.bank_folder(bank.name)
+    if load_bank(own).digest != bank.digest:
+        raise BankError(f"{own}: task {bank.name!r} is finished with another bank; import into another `run`")
+    return True
+
+
+def _enter(bank: Bank, place: Path, config: StreamConfig, ledger: Ledger) -> None:
+    """Save a bank in the run folder and enter it in the ledger. How it was trained is not known there."""
+    task, folder = config.task(bank.name), ledger.bank_folder(bank.name)
+    file = place / (PUBLISHED_WEIGHTS if (place / PUBLISHED_WEIGHTS).is_file() else WEIGHTS)
+    source = {"path": str(file.resolve()), "sha256": file_digest(file)}
+    # The source's, or what `bank fit-router` has put there before.
+    routers = [known / STATISTICS for known in (place, folder) if (known / STATISTICS).is_file()]
+    beside = {STATISTICS: load_file(routers[0])} if routers else {}
+    described = {**bank.metadata, "modality": task.modality, "index": task.index, "imported": source}
+    digest = save_bank(replace(bank, metadata=described), folder, config.lora.dropout, beside)
+    entry = {
+        "digest": digest,
+        "memory_digest": None,
+        "router_digest": file_digest(folder / STATISTICS) if beside else None,
+        "records_digest": None,
+        "steps": 0,
+        "train_loss": None,
+        "seconds": 0.0,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "imported": source,
+    }
+    ledger.record(bank.name, entry)
+
+
+def describe(bank: Bank) -> dict[str, Any]:
+    """What a bank is, for people: rank, layers, parameters, and the norm of its update ``alpha / rank · B A``."""
+    norms = {name: bank.scaling * _product_norm(a.double(), b.double()) for name, (a, b) in bank.matrices.items()}
+    largest = max(norms, key=lambda name: norms[name])
+    return {
+        "name": bank.name,
+        "rank": bank.rank,
+        "alpha": bank.alpha,
+        "experts": bank.experts,
+        "linear_layers": len(bank.matrices),
+        "parameters": sum(matrix.numel() for matrix in bank.tensors),
+        "update_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
+        "largest_update": {"layer": largest, "norm": norms[largest]},
+        "metadata": bank.metadata,
+    }
+
+
+def _product_norm(a: Tensor, b: Tensor) -> float:
+    """``‖B A‖`` from matrices of the rank's size: ``‖B A‖² = tr(BᵀB AAᵀ)``."""
+    return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()

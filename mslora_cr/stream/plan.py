@@ -1,0 +1,122 @@
+"""What training will do: tasks, batches, steps. Loads no weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mslora_cr.config.load import training_fields
+from mslora_cr.config.schema import ConfigError, StreamConfig, Task
+from mslora_cr.data.records import TrainingRecords
+from mslora_cr.distributed.comm import world_size
+from mslora_cr.methods.registry import METHODS
+from mslora_cr.models.layout import language_linear_shapes
+from mslora_cr.runs.ledger import Ledger
+from mslora_cr.runs.session import task_folder
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """What training a task will do."""
+
+    task: str
+    modality: str
+    records: int
+    epochs: float
+    per_device_batch_size: int
+    accumulation_steps: int
+    steps: int
+    learning_rate: float
+    frozen_banks: list[str]
+    penalties: bool
+    done: bool
+
+
+def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
+    """The resolved plan of every task, and how many parameters a bank trains. Loads no weights.
+
+    Raises:
+        ConfigError, DataError: as `train` would.
+    """
+    fields = training_fields(config)
+    ledger = Ledger.read(config)
+    plans = []
+    method = METHODS[config.method]
+    for task in method.trained(config):
+        sources = method.sources(config, task)
+        counts = [len(TrainingRecords(task_folder(config, source) / "train.json")) for source in sources]
+        order = method.order(config, task, counts, ledger)
+        visited, epochs = (len(order), 1.0) if order is not None else (counts[0], task.epochs)
+        per_device, accumulation = batch_shape(task, fields)
+        plans.append(
+            TaskPlan(
+                task=task.name,
+                modality=task.modality,
+                records=sum(counts),
+                epochs=task.epochs,
+                per_device_batch_size=per_device,
+                accumulation_steps=accumulation,
+                steps=update_steps(visited, epochs, per_device, accumulation),
+                learning_rate=task.learning_rate,
+                frozen_banks=[earlier.name for earlier in frozen_tasks(config, task)],
+                penalties=method.regularizes(config, task),
+                done=ledger.done(task.name),
+            )
+        )
+    linears = language_linear_shapes(Path(config.model.path))
+    return plans, sum(config.lora.rank * (rows + columns) for rows, columns in linears)
+
+
+def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:
+    """Samples per process and micro-batch, and micro-batches per update, that give the task's global batch size.
+
+    `training.per_device_train_batch_size` is the most that a process may take at once.
+
+    Raises:
+        ConfigError: the batch size cannot be shared by the processes, or no sample may be taken at once.
+    """
+    share, rest = divmod(task.batch_size, world_size())
+    if rest:
+        raise ConfigError(
+            f"tasks.{task.name}.batch_size is {task.batch_size}, which {world_size()} processes cannot divide equally"
+        )
+    most = min(share, fields.get("per_device_train_batch_size", share))
+    if most < 1:
+        raise ConfigError(f"training.per_device_train_batch_size is {most}; use at least 1")
+    per_device = max(size for size in range(1, most + 1) if share % size == 0)
+    return per_device, share // per_device
+
+
+def update_steps(records: int, epochs: float, per_device: int, accumulation: int) -> int:
+    """Optimizer steps of a task, as the Trainer counts them."""
+    batches = math.ceil(records / (per_device * world_size()))
+    return math.ceil(epochs * max(1, math.ceil(batches / accumulation)))
+
+
+def tasks_to_train(config: StreamConfig, only: str | None) -> list[Task]:
+    """The tasks that get a bank, or only the one named.
+
+    Raises:
+        ConfigError: there is no task of that name, or the method gives it no bank.
+    """
+    tasks = METHODS[config.method].trained(config)
+    if only is None:
+        return tasks
+    name = config.task(only).name
+    chosen = [task for task in tasks if task.name == name]
+    if not chosen:
+        trained = ", ".join(task.name for task in tasks) or "nothing"
+        raise ConfigError(f"--task {name}: method {config.method} trains no bank for it; it trains {trained}")
+    return chosen
+
+
+def frozen_tasks(config: StreamConfig, task: Task) -> list[Task]:
+    """The earlier tasks whose banks take part, frozen, while this one trains."""
+    return config.stream[: task.index] if METHODS[config.method].keeps_frozen_adapters else []
+
+
+def previous_task(config: StreamConfig, task: Task) -> list[Task]:
+    """The task whose bank this one starts from, if any."""
+    return config.stream[: task.index][-1:] if METHODS[config.method].init_from_previous else []

@@ -1,0 +1,237 @@
+"""The stream: one bank per task, one after another; killed at any moment, the same command resumes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import set_seed
+
+from mslora_cr.banks.io import STATISTICS, TASK_STATE, save_bank
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.collator import TrainingCollator
+from mslora_cr.data.datasets import ConcatTrainDataset, TrainDataset
+from mslora_cr.data.records import TrainingRecords
+from mslora_cr.distributed.comm import broadcast_object, get_device, rank
+from mslora_cr.distributed.deepspeed import (
+    float32_value,
+    free_memory,
+    partition,
+    prepare_deepspeed,
+    release_trainer,
+    zero_stage,
+)
+from mslora_cr.distributed.launch import run_on_rank0
+from mslora_cr.methods.base import Setup
+from mslora_cr.methods.registry import METHODS, needs_task
+from mslora_cr.models import llava_med
+from mslora_cr.routing.lda import TaskStatistics
+from mslora_cr.runs.ledger import Ledger
+from mslora_cr.runs.session import (
+    base_digest,
+    cached_tower,
+    check_hosts,
+    load_base,
+    preprocessing,
+    router_statistics,
+    start_processes,
+    task_folder,
+    task_image_roots,
+)
+from mslora_cr.stream.arguments import training_arguments, work_folder
+from mslora_cr.stream.checks import check_records_unchanged, check_task_images, check_trainable, shared_facts
+from mslora_cr.stream.plan import frozen_tasks, previous_task, tasks_to_train
+from mslora_cr.training.callbacks import JsonLinesCallback
+from mslora_cr.training.checkpoints import check_same_launch, checkpoints, writing
+from mslora_cr.training.trainer import BankTrainer
+from mslora_cr.utils.files import file_digest
+
+
+@dataclass(frozen=True)
+class StreamRun:
+    """What the tasks of one launch share."""
+
+    config: StreamConfig
+    fields: dict[str, Any]
+    """The `training` section, checked."""
+    ledger: Ledger
+    records: dict[str, TrainingRecords]
+    """By task, of all tasks whose samples are read."""
+    model_digest: str
+    force: bool
+
+    def input_digests(self, task: Task) -> dict[str, str]:
+        """Digests of what decides a task's bank: a checkpoint inside the task is of no use to another."""
+        sources = METHODS[self.config.method].sources(self.config, task)
+        return {
+            "configuration": self.config.training_digest(task),
+            "base model": self.model_digest,
+            "training records": " ".join(self.records[source.name].digest for source in sources),
+        }
+
+
+def train(config: StreamConfig, only: str | None = None, force: bool = False) -> None:
+    """Train every task of the stream that is not done yet, or only the one named.
+
+    Everything that can be wrong is checked before the first step: configuration, records, images, earlier banks.
+
+    Raises:
+        ConfigError, DataError, ModelError, BankError: with what is wrong, where, and how to mend it.
+    """
+    fields = start_processes(config)
+    check_trainable(config, fields)
+    if zero_stage(fields.get("deepspeed")):
+        prepare_deepspeed(get_device(config.model.device).type == "cuda")
+    tasks = tasks_to_train(config, only)
+    ledger = Ledger.read(config)
+    pending = [task for task in tasks if not ledger.done(task.name)]
+    records = {}
+    for source in (source for task in pending for source in METHODS[config.method].sources(config, task)):
+        if source.name not in records:
+            records[source.name] = TrainingRecords(task_folder(config, source) / "train.json")
+    check_records_unchanged(ledger, records)
+    if only and pending:
+        ledger.banks(config, frozen_tasks(config, pending[0]) or previous_task(config, pending[0]))
+    for task in pending:  # only validated here: DeepSpeed must not know of a task before its model is built
+        training_arguments(config, task, {**fields, "deepspeed": None})
+    model_digest = base_digest(config)
+    check_hosts(config.run_dir, shared_facts(config, records, ledger, fields, model_digest))
+
+    def prepare() -> None:
+        ledger.check_same_configuration(config, model_digest, force)  # in a moment; images may take minutes
+        check_task_images(config, records)
+        ledger.open(config, model_digest, force)
+
+    run_on_rank0(prepare)
+    if not tasks and rank() == 0:
+        print(f"{config.method} trains nothing; evaluate it directly")
+    run = StreamRun(config, fields, ledger, records, model_digest, force)
+    progress = tqdm(tasks, desc="stream", unit="task", disable=rank() != 0)
+    for task in progress:
+        progress.set_postfix_str(task.name)
+        if task in pending:
+            train_task(run, task)
+        elif rank() == 0:
+            shutil.rmtree(work_folder(config, task), ignore_errors=True)  # a run killed right after the ledger
+            print(f"{task.name}: already done, skipped")
+
+
+def train_task(run: StreamRun, task: Task) -> None:
+    """Train one task's bank from its last checkpoint, if it has one, save it, and enter it in the ledger.
+
+    The base model is loaded afresh, so a task does not depend on which ones this process has trained before.
+    """
+    trainer, router = build_trainer(run, task)
+    # A shared file system may show other hosts an older state, of checkpoints here and of the ledger below.
+    found = broadcast_object(checkpoints(work_folder(run.config, task)))
+    if found:
+        check_same_launch(found[-1], trainer.args, run.input_digests(task), run.force)
+    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    save_task(run, task, trainer, router)
+    run.ledger.content = broadcast_object(run.ledger.content)
+    if "wandb" in trainer.args.report_to:
+        import wandb
+
+        wandb.finish()  # else the next task would be logged into this one's W&B run
+    release_trainer(trainer)
+    del trainer
+    free_memory()  # before the next task's model is loaded beside this one's
+
+
+def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatistics | None]:
+    """Base model, frozen banks, the live one and its trainer; and what a router needs to know of the task."""
+    config, method = run.config, METHODS[run.config.method]
+    sharded = zero_stage(run.fields.get("deepspeed")) == 3
+    device = get_device(config.model.device)
+    # Everything is built before DeepSpeed knows of the task: transformers would partition what it loads afterwards.
+    base = load_base(config, "cpu" if sharded else device)
+    router = router_statistics(config, task, run.records[task.name], base) if needs_task(config) else None
+    samples = training_samples(run, task, base)
+    frozen = run.ledger.banks(config, frozen_tasks(config, task))
+    stack = BankStack(base.model, config.lora.fold)
+    stack.set_frozen(frozen)
+    initial = run.ledger.banks(config, previous_task(config, task))
+    set_seed(config.seed + task.index)
+    stack.add_trainable(
+        config.lora.rank,
+        config.lora.alpha,
+        config.lora.dropout,
+        initial[0] if initial else None,
+        method.experts(config),
+    )
+    setup = Setup(config, task, run.ledger, device)
+    regularizes = method.regularizes(config, task)
+    penalty = method.penalty(setup, frozen) if regularizes else None
+    del frozen  # folded into the model and held by the penalty; on the host it would be a copy per process
+    order = method.order(config, task, samples.counts, run.ledger)
+    args = training_arguments(config, task, run.fields, order is not None)
+    # Its default is inside the work folder, which goes when the task is done.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / "logs" / "tensorboard" / task.name)
+    if sharded:
+        partition(stack.model, args.hf_deepspeed_config.config)
+    trainer = BankTrainer(
+        stack=stack,
+        samples=samples,
+        collator=TrainingCollator(base.tokenizer.pad_token_id),
+        args=args,
+        bank_shape=(config.lora.rank, config.lora.alpha),
+        input_digests=run.input_digests(task),
+        order=order,
+        penalty=penalty,
+        distillation=method.distillation(setup) if regularizes else None,
+        callbacks=[JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
+    )
+    return trainer, router
+
+
+def training_samples(run: StreamRun, task: Task, base: llava_med.LlavaMed) -> ConcatTrainDataset:
+    """The samples that a task trains on; with `data.cache_image_features`, it caches their images' features first."""
+    tower = cached_tower(run.config, base)
+    prepare = preprocessing(run.config, base, tower)
+    parts = [
+        TrainDataset(run.records[source.name], task_image_roots(run.config, source), prepare)
+        for source in METHODS[run.config.method].sources(run.config, task)
+    ]
+    if tower is not None:
+        images = (prepare.image_paths(part.records, part.roots) for part in parts)
+        tower.fill(list(itertools.chain.from_iterable(images)), int(run.fields.get("dataloader_num_workers", 0)))
+    return ConcatTrainDataset(parts)
+
+
+def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStatistics | None) -> None:
+    """Write a trained bank with what is kept beside it, and enter it in the ledger; to be called on every rank."""
+    config, ledger = run.config, run.ledger
+    mean_loss, padding = trainer.mean_loss(), trainer.padding()
+    kept = METHODS[config.method].task_state(Setup(config, task, ledger, get_device(config.model.device)), trainer)
+    metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
+    bank = trainer.stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata, float32_value)
+    if not trainer.args.should_save:
+        return
+    folder = ledger.bank_folder(task.name)
+    with writing(folder):
+        beside = {TASK_STATE: kept, STATISTICS: router.tensors() if router else {}}
+        digest = save_bank(bank, folder, config.lora.dropout, beside)
+    input_digests = run.input_digests(task)
+    entry = {
+        "digest": digest,
+        "memory_digest": file_digest(folder / TASK_STATE) if kept else None,
+        "router_digest": file_digest(folder / STATISTICS) if router else None,
+        "records_digest": run.records[task.name].digest,
+        "config_digest": input_digests["configuration"],
+        "model_digest": input_digests["base model"],
+        "steps": trainer.state.global_step,
+        "train_loss": mean_loss,
+        "seconds": round(trainer.seconds, 3),
+        "padding": padding,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "frozen_bank_bytes": trainer.penalty.frozen_bytes if trainer.penalty else 0,
+        "weights": trainer.penalty.weights if trainer.penalty else None,
+    }
+    ledger.record(task.name, entry)
+    shutil.rmtree(work_folder(config, task), ignore_errors=True)

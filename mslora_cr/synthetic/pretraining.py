@@ -1,0 +1,238 @@
+"""What the tiny LLaVA-Med has seen before the stream begins.
+
+Drawn pictures of every kind, described in plain visual words by someone who sees shapes and knows no medicine. The
+stream's pictures, questions and answers play no part in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+from tqdm import tqdm
+
+from mslora_cr.data.collator import TrainingCollator
+from mslora_cr.data.datasets import Sample
+from mslora_cr.data.images import preprocess
+from mslora_cr.data.prompts import IGNORE_INDEX, encode_conversation, expand_images
+from mslora_cr.data.records import Turn
+from mslora_cr.models.llava_med import LlavaMed
+from mslora_cr.synthetic.images import TRAITS, Traits, draw
+from mslora_cr.synthetic.stream import all_texts, sample_traits
+
+ALBUM_SIZE = 3600
+LEARNING_RATE = 2e-3
+TOWER_BATCH, LANGUAGE_BATCH = 64, 32
+MAX_LENGTH = 2048
+
+Seen = list[tuple[str, Traits]]
+"""Kind and traits of each picture of the album."""
+LossOf = Callable[[NDArray[np.int64]], Tensor]
+"""The loss on a batch, given its places in the album."""
+
+_WORDS: dict[str, dict[str, dict[str, str]]] = {
+    "chest": {
+        "opacity": {
+            "none": "two black fields",
+            "left": "white cloud on one side",
+            "right": "white cloud on the other",
+        },
+        "heart": {"normal": "narrow middle shape", "enlarged": "wide middle shape"},
+        "effusion": {"no": "black down to the bottom", "yes": "white bottom"},
+    },
+    "brain": {
+        "lesion": {
+            "none": "no bright ball",
+            "left": "bright ball on one side",
+            "right": "bright ball on the other",
+        },
+        "ventricles": {"normal": "thin black middle", "dilated": "fat black middle"},
+    },
+    "tissue": {
+        "cells": {"sparse": "few dots", "dense": "many dots"},
+        "nuclei": {"small": "tiny dots", "large": "big dots"},
+        "glands": {"no": "no white holes", "yes": "round white holes"},
+    },
+    "slide": {
+        "growth": {"flat": "smooth oval", "papillary": "star with fingers"},
+        "stain": {"pale": "pink", "dark": "violet"},
+        "bleeding": {"no": "one colour", "yes": "red stains"},
+    },
+    "skin": {
+        "tone": {"light": "beige ground", "dark": "brown ground"},
+        "rash": {
+            "plaque": "red area with white flakes",
+            "spots": "scattered red points",
+            "mole": "black area",
+            "depigmented": "white area",
+        },
+    },
+    "dermoscopy": {
+        "lesion": {
+            "nevus": "brown disc",
+            "melanoma": "black ragged shape with blue",
+            "keratosis": "yellow disc with white points",
+            "carcinoma": "rose disc with grey points",
+            "vascular": "red disc",
+        },
+    },
+}
+# Where to look for each trait: nouns that anyone knows who has leafed through an atlas.
+_NOUNS: dict[str, dict[str, tuple[str, ...]]] = {
+    "chest": {"opacity": ("lung", "lungs"), "heart": ("heart",), "effusion": ("pleural",)},
+    "brain": {"lesion": ("brain",), "ventricles": ("ventricles",)},
+    "tissue": {"cells": ("cellular", "cellularity"), "nuclei": ("nuclei",), "glands": ("glands",)},
+    "slide": {"growth": ("growth",), "stain": ("grade",), "bleeding": ("hemorrhage",)},
+    "skin": {"tone": ("skin type",), "rash": ("condition",)},
+    "dermoscopy": {"lesion": ("lesion",)},
+}
+
+
+def pretrain(base: LlavaMed, seed: int, steps: int, progress: bool) -> None:
+    """Train ``base`` in place, in the order of the real one: first the tower on pictures, ``steps`` steps, then,
+    with the tower frozen, projector and language model on descriptions, as many. All weights are frozen at the end."""
+    rng = np.random.default_rng([seed, 1])
+    pixels, seen = _album(base, rng, progress)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _train_tower(base, pixels, seen, _Descent("tower", len(seen), TOWER_BATCH, steps, rng, progress))
+    _train_language(base, pixels, seen, _Descent("language", len(seen), LANGUAGE_BATCH, steps, rng, progress))
+
+
+def pretraining_texts() -> Iterator[str]:
+    """Every description that pretraining can give of one trait, for the tokenizer to spell well."""
+    for kind in _WORDS.values():
+        for values in kind.values():
+            yield from values.values()
+
+
+def _album(base: LlavaMed, rng: np.random.Generator, progress: bool) -> tuple[Tensor, Seen]:
+    """Pictures of all kinds in turn, as the tower reads them: (pictures, 3, height, width)."""
+    pixels: list[Tensor] = []
+    seen: Seen = []
+    kinds = list(TRAITS) * (ALBUM_SIZE // len(TRAITS))
+    for kind in tqdm(kinds, desc="pictures for the tiny model", unit="image", disable=not progress):
+        traits = sample_traits(kind, rng)
+        pixels.append(preprocess(draw(kind, traits, rng).convert("RGB"), base.image_processor))
+        seen.append((kind, traits))
+    return torch.stack(pixels), seen
+
+
+class _Descent:
+    """AdamW with a one-cycle learning rate over random batches of the album."""
+
+    def __init__(self, name: str, album: int, batch: int, steps: int, rng: np.random.Generator, progress: bool) -> None:
+        self.name, self.album, self.batch, self.steps = name, album, batch, steps
+        self.rng, self.progress = rng, progress
+
+    def run(self, parameters: Iterable[nn.Parameter], loss_of: LossOf) -> None:
+        trained = list(parameters)
+        optimizer = torch.optim.AdamW(trained, weight_decay=0.01)
+        schedule = OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=self.steps)
+        description = f"tiny model: {self.name}"
+        bar = tqdm(range(self.steps), desc=description, unit="step", disable=not self.progress)
+        for _ in bar:
+            loss = loss_of(self.rng.integers(self.album, size=self.batch))
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def _train_tower(base: LlavaMed, pixels: Tensor, seen: Seen, descent: _Descent) -> None:
+    """Teach the tower to tell the values of each trait apart by the mean of its patch features.
+
+    The linear classifiers that judge it, one per trait, are thrown away.
+    """
+    tower = base.model.model.vision_tower.requires_grad_(True)
+    layer = base.model.config.vision_feature_layer
+    traits = [(kind, name, values) for kind in TRAITS for name, values in TRAITS[kind].items()]
+    width = tower.config.hidden_size
+    classifiers = nn.ModuleList([nn.Linear(width, len(values)) for _, _, values in traits])
+    targets = torch.tensor(
+        [
+            [values.index(shown[name]) if kind == of else IGNORE_INDEX for of, name, values in traits]
+            for kind, shown in seen
+        ]
+    )
+
+    def loss_of(places: NDArray[np.int64]) -> Tensor:
+        features = tower(pixels[places], output_hidden_states=True).hidden_states[layer][:, 1:].mean(1)
+        losses = [
+            nn.functional.cross_entropy(classifier(features), target, reduction="sum")
+            for classifier, target in zip(classifiers, targets[places].T, strict=True)
+        ]
+        return torch.stack(losses).sum() / len(places)
+
+    descent.run([*tower.parameters(), *classifiers.parameters()], loss_of)
+    tower.requires_grad_(False)
+
+
+def _train_language(base: LlavaMed, pixels: Tensor, seen: Seen, descent: _Descent) -> None:
+    """Teach projector and language model to answer with descriptions.
+
+    Word vectors and head stay as they are: pretraining uses few words, and all others must remain as easy to say.
+    """
+    fillers, collate = _fillers(), TrainingCollator(base.tokenizer.pad_token_id)
+    album = [
+        _samples(base, kind, traits, image, fillers, descent.rng)
+        for (kind, traits), image in zip(seen, pixels, strict=True)
+    ]
+    language = base.model.model.language_model
+    trained = nn.ModuleList([base.model.model.multi_modal_projector, language.layers, language.norm])
+
+    def loss_of(places: NDArray[np.int64]) -> Tensor:
+        batch = collate([album[place][descent.rng.integers(len(album[place]))] for place in places])
+        del batch["record_index"]
+        loss: Tensor = base.model(**batch).loss
+        return loss
+
+    descent.run(trained.requires_grad_(True).parameters(), loss_of)
+    trained.requires_grad_(False)
+
+
+def _samples(
+    base: LlavaMed, kind: str, traits: Traits, pixels: Tensor, fillers: list[str], rng: np.random.Generator
+) -> list[Sample]:
+    samples = []
+    for question, answer in _descriptions(kind, traits, fillers, rng):
+        turns = [
+            Turn.model_validate({"from": speaker, "value": text})
+            for speaker, text in (("human", question), ("gpt", answer))
+        ]
+        encoded = encode_conversation(base.tokenizer, turns, images=1)
+        ids, labels = expand_images(encoded, base.image_token_id, base.patches, MAX_LENGTH)
+        samples.append(Sample(index=0, input_ids=ids, labels=labels, pixel_values=pixels[None]))
+    return samples
+
+
+def _descriptions(kind: str, traits: Traits, fillers: list[str], rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    """(question, answer) pairs about one picture, the question a bag of words.
+
+    Words that name a trait are answered with what is seen of it, any others with all that is seen, in any order: so
+    the language model learns to take in the whole picture, and to let a noun guide it.
+    """
+    words = {trait: _WORDS[kind][trait][value] for trait, value in traits.items()}
+    for _ in range(2):
+        yield _question([], fillers, rng), ", ".join(words[trait] for trait in rng.permutation(list(words)))
+    for trait, text in words.items():
+        for noun in _NOUNS[kind][trait]:
+            yield _question([noun], fillers, rng), text
+
+
+def _question(nouns: list[str], fillers: list[str], rng: np.random.Generator) -> str:
+    chosen = [str(word) for word in rng.choice(fillers, size=rng.integers(2, 8))]
+    return " ".join(rng.permutation([*chosen, *nouns])) + "?"
+
+
+def _fillers() -> list[str]:
+    """The stream's words but for the nouns."""
+    words = {word for text in all_texts() for word in text.rstrip("?.").split()}
+    nouns = [noun for kind in _NOUNS.values() for names in kind.values() for noun in names]
+    return sorted(words - {word for noun in nouns for word in noun.split()})

@@ -1,0 +1,55 @@
+"""What joins the Trainer at its public hooks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class TowerOutsideGraph(TrainerCallback):
+    """Keeps the vision tower out of the graph under gradient checkpointing.
+
+    transformers makes the output of every embedding require a gradient then, the tower's too, so the tower would be
+    recomputed and differentiated. Checkpointing without re-entry, the only one allowed here, needs none of that.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        model.disable_input_require_grads()
+
+
+class JsonLinesCallback(TrainerCallback):
+    """Writes every logged record of a task as a line of JSON; a resumed task continues its file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop what a killed run logged after the checkpoint that this one starts from."""
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    kept += [line] if json.loads(line)["step"] <= state.global_step else []
+                except ValueError:
+                    break  # the line that was being written when the run was killed
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
