@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: demo test test-all test-gpu lint format setup clean
+.PHONY: demo test test-all test-gpu docs lint format setup clean
 
 demo: setup
 	$(BIN)/mslora-cr demo
@@ -20,6 +20,10 @@ test-all: setup lint
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+# The site in build/site: guide, references made from schema and docstrings. Strict: a broken link is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 lint: setup
 	$(BIN)/ruff check .

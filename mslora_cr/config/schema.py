@@ -55,7 +55,7 @@ PathStr = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class ModelConfig(_Strict):
