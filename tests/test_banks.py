@@ -1,7 +1,9 @@
 import json
 import math
+import os
 import pickle
 import re
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -382,11 +384,28 @@ def published_copy(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x02]q\x00.", b"PK\x03\x04 cut short"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a pickle", b"hello", b"\x80\x02.", b"\x80\x02]q\x00.", b"PK\x03\x04 cut short", b"(" * 100_000],
+)
 def test_a_damaged_published_file_is_refused(content: bytes, tmp_path: Path) -> None:
     folder = published_copy(tmp_path / "pathvqa")
     (folder / "cl_lora.bin").write_bytes(content)
-    with pytest.raises(BankError, match=r"cl_lora\.bin"):
+    with pytest.raises(BankError, match=r"cl_lora\.bin: not plain tensors") as caught:
+        load_bank(folder)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_few_numbers_that_pretend_to_be_many_are_refused(tmp_path: Path) -> None:
+    folder = published_copy(tmp_path / "pathvqa")
+    stored = torch.load(folder / "cl_lora.bin", weights_only=True)
+    key = next(iter(stored))
+    torch.save(stored | {key: torch.ones(1, 1).expand(4, 1 << 40)}, folder / "cl_lora.bin")
+    with pytest.raises(BankError, match="more numbers than the file holds"):
+        load_bank(folder)
+    with zipfile.ZipFile(folder / "cl_lora.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(1 << 20))
+    with pytest.raises(BankError, match="not plain tensors"):
         load_bank(folder)
 
 
@@ -426,10 +445,30 @@ def edit_json(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "only plain LoRA"),
-        ({"use_rslora": True}, "only plain LoRA"),
-        ({"rank_pattern": {"q_proj": 8}}, "only plain LoRA"),
+        *(
+            ({key: value}, f"plain LoRA over the unchanged base .* says {key}: ")
+            for key, value in [
+                *(("use_dora", True), ("use_rslora", True), ("fan_in_fan_out", True), ("lora_bias", True)),
+                *(("rank_pattern", {"q_proj": 8}), ("alpha_pattern", {"q_proj": 8}), ("bias", "lora_only")),
+                *(("init_lora_weights", init) for init in ("pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq")),
+                *(("init_lora_weights", init) for init in ("lora_ga", "mica", 2)),
+                *(("peft_type", "ADALORA"), ("modules_to_save", ["lm_head"]), ("alora_invocation_tokens", [1, 2])),
+                *(
+                    ("use_qalora", True),
+                    ("use_bdlora", {"nblocks": 2}),
+                    ("arrow_config", {"k": 1}),
+                ),
+                *(("layer_replication", [[0, 2]]), ("trainable_token_indices", [5]), ("target_parameters", ["x"])),
+                *(("megatron_core", "other"), ("a_key_of_next_year", "on"), ("a_key_of_next_year", 0.5)),
+            ]
+        ),
+        ({"target_modules": ["q_proj"]}, "matrices of .*down_proj, which the adapter's configuration does not name"),
+        ({"exclude_modules": ["mlp.up_proj"]}, "matrices of .*up_proj, which the adapter's configuration does not"),
+        ({"target_modules": "(["}, "names no layers"),
         ({"r": 3}, "rank 3"),
+        ({"r": True}, "rank True"),
+        ({"lora_alpha": 10**400}, "alpha 1000000"),
+        ({"lora_alpha": math.nan}, "alpha nan"),
         ({"r": None}, r"adapter_config\.json"),
         ({"lora_alpha": None}, r"adapter_config\.json"),
     ],
@@ -441,8 +480,116 @@ def test_an_adapter_that_is_no_bank_is_refused(changes: dict[str, Any], message:
         load_bank(tmp_path / "bank")
 
 
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"a_key_of_next_year": empty} | {"peft_version": "9.9", "base_model_name_or_path": "some/model"}
+        for empty in (False, "", {}, [], 0)
+    ]
+    + [{"init_lora_weights": "gaussian"}, {"target_modules": "all-linear"}]
+    + [{"target_modules": [linear.rpartition(".")[2] for linear in LINEARS], "exclude_modules": ["vision_tower"]}],
+)
+def test_keys_that_change_nothing_are_accepted(harmless: dict[str, Any], tmp_path: Path) -> None:
+    save_bank(golden_bank(0), tmp_path / "bank")
+    edit_json(tmp_path / "bank" / "adapter_config.json", **harmless)
+    assert same_matrices(load_bank(tmp_path / "bank"), golden_bank(0))
+
+
+def respelled(folder: Path, before: str, after: str) -> Path:
+    """A saved bank whose layers go by other names."""
+    save_bank(golden_bank(0), folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renamed = {key.replace(before, after, 1): tensor for key, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("model.language_model.layers", "model.layers"),
+        ("model.language_model.layers", "language_model.model.layers"),
+        ("base_model.model.model.language_model.layers", "language_model.model.layers"),
+        ("base_model.model.", ""),
+        ("lora_A.weight", "lora_A.default.weight"),
+    ],
+)
+def test_known_spellings_of_the_layers_are_the_models(before: str, after: str, tmp_path: Path) -> None:
+    assert same_matrices(load_bank(respelled(tmp_path / "bank", before, after)), golden_bank(0))
+
+
+@pytest.mark.parametrize(
+    "after", ["vision_tower.layers", "model.decoder.layers", "model.language_model.layers.\u0660", "x" * 100_000]
+)
+def test_layers_of_another_model_are_refused(after: str, tmp_path: Path) -> None:
+    before = "model.language_model.layers" + ".0" * after.endswith("\u0660")
+    folder = respelled(tmp_path / "bank", before, after)
+    with pytest.raises(BankError, match="is not a LoRA matrix of a linear layer of the language model") as caught:
+        load_bank(folder)
+    assert len(str(caught.value)) < 1000
+
+
+def test_matrices_under_two_spellings_are_refused(tmp_path: Path) -> None:
+    folder = respelled(tmp_path / "bank", "base_model.model.", "")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        tensors | {f"base_model.model.{key}": tensor.clone() for key, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    with pytest.raises(BankError, match="twice, under different names"):
+        load_bank(folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("published", [False, True])
+def test_a_bank_of_numbers_that_are_none_is_refused(value: float, published: bool, tmp_path: Path) -> None:
+    bank = golden_bank(0)
+    if published:
+        folder = published_copy(tmp_path / "bank")
+        tensors = torch.load(folder / "cl_lora.bin", weights_only=True)
+    else:
+        save_bank(bank, folder := tmp_path / "bank")
+        tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[next(iter(tensors))].view(-1)[0] = value
+    if published:
+        torch.save(tensors, folder / "cl_lora.bin")
+    else:
+        save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(BankError, match=r"bank.*holds NaN or infinite numbers"):
+        load_bank(folder)
+
+
+def test_what_was_trained_beside_the_matrices_is_not_dropped(tmp_path: Path) -> None:
+    save_bank(golden_bank(0), tmp_path / "bank")
+    (tmp_path / "bank" / "non_lora_trainables.bin").write_bytes(b"LLaVA's own script puts the projector here")
+    with pytest.raises(BankError, match=r"non_lora_trainables\.bin holds what was trained beside"):
+        load_bank(tmp_path / "bank")
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        save_bank(golden_bank(0), tmp_path / name)
+        (tmp_path / name / name).unlink()
+        os.mkfifo(tmp_path / name / name)
+        with pytest.raises(BankError, match="not a regular file"):
+            load_bank(tmp_path / name)
+
+
+def test_the_configuration_has_only_keys_that_every_peft_since_0_5_knows(tmp_path: Path) -> None:
+    """Such a PEFT hands every key to its LoraConfig, which refuses one it does not know."""
+    save_bank(golden_bank(0), tmp_path / "bank", dropout=0.1)
+    written = json.loads((tmp_path / "bank" / "adapter_config.json").read_text())
+    assert set(written) == {
+        *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "r"),
+        *("target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "modules_to_save"),
+        *("init_lora_weights", "layers_to_transform", "layers_pattern"),
+    }
+    assert (written["peft_type"], written["r"], written["lora_alpha"], written["lora_dropout"]) == ("LORA", 4, 8.0, 0.1)
+
+
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "bank.json"])
-@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe", b"[" * 100_000])
 def test_a_damaged_bank_is_refused(file: str, content: bytes, tmp_path: Path) -> None:
     save_bank(golden_bank(0), tmp_path / "bank")
     (tmp_path / "bank" / file).write_bytes(content)

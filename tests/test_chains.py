@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.cli.main import main
@@ -234,10 +235,79 @@ def test_banks_of_another_model_or_without_what_the_method_keeps_are_not_importe
     take: Evaluate, published: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert take(published, f"model.path={tiny_model}") == 1
-    assert "its layers are not those of the base model" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "its layers are not those of the base model" in message
+    assert "model.language_model.layers.0.mlp.down_proj is 24 × 64, the model's" in message
     assert take(published, "method=ewc") == 1
     assert "method ewc keeps more of a task than its bank" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_banks_that_are_known_to_be_of_another_base_are_refused(
+    take: Evaluate,
+    evaluate: Evaluate,
+    config: Path,
+    published: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A ledger tells it, an exported bank, and an adapter's configuration that names a folder."""
+    other = tmp_path / "llava_med_tiny"
+    shutil.copytree(GOLDEN / "llava_med_tiny", other)
+    shutil.copytree(GOLDEN / "clip-tiny-patch14", tmp_path / "clip-tiny-patch14")
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")  # another digest
+    assert take(published) == 0
+    assert main(["bank", "export", str(config), "--output", str(tmp_path / "exported")]) == 0
+    run = tmp_path / "runs" / RUN
+    assert take(run, "run=second", f"model.path={other}") == 0  # nothing tells what published banks were trained on
+    adapter = run / "banks" / "pathvqa" / "adapter_config.json"
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": str(other)}))
+    content = json.loads((run / "ledger.json").read_text())
+    content["tasks"]["pathvqa"]["model_digest"] = "that of another"
+    (run / "ledger.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    foreign = tmp_path / "foreign" / "banks"
+    shutil.copytree(run / "banks", foreign)
+    for banks, changed in ((run, ()), (tmp_path / "exported", (f"model.path={other}",)), (foreign.parent, ())):
+        for command in (take, evaluate):
+            assert command(banks, "run=third", *changed) == 1
+            assert "was trained on a base model of other content than that in" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "third").exists()
+
+
+def test_an_export_is_imported_under_any_name_of_the_run(
+    take: Evaluate, config: Path, published: Path, tmp_path: Path
+) -> None:
+    assert take(published) == 0
+    assert main(["bank", "export", str(config), "--output", str(tmp_path / "exported")]) == 0
+    for name, folder in (("by_parent", tmp_path / "exported"), ("by_itself", tmp_path / "exported" / RUN)):
+        assert take(folder, f"run={name}") == 0
+        assert {task: entry["digest"] for task, entry in ledger(tmp_path, name).items()} == {
+            task: entry["digest"] for task, entry in ledger(tmp_path).items()
+        }
+
+
+def test_only_what_the_method_trains_is_imported(
+    take: Evaluate, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, task in zip(CHAIN[1:], TASKS[1:], strict=True):
+        (published / RUN / name).rename(published / RUN / task)
+    assert take(published, "run=joint", "method=joint") == 0
+    assert list(ledger(tmp_path, "joint")) == ["pathvqa"]
+    assert take(published, "run=none", "method=zero_shot") == 1
+    assert "method zero_shot has no banks" in capsys.readouterr().err
+    assert take(published, "run=mixed", "method=moe_lora") == 1
+    assert "a mixture of 1 experts, but method moe_lora trains banks of" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "none").exists() and not (tmp_path / "runs" / "mixed").exists()
+
+
+def test_what_the_method_keeps_comes_along_from_a_run_folder(take: Evaluate, published: Path, tmp_path: Path) -> None:
+    assert take(published, "run=first", "method=sequential") == 0
+    for name in TASKS:
+        save_file({"fisher": torch.ones(1)}, tmp_path / "runs" / "first" / "banks" / name / "memory.safetensors")
+    assert take(tmp_path / "runs" / "first", "method=ewc") == 0
+    for name, entry in ledger(tmp_path).items():
+        assert entry["memory_digest"] == file_digest(tmp_path / "runs" / RUN / "banks" / name / "memory.safetensors")
 
 
 def test_a_run_of_another_configuration_is_not_imported_into(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from mslora_cr.utils.errors import UserError
 
+MOST_RANK, MOST_ALPHA = 1 << 16, 1e9
 Matrices = dict[str, tuple[Tensor, Tensor]]
 """Linear layer's name in transformers' model → (A of shape (rank, in), B of shape (out, rank))."""
 
@@ -64,8 +64,10 @@ class Bank:
 
 
 def check_shape(rank: Any, alpha: Any) -> tuple[int, float]:
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise ValueError(f"rank {rank!r} and alpha {alpha!r} are not those of a bank")
+    """Rank and alpha, if they are those of a bank; else ValueError."""
+    whole, number = type(rank) is int, type(alpha) in (int, float)
+    if not whole or not 1 <= rank <= MOST_RANK or not number or not 0 < alpha <= MOST_ALPHA:
+        raise ValueError(f"rank {str(rank)[:20]} and alpha {str(alpha)[:20]} are not those of a bank")
     return rank, float(alpha)
 
 
@@ -83,12 +85,12 @@ def assemble_bank(
         a, b = pair.get("A"), pair.get("B")
         if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
             raise BankError(f"{path}: {module} has no pair of matrices of rank {rank}")
-        matrices[module] = (a.float(), b.float())
+        matrices[module] = (_numbers(path, module, a), _numbers(path, module, b))
         router = pair.get("router")
         if router is not None:
             if router.dim() != 2 or router.shape[1] != a.shape[1] or rank % router.shape[0]:
                 raise BankError(f"{path}: {module} has no router of experts that share rank {rank} equally")
-            routers[module] = router.float()
+            routers[module] = _numbers(path, module, router)
     if not matrices:
         raise BankError(f"{path}: the bank is empty")
     if routers.keys() - matrices.keys() or (routers and len(routers) < len(matrices)):
@@ -96,8 +98,23 @@ def assemble_bank(
     return Bank(name, rank, float(alpha), matrices, metadata, routers)
 
 
+def _numbers(path: Path, module: str, tensor: Tensor) -> Tensor:
+    """A stored matrix in float32; refused where it holds what no training gives."""
+    if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        raise BankError(f"{path}: {module} has a matrix of {tensor.dtype}, not of floating-point numbers")
+    if tensor.untyped_storage().nbytes() < tensor.nbytes:  # a few bytes that pretend to be a huge matrix
+        raise BankError(f"{path}: {module} has a matrix of more numbers than the file holds")
+    numbers = tensor.float()
+    if not numbers.isfinite().all():
+        raise BankError(f"{path}: {module} holds NaN or infinite numbers: it is damaged, or its training diverged")
+    return numbers
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [
+        (int(part), "") if part.isascii() and part.isdecimal() and len(part) < 10 else (-1, part)
+        for part in name.split(".")
+    ]
 
 
 def concatenated(name: str, banks: Iterable[Bank]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig
 from safetensors import SafetensorError
@@ -18,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError, assemble_bank, check_shape
-from mslora_cr.banks.published import PUBLISHED_WEIGHTS, load_published
-from mslora_cr.models.layout import LANGUAGE_LINEARS
+from mslora_cr.banks.plain_lora import WRITTEN, check_plain_lora, check_targets
+from mslora_cr.banks.published import PUBLISHED_WEIGHTS, load_published, read_object
+from mslora_cr.models.layout import LANGUAGE_LINEARS, linear_name
 from mslora_cr.utils.files import file_digest, replace_folder
+from mslora_cr.utils.regular import check_regular
 
 WEIGHTS, CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "bank.json"
 TASK_STATE = "memory.safetensors"
@@ -29,6 +30,7 @@ STATISTICS = "router.safetensors"
 """What tells the task's questions from those of others."""
 ROUTER = "lora_router.weight"
 PEFT_PREFIX = "base_model.model."
+_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B|router)(?:\.default)?\.weight")
 
 
 def save_bank(
@@ -60,7 +62,9 @@ def save_bank(
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    lora_config(bank.rank, bank.alpha, dropout).save_pretrained(str(staging))
+    settings = lora_config(bank.rank, bank.alpha, dropout).to_dict()
+    settings = {**{key: settings[key] for key in sorted(WRITTEN)}, "peft_type": "LORA"}
+    (staging / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, staging / WEIGHTS, {"format": "pt"})
     for name, kept in (beside or {}).items():
         if kept:
@@ -76,35 +80,37 @@ def load_bank(path: Path) -> Bank:
     """Read a bank: a PEFT adapter's folder, a published checkpoint's folder, or its `cl_lora.bin` itself.
 
     Raises:
-        BankError: nothing readable was found, or it is not a bank over the language model's linear layers.
+        BankError: nothing readable was found, or it is not plain LoRA over the language model's linear layers, under
+            the names that this, an older transformers or LLaVA gives them.
     """
     if path.name == PUBLISHED_WEIGHTS or (path / PUBLISHED_WEIGHTS).is_file():
         return load_published(path.parent if path.name == PUBLISHED_WEIGHTS else path)
     try:
-        config = _read_object(path / CONFIG)
+        config = read_object(path / CONFIG)
         rank, alpha = check_shape(config["r"], config["lora_alpha"])
-        tensors = load_file(path / WEIGHTS)
-        metadata = _read_object(path / METADATA) if (path / METADATA).is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        tensors = load_file(check_regular(path / WEIGHTS))
+        metadata = read_object(path / METADATA) if (path / METADATA).is_file() else {}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecursionError) as error:
         raise BankError(
             f"{path}: no bank; expected {CONFIG} and {WEIGHTS}, or {PUBLISHED_WEIGHTS} ({error!r})"
         ) from None
-    if config.get("use_rslora") or config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise BankError(f"{path}: only plain LoRA of one rank is a bank (no rsLoRA, DoRA or patterns)")
+    check_plain_lora(path, config)
     halves: dict[str, dict[str, Tensor]] = {}
+    layers = {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_(A|B|router)\.weight", key)
-        if match is None:
-            raise BankError(f"{path}/{WEIGHTS}: {key} is not a LoRA matrix")
-        halves.setdefault(match[1], {})[match[2]] = tensor
-    return assemble_bank(path, metadata.get("name", path.name), rank, alpha, halves, metadata)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds {type(content).__name__}, not an object")
-    return content
+        match = _KEY.fullmatch(key)
+        module = linear_name(match[1]) if match else None
+        if match is None or module is None:
+            raise BankError(
+                f"{path}/{WEIGHTS}: {key[:200]} is not a LoRA matrix of a linear layer of the language model"
+            )
+        if match[2] in halves.setdefault(module, {}):
+            raise BankError(f"{path}/{WEIGHTS}: has the matrices of {module} twice, under different names")
+        halves[module][match[2]] = tensor
+        layers[match[1]] = module
+    check_targets(path, config, layers.items())
+    name = metadata.get("name")
+    return assemble_bank(path, name if isinstance(name, str) else path.name, rank, alpha, halves, metadata)
 
 
 def lora_config(rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,59 @@ from torch import Tensor
 from mslora_cr.banks.bank import Bank, BankError, assemble_bank, check_shape
 from mslora_cr.models.layout import linear_name, published_linear_name
 from mslora_cr.utils.files import replace_folder
+from mslora_cr.utils.regular import check_regular
 
 PUBLISHED_WEIGHTS = "cl_lora.bin"
-_PUBLISHED_KEY = re.compile(r"(model\.layers\.\d+\.\w+\.\w+)\.cl_lora_pool\.task_(\d+)_lora\.lora_([AB])")
+BASE_DIGEST = "base_model_digest"
+_PUBLISHED_KEY = re.compile(r"(model\.layers\.[0-9]+\.\w+\.\w+)\.cl_lora_pool\.task_([0-9]{1,6})_lora\.lora_([AB])")
 
 
 def load_published(folder: Path) -> Bank:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        settings = config["mslora_cfg"]
+        settings = read_object(folder / "config.json")["mslora_cfg"]
         rank, alpha = check_shape(settings["lora_rank"], settings["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BankError(f"{folder}/config.json: lora_rank and lora_alpha not found in mslora_cfg ({error!r})") from None
-    try:
-        stored = torch.load(folder / PUBLISHED_WEIGHTS, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise BankError(f"{folder / PUBLISHED_WEIGHTS}: not plain tensors, so it is not opened ({error})") from None
+    stored = load_tensors(folder / PUBLISHED_WEIGHTS)
     if not isinstance(stored, dict):
         raise BankError(
             f"{folder / PUBLISHED_WEIGHTS}: expected a dictionary of tensors, found {type(stored).__name__}"
         )
     return published_bank(folder / PUBLISHED_WEIGHTS, folder.name, rank, alpha, stored)
+
+
+def load_tensors(path: Path) -> Any:
+    """What `torch.save` has written, if that is tensors, containers and numbers; no code in it is run.
+
+    Raises:
+        BankError: it is damaged, or would load more than that.
+    """
+    try:
+        if zipfile.is_zipfile(check_regular(path)):
+            with zipfile.ZipFile(path) as archive:  # torch packs nothing; a member that expands is a bomb
+                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("its members are packed")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BankError(f"{path}: no such file") from None
+    except OSError as error:
+        raise BankError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # a damaged pickle may raise nearly anything; torch's text advises to load it unsafely
+        raise BankError(
+            f"{path}: not plain tensors, so it is not opened: it is damaged, or holds more than torch.save writes of a "
+            f"dictionary of tensors ({type(error).__name__})"
+        ) from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        OSError, ValueError, RecursionError: it cannot be read, or is not a JSON object in UTF-8.
+    """
+    content = json.loads(check_regular(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds {type(content).__name__}, not an object")
+    return content
 
 
 def published_bank(place: Path, name: str, rank: int, alpha: float, stored: Mapping[Any, Any]) -> Bank:
@@ -51,7 +83,7 @@ def published_bank(place: Path, name: str, rank: int, alpha: float, stored: Mapp
         match = _PUBLISHED_KEY.fullmatch(str(key))
         module = linear_name(match[1]) if match else None
         if match is None or module is None or not isinstance(tensor, Tensor):
-            raise BankError(f"{place}: {key} is not a matrix of a published bank")
+            raise BankError(f"{place}: {str(key)[:200]} is not a matrix of a published bank")
         halves.setdefault(module, {})[match[3]] = tensor
         tasks.add(int(match[2]))
     if len(tasks) > 1:
@@ -59,12 +91,15 @@ def published_bank(place: Path, name: str, rank: int, alpha: float, stored: Mapp
     return assemble_bank(place, name, rank, alpha, halves, {})
 
 
-def export_published(bank: Bank, folder: Path, index: int, base_config: Mapping[str, Any]) -> None:
+def export_published(
+    bank: Bank, folder: Path, index: int, base_config: Mapping[str, Any], base_digest: str | None = None
+) -> None:
     """Write a bank as the published code does: `cl_lora.bin` and `config.json`.
 
     Args:
         index: the task's position in the stream, from 0; it is part of every key.
         base_config: the base model's `config.json`, to which `mslora_cfg` is added.
+        base_digest: what tells the base model from another; an import on another one is refused.
 
     Raises:
         BankError: the bank has routers, for which the published format has no place.
@@ -82,5 +117,7 @@ def export_published(bank: Bank, folder: Path, index: int, base_config: Mapping[
     torch.save(tensors, staging / PUBLISHED_WEIGHTS)
     settings = {"max_task": index + 1, "lora_rank": bank.rank, "lora_alpha": bank.alpha, "lora_dropout": 0.0}
     config = {**base_config, "max_task": index + 1, "mslora_cfg": settings}
+    if base_digest:
+        config[BASE_DIGEST] = base_digest
     (staging / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     replace_folder(staging, folder)

@@ -27,6 +27,8 @@ rows, and produced by no text (a NUL character in a text is refused)."""
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 """Full-match pattern of the linear layers that a bank adapts: all of the language model, nothing else."""
 MOST_LAYERS, MOST_WIDTH = 1_000, 10_000_000
+_OF_PICKLES = (pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, RecursionError)
+"""What `torch.load` raises of a damaged file."""
 _SIZES = {"hidden_size", "mm_hidden_size", "intermediate_size", "vocab_size", "image_size", "patch_size"}
 _SIZES |= {"num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
 TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
@@ -37,7 +39,11 @@ _RENAMES = (
     (r"model\.(?=embed_tokens\.|layers\.|norm\.)", "model.language_model."),
     (r"(?=lm_head\.)", ""),
 )
-_PUBLISHED_LAYER = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)")
+_LAYER = re.compile(
+    r"(?:model\.language_model|language_model\.model|language_model|model)\.layers\.(0|[1-9][0-9]{0,3})"
+    r"\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
+)
+"""A linear layer of the language model in transformers 4.52 and newer, in older ones, and in LLaVA."""
 
 
 class ModelError(UserError):
@@ -91,8 +97,8 @@ def from_pretrained(
     """
     try:
         return kind.from_pretrained(source, ignore_mismatched_sizes=True, output_loading_info=True, **options)
-    except (pickle.UnpicklingError, RuntimeError) as error:  # their text advises to load it all the same
-        if isinstance(error, RuntimeError) and any(Path(source).glob("*.safetensors")):
+    except (*_OF_PICKLES, RuntimeError) as error:  # their text advises to load it all the same
+        if not isinstance(error, pickle.UnpicklingError) and any(Path(source).glob("*.safetensors")):
             raise  # no pickle was read: it is the device that complains
         raise ModelError(f"{source}: the weights of {what} are not plain tensors, so they are not opened") from None
     except (OSError, ValueError, SafetensorError) as error:
@@ -128,8 +134,8 @@ def llava_config(config: Mapping[str, Any], vision_config: CLIPVisionConfig) -> 
     )
 
 
-def language_linear_shapes(path: Path) -> list[tuple[int, int]]:
-    """(out, in) of every linear layer that a bank adapts, from the configuration alone.
+def language_linear_shapes(path: Path) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer that a bank adapts, by its name, from the configuration alone.
 
     Raises:
         ModelError: the folder holds no base model.
@@ -141,9 +147,14 @@ def language_linear_shapes(path: Path) -> list[tuple[int, int]]:
         text = llava_config(config, CLIPVisionConfig()).text_config
     width, inner, head = text.hidden_size, text.intermediate_size, text.head_dim
     queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
-    layer = [(queries, width), (keys, width), (keys, width), (width, queries)]
-    layer += [(inner, width), (inner, width), (width, inner)]
-    return layer * text.num_hidden_layers
+    layer = {"q": (queries, width), "k": (keys, width), "v": (keys, width), "o": (width, queries)}
+    shapes = {f"self_attn.{name}_proj": shape for name, shape in layer.items()}
+    shapes |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
+    return {
+        f"model.language_model.layers.{number}.{name}": shape
+        for number in range(text.num_hidden_layers)
+        for name, shape in shapes.items()
+    }
 
 
 def shard_files(path: Path) -> list[Path]:
@@ -191,10 +202,11 @@ def published_linear_name(module: str) -> str:
     return "model.layers." + module.rpartition("language_model.layers.")[2]
 
 
-def linear_name(published: str) -> str | None:
-    """The inverse of `published_linear_name`; None for any other name."""
-    match = _PUBLISHED_LAYER.fullmatch(published)
-    return f"model.language_model.layers.{'.'.join(match.groups())}" if match else None
+def linear_name(known: str) -> str | None:
+    """transformers' name of a language-model linear layer, from the published one (the inverse of
+    `published_linear_name`), that of an older transformers, or itself; None for any other name."""
+    match = _LAYER.fullmatch(known)
+    return f"model.language_model.layers.{match[1]}.{match[2]}" if match else None
 
 
 def shard_tensors(

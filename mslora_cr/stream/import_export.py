@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
-from mslora_cr.banks.io import STATISTICS, WEIGHTS, load_bank, save_bank
-from mslora_cr.banks.published import PUBLISHED_WEIGHTS, export_published
+from mslora_cr.banks.io import CONFIG, STATISTICS, TASK_STATE, WEIGHTS, load_bank, save_bank
+from mslora_cr.banks.published import BASE_DIGEST, PUBLISHED_WEIGHTS, export_published, read_object
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.methods.base import Method
 from mslora_cr.methods.registry import METHODS
-from mslora_cr.models.layout import language_linear_shapes, read_config
+from mslora_cr.models.layout import ModelError, language_linear_shapes, read_config
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.runs.session import base_digest
 from mslora_cr.utils.files import file_digest
@@ -35,17 +35,67 @@ def load_chain(folder: Path, config: StreamConfig) -> dict[str, Bank]:
         BankError: there is no bank, a bank is missing while a later one is there, or one is of another rank or alpha.
     """
     places = _places(folder, config, whole=METHODS[config.method].keeps_frozen_adapters)
-    return {name: _load(place, name, config) for name, place in places.items()}
+    banks = {name: _load(place, name, config) for name, place in places.items()}
+    check_base(places, config, base_digest(config))
+    return banks
+
+
+def check_base(places: Mapping[str, Path], config: StreamConfig, base: str) -> None:
+    """Refuse banks that are known to have been trained on another base model than the configuration's.
+
+    What knows it is the ledger of a run folder, which has the digest of the weights, the `config.json` of an exported
+    bank, which has it too, and PEFT's `base_model_name_or_path`, where that is a folder of the same layout.
+
+    Args:
+        base: the digest of the configuration's base model.
+    """
+    for name, place in places.items():
+        known = _trained_on(place, name, config)
+        if known not in (None, base):
+            raise BankError(
+                f"{place}: was trained on a base model of other content than that in {config.model.path}, and only "
+                "means something on its own; set model.path and model.vision_tower to those it was trained with"
+            )
+
+
+def _trained_on(place: Path, name: str, config: StreamConfig) -> str | None:
+    """The digest of the base model that a stored bank was trained on; None where nothing tells it."""
+    try:
+        if (place / PUBLISHED_WEIGHTS).is_file():
+            return read_object(place / "config.json").get(BASE_DIGEST)
+        ledger = place.parent.parent / "ledger.json"
+        if ledger.is_file():
+            entry = read_object(ledger)["tasks"].get(name, {})
+            if entry.get("digest") not in (None, file_digest(place / WEIGHTS)):
+                raise BankError(f"{place / WEIGHTS} is not what {ledger} records; restore it")
+            return entry.get("model_digest")
+        named = read_object(place / CONFIG).get("base_model_name_or_path")
+    except BankError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise BankError(f"{place}: what it was trained on cannot be read ({error!r})") from None
+    if not isinstance(named, str) or not named or not Path(named).is_dir():
+        return None
+    folder, own = Path(named), Path(config.model.path)
+    try:
+        if read_config(folder)["model_type"] != read_config(own)["model_type"]:
+            return None  # the other layout: perhaps the same weights, converted
+        return base_digest(config.model_copy(update={"model": config.model.model_copy(update={"path": named})}))
+    except ModelError:
+        return None
 
 
 def _places(folder: Path, config: StreamConfig, whole: bool) -> dict[str, Path]:
     """The folders of the banks, by task; `whole`: from the first task on, without a hole."""
-    places = {task.name: _place(folder, config, task) for task in config.stream}
+    trained = METHODS[config.method].trained(config)
+    if not trained:
+        raise BankError(f"{folder}: method {config.method} has no banks")
+    places = {task.name: _place(folder, config, task) for task in trained}
     found = {name: place for name, place in places.items() if place is not None}
     if not found:
-        tried = _published_name(config, config.stream[0])
+        tried = _published_name(config, trained[0])
         raise BankError(f"{folder}: no bank of this stream; looked for {tried}/{PUBLISHED_WEIGHTS} and banks/NAME")
-    missing = next((task for task in config.stream[: len(found)] if task.name not in found), None)
+    missing = next((task for task in trained[: len(found)] if task.name not in found), None)
     if whole and missing is not None:
         raise BankError(
             f"{folder}: the chain has a gap: {_published_name(config, missing)} is missing, though "
@@ -76,6 +126,8 @@ def _place(folder: Path, config: StreamConfig, task: Task) -> Path | None:
     for ours, theirs in (_SPELLINGS, _SPELLINGS[::-1]):
         if config.run.startswith(ours):
             roots.append(folder / config.run.replace(ours, theirs, 1))
+    if folder.is_dir() and len(inside := [path for path in folder.iterdir() if path.is_dir()]) == 1:
+        roots += inside  # exported under another name of the run
     for root in roots:
         if (root / _published_name(config, task) / PUBLISHED_WEIGHTS).is_file():
             return root / _published_name(config, task)
@@ -93,11 +145,11 @@ def export_chain(banks: Mapping[str, Bank], config: StreamConfig, output: Path) 
     """
     if not banks:
         raise BankError(f"no task of this run is trained yet in {config.run_dir}; train one first")
-    base = read_config(Path(config.model.path))
+    base, digest = read_config(Path(config.model.path)), base_digest(config)
     for task in config.stream:
         if task.name in banks:
             folder = output / config.run / _published_name(config, task)
-            export_published(banks[task.name], folder, task.index, base)
+            export_published(banks[task.name], folder, task.index, base, digest)
             yield folder
 
 
@@ -106,27 +158,49 @@ def import_chain(folder: Path, config: StreamConfig) -> list[str]:
     goes on after them and whatever reads the run folder finds them; returns the tasks that were not there yet.
 
     Raises:
-        BankError: as `load_chain`; the banks are of another base model; a task is there with another bank; or the
-            method keeps more of a task than its bank. Nothing is written then.
+        BankError: as `load_chain`; the banks are of another base model, or others than the method's; a task is there
+            with another bank; or the method keeps more of a task than its bank, and that is not there. Nothing is
+            written then.
         ConfigError: another configuration made the run folder.
         ModelError: the base model cannot be read.
     """
     method, ledger = METHODS[config.method], Ledger.read(config)
-    if type(method).task_state is not Method.task_state:
-        raise BankError(f"method {config.method} keeps more of a task than its bank, so banks alone cannot be imported")
     places = _places(folder, config, whole=method.keeps_frozen_adapters or method.init_from_previous)
     banks = {name: _load(place, name, config) for name, place in places.items()}
-    shapes = sorted(language_linear_shapes(Path(config.model.path)))
-    for name, bank in banks.items():
-        if sorted((b.shape[0], a.shape[1]) for a, b in bank.matrices.values()) != shapes:
-            raise BankError(f"{places[name]}: its layers are not those of the base model {config.model.path}")
-    missing = [name for name in banks if not _is_there(banks[name], ledger)]
+    shapes = language_linear_shapes(Path(config.model.path))
     model_digest = base_digest(config)
+    check_base(places, config, model_digest)
+    for name, bank in banks.items():
+        _check_usable(bank, places[name], config, shapes)
+    missing = [name for name in banks if not _is_there(banks[name], ledger)]
     ledger.check_same_configuration(config, model_digest, force=False, advice="Import into another `run`")
     ledger.open(config, model_digest, force=False)
     for name in missing:
         _enter(banks[name], places[name], config, ledger)
     return missing
+
+
+def _check_usable(bank: Bank, place: Path, config: StreamConfig, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse what training, evaluation or analysis of the run would refuse once it is imported."""
+    method = METHODS[config.method]
+    found = {name: (b.shape[0], a.shape[1]) for name, (a, b) in bank.matrices.items()}
+    for name in sorted(found.keys() | shapes.keys()):
+        if found.get(name) != shapes.get(name):
+            here, there = (" × ".join(map(str, known.get(name) or ())) or "not there" for known in (found, shapes))
+            raise BankError(
+                f"{place}: its layers are not those of the base model {config.model.path}: {name} is {here}, the "
+                f"model's {there}"
+            )
+    if bank.experts != method.experts(config) or bool(bank.routers) != (method.experts(config) > 1):
+        raise BankError(
+            f"{place}: a mixture of {bank.experts} experts, but method {config.method} trains banks of "
+            f"{method.experts(config)}"
+        )
+    if type(method).task_state is not Method.task_state and not (place / TASK_STATE).is_file():
+        raise BankError(
+            f"{place}: method {config.method} keeps more of a task than its bank, so a bank alone cannot be imported; "
+            f"import from the run folder that trained it, which has {TASK_STATE}"
+        )
 
 
 def _is_there(bank: Bank, ledger: Ledger) -> bool:
@@ -147,12 +221,14 @@ def _enter(bank: Bank, place: Path, config: StreamConfig, ledger: Ledger) -> Non
     # The source's, or what `bank fit-router` has put there before.
     routers = [known / STATISTICS for known in (place, folder) if (known / STATISTICS).is_file()]
     beside = {STATISTICS: load_file(routers[0])} if routers else {}
+    if type(METHODS[config.method]).task_state is not Method.task_state:
+        beside[TASK_STATE] = load_file(place / TASK_STATE)
     described = {**bank.metadata, "modality": task.modality, "index": task.index, "imported": source}
     digest = save_bank(replace(bank, metadata=described), folder, config.lora.dropout, beside)
     entry = {
         "digest": digest,
-        "memory_digest": None,
-        "router_digest": file_digest(folder / STATISTICS) if beside else None,
+        "memory_digest": file_digest(folder / TASK_STATE) if TASK_STATE in beside else None,
+        "router_digest": file_digest(folder / STATISTICS) if routers else None,
         "records_digest": None,
         "steps": 0,
         "train_loss": None,

@@ -66,7 +66,7 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
             )
         )
     linears = language_linear_shapes(Path(config.model.path))
-    return plans, sum(config.lora.rank * (rows + columns) for rows, columns in linears)
+    return plans, sum(config.lora.rank * (rows + columns) for rows, columns in linears.values())
 
 
 def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:

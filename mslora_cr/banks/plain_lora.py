@@ -1,0 +1,90 @@
+"""Which of PEFT's adapters are plain LoRA over an unchanged base, and so can be a bank.
+
+What is accepted is a short list. An adapter's tensors do not tell what it does: their meaning depends on
+`adapter_config.json`, and every release of PEFT adds keys to it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+
+from mslora_cr.banks.bank import BankError
+
+WRITTEN = (
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("r", "target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "modules_to_save"),
+    *("init_lora_weights", "layers_to_transform", "layers_pattern"),
+)
+"""The keys that PEFT 0.5 knows: releases from then on read a configuration of these, and a younger one need not be
+known to any. The keys that are left out hold their defaults."""
+_FREE = {
+    *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+}
+"""Keys whose values do not change what the tensors mean; which layers they name is compared with the tensors."""
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+    "megatron_core": ("megatron.core",),
+    "qalora_group_size": (16,),
+}
+"""Values of other keys at which LoRA is plain, besides an empty one (null, false, "", [], {})."""
+_BESIDE = ("non_lora_trainables.bin", "mm_projector.bin", "trainable_token_indices.safetensors")
+"""Files of other training scripts that hold what was trained beside the LoRA."""
+
+
+def check_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        BankError: `adapter_config.json` says that this is more or other than plain LoRA over an unchanged base, or has
+            a key that is not known with a value that is not empty; or more was trained than is read here.
+    """
+    for key, value in sorted(config.items()):
+        if key in _FREE:
+            continue
+        if key in ("peft_type", "init_lora_weights"):
+            plain = any(value is known or (isinstance(value, str) and value == known) for known in _PLAIN[key])
+        else:
+            plain = not value or value in _PLAIN.get(key, ())
+        if not plain:
+            raise BankError(
+                f"{folder}: a bank is plain LoRA over the unchanged base model (`alpha / r · B A`), and the adapter's "
+                f"configuration says {key}: {str(value)[:60]!r}, which only PEFT itself can honour"
+            )
+    for name in _BESIDE:
+        if (folder / name).exists():
+            raise BankError(
+                f"{folder}: {name} holds what was trained beside the LoRA matrices, and a bank has no place for it"
+            )
+
+
+def check_targets(folder: Path, config: Mapping[str, Any], modules: Iterable[tuple[str, str]]) -> None:
+    """Refuse matrices of layers that the configuration does not name, which PEFT would leave out.
+
+    Args:
+        modules: the layers that there are matrices of, each under its name in the file and in the model.
+    """
+    keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    try:
+        named = LoraConfig(**{key: config[key] for key in keys if config.get(key)})
+        for stored, module in modules:
+            if named.target_modules and not any(_named(named, name) for name in (stored, module)):
+                raise BankError(
+                    f"{folder}: there are matrices of {stored}, which the adapter's configuration does not name "
+                    "(target_modules, exclude_modules, layers_to_transform)"
+                )
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        if isinstance(error, BankError):
+            raise
+        raise BankError(f"{folder}: the adapter's configuration names no layers ({error})") from None
+
+
+def _named(config: LoraConfig, name: str) -> bool:
+    return config.target_modules == "all-linear" or bool(check_target_module_exists(config, name))
