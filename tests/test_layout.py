@@ -21,8 +21,10 @@ ROOMS = (
     "stream",
     "evaluation",
     "reporting",
+    "serving",
     "sweep",
     "demo",
+    "api",
     "cli",
     "__main__",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -121,3 +121,25 @@ def concatenated(name: str, banks: Iterable[Bank]) -> tuple[Tensor, Tensor]:
     """Scaled A matrices on top of each other, B matrices side by side: B A is the sum of the banks' updates."""
     pairs = [(bank.scaling * bank.matrices[name][0], bank.matrices[name][1]) for bank in banks]
     return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+
+
+def sum_banks(banks: Sequence[Bank], name: str) -> Bank:
+    """The sum of several banks as one, of their ranks' sum: its update is the sum of their updates.
+
+    Args:
+        banks: at least one, over the same layers.
+        name: of the sum.
+
+    Raises:
+        BankError: there is none, one has routers, or their layers differ.
+    """
+    if not banks:
+        raise BankError("no bank to sum; give at least one")
+    for bank in banks:
+        if bank.routers:
+            raise BankError(f"bank {bank.name!r} is a mixture of experts, which depends on its input: it has no sum")
+        if bank.matrices.keys() != banks[0].matrices.keys():
+            raise BankError(f"banks {banks[0].name!r} and {bank.name!r} adapt different layers")
+    rank = sum(bank.rank for bank in banks)
+    matrices = {layer: concatenated(layer, banks) for layer in banks[0].matrices}
+    return Bank(name, rank, float(rank), matrices, {"sum_of": [bank.name for bank in banks]})

@@ -211,3 +211,14 @@ def _copy_into(model: nn.Module, adapter: str, matrices: Mapping[str, tuple[Tens
             a, b = matrices[name.removeprefix(PEFT_PREFIX)]
             module.lora_A[adapter].weight.copy_(a)
             module.lora_B[adapter].weight.copy_(b)
+
+
+def merge_banks(model: PreTrainedModel, banks: Sequence[Bank]) -> None:
+    """Add the sum of banks to a base model's weights, in float32 with one rounding, for good.
+
+    Raises:
+        BankError: a bank does not fit the model, or is a mixture of experts, which depends on its input.
+    """
+    if any(bank.routers for bank in banks):
+        raise BankError("a bank with routers depends on its input and cannot be merged into weights")
+    BankStack(model, "merge").set_frozen(banks)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.download import Asset
-from mslora_cr.utils.errors import UserError
 
 EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
 EXTRAS |= {"rouge_score": "eval", "deepspeed": "train", "h5py": "data", "bitsandbytes": "quantization"}
@@ -55,25 +54,10 @@ def count(text: str) -> int:
 
 
 def run_config(target: Path, overrides: Sequence[str] = ()) -> StreamConfig:
-    """The configuration of a run, given directly or by its run folder.
+    """The configuration of a run, given by itself, by its run folder or by the run's name; as `find_run`."""
+    from mslora_cr.config.find import find_run
 
-    Raises:
-        UserError: the folder is none, or its configuration belongs to another one, which would be read in its place.
-    """
-    from mslora_cr.config.load import load_config
-
-    if not target.is_dir():
-        return load_config(target, overrides)
-    if not (target / "config.yaml").is_file():
-        raise UserError(f"{target}: no config.yaml there; give a configuration or a run folder")
-    config, folder = load_config(target / "config.yaml", overrides), target.resolve()
-    if config.run_dir.resolve() != folder:
-        raise UserError(
-            f"{target}: its config.yaml is that of the run folder {config.run_dir.resolve()}. Move it back there, run "
-            f"this where the run was trained, or give a configuration with run: {folder.name} and output_dir: "
-            f"{folder.parent}"
-        )
-    return config
+    return find_run(target, overrides)
 
 
 def quieten() -> None:

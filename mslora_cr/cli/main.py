@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from mslora_cr import __version__
+from mslora_cr.cli.ask import add_ask
 from mslora_cr.cli.bank import add_bank
 from mslora_cr.cli.common import EXTRAS, OVERRIDE, examples
 from mslora_cr.cli.data import add_data
@@ -68,8 +69,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not _takes_overrides(parser, words):
         return parser.parse_args(words)
     overrides = [word for word in words if OVERRIDE.match(word)]
-    args = parser.parse_args([word for word in words if word not in overrides])
+    args, rest = parser.parse_known_args([word for word in words if word not in overrides])
     args.overrides = overrides
+    questions = vars(args).get("question")
+    if questions is not None and not any(word.startswith("-") for word in rest):
+        questions += rest  # argparse takes no more words for a list once an option has followed it
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
 
 
@@ -108,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_compare(commands)
     add_analyze(commands)
     add_sweep(commands)
+    add_ask(commands)
     add_data(commands)
     add_model(commands)
     add_bank(commands)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import Image
 from tqdm import tqdm
@@ -76,18 +76,23 @@ def load_image(path: Path) -> Image.Image:
     Raises:
         DataError: not an image of `FORMATS`, larger than `MAX_PIXELS`, truncated or corrupt.
     """
+    return decode_image(path, str(path))
+
+
+def decode_image(source: Path | BinaryIO, name: str) -> Image.Image:
+    """As `load_image`, from a file or from its bytes; `name` says in errors what it is."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path}: {image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
+                raise DataError(f"{name}: {image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
             return image.convert("RGB")
     except DataError:
         raise
     except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: more than {MAX_PIXELS:,} pixels") from error
+        raise DataError(f"{name}: more than {MAX_PIXELS:,} pixels") from error
     # Pillow's decoders raise OSError, ValueError, SyntaxError, EOFError, struct.error, … on damaged files.
     except Exception as error:
-        raise DataError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
+        raise DataError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
 
 
 def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

@@ -55,6 +55,19 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return ids
 
 
+def encode_next_prompt(tokenizer: Tokenizer, earlier: Sequence[Turn], question: str, images: int) -> list[int]:
+    """Ids of a prompt that goes on from earlier questions and their answers, as training would encode the whole.
+
+    Args:
+        earlier: question and answer in turn; may be empty.
+        images: how many images the conversation's first question bears.
+    """
+    if not earlier:
+        return encode_prompt(tokenizer, generation_prompt(question, images))
+    prompt = f"{_OPEN}{question_text(question, 0)}{_CLOSE}"
+    return [*encode_conversation(tokenizer, earlier, images).input_ids, *encode_prompt(tokenizer, prompt)[1:]]
+
+
 def encode_conversation(tokenizer: Tokenizer, turns: Sequence[Turn], images: int) -> Encoded:
     """Ids and labels of a training conversation; labels cover the answers and the `</s>` behind each.
 

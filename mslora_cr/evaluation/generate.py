@@ -131,8 +131,14 @@ def _answer_batches(
 
 
 @torch.inference_mode()
-def greedy(model: Any, batch: Mapping[str, Tensor], tokenizer: Tokenizer, max_new_tokens: int) -> list[list[int]]:
-    """The new ids of each prompt of a left-padded batch, up to and with `</s>`, by greedy decoding."""
+def greedy(
+    model: Any, batch: Mapping[str, Tensor], tokenizer: Tokenizer, max_new_tokens: int, streamer: Any = None
+) -> list[list[int]]:
+    """The new ids of each prompt of a left-padded batch, up to and with `</s>`, by greedy decoding.
+
+    Args:
+        streamer: is handed the ids as they come, as transformers' `generate` does; for a batch of one.
+    """
     parameter = next(model.parameters())
     inputs = {
         name: tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else None)
@@ -145,6 +151,7 @@ def greedy(model: Any, batch: Mapping[str, Tensor], tokenizer: Tokenizer, max_ne
         num_beams=1,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        streamer=streamer,
     )
     new = output[:, inputs["input_ids"].shape[1] :].tolist()
     eos = tokenizer.eos_token_id

@@ -119,9 +119,22 @@ class FeatureExtractor:
         loader = DataLoader(looked, batch_size=BATCH_SIZE, collate_fn=list, num_workers=self._workers)
         with tqdm(desc=label, total=len(looked), unit="record", disable=label is None) as bar:
             for batch in loader:
-                yield torch.cat([self._pictures([pixels for pixels, _ in batch]), self._texts(batch)], dim=1)
+                yield self._features(batch)
                 bar.update(len(batch))
         self._tower.to(home)
+
+    @torch.no_grad()
+    def of_question(self, pixels: Tensor, question: str) -> Tensor:
+        """(1, features) of one question, as `batches` has it.
+
+        Args:
+            pixels: (images, 3, height, width).
+        """
+        self._tower.to(self._device)
+        return self._features([(pixels, self._preprocessing.tokenizer.encode(question_text(question, 0)))])
+
+    def _features(self, batch: Sequence[tuple[Tensor, list[int]]]) -> Tensor:
+        return torch.cat([self._pictures([pixels for pixels, _ in batch]), self._texts(batch)], dim=1)
 
     def _pictures(self, pixels: list[Tensor]) -> Tensor:
         """Mean over a record's image patches, at the layer that the projector reads; zeros for a text-only record."""

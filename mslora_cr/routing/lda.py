@@ -83,4 +83,15 @@ class Router:
 
     def route(self, features: Tensor) -> Tensor:
         """The position of the likeliest task, (questions,) int64, from (questions, features)."""
-        return (features.double() @ self._weights + self._biases).argmax(1)
+        return self._discriminants(features).argmax(1)
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """How likely each task is, (questions, tasks) float64, from (questions, features).
+
+        Under the model's own assumption, normal features of one covariance, the posterior is the discriminants'
+        softmax: Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", 2nd edition, section 4.3.
+        """
+        return self._discriminants(features).softmax(1)
+
+    def _discriminants(self, features: Tensor) -> Tensor:
+        return features.double() @ self._weights + self._biases

@@ -1,0 +1,146 @@
+"""What `import mslora_cr` offers. Each name is loaded when it is first asked for, so the import itself is light."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mslora_cr.banks import io
+from mslora_cr.banks.bank import Bank, BankError, sum_banks
+from mslora_cr.banks.stack import merge_banks
+from mslora_cr.config.find import find_run
+from mslora_cr.config.load import load_config
+from mslora_cr.config.schema import ConfigError, StreamConfig
+from mslora_cr.data.records import DataError
+from mslora_cr.evaluation import evaluate as told
+from mslora_cr.evaluation import routed, tables
+from mslora_cr.evaluation.cells import Stages
+from mslora_cr.evaluation.tables import Results
+from mslora_cr.models.layout import ModelError
+from mslora_cr.runs.ledger import finished_banks
+from mslora_cr.serving.answering import Answer, AnsweringModel, ImageSource
+from mslora_cr.stream import train as stream
+from mslora_cr.utils.errors import UserError
+
+__all__ = [
+    "Answer",
+    "AnsweringModel",
+    "Bank",
+    "BankError",
+    "ConfigError",
+    "DataError",
+    "ImageSource",
+    "ModelError",
+    "Results",
+    "StreamConfig",
+    "UserError",
+    "banks_of",
+    "evaluate",
+    "load",
+    "load_bank",
+    "load_config",
+    "merge_banks",
+    "read_results",
+    "save_bank",
+    "sum_banks",
+    "train",
+]
+
+Run = str | Path | StreamConfig
+"""A run: its configuration, that one's file, its run folder, or its name below `checkpoints/`."""
+
+
+def train(run: Run, task: str | None = None, overrides: Sequence[str] = (), force: bool = False) -> Path:
+    """Train a stream, task by task, as `mslora-cr train`; returns the run folder.
+
+    What is finished is not trained again, and an interrupted task resumes.
+
+    Args:
+        task: only this one.
+        overrides: `key.path=value`, as on the command line.
+        force: go on in a run folder that another configuration made.
+
+    Raises:
+        ConfigError, DataError, ModelError, BankError: before anything is trained.
+    """
+    config = _config(run, overrides)
+    stream.train(config, only=task, force=force)
+    return config.run_dir
+
+
+def evaluate(run: Run, stages: Stages | None = None, task: str | None = None, overrides: Sequence[str] = ()) -> Results:
+    """Answer and score the test questions of a run, as `mslora-cr evaluate`; answers that are there are kept.
+
+    Args:
+        stages: `own`, `final`, `seen` or `all`; not given: `own`, and `final` where questions are routed.
+        task: only this one.
+
+    Raises:
+        ConfigError, DataError, ModelError, BankError: before anything is answered.
+    """
+    config = _config(run, overrides)
+    if config.evaluation.banks_by == "routed":
+        if task is not None:
+            raise ConfigError("a routed evaluation mixes the questions of all tasks; leave `task` out")
+        path = routed.evaluate_routed(config, stages or "final")
+    else:
+        path = told.evaluate(config, stages or "own", task)
+    return tables.read_results_folder(path.parent)
+
+
+def read_results(run: Run) -> Results:
+    """What an evaluation left, as tables.
+
+    Raises:
+        ReportError: the run is not evaluated.
+    """
+    return tables.read_results_folder(_config(run).results_run_dir)
+
+
+def load(run: Run, task: str | None = None, stage: int | None = None, overrides: Sequence[str] = ()) -> AnsweringModel:
+    """A trained run that answers questions: `load(run, task="derm").answer("photo.jpg", "Which condition is this?")`.
+
+    Args:
+        task: whose banks answer; None: each question goes to the task that the run's router takes it for.
+        stage: after which stage of the stream, from 1; None: the last trained one; 0: the base model alone.
+        overrides: `key.path=value`, for instance `model.device=cpu`.
+
+    Raises:
+        ConfigError, BankError, ModelError: the run cannot answer like that.
+    """
+    return AnsweringModel(_config(run, overrides), task, stage)
+
+
+def banks_of(run: Run) -> dict[str, Bank]:
+    """A run's finished banks by task, in the stream's order.
+
+    Raises:
+        BankError: one is not what the run's ledger records.
+    """
+    return finished_banks(_config(run))
+
+
+def load_bank(path: str | Path) -> Bank:
+    """A bank from a PEFT adapter's folder, a published checkpoint's folder, or its `cl_lora.bin`.
+
+    Raises:
+        BankError: there is none.
+    """
+    return io.load_bank(Path(path))
+
+
+def save_bank(bank: Bank, folder: str | Path) -> str:
+    """Write a bank as a PEFT adapter, whole or not at all; returns the SHA-256 of its weights.
+
+    Raises:
+        BankError: some of its numbers are not finite.
+    """
+    return io.save_bank(bank, Path(folder))
+
+
+def _config(run: Run, overrides: Sequence[str] = ()) -> StreamConfig:
+    if isinstance(run, StreamConfig):
+        if overrides:
+            raise ConfigError("overrides belong to a configuration that is read here; give them to load_config")
+        return run
+    return find_run(run, overrides)

@@ -1,0 +1,78 @@
+"""`mslora-cr ask`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mslora_cr.cli.common import add_command, add_overrides, count, quieten, run_config
+from mslora_cr.cli.conversation import aside, converse, told_by, write
+from mslora_cr.utils.errors import UserError
+
+
+def add_ask(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
+        "ask",
+        "put questions about pictures to a trained run; without a question, talk to it",
+        'mslora-cr ask checkpoints/RUN --image photo.jpg "Which skin condition is seen?"',
+        'mslora-cr ask RUN --image scan.png --task CXP --stage 5 "Is there pneumonia?" "Which side?"',
+        "mslora-cr ask RUN --questions questions.jsonl > answers.jsonl     # or - for standard input",
+        "mslora-cr ask RUN --image photo.jpg     # a conversation",
+    )
+    parser.add_argument("target", type=Path, metavar="RUN", help="configuration, run folder or name of a run")
+    parser.add_argument("question", nargs="*", metavar="QUESTION", help="each is answered on a line of its own")
+    add_overrides(parser)
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="picture that the questions are about; repeat it to show several at once",
+    )
+    parser.add_argument(
+        "--questions",
+        metavar="FILE",
+        help="file of questions, - for standard input: plain lines about --image, or JSON lines with `question`, "
+        "`image` (a file or a list of them, relative to FILE) and, if wanted, `task`; JSON is answered in JSON",
+    )
+    parser.add_argument("--task", metavar="NAME", help="whose banks answer (default: the task that the router finds)")
+    parser.add_argument(
+        "--stage",
+        type=count,
+        metavar="K",
+        help="after the first K tasks (default: all that are trained); 0: base model",
+    )
+    parser.add_argument("--max-new-tokens", type=count, metavar="N", help="longest answer (default: the run's)")
+    parser.set_defaults(run=_ask)
+
+
+def _ask(args: argparse.Namespace) -> int:
+    if args.questions and args.question:
+        raise UserError("give questions on the command line or in a file, not both")
+    config = run_config(args.target, args.overrides)
+    piped = not args.question and not args.questions and not sys.stdin.isatty()
+    source = "-" if piped else args.questions
+    quieten()
+    from mslora_cr.serving.answering import AnsweringModel
+    from mslora_cr.serving.questions import Ask, read_questions
+
+    # Before the model is loaded, so that a mistake is told at once.
+    questions = (
+        read_questions(source, args.image) if source else [Ask(text, tuple(args.image)) for text in args.question]
+    )
+    model = AnsweringModel(config, args.task, args.stage)
+    if not questions and not source:
+        converse(model, args.image, sys.stdin, args.max_new_tokens)
+    for ask in questions:
+        if len(questions) > 1 and not ask.json:
+            aside(f"# {ask.question}")
+        tell = None if ask.json else write
+        answer = model.ask(ask.images, ask.question, ask.task, max_new_tokens=args.max_new_tokens, on_text=tell)
+        if ask.json:
+            print(ask.line(answer), flush=True)
+        else:
+            print(flush=True)
+            aside(f"# {told_by(answer)}")
+    return 0

@@ -1,0 +1,69 @@
+"""What `mslora-cr ask` writes, and its conversation without a question."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mslora_cr.data.records import DataError
+
+if TYPE_CHECKING:
+    from mslora_cr.serving.answering import Answer, AnsweringModel, Exchange
+
+HELP = """Each question sees those before it and their answers. Lines that begin with a slash are commands:
+  /image FILE [FILE …]   look at other pictures; the conversation begins anew
+  /new                   begin anew with the same pictures
+  /quit                  end, as does Ctrl-D"""
+
+
+def converse(
+    model: AnsweringModel, images: Sequence[str], lines: Iterable[str], max_new_tokens: int | None = None
+) -> None:
+    """Answer line after line, each in the light of those before it; answers go to standard output.
+
+    The first question routes the whole conversation, where no task is given: a later one ("And the left?") says
+    little by itself.
+    """
+    history: list[Exchange] = []
+    seen: Sequence[Any] = list(images)
+    aside(HELP)
+    aside(f"pictures: {', '.join(map(str, seen)) or 'none yet'}\n> ", end="")
+    for line in lines:
+        words = line.split()
+        if words[:1] == ["/quit"]:
+            break
+        if words[:1] == ["/image"] and words[1:]:
+            seen, history = words[1:], []
+        elif words == ["/new"]:
+            history = []
+        elif words and words[0].startswith("/"):
+            aside(HELP)
+        elif words:
+            try:
+                answer = model.ask(seen, line.strip(), history=history, max_new_tokens=max_new_tokens, on_text=write)
+                print(flush=True)
+                if not history:
+                    aside(f"# {told_by(answer)}")
+                history.append((line.strip(), answer.text))
+            except DataError as error:  # a mistyped file ends no conversation
+                aside(f"error: {error}")
+        aside("> ", end="")
+    aside("")
+
+
+def told_by(answer: Answer) -> str:
+    """Who answered, and how sure the router was, in a line."""
+    banks = f"banks {'+'.join(answer.banks)}" if answer.banks else "the base model, no bank"
+    if not answer.probabilities:
+        return banks
+    likely = ", ".join(f"{task} {share:.1%}" for task, share in list(answer.probabilities.items())[:3])
+    return f"taken for {answer.task}: {likely}; {banks}"
+
+
+def write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def aside(text: str, end: str = "\n") -> None:
+    print(text, file=sys.stderr, end=end, flush=True)

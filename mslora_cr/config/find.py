@@ -1,0 +1,57 @@
+"""The configuration of a run from whatever names the run: its YAML file, its run folder, or its name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mslora_cr.config.load import load_config
+from mslora_cr.config.schema import ConfigError, StreamConfig
+from mslora_cr.utils.errors import nearest
+
+RUN_FOLDERS = Path("checkpoints")
+"""Where runs are looked for by name: `output_dir` of a configuration that sets none."""
+
+
+def find_run(target: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
+    """The configuration of a run.
+
+    Args:
+        target: a YAML file; a run folder; or a run's name, looked for in `checkpoints/` and one folder below it.
+        overrides: as `load_config`.
+
+    Raises:
+        ConfigError: there is no such run, several have that name, or the folder's configuration belongs to another
+            one, which would be read in its place.
+    """
+    path = Path(target)
+    if path.is_dir():
+        return _of_folder(path, overrides)
+    if path.exists() or path.name != str(target) or path.suffix:
+        return load_config(path, overrides)
+    found = _run_folders()
+    named = [folder for folder in found if folder.name == path.name]
+    if len(named) > 1:
+        raise ConfigError(f"several runs are called {path.name}: {', '.join(map(str, named))}; give the folder")
+    if not named:
+        near = nearest(path.name, {folder.name for folder in found})
+        raise ConfigError(f"{target}: no such configuration, run folder or run in {RUN_FOLDERS}/{near}")
+    return _of_folder(named[0], overrides)
+
+
+def _run_folders() -> list[Path]:
+    places = [*RUN_FOLDERS.glob("*/config.yaml"), *RUN_FOLDERS.glob("*/*/config.yaml")]
+    return sorted(place.parent for place in places)
+
+
+def _of_folder(folder: Path, overrides: Sequence[str]) -> StreamConfig:
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder}: no config.yaml there; give a configuration or a run folder")
+    config, place = load_config(folder / "config.yaml", overrides), folder.resolve()
+    if config.run_dir.resolve() != place:
+        raise ConfigError(
+            f"{folder}: its config.yaml is that of the run folder {config.run_dir.resolve()}. Move it back there, run "
+            f"this where the run was trained, or give a configuration with run: {place.name} and output_dir: "
+            f"{place.parent}"
+        )
+    return config

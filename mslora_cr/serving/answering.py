@@ -1,0 +1,222 @@
+"""A trained run that answers questions: the base model loaded once, banks swapped as tasks and stages ask for them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.collator import QuestionCollator
+from mslora_cr.data.datasets import Sample
+from mslora_cr.data.images import decode_image, load_image, preprocess
+from mslora_cr.data.prompts import IGNORE_INDEX, Encoded, encode_next_prompt, expand_images
+from mslora_cr.data.records import DataError
+from mslora_cr.data.tokenizer import Tokenizer
+from mslora_cr.distributed.comm import get_device
+from mslora_cr.evaluation.generate import greedy
+from mslora_cr.evaluation.routed import saved_statistics
+from mslora_cr.routing.lda import Router
+from mslora_cr.runs.ledger import finished_banks
+from mslora_cr.runs.session import feature_extractor, load_base, preprocessing
+from mslora_cr.serving.selection import RunBanks
+
+ImageSource = str | Path | bytes | Image.Image
+"""A picture's file, its encoded bytes, or the picture itself."""
+Exchange = tuple[str, str]
+"""A question and the answer it got."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and who gave it.
+
+    Attributes:
+        text: without outer white space. ids: the tokens, up to and with `</s>`. task: whose banks answered; None where
+        that makes no difference. banks: their names, none for the base alone. probabilities: the router's, by task;
+        empty if the task was given.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    task: str | None
+    stage: int
+    banks: tuple[str, ...]
+    probabilities: dict[str, float]
+
+
+class AnsweringModel:
+    """A run's base model with its banks. `load` makes one; not for use by several threads at once.
+
+    Attributes:
+        config: the run's configuration. run: its banks.
+    """
+
+    def __init__(self, config: StreamConfig, task: str | None = None, stage: int | None = None) -> None:
+        """
+        Args:
+            task: whose banks answer unless a question says otherwise; None routes each question to a task.
+            stage: after which stage of the stream; None takes the last one that is trained, 0 the base model alone.
+
+        Raises:
+            ConfigError, BankError, ModelError: before the model is loaded, if the task or stage cannot answer.
+        """
+        self.config, self.run = config, RunBanks(config, finished_banks(config))
+        self.task, self.stage = task, self.run.stage(stage)
+        if task is not None:
+            self.run.answering(task, self.stage)
+        self._routers: dict[int, Router] = {}
+        if task is None and self.stage and self.run.needs_task:
+            self._router(self.stage)
+        self._base = load_base(config, get_device(config.model.device))
+        self._prepare = preprocessing(config, self._base)
+        self._stack = BankStack(self._base.model, config.lora.fold, reuse=True)
+        self._features = feature_extractor(config, self._base)
+        self._merged: tuple[str, ...] = ()
+
+    def answer(self, images: ImageSource | Sequence[ImageSource], question: str, **options: Any) -> str:
+        """The answer's text; `options` as those of `ask`."""
+        return self.ask(images, question, **options).text
+
+    def ask(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        question: str,
+        task: str | None = None,
+        stage: int | None = None,
+        history: Sequence[Exchange] = (),
+        max_new_tokens: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer a question greedily, as `evaluate` does.
+
+        Args:
+            images: one picture or several, all of which are shown in front of the question; none: `[]`.
+            task, stage: in place of the model's own. Banks are swapped, the base stays.
+            history: earlier questions about the same pictures, with their answers.
+            max_new_tokens: in place of `evaluation.max_new_tokens`.
+            on_text: is handed the answer piece by piece while it grows.
+
+        Raises:
+            ConfigError, BankError: the task or stage cannot answer.
+            DataError: a picture cannot be read, or prompt and answer would pass `data.max_length`.
+        """
+        pixels = self._pixels(images)
+        stage = self.stage if stage is None else self.run.stage(stage)
+        task = task or self.task
+        likely = self.route(pixels, history[0][0] if history else question, stage) if task is None else {}
+        task = max(likely, key=lambda name: likely[name]) if likely else task
+        names = self._use(task, stage)
+        sample = Sample(index=0, input_ids=self._encode(question, history, len(pixels)), labels=[], pixel_values=pixels)
+        batch = QuestionCollator(self._prepare.tokenizer.pad_token_id)([sample])
+        del batch["record_index"]
+        shown = _Streamer(self._prepare.tokenizer, on_text) if on_text else None
+        limit = max_new_tokens or self.config.evaluation.max_new_tokens
+        [ids] = greedy(self._stack.model, batch, self._prepare.tokenizer, limit, shown)
+        [text] = self._prepare.tokenizer.decode([ids])
+        return Answer(text, tuple(ids), task, stage, names, likely)
+
+    def route(
+        self, images: ImageSource | Sequence[ImageSource] | Tensor, question: str, stage: int | None = None
+    ) -> dict[str, float]:
+        """How likely a question belongs to each task learned by a stage, likeliest first; empty where all tasks are
+        answered by the same banks.
+
+        Raises:
+            BankError: a bank has no statistics to route by.
+        """
+        stage = self.run.stage(stage) if stage is not None else self.stage
+        if not stage or not self.run.needs_task:
+            return {}
+        pixels = images if isinstance(images, Tensor) else self._pixels(images)
+        shares = self._router(stage).probabilities(self._features.of_question(pixels, question))[0].tolist()
+        names = [task.name for task in self.run.routed(stage)]
+        return dict(sorted(zip(names, shares, strict=True), key=lambda item: -item[1]))
+
+    def _router(self, stage: int) -> Router:
+        if stage not in self._routers:
+            self._routers[stage] = Router(saved_statistics(self.config, self.run.routed(stage)))
+        return self._routers[stage]
+
+    def _use(self, task: str | None, stage: int) -> tuple[str, ...]:
+        """Swap the banks, if others answer; returns their names."""
+        banks = self.run.answering(task, stage)
+        names = tuple(bank.name for bank in banks)
+        if names != self._merged:
+            self._stack.set_frozen(banks)
+            self._stack.model.eval()
+            self._merged = names
+        return names
+
+    def _encode(self, question: str, history: Sequence[Exchange], images: int) -> list[int]:
+        turns = [turn for asked, answered in history for turn in (_Turn("human", asked), _Turn("gpt", answered))]
+        prepare = self._prepare
+        try:
+            ids = encode_next_prompt(prepare.tokenizer, turns, question, images)
+            whole = Encoded(ids, [IGNORE_INDEX] * len(ids))
+            length = len(ids) + images * (prepare.patches - 1)
+            if length > prepare.max_length:
+                raise ValueError(f"it takes {length} positions, more than data.max_length = {prepare.max_length}")
+            return expand_images(whole, prepare.image_token_id, prepare.patches, prepare.max_length).input_ids
+        except ValueError as error:
+            raise DataError(f"the question cannot be asked: {error}") from None
+
+    def _pixels(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
+        """(images, 3, height, width) float32."""
+        several = [images] if isinstance(images, str | Path | bytes | Image.Image) else images
+        pixels = [preprocess(open_image(source), self._prepare.image_processor) for source in several]
+        size = self._prepare.image_processor.crop_size
+        return torch.stack(pixels) if pixels else torch.empty(0, 3, size["height"], size["width"])
+
+
+@dataclass(frozen=True)
+class _Turn:
+    speaker: str
+    text: str
+
+
+class _Streamer:
+    """What transformers' `generate` hands ids to: tells the text that is new since the last id."""
+
+    def __init__(self, tokenizer: Tokenizer, tell: Callable[[str], None]) -> None:
+        self._tokenizer, self._tell = tokenizer, tell
+        self._ids: list[int] = []
+        self._told = ""
+        self._prompt = True
+
+    def put(self, ids: Tensor) -> None:
+        if self._prompt:  # the first call hands the prompt
+            self._prompt = False
+            return
+        self._ids += ids.flatten().tolist()
+        self._show(whole=False)
+
+    def end(self) -> None:
+        self._show(whole=True)
+
+    def _show(self, whole: bool) -> None:
+        [text] = self._tokenizer.decode([self._ids])
+        if text.startswith(self._told) and (whole or not text.endswith("\ufffd")):  # half of a character: wait
+            if text != self._told:
+                self._tell(text[len(self._told) :])
+            self._told = text
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """A picture as RGB, as `load_image` decodes it.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, bytes):
+        return decode_image(io.BytesIO(source), f"an image of {len(source):,} bytes")
+    return load_image(Path(source))

@@ -1,0 +1,72 @@
+"""Questions from a file or from standard input: plain lines, or JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from mslora_cr.data.records import STRICT_JSON, DataError, explain_json, first_problem
+from mslora_cr.serving.answering import Answer
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question; `json` holds the fields of the line it was read from, to which its answer is added."""
+
+    question: str
+    images: tuple[str, ...]
+    task: str | None = None
+    json: dict[str, object] | None = None
+
+    def line(self, answer: Answer) -> str:
+        """The question's own line with the answer added."""
+        told = {"answer": answer.text, "task": answer.task, "stage": answer.stage, "banks": list(answer.banks)}
+        likely = {"probabilities": answer.probabilities} if answer.probabilities else {}
+        return json.dumps({**(self.json or {}), **told, **likely}, ensure_ascii=False)
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(strict=True)  # further fields are kept and handed back
+
+    question: Annotated[str, Field(min_length=1)]
+    image: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
+    task: str | None = None
+
+
+def read_questions(source: str, images: Sequence[str]) -> list[Ask]:
+    """The questions of a file, `-` for standard input; blank lines are skipped.
+
+    Args:
+        images: what plain lines, and JSON lines without an image, are about.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no question; the message names file, line and field.
+    """
+    name = "standard input" if source == "-" else source
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{name}: cannot be read ({error})") from None
+    folder = Path() if source == "-" else Path(source).parent
+    lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
+    return [_read(line, f"{name}: line {number}", folder, images) for number, line in lines if line]
+
+
+def _read(line: str, place: str, folder: Path, images: Sequence[str]) -> Ask:
+    if not line.startswith("{"):
+        return Ask(line, tuple(images))
+    try:
+        fields = STRICT_JSON.decode(line)
+        asked = _Line.model_validate(fields)
+    except ValidationError as error:
+        raise DataError(f"{place}: {first_problem(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: {explain_json(error)}") from None
+    shown = [str(folder / image) for image in asked.image] or list(images)
+    return Ask(asked.question, tuple(shown), asked.task, fields)

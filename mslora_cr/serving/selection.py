@@ -1,0 +1,82 @@
+"""Which banks of a run answer a task at a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mslora_cr.banks.bank import Bank, BankError
+from mslora_cr.config.schema import ConfigError, StreamConfig, Task
+from mslora_cr.methods.registry import METHODS, needs_task
+
+
+@dataclass(frozen=True)
+class RunBanks:
+    """A run's finished banks, by task, and what its method answers with them. Stages count from 1; 0 is the base."""
+
+    config: StreamConfig
+    banks: Mapping[str, Bank]
+
+    @property
+    def learned(self) -> list[int]:
+        """Places in the stream, from 1, of the tasks whose banks exist."""
+        return [task.index + 1 for task in self.config.stream if task.name in self.banks]
+
+    @property
+    def stages(self) -> list[int]:
+        """The stages that can answer, 0 first."""
+        return [0, *METHODS[self.config.method].stages(self.learned, len(self.config.tasks))]
+
+    @property
+    def needs_task(self) -> bool:
+        """Whether tasks are answered by different banks."""
+        return needs_task(self.config)
+
+    def stage(self, stage: int | None) -> int:
+        """The stage itself, or the last one where none is given.
+
+        Raises:
+            BankError: this run's banks do not reach it.
+        """
+        if stage is None:
+            return self.stages[-1]
+        if stage not in self.stages:
+            there = ", ".join(map(str, self.stages))
+            raise BankError(f"the banks in {self.config.run_dir} give no stage {stage}; there are {there}")
+        return stage
+
+    def answering(self, task: str | None, stage: int) -> list[Bank]:
+        """The banks that `evaluate` would answer a task with at a stage.
+
+        Args:
+            task: may be left out at stage 0 and where all tasks are answered by the same banks.
+
+        Raises:
+            ConfigError: there is no such task, or one must be named.
+            BankError: a bank is missing.
+        """
+        if stage == 0:
+            return []
+        if task is None and self.needs_task:
+            names = ", ".join(task.name for task in self.config.stream)
+            raise ConfigError(f"method {self.config.method} answers each task with banks of its own; name one: {names}")
+        number = self.config.task(task).index + 1 if task is not None else 1
+        by = "prefix" if self.config.evaluation.banks_by == "routed" else self.config.evaluation.banks_by
+        wanted = [self.config.stream[place - 1] for place in METHODS[self.config.method].banks(number, stage, by)]
+        return [self.bank(member) for member in wanted]
+
+    def bank(self, task: Task) -> Bank:
+        if task.name not in self.banks:
+            raise BankError(f"task {task.name!r} is not trained yet in {self.config.run_dir}; train it first")
+        return self.banks[task.name]
+
+    def routed(self, stage: int) -> list[Task]:
+        """The tasks that a router chooses from after a stage.
+
+        Raises:
+            BankError: one of them is not trained.
+        """
+        chosen = self.config.stream[:stage]
+        for task in chosen:
+            self.bank(task)
+        return chosen
