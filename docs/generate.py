@@ -13,6 +13,7 @@ import mkdocs_gen_files
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from mslora_cr.config.methods import load_method, method_names
 from mslora_cr.config.schema import StreamConfig
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +88,7 @@ def section(model: type[BaseModel], path: str) -> list[str]:
     lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     deeper: list[str] = []
     for name, field in model.model_fields.items():
-        if field.exclude:
+        if field.exclude or name == "method_section":  # in a file it has the method's name
             continue
         inner = nested(field)
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
@@ -108,7 +109,9 @@ def configuration() -> str:
         "of a method has the method's name: [methods](../methods.md).",
         "",
     ]
-    return "\n".join([*opening, *section(StreamConfig, "")])
+    methods = {name: load_method(name).section for name in method_names()}
+    sections = [line for name, model in methods.items() if model for line in section(model, name)]
+    return "\n".join([*opening, *section(StreamConfig, ""), *sections])
 
 
 def python() -> str:

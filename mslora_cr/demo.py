@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mslora_cr.config.load import DEFAULTS, load_config
-from mslora_cr.config.schema import ConfigError, MethodName, StreamConfig
+from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.evaluate import evaluate
@@ -22,7 +22,7 @@ from mslora_cr.synthetic.stream import make_stream
 from mslora_cr.utils.files import write_json
 
 CONFIG = DEFAULTS / "demo.yaml"
-COMPARED: tuple[MethodName, ...] = ("mslora_cr", "sequential")
+COMPARED: tuple[str, ...] = ("mslora_cr", "sequential")
 """The method of this project, and one LoRA trained through the whole stream."""
 
 
@@ -56,7 +56,7 @@ def run_demo(overrides: Sequence[str] = ()) -> None:
     _say(methods, seconds, page)
 
 
-def _configurations(overrides: Sequence[str]) -> dict[MethodName, StreamConfig]:
+def _configurations(overrides: Sequence[str]) -> dict[str, StreamConfig]:
     """The configuration of each compared method."""
     for key in {override.partition("=")[0] for override in overrides} & {"run", "method"}:
         raise ConfigError(f"{key}: the demo always compares {' and '.join(COMPARED)}; for another run: mslora-cr train")
@@ -97,7 +97,7 @@ def _outcome(config: StreamConfig) -> dict[str, Any]:
     return {"average_closed_accuracy": matrix.final_average(), "forgetting": matrix.forgetting()}
 
 
-def _say(methods: Mapping[MethodName, dict[str, Any]], seconds: float, page: Path) -> None:
+def _say(methods: Mapping[str, dict[str, Any]], seconds: float, page: Path) -> None:
     print(f"\n{'':<14}{'average closed accuracy':>25}{'forgetting':>14}")
     for method, outcome in methods.items():
         print(f"{method:<14}{outcome['average_closed_accuracy']:>23.1f} %{outcome['forgetting']:>9.1f} pts")

@@ -17,23 +17,24 @@ from dataclasses import dataclass
 from math import factorial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from mslora_cr.config.load import load_config
-from mslora_cr.config.schema import METHOD_SECTIONS, ConfigError, MethodName, StreamConfig
+from mslora_cr.config.methods import load_method, method_names
+from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.results import ROUTED, read_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
-from mslora_cr.methods.registry import METHODS, needs_task
+from mslora_cr.methods.base import method_of, needs_task
 from mslora_cr.reporting.report import METRICS, write_sweep_page
 from mslora_cr.reporting.run_record import read_ledger
 from mslora_cr.runs.ledger import environment
 from mslora_cr.stream import train as stream
-from mslora_cr.utils.errors import UserError, nearest
+from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import write_json
 from mslora_cr.utils.workers import cores, end_with_parent
 
@@ -62,11 +63,6 @@ class SweepRun:
         return self.config.results_run_dir / ROUTED if routed else self.config.results_run_dir
 
 
-def known_methods() -> tuple[str, ...]:
-    """Every method there is."""
-    return get_args(MethodName)
-
-
 def plan_sweep(
     config_file: Path,
     overrides: Sequence[str] = (),
@@ -81,7 +77,7 @@ def plan_sweep(
 
     Args:
         overrides: for every run; what belongs to one method, as `ewc.strength=10`, for its runs alone.
-        methods: all that there are, if none is named.
+        methods: all that the package has, if none is named; `module:Class` for others, which go by their `name`.
         orders: how many orders of the tasks; the first is the file's, further ones are drawn, always alike.
         seeds: the file's, if none is given.
 
@@ -89,35 +85,47 @@ def plan_sweep(
         ConfigError: an unknown method, an override of what the sweep sets itself, more orders than there are, or a
             configuration that is wrong.
     """
-    for method in methods:
-        if method not in known_methods():
-            raise ConfigError(
-                f"--methods: unknown method {method!r}{nearest(method, known_methods())}; there are "
-                f"{', '.join(known_methods())}"
-            )
-    chosen = list(dict.fromkeys(methods or known_methods()))
+    chosen = _by_name(methods or method_names())
     sections = {override: override.partition("=")[0].partition(".")[0] for override in overrides}
     decided = {"method": "name several with --methods", "run": "a run is named by its method, order and seed"}
     for key in decided.keys() & set(sections.values()):
         raise ConfigError(f"{key}: a sweep sets it itself; {decided[key]}")
     if seeds and "seed" in sections.values():
         raise ConfigError("seed: --seeds names them; leave one of the two out")
-    for section in METHOD_SECTIONS & set(sections.values()) - set(chosen):
+    of_methods = chosen.keys() | method_names()
+    for section in sorted(of_methods & set(sections.values()) - chosen.keys()):
         raise ConfigError(f"{section}: belongs to method {section!r}, which is not in this sweep")
-    base = load_config(config_file, [override for override in overrides if sections[override] not in METHOD_SECTIONS])
+    base = load_config(config_file, [override for override in overrides if sections[override] not in of_methods])
     places = [f"output_dir={base.run_dir}", f"results_dir={base.results_run_dir}"]
     drawn = task_orders([task.name for task in base.tasks], orders)
     found = []
     for method, (number, tasks), seed in itertools.product(
         chosen, enumerate(drawn), dict.fromkeys(seeds or [base.seed])
     ):
-        own = [override for override in overrides if sections[override] not in METHOD_SECTIONS - {method}]
-        settings = [f"run={method}-order{number}-seed{seed}", f"method={method}", f"seed={seed}"]
+        own = [override for override in overrides if sections[override] not in of_methods - {method}]
+        settings = [f"run={method}-order{number}-seed{seed}", f"method={chosen[method]}", f"seed={seed}"]
         everything = [*own, *places, *settings, f"tasks=[{','.join(tasks)}]"]
         config = load_config(config_file, everything)
         if config.evaluation.banks_by == "routed" and not needs_task(config):
             config = load_config(config_file, [*everything, "evaluation.banks_by=prefix"])
         found.append(SweepRun(method, number, seed, config))
+    return found
+
+
+def _by_name(methods: Sequence[str]) -> dict[str, str]:
+    """What `method:` takes, by the method's own name.
+
+    Raises:
+        ConfigError: there is no such method, or two of them have one name.
+    """
+    found: dict[str, str] = {}
+    for method in methods:
+        try:
+            name = load_method(method).name
+        except ValueError as error:
+            raise ConfigError(f"--methods: {error}") from None
+        if found.setdefault(name, method) != method:
+            raise ConfigError(f"--methods: {found[name]} and {method} are both named {name!r}")
     return found
 
 
@@ -168,7 +176,7 @@ def describe(runs: Sequence[SweepRun], places: Sequence[str | None]) -> str:
     for run in runs:
         ledger = read_ledger(run.config.run_dir)
         evaluated = " and evaluated" if (run.results / "evaluation.json").is_file() else ""
-        trained = len(METHODS[run.config.method].trained(run.config))
+        trained = len(method_of(run.config).trained(run.config))
         learned = f"{len(ledger.tasks)} of {trained} tasks learned{evaluated}" if ledger else "to do"
         lines.append(f"  {run.name:<{width}}  {learned}")
     return "\n".join(lines)

@@ -1,3 +1,6 @@
+import hashlib
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -5,6 +8,7 @@ import pytest
 import yaml
 
 from mslora_cr.config.load import load_config, training_fields
+from mslora_cr.config.methods import load_method
 from mslora_cr.config.schema import ConfigError, StreamConfig
 
 MINIMAL: dict[str, Any] = {
@@ -310,13 +314,13 @@ def test_a_wrong_training_field_is_refused(training: dict[str, Any], message: st
 
 def test_a_method_brings_its_section_and_what_its_source_answers_with(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, method="olora"), ["olora.lambda_2=1e-1"])
-    assert config.olora is not None and (config.olora.lambda_1, config.olora.lambda_2) == (0.5, 0.1)
+    assert config.model_dump()["olora"] == {"lambda_1": 0.5, "lambda_2": 0.1}
     assert config.evaluation.banks_by == "all"
     assert (
         load_config(write(tmp_path, method="olora", evaluation={"banks_by": "prefix"})).evaluation.banks_by == "prefix"
     )
     plain = load_config(write(tmp_path))
-    assert plain.olora is None and "olora" not in plain.model_dump() and plain.evaluation.banks_by == "prefix"
+    assert "olora" not in plain.model_dump() and plain.evaluation.banks_by == "prefix"
 
 
 def test_sections_of_other_methods_and_unknown_hyper_parameters_are_refused(tmp_path: Path) -> None:
@@ -324,8 +328,72 @@ def test_sections_of_other_methods_and_unknown_hyper_parameters_are_refused(tmp_
     assert "olora: belongs to method 'olora', but this run's method is 'mslora_cr'" in error_of(path)
     assert "olora.lambda1: unknown key; did you mean 'lambda_1'?" in error_of(path, "method=olora", "olora.lambda1=1")
     assert "olora.lambda_1" in error_of(path, "method=olora", "olora.lambda_1=-1")
-    assert "method: should be 'zero_shot', " in error_of(path, "method=oloro")
+    assert "method: unknown method 'oloro'; did you mean 'olora'?; there are each, ewc, " in error_of(
+        path, "method=oloro"
+    )
     assert "method: " in error_of(path, "method=[olora]")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            "nowhere:Mine",
+            "nowhere:Mine: there is no module 'nowhere' in the working directory, {here}, or on PYTHONPATH",
+        ),
+        ("mine:Mime", "mine.py has no Mime; did you mean 'Mine'?"),
+        ("mine:Path", "mine:Path: Path is no subclass of mslora_cr.methods.base.Method"),
+        ("mine:Nameless", "Nameless needs a `name` of lower-case letters"),
+        ("mine:Model", "method mine:Model: its name, 'model', is a key of every configuration"),
+        ("broken:Mine", "broken:Mine: importing broken failed: ZeroDivisionError"),
+        ("lacking:Mine", "lacking:Mine: importing lacking failed: No module named 'not_installed'"),
+        ("mine:Mine", "mine: batches of 24 are none of mine"),
+    ],
+)
+def test_a_method_outside_the_package_that_is_none_is_refused(
+    method: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = "from pathlib import Path\nfrom mslora_cr.methods.base import Method\nclass Nameless(Method): pass\n"
+    classes = (
+        "class Model(Method): name = 'model'\nclass Mine(Method):\n    name = 'mine'\n    def check(self, config):\n"
+    )
+    check = "        raise ValueError(f'mine: batches of {config.tasks[0].batch_size} are none of mine')\n"
+    write_text(tmp_path, base + classes + check, "mine.py")
+    write_text(tmp_path, "1 / 0", "broken.py")
+    write_text(tmp_path, "import not_installed", "lacking.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    load_method.cache_clear()
+    assert message.format(here=tmp_path) in error_of(write(tmp_path, method=method))
+
+
+def test_every_methods_configuration_is_what_it_was(tmp_path: Path) -> None:
+    """`tests/fixtures/method_digests.json` is of the version in which sections were fields of the configuration: what a
+    run folder records must still be found the same, by method, with and without its section."""
+    recorded = json.loads((Path(__file__).parent / "fixtures" / "method_digests.json").read_text(encoding="utf-8"))
+    sections: dict[str, dict[str, Any]] = {
+        "olora": {"lambda_1": 0.25, "lambda_2": 0.1},
+        "ewc": {"mode": "per_task", "strength": 1e4, "decay": 0.5, "fisher_batches": 2},
+        "lwf": {"strength": 2.0, "temperature": 3.0},
+        "replay": {"buffer_size": 10, "share": 0.25},
+        "moe_lora": {"experts": 2},
+    }
+    names = ("pathvqa", "PCAM", "derm")
+    tasks = [{"name": name, "epochs": 2, "batch_size": 8, "learning_rate": 2e-4} for name in names]
+    settings = {"run": "recorded", "model": {"path": "m"}, "data": {"root": "d"}, "training": {"bf16": True}}
+    for key, expected in recorded.items():
+        method, _, given = key.partition(" ")
+        section = {method: sections[method]} if given == "with" else {}
+        path = write_text(tmp_path, yaml.safe_dump({**settings, "method": method, "tasks": tasks, **section}))
+        config = load_config(path)
+        written = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
+        assert expected == {
+            "all": config.training_digest(),
+            "second": config.training_digest(config.stream[1]),
+            "config.yaml": hashlib.sha256(written).hexdigest(),
+        }, key
+    assert len(recorded) == 11 + len(sections)
 
 
 # --- the shipped runs ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from mslora_cr.banks.io import load_bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
+from mslora_cr.config.methods import method_names
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.datasets import TrainDataset
 from mslora_cr.data.records import TrainingRecords
-from mslora_cr.methods.registry import METHODS
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.runs.session import load_base, preprocessing, task_folder, task_image_roots
 from mslora_cr.stream.plan import plan
@@ -44,7 +45,7 @@ def method_run(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Trained:
     return run
 
 
-TRAINED = [method for method in METHODS if method not in ("zero_shot", "mslora_cr")]
+TRAINED = [method for method in method_names() if method not in ("zero_shot", "mslora_cr")]
 """Methods that train; tests/test_stream.py kills runs of mslora_cr."""
 BANKS = {"zero_shot": 0, "joint": 1}
 """How many banks a method trains, if not one per task."""
@@ -57,7 +58,7 @@ TERMS = {
 """What a method's log shows of its second task beside the cross entropy."""
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_a_method_trains_evaluates_and_reports(method: str, method_run: Trained) -> None:
     config = load_config(method_run(method))
     ledger = json.loads((config.run_dir / "ledger.json").read_text())
@@ -73,6 +74,34 @@ def test_a_method_trains_evaluates_and_reports(method: str, method_run: Trained)
     assert {(task, stage) for number, task in enumerate(STEPS, 1) for stage in range(number, 4)} <= seen
     page = (config.results_run_dir / "report.html").read_text()
     assert f"<code>{method}</code>" in page
+
+
+def test_the_method_of_the_page_is_added_from_outside(
+    config_file: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/methods.md has it in full; nothing inside the package knows of it."""
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    text = page.partition("## Adding one")[2].partition("```python\n")[2].partition("```")[0]
+    assert len(text.splitlines()) < 40
+    (tmp_path / "held.py").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    command = [str(config_file(run="held", method="held:Held")), "tasks=[pathvqa, slake-vqarad]", "held.strength=1e-1"]
+    assert main(["train", *command]) == 0
+    assert main(["evaluate", *command, "--stages", "seen"]) == 0
+    config = load_config(command[0], command[1:])
+    assert main(["report", str(config.run_dir)]) == 0
+    assert config.model_dump()["held"] == {"strength": 0.1}
+    rows = [json.loads(line) for line in (config.run_dir / "logs" / "slake-vqarad.jsonl").open()]
+    assert [row["loss"] - row["ce"] for row in rows] == pytest.approx(
+        [0.05 * row["distance"] for row in rows], abs=1e-5
+    )
+    assert rows[0]["distance"] == 0 < rows[-1]["distance"]
+    assert "<code>held:Held</code>" in (config.results_run_dir / "report.html").read_text()
+    capsys.readouterr()
+    sweep = ["sweep", command[0], *command[1:], "--methods", "each", "held:Held", "--dry-run"]
+    assert main(sweep) == 0
+    assert "held-order0-seed42  to do" in capsys.readouterr().out
 
 
 # The fourth file that a task of 4 steps writes with save_bank is its bank's memory, behind two checkpoints and the bank.

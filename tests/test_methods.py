@@ -13,13 +13,14 @@ from torch import Tensor
 
 from mslora_cr.banks.bank import Bank
 from mslora_cr.config.load import load_config
-from mslora_cr.config.schema import ConfigError, OloraConfig, StreamConfig
+from mslora_cr.config.methods import load_method
+from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.losses.penalty import Pair, Penalty
+from mslora_cr.methods.base import Method, method_of
 from mslora_cr.methods.ewc import EwcPenalty, fisher_name
 from mslora_cr.methods.lwf import softened_cross_entropy
-from mslora_cr.methods.olora import OloraPenalty
-from mslora_cr.methods.registry import METHODS
-from mslora_cr.methods.replay import choose
+from mslora_cr.methods.olora import OloraPenalty, OloraSettings
+from mslora_cr.methods.replay import Replay
 from mslora_cr.runs.ledger import Ledger
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def test_olora_by_hand() -> None:
     """|A_old A_newᵀ| = |(1·3 + 2·(-4), 0·3 + (-1)·(-4))| = 5 + 4; ‖A‖ = 5, ‖B‖ = 13."""
     old = bank(q=([[1.0, 2.0], [0.0, -1.0]], [[0.0, 0.0]]))
     trainable = {"q": (torch.tensor([[3.0, -4.0]]), torch.tensor([[5.0], [12.0]]))}
-    penalty = OloraPenalty([old], OloraConfig(lambda_1=0.5, lambda_2=0.1), CPU)
+    penalty = OloraPenalty([old], OloraSettings(lambda_1=0.5, lambda_2=0.1), CPU)
     assert penalty.frozen_bytes == 4 * 4  # A alone
     step = penalty.step(trainable, 0.1)
     assert step.logged == {"overlap": 9.0, "norm": 18.0}
@@ -76,12 +77,12 @@ def test_olora_against_autograd() -> None:
         overlap = sum((one.matrices[name][0] @ a.T).abs().sum() for one in old for name, (a, _) in trainable.items())
         return 0.5 * overlap + 0.2 * sum(matrix.norm() for pair in trainable.values() for matrix in pair)
 
-    check_against_autograd(OloraPenalty(old, OloraConfig(lambda_1=0.5, lambda_2=0.2), CPU), formula)
+    check_against_autograd(OloraPenalty(old, OloraSettings(lambda_1=0.5, lambda_2=0.2), CPU), formula)
 
 
 def test_olora_of_a_first_task_is_its_norm_alone_and_zero_at_zero() -> None:
     trainable = {"q": (torch.tensor([[3.0, -4.0]]), torch.zeros(2, 1))}
-    step = OloraPenalty([], OloraConfig(lambda_2=0.1), CPU).step(trainable, 0.1)
+    step = OloraPenalty([], OloraSettings(lambda_2=0.1), CPU).step(trainable, 0.1)
     assert step.value.item() == pytest.approx(0.5)
     assert not step.gradients["q", 1].any()
 
@@ -170,7 +171,7 @@ def stream_of(method: str, tmp_path: Path, tasks: list[tuple[str, float, int]], 
 def test_the_replay_buffer_is_balanced_and_only_shrinks(tmp_path: Path) -> None:
     tasks = [("pathvqa", 1.0, 4), ("PCAM", 1.0, 4), ("CXP", 1.0, 4)]
     config = stream_of("replay", tmp_path, tasks, replay={"buffer_size": 10})
-    buffers = [choose(config, config.stream[:seen], [100, 50, 2][:seen]) for seen in (1, 2, 3)]
+    buffers = [Replay().choose(config, config.stream[:seen], [100, 50, 2][:seen]) for seen in (1, 2, 3)]
     assert [{name: len(kept) for name, kept in buffer.items()} for buffer in buffers] == [
         {"pathvqa": 10},
         {"pathvqa": 5, "PCAM": 5},
@@ -185,7 +186,7 @@ def test_a_replayed_order_mixes_every_batch(tmp_path: Path, monkeypatch: pytest.
     """Batches of 4 with a share of 0.25: 3 new ones, 1 old; 9 new samples, 2 epochs, so 6 batches."""
     tasks = [("pathvqa", 1.0, 4), ("PCAM", 2.0, 4)]
     config = stream_of("replay", tmp_path, tasks, replay={"buffer_size": 3, "share": 0.25})
-    method, second = METHODS["replay"], config.stream[1]
+    method, second = method_of(config), config.stream[1]
     assert [task.name for task in method.sources(config, second)] == ["PCAM", "pathvqa"]
     ledger = Ledger(tmp_path, {"tasks": {}})
     assert method.order(config, config.stream[0], [20], ledger) is None
@@ -222,7 +223,7 @@ def test_experts_that_cannot_share_the_rank_are_refused(tmp_path: Path) -> None:
 
 def test_joint_visits_every_sample_as_often_as_the_stream_does(tmp_path: Path) -> None:
     config = stream_of("joint", tmp_path, [("pathvqa", 2.0, 8), ("PCAM", 1.0, 4), ("CXP", 0.5, 4)])
-    method = METHODS["joint"]
+    method = method_of(config)
     (task,) = method.trained(config)
     order = method.order(config, task, [3, 4, 6], Ledger(tmp_path, {"tasks": {}}))
     assert order is not None
@@ -256,5 +257,7 @@ SUMMED: dict[str, Any] = {"prefix": [1, 2], "all": [1, 2, 3]}
 @pytest.mark.parametrize("banks_by", ["prefix", "all"])
 def test_banks_of_the_second_task(method: Any, at_stage_3: Any, at_stage_1: list[int], banks_by: str) -> None:
     expected = at_stage_3[banks_by] if isinstance(at_stage_3, dict) else at_stage_3
-    assert METHODS[method].banks(2, 3, banks_by) == expected
-    assert METHODS[method].banks(2, 1, banks_by) == at_stage_1
+    loaded = load_method(method)
+    assert isinstance(loaded, Method) and loaded.name == method
+    assert loaded.banks(2, 3, banks_by) == expected
+    assert loaded.banks(2, 1, banks_by) == at_stage_1

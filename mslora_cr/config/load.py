@@ -6,15 +6,15 @@ import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ConfigDict, ValidationError
 
+from mslora_cr.config.methods import load_method
 from mslora_cr.config.schema import (
     CATALOGUE,
     DERIVED_TRAINING_FIELDS,
-    METHOD_SECTIONS,
     ConfigError,
     DatasetConfig,
     StreamConfig,
@@ -170,13 +170,16 @@ def _task_named(raw: dict[str, Any], name: str) -> dict[str, Any]:
 def _explain(item: Any, raw: Mapping[str, Any]) -> str:
     """One validation error in a line: where, what, and the nearest key that exists. A task goes by its name."""
     location = [str(part) for part in item["loc"] if part != "[key]"]  # so pydantic marks a key as what is wrong
+    known = _known_keys(location[:-1], raw) if item["type"] == "extra_forbidden" else []
     named = location.copy()
+    if location[:1] == ["method_section"]:
+        named[0] = _method_name(raw)
     if location[:1] == ["tasks"] and len(location) > 2:
         name = raw["tasks"][int(location[1])].get("name")
         named[1] = name if isinstance(name, str) else location[1]
     where = ".".join(named)
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key{nearest(location[-1], _known_keys(location[:-1]))}"
+        return f"{where}: unknown key{nearest(location[-1], known)}"
     if item["type"] == "missing":
         return f"{where}: required, but not given"
     message = _fault(item)
@@ -194,16 +197,23 @@ def _fault(item: Any) -> str:
     return f"{message}, found {reprlib.repr(value)}"
 
 
-def _known_keys(location: Sequence[str]) -> list[str]:
+def _method_name(raw: Mapping[str, Any]) -> str:
+    """Of the chosen method, which is valid."""
+    return load_method(raw.get("method", StreamConfig.model_fields["method"].default)).name
+
+
+def _known_keys(location: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
+    if location == ["method_section"]:
+        section = load_method(raw.get("method", StreamConfig.model_fields["method"].default)).section
+        return list(section.model_fields) if section else []
     model: Any = StreamConfig
     for part in location:
         if part.isdigit() or model is DatasetConfig:
             continue
         nested = {"tasks": TaskConfig, "datasets": DatasetConfig}
         field = model.model_fields.get(part)
-        inner = get_args(field.annotation)[:1] if field and part in METHOD_SECTIONS else ()  # `OloraConfig | None`
-        model = nested.get(part) or (*inner, field.annotation if field else model)[0]
-    return list(model.model_fields)
+        model = nested.get(part) or (field.annotation if field else model)
+    return [name for name in model.model_fields if name != "method_section"]
 
 
 def training_fields(config: StreamConfig) -> dict[str, Any]:

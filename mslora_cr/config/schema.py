@@ -11,7 +11,7 @@ import json
 import os.path
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -19,11 +19,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializeAsAny,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
+from mslora_cr.config.methods import check_method, load_method, method_names
 from mslora_cr.utils.errors import UserError, nearest
 
 LEARNABLE = -1
@@ -54,11 +58,13 @@ PathStr = Annotated[str, AfterValidator(os.path.expanduser)]
 """A file or folder; a leading `~` is the home folder, which a shell would not expand behind `key=`."""
 
 
-class _Strict(BaseModel):
+class Section(BaseModel):
+    """Keys of a configuration, read strictly: no unknown one, no wrong type, no change afterwards."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Section):
     """The frozen base model and how it is loaded."""
 
     path: PathStr
@@ -72,7 +78,7 @@ class ModelConfig(_Strict):
     """A process takes its own GPU among those that CUDA_VISIBLE_DEVICES names; `auto`: the CPU where there is none."""
 
 
-class DataConfig(_Strict):
+class DataConfig(Section):
     """Where the data sets are and how a record becomes a sample."""
 
     root: PathStr
@@ -87,7 +93,7 @@ class DataConfig(_Strict):
     It pays where images repeat over questions and epochs and the tower or the disk is slow."""
 
 
-class LoraSettings(_Strict):
+class LoraSettings(Section):
     """The shape of a bank and how frozen banks take part in the forward pass."""
 
     rank: PositiveInt = 64
@@ -98,7 +104,7 @@ class LoraSettings(_Strict):
     default with `model.quantization`: a quantised base is never merged into."""
 
 
-class RegularizationConfig(_Strict):
+class RegularizationConfig(Section):
     """Weights of the two penalties; -1 makes a weight learnable as exp(a), a starting at -4.6."""
 
     alpha: Number = 0.1
@@ -117,53 +123,7 @@ class RegularizationConfig(_Strict):
         return self
 
 
-class OloraConfig(_Strict):
-    """Weights of O-LoRA's two terms, as its published scripts set them."""
-
-    lambda_1: NotNegative = 0.5
-    """Of Σ |A_old A_newᵀ|."""
-    lambda_2: NotNegative = 0.0
-    """Of the new bank's norm."""
-
-
-class EwcConfig(_Strict):
-    """How hard elastic weight consolidation holds a bank, and how it learns where."""
-
-    mode: Literal["online", "per_task"] = "online"
-    """One anchor, the last task's, with the Fisher information of all; or an anchor for every earlier task."""
-    strength: PositiveNumber = 400.0
-    """λ."""
-    decay: Annotated[PositiveNumber, Field(le=1)] = 1.0
-    """γ, what an online anchor keeps of earlier Fisher information from task to task."""
-    fisher_batches: PositiveInt = 16
-    """Batches of the task's size whose samples the Fisher information is averaged over."""
-
-
-class ReplayConfig(_Strict):
-    """How many earlier samples are kept, and how many of a batch they are."""
-
-    buffer_size: PositiveInt = 1000
-    """Samples, over all earlier tasks together."""
-    share: Annotated[PositiveNumber, Field(lt=1)] = 0.5
-    """Of each batch, from the second task on."""
-
-
-class LwfConfig(_Strict):
-    """Learning without Forgetting's distillation, with the published values."""
-
-    strength: PositiveNumber = 1.0
-    """λ_o, the weight of the term."""
-    temperature: PositiveNumber = 2.0
-
-
-class MoeLoraConfig(_Strict):
-    """How a mixture of LoRA experts shares a bank's rank."""
-
-    experts: Annotated[int, Field(ge=2)] = 4
-    """E; each has rank / E."""
-
-
-class EvaluationConfig(_Strict):
+class EvaluationConfig(Section):
     """Greedy generation and what is answered."""
 
     max_new_tokens: PositiveInt = 100
@@ -173,7 +133,7 @@ class EvaluationConfig(_Strict):
     `prefix`'s of the task that the router takes a question for."""
 
 
-class DatasetConfig(_Strict):
+class DatasetConfig(Section):
     """A data set that tasks can name: its folder below the data root and its modality."""
 
     modality: Name
@@ -183,7 +143,7 @@ class DatasetConfig(_Strict):
     """The published task whose scores reports show beside this one's."""
 
 
-class TaskConfig(_Strict):
+class TaskConfig(Section):
     """One task of the stream."""
 
     name: Name
@@ -193,7 +153,7 @@ class TaskConfig(_Strict):
     learning_rate: PositiveNumber
 
 
-class Task(_Strict):
+class Task(Section):
     """A task with its data set, as the program uses it."""
 
     index: int
@@ -206,20 +166,12 @@ class Task(_Strict):
     learning_rate: float
 
 
-MethodName = Literal[
-    "zero_shot", "each", "sequential", "incremental", "mslora_cr", "olora", "ewc", "lwf", "replay", "moe_lora", "joint"
-]
-METHOD_SECTIONS = frozenset({"olora", "ewc", "lwf", "replay", "moe_lora"})
-"""Methods with hyper-parameters of their own, in a section of the method's name."""
-SUMMED = frozenset({"olora", "lwf"})
-"""Methods whose source sums all banks for every question, so that `evaluation.banks_by` is `all` unless it is given."""
-
-
-class StreamConfig(_Strict):
+class StreamConfig(Section):
     """A whole run. Read it with `load_config`."""
 
     run: Name
-    method: MethodName = "mslora_cr"
+    method: Annotated[str, AfterValidator(check_method)] = "mslora_cr"
+    """A file of `mslora_cr/methods`, or `module:Class` for a method outside the package."""
     output_dir: PathStr = "checkpoints"
     results_dir: PathStr = "results"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
@@ -229,11 +181,8 @@ class StreamConfig(_Strict):
     lora: LoraSettings = LoraSettings()
     regularization: RegularizationConfig = RegularizationConfig()
     """Read by `mslora_cr` alone; the published configurations share it."""
-    olora: OloraConfig | None = None
-    ewc: EwcConfig | None = None
-    lwf: LwfConfig | None = None
-    replay: ReplayConfig | None = None
-    moe_lora: MoeLoraConfig | None = None
+    method_section: SerializeAsAny[Section] | None = None
+    """The method's own section. In files and dumps its key is the method's name; `Method.settings` types it."""
     training: dict[str, Any] = {}
     """Any field of transformers' TrainingArguments that is not derived from the fields above."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -259,22 +208,43 @@ class StreamConfig(_Strict):
     @classmethod
     def _settle_method(cls, raw: Any) -> Any:
         """Fill in the chosen method's section and what its source answers with; refuse other methods' sections."""
-        method = raw.get("method", cls.model_fields["method"].default) if isinstance(raw, Mapping) else None
-        if method not in get_args(MethodName):
+        if not isinstance(raw, Mapping):
             return raw
-        for other in sorted(METHOD_SECTIONS & raw.keys() - {method}):
-            raise ValueError(f"{other}: belongs to method {other!r}, but this run's method is {method!r}; remove it")
+        if "method_section" in raw:
+            raise ValueError("method_section: unknown key; a method's section is named after the method")
+        others = raw.keys() & set(method_names())
+        chosen = raw.get("method", cls.model_fields["method"].default)
+        try:
+            method = load_method(str(chosen))
+        except ValueError:  # the field says so
+            return {key: value for key, value in raw.items() if key not in others}
+        if method.name in cls.model_fields:
+            raise ValueError(f"method {chosen}: its name, {method.name!r}, is a key of every configuration; rename it")
+        for other in sorted(others - {method.name}):
+            if load_method(other).section is not None:
+                raise ValueError(
+                    f"{other}: belongs to method {other!r}, but this run's method is {chosen!r}; remove it"
+                )
         settled = dict(raw)
-        if method in METHOD_SECTIONS and raw.get(method) is None:
-            settled[method] = {}
+        if method.section is not None:
+            given = settled.pop(method.name, None)
+            settled["method_section"] = {} if given is None else given
         evaluation = raw.get("evaluation", {})
-        if method in SUMMED and isinstance(evaluation, Mapping):
-            settled["evaluation"] = {"banks_by": "all", **evaluation}
+        if isinstance(evaluation, Mapping):
+            settled["evaluation"] = {"banks_by": method.banks_by, **evaluation}
         return settled
 
+    @field_validator("method_section", mode="before")
+    @classmethod
+    def _read_section(cls, given: Any, info: ValidationInfo) -> Section | None:
+        section = load_method(info.data["method"]).section if "method" in info.data else None
+        return cast(Section, section.model_validate(given)) if section is not None else None
+
     @model_serializer(mode="wrap")
-    def _only_the_chosen_section(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key not in METHOD_SECTIONS or value is not None}
+    def _name_section(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        name = load_method(self.method).name
+        written = {name if key == "method_section" else key: value for key, value in write(self).items()}
+        return {key: value for key, value in written.items() if key != name or value is not None}
 
     @model_validator(mode="after")
     def _check_tasks(self) -> StreamConfig:
@@ -288,14 +258,11 @@ class StreamConfig(_Strict):
             if task.name in seen:
                 raise ValueError(f"tasks.{position}.name: task {task.name!r} appears twice in the stream")
             seen.add(task.name)
-            if self.method == "replay" and task.batch_size == 1:
-                raise ValueError(f"tasks.{task.name}.batch_size: replay mixes new and old in a batch; use at least 2")
         return self
 
     @model_validator(mode="after")
-    def _check_experts(self) -> StreamConfig:
-        if self.moe_lora is not None and self.lora.rank % self.moe_lora.experts:
-            raise ValueError(f"moe_lora.experts: {self.moe_lora.experts} does not divide lora.rank {self.lora.rank}")
+    def _check_by_method(self) -> StreamConfig:
+        load_method(self.method).check(self)
         return self
 
     @property
@@ -336,9 +303,9 @@ class StreamConfig(_Strict):
 
     def fingerprint_fields(self, last: Task | None = None) -> dict[str, Any]:
         """Everything in this configuration that decides what the banks up to a task's become, the last one's if none
-        is given: no places, no speed, no evaluation, no later task. `joint` trains on all tasks at once.
+        is given: no places, no speed, no evaluation, no later task, unless the method trains on all at once.
         """
-        tasks = self.tasks if last is None or self.method == "joint" else self.tasks[: last.index + 1]
+        tasks = self.tasks if last is None or load_method(self.method).all_at_once else self.tasks[: last.index + 1]
         found = self.model_dump(mode="json", exclude={"run", "output_dir", "results_dir", "evaluation", "datasets"})
         for place, key in UNDECIDING_FIELDS:
             del found[place][key]

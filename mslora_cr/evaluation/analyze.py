@@ -25,7 +25,7 @@ from mslora_cr.evaluation.results import ANALYSIS, ROUTED, Cell, Evaluation, rea
 from mslora_cr.evaluation.routed import ConcatEvalDataset
 from mslora_cr.evaluation.score import read_answers
 from mslora_cr.evaluation.summary import decoding, fingerprint_fields
-from mslora_cr.methods.registry import METHODS
+from mslora_cr.methods.base import method_of
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.session import check_hosts, load_base, preprocessing, start_processes, task_folder, task_image_roots
 from mslora_cr.utils.files import write_json
@@ -192,7 +192,7 @@ def _banks_by(config: StreamConfig) -> str:
 
 def _variants(config: StreamConfig, chain: Mapping[str, Bank]) -> list[Variant]:
     """Each learned task with the places in `chain` of the banks that answer it, then with each of them left out."""
-    method, names, found = METHODS[config.method], list(chain), []
+    method, names, found = method_of(config), list(chain), []
     learned = [config.task(name).index + 1 for name in names]
     stage = max(method.stages(learned, len(config.tasks)))
     for task in config.stream[:stage]:

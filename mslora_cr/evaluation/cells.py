@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.methods.registry import METHODS
+from mslora_cr.methods.base import method_of
 
 Stages = Literal["own", "final", "seen", "all"]
 """`own`: each task at its own stage (published); `final`: all after the last stage; `seen`: each at every stage from
@@ -38,7 +38,7 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
     Args:
         learned: positions, from 1, of the tasks whose banks exist.
     """
-    method, found = METHODS[config.method], []
+    method, found = method_of(config), []
     answering = method.stages(learned, len(config.tasks))
     for task in config.stream:
         number, places = task.index + 1, {}

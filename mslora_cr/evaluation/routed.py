@@ -28,7 +28,7 @@ from mslora_cr.evaluation.intervals import interval, resampled_means
 from mslora_cr.evaluation.results import ROUTED, ROUTING
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.evaluation.summary import cell_row, decoding, fingerprint_fields, question_digests, write_summary
-from mslora_cr.methods.registry import METHODS, needs_task
+from mslora_cr.methods.base import method_of, needs_task
 from mslora_cr.models.llava_med import LlavaMed
 from mslora_cr.routing.lda import Router, TaskStatistics, load_statistics
 from mslora_cr.runs.ledger import Ledger, finished_banks
@@ -228,7 +228,7 @@ class _Session:
         base = self._model()
         routes = self._routes(stage, tasks)
         flat = [route for task in tasks for route in routes[task.name]]
-        method = METHODS[self.config.method]
+        method = method_of(self.config)
         chosen = [[number - 1 for number in method.banks(route + 1, stage, "prefix")] for route in range(stage)]
         mixed = self._mixed = self._mixed or PerSampleAdapters(base.model, self.banks)
         prepare = preprocessing(self.config, base)

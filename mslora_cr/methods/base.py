@@ -1,19 +1,28 @@
-"""What a method is: which banks and samples take part, what joins the cross entropy, what is kept for later tasks."""
+"""What a method is: which banks and samples take part, what joins the cross entropy, what is kept for later tasks.
+
+Reading a configuration imports its method's file, so this one imports nothing heavy.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, cast
 
-import torch
-from torch import Tensor
+from mslora_cr.config.methods import load_method
+from mslora_cr.config.schema import Section, StreamConfig, Task
 
-from mslora_cr.banks.bank import Bank
-from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.losses.penalty import Distillation, Penalty
-from mslora_cr.runs.ledger import Ledger
-from mslora_cr.training.trainer import BankTrainer
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mslora_cr.banks.bank import Bank
+    from mslora_cr.losses.penalty import Distillation, Penalty
+    from mslora_cr.runs.ledger import Ledger
+    from mslora_cr.training.trainer import BankTrainer
+
+Settings = TypeVar("Settings", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -28,18 +37,40 @@ class Setup:
     """Where the live bank is."""
 
 
-class Method:
+class Method(Generic[Settings]):
     """A way to learn a stream; each is a subclass in a file of its own. Tasks and stages count from 1.
 
     By default a method trains one bank per task, from the base alone, on cross entropy.
     """
 
+    # --- what the configuration reads ---
+
+    name: ClassVar[str]
+    """Of the method; a file of the package has it too. Lower-case letters, digits and _."""
+    section: ClassVar[type[Section] | None] = None
+    """The method's hyper-parameters and their defaults, in a section of the method's name; none by default."""
+    banks_by: ClassVar[str] = "prefix"
+    """`evaluation.banks_by` where none is given: what the method's source answers with."""
+    all_at_once: ClassVar[bool] = False
+    """Its first bank is trained on every task of the stream."""
+
+    def settings(self, config: StreamConfig) -> Settings:
+        """The method's section of a configuration."""
+        return cast(Settings, config.method_section)
+
+    def check(self, config: StreamConfig) -> None:
+        """Refuse what no single key shows to be wrong; called when a configuration is read.
+
+        Raises:
+            ValueError: with key, what is wrong, and how to mend it.
+        """
+
+    # --- which banks ---
+
     keeps_frozen_adapters = False
     """Earlier banks take part, frozen, while a task trains, and their sum answers."""
     init_from_previous = False
     """A task's bank starts as a copy of the one before it, and the last one answers alone."""
-
-    # --- which banks ---
 
     def trained(self, config: StreamConfig) -> list[Task]:
         """What gets a bank, in order: every task."""
@@ -105,7 +136,20 @@ class Method:
         return {}
 
 
+def method_of(config: StreamConfig) -> Method:
+    """The method that a configuration chooses."""
+    return cast(Method, load_method(config.method))
+
+
+def needs_task(config: StreamConfig) -> bool:
+    """Whether it matters which task a question belongs to: whether tasks are answered by different banks."""
+    method, last = method_of(config), len(config.tasks)
+    return len({tuple(method.banks(task, last, "prefix")) for task in range(1, last + 1)}) > 1
+
+
 def sample_schedule(count: int, epochs: float, generator: torch.Generator) -> Tensor:
     """Positions of ``round(count · epochs)`` visits: each epoch goes through all samples in an order of its own."""
+    import torch
+
     passes = [torch.randperm(count, generator=generator) for _ in range(math.ceil(epochs))]
     return torch.cat(passes)[: round(count * epochs)]

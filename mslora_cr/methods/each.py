@@ -9,3 +9,5 @@ class Each(Method):
     Source: the data-specific LoRA that Zhang et al., "Contrastive Regularization over LoRA for Multimodal Biomedical
     Image Incremental Learning", ACM MM 2025, compare with.
     """
+
+    name = "each"

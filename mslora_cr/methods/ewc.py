@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mslora_cr.banks.bank import Bank
-from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.config.schema import PositiveInt, PositiveNumber, Section, StreamConfig, Task
 from mslora_cr.distributed.comm import all_reduce_sum, rank, world_size
 from mslora_cr.losses.penalty import Key, Pair, Penalty, PenaltyStep
 from mslora_cr.methods.base import Method, Setup
-from mslora_cr.training.trainer import BankTrainer
+
+if TYPE_CHECKING:
+    from mslora_cr.training.trainer import BankTrainer
 
 
-class Ewc(Method):
+class EwcSettings(Section):
+    """How hard elastic weight consolidation holds a bank, and how it learns where."""
+
+    mode: Literal["online", "per_task"] = "online"
+    """One anchor, the last task's, with the Fisher information of all; or an anchor for every earlier task."""
+    strength: PositiveNumber = 400.0
+    """λ."""
+    decay: Annotated[PositiveNumber, Field(le=1)] = 1.0
+    """γ, what an online anchor keeps of earlier Fisher information from task to task."""
+    fisher_batches: PositiveInt = 16
+    """Batches of the task's size whose samples the Fisher information is averaged over."""
+
+
+class Ewc(Method[EwcSettings]):
     """``CE + λ/2 Σ_i Σ_j F_ij (θ_j - θ*_ij)²`` over earlier tasks i and all numbers θ of the bank.
 
     ``F_i = (1/N) Σ_n (d log p(answer_n) / dθ)²`` at θ*_i, the bank after task i, over N samples of the task. `online`
@@ -26,21 +43,21 @@ class Ewc(Method):
     Schwarz et al., "Progress & Compress", ICML 2018 (online).
     """
 
+    name = "ewc"
+    section = EwcSettings
     init_from_previous = True
 
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
         return task.index > 0
 
     def penalty(self, setup: Setup, frozen: Sequence[Bank]) -> Penalty:
-        settings, earlier = setup.config.ewc, setup.config.stream[: setup.task.index]
-        assert settings is not None
+        settings, earlier = self.settings(setup.config), setup.config.stream[: setup.task.index]
         anchors = earlier[-1:] if settings.mode == "online" else earlier
         banks = ((setup.ledger.banks(setup.config, [task])[0], setup.ledger.task_state(task.name)) for task in anchors)
         return EwcPenalty(banks, settings.strength * (settings.decay if settings.mode == "online" else 1), setup.device)
 
     def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
-        settings = setup.config.ewc
-        assert settings is not None
+        settings = self.settings(setup.config)
         fisher = diagonal_fisher(trainer, settings.fisher_batches * setup.task.batch_size, setup.config.seed)
         if settings.mode == "online" and setup.task.index:
             before = setup.ledger.task_state(setup.config.stream[setup.task.index - 1].name)

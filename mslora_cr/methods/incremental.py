@@ -10,4 +10,5 @@ class Incremental(Method):
     Biomedical Image Incremental Learning", ACM MM 2025, start.
     """
 
+    name = "incremental"
     keeps_frozen_adapters = True

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.methods.base import Method, sample_schedule
-from mslora_cr.runs.ledger import Ledger
+
+if TYPE_CHECKING:
+    from mslora_cr.runs.ledger import Ledger
 
 
 class Joint(Method):
@@ -19,6 +22,9 @@ class Joint(Method):
 
     Source: multi-task training; Caruana, "Multitask Learning", Machine Learning 28, 1997.
     """
+
+    name = "joint"
+    all_at_once = True
 
     def trained(self, config: StreamConfig) -> list[Task]:
         return config.stream[:1]

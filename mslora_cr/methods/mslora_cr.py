@@ -27,6 +27,7 @@ class MsloraCr(Method):
     ACM MM 2025.
     """
 
+    name = "mslora_cr"
     keeps_frozen_adapters = True
 
     def regularizes(self, config: StreamConfig, task: Task) -> bool:

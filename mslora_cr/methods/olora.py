@@ -8,12 +8,21 @@ import torch
 from torch import Tensor
 
 from mslora_cr.banks.bank import Bank
-from mslora_cr.config.schema import OloraConfig, StreamConfig, Task
+from mslora_cr.config.schema import NotNegative, Section, StreamConfig, Task
 from mslora_cr.losses.penalty import Key, Pair, Penalty, PenaltyStep
 from mslora_cr.methods.base import Method, Setup
 
 
-class Olora(Method):
+class OloraSettings(Section):
+    """Weights of O-LoRA's two terms, as its published scripts set them."""
+
+    lambda_1: NotNegative = 0.5
+    """Of Σ |A_old A_newᵀ|."""
+    lambda_2: NotNegative = 0.0
+    """Of the new bank's norm."""
+
+
+class Olora(Method[OloraSettings]):
     """``CE + λ₁ Σ_{i<t} Σ_layers Σ_jk |A_i A_tᵀ|_jk + λ₂ Σ_W ‖W_t‖_F``, W over all A and B of the new bank.
 
     ``d/dA_t = λ₁ Σ_i sign(A_t A_iᵀ) A_i + λ₂ A_t / ‖A_t‖``, the last likewise for B (zero at W = 0).
@@ -24,21 +33,23 @@ class Olora(Method):
     squared, λ₁ = 0.5, and λ₂ = 0 but for some tasks.
     """
 
+    name = "olora"
+    section = OloraSettings
+    banks_by = "all"
     keeps_frozen_adapters = True
 
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
-        assert config.olora is not None
-        return config.olora.lambda_2 > 0 or (task.index > 0 and config.olora.lambda_1 > 0)
+        settings = self.settings(config)
+        return settings.lambda_2 > 0 or (task.index > 0 and settings.lambda_1 > 0)
 
     def penalty(self, setup: Setup, frozen: Sequence[Bank]) -> Penalty:
-        assert setup.config.olora is not None
-        return OloraPenalty(frozen, setup.config.olora, setup.device)
+        return OloraPenalty(frozen, self.settings(setup.config), setup.device)
 
 
 class OloraPenalty(Penalty):
     """Holds the frozen A matrices of each layer on top of each other, (banks · rank, in) float32."""
 
-    def __init__(self, frozen: Sequence[Bank], settings: OloraConfig, device: torch.device) -> None:
+    def __init__(self, frozen: Sequence[Bank], settings: OloraSettings, device: torch.device) -> None:
         self._settings = settings
         modules = frozen[0].matrices if frozen else ()
         self._frozen = {name: torch.cat([bank.matrices[name][0] for bank in frozen]).to(device) for name in modules}

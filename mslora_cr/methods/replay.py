@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.config.schema import PositiveInt, PositiveNumber, Section, StreamConfig, Task
 from mslora_cr.methods.base import Method, Setup, sample_schedule
-from mslora_cr.runs.ledger import Ledger
-from mslora_cr.training.trainer import BankTrainer
+
+if TYPE_CHECKING:
+    from mslora_cr.runs.ledger import Ledger
+    from mslora_cr.training.trainer import BankTrainer
 
 
-class Replay(Method):
+class ReplaySettings(Section):
+    """How many earlier samples are kept, and how many of a batch they are."""
+
+    buffer_size: PositiveInt = 1000
+    """Samples, over all earlier tasks together."""
+    share: Annotated[PositiveNumber, Field(lt=1)] = 0.5
+    """Of each batch, from the second task on."""
+
+
+class Replay(Method[ReplaySettings]):
     """Loss: cross entropy of batches of which a share, half as published, comes from a buffer of earlier samples.
 
     The buffer holds at most `replay.buffer_size` samples, as many of each task. A task's are chosen at random by the
@@ -22,36 +35,41 @@ class Replay(Method):
     Source: Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019.
     """
 
+    name = "replay"
+    section = ReplaySettings
     init_from_previous = True
+
+    def check(self, config: StreamConfig) -> None:
+        for task in config.tasks:
+            if task.batch_size == 1:
+                raise ValueError(f"tasks.{task.name}.batch_size: replay mixes new and old in a batch; use at least 2")
 
     def sources(self, config: StreamConfig, task: Task) -> list[Task]:
         return [task, *config.stream[: task.index]]
 
     def order(self, config: StreamConfig, task: Task, counts: Sequence[int], ledger: Ledger) -> list[int] | None:
-        assert config.replay is not None
+        settings = self.settings(config)
         earlier = config.stream[: task.index]
         if not earlier:
             return None
-        buffer = ledger.task_state(earlier[-1].name) or choose(config, earlier, counts[1:])
+        buffer = ledger.task_state(earlier[-1].name) or self.choose(config, earlier, counts[1:])
         starts = torch.tensor(counts).cumsum(0).tolist()
         old = torch.cat([buffer[source.name] + start for source, start in zip(earlier, starts, strict=False)])
-        return mix(old, counts[0], task, config.replay.share, config.seed)
+        return mix(old, counts[0], task, settings.share, config.seed)
 
     def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
         """The buffer for the next task: by task, positions in its records, int64."""
         own, *earlier = trainer.samples.counts
-        return choose(setup.config, setup.config.stream[: setup.task.index + 1], [*earlier, own])
+        return self.choose(setup.config, setup.config.stream[: setup.task.index + 1], [*earlier, own])
 
-
-def choose(config: StreamConfig, tasks: Sequence[Task], counts: Sequence[int]) -> dict[str, Tensor]:
-    """A balanced buffer of at most `replay.buffer_size` samples of these tasks; a remainder goes to the first ones."""
-    assert config.replay is not None
-    share, rest = divmod(config.replay.buffer_size, len(tasks))
-    chosen = {}
-    for task, count in zip(tasks, counts, strict=True):
-        everything = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed + task.index))
-        chosen[task.name] = everything[: share + (task.index < rest)].clone()
-    return chosen
+    def choose(self, config: StreamConfig, tasks: Sequence[Task], counts: Sequence[int]) -> dict[str, Tensor]:
+        """A balanced buffer of these tasks' samples; a remainder goes to the first ones."""
+        share, rest = divmod(self.settings(config).buffer_size, len(tasks))
+        chosen = {}
+        for task, count in zip(tasks, counts, strict=True):
+            everything = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed + task.index))
+            chosen[task.name] = everything[: share + (task.index < rest)].clone()
+        return chosen
 
 
 def mix(old: Tensor, new: int, task: Task, share: float, seed: int) -> list[int]:

@@ -10,4 +10,5 @@ class Sequential(Method):
     Connectionist Networks", Psychology of Learning and Motivation 24, 1989, and of every comparison since.
     """
 
+    name = "sequential"
     init_from_previous = True

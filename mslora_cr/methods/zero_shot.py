@@ -13,6 +13,8 @@ class ZeroShot(Method):
     Learning", NeurIPS 2017.
     """
 
+    name = "zero_shot"
+
     def trained(self, config: StreamConfig) -> list[Task]:
         return []
 

@@ -9,8 +9,7 @@ from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.images import check_images, resolve_image
 from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.distributed.deepspeed import zero_stage
-from mslora_cr.methods.base import Method
-from mslora_cr.methods.registry import METHODS
+from mslora_cr.methods.base import Method, method_of
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.runs.session import task_image_roots
 from mslora_cr.stream.arguments import work_folder
@@ -27,7 +26,7 @@ def check_trainable(config: StreamConfig, fields: dict[str, Any]) -> None:
         raise ConfigError(
             "training.deepspeed: ZeRO-3 cannot shard a quantised base; use zero2, or no model.quantization"
         )
-    method = METHODS[config.method]
+    method = method_of(config)
     penalised = type(method).penalty is not Method.penalty
     if fields.get("fp16") and penalised and any(method.regularizes(config, task) for task in method.trained(config)):
         raise ConfigError(

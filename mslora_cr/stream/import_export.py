@@ -15,8 +15,7 @@ from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.io import CONFIG, STATISTICS, TASK_STATE, WEIGHTS, load_bank, save_bank
 from mslora_cr.banks.published import BASE_DIGEST, PUBLISHED_WEIGHTS, export_published, read_object
 from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.methods.base import Method
-from mslora_cr.methods.registry import METHODS
+from mslora_cr.methods.base import Method, method_of
 from mslora_cr.models.layout import ModelError, language_linear_shapes, read_config
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.runs.session import base_digest
@@ -34,7 +33,7 @@ def load_chain(folder: Path, config: StreamConfig) -> dict[str, Bank]:
     Raises:
         BankError: there is no bank, a bank is missing while a later one is there, or one is of another rank or alpha.
     """
-    places = _places(folder, config, whole=METHODS[config.method].keeps_frozen_adapters)
+    places = _places(folder, config, whole=method_of(config).keeps_frozen_adapters)
     banks = {name: _load(place, name, config) for name, place in places.items()}
     check_base(places, config, base_digest(config))
     return banks
@@ -87,7 +86,7 @@ def _trained_on(place: Path, name: str, config: StreamConfig) -> str | None:
 
 def _places(folder: Path, config: StreamConfig, whole: bool) -> dict[str, Path]:
     """The folders of the banks, by task; `whole`: from the first task on, without a hole."""
-    trained = METHODS[config.method].trained(config)
+    trained = method_of(config).trained(config)
     if not trained:
         raise BankError(f"{folder}: method {config.method} has no banks")
     places = {task.name: _place(folder, config, task) for task in trained}
@@ -116,7 +115,7 @@ def _load(place: Path, name: str, config: StreamConfig) -> Bank:
 
 def _published_name(config: StreamConfig, task: Task) -> str:
     """A task's folder in a published run: the names of the tasks learned by then, or its own for independent banks."""
-    method = METHODS[config.method]
+    method = method_of(config)
     chain = config.stream[: task.index + 1] if method.keeps_frozen_adapters or method.init_from_previous else [task]
     return "_".join(member.name for member in chain)
 
@@ -164,7 +163,7 @@ def import_chain(folder: Path, config: StreamConfig) -> list[str]:
         ConfigError: another configuration made the run folder.
         ModelError: the base model cannot be read.
     """
-    method, ledger = METHODS[config.method], Ledger.read(config)
+    method, ledger = method_of(config), Ledger.read(config)
     places = _places(folder, config, whole=method.keeps_frozen_adapters or method.init_from_previous)
     banks = {name: _load(place, name, config) for name, place in places.items()}
     shapes = language_linear_shapes(Path(config.model.path))
@@ -182,7 +181,7 @@ def import_chain(folder: Path, config: StreamConfig) -> list[str]:
 
 def _check_usable(bank: Bank, place: Path, config: StreamConfig, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Refuse what training, evaluation or analysis of the run would refuse once it is imported."""
-    method = METHODS[config.method]
+    method = method_of(config)
     found = {name: (b.shape[0], a.shape[1]) for name, (a, b) in bank.matrices.items()}
     for name in sorted(found.keys() | shapes.keys()):
         if found.get(name) != shapes.get(name):
@@ -221,7 +220,7 @@ def _enter(bank: Bank, place: Path, config: StreamConfig, ledger: Ledger) -> Non
     # The source's, or what `bank fit-router` has put there before.
     routers = [known / STATISTICS for known in (place, folder) if (known / STATISTICS).is_file()]
     beside = {STATISTICS: load_file(routers[0])} if routers else {}
-    if type(METHODS[config.method]).task_state is not Method.task_state:
+    if type(method_of(config)).task_state is not Method.task_state:
         beside[TASK_STATE] = load_file(place / TASK_STATE)
     described = {**bank.metadata, "modality": task.modality, "index": task.index, "imported": source}
     digest = save_bank(replace(bank, metadata=described), folder, config.lora.dropout, beside)

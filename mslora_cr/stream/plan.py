@@ -11,7 +11,7 @@ from mslora_cr.config.load import training_fields
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.distributed.comm import world_size
-from mslora_cr.methods.registry import METHODS
+from mslora_cr.methods.base import method_of
 from mslora_cr.models.layout import language_linear_shapes
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.runs.session import task_folder
@@ -43,7 +43,7 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
     fields = training_fields(config)
     ledger = Ledger.read(config)
     plans = []
-    method = METHODS[config.method]
+    method = method_of(config)
     for task in method.trained(config):
         sources = method.sources(config, task)
         counts = [len(TrainingRecords(task_folder(config, source) / "train.json")) for source in sources]
@@ -101,7 +101,7 @@ def tasks_to_train(config: StreamConfig, only: str | None) -> list[Task]:
     Raises:
         ConfigError: there is no task of that name, or the method gives it no bank.
     """
-    tasks = METHODS[config.method].trained(config)
+    tasks = method_of(config).trained(config)
     if only is None:
         return tasks
     name = config.task(only).name
@@ -114,9 +114,9 @@ def tasks_to_train(config: StreamConfig, only: str | None) -> list[Task]:
 
 def frozen_tasks(config: StreamConfig, task: Task) -> list[Task]:
     """The earlier tasks whose banks take part, frozen, while this one trains."""
-    return config.stream[: task.index] if METHODS[config.method].keeps_frozen_adapters else []
+    return config.stream[: task.index] if method_of(config).keeps_frozen_adapters else []
 
 
 def previous_task(config: StreamConfig, task: Task) -> list[Task]:
     """The task whose bank this one starts from, if any."""
-    return config.stream[: task.index][-1:] if METHODS[config.method].init_from_previous else []
+    return config.stream[: task.index][-1:] if method_of(config).init_from_previous else []

@@ -28,8 +28,7 @@ from mslora_cr.distributed.deepspeed import (
     zero_stage,
 )
 from mslora_cr.distributed.launch import run_on_rank0
-from mslora_cr.methods.base import Setup
-from mslora_cr.methods.registry import METHODS, needs_task
+from mslora_cr.methods.base import Setup, method_of, needs_task
 from mslora_cr.models import llava_med
 from mslora_cr.routing.lda import TaskStatistics
 from mslora_cr.runs.ledger import Ledger
@@ -68,7 +67,7 @@ class StreamRun:
 
     def input_digests(self, task: Task) -> dict[str, str]:
         """Digests of what decides a task's bank: a checkpoint inside the task is of no use to another."""
-        sources = METHODS[self.config.method].sources(self.config, task)
+        sources = method_of(self.config).sources(self.config, task)
         return {
             "configuration": self.config.training_digest(task),
             "base model": self.model_digest,
@@ -92,7 +91,7 @@ def train(config: StreamConfig, only: str | None = None, force: bool = False) ->
     ledger = Ledger.read(config)
     pending = [task for task in tasks if not ledger.done(task.name)]
     records = {}
-    for source in (source for task in pending for source in METHODS[config.method].sources(config, task)):
+    for source in (source for task in pending for source in method_of(config).sources(config, task)):
         if source.name not in records:
             records[source.name] = TrainingRecords(task_folder(config, source) / "train.json")
     check_records_unchanged(ledger, records)
@@ -146,7 +145,7 @@ def train_task(run: StreamRun, task: Task) -> None:
 
 def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatistics | None]:
     """Base model, frozen banks, the live one and its trainer; and what a router needs to know of the task."""
-    config, method = run.config, METHODS[run.config.method]
+    config, method = run.config, method_of(run.config)
     sharded = zero_stage(run.fields.get("deepspeed")) == 3
     device = get_device(config.model.device)
     # Everything is built before DeepSpeed knows of the task: transformers would partition what it loads afterwards.
@@ -196,7 +195,7 @@ def training_samples(run: StreamRun, task: Task, base: llava_med.LlavaMed) -> Co
     prepare = preprocessing(run.config, base, tower)
     parts = [
         TrainDataset(run.records[source.name], task_image_roots(run.config, source), prepare)
-        for source in METHODS[run.config.method].sources(run.config, task)
+        for source in method_of(run.config).sources(run.config, task)
     ]
     if tower is not None:
         images = (prepare.image_paths(part.records, part.roots) for part in parts)
@@ -208,7 +207,7 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
     """Write a trained bank with what is kept beside it, and enter it in the ledger; to be called on every rank."""
     config, ledger = run.config, run.ledger
     mean_loss, padding = trainer.mean_loss(), trainer.padding()
-    kept = METHODS[config.method].task_state(Setup(config, task, ledger, get_device(config.model.device)), trainer)
+    kept = method_of(config).task_state(Setup(config, task, ledger, get_device(config.model.device)), trainer)
     metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
     bank = trainer.stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata, float32_value)
     if not trainer.args.should_save:

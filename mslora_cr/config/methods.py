@@ -1,0 +1,106 @@
+"""From the name that `method:` chooses to the method: the one place where the configuration reaches up.
+
+A name is that of a file in `mslora_cr/methods`, imported when it is asked for: nothing is registered by hand, and
+`--help` imports none. `module:Class` names a class outside the package; its module is imported, hence run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from mslora_cr.utils.errors import nearest
+
+PACKAGE = "mslora_cr.methods"
+BASE = "base"
+"""The module of `Method` itself, which is no method's."""
+OUTSIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+class MethodSettings(Protocol):
+    """What the configuration needs to know of a method; `mslora_cr.methods.base.Method` has the meanings."""
+
+    name: str
+    section: type[BaseModel] | None
+    banks_by: str
+    all_at_once: bool
+
+    def check(self, config: Any) -> None: ...
+
+
+def method_names() -> tuple[str, ...]:
+    """The methods of the package, in alphabetical order, from the names of its files; imports none."""
+    folder = Path(__file__).parents[1] / "methods"
+    return tuple(sorted(path.stem for path in folder.glob("[!_]*.py") if path.stem != BASE))
+
+
+@cache
+def load_method(name: str) -> MethodSettings:
+    """The method of that name, a `mslora_cr.methods.base.Method`.
+
+    Args:
+        name: a name of `method_names`, or `module:Class`, importable from the working directory or `sys.path`.
+
+    Raises:
+        ValueError: there is no such method; says what was looked for, and where.
+    """
+    base = importlib.import_module(f"{PACKAGE}.{BASE}").Method
+    if name in method_names():
+        return _own(importlib.import_module(f"{PACKAGE}.{name}"), base)()
+    if not OUTSIDE.fullmatch(name):
+        known = method_names()
+        raise ValueError(
+            f"unknown method {name!r}{nearest(name, known)}; there are {', '.join(known)}, and module:Class for a "
+            "class outside the package"
+        )
+    module_name, _, class_name = name.partition(":")
+    module = _import_outside(name, module_name)
+    if not hasattr(module, class_name):
+        raise ValueError(f"{name}: {module.__file__} has no {class_name}{nearest(class_name, vars(module))}")
+    found = getattr(module, class_name)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{name}: {class_name} is no subclass of {base.__module__}.{base.__name__}")
+    if not re.fullmatch(r"[a-z]\w*", getattr(found, "name", "")):
+        raise ValueError(f"{name}: {class_name} needs a `name` of lower-case letters, digits and _")
+    return found()
+
+
+def check_method(name: str) -> str:
+    """The name, if there is a method of it; ValueError as `load_method`."""
+    load_method(name)
+    return name
+
+
+def _own(module: ModuleType, base: type) -> type:
+    """The one method that a file of the package defines."""
+    found = [
+        kind
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, base) and kind.__module__ == module.__name__
+    ]
+    assert len(found) == 1, f"{module.__file__} should define one method, not {len(found)}"
+    return found[0]
+
+
+def _import_outside(name: str, module_name: str) -> ModuleType:
+    """Import a module; the working directory comes last, so that no file there takes a library's place."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if module_name != error.name and not module_name.startswith(f"{error.name}."):
+            raise ValueError(f"{name}: importing {module_name} failed: {error}") from None
+        raise ValueError(
+            f"{name}: there is no module {error.name!r} in the working directory, {here}, or on PYTHONPATH"
+        ) from None
+    except Exception as error:
+        raise ValueError(f"{name}: importing {module_name} failed: {error!r}") from error
