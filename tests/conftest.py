@@ -109,6 +109,12 @@ def trained_config(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Path:
     return once(shared_tmp / "trained", build) / "run.yaml"
 
 
+def method_of_the_page() -> str:
+    """The text of `held.py`, the method that docs/methods.md adds from outside the package."""
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    return page.partition("## Adding one")[2].partition("```python\n")[2].partition("```")[0]
+
+
 def bank_bytes(run_folder: Path) -> dict[str, bytes]:
     """Each bank's weights as they stand in the file."""
     files = sorted(run_folder.glob("banks/*/adapter_model.safetensors"))

@@ -17,6 +17,7 @@ from mslora_cr.config.load import load_config
 from mslora_cr.evaluation.analyze import QUESTIONS
 from mslora_cr.evaluation.cells import Stages
 from mslora_cr.sweep import plan_sweep
+from tests.conftest import method_of_the_page
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,8 +72,10 @@ def documented_commands() -> list[list[str]]:
     return found
 
 
-def test_documented_commands_are_understood() -> None:
+def test_documented_commands_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is parsed, its configuration is there and its overrides fit; scripts hand theirs on to the same parser."""
+    (tmp_path / "held.py").write_text(method_of_the_page(), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     commands = documented_commands()
     assert len(commands) > 30
     for words in commands:

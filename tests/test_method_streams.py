@@ -23,7 +23,7 @@ from mslora_cr.data.records import TrainingRecords
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.runs.session import load_base, preprocessing, task_folder, task_image_roots
 from mslora_cr.stream.plan import plan
-from tests.conftest import STEPS, ConfigWriter, bank_bytes, once, write_config
+from tests.conftest import STEPS, ConfigWriter, bank_bytes, method_of_the_page, once, write_config
 from tests.killing import KillPoint, run_until_killed
 
 Trained = Callable[[str], Path]
@@ -80,10 +80,8 @@ def test_the_method_of_the_page_is_added_from_outside(
     config_file: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """docs/methods.md has it in full; nothing inside the package knows of it."""
-    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
-    text = page.partition("## Adding one")[2].partition("```python\n")[2].partition("```")[0]
-    assert len(text.splitlines()) < 40
-    (tmp_path / "held.py").write_text(text, encoding="utf-8")
+    assert len(method_of_the_page().splitlines()) < 40
+    (tmp_path / "held.py").write_text(method_of_the_page(), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     command = [str(config_file(run="held", method="held:Held")), "tasks=[pathvqa, slake-vqarad]", "held.strength=1e-1"]
