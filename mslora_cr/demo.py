@@ -14,7 +14,8 @@ from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.results import read_evaluation
-from mslora_cr.reporting.report import write_comparison, write_report
+from mslora_cr.reporting.comparison import write_comparison
+from mslora_cr.reporting.report import write_report
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.stream import train as stream
 from mslora_cr.synthetic.model import MODEL_FOLDER, make_tiny_llava_med
@@ -45,7 +46,7 @@ def run_demo(overrides: Sequence[str] = ()) -> None:
         print(f"\n{method}: {len(config.tasks)} tasks, one after another", flush=True)
         stream.train(config)
         evaluate(config, "seen")
-        write_report(config.run_dir, config.results_run_dir)
+        write_report(config.run_dir, config.results_run_dir, config)
     page = write_comparison(
         [(method, config.run_dir, config.results_run_dir) for method, config in runs.items()],
         summary.with_name("report.html"),

@@ -30,8 +30,9 @@ from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.results import ROUTED, read_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
 from mslora_cr.methods.base import method_of, needs_task
-from mslora_cr.reporting.report import METRICS, write_sweep_page
 from mslora_cr.reporting.run_record import read_ledger
+from mslora_cr.reporting.style import METRICS
+from mslora_cr.reporting.sweep_page import write_sweep_page
 from mslora_cr.runs.ledger import environment
 from mslora_cr.stream import train as stream
 from mslora_cr.utils.errors import UserError

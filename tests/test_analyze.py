@@ -16,7 +16,7 @@ from mslora_cr.evaluation.metrics import score_answers
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.score import read_answers
 from tests.conftest import once, write_config
-from tests.evaluation.test_report import Page, make_run
+from tests.evaluation.report_run import Page, make_run
 from tests.test_evaluate import QUESTIONS, TASKS
 
 

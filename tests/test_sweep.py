@@ -16,7 +16,7 @@ from mslora_cr.config.schema import ConfigError
 from mslora_cr.sweep import plan_sweep, summarize, task_orders
 from mslora_cr.utils.errors import UserError
 from tests.conftest import once, write_config
-from tests.evaluation.test_report import Page
+from tests.evaluation.report_run import Page
 
 ARGUMENTS = ["--methods", "mslora_cr", "each", "--orders", "2", "--seeds", "1", "--jobs", "1"]
 

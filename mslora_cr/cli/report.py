@@ -27,7 +27,7 @@ def _report(args: argparse.Namespace) -> int:
     from mslora_cr.reporting.report import write_report
 
     config = run_config(args.target, args.overrides)
-    print(f"report: {write_report(config.run_dir, config.results_run_dir)}")
+    print(f"report: {write_report(config.run_dir, config.results_run_dir, config)}")
     return 0
 
 
@@ -115,7 +115,7 @@ def _analyze(args: argparse.Namespace) -> int:
     with abort_together():
         path = analyze(config, others, QUESTIONS if args.questions is None else args.questions)
     if rank() == 0:
-        print(f"analysis: {path}\nreport: {write_report(config.run_dir, config.results_run_dir)}")
+        print(f"analysis: {path}\nreport: {write_report(config.run_dir, config.results_run_dir, config)}")
     return 0
 
 

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from mslora_cr.banks.similarity import Similarity
-from mslora_cr.evaluation.intervals import span
 from mslora_cr.evaluation.results import Evaluation, StageRouting
+from mslora_cr.reporting.answers import TaskAnswers, confusions
 
 
 @dataclass(frozen=True)
 class HeatCell:
     """What a cell says, in small letters too, how strongly it is tinted, in [0, 1] (None leaves it blank), and the
-    interval of its number."""
+    ends of its number's interval."""
 
     text: str = ""
     note: str = ""
     tint: float | None = None
-    span: str = ""
+    ends: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def matrix_map(
     matrix = evaluation.matrix(metric)
     if matrix is None:
         return None
-    spans = {(cell.task, cell.stage): span(cell.intervals.get(metric), 0) for cell in evaluation.cells}
+    spans = {(cell.task, cell.stage): cell.intervals.get(metric) for cell in evaluation.cells}
     cells = {(cell.task, cell.stage): cell for cell in evaluation.cells}
     stages = range(min(1, *(stage for _, stage in matrix.scores)), matrix.last + 1)
     rows = {
@@ -59,8 +59,7 @@ def matrix_map(
     }
     points = matrix.lost() | {task: 0.0 for task in rows if matrix.learned_at(task) == matrix.last}
     last = [
-        HeatCell(f"{round(points[task], 1) + 0:.1f}" if task in points else "–", span=span(lost.get(task)))
-        for task in rows
+        HeatCell(f"{round(points[task], 1) + 0:.1f}" if task in points else "–", ends=lost.get(task)) for task in rows
     ]
     return HeatMap(title, [str(stage) for stage in stages], rows, "lost", last)
 
@@ -94,6 +93,24 @@ def confusion_map(stage: StageRouting) -> HeatMap:
     return HeatMap("", stage.learned, rows)
 
 
+def answer_maps(task: TaskAnswers, last: int) -> list[HeatMap]:
+    """The confusions of a task's closed answers when it was learned and, where other banks answered then, after the
+    last stage: truths (rows), what was said (columns), counts tinted by their share of the row."""
+    sets = {id(found): found for found in (task.learned, task.at(last)) if found is not None}
+    maps = []
+    for found in sets.values():
+        columns, counts = confusions(task, found)
+        if counts:
+            rows = {
+                truth: [HeatCell(str(count), "", count / sum(row)) if count else HeatCell() for count in row]
+                for truth, row in counts.items()
+            }
+            maps.append(
+                HeatMap(f"{task.task}, stage {found.stages[0] if found is task.learned else last}", columns, rows)
+            )
+    return maps
+
+
 def cosine_map(title: str, banks: Sequence[str], places: Mapping[str, Sequence[Sequence[float]]]) -> HeatMap:
     """Cosines of every two banks' updates (rows) by place (columns), tinted by their size over the largest."""
     pairs = [(one, two) for two in range(len(banks)) for one in range(two)]
@@ -115,9 +132,7 @@ def contribution_map(rows: Sequence[Mapping[str, Any]]) -> HeatMap:
     tasks: dict[str, dict[str, HeatCell]] = {}
     for row in rows:
         lost = row["contribution"]
-        cell = HeatCell(
-            f"{round(lost, 1) + 0:+.1f}", "", max(0.0, min(1.0, lost / 100)), span(tuple(row["interval"]), 0)
-        )
+        cell = HeatCell(f"{round(lost, 1) + 0:+.1f}", "", max(0.0, min(1.0, lost / 100)), tuple(row["interval"]))
         tasks.setdefault(row["task"], {})[row["dropped"]] = cell
     return HeatMap("", banks, {task: [cells.get(bank, HeatCell()) for bank in banks] for task, cells in tasks.items()})
 
@@ -151,4 +166,4 @@ def _final_score(run: Evaluation, task: str, metric: str) -> HeatCell:
     if cell is None or metric not in cell.metrics:
         return HeatCell()
     score = cell.metrics[metric]
-    return HeatCell(f"{score:.1f}", run.bank_numbers(cell), score / 100, span(cell.intervals[metric], 0))
+    return HeatCell(f"{score:.1f}", run.bank_numbers(cell), score / 100, cell.intervals[metric])

@@ -1,172 +1,67 @@
-"""The report of a run, as one self-contained HTML page and as Markdown, and the comparison of several
-runs."""
+"""The report of a run, as one HTML page that needs no network and as Markdown."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mslora_cr.banks.similarity import Similarity
+from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.evaluation import intervals
 from mslora_cr.evaluation.compare import compare
-from mslora_cr.evaluation.intervals import span
 from mslora_cr.evaluation.matrix import TaskStageMatrix
-from mslora_cr.evaluation.results import ROUTED, Evaluation, MatrixIntervals, ReportError, required_evaluation
+from mslora_cr.evaluation.results import ROUTED, Evaluation, MatrixIntervals, ReportError
+from mslora_cr.reporting.answers import browsed_answers, browser_data
 from mslora_cr.reporting.heatmaps import (
+    answer_maps,
     confusion_map,
     contribution_map,
     cosine_map,
-    final_scores_map,
     matrix_map,
     rank_map,
     similarity_map,
 )
-from mslora_cr.reporting.plots import loss_curves, stage_curves, sweep_dots
-from mslora_cr.reporting.run_record import (
-    PUBLISHED_SCORES,
-    PublishedRun,
-    RunRecord,
-    load_published_scores,
-    read_ledger,
-    read_run,
-)
-from mslora_cr.utils.files import replacing
-
-METRICS = {"closed": "close accuracy", "f1": "f1 score", "exact": "exact match score"}
-"""Name in `published_scores.yaml` → name in `metrics.json`; the first that a run has is its headline."""
-TITLES = {"closed": "closed accuracy", "f1": "F1 of open answers", "exact": "exact match"}
-ADDED_TITLES = {"rouge-l": "ROUGE-L", "token recall": "token recall"}
-"""Title by name in `metrics.json` of what the published evaluation does not measure."""
-PALETTE = ("#2f7fd6", "#d97a2b", "#2f9e6e", "#a65cc9", "#c94f6d", "#8a8f2a")
-"""Colours that read on white and on black alike."""
+from mslora_cr.reporting.plots import loss_curves
+from mslora_cr.reporting.render import capital, render
+from mslora_cr.reporting.run_record import PUBLISHED_SCORES, PublishedRun, RunRecord, load_published_scores, read_run
+from mslora_cr.reporting.style import ADDED_TITLES, METRICS, PALETTE, TITLES
+from mslora_cr.reporting.thumbnails import thumbnails
 
 
-def write_report(run_dir: Path, results_dir: Path, published_scores: Path = PUBLISHED_SCORES) -> Path:
+def write_report(
+    run_dir: Path,
+    results_dir: Path,
+    config: StreamConfig | None = None,
+    published_scores: Path = PUBLISHED_SCORES,
+) -> Path:
     """Write `report.html` and `report.md` into the results folder, and return the path of the page.
 
-    Whatever the run does not have yet (logs, an evaluation) is named in the report.
+    Whatever the run does not have yet (logs, an evaluation) is named in the report. Where the stream has many images,
+    their thumbnails go to `report-images/` beside the page.
+
+    Args:
+        config: says where the images of the questions are; a report without it has no pictures.
 
     Raises:
         ReportError: there is neither a ledger nor an evaluation, or a file of the run is malformed.
         DataError: an answer file is malformed.
     """
-    context = _context(read_run(run_dir, results_dir), load_published_scores(published_scores))
+    run = read_run(run_dir, results_dir)
     results_dir.mkdir(parents=True, exist_ok=True)
+    context = _context(run, load_published_scores(published_scores)) | _answers(run, config)
     for name in ("report.html", "report.md"):
-        _render(name, results_dir / name, context)
+        render(name, results_dir / name, context)
     return results_dir / "report.html"
-
-
-def write_comparison(runs: Sequence[tuple[str, Path, Path]], output: Path) -> Path:
-    """Write one page that sets several runs of one stream side by side, and return its path.
-
-    Args:
-        runs: for each a label, its run folder and its results folder; the report there is linked.
-        output: the page to write.
-
-    Raises:
-        ReportError: a run is not evaluated, has nothing in common with the others, or a file of it is
-        malformed.
-    """
-    colors = {label: PALETTE[index % len(PALETTE)] for index, (label, _, _) in enumerate(runs)}
-    evaluations = {label: required_evaluation(results_dir) for label, _, results_dir in runs}
-    key = next((key for key in METRICS if all(run.matrix(METRICS[key]) for run in evaluations.values())), None)
-    if key is None:
-        raise ReportError(f"the runs {', '.join(evaluations)} have no metric in common; evaluate each of them")
-    matrices = {label: matrix for label, run in evaluations.items() if (matrix := run.matrix(METRICS[key]))}
-    spans = {label: evaluations[label].matrix_intervals(folder, METRICS[key]) for label, _, folder in runs}
-    compared = [
-        {
-            "label": label,
-            "method": evaluations[label].method,
-            "color": colors[label],
-            "link": os.path.relpath(results_dir / "report.html", output.parent),
-            "summary": matrices[label].summary(),
-            "intervals": spans[label].figures,
-            "banks_by": evaluations[label].banks_by,
-            "told": evaluations[label].same_banks_since_learned(),
-            "map": matrix_map(label, METRICS[key], evaluations[label], spans[label].lost),
-            "seconds": ledger.seconds if (ledger := read_ledger(run_dir)) else None,
-        }
-        for label, run_dir, results_dir in runs
-    ]
-    curves = {label: points for label, matrix in matrices.items() if (points := matrix.stage_averages())}
-    bands = {label: found.stages for label, found in spans.items()}
-    context = {
-        "runs": compared,
-        "metric": TITLES[key],
-        "curves": Markup(stage_curves(curves, bands, colors, f"{TITLES[key]}, %")) if curves else None,
-        "final": final_scores_map(evaluations, METRICS[key]),
-        "bootstrap": intervals,
-        "now": datetime.now(UTC),
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _render("comparison.html", output, context)
-    return output
-
-
-SWEEP_PANELS = {"final_average": "final average, %", "forgetting": "forgetting, points"}
-SWEEP_COLUMNS = {
-    "final_average": "Final average",
-    "average_incremental_accuracy": "Incremental",
-    "forgetting": "Forgetting",
-    "backward_transfer": "Backward transfer",
-}
-
-
-def write_sweep_page(found: Mapping[str, Any], output: Path) -> Path:
-    """Write `sweep.html`, `sweep.md` and `sweep.svg` of a sweep into a folder, and return the page's path.
-
-    Args:
-        found: the content of `sweep.json`.
-    """
-    colors = {order: PALETTE[index % len(PALETTE)] for index, order in enumerate(found["orders"])}
-    headline = next((key for key in METRICS if found["metrics"][key]), None)
-    if headline is None:
-        raise ReportError("the runs of this sweep have no metric in common")
-    panels = {
-        title: {
-            method: points
-            for method in found["metrics"][headline]
-            if (points := _sweep_points(found["runs"], method, headline, figure))
-        }
-        for figure, title in SWEEP_PANELS.items()
-    }
-    plot = sweep_dots({title: panel for title, panel in panels.items() if panel}, colors)
-    (output / "sweep.svg").write_text(plot, encoding="utf-8")
-    context = {
-        "found": found,
-        "metrics": {TITLES[key]: methods for key, methods in found["metrics"].items() if methods},
-        "headline": TITLES[headline],
-        "columns": SWEEP_COLUMNS,
-        "banks_by": {run["method"]: run["banks_by"] for run in found["runs"]},
-        "told": sorted({run["method"] for run in found["runs"] if run["told"]}),
-        "plot": Markup(plot),
-        "now": datetime.now(UTC),
-    }
-    for name in ("sweep.html", "sweep.md"):
-        _render(name, output / name, context)
-    return output / "sweep.html"
-
-
-def _sweep_points(runs: Sequence[Mapping[str, Any]], method: str, metric: str, figure: str) -> list[tuple[str, float]]:
-    """(order, value) of each run of a method that has the figure."""
-    values = [
-        (str(run["order"]), run["figures"].get(metric, {}).get(figure)) for run in runs if run["method"] == method
-    ]
-    return [(order, value) for order, value in values if value is not None]
 
 
 def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str, Any]:
     """What the templates show."""
-    modalities = _modality_colors(run)
-    colors = {task: modalities[modality] for task, modality in run.modalities.items()}
+    modalities, colors = _modality_colors(run), _task_colors(run)
     evaluation, ledger = run.evaluation, run.ledger
     matrices = {key: evaluation.matrix(name) for key, name in METRICS.items()} if evaluation else {}
     present = {key: matrix for key, matrix in matrices.items() if matrix}
@@ -187,9 +82,7 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
             (TITLES[key], len(matrix.tasks), matrix.summary(), spans[key].figures) for key, matrix in present.items()
         ],
         "maps": [
-            matrix_map(_capital(TITLES[key]), METRICS[key], evaluation, spans[key].lost)
-            for key in present
-            if evaluation
+            matrix_map(capital(TITLES[key]), METRICS[key], evaluation, spans[key].lost) for key in present if evaluation
         ],
         "curves": Markup(curves) if curves else None,
         "weights": _last_weights(run),
@@ -208,6 +101,28 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
     }
 
 
+def _answers(run: RunRecord, config: StreamConfig | None) -> dict[str, Any]:
+    """The data of the browser of answers, the tables of confusions, and what is missing in either."""
+    if run.evaluation is None:
+        return {"browser": None, "confusions": [], "missing": run.missing}
+    found = browsed_answers(run.evaluation, run.results_dir, config)
+    pictures = list(dict.fromkeys(path for task in found.tasks for paths in task.pictures for path in paths))
+    small, unread = thumbnails(pictures, run.results_dir)
+    damaged = [f"{len(unread)} images that cannot be read, such as {unread[0]}"] if unread else []
+    data = browser_data(found.tasks, _task_colors(run), small, len(run.tasks))
+    maps = [confusion for task in found.tasks for confusion in answer_maps(task, len(run.tasks))]
+    return {
+        "browser": data if found.tasks else None,
+        "confusions": maps,
+        "missing": run.missing + found.missing + damaged,
+    }
+
+
+def _task_colors(run: RunRecord) -> dict[str, str]:
+    modalities = _modality_colors(run)
+    return {task: modalities[modality] for task, modality in run.modalities.items()}
+
+
 def _modality_colors(run: RunRecord) -> dict[str, str]:
     modalities = dict.fromkeys(run.modalities.values())
     return {modality: PALETTE[index % len(PALETTE)] for index, modality in enumerate(modalities)}
@@ -222,14 +137,25 @@ def _headline(matrices: Mapping[str, TaskStageMatrix], spans: Mapping[str, Matri
 
 def _published_run(evaluation: Evaluation, runs: Mapping[str, PublishedRun]) -> PublishedRun | None:
     """The published run to show beside this one: `each` beside `each`, MSLoRA-CR beside every other method (no other's
-    scores are published), the run of six tasks if these are its tasks."""
+    scores are published), the run of six tasks if these are its tasks. None where no task was asked the published
+    questions."""
     tasks = {name for name in evaluation.published.values() if name}
-    if not tasks:
+    if not any(_asked_as_published(evaluation, task) for task in evaluation.tasks):
         return None
     if evaluation.method == "each":
         return runs["each"]
     six = runs["mslora_cr_ortho_6task"]
     return six if tasks == set(six.scores) else runs["mslora_cr_ortho"]
+
+
+def _asked_as_published(evaluation: Evaluation, task: str) -> bool:
+    """Whether a task has the published number of questions: a data set in the published place may be another one, such
+    as the demo's, and no published score is its."""
+    name, cell = evaluation.published.get(task), evaluation.own_cell(task)
+    if name is None or cell is None or name not in catalog():
+        return False
+    rows = catalog()[name].test_rows
+    return cell.rows == rows.open + rows.closed
 
 
 def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -> list[dict[str, Any]]:
@@ -239,7 +165,11 @@ def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -
     rows = []
     for task in evaluation.tasks:
         cell = evaluation.own_cell(task)
-        theirs = beside.scores.get(evaluation.published.get(task) or "", {}) if beside else {}
+        theirs = (
+            beside.scores.get(evaluation.published[task] or "", {})
+            if beside and _asked_as_published(evaluation, task)
+            else {}
+        )
         ours, spans = (cell.metrics, cell.intervals) if cell else ({}, {})
         rows.append(
             {
@@ -294,61 +224,3 @@ def _kinship(similarity: Similarity, modalities: Mapping[str, str]) -> dict[str,
     if not modalities or not all(pairs.values()):
         return None
     return {kind: sum(values) / len(values) for kind, values in pairs.items()}
-
-
-def _render(template: str, path: Path, context: Mapping[str, Any]) -> None:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=template.endswith(".html"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": _number,
-        "span": span,
-        "duration": _duration,
-        "capital": _capital,
-        "flat": _flat,
-        "cell": _markdown_cell,
-    }
-    text = environment.get_template(f"{template}.j2").render(context)
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    # Adding zero turns -0.0, which rounding leaves, into 0.0.
-    return "–" if value is None else f"{round(value, digits) + 0:.{digits}f}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested mapping as lines of a table."""
-    lines: dict[str, str] = {}
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            lines |= _flat(value, f"{prefix}{name} · ")
-        elif isinstance(value, list):
-            lines[f"{prefix}{name}"] = ", ".join(map(str, value)) or "none"
-        elif value is not None:
-            lines[f"{prefix}{name}"] = str(value)
-    return lines
-
-
-def _markdown_cell(text: str) -> str:
-    """Text that stays inside its cell of a Markdown table, and shows as it is."""
-    escaped = "".join(f"\\{mark}" if mark in "\\`*_{}[]<>|#" else mark for mark in text)
-    return " ".join(escaped.split())

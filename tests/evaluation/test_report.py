@@ -1,7 +1,6 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,162 +12,12 @@ from mslora_cr.banks.io import WEIGHTS
 from mslora_cr.banks.similarity import Similarity, bank_similarity
 from mslora_cr.evaluation.metrics import score_answers
 from mslora_cr.evaluation.results import ReportError, read_evaluation
-from mslora_cr.evaluation.score import AnswerRecord, score_file, summarize
+from mslora_cr.evaluation.score import AnswerRecord
+from mslora_cr.reporting.comparison import write_comparison
 from mslora_cr.reporting.heatmaps import similarity_map
-from mslora_cr.reporting.report import write_comparison, write_report
+from mslora_cr.reporting.report import write_report
 from mslora_cr.reporting.run_record import BANK_WEIGHTS, load_published_scores, pick_examples, read_log, read_run
-
-MODALITIES = {
-    "pathvqa": "pathology",
-    "slake-vqarad": "radiology",
-    "derm": "dermatology",
-    "PCAM": "pathology",
-    "CXP": "radiology",
-    "HAM": "dermatology",
-    "nmi": "pathology",
-    "iu-x-ray": "radiology",
-}
-OPEN_ONLY = {"nmi", "iu-x-ray"}
-CLOSED_ONLY = {"PCAM", "CXP", "HAM"}
-ENVIRONMENT = {
-    "versions": {"python": "3.11.2", "torch": "2.13.0"},
-    "git": {"commit": "0123456789abcdef", "dirty": True},
-    "hardware": {"machine": "x86_64", "threads": 2, "gpus": []},
-}
-
-
-def answer_lines(task, right, rows=20):
-    """`right` of `rows` answers of each kind that the task has are right."""
-    lines = []
-    for kind in ("OPEN", "CLOSED"):
-        if task in (CLOSED_ONLY if kind == "OPEN" else OPEN_ONLY):
-            continue
-        truth = "Mild cardiomegaly, no effusion." if kind == "OPEN" else "yes"
-        for row in range(rows):
-            text = truth if row < right else ("no finding" if kind == "OPEN" else "not so")
-            lines.append(
-                {
-                    "question_id": len(lines),
-                    "prompt": f"What about <b>{task}</b> | no {row}?",
-                    "text": text,
-                    "gt": truth,
-                    "answer_type": kind,
-                    "answer_id": "a",
-                    "model_id": "tiny",
-                    "metadata": {},
-                }
-            )
-    return lines
-
-
-def make_run(root, name, method="mslora_cr", tasks=tuple(MODALITIES), stages="seen", published=False, right=None):
-    """A run folder and a results folder as left behind; `right(task, stage)` of 20 answers are right."""
-    run_dir, results_dir = root / "checkpoints" / name, root / "results" / name
-    right = right or (lambda task, stage: 18 - tasks.index(task) % 3)
-    cells = []
-    for number, task in enumerate(tasks, 1):
-        train(run_dir, task, number, method)
-        for stage in range(number, len(tasks) + 1) if stages == "seen" else [number]:
-            folder = results_dir / task
-            if stage != number and method == "sequential":
-                folder = folder / f"stage-{stage}"
-            folder.mkdir(parents=True, exist_ok=True)
-            answers = folder / "answer-file.jsonl"
-            answers.write_text("".join(json.dumps(line) + "\n" for line in answer_lines(task, right(task, stage))))
-            scores = score_file(answers, folder)
-            cells.append(
-                {
-                    "task": task,
-                    "stage": stage,
-                    "banks": [tasks[stage - 1]] if method == "sequential" else list(tasks[:number]),
-                    "answers": str(answers.relative_to(results_dir)),
-                    "questions": "ef" * 32,
-                    "rows": len(scores.rows),
-                    "seconds": 1.5,
-                    **{key: summarize(scores)[key] for key in ("metrics", "intervals")},
-                }
-            )
-    evaluation = {
-        "run": name,
-        "method": method,
-        "banks_by": "prefix",
-        "tasks": list(tasks),
-        "modalities": {task: MODALITIES[task] for task in tasks},
-        "published": {task: task if published else None for task in tasks},
-        "stages": sorted({cell["stage"] for cell in cells}),
-        "cells": cells,
-        "environment": ENVIRONMENT,
-    }
-    (results_dir / "evaluation.json").write_text(json.dumps(evaluation))
-    entries = {
-        task: {
-            "digest": "ab" * 32,
-            "steps": 60,
-            "train_loss": 0.25,
-            "seconds": 12.5,
-            "finished": "2026-01-01T00:00:00",
-        }
-        for task in tasks
-    }
-    ledger = {"run": name, "method": method, "config_digest": "cd" * 32, **ENVIRONMENT, "tasks": entries}
-    (run_dir / "ledger.json").write_text(json.dumps(ledger))
-    (run_dir / "config.yaml").write_text(f"run: {name}\nnote: <script>alert(1)</script>\n")
-    return run_dir, results_dir
-
-
-def train(run_dir, task, number, method):
-    """A log and a bank: banks of one modality lie close together."""
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    lines = []
-    for step in range(2, 61, 2):
-        entry = {
-            "step": step,
-            "epoch": step / 60,
-            "loss": 1.0,
-            "ce": 2 * math.exp(-step / 15) + 0.02 * number,
-        }
-        if number > 1 and method == "mslora_cr":
-            entry |= {
-                "contrastive": 2.5 - step / 60,
-                "orthogonality": 20 * math.exp(-step / 20),
-                "alpha": 0.1,
-                "beta": 0.01,
-            }
-        lines.append(json.dumps(entry))
-    (run_dir / "logs" / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
-    folder = run_dir / "banks" / task
-    folder.mkdir(parents=True)
-    centre = torch.full((2, 3), float(list(MODALITIES.values()).index(MODALITIES[task])))
-    noise = torch.randn(2, 3, generator=torch.Generator().manual_seed(number)) * 0.1
-    key = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_{}.weight"
-    save_file(
-        {key.format("A"): centre + noise, key.format("B"): (centre + noise).T.contiguous()},
-        folder / "adapter_model.safetensors",
-    )
-
-
-class Page(HTMLParser):
-    """The text of a page, its links and what it would load; refuses tags that are never closed."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.words, self.links, self.loads, self.open = [], [], [], []
-        self.feed(path.read_text(encoding="utf-8"))
-        assert not self.open
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.links += [value for name, value in attrs if tag == "a" and name == "href"]
-        self.loads += [value for name, value in attrs if tag in ("script", "link", "img") or name in ("src", "onload")]
-        if tag not in ("meta", "br", "img", "link"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] != "style":
-            self.words.append(data)
+from tests.evaluation.report_run import CLOSED_ONLY, MODALITIES, OPEN_ONLY, Page, answer_lines, make_run
 
 
 def test_report_of_a_whole_run(tmp_path):
@@ -207,7 +56,8 @@ def test_pages_stand_alone_and_escape_what_they_show(tmp_path):
     comparison = Page(write_comparison([("a", run_dir, results_dir)], tmp_path / "index.html"))
     assert page.loads == comparison.loads == []
     assert "<script>alert(1)</script>" in page.text  # as text: the parser saw no such tag
-    assert "What about <b>pathvqa</b>" in page.text
+    assert page.data["tasks"][0]["rows"][0][0] == "What about <b>pathvqa</b> | no 0?"
+    assert "<b>" not in (results_dir / "report.html").read_text(encoding="utf-8")
 
 
 def test_markdown_has_the_same_figures(tmp_path):
@@ -216,8 +66,8 @@ def test_markdown_has_the_same_figures(tmp_path):
     text = (results_dir / "report.md").read_text(encoding="utf-8")
     assert re.search(r"\*\*Final average closed accuracy: 85.00 %\*\* \[7\d.\d to 9\d.\d\] over 6 tasks", text)
     assert "zero by construction" in text
-    assert re.search(r"\| pathvqa \| pathology \| 40 \| 1 \| 90.00 \[[\d.]+ to 100.0\] \| 91.54 \|", text)
-    assert re.search(r"\| slake-vqarad \| radiology \| 40 \| 1–2 \| 85.00 \[", text)
+    assert re.search(r"\| pathvqa \| pathology \| 6761 \| 1 \| 90.00 \[[\d.]+ to 100.0\] \| 91.54 \|", text)
+    assert re.search(r"\| slake-vqarad \| radiology \| 1512 \| 1–2 \| 85.00 \[", text)
     assert "\\<b\\>pathvqa\\</b\\> \\| no" in text
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
     assert len(tables) == 10
@@ -236,11 +86,9 @@ def test_forgetting_of_a_sequential_run(tmp_path):
     assert f"Final average closed accuracy {(50 + 70 + 90) / 3:.1f} %" in page.text
     assert re.search(r"Forgetting 30.0 points 1\d.\d to 4\d.\d; what earlier tasks lost", page.text)
     assert "by construction" not in page.text
-    # scores, their intervals, the bank that answered, forgetting
-    assert re.search(
-        r"pathvqa 90.0 \d+ to 100 1 70.0 \d+ to \d+ 2 50.0 \d+ to \d+ 3 40.0 \d+.\d to \d+.\d slake", page.text
-    )
-    assert "derm 90.0" in page.text and re.search(r"3 0.0 Average over tasks", page.text)  # nothing came after it
+    assert "pathvqa 90.0 1 70.0 2 50.0 3 40.0 slake" in page.text  # scores, the bank that answered, forgetting
+    assert any(re.fullmatch(r"95 %: \d+.\d to \d+.\d", tip) for tip in page.tips)
+    assert "derm 90.0" in page.text and "3 0.0 Average over tasks" in page.text  # nothing came after it
 
 
 def test_intervals_of_figures_are_paired_by_question(tmp_path):
@@ -370,12 +218,14 @@ def test_comparison_of_two_runs(tmp_path):
     path = write_comparison([("MSLoRA-CR", *ours), ("one LoRA", *forgetful)], output)
     page = Page(path)
     assert "Each task after the last stage" in page.text
-    assert "MSLoRA-CR 85.0 % final average; forgetting 0.0 points, zero by construction." in page.text
-    assert "one LoRA 65.0 % final average" in page.text
+    assert "MSLoRA-CR: closed accuracy 85.0 % final average; forgetting 0.0 points, zero by construction." in page.text
+    assert "one LoRA: closed accuracy 65.0 % final average" in page.text
     assert "forgetting 37.5 points." in page.text
     assert {"ours/report.html", "seq/report.html"} == set(page.links)
     assert "Average over the tasks learned so far" in page.text
-    assert path.read_text(encoding="utf-8").count("FillBetweenPolyCollection") == 2  # a band for each line
+    assert path.read_text(encoding="utf-8").count("FillBetweenPolyCollection") == 6  # a band for each line
+    for title in ("Closed accuracy", "F1 of open answers", "Exact match"):
+        assert f"{title} Run Method" in page.text
 
 
 def test_log_of_a_resumed_run(tmp_path):

@@ -1,0 +1,232 @@
+"""Every answer of a run, question by question, over its stages: what the report's browser and its tables of
+confusions show."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.images import image_roots, resolve_image
+from mslora_cr.data.records import DataError, TestRecords
+from mslora_cr.evaluation.metrics import HIT_RECALL, normalize_answer
+from mslora_cr.evaluation.results import Cell, Evaluation
+from mslora_cr.evaluation.score import SCORES, AnswerRecord, read_answers, read_scores
+
+SAMPLED_RIGHT = 6
+"""Right answers of a task that the browser shows beside the wrong ones, before it is asked for all."""
+MOST_CLASSES = 12
+"""Truths of closed questions that a table of confusions names; it gathers rarer ones under `OTHER`."""
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class AnswerSet:
+    """One answering of a task's questions: the stages that it stands for, and by question the answer, whether it is
+    right, and its score in [0, 1] (closed: right or not; open: F1)."""
+
+    stages: tuple[int, ...]
+    banks: str
+    texts: Sequence[str]
+    hits: Sequence[bool]
+    scores: Sequence[float]
+
+
+@dataclass(frozen=True)
+class TaskAnswers:
+    """The questions of a task with their truths and kinds (`OPEN` or `CLOSED`), its answer sets by stage, and by
+    question the files of its pictures, none where they are not known.
+
+    Attributes:
+        own: the number of the stage that learned the task.
+    """
+
+    task: str
+    own: int
+    questions: Sequence[str]
+    truths: Sequence[str]
+    kinds: Sequence[str]
+    sets: Sequence[AnswerSet]
+    pictures: Sequence[Sequence[Path]]
+
+    def at(self, stage: int) -> AnswerSet | None:
+        """The answers at a stage, if it was evaluated."""
+        return next((found for found in self.sets if stage in found.stages), None)
+
+    @property
+    def learned(self) -> AnswerSet:
+        """The answers at the task's own stage, or else at the last one that was evaluated."""
+        return self.at(self.own) or self.sets[-1]
+
+
+@dataclass(frozen=True)
+class Browsed:
+    """The answers of all tasks, and in words what is not among them."""
+
+    tasks: list[TaskAnswers] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def browsed_answers(evaluation: Evaluation, results_dir: Path, config: StreamConfig | None) -> Browsed:
+    """Read the answers of an evaluation, and find their pictures.
+
+    Args:
+        config: says where the test files and the images are; without it there are no pictures.
+
+    Raises:
+        DataError: an answer file or its scores are malformed.
+    """
+    found = Browsed()
+    for task in evaluation.tasks:
+        cells = [cell for cell in evaluation.cells if cell.task == task and (results_dir / cell.answers).is_file()]
+        if not cells:
+            continue
+        pictures, problem = _pictures(task, cells[-1], config) if config else ([], None)
+        if problem:
+            found.missing.append(f"no pictures of {task}: {problem}")
+        found.tasks.append(_task_answers(evaluation, task, cells, results_dir, pictures))
+    return found
+
+
+def _task_answers(
+    evaluation: Evaluation,
+    task: str,
+    cells: Sequence[Cell],
+    results_dir: Path,
+    pictures: Sequence[Sequence[Path]],
+) -> TaskAnswers:
+    stages: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        if cell.questions == cells[-1].questions:  # answers to an earlier file of questions stand in no row here
+            stages[cell.answers].append(cell)
+    sets, records = [], []
+    for answers, shared in sorted(stages.items(), key=lambda item: item[1][0].stage):
+        records = read_answers(results_dir / answers)
+        hits, scores = _graded(records, (results_dir / answers).with_name(SCORES))
+        numbers = tuple(cell.stage for cell in shared)
+        sets.append(AnswerSet(numbers, evaluation.bank_numbers(shared[0]), _texts(records), hits, scores))
+    return TaskAnswers(
+        task=task,
+        own=evaluation.tasks.index(task) + 1,
+        questions=[record.prompt for record in records],
+        truths=[str(record.gt) for record in records],
+        kinds=[record.answer_type for record in records],
+        sets=sets,
+        pictures=pictures if len(pictures) == len(records) else [()] * len(records),
+    )
+
+
+def _texts(records: Iterable[AnswerRecord]) -> list[str]:
+    return [str(record.text) for record in records]
+
+
+def _graded(records: Sequence[AnswerRecord], scores: Path) -> tuple[list[bool], list[float]]:
+    """Whether each answer is right, and its score, from the scores beside them."""
+    ids, metrics = read_scores(scores)
+    if len(ids) != len(records):
+        raise DataError(f"{scores}: scores of {len(ids)} answers beside {len(records)}; score them again")
+    closed = np.array([record.answer_type == "CLOSED" for record in records], dtype=bool)
+    right = np.where(closed, metrics["close accuracy"] == 1, metrics["recall"] > HIT_RECALL) if ids else closed
+    score = np.where(closed, right, metrics["f1 score"]) if ids else closed
+    return right.tolist(), score.astype(float).tolist()
+
+
+def _pictures(task: str, cell: Cell, config: StreamConfig) -> tuple[list[list[Path]], str | None]:
+    """The files of each question's pictures, in the order of the questions; or in words why they are not known."""
+    place = config.task(task)
+    root = Path(config.data.root)
+    questions = root / place.folder / "test.jsonl"
+    try:
+        records = TestRecords(questions)
+    except DataError as error:
+        return [], str(error)
+    if records.digest != cell.questions:
+        return [], f"{questions} is not the file that was asked from"
+    roots = image_roots(root, place.folder, place.image_folders)
+    known: dict[str, list[Path]] = {}
+    for record in records:
+        for name in record.images:
+            if name not in known:
+                known[name] = _found(name, roots)
+    lacking = sum(not paths for paths in known.values())
+    problem = f"{lacking} of {len(known)} images are missing below {root}" if lacking else None
+    return [[path for name in record.images for path in known[name]] for record in records], problem
+
+
+def _found(name: str, roots: Sequence[Path]) -> list[Path]:
+    try:
+        return [resolve_image(name, roots)]
+    except DataError:
+        return []
+
+
+def browser_data(
+    tasks: Sequence[TaskAnswers], colors: dict[str, str], thumbnails: dict[Path, str], last: int
+) -> dict[str, Any]:
+    """What the page's script shows, as JSON holds it; equal answers of a question are written once.
+
+    Args:
+        thumbnails: what an `img` loads, by picture.
+        last: the last stage of the stream.
+    """
+    used = dict.fromkeys(path for task in tasks for paths in task.pictures for path in paths if path in thumbnails)
+    places = {path: index for index, path in enumerate(used)}
+    return {
+        "last": last,
+        "thumbnails": [thumbnails[path] for path in used],
+        "tasks": [
+            {
+                "name": task.task,
+                "color": colors.get(task.task),
+                "own": task.own,
+                "sets": [{"stages": found.stages, "banks": found.banks} for found in task.sets],
+                "rows": _rows(task, places),
+            }
+            for task in tasks
+        ],
+    }
+
+
+def _rows(task: TaskAnswers, places: dict[Path, int]) -> list[list[Any]]:
+    """By question: text, truth, whether it is closed, pictures, [answer, right, score] of each different answer, which
+    of those each set gave, and whether the browser shows it at first."""
+    hits = task.learned.hits
+    right = [index for index, hit in enumerate(hits) if hit]
+    sampled = set(random.Random(0).sample(right, min(SAMPLED_RIGHT, len(right))))
+    rows: list[list[Any]] = []
+    for index, question in enumerate(task.questions):
+        given: dict[tuple[str, int, float], int] = {}
+        which = [
+            given.setdefault((found.texts[index], int(found.hits[index]), round(found.scores[index], 3)), len(given))
+            for found in task.sets
+        ]
+        shown = [places[path] for path in task.pictures[index] if path in places]
+        closed = int(task.kinds[index] == "CLOSED")
+        rows.append([question, task.truths[index], closed, shown, list(given), which, int(index in sampled)])
+    return rows
+
+
+def confusions(task: TaskAnswers, found: AnswerSet) -> tuple[list[str], dict[str, list[int]]]:
+    """Of each truth of the closed questions (rows), how many answers said which truth (columns).
+
+    A right answer counts as its truth, a wrong one as the truth that it equals once normalised, or as `OTHER`.
+
+    Returns:
+        The columns, and by row the counts, most frequent truths first; empty where no question is closed.
+    """
+    closed = [index for index, kind in enumerate(task.kinds) if kind == "CLOSED"]
+    truths = {index: normalize_answer(task.truths[index].lower()) for index in closed}
+    frequent = [truth for truth, _ in Counter(truths.values()).most_common(MOST_CLASSES)]
+    pairs: Counter[tuple[str, str]] = Counter()
+    for index, truth in truths.items():
+        said = truth if found.hits[index] else normalize_answer(found.texts[index].lower())
+        pairs[truth if truth in frequent else OTHER, said if said in frequent else OTHER] += 1
+    rows = [*frequent, *([OTHER] if any(truth == OTHER for truth, _ in pairs) and OTHER not in frequent else [])]
+    columns = [*frequent, *([OTHER] if any(said == OTHER for _, said in pairs) and OTHER not in frequent else [])]
+    return columns, {row: [pairs[row, column] for column in columns] for row in rows}

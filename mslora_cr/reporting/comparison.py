@@ -1,0 +1,79 @@
+"""The page that sets several runs of one stream side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from mslora_cr.evaluation import intervals
+from mslora_cr.evaluation.results import Evaluation, ReportError, required_evaluation
+from mslora_cr.reporting.heatmaps import final_scores_map, matrix_map
+from mslora_cr.reporting.plots import stage_curves
+from mslora_cr.reporting.render import render
+from mslora_cr.reporting.run_record import read_ledger
+from mslora_cr.reporting.style import METRICS, PALETTE, TITLES
+
+
+def write_comparison(runs: Sequence[tuple[str, Path, Path]], output: Path) -> Path:
+    """Write one page that sets several runs of one stream side by side, and return its path.
+
+    Args:
+        runs: for each a label, its run folder and its results folder; the report there is linked.
+        output: the page to write.
+
+    Raises:
+        ReportError: a run is not evaluated, has nothing in common with the others, or a file of it is
+        malformed.
+    """
+    colors = {label: PALETTE[index % len(PALETTE)] for index, (label, _, _) in enumerate(runs)}
+    evaluations = {label: required_evaluation(results_dir) for label, _, results_dir in runs}
+    keys = [key for key, name in METRICS.items() if all(run.matrix(name) for run in evaluations.values())]
+    if not keys:
+        raise ReportError(f"the runs {', '.join(evaluations)} have no metric in common; evaluate each of them")
+    compared = [
+        {
+            "label": label,
+            "method": evaluations[label].method,
+            "color": colors[label],
+            "link": os.path.relpath(results_dir / "report.html", output.parent),
+            "banks_by": evaluations[label].banks_by,
+            "told": evaluations[label].same_banks_since_learned(),
+            "seconds": ledger.seconds if (ledger := read_ledger(run_dir)) else None,
+        }
+        for label, run_dir, results_dir in runs
+    ]
+    folders = {label: results_dir for label, _, results_dir in runs}
+    context = {
+        "runs": compared,
+        "metrics": [_by_metric(key, evaluations, folders, colors) for key in keys],
+        "bootstrap": intervals,
+        "now": datetime.now(UTC),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    render("comparison.html", output, context)
+    return output
+
+
+def _by_metric(
+    key: str, evaluations: Mapping[str, Evaluation], folders: Mapping[str, Path], colors: Mapping[str, str]
+) -> dict[str, Any]:
+    """A metric of all runs: the figures of each, their averages over the stages, matrices and final scores."""
+    name = METRICS[key]
+    matrices = {label: matrix for label, run in evaluations.items() if (matrix := run.matrix(name))}
+    spans = {label: evaluations[label].matrix_intervals(folder, name) for label, folder in folders.items()}
+    curves = {label: points for label, matrix in matrices.items() if (points := matrix.stage_averages())}
+    bands = {label: found.stages for label, found in spans.items()}
+    return {
+        "title": TITLES[key],
+        "tasks": len({task for matrix in matrices.values() for task in matrix.tasks}),
+        "summaries": {label: matrix.summary() for label, matrix in matrices.items()},
+        "intervals": {label: found.figures for label, found in spans.items()},
+        "curves": Markup(stage_curves(curves, bands, colors, f"{TITLES[key]}, %")) if curves else None,
+        "maps": [matrix_map(label, name, run, spans[label].lost) for label, run in evaluations.items()],
+        "final": final_scores_map(evaluations, name),
+    }

@@ -1,0 +1,96 @@
+"""Templates into pages: written whole, self-contained, everything escaped that comes from data."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from mslora_cr.evaluation.intervals import span
+from mslora_cr.utils.files import replacing
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+def render(template: str, path: Path, context: Mapping[str, Any]) -> None:
+    """Fill in a template and write the page, whole or not at all."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=template.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": _number,
+        "span": span,
+        "duration": _duration,
+        "capital": capital,
+        "flat": _flat,
+        "cell": _markdown_cell,
+        "data": _embedded,
+    }
+    environment.globals |= {"script": _script, "script_sources": _script_sources()}
+    text = environment.get_template(f"{template}.j2").render(context)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _script(name: str) -> Markup:
+    """One of our own scripts, as it stands in a `script` element."""
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def _script_sources() -> Markup:
+    """The scripts that a page's security policy lets run: ours, by their content, and none that data could bring."""
+    digests = [hashlib.sha256(path.read_bytes()).digest() for path in sorted(TEMPLATES.glob("*.js"))]
+    return Markup(" ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests))
+
+
+def _embedded(content: Any) -> Markup:
+    """JSON for a `script` element: no `<` in it can end the element."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    # Adding zero turns -0.0, which rounding leaves, into 0.0.
+    return "–" if value is None else f"{round(value, digits) + 0:.{digits}f}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested mapping as lines of a table."""
+    lines: dict[str, str] = {}
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            lines |= _flat(value, f"{prefix}{name} · ")
+        elif isinstance(value, list):
+            lines[f"{prefix}{name}"] = ", ".join(map(str, value)) or "none"
+        elif value is not None:
+            lines[f"{prefix}{name}"] = str(value)
+    return lines
+
+
+def _markdown_cell(text: str) -> str:
+    """Text that stays inside its cell of a Markdown table, and shows as it is."""
+    escaped = "".join(f"\\{mark}" if mark in "\\`*_{}[]<>|#" else mark for mark in text)
+    return " ".join(escaped.split())

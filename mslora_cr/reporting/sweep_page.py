@@ -1,0 +1,66 @@
+"""The page, the Markdown and the plot of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from mslora_cr.evaluation.results import ReportError
+from mslora_cr.reporting.plots import sweep_dots
+from mslora_cr.reporting.render import render
+from mslora_cr.reporting.style import METRICS, PALETTE, TITLES
+
+SWEEP_PANELS = {"final_average": "final average, %", "forgetting": "forgetting, points"}
+SWEEP_COLUMNS = {
+    "final_average": "Final average",
+    "average_incremental_accuracy": "Incremental",
+    "forgetting": "Forgetting",
+    "backward_transfer": "Backward transfer",
+}
+
+
+def write_sweep_page(found: Mapping[str, Any], output: Path) -> Path:
+    """Write `sweep.html`, `sweep.md` and `sweep.svg` of a sweep into a folder, and return the page's path.
+
+    Args:
+        found: the content of `sweep.json`.
+    """
+    colors = {order: PALETTE[index % len(PALETTE)] for index, order in enumerate(found["orders"])}
+    headline = next((key for key in METRICS if found["metrics"][key]), None)
+    if headline is None:
+        raise ReportError("the runs of this sweep have no metric in common")
+    panels = {
+        title: {
+            method: points
+            for method in found["metrics"][headline]
+            if (points := _sweep_points(found["runs"], method, headline, figure))
+        }
+        for figure, title in SWEEP_PANELS.items()
+    }
+    plot = sweep_dots({title: panel for title, panel in panels.items() if panel}, colors)
+    (output / "sweep.svg").write_text(plot, encoding="utf-8")
+    context = {
+        "found": found,
+        "metrics": {TITLES[key]: methods for key, methods in found["metrics"].items() if methods},
+        "headline": TITLES[headline],
+        "columns": SWEEP_COLUMNS,
+        "banks_by": {run["method"]: run["banks_by"] for run in found["runs"]},
+        "told": sorted({run["method"] for run in found["runs"] if run["told"]}),
+        "plot": Markup(plot),
+        "now": datetime.now(UTC),
+    }
+    for name in ("sweep.html", "sweep.md"):
+        render(name, output / name, context)
+    return output / "sweep.html"
+
+
+def _sweep_points(runs: Sequence[Mapping[str, Any]], method: str, metric: str, figure: str) -> list[tuple[str, float]]:
+    """(order, value) of each run of a method that has the figure."""
+    values = [
+        (str(run["order"]), run["figures"].get(metric, {}).get(figure)) for run in runs if run["method"] == method
+    ]
+    return [(order, value) for order, value in values if value is not None]
