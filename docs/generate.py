@@ -117,6 +117,7 @@ def configuration() -> str:
 def python() -> str:
     """The reference of public functions and classes, room by room."""
     lines = ["# Python", "", "`import mslora_cr` is cheap: what needs PyTorch is imported when it is used.", ""]
+    lines += ["## mslora_cr", "", "::: mslora_cr.api", "    options: {heading_level: 3}", ""]
     for room in ROOMS:
         lines += [f"## mslora_cr.{room}", ""]
         for path in sorted((ROOT / "mslora_cr" / room).glob("*.py")):

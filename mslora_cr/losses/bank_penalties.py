@@ -103,7 +103,7 @@ class BankPenalties:
         """Values of both terms, and the gradient of ``alpha · contrastive + beta · orthogonality``.
 
         Args:
-            live: the live bank's matrices; computed in float32 whatever their dtype.
+            trainable: the live bank's matrices; computed in float32 whatever their dtype.
         """
         similarity_sum = torch.zeros(len(self._same), device=self._device)
         orthogonality = torch.as_tensor(self._frozen_orthogonality, device=self._device)
