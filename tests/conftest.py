@@ -27,6 +27,12 @@ STEPS = {"pathvqa": 4, "slake-vqarad": 4, "PCAM": 4}
 ConfigWriter = Callable[..., Path]
 
 
+def first_in_make_test(*values: Any, first: int = 1) -> list[Any]:
+    """Parameters of a test of which `make test` runs the first, and `make test-all` the others too."""
+    further = (value if isinstance(value, tuple) else (value,) for value in values[first:])
+    return [*values[:first], *(pytest.param(*value, marks=pytest.mark.long) for value in further)]
+
+
 def once(folder: Path, build: Callable[[Path], Any]) -> Path:
     """The folder, filled by the first of the test processes that asks for it."""
     finished = folder.with_suffix(".finished")

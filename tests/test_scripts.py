@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conftest import first_in_make_test
+
 ROOT = Path(__file__).parents[1]
 RUNS = ("lora_each", "mslora_cr_ortho", "mslora_cr_ortho_6task")
 TASKS = {"lora_each": 8, "mslora_cr_ortho": 8, "mslora_cr_ortho_6task": 6}
@@ -38,7 +40,7 @@ def test_every_shipped_run_has_its_two_scripts() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", first_in_make_test("mslora_cr_ortho_6task", "mslora_cr_ortho", "lora_each"))
 def test_the_scripts_train_and_evaluate_their_run(run: str, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     places = [f"output_dir={tmp_path / 'runs'}", f"results_dir={tmp_path / 'results'}"]
     length = ["tasks.*.epochs=0.01", "evaluation.max_new_tokens=2"]
@@ -68,7 +70,7 @@ def test_the_scripts_train_and_evaluate_their_run(run: str, tiny_model: Path, ti
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", ["deepspeed", "accelerate"])  # torchrun: tests/distributed
+@pytest.mark.parametrize("launcher", first_in_make_test("deepspeed", "accelerate"))  # torchrun: tests/distributed
 def test_a_launcher_trains_with_two_processes(launcher: str, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     places = [f"output_dir={tmp_path / 'runs'}", f"results_dir={tmp_path / 'results'}"]
     length = ["tasks=[CXP]", "tasks.*.epochs=0.01", "lora.rank=4", "training.dataloader_num_workers=0"]

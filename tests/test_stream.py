@@ -56,7 +56,18 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
+FURTHER = {"before the first checkpoint", "after a checkpoint", "in the second task, before its first checkpoint"}
+FURTHER |= {"two checkpoints side by side", "in the ledger, checkpoints not yet removed", "between tasks"}
+"""Of which `make test` tries the neighbours."""
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param(point, id=name, marks=[pytest.mark.long] if name in FURTHER else [])
+        for name, point in POINTS.items()
+    ],
+)
 def test_a_killed_run_ends_in_the_same_banks(
     point: KillPoint, config_file: ConfigWriter, trained_config: Path, tmp_path: Path
 ) -> None:

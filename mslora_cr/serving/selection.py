@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
-from mslora_cr.methods.registry import METHODS, needs_task
+from mslora_cr.methods.base import method_of, needs_task
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RunBanks:
     @property
     def stages(self) -> list[int]:
         """The stages that can answer, 0 first."""
-        return [0, *METHODS[self.config.method].stages(self.learned, len(self.config.tasks))]
+        return [0, *method_of(self.config).stages(self.learned, len(self.config.tasks))]
 
     @property
     def needs_task(self) -> bool:
@@ -62,7 +62,7 @@ class RunBanks:
             raise ConfigError(f"method {self.config.method} answers each task with banks of its own; name one: {names}")
         number = self.config.task(task).index + 1 if task is not None else 1
         by = "prefix" if self.config.evaluation.banks_by == "routed" else self.config.evaluation.banks_by
-        wanted = [self.config.stream[place - 1] for place in METHODS[self.config.method].banks(number, stage, by)]
+        wanted = [self.config.stream[place - 1] for place in method_of(self.config).banks(number, stage, by)]
         return [self.bank(member) for member in wanted]
 
     def bank(self, task: Task) -> Bank:

@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import bank_bytes, write_config
+from tests.conftest import bank_bytes, first_in_make_test, write_config
 from tests.distributed import faults
 from tests.distributed.conftest import TWO_TASKS
-from tests.distributed.launch import BOUND, ROOT, STAGES, Launch, alive, deepspeed_file, launch, start, wait_until
+from tests.distributed.launch import BOUND, ROOT, Launch, alive, deepspeed_file, launch, start, wait_until
 
 STEPS = 4
 """Optimizer steps a task; a checkpoint is written every second one."""
@@ -48,7 +48,7 @@ class Stream:
         return sorted(path.name for path in self.run.glob("work/*/*"))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", first_in_make_test("ddp", "zero3", "zero1", "zero2", first=2))
 def test_killed_broken_and_killed_again(
     stage: str, tiny_settings: dict[str, Any], tmp_path: Path, whole: Callable[[str], dict[str, bytes]]
 ) -> None:
@@ -222,7 +222,7 @@ def test_hosts_that_see_different_files_are_refused(
     assert output.count("mslora-cr: error") == output.count(message) == 1, output[-4000:]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", first_in_make_test("deepspeed", "torchrun"))
 def test_a_killed_launcher_of_the_users_own(launcher: str, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     """DeepSpeed's has two processes; without the upper one the lower one would go on."""
     stream = Stream(tmp_path, tiny_settings, "ddp")

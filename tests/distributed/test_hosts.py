@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import bank_bytes, write_config
+from tests.conftest import bank_bytes, first_in_make_test, write_config
 from tests.distributed.conftest import TWO_TASKS
 from tests.distributed.launch import BOUND, ROOT, deepspeed_file, run, wait_until
 
@@ -79,7 +79,7 @@ class Hosts:
         return self.processes[number].wait(BOUND)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", first_in_make_test("torchrun", "deepspeed"))
 def test_a_lost_host_ends_the_run_and_the_same_lines_go_on(
     launcher: str,
     hosts: list[str],
