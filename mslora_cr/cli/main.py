@@ -14,6 +14,7 @@ from mslora_cr.cli.common import EXTRAS, OVERRIDE, examples
 from mslora_cr.cli.data import add_data
 from mslora_cr.cli.demo import add_demo
 from mslora_cr.cli.evaluate import add_evaluate, add_score
+from mslora_cr.cli.export import add_export
 from mslora_cr.cli.model import add_model
 from mslora_cr.cli.report import add_analyze, add_compare, add_report
 from mslora_cr.cli.sweep import add_sweep
@@ -115,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_analyze(commands)
     add_sweep(commands)
     add_ask(commands)
+    add_export(commands)
     add_data(commands)
     add_model(commands)
     add_bank(commands)

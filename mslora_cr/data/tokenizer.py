@@ -30,6 +30,7 @@ class Tokenizer:
         Raises:
             TokenizerError: neither `tokenizer.model` nor `tokenizer.json` exists, or it cannot be read.
         """
+        self.folder = folder
         model_file = folder / "tokenizer.model"
         if not model_file.is_file() and not (folder / "tokenizer.json").is_file():
             raise TokenizerError(f"{folder}: neither tokenizer.model nor tokenizer.json exists")
@@ -50,6 +51,11 @@ class Tokenizer:
     def __len__(self) -> int:
         """How many pieces the vocabulary has."""
         return len(self._llama)
+
+    @property
+    def special(self) -> list[str]:
+        """The special tokens, as text spells them."""
+        return list(self._special)
 
     @property
     def eos_token(self) -> str:

@@ -1,0 +1,61 @@
+"""`mslora-cr export`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mslora_cr.cli.common import add_command, add_overrides, count, quieten, run_config
+from mslora_cr.utils.errors import UserError
+
+
+def add_export(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
+        "export",
+        "write a run for other programs: PEFT adapters, merged models, or published checkpoints",
+        "mslora-cr export RUN --output exported --format peft",
+        "mslora-cr export RUN --output exported --format merged --task derm",
+        "mslora-cr export RUN --output published --format published",
+    )
+    parser.add_argument("target", type=Path, metavar="RUN", help="configuration, run folder or name of a run")
+    add_overrides(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="parent of the exported folders")
+    parser.add_argument(
+        "--format",
+        choices=("peft", "merged", "published"),
+        required=True,
+        help="peft: for each task one adapter, the sum of its banks, and the base model in transformers' layout; "
+        "merged: for each task a model of its own, with tokenizer and processor; published: cl_lora.bin of every bank, "
+        "which `bank import --from` reads",
+    )
+    parser.add_argument("--task", metavar="NAME", help="only this task's")
+    parser.add_argument(
+        "--stage", type=count, metavar="K", help="after the first K tasks (default: all that are trained)"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="with peft: a folder or hub name that already holds the base model in transformers' layout, for the "
+        "adapters to name; nothing is written to DIR/base then",
+    )
+    parser.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    config = run_config(args.target, args.overrides)
+    if args.base and args.format != "peft":
+        raise UserError("--base belongs to --format peft: the other formats do not name a base model")
+    quieten()
+    from mslora_cr.serving.export import export, max_lora_rank, read_record
+
+    ranks = [0]
+    for folder in export(config, args.output, args.format, args.task, args.stage, args.base):
+        print(folder, flush=True)
+        ranks.append(read_record(folder).get("rank", 0))
+    if args.format == "peft":
+        most = max_lora_rank(max(ranks))
+        told = f"--max-lora-rank {most}" if most else f"none of its ranks holds {max(ranks)}; use --format merged"
+        print(f"vLLM: {told}", file=sys.stderr)
+    return 0

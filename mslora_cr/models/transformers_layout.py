@@ -1,0 +1,189 @@
+"""A loaded model → a folder that transformers, PEFT and vLLM load without this project.
+
+Weights under the names that every transformers since 4.36 and vLLM read, tokenizer, processor, chat template and
+generation settings. Where our own code tokenises with SentencePiece and expands images itself, the folder's tokenizer
+and processor give the same ids and the same pixels; that is checked when they are written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence, Strip
+from tokenizers.models import BPE
+from tokenizers.normalizers import Prepend
+from tokenizers.normalizers import Replace as ReplaceText
+from tokenizers.normalizers import Sequence as Normalizers
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import LlamaTokenizer, LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from mslora_cr.data.prompts import IMAGE_INDEX, encode_prompt, generation_prompt
+from mslora_cr.models.layout import ModelError
+from mslora_cr.models.llava_med import LlavaMed
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% if message['content'] is string %}{% set images = 0 %}{% set text = message['content'] %}{% else %}"
+    "{% set images = message['content'] | selectattr('type', 'in', ['image', 'image_url']) | list | length %}"
+    "{% set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') %}"
+    "{% endif %}[INST] {% for _ in range(images) %}{{ 'IMAGE_TOKEN\\n' }}{% endfor %}{{ text | trim }} [/INST]"
+    "{% elif message['role'] == 'assistant' %}"
+    "{% if message['content'] is string %}{% set text = message['content'] %}{% else %}"
+    "{% set text = message['content'] | map(attribute='text') | join('\\n') %}{% endif %}"
+    " {{ text | trim }} {{ eos_token }}"
+    "{% else %}{{ raise_exception('the model knows the roles user and assistant only') }}{% endif %}{% endfor %}"
+)
+"""LLaVA-Med's Mistral-instruct template, as `data.prompts` has it; pictures stand in front of their message."""
+PROBES = ("Is this a cell?", "two  spaces,   three", "µm²: 1.5 × 10⁻³ α-SMA ✓ 細胞", " a\ttab\n\nand lines ", "")
+"""Questions by which the written tokenizer is compared with our own."""
+NAMES = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.vision_tower.", "vision_tower.vision_model."),  # transformers 5 drops `vision_model`, vLLM needs it
+)
+
+
+def save_transformers_layout(base: LlavaMed, folder: Path, shard_size: str = "5GB") -> None:
+    """Write a model and all that feeds it, as it is now: what is merged into its weights is part of them.
+
+    Args:
+        folder: exists and is empty.
+
+    Raises:
+        ModelError: the tokenizer cannot be written so that it gives the same ids.
+    """
+    tokenizer = portable_tokenizer(base)
+    save_torch_state_dict(
+        dict(_renamed(base.model.state_dict())), folder, max_shard_size=shard_size, metadata={"format": "pt"}
+    )
+    _save_config(base, folder)
+    base.model.generation_config.save_pretrained(folder)
+    processor = LlavaProcessor(
+        image_processor=_image_processor(base),
+        tokenizer=tokenizer,
+        patch_size=base.model.config.vision_config.patch_size,
+        vision_feature_select_strategy=base.model.config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,  # the tower's class position, which the strategy takes away again
+        image_token=tokenizer.image_token,
+        chat_template=CHAT_TEMPLATE.replace("IMAGE_TOKEN", tokenizer.image_token),
+    )
+    processor.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)  # loaders that know no processor_config.json read this
+    settings = folder / "tokenizer_config.json"
+    told = json.loads(settings.read_text(encoding="utf-8"))
+    told["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows it by, too
+    settings.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def portable_tokenizer(base: LlavaMed) -> PreTrainedTokenizerFast:
+    """A tokenizer for transformers alone. The image's piece is a special token under the id that it has: the
+    vocabulary keeps its length, and so do the model's embeddings.
+
+    Raises:
+        ModelError: it would give other ids than ours.
+    """
+    ours = base.tokenizer
+    source = ours.folder / "tokenizer.model"
+    fast = _from_sentencepiece(source) if source.is_file() else _from_llama(ours.folder)
+    image = fast.id_to_token(base.image_token_id)
+    assert image is not None, "the image's piece is in the vocabulary"
+    fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (*ours.special, image)])
+    bos = fast.id_to_token(ours.bos_token_id)
+    fast.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ours.bos_token_id)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        bos_token=bos,
+        eos_token=ours.eos_token,
+        unk_token=fast.id_to_token(0),
+        pad_token=fast.id_to_token(ours.pad_token_id),
+        extra_special_tokens={"image_token": image},
+        padding_side="left",  # to generate by the batch
+        clean_up_tokenization_spaces=False,
+        model_max_length=base.model.config.text_config.max_position_embeddings,
+    )
+    _check(tokenizer, base, image)
+    return tokenizer
+
+
+def _check(tokenizer: PreTrainedTokenizerFast, base: LlavaMed, image: str) -> None:
+    if len(tokenizer) != len(base.tokenizer):
+        raise ModelError(f"the tokenizer would grow from {len(base.tokenizer)} to {len(tokenizer)} pieces")
+    for probe in PROBES:
+        prompt = generation_prompt(probe)
+        wanted = [
+            base.image_token_id if piece == IMAGE_INDEX else piece for piece in encode_prompt(base.tokenizer, prompt)
+        ]
+        found = tokenizer(prompt.replace("<image>", image)).input_ids
+        if found != wanted:
+            raise ModelError(f"the tokenizer cannot be written for transformers: {probe!r} gives {found}, not {wanted}")
+
+
+def _from_sentencepiece(file: Path) -> FastTokenizer:
+    """SentencePiece's BPE merges the pair that makes the piece of highest score; merges are ranked like that here."""
+    pieces = SentencePieceProcessor(model_file=str(file))
+    vocabulary = {pieces.id_to_piece(number): number for number in range(len(pieces))}
+    # Not the tokens that stand for themselves: bytes, <unk>, <s>, </s> are never merged into.
+    merged = [
+        number
+        for number in range(len(pieces))
+        if not (pieces.is_byte(number) or pieces.is_control(number) or number == 0)
+    ]
+    merged.sort(key=lambda number: (-pieces.get_score(number), number))
+    merges = [pair for number in merged for pair in _splits(pieces.id_to_piece(number), vocabulary)]
+    fast = FastTokenizer(BPE(vocabulary, merges, unk_token=pieces.id_to_piece(0), fuse_unk=True, byte_fallback=True))
+    fast.normalizer = Normalizers([Prepend("▁"), ReplaceText(" ", "▁")])
+    fast.decoder = Sequence([Replace("▁", " "), ByteFallback(), Fuse(), Strip(" ", 1, 0)])
+    return fast
+
+
+def _splits(piece: str, vocabulary: dict[str, int]) -> Iterator[tuple[str, str]]:
+    pairs = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+    yield from sorted(
+        (pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary),
+        key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]),
+    )
+
+
+def _from_llama(folder: Path) -> FastTokenizer:
+    fast: FastTokenizer = LlamaTokenizer.from_pretrained(folder).backend_tokenizer
+    return fast
+
+
+def _image_processor(base: LlavaMed) -> LlavaImageProcessorPil:
+    own = base.image_processor
+    keys = ("image_mean", "image_std", "size", "crop_size", "resample", "rescale_factor")
+    settings = own.to_dict()
+    return LlavaImageProcessorPil(**{key: settings[key] for key in keys}, do_pad=True)
+
+
+def _renamed(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in state.items():
+        for ours, theirs in NAMES:
+            if name.startswith(ours):
+                yield theirs + name.removeprefix(ours), tensor.contiguous()
+                break
+        else:
+            raise AssertionError(f"{name} has no name in transformers' layout")
+
+
+def _save_config(base: LlavaMed, folder: Path) -> None:
+    base.model.config.save_pretrained(folder)
+    path = folder / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config["image_seq_length"] = base.patches
+    config["vision_config"].pop("_name_or_path", None)  # a path of the machine that wrote it
+    text = config["text_config"]
+    text["rope_theta"] = text["rope_parameters"]["rope_theta"]  # where transformers 4 looks; its default is another
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

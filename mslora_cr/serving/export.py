@@ -1,0 +1,178 @@
+"""A run's banks for programs that are not this one: PEFT adapters, merged models, published checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+
+from mslora_cr import __version__
+from mslora_cr.banks.bank import Bank, BankError, sum_banks
+from mslora_cr.banks.io import CONFIG, PEFT_PREFIX, WEIGHTS, lora_config
+from mslora_cr.banks.plain_lora import WRITTEN
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.config.schema import ConfigError, StreamConfig
+from mslora_cr.data.records import STRICT_JSON
+from mslora_cr.models.llava_med import LlavaMed
+from mslora_cr.models.transformers_layout import save_transformers_layout
+from mslora_cr.runs.ledger import finished_banks
+from mslora_cr.runs.session import base_digest, load_base
+from mslora_cr.serving.selection import RunBanks
+from mslora_cr.stream.import_export import export_chain
+from mslora_cr.utils.files import replace_folder, write_json
+
+Format = Literal["peft", "merged", "published"]
+RECORD = "export.json"
+"""What an exported folder was made from."""
+BASE = "base"
+"""The exported base model's folder, beside the adapters."""
+ALL = "model"
+"""The folder of a model that answers every task."""
+SUFFIXES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+OTHERS = r".*(vision_tower|multi_modal_projector).*"
+"""Together the linear layers of the language model, without a regular expression that not every loader reads."""
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `--max-lora-rank`."""
+
+
+def export(
+    config: StreamConfig,
+    output: Path,
+    kind: Format,
+    task: str | None = None,
+    stage: int | None = None,
+    base: str | None = None,
+) -> Iterator[Path]:
+    """Write what answers each task, or the one named, after a stage; yields each folder once it is written whole.
+
+    Args:
+        output: parent of the folders. A folder of an earlier export is replaced, the base model's is kept if it is of
+            the same weights.
+        stage: the last trained one where none is given; not for `published`, which holds the whole chain.
+        base: for `peft`, what the adapters name as their base model; written to `output/base` where it is not given.
+
+    Raises:
+        ConfigError, BankError, ModelError: before anything is written, if there is nothing to export or the format
+            cannot hold it.
+    """
+    run = RunBanks(config, finished_banks(config))
+    if kind == "published":
+        if task is not None or stage is not None:
+            raise ConfigError("a published run holds the banks of all tasks; leave --task and --stage out")
+        yield from export_chain(run.banks, config, output)
+        return
+    stage = run.stage(stage)
+    chosen = {name: run.answering(None if name == ALL else name, stage) for name in _names(run, task, stage)}
+    for name, banks in chosen.items():
+        if any(bank.routers for bank in banks):
+            raise BankError(
+                f"{name}: a mixture of experts depends on its input; neither PEFT nor merged weights hold it"
+            )
+        if kind == "peft" and not banks:
+            raise BankError(f"{name}: no bank answers at stage {stage}; there is no adapter to write")
+    if kind == "merged":
+        yield from _merged(config, output, chosen, stage)
+    else:
+        yield from _adapters(config, output, chosen, stage, base)
+
+
+def _names(run: RunBanks, task: str | None, stage: int) -> Sequence[str]:
+    if task is not None:
+        return [run.config.task(task).name]
+    if stage == 0 or not run.needs_task:
+        return [ALL]
+    return [member.name for member in run.config.stream if member.index < stage and member.name in run.banks]
+
+
+def _merged(config: StreamConfig, output: Path, chosen: dict[str, list[Bank]], stage: int) -> Iterator[Path]:
+    model = _plain_base(config)
+    stack, weights = BankStack(model.model, "merge", reuse=True), base_digest(config)
+    for name, banks in chosen.items():
+        stack.set_frozen(banks)
+        yield _write_model(model, output / name, _record(config, weights, name, stage, banks))
+
+
+def _adapters(
+    config: StreamConfig, output: Path, chosen: dict[str, list[Bank]], stage: int, base: str | None
+) -> Iterator[Path]:
+    weights, place = base_digest(config), output / BASE
+    if base is None and read_record(place).get("base_weights") != weights:
+        yield _write_model(_plain_base(config), place, _record(config, weights, None, 0, []))
+    for name, banks in chosen.items():
+        folder = output / name
+        staging = _staging(folder)
+        _write_adapter(sum_banks(banks, name), staging, base or str(place.resolve()))
+        write_json(staging / RECORD, _record(config, weights, name, stage, banks))
+        replace_folder(staging, folder)
+        yield folder
+
+
+def _write_adapter(bank: Bank, folder: Path, base: str) -> None:
+    settings = lora_config(bank.rank, bank.alpha).to_dict()
+    # Keys that hold a default and are younger than PEFT 0.5 are left out.
+    settings = {**{key: settings[key] for key in sorted(WRITTEN)}, "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    settings |= {"base_model_name_or_path": base, "target_modules": list(SUFFIXES), "exclude_modules": OTHERS}
+    settings["inference_mode"] = True
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    tensors = {
+        f"{PEFT_PREFIX}{layer}.lora_{letter}.weight": matrix.contiguous()
+        for layer, pair in bank.matrices.items()
+        for letter, matrix in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def _write_model(model: LlavaMed, folder: Path, record: dict[str, Any]) -> Path:
+    staging = _staging(folder)
+    save_transformers_layout(model, staging)
+    write_json(staging / RECORD, record)
+    replace_folder(staging, folder)
+    return folder
+
+
+def _plain_base(config: StreamConfig) -> LlavaMed:
+    """The base model in its own dtype on the CPU: a quantised one holds no weights to merge into or to write."""
+    plain = config.model.model_copy(update={"quantization": None})
+    return load_base(config.model_copy(update={"model": plain}), "cpu")
+
+
+def _record(config: StreamConfig, weights: str, task: str | None, stage: int, banks: Sequence[Bank]) -> dict[str, Any]:
+    return {
+        "run": config.run,
+        "method": config.method,
+        "task": task,
+        "stage": stage,
+        "banks": {bank.name: bank.digest for bank in banks},
+        "rank": sum(bank.rank for bank in banks),
+        "base_weights": weights,
+        "version": __version__,
+    }
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What an exported folder was made from; empty if it is none."""
+    path = folder / RECORD
+    return STRICT_JSON.decode(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _staging(folder: Path) -> Path:
+    """A fresh hidden folder beside the one to write.
+
+    Raises:
+        ConfigError: something that is no export has the folder's name.
+    """
+    if folder.exists() and not (folder / RECORD).is_file():
+        raise ConfigError(f"{folder} is there and not an export of this program; choose another --output")
+    staging = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def max_lora_rank(rank: int) -> int | None:
+    """The smallest `--max-lora-rank` of vLLM that an adapter fits into; None if it fits into none."""
+    return next((most for most in VLLM_RANKS if most >= rank), None)
