@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from mslora_cr.cli.common import add_command, add_config, config_of, quieten
-from mslora_cr.config.schema import EvaluationConfig
+from mslora_cr.cli.common import add_command, add_config, config_of, count, quieten
+from mslora_cr.config.schema import EvaluationConfig, StreamConfig
 from mslora_cr.utils.errors import UserError
 
 
@@ -20,6 +20,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "mslora-cr evaluate configs/demo.yaml --stages all",
         "mslora-cr evaluate configs/demo.yaml --banks-by routed     # task ID not given",
         "mslora-cr evaluate configs/finetune_mslora_cr_ortho.yaml --banks checkpoints     # published ones",
+        "mslora-cr evaluate CONFIG --endpoint http://127.0.0.1:8000/v1 --model '{task}'     # a served model",
     )
     add_config(parser)
     parser.add_argument("--task", metavar="NAME", help="evaluate only this task")
@@ -43,6 +44,16 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "banks 1..t, as published; all: every bank trained so far; routed: task ID not given, a router predicts it for "
         "each question; results go to routed/",
     )
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="ask a server that speaks OpenAI's chat completions instead of loading a model; results go to served/. "
+        "A key is read from OPENAI_API_KEY",
+    )
+    parser.add_argument("--model", metavar="NAME", help="with --endpoint: the model's name there; {task} is replaced")
+    parser.add_argument(
+        "--concurrency", type=count, metavar="N", help="with --endpoint: questions asked at once (default: 8)"
+    )
     parser.set_defaults(run=_evaluate)
 
 
@@ -50,6 +61,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.banks_by:
         args.overrides.append(f"evaluation.banks_by={args.banks_by}")
     config = config_of(args)
+    if args.endpoint or args.model:
+        return _evaluate_endpoint(args, config)
     if args.task and config.evaluation.banks_by == "routed":
         raise UserError("--task cannot be combined with routed evaluation, which mixes the questions of all tasks")
     quieten()
@@ -67,6 +80,21 @@ def _evaluate(args: argparse.Namespace) -> int:
             path = evaluate(config, args.stages or "own", args.task, banks)
     if rank() == 0:
         print(f"results: {path.parent}")
+    return 0
+
+
+def _evaluate_endpoint(args: argparse.Namespace, config: StreamConfig) -> int:
+    if not (args.endpoint and args.model):
+        raise UserError("a served model needs both, --endpoint URL and --model NAME")
+    if args.banks or args.banks_by or args.stages or args.concurrency == 0:
+        raise UserError(
+            "a served model is scored as it is: --banks, --banks-by and --stages do not go with --endpoint, and "
+            "--concurrency is at least 1"
+        )
+    from mslora_cr.evaluation.endpoint import Endpoint, evaluate_endpoint
+
+    path = evaluate_endpoint(config, Endpoint(args.endpoint, args.model, args.concurrency or 8), args.task)
+    print(f"results: {path.parent}")
     return 0
 
 

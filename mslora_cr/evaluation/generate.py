@@ -78,7 +78,7 @@ def answer_questions(
     folder.mkdir(parents=True, exist_ok=True)
     journal = folder / f".answers-{fingerprint[:16]}-{rank()}.jsonl"
     # One rank reads, before any writes again: all must see the same questions as answered.
-    answered = broadcast_object(_read_journals(folder, fingerprint) if rank() == 0 else {})
+    answered = broadcast_object(read_journals(folder, fingerprint) if rank() == 0 else {})
     lengths = samples.lengths()
     # Longest first: padding is least among neighbours, and what does not fit in memory fails at once.
     order = sorted(range(len(samples)), key=lambda index: -lengths[index])
@@ -99,7 +99,8 @@ def answer_questions(
         answered |= theirs
     seconds = time.monotonic() - started
     if rank() == 0:
-        _publish(samples, answered, target, decoding, fingerprint)
+        assert len(answered) == len(samples), f"{len(samples) - len(answered)} questions have no answer"
+        publish(samples.records, answered, target, decoding.model_id, fingerprint)
     barrier()
     return {
         "seconds": round(seconds, 3),
@@ -158,7 +159,7 @@ def greedy(
     return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in new]
 
 
-def _read_journals(folder: Path, fingerprint: str) -> dict[int, str]:
+def read_journals(folder: Path, fingerprint: str) -> dict[int, str]:
     """Answers given so far under this fingerprint, by any rank. A line that a kill cut short is removed.
 
     For the first rank alone; it also removes journals of other fingerprints.
@@ -177,10 +178,12 @@ def _read_journals(folder: Path, fingerprint: str) -> dict[int, str]:
     return answered
 
 
-def _publish(samples: Questions, answered: dict[int, str], target: Path, decoding: Decoding, fingerprint: str) -> None:
-    assert len(answered) == len(samples), f"{len(samples) - len(answered)} questions have no answer"
+def publish(
+    records: Iterable[TestRecord], answered: Mapping[int, str], target: Path, model_id: str, fingerprint: str
+) -> None:
+    """Write an answer file in the questions' order; `answered` has an answer for each."""
     with replacing(target) as partial, partial.open("w", encoding="utf-8") as file:
-        for index, record in enumerate(samples.records):
+        for index, record in enumerate(records):
             row: dict[str, Any] = {
                 "question_id": record.question_id,
                 "prompt": record.text,
@@ -188,7 +191,7 @@ def _publish(samples: Questions, answered: dict[int, str], target: Path, decodin
                 "gt": record.gt,
                 "answer_type": record.answer_type,
                 "answer_id": hashlib.sha256(f"{fingerprint}/{index}".encode()).hexdigest()[:22],
-                "model_id": decoding.model_id,
+                "model_id": model_id,
                 "metadata": {},
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
