@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mslora_cr.config.load import DEFAULTS, load_config
+from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.distributed.comm import get_device
@@ -22,7 +22,7 @@ from mslora_cr.synthetic.model import MODEL_FOLDER, make_tiny_llava_med
 from mslora_cr.synthetic.stream import make_stream
 from mslora_cr.utils.files import write_json
 
-CONFIG = DEFAULTS / "demo.yaml"
+CONFIG = "demo"
 COMPARED: tuple[str, ...] = ("mslora_cr", "sequential")
 """The method of this project, and one LoRA trained through the whole stream."""
 
@@ -70,8 +70,7 @@ def _configurations(overrides: Sequence[str]) -> dict[str, StreamConfig]:
         )
     if first.evaluation.banks_by == "routed":
         raise ConfigError(
-            "evaluation.banks_by: the demo tells the task; after it, run mslora-cr evaluate configs/demo.yaml "
-            "--banks-by routed"
+            "evaluation.banks_by: the demo tells the task; after it, run mslora-cr evaluate demo --banks-by routed"
         )
     closed = {name for name, found in catalog().items() if found.test_rows.closed}
     if closed.isdisjoint(task.name for task in first.tasks):

@@ -14,6 +14,7 @@ import yaml
 
 from mslora_cr.cli.main import _parse, main
 from mslora_cr.config.load import load_config
+from mslora_cr.config.shipped import find_config
 from mslora_cr.evaluation.analyze import QUESTIONS
 from mslora_cr.evaluation.cells import Stages
 from mslora_cr.sweep import plan_sweep
@@ -33,6 +34,7 @@ COMMANDS = (
     "sweep",
 )
 COMMANDS += ("data", "data check", "data prepare", "data download", "model", "model download", "model inspect")
+COMMANDS += ("config", "config list", "config show", "config copy")
 COMMANDS += ("bank", "bank import", "bank export", "bank fit-router", "bank show")
 
 
@@ -86,9 +88,9 @@ def test_documented_commands_are_understood(tmp_path: Path, monkeypatch: pytest.
             words = ["mslora-cr", *script.split('launch.sh" ')[1].split()[:2], *words[2:]]
         args = _parse(words[1:])
         if words[1] == "sweep":  # its overrides may belong to one of its methods
-            plan_sweep(ROOT / args.config, args.overrides, args.methods, args.orders, args.seeds)
+            plan_sweep(find_config(args.config, ROOT), args.overrides, args.methods, args.orders, args.seeds)
         elif "overrides" in args and "config" in args and args.config.name != "CONFIG":
-            load_config(ROOT / args.config, args.overrides)
+            load_config(find_config(args.config, ROOT), args.overrides)
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------

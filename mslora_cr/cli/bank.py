@@ -14,8 +14,8 @@ def add_bank(commands: argparse._SubParsersAction) -> None:
         commands,
         "bank",
         "import, export and inspect banks",
-        "mslora-cr bank import configs/finetune_mslora_cr_ortho.yaml --from checkpoints",
-        "mslora-cr bank export configs/demo.yaml --output published/",
+        "mslora-cr bank import finetune_mslora_cr_ortho --from checkpoints",
+        "mslora-cr bank export demo --output published/",
         "mslora-cr bank show checkpoints/RUN/banks/derm",
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -23,7 +23,7 @@ def add_bank(commands: argparse._SubParsersAction) -> None:
         actions,
         "export",
         "export a run's banks in the published format, <a_b_c>/cl_lora.bin and config.json",
-        "mslora-cr bank export configs/demo.yaml --output published/",
+        "mslora-cr bank export demo --output published/",
     )
     add_config(export)
     export.add_argument("--output", type=Path, required=True, metavar="DIR", help="parent of the exported run's folder")
@@ -32,8 +32,8 @@ def add_bank(commands: argparse._SubParsersAction) -> None:
         actions,
         "import",
         "import published checkpoints or another run's banks as finished tasks of a run",
-        "mslora-cr bank import configs/finetune_mslora_cr_ortho.yaml --from checkpoints",
-        "mslora-cr bank import configs/finetune_mslora_cr_ortho.yaml run=longer --from checkpoints/RUN",
+        "mslora-cr bank import finetune_mslora_cr_ortho --from checkpoints",
+        "mslora-cr bank import finetune_mslora_cr_ortho run=longer --from checkpoints/RUN",
     )
     add_config(take)
     take.add_argument(
@@ -49,7 +49,7 @@ def add_bank(commands: argparse._SubParsersAction) -> None:
         actions,
         "fit-router",
         "fit the router of `evaluate --banks-by routed` for banks that were trained elsewhere",
-        "mslora-cr bank fit-router configs/finetune_mslora_cr_ortho.yaml",
+        "mslora-cr bank fit-router finetune_mslora_cr_ortho",
     )
     add_config(fit)
     fit.add_argument("--task", metavar="NAME", help="fit only this task")

@@ -14,6 +14,7 @@ from mslora_cr.data.sources.download import Asset
 EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
 EXTRAS |= {"rouge_score": "eval", "deepspeed": "train", "h5py": "data", "bitsandbytes": "quantization"}
 OVERRIDES = "override configuration values, e.g. lora.rank=32 tasks.pathvqa.epochs=1 'tasks.*.batch_size=8'"
+CONFIG_HELP = "YAML file of the run, or the name of a shipped one (mslora-cr config list)"
 OVERRIDE = re.compile(r"[A-Za-z_][\w.*+-]*=")
 
 
@@ -33,7 +34,7 @@ def add_command(commands: argparse._SubParsersAction, name: str, help: str, *sho
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help=CONFIG_HELP)
     add_overrides(parser)
 
 

@@ -16,10 +16,10 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         commands,
         "evaluate",
         "answer and score the test questions of every trained task; an interrupted evaluation resumes",
-        "mslora-cr evaluate configs/demo.yaml",
-        "mslora-cr evaluate configs/demo.yaml --stages all",
-        "mslora-cr evaluate configs/demo.yaml --banks-by routed     # task ID not given",
-        "mslora-cr evaluate configs/finetune_mslora_cr_ortho.yaml --banks checkpoints     # published ones",
+        "mslora-cr evaluate demo",
+        "mslora-cr evaluate demo --stages all",
+        "mslora-cr evaluate demo --banks-by routed     # task ID not given",
+        "mslora-cr evaluate finetune_mslora_cr_ortho --banks checkpoints     # published ones",
         "mslora-cr evaluate CONFIG --endpoint http://127.0.0.1:8000/v1 --model '{task}'     # a served model",
     )
     add_config(parser)

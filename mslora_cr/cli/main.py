@@ -11,6 +11,7 @@ from mslora_cr import __version__
 from mslora_cr.cli.ask import add_ask
 from mslora_cr.cli.bank import add_bank
 from mslora_cr.cli.common import EXTRAS, OVERRIDE, examples
+from mslora_cr.cli.config import add_config_command
 from mslora_cr.cli.data import add_data
 from mslora_cr.cli.demo import add_demo
 from mslora_cr.cli.evaluate import add_evaluate, add_score
@@ -98,9 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Continual learning for biomedical vision-language models: one LoRA bank per imaging task.",
         epilog=examples(
             "mslora-cr demo",
-            "mslora-cr train configs/finetune_mslora_cr_ortho.yaml --dry-run",
-            "mslora-cr evaluate configs/finetune_mslora_cr_ortho.yaml --stages all",
-            "mslora-cr report configs/finetune_mslora_cr_ortho.yaml",
+            "mslora-cr train finetune_mslora_cr_ortho --dry-run",
+            "mslora-cr evaluate finetune_mslora_cr_ortho --stages all",
+            "mslora-cr report finetune_mslora_cr_ortho",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -115,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_compare(commands)
     add_analyze(commands)
     add_sweep(commands)
+    add_config_command(commands)
     add_ask(commands)
     add_export(commands)
     add_data(commands)

@@ -15,7 +15,7 @@ def add_report(commands: argparse._SubParsersAction) -> None:
         commands,
         "report",
         "write report.html and report.md to a run's results folder",
-        "mslora-cr report configs/demo.yaml",
+        "mslora-cr report demo",
         "mslora-cr report checkpoints/RUN",
     )
     parser.add_argument("target", type=Path, metavar="RUN", help="configuration or run folder")
@@ -37,7 +37,7 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
         "compare",
         "compare runs on the same questions with paired significance tests, per task and overall",
         "mslora-cr compare checkpoints/mslora_cr checkpoints/sequential",
-        "mslora-cr compare configs/a.yaml configs/b.yaml --at own --output comparison.json",
+        "mslora-cr compare a.yaml b.yaml --at own --output comparison.json",
         "mslora-cr compare results/RUN results/RUN/routed     # what not being given the task ID costs",
     )
     parser.add_argument(
@@ -80,7 +80,7 @@ def add_analyze(commands: argparse._SubParsersAction) -> None:
         "analyze",
         "explain a run's results in its report: similarity and effective rank of the banks, leave-one-bank-out "
         "contributions, changed answers",
-        "mslora-cr analyze configs/demo.yaml",
+        "mslora-cr analyze demo",
         "mslora-cr analyze checkpoints/with_beta --against checkpoints/without_beta",
         "mslora-cr analyze checkpoints/RUN --questions 0     # no leave-one-bank-out evaluation",
     )

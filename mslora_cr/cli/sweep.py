@@ -14,9 +14,9 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
         "sweep",
         "run methods × task orders × seeds of one stream in parallel and summarize them in one table; an interrupted "
         "sweep resumes",
-        "mslora-cr sweep configs/sweep.yaml --orders 2 --seeds 1 2 3",
-        "mslora-cr sweep configs/sweep.yaml --methods mslora_cr incremental --seeds 1 2 3 4 5 --dry-run",
-        "CUDA_VISIBLE_DEVICES=0,1 mslora-cr sweep configs/finetune_mslora_cr_ortho.yaml --orders 3",
+        "mslora-cr sweep sweep --orders 2 --seeds 1 2 3",
+        "mslora-cr sweep sweep --methods mslora_cr incremental --seeds 1 2 3 4 5 --dry-run",
+        "CUDA_VISIBLE_DEVICES=0,1 mslora-cr sweep finetune_mslora_cr_ortho --orders 3",
     )
     add_config(parser)
     parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="methods to run (default: all)")

@@ -14,12 +14,11 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         commands,
         "train",
         "train one bank per task of the stream; finished tasks are skipped and an interrupted one resumes",
-        "mslora-cr train configs/demo.yaml --dry-run     # after `mslora-cr demo`",
-        "mslora-cr train configs/finetune_mslora_cr_ortho.yaml training.per_device_train_batch_size=4",
-        "mslora-cr train configs/finetune_mslora_cr_ortho.yaml --task derm",
-        "mslora-cr train configs/demo.yaml run=ewc method=ewc ewc.strength=1e4    # methods: docs/methods.md",
-        "torchrun --nproc_per_node 4 -m mslora_cr train configs/finetune_mslora_cr_ortho.yaml \\\n"
-        "      training.deepspeed=configs/deepspeed/zero2.json",
+        "mslora-cr train demo --dry-run     # after `mslora-cr demo`",
+        "mslora-cr train finetune_mslora_cr_ortho training.per_device_train_batch_size=4",
+        "mslora-cr train finetune_mslora_cr_ortho --task derm",
+        "mslora-cr train demo run=ewc method=ewc ewc.strength=1e4    # methods: docs/methods.md",
+        "torchrun --nproc_per_node 4 -m mslora_cr train finetune_mslora_cr_ortho \\\n      training.deepspeed=zero2",
     )
     add_config(parser)
     parser.add_argument(

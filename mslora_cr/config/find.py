@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import ConfigError, StreamConfig
+from mslora_cr.config.shipped import configurations
 from mslora_cr.utils.errors import nearest
 
 RUN_FOLDERS = Path("checkpoints")
@@ -17,7 +18,8 @@ def find_run(target: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
     """The configuration of a run.
 
     Args:
-        target: a YAML file; a run folder; or a run's name, looked for in `checkpoints/` and one folder below it.
+        target: a YAML file; a run folder; a run's name, looked for in `checkpoints/` and one folder below it; or the
+            name of a shipped configuration.
         overrides: as `load_config`.
 
     Raises:
@@ -33,8 +35,10 @@ def find_run(target: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
     named = [folder for folder in found if folder.name == path.name]
     if len(named) > 1:
         raise ConfigError(f"several runs are called {path.name}: {', '.join(map(str, named))}; give the folder")
+    if not named and path.name in configurations():
+        return load_config(path, overrides)
     if not named:
-        near = nearest(path.name, {folder.name for folder in found})
+        near = nearest(path.name, {folder.name for folder in found} | configurations().keys())
         raise ConfigError(f"{target}: no such configuration, run folder or run in {RUN_FOLDERS}/{near}")
     return _of_folder(named[0], overrides)
 

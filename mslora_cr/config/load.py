@@ -21,10 +21,9 @@ from mslora_cr.config.schema import (
     TaskConfig,
     as_number,
 )
+from mslora_cr.config.shipped import find_config, find_deepspeed
 from mslora_cr.utils.errors import nearest
 
-DEFAULTS = Path(__file__).with_name("defaults")
-"""The configurations that the package ships."""
 SAVE_STRATEGIES = ("steps", "epoch", "no")
 """When checkpoints may be written; transformers also has `best`, which needs evaluations that there are none of."""
 EXPECTED = {
@@ -42,7 +41,7 @@ EXPECTED = {
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
-    """Read a run's YAML file and apply `key.path=value` overrides (values are YAML).
+    """Read a run's YAML file, or the shipped one of that name, and apply `key.path=value` overrides (values are YAML).
 
     `tasks.pathvqa.epochs=1` names a task, `tasks.*.epochs=1` all of them, `tasks=[pathvqa,derm]` keeps those.
 
@@ -50,7 +49,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig
         ConfigError: unreadable file, unsafe YAML, unknown key (with the nearest known one), wrong type, repeated or
             unknown task, bad override.
     """
-    raw = _merge({"datasets": _catalogued_datasets()}, _read_layers(Path(path), seen=()))
+    raw = _merge({"datasets": _catalogued_datasets()}, read_layers(path))
     for override in overrides:
         _apply_override(raw, override)
     try:
@@ -66,10 +65,36 @@ def _catalogued_datasets() -> dict[str, Any]:
     return {name: {**{key: entry[key] for key in fields}, "published": name} for name, entry in entries.items()}
 
 
-def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's mapping, laid over the file that its `extends` names (relative to itself)."""
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: `extends` leads back to this file")
+def layers(given: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A file's mapping, that of the file that its `extends` names (relative to itself, or shipped), and so on.
+
+    Raises:
+        ConfigError: a file cannot be read, is no mapping, or extends itself.
+    """
+    found: list[tuple[Path, dict[str, Any]]] = []
+    path = find_config(given)
+    while True:
+        if path.resolve() in {earlier.resolve() for earlier, _ in found}:
+            raise ConfigError(f"{path}: `extends` leads back to this file")
+        content = _read_mapping(path)
+        parent = content.pop("extends", None)
+        found.append((path, content))
+        if parent is None:
+            return found
+        if not isinstance(parent, str):
+            raise ConfigError(f"{path}: `extends` must name one file")
+        path = find_config(parent, path.parent)
+
+
+def read_layers(given: str | Path) -> dict[str, Any]:
+    """What a file and those that it extends say together; nothing is checked but that they are plain YAML."""
+    merged: dict[str, Any] = {}
+    for _, content in reversed(layers(given)):
+        merged = _merge(merged, content)
+    return merged
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         loaded = _plain_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -80,12 +105,7 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: the file is empty")
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(loaded).__name__}")
-    parent = loaded.pop("extends", None)
-    if parent is None:
-        return loaded
-    if not isinstance(parent, str):
-        raise ConfigError(f"{path}: `extends` must name one file")
-    return _merge(_read_layers(path.parent / parent, (*seen, path.resolve())), loaded)
+    return loaded
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -241,6 +261,8 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
             checked[key] = adapter.validate_python(as_number(value) if _wants_number(hints[key]) else value)
         except ValidationError as error:
             raise ConfigError(f"training.{key}: {_fault(error.errors()[0])}") from None
+        if key == "deepspeed" and isinstance(checked[key], str):
+            checked[key] = str(find_deepspeed(checked[key]))
         if key == "save_strategy" and checked[key] not in SAVE_STRATEGIES:
             raise ConfigError(f"training.save_strategy is {value!r}; choose one of {', '.join(SAVE_STRATEGIES)}")
         if isinstance(checked[key], float) and not math.isfinite(checked[key]):
