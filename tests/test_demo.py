@@ -66,7 +66,7 @@ def test_the_demo_compares_its_methods_and_goes_on_where_it_was(
     [
         ("method=ewc", "method: the demo always compares mslora_cr and sequential"),
         ("run=x", "run: the demo always compares"),
-        ("evaluation.banks_by=routed", "mslora-cr evaluate configs/demo.yaml --banks-by routed"),
+        ("evaluation.banks_by=routed", "mslora-cr evaluate demo --banks-by routed"),
         ("tasks=[nmi, iu-x-ray]", "tasks: the demo compares closed questions, and none of these tasks has any"),
         ("model.path=elsewhere", "model.path: the demo makes its own model"),
         ("model.device=cuda", "model.device is cuda"),
