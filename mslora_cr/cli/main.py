@@ -17,6 +17,7 @@ from mslora_cr.cli.demo import add_demo
 from mslora_cr.cli.evaluate import add_evaluate, add_score
 from mslora_cr.cli.export import add_export
 from mslora_cr.cli.model import add_model
+from mslora_cr.cli.push import add_push
 from mslora_cr.cli.report import add_analyze, add_compare, add_report
 from mslora_cr.cli.sweep import add_sweep
 from mslora_cr.cli.train import add_train
@@ -119,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_config_command(commands)
     add_ask(commands)
     add_export(commands)
+    add_push(commands)
     add_data(commands)
     add_model(commands)
     add_bank(commands)

@@ -59,12 +59,27 @@ def export(
         ConfigError, BankError, ModelError: before anything is written, if there is nothing to export or the format
             cannot hold it.
     """
-    run = RunBanks(config, finished_banks(config))
     if kind == "published":
         if task is not None or stage is not None:
             raise ConfigError("a published run holds the banks of all tasks; leave --task and --stage out")
-        yield from export_chain(run.banks, config, output)
+        yield from export_chain(finished_banks(config), config, output)
         return
+    chosen, stage = plan_export(config, kind, task, stage)
+    if kind == "merged":
+        yield from _merged(config, output, chosen, stage)
+    else:
+        yield from _adapters(config, output, chosen, stage, base)
+
+
+def plan_export(
+    config: StreamConfig, kind: Format, task: str | None, stage: int | None
+) -> tuple[dict[str, list[Bank]], int]:
+    """The folders that `export` would write, each with the banks that go into it, and the stage.
+
+    Raises:
+        ConfigError, BankError: as `export`.
+    """
+    run = RunBanks(config, finished_banks(config))
     stage = run.stage(stage)
     chosen = {name: run.answering(None if name == ALL else name, stage) for name in _names(run, task, stage)}
     for name, banks in chosen.items():
@@ -74,10 +89,7 @@ def export(
             )
         if kind == "peft" and not banks:
             raise BankError(f"{name}: no bank answers at stage {stage}; there is no adapter to write")
-    if kind == "merged":
-        yield from _merged(config, output, chosen, stage)
-    else:
-        yield from _adapters(config, output, chosen, stage, base)
+    return chosen, stage
 
 
 def _names(run: RunBanks, task: str | None, stage: int) -> Sequence[str]:

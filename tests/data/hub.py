@@ -1,5 +1,6 @@
 """A stand-in for the Hugging Face hub: the few endpoints that downloads use, with faults on demand."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -30,6 +31,7 @@ class Hub(ThreadingHTTPServer):
         self.dying: set[str] = set()
         self.damaged: set[str] = set()
         self.gated: set[str] = set()
+        self.private: set[str] = set()
         self.transfers: list[tuple[str, str | None]] = []
 
     @property
@@ -68,6 +70,32 @@ class _Handler(BaseHTTPRequestHandler):
         if len(content) > LARGE:
             return self._send(302, b"", {"Location": f"{self.server.url}/cdn/{repo}/resolve/{COMMIT}/{path}"})
         return self._file(content, path)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Authorization") != "Bearer writer":
+            return self._send(403, b'{"error": "this token may not write"}')
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        repo, action = "/".join(parts[1:4]), parts[4:5]
+        if parts[1:] == ["repos", "create"]:
+            asked = json.loads(body)
+            repo = f"models/{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            self.server.repos.setdefault(repo, {})
+            if "private" in (asked.get("visibility"), asked.get("private") and "private"):
+                self.server.private.add(repo)
+            return self._json({"url": f"{self.server.url}/{repo.removeprefix('models/')}"})
+        if action == ["preupload"]:
+            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            return self._json({"files": files})
+        if action == ["commit"]:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.repos[repo][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return self._json({"success": True, "commitOid": COMMIT, "commitUrl": f"{self.server.url}/{repo}"})
+        return self._json({})  # the card's front matter is valid
+
+    def _json(self, content: dict) -> None:
+        self._send(200, json.dumps(content).encode())
 
     def _api(self, repo: str, rest: list[str]) -> None:
         if repo in self.server.gated:

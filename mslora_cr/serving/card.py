@@ -1,0 +1,249 @@
+"""The model card of an exported run, made from its ledger, its evaluation and the data sets' catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.sources.catalog import catalog
+from mslora_cr.evaluation.intervals import CONFIDENCE
+from mslora_cr.evaluation.results import Cell, Evaluation
+
+Uploaded = Literal["peft", "merged"]
+SECRET = ("token", "key", "secret", "password")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card tells of.
+
+    Attributes:
+        config: of the run. repo: where it goes. kind: what is uploaded. base: the base model's name on the hub.
+        folders: by what is uploaded, a task or `model`, its folder in the repository, "" for the repository itself.
+        banks: by the same, the banks that answer. ledger: the run's finished tasks. made_with: versions, commit,
+        hardware. evaluation: the run's, if there is one.
+    """
+
+    config: StreamConfig
+    repo: str
+    kind: Uploaded
+    base: str
+    folders: Mapping[str, str]
+    banks: Mapping[str, Sequence[str]]
+    ledger: Mapping[str, Mapping[str, Any]]
+    made_with: Mapping[str, Any]
+    evaluation: Evaluation | None
+
+    def text(self) -> str:
+        """The whole `README.md`."""
+        parts = (self._head, self._title, self._loading, self._scores, self._data, self._use, self._training)
+        return "\n\n".join(part().strip() for part in parts) + "\n"
+
+    def _head(self) -> str:
+        modalities = sorted({task.modality for task in self.config.stream})
+        tags = [
+            "medical",
+            "continual-learning",
+            "mslora-cr",
+            "llava-med",
+            self.config.method.replace(":", "-"),
+            *modalities,
+        ]
+        data = ModelCardData(
+            base_model=self.base,
+            base_model_relation="adapter" if self.kind == "peft" else "finetune",
+            library_name="peft" if self.kind == "peft" else "transformers",
+            pipeline_tag="image-text-to-text",
+            language="en",
+            license="other",
+            license_name="base-model-and-data-sets",
+            license_link="#data-and-licences",
+            tags=[*tags, *(["lora"] if self.kind == "peft" else [])],
+            model_name=self.config.run,
+            eval_results=self._results() or None,
+        )
+        return f"---\n{data.to_yaml()}\n---"
+
+    def _results(self) -> list[EvalResult]:
+        return [
+            EvalResult(
+                task_type="visual-question-answering",
+                dataset_type=task,
+                dataset_name=_title(task),
+                dataset_split="test",
+                metric_type=metric.replace(" ", "_"),
+                metric_name=metric,
+                metric_value=round(value, 2),
+                metric_args={
+                    "confidence": CONFIDENCE,
+                    "low": round(cell.intervals[metric][0], 2),
+                    "high": round(cell.intervals[metric][1], 2),
+                    "questions": cell.rows,
+                },
+            )
+            for task, cell in self._cells().items()
+            for metric, value in cell.metrics.items()
+        ]
+
+    def _cells(self) -> dict[str, Cell]:
+        """What is known of the very banks that are uploaded, by task."""
+        found: dict[str, Cell] = {}
+        for cell in self.evaluation.cells if self.evaluation else ():
+            banks = self.banks.get(cell.task, self.banks.get("model"))
+            if banks is not None and list(banks) == list(cell.banks):
+                found[cell.task] = cell
+        return found
+
+    def _title(self) -> str:
+        what = "LoRA adapters" if self.kind == "peft" else "Models with their LoRA banks merged in"
+        tasks = "\n".join(
+            f"- `{folder or '.'}`: {_title(name) if name != 'model' else 'every task'}, "
+            f"banks {', '.join(self.banks[name]) or 'none: the base model itself'}"
+            for name, folder in self.folders.items()
+        )
+        return f"""# {_cell(self.config.run)}
+
+{what} of [MSLoRA-CR](https://github.com/VentusAislant/MSLoRA_CR), continual learning of biomedical imaging tasks, one
+LoRA bank per task over `{self.base}`. Method `{self.config.method}`, a stream of {len(self.config.tasks)} tasks:
+{", ".join(_cell(task.name) for task in self.config.stream)}.
+
+{tasks}"""
+
+    def _loading(self) -> str:
+        name, folder = next(iter(self.folders.items()))
+        where = f', subfolder="{folder}"' if folder else ""
+        if self.kind == "merged":
+            load = f"""model = LlavaForConditionalGeneration.from_pretrained("{self.repo}"{where}, dtype="auto")
+processor = AutoProcessor.from_pretrained("{self.repo}"{where})"""
+        else:
+            load = f"""# {self.base} in transformers' layout, as `mslora-cr export RUN --format peft` writes it
+base = "exported/base"
+model = LlavaForConditionalGeneration.from_pretrained(base, dtype="auto")
+model = PeftModel.from_pretrained(model, "{self.repo}"{where})
+processor = AutoProcessor.from_pretrained(base)"""
+        peft = "from peft import PeftModel\n" if self.kind == "peft" else ""
+        return f"""## How to load
+
+```python
+{peft}from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+{load}
+content = [{{"type": "image"}}, {{"type": "text", "text": "Your question about {name}?"}}]
+prompt = processor.apply_chat_template([{{"role": "user", "content": content}}])
+image = Image.open("image.png").convert("RGB")
+inputs = processor(text=prompt, images=[image], add_special_tokens=False, return_tensors="pt")
+ids = model.generate(**inputs.to(model.dtype), max_new_tokens=100, do_sample=False)
+print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```"""
+
+    def _scores(self) -> str:
+        cells = self._cells()
+        if not cells:
+            return "## Scores\n\nThese banks have not been evaluated with this project."
+        rows = [
+            f"| {_cell(task)} | {cell.rows} | {metric} | {value:.2f} | {cell.intervals[metric][0]:.2f} to "
+            f"{cell.intervals[metric][1]:.2f} |"
+            for task, cell in cells.items()
+            for metric, value in cell.metrics.items()
+        ]
+        return "\n".join(
+            [
+                "## Scores",
+                "",
+                f"In percent, greedy answers to the test questions, with bootstrap intervals of {CONFIDENCE:.0%} over "
+                "the questions. They do not cover other seeds, orders of tasks, or hospitals.",
+                "",
+                "| task | questions | metric | score | interval |",
+                "| --- | --- | --- | --- | --- |",
+                *rows,
+            ]
+        )
+
+    def _data(self) -> str:
+        rows = []
+        for task in self.config.stream:
+            known = catalog().get(task.name)
+            told = (known.source, known.license) if known else ("the author's own", "ask the author")
+            rows.append(f"| {_cell(_title(task.name))} | {task.modality} | {_cell(told[0])} | {_cell(told[1])} |")
+        return "\n".join(
+            [
+                "## Data and licences",
+                "",
+                "| data set | modality | source | licence |",
+                "| --- | --- | --- | --- |",
+                *rows,
+                "",
+                "The terms of the base model and of every data set above apply to what was trained on them; the "
+                "sources have the last word. Licences are those that MSLoRA-CR's catalogue states for data sets of "
+                "these names; whether the data were theirs is for the author to say.",
+            ]
+        )
+
+    def _use(self) -> str:
+        return """## Intended use and limits
+
+For research on continual learning and on vision-language models in medical imaging. **Not for clinical use**: not for
+diagnosis, triage or treatment, nor for advice to patients; it is no medical device and was not tried on patients' care.
+
+- It answers every question, also about pictures of a kind that it has never seen, and does not say how sure it is.
+- The task of a question must be known, to take its adapter or model; the scores above are given that.
+- Test pictures come from the same sources as training pictures; expect less elsewhere, and for people whom those data
+  sets hold few of.
+- Biases and errors of the base model remain. Its images and text are largely English-language publications."""
+
+    def _training(self) -> str:
+        rows = [
+            f"| {_cell(task)} | {entry.get('steps', '')} | {_number(entry.get('train_loss'))} | "
+            f"{_number(entry.get('seconds'))} |"
+            for task, entry in self.ledger.items()
+        ]
+        versions = ", ".join(f"{name} {version}" for name, version in self.made_with.get("versions", {}).items())
+        commit = (self.made_with.get("git") or {}).get("commit", "not recorded")
+        gpus = ", ".join((self.made_with.get("hardware") or {}).get("gpus", [])) or "none"
+        settings = _without_secrets(self.config.fingerprint_fields())
+        return "\n".join(
+            [
+                "## Training",
+                "",
+                "| task | steps | training loss | seconds |",
+                "| --- | --- | --- | --- |",
+                *rows,
+                "",
+                f"Made with {versions or 'versions that are not recorded'}; commit {commit}; GPUs: {gpus}.",
+                "",
+                "What decided the banks, as the run's configuration has it:",
+                "",
+                "```yaml",
+                yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip(),
+                "```",
+            ]
+        )
+
+
+def _title(task: str) -> str:
+    return catalog()[task].title if task in catalog() else task
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "not known"
+
+
+def _cell(text: str) -> str:
+    """Text that stays within its cell of a Markdown table and is no markup."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _without_secrets(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {
+            key: _without_secrets(value)
+            for key, value in node.items()
+            if not any(word in str(key).lower() for word in SECRET) or isinstance(value, int | float)
+        }
+    return [_without_secrets(item) for item in node] if isinstance(node, list) else node

@@ -1,0 +1,133 @@
+"""Adapters or merged models to the Hugging Face hub, with a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.sources.download import RECORD as DOWNLOAD
+from mslora_cr.evaluation.results import read_evaluation
+from mslora_cr.runs.ledger import Ledger
+from mslora_cr.serving.card import Card, Uploaded
+from mslora_cr.serving.export import export, plan_export
+from mslora_cr.utils.errors import UserError
+
+CARD = "model_card.md"
+
+
+class PushError(UserError):
+    """Nothing is uploaded, or not all."""
+
+
+def write_card(
+    config: StreamConfig, repo: str, kind: Uploaded, task: str | None, stage: int | None, base: str | None
+) -> Path:
+    """Write the card alone, as `model_card.md` in the run folder.
+
+    Raises:
+        ConfigError, BankError: as `export`.
+        PushError: the repository's or the base model's name is missing or wrong.
+    """
+    path = config.run_dir / CARD
+    path.write_text(_card(config, repo, kind, task, stage, base).text(), encoding="utf-8")
+    return path
+
+
+def push(
+    config: StreamConfig,
+    repo: str,
+    kind: Uploaded = "peft",
+    task: str | None = None,
+    stage: int | None = None,
+    base: str | None = None,
+    public: bool = False,
+    endpoint: str | None = None,
+) -> str:
+    """Export a run, and upload it with its card; returns the repository's address.
+
+    The account is that of `HF_TOKEN` in the environment or of `hf auth login`.
+
+    Args:
+        repo: `owner/name`; made if it is not there, private unless `public`. One that is there keeps its visibility.
+        base: the base model's name on the hub; not given: where `mslora-cr model download` fetched it from.
+
+    Raises:
+        ConfigError, BankError, ModelError: before anything is uploaded.
+        PushError: names are missing or wrong, or the hub refuses.
+    """
+    card = _card(config, repo, kind, task, stage, base)
+    place = config.run_dir / ".push"
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        whole = place / "repository"
+        for folder in export(config, place / "exported", kind, task, stage, card.base if kind == "peft" else None):
+            target = whole / card.folders[folder.name]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(target)
+        (whole / "README.md").write_text(card.text(), encoding="utf-8")
+        return _upload(whole, repo, public, f"{config.run}: {kind}", endpoint)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _upload(folder: Path, repo: str, public: bool, message: str, endpoint: str | None) -> str:
+    api = HfApi(endpoint=endpoint)
+    try:
+        address = api.create_repo(repo, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+    except Exception as error:  # the hub's, the HTTP library's and the system's errors alike
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status in (401, 403):
+            raise PushError(
+                f"{repo}: the hub does not let this account write there (HTTP {status}); log in with `hf auth login` "
+                "or set HF_TOKEN to a token that may write"
+            ) from None
+        raise PushError(f"{repo}: the upload stopped ({error}); run the same command again") from error
+    return str(address)
+
+
+def _card(
+    config: StreamConfig, repo: str, kind: Uploaded, task: str | None, stage: int | None, base: str | None
+) -> Card:
+    _check_name(repo, "REPO")
+    chosen, _ = plan_export(config, kind, task, stage)
+    content: dict[str, Any] = Ledger.read(config).content
+    return Card(
+        config=config,
+        repo=repo,
+        kind=kind,
+        base=_base(config, base),
+        folders={name: name if len(chosen) > 1 else "" for name in chosen},
+        banks={name: [bank.name for bank in banks] for name, banks in chosen.items()},
+        ledger=content["tasks"],
+        made_with=content,
+        evaluation=read_evaluation(config.results_run_dir),
+    )
+
+
+def _base(config: StreamConfig, base: str | None) -> str:
+    record = Path(config.model.path) / DOWNLOAD
+    if base is None and record.is_file():
+        base = json.loads(record.read_text(encoding="utf-8")).get("repo")
+    if base is None:
+        raise PushError(
+            f"{config.model.path} does not say which model of the hub it is; name it with --base OWNER/NAME"
+        )
+    _check_name(base, "--base")
+    return base
+
+
+def _check_name(name: str, what: str) -> None:
+    try:
+        validate_repo_id(name)
+        if name.count("/") != 1:
+            raise HFValidationError(f"{name!r} is not of the form owner/name")
+    except HFValidationError as error:
+        raise PushError(f"{what}: {error}") from None
