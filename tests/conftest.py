@@ -24,6 +24,8 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny_a"
 STEPS = {"pathvqa": 4, "slake-vqarad": 4, "PCAM": 4}
 """Optimizer steps of each task of the tiny stream."""
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here")
+
 ConfigWriter = Callable[..., Path]
 
 

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mslora_cr.banks.bank import Bank, BankError, concatenated
 from mslora_cr.banks.experts import copy_routers, route, routers_of
+from mslora_cr.banks.fused import FusedLinear, fuse, fused_layers
 from mslora_cr.banks.io import PEFT_PREFIX, lora_config
 from mslora_cr.models.layout import LANGUAGE_LINEARS
 from mslora_cr.utils.precision import ieee_float32
@@ -112,7 +113,7 @@ class BankStack:
         if not banks:
             return
         rank = sum(bank.rank for bank in banks)
-        model = get_peft_model(self.base, lora_config(rank, rank), adapter_name=FROZEN)
+        model = self._with_adapter(lora_config(rank, rank), FROZEN)
         matrices = {name: concatenated(name, banks) for name in self._linears}
         _copy_into(model, FROZEN, matrices)
         if banks[0].routers:
@@ -120,6 +121,22 @@ class BankStack:
             copy_routers(model, FROZEN, banks[0].routers)
         model.requires_grad_(False)
         self.model = model
+
+    def _with_adapter(self, config: LoraConfig, name: str) -> PeftModel:
+        if all(linear.weight.is_floating_point() for linear in self._linears.values()):
+            config._register_custom_module({nn.Linear: FusedLinear})
+        model = get_peft_model(self.base, config, adapter_name=name)
+        fuse(model)
+        return model
+
+    @property
+    def layer(self) -> str:
+        """How the banks' layers compute: `fused`, one operation each, or `peft`."""
+        return "fused" if fused_layers(self.model) else "peft"
+
+    def external_parameters(self) -> dict[nn.Module, list[nn.Parameter]]:
+        """Layers that read parameters of modules that they do not call, and those parameters, for ZeRO-3."""
+        return {layer: list(layer.parameters_read()) for layer in fused_layers(self.model)}
 
     def add_trainable(
         self, rank: int, alpha: float, dropout: float = 0.0, initial: Bank | None = None, experts: int = 1
@@ -138,7 +155,7 @@ class BankStack:
             self.model.base_model.set_adapter([FROZEN, TRAINABLE], inference_mode=True)
             self.model.set_requires_grad(TRAINABLE, True)
         else:
-            self.model = get_peft_model(self.base, config, adapter_name=TRAINABLE)
+            self.model = self._with_adapter(config, TRAINABLE)
         if experts > 1:
             route(self.model, TRAINABLE, experts)
         if initial is not None:

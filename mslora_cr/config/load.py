@@ -6,7 +6,7 @@ import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ConfigDict, ValidationError
@@ -245,11 +245,14 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
     import dataclasses
     from typing import get_type_hints
 
-    from pydantic import TypeAdapter
+    from pydantic import NonNegativeInt, StrictBool, TypeAdapter
     from transformers import TrainingArguments
 
     names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    hints = get_type_hints(TrainingArguments)
+    hints = {
+        **get_type_hints(TrainingArguments),
+        "gradient_checkpointing": StrictBool | NonNegativeInt | Literal["auto"],
+    }
     checked = {}
     for key, value in config.training.items():
         if key in DERIVED_TRAINING_FIELDS:
@@ -260,6 +263,9 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
         try:
             checked[key] = adapter.validate_python(as_number(value) if _wants_number(hints[key]) else value)
         except ValidationError as error:
+            if key == "gradient_checkpointing":
+                expected = "should be true, false, auto, or how many layers"
+                raise ConfigError(f"training.{key}: {expected}, found {value!r}") from None
             raise ConfigError(f"training.{key}: {_fault(error.errors()[0])}") from None
         if key == "deepspeed" and isinstance(checked[key], str):
             checked[key] = str(find_deepspeed(checked[key]))

@@ -29,6 +29,7 @@ from pydantic import (
 
 from mslora_cr.config.methods import check_method, load_method, method_names
 from mslora_cr.utils.errors import UserError, nearest
+from mslora_cr.utils.kernels import chosen_kernels
 
 LEARNABLE = -1
 """The published spelling of a penalty weight that is learned as exp(a)."""
@@ -76,6 +77,8 @@ class ModelConfig(Section):
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """A process takes its own GPU among those that CUDA_VISIBLE_DEVICES names; `auto`: the CPU where there is none."""
+    kernels: Literal["auto", "liger", "torch"] = "auto"
+    """What computes norms, rotations and activations in training; `auto`: Liger on a GPU where it is installed."""
 
 
 class DataConfig(Section):
@@ -307,8 +310,11 @@ class StreamConfig(Section):
         """
         tasks = self.tasks if last is None or load_method(self.method).all_at_once else self.tasks[: last.index + 1]
         found = self.model_dump(mode="json", exclude={"run", "output_dir", "results_dir", "evaluation", "datasets"})
-        for place, key in UNDECIDING_FIELDS:
+        for place, key in (field.split(".") for field in UNDECIDING_FIELDS):
             del found[place][key]
+        found["model"]["kernels"] = chosen_kernels(self.model.kernels, self.model.device)
+        if found["model"]["kernels"] == "torch":  # as every bank was trained before there was a choice
+            del found["model"]["kernels"]
         for key in UNDECIDING_TRAINING_FIELDS:
             found["training"].pop(key, None)
         modalities = {task.name: self.datasets[task.name].modality for task in tasks}
@@ -319,13 +325,9 @@ class StreamConfig(Section):
         return hashlib.sha256(json.dumps(self.fingerprint_fields(last), sort_keys=True).encode()).hexdigest()
 
 
-UNDECIDING_FIELDS = (
-    ("model", "path"),
-    ("model", "device"),
-    ("data", "root"),
-    ("data", "check_images"),
-    ("data", "cache_image_features"),
-    ("regularization", "frozen_device"),
+UNDECIDING_FIELDS = frozenset(
+    {"model.path", "model.device", "data.root", "data.check_images", "data.cache_image_features"}
+    | {"regularization.frozen_device"}
 )
 """Settings that say where or how fast, not what the banks become: of base model and records, the ledger has digests."""
 

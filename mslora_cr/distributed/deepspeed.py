@@ -10,7 +10,7 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,28 @@ def prepare_deepspeed(use_gpu: bool) -> None:
     deepspeed.init_distributed()
 
 
-def partition(model: nn.Module, deepspeed_config: Mapping[str, Any]) -> None:
-    """Share a model's parameters among the ranks one by one (ZeRO-3), so that no GPU ever holds all of them."""
+def partition(
+    model: nn.Module,
+    deepspeed_config: Mapping[str, Any],
+    device: torch.device,
+    external: Mapping[nn.Module, Sequence[nn.Parameter]],
+) -> None:
+    """Share a model's parameters among the ranks one by one (ZeRO-3), so that no GPU ever holds all of them.
+
+    Args:
+        model: on the CPU.
+        device: where this rank computes; buffers, which are not shared, go there whole.
+        external: for modules that read parameters of modules that they do not call, those parameters.
+    """
     import deepspeed
 
     deepspeed.zero.Init(module=model, config_dict_or_path=dict(deepspeed_config))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    for module, parameters in external.items():
+        for parameter in parameters:
+            deepspeed.zero.register_external_parameter(module, parameter)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def decoding(config: StreamConfig) -> Decoding:
 def fingerprint_fields(config: StreamConfig) -> dict[str, Any]:
     """What decides answers, whoever gives them; reads some of the base model's weights."""
     return {
-        "model": config.model.model_dump(exclude={"device", "path"}),
+        "model": config.model.model_dump(exclude={"device", "path", "kernels"}),
         "weights": base_digest(config),
         "data": config.data.model_dump(exclude={"root", "check_images", "cache_image_features"}),
         "max_new_tokens": config.evaluation.max_new_tokens,

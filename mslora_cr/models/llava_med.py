@@ -7,7 +7,7 @@ The shards carry a vision tower of their own; the published code ignores it and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,14 @@ def load(
     return _with_processors(path, model, source)
 
 
+def decoder_layers(model: LlavaForConditionalGeneration) -> Sequence[nn.Module]:
+    """The language model's decoder layers."""
+    return list(model.model.language_model.layers)
+
+
 def last_mlp(model: LlavaForConditionalGeneration) -> nn.Module:
     """The MLP of the language model's last decoder layer."""
-    return model.model.language_model.layers[-1].mlp
+    return decoder_layers(model)[-1].get_submodule("mlp")
 
 
 def _loading_options(dtype: torch.dtype, quantization: str | None, device: torch.device | str) -> dict[str, Any]:

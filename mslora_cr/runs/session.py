@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,6 +26,7 @@ from mslora_cr.distributed.comm import (
 from mslora_cr.distributed.launch import TIMEOUT_SECONDS, start_process_group
 from mslora_cr.models import llava_med
 from mslora_cr.models.digest import weights_digest
+from mslora_cr.models.kernels import use_kernels
 from mslora_cr.models.vision import detach_tower, tower_features
 from mslora_cr.routing.features import FeatureExtractor, sampled_records
 from mslora_cr.routing.lda import TaskStatistics, statistics_of
@@ -62,9 +63,15 @@ def task_image_roots(config: StreamConfig, task: Task) -> list[Path]:
     return image_roots(Path(config.data.root), task.folder, task.image_folders)
 
 
-def load_base(config: StreamConfig, device: torch.device | str) -> llava_med.LlavaMed:
-    """The base model as the configuration asks for it."""
-    return llava_med.load(
+def load_base(
+    config: StreamConfig, device: torch.device | str, kernels: Literal["liger", "torch"] = "torch"
+) -> llava_med.LlavaMed:
+    """The base model as the configuration asks for it.
+
+    Args:
+        kernels: what computes the small operations; answers are computed by PyTorch.
+    """
+    base = llava_med.load(
         Path(config.model.path),
         vision_tower=config.model.vision_tower,
         dtype=getattr(torch, config.model.dtype),
@@ -72,6 +79,8 @@ def load_base(config: StreamConfig, device: torch.device | str) -> llava_med.Lla
         device=device,
         quantization=config.model.quantization,
     )
+    use_kernels(base.model, kernels)
+    return base
 
 
 def base_digest(config: StreamConfig) -> str:

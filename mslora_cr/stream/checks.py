@@ -8,6 +8,7 @@ from typing import Any
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.images import check_images, resolve_image
 from mslora_cr.data.records import DataError, TrainingRecords
+from mslora_cr.distributed.comm import get_device
 from mslora_cr.distributed.deepspeed import zero_stage
 from mslora_cr.methods.base import Method, method_of
 from mslora_cr.runs.ledger import Ledger
@@ -26,6 +27,8 @@ def check_trainable(config: StreamConfig, fields: dict[str, Any]) -> None:
         raise ConfigError(
             "training.deepspeed: ZeRO-3 cannot shard a quantised base; use zero2, or no model.quantization"
         )
+    if config.model.kernels == "liger" and get_device(config.model.device).type != "cuda":
+        raise ConfigError("model.kernels: liger needs a GPU; set it to auto, or to torch")
     method = method_of(config)
     penalised = type(method).penalty is not Method.penalty
     if fields.get("fp16") and penalised and any(method.regularizes(config, task) for task in method.trained(config)):

@@ -50,6 +50,7 @@ from mslora_cr.training.callbacks import JsonLinesCallback
 from mslora_cr.training.checkpoints import check_same_launch, checkpoints, writing
 from mslora_cr.training.trainer import BankTrainer
 from mslora_cr.utils.files import file_digest
+from mslora_cr.utils.kernels import chosen_kernels
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     sharded = zero_stage(run.fields.get("deepspeed")) == 3
     device = get_device(config.model.device)
     # Everything is built before DeepSpeed knows of the task: transformers would partition what it loads afterwards.
-    base = load_base(config, "cpu" if sharded else device)
+    kernels = chosen_kernels(config.model.kernels, config.model.device)
+    base = load_base(config, "cpu" if sharded else device, kernels)
     router = router_statistics(config, task, run.records[task.name], base) if needs_task(config) else None
     samples = training_samples(run, task, base)
     frozen = run.ledger.banks(config, frozen_tasks(config, task))
@@ -173,7 +175,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     # Its default is inside the work folder, which goes when the task is done.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / "logs" / "tensorboard" / task.name)
     if sharded:
-        partition(stack.model, args.hf_deepspeed_config.config)
+        partition(stack.model, args.hf_deepspeed_config.config, device, stack.external_parameters())
     trainer = BankTrainer(
         stack=stack,
         samples=samples,
@@ -185,6 +187,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
         penalty=penalty,
         distillation=method.distillation(setup) if regularizes else None,
         callbacks=[JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
+        checkpointing=run.fields.get("gradient_checkpointing", False),
     )
     return trainer, router
 
@@ -228,6 +231,9 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
         "train_loss": mean_loss,
         "seconds": round(trainer.seconds, 3),
         "padding": padding,
+        "bank_layer": trainer.stack.layer,
+        "kernels": chosen_kernels(config.model.kernels, config.model.device),
+        "recomputed_layers": trainer.recomputation.count,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "frozen_bank_bytes": trainer.penalty.frozen_bytes if trainer.penalty else 0,
         "weights": trainer.penalty.weights if trainer.penalty else None,

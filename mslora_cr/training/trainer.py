@@ -25,10 +25,11 @@ from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.distributed.comm import barrier
 from mslora_cr.distributed.deepspeed import float32_value, gather_params, reshard
 from mslora_cr.losses.penalty import Distillation, Key, Penalty
-from mslora_cr.models.llava_med import last_mlp
+from mslora_cr.models.llava_med import decoder_layers, last_mlp
 from mslora_cr.models.sparse_mlp import SparseMLP
 from mslora_cr.training.callbacks import TowerOutsideGraph
 from mslora_cr.training.checkpoints import BANK_FOLDER, LAUNCH, STATE, checkpoints, launch, writing
+from mslora_cr.training.recomputation import Recomputation, Setting
 from mslora_cr.training.sampler import FixedOrderSampler
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import replace_folder
@@ -73,6 +74,7 @@ class BankTrainer(Trainer):
         penalty: Penalty | None = None,
         distillation: Distillation | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        checkpointing: Setting = False,
     ) -> None:
         """
         Args:
@@ -82,13 +84,16 @@ class BankTrainer(Trainer):
                 epoch shuffles them all.
             penalty: what joins the cross entropy once per update, if anything.
             distillation: what joins it in every micro-batch, if anything.
+            checkpointing: which decoder layers' activations are recomputed; `args.gradient_checkpointing` must be true
+                unless it is none.
         """
+        self.recomputation = Recomputation(decoder_layers(stack.base), checkpointing)
         super().__init__(
             model=stack.model,
             args=args,
             train_dataset=samples,
             data_collator=collator,
-            callbacks=[TowerOutsideGraph(), *(callbacks or [])],
+            callbacks=[TowerOutsideGraph(), self.recomputation, *(callbacks or [])],
         )
         self.stack = stack
         self.samples = samples
@@ -106,6 +111,7 @@ class BankTrainer(Trainer):
         self._positions = torch.zeros(2, dtype=torch.int64, device=args.device)  # with a token, and all
         self._started = time.monotonic()
         self._trainable = stack.trainable()
+        self._parameters = stack.trainable_parameters()
         if penalty is not None:
             for module, pair in self._trainable.items():
                 for half, parameter in enumerate(pair):
@@ -172,12 +178,20 @@ class BankTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """A micro-batch; the last one of an update carries the penalty."""
+        if self.recomputation.undecided:
+            self._decide_recomputation()
         last = self.penalty is not None and self.accelerator.sync_gradients
         penalty = self._prepare_penalty() if last else None
         mask = inputs["attention_mask"]
         self._positions[0] += mask.sum()
         self._positions[1] += mask.numel()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        step = super().training_step
+
+        def micro_batch() -> Tensor:
+            return step(model, dict(inputs), num_items_in_batch)
+
+        alone = self.args.world_size == 1 and not self.is_deepspeed_enabled
+        loss = self.recomputation.retrying(self._parameters, micro_batch) if alone else micro_batch()
         self._pending.clear()
         for name, value in self._micro_batch.items():
             self._log_term(name, value)
@@ -205,17 +219,35 @@ class BankTrainer(Trainer):
 
         On every rank for a sample of its own, and for each as often: under ZeRO-3 all ranks share each pass.
         """
-        batch = self._prepare_inputs(self.data_collator([self.samples[index]]))
+        keys = {(name, half): matrix for name, pair in self._trainable.items() for half, matrix in enumerate(pair)}
+        gradients = torch.autograd.grad(self._summed_loss([index]), list(keys.values()))
+        reshard(self)
+        return {key: gradient.float() for key, gradient in zip(keys, gradients, strict=True)}
+
+    def _summed_loss(self, indices: Sequence[int]) -> Tensor:
+        """The cross entropy of samples, summed over their answers' tokens, beside the Trainer's own steps."""
+        batch = self._prepare_inputs(self.data_collator([self.samples[index] for index in indices]))
         del batch["record_index"]
         keep, targets = loss_mask(batch.pop("labels"))
         self._kept.set_mask(keep)
-        keys = {(name, half): matrix for name, pair in self._trainable.items() for half, matrix in enumerate(pair)}
         with self.compute_loss_context_manager():
             logits = self.stack.model(**batch, logits_to_keep=keep, use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-        gradients = torch.autograd.grad(loss, list(keys.values()))
-        reshard(self)
-        return {key: gradient.float() for key, gradient in zip(keys, gradients, strict=True)}
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+    def _decide_recomputation(self) -> None:
+        """Once, before the first step, from a pass over the longest samples; the same on every rank."""
+        memory = None
+        if self.args.device.type == "cuda":
+            by_length = sorted(range(len(self._lengths)), key=self._lengths.__getitem__)
+            longest = by_length[-self.args.train_batch_size :]
+            self.model.train()
+            memory = self.recomputation.measure(self.args.device, lambda: self._summed_loss(longest), self._parameters)
+            reshard(self)
+        trained = sum(parameter.numel() for parameter in self._parameters)
+        count = torch.tensor([self.recomputation.decide(memory, trained)], device=self.args.device)
+        self.recomputation.use(int(self.accelerator.gather(count).max()))
+        if self.is_world_process_zero():
+            print(f"{self.args.run_name}: {self.recomputation.described(memory)}")
 
     # --- the order of samples ---
 

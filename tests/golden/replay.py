@@ -1,4 +1,4 @@
-"""Replay what the published code computed: `python -m tests.golden.replay DIR`.
+"""Replay what the published code computed: `python -m tests.golden.replay DIR [--device cuda]`.
 
 DIR is in the format of `tests/golden/tiny_a` (see the README beside this file). Everything goes through the project's
 own loader, collator, banks, losses, Trainer and decoding. Prints check, worst deviation, tolerance and verdict, and
@@ -66,14 +66,14 @@ class Check:
 
 
 def absolute(ours: Any, theirs: Any) -> float:
-    ours, theirs = torch.as_tensor(ours, dtype=torch.float64), torch.as_tensor(theirs, dtype=torch.float64)
+    ours, theirs = (torch.as_tensor(numbers, dtype=torch.float64, device="cpu") for numbers in (ours, theirs))
     assert ours.shape == theirs.shape, f"{tuple(ours.shape)} against {tuple(theirs.shape)}"
     return (ours - theirs).abs().max().item() if ours.numel() else 0.0
 
 
 def relative(ours: Any, theirs: Any) -> float:
     """‖ours - theirs‖ / ‖theirs‖."""
-    ours, theirs = torch.as_tensor(ours, dtype=torch.float64), torch.as_tensor(theirs, dtype=torch.float64)
+    ours, theirs = (torch.as_tensor(numbers, dtype=torch.float64, device="cpu") for numbers in (ours, theirs))
     assert ours.shape == theirs.shape, f"{tuple(ours.shape)} against {tuple(theirs.shape)}"
     return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item()
 
@@ -85,10 +85,11 @@ def flat(bank: Bank, like: Bank) -> Tensor:
 
 @dataclass
 class Replay:
-    """All checks of one golden folder, with frozen banks folded one way."""
+    """All checks of one golden folder, with frozen banks folded one way, computed on one device."""
 
     folder: Path
     fold: str
+    device: str = "cpu"
     checks: dict[str, Check] = field(default_factory=dict)
 
     def run(self) -> list[Check]:
@@ -133,7 +134,7 @@ class Replay:
     def load(self) -> llava_med.LlavaMed:
         configs = self.folder.glob("*/config.json")
         [path] = [c.parent for c in configs if json.loads(c.read_text())["model_type"] == "llava_mistral"]
-        return llava_med.load(path, dtype=torch.float32, attn_implementation="eager")
+        return llava_med.load(path, dtype=torch.float32, attn_implementation="eager", device=self.device)
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
@@ -181,6 +182,7 @@ class Replay:
         """Loss, and each sample's logits at its labelled positions."""
         inputs = TrainingCollator(self.preprocessing.tokenizer.pad_token_id)([self.samples[i] for i in batch])
         del inputs["record_index"]
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         keep, targets = loss_mask(inputs["labels"])
         inputs["labels"] = targets
         output = model(**inputs, shift_labels=targets, logits_to_keep=keep)
@@ -191,7 +193,7 @@ class Replay:
         self.see("logits", LOGITS, absolute(torch.cat(logits)[:, ::256], self.tensors[key]))
         for sample, ours, expected in zip(self.batches[0], logits, logprobs, strict=True):
             labels = torch.tensor([label for label in self.samples[sample]["labels"] if label >= 0])
-            picked = ours.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+            picked = ours.cpu().log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
             self.see("target log-probabilities", LOGITS, absolute(picked, expected))
 
     def task(self, expected: dict[str, Any]) -> None:
@@ -202,7 +204,7 @@ class Replay:
         stack = BankStack(self.load().model, self.fold)
         stack.set_frozen(frozen)
         stack.add_trainable(self.training["rank"], self.training["lora_alpha"], initial=self.initial(number))
-        penalties = BankPenalties(frozen, same, torch.device("cpu")) if frozen else None
+        penalties = BankPenalties(frozen, same, torch.device(self.device)) if frozen else None
         steps = self.train(stack, penalties, number)
         self.compare_steps(expected, steps)
         self.compare_ends(expected, stack, penalties)
@@ -220,7 +222,7 @@ class Replay:
                 logging_steps=1,
                 save_strategy="no",
                 report_to="none",
-                use_cpu=True,
+                use_cpu=self.device == "cpu",
                 disable_tqdm=True,
                 remove_unused_columns=False,
                 label_names=["labels"],
@@ -261,7 +263,8 @@ class Replay:
             one = BankPenalties([self.banks[index]], [False], torch.device("cpu"))
             self.see("similarity", PENALTIES, relative(one.terms(theirs.matrices, 0.0, 0.0)[0], similarity))
         if penalties is not None:
-            orthogonality = penalties.terms(theirs.matrices, 0.0, 0.0)[1]
+            matrices = {name: (a.to(self.device), b.to(self.device)) for name, (a, b) in theirs.matrices.items()}
+            orthogonality = penalties.terms(matrices, 0.0, 0.0)[1]
             self.see("orthogonality at the end", PENALTIES, relative(orthogonality, expected["end_ortho"]))
         folded = BankStack(self.load().model, self.fold, reuse=True)
         for count, logprobs in expected["target_logprobs_with_first_k_banks"].items():
@@ -332,13 +335,14 @@ class CompareGradients(TrainerCallback):
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.golden.replay", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder in the format of tests/golden/tiny_a")
-    folder = parser.parse_args(argv).folder
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    args = parser.parse_args(argv)
     logging.disable_progress_bar()
     failed = 0
     for fold in ("merge", "concatenate"):
-        print(f"\nfrozen banks folded by: {fold}")
+        print(f"\nfrozen banks folded by: {fold}, on {args.device}")
         print(f"{'check':<28}{'compared':>9}{'worst deviation':>17}{'tolerance':>11}  verdict")
-        for check in Replay(folder, fold).run():
+        for check in Replay(args.folder, fold, args.device).run():
             verdict = "ok" if check.passed else "FAILED"
             print(f"{check.name:<28}{check.comparisons:>9}{check.worst:>17.2e}{check.tolerance:>11.0e}  {verdict}")
             failed += not check.passed

@@ -1,0 +1,145 @@
+"""Which decoder layers' activations are recomputed in the backward pass (gradient checkpointing), and which are kept.
+
+Recomputing a layer costs its forward pass once more and changes no number, so only as many are recomputed as memory
+asks for: the first ones, of a number that is given, or found from what a step takes before the first one is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from mslora_cr.distributed.deepspeed import free_memory
+
+Setting = bool | int | Literal["auto"]
+"""`training.gradient_checkpointing`: all layers, none, the first so many, or as many as memory asks for."""
+USABLE = 0.92
+"""Of the device's memory: the allocator cannot fill every gap."""
+RESERVED_BYTES = 12
+"""Per trained number, for what the first measurement does not see: AdamW's two moments and the penalty's gradient."""
+STEPS_OF_RETREAT = 8
+"""After so many failures at most, all layers are recomputed."""
+
+
+class Memory(NamedTuple):
+    """Bytes on one device."""
+
+    peak: int
+    """Of forward and backward pass with every layer recomputed."""
+    layer: int
+    """What keeping one layer's activations adds."""
+    room: int
+    """What this process can have in all."""
+
+
+def layers_to_recompute(layers: int, memory: Memory, reserved: int) -> int:
+    """The fewest layers, of so many, with which everything fits beside `reserved` bytes."""
+    spare = memory.room - memory.peak - reserved
+    return max(0, layers - max(0, spare // max(1, memory.layer)))
+
+
+class Recomputation(TrainerCallback):
+    """Has the first `count` decoder layers recomputed.
+
+    transformers sets the layers up when training begins, if its own argument is true; here it is said which.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], setting: Setting) -> None:
+        self._layers = list(layers)
+        self.undecided = setting == "auto"
+        self._may_change = setting == "auto"
+        everything = setting is True or setting == "auto"
+        self.count = len(self._layers) if everything else min(int(setting), len(self._layers))
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.use(self.count)
+
+    def use(self, count: int) -> None:
+        """Recompute the first `count` layers from now on."""
+        self.count = count
+        for number, layer in enumerate(self._layers):
+            layer.gradient_checkpointing = number < count  # type: ignore[assignment]
+
+    def measure(self, device: torch.device, forward: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Memory:
+        """What a forward and backward pass takes of a GPU's memory. Moves no number, random ones neither.
+
+        Args:
+            forward: gives the loss of the largest batch.
+            parameters: what is trained.
+        """
+        # The last layer's MLP sees few positions, so the one before it stands for all.
+        held, peak, everything = [], 0, len(self._layers)
+        for count in (max(0, everything - 2), everything - 1, everything):
+            self.use(count)
+            free_memory()
+            torch.cuda.reset_peak_memory_stats(device)
+            with torch.random.fork_rng([device]):
+                loss = forward()
+                held.append(torch.cuda.memory_allocated(device))
+                torch.autograd.grad(loss, parameters)
+            peak = torch.cuda.max_memory_allocated(device)
+            del loss
+        free_memory()
+        free, _ = torch.cuda.mem_get_info(device)
+        room = int(USABLE * (free + torch.cuda.memory_reserved(device)))
+        return Memory(peak, held[0] - held[1], room)
+
+    def decide(self, memory: Memory | None, trained: int) -> int:
+        """How many layers to recompute: none where memory was not measured.
+
+        Args:
+            trained: how many numbers are trained.
+        """
+        self.undecided = False
+        return 0 if memory is None else layers_to_recompute(len(self._layers), memory, RESERVED_BYTES * trained)
+
+    def described(self, memory: Memory | None) -> str:
+        """The choice in words."""
+        chosen = f"the activations of {self.count} of {len(self._layers)} decoder layers are recomputed"
+        if memory is None:
+            return f"{chosen}; only a GPU's memory is measured"
+        layer, peak, room = (size / 1e9 for size in (memory.layer, memory.peak, memory.room))
+        return f"{chosen}: {layer:.2f} GB a layer that is kept, {peak:.1f} GB without any, {room:.1f} GB there"
+
+    def retrying(self, parameters: Sequence[Tensor], micro_batch: Callable[[], Tensor]) -> Tensor:
+        """Do a micro-batch; where memory runs out, do it again with more layers recomputed, to the same numbers.
+
+        For a process of its own alone: others would wait for it in the middle of their backward pass.
+
+        Raises:
+            torch.OutOfMemoryError: the setting is not `auto`, or all layers are recomputed already.
+        """
+        if not self._may_change:
+            return micro_batch()
+        while True:
+            random = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+            earlier = [parameter.grad for parameter in parameters]
+            for parameter in parameters:
+                parameter.grad = None  # half a backward pass must not be added to those of earlier micro-batches
+            try:
+                loss = micro_batch()
+                failed = False
+            except torch.OutOfMemoryError:
+                if self.count == len(self._layers):
+                    raise
+                failed = True
+            for parameter, gradient in zip(parameters, earlier, strict=True):
+                if failed:
+                    parameter.grad = gradient
+                elif gradient is not None:
+                    assert parameter.grad is not None, "every micro-batch uses every matrix"
+                    parameter.grad = gradient.add_(parameter.grad)
+            if not failed:
+                return loss
+            # Only here, behind the `except`, has the failed pass let go of what it held.
+            free_memory()
+            torch.set_rng_state(random[0])
+            if random[1] is not None:
+                torch.cuda.set_rng_state(random[1])
+            more = -(-len(self._layers) // STEPS_OF_RETREAT)
+            self.use(min(len(self._layers), self.count + more))
+            print(f"memory ran out; the activations of {self.count} decoder layers are recomputed from here on")
