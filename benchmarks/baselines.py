@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from mslora_cr.banks.bank import Bank
+from mslora_cr.banks.fused import FusedLinear, PeftLinear
 from mslora_cr.banks.io import lora_config
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
@@ -31,6 +33,13 @@ def peft_all_active(model: LlavaForConditionalGeneration, banks: Sequence[Bank],
                 for parameter, matrix in zip(pair, bank.matrices[name], strict=True):
                     parameter.copy_(matrix)
     return peft
+
+
+def use_pefts_layer(model: nn.Module) -> None:
+    """Let the fused layers of a model compute as PEFT's do."""
+    for module in model.modules():
+        if isinstance(module, FusedLinear):
+            module.forward = partial(PeftLinear.forward, module)  # type: ignore[method-assign]
 
 
 def adapter_matrices(peft: PeftModel, adapter: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:

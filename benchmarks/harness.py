@@ -1,8 +1,9 @@
 """What all benchmarks share: sizes, models of random weights, interleaved timing, a table, JSON.
 
 Variants are timed in rounds, each variant once a round and another one first each time, so that a machine that slows
-down or is shared slows all of them alike. A figure is the median over the rounds; its spread is the first and third
-quartile. A ratio is that of two medians; its spread is the quartiles of the rounds' own ratios.
+down or is shared slows all of them alike. At 7B, where not all fit a device, each is built, timed and dropped before
+the next. A figure is the median over the rounds; its spread is the first and third quartile. A ratio is that of two
+medians; its spread is the quartiles of the rounds' own ratios.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.stack import language_linears
+from mslora_cr.distributed.deepspeed import free_memory
 from mslora_cr.runs.ledger import environment
 from mslora_cr.utils.files import write_json
 from mslora_cr.utils.workers import cores
@@ -79,6 +81,7 @@ class Setting:
     device: torch.device
     repetitions: int
     clock: Callable[[], float]
+    in_turn: bool
     json: Path | None
     argv: Sequence[str]
     args: argparse.Namespace
@@ -90,6 +93,26 @@ class Setting:
         work()
         self._synchronize()
         return self.clock() - started
+
+    def measured(
+        self, builders: Mapping[str, Callable[[], Callable[[], Any]]], warm_up: int = 1
+    ) -> tuple[dict[str, list[float]], list[str]]:
+        """Seconds of each variant, and the names of those that the device has no memory for.
+
+        Args:
+            builders: name → makes what is timed.
+        """
+        if not self.in_turn:
+            return self.interleaved({name: build() for name, build in builders.items()}, warm_up), []
+        seconds: dict[str, list[float]] = {}
+        too_large = []
+        for name, build in builders.items():
+            try:
+                seconds |= self.interleaved({name: build()}, warm_up)
+            except torch.OutOfMemoryError:
+                too_large.append(name)
+            free_memory()
+        return seconds, too_large
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -132,7 +155,12 @@ def parse(
     for field in fields(Size):
         kind = str if field.name == "dtype" else int
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"instead of the size's {field.name}")
-    parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="rounds of all variants (default: 7)")
+    parser.add_argument("--repetitions", type=int, metavar="N", help="rounds of all variants (default: 7; at 7b 3)")
+    parser.add_argument(
+        "--in-turn",
+        action=argparse.BooleanOptionalAction,
+        help="build, time and drop each variant before the next, instead of a round of all of them (default at 7b)",
+    )
     parser.add_argument(
         "--clock",
         choices=CLOCKS,
@@ -148,10 +176,20 @@ def parse(
     args = parser.parse_args(argv)
     own = {field.name: getattr(args, field.name) for field in fields(Size)}
     chosen = replace(SIZES[args.size], **{name: value for name, value in own.items() if value is not None})
-    if args.repetitions < 1:
+    large = args.size == "7b"
+    repetitions = args.repetitions if args.repetitions is not None else 3 if large else 7
+    if repetitions < 1:
         parser.error("--repetitions must be at least 1")
     return Setting(
-        module, chosen, torch.device(args.device), args.repetitions, CLOCKS[args.clock], args.json, argv, args
+        name=module,
+        size=chosen,
+        device=torch.device(args.device),
+        repetitions=repetitions,
+        clock=CLOCKS[args.clock],
+        in_turn=large if args.in_turn is None else args.in_turn,
+        json=args.json,
+        argv=argv,
+        args=args,
     )
 
 
@@ -190,25 +228,23 @@ def language_model(size: Size, device: torch.device, seed: int = 0) -> LlavaForC
 
 
 def random_banks(size: Size, count: int, scale: float = 0.01) -> list[Bank]:
-    """Banks as trained ones look: A near its Kaiming-uniform start, B small and normal."""
+    """Banks as trained ones look: A near its Kaiming-uniform start, B small and normal. All layers of one are copies of
+    the first: numbers for each would take minutes at 7B."""
     generator = torch.Generator().manual_seed(1)
-    model = language_model(size, torch.device("meta"))
-    shapes = {name: (linear.out_features, linear.in_features) for name, linear in language_linears(model).items()}
-    return [
-        Bank(
-            name=f"bank{number}",
-            rank=size.rank,
-            alpha=size.rank,
-            matrices={
-                name: (
-                    (torch.rand(size.rank, columns, generator=generator) * 2 - 1) / columns**0.5,
-                    torch.randn(rows, size.rank, generator=generator) * scale,
-                )
-                for name, (rows, columns) in shapes.items()
-            },
-        )
-        for number in range(count)
-    ]
+    linears = language_linears(language_model(size, torch.device("meta")))
+    banks = []
+    for number in range(count):
+        drawn: dict[str, tuple[Tensor, Tensor]] = {}
+        matrices = {}
+        for name, linear in linears.items():
+            kind = name.rpartition(".")[2]
+            if kind not in drawn:
+                a = (torch.rand(size.rank, linear.in_features, generator=generator) * 2 - 1) / linear.in_features**0.5
+                drawn[kind] = a, torch.randn(linear.out_features, size.rank, generator=generator) * scale
+            a, b = drawn[kind]
+            matrices[name] = (a.clone(), b.clone())
+        banks.append(Bank(f"bank{number}", size.rank, size.rank, matrices))
+    return banks
 
 
 def random_batch(size: Size, labelled: int, device: torch.device) -> dict[str, Tensor]:
@@ -241,10 +277,11 @@ def finish(
 
     Args:
         figures: values of each variant, round by round.
-        ratios: name → (variant above, variant below the line).
+        ratios: name → (variant above, variant below the line); left out where one of them has no figures.
         extra: further facts, added to the JSON under their own names.
     """
     summary = {name: figure(values) for name, values in figures.items()}
+    ratios = {name: pair for name, pair in ratios.items() if summary.keys() >= set(pair)}
     result = {
         "benchmark": setting.name,
         "command": shlex.join(["python", "-m", f"benchmarks.{setting.name}", *setting.argv]),
@@ -258,7 +295,7 @@ def finish(
             name: summary[above]["median"] / summary[below]["median"] for name, (above, below) in ratios.items()
         },
         "ratio_spread": {
-            name: figure([a / b for a, b in zip(figures[above], figures[below], strict=True)])
+            name: figure([a / b for a, b in zip(figures[above], figures[below], strict=False)])
             for name, (above, below) in ratios.items()
         },
         **(extra or {}),
@@ -285,7 +322,7 @@ def machine() -> dict[str, Any]:
 def _print(result: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     facts = result["environment"]
     clock = f"{result['clock']} clock, {facts['hardware']['threads']} threads, load {facts['machine']['load'][0]:.1f}"
-    print(f"{result['benchmark']}: {result['repetitions']} interleaved rounds on {result['device']}, {clock}")
+    print(f"{result['benchmark']}: {result['repetitions']} rounds on {result['device']}, {clock}")
     width = max(len(name) for name in [*result["figures"], *result["ratios"]]) + 2
     print(f"{'':<{width}}{'median':>12}{'q1':>12}{'q3':>12}  {result['unit']}")
     for name, row in result["figures"].items():

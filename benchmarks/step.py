@@ -1,86 +1,171 @@
-"""A training step with 1, 8 and 32 banks, against PEFT with 8 banks active.
+"""A training step with 1, 8 and 32 banks, by layer, kernel and recomputation, against PEFT with 8 banks active.
 
     python -m benchmarks.step                      # the shape that the published code was measured at
-    python -m benchmarks.step --size 7b --checkpointing --repetitions 5
+    python -m benchmarks.step --size 7b            # a GPU of 80 GB; variants one after another
+    python -m benchmarks.step --only "8 banks" floor
 
-A step is the trainer's own: forward and backward of one batch, both penalties, AdamW. The baseline is PEFT with all
-banks active and the last one trained, as its users write it: `model(**batch).loss`, no penalties. Beside it stand the
-same with logits at labelled positions alone, as ours; the same with the penalties' formulas under autograd; and the
-floor, forward and backward through the base model without any bank.
+A step is the trainer's own: forward and backward of one batch, both penalties, AdamW. `8 banks` computes as a run does
+by default on the device: banks' layers are one operation each, kernels are Liger's where they are installed and there
+is a GPU. Beside it stand the same with PEFT's layer, with PyTorch's kernels, and with the other choice of recomputation
+(gradient checkpointing): at 7B all layers are recomputed unless a variant says otherwise.
+
+The baseline is PEFT with all banks active and the last one trained, as its users write it: `model(**batch).loss`, no
+penalties. Beside it stand the same with logits at labelled positions alone, as ours; the same with the penalties'
+formulas under autograd; and the floor, forward and backward through the base model without any bank.
+
+Model-FLOP utilisation is ``4 · N · positions / (seconds · peak)``: two operations per weight and position forward, two
+backward to the inputs, none for recomputation, N the weights of the linear layers that banks adapt.
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from benchmarks.baselines import adapter_matrices, alternating, autograd_penalties, peft_all_active
+from benchmarks.baselines import (
+    adapter_matrices,
+    alternating,
+    autograd_penalties,
+    peft_all_active,
+    use_pefts_layer,
+)
 from benchmarks.harness import Setting, finish, language_model, parse, random_banks, random_batch
 from mslora_cr.banks.bank import Bank
-from mslora_cr.banks.stack import BankStack
+from mslora_cr.banks.stack import BankStack, language_linears
 from mslora_cr.config.schema import RegularizationConfig
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
+from mslora_cr.models.kernels import use_kernels
 from mslora_cr.training.trainer import BankTrainer, loss_mask
+from mslora_cr.utils.kernels import chosen_kernels
 
 ALPHA, BETA = 0.1, 0.01
 LEARNING_RATE = 2e-4
 BANKS, MANY = 8, 32
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+"""Of bfloat16 products, without sparsity, by a word of the GPU's name."""
+RATIOS = {
+    "banks_8_over_1": ("8 banks", "1 bank"),
+    "banks_32_over_8": ("32 banks", "8 banks"),
+    "penalties_share": ("penalties, 8 banks", "8 banks"),
+    "peft_layer_over_ours": ("8 banks, PEFT's layer", "8 banks"),
+    "torch_kernels_over_ours": ("8 banks, PyTorch's kernels", "8 banks"),
+    "other_recomputation_over_ours": ("8 banks, other recomputation", "8 banks"),
+    "peft_all_active_over_ours": ("PEFT, all active", "8 banks"),
+    "peft_labelled_logits_over_ours": ("PEFT, labelled logits", "8 banks"),
+    "peft_autograd_penalties_over_ours": ("PEFT, autograd penalties", "8 banks"),
+    "floor_over_ours": ("floor", "8 banks"),
+}
+
+
+class Variant(NamedTuple):
+    """How a step of ours is computed."""
+
+    banks: int
+    penalties: bool = True
+    layer: Literal["fused", "peft"] = "fused"
+    kernels: Literal["auto", "torch"] = "auto"
+    other_recomputation: bool = False
+
+
+OURS = {
+    "1 bank": Variant(1, penalties=False),
+    f"{BANKS} banks": Variant(BANKS),
+    f"{BANKS} banks, no penalties": Variant(BANKS, penalties=False),
+    f"{MANY} banks": Variant(MANY),
+    f"{BANKS} banks, PEFT's layer": Variant(BANKS, layer="peft"),
+    f"{BANKS} banks, PyTorch's kernels": Variant(BANKS, kernels="torch"),
+    f"{BANKS} banks, other recomputation": Variant(BANKS, other_recomputation=True),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     setting = parse("step", __doc__, argv, _add_arguments)
+    if setting.args.checkpointing is None:
+        setting.args.checkpointing = setting.args.size == "7b"
+    kernels = chosen_kernels("auto", setting.device.type)
     banks = random_banks(setting.size, MANY)
     batch = random_batch(setting.size, setting.args.labelled, setting.device)
-    penalties: dict[str, list[float]] = {f"penalties, {count} banks": [] for count in (BANKS, MANY)}
+    penalties: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        variants = {
-            "1 bank": _ours(setting, folder, banks[:1], batch, None),
-            f"{BANKS} banks": _ours(setting, folder, banks[:BANKS], batch, penalties[f"penalties, {BANKS} banks"]),
-            f"{BANKS} banks, no penalties": _ours(setting, folder, banks[:BANKS], batch, None),
-            f"{MANY} banks": _ours(setting, folder, banks, batch, penalties[f"penalties, {MANY} banks"]),
-            "PEFT, all active": _peft(setting, banks[:BANKS], batch),
-            "PEFT, labelled logits": _peft(setting, banks[:BANKS], batch, labelled=True),
-            "PEFT, autograd penalties": _peft(setting, banks[:BANKS], batch, penalties=True),
-            "floor": _floor(setting, batch),
-        }
-        seconds = setting.interleaved(variants, warm_up=2)
-    seconds |= {name: values[-setting.repetitions :] for name, values in penalties.items()}
-    tokens = setting.size.batch * setting.size.length
+        builders: dict[str, Callable[[], Callable[[], None]]] = {}
+        for name, variant in OURS.items():
+            if variant.kernels == "torch" and kernels == "torch":
+                continue  # as by default here
+            taken = penalties.setdefault(f"penalties, {name}", []) if name in ("8 banks", "32 banks") else None
+            builders[name] = partial(_ours, setting, folder, banks[: variant.banks], batch, variant, taken)
+        builders["PEFT, all active"] = partial(_peft, setting, banks[:BANKS], batch)
+        builders["PEFT, labelled logits"] = partial(_peft, setting, banks[:BANKS], batch, labelled=True)
+        builders["PEFT, autograd penalties"] = partial(_peft, setting, banks[:BANKS], batch, penalties=True)
+        builders["floor"] = partial(_floor, setting, batch)
+        chosen = setting.args.only or builders
+        seconds, too_large = setting.measured({name: builders[name] for name in chosen}, warm_up=2)
+    utilisation = _utilisation(setting, seconds)
+    seconds |= {name: values[-setting.repetitions :] for name, values in penalties.items() if values}
     return finish(
         setting,
         seconds,
-        {
-            "banks_8_over_1": ("8 banks", "1 bank"),
-            "banks_32_over_8": ("32 banks", "8 banks"),
-            "penalties_share": ("penalties, 8 banks", "8 banks"),
-            "peft_all_active_over_ours": ("PEFT, all active", "8 banks"),
-            "peft_labelled_logits_over_ours": ("PEFT, labelled logits", "8 banks"),
-            "peft_autograd_penalties_over_ours": ("PEFT, autograd penalties", "8 banks"),
-            "floor_over_ours": ("floor", "8 banks"),
+        RATIOS,
+        extra={
+            "tokens_per_step": setting.size.batch * setting.size.length,
+            "labelled_per_sample": setting.args.labelled,
+            "kernels": kernels,
+            "recomputed_layers": setting.size.layers if setting.args.checkpointing else 0,
+            "out_of_memory": too_large,
+            "model_flop_utilisation": utilisation,
         },
-        extra={"tokens_per_step": tokens, "labelled_per_sample": setting.args.labelled},
     )
 
 
-def _add_arguments(parser: Any) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labelled", type=int, default=8, metavar="N", help="labelled positions per sample")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="recompute activations in the backward pass (default at 7b)",
+    )
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="time these alone, by their names in the table")
+    parser.add_argument("--peak", type=float, metavar="TFLOPS", help="of the device (default: known for some GPUs)")
+
+
+def _utilisation(setting: Setting, seconds: dict[str, list[float]]) -> dict[str, float] | None:
+    """By variant; none where the device's peak is not known."""
+    peak = setting.args.peak
+    if peak is None and setting.device.type == "cuda":
+        name = torch.cuda.get_device_name(setting.device)
+        peak = next((value for word, value in PEAK_TFLOPS.items() if word in name), None)
+    if peak is None:
+        return None
+    linears = language_linears(language_model(setting.size, torch.device("meta"))).values()
+    weights = sum(linear.weight.numel() for linear in linears)
+    work = 4 * weights * setting.size.batch * setting.size.length
+    return {name: work / sorted(taken)[len(taken) // 2] / (peak * 1e12) for name, taken in seconds.items()}
 
 
 def _ours(
-    setting: Setting, folder: str, banks: Sequence[Bank], batch: dict[str, Tensor], taken: list[float] | None
+    setting: Setting,
+    folder: str,
+    banks: Sequence[Bank],
+    batch: dict[str, Tensor],
+    variant: Variant,
+    taken: list[float] | None,
 ) -> Callable[[], None]:
-    """A step of the trainer with the last bank live; with `taken`, with penalties, whose seconds go there."""
-    stack = BankStack(language_model(setting.size, setting.device), "merge")
+    """A step of the trainer with the last bank trained; the penalties' seconds go to `taken`, if it is given."""
+    base = language_model(setting.size, setting.device)
+    use_kernels(base, chosen_kernels(variant.kernels, setting.device.type))
+    stack = BankStack(base, "merge")
     stack.set_frozen(banks[:-1])
     stack.add_trainable(setting.size.rank, setting.size.rank, initial=banks[-1])
+    if variant.layer == "peft":
+        use_pefts_layer(stack.model)
     bfloat16 = setting.size.dtype == "bfloat16"
     trainer = BankTrainer(
         stack=stack,
@@ -96,9 +181,9 @@ def _ours(
             report_to="none",
         ),
         bank_shape=(setting.size.rank, setting.size.rank),
-        penalty=_penalties(setting, banks[:-1]) if taken is not None else None,
+        penalty=_penalties(setting, banks[:-1]) if variant.penalties else None,
     )
-    if setting.args.checkpointing:
+    if setting.args.checkpointing != variant.other_recomputation:
         stack.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer.create_optimizer_and_scheduler(num_training_steps=10**6)
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)

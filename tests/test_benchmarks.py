@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import real_size, zero_memory
+from benchmarks import all as all_benchmarks
+from benchmarks import profile, real_size, zero_memory
 
 RATIOS = {
-    "step": {"banks_8_over_1", "penalties_share", "peft_all_active_over_ours"},
+    "step": {"banks_8_over_1", "penalties_share", "peft_layer_over_ours", "peft_all_active_over_ours"},
     "penalty": {"autograd_over_ours"},
     "generation": {"answers_per_second_over_baseline"},
     "memory": {"full_logits_over_ours"},
@@ -22,6 +23,8 @@ RATIOS = {
 REPETITIONS = {"startup": 1, "memory": 1}
 """Fewer where every measurement is a process of its own."""
 MORE = {"generation": ["--questions", "6", "--new-tokens", "4", "--batches", "1", "6"], "penalty": ["--profile"]}
+MORE["generation"] += ["--baseline-questions", "3", "--in-turn"]
+MORE["step"] = ["--peak", "2"]
 """Arguments of some."""
 
 
@@ -49,12 +52,38 @@ def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capsys: pytes
     if name == "penalty":
         assert found["largest_deviation_from_autograd"]["gradient_relative"] < 1e-5
         assert "aten::bmm" in printed
+    if name == "step":
+        assert set(found["model_flop_utilisation"]) == {name for name in found["figures"] if "penalties," not in name}
+        weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # layers of q, o; k, v; gate, up, down
+        share = 4 * weights * found["tokens_per_step"] / found["figures"]["8 banks"]["median"] / 2e12
+        assert found["model_flop_utilisation"]["8 banks"] == pytest.approx(share, rel=1e-6)
     if name == "generation":
         assert found["identical_text"] is True
+        assert found["questions_answered"]["one by one, unfolded"] == 3 < found["questions_answered"]["merged, batch 6"]
     if name == "folding":
         deviation = {key: value["relative"] for key, value in found["deviation"].items()}
         assert max(deviation["merge, float32"], deviation["concatenate, float32"]) < 1e-5
         assert deviation["unfolded, bfloat16"] > 1e-4
+
+
+@pytest.mark.long
+def test_a_command_is_profiled_from_its_start_to_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    found = profile.main([])
+    assert list(found) == ["train", "evaluate"]
+    for command, stages in profile.STAGES.items():
+        assert {"Python and imports", "everything else", *stages} == set(found[command])
+        assert all(seconds > 0 for seconds in found[command].values())
+    assert "training beside the steps" in capsys.readouterr().out
+
+
+def test_all_go_into_one_file(tmp_path: Path) -> None:
+    file = tmp_path / "machine.json"
+    all_benchmarks.main(
+        ["--size", "tiny", "--repetitions", "1", "--device", "cpu", "--only", "penalty", "--json", str(file)]
+    )
+    [(name, found)] = json.loads(file.read_text(encoding="utf-8")).items()
+    assert name == "penalty" and found["ratios"]["autograd_over_ours"] > 0
+    assert found["command"] == "python -m benchmarks.penalty --size tiny --repetitions 1 --device cpu"
 
 
 @pytest.mark.parametrize("quantization", [None, "4bit"])
@@ -102,5 +131,5 @@ def test_memory_of_the_real_model_is_computed(capsys: pytest.CaptureFixture[str]
 
 def test_every_benchmark_is_tried() -> None:
     folder = Path(__file__).parents[1] / "benchmarks"
-    others = {"__init__", "harness", "baselines", "real_size", "zero_memory"}
+    others = {"__init__", "all", "harness", "baselines", "profile", "real_size", "zero_memory"}
     assert {path.stem for path in folder.glob("*.py")} - others == set(RATIOS)

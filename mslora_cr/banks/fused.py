@@ -33,7 +33,7 @@ class FusedLinear(PeftLinear):
         """(…, in) → (…, out), in autocast's dtype where it is on, in the base weight's otherwise."""
         adapters = self.adapters
         dtype = self._compute_dtype(x)
-        if args or kwargs or self.disable_adapters or self.merged or not self.plain or not adapters:
+        if args or kwargs or self.disable_adapters or self.merged or not adapters or not self.plain:
             return super().forward(x, *args, **kwargs)
         if not self.training and any(self.lora_A[name].weight.dtype != dtype for name in adapters):
             return super().forward(x)
@@ -45,15 +45,15 @@ class FusedLinear(PeftLinear):
 
     @property
     def adapters(self) -> list[str]:
-        """The adapters that take part, in the order in which they are added."""
-        return [name for name in self.active_adapters if name in self.lora_A]
+        """The adapters that take part, in the order in which they are added; one that is scaled by zero does not, so
+        that without it the others' numbers are to the bit what they are alone."""
+        return [name for name in self.active_adapters if name in self.lora_A and self.scaling[name]]
 
     @property
     def plain(self) -> bool:
         """Whether the layer is nothing but a sum of products."""
         return self.base_layer.bias is None and all(
-            type(self.lora_A[name]) is nn.Linear and isinstance(self.lora_dropout[name], nn.Identity)
-            for name in self.adapters
+            type(a) is nn.Linear and isinstance(self.lora_dropout[name], nn.Identity) for name, a in self.lora_A.items()
         )
 
     def parameters_read(self) -> Iterator[nn.Parameter]:

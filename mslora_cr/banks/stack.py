@@ -26,6 +26,8 @@ from mslora_cr.utils.precision import ieee_float32
 
 TRAINABLE = "live"
 FROZEN = "frozen"
+COPIES_SHARE = 0.4
+"""Of a GPU's free memory that pristine weights may take; answering needs the rest."""
 
 
 def language_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -91,13 +93,14 @@ class BankStack:
     def _merge(self, banks: Sequence[Bank]) -> None:
         if not banks and not self._pristine:
             return
+        place = _place_for_copies([linear.weight for linear in self._linears.values()])
         for name, linear in self._linears.items():
             weight = linear.weight
             if not weight.is_floating_point():
                 raise BankError("a quantised base cannot be merged into; set lora.fold=concatenate")
             if self._pristine is not None:
-                if name not in self._pristine:  # on the CPU: a GPU that holds the model once need not hold it twice
-                    self._pristine[name] = weight.detach().to("cpu", copy=True)
+                if name not in self._pristine:
+                    self._pristine[name] = weight.detach().to(place, copy=True)
                 weight = self._pristine[name]
             total = weight.to(linear.weight.device, torch.float32, copy=True)
             if banks:
@@ -219,6 +222,16 @@ class BankStack:
         matrices = {module: (copied(a), copied(b)) for module, (a, b) in self.trainable().items()}
         routers = {module: copied(router.weight) for module, router in routers_of(self.model, TRAINABLE).items()}
         return Bank(name, rank, alpha, matrices, metadata or {}, routers)
+
+
+def _place_for_copies(weights: Sequence[Tensor]) -> torch.device:
+    """Beside the weights where they take little of what is free there, else the CPU."""
+    device = weights[0].device
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    needed = sum(weight.nbytes for weight in weights)
+    return device if needed <= COPIES_SHARE * free else torch.device("cpu")
 
 
 @torch.no_grad()

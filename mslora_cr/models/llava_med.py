@@ -84,7 +84,7 @@ def load(
         model = _load_transformers_layout(path, options)
     else:
         source = tower_source(path, config, vision_tower)
-        model = _load_llava_layout(path, config, vision_tower, source, options)
+        model = _load_llava_layout(path, config, vision_tower, source, options, device)
     model.set_attn_implementation(attn_implementation)
     if quantization is None:
         model.to(device)
@@ -127,10 +127,17 @@ def _load_transformers_layout(path: Path, options: Mapping[str, Any]) -> LlavaFo
 
 
 def _load_llava_layout(
-    path: Path, config: Mapping[str, Any], vision_tower: str, tower_source: str | Path, options: Mapping[str, Any]
+    path: Path,
+    config: Mapping[str, Any],
+    vision_tower: str,
+    tower_source: str | Path,
+    options: Mapping[str, Any],
+    device: torch.device | str,
 ) -> LlavaForConditionalGeneration:
-    """Meta model first, then every tensor straight from its shard: never two copies of the weights in memory."""
+    """Meta model first, then every tensor straight from its shard to the device: never two copies of the weights in
+    memory, nor all of them on the host for a GPU."""
     dtype = options["dtype"]
+    quantized = "quantization_config" in options  # as it goes to the device, by transformers
     own_tower = vision_tower == "checkpoint"
     tower = None if own_tower else load_tower(path, tower_source, dtype)
     vision_config = tower.config if tower is not None else tower_config(tower_source)
@@ -140,11 +147,12 @@ def _load_llava_layout(
     state: dict[str, Tensor] = {}
     if tower is not None:
         state = {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
-    state |= dict(shard_tensors(path, expected, already=set(state), own_tower=own_tower))
-    if "quantization_config" in options:
+    for name, tensor in shard_tensors(path, expected, already=set(state), own_tower=own_tower):
+        state[name] = tensor if quantized else tensor.to(device, dtype)
+    if quantized:
         model = LlavaForConditionalGeneration.from_pretrained(None, config=model.config, state_dict=state, **options)
     else:
-        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
+        model.load_state_dict(state, strict=True, assign=True)
         model.config.dtype = dtype
     model.generation_config = GenerationConfig(
         bos_token_id=config.get("bos_token_id", 1), eos_token_id=config.get("eos_token_id", 2), pad_token_id=0
