@@ -16,6 +16,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 name: sum(found[index] == ids for index, ids in answers[baseline].items())
                 for name, found in answers.items()
             },
-            "answers_per_second": {name: 1 / sorted(values)[len(values) // 2] for name, values in seconds.items()},
+            "answers_per_second": {name: 1 / median(values) for name, values in seconds.items()},
             "questions_answered": {name: len(variants[name][2]) for name in seconds},
             "question_tokens": sum(len(question["input_ids"]) for question in questions),
             "new_tokens": args.new_tokens,

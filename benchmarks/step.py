@@ -23,6 +23,7 @@ import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import median
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -147,7 +148,7 @@ def _utilisation(setting: Setting, seconds: dict[str, list[float]]) -> dict[str,
     linears = language_linears(language_model(setting.size, torch.device("meta"))).values()
     weights = sum(linear.weight.numel() for linear in linears)
     work = 4 * weights * setting.size.batch * setting.size.length
-    return {name: work / sorted(taken)[len(taken) // 2] / (peak * 1e12) for name, taken in seconds.items()}
+    return {name: work / median(taken) / (peak * 1e12) for name, taken in seconds.items()}
 
 
 def _ours(
