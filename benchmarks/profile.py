@@ -137,11 +137,12 @@ def _tiny_commands(folder: Path) -> list[list[str]]:
     from mslora_cr.synthetic.stream import make_stream
 
     make_stream(folder / "data", train_images=8, test_images=4)
-    make_tiny_llava_med(folder, pretrain_steps=0, progress=False)
+    make_tiny_llava_med(folder / "model", pretrain_steps=0, progress=False)
     settings = yaml.safe_load((DEFAULTS / "demo.yaml").read_text(encoding="utf-8"))
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump({**settings, "run": "profile", "method": "mslora_cr"}), encoding="utf-8")
-    overrides = [f"model.path={folder / MODEL_FOLDER}", f"data.root={folder / 'data'}", "tasks=[pathvqa, PCAM]"]
+    overrides = [f"model.path={folder / 'model' / MODEL_FOLDER}", f"data.root={folder / 'data'}"]
+    overrides += ["tasks=[pathvqa, PCAM]"]
     overrides += [f"output_dir={folder / 'checkpoints'}", f"results_dir={folder / 'results'}", "tasks.*.epochs=1"]
     return [[command, str(config), *overrides] for command in STAGES]
 

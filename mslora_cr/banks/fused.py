@@ -159,12 +159,17 @@ class _BankLinear(torch.autograd.Function):
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """A matrices on top of each other, (Σ rank, in)."""
-    return torch.cat([matrix.to(dtype) for matrix in matrices])
+    return _joined([matrix.to(dtype) for matrix in matrices], dim=0)
 
 
 def _scaled(matrices: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
     """B matrices side by side, (out, Σ rank), each times its scaling."""
-    return torch.cat([(b * scaling).to(dtype) for b, scaling in zip(matrices, scalings, strict=True)], dim=1)
+    scaled = [b if scaling == 1 else b * scaling for b, scaling in zip(matrices, scalings, strict=True)]
+    return _joined([b.to(dtype) for b in scaled], dim=1)
+
+
+def _joined(matrices: Sequence[Tensor], dim: int) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices), dim)
 
 
 def fuse(model: nn.Module) -> None:

@@ -189,6 +189,8 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
         callbacks=[JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
         checkpointing=run.fields.get("gradient_checkpointing", False),
     )
+    if rank() == 0:
+        print(f"{task.name}: banks' layers: {stack.layer}; kernels: {kernels}")
     return trainer, router
 
 

@@ -64,12 +64,14 @@ class Recomputation(TrainerCallback):
         for number, layer in enumerate(self._layers):
             layer.gradient_checkpointing = number < count  # type: ignore[assignment]
 
-    def measure(self, device: torch.device, forward: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Memory:
+    def measure(
+        self, device: torch.device, forward: Callable[[], Tensor], backward: Callable[[Tensor], object]
+    ) -> Memory:
         """What a forward and backward pass takes of a GPU's memory. Moves no number, random ones neither.
 
         Args:
             forward: gives the loss of the largest batch.
-            parameters: what is trained.
+            backward: takes it, and gives or drops the gradients.
         """
         # The last layer's MLP sees few positions, so the one before it stands for all.
         held, peak, everything = [], 0, len(self._layers)
@@ -80,7 +82,7 @@ class Recomputation(TrainerCallback):
             with torch.random.fork_rng([device]):
                 loss = forward()
                 held.append(torch.cuda.memory_allocated(device))
-                torch.autograd.grad(loss, parameters)
+                backward(loss)
             peak = torch.cuda.max_memory_allocated(device)
             del loss
         free_memory()

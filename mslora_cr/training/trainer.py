@@ -219,8 +219,12 @@ class BankTrainer(Trainer):
 
         On every rank for a sample of its own, and for each as often: under ZeRO-3 all ranks share each pass.
         """
+        return self._gradients(self._summed_loss([index]))
+
+    def _gradients(self, loss: Tensor) -> dict[Key, Tensor]:
+        """Of the trainable matrices, float32, left in no parameter."""
         keys = {(name, half): matrix for name, pair in self._trainable.items() for half, matrix in enumerate(pair)}
-        gradients = torch.autograd.grad(self._summed_loss([index]), list(keys.values()))
+        gradients = torch.autograd.grad(loss, list(keys.values()))
         reshard(self)
         return {key: gradient.float() for key, gradient in zip(keys, gradients, strict=True)}
 
@@ -241,8 +245,7 @@ class BankTrainer(Trainer):
             by_length = sorted(range(len(self._lengths)), key=self._lengths.__getitem__)
             longest = by_length[-self.args.train_batch_size :]
             self.model.train()
-            memory = self.recomputation.measure(self.args.device, lambda: self._summed_loss(longest), self._parameters)
-            reshard(self)
+            memory = self.recomputation.measure(self.args.device, lambda: self._summed_loss(longest), self._gradients)
         trained = sum(parameter.numel() for parameter in self._parameters)
         count = torch.tensor([self.recomputation.decide(memory, trained)], device=self.args.device)
         self.recomputation.use(int(self.accelerator.gather(count).max()))
