@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Extra arguments for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for a CPU build of torch.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Packages of which tests read real images and a real tokenizer. Nothing imports them, so their dependencies stay out.
+TEST_DATA := pydicom-data==1.0.0 scikit-image==0.26.0 stardist==0.9.2 mistral-common==1.13.1
 
 .PHONY: demo test test-all test-gpu docs lint format setup clean
 
@@ -41,6 +43,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "MSLoRA-CR needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another with: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps --upgrade --target $(VENV)/test-data $(TEST_DATA)
 	touch $@
 
 clean:

@@ -14,6 +14,7 @@ from mslora_cr.data.sources.download import Asset
 EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
 EXTRAS |= {"rouge_score": "eval", "deepspeed": "train", "h5py": "data", "bitsandbytes": "quantization"}
 EXTRAS |= {"liger_kernel": "gpu"}
+EXTRAS |= {"pydicom": "data", "nibabel": "data", "pyarrow": "data"}
 OVERRIDES = "override configuration values, e.g. lora.rank=32 tasks.pathvqa.epochs=1 'tasks.*.batch_size=8'"
 CONFIG_HELP = "YAML file of the run, or the name of a shipped one (mslora-cr config list)"
 OVERRIDE = re.compile(r"[A-Za-z_][\w.*+-]*=")

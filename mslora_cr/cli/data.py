@@ -10,11 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mslora_cr.cli.common import add_command, announce
+from mslora_cr.cli.convert import add_convert
 from mslora_cr.data.records import DataError
-from mslora_cr.data.sources.catalog import catalog, data_set
-from mslora_cr.data.sources.check import Scan, check, read_limit, table
+from mslora_cr.data.sources.catalog import DataSet, catalog, data_set
+from mslora_cr.data.sources.check import OwnDataSet, Scan, check, read_limit
+from mslora_cr.data.sources.check_report import table
 from mslora_cr.data.sources.download import ANNOTATIONS, download
 from mslora_cr.data.sources.prepare import prepare
+from mslora_cr.utils.errors import nearest
 from mslora_cr.utils.workers import cores
 
 
@@ -71,7 +74,7 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     parser = add_command(
         commands,
         "data",
-        "download, prepare and check data sets",
+        "download, prepare, convert and check data sets",
         "mslora-cr data download",
         "mslora-cr data prepare CXP --raw downloads/chest_xray.zip",
         "mslora-cr data check data/MSLoRA_CR --model pretrained_models/llava_med_v1.5",
@@ -91,10 +94,13 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     )
     add_prepare_arguments(action)
     action.set_defaults(run=run_prepare)
+    add_convert(actions)
     action = add_command(
         actions,
         "check",
-        "validate a data root before training: annotations, images, train/test overlap, prompt lengths",
+        "validate data before training, of a configuration's tasks or of a published data root: annotations, images, "
+        "train/test overlap, prompt lengths",
+        "mslora-cr data check demo",
         "mslora-cr data check data/MSLoRA_CR --model pretrained_models/llava_med_v1.5",
         "mslora-cr data check --only derm HAM --no-images",
     )
@@ -130,7 +136,13 @@ def _positive(text: str) -> int:
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "root", metavar="ROOT", type=Path, nargs="?", default=Path("data/MSLoRA_CR"), help="data root (%(default)s)"
+        "root",
+        metavar="CONFIG|ROOT",
+        type=Path,
+        nargs="?",
+        default=Path("data/MSLoRA_CR"),
+        help="a configuration, whose tasks are checked, own data sets included, or a data root with the published data "
+        "sets (%(default)s)",
     )
     parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="check only these data sets")
     parser.add_argument("--model", type=Path, help="model folder; also reports samples that would be truncated")
@@ -142,20 +154,45 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("results/data-check.json"), help="report (%(default)s)")
 
 
+def _to_check(target: Path, only: Sequence[str]) -> tuple[Path, list[DataSet] | list[OwnDataSet]]:
+    """The data root and the data sets to check there: those of a configuration's tasks, or the published ones.
+
+    Raises:
+        DataError: there is no such folder, or `only` names another data set.
+    """
+    if target.is_dir():
+        return target, [data_set(name) for name in only] or list(catalog().values())
+    from mslora_cr.config.load import load_config
+    from mslora_cr.config.shipped import configurations
+
+    if target.suffix not in (".yaml", ".yml") and str(target) not in configurations():
+        raise DataError(f"{target}: no such folder, and no configuration (.yaml)")
+
+    config = load_config(target)
+    names = [task.name for task in config.tasks]
+    for name in only:
+        if name not in names:
+            raise DataError(f"--only {name}: no task of {target}{nearest(name, names)}; it has {', '.join(names)}")
+    own = []
+    for task in config.stream:
+        published = config.datasets[task.name].published
+        rows = catalog()[published].test_rows if published in catalog() else None
+        own.append(OwnDataSet(task.name, task.folder, tuple(task.image_folders), rows))
+    return Path(config.data.root), [dataset for dataset in own if not only or dataset.name in only]
+
+
 def run_check(args: argparse.Namespace) -> int:
     """0: no errors; 1: errors, which are listed."""
-    datasets = [data_set(name) for name in args.only] or list(catalog().values())
-    if not args.root.is_dir():
-        raise DataError(f"{args.root}: no such folder")
+    root, datasets = _to_check(args.root, args.only)
     limit = read_limit(args.model, args.max_length) if args.model else None
     args.output.parent.mkdir(parents=True, exist_ok=True)
     scan = Scan(args.workers, sys.stderr.isatty(), cache=args.output.with_suffix(".good-images"))
-    reports = [check(dataset, args.root, limit, None if args.no_images else scan) for dataset in datasets]
+    reports = [check(dataset, root, limit, None if args.no_images else scan) for dataset in datasets]
     print(table(reports))
     if limit is None:
         print("lengths were not checked; give a model folder with --model")
     errors = sum(report.errors for report in reports)
-    result = {"root": str(args.root), "errors": errors, "data_sets": [asdict(report) for report in reports]}
+    result = {"root": str(root), "errors": errors, "data_sets": [asdict(report) for report in reports]}
     args.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{errors} errors; written to {args.output}")
     return 1 if errors else 0

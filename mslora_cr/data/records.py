@@ -9,7 +9,6 @@ import codecs
 import copy
 import hashlib
 import json
-import math
 import random
 from abc import abstractmethod
 from array import array
@@ -27,6 +26,7 @@ from pydantic import (
     ValidationError,
 )
 
+from mslora_cr.data.strict_json import STRICT_JSON, explain_json, first_problem, problems_in, shorten
 from mslora_cr.utils.errors import UserError
 
 CHUNK_BYTES = 1 << 20
@@ -120,26 +120,34 @@ class _Records(Sequence[Record], Generic[Record]):
     Attributes:
         path: the file. digest: sha256 of its bytes, in hexadecimal.
 
+    Args:
+        problems: collects what is wrong with single records, which are then passed over; without it, the first raises.
+
     Raises:
         DataError: the file is missing, empty, not UTF-8, not JSON of this form, or a record is malformed.
     """
 
     _model: type[Record]
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str, problems: list[str] | None = None):
         self.path = Path(path)
+        self._problems = problems
         self._starts, self._ends = array("Q"), array("Q")
         hasher = hashlib.sha256()
         try:
             with self.path.open("rb") as file:
                 for start, end, place, value in self._items(file, hasher):
-                    self._check(value, place)
+                    try:
+                        self._check(value, place)
+                    except DataError as error:
+                        self._note(error)
+                        continue
                     self._starts.append(start)
                     self._ends.append(end)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror or error})") from error
         self.digest = hasher.hexdigest()
-        if not self._starts:
+        if not self._starts and not problems:
             raise DataError(f"{self.path}: contains no records")
 
     @abstractmethod
@@ -149,13 +157,19 @@ class _Records(Sequence[Record], Generic[Record]):
     def place(self, index: int) -> str:
         """Where record `index` is in the file, in words, for messages."""
 
+    def _note(self, problem: DataError) -> None:
+        if self._problems is None:
+            raise problem
+        self._problems.append(str(problem))
+
     def _check(self, value: Any, place: str) -> Record:
         if not isinstance(value, dict):
-            raise DataError(f"{self.path}: {place}: expected an object ({{…}}), found {_shorten(value)}")
+            raise DataError(f"{self.path}: {place}: expected an object ({{…}}), found {shorten(value)}")
         try:
             return self._model.model_validate(value)
         except ValidationError as error:
-            raise DataError(f"{self.path}: {place}: {first_problem(error)}") from None
+            found = first_problem(error) if self._problems is None else "; ".join(problems_in(error))
+            raise DataError(f"{self.path}: {place}: {found}") from None
 
     def _read(self, file: BinaryIO, index: int) -> Record:
         file.seek(self._starts[index])
@@ -243,7 +257,12 @@ class TestRecords(_Records[TestRecord]):
                 raise DataError(f"{self.path}: {BYTE_ORDER_MARK}")
             place, end = f"line {number}", start + len(line)
             if line.strip():
-                yield start, end, place, self._decode(line, place)
+                try:
+                    value = self._decode(line, place)
+                except DataError as error:
+                    self._note(error)
+                else:
+                    yield start, end, place, value
             start = end
 
     def _decode(self, line: bytes, place: str) -> Any:
@@ -338,49 +357,3 @@ class _ListReader:
 
     def _fail(self, problem: str) -> NoReturn:
         raise DataError(f"{self.path}: record {self.index}: {problem}")
-
-
-def _reject_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{_shorten(text)} is too large a number")
-    return value
-
-
-STRICT_JSON = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_finite)
-"""Decodes JSON from outside: numbers are finite, NaN and Infinity are refused."""
-
-
-def explain_json(error: Exception) -> str:
-    """What is wrong with a text that was to be JSON."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg}, near {error.doc[max(error.pos - 20, 0) : error.pos + 20]!r}"
-    if isinstance(error, UnicodeDecodeError):
-        return "not UTF-8 text; save the file as UTF-8"
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return f"not acceptable JSON: {error}"  # a number of thousands of digits, NaN, Infinity
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first problem pydantic found: field, if it is one's, what was expected, what was found."""
-    problem = error.errors(include_url=False)[0]
-    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in problem["loc"]]
-    field = "".join(steps).lstrip(".")
-    if problem["type"] == "missing":
-        return f"field '{field}' is missing"
-    if problem["type"] == "too_short":
-        return f"field '{field}' is empty"
-    expected = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    expected = expected.replace("a valid tuple", "a list")
-    where = f"field '{field}': " if field else ""
-    return f"{where}{expected}; found {_shorten(problem['input'])}"
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

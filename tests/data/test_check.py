@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 
 from mslora_cr.cli.data import add_check_arguments, run_check
 from mslora_cr.data.records import DataError
-from mslora_cr.data.sources import check as module
+from mslora_cr.data.sources import check_report as module
 from mslora_cr.data.sources.catalog import data_set
-from mslora_cr.data.sources.check import Report, Scan, Share, check, read_limit, table
+from mslora_cr.data.sources.check import Scan, check, read_limit
+from mslora_cr.data.sources.check_report import Report, Share, table
 from tests.data.test_images import picture
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_a" / "llava_med_tiny"
@@ -290,3 +292,46 @@ def test_the_table_is_aligned():
     assert len({len(line) for line in lines[:3]}) == 1
     assert "19,755" in lines[2] and lines[1].endswith("ok") and lines[2].endswith("errors")
     assert lines[4:] == ["error: pathvqa: something (2)", "    here", "    there"]
+
+
+def test_every_malformed_record_is_listed(root):
+    bad = {"id": True, "image": 3, "conversations": []}
+    write(root, [training(), {"id": 3}, bad, training()], [question(gt=3), question(), question(answer_type="BOTH")])
+    with (root / "PathVQA/test.jsonl").open("a") as file:
+        file.write("{no json\n")
+    report = look(root)
+    found = [problem for problem in report.problems if problem.message.endswith("malformed records")]
+    assert [(problem.message, problem.count) for problem in found] == [
+        ("train.json: malformed records", 2),
+        ("test.jsonl: malformed records", 3),
+    ]
+    both = found[0].examples[1]
+    assert "train.json: record 2: field 'id'" in both and "field 'conversations' is empty" in both
+    assert "line 4: not valid JSON" in found[1].examples[2] and "line 1: field 'gt'" in found[1].examples[0]
+    assert (report.train_rows, report.test_closed) == (2, 1)  # the others are checked on
+    many = [{"id": number} for number in range(60)]
+    text = table([look(write(root, many, [question()]))])
+    assert text.count("field 'conversations' is missing") == 50 and "… and 10 more, all in the JSON file" in text
+
+
+def test_a_missing_file_with_a_table_beside_it_gets_advice(root):
+    (root / "PathVQA/train.json").rename(root / "PathVQA/train.csv")
+    assert re.search(
+        r"train\.json: cannot be read .*; `mslora-cr data convert \S*/PathVQA/train\.csv", messages(look(root), "error")
+    )
+
+
+def test_the_tasks_of_a_configuration_are_checked(root, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    own = {"Mine": {"modality": "pathology", "folder": "PathVQA", "image_folders": ["images"]}}
+    task = {"name": "Mine", "epochs": 1, "batch_size": 1, "learning_rate": 1e-3}
+    settings = {"run": "mine", "model": {"path": "none"}, "data": {"root": str(root)}, "datasets": own, "tasks": [task]}
+    config.write_text(json.dumps(settings))
+    output = tmp_path / "check.json"
+    words = [str(config), "--workers", "1", "--output", str(output)]
+    assert run_check(arguments(*words)) == 0
+    assert "0 errors" in capsys.readouterr().out
+    [saved] = json.loads(output.read_text())["data_sets"]
+    assert (saved["name"], saved["images"], saved["problems"]) == ("Mine", 7, [])  # no published rows to compare with
+    with pytest.raises(DataError, match=r"--only mine: no task of .*run\.yaml; did you mean 'Mine'\?"):
+        run_check(arguments(*words, "--only", "mine"))

@@ -11,16 +11,17 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
 from mslora_cr.data.images import check_images, check_name, image_roots, resolve_image, tower_folder
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
-from mslora_cr.data.sources.catalog import DataSet
+from mslora_cr.data.sources.catalog import DataSet, TestRows
+from mslora_cr.data.sources.check_report import Problem, Report, Share
 
 if TYPE_CHECKING:
     from mslora_cr.data.tokenizer import Tokenizer
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 Names = dict[str, str]
 """Images by their place below the data set's folder, with the name that the annotations give."""
-EXAMPLES = 5
-"""How many instances of a problem are named."""
 COMMONEST = 10
 """How many answers are counted in the report."""
 ONE_SIDED = 0.95
@@ -38,56 +37,21 @@ SHORT = 80
 """Characters up to which a training answer is taken for a choice, such as a closed question has."""
 NOTABLE = 0.01
 """The share from which on a training answer is named."""
+CONVERTIBLE = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
+"""What a table of questions may end in."""
+OUR_FILES = ("train.json", "test.jsonl", "convert.json")
 CLIP_PATCHES = 576
 """Patches of CLIP ViT-L/14 at 336 pixels, assumed where the model's own tower is not available."""
 
 
-@dataclass
-class Problem:
-    level: Literal["error", "warning"]
-    message: str
-    count: int
-    examples: list[str]
-
-
-@dataclass
-class Share:
-    count: int
-    share: float
-
-
-@dataclass
-class Report:
-    """What was found about one data set; `None` where nothing could be checked."""
+@dataclass(frozen=True)
+class OwnDataSet:
+    """Where a data set of a configuration is kept; `test_rows` only for a published one."""
 
     name: str
-    train_rows: int | None = None
-    test_open: int | None = None
-    test_closed: int | None = None
-    images: int | None = None
-    missing: int | None = None
-    unreadable: int | None = None
-    shared_images: int | None = None
-    """Images that both the training and the test file name."""
-    shared_contents: int | None = None
-    """Test images that are, under another name, also training images: the same file, or one of the same bytes."""
-    closed_answers: dict[str, int] = field(default_factory=dict)
-    """The commonest answers to the closed test questions, in lower case."""
-    training_answers: dict[str, Share] = field(default_factory=dict)
-    """The commonest short answers in training, in lower case, with their share of all answers there."""
-    truncated: int | None = None
-    """Training conversations and test prompts longer than the model's limit."""
-    problems: list[Problem] = field(default_factory=list)
-
-    @property
-    def errors(self) -> int:
-        return sum(problem.level == "error" for problem in self.problems)
-
-    def error(self, message: str, found: Sequence[str] = ()) -> None:
-        self.problems.append(Problem("error", message, len(found) or 1, list(found[:EXAMPLES])))
-
-    def warning(self, message: str, found: Sequence[str] = ()) -> None:
-        self.problems.append(Problem("warning", message, len(found) or 1, list(found[:EXAMPLES])))
+    folder: str
+    image_folders: tuple[str, ...]
+    test_rows: TestRows | None = None
 
 
 @dataclass(frozen=True)
@@ -108,22 +72,15 @@ class Limit:
     max_length: int
 
 
-def check(dataset: DataSet, root: Path, limit: Limit | None = None, scan: Scan | None = None) -> Report:
+def check(dataset: DataSet | OwnDataSet, root: Path, limit: Limit | None = None, scan: Scan | None = None) -> Report:
     """Look at one data set below the data root: at lengths with a `limit`, at image files with a `scan`."""
     report = Report(dataset.name)
     folder = root / dataset.folder
     if not folder.is_dir():
         report.error(f"{folder}: no such folder")
         return report
-    training = test = None
-    try:
-        training = TrainingRecords(folder / "train.json")
-    except DataError as error:
-        report.error(str(error))
-    try:
-        test = TestRecords(folder / "test.jsonl")
-    except DataError as error:
-        report.error(str(error))
+    training = _opened(TrainingRecords, folder / "train.json", report)
+    test = _opened(TestRecords, folder / "test.jsonl", report)
     train_images = _check_training(training, dataset, limit, report) if training else {}
     test_images = _check_test(test, dataset, limit, report) if test else {}
     if training and test:
@@ -133,7 +90,34 @@ def check(dataset: DataSet, root: Path, limit: Limit | None = None, scan: Scan |
     return report
 
 
-def _check_training(records: TrainingRecords, dataset: DataSet, limit: Limit | None, report: Report) -> Names:
+File = TypeVar("File", TrainingRecords, TestRecords)
+
+
+def _opened(kind: type[File], path: Path, report: Report) -> File | None:
+    """The file's good records; every malformed one is reported."""
+    problems: list[str] = []
+    try:
+        records = kind(path, problems)
+    except DataError as error:
+        report.error(str(error) + _advice(path))
+        return None
+    finally:
+        if problems:
+            found = [problem.removeprefix(f"{path.parent}/") for problem in problems]
+            report.problems.append(Problem("error", f"{path.name}: malformed records", len(found), found))
+    return records if len(records) else None
+
+
+def _advice(path: Path) -> str:
+    """What to do where a file is missing, and others in its folder could be made into it."""
+    beside = sorted(file for file in path.parent.glob("*") if file.suffix in CONVERTIBLE)
+    others = [] if path.exists() else [file.name for file in beside if file.name not in OUR_FILES]
+    return f"; `mslora-cr data convert {path.parent / others[0]} --output FOLDER` may make it" if others else ""
+
+
+def _check_training(
+    records: TrainingRecords, dataset: DataSet | OwnDataSet, limit: Limit | None, report: Report
+) -> Names:
     """Report on the conversations, and give the images that they name."""
     empty, silent, long, nul = [], [], [], []
     names: set[str] = set()
@@ -167,7 +151,7 @@ def _check_training(records: TrainingRecords, dataset: DataSet, limit: Limit | N
     return _images(names, dataset, records.path.name, report)
 
 
-def _check_test(records: TestRecords, dataset: DataSet, limit: Limit | None, report: Report) -> Names:
+def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, limit: Limit | None, report: Report) -> Names:
     """Report on the questions, and give the images that they name."""
     types: Counter[str] = Counter()
     answers: Counter[str] = Counter()
@@ -188,7 +172,7 @@ def _check_test(records: TestRecords, dataset: DataSet, limit: Limit | None, rep
     report.test_open, report.test_closed = types["OPEN"], types["CLOSED"]
     report.closed_answers = dict(answers.most_common(COMMONEST))
     expected = dataset.test_rows
-    if (report.test_open, report.test_closed) != (expected.open, expected.closed):
+    if expected is not None and (report.test_open, report.test_closed) != (expected.open, expected.closed):
         report.warning(
             f"the published test set holds {expected.open} open and {expected.closed} closed rows, this one "
             f"{report.test_open} and {report.test_closed}: scores cannot be compared with the published ones"
@@ -208,7 +192,7 @@ def _check_balance(answers: Counter[str], total: int, what: str, report: Report)
             report.warning(f"{count / total:.0%} of the {what}, {answer!r}")
 
 
-def _images(names: Iterable[str], dataset: DataSet, file: str, report: Report) -> Names:
+def _images(names: Iterable[str], dataset: DataSet | OwnDataSet, file: str, report: Report) -> Names:
     """The images named in a file, each by its place below the data set's folder; unsafe names are reported."""
     images, unsafe = {}, []
     for name in names:
@@ -258,7 +242,9 @@ def _count_long(long: list[str], limit: Limit | None, report: Report) -> None:
             report.warning(f"samples longer than {limit.max_length} positions: their end is cut off", long)
 
 
-def _check_image_files(dataset: DataSet, root: Path, training: Names, test: Names, scan: Scan, report: Report) -> None:
+def _check_image_files(
+    dataset: DataSet | OwnDataSet, root: Path, training: Names, test: Names, scan: Scan, report: Report
+) -> None:
     for name in dataset.image_folders:
         if not (root / dataset.folder / name).is_dir():
             report.error(f"{root / dataset.folder / name}: no such folder")
@@ -341,32 +327,3 @@ def read_limit(model: Path, max_length: int) -> Limit:
         return Limit(Tokenizer(model), patches, max_length)
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise DataError(f"{model}: not a model's folder ({error})") from error
-
-
-COLUMNS = (
-    *("train_rows", "test_open", "test_closed", "images", "missing", "unreadable"),
-    *("shared_images", "shared_contents", "truncated"),
-)
-
-
-def table(reports: Iterable[Report]) -> str:
-    """A line for each data set, and below them how the answers are shared and what is wrong."""
-    rows = [["data set", *(name.replace("_", " ") for name in COLUMNS), "verdict"]]
-    problems, balance = [], []
-    for report in reports:
-        if report.test_closed:
-            shares = (f"{answer} {count / report.test_closed:.0%}" for answer, count in report.closed_answers.items())
-            balance.append(f"closed answers: {report.name}: {', '.join(shares)}")
-        if report.training_answers:
-            shares = (f"{answer} {found.share:.0%}" for answer, found in report.training_answers.items())
-            balance.append(f"training answers: {report.name}: {', '.join(shares)}")
-        values = [getattr(report, name) for name in COLUMNS]
-        verdict = "errors" if report.errors else "warnings" if report.problems else "ok"
-        rows.append([report.name, *("-" if value is None else f"{value:,}" for value in values), verdict])
-        for problem in report.problems:
-            count = f" ({problem.count:,})" if problem.examples else ""
-            problems.append(f"{problem.level}: {report.name}: {problem.message}{count}")
-            problems += [f"    {example}" for example in problem.examples]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, "", *balance, *problems]).rstrip()

@@ -1,0 +1,99 @@
+"""`mslora-cr data convert`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mslora_cr.cli.common import add_command, count
+
+
+def add_convert(actions: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        actions,
+        "convert",
+        "convert your own data into the folder layout that training reads: a table (CSV, TSV), ShareGPT conversations, "
+        "a folder that Hugging Face datasets saved, or DICOM and NIfTI files alone, which become PNG",
+        "mslora-cr data convert findings.csv --images scans/ --group patient --output data/Findings",
+        "mslora-cr data convert labels.csv --ask 'Which lesion is it?' --answer label --closed --output data/Skin",
+        "mslora-cr data convert chats.json --output data/Chats",
+        "mslora-cr data convert scans/ --window 40 400 --frames 8 --output data/png     # images alone",
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="file or folder to convert")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the new data set's folder")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="where image names start (default: beside SOURCE)")
+    for name, default in (("image", "image"), ("question", "question"), ("answer", "answer")):
+        parser.add_argument(f"--{name}", default=default, metavar="COLUMN", help=f"column of the {name} (%(default)s)")
+    parser.add_argument(
+        "--group",
+        metavar="COLUMN",
+        help="column that keeps rows on one side of the split (default: patient, patient_id, subject or subject_id, if "
+        "there is one; else rows that share an image stay together)",
+    )
+    parser.add_argument("--split", metavar="COLUMN", help="column that says train or test; others are left out")
+    parser.add_argument("--answer-type", metavar="COLUMN", help="column that says open or closed")
+    parser.add_argument("--ask", metavar="TEXT", help="ask this of every image, instead of a question column")
+    parser.add_argument(
+        "--closed", action="store_true", help="all questions are closed (default: those answered yes or no)"
+    )
+    parser.add_argument(
+        "--window",
+        nargs=2,
+        type=float,
+        metavar=("CENTER", "WIDTH"),
+        help="window of DICOM and NIfTI, in their units, e.g. 40 400 (default: the file's own, else its whole range)",
+    )
+    parser.add_argument(
+        "--frames", type=count, metavar="N", help="at most N frames or slices of a file, evenly spaced (default: all)"
+    )
+    parser.add_argument("--test-share", type=_share, default=0.2, metavar="X", help="share of test rows (%(default)s)")
+    parser.add_argument("--seed", type=count, default=0, metavar="N", help="draws the split (%(default)s)")
+    parser.set_defaults(run=run_convert)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return share
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    from mslora_cr.data.sources.convert import Split, convert, convert_images, holds_questions
+    from mslora_cr.data.sources.convert_images import Rendering
+    from mslora_cr.data.sources.convert_rows import Columns
+
+    rendering = Rendering(tuple(args.window) if args.window else None, args.frames or None)
+    progress = sys.stderr.isatty()
+    if holds_questions(args.source):
+        columns = Columns(args.image, args.question, args.answer, args.group, args.split, args.answer_type)
+        split = Split(args.test_share, args.seed)
+        found = convert(
+            args.source, args.output, columns, args.ask, args.images, rendering, split, args.closed, progress
+        )
+        print(f"{found.rows:,} rows: {found.train:,} for training, {found.test:,} for testing, by {found.grouped_by}")
+    else:
+        found = convert_images(args.source, args.output, rendering, progress)
+        print(f"{found.rows:,} files")
+    print(f"{found.images:,} images in {args.output}")
+    if found.shared_groups:
+        shared = ", ".join(found.shared_groups[:5])
+        print(f"warning: {len(found.shared_groups)} on both sides of the source's split, such as {shared}")
+    for reason, places in found.left_out.items():
+        print(f"left out, {reason}: {len(places):,}")
+        for place in places[:5]:
+            print(f"  {place}")
+    if found.train:
+        name = args.output.name
+        print(
+            f"\nIn a configuration:\n"
+            f"  data: {{root: {args.output.parent}}}\n"
+            f"  datasets: {{{name}: {{modality: MODALITY, folder: {name}}}}}\n"
+            f"  tasks: [{{name: {name}, epochs: 3, batch_size: 16, learning_rate: 2e-4}}]\n"
+            f"Next: mslora-cr data check CONFIG"
+        )
+    return 0

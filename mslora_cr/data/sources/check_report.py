@@ -1,0 +1,91 @@
+"""What a check of the data found: counts and problems of each data set, and the table that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+EXAMPLES = 5
+"""How many instances of a problem are named."""
+MOST_LISTED = 50
+"""How many malformed records the console lists; the JSON file has all."""
+
+
+@dataclass
+class Problem:
+    level: Literal["error", "warning"]
+    message: str
+    count: int
+    examples: list[str]
+
+
+@dataclass
+class Share:
+    count: int
+    share: float
+
+
+@dataclass
+class Report:
+    """What was found about one data set; `None` where nothing could be checked."""
+
+    name: str
+    train_rows: int | None = None
+    test_open: int | None = None
+    test_closed: int | None = None
+    images: int | None = None
+    missing: int | None = None
+    unreadable: int | None = None
+    shared_images: int | None = None
+    """Images that both the training and the test file name."""
+    shared_contents: int | None = None
+    """Test images that are, under another name, also training images: the same file, or one of the same bytes."""
+    closed_answers: dict[str, int] = field(default_factory=dict)
+    """The commonest answers to the closed test questions, in lower case."""
+    training_answers: dict[str, Share] = field(default_factory=dict)
+    """The commonest short answers in training, in lower case, with their share of all answers there."""
+    truncated: int | None = None
+    """Training conversations and test prompts longer than the model's limit."""
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def errors(self) -> int:
+        return sum(problem.level == "error" for problem in self.problems)
+
+    def error(self, message: str, found: Sequence[str] = ()) -> None:
+        self.problems.append(Problem("error", message, len(found) or 1, list(found[:EXAMPLES])))
+
+    def warning(self, message: str, found: Sequence[str] = ()) -> None:
+        self.problems.append(Problem("warning", message, len(found) or 1, list(found[:EXAMPLES])))
+
+
+COLUMNS = (
+    *("train_rows", "test_open", "test_closed", "images", "missing", "unreadable"),
+    *("shared_images", "shared_contents", "truncated"),
+)
+
+
+def table(reports: Iterable[Report]) -> str:
+    """A line for each data set, and below them how the answers are shared and what is wrong."""
+    rows = [["data set", *(name.replace("_", " ") for name in COLUMNS), "verdict"]]
+    problems, balance = [], []
+    for report in reports:
+        if report.test_closed:
+            shares = (f"{answer} {count / report.test_closed:.0%}" for answer, count in report.closed_answers.items())
+            balance.append(f"closed answers: {report.name}: {', '.join(shares)}")
+        if report.training_answers:
+            shares = (f"{answer} {found.share:.0%}" for answer, found in report.training_answers.items())
+            balance.append(f"training answers: {report.name}: {', '.join(shares)}")
+        values = [getattr(report, name) for name in COLUMNS]
+        verdict = "errors" if report.errors else "warnings" if report.problems else "ok"
+        rows.append([report.name, *("-" if value is None else f"{value:,}" for value in values), verdict])
+        for problem in report.problems:
+            count = f" ({problem.count:,})" if problem.examples else ""
+            problems.append(f"{problem.level}: {report.name}: {problem.message}{count}")
+            problems += [f"    {example}" for example in problem.examples[:MOST_LISTED]]
+            hidden = len(problem.examples) - MOST_LISTED
+            problems += [f"    … and {hidden:,} more, all in the JSON file"] if hidden > 0 else []
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*lines, "", *balance, *problems]).rstrip()
