@@ -21,6 +21,7 @@ from mslora_cr.cli.push import add_push
 from mslora_cr.cli.report import add_analyze, add_compare, add_report
 from mslora_cr.cli.sweep import add_sweep
 from mslora_cr.cli.train import add_train
+from mslora_cr.cli.web import add_web
 from mslora_cr.utils.errors import UserError
 
 
@@ -119,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_sweep(commands)
     add_config_command(commands)
     add_ask(commands)
+    add_web(commands)
     add_export(commands)
     add_push(commands)
     add_data(commands)

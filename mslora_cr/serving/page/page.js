@@ -1,0 +1,145 @@
+"use strict";
+// Whatever comes from files, questions or the model becomes text, never markup: textContent only.
+const at = (id) => document.getElementById(id);
+const make = (tag, text, className) => {
+  const element = document.createElement(tag);
+  if (text !== undefined) element.textContent = text;
+  if (className) element.className = className;
+  return element;
+};
+let run, upload = null, picked = null, shown = null, listing = 0;
+
+async function get(path, options) {
+  const response = await fetch(path, options);
+  const content = await response.json();
+  if (!response.ok) throw new Error(content.error || response.statusText);
+  return content;
+}
+
+function tell(text, wrong) {
+  at("status").textContent = text;
+  at("status").className = wrong ? "error" : "";
+}
+
+function show(source, name) {
+  if (shown) URL.revokeObjectURL(shown);
+  shown = source.startsWith("blob:") ? source : null;
+  at("picture").src = source;
+  at("picture").alt = name;
+  at("name").textContent = name;
+  at("figure").hidden = false;
+}
+
+function take(file) {
+  upload = file;
+  picked = null;
+  show(URL.createObjectURL(file), file.name);
+}
+
+async function list() {
+  const of = at("of").value, mine = ++listing;
+  const query = new URLSearchParams({ task: of, search: at("search").value });
+  try {
+    const found = await get("api/questions?" + query);
+    if (mine !== listing) return;  // a later search has been asked for
+    at("questions").replaceChildren(...found.questions.map((row) => {
+      const item = make("li"), button = make("button", row.question);
+      button.type = "button";
+      button.addEventListener("click", () => {
+        upload = null;
+        picked = { of, index: row.index };
+        at("question").value = row.question;
+        show("api/image?" + new URLSearchParams({ task: of, index: row.index }), `${of}, question ${row.index + 1}`);
+      });
+      item.append(button);
+      return item;
+    }));
+    at("count").textContent = `${found.questions.length} of ${found.all} questions`;
+  } catch (error) {
+    at("questions").replaceChildren();
+    at("count").textContent = error.message;
+  }
+}
+
+function card(answer) {
+  const box = make("div", undefined, "answer");
+  box.append(make("h2", answer.stage ? `after ${answer.stage} task${answer.stage > 1 ? "s" : ""}` : "base model"));
+  box.append(make("p", answer.text || "(no words)", "text"));
+  if (answer.score) {
+    box.append(make("p", answer.score, "quiet score"));
+    if (answer.score === "right" || answer.score === "wrong") box.classList.add(answer.score);
+  }
+  const banks = answer.banks.length ? `banks ${answer.banks.join(", ")}` : "no bank";
+  box.append(make("p", answer.task ? `as ${answer.task}; ${banks}` : banks, "quiet"));
+  return box;
+}
+
+function likely(probabilities) {
+  const rows = Object.entries(probabilities).map(([task, share]) => {
+    const row = make("div"), bar = make("meter");
+    bar.value = share;
+    row.append(bar, make("span", `${task} ${(100 * share).toFixed(1)} %`));
+    return row;
+  });
+  at("probabilities").replaceChildren(...rows);
+  at("router").hidden = rows.length === 0;
+}
+
+async function ask() {
+  const form = new FormData();
+  if (upload) form.append("image", upload, "picture");  // its name stays here
+  else if (picked) { form.append("of", picked.of); form.append("index", picked.index); }
+  form.append("question", at("question").value);
+  form.append("task", at("task").value);
+  form.append("stages", [...document.querySelectorAll("#stages input:checked")].map((box) => box.value).join(","));
+  at("ask").disabled = true;
+  tell("answering…");
+  try {
+    const found = await get("api/ask", { method: "POST", body: form });
+    at("answers").replaceChildren(...found.answers.map(card));
+    likely(found.probabilities);
+    at("truth").hidden = found.truth === null;
+    at("truth").textContent = found.truth === null ? "" : `Truth: ${found.truth}`;
+    tell("done");
+  } catch (error) {
+    tell(error.message, true);
+  } finally {
+    at("ask").disabled = false;
+  }
+}
+
+async function start() {
+  run = await get("api/run");
+  at("run").textContent = run.run;
+  at("method").textContent = `method ${run.method}, ${run.tasks.length} tasks`;
+  document.title = run.run;
+  const option = (value, text) => { const made = make("option", text); made.value = value; return made; };
+  if (run.routes || !run.tasks.length) at("task").append(option("", "let the router choose"));
+  at("task").append(...run.tasks.map((task) => option(task, task)));
+  if (run.task) at("task").value = run.task;
+  at("of").append(...run.tasks.map((task) => option(task, task)));
+  const last = run.stages[run.stages.length - 1];
+  for (const stage of run.stages) {
+    const label = make("label"), box = make("input");
+    box.type = "checkbox";
+    box.value = stage;
+    box.checked = stage === 0 || stage === last;
+    label.append(box, stage ? ` after ${stage}` : " base model");
+    at("stages").append(label);
+  }
+  at("file").addEventListener("change", () => at("file").files[0] && take(at("file").files[0]));
+  at("drop").addEventListener("dragover", (event) => { event.preventDefault(); at("drop").classList.add("over"); });
+  at("drop").addEventListener("dragleave", () => at("drop").classList.remove("over"));
+  at("drop").addEventListener("drop", (event) => {
+    event.preventDefault();
+    at("drop").classList.remove("over");
+    if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0]);
+  });
+  at("tests").addEventListener("toggle", () => at("tests").open && list());
+  at("of").addEventListener("change", list);
+  at("search").addEventListener("input", list);
+  at("ask").addEventListener("click", ask);
+  document.body.dataset.ready = "yes";
+}
+
+start().catch((error) => tell(error.message, true));

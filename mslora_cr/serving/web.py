@@ -1,0 +1,213 @@
+"""A page in the browser: a picture, a question, and the answers of chosen stages side by side."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from mslora_cr.data.images import load_image, resolve_image
+from mslora_cr.data.records import TestRecord, TestRecords
+from mslora_cr.evaluation.metrics import score_answers
+from mslora_cr.runs.session import task_folder, task_image_roots
+from mslora_cr.serving.answering import AnsweringModel, open_image
+from mslora_cr.utils.errors import UserError
+
+PAGE = Path(__file__).with_name("page")
+MOST_BYTES = 32 << 20
+"""Of an uploaded picture."""
+MOST_LISTED = 200
+"""Test questions that one search shows."""
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+"""Nothing is loaded from elsewhere, and no script runs but the page's own file."""
+
+
+class _Answered(NamedTuple):
+    text: Any
+    gt: Any
+    answer_type: Any
+
+
+class _Web:
+    """What the page asks for. One question is answered at a time: there is one model."""
+
+    def __init__(self, model: AnsweringModel) -> None:
+        self.model, self._lock = model, Lock()
+        self._records = lru_cache(maxsize=None)(self._open)
+
+    def run(self, request: Request) -> Response:
+        config = self.model.config
+        return JSONResponse(
+            {
+                "run": config.run,
+                "method": config.method,
+                "tasks": [task.name for task in config.stream],
+                "stages": self.model.run.stages,
+                "routes": self.model.task is None and self.model.run.needs_task,
+                "task": self.model.task,
+            }
+        )
+
+    def questions(self, request: Request) -> Response:
+        """The test questions of a task that have a text in them."""
+        records, wanted = self._records(self._task(request)), request.query_params.get("search", "").lower()
+        found: list[dict[str, Any]] = []
+        for index, record in enumerate(records):
+            if wanted in record.text.lower():
+                found.append({"index": index, "question": record.text, "truth": record.gt, "type": record.answer_type})
+                if len(found) == MOST_LISTED:
+                    break
+        return JSONResponse({"questions": found, "all": len(records)})
+
+    def image(self, request: Request) -> Response:
+        """A test question's picture, decoded and written anew: no file is handed out as it is."""
+        task = self._task(request)
+        file = io.BytesIO()
+        picture = load_image(self._picture(task, self._record(task, request.query_params.get("index", ""))))
+        picture.thumbnail((640, 640))
+        picture.save(file, "PNG")
+        return Response(file.getvalue(), media_type="image/png")
+
+    async def ask(self, request: Request) -> Response:
+        self._check_origin(request)
+        async with request.form(max_files=1, max_fields=20, max_part_size=MOST_BYTES) as form:
+            upload = form.get("image")
+            picture = await upload.read(MOST_BYTES + 1) if upload is not None and not isinstance(upload, str) else None
+            fields = {key: value for key, value in form.multi_items() if isinstance(value, str)}
+        if picture is not None and len(picture) > MOST_BYTES:
+            raise HTTPException(413, f"a picture may have {MOST_BYTES >> 20} MiB")
+        return JSONResponse(await run_in_threadpool(self._answer, picture, fields))
+
+    def _answer(self, upload: bytes | None, fields: dict[str, str]) -> dict[str, Any]:
+        question, task = fields.get("question", "").strip(), fields.get("task") or None
+        if not question:
+            raise HTTPException(400, "type a question")
+        known: TestRecord | None = None
+        picture: Image.Image
+        if upload is not None:
+            picture = open_image(upload)
+        elif "index" in fields:
+            of = self.model.config.task(fields.get("of", "")).name
+            known = self._record(of, fields["index"])
+            picture = load_image(self._picture(of, known))
+        else:
+            raise HTTPException(400, "choose a picture")
+        if known is not None and known.text.strip() != question:
+            known = None  # the truth is that of another question
+        stages = sorted({_number(stage) for stage in fields.get("stages", "").split(",") if stage})
+        with self._lock:
+            answers = [self.model.ask(picture, question, task, stage) for stage in stages]
+        return {
+            "answers": [
+                {
+                    "stage": answer.stage,
+                    "task": answer.task if answer.stage else None,
+                    "banks": answer.banks,
+                    "text": answer.text,
+                    "score": _score(answer.text, known) if known else None,
+                }
+                for answer in answers
+            ],
+            "probabilities": next((answer.probabilities for answer in reversed(answers) if answer.probabilities), {}),
+            "truth": known.gt if known else None,
+        }
+
+    def _check_origin(self, request: Request) -> None:
+        """Another site's page must not keep the model busy."""
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            raise HTTPException(403, "asked by a page of another site")
+
+    def _task(self, request: Request) -> str:
+        return self.model.config.task(request.query_params.get("task", "")).name
+
+    def _open(self, task: str) -> TestRecords:
+        return TestRecords(task_folder(self.model.config, self.model.config.task(task)) / "test.jsonl")
+
+    def _record(self, task: str, index: str) -> TestRecord:
+        records, place = self._records(task), _number(index)
+        if place >= len(records):
+            raise HTTPException(404, f"{task} has {len(records)} questions")
+        return records[place]
+
+    def _picture(self, task: str, record: TestRecord) -> Path:
+        config = self.model.config
+        return resolve_image(record.images[0], task_image_roots(config, config.task(task)))
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9:
+        raise HTTPException(400, f"{text[:40]!r} is no number")
+    return int(text)
+
+
+def _score(text: str, known: TestRecord) -> str:
+    [row] = score_answers([_Answered(text, known.gt, known.answer_type)]).rows
+    if known.answer_type == "CLOSED":
+        return "right" if row.hit else "wrong"
+    return f"F1 {100 * row.overlap.f1:.0f} %"
+
+
+def make_app(model: AnsweringModel, hosts: Sequence[str]) -> Starlette:
+    """The page of a model.
+
+    Args:
+        hosts: names under which it may be asked for; another name is another site's, led here (DNS rebinding).
+    """
+    web = _Web(model)
+    pages = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
+    routes = [Route(path, _file(PAGE / name)) for path, name in pages.items()]
+    routes += [Route("/api/run", web.run), Route("/api/questions", web.questions), Route("/api/image", web.image)]
+    routes += [Route("/api/ask", web.ask, methods=["POST"])]
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(_Headers), Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+        exception_handlers={UserError: _explain, HTTPException: _explain},
+    )
+
+
+def _file(path: Path) -> Callable[[Request], Awaitable[Response]]:
+    async def page(request: Request) -> Response:
+        return FileResponse(path)
+
+    return page
+
+
+async def _explain(request: Request, error: Exception) -> Response:
+    status, told = (error.status_code, error.detail) if isinstance(error, HTTPException) else (400, str(error))
+    return JSONResponse({"error": told}, status)
+
+
+class _Headers:
+    """Puts `HEADERS` on every response."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                own = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", []), *own]}
+            await send(message)
+
+        await self.app(scope, receive, with_headers)

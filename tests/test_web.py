@@ -1,0 +1,170 @@
+"""`mslora-cr web`: the page in a real browser, and what the server refuses."""
+
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from PIL import Image
+from starlette.testclient import TestClient
+
+import mslora_cr
+from mslora_cr.cli.main import main
+from mslora_cr.serving.web import make_app
+
+HOSTILE = "<img src=x onerror=\"document.title='owned'\">.png"
+MARKUP = "<script>document.title='owned'</script><b id='bold'>Is this & that?</b>"
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="module")
+def model(trained_config: Path) -> mslora_cr.AnsweringModel:
+    return mslora_cr.load(trained_config)
+
+
+@pytest.fixture
+def client(model: mslora_cr.AnsweringModel) -> TestClient:
+    return TestClient(make_app(model, ["127.0.0.1"]), base_url="http://127.0.0.1")
+
+
+@pytest.fixture
+def address(model: mslora_cr.AnsweringModel) -> Iterator[str]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(make_app(model, ["127.0.0.1"]), log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+    listener.close()
+
+
+def rows(model: mslora_cr.AnsweringModel, task: str) -> list[dict[str, Any]]:
+    folder = Path(model.config.data.root) / model.config.task(task).folder
+    return [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.skipif(
+    not (BROWSER and DRIVER), reason="no chromium and chromedriver here: apt-get install chromium-driver"
+)
+def test_from_upload_to_answer_in_a_browser(address: str, model: mslora_cr.AnsweringModel, tmp_path: Path) -> None:
+    from selenium import webdriver
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER or ""
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    try:
+        wait = WebDriverWait(browser, 60, 0.1)
+        find = lambda css: browser.find_element(By.CSS_SELECTOR, css)  # noqa: E731
+        inner = "return [...document.querySelectorAll(arguments[0])].map((element) => element.innerText)"
+        texts = lambda css: browser.execute_script(inner, css)  # noqa: E731
+
+        def asked() -> None:
+            find("#ask").click()
+            wait.until(lambda _: find("#status").text not in ("answering…", ""))
+
+        screen = {"width": 360, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)  # its window would be wider
+        browser.get(address)
+        wait.until(lambda _: find("body").get_attribute("data-ready"))
+        picture = tmp_path / HOSTILE
+        Image.new("RGB", (80, 50), "pink").save(picture, "PNG")
+        find("#file").send_keys(str(picture))
+        find("#question").send_keys(MARKUP)
+        for box in browser.find_elements(By.CSS_SELECTOR, "#stages input"):
+            if not box.is_selected():
+                box.click()
+        asked()
+        assert find("#status").text == "done"
+        own = [model.ask(picture, MARKUP, stage=stage) for stage in range(4)]
+        assert texts(".answer .text") == [answer.text or "(no words)" for answer in own]
+        assert texts(".answer h2") == ["base model", "after 1 task", "after 2 tasks", "after 3 tasks"]
+        likeliest, share = next(iter(own[3].probabilities.items()))
+        assert texts("#probabilities div")[0] == f"{likeliest} {100 * share:.1f} %"
+        assert find("#name").text == HOSTILE and not find("#truth").is_displayed()
+        assert browser.title == "tiny" and not browser.find_elements(By.CSS_SELECTOR, "#bold, img[src='x']")
+
+        # A test question has a truth and a score; with other words it has none.
+        find("#tests summary").click()
+        browser.execute_script(
+            "let of = document.getElementById('of'); of.value = 'PCAM'; of.dispatchEvent(new Event('change'))"
+        )
+        question = rows(model, "PCAM")[0]
+        wait.until(lambda _: question["text"] in texts("#questions li"))
+        find("#questions li button").click()
+        asked()
+        assert find("#truth").text == f"Truth: {question['gt']}" and set(texts(".score")) <= {"right", "wrong"}
+        assert len(texts(".score")) == 4
+        find("#question").send_keys(" Really?")
+        asked()
+        assert not find("#truth").is_displayed() and not texts(".score")
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+        find("#question").clear()
+        asked()
+        assert find("#status").text == "type a question"
+    finally:
+        browser.quit()
+
+
+def test_the_server_refuses_what_no_page_of_its_own_asks(client: TestClient, model: mslora_cr.AnsweringModel) -> None:
+    page = client.get("/")
+    assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 400
+    fields = {"question": "what?", "of": "PCAM", "index": "0", "stages": "0"}
+    assert client.post("/api/ask", data=fields, headers={"origin": "http://evil.example"}).status_code == 403
+    assert (
+        client.post("/api/ask", data=fields, headers={"origin": "http://127.0.0.1"}).json()["answers"][0]["stage"] == 0
+    )
+    for path, status, message in (
+        ("/api/image?task=PCAM&index=99", 404, "PCAM has 4 questions"),
+        ("/api/image?task=PCAM&index=../../etc/passwd", 400, "no number"),
+        ("/api/image?task=../PCAM&index=0", 400, "unknown task"),
+        ("/api/questions?task=nothing", 400, "unknown task"),
+    ):
+        answer = client.get(path)
+        assert answer.status_code == status and message in answer.json()["error"]
+    files = {"image": (HOSTILE, b"<svg onload=alert(1)>", "image/png")}
+    told = client.post("/api/ask", data={**fields, "stages": "1"}, files=files)
+    assert told.status_code == 400 and "not a readable image" in told.json()["error"]
+    assert client.post("/api/ask", data={**fields, "stages": "9"}).status_code == 400
+    picture = client.get("/api/image?task=PCAM&index=0")
+    assert picture.headers["content-type"] == "image/png" and picture.content.startswith(b"\x89PNG")
+    listed = client.get("/api/questions", params={"task": "PCAM", "search": "LYMPH"}).json()
+    assert listed["all"] == 4 and all("lymph" in row["question"].lower() for row in listed["questions"])
+
+
+@pytest.mark.long
+def test_the_command_serves_the_page(trained_config: Path) -> None:
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "mslora_cr", "web", str(trained_config), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().split()[0]
+            for _ in range(100):
+                try:
+                    assert httpx.get(f"{address}api/run").json()["run"] == "tiny"
+                    break
+                except httpx.ConnectError:
+                    time.sleep(0.1)
+        finally:
+            process.terminate()
+
+
+def test_a_port_that_is_taken_is_told(trained_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["web", str(trained_config), "--port", str(taken.getsockname()[1])]) == 1
+    assert "choose another --port" in capsys.readouterr().err
