@@ -1,9 +1,11 @@
-"""What the figures are held against: PEFT with every bank active, and the penalties' formulas under autograd."""
+"""What the figures are held against: PEFT with every bank active, the penalties' formulas under autograd, and answers
+from whole prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -13,6 +15,7 @@ from transformers import LlavaForConditionalGeneration
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.fused import FusedLinear, PeftLinear
 from mslora_cr.banks.io import lora_config
+from mslora_cr.evaluation.decoding import Ends
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
@@ -79,3 +82,32 @@ def autograd_penalties(
 def alternating(banks: int) -> list[bool]:
     """Flags of this many earlier banks, every other one of the task's own modality."""
     return [number % 2 == 0 for number in range(banks)]
+
+
+@torch.inference_mode()
+def generated(
+    model: Any, prompts: Sequence[Sequence[int]], pixel_values: Tensor | None, tokenizer: Ends, max_new_tokens: int
+) -> list[list[int]]:
+    """The new ids of each prompt, up to and with `</s>`: whole prompts, padded on the left, through transformers'
+    `generate`.
+
+    Args:
+        pixel_values: the images of all prompts, one after another; None without any.
+    """
+    length = max(map(len, prompts))
+    device = model.get_input_embeddings().weight.device
+    ids = [[tokenizer.pad_token_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    real = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    output = model.generate(
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=torch.tensor(real, device=device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **({} if pixel_values is None else {"pixel_values": pixel_values.to(device, model.dtype)}),
+    )
+    eos = tokenizer.eos_token_id
+    new = output[:, length:].tolist()
+    return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in new]

@@ -20,14 +20,15 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.baselines import peft_all_active
 from benchmarks.harness import Setting, finish, language_model, parse, random_banks
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.stack import BankStack
-from mslora_cr.data.collator import QuestionCollator
-from mslora_cr.data.datasets import Sample
-from mslora_cr.evaluation.generate import greedy
+from mslora_cr.data.datasets import Prompt
+from mslora_cr.evaluation.decoding import Decoder
+from mslora_cr.evaluation.prefix import Limits, grouped, in_waves
 
 BANKS = 8
 SHORTEST, LONGEST = 8, 64
@@ -42,7 +43,7 @@ Answers = dict[int, list[int]]
 
 @dataclass(frozen=True)
 class Ids:
-    """What `greedy` needs of a tokenizer. No word of the vocabulary ends an answer: each is as long as asked for."""
+    """What decoding needs of a tokenizer. No word of the vocabulary ends an answer: each is as long as asked for."""
 
     eos_token_id: int
     pad_token_id: int = 0
@@ -58,14 +59,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     few = questions[: args.baseline_questions]
     answers: dict[str, Answers] = {}
 
-    def answering(name: str, fold: str, batch: int, asked: Sequence[Sample]) -> Callable[[], None]:
+    def answering(name: str, fold: str, batch: int, asked: Sequence[Prompt]) -> Callable[[], None]:
         model = _model(setting, fold, banks)
         return lambda: answers.update(
-            {name: _answer(model, asked, batch, Ids(setting.size.vocabulary), args.new_tokens)}
+            {name: answered(model, asked, _no_images, batch, Ids(setting.size.vocabulary), args.new_tokens)}
         )
 
     baseline, last = "one by one, unfolded", args.batches[-1]
-    variants: dict[str, tuple[str, int, Sequence[Sample]]] = {
+    variants: dict[str, tuple[str, int, Sequence[Prompt]]] = {
         baseline: ("unfolded", 1, few),
         "one by one, merged": ("merge", 1, few),
         **{f"merged, batch {batch}": ("merge", batch, questions) for batch in args.batches},
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             },
             "answers_per_second": {name: 1 / median(values) for name, values in seconds.items()},
             "questions_answered": {name: len(variants[name][2]) for name in seconds},
-            "question_tokens": sum(len(question["input_ids"]) for question in questions),
+            "question_tokens": sum(map(len, questions)),
             "new_tokens": args.new_tokens,
             "out_of_memory": too_large,
         },
@@ -133,30 +134,42 @@ def _model(setting: Setting, fold: str, banks: Sequence[Bank]) -> Any:
     return stack.model.eval()
 
 
-def _questions(count: int, vocabulary: int, shortest: int, longest: int) -> list[Sample]:
+def _questions(count: int, vocabulary: int, shortest: int, longest: int) -> list[Prompt]:
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
     return [
-        Sample(
-            index=index,
-            input_ids=torch.randint(4, vocabulary, (length,), generator=generator).tolist(),
-            labels=[],
-            pixel_values=torch.empty(0, 3, 1, 1),
-        )
-        for index, length in enumerate(lengths)
+        Prompt((), tuple(torch.randint(4, vocabulary, (length,), generator=generator).tolist()), ())
+        for length in lengths
     ]
 
 
-def _answer(model: Any, questions: Sequence[Sample], batch: int, ids: Ids, new_tokens: int) -> Answers:
-    collate = QuestionCollator(ids.pad_token_id)
-    order = sorted(range(len(questions)), key=lambda index: -len(questions[index]["input_ids"]))
+def _no_images(questions: Sequence[int]) -> None:
+    """The images of questions that have none."""
+
+
+def answered(
+    model: Any,
+    prompts: Sequence[Prompt],
+    shown: Callable[[Sequence[int]], Tensor | None],
+    batch: int,
+    ids: Ids,
+    new_tokens: int,
+) -> Answers:
+    """Answers as evaluation gives them, in batches of so many questions.
+
+    Args:
+        shown: the images of some questions.
+    """
+    limits = Limits(batch, new_tokens, batch * (max(map(len, prompts)) + new_tokens))
+    decoder = Decoder(model, prompts, ids, new_tokens)
+    waves = in_waves(grouped(prompts, range(len(prompts)), lambda _: None), prompts, limits)
+    waiting = sum(len(wave.batches) for wave in waves)
     answers: Answers = {}
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        inputs = collate([questions[index] for index in chosen])
-        del inputs["record_index"]
-        new = greedy(model, inputs, ids, new_tokens)  # type: ignore[arg-type]
-        answers |= dict(zip(chosen, new, strict=True))
+    for wave in waves:
+        openings = decoder.read(wave, shown([group.questions[0] for group in wave.groups]))
+        for chosen in wave.batches:
+            answers |= zip(chosen, decoder.answer(openings, chosen, waiting), strict=True)
+            waiting -= 1
     return answers
 
 

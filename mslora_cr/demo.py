@@ -63,7 +63,11 @@ def _configurations(overrides: Sequence[str]) -> dict[str, StreamConfig]:
         raise ConfigError(f"{key}: the demo always compares {' and '.join(COMPARED)}; for another run: mslora-cr train")
     runs = {method: load_config(CONFIG, [*overrides, f"run={method}", f"method={method}"]) for method in COMPARED}
     first = runs[COMPARED[0]]
-    get_device(first.model.device)  # refuses a GPU that is not there
+    if get_device(first.model.device).type == "cuda" and first.model.device == "auto":
+        print(
+            "the demo's model is so small that a GPU trains it no faster than the CPU; model.device=cuda uses the GPU"
+        )
+        return _configurations([*overrides, "model.device=cpu"])
     if Path(first.model.path).name != MODEL_FOLDER:
         raise ConfigError(
             f"model.path: the demo makes its own model, in a folder named {MODEL_FOLDER}, not {first.model.path}"

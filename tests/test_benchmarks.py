@@ -14,6 +14,7 @@ RATIOS = {
     "step": {"banks_8_over_1", "penalties_share", "peft_layer_over_ours", "peft_all_active_over_ours"},
     "penalty": {"autograd_over_ours"},
     "generation": {"answers_per_second_over_baseline"},
+    "shared_images": {"after_over_before, PathVQA"},
     "memory": {"full_logits_over_ours"},
     "startup": {"help_over_python"},
     "data": {"png_over_cache", "jpeg_over_cache"},
@@ -24,6 +25,7 @@ REPETITIONS = {"startup": 1, "memory": 1}
 """Fewer where every measurement is a process of its own."""
 MORE = {"generation": ["--questions", "6", "--new-tokens", "4", "--batches", "1", "6"], "penalty": ["--profile"]}
 MORE["generation"] += ["--baseline-questions", "3", "--in-turn"]
+MORE["shared_images"] = ["--questions", "6", "--new-tokens", "4", "--patches", "4"]
 MORE["step"] = ["--peak", "2"]
 """Arguments of some."""
 
@@ -57,7 +59,7 @@ def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capsys: pytes
         weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # layers of q, o; k, v; gate, up, down
         share = 4 * weights * found["tokens_per_step"] / found["figures"]["8 banks"]["median"] / 2e12
         assert found["model_flop_utilisation"]["8 banks"] == pytest.approx(share, rel=1e-6)
-    if name == "generation":
+    if name in ("generation", "shared_images"):
         assert found["identical_text"] is True
         assert found["questions_answered"]["one by one, unfolded"] == 3 < found["questions_answered"]["merged, batch 6"]
     if name == "folding":

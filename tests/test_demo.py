@@ -105,3 +105,14 @@ def test_the_shipped_demo_shows_what_the_method_is_for(tmp_path: Path) -> None:
     matrix = routed.matrix("close accuracy") if routed else None
     assert matrix is not None
     assert matrix.final_average() == pytest.approx(ours["average_closed_accuracy"], abs=3)
+
+
+def test_the_demo_prefers_the_cpu_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where there is a GPU: a step of its tiny model is nothing but launches there."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert {config.model.device for config in demo._configurations([]).values()} == {"cpu"}
+    assert capsys.readouterr().out.count("model.device=cuda") == 1
+    assert {config.model.device for config in demo._configurations(["model.device=cuda"]).values()} == {"cuda"}
+    assert capsys.readouterr().out == ""

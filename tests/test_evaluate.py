@@ -51,9 +51,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     greedy = generate.greedy
 
-    def counted(model: Any, batch: Any, *args: Any) -> Any:
-        counts.append(len(batch["input_ids"]))
-        return greedy(model, batch, *args)
+    def counted(decoder: Any, openings: Any, questions: Any, waiting: int) -> Any:
+        counts.append(len(questions))
+        return greedy(decoder, openings, questions, waiting)
 
     monkeypatch.setattr(generate, "greedy", counted)
     return counts
@@ -180,8 +180,10 @@ def test_seconds_are_those_of_answering(results: Results, monkeypatch: pytest.Mo
 
 def test_the_share_of_padding_stands_in_the_record(results: Results) -> None:
     cells = {cell["task"]: cell for cell in results.evaluate("evaluation.batch_size=2")["cells"]}
-    assert all(0 <= cell["padding"] <= cell["padding_unsorted"] < 1 for cell in cells.values())
-    assert cells["slake-vqarad"]["padding"] < cells["slake-vqarad"]["padding_unsorted"]
+    assert all(0 <= cell[name] < 1 for cell in cells.values() for name in ("padding", "padding_unsorted"))
+    assert cells["slake-vqarad"]["padding_unsorted"] > 0
+    [cell] = results.evaluate("evaluation.batch_size=1", "--task", "PCAM", "evaluation.max_new_tokens=3")["cells"]
+    assert cell["padding"] == cell["padding_unsorted"] == 0
 
 
 def test_cached_features_give_the_same_answers(results: Results, tmp_path: Path) -> None:

@@ -31,15 +31,15 @@ def results(trained_config: Path, tmp_path: Path) -> Results:
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
-    """The banks that each row of each generation call is answered with."""
+    """The banks that each row of each batch is answered with."""
     seen: list[list[list[int]]] = []
-    choose = PerSampleAdapters.set_rows
+    greedy = generate.greedy
 
-    def noted(self: PerSampleAdapters, rows: Any) -> None:
-        seen.append([list(row) for row in rows])
-        choose(self, rows)
+    def noted(decoder: Any, openings: Any, questions: Any, waiting: int) -> Any:
+        seen.append([list(decoder.mixed.of(question)) for question in questions])
+        return greedy(decoder, openings, questions, waiting)
 
-    monkeypatch.setattr(PerSampleAdapters, "set_rows", noted)
+    monkeypatch.setattr(generate, "greedy", noted)
     return seen
 
 
@@ -74,9 +74,11 @@ def test_rightly_routed_questions_are_answered_as_if_told(
 ) -> None:
     tell(monkeypatch, lambda number: number)
     summary, routing = routed(results, "evaluation.max_new_tokens=8", "evaluation.batch_size=20")
-    # One generation call answers all questions of all three tasks, each with its task's banks.
-    [batch] = batches
-    assert sorted(batch) == [[0]] * 8 + [[0, 1]] * 8 + [[0, 1, 2]] * 4
+    # One batch answers the questions of the tasks that ask several about an image, each with its task's banks; the
+    # third asks one.
+    shared, alone = batches
+    assert sorted(shared) == [[0]] * 8 + [[0, 1]] * 8
+    assert alone == [[0, 1, 2]] * 4
     assert routing["stages"][0]["accuracy"] == 100
     results.evaluate("evaluation.max_new_tokens=8")
     answers = [texts(results.run / task) for task in TASKS]
@@ -141,9 +143,9 @@ def test_a_killed_routed_evaluation_goes_on(results: Results, tmp_path: Path, mo
     asked: list[int] = []
     greedy = generate.greedy
 
-    def counted(model: Any, batch: Any, *args: Any) -> Any:
-        asked.append(len(batch["input_ids"]))
-        return greedy(model, batch, *args)
+    def counted(decoder: Any, openings: Any, questions: Any, waiting: int) -> Any:
+        asked.append(len(questions))
+        return greedy(decoder, openings, questions, waiting)
 
     monkeypatch.setattr(generate, "greedy", counted)
     routed(results)

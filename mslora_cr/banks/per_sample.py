@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class PerSampleAdapters:
         self._columns = torch.repeat_interleave(torch.arange(len(banks)), torch.tensor([bank.rank for bank in banks]))
         self._banks = len(banks)
         self._dtype = model.get_input_embeddings().weight.dtype  # a quantised layer's weight has none to compute in
+        self._device = model.get_input_embeddings().weight.device
+        self._masks: dict[int, Tensor] = {}
         self._mask: Tensor | None = None
         linears = language_linears(model)
         self._handles = [self._add(linear, *concatenated(name, banks)) for name, linear in linears.items()]
@@ -44,7 +47,10 @@ class PerSampleAdapters:
         chosen = torch.zeros(len(rows), self._banks)
         for row, banks in enumerate(rows):
             chosen[row, list(banks)] = 1
-        self._mask = chosen[:, None, self._columns]
+        mask = chosen[:, None, self._columns].to(self._device, self._dtype)
+        # In the same place for as many rows: a recorded step reads it there.
+        self._mask = self._masks.setdefault(len(rows), mask)
+        self._mask.copy_(mask)
 
     def remove(self) -> None:
         """Take the banks out of the model."""
@@ -56,7 +62,21 @@ class PerSampleAdapters:
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
             assert self._mask is not None and len(self._mask) == len(output), "each row must choose its banks first"
-            self._mask = self._mask.to(output.device, output.dtype)
             return output + (nn.functional.linear(inputs[0], a) * self._mask) @ b.T
 
         return linear.register_forward_hook(add)
+
+
+@dataclass(frozen=True)
+class QuestionBanks:
+    """The banks that answer each question, by their place among those of `adapters`."""
+
+    adapters: PerSampleAdapters
+    banks: Sequence[Sequence[int]]
+
+    def of(self, question: int) -> tuple[int, ...]:
+        return tuple(self.banks[question])
+
+    def choose(self, questions: Sequence[int]) -> None:
+        """Give the rows of the batches that follow the banks of these questions."""
+        self.adapters.set_rows([self.banks[question] for question in questions])

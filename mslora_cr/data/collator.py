@@ -31,23 +31,6 @@ class TrainingCollator:
         return batch | _stacked_pixels(samples)
 
 
-@dataclass(frozen=True)
-class QuestionCollator:
-    """Left-padded prompts for generation: `input_ids`, `attention_mask`, `record_index` and `pixel_values`."""
-
-    pad_token_id: int
-
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        length = max(len(sample["input_ids"]) for sample in samples)
-        prompts = [sample["input_ids"] for sample in samples]
-        batch = {
-            "input_ids": _padded(prompts, length, self.pad_token_id, left=True),
-            "attention_mask": _padded([[1] * len(prompt) for prompt in prompts], length, 0, left=True),
-            "record_index": torch.tensor([sample["index"] for sample in samples]),
-        }
-        return batch | _stacked_pixels(samples)
-
-
 def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:
     """The share of positions that hold no token, in batches of samples padded to the longest of each.
 
@@ -67,9 +50,8 @@ def in_batches(order: Sequence[int], size: int) -> list[list[int]]:
     return [list(order[start : start + size]) for start in range(0, len(order), size)]
 
 
-def _padded(rows: Sequence[list[int]], length: int, value: int, left: bool = False) -> Tensor:
-    gaps = [[value] * (length - len(row)) for row in rows]
-    return torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])
+def _padded(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
 def _stacked_pixels(samples: Sequence[Sample]) -> dict[str, Tensor]:

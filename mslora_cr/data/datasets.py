@@ -144,8 +144,21 @@ class ConcatTrainDataset(ConcatDataset[Sample]):
         return place if len(self.parts) == 1 else f"{records.path}: {place}"
 
 
-class EvalDataset(Dataset[Sample]):
-    """The questions of a task's test file as generation prompts; labels are empty."""
+@dataclass(frozen=True)
+class Prompt:
+    """What a question is answered from, cut behind its last image."""
+
+    opening: tuple[int, ...]
+    """Ids up to the last image's patches, them included; none without an image. Equal ones are one object."""
+    rest: tuple[int, ...]
+    images: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.opening) + len(self.rest)
+
+
+class EvalDataset:
+    """The questions of a task's test file as generation prompts."""
 
     def __init__(self, records: TestRecords, roots: Sequence[Path], preprocessing: Preprocessing) -> None:
         self.records, self.roots, self.preprocessing = records, roots, preprocessing
@@ -153,28 +166,38 @@ class EvalDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def lengths(self) -> list[int]:
-        """Positions of every prompt, image patches included, without reading an image."""
-        return [len(self.encode(index)) for index in range(len(self))]
+    def prompts(self) -> list[Prompt]:
+        """Every question's prompt, image patches included, without reading an image.
 
-    def encode(self, index: int) -> list[int]:
-        """Ids of a question's prompt, image patches included, without reading its image."""
-        record = self.records[index]
-        prompt = generation_prompt(record.text, len(self.preprocessing.image_names(record)))
+        Raises:
+            DataError: an image is missing, or a prompt is cut through one.
+        """
+        openings: dict[tuple[int, ...], tuple[int, ...]] = {}
+        return [self._prompt(index, openings) for index in range(len(self))]
+
+    def _prompt(self, index: int, openings: dict[tuple[int, ...], tuple[int, ...]]) -> Prompt:
+        record, prepare = self.records[index], self.preprocessing
+        names = prepare.image_names(record)
         try:
-            ids = encode_prompt(self.preprocessing.tokenizer, prompt)
-            return self.preprocessing.expand(Encoded(ids, [IGNORE_INDEX] * len(ids))).input_ids
+            ids = encode_prompt(prepare.tokenizer, generation_prompt(record.text, len(names)))
+            ids = prepare.expand(Encoded(ids, [IGNORE_INDEX] * len(ids))).input_ids
+            images = tuple(resolve_image(name, self.roots) for name in names)
         except ValueError as error:
             raise self._at(index, error) from None
+        cut = len(ids) - ids[::-1].index(prepare.image_token_id) if images else 0
+        opening = tuple(ids[:cut])
+        return Prompt(openings.setdefault(opening, opening), tuple(ids[cut:]), images)
 
-    def __getitem__(self, index: int) -> Sample:
-        input_ids = self.encode(index)
+    def pixel_values(self, index: int) -> Tensor:
+        """Of a question's images, as `Preprocessing.pixel_values`.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
         try:
-            names = self.preprocessing.image_names(self.records[index])
-            pixels = self.preprocessing.pixel_values(names, self.roots)
+            return self.preprocessing.pixel_values(self.preprocessing.image_names(self.records[index]), self.roots)
         except DataError as error:
             raise self._at(index, error) from None
-        return Sample(index=index, input_ids=input_ids, labels=[], pixel_values=pixels)
 
     def _at(self, index: int, error: ValueError) -> DataError:
         return DataError(f"{self.records.path}: {self.records.place(index)}: {error}")

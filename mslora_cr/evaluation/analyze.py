@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mslora_cr.banks.bank import Bank, BankError
-from mslora_cr.banks.per_sample import PerSampleAdapters
+from mslora_cr.banks.per_sample import PerSampleAdapters, QuestionBanks
 from mslora_cr.banks.similarity import by_place, effective_ranks, update_cosines
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.datasets import EvalDataset
@@ -153,13 +153,9 @@ def _answer_variants(
     prepare = preprocessing(config, base)
     parts = [EvalDataset(asked[task.name], task_image_roots(config, task), prepare) for task, _ in variants]
     chosen = [banks for (_, banks), part in zip(variants, parts, strict=True) for _ in range(len(part))]
-    mixed = PerSampleAdapters(base.model, list(chain.values()))
-
-    def choose(indices: Sequence[int]) -> None:
-        mixed.set_rows([chosen[index] for index in indices])
-
+    mixed = QuestionBanks(PerSampleAdapters(base.model, list(chain.values())), chosen)
     samples = ConcatEvalDataset(parts)
-    return answer_questions(base.model, samples, folder, decoding(config), fingerprint, "each bank left out", choose)
+    return answer_questions(base.model, samples, folder, decoding(config), fingerprint, "each bank left out", mixed)
 
 
 def _dropped(names: Sequence[str], variants: Sequence[Variant], parts: Sequence[Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Greedy answers by the batch: left-padded, grouped by length, resumable, shared by all ranks."""
+"""Greedy answers by the batch: openings shared, neighbours alike, resumable, shared by all ranks."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from mslora_cr.data.collator import QuestionCollator, in_batches, padding_share
-from mslora_cr.data.datasets import Preprocessing, Sample
+from mslora_cr.banks.per_sample import QuestionBanks
+from mslora_cr.data.collator import in_batches, padding_share
+from mslora_cr.data.datasets import Preprocessing, Prompt
 from mslora_cr.data.records import TestRecord
-from mslora_cr.data.tokenizer import Tokenizer
 from mslora_cr.distributed.comm import all_gather_object, barrier, broadcast_object, rank, world_size
+from mslora_cr.evaluation.decoding import Decoder, Openings
+from mslora_cr.evaluation.prefix import Limits, Wave, grouped, in_waves, padding_of, shared_out
 from mslora_cr.utils.files import replacing, write_json
 
 ANSWERS = "answer-file.jsonl"
@@ -36,6 +38,11 @@ class Decoding:
     model_id: str
     workers: int = 0
 
+    def limits(self, prompts: Sequence[Prompt]) -> Limits:
+        """What may be held at once: what the longest `batch_size` whole prompts and their answers would take."""
+        longest = max(map(len, prompts), default=0)
+        return Limits(self.batch_size, self.max_new_tokens, self.batch_size * (longest + self.max_new_tokens))
+
 
 class Questions(Protocol):
     """What is answered: the questions of a task's file, or of several."""
@@ -45,18 +52,18 @@ class Questions(Protocol):
     @property
     def records(self) -> Iterable[TestRecord]: ...
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Sample: ...
-    def lengths(self) -> list[int]: ...
+    def prompts(self) -> list[Prompt]: ...
+    def pixel_values(self, index: int, /) -> Tensor: ...
 
 
 def answer_questions(
-    model: nn.Module,
+    model: Any,
     samples: Questions,
     folder: Path,
     decoding: Decoding,
     fingerprint: str,
     label: str,
-    choose: Callable[[Sequence[int]], None] | None = None,
+    mixed: QuestionBanks | None = None,
 ) -> dict[str, float]:
     """Answer every question of some samples, greedily, and write `answer-file.jsonl` in the questions' order.
 
@@ -68,32 +75,40 @@ def answer_questions(
         fingerprint: says what decides the answers (banks, questions, limits); answers given under another one are
             thrown away.
         label: what the progress bar says.
-        choose: is told the questions of each batch before they are answered.
+        mixed: the banks of each question, where they are not the same for all.
 
     Returns:
-        The seconds that answering took in this call, and the share of padding in the prompts' batches and what it would
-        be in the questions' own order.
+        The seconds that answering took in this call, and the share of padding among the positions of the prompts that
+        were computed, and what it would be for whole prompts in the questions' own order.
     """
     target = folder / ANSWERS
     folder.mkdir(parents=True, exist_ok=True)
     journal = folder / f".answers-{fingerprint[:16]}-{rank()}.jsonl"
     # One rank reads, before any writes again: all must see the same questions as answered.
     answered = broadcast_object(read_journals(folder, fingerprint) if rank() == 0 else {})
-    lengths = samples.lengths()
-    # Longest first: padding is least among neighbours, and what does not fit in memory fails at once.
-    order = sorted(range(len(samples)), key=lambda index: -lengths[index])
-    batches = in_batches([index for index in order if index not in answered], decoding.batch_size)
+    prompts = samples.prompts()
+    banks = mixed.of if mixed is not None else _the_same
+    limits = decoding.limits(prompts)
+    asked = [index for index in range(len(samples)) if index not in answered]
+    groups = grouped(prompts, asked, banks, most=max(1, -(-len(asked) // world_size())))
+    tokenizer = samples.preprocessing.tokenizer
+    decoder = Decoder(model, prompts, tokenizer, decoding.max_new_tokens, mixed)
+    own = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
+    waves = in_waves(shared_out(groups, world_size(), limits.new_tokens)[rank()], prompts, own)
     mine: dict[int, str] = {}
     started = time.monotonic()
     with (
         journal.open("a", encoding="utf-8") as file,
         tqdm(desc=label, total=len(samples), initial=len(answered), unit="answer", disable=rank() != 0) as bar,
     ):
-        for rows in _answer_batches(model, samples, batches[rank() :: world_size()], decoding, choose):
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for batch, ids in answered_batches(decoder, samples, waves, decoding.workers):
+            texts = tokenizer.decode(ids)
+            found = dict(zip(batch, texts, strict=True))
+            for index, text in found.items():
+                file.write(json.dumps({"index": index, "text": text}, ensure_ascii=False) + "\n")
             file.flush()
-            mine.update((row["index"], row["text"]) for row in rows)
-            bar.update(min(len(rows) * world_size(), len(samples) - bar.n))
+            mine |= found
+            bar.update(min(len(found) * world_size(), len(samples) - bar.n))
     # Ranks tell each other: a shared file system may show a file late.
     for theirs in all_gather_object(mine):
         answered |= theirs
@@ -102,61 +117,49 @@ def answer_questions(
         assert len(answered) == len(samples), f"{len(samples) - len(answered)} questions have no answer"
         publish(samples.records, answered, target, decoding.model_id, fingerprint)
     barrier()
+    every = range(len(samples))
     return {
         "seconds": round(seconds, 3),
-        "padding": padding_share(lengths, in_batches(order, decoding.batch_size)),
-        "padding_unsorted": padding_share(lengths, in_batches(range(len(samples)), decoding.batch_size)),
+        "padding": padding_of(in_waves(grouped(prompts, every, banks), prompts, limits), prompts),
+        "padding_unsorted": padding_share([len(prompt) for prompt in prompts], in_batches(every, decoding.batch_size)),
     }
 
 
-def _answer_batches(
-    model: nn.Module,
-    samples: Questions,
-    batches: list[list[int]],
-    decoding: Decoding,
-    choose: Callable[[Sequence[int]], None] | None,
-) -> Iterator[list[dict[str, Any]]]:
-    tokenizer = samples.preprocessing.tokenizer
-    loader: DataLoader[Any] = DataLoader(
-        samples,  # type: ignore[arg-type]  # it has what a Dataset has
-        batch_sampler=batches,
-        collate_fn=QuestionCollator(tokenizer.pad_token_id),
-        num_workers=decoding.workers,
-    )
-    for batch in loader:
-        indices = batch.pop("record_index").tolist()
-        if choose is not None:
-            choose(indices)
-        texts = tokenizer.decode(greedy(model, batch, tokenizer, decoding.max_new_tokens))
-        yield [{"index": index, "text": text} for index, text in zip(indices, texts, strict=True)]
+def _the_same(question: int) -> None:
+    """The banks of any question, where all have the same."""
 
 
-@torch.inference_mode()
-def greedy(
-    model: Any, batch: Mapping[str, Tensor], tokenizer: Tokenizer, max_new_tokens: int, streamer: Any = None
-) -> list[list[int]]:
-    """The new ids of each prompt of a left-padded batch, up to and with `</s>`, by greedy decoding.
+def answered_batches(
+    decoder: Decoder, samples: Questions, waves: Sequence[Wave], workers: int = 0
+) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
+    """The questions of each batch of some waves, and their new ids, as they are answered."""
+    images: DataLoader[Any] = DataLoader(_Images(samples, decoder.prompts, waves), batch_size=None, num_workers=workers)
+    waiting = sum(len(wave.batches) for wave in waves)
+    for wave, pixel_values in zip(waves, images, strict=True):
+        openings = decoder.read(wave, pixel_values)
+        for batch in wave.batches:
+            yield batch, greedy(decoder, openings, batch, waiting)
+            waiting -= 1
 
-    Args:
-        streamer: is handed the ids as they come, as transformers' `generate` does; for a batch of one.
-    """
-    parameter = next(model.parameters())
-    inputs = {
-        name: tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else None)
-        for name, tensor in batch.items()
-    }
-    output = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=streamer,
-    )
-    new = output[:, inputs["input_ids"].shape[1] :].tolist()
-    eos = tokenizer.eos_token_id
-    return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in new]
+
+class _Images(Dataset[Tensor | None]):
+    """The images of each wave, each once."""
+
+    def __init__(self, samples: Questions, prompts: Sequence[Prompt], waves: Sequence[Wave]) -> None:
+        self.samples, self.prompts, self.waves = samples, prompts, waves
+
+    def __len__(self) -> int:
+        return len(self.waves)
+
+    def __getitem__(self, number: int) -> Tensor | None:
+        first = [group.questions[0] for group in self.waves[number].groups]
+        shown = [self.samples.pixel_values(question) for question in first if self.prompts[question].images]
+        return torch.cat(shown) if shown else None
+
+
+def greedy(decoder: Decoder, openings: Openings, questions: Sequence[int], waiting: int) -> list[list[int]]:
+    """The new ids of each question of a batch; `waiting` batches are to be answered, this one included."""
+    return decoder.answer(openings, questions, waiting)
 
 
 def read_journals(folder: Path, fingerprint: str) -> dict[int, str]:

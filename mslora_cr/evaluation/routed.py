@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import ConcatDataset
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.io import STATISTICS
-from mslora_cr.banks.per_sample import PerSampleAdapters
+from mslora_cr.banks.per_sample import PerSampleAdapters, QuestionBanks
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
-from mslora_cr.data.datasets import EvalDataset, Preprocessing, Sample
+from mslora_cr.data.datasets import EvalDataset, Preprocessing, Prompt
 from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecords
 from mslora_cr.distributed.comm import all_gather_object, barrier, get_device, rank, world_size
 from mslora_cr.evaluation.cells import CellKey, Stages, stages_of
@@ -144,12 +143,15 @@ def fit_router(config: StreamConfig, only: str | None = None) -> list[Path]:
     return paths
 
 
-class ConcatEvalDataset(ConcatDataset[Sample]):
-    """Questions of several tasks, one task after another; `index` counts through all of them."""
+class ConcatEvalDataset:
+    """Questions of several tasks, one task after another, counted through all of them."""
 
     def __init__(self, parts: Sequence[EvalDataset]) -> None:
-        super().__init__(parts)
         self.parts = parts
+        self._places = [(part, index) for part in parts for index in range(len(part))]
+
+    def __len__(self) -> int:
+        return len(self._places)
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -159,13 +161,14 @@ class ConcatEvalDataset(ConcatDataset[Sample]):
     def records(self) -> Iterator[TestRecord]:
         return (record for part in self.parts for record in part.records)
 
-    def __getitem__(self, index: int) -> Sample:
-        sample: Sample = super().__getitem__(index)
-        return {**sample, "index": index}
+    def prompts(self) -> list[Prompt]:
+        """Every question's prompt, as `EvalDataset.prompts`."""
+        return [prompt for part in self.parts for prompt in part.prompts()]
 
-    def lengths(self) -> list[int]:
-        """Positions of every prompt, as `EvalDataset.lengths`."""
-        return [length for part in self.parts for length in part.lengths()]
+    def pixel_values(self, index: int) -> Tensor:
+        """Of a question's images, as `EvalDataset.pixel_values`."""
+        part, own = self._places[index]
+        return part.pixel_values(own)
 
 
 class _Session:
@@ -235,12 +238,9 @@ class _Session:
         questions = ConcatEvalDataset(
             [EvalDataset(self._records[task.name], task_image_roots(self.config, task), prepare) for task in tasks]
         )
-
-        def choose(indices: Sequence[int]) -> None:
-            mixed.set_rows([chosen[flat[index]] for index in indices])
-
+        banks = QuestionBanks(mixed, [chosen[route] for route in flat])
         label = f"{len(tasks)} tasks mixed, routed among {stage}"
-        padding = answer_questions(base.model, questions, together, decoding(self.config), fingerprint, label, choose)
+        padding = answer_questions(base.model, questions, together, decoding(self.config), fingerprint, label, banks)
         if rank() == 0:
             self._part(tasks, together, folders, routes, fingerprint)
         return {**padding, "routing": self._confusion(stage, tasks, routes)}

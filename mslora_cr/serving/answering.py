@@ -14,14 +14,12 @@ from torch import Tensor
 
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import StreamConfig
-from mslora_cr.data.collator import QuestionCollator
-from mslora_cr.data.datasets import Sample
 from mslora_cr.data.images import decode_image, load_image, preprocess
 from mslora_cr.data.prompts import IGNORE_INDEX, Encoded, encode_next_prompt, expand_images
 from mslora_cr.data.records import DataError
 from mslora_cr.data.tokenizer import Tokenizer
 from mslora_cr.distributed.comm import get_device
-from mslora_cr.evaluation.generate import greedy
+from mslora_cr.evaluation.decoding import answer_alone
 from mslora_cr.evaluation.routed import saved_statistics
 from mslora_cr.routing.lda import Router
 from mslora_cr.runs.ledger import finished_banks
@@ -114,13 +112,19 @@ class AnsweringModel:
         likely = self.route(pixels, history[0][0] if history else question, stage) if task is None else {}
         task = max(likely, key=lambda name: likely[name]) if likely else task
         names = self._use(task, stage)
-        sample = Sample(index=0, input_ids=self._encode(question, history, len(pixels)), labels=[], pixel_values=pixels)
-        batch = QuestionCollator(self._prepare.tokenizer.pad_token_id)([sample])
-        del batch["record_index"]
-        shown = _Streamer(self._prepare.tokenizer, on_text) if on_text else None
-        limit = max_new_tokens or self.config.evaluation.max_new_tokens
-        [ids] = greedy(self._stack.model, batch, self._prepare.tokenizer, limit, shown)
-        [text] = self._prepare.tokenizer.decode([ids])
+        prompt, tokenizer = self._encode(question, history, len(pixels)), self._prepare.tokenizer
+        shown = _Streamer(tokenizer, on_text) if on_text else None
+        ids = answer_alone(
+            self._stack.model,
+            prompt,
+            pixels if len(pixels) else None,
+            tokenizer,
+            max_new_tokens or self.config.evaluation.max_new_tokens,
+            shown.put if shown else None,
+        )
+        if shown:
+            shown.end()
+        [text] = tokenizer.decode([ids])
         return Answer(text, tuple(ids), task, stage, names, likely)
 
     def route(
@@ -183,19 +187,15 @@ class _Turn:
 
 
 class _Streamer:
-    """What transformers' `generate` hands ids to: tells the text that is new since the last id."""
+    """Is handed the answer's ids as they come; tells the text that is new since the last one."""
 
     def __init__(self, tokenizer: Tokenizer, tell: Callable[[str], None]) -> None:
         self._tokenizer, self._tell = tokenizer, tell
         self._ids: list[int] = []
         self._told = ""
-        self._prompt = True
 
-    def put(self, ids: Tensor) -> None:
-        if self._prompt:  # the first call hands the prompt
-            self._prompt = False
-            return
-        self._ids += ids.flatten().tolist()
+    def put(self, question: int, token: int) -> None:
+        self._ids.append(token)
         self._show(whole=False)
 
     def end(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mslora_cr.data.collator import QuestionCollator, TrainingCollator
+from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.datasets import EvalDataset, Preprocessing, TrainDataset
 from mslora_cr.data.features import FeatureCache
 from mslora_cr.data.prompts import IGNORE_INDEX, IMAGE_INDEX
@@ -105,9 +105,12 @@ def test_a_list_of_images_shows_its_first_as_published(preprocessing: Preprocess
 def test_a_question_shows_the_first_image_or_all(preprocessing: Preprocessing, tmp_path: Path) -> None:
     records = questions(tmp_path, ["images/wide.png", "images/tall.png"])
     for everything, count in ((False, 1), (True, 2)):
-        sample = EvalDataset(records, [GOLDEN], replace(preprocessing, all_images=everything))[0]
-        assert sample["input_ids"].count(PLACEHOLDER) == count * PATCHES
-        assert sample["pixel_values"].shape == (count, 3, 56, 56)
+        asked = EvalDataset(records, [GOLDEN], replace(preprocessing, all_images=everything))
+        [prompt] = asked.prompts()
+        assert prompt.opening.count(PLACEHOLDER) == count * PATCHES
+        assert prompt.opening[-1] == PLACEHOLDER and PLACEHOLDER not in prompt.rest
+        assert [image.name for image in prompt.images] == ["wide.png", "tall.png"][:count]
+        assert asked.pixel_values(0).shape == (count, 3, 56, 56)
 
 
 def test_errors_name_the_file_and_the_record(preprocessing: Preprocessing, tmp_path: Path) -> None:
@@ -120,7 +123,10 @@ def test_errors_name_the_file_and_the_record(preprocessing: Preprocessing, tmp_p
         short[0]
     asked = EvalDataset(questions(tmp_path, "images/wide.png"), [GOLDEN], replace(preprocessing, max_length=10))
     with pytest.raises(DataError, match=r"test\.jsonl: line 1: an image ends at position"):
-        asked[0]
+        asked.prompts()
+    asked = EvalDataset(questions(tmp_path, "images/none.png"), [GOLDEN], preprocessing)
+    with pytest.raises(DataError, match=r"test\.jsonl: line 1: image 'images/none\.png' is missing"):
+        asked.prompts()
 
 
 # --- batches -------------------------------------------------------------------------------------------------------
@@ -164,14 +170,3 @@ def test_text_only_samples_are_batched_with_cached_features(preprocessing: Prepr
     for order in ([0, 1], [1, 0]):
         assert TrainingCollator(0)([cached[index] for index in order])["pixel_values"].equal(torch.ones(1, 5, 7))
     assert "pixel_values" not in TrainingCollator(0)([cached[1]])
-
-
-def test_questions_are_padded_at_their_beginning(preprocessing: Preprocessing, tmp_path: Path) -> None:
-    asked = EvalDataset(questions(tmp_path, "images/wide.png", "images/tall.png"), [GOLDEN], preprocessing)
-    batch = QuestionCollator(pad_token_id=0)([asked[0], asked[1]])
-    short, long = (len(asked[index]["input_ids"]) for index in (0, 1))
-    assert short < long
-    assert batch["input_ids"][0].tolist() == [0] * (long - short) + asked[0]["input_ids"]
-    assert batch["attention_mask"].tolist() == [[0] * (long - short) + [1] * short, [1] * long]
-    assert "labels" not in batch
-    assert asked.encode(1) == asked[1]["input_ids"]

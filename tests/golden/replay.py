@@ -29,12 +29,14 @@ from mslora_cr.banks.io import load_bank
 from mslora_cr.banks.published import published_bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import RegularizationConfig
-from mslora_cr.data.collator import QuestionCollator, TrainingCollator
+from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.datasets import ConcatTrainDataset, EvalDataset, Preprocessing, TrainDataset
 from mslora_cr.data.images import load_image, preprocess
 from mslora_cr.data.prompts import encode_conversation, encode_prompt, generation_prompt
 from mslora_cr.data.records import TestRecords, TrainingRecords
-from mslora_cr.evaluation.generate import greedy
+from mslora_cr.evaluation.decoding import Decoder
+from mslora_cr.evaluation.generate import answered_batches
+from mslora_cr.evaluation.prefix import Limits, grouped, in_waves
 from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.models import llava_med
@@ -303,11 +305,13 @@ class Replay:
         return EvalDataset(TestRecords(path), [self.folder], self.preprocessing)
 
     def decode(self, model: Any, questions: EvalDataset, indices: Sequence[int], limit: int) -> Iterator[list[int]]:
-        collate = QuestionCollator(self.preprocessing.tokenizer.pad_token_id)
-        for start in range(0, len(indices), 8):
-            batch = collate([questions[index] for index in indices[start : start + 8]])
-            del batch["record_index"]
-            yield from greedy(model, batch, self.preprocessing.tokenizer, limit)
+        prompts = questions.prompts()
+        waves = in_waves(grouped(prompts, indices, lambda _: None), prompts, Limits(8, limit, 8192))
+        decoder = Decoder(model, prompts, self.preprocessing.tokenizer, limit)
+        answers: dict[int, list[int]] = {}
+        for batch, ids in answered_batches(decoder, questions, waves):
+            answers.update(zip(batch, ids, strict=True))
+        return (answers[index] for index in indices)
 
 
 class CompareGradients(TrainerCallback):

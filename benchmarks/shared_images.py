@@ -1,0 +1,133 @@
+"""Greedy answers about images that several questions share, against whole prompts.
+
+    python -m benchmarks.shared_images                       # 64 questions, 24 new tokens, 576 positions an image
+    python -m benchmarks.shared_images --size 7b --batch 64 --questions 256
+
+As many questions about an image as in PathVQA's test set (6,761 on 858 images), in those of SLAKE and VQA-RAD together
+(1,512 on 299), and one. The images' features are given, so the tower takes no part. `before` answers whole prompts, padded
+on the left, through transformers' `generate`, as this project did; `after` is what evaluation does now. Figures are
+seconds an answer. Both must give the same ids in float32; `identical_text` says whether they did.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines import generated
+from benchmarks.generation import Answers, Ids, answered
+from benchmarks.harness import Setting, finish, language_model, parse
+from mslora_cr.data.collator import in_batches
+from mslora_cr.data.datasets import Prompt
+from mslora_cr.models.vision import detach_tower
+
+BEHIND = 8, 40
+"""Tokens behind an image, drawn evenly."""
+PER_IMAGE = {"PathVQA": 7.9, "SLAKE and VQA-RAD": 5.1, "one": 1.0}
+IMAGE_TOKEN = 3
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts, and the features of their images."""
+
+    prompts: list[Prompt]
+    features: dict[Path, Tensor]
+
+    def shown(self, questions: Sequence[int]) -> Tensor | None:
+        images = [image for question in questions for image in self.prompts[question].images]
+        return torch.stack([self.features[image] for image in images]) if images else None
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    setting = parse("shared_images", __doc__, argv, _add_arguments)
+    args, ids = setting.args, Ids(setting.size.vocabulary)
+    answers: dict[str, Answers] = {}
+
+    def answering(name: str, density: float, way: Callable[..., Answers]) -> Callable[[], None]:
+        model = language_model(setting.size, setting.device)
+        detach_tower(model)
+        asked = _about_images(args.questions, density, args.patches, model, setting)
+        return lambda: answers.update({name: way(model, asked, args.batch, ids, args.new_tokens)})
+
+    variants = {
+        f"{name}, {when}": partial(answering, f"{name}, {when}", density, way)
+        for name, density in PER_IMAGE.items()
+        for when, way in (("before", _before), ("after", _after))
+    }
+    with torch.inference_mode():
+        taken, too_large = setting.measured(variants, warm_up=0)
+    each = {name: [value / args.questions for value in values] for name, values in taken.items()}
+    ratios = {name: (f"{name}, before", f"{name}, after") for name in PER_IMAGE}
+    identical = {
+        name: sum(answers[after][index] == ids for index, ids in answers[before].items())
+        for name, (before, after) in ratios.items()
+        if before in answers and after in answers
+    }
+    return finish(
+        setting,
+        each,
+        {f"after_over_before, {name}": pair for name, pair in ratios.items()},
+        unit="s an answer",
+        extra={
+            "identical_text": all(count == args.questions for count in identical.values()),
+            "identical_answers": identical,
+            "answers_per_second": {name: 1 / median(values) for name, values in each.items()},
+            "questions": args.questions,
+            "new_tokens": args.new_tokens,
+            "out_of_memory": too_large,
+        },
+    )
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--questions", type=int, default=64, metavar="N")
+    parser.add_argument("--new-tokens", type=int, default=24, metavar="N")
+    parser.add_argument("--patches", type=int, default=576, metavar="N", help="positions of an image")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="questions at once")
+
+
+def _about_images(count: int, density: float, patches: int, model: Any, setting: Setting) -> Questions:
+    """Questions, `density` of them about each image."""
+    generator = torch.Generator().manual_seed(4)
+    lengths = torch.randint(BEHIND[0], BEHIND[1] + 1, (count,), generator=generator).tolist()
+    opening = (1, 5, 6, *[IMAGE_TOKEN] * patches)
+    images = [Path(f"image {int(number / density)}") for number in range(count)]
+    prompts = [
+        Prompt(opening, _words(length, setting.size.vocabulary, generator), (image,))
+        for length, image in zip(lengths, images, strict=True)
+    ]
+    width = model.config.vision_config.hidden_size
+    features = {image: torch.randn(patches + 1, width, generator=generator) for image in dict.fromkeys(images)}
+    return Questions(prompts, features)
+
+
+def _words(count: int, vocabulary: int, generator: torch.Generator) -> tuple[int, ...]:
+    return tuple(torch.randint(IMAGE_TOKEN + 1, vocabulary, (count,), generator=generator).tolist())
+
+
+def _before(model: Any, questions: Questions, batch: int, ids: Ids, new_tokens: int) -> Answers:
+    """Whole prompts, the longest first."""
+    order = sorted(range(len(questions.prompts)), key=lambda index: -len(questions.prompts[index]))
+    answers: Answers = {}
+    for chosen in in_batches(order, batch):
+        prompts = [questions.prompts[index].opening + questions.prompts[index].rest for index in chosen]
+        answers |= zip(chosen, generated(model, prompts, questions.shown(chosen), ids, new_tokens), strict=True)
+    return answers
+
+
+def _after(model: Any, questions: Questions, batch: int, ids: Ids, new_tokens: int) -> Answers:
+    """As evaluation answers."""
+    return answered(model, questions.prompts, questions.shown, batch, ids, new_tokens)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Attention of many rows over prompts' openings that several of them share, and over what each row has of its own.
+
+Keys and values of an opening (an image and what stands before it) are held once, whatever the number of questions about
+it, and are neither copied nor repeated for the heads that share them (grouped-query attention, Ainslie et al. 2023).
+Queries of the rows that share an opening go into one product with its keys, as in Hydragen (Juravsky et al. 2024); one
+softmax runs over both parts, so nothing is approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+NAME = "shared_openings"
+"""Of this attention among transformers' attention implementations."""
+
+KeysValues = tuple[Tensor, Tensor]
+"""Of one decoder layer, (rows or openings, heads, positions, width) each."""
+
+
+class _OwnLayer(CacheLayerMixin):
+    """One layer's keys and values that are a row's own, in a buffer that never grows."""
+
+    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.slots = keys, values, slots
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the buffers are given."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> KeysValues:
+        assert self.keys is not None and self.values is not None
+        self.keys.index_copy_(2, self.slots, key_states)
+        self.values.index_copy_(2, self.slots, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_max_length(), 0
+
+    def get_seq_length(self) -> int:
+        return int(self.slots[0])
+
+    def get_max_length(self) -> int:
+        assert self.keys is not None
+        return self.keys.shape[2]
+
+
+class SharedCache(Cache):
+    """Keys and values of openings, and of what each row adds to its opening.
+
+    Attributes:
+        openings: of every layer, (openings, heads, positions, width).
+        group: (rows,) the opening of each row.
+        place: (rows,) which of its opening's rows each row is.
+        members: (openings, most rows of one) the rows of each opening, filled up with row 0.
+        slots: (new positions,) where the next keys and values go in a row's own buffer; changed in place.
+    """
+
+    def __init__(
+        self,
+        openings: Sequence[KeysValues],
+        own: Sequence[KeysValues],
+        group: Tensor,
+        place: Tensor,
+        members: Tensor,
+        slots: Tensor,
+    ) -> None:
+        self.openings, self.group, self.place, self.members = openings, group, place, members
+        self.own, self.slots = own, slots
+        super().__init__(layers=[_OwnLayer(keys, values, slots) for keys, values in own])
+
+    def by_opening(self, rows: Tensor) -> Tensor:
+        """(rows, heads, n, width) → (openings, heads, most rows of one · n, width)."""
+        return rows[self.members].transpose(1, 2).flatten(2, 3)
+
+    def by_row(self, found: Tensor) -> Tensor:
+        """The inverse of `by_opening`."""
+        parts = found.unflatten(2, (self.members.shape[1], -1))
+        return parts[self.group, :, self.place]
+
+
+def membership(group: Sequence[int], openings: int) -> tuple[Tensor, Tensor]:
+    """`place` and `members` of `SharedCache`, for the opening of each row."""
+    members: list[list[int]] = [[] for _ in range(openings)]
+    place = []
+    for row, number in enumerate(group):
+        place.append(len(members[number]))
+        members[number].append(row)
+    most = max(map(len, members))
+    return torch.tensor(place), torch.tensor([rows + [0] * (most - len(rows)) for rows in members])
+
+
+def shared_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    shared: SharedCache,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """softmax(q · [K_opening, K_own] · scaling) [V_opening, V_own], the softmax in float32 as transformers' own.
+
+    Args:
+        query: (rows, query heads, new positions, width).
+        key, value: (rows, heads, own positions, width).
+        attention_mask: (rows, 1, new positions, opening's + own positions) bool, true where a position is seen.
+        shared: openings, and who shares them.
+
+    Returns:
+        (rows, new positions, query heads, width).
+    """
+    rows, query_heads, length, width = query.shape
+    keys, values = shared.openings[int(module.layer_idx)]  # type: ignore[arg-type]  # to torch, any module's attribute
+    grouped = query.reshape(rows, key.shape[1], -1, width)  # the query heads of one key head follow each other
+    on_opening = shared.by_row(shared.by_opening(grouped) @ keys.transpose(2, 3))
+    scores = torch.cat([on_opening, grouped @ key.transpose(2, 3)], dim=-1) * scaling
+    scores = scores.view(rows, query_heads, length, -1).masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype).view(*grouped.shape[:3], -1)
+    ours, own = weights.split([keys.shape[2], key.shape[2]], dim=-1)
+    output = shared.by_row(shared.by_opening(ours) @ values) + own @ value
+    return output.view(rows, query_heads, length, width).transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, shared_attention)
+
+
+@contextmanager
+def sharing(language_model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the language model attends as `shared_attention` does; it must be called with `shared`."""
+    before = language_model.config._attn_implementation
+    language_model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        language_model.set_attn_implementation(before)

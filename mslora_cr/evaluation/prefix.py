@@ -1,0 +1,146 @@
+"""Which questions are answered from one opening, and which are answered at once.
+
+In the prompt template images come before the question. Questions about the same images, answered by the same banks,
+share everything up to the last image: its keys and values are computed once.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+
+from mslora_cr.data.collator import in_batches
+from mslora_cr.data.datasets import Prompt
+
+QUERIES = 4096
+"""The most positions of questions that are computed at once behind shared openings: attention holds a score for each
+of them, each head and each position that it sees."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is answered at once."""
+
+    questions: int
+    new_tokens: int
+    positions: int
+    """Of keys and values that are held at once."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Questions with one opening. `whole`: the opening is the only question's whole prompt."""
+
+    questions: tuple[int, ...]
+    opening: int
+    """Positions."""
+    rest: int
+    """Positions behind it, of the longest question."""
+    whole: bool
+
+    def cost(self, new_tokens: int) -> int:
+        """Positions that are computed for it, roughly."""
+        return self.opening + len(self.questions) * (self.rest + new_tokens)
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Openings that are computed and held together, and the batches of questions that are answered from them."""
+
+    groups: tuple[Group, ...]
+    batches: tuple[tuple[int, ...], ...]
+
+    @property
+    def whole(self) -> bool:
+        return self.groups[0].whole
+
+    @property
+    def openings(self) -> dict[int, int]:
+        """The place of each question's opening in `groups`."""
+        return {question: place for place, group in enumerate(self.groups) for question in group.questions}
+
+
+def grouped(
+    prompts: Sequence[Prompt], asked: Sequence[int], banks: Callable[[int], Hashable], most: int | None = None
+) -> list[Group]:
+    """The questions that are asked, by images, opening and banks.
+
+    Args:
+        banks: what tells the banks of a question from those of another.
+        most: cut a group with more questions than that, so that ranks can share it.
+    """
+    found: dict[Hashable, list[int]] = {}
+    for index in asked:
+        prompt = prompts[index]
+        alone = not (prompt.opening and prompt.rest)
+        found.setdefault(index if alone else (prompt.images, prompt.opening, banks(index)), []).append(index)
+    groups = []
+    for questions in found.values():
+        for part in in_batches(sorted(questions, key=lambda index: -len(prompts[index].rest)), most or len(questions)):
+            first = prompts[part[0]]
+            whole = len(part) == 1
+            groups.append(
+                Group(tuple(part), len(first) if whole else len(first.opening), 0 if whole else len(first.rest), whole)
+            )
+    return groups
+
+
+def shared_out(groups: Sequence[Group], ranks: int, new_tokens: int) -> list[list[Group]]:
+    """Groups for each rank, so that all have about as much to do: the dearest first, to the rank with the least."""
+    shares: list[list[Group]] = [[] for _ in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]
+    for group in sorted(groups, key=lambda group: -group.cost(new_tokens)):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(group)
+        heapq.heappush(loads, (load + group.cost(new_tokens), rank))
+    return shares
+
+
+def in_waves(groups: Collection[Group], prompts: Sequence[Prompt], limits: Limits) -> list[Wave]:
+    """What is computed together, in its order: what takes the most memory first, so that what does not fit fails at
+    once; neighbours are alike, so that padding is least."""
+    waves = []
+    for whole in (False, True):
+        current: list[Group] = []
+        for group in sorted(
+            (group for group in groups if group.whole == whole), key=lambda group: (-group.opening, -group.rest)
+        ):
+            if current and not _fits([*current, group], limits):
+                waves.append(_wave(current, prompts, limits))
+                current = []
+            current.append(group)
+        if current:
+            waves.append(_wave(current, prompts, limits))
+    return sorted(waves, key=lambda wave: -_held(wave.groups, limits))
+
+
+def _fits(groups: Sequence[Group], limits: Limits) -> bool:
+    return len(groups) <= limits.questions and _held(groups, limits) <= limits.positions
+
+
+def _held(groups: Sequence[Group], limits: Limits) -> int:
+    """Positions whose keys and values are held at once: of openings, and of a batch's questions and answers."""
+    questions = min(limits.questions, sum(len(group.questions) for group in groups))
+    openings = len(groups) * max(group.opening for group in groups)
+    return openings + questions * (max(group.rest for group in groups) + limits.new_tokens)
+
+
+def _wave(groups: Sequence[Group], prompts: Sequence[Prompt], limits: Limits) -> Wave:
+    order = [question for group in groups for question in group.questions]
+    longest = max(1, *(group.rest for group in groups))
+    batches = in_batches(order, max(1, min(limits.questions, QUERIES // longest)))
+    return Wave(tuple(groups), tuple(map(tuple, batches)))
+
+
+def padding_of(waves: Sequence[Wave], prompts: Sequence[Prompt]) -> float:
+    """The share of positions without a token among those computed before the first new token."""
+    real = computed = 0
+    for wave in waves:
+        real += sum(group.opening for group in wave.groups)
+        computed += len(wave.groups) * max(group.opening for group in wave.groups)
+        for batch in () if wave.whole else wave.batches:
+            lengths = [len(prompts[question].rest) for question in batch]
+            real += sum(lengths)
+            computed += len(lengths) * max(lengths)
+    return 1 - real / computed if computed else 0.0
