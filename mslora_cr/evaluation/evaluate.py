@@ -58,7 +58,8 @@ def evaluate(
     by_number = {task.index + 1: chain[task.name] for task in config.stream if task.name in chain}
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
     records = {name: TestRecords(task_folder(config, config.task(name)) / "test.jsonl") for name in sorted(names)}
-    session, questions = _Session(config, by_number), question_digests(config, records)
+    switches = len({cell.banks for cell in wanted}) > 1
+    session, questions = _Session(config, by_number, switches), question_digests(config, records)
     fingerprints = {
         cell.place: session.fingerprint(cell.banks, questions.get(cell.task.name))
         for cell in cells(config, "all", learned)
@@ -88,9 +89,12 @@ def _by_banks(wanted: Sequence[Cell]) -> list[Cell]:
 class _Session:
     """The base model, loaded when the first question needs it, with the banks that are folded in now."""
 
-    def __init__(self, config: StreamConfig, banks: Mapping[int, Bank]) -> None:
-        self.config = config
-        self.banks = banks
+    def __init__(self, config: StreamConfig, banks: Mapping[int, Bank], switches: bool) -> None:
+        """
+        Args:
+            switches: several sets of banks answer, one after another; the base's weights are kept for that.
+        """
+        self.config, self.banks, self.switches = config, banks, switches
         self._fingerprint_fields = fingerprint_fields(config)
         self._loaded: tuple[BankStack, Preprocessing, CachedTower | None] | None = None
         self._folded: tuple[int, ...] | None = None
@@ -124,7 +128,7 @@ class _Session:
         if self._loaded is None:
             base = load_base(self.config, get_device(self.config.model.device))
             tower = cached_tower(self.config, base)
-            stack = BankStack(base.model, self.config.lora.fold, reuse=True)
+            stack = BankStack(base.model, self.config.lora.fold, reuse=self.switches)
             self._loaded = (stack, preprocessing(self.config, base, tower), tower)
         return self._loaded
 
