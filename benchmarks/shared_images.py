@@ -4,9 +4,9 @@
     python -m benchmarks.shared_images --size 7b --batch 64 --questions 256
 
 As many questions about an image as in PathVQA's test set (6,761 on 858 images), in those of SLAKE and VQA-RAD together
-(1,512 on 299), and one. The images' features are given, so the tower takes no part. `before` answers whole prompts, padded
-on the left, through transformers' `generate`, as this project did; `after` is what evaluation does now. Figures are
-seconds an answer. Both must give the same ids in float32; `identical_text` says whether they did.
+(1,512 on 299), and one. The images' features are given, so the tower takes no part. `before` answers whole prompts,
+padded on the left, through transformers' `generate`, as this project did; `after` is what evaluation does now. Figures
+are seconds an answer. Both must give the same ids in float32; `identical_text` says whether they did.
 """
 
 from __future__ import annotations
