@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # Packages of which tests read real images and a real tokenizer. Nothing imports them, so their dependencies stay out.
 TEST_DATA := pydicom-data==1.0.0 scikit-image==0.26.0 stardist==0.9.2 mistral-common==1.13.1
 
-.PHONY: demo test test-all test-gpu docs lint format setup clean
+.PHONY: demo test test-all test-gpu fuzz docs lint format setup clean
 
 demo: setup
 	$(BIN)/mslora-cr demo
@@ -19,6 +19,12 @@ test: setup lint
 # Also the long variants, of which `make test` runs one each.
 test-all: setup lint
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+# Hostile inputs, thirty times as many as `make test` tries, and a run killed before every change it makes to the file
+# system. Another seed tries others: make fuzz FUZZ_SEED=1
+FUZZ_SEED ?= 0
+fuzz: setup
+	FUZZ_TIMES=30 FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest -n 2 -s tests/fuzz $(PYTEST_ARGS)
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.download import Asset
+from mslora_cr.data.sources.lock import LOCK
 
 EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
 EXTRAS |= {"rouge_score": "eval", "deepspeed": "train", "h5py": "data", "bitsandbytes": "quantization"}
@@ -75,6 +76,13 @@ def quieten() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would detect it by itself, with a warning
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+
+
+def add_lock(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lock", type=Path, default=LOCK, metavar="FILE", help="digests that downloads are held against (%(default)s)"
+    )
+    parser.add_argument("--update", action="store_true", help="take what changed upstream, and lock that")
 
 
 def announce(asset: Asset, folder: Path) -> None:

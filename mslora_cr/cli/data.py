@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, announce
+from mslora_cr.cli.common import add_command, add_lock, announce
 from mslora_cr.cli.convert import add_convert
+from mslora_cr.data.advice import missing_annotations
 from mslora_cr.data.records import DataError
-from mslora_cr.data.sources.catalog import DataSet, catalog, data_set
+from mslora_cr.data.sources.catalog import DataSet, catalog, data_set, unusual_modality
 from mslora_cr.data.sources.check import OwnDataSet, Scan, check, read_limit
 from mslora_cr.data.sources.check_report import table
 from mslora_cr.data.sources.download import ANNOTATIONS, download
@@ -26,6 +27,12 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", type=Path, nargs="+", required=True, help="raw download: folders and archives")
     parser.add_argument("--root", type=Path, default=Path("data/MSLoRA_CR"), help="data root (%(default)s)")
     parser.add_argument("--annotations", action="store_true", help="build train.json and test.jsonl from it")
+    parser.add_argument(
+        "--skip-missing",
+        action="store_true",
+        help="with --annotations: leave out the rows of images that are missing or unreadable, and count them; "
+        "scores on the smaller test set cannot be compared with published ones",
+    )
     parser.add_argument("--copy", action="store_true", help="copy images instead of linking them")
     parser.add_argument(
         "--question",
@@ -39,6 +46,8 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 def run_prepare(args: argparse.Namespace) -> int:
     """0: every image that the annotations name is in place; 1: some are missing or ambiguous."""
     dataset = data_set(args.name)
+    if args.skip_missing and not args.annotations:
+        raise DataError("--skip-missing leaves rows out of the annotations that --annotations builds: give both")
     result = prepare(
         dataset,
         args.raw,
@@ -47,6 +56,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         args.copy,
         _questions(args.question),
         sys.stderr.isatty(),
+        args.skip_missing,
     )
     if result.rows is not None:
         left_out = f"; {result.rows['empty']} rows without question or answer left out" if result.rows["empty"] else ""
@@ -56,6 +66,14 @@ def run_prepare(args: argparse.Namespace) -> int:
         print(f"  missing: {name}")
     for name, candidates in list(result.ambiguous.items())[:20]:
         print(f"  ambiguous: {name} could be {' or '.join(candidates)}")
+    if args.skip_missing and result.rows is not None:
+        gone = len(result.missing) + len(result.ambiguous) + len(result.unreadable)
+        print(f"left out: {gone} images that are missing, ambiguous or unreadable, {result.rows['unavailable']} rows")
+        if gone:
+            print("Scores on what is left cannot be compared with those of the whole data set.")
+        for name in result.unreadable[:20]:
+            print(f"  unreadable: {name}")
+        return 0
     if result.missing or result.ambiguous:
         print(f"{len(result.missing)} missing, {len(result.ambiguous)} ambiguous. Licence: {dataset.license}.")
         print(f"Source: {dataset.source}. {dataset.access}")
@@ -111,12 +129,13 @@ def add_data(commands: argparse._SubParsersAction) -> None:
 def add_data_download_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, default=Path("data/MSLoRA_CR"), help="data root (%(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit (main)")
+    add_lock(parser)
 
 
 def run_data_download(args: argparse.Namespace) -> int:
     """0: every data set has its annotations; 1: some are not on the hub."""
     announce(ANNOTATIONS, args.root)
-    download(ANNOTATIONS, args.root, args.revision)
+    download(ANNOTATIONS, args.root, args.revision, lock=args.lock, update=args.update)
     lacking = []
     print("Images come from their own sources; `mslora-cr data prepare NAME --raw PATH` puts them in place:")
     for entry in catalog().values():
@@ -166,7 +185,9 @@ def _to_check(target: Path, only: Sequence[str]) -> tuple[Path, list[DataSet] | 
     from mslora_cr.config.shipped import configurations
 
     if target.suffix not in (".yaml", ".yml") and str(target) not in configurations():
-        raise DataError(f"{target}: no such folder, and no configuration (.yaml)")
+        raise DataError(
+            f"{target}: no such folder, and no configuration (.yaml){missing_annotations(target / 'train.json')}"
+        )
 
     config = load_config(target)
     names = [task.name for task in config.tasks]
@@ -175,6 +196,8 @@ def _to_check(target: Path, only: Sequence[str]) -> tuple[Path, list[DataSet] | 
             raise DataError(f"--only {name}: no task of {target}{nearest(name, names)}; it has {', '.join(names)}")
     own = []
     for task in config.stream:
+        if close := unusual_modality(task.modality):
+            print(f"warning: {task.name}: modality {task.modality!r} is none of the catalogue's; is {close!r} meant?")
         published = config.datasets[task.name].published
         rows = catalog()[published].test_rows if published in catalog() else None
         own.append(OwnDataSet(task.name, task.folder, tuple(task.image_folders), rows))

@@ -23,8 +23,10 @@ from mslora_cr.cli.sweep import add_sweep
 from mslora_cr.cli.train import add_train
 from mslora_cr.cli.web import add_web
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.visible import visible_results
 
 
+@visible_results()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 1 on an error that the user can fix, reported in a few lines, 130 on Ctrl-C, 141 if
     nobody reads its output any more, as in `… | head`."""

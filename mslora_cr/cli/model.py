@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, announce, quieten
+from mslora_cr.cli.common import add_command, add_lock, announce, quieten
 from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.download import MODELS, download
 from mslora_cr.utils.errors import nearest
@@ -61,6 +61,7 @@ def add_model_download_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, default=Path("pretrained_models"), help="for models (%(default)s)")
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="for checkpoints (%(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit (main); requires a single NAME")
+    add_lock(parser)
 
 
 def run_model_download(args: argparse.Namespace) -> int:
@@ -73,5 +74,5 @@ def run_model_download(args: argparse.Namespace) -> int:
     for name in names:
         folder = args.checkpoints if name == "checkpoints" else args.root
         announce(MODELS[name], folder)
-        download(MODELS[name], folder, args.revision)
+        download(MODELS[name], folder, args.revision, lock=args.lock, update=args.update)
     return 0

@@ -12,6 +12,7 @@ import yaml
 from pydantic import ConfigDict, ValidationError
 
 from mslora_cr.config.methods import load_method
+from mslora_cr.config.plain_yaml import plain_yaml, read_plain_yaml
 from mslora_cr.config.schema import (
     CATALOGUE,
     DERIVED_TRAINING_FIELDS,
@@ -21,11 +22,14 @@ from mslora_cr.config.schema import (
     TaskConfig,
     as_number,
 )
+from mslora_cr.config.secrets import check_values
 from mslora_cr.config.shipped import find_config, find_deepspeed
 from mslora_cr.utils.errors import nearest
 
 SAVE_STRATEGIES = ("steps", "epoch", "no")
 """When checkpoints may be written; transformers also has `best`, which needs evaluations that there are none of."""
+WORDS_WITH_NO = ("save_strategy", "logging_strategy")
+"""Fields of `training` whose values are words, one of them no."""
 EXPECTED = {
     "model_type": "should be a section of keys",
     "dict_type": "should be a section of keys",
@@ -52,8 +56,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig
     raw = _merge({"datasets": _catalogued_datasets()}, read_layers(path))
     for override in overrides:
         _apply_override(raw, override)
+    check_values(raw)
     try:
         return StreamConfig.model_validate(raw)
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
     except ValidationError as error:
         raise ConfigError(f"{path}: " + "; ".join(_explain(item, raw) for item in error.errors())) from None
 
@@ -96,10 +103,10 @@ def read_layers(given: str | Path) -> dict[str, Any]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        loaded = _plain_yaml(path.read_text(encoding="utf-8"))
+        loaded = read_plain_yaml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not plain YAML: {error}") from None
     if loaded is None:
         raise ConfigError(f"{path}: the file is empty")
@@ -108,31 +115,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return loaded
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Plain YAML whose mappings name each key once: YAML itself would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} appears twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        value = super().construct_yaml_int(node)  # `59:59:59` is a number of base 60, of any length
-        if not -(2**63) <= value < 2**63:
-            raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
-        return value
-
-
-_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_yaml_int)
-
-
-def _plain_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  (it is a SafeLoader)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:79]}…")
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,17 +131,17 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {override!r} is not of the form key.path=value")
+        raise ConfigError(f"override {_short(override)} is not of the form key.path=value")
     try:
-        value = _plain_yaml(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"override {override!r}: the value is not plain YAML: {error}") from None
+        value = plain_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"override {_short(override)}: the value is not plain YAML: {error}") from None
     if key == "tasks" and isinstance(value, list) and all(isinstance(name, str) for name in value):
         raw["tasks"] = [_task_named(raw, name) for name in value]
         return
     *parents, last = key.split(".")
     if parents == ["tasks"]:
-        raise ConfigError(f"override {override!r}: name a key of the task too, as in tasks.{last}.epochs=1")
+        raise ConfigError(f"override {_short(override)}: name a key of the task too, as in tasks.{last}.epochs=1")
     for target in _targets(raw, parents, override):
         target[last] = value
 
@@ -170,7 +154,7 @@ def _targets(raw: dict[str, Any], parents: list[str], override: str) -> list[dic
     for part in parents:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {part!r} has a value, not further keys")
+            raise ConfigError(f"override {_short(override)}: {part!r} has a value, not further keys")
     return [node]
 
 
@@ -212,8 +196,14 @@ def _fault(item: Any) -> str:
         return item["msg"].removeprefix("Value error, ")
     value = item["input"]
     message = EXPECTED.get(item["type"].replace("parsing", "type")) or item["msg"].removeprefix("Input ")
+    if isinstance(value, bool) and item["type"] in ("string_type", "literal_error", "enum"):
+        word = "yes" if value else "no"
+        return (
+            f"{message}, found {str(value).lower()}: YAML reads a bare {word}, {'on' if value else 'off'} or "
+            f"{str(value).lower()} as that; if the word is meant, quote it, on the command line as '\"{word}\"'"
+        )
     if item["type"] == "string_type" and not isinstance(value, list | dict | None):
-        return f"{message}, found {value}; quote it, on the command line as '\"{value}\"'"
+        return f"{message}, found {reprlib.repr(value)}; quote it, on the command line as '\"{reprlib.repr(value)}\"'"
     return f"{message}, found {reprlib.repr(value)}"
 
 
@@ -259,6 +249,10 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
             raise ConfigError(f"training.{key} is not set here; use {DERIVED_TRAINING_FIELDS[key]}")
         if key not in names:
             raise ConfigError(f"training.{key}: unknown key{nearest(key, names - set(DERIVED_TRAINING_FIELDS))}")
+        if value is False and key in WORDS_WITH_NO:
+            value = "no"  # what YAML makes of a bare no, as transformers' own pages spell it
+        if key == "lr_scheduler_kwargs" and isinstance(value, Mapping):
+            value = {name: as_number(setting) for name, setting in value.items()}
         adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
         try:
             checked[key] = adapter.validate_python(as_number(value) if _wants_number(hints[key]) else value)

@@ -54,7 +54,7 @@ Number = Annotated[float, BeforeValidator(as_number), Field(allow_inf_nan=False)
 PositiveNumber = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 PathStr = Annotated[str, AfterValidator(os.path.expanduser)]
 """A file or folder; a leading `~` is the home folder, which a shell would not expand behind `key=`."""
 
@@ -357,6 +357,12 @@ DERIVED_TRAINING_FIELDS = {
     "save_only_model": "nothing: a checkpoint contains everything a resumed run needs",
     "auto_find_batch_size": "training.per_device_train_batch_size",
     "push_to_hub": "nothing: upload the banks of a finished run yourself",
+    **dict.fromkeys(
+        ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+        "nothing: upload the banks of a finished run yourself",
+    ),
+    "hub_token": "HF_TOKEN in the environment: a configuration is saved with the run",
+    "eval_on_start": "nothing: `mslora-cr evaluate` evaluates",
     "label_names": "nothing: labels are `labels`",
     "use_cpu": "model.device",
     "fsdp": "training.deepspeed: banks are gathered from ZeRO's shards alone",

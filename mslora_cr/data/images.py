@@ -6,18 +6,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from mslora_cr.data.advice import DICOM, is_dicom
 from mslora_cr.data.records import DataError
+from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.workers import worker_pool
 
 if TYPE_CHECKING:  # torch is slow to import, and the processes that only check images never need it
     import torch
 
-MAX_PIXELS = 80_000_000  # 240 MB once decoded to RGB; anything larger is taken for a decompression bomb
+MAX_PIXELS = 80_000_000
+"""Of the square that an image is padded to, 240 MB in RGB: what is larger is taken for a decompression bomb."""
 # Raster formats only: Pillow would hand some of the others (EPS) to an outside program.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 
@@ -74,25 +77,56 @@ def load_image(path: Path) -> Image.Image:
     saturate and EXIF rotation is ignored, as in the published code.
 
     Raises:
-        DataError: not an image of `FORMATS`, larger than `MAX_PIXELS`, truncated or corrupt.
+        DataError: not an image of `FORMATS`, one whose square has more than `MAX_PIXELS`, truncated or corrupt.
     """
     return decode_image(path, str(path))
 
 
 def decode_image(source: Path | BinaryIO, name: str) -> Image.Image:
     """As `load_image`, from a file or from its bytes; `name` says in errors what it is."""
+    return _decode(source, name)[0]
+
+
+def _decode(source: Path | BinaryIO, name: str) -> tuple[Image.Image, str]:
+    """The image in RGB, and Pillow's name of the mode that it was stored in."""
     try:
+        if isinstance(source, Path):
+            check_regular(source)
         with Image.open(source, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{name}: {image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
-            return image.convert("RGB")
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise DataError(f"{name}: {width} x {height} is more than {MAX_PIXELS:,} pixels")
+            if max(width, height) ** 2 > MAX_PIXELS:
+                raise DataError(
+                    f"{name}: {width} x {height} is padded to a square, which has more than {MAX_PIXELS:,} pixels; "
+                    "crop it or make it smaller"
+                )
+            return image.convert("RGB"), image.mode
     except DataError:
         raise
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: more than {MAX_PIXELS:,} pixels") from error
+    except UnidentifiedImageError:
+        dicom = isinstance(source, Path) and is_dicom(source)
+        what = DICOM if dicom else f"not an image of a known format ({', '.join(FORMATS)})"
+        raise DataError(f"{name}: not a readable image: {what}") from None
     # Pillow's decoders raise OSError, ValueError, SyntaxError, EOFError, struct.error, … on damaged files.
     except Exception as error:
         raise DataError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+
+
+def washed_out(path: Path) -> str | None:
+    """What a readable image loses once it is decoded as the model sees it; None where it loses nothing.
+
+    Raises:
+        DataError: as `load_image`.
+    """
+    image, mode = _decode(path, str(path))
+    if image.getcolors(1) is not None:  # not more than one
+        return f"one single colour once decoded (stored as {mode})"
+    if mode.startswith(("I", "F")):
+        return f"stored with more than 8 bits (mode {mode}), of which the conversion keeps the values 0 to 255 alone"
+    return None
 
 
 def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -119,27 +153,45 @@ def preprocess(image: Image.Image, processor: Any) -> "torch.Tensor":
 def check_images(
     paths: Iterable[Path], workers: int, progress: bool, cache: Path | None = None
 ) -> list[tuple[Path, str]]:
-    """Decode every image in `workers` processes; give the bad ones, with reasons, in the order of `paths`.
+    """The images that cannot be decoded, as `inspect_images` finds them."""
+    return inspect_images(paths, workers, progress, cache).bad
+
+
+class Inspected(NamedTuple):
+    """Images by their place, each with what is wrong or worth knowing, in the order in which they were asked for."""
+
+    bad: list[tuple[Path, str]]
+    washed_out: list[tuple[Path, str]]
+
+
+def inspect_images(paths: Iterable[Path], workers: int, progress: bool, cache: Path | None = None) -> Inspected:
+    """Decode every image in `workers` processes; give the bad ones and those that are washed out, with reasons.
 
     Only a few chunks of `paths` are in flight at a time, whatever its length. With a `cache` file, images
     found good before (same path, size and modification time) are not decoded again, and newly good ones are
     added as they are found, so that an interrupted run resumes where it stopped.
     """
     known = _read_marks(cache)
-    bad: list[tuple[int, Path, str]] = []
+    found = _Found([], [])
     total = len(paths) if isinstance(paths, Sequence) else None
     with tqdm(total=total, desc="images", unit="image", disable=not progress) as bar:
         pending = _new_images(enumerate(paths), known, bar)
         with worker_pool(workers) as pool:
-            for good, found in _bounded(pool, iter(lambda: list(islice(pending, _CHUNK)), []), 4 * workers):
-                bad += found
+            for good, some in _bounded(pool, iter(lambda: list(islice(pending, _CHUNK)), []), 4 * workers):
+                found.bad.extend(some.bad)
+                found.washed_out.extend(some.washed_out)
                 _add_marks(cache, good)
-                bar.update(len(good) + len(found))
-    return [(path, problem) for _, path, problem in sorted(bad, key=lambda item: item[0])]
+                bar.update(len(good) + len(some.bad) + len(some.washed_out))
+    return Inspected(*([(path, why) for _, path, why in sorted(kind, key=lambda item: item[0])] for kind in found))
+
+
+class _Found(NamedTuple):
+    bad: list[tuple[int, Path, str]]
+    washed_out: list[tuple[int, Path, str]]
 
 
 _Numbered = tuple[int, Path]
-_Checked = tuple[list[bytes], list[tuple[int, Path, str]]]
+_Checked = tuple[list[bytes], _Found]
 
 
 def _bounded(pool: ProcessPoolExecutor, chunks: Iterator[list[_Numbered]], limit: int) -> Iterator[_Checked]:
@@ -154,14 +206,18 @@ def _bounded(pool: ProcessPoolExecutor, chunks: Iterator[list[_Numbered]], limit
 
 
 def _check_chunk(chunk: list[_Numbered]) -> _Checked:
-    good, bad = [], []
+    good, found = [], _Found([], [])
     for number, path in chunk:
         try:
-            load_image(path)
-            good.append(_mark(path))
+            loss = washed_out(path)
         except DataError as error:
-            bad.append((number, path, str(error).removeprefix(f"{path}: ")))
-    return good, bad
+            found.bad.append((number, path, str(error).removeprefix(f"{path}: ")))
+            continue
+        if loss is None:
+            good.append(_mark(path))
+        else:  # not remembered, so that it is said every time
+            found.washed_out.append((number, path, loss))
+    return good, found
 
 
 def _new_images(paths: Iterable[_Numbered], known: set[bytes], bar: tqdm) -> Iterator[_Numbered]:

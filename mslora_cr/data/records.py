@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import random
+import re
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
@@ -26,13 +27,17 @@ from pydantic import (
     ValidationError,
 )
 
+from mslora_cr.data.advice import missing_annotations, other_record
 from mslora_cr.data.strict_json import STRICT_JSON, explain_json, first_problem, problems_in, shorten
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.regular import check_regular
 
 CHUNK_BYTES = 1 << 20
 IMAGE = "<image>"
 """The marker that represents a record's images in a text."""
 BYTE_ORDER_MARK = "opens with a byte order mark; save it as UTF-8 without one"
+_BLANKS = re.compile(r"[ \t\r\n]*")
+TOO_LONG = "a record of more than 16 MB"
 MAX_RECORD_BYTES = 16 << 20  # no conversation comes near this; it bounds what a damaged file can make us read
 
 
@@ -135,7 +140,7 @@ class _Records(Sequence[Record], Generic[Record]):
         self._starts, self._ends = array("Q"), array("Q")
         hasher = hashlib.sha256()
         try:
-            with self.path.open("rb") as file:
+            with check_regular(self.path).open("rb") as file:
                 for start, end, place, value in self._items(file, hasher):
                     try:
                         self._check(value, place)
@@ -145,7 +150,8 @@ class _Records(Sequence[Record], Generic[Record]):
                     self._starts.append(start)
                     self._ends.append(end)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror or error})") from error
+            advice = missing_annotations(self.path) if isinstance(error, FileNotFoundError) else ""
+            raise DataError(f"{self.path}: cannot be read ({error.strerror or error}){advice}") from error
         self.digest = hasher.hexdigest()
         if not self._starts and not problems:
             raise DataError(f"{self.path}: contains no records")
@@ -169,7 +175,7 @@ class _Records(Sequence[Record], Generic[Record]):
             return self._model.model_validate(value)
         except ValidationError as error:
             found = first_problem(error) if self._problems is None else "; ".join(problems_in(error))
-            raise DataError(f"{self.path}: {place}: {found}") from None
+            raise DataError(f"{self.path}: {place}: {found}{other_record(value)}") from None
 
     def _read(self, file: BinaryIO, index: int) -> Record:
         file.seek(self._starts[index])
@@ -253,6 +259,8 @@ class TestRecords(_Records[TestRecord]):
         while line := file.readline(MAX_RECORD_BYTES):
             hasher.update(line)
             number += 1
+            if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
+                raise DataError(f"{self.path}: line {number}: {TOO_LONG}")
             if start == 0 and line.startswith(codecs.BOM_UTF8):
                 raise DataError(f"{self.path}: {BYTE_ORDER_MARK}")
             place, end = f"line {number}", start + len(line)
@@ -322,20 +330,25 @@ class _ListReader:
             except (ValueError, RecursionError) as error:
                 # It may only be that the window ends inside the element: widen it, up to a limit.
                 held = len(self.text) - self.position
-                if self.ended or held >= MAX_RECORD_BYTES or not isinstance(error, json.JSONDecodeError):
+                if self.ended or not isinstance(error, json.JSONDecodeError):
                     self._fail(explain_json(error))
+                if held > MAX_RECORD_BYTES:
+                    self._fail(TOO_LONG)
                 self._fill(max(held, CHUNK_BYTES))
             else:
+                start = self.offset
                 self._advance(end - self.position)
+                if self.offset - start > MAX_RECORD_BYTES:
+                    self._fail(TOO_LONG)
                 return value
 
     def _peek(self) -> str:
         """The next character that is not white space, or "" at the end of the file."""
         while True:
-            rest = len(self.text)
-            while self.position < rest and self.text[self.position] in " \t\r\n":
-                self._advance(1)
-            if self.position < rest:
+            blanks = _BLANKS.match(self.text, self.position)
+            assert blanks is not None, "it matches nothing at all, too"
+            self._advance(blanks.end() - self.position)
+            if self.position < len(self.text):
                 return self.text[self.position]
             if self.ended:
                 return ""

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from statistics import fmean
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from nltk.translate.bleu_score import sentence_bleu
-from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenize import tokenize
 
 AnswerType = Literal["OPEN", "CLOSED"]
 
@@ -38,12 +39,13 @@ OVERLAPS = ("f1 score", "precision", "recall")
 ADDED = ("rouge-l", "token recall")
 """Metrics of open answers that the published evaluation does not have; they are not in `metrics.txt`."""
 
+KEPT_CHARACTERS = 2_000
+"""Of an answer and its truth together, up to which their scores are kept."""
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 STRIPPED_PERIODS = 32
 """No more periods than this are taken out of a text: the published code hands `re.UNICODE`, which is 32, to
 the argument that limits how many are replaced. Reports of more sentences than that do occur."""
 
-_ROUGE = RougeScorer(["rouge1", "rougeL"])
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _ARTICLES = {"a", "an", "the"}
@@ -217,12 +219,11 @@ def _score_row(answer: Answer) -> RowScore:
         exact=prediction == reference,
         hit=reference in prediction if closed else overlap.recall > HIT_RECALL,
         overlap=overlap,
-        bleu=None if closed else _bleu(prediction, reference),
+        bleu=None if closed else _remembered(_bleu, prediction, reference),
         added=None if closed else report_overlap(said, str(answer.gt)),
     )
 
 
-@lru_cache(maxsize=1 << 14)
 def report_overlap(prediction: str, reference: str) -> tuple[float, float]:
     """ROUGE-L and token-level recall of a text, each in [0, 1].
 
@@ -230,13 +231,50 @@ def report_overlap(prediction: str, reference: str) -> tuple[float, float]:
     prediction's and the reference's number of words. Token recall is ROUGE-1's: the reference's words that the
     prediction has, each as often as both have it, over all of the reference's. Words are runs of letters and
     digits, lower-cased, not stemmed; articles count. Source: Lin, "ROUGE: A Package for Automatic Evaluation of
-    Summaries", ACL 2004 workshop; computed by the `rouge-score` library.
+    Summaries", ACL 2004 workshop; the words are those of the `rouge-score` library, and so are the numbers.
     """
-    found = _ROUGE.score(reference, prediction)
-    return float(found["rougeL"].fmeasure), float(found["rouge1"].recall)
+    return _remembered(_overlap, prediction, reference)
 
 
-@lru_cache(maxsize=1 << 14)  # short answers repeat, and NLTK takes most of the time
+def _remembered(score: Callable[[str, str], tuple[float, ...]], prediction: str, reference: str) -> Any:
+    """A score of two texts; of short ones, which repeat, it is kept."""
+    return (_kept if len(prediction) + len(reference) <= KEPT_CHARACTERS else _of)(score, prediction, reference)
+
+
+def _of(score: Callable[[str, str], tuple[float, ...]], prediction: str, reference: str) -> tuple[float, ...]:
+    return score(prediction, reference)
+
+
+_kept = lru_cache(maxsize=1 << 15)(_of)
+
+
+def _overlap(prediction: str, reference: str) -> tuple[float, float]:
+    said, expected = (tokenize(text, None) for text in (prediction, reference))
+    if not said or not expected:
+        return 0.0, 0.0
+    shared = sum((Counter(said) & Counter(expected)).values())
+    longest = lcs_length(said, expected)
+    precision, recall = longest / len(said), longest / len(expected)
+    return (2 * precision * recall / (precision + recall) if longest else 0.0), shared / len(expected)
+
+
+def lcs_length(one: Sequence[str], other: Sequence[str]) -> int:
+    """The length of the longest common subsequence, in memory that grows with one text, not with their product.
+
+    A row of the usual table is kept as the bits of one number. Source: Hyyrö, "Bit-parallel LCS-length computation
+    revisited", AWOCA 2004.
+    """
+    places: dict[str, int] = {}
+    for position, word in enumerate(one):
+        places[word] = places.get(word, 0) | 1 << position
+    full = (1 << len(one)) - 1
+    row = full
+    for word in other:
+        matched = row & places.get(word, 0)
+        row = ((row + matched) | (row - matched)) & full
+    return len(one) - row.bit_count()
+
+
 def _bleu(prediction: str, reference: str) -> tuple[float, ...]:
     """Sentence BLEU (Papineni et al., ACL 2002), unsmoothed, under every weighting of `BLEU_WEIGHTS`."""
     scores = sentence_bleu([reference.split()], prediction.split(), weights=list(BLEU_WEIGHTS.values()))

@@ -12,6 +12,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.stream.plan import batch_shape
+from mslora_cr.stream.rehearsal import rehearse
 
 
 def training_arguments(
@@ -60,6 +61,7 @@ def training_arguments(
             callback()  # refuses where its package is missing; otherwise the Trainer would, with the model loaded
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"training: {error}") from None
+    rehearse(args)
     args._n_gpu = min(args.n_gpu, 1)  # on several, a process without a launcher would split batches by DataParallel
     if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ConfigError(

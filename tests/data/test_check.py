@@ -6,7 +6,9 @@ import shutil
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mslora_cr.cli.data import add_check_arguments, run_check
 from mslora_cr.data.records import DataError
@@ -65,7 +67,8 @@ def test_a_sound_data_set(root):
     assert report.truncated is None
     assert [problem.message for problem in report.problems] == [
         "the published test set holds 3370 open and 3391 closed rows, this one 0 and 3: "
-        "scores cannot be compared with the published ones"
+        "scores cannot be compared with the published ones",
+        "question ids that repeat: their rows are scored one by one, in order",
     ]
 
 
@@ -183,6 +186,46 @@ def test_one_sided_answers_and_empty_answers(root):
     assert "same answer" not in messages(look(root), "warning")
 
 
+@pytest.mark.parametrize("truth", ["", " ", "A", "the", "?", "-.", "An."])
+def test_a_truth_that_means_nothing_is_an_error(truth, root):
+    write(root, [training()], [question(gt="yes"), question(gt=truth, question_id=7)])
+    report = look(root)
+    assert "any answer would count as right" in messages(report, "error")
+    assert "test.jsonl: question 1 (id 7)" in messages(report, "error")
+
+
+@pytest.mark.parametrize("truth", ["yes", "A1", "vitamin A", "%", "0"])
+def test_a_short_truth_is_none_of_those(truth, root):
+    write(root, [training()], [question(gt=truth)])
+    assert "count as right" not in messages(look(root), "error")
+
+
+def test_ids_that_repeat_are_named(root):
+    write(root, [training()], [question(question_id=identifier) for identifier in (1, "x", 2, "x", "x")])
+    assert "question ids that repeat" in messages(look(root), "warning")
+    assert "'x', 3 times" in messages(look(root), "warning")
+
+
+def test_images_of_which_the_model_sees_little_are_warned_of_every_time(root, tmp_path):
+    folder = root / "PathVQA/images"
+    ramp = np.tile(np.linspace(300, 4095, 64, dtype=np.uint16), (48, 1))
+    Image.fromarray(ramp).save(folder / "twelve.png")
+    Image.fromarray((ramp / 4096).astype(np.float32)).save(folder / "unit.tif")
+    Image.fromarray((ramp // 16).astype(np.uint16)).save(folder / "low.png")
+    Image.new("L", (9, 9), 7).save(folder / "blank.png")
+    names = ("twelve.png", "unit.tif", "low.png", "blank.png")
+    write(root, [training(f"images/{name}") for name in names], [question()])
+    for _ in range(2):
+        [warning] = [
+            p
+            for p in check(data_set("pathvqa"), root, scan=Scan(cache=tmp_path / "good")).problems
+            if "sees little" in p.message
+        ]
+        assert [example.removeprefix(f"{folder}/").partition(":")[0] for example in warning.examples] == sorted(names)
+        assert "blank.png: one single colour once decoded (stored as L)" in str(warning.examples)
+        assert "low.png: stored with more than 8 bits (mode I;16)" in str(warning.examples)
+
+
 def test_samples_that_would_be_cut_off(root):
     long = [TURNS[0], {"from": "gpt", "value": "word " * 30}]
     unclear = [TURNS[0], {"from": "gpt", "value": "a [/INST] b"}]
@@ -225,7 +268,7 @@ def test_twenty_thousand_rows_without_images(tmp_path):
     report = look(rows_of(tmp_path, "cells"))
     assert (report.train_rows, report.missing, report.images) == (20_000, 5_000 + 1_691, 0)
     assert (report.shared_images, report.shared_contents) == (0, 0)
-    assert len(report.problems[1].examples) == module.EXAMPLES
+    assert len(report.problems[2].examples) == module.EXAMPLES
 
 
 def test_memory_is_bounded(tmp_path):
@@ -332,6 +375,8 @@ def test_the_tasks_of_a_configuration_are_checked(root, tmp_path, capsys):
     assert run_check(arguments(*words)) == 0
     assert "0 errors" in capsys.readouterr().out
     [saved] = json.loads(output.read_text())["data_sets"]
-    assert (saved["name"], saved["images"], saved["problems"]) == ("Mine", 7, [])  # no published rows to compare with
+    assert (saved["name"], saved["images"]) == ("Mine", 7)
+    [problem] = saved["problems"]  # and none of published rows to compare with
+    assert "question ids that repeat" in problem["message"]
     with pytest.raises(DataError, match=r"--only mine: no task of .*run\.yaml; did you mean 'Mine'\?"):
         run_check(arguments(*words, "--only", "mine"))

@@ -12,6 +12,7 @@ import pytest
 from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.data.sources.download import ANNOTATIONS, MODELS, download
+from mslora_cr.utils.files import file_digest
 from tests.data.hub import COMMIT, Hub, serving
 
 DATASET = "datasets/VentusAislant/MSLoRA_CR"
@@ -152,6 +153,51 @@ def test_no_access_no_repository_no_revision_no_connection(hub: Hub, tmp_path):
     assert files(tmp_path) == []
 
 
+def test_later_downloads_are_held_against_the_first(hub: Hub, tmp_path):
+    """On another machine, that is in another folder, with the lock file alone."""
+    lock = tmp_path / "assets.lock.json"
+    first = download(MODELS["clip"], tmp_path / "first", endpoint=hub.url, lock=lock)
+    locked = json.loads(lock.read_text())["assets"][CLIP]
+    assert locked["revision"] == COMMIT
+    assert locked["files"] == {
+        name: {"size": (first / name).stat().st_size, "sha256": file_digest(first / name)}
+        for name in ("config.json", "pytorch_model.bin")
+    }
+    before = lock.read_bytes()
+    download(MODELS["clip"], tmp_path / "second", endpoint=hub.url, lock=lock)
+    assert lock.read_bytes() == before
+
+    hub.repos[CLIP]["config.json"] = b"[]"  # as long as before
+    with pytest.raises(DataError, match=rf"config\.json: not as .* records for revision {COMMIT}.* --update"):
+        download(MODELS["clip"], tmp_path / "third", endpoint=hub.url, lock=lock)
+    assert lock.read_bytes() == before
+    download(MODELS["clip"], tmp_path / "third", endpoint=hub.url, lock=lock, update=True)
+    assert lock.read_bytes() != before
+
+
+def test_another_revision_is_refused_before_anything_is_fetched(hub: Hub, tmp_path):
+    lock = tmp_path / "assets.lock.json"
+    download(MODELS["clip"], tmp_path / "first", endpoint=hub.url, lock=lock)
+    content = json.loads(lock.read_text())
+    content["assets"][CLIP]["revision"] = "an older one"
+    lock.write_text(json.dumps(content))
+    download(MODELS["clip"], tmp_path / "second", endpoint=hub.url, lock=lock)  # the same files under another commit
+    hub.repos[CLIP]["pytorch_model.bin"] = LARGE[::-1]
+    hub.transfers.clear()
+    with pytest.raises(DataError, match=r"pytorch_model\.bin: not as"):
+        download(MODELS["clip"], tmp_path / "third", endpoint=hub.url, lock=lock)
+    assert hub.transfers == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"assets": {"models/openai/clip-vit-large-patch14-336": 3}}', "[" * 9999]
+)
+def test_a_damaged_lock_file_is_named(content, hub: Hub, tmp_path):
+    (tmp_path / "lock").write_text(content)
+    with pytest.raises(DataError, match="lock: not a lock file"):
+        download(MODELS["clip"], tmp_path / "first", endpoint=hub.url, lock=tmp_path / "lock")
+
+
 def test_file_names_that_lead_outside_are_refused(hub: Hub, tmp_path):
     hub.repos[DATASET]["../evil.json"] = b"[]"
     with pytest.raises(DataError, match=r"'../evil.json': expected a relative path"):
@@ -196,5 +242,9 @@ def test_the_commands_use_hf_endpoint_and_show_licences(hub: Hub, tmp_path):
     assert "licence: Apache-2.0" in done.stdout
 
     del hub.repos[DATASET]["CXP/test.jsonl"]
+    lock = json.loads((tmp_path / "assets.lock.json").read_text())["assets"]
+    assert len(lock) == 4 and lock[DATASET]["revision"] == COMMIT
     done = command(hub, tmp_path, "data", "--root", "other")
+    assert done.returncode != 0 and "CXP/test.jsonl: not as assets.lock.json records" in done.stderr
+    done = command(hub, tmp_path, "data", "--root", "other", "--update")
     assert done.returncode == 1 and "without annotations after the download: CXP" in done.stdout

@@ -1,3 +1,4 @@
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -143,6 +144,21 @@ def test_truncated_corrupt_and_foreign_files_are_refused(tmp_path):
 def test_decompression_bombs_are_refused_before_they_are_decoded(side, tmp_path):
     with pytest.raises(DataError, match=f"{MAX_PIXELS:,} pixels"):
         load_image(bomb(tmp_path / "bomb.png", side, side))
+
+
+@pytest.mark.parametrize(("width", "height"), [(30_000, 1), (1, 80_000_000), (9_000, 8_000)])
+def test_the_square_that_an_image_is_padded_to_counts(width, height, tmp_path):
+    with pytest.raises(
+        DataError, match=r"strip\.png: .*(padded to a square, which has more|is more) than 80,000,000 pixels"
+    ):
+        load_image(bomb(tmp_path / "strip.png", width, height))
+
+
+def test_a_fifo_and_a_device_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    for path in (tmp_path / "fifo.png", Path("/dev/zero")):
+        with pytest.raises(DataError, match="not a regular file"):
+            load_image(path)
 
 
 def test_check_images_names_the_bad_ones_in_order(tmp_path):

@@ -1,6 +1,8 @@
 import hashlib
 import json
+import os
 import pickle
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -222,10 +224,28 @@ def test_endless_records_are_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "CHUNK_BYTES", 100)
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
     long = {**GOOD, "extra": "x" * 5000}
-    with pytest.raises(DataError, match="record 0: not valid JSON"):
+    with pytest.raises(DataError, match="record 0: a record of more than 16 MB"):
         TrainingRecords(write(tmp_path / "train.json", [long]))
-    with pytest.raises(DataError, match="line 1: not valid JSON"):
+    with pytest.raises(DataError, match="line 1: a record of more than 16 MB"):
         TestRecords(write(tmp_path / "test.jsonl", lines({**QUESTION, "extra": "x" * 5000})))
+    monkeypatch.setattr(records, "CHUNK_BYTES", 10_000)  # the record is in the window already
+    with pytest.raises(DataError, match="record 0: a record of more than 16 MB"):
+        TrainingRecords(write(tmp_path / "train.json", [long]))
+
+
+def test_blanks_are_skipped_in_one_step(tmp_path):
+    path = write(tmp_path / "train.json", json.dumps([GOOD]).replace("[", "[" + " " * 30_000_000, 1))
+    start = time.process_time()
+    opened = TrainingRecords(path)
+    assert time.process_time() - start < 3
+    assert len(opened) == 1 and opened[0].id == GOOD["id"]
+
+
+def test_a_fifo_is_not_waited_for(tmp_path):
+    for kind in (TrainingRecords, TestRecords):
+        os.mkfifo(tmp_path / kind.__name__)
+        with pytest.raises(DataError, match="not a regular file"):
+            kind(tmp_path / kind.__name__)
 
 
 def test_memory_stays_bounded(tmp_path):

@@ -14,7 +14,7 @@ import json
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
@@ -43,28 +43,27 @@ class Row(NamedTuple):
 
 
 def build_annotations(
-    dataset: DataSet, raw: RawData, folder: Path, questions: Mapping[str, str] | None = None
+    dataset: DataSet,
+    raw: RawData,
+    folder: Path,
+    questions: Mapping[str, str] | None = None,
+    unavailable: Collection[str] = (),
 ) -> Counter[str]:
     """Write `folder/train.json` and `folder/test.jsonl`; give the number of rows of each split.
 
     `questions` replaces templates of the catalogue, by their keys. Files that exist already are left
     alone if they say the same, and never overwritten otherwise. Rows without a question or an answer are left
-    out, and counted under "empty".
+    out, and counted under "empty"; so are rows of the images `unavailable`, under that word.
 
     Raises:
         DataError: the release holds nothing to build from or is malformed, or other annotations exist.
     """
-    if dataset.name not in _BUILDERS:
-        raise DataError(
-            f"{dataset.name}: its raw release has nothing to build annotations from; "
-            "fetch them with `mslora-cr data download`"
-        )
-    rows = _BUILDERS[dataset.name](raw, _templates(dataset, questions or {}))
+    rows = annotation_rows(dataset, raw, questions)
     train, test = folder / "train.json", folder / "test.jsonl"
     new_train, new_test = folder / ".train.json.part", folder / ".test.jsonl.part"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        counts = _write(rows, new_train, new_test)
+        counts = _write(rows, new_train, new_test, unavailable)
         if not (counts["train"] and counts["test"]):
             raise DataError(
                 f"{dataset.name}: the raw data give {counts['train']} training and {counts['test']} test rows"
@@ -80,6 +79,16 @@ def build_annotations(
     return counts
 
 
+def annotation_rows(dataset: DataSet, raw: RawData, questions: Mapping[str, str] | None = None) -> Iterator[Row]:
+    """Every row that a release gives, as `build_annotations` writes them."""
+    if dataset.name not in _BUILDERS:
+        raise DataError(
+            f"{dataset.name}: its raw release has nothing to build annotations from; "
+            "fetch them with `mslora-cr data download`"
+        )
+    return _BUILDERS[dataset.name](raw, _templates(dataset, questions or {}))
+
+
 def _templates(dataset: DataSet, replaced: Mapping[str, str]) -> dict[str, str]:
     for key in replaced:
         if key not in dataset.questions:
@@ -88,11 +97,14 @@ def _templates(dataset: DataSet, replaced: Mapping[str, str]) -> dict[str, str]:
     return {**dataset.questions, **replaced}
 
 
-def _write(rows: Iterator[Row], train: Path, test: Path) -> Counter[str]:
+def _write(rows: Iterator[Row], train: Path, test: Path, unavailable: Collection[str]) -> Counter[str]:
     """A record a line, written as the rows come."""
     counts: Counter[str] = Counter()
     with train.open("w", encoding="utf-8") as train_file, test.open("w", encoding="utf-8") as test_file:
         for row in rows:
+            if row.image in unavailable:
+                counts["unavailable"] += 1
+                continue
             if not (row.question.strip() and row.answer.strip()):
                 counts["empty"] += 1
                 continue
@@ -128,21 +140,29 @@ def _test_record(row: Row) -> dict[str, Any]:
 # --- releases with questions and answers ----------------------------------------
 
 # Answers are text, but some releases hold numbers.
-_Answer = Annotated[Text, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)]
+_Answer = Annotated[Text, BeforeValidator(lambda value: _said(value))]
+_Question = Annotated[Text, BeforeValidator(lambda value: "" if value is None else value)]
 _AnswerType = Annotated[
     AnswerType, BeforeValidator(lambda value: value.strip().upper() if isinstance(value, str) else value)
 ]
 
 
+def _said(value: Any) -> Any:
+    """An answer as text; null as an empty one, whose row is left out."""
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int | float) else value
+
+
 class _PathVqaRow(BaseModel):
     image: Text
-    question: Text
+    question: _Question
     answer: _Answer
 
 
 class _SlakeRow(BaseModel):
     img_name: Text
-    question: Text
+    question: _Question
     answer: _Answer
     answer_type: _AnswerType
     q_lang: str
@@ -150,17 +170,23 @@ class _SlakeRow(BaseModel):
 
 class _VqaRadRow(BaseModel):
     image_name: Text
-    question: Text
+    question: _Question
     answer: _Answer
     answer_type: _AnswerType
     phrase_type: str
+
+
+def _with_ending(name: str) -> str:
+    """An image's name from an id, which in some copies of a release has its ending already."""
+    known = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
+    return name if PurePosixPath(name).suffix.lower() in known else f"{name}.jpg"
 
 
 def _pathvqa(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
     for split in SPLITS:
         file = raw.find(*(f"qas/{split}/{split}_qa{suffix}" for suffix in (".pkl", ".json", ".jsonl")))
         for index, row in enumerate(_rows(file, _PathVqaRow)):
-            name = row.image if PurePosixPath(row.image).suffix else f"{row.image}.jpg"
+            name = _with_ending(row.image)
             closed = row.answer.strip().lower() in ("yes", "no")
             question = questions["question"].replace("{question}", row.question)
             yield Row(split, index, f"images/{split}/{name}", question, row.answer, "CLOSED" if closed else "OPEN")
@@ -190,7 +216,7 @@ def _fitzpatrick(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
     columns = ("md5hash", "label", "three_partition_label")
     for row in _table(raw.find("fitzpatrick17k.csv"), columns):
         name, split = row["md5hash"], _split_by_hash(row["md5hash"])
-        image = f"images/{name}.jpg"
+        image = f"images/{_with_ending(name)}"
         yield Row(split, f"{name}-diagnosis", image, questions["diagnosis"], row["label"], "OPEN")
         yield Row(
             split,
@@ -206,12 +232,12 @@ def _ham(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
     file = raw.find("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")
     for row in _table(file, ("lesion_id", "image_id", "dx")):
         # By lesion, so that no lesion is seen both in training and in the test.
-        split, image = _split_by_hash(row["lesion_id"]), f"images/{row['image_id']}.jpg"
+        split, image = _split_by_hash(row["lesion_id"]), f"images/{_with_ending(row['image_id'])}"
         yield Row(split, row["image_id"], image, questions["label"], row["dx"], "CLOSED")
 
 
 def _cxp(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
-    place = re.compile(r"(?:^|/)(train|test)/(NORMAL|PNEUMONIA)/([^/]+\.(?:jpeg|jpg|png))$")
+    place = re.compile(r"(?:^|/)(train|test)/(NORMAL|PNEUMONIA)/([^/]+\.(?i:jpeg|jpg|png))$")
     # Kaggle's archive holds the whole tree twice.
     found = sorted({match.groups() for file in raw.files if (match := place.search(str(file.path)))})
     numbers: Counter[str] = Counter()

@@ -1,5 +1,6 @@
 """The published data sets: where each belongs, where it comes from, what it asks. Read from `catalog.yaml`."""
 
+import difflib
 from functools import cache
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def catalog() -> dict[str, DataSet]:
     """The data sets by the name of their task, in the order of the published stream."""
     entries = yaml.safe_load(Path(__file__).with_name("catalog.yaml").read_text(encoding="utf-8"))
     return {name: DataSet(name=name, **entry) for name, entry in entries.items()}
+
+
+def unusual_modality(modality: str) -> str | None:
+    """A modality of the catalogue that is close to one that it does not have, and so may be what was meant."""
+    known = {entry.modality for entry in catalog().values()}
+    close = difflib.get_close_matches(modality, known - {modality}, n=1, cutoff=0.8)
+    return close[0] if close and modality not in known else None
 
 
 def data_set(name: str) -> DataSet:

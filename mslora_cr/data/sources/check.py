@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
-from mslora_cr.data.images import check_images, check_name, image_roots, resolve_image, tower_folder
+from mslora_cr.data.advice import missing_annotations, says_nothing
+from mslora_cr.data.images import check_name, image_roots, inspect_images, resolve_image, tower_folder
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 from mslora_cr.data.sources.catalog import DataSet, TestRows
 from mslora_cr.data.sources.check_report import Problem, Report, Share
@@ -77,7 +78,7 @@ def check(dataset: DataSet | OwnDataSet, root: Path, limit: Limit | None = None,
     report = Report(dataset.name)
     folder = root / dataset.folder
     if not folder.is_dir():
-        report.error(f"{folder}: no such folder")
+        report.error(f"{folder}: no such folder{missing_annotations(folder / 'train.json')}")
         return report
     training = _opened(TrainingRecords, folder / "train.json", report)
     test = _opened(TestRecords, folder / "test.jsonl", report)
@@ -157,14 +158,16 @@ def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, limit: Limi
     answers: Counter[str] = Counter()
     names: set[str] = set()
     empty, long, nul = [], [], []
+    ids: Counter[int | str] = Counter()
     for index, record in enumerate(records):
         place = f"{records.path.name}: question {index}"
+        ids[record.question_id] += 1
         names.update(record.images)
         types[record.answer_type] += 1
         if record.answer_type == "CLOSED":
             answers[record.gt.strip().lower()] += 1
-        if not record.gt.strip():
-            empty.append(str(record.question_id))
+        if says_nothing(record.gt):
+            empty.append(f"{place} (id {record.question_id}): {record.gt!r}")
         if "\0" in record.text:
             nul.append(place)
         elif limit is not None and _prompt_length(record.text, limit) > limit.max_length:
@@ -180,7 +183,14 @@ def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, limit: Limi
     if nul:
         report.error("questions with a NUL character, which cannot be encoded", nul)
     if empty:
-        report.warning("questions with an empty answer", empty)
+        report.error(
+            "questions whose true answer is empty, or nothing but punctuation and articles: any answer would count as "
+            "right; leave them out or give them another truth",
+            empty,
+        )
+    repeated = [f"{identifier!r}, {count} times" for identifier, count in ids.items() if count > 1]
+    if repeated:
+        report.warning("question ids that repeat: their rows are scored one by one, in order", repeated)
     _check_balance(answers, answers.total(), "closed test questions have the same answer", report)
     _count_long(long, limit, report)
     return _images(names, dataset, records.path.name, report)
@@ -255,10 +265,17 @@ def _check_image_files(
     paths = sorted(train_paths | test_paths)
     report.images = len(paths)
 
-    bad = check_images(paths, scan.workers, scan.progress, scan.cache)
+    bad, lossy = inspect_images(paths, scan.workers, scan.progress, scan.cache)
     report.unreadable = len(bad)
     if bad:
         report.error("unreadable images", [f"{path}: {problem}" for path, problem in bad])
+
+    if lossy:
+        report.warning(
+            "images of which the model sees little: the conversion is the published one, and saturates what has more "
+            "than 8 bits; convert them to 8 bits by yourself, with a window that suits them",
+            [f"{path}: {loss}" for path, loss in lossy],
+        )
 
     renamed = [str(path) for place, path in test_files.items() if place not in training and path in train_paths]
     copies = sorted({*renamed, *_copies(train_paths, test_paths, scan)})

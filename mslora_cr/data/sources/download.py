@@ -17,6 +17,7 @@ from typing import Any
 
 from mslora_cr.data.images import check_name
 from mslora_cr.data.records import DataError
+from mslora_cr.data.sources.lock import check_fetched, check_upstream
 from mslora_cr.utils.files import write_json
 
 RECORD = "download.json"
@@ -66,19 +67,33 @@ MODELS = {
 }
 
 
-def download(asset: Asset, folder: Path, revision: str | None = None, endpoint: str | None = None) -> Path:
+def download(
+    asset: Asset,
+    folder: Path,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    lock: Path | None = None,
+    update: bool = False,
+) -> Path:
     """Fetch an asset into `folder / asset.place`; give that place. Files already there are not fetched again.
 
     An interrupted file resumes in its middle, also after a kill; with `snapshot_download` it would
     start from the beginning.
 
+    Args:
+        lock: the lock file that the files are held against, or entered in at the first time.
+        update: enter what is there now in place of what is locked.
+
     Raises:
-        DataError: no access, no such repository or revision, a broken connection, a damaged file, or one in
-            the way that another source put there.
+        DataError: no access, no such repository or revision, a broken connection, a damaged file, one in the way
+            that another source put there, or one that is not as locked.
     """
-    target = folder / asset.place
+    target, name = folder / asset.place, f"{asset.kind}s/{asset.repo}"
     try:
         commit, files = _listing(asset, revision, endpoint)
+        if lock and not update:
+            known = {file.name: (file.size, file.digest if len(file.digest) == 64 else "") for file in files}
+            check_upstream(lock, name, commit, known)
         in_place = _read_record(target)
         missing = [file for file in files if not _is_here(file, target, in_place)]
         record = {"repo": asset.repo, "kind": asset.kind, "revision": revision or "main", "commit": commit}
@@ -92,6 +107,8 @@ def download(asset: Asset, folder: Path, revision: str | None = None, endpoint: 
         raise
     except Exception as error:  # the hub's, the HTTP library's and the system's errors alike
         raise DataError(_explain(asset, error)) from error
+    if lock:
+        check_fetched(lock, name, target, [file.name for file in files], update, commit)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     _write_record(target, {**record, "finished": finished, "files": in_place})
     return target

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mslora_cr.data.records import DataError
-from mslora_cr.data.sources.raw import RawData, RawFile, extract, write_atomically
+from mslora_cr.data.sources.raw import Bounded, RawData, RawFile, extract, write_atomically
 
 SLAB = 256
 """Rows read at a time."""
@@ -141,7 +141,7 @@ def _on_disk(raw: RawData, file: RawFile) -> Path:
     if not unpacked.exists():
         try:
             with gzip.open(path) as stream:
-                write_atomically(unpacked, stream)
+                write_atomically(unpacked, Bounded(stream, path))
         except (OSError, EOFError) as error:
             raise DataError(f"{path}: damaged ({error})") from error
     return unpacked

@@ -14,12 +14,13 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from mslora_cr.data.images import check_name, image_roots
+from mslora_cr.data.images import check_images, check_name, image_roots, resolve_image
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
-from mslora_cr.data.sources.annotations import build_annotations
+from mslora_cr.data.sources.annotations import annotation_rows, build_annotations
 from mslora_cr.data.sources.catalog import DataSet
 from mslora_cr.data.sources.pcam import export_images, has_arrays
-from mslora_cr.data.sources.raw import RawData, RawFile, extract, fingerprint
+from mslora_cr.data.sources.raw import RawData, RawFile, alike, extract, fingerprint
+from mslora_cr.utils.workers import cores
 
 MAX_IMAGE_BYTES = 256 << 20
 
@@ -32,6 +33,8 @@ class Prepared:
     present: int = 0
     missing: list[str] = field(default_factory=list)
     ambiguous: dict[str, list[str]] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+    """With `skip_missing`: placed images that cannot be decoded, taken away again."""
     rows: Mapping[str, int] | None = None
     """Rows built by split, with --annotations."""
 
@@ -44,12 +47,14 @@ def prepare(
     copy: bool = False,
     questions: Mapping[str, str] | None = None,
     progress: bool = True,
+    skip_missing: bool = False,
 ) -> Prepared:
     """Bring a data set's images from its raw download into `data_root`; safe to repeat.
 
     Loose images are linked, or copied with `copy`; those in archives are unpacked. With
     `annotations`, `train.json` and `test.jsonl` are built first (`questions`: templates that replace the
-    catalogue's).
+    catalogue's). With `skip_missing` they are built last, without the rows of images that are missing, ambiguous or
+    unreadable.
 
     Raises:
         DataError: no or malformed annotations, an unsafe archive or image name, a way out of the data root.
@@ -59,9 +64,12 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     result = Prepared()
     with RawData(raw, work=folder / ".prepare") as data:
-        if annotations:
+        if annotations and not skip_missing:
             result.rows = build_annotations(dataset, data, folder, questions)
-        answers = _named_images(dataset, folder)
+        if skip_missing:
+            answers = {str(check_name(row.image)): row.answer for row in annotation_rows(dataset, data, questions)}
+        else:
+            answers = _named_images(dataset, folder)
         targets = _targets(answers, dataset, data_root)
         result.present = len(answers) - len(targets)
         if has_arrays(data):
@@ -75,7 +83,24 @@ def prepare(
             result.missing = [name for name in targets if name not in matches and name not in result.ambiguous]
             _place({name: matches[name] for name in targets if name in matches}, targets, copy, progress)
             result.placed = len(targets) - len(result.missing) - len(result.ambiguous)
+        if skip_missing:
+            gone = {*result.missing, *result.ambiguous}
+            result.unreadable = _take_away_unreadable(answers.keys() - gone, targets, dataset, data_root, progress)
+            result.rows = build_annotations(dataset, data, folder, questions, gone | {*result.unreadable})
     return result
+
+
+def _take_away_unreadable(
+    names: Iterable[str], targets: Mapping[str, Path], dataset: DataSet, data_root: Path, progress: bool
+) -> list[str]:
+    """The images that cannot be decoded; those that were just placed are removed again."""
+    roots = image_roots(data_root, dataset.folder, dataset.image_folders)
+    paths = {resolve_image(name, roots): name for name in sorted(names)}
+    bad = [paths[path] for path, _ in check_images(list(paths), cores(), progress)]
+    for name in bad:
+        if name in targets:
+            targets[name].unlink()
+    return bad
 
 
 def _named_images(dataset: DataSet, folder: Path) -> dict[str, str]:
@@ -156,8 +181,9 @@ def _match(dataset: DataSet, names: Sequence[str], data: RawData, result: Prepar
 def _likeness(name: PurePosixPath, file: RawFile) -> Likeness:
     """The length of the common path suffix; then how many folders are shared anywhere (`test/person1.jpeg` is
     `test/NORMAL/person1.jpeg` rather than `train/NORMAL/person1.jpeg`)."""
-    pairs = zip(reversed(name.parts), reversed(file.path.parts), strict=False)
-    suffix = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(name.parts))
+    ours, theirs = (reversed([*path.parts[:-1], alike(path.name)]) for path in (name, file.path))
+    pairs = zip(ours, theirs, strict=False)
+    suffix = next((i for i, (our, their) in enumerate(pairs) if our != their), len(name.parts))
     return suffix, len(set(name.parts) & set(file.path.parts))
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import lzma
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from gzip import GzipFile
+from gzip import BadGzipFile, GzipFile
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -24,6 +25,10 @@ from mslora_cr.data.images import check_name
 from mslora_cr.data.records import DataError
 
 MAX_TABLE_BYTES = 512 << 20  # annotations and metadata are read whole
+MOST_NESTED_BYTES, MOST_NESTED, MOST_DEPTH = 64 << 30, 1_000, 4
+"""Of archives inside archives: bytes unpacked in all, how many, and how deep."""
+MOST_EXPANSION, EXPANSION_SLACK = 200, 1 << 30
+"""How many times its own size an archive may hold, beyond the first GB: images expand little, tables by tens."""
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _FOREIGN = (".7z", ".rar")
 _DAMAGED = (
@@ -34,7 +39,16 @@ _DAMAGED = (
     EOFError,
     NotImplementedError,
     RuntimeError,
+    # What tarfile and zipfile raise of headers that make no sense:
+    BadGzipFile,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    struct.error,
 )
+_SUFFIXES = {".jpg": ".jpg", ".jpeg": ".jpg", ".tif": ".tif", ".tiff": ".tif"}
+"""Endings that are the same format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +81,15 @@ class RawData:
         self._by_name: dict[str, list[RawFile]] = defaultdict(list)
         self._by_folder: dict[tuple[str, str], list[RawFile]] = defaultdict(list)
         self._visited: set[Path] = set()
+        self._nested, self._nested_bytes = 0, 0
 
     def __enter__(self) -> RawData:
         shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed
         try:
             for place in self.places:
-                if not place.exists():
-                    raise DataError(f"{place}: no such file or folder")
+                if not place.is_dir() and not place.is_file():
+                    what = "neither a file nor a folder" if place.exists() else "no such file or folder"
+                    raise DataError(f"{place}: {what}")
                 if place.name.lower().endswith(_FOREIGN):
                     raise DataError(f"{place}: archives of this kind are not read; unpack it and give the folder")
                 self._add(place, PurePosixPath(place.name) if place.is_file() else PurePosixPath())
@@ -81,9 +97,10 @@ class RawData:
             self.__exit__()
             raise
         for file in self.files:
-            self._by_name[file.path.name].append(file)
-            for folder in set(file.path.parts[:-1]):
-                self._by_folder[folder, file.path.name].append(file)
+            for name in {file.path.name, alike(file.path.name)}:
+                self._by_name[name].append(file)
+                for folder in set(file.path.parts[:-1]):
+                    self._by_folder[folder, name].append(file)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -94,34 +111,45 @@ class RawData:
             if place.resolve() not in self._visited:  # a link may lead back up
                 self._visited.add(place.resolve())
                 for entry in sorted(place.iterdir()):
-                    if not entry.name.startswith("."):
+                    if not entry.name.startswith(".") and entry.name != "__MACOSX":
                         self._add(entry, path / entry.name)
+        elif not place.is_file():  # a FIFO would wait for ever
+            return
         elif _is_archive(place.name):
             self._add_archive(place, path)
-        elif place.is_file():
+        else:
             self.files.append(RawFile(path, place, size=place.stat().st_size))
 
-    def _add_archive(self, archive: Path, path: PurePosixPath) -> None:
+    def _add_archive(self, archive: Path, path: PurePosixPath, depth: int = 0) -> None:
         folder = path.parent / path.name.split(".")[0]
         nested: dict[RawFile, Sequence[Path]] = {}
-        for name, size, checksum in _members(archive):
-            file = RawFile(folder / name, archive, name, size, checksum)
+        for name, member, size, checksum in _members(archive):
+            file = RawFile(folder / name, archive, member, size, checksum)
             if _is_archive(name):
+                self._count_nested(file, depth + 1)
                 nested[file] = [self.work / f"{len(self._visited)}-{len(nested)}-{file.path.name}"]
             else:
                 self.files.append(file)
         self._visited.add(archive)
         extract(nested)
         for file, (target,) in nested.items():
-            self._add_archive(target, file.path)
+            self._add_archive(target, file.path, depth + 1)
+
+    def _count_nested(self, file: RawFile, depth: int) -> None:
+        self._nested, self._nested_bytes = self._nested + 1, self._nested_bytes + file.size
+        if depth > MOST_DEPTH or self._nested > MOST_NESTED or self._nested_bytes > MOST_NESTED_BYTES:
+            raise DataError(
+                f"{file.path}: refused: archives inside archives are unpacked down to {MOST_DEPTH} levels, at most "
+                f"{MOST_NESTED:,} of them and {MOST_NESTED_BYTES >> 30} GB in all; unpack it and give the folder"
+            )
 
     def named(self, name: str) -> list[RawFile]:
-        """The files whose own name is `name`, wherever they lie."""
-        return self._by_name.get(name, [])
+        """The files whose own name is `name`, wherever they lie; where there is none, those of a name `alike`."""
+        return self._by_name.get(name) or self._by_name.get(alike(name), [])
 
     def named_below(self, folder: str, name: str) -> list[RawFile]:
-        """The files whose own name is `name`, anywhere below a folder of the name `folder`."""
-        return self._by_folder.get((folder, name), [])
+        """As `named`, anywhere below a folder of the name `folder`."""
+        return self._by_folder.get((folder, name)) or self._by_folder.get((folder, alike(name)), [])
 
     def find(self, *suffixes: str) -> RawFile:
         """The file whose path ends with one of the suffixes; the first suffix that fits counts.
@@ -139,6 +167,26 @@ class RawData:
                 return found[0]
         places = ", ".join(str(place) for place in self.places)
         raise DataError(f"{' or '.join(suffixes)}: not found in {places}")
+
+
+def alike(name: str) -> str:
+    """The same for names that differ in case, or in how the ending of one format is written (`.JPEG`, `.jpg`)."""
+    path = PurePosixPath(name.casefold())
+    return path.stem + _SUFFIXES.get(path.suffix, path.suffix)
+
+
+class Bounded:
+    """A stream of unknown length, read up to a limit."""
+
+    def __init__(self, stream: IO[bytes] | GzipFile, place: Path, most: int = MOST_NESTED_BYTES) -> None:
+        self._stream, self._place, self._left = stream, place, most
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._stream.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise DataError(f"{self._place}: refused: it unpacks to more than {MOST_NESTED_BYTES >> 30} GB")
+        return data
 
 
 def read(file: RawFile) -> bytes:
@@ -190,7 +238,7 @@ def _check_room(file: RawFile, targets: Sequence[Path]) -> None:
             raise DataError(f"{file.path}: claims {file.size:,} bytes; {free:,} are free at {target.parent}")
 
 
-def write_atomically(target: Path, stream: IO[bytes] | GzipFile) -> None:
+def write_atomically(target: Path, stream: IO[bytes] | GzipFile | Bounded) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name[:200]}.part")
     try:
@@ -221,27 +269,51 @@ def _streams(container: Path, wanted: set[str]) -> Iterator[tuple[str, IO[bytes]
                     yield member.name, plain
 
 
-def _members(archive: Path) -> list[tuple[str, int, int | None]]:
-    """(name, size, checksum) of the plain files of an archive, after checking all of its members."""
+Member = tuple[str, str, int, int | None]
+"""Its path, the archive's own name of it, its size once unpacked (of a sparse one, with its holes), its checksum."""
+
+
+def _members(archive: Path) -> list[Member]:
+    """The plain files of an archive, after checking all of its members."""
+    most = EXPANSION_SLACK + MOST_EXPANSION * archive.stat().st_size
+    members, total = [], 0
     with _reading(archive):
-        members = list(_zip_members(archive) if _is_zip(archive) else _tar_members(archive))
-    return [member for member in members if not _is_clutter(member[0])]
+        for member in _zip_members(archive) if _is_zip(archive) else _tar_members(archive):
+            total += member[2]
+            if total > most:
+                raise DataError(
+                    f"{archive}: refused: its members unpack to more than {MOST_EXPANSION} times its own size, as "
+                    "those of an archive bomb do; if you trust it, unpack it and give the folder"
+                )
+            if not _is_clutter(member[0]):
+                members.append(member)
+    return members
 
 
-def _zip_members(path: Path) -> Iterator[tuple[str, int, int | None]]:
+def _zip_members(path: Path) -> Iterator[Member]:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            _check_member(path, member.filename, stat.S_ISLNK(member.external_attr >> 16))
-            if not member.is_dir():
-                yield member.filename, member.file_size, member.CRC
+            name = _zip_name(member)
+            _check_member(path, name, stat.S_ISLNK(member.external_attr >> 16))
+            if not name.endswith("/"):
+                yield name, member.filename, member.file_size, member.CRC
 
 
-def _tar_members(path: Path) -> Iterator[tuple[str, int, int | None]]:
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """A member's path: some programs write UTF-8 without saying so, and some on Windows write backslashes."""
+    name = member.filename
+    if not member.flag_bits & 0x800 and not name.isascii():  # zipfile takes it for code page 437
+        with suppress(UnicodeError):  # in some other encoding it is as good a name as any
+            name = name.encode("cp437").decode("utf-8")
+    return name.replace("\\", "/")
+
+
+def _tar_members(path: Path) -> Iterator[Member]:
     with tarfile.open(path) as archive:
         for member in archive:
             _check_member(path, member.name, not (member.isfile() or member.isdir()))
             if member.isfile():
-                yield member.name, member.size, None
+                yield member.name, member.name, member.size, None
 
 
 def _check_member(archive: Path, name: str, special: bool) -> None:
@@ -258,8 +330,10 @@ def _check_member(archive: Path, name: str, special: bool) -> None:
 def _reading(container: Path) -> Iterator[None]:
     try:
         yield
+    except DataError:
+        raise
     except _DAMAGED as error:
-        raise DataError(f"{container}: damaged or unreadable ({error})") from error
+        raise DataError(f"{container}: damaged or unreadable ({error or type(error).__name__})") from error
 
 
 def _is_archive(name: str) -> bool:
@@ -273,4 +347,4 @@ def _is_zip(path: Path) -> bool:
 def _is_clutter(name: str) -> bool:
     """What macOS leaves in archives."""
     parts = PurePosixPath(name).parts
-    return "__MACOSX" in parts or parts[-1].startswith(("._", ".DS_Store"))
+    return not parts or "__MACOSX" in parts or parts[-1].startswith(("._", ".DS_Store"))

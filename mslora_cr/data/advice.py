@@ -1,0 +1,59 @@
+"""What people usually have where this project's files are expected, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FORMATS = "docs/data.md has the formats"
+
+
+def missing_annotations(path: Path) -> str:
+    """What to do about a `train.json` or `test.jsonl` that is not there; empty where nothing is known."""
+    folder = path.parent
+    if not folder.is_dir():
+        return (
+            "; `mslora-cr data download` fetches the published annotations, `bash scripts/link_assets.sh` links those "
+            "you have"
+        )
+    files = sorted(folder.iterdir())
+    if beside := [file.name for file in files if file.suffix.lower() in (".csv", ".tsv", ".xlsx", ".parquet")]:
+        return f"; {beside[0]} is beside it: `mslora-cr data convert` makes a data set of its rows"
+    other = [file.name for file in files if file.suffix.lower() in (".json", ".jsonl")]
+    return f"; {', '.join(other[:3])} beside it: rename what belongs here, {FORMATS}" if other else ""
+
+
+def other_record(value: Mapping[str, Any]) -> str:
+    """What to do about a record in the form of another program."""
+    turns = value.get("conversations", value.get("messages", value.get("conversation")))
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if isinstance(first, Mapping) and ("role" in first or "content" in first):
+        return (
+            '; this is the form of chat messages: write {"from": "human" or "gpt", "value": …} for {"role": …, '
+            '"content": …}, under "conversations", with <image> in the first question'
+        )
+    if isinstance(first, Mapping) and first.get("from") in ("user", "assistant", "system", "bot", "chatgpt"):
+        return '; this is ShareGPT\'s form: "from" is "human" or "gpt" here, and a system text is left out'
+    if "question" in value and "answer" in value:
+        return f"; question and answer must become a conversation, {FORMATS}"
+    return ""
+
+
+def says_nothing(truth: str) -> bool:
+    """Whether nothing is left of a true answer once punctuation and articles are taken out, as the published scores do:
+    every answer contains nothing, so any would count as right."""
+    return not set(re.sub(r"[;/\[\]\"{}()=+\\_\-><@`,?!.]", " ", truth.lower()).split()) - {"a", "an", "the"}
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a regular file is DICOM's, by its mark."""
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+DICOM = (
+    "a DICOM file, whose pixels only mean something with a window: convert it to an 8-bit PNG first, for instance with "
+    "pydicom's apply_voi_lut"
+)

@@ -1,0 +1,97 @@
+"""What was downloaded once is what is downloaded ever after: a lock file of revisions, sizes and digests.
+
+The first download of an asset enters every file of it; later ones, on any machine that has the lock file, are held
+against it. A project commits it beside its configurations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mslora_cr.data.records import DataError
+from mslora_cr.utils.files import write_json
+from mslora_cr.utils.regular import check_regular
+
+LOCK = Path("assets.lock.json")
+"""Where it is looked for: in the working directory, as a project's other files."""
+SHOWN = 3
+"""How many of the files that differ are named."""
+
+
+def locked_files(lock: Path, name: str) -> dict[str, Any] | None:
+    """An asset's entry, `{"revision": commit, "files": {name: {"size": …, "sha256": …}}}`; None where it has none.
+
+    Raises:
+        DataError: the file is no lock file.
+    """
+    if not lock.exists():
+        return None
+    try:
+        entry = json.loads(check_regular(lock).read_text(encoding="utf-8"))["assets"].get(name)
+        if entry is not None:
+            _ = entry["revision"], {file: (known["size"], known["sha256"]) for file, known in entry["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{lock}: not a lock file ({error!r}); restore it, or move it away to lock anew") from None
+    return entry
+
+
+def check_upstream(lock: Path, name: str, commit: str, sizes: Mapping[str, tuple[int, str]]) -> None:
+    """Refuse files that are others than those that are locked, before any is fetched.
+
+    Args:
+        sizes: of each file that would be fetched, its size, and its SHA-256 where the hub states it, else "".
+
+    Raises:
+        DataError: names the first that differ.
+    """
+    entry = locked_files(lock, name)
+    if entry is None or entry["revision"] == commit:
+        return
+    files = entry["files"]
+    odd = sorted(sizes.keys() ^ files.keys())
+    odd += sorted(
+        file
+        for file, (size, digest) in sizes.items()
+        if file in files and (size != files[file]["size"] or (digest and digest != files[file]["sha256"]))
+    )
+    if odd:
+        raise _changed(lock, name, entry["revision"], odd)
+
+
+def check_fetched(lock: Path, name: str, folder: Path, files: Iterable[str], update: bool, commit: str) -> None:
+    """Hold the files in a folder against the lock file, or enter them where it has none of this asset.
+
+    Args:
+        update: enter them in place of those that are locked.
+
+    Raises:
+        DataError: a file is another than the one that is locked.
+    """
+    found = {file: {"size": (folder / file).stat().st_size, "sha256": _sha256(folder / file)} for file in sorted(files)}
+    entry = locked_files(lock, name)
+    if entry is not None and not update:
+        odd = sorted(file for file in found.keys() | entry["files"] if found.get(file) != entry["files"].get(file))
+        if odd:
+            raise _changed(lock, name, entry["revision"], odd)
+        return
+    content = json.loads(lock.read_text(encoding="utf-8")) if lock.exists() else {"assets": {}}
+    content["assets"][name] = {"revision": commit, "files": found}
+    content["assets"] = dict(sorted(content["assets"].items()))
+    write_json(lock, content)
+
+
+def _changed(lock: Path, name: str, revision: str, odd: list[str]) -> DataError:
+    more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
+    return DataError(
+        f"{name}: {', '.join(odd[:SHOWN])}{more}: not as {lock} records for revision {revision}. Pass --revision "
+        f"{revision} for what is locked, or, if you trust what is there now, --update to lock that instead"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

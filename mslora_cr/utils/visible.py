@@ -1,0 +1,48 @@
+"""What files hold is shown, never obeyed: terminals act on control characters, and some marks reorder the text."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+MOST = 1_000
+"""Characters without a space, such as a name's, of which more are not shown."""
+_LONG = re.compile(rf"\S{{{MOST},}}")
+
+
+def visible(text: str) -> str:
+    """The text with control characters, surrogates and marks of direction as escapes, and endless words cut."""
+    shown = text if text.isprintable() else "".join(mark if mark.isprintable() else _escaped(mark) for mark in text)
+    return _LONG.sub(lambda word: f"{word[0][: MOST // 2]}…{word[0][-20:]}", shown) if len(shown) > MOST else shown
+
+
+def _escaped(mark: str) -> str:
+    return mark if mark in "\n\t" else ascii(mark)[1:-1]
+
+
+class _Visible:
+    """A stream that shows what is written to it, and is the stream otherwise."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(visible(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def visible_results() -> Iterator[None]:
+    """Inside, whatever is printed to standard output is `visible`."""
+    stream = sys.stdout
+    sys.stdout = _Visible(stream)
+    try:
+        yield
+    finally:
+        sys.stdout = stream

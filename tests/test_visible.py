@@ -1,0 +1,41 @@
+"""Control characters from files never reach the terminal."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mslora_cr.cli.main import main
+from mslora_cr.utils.visible import visible
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain é 胃\n\ttext", "plain é 胃\n\ttext"),
+        ("\x1b[2J\x07\r\0", r"\x1b[2J\x07\r\x00"),
+        ("\u202egnp.exe \ufeff \ud800", r"\u202egnp.exe \ufeff \ud800"),
+        ("a" * 5_000 + " b", "a" * 500 + "…" + "a" * 20 + " b"),
+    ],
+)
+def test_what_is_shown(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+def test_names_from_annotations_are_shown_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "root" / "PathVQA"
+    place.mkdir(parents=True)
+    turns = [{"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": "\x1b]0;owned\x07"}]
+    record = {"id": 0, "image": "\x1b[2Jx.png", "conversations": turns}
+    row = {"question_id": 0, "image": "\x1b[2Jy.png", "text": "?", "gt": "\x1b]0;owned\x07", "answer_type": "CLOSED"}
+    (place / "train.json").write_text(json.dumps([record]))
+    (place / "test.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "raw").mkdir()
+    Image.new("RGB", (8, 6)).save(tmp_path / "raw" / "a.png")
+    root = str(tmp_path / "root")
+    assert main(["data", "prepare", "pathvqa", "--raw", str(tmp_path / "raw"), "--root", root]) == 1
+    check = ["data", "check", root, "--only", "pathvqa", "--no-images", "--output", str(tmp_path / "check.json")]
+    assert main(check) == 0
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err and r"\x1b[2Jx.png" in said.out and r"\x1b]0;owned\x07" in said.out
