@@ -1,5 +1,6 @@
 """Every method through the command line: trained, killed and started again, evaluated, reported."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -137,6 +138,22 @@ def test_memory_is_saved_with_the_bank_and_watched(method_run: Trained, tmp_path
     config = load_config(method_run("ewc"), [f"output_dir={tmp_path}"])
     with pytest.raises(BankError, match=r"memory\.safetensors is not what the ledger records"):
         Ledger.read(config).done("slake-vqarad")
+
+
+def test_inflora_trains_b_where_earlier_inputs_are_not(method_run: Trained) -> None:
+    """Its A is what the source says, and the inputs that it kept of earlier tasks are left as they are."""
+    config = load_config(method_run("inflora"))
+    banks = {name: load_bank(config.run_dir / "banks" / name) for name in STEPS}
+    kept = [load_file(config.run_dir / "banks" / name / "memory.safetensors") for name in STEPS]
+    for before, after in itertools.pairwise(kept):
+        for name, basis in before.items():
+            assert torch.equal(after[name][:, : basis.shape[1]], basis)
+            torch.testing.assert_close(after[name].T @ after[name], torch.eye(after[name].shape[1]), atol=1e-5, rtol=0)
+    for name, (a, b) in banks["PCAM"].matrices.items():
+        assert (a @ kept[1][f"inputs.{name}"]).abs().max() < 1e-5
+        lengths = a.norm(dim=1) * 3**0.5
+        assert ((lengths - 1).abs().lt(1e-5) | lengths.eq(0)).all() and lengths[0] > 0
+        assert b.any()
 
 
 def test_fisher_information_is_the_mean_of_squared_gradients(method_run: Trained, tiny_model: Path) -> None:

@@ -18,6 +18,7 @@ from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.losses.penalty import Pair, Penalty
 from mslora_cr.methods.base import Method, method_of
 from mslora_cr.methods.ewc import EwcPenalty, fisher_name
+from mslora_cr.methods.inflora import grown, new_directions
 from mslora_cr.methods.lwf import softened_cross_entropy
 from mslora_cr.methods.olora import OloraPenalty, OloraSettings
 from mslora_cr.methods.replay import Replay
@@ -85,6 +86,15 @@ def test_olora_of_a_first_task_is_its_norm_alone_and_zero_at_zero() -> None:
     step = OloraPenalty([], OloraSettings(lambda_2=0.1), CPU).step(trainable, 0.1)
     assert step.value.item() == pytest.approx(0.5)
     assert not step.gradients["q", 1].any()
+
+
+def test_olora_of_two_fresh_banks_is_what_the_page_says() -> None:
+    """r² √(2/π) / (3 √in) a layer: entries of A are uniform with variance 1 / (3 in), so products' are 1 / (9 in)."""
+    torch.manual_seed(0)
+    old, new = (torch.nn.Linear(1024, 64, bias=False).weight.detach() for _ in range(2))  # as PEFT starts A
+    penalty = OloraPenalty([Bank("old", 64, 64.0, {"q": (old, torch.zeros(8, 64))})], OloraSettings(), CPU)
+    overlap = penalty.step({"q": (new, torch.zeros(8, 64))}, 0.1).logged["overlap"].item()
+    assert overlap == pytest.approx(64**2 * math.sqrt(2 / math.pi) / (3 * math.sqrt(1024)), rel=0.03)
 
 
 # --- LwF -----------------------------------------------------------------------------------------------------------
@@ -218,6 +228,48 @@ def test_experts_that_cannot_share_the_rank_are_refused(tmp_path: Path) -> None:
         stream_of("moe_lora", tmp_path, [("pathvqa", 1.0, 2)], moe_lora={"experts": 3})
 
 
+# --- InfLoRA -------------------------------------------------------------------------------------------------------
+
+
+def test_inflora_by_hand() -> None:
+    """Inputs 3 e_1, 2 e_2, 1 e_3 of energy 9 + 4 + 1: two directions hold 13/14, over 0.9. With e_1 known, the next
+    ones are e_2 and e_3, and there is no further."""
+    inputs = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))
+    nothing = torch.zeros(4, 0)
+    basis = grown(nothing, inputs, 0.9)
+    torch.testing.assert_close(basis @ basis.T, torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0])))
+    assert grown(nothing, inputs, 0.6).shape == (4, 1) and grown(nothing, inputs, 0.65).shape == (4, 2)
+    assert torch.equal(grown(basis, inputs, 0.9), basis)  # which it holds already
+    first = grown(nothing, inputs, 0.6)
+    found = new_directions(inputs, first, 3)
+    torch.testing.assert_close(found.abs(), torch.eye(4)[:, [1, 2, 3]] * torch.tensor([1.0, 1.0, 0.0]))
+
+
+def test_inflora_leaves_what_earlier_inputs_lead_to() -> None:
+    """Against the formulas with the whole projector, and the source's claim: B A x = 0 for earlier inputs x."""
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(20, 5, generator=generator) @ torch.randn(5, 40, generator=generator)
+    new = torch.randn(20, 40, generator=generator)
+    known = grown(torch.zeros(20, 0), old, 0.9999999)
+    assert known.shape == (20, 5)
+    torch.testing.assert_close(known.T @ known, torch.eye(5), atol=1e-5, rtol=0)
+    a = new_directions(new, known, 4).T
+    assert (a @ old).abs().max() < 1e-4
+    whole = (torch.eye(20) - known @ known.T) @ new
+    expected = torch.linalg.svd(whole).U[:, :4]
+    torch.testing.assert_close(a.T @ a, expected @ expected.T, atol=1e-5, rtol=0)
+    after = grown(known, new, 0.8)
+    held = [(basis.T @ new).square().sum() / new.square().sum() for basis in (after, after[:, :-1])]
+    assert held[0] >= 0.8 > held[1]
+
+
+def test_inflora_from_too_few_inputs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"inflora\.samples: 2 × inflora\.tokens 16 are fewer inputs than lora\.rank 64"
+    ):
+        stream_of("inflora", tmp_path, [("pathvqa", 1.0, 2)], inflora={"samples": 2})
+
+
 # --- joint ---------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +300,7 @@ SUMMED: dict[str, Any] = {"prefix": [1, 2], "all": [1, 2, 3]}
         ("mslora_cr", SUMMED, [1]),
         ("olora", SUMMED, [1]),
         ("lwf", SUMMED, [1]),
+        ("inflora", SUMMED, [1]),
         ("ewc", [3], [1]),
         ("replay", [3], [1]),
         ("moe_lora", [3], [1]),

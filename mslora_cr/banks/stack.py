@@ -6,8 +6,9 @@ float32 from the pristine base and rounded once, or concatenated into one frozen
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -179,7 +180,14 @@ class BankStack:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Everything that is trained, routers too."""
         routers = nn.ModuleList(routers_of(self.model, TRAINABLE).values())
-        return [*(parameter for pair in self.trainable().values() for parameter in pair), *routers.parameters()]
+        everything = [*itertools.chain.from_iterable(self.trainable().values()), *routers.parameters()]
+        return [parameter for parameter in everything if parameter.requires_grad]
+
+    def train_only(self, halves: Collection[int]) -> None:
+        """Let these matrices of the trainable bank learn, 0 for A and 1 for B, and keep the others as they are."""
+        for pair in self.trainable().values():
+            for half, parameter in enumerate(pair):
+                parameter.requires_grad_(half in halves)
 
     @contextmanager
     def trainable_off(self) -> Iterator[None]:

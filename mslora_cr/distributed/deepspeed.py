@@ -86,7 +86,7 @@ def partition(
 
 
 @contextmanager
-def gather_params(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def gather_params(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Inside, parameters that ZeRO-3 has sharded are whole, on every rank, to be read; others are so anyway."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not sharded:
@@ -99,10 +99,14 @@ def gather_params(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def float32_value(parameter: Tensor) -> Tensor:
-    """A trainable parameter whole, as the optimizer holds it, float32. To be called on every rank.
+    """A bank's parameter whole, as the optimizer holds it, float32; one that is not trained, as the model does. To be
+    called on every rank.
 
     DeepSpeed in bfloat16 or float16 trains a float32 copy and rounds it into the model at every step.
     """
+    if not parameter.requires_grad:
+        with gather_params([parameter]):
+            return parameter.detach().to(torch.float32, copy=True)
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_get_full_fp32_param
 

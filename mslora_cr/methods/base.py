@@ -6,7 +6,7 @@ Reading a configuration imports its method's file, so this one imports nothing h
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, cast
 
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mslora_cr.banks.bank import Bank
-    from mslora_cr.losses.penalty import Distillation, Penalty
+    from mslora_cr.losses.penalty import Distillation, Pair, Penalty
     from mslora_cr.runs.ledger import Ledger
     from mslora_cr.training.trainer import BankTrainer
 
 Settings = TypeVar("Settings", bound=Section)
+LayerInputs = Callable[[int, int], "dict[str, Tensor]"]
+"""How many samples, how many tokens of each → each linear layer's inputs; `training.inputs` has the details."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,20 @@ class Method(Generic[Settings]):
     def experts(self, config: StreamConfig) -> int:
         """How many experts a bank is a mixture of; 1 is plain LoRA."""
         return 1
+
+    # --- what a bank starts as ---
+
+    trained_halves: ClassVar[tuple[int, ...]] = (0, 1)
+    """Which matrices of a bank are trained, 0 for A and 1 for B; the others stay as they start."""
+
+    def initial(self, setup: Setup, start: Mapping[str, Pair], inputs: LayerInputs) -> dict[str, Pair] | None:
+        """What the bank starts as instead, by linear layer, on the CPU; None to leave it. Called on every rank.
+
+        Args:
+            start: A and B as they would start. inputs: what the layers see of the task's samples, frozen banks folded
+                in; to be called on every rank.
+        """
+        return None
 
     # --- which samples ---
 

@@ -66,7 +66,8 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
             )
         )
     linears = language_linear_shapes(Path(config.model.path))
-    return plans, sum(config.lora.rank * (rows + columns) for rows, columns in linears.values())
+    a, b = (half in method.trained_halves for half in (0, 1))  # of shapes (rank, columns) and (rows, rank)
+    return plans, sum(config.lora.rank * (a * columns + b * rows) for rows, columns in linears.values())
 
 
 def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:

@@ -7,11 +7,14 @@ import os
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import set_seed
 
+from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.io import STATISTICS, TASK_STATE, save_bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import StreamConfig, Task
@@ -48,6 +51,7 @@ from mslora_cr.stream.checks import check_records_unchanged, check_task_images, 
 from mslora_cr.stream.plan import frozen_tasks, previous_task, tasks_to_train
 from mslora_cr.training.callbacks import JsonLinesCallback
 from mslora_cr.training.checkpoints import check_same_launch, checkpoints, writing
+from mslora_cr.training.inputs import layer_inputs
 from mslora_cr.training.trainer import BankTrainer
 from mslora_cr.utils.files import file_digest
 from mslora_cr.utils.kernels import chosen_kernels
@@ -167,6 +171,11 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
         method.experts(config),
     )
     setup = Setup(config, task, run.ledger, device)
+    collator = TrainingCollator(base.tokenizer.pad_token_id)
+    started = method.initial(setup, stack.trainable(), partial(seen_by_layers, config, stack, samples, collator))
+    if started is not None:
+        stack.load_trainable(Bank(task.name, config.lora.rank, config.lora.alpha, started))
+    stack.train_only(method.trained_halves)
     regularizes = method.regularizes(config, task)
     penalty = method.penalty(setup, frozen) if regularizes else None
     del frozen  # folded into the model and held by the penalty; on the host it would be a copy per process
@@ -179,7 +188,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     trainer = BankTrainer(
         stack=stack,
         samples=samples,
-        collator=TrainingCollator(base.tokenizer.pad_token_id),
+        collator=collator,
         args=args,
         bank_shape=(config.lora.rank, config.lora.alpha),
         input_digests=run.input_digests(task),
@@ -192,6 +201,24 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     if rank() == 0:
         print(f"{task.name}: banks' layers: {stack.layer}; kernels: {kernels}")
     return trainer, router
+
+
+def seen_by_layers(
+    config: StreamConfig,
+    stack: BankStack,
+    data: ConcatTrainDataset,
+    collator: TrainingCollator,
+    samples: int,
+    tokens: int,
+) -> dict[str, Tensor]:
+    """What the linear layers see of a task's samples before it trains, where the model is: under ZeRO-3, on the CPU."""
+
+    def batch_of(index: int) -> dict[str, Tensor]:
+        batch = collator([data[index]])
+        del batch["record_index"], batch["labels"]
+        return {name: value.to(stack.base.device) for name, value in batch.items()}
+
+    return layer_inputs(stack.model, batch_of, len(data), samples, tokens, config.seed)
 
 
 def training_samples(run: StreamRun, task: Task, base: llava_med.LlavaMed) -> ConcatTrainDataset:

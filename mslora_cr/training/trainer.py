@@ -29,6 +29,7 @@ from mslora_cr.models.llava_med import decoder_layers, last_mlp
 from mslora_cr.models.sparse_mlp import SparseMLP
 from mslora_cr.training.callbacks import TowerOutsideGraph
 from mslora_cr.training.checkpoints import BANK_FOLDER, LAUNCH, STATE, checkpoints, launch, writing
+from mslora_cr.training.inputs import layer_inputs
 from mslora_cr.training.recomputation import Recomputation, Setting
 from mslora_cr.training.sampler import FixedOrderSampler
 from mslora_cr.utils.errors import UserError
@@ -115,7 +116,8 @@ class BankTrainer(Trainer):
         if penalty is not None:
             for module, pair in self._trainable.items():
                 for half, parameter in enumerate(pair):
-                    parameter.register_hook(_penalty_hook(self._pending, (module, half)))
+                    if parameter.requires_grad:
+                        parameter.register_hook(_penalty_hook(self._pending, (module, half)))
 
     # --- one step ---
 
@@ -223,7 +225,12 @@ class BankTrainer(Trainer):
 
     def _gradients(self, loss: Tensor) -> dict[Key, Tensor]:
         """Of the trainable matrices, float32, left in no parameter."""
-        keys = {(name, half): matrix for name, pair in self._trainable.items() for half, matrix in enumerate(pair)}
+        keys = {
+            (name, half): matrix
+            for name, pair in self._trainable.items()
+            for half, matrix in enumerate(pair)
+            if matrix.requires_grad
+        }
         gradients = torch.autograd.grad(loss, list(keys.values()))
         reshard(self)
         return {key: gradient.float() for key, gradient in zip(keys, gradients, strict=True)}
@@ -251,6 +258,20 @@ class BankTrainer(Trainer):
         self.recomputation.use(int(self.accelerator.gather(count).max()))
         if self.is_world_process_zero():
             print(f"{self.args.run_name}: {self.recomputation.described(memory)}")
+
+    def layer_inputs(self, samples: int, tokens: int) -> dict[str, Tensor]:
+        """What the linear layers see of the task's samples now; as `training.inputs.layer_inputs`."""
+
+        def batch_of(index: int) -> dict[str, Tensor]:
+            batch = self._prepare_inputs(self.data_collator([self.samples[index]]))
+            self._kept.set_mask(torch.ones_like(batch["input_ids"], dtype=torch.bool))
+            return {name: value for name, value in batch.items() if name not in ("record_index", "labels")}
+
+        count = len(self.samples)
+        with self.compute_loss_context_manager():
+            found = layer_inputs(self.stack.model, batch_of, count, samples, tokens, self.args.seed)
+        reshard(self)
+        return found
 
     # --- the order of samples ---
 

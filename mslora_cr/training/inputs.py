@@ -1,0 +1,69 @@
+"""What the linear layers under a bank see: inputs of some tokens of some samples, for methods that keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from mslora_cr.banks.io import PEFT_PREFIX
+from mslora_cr.distributed.comm import all_reduce_sum, rank, world_size
+
+
+@torch.no_grad()
+def layer_inputs(
+    model: nn.Module, batch_of: Callable[[int], dict[str, Any]], count: int, samples: int, tokens: int, seed: int
+) -> dict[str, Tensor]:
+    """Inputs of every linear layer that a bank adapts, the model as it is, without dropout.
+
+    The seed alone chooses samples and tokens, and ranks share the samples, so any number of processes gets the same
+    columns; under ZeRO-3 all of them take part in each pass. Call it on every rank.
+
+    Args:
+        model: with a bank on top.
+        batch_of: a sample's batch of one, on the model's device, from its position.
+        count: how many samples there are.
+        samples: how many to take at most. tokens: positions of each, at most.
+
+    Returns:
+        Linear layer's name → (in, samples · tokens), float32, on the CPU; zeros where a sample has fewer tokens.
+    """
+    layers = {name.removeprefix(PEFT_PREFIX): m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+    found = {name: torch.zeros(len(chosen), tokens, layer.in_features) for name, layer in layers.items()}
+    model.eval()
+    for start in range(0, len(chosen), world_size()):
+        own = start + rank()
+        index = chosen[min(own, len(chosen) - 1)]
+        batch = batch_of(index)
+        generator = torch.Generator().manual_seed(seed + index)
+        positions = torch.randperm(batch["input_ids"].shape[1], generator=generator)[:tokens]
+        with _recorded(layers, positions) as seen:
+            model(**batch, logits_to_keep=1, use_cache=False)
+        if own < len(chosen):
+            for name, inputs in seen.items():
+                found[name][own, : len(positions)] = inputs
+    return {name: all_reduce_sum(inputs).flatten(0, 1).T for name, inputs in found.items()}
+
+
+@contextmanager
+def _recorded(layers: dict[str, nn.Module], positions: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Inside, passes of one sample leave the layers' inputs at these positions, (positions, in), on the CPU."""
+    seen: dict[str, Tensor] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[name] = inputs[0].flatten(0, -2)[positions.to(inputs[0].device)].to("cpu", torch.float32)
+
+        return take
+
+    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
