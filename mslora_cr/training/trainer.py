@@ -113,11 +113,11 @@ class BankTrainer(Trainer):
         self._started = time.monotonic()
         self._trainable = stack.trainable()
         self._parameters = stack.trainable_parameters()
+        matrices = {(name, half): matrix for name, pair in self._trainable.items() for half, matrix in enumerate(pair)}
+        self._learning = {key: matrix for key, matrix in matrices.items() if matrix.requires_grad}
         if penalty is not None:
-            for module, pair in self._trainable.items():
-                for half, parameter in enumerate(pair):
-                    if parameter.requires_grad:
-                        parameter.register_hook(_penalty_hook(self._pending, (module, half)))
+            for key, parameter in self._learning.items():
+                parameter.register_hook(_penalty_hook(self._pending, key))
 
     # --- one step ---
 
@@ -225,15 +225,9 @@ class BankTrainer(Trainer):
 
     def _gradients(self, loss: Tensor) -> dict[Key, Tensor]:
         """Of the trainable matrices, float32, left in no parameter."""
-        keys = {
-            (name, half): matrix
-            for name, pair in self._trainable.items()
-            for half, matrix in enumerate(pair)
-            if matrix.requires_grad
-        }
-        gradients = torch.autograd.grad(loss, list(keys.values()))
+        gradients = torch.autograd.grad(loss, list(self._learning.values()))
         reshard(self)
-        return {key: gradient.float() for key, gradient in zip(keys, gradients, strict=True)}
+        return {key: gradient.float() for key, gradient in zip(self._learning, gradients, strict=True)}
 
     def _summed_loss(self, indices: Sequence[int]) -> Tensor:
         """The cross entropy of samples, summed over their answers' tokens, beside the Trainer's own steps."""
