@@ -108,6 +108,9 @@ def configuration() -> str:
         "the command line as `key.path=value`, of a task as `tasks.NAME.key=value` or `tasks.*.key=value`. The section",
         "of a method has the method's name: [methods](../methods.md).",
         "",
+        "The package ships configurations. Their names stand for files everywhere, in `training.deepspeed` too:",
+        "`mslora-cr config list` lists them, `show NAME` prints one with what it extends, `copy NAME` copies it.",
+        "",
     ]
     methods = {name: load_method(name).section for name in method_names()}
     sections = [line for name, model in methods.items() if model for line in section(model, name)]
