@@ -20,7 +20,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from mslora_cr.config.load import load_config
 from mslora_cr.config.methods import load_method, method_names
@@ -37,6 +36,7 @@ from mslora_cr.runs.ledger import environment
 from mslora_cr.stream import train as stream
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import write_json
+from mslora_cr.utils.progress import progress_bar
 from mslora_cr.utils.workers import cores, end_with_parent
 
 OURS = "mslora_cr"
@@ -203,7 +203,7 @@ def run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None]) -> Path:
     failed: dict[str, str] = {}
     with (
         ProcessPoolExecutor(len(places), context, _settle, (free, threads)) as pool,
-        tqdm(desc="sweep", total=len(runs), unit="run") as bar,
+        progress_bar(desc="sweep", total=len(runs), unit="run") as bar,
     ):
         waiting = {pool.submit(_run, run.config): run for run in runs}
         try:

@@ -123,7 +123,11 @@ def test_kill_9_from_outside(config_file: ConfigWriter, trained_config: Path) ->
     process.kill()
     assert process.wait() == -signal.SIGKILL
     again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "pathvqa: already done, skipped" in again.stdout
+    said = again.stdout + again.stderr
+    assert "pathvqa: already done, skipped" in said
+    assert re.search(r"slake-vqarad: resumes after step \d, from \S+/work/slake-vqarad/checkpoint-\d", said)
+    assert re.search(r"slake-vqarad: 4 steps in \d+ s, mean loss \d+\.\d{4}; bank: \S+/banks/slake-vqarad\n", said)
+    assert f"next: mslora-cr evaluate {command[4]}" in said
     whole = bank_bytes(run_folder(trained_config))
     assert bank_bytes(run) == {name: whole[name] for name in ("pathvqa", "slake-vqarad")}
 

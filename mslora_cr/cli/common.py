@@ -7,10 +7,12 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.download import Asset
 from mslora_cr.data.sources.lock import LOCK
+from mslora_cr.utils.errors import nearest
 
 EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
 EXTRAS |= {"rouge_score": "eval", "deepspeed": "train", "h5py": "data", "bitsandbytes": "quantization"}
@@ -20,6 +22,15 @@ EXTRAS |= {"starlette": "web", "uvicorn": "web", "multipart": "web", "python_mul
 OVERRIDES = "override configuration values, e.g. lora.rank=32 tasks.pathvqa.epochs=1 'tasks.*.batch_size=8'"
 CONFIG_HELP = "YAML file of the run, or the name of a shipped one (mslora-cr config list)"
 OVERRIDE = re.compile(r"[A-Za-z_][\w.*+-]*=")
+
+
+class Parser(argparse.ArgumentParser):
+    """Names the nearest known word where one is not known."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
+        known = re.findall(r"[\w-]+", found[2]) if found else []
+        super().error(message + (nearest(found[1], known) if found else ""))
 
 
 def examples(*lines: str) -> str:

@@ -79,8 +79,17 @@ def _evaluate(args: argparse.Namespace) -> int:
         else:
             path = evaluate(config, args.stages or "own", args.task, banks)
     if rank() == 0:
-        print(f"results: {path.parent}")
+        _show(path, args.config)
     return 0
+
+
+def _show(path: Path, config: Path) -> None:
+    """Print the scores of an `evaluation.json`, and what to run next."""
+    from mslora_cr.evaluation.console import score_table
+    from mslora_cr.evaluation.results import required_evaluation
+
+    print(f"\n{score_table(required_evaluation(path.parent))}\n\nresults: {path.parent}")
+    print(f"next: mslora-cr report {config}")
 
 
 def _evaluate_endpoint(args: argparse.Namespace, config: StreamConfig) -> int:
@@ -94,7 +103,7 @@ def _evaluate_endpoint(args: argparse.Namespace, config: StreamConfig) -> int:
     from mslora_cr.evaluation.endpoint import Endpoint, evaluate_endpoint
 
     path = evaluate_endpoint(config, Endpoint(args.endpoint, args.model, args.concurrency or 8), args.task)
-    print(f"results: {path.parent}")
+    _show(path, args.config)
     return 0
 
 

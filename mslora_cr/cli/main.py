@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from mslora_cr import __version__
 from mslora_cr.cli.ask import add_ask
 from mslora_cr.cli.bank import add_bank
-from mslora_cr.cli.common import EXTRAS, OVERRIDE, examples
+from mslora_cr.cli.common import EXTRAS, OVERRIDE, Parser, examples
+from mslora_cr.cli.completion import add_completion
 from mslora_cr.cli.config import add_config_command
 from mslora_cr.cli.data import add_data
 from mslora_cr.cli.demo import add_demo
@@ -97,7 +98,7 @@ def _takes_overrides(parser: argparse.ArgumentParser, words: Sequence[str]) -> b
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; imports nothing heavy."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         allow_abbrev=False,
         prog="mslora-cr",
         description="Continual learning for biomedical vision-language models: one LoRA bank per imaging task.",
@@ -128,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data(commands)
     add_model(commands)
     add_bank(commands)
+    add_completion(commands, parser)
     return parser
 
 

@@ -43,6 +43,8 @@ def _train(args: argparse.Namespace) -> int:
     with abort_together():
         if not args.dry_run:
             stream.train(config, only=args.task, force=args.force)
+            if rank() == 0:
+                print(f"next: mslora-cr evaluate {args.config}")
         elif rank() == 0:
             _print_plan(config, args.task, args.force)
     return 0

@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from mslora_cr.data.images import load_image, preprocess
 from mslora_cr.data.records import DataError
 from mslora_cr.utils.files import replacing
+from mslora_cr.utils.progress import progress_bar
 
 _NAME = "features"
 _BATCH = 16  # images the tower sees at once
@@ -75,7 +75,7 @@ class FeatureCache:
         missing = [(place, image) for place, image in places.items() if not place.is_file()]
         loader = DataLoader(_Pixels([image for _, image in missing], processor), batch_size=_BATCH, num_workers=workers)
         remaining: Iterator[Path] = iter([place for place, _ in missing])
-        with tqdm(desc="image features", total=len(missing), unit="image", disable=not progress) as bar:
+        with progress_bar(desc="image features", total=len(missing), unit="image", disable=not progress) as bar:
             for pixels in loader:
                 for place, features in zip(islice(remaining, len(pixels)), encode(pixels).cpu(), strict=True):
                     _write(place, save({_NAME: features.contiguous()}))

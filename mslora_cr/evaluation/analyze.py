@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.per_sample import PerSampleAdapters, QuestionBanks
@@ -29,6 +28,7 @@ from mslora_cr.methods.base import method_of
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.session import check_hosts, load_base, preprocessing, start_processes, task_folder, task_image_roots
 from mslora_cr.utils.files import write_json
+from mslora_cr.utils.progress import progress_bar
 
 QUESTIONS = 200
 """Questions of a task that drop-one evaluation asks unless told otherwise, a sample of its file."""
@@ -80,7 +80,7 @@ def _banks_of(config: StreamConfig) -> dict[str, Bank]:
 
 def _similarity(banks: Sequence[Bank]) -> dict[str, Any]:
     """Cosines of the banks' updates, averaged by decoder layer and by module; matrices in the order of `banks`."""
-    names = tqdm(banks[0].matrices, desc="similarity of banks", unit="layer", disable=rank() != 0)
+    names = progress_bar(banks[0].matrices, desc="similarity of banks", unit="layer", disable=rank() != 0)
     by_layer, by_module = by_place({name: update_cosines(name, banks) for name in names})
     return {
         "banks": [bank.name for bank in banks],
@@ -92,7 +92,7 @@ def _similarity(banks: Sequence[Bank]) -> dict[str, Any]:
 def _ranks(banks: Mapping[str, Bank]) -> dict[str, Any]:
     """For each bank its rank, its mean effective rank, and that by decoder layer and by module."""
     found = {}
-    for name, bank in tqdm(banks.items(), desc="effective ranks", unit="bank", disable=rank() != 0):
+    for name, bank in progress_bar(banks.items(), desc="effective ranks", unit="bank", disable=rank() != 0):
         ranks = {module: torch.tensor(value) for module, value in effective_ranks(bank).items()}
         by_layer, by_module = by_place(ranks)
         found[name] = {

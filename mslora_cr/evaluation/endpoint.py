@@ -18,7 +18,6 @@ from threading import Event, Lock
 from typing import Any, TextIO
 
 import httpx
-from tqdm.auto import tqdm
 
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.images import load_image, resolve_image
@@ -30,6 +29,7 @@ from mslora_cr.evaluation.score import score_file
 from mslora_cr.evaluation.summary import cell_row, write_summary
 from mslora_cr.runs.session import task_folder, task_image_roots
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.progress import progress_bar
 
 SERVED = "served"
 """Where answers of served models go in a results folder, each in a folder of the model's name."""
@@ -155,7 +155,7 @@ class _Asker:
         label = f"{self.task.name} from {self.model}"
         with (
             journal.open("a", encoding="utf-8") as file,
-            tqdm(desc=label, total=total, initial=len(answered), unit="answer") as bar,
+            progress_bar(desc=label, total=total, initial=len(answered), unit="answer") as bar,
             ThreadPoolExecutor(self.endpoint.concurrency) as pool,
         ):
             missing = [index for index in range(total) if index not in answered]

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.collator import in_batches, padding_share
@@ -23,6 +22,7 @@ from mslora_cr.distributed.comm import all_gather_object, barrier, broadcast_obj
 from mslora_cr.evaluation.decoding import Decoder, Openings
 from mslora_cr.evaluation.prefix import Limits, Wave, grouped, in_waves, padding_of, shared_out
 from mslora_cr.utils.files import replacing, write_json
+from mslora_cr.utils.progress import progress_bar
 
 ANSWERS = "answer-file.jsonl"
 STAMP = "answers.json"
@@ -99,7 +99,7 @@ def answer_questions(
     started = time.monotonic()
     with (
         journal.open("a", encoding="utf-8") as file,
-        tqdm(desc=label, total=len(samples), initial=len(answered), unit="answer", disable=rank() != 0) as bar,
+        progress_bar(desc=label, total=len(samples), initial=len(answered), unit="answer", disable=rank() != 0) as bar,
     ):
         for batch, ids in answered_batches(decoder, samples, waves, decoding.workers):
             texts = tokenizer.decode(ids)

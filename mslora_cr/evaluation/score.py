@@ -13,12 +13,12 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from tabulate import tabulate
-from tqdm.auto import tqdm
 
 from mslora_cr.data.records import DataError, first_problem
 from mslora_cr.evaluation import intervals
 from mslora_cr.evaluation.metrics import AnswerType, Scores, score_answers
 from mslora_cr.utils.files import replacing
+from mslora_cr.utils.progress import progress_bar
 from mslora_cr.utils.workers import worker_pool
 
 SCORES = "scores.csv"
@@ -91,7 +91,9 @@ def _score(records: Sequence[AnswerRecord], workers: int) -> Scores:
         each: Any = map
         if workers > 1 and len(batches) > 2 * workers:  # with fewer, starting the workers would take longer
             each = stack.enter_context(worker_pool(workers)).map
-        parts = tqdm(each(score_answers, batches), "scores", len(batches), unit="k answers", disable=len(batches) < 10)
+        parts = progress_bar(
+            each(score_answers, batches), "scores", len(batches), unit="k answers", disable=len(batches) < 10
+        )
         return Scores(tuple(row for part in parts for row in part.rows))
 
 

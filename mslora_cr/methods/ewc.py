@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mslora_cr.banks.bank import Bank
 from mslora_cr.config.schema import PositiveInt, PositiveNumber, Section, StreamConfig, Task
 from mslora_cr.distributed.comm import all_reduce_sum, rank, world_size
 from mslora_cr.losses.penalty import Key, Pair, Penalty, PenaltyStep
 from mslora_cr.methods.base import Method, Setup
+from mslora_cr.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from mslora_cr.training.trainer import BankTrainer
@@ -112,7 +112,9 @@ def diagonal_fisher(trainer: BankTrainer, samples: int, seed: int) -> dict[str, 
     total: dict[Key, Tensor] = {}
     trainer.stack.model.eval()
     passes = range(0, count, world_size())
-    for start in tqdm(passes, desc="Fisher information", unit="sample", unit_scale=world_size(), disable=rank() != 0):
+    for start in progress_bar(
+        passes, desc="Fisher information", unit="sample", unit_scale=world_size(), disable=rank() != 0
+    ):
         own = start + rank()
         # Every rank takes part in every pass, if only with a sample that does not count.
         for key, gradient in trainer.sample_gradients(chosen[min(own, count - 1)]).items():

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from mslora_cr.data.datasets import Preprocessing
 from mslora_cr.data.prompts import question_text
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecord, TrainingRecords, sample_of
 from mslora_cr.models.llava_med import LlavaMed
+from mslora_cr.utils.progress import progress_bar
 
 FIT_RECORDS = 2000
 """Records of a task that are used, a sample of its file: more would not move its mean or scatter."""
@@ -117,7 +117,7 @@ class FeatureExtractor:
         self._tower.to(self._device)
         looked = _FeatureDataset(records, indices, roots, self._preprocessing)
         loader = DataLoader(looked, batch_size=BATCH_SIZE, collate_fn=list, num_workers=self._workers)
-        with tqdm(desc=label, total=len(looked), unit="record", disable=label is None) as bar:
+        with progress_bar(desc=label, total=len(looked), unit="record", disable=label is None) as bar:
             for batch in loader:
                 yield self._features(batch)
                 bar.update(len(batch))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import set_seed
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.io import STATISTICS, TASK_STATE, save_bank
@@ -49,12 +50,13 @@ from mslora_cr.runs.session import (
 from mslora_cr.stream.arguments import training_arguments, work_folder
 from mslora_cr.stream.checks import check_records_unchanged, check_task_images, check_trainable, shared_facts
 from mslora_cr.stream.plan import frozen_tasks, previous_task, tasks_to_train
-from mslora_cr.training.callbacks import JsonLinesCallback
+from mslora_cr.training.callbacks import ConsoleCallback, JsonLinesCallback
 from mslora_cr.training.checkpoints import check_same_launch, checkpoints, writing
 from mslora_cr.training.inputs import layer_inputs
 from mslora_cr.training.trainer import BankTrainer
 from mslora_cr.utils.files import file_digest
 from mslora_cr.utils.kernels import chosen_kernels
+from mslora_cr.utils.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,9 @@ def train(config: StreamConfig, only: str | None = None, force: bool = False) ->
     if not tasks and rank() == 0:
         print(f"{config.method} trains nothing; evaluate it directly")
     run = StreamRun(config, fields, ledger, records, model_digest, force)
-    progress = tqdm(tasks, desc="stream", unit="task", disable=rank() != 0)
-    for task in progress:
-        progress.set_postfix_str(task.name)
+    bar = progress_bar(tasks, desc="stream", unit="task", disable=rank() != 0)
+    for task in bar:
+        bar.set_postfix_str(task.name, refresh=False)
         if task in pending:
             train_task(run, task)
         elif rank() == 0:
@@ -136,6 +138,7 @@ def train_task(run: StreamRun, task: Task) -> None:
     found = broadcast_object(checkpoints(work_folder(run.config, task)))
     if found:
         check_same_launch(found[-1], trainer.args, run.input_digests(task), run.force)
+    _say_where_it_starts(task, trainer, found)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     save_task(run, task, trainer, router)
     run.ledger.content = broadcast_object(run.ledger.content)
@@ -195,7 +198,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
         order=order,
         penalty=penalty,
         distillation=method.distillation(setup) if regularizes else None,
-        callbacks=[JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
+        callbacks=[ConsoleCallback(task.name), JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
         checkpointing=run.fields.get("gradient_checkpointing", False),
     )
     if rank() == 0:
@@ -219,6 +222,14 @@ def seen_by_layers(
         return {name: value.to(stack.base.device) for name, value in batch.items()}
 
     return layer_inputs(stack.model, batch_of, len(data), samples, tokens, config.seed)
+
+
+def _say_where_it_starts(task: Task, trainer: BankTrainer, found: Sequence[Path]) -> None:
+    """What the console shows of a task: where it resumes, and from then on our own progress, not transformers'."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    if found and rank() == 0:
+        print(f"{task.name}: resumes after step {found[-1].name.rpartition('-')[2]}, from {found[-1]}")
 
 
 def training_samples(run: StreamRun, task: Task, base: llava_med.LlavaMed) -> ConcatTrainDataset:
@@ -268,4 +279,9 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
         "weights": trainer.penalty.weights if trainer.penalty else None,
     }
     ledger.record(task.name, entry)
+    print(
+        f"{task.name}: {trainer.state.global_step:,} steps in {trainer.seconds:.0f} s, mean loss {mean_loss:.4f}; "
+        f"bank: {folder}",
+        flush=True,
+    )
     shutil.rmtree(work_folder(config, task), ignore_errors=True)

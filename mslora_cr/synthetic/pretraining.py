@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from tqdm import tqdm
 
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.datasets import Sample
@@ -23,6 +22,7 @@ from mslora_cr.data.records import Turn
 from mslora_cr.models.llava_med import LlavaMed
 from mslora_cr.synthetic.images import TRAITS, Traits, draw
 from mslora_cr.synthetic.stream import all_texts, sample_traits
+from mslora_cr.utils.progress import progress_bar
 
 ALBUM_SIZE = 3600
 LEARNING_RATE = 2e-3
@@ -115,7 +115,7 @@ def _album(base: LlavaMed, rng: np.random.Generator, progress: bool) -> tuple[Te
     pixels: list[Tensor] = []
     seen: Seen = []
     kinds = list(TRAITS) * (ALBUM_SIZE // len(TRAITS))
-    for kind in tqdm(kinds, desc="pictures for the tiny model", unit="image", disable=not progress):
+    for kind in progress_bar(kinds, desc="pictures for the tiny model", unit="image", disable=not progress):
         traits = sample_traits(kind, rng)
         pixels.append(preprocess(draw(kind, traits, rng).convert("RGB"), base.image_processor))
         seen.append((kind, traits))
@@ -134,7 +134,7 @@ class _Descent:
         optimizer = torch.optim.AdamW(trained, weight_decay=0.01)
         schedule = OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=self.steps)
         description = f"tiny model: {self.name}"
-        bar = tqdm(range(self.steps), desc=description, unit="step", disable=not self.progress)
+        bar = progress_bar(range(self.steps), desc=description, unit="step", disable=not self.progress)
         for _ in bar:
             loss = loss_of(self.rng.integers(self.album, size=self.batch))
             loss.backward()

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mslora_cr.data.records import DataError
 from mslora_cr.synthetic.images import TRAITS, Traits, draw
+from mslora_cr.utils.progress import progress_bar
 
 GENERATOR_VERSION = 2  # one more with every change of what is written for the same arguments
 STAMP = "synthetic.json"  # written last: a folder that holds it is complete
@@ -187,7 +188,9 @@ def make_stream(root: Path, seed: int = 0, train_images: int = 240, test_images:
     stamp = {"seed": seed, "train_images": train_images, "test_images": test_images}
 
     def build(folder: Path) -> None:
-        with tqdm(total=len(TASKS) * (train_images + test_images), desc="synthetic stream", unit="image") as bar:
+        with progress_bar(
+            total=len(TASKS) * (train_images + test_images), desc="synthetic stream", unit="image"
+        ) as bar:
             for number, task in enumerate(TASKS):
                 rng = np.random.default_rng([seed, number])
                 _write_task(folder / task.folder, task, rng, train_images, test_images, bar)

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mslora_cr.utils.progress import progress_bar
+
 
 class TowerOutsideGraph(TrainerCallback):
     """Keeps the vision tower out of the graph under gradient checkpointing.
@@ -53,3 +55,38 @@ class JsonLinesCallback(TrainerCallback):
         if state.is_world_process_zero and logs and "loss" in logs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class ConsoleCallback(TrainerCallback):
+    """The steps of a task with its last loss, and the time left: a bar, or lines where there is no terminal.
+
+    It stands for transformers' own, which writes every logged record as a dictionary of texts.
+    """
+
+    def __init__(self, task: str) -> None:
+        self._task = task
+        self._bar: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero or args.disable_tqdm:
+            return
+        self._bar = progress_bar(desc=self._task, total=state.max_steps, initial=state.global_step, unit="step")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix_str(f"loss {logs['loss']:.4g}", refresh=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,35 @@
+"""The scores of an evaluation as a console shows them."""
+
+from __future__ import annotations
+
+from tabulate import tabulate
+
+from mslora_cr.evaluation.results import Evaluation
+
+COLUMNS = {"close accuracy": "closed", "f1 score": "F1, open", "exact match score": "exact"}
+"""Title by name in `metrics.json`."""
+ALIGNED = ("left", "right", "right", "right", "right", "right")
+FIGURES = {"own_stage_average": "own stage", "final_average": "final average", "forgetting": "forgetting"}
+
+
+def score_table(evaluation: Evaluation) -> str:
+    """Each task's scores in percent when it was learned and after the last stage, as far as these were evaluated, and
+    the averages over the tasks."""
+    rows = []
+    for task in evaluation.tasks:
+        own, last = evaluation.own_cell(task), evaluation.last_cell(task)
+        for cell in (own, last if last != own else None):
+            if cell is not None:
+                scores = [_number(cell.metrics.get(name)) for name in COLUMNS]
+                rows.append([task, cell.stage, cell.rows, *scores])
+    lines = [tabulate(rows, ["task", "stage", "questions", *COLUMNS.values()], disable_numparse=True, colalign=ALIGNED)]
+    for name, title in COLUMNS.items():
+        if (matrix := evaluation.matrix(name)) is not None:
+            figures = matrix.summary()
+            known = [f"{words} {value:.1f}" for key, words in FIGURES.items() if (value := figures[key]) is not None]
+            lines.append(f"{title}: {', '.join(known)}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"

@@ -1,0 +1,64 @@
+"""What a command shows of its progress and its end."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mslora_cr.cli.main import main
+from mslora_cr.utils import progress as module
+from mslora_cr.utils.progress import progress_bar
+
+
+def test_without_a_terminal_there_are_lines_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in progress_bar(range(50), desc="quick", unit="answer"):
+        pass
+    assert capsys.readouterr().err == ""  # sooner done than a line is due
+    monkeypatch.setattr(module, "SECONDS", 0.0)
+    for _ in progress_bar(range(3), desc="slow", unit="answer"):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("slow: 3 of 3 in 00:0") and len(lines) == len(set(lines))
+    assert all(re.fullmatch(r"slow: \d of 3 in [\d:]+, \S+ left", line) for line in lines)
+
+
+def test_training_and_evaluation_end_with_what_was_made(
+    trained_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", str(trained_config), f"results_dir={tmp_path}", "tasks=[pathvqa,slake-vqarad]"]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    said = captured.out + captured.err
+    assert re.search(r"task +stage +questions +closed +F1, open +exact\n", said)
+    assert re.search(r"pathvqa +1 +8 +\d+\.\d +\d+\.\d +\d+\.\d\n", said)
+    assert re.search(r"closed: own stage \d+\.\d\n", said)
+    assert f"next: mslora-cr report {trained_config}" in said
+    assert "\r" not in said  # no bar where nobody watches
+
+
+@pytest.mark.parametrize(("words", "near"), [(["evalute"], "evaluate"), (["data", "convrt"], "convert")])
+def test_the_nearest_command_is_named(words: list[str], near: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert f"did you mean {near!r}?" in capsys.readouterr().err
+
+
+def test_a_shell_completes_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    check = f"{script}\nCOMP_WORDS=(mslora-cr ev); COMP_CWORD=1; _shtab_mslora_cr; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", check], capture_output=True, text=True)
+    assert done.stdout.split() == ["evaluate"], done.stderr
+
+
+def test_the_commands_for_finished_runs_take_a_runs_name(
+    trained_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained_config.parent)
+    assert main(["report", "tiny", f"results_dir={tmp_path}"]) == 0
+    assert (tmp_path / "tiny" / "report.html").is_file()
+    assert main(["compare", "tyni", "tiny"]) == 1
+    assert "did you mean 'tiny'?" in capsys.readouterr().err
