@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import AutoPeftModel, PeftModel
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -17,10 +17,14 @@ found = []
 for case in json.loads(Path(sys.argv[1]).read_text()):
     key = case["model"], case.get("adapter")
     if key not in loaded:
-        model, report = LlavaForConditionalGeneration.from_pretrained(case["model"], output_loading_info=True)
-        assert not any(report.values()), report
+        if case.get("auto"):  # the adapter says what its base model is
+            model = AutoPeftModel.from_pretrained(case["adapter"])
+        else:
+            model, report = LlavaForConditionalGeneration.from_pretrained(case["model"], output_loading_info=True)
+            assert not any(report.values()), report
+            if case.get("adapter"):
+                model = PeftModel.from_pretrained(model, case["adapter"])
         if case.get("adapter"):
-            model = PeftModel.from_pretrained(model, case["adapter"])
             adapted = {name for name, module in model.named_modules() if name.endswith("lora_A")}
             assert adapted and all("language_model" in name for name in adapted)
         loaded[key] = model.eval(), AutoProcessor.from_pretrained(case["model"])

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import mslora_cr
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import StreamConfig
@@ -136,7 +137,8 @@ def test_it_is_asked_through_faults_and_scored_as_any_other(
         assert cell["metrics"] == json.loads((path.parent / cell["task"] / "metrics.json").read_text())["metrics"]
     # Every fault was met, each question answered once, several at a time.
     assert set(server.asked.values()) == {2} and set(server.answered.values()) == {1} and server.most_busy > 1
-    assert main(["compare", str(path.parent), str(path.parent)]) == 1
+    mslora_cr.evaluate(config, "final")
+    assert main(["compare", str(config.results_run_dir), str(path.parent)]) == 0
     asked = len(server.bodies)
     assert evaluate_endpoint(config, endpoint(server, model="llava/{task}"), "PCAM") == path
     assert len(server.bodies) == asked and len(json.loads(path.read_text())["cells"]) == 3

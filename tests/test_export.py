@@ -69,7 +69,7 @@ def golden_cases(golden_run: Path, tmp_path: Path) -> Cases:
         assert main(["export", str(golden_run), "--output", str(tmp_path / kind), "--format", kind]) == 0
     names = ["pathvqa", "slake-vqarad", "derm", "PCAM"]
     cases, wanted = [], []
-    for question in golden_questions()[::3]:
+    for question in golden_questions()[::5]:
         folder = names[question["banks"] - 1]
         for kind in ("peft", "merged"):
             place = tmp_path / kind / folder
@@ -102,7 +102,9 @@ def embedded_cases(trained_config: Path, tmp_path: Path) -> Cases:
             image = str(folder / row["image"])
             asked = {"images": [image], "question": row["text"], "tokens": 4}
             cases.append({**asked, "model": str(out / "merged" / task)})
-            cases.append({**asked, "model": str(out / "peft" / "base"), "adapter": str(out / "peft" / task)})
+            cases.append(
+                {**asked, "model": str(out / "peft" / "base"), "adapter": str(out / "peft" / task), "auto": True}
+            )
             ids = list(model.ask(image, row["text"], task=task).ids)
             wanted += [ids, ids]
     first = cases[0]
@@ -123,7 +125,7 @@ def test_golden_and_embedded_answers_come_from_peft_and_from_merged_models(
     assert elsewhere(golden[0] + embedded[0], tmp_path) == golden[1] + embedded[1]
     out = tmp_path / "out"
     adapter = json.loads((out / "peft" / "PCAM" / "adapter_config.json").read_text())
-    assert (adapter["r"], adapter["lora_alpha"], adapter["task_type"]) == (12, 12.0, "CAUSAL_LM")
+    assert (adapter["r"], adapter["lora_alpha"]) == (12, 12.0)
     assert adapter["base_model_name_or_path"] == str((out / "peft" / "base").resolve())
     assert not {"use_dora", "alora_invocation_tokens", "corda_config", "eva_config"} & adapter.keys()
 

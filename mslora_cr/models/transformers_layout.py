@@ -53,22 +53,33 @@ NAMES = (
 )
 
 
-def save_transformers_layout(base: LlavaMed, folder: Path, shard_size: str = "5GB") -> None:
+def save_transformers_layout(base: LlavaMed, processor: LlavaProcessor, folder: Path, shard_size: str = "5GB") -> None:
     """Write a model and all that feeds it, as it is now: what is merged into its weights is part of them.
 
     Args:
-        folder: exists and is empty.
-
-    Raises:
-        ModelError: the tokenizer cannot be written so that it gives the same ids.
+        processor: `portable_processor`'s. folder: exists and is empty.
     """
-    tokenizer = portable_tokenizer(base)
     save_torch_state_dict(
         dict(_renamed(base.model.state_dict())), folder, max_shard_size=shard_size, metadata={"format": "pt"}
     )
     _save_config(base, folder)
     base.model.generation_config.save_pretrained(folder)
-    processor = LlavaProcessor(
+    processor.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)  # loaders that know no processor_config.json read this
+    settings = folder / "tokenizer_config.json"
+    told = json.loads(settings.read_text(encoding="utf-8"))
+    told["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows it by, too
+    settings.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def portable_processor(base: LlavaMed) -> LlavaProcessor:
+    """Image processor, tokenizer and chat template for transformers alone.
+
+    Raises:
+        ModelError: the tokenizer cannot be written so that it gives the same ids.
+    """
+    tokenizer = portable_tokenizer(base)
+    return LlavaProcessor(
         image_processor=_image_processor(base),
         tokenizer=tokenizer,
         patch_size=base.model.config.vision_config.patch_size,
@@ -77,12 +88,6 @@ def save_transformers_layout(base: LlavaMed, folder: Path, shard_size: str = "5G
         image_token=tokenizer.image_token,
         chat_template=CHAT_TEMPLATE.replace("IMAGE_TOKEN", tokenizer.image_token),
     )
-    processor.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)  # loaders that know no processor_config.json read this
-    settings = folder / "tokenizer_config.json"
-    told = json.loads(settings.read_text(encoding="utf-8"))
-    told["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows it by, too
-    settings.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def portable_tokenizer(base: LlavaMed) -> PreTrainedTokenizerFast:

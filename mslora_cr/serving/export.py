@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import save_file
+from transformers import LlavaProcessor
 
 from mslora_cr import __version__
 from mslora_cr.banks.bank import Bank, BankError, sum_banks
@@ -18,7 +19,7 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.records import STRICT_JSON
 from mslora_cr.models.llava_med import LlavaMed
-from mslora_cr.models.transformers_layout import save_transformers_layout
+from mslora_cr.models.transformers_layout import portable_processor, save_transformers_layout
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.session import base_digest, load_base
 from mslora_cr.serving.selection import RunBanks
@@ -35,6 +36,12 @@ ALL = "model"
 SUFFIXES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OTHERS = r".*(vision_tower|multi_modal_projector).*"
 """Together the linear layers of the language model, without a regular expression that not every loader reads."""
+AUTO_MAPPING = {
+    "base_model_class": "LlavaForConditionalGeneration",
+    "parent_library": "transformers.models.llava.modeling_llava",
+}
+"""By this, and only without a `task_type`, `AutoPeftModel` finds the base model's class: AutoModelForCausalLM, which a
+task type would lead to, knows no LLaVA."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""
 
@@ -103,9 +110,10 @@ def _names(run: RunBanks, task: str | None, stage: int) -> Sequence[str]:
 def _merged(config: StreamConfig, output: Path, chosen: dict[str, list[Bank]], stage: int) -> Iterator[Path]:
     model = _plain_base(config)
     stack, weights = BankStack(model.model, "merge", reuse=True), base_digest(config)
+    processor = portable_processor(model)
     for name, banks in chosen.items():
         stack.set_frozen(banks)
-        yield _write_model(model, output / name, _record(config, weights, name, stage, banks))
+        yield _write_model(model, processor, output / name, _record(config, weights, name, stage, banks))
 
 
 def _adapters(
@@ -113,7 +121,8 @@ def _adapters(
 ) -> Iterator[Path]:
     weights, place = base_digest(config), output / BASE
     if base is None and read_record(place).get("base_weights") != weights:
-        yield _write_model(_plain_base(config), place, _record(config, weights, None, 0, []))
+        model = _plain_base(config)
+        yield _write_model(model, portable_processor(model), place, _record(config, weights, None, 0, []))
     for name, banks in chosen.items():
         folder = output / name
         staging = _staging(folder)
@@ -126,9 +135,9 @@ def _adapters(
 def _write_adapter(bank: Bank, folder: Path, base: str) -> None:
     settings = lora_config(bank.rank, bank.alpha).to_dict()
     # Keys that hold a default and are younger than PEFT 0.5 are left out.
-    settings = {**{key: settings[key] for key in sorted(WRITTEN)}, "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    settings = {**{key: settings[key] for key in sorted(WRITTEN)}, "peft_type": "LORA"}
     settings |= {"base_model_name_or_path": base, "target_modules": list(SUFFIXES), "exclude_modules": OTHERS}
-    settings["inference_mode"] = True
+    settings |= {"auto_mapping": AUTO_MAPPING, "inference_mode": True}
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     tensors = {
         f"{PEFT_PREFIX}{layer}.lora_{letter}.weight": matrix.contiguous()
@@ -138,9 +147,9 @@ def _write_adapter(bank: Bank, folder: Path, base: str) -> None:
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
-def _write_model(model: LlavaMed, folder: Path, record: dict[str, Any]) -> Path:
+def _write_model(model: LlavaMed, processor: LlavaProcessor, folder: Path, record: dict[str, Any]) -> Path:
     staging = _staging(folder)
-    save_transformers_layout(model, staging)
+    save_transformers_layout(model, processor, staging)
     write_json(staging / RECORD, record)
     replace_folder(staging, folder)
     return folder
