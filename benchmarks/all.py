@@ -25,7 +25,7 @@ SIZED = ("step", "penalty", "folding", "generation", "shared_images", "memory")
 OTHERS = ("startup", "data", "scoring")
 AT_7B = {
     "generation": ["--prompt-tokens", "600", "660", "--batches", "16", "64"],
-    "shared_images": ["--batch", "64", "--questions", "256", "--repetitions", "3"],
+    "shared_images": ["--at-once", "64", "--questions", "256", "--repetitions", "3"],
     "memory": ["--repetitions", "1"],
 }
 """What is changed at 7B, so that each ends within minutes."""

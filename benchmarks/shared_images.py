@@ -1,7 +1,7 @@
 """Greedy answers about images that several questions share, against whole prompts.
 
     python -m benchmarks.shared_images                       # 64 questions, 24 new tokens, 576 positions an image
-    python -m benchmarks.shared_images --size 7b --batch 64 --questions 256
+    python -m benchmarks.shared_images --size 7b --at-once 64 --questions 256
 
 As many questions about an image as in PathVQA's test set (6,761 on 858 images), in those of SLAKE and VQA-RAD together
 (1,512 on 299), and one. The images' features are given, so the tower takes no part. `before` answers whole prompts,
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         model = language_model(setting.size, setting.device)
         detach_tower(model)
         asked = _about_images(args.questions, density, args.patches, model, setting)
-        return lambda: answers.update({name: way(model, asked, args.batch, ids, args.new_tokens)})
+        return lambda: answers.update({name: way(model, asked, args.at_once, ids, args.new_tokens)})
 
     variants = {
         f"{name}, {when}": partial(answering, f"{name}, {when}", density, way)
@@ -92,7 +92,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=int, default=64, metavar="N")
     parser.add_argument("--new-tokens", type=int, default=24, metavar="N")
     parser.add_argument("--patches", type=int, default=576, metavar="N", help="positions of an image")
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="questions at once")
+    parser.add_argument("--at-once", type=int, default=16, metavar="N", help="questions in a batch")
 
 
 def _about_images(count: int, density: float, patches: int, model: Any, setting: Setting) -> Questions:

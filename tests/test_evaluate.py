@@ -257,8 +257,8 @@ POINTS = {
     "before the first answer": KillPoint(GREEDY, call=1),
     "after the first batch": KillPoint(GREEDY, call=2),
     "a batch answered, but not yet noted": KillPoint(GREEDY, call=2, after=True),
-    "all answered, the file not yet written": KillPoint("mslora_cr.evaluation.generate:_publish"),
-    "the file written, not yet taken note of": KillPoint("mslora_cr.evaluation.generate:_publish", after=True),
+    "all answered, the file not yet written": KillPoint("mslora_cr.evaluation.generate:publish"),
+    "the file written, not yet taken note of": KillPoint("mslora_cr.evaluation.generate:publish", after=True),
     "before the second task": KillPoint("mslora_cr.evaluation.evaluate:score_file", after=True),
     "before the summary": KillPoint("mslora_cr.evaluation.evaluate:write_summary"),
 }
@@ -410,7 +410,7 @@ def test_a_kill_while_answering_anew_leaves_no_old_stamp_on_new_answers(
     results.evaluate()
     before = results.answers()
     changed = results.command("evaluation.max_new_tokens=1")
-    run_until_killed(changed, KillPoint("mslora_cr.evaluation.generate:_publish", after=True), tmp_path / "output")
+    run_until_killed(changed, KillPoint("mslora_cr.evaluation.generate:publish", after=True), tmp_path / "output")
     results.evaluate()
     assert results.answers() == before
 
