@@ -22,6 +22,7 @@ from mslora_cr.banks.published import PUBLISHED_WEIGHTS, load_published, read_ob
 from mslora_cr.models.layout import LANGUAGE_LINEARS, linear_name
 from mslora_cr.utils.files import file_digest, replace_folder
 from mslora_cr.utils.regular import check_regular
+from mslora_cr.utils.visible import visible
 
 WEIGHTS, CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "bank.json"
 TASK_STATE = "memory.safetensors"
@@ -102,7 +103,7 @@ def load_bank(path: Path) -> Bank:
         module = linear_name(match[1]) if match else None
         if match is None or module is None:
             raise BankError(
-                f"{path}/{WEIGHTS}: {key[:200]} is not a LoRA matrix of a linear layer of the language model"
+                f"{path}/{WEIGHTS}: {visible(key[:200])} is not a LoRA matrix of a linear layer of the language model"
             )
         if match[2] in halves.setdefault(module, {}):
             raise BankError(f"{path}/{WEIGHTS}: has the matrices of {module} twice, under different names")

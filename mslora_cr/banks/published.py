@@ -17,6 +17,7 @@ from mslora_cr.banks.bank import Bank, BankError, assemble_bank, check_shape
 from mslora_cr.models.layout import linear_name, published_linear_name
 from mslora_cr.utils.files import replace_folder
 from mslora_cr.utils.regular import check_regular
+from mslora_cr.utils.visible import visible
 
 PUBLISHED_WEIGHTS = "cl_lora.bin"
 BASE_DIGEST = "base_model_digest"
@@ -83,7 +84,7 @@ def published_bank(place: Path, name: str, rank: int, alpha: float, stored: Mapp
         match = _PUBLISHED_KEY.fullmatch(str(key))
         module = linear_name(match[1]) if match else None
         if match is None or module is None or not isinstance(tensor, Tensor):
-            raise BankError(f"{place}: {str(key)[:200]} is not a matrix of a published bank")
+            raise BankError(f"{place}: {visible(str(key)[:200])} is not a matrix of a published bank")
         halves.setdefault(module, {})[match[3]] = tensor
         tasks.add(int(match[2]))
     if len(tasks) > 1:

@@ -130,7 +130,7 @@ def read_scores(path: Path) -> tuple[list[str], dict[str, intervals.Scores]]:
         ids, _, *scores = ([*column] for column in columns)
         values = (np.array([float(score or "nan") for score in column]) for column in scores)
         return ids, dict(zip(header[2:], values, strict=True))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: no scores of answers ({error}); evaluate or score them again") from None
 
 
