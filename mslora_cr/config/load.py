@@ -25,6 +25,7 @@ from mslora_cr.config.schema import (
 from mslora_cr.config.secrets import check_values
 from mslora_cr.config.shipped import find_config, find_deepspeed
 from mslora_cr.utils.errors import nearest
+from mslora_cr.utils.visible import visible
 
 SAVE_STRATEGIES = ("steps", "epoch", "no")
 """When checkpoints may be written; transformers also has `best`, which needs evaluations that there are none of."""
@@ -181,7 +182,7 @@ def _explain(item: Any, raw: Mapping[str, Any]) -> str:
     if location[:1] == ["tasks"] and len(location) > 2:
         name = raw["tasks"][int(location[1])].get("name")
         named[1] = name if isinstance(name, str) else location[1]
-    where = ".".join(named)
+    where = visible(".".join(named))[:200]
     if item["type"] == "extra_forbidden":
         return f"{where}: unknown key{nearest(location[-1], known)}"
     if item["type"] == "missing":
