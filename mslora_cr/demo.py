@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import ConfigError, StreamConfig
@@ -20,11 +20,22 @@ from mslora_cr.runs.ledger import Ledger
 from mslora_cr.stream import train as stream
 from mslora_cr.synthetic.model import MODEL_FOLDER, make_tiny_llava_med
 from mslora_cr.synthetic.stream import make_stream
-from mslora_cr.utils.files import write_json
+from mslora_cr.utils.state import StateFile
+
+log = logging.getLogger(__name__)
 
 CONFIG = "demo"
 COMPARED: tuple[str, ...] = ("mslora_cr", "sequential")
 """The method of this project, and one LoRA trained through the whole stream."""
+
+
+class DemoSummary(StateFile):
+    """`summary.json`: the final figures of each compared method, and what all of it took."""
+
+    MEND: ClassVar[str] = "remove it; the demo writes it again"
+
+    methods: dict[str, dict[str, float]]
+    seconds: float
 
 
 def run_demo(overrides: Sequence[str] = ()) -> None:
@@ -43,7 +54,7 @@ def run_demo(overrides: Sequence[str] = ()) -> None:
     make_stream(Path(first.data.root))
     make_tiny_llava_med(model.parent)
     for method, config in runs.items():
-        print(f"\n{method}: {len(config.tasks)} tasks, one after another", flush=True)
+        log.info("%s: %d tasks, one after another", method, len(config.tasks))
         stream.train(config)
         evaluate(config, "seen")
         write_report(config.run_dir, config.results_run_dir, config)
@@ -53,7 +64,7 @@ def run_demo(overrides: Sequence[str] = ()) -> None:
     )
     methods = {method: _outcome(config) for method, config in runs.items()}
     seconds = spent if complete else round(spent + time.monotonic() - started, 1)
-    write_json(summary, {"methods": methods, "seconds": seconds})
+    DemoSummary(methods=methods, seconds=seconds).write(summary)
     _say(methods, seconds, page)
 
 
@@ -87,11 +98,11 @@ def _earlier_seconds(runs: Iterable[StreamConfig], summary: Path) -> tuple[bool,
 
     So the time told is that of the whole work, also by a call that had nothing left to do or finished a killed one.
     """
-    tasks = [(Ledger.read(config).content["tasks"], config) for config in runs]
+    tasks = [(Ledger.read(config).tasks, config) for config in runs]
     trained = all(task.name in done for done, config in tasks for task in config.tasks)
     if trained and summary.is_file():
-        return True, json.loads(summary.read_text(encoding="utf-8"))["seconds"]
-    return False, sum(entry["seconds"] for done, _ in tasks for entry in done.values())
+        return True, DemoSummary.read(summary).seconds
+    return False, sum(entry.seconds for done, _ in tasks for entry in done.values())
 
 
 def _outcome(config: StreamConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
+import logging
 import multiprocessing
 import os
 import random
@@ -26,21 +26,26 @@ from mslora_cr.config.methods import load_method, method_names
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.evaluate import evaluate
-from mslora_cr.evaluation.results import ROUTED, read_evaluation
+from mslora_cr.evaluation.files import ROUTED
+from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
 from mslora_cr.methods.base import method_of, needs_task
 from mslora_cr.reporting.run_record import read_ledger
 from mslora_cr.reporting.style import METRICS
 from mslora_cr.reporting.sweep_page import write_sweep_page
+from mslora_cr.reporting.sweep_result import RESULT, SweepResult
 from mslora_cr.runs.ledger import environment
+from mslora_cr.runs.lock import one_writer
 from mslora_cr.stream import train as stream
 from mslora_cr.utils.errors import UserError
-from mslora_cr.utils.files import write_json
+from mslora_cr.utils.files import append_to
+from mslora_cr.utils.logs import set_up
 from mslora_cr.utils.progress import progress_bar
 from mslora_cr.utils.workers import cores, end_with_parent
 
 OURS = "mslora_cr"
-RESULT = "sweep.json"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -193,8 +198,14 @@ def run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None]) -> Path:
 
     Raises:
         UserError: runs have failed; names them and their logs. The report holds the others.
+        LockedError: another sweep writes there.
     """
     root = runs[0].config.results_run_dir.parent
+    with one_writer(root):
+        return _run_sweep(runs, places, root)
+
+
+def _run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None], root: Path) -> Path:
     threads = max(1, cores() // len(places))
     context = multiprocessing.get_context("spawn")
     free = context.Queue()
@@ -242,6 +253,7 @@ def _run(config: StreamConfig) -> None:
     """Train and evaluate one run, in a worker; its output goes into a file."""
     folder = config.results_run_dir
     folder.mkdir(parents=True, exist_ok=True)
+    set_up()
     with _output_into(folder / "sweep.log"):
         try:
             stream.train(config)
@@ -250,7 +262,7 @@ def _run(config: StreamConfig) -> None:
             else:
                 evaluate(config, "seen")
         except UserError as error:
-            print(error)
+            log.error("%s", error)
             raise UserError(str(error)) from None  # others may not survive the way to the parent process
         except Exception as error:
             traceback.print_exc()
@@ -263,7 +275,7 @@ def _output_into(path: Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
-    with path.open("ab") as file:
+    with append_to(path) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
         try:
@@ -283,15 +295,17 @@ def gather(runs: Sequence[SweepRun], root: Path) -> Path:
     """Write `sweep.json` and the pages of finished runs into a folder, and return the HTML page."""
     outcomes = [_outcome(run) for run in runs]
     orders = {run.order: [task.name for task in run.config.tasks] for run in runs}
-    found = {
-        "orders": {str(number): tasks for number, tasks in sorted(orders.items())},
-        "seeds": sorted({run.seed for run in runs}),
-        "metrics": {key: summarize(outcomes, key) for key in METRICS},
-        "runs": outcomes,
-        "environment": environment(),
-    }
-    write_json(root / RESULT, found)
-    return write_sweep_page(json.loads((root / RESULT).read_text(encoding="utf-8")), root)
+    found = SweepResult.model_validate(
+        {
+            "orders": {str(number): tasks for number, tasks in sorted(orders.items())},
+            "seeds": sorted({run.seed for run in runs}),
+            "metrics": {key: summarize(outcomes, key) for key in METRICS},
+            "runs": outcomes,
+            "environment": environment(),
+        }
+    )
+    found.write(root / RESULT)
+    return write_sweep_page(found.model_dump(), root)
 
 
 def _outcome(run: SweepRun) -> dict[str, Any]:

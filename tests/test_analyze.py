@@ -93,10 +93,10 @@ def test_changed_answers_are_counted_by_kind(tmp_path: Path) -> None:
     own, last = evaluation.own_cell("pathvqa"), evaluation.last_cell("pathvqa")
     assert own is not None and last is not None
     found = _change("pathvqa", "own stage", "last stage", (results, evaluation, own), (results, evaluation, last))
-    assert (found["changed"], found["lost"], found["gained"], found["same_banks"]) == (12, 12, 0, False)
-    assert [example["kind"] for example in found["examples"]] == ["lost"] * module.EXAMPLES
+    assert (found.changed, found.lost, found.gained, found.same_banks) == (12, 12, 0, False)
+    assert [example.kind for example in found.examples] == ["lost"] * module.EXAMPLES
     back = _change("pathvqa", "last", "own", (results, evaluation, last), (results, evaluation, own))
-    assert (back["lost"], back["gained"]) == (0, 12)
+    assert (back.lost, back.gained) == (0, 12)
 
 
 def test_a_run_without_banks_is_refused(

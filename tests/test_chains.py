@@ -150,7 +150,7 @@ def test_imported_banks_are_finished_tasks(
         assert answers(tmp_path, task, "own") == answers(tmp_path, task)
     capsys.readouterr()
     assert main(["train", str(config)]) == 0
-    assert capsys.readouterr().out.count("already done, skipped") == len(TASKS)
+    assert capsys.readouterr().err.count("already done, skipped") == len(TASKS)
     assert main(["analyze", str(config), "--questions", "2"]) == 0
     assert main(["report", str(config)]) == 0
     assert (tmp_path / "results" / RUN / "report.md").read_text().count("| imported |") == len(TASKS)

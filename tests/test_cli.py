@@ -110,8 +110,10 @@ def test_the_plan_warns_where_training_would_refuse(
     assert "warning" not in capsys.readouterr().out
     assert dry_run(trained_config, "lora.rank=8") == 0
     printed = capsys.readouterr().out
-    assert f"warning: {run} was made with another configuration (lora.rank: 4 there, 8 here)" in printed
+    assert f"warning: {run} has finished tasks of another stream (lora.rank: 4 there, 8 here)" in printed
     assert dry_run(trained_config, "lora.rank=8", "--force") == 0
+    assert "lora.rank: 4 there, 8 here" in capsys.readouterr().out
+    assert dry_run(trained_config, "lora.dropout=0", "--force") == 0
     assert "warning" not in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 

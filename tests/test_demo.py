@@ -49,7 +49,7 @@ def test_the_demo_compares_its_methods_and_goes_on_where_it_was(
     banks = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("adapter_model.safetensors")}
     assert len(banks) == len(TASKS) * len(demo.COMPARED)
     assert main(command) == 0
-    assert capsys.readouterr().out.count("already done, skipped") == len(banks)
+    assert capsys.readouterr().err.count("already done, skipped") == len(banks)
     assert {file: file.stat().st_mtime_ns for file in banks} == banks
     again = json.loads((tmp_path / "results" / "summary.json").read_text())
     assert again == summary  # its time too: that of the work, not of finding it done

@@ -339,14 +339,14 @@ def test_cells_answered_with_other_settings_are_left_out(
     summary = results.evaluate("method=sequential", change)
     assert places(summary) == [("pathvqa", 1), ("slake-vqarad", 2), ("PCAM", 3)]
     assert summary["stages"] == [1, 2, 3]
-    assert "left out" in (printed := capsys.readouterr().out)
+    assert "left out" in (printed := capsys.readouterr().err)
     assert "gave the answers: pathvqa at stage 2, 3; slake-vqarad at stage 3\n" in printed
     kept = {name: answers for name, answers in before.items() if "stage-" in name}
     assert len(kept) == 3 and kept.items() <= results.answers().items()
     # As long as nothing changes, cells of earlier calls stay.
     results.evaluate("--stages", "seen", "method=sequential")
     assert len(results.evaluate("method=sequential")["cells"]) == 6
-    assert "left out" not in capsys.readouterr().out
+    assert "left out" not in capsys.readouterr().err
 
 
 def test_cells_answered_by_a_bank_that_was_trained_again_are_left_out(
@@ -359,7 +359,7 @@ def test_cells_answered_by_a_bank_that_was_trained_again_are_left_out(
     path = evaluate(config, "own", banks={**banks, "PCAM": again})
     summary = json.loads(path.read_text())
     assert places(summary) == [("pathvqa", 1), ("pathvqa", 2), ("slake-vqarad", 2), ("PCAM", 3)]
-    assert "gave the answers: pathvqa at stage 3; slake-vqarad at stage 3\n" in capsys.readouterr().out
+    assert "gave the answers: pathvqa at stage 3; slake-vqarad at stage 3\n" in capsys.readouterr().err
 
 
 def test_cells_of_a_stream_in_another_order_are_left_out(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,7 +373,7 @@ def test_cells_of_a_stream_in_another_order_are_left_out(results: Results, capsy
     summary = json.loads(evaluate(turned, "own", banks=banks).read_text())
     # The second task's bank is the same, hence its answers.
     assert places(summary) == [("PCAM", 1), ("slake-vqarad", 2), ("pathvqa", 2), ("pathvqa", 3)]
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "gave the answers: pathvqa at stage 1; slake-vqarad at stage 3; PCAM at stage 3\n" in printed
 
 
@@ -385,7 +385,7 @@ def test_cells_of_a_task_without_questions_are_left_out(
     (own_data / "PCam" / "test.jsonl").unlink()
     summary = results.evaluate(f"data.root={own_data}", "--task", "pathvqa")
     assert places(summary) == [("pathvqa", 1), ("slake-vqarad", 2)]
-    assert "gave the answers: PCAM at stage 3\n" in capsys.readouterr().out
+    assert "gave the answers: PCAM at stage 3\n" in capsys.readouterr().err
 
 
 def test_cells_of_other_questions_are_not_kept(results: Results, own_data: Path) -> None:

@@ -220,6 +220,6 @@ def test_incremental_is_mslora_cr_without_its_terms(method_run: Trained, config_
 def test_zero_shot_trains_nothing_and_says_so(config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(config_file(method="zero_shot"))
     assert main(["train", config]) == 0
-    assert "zero_shot trains nothing" in capsys.readouterr().out
+    assert "zero_shot trains nothing" in capsys.readouterr().err
     assert main(["train", config, "--task", "PCAM"]) == 1
     assert "--task PCAM: method zero_shot trains no bank for it; it trains nothing" in capsys.readouterr().err

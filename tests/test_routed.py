@@ -174,7 +174,7 @@ def test_stages_answered_with_other_settings_are_left_out(results: Results, caps
     summary, routing = routed(results, "evaluation.max_new_tokens=3")
     assert [stage["stage"] for stage in routing["stages"]] == [3]
     assert [(cell["task"], cell["stage"]) for cell in summary["cells"]] == [(task, 3) for task in TASKS]
-    assert "gave the answers: pathvqa at stage 1, 2; slake-vqarad at stage 2\n" in capsys.readouterr().out
+    assert "gave the answers: pathvqa at stage 1, 2; slake-vqarad at stage 2\n" in capsys.readouterr().err
 
 
 def test_a_stage_that_a_kill_left_without_its_routing_is_left_out(results: Results) -> None:

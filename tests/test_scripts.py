@@ -25,7 +25,7 @@ def script(name: str, *arguments: str, **environment: str) -> str:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def test_every_shipped_run_has_its_two_scripts() -> None:

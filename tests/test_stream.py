@@ -25,6 +25,7 @@ from mslora_cr.stream.arguments import training_arguments
 from mslora_cr.stream.checks import check_trainable
 from mslora_cr.stream.plan import batch_shape, plan
 from mslora_cr.stream.train import train
+from mslora_cr.training.callbacks import JsonLinesCallback
 from mslora_cr.training.trainer import BankTrainer
 from tests.conftest import STEPS, ConfigWriter, bank_bytes
 from tests.killing import KillPoint, run_until_killed
@@ -48,10 +49,10 @@ POINTS = {
     "while a checkpoint is written": KillPoint("mslora_cr.training.trainer:BankTrainer._save_rng_state"),
     "a second checkpoint complete, but not yet renamed": KillPoint("mslora_cr.training.trainer:replace_folder", call=2),
     "two checkpoints side by side": KillPoint("mslora_cr.training.trainer:replace_folder", call=2, after=True),
-    "the bank written, but not yet renamed": KillPoint("mslora_cr.banks.io:replace_folder", call=3),
+    "the bank written, but not yet renamed": KillPoint("mslora_cr.utils.files:replace_folder", call=3),
     "the bank saved, but not in the ledger": KillPoint("mslora_cr.stream.train:save_bank", after=True),
     "the ledger written, but not yet renamed": KillPoint("mslora_cr.runs.ledger:Path.replace", call=2),
-    "in the ledger, checkpoints not yet removed": KillPoint("mslora_cr.runs.ledger:Ledger.record", after=True),
+    "in the ledger, checkpoints not yet removed": KillPoint("mslora_cr.runs.ledger:Ledger.enter", after=True),
     "between tasks": KillPoint("mslora_cr.stream.train:train_task", call=2),
 }
 
@@ -176,16 +177,28 @@ def test_each_term_is_logged(trained_config: Path) -> None:
     assert learned == sorted(learned, reverse=True) and learned[-1] < learned[0]  # the term is positive
 
 
-def test_tensorboard_and_wandb_get_a_run_per_task(
+def test_tensorboard_and_wandb_get_a_run_per_task_that_the_next_launch_continues(
     config_file: ConfigWriter, tiny_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # so that what the stream sets is taken back
     training = {**tiny_settings["training"], "report_to": ["tensorboard", "wandb"]}
     config = config_file(training=training)
+    written = JsonLinesCallback.on_log
+
+    def stop(callback: JsonLinesCallback, *args: Any, **kwargs: Any) -> None:
+        written(callback, *args, **kwargs)
+        if callback.path.stem == "slake-vqarad" and args[1].global_step == 3:  # its checkpoint is behind step 2
+            raise OSError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(JsonLinesCallback, "on_log", stop)
+        assert main(["train", str(config), TWO]) == 1
     assert main(["train", str(config), TWO]) == 0
-    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2
+    launches = sorted(path.stem.removeprefix("run-") for path in tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    kept = json.loads((run_folder(config) / "logs" / "trackers.json").read_text())["wandb"]
+    assert launches == sorted([kept["pathvqa"], kept["slake-vqarad"], kept["slake-vqarad"]])
+    assert len(set(launches)) == 2
     for task in ("pathvqa", "slake-vqarad"):
         events = EventAccumulator(str(run_folder(config) / "logs" / "tensorboard" / task)).Reload()
         rows = log_rows(run_folder(config), task)
@@ -201,7 +214,7 @@ def test_finished_tasks_are_skipped(
     before = bank_bytes(tmp_path / "checkpoints" / "tiny")
     monkeypatch.setattr(stream, "train_task", None)  # nothing may be trained
     assert main(["train", str(trained_config), f"output_dir={tmp_path / 'checkpoints'}"]) == 0
-    assert [f"{name}: already done, skipped" in capsys.readouterr().out for name in TASKS[:1]] == [True]
+    assert [f"{name}: already done, skipped" in capsys.readouterr().err for name in TASKS[:1]] == [True]
     assert bank_bytes(tmp_path / "checkpoints" / "tiny") == before
 
 
@@ -525,5 +538,5 @@ def test_a_gpu_that_is_not_there_is_an_error_of_the_user(
 
 def test_the_ledger_of_an_empty_folder(config_file: ConfigWriter) -> None:
     config = load_config(config_file())
-    assert Ledger.read(config).content["tasks"] == {}
+    assert Ledger.read(config).tasks == {}
     assert not config.run_dir.exists()

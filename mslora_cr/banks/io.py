@@ -5,9 +5,7 @@ A bank is one PEFT LoRA adapter over every linear layer of the language model.
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,10 +16,11 @@ from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError, assemble_bank, check_shape
 from mslora_cr.banks.plain_lora import WRITTEN, check_plain_lora, check_targets
-from mslora_cr.banks.published import PUBLISHED_WEIGHTS, load_published, read_object
+from mslora_cr.banks.published import PUBLISHED_WEIGHTS, load_published
 from mslora_cr.models.layout import LANGUAGE_LINEARS, linear_name
-from mslora_cr.utils.files import file_digest, replace_folder
+from mslora_cr.utils.files import file_digest, replacing_folder, write_json
 from mslora_cr.utils.regular import check_regular
+from mslora_cr.utils.strict_json import read_object
 from mslora_cr.utils.visible import visible
 
 WEIGHTS, CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "bank.json"
@@ -60,20 +59,17 @@ def save_bank(
             f"numbers, first {broken[0].removeprefix(PEFT_PREFIX)}. A lower learning rate or lower penalty weights "
             "usually help"
         )
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     settings = lora_config(bank.rank, bank.alpha, dropout).to_dict()
     settings = {**{key: settings[key] for key in sorted(WRITTEN)}, "peft_type": "LORA"}
-    (staging / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, staging / WEIGHTS, {"format": "pt"})
-    for name, kept in (beside or {}).items():
-        if kept:
-            save_file(dict(kept), staging / name)
-    digest = file_digest(staging / WEIGHTS)
-    described = {**bank.metadata, "name": bank.name, "rank": bank.rank, "alpha": bank.alpha, "sha256": digest}
-    (staging / METADATA).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    replace_folder(staging, folder)
+    with replacing_folder(folder) as staging:
+        write_json(staging / CONFIG, settings)
+        save_file(tensors, staging / WEIGHTS, {"format": "pt"})
+        for name, kept in (beside or {}).items():
+            if kept:
+                save_file(dict(kept), staging / name)
+        digest = file_digest(staging / WEIGHTS)
+        described = {**bank.metadata, "name": bank.name, "rank": bank.rank, "alpha": bank.alpha, "sha256": digest}
+        write_json(staging / METADATA, described)
     return digest
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +13,9 @@ from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError, assemble_bank, check_shape
 from mslora_cr.models.layout import linear_name, published_linear_name
-from mslora_cr.utils.files import replace_folder
+from mslora_cr.utils.files import replacing_folder, write_json
 from mslora_cr.utils.regular import check_regular
+from mslora_cr.utils.strict_json import read_object
 from mslora_cr.utils.visible import visible
 
 PUBLISHED_WEIGHTS = "cl_lora.bin"
@@ -61,17 +60,6 @@ def load_tensors(path: Path) -> Any:
         ) from None
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """
-    Raises:
-        OSError, ValueError, RecursionError: it cannot be read, or is not a JSON object in UTF-8.
-    """
-    content = json.loads(check_regular(path).read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds {type(content).__name__}, not an object")
-    return content
-
-
 def published_bank(place: Path, name: str, rank: int, alpha: float, stored: Mapping[Any, Any]) -> Bank:
     """A bank from tensors under the published keys; `place` is named in errors.
 
@@ -107,18 +95,15 @@ def export_published(
     """
     if bank.routers:
         raise BankError(f"bank {bank.name!r} is a mixture of experts, which the published format cannot represent")
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     tensors = {}
     for module, pair in bank.matrices.items():
         for letter, tensor in zip("AB", pair, strict=True):
             key = f"{published_linear_name(module)}.cl_lora_pool.task_{index}_lora.lora_{letter}"
             tensors[key] = tensor.clone()
-    torch.save(tensors, staging / PUBLISHED_WEIGHTS)
     settings = {"max_task": index + 1, "lora_rank": bank.rank, "lora_alpha": bank.alpha, "lora_dropout": 0.0}
     config = {**base_config, "max_task": index + 1, "mslora_cfg": settings}
     if base_digest:
         config[BASE_DIGEST] = base_digest
-    (staging / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    replace_folder(staging, folder)
+    with replacing_folder(folder) as staging:
+        torch.save(tensors, staging / PUBLISHED_WEIGHTS)
+        write_json(staging / "config.json", config)

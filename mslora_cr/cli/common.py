@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.download import Asset
 from mslora_cr.data.sources.lock import LOCK
 from mslora_cr.utils.errors import nearest
+from mslora_cr.utils.logs import QUIET, VERBOSE
+
+log = logging.getLogger(__name__)
 
 EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
 EXTRAS |= {"rouge_score": "eval", "deepspeed": "train", "h5py": "data", "bitsandbytes": "quantization"}
@@ -38,7 +42,7 @@ def examples(*lines: str) -> str:
 
 
 def add_command(commands: argparse._SubParsersAction, name: str, help: str, *shown: str) -> argparse.ArgumentParser:
-    return commands.add_parser(
+    parser = commands.add_parser(
         name,
         allow_abbrev=False,
         help=help,
@@ -46,6 +50,15 @@ def add_command(commands: argparse._SubParsersAction, name: str, help: str, *sho
         epilog=examples(*shown),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    speech = parser.add_mutually_exclusive_group()
+    for flags, level, what in (
+        (("-q", "--quiet"), QUIET, "show warnings, errors and results alone: no messages, no progress"),
+        (("-v", "--verbose"), VERBOSE, "show more messages"),
+    ):
+        speech.add_argument(
+            *flags, dest="verbosity", action="store_const", const=level, default=argparse.SUPPRESS, help=what
+        )
+    return parser
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -97,4 +110,4 @@ def add_lock(parser: argparse.ArgumentParser) -> None:
 
 
 def announce(asset: Asset, folder: Path) -> None:
-    print(f"{asset.repo} -> {folder / asset.place} (licence: {asset.license})", flush=True)
+    log.info("%s -> %s (licence: %s)", asset.repo, folder / asset.place, asset.license)

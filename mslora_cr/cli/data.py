@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from mslora_cr.data.sources.check_report import table
 from mslora_cr.data.sources.download import ANNOTATIONS, download
 from mslora_cr.data.sources.prepare import prepare
 from mslora_cr.utils.errors import nearest
+from mslora_cr.utils.files import write_json
 from mslora_cr.utils.workers import cores
 
 
@@ -216,6 +216,6 @@ def run_check(args: argparse.Namespace) -> int:
         print("lengths were not checked; give a model folder with --model")
     errors = sum(report.errors for report in reports)
     result = {"root": str(root), "errors": errors, "data_sets": [asdict(report) for report in reports]}
-    args.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(args.output, result)
     print(f"{errors} errors; written to {args.output}")
     return 1 if errors else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,10 @@ from mslora_cr.cli.sweep import add_sweep
 from mslora_cr.cli.train import add_train
 from mslora_cr.cli.web import add_web
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.logs import NORMAL, set_up
 from mslora_cr.utils.visible import visible_results
+
+log = logging.getLogger(__name__)
 
 
 @visible_results()
@@ -32,26 +36,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 1 on an error that the user can fix, reported in a few lines, 130 on Ctrl-C, 141 if
     nobody reads its output any more, as in `… | head`."""
     args = _parse(argv)
-    import logging  # behind --help, which does not need it
-
-    # It recommends more packages when PEFT looks for it, and float16 at every 8-bit layer of every forward pass.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    set_up(args.verbosity)
     try:
         status = int(args.run(args))
         sys.stdout.flush()
         return status
     except UserError as error:
-        print(f"mslora-cr: error: {error}", file=sys.stderr)
+        log.error("error: %s", error)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 141
-        print(f"mslora-cr: error: {error}; finished work is kept", file=sys.stderr)
+        log.error("error: %s; finished work is kept", error)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
         missing = f"{error.name} is not installed; pip install -e '.[{extra}]' installs it"
-        print(f"mslora-cr: error: {missing}", file=sys.stderr)
+        log.error("error: %s", missing)
     except KeyboardInterrupt:
         print("\nmslora-cr: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
@@ -111,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    parser.set_defaults(verbosity=NORMAL)
     parser.add_argument("--version", action="version", version=f"mslora-cr {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Collection, Iterator
 
 from mslora_cr.cli.common import add_command, add_config, config_of, quieten
-from mslora_cr.config.schema import StreamConfig
+from mslora_cr.config.schema import ConfigError, StreamConfig
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
@@ -86,12 +86,10 @@ def _obstacles(config: StreamConfig, only: str | None, force: bool, done: Collec
     from mslora_cr.runs.session import base_digest
     from mslora_cr.stream.plan import frozen_tasks, previous_task
 
-    differences = Ledger.read(config).differences(config, base_digest(config))
-    if differences and not force:
-        yield (
-            f"{config.run_dir} was made with another configuration ({differences}); "
-            "without --force, training refuses to resume in it"
-        )
+    try:
+        Ledger.read(config).check_same_configuration(config, base_digest(config), force)
+    except ConfigError as error:
+        yield str(error)
     if only and only not in done:
         needed = frozen_tasks(config, config.task(only)) or previous_task(config, config.task(only))
         missing = [task.name for task in needed if task.name not in done]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mslora_cr.data.advice import DICOM, is_dicom
 from mslora_cr.data.records import DataError
+from mslora_cr.utils.files import append_to
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.workers import worker_pool
 
@@ -248,5 +249,5 @@ def _read_marks(cache: Path | None) -> set[bytes]:
 
 def _add_marks(cache: Path | None, marks: list[bytes]) -> None:
     if cache is not None and marks:
-        with cache.open("ab") as file:
+        with append_to(cache) as file:
             file.write(b"\0" * (-file.tell() % _MARK_BYTES) + b"".join(marks))

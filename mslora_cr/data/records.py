@@ -28,9 +28,9 @@ from pydantic import (
 )
 
 from mslora_cr.data.advice import missing_annotations, other_record
-from mslora_cr.data.strict_json import STRICT_JSON, explain_json, first_problem, problems_in, shorten
-from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.errors import UserError, first_problem, problems_in, shorten
 from mslora_cr.utils.regular import check_regular
+from mslora_cr.utils.strict_json import STRICT_JSON, explain_json
 
 CHUNK_BYTES = 1 << 20
 IMAGE = "<image>"

@@ -1,4 +1,4 @@
-"""What several processes need: one group, one error, the same facts. The only file that imports DeepSpeed."""
+"""What several processes need: one group, one error, the same facts."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from mslora_cr.distributed.comm import DistributedError
+from mslora_cr.utils.strict_json import JsonError, read_object
 
 
 def zero_stage(deepspeed_config: str | Mapping[str, Any] | None) -> int:
@@ -35,9 +35,9 @@ def zero_stage(deepspeed_config: str | Mapping[str, Any] | None) -> int:
     content: Any = deepspeed_config
     if isinstance(deepspeed_config, str):
         try:
-            content = json.loads(Path(deepspeed_config).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DistributedError(f"training.deepspeed: {deepspeed_config} cannot be read as JSON ({error})") from None
+            content = read_object(Path(deepspeed_config))
+        except JsonError as error:
+            raise DistributedError(f"training.deepspeed: {error}") from None
     if "RANK" not in os.environ:
         raise DistributedError(
             "training.deepspeed needs a launcher, even for one process: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -17,6 +18,8 @@ from torch.distributed import PrefixStore, TCPStore
 
 from mslora_cr.distributed.comm import barrier, rank, world_size
 from mslora_cr.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 1800
 """The longest that a rank waits for another one that is alive, unless `training.ddp_timeout` says otherwise."""
@@ -154,7 +157,7 @@ def _show(error: BaseException) -> None:
     else:
         traceback.print_exception(error)
         message = f"error on rank {rank()}: {error!r}"
-    print(f"mslora-cr: {message}", file=sys.stderr)
+    log.error("%s", message)
 
 
 def lost_a_process(error: BaseException) -> bool:
@@ -198,7 +201,7 @@ def _watch(launchers: list[int]) -> None:
 
 def _stop_for(reason: str, show: bool) -> None:
     if show:
-        print(f"mslora-cr: error: {reason}", file=sys.stderr)
+        log.error("error: %s", reason)
     _end_process(1)
 
 

@@ -17,17 +17,29 @@ from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.datasets import EvalDataset
 from mslora_cr.data.records import TestRecords, sample_of
 from mslora_cr.distributed.comm import assert_same_on_all_ranks, barrier, get_device, rank
-from mslora_cr.evaluation.generate import ANSWERS, answer_once, answer_questions, fingerprint_of
+from mslora_cr.evaluation.files import (
+    ANALYSIS,
+    ANSWERS,
+    ROUTED,
+    Analysis,
+    Change,
+    ChangedAnswer,
+    Contribution,
+    Dropped,
+    EffectiveRank,
+    Similarity,
+)
+from mslora_cr.evaluation.generate import answer_once, answer_questions, fingerprint_of
 from mslora_cr.evaluation.intervals import interval, resampled_means
 from mslora_cr.evaluation.metrics import RowScore, score_answers
-from mslora_cr.evaluation.results import ANALYSIS, ROUTED, Cell, Evaluation, read_evaluation
+from mslora_cr.evaluation.results import Cell, Evaluation, read_evaluation
 from mslora_cr.evaluation.routed import ConcatEvalDataset
 from mslora_cr.evaluation.score import read_answers
 from mslora_cr.evaluation.summary import decoding, fingerprint_fields
 from mslora_cr.methods.base import method_of
 from mslora_cr.runs.ledger import finished_banks
+from mslora_cr.runs.lock import one_writer
 from mslora_cr.runs.session import check_hosts, load_base, preprocessing, start_processes, task_folder, task_image_roots
-from mslora_cr.utils.files import write_json
 from mslora_cr.utils.progress import progress_bar
 
 QUESTIONS = 200
@@ -44,26 +56,32 @@ def analyze(config: StreamConfig, others: Sequence[StreamConfig] = (), questions
         questions: the most that drop-one evaluation asks of a task; 0 leaves it out.
 
     Raises:
-        BankError: a run has no banks. ModelError, DataError: something cannot be read.
+        BankError: a run has no banks. ModelError, DataError: something cannot be read. LockedError: another launch
+            writes to the results folder.
     """
     start_processes(config)
+    with one_writer(config.results_run_dir):
+        return _analyze(config, others, questions)
+
+
+def _analyze(config: StreamConfig, others: Sequence[StreamConfig], questions: int) -> Path:
     chain = _banks_of(config)
     check_hosts(config.results_run_dir, {"the banks": [bank.digest for bank in chain.values()]})
     runs = {run.run: run for run in (config, *others)}
     if len(runs) <= len(others):  # names repeat
         runs = {str(run.run_dir): run for run in (config, *others)}
     summed = not any(bank.routers for bank in chain.values())  # a bank with routers takes part whole or not at all
-    found = {
-        "run": config.run,
-        "similarity": _similarity(list(chain.values())),
-        "effective_rank": {label: _ranks(_banks_of(run)) for label, run in runs.items()},
-        "contribution": _contribution(config, chain, questions) if questions and summed else None,
-        "changed": _changed(config.results_run_dir),
-    }
+    found = Analysis(
+        run=config.run,
+        similarity=_similarity(list(chain.values())),
+        effective_rank={label: _ranks(_banks_of(run)) for label, run in runs.items()},
+        contribution=_contribution(config, chain, questions) if questions and summed else None,
+        changed=_changed(config.results_run_dir),
+    )
     path = config.results_run_dir / ANALYSIS
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, found)
+        found.write(path)
     barrier()
     return path
 
@@ -78,29 +96,29 @@ def _banks_of(config: StreamConfig) -> dict[str, Bank]:
 # --- geometry --------------------------------------------------------------------------------------------------------
 
 
-def _similarity(banks: Sequence[Bank]) -> dict[str, Any]:
+def _similarity(banks: Sequence[Bank]) -> Similarity:
     """Cosines of the banks' updates, averaged by decoder layer and by module; matrices in the order of `banks`."""
     names = progress_bar(banks[0].matrices, desc="similarity of banks", unit="layer", disable=rank() != 0)
     by_layer, by_module = by_place({name: update_cosines(name, banks) for name in names})
-    return {
-        "banks": [bank.name for bank in banks],
-        "by_layer": {place: values.tolist() for place, values in by_layer.items()},
-        "by_module": {place: values.tolist() for place, values in by_module.items()},
-    }
+    return Similarity(
+        banks=[bank.name for bank in banks],
+        by_layer={place: values.tolist() for place, values in by_layer.items()},
+        by_module={place: values.tolist() for place, values in by_module.items()},
+    )
 
 
-def _ranks(banks: Mapping[str, Bank]) -> dict[str, Any]:
+def _ranks(banks: Mapping[str, Bank]) -> dict[str, EffectiveRank]:
     """For each bank its rank, its mean effective rank, and that by decoder layer and by module."""
     found = {}
     for name, bank in progress_bar(banks.items(), desc="effective ranks", unit="bank", disable=rank() != 0):
         ranks = {module: torch.tensor(value) for module, value in effective_ranks(bank).items()}
         by_layer, by_module = by_place(ranks)
-        found[name] = {
-            "rank": bank.rank,
-            "mean": float(torch.stack(list(ranks.values())).mean()),
-            "by_layer": {place: float(value) for place, value in by_layer.items()},
-            "by_module": {place: float(value) for place, value in by_module.items()},
-        }
+        found[name] = EffectiveRank(
+            rank=bank.rank,
+            mean=float(torch.stack(list(ranks.values())).mean()),
+            by_layer={place: float(value) for place, value in by_layer.items()},
+            by_module={place: float(value) for place, value in by_module.items()},
+        )
     return found
 
 
@@ -111,7 +129,7 @@ Variant = tuple[Task, tuple[int, ...]]
 """A task, and the places of the banks that answer it."""
 
 
-def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: int) -> dict[str, Any]:
+def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: int) -> Contribution:
     """Every learned task answered with its banks, and again with each of them left out.
 
     A question's score is its hit if it is closed, its F1 if it is open.
@@ -130,14 +148,19 @@ def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: in
         }
     )
     assert_same_on_all_ranks({"the questions, banks or settings of the analysis": fingerprint})
-    answer_once(folder, fingerprint, lambda: _answer_variants(config, chain, variants, asked, folder, fingerprint))
+    count = sum(len(asked[task.name]) for task, _ in variants)
+
+    def answer() -> dict[str, float]:
+        return _answer_variants(config, chain, variants, asked, folder, fingerprint)
+
+    answer_once(folder, fingerprint, count, answer)
     scores = np.array([_score(row) for row in score_answers(read_answers(folder / ANSWERS)).rows])
     parts = np.split(scores, np.cumsum([len(asked[task.name]) for task, _ in variants])[:-1])
-    return {
-        "banks_by": _banks_by(config),
-        "score": "hit of closed questions, F1 of open ones",
-        "rows": _dropped(list(chain), variants, parts),
-    }
+    return Contribution(
+        banks_by=_banks_by(config),
+        score="hit of closed questions, F1 of open ones",
+        rows=_dropped(list(chain), variants, parts),
+    )
 
 
 def _answer_variants(
@@ -158,7 +181,7 @@ def _answer_variants(
     return answer_questions(base.model, samples, folder, decoding(config), fingerprint, "each bank left out", mixed)
 
 
-def _dropped(names: Sequence[str], variants: Sequence[Variant], parts: Sequence[Any]) -> list[dict[str, Any]]:
+def _dropped(names: Sequence[str], variants: Sequence[Variant], parts: Sequence[Any]) -> list[Dropped]:
     """What each bank adds to each task, from the scores of every variant; a task's first variant has all its banks."""
     rows = []
     whole: dict[str, tuple[tuple[int, ...], Any]] = {}
@@ -169,15 +192,15 @@ def _dropped(names: Sequence[str], variants: Sequence[Variant], parts: Sequence[
         [dropped] = set(whole[task.name][0]) - set(banks)
         difference = whole[task.name][1] - own
         rows.append(
-            {
-                "task": task.name,
-                "dropped": names[dropped],
-                "questions": len(own),
-                "with_all": 100 * float(whole[task.name][1].mean()),
-                "without": 100 * float(own.mean()),
-                "contribution": 100 * float(difference.mean()),
-                "interval": interval(100 * resampled_means(difference[:, None])),
-            }
+            Dropped(
+                task=task.name,
+                dropped=names[dropped],
+                questions=len(own),
+                with_all=100 * float(whole[task.name][1].mean()),
+                without=100 * float(own.mean()),
+                contribution=100 * float(difference.mean()),
+                interval=interval(100 * resampled_means(difference[:, None])),
+            )
         )
     return rows
 
@@ -208,10 +231,10 @@ def _score(row: RowScore) -> float:
 # --- answers that changed --------------------------------------------------------------------------------------------
 
 
-def _changed(results_dir: Path) -> list[dict[str, Any]]:
+def _changed(results_dir: Path) -> list[Change]:
     """Answers to a task that differ between its own stage and the last one, and between told and routed."""
     told, routed = read_evaluation(results_dir), read_evaluation(results_dir / ROUTED)
-    found: list[dict[str, Any]] = []
+    found: list[Change] = []
     if told is None:
         return found
     for task in told.tasks:
@@ -228,32 +251,38 @@ def _changed(results_dir: Path) -> list[dict[str, Any]]:
 Side = tuple[Path, Evaluation, Cell]
 
 
-def _change(task: str, first: str, second: str, before: Side, after: Side) -> dict[str, Any]:
+def _change(task: str, first: str, second: str, before: Side, after: Side) -> Change:
     """How many answers changed, and how; examples of each kind. Nothing can change where one file holds both."""
     sides = [folder / cell.answers for folder, _, cell in (before, after)]
-    summary: dict[str, Any] = {
-        "task": task,
-        "from": f"{first}, banks {before[1].bank_numbers(before[2])}",
-        "to": f"{second}, banks {after[1].bank_numbers(after[2])}",
-        "questions": before[2].rows,
-        "same_banks": sides[0] == sides[1],
-        "changed": 0,
-        "lost": 0,
-        "gained": 0,
-        "examples": [],
-    }
-    if summary["same_banks"]:
+    summary = Change.model_validate(
+        {
+            "task": task,
+            "from": f"{first}, banks {before[1].bank_numbers(before[2])}",
+            "to": f"{second}, banks {after[1].bank_numbers(after[2])}",
+            "questions": before[2].rows,
+            "same_banks": sides[0] == sides[1],
+            "changed": 0,
+            "lost": 0,
+            "gained": 0,
+            "examples": [],
+        }
+    )
+    if summary.same_banks:
         return summary
     old, new = (read_answers(path) for path in sides)
     hits = [[row.hit for row in score_answers(answers).rows] for answers in (old, new)]
-    kinds: dict[str, list[dict[str, str]]] = {"lost": [], "gained": [], "changed": []}
+    kinds: dict[str, list[ChangedAnswer]] = {"lost": [], "gained": [], "changed": []}
     for one, two, was, now in zip(old, new, *hits, strict=True):
         if one.text == two.text:
             continue
         kind = "lost" if was and not now else "gained" if now and not was else "changed"
-        texts = {"question": one.prompt, "before": str(one.text), "after": str(two.text), "truth": str(one.gt)}
-        kinds[kind].append({"kind": kind, **texts})
-    summary["changed"] = sum(len(examples) for examples in kinds.values())
-    summary |= {kind: len(kinds[kind]) for kind in ("lost", "gained")}
-    summary["examples"] = [example for examples in kinds.values() for example in examples[:EXAMPLES]]
-    return summary
+        kinds[kind].append(
+            ChangedAnswer(kind=kind, question=one.prompt, before=str(one.text), after=str(two.text), truth=str(one.gt))
+        )
+    counts = {
+        "changed": sum(len(examples) for examples in kinds.values()),
+        "lost": len(kinds["lost"]),
+        "gained": len(kinds["gained"]),
+        "examples": [example for examples in kinds.values() for example in examples[:EXAMPLES]],
+    }
+    return summary.model_copy(update=counts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import os
 import re
 import time
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import httpx
 
@@ -24,11 +23,15 @@ from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.prompts import question_text
 from mslora_cr.data.records import DataError, TestRecord, TestRecords
 from mslora_cr.distributed.comm import world_size
-from mslora_cr.evaluation.generate import ANSWERS, answer_once, fingerprint_of, publish, read_journals
+from mslora_cr.evaluation.files import ANSWERS
+from mslora_cr.evaluation.generate import answer_once, fingerprint_of, journal_line, publish, read_journals
+from mslora_cr.evaluation.results import EVALUATION
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.evaluation.summary import cell_row, write_summary
+from mslora_cr.runs.lock import one_writer
 from mslora_cr.runs.session import task_folder, task_image_roots
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.files import append_to
 from mslora_cr.utils.progress import progress_bar
 
 SERVED = "served"
@@ -69,9 +72,14 @@ def evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None
 
     Raises:
         ConfigError, DataError: before anything is asked.
-        EndpointError: the server is gone, or refuses a question.
+        EndpointError: the server is gone, or refuses a question. LockedError: another launch writes there.
     """
     _check(endpoint)
+    with one_writer(config.results_run_dir):
+        return _evaluate_endpoint(config, endpoint, only)
+
+
+def _evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None) -> Path:
     tasks = [config.task(only)] if only else config.stream
     records = {task.name: TestRecords(task_folder(config, task) / "test.jsonl") for task in tasks}
     served = config.model_copy(
@@ -88,16 +96,16 @@ def evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None
         for task in tasks:
             asker = _Asker(served, endpoint, client, task, records[task.name])
             folder = served.results_run_dir / task.name
-            stamp = answer_once(folder, asker.fingerprint, partial(asker.answer, folder))
-            score_file(folder / ANSWERS, folder)
-            rows.append(cell_row(task, stage, [asker.model], folder, served.results_run_dir, stamp, asker.records))
+            stamp = answer_once(folder, asker.fingerprint, len(asker.records), partial(asker.answer, folder))
+            scores, root = score_file(folder / ANSWERS, folder), served.results_run_dir
+            rows.append(cell_row(task, stage, [asker.model], folder, root, stamp, asker.records, scores))
             possible[task.name, stage] = [asker.fingerprint]
     for task in config.stream:  # tasks of an earlier call stay if their answers would be the same
         path = task_folder(config, task) / "test.jsonl"
         if task.name not in records and path.is_file():
             fingerprint = _fingerprint(served, endpoint, task, TestRecords(path))
             possible[task.name, stage] = [fingerprint]
-    path = served.results_run_dir / "evaluation.json"
+    path = served.results_run_dir / EVALUATION
     write_summary(served, path, rows, possible)
     return path
 
@@ -154,7 +162,7 @@ class _Asker:
         started, total = time.monotonic(), len(self.records)
         label = f"{self.task.name} from {self.model}"
         with (
-            journal.open("a", encoding="utf-8") as file,
+            append_to(journal) as file,
             progress_bar(desc=label, total=total, initial=len(answered), unit="answer") as bar,
             ThreadPoolExecutor(self.endpoint.concurrency) as pool,
         ):
@@ -177,12 +185,12 @@ class _Asker:
         self._stopped.set()
         pool.shutdown(wait=True, cancel_futures=True)
 
-    def _note(self, index: int, file: TextIO, answered: dict[int, str], bar: Any) -> None:
+    def _note(self, index: int, file: BinaryIO, answered: dict[int, str], bar: Any) -> None:
         text = self._ask(index)
         if text is None:
             return
         with self._lock:
-            file.write(json.dumps({"index": index, "text": text}, ensure_ascii=False) + "\n")
+            file.write(journal_line(index, text, self.fingerprint))
             file.flush()
             answered[index] = text
             bar.update()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.stack import BankStack
@@ -13,10 +12,15 @@ from mslora_cr.data.datasets import EvalDataset, Preprocessing
 from mslora_cr.data.records import TestRecords
 from mslora_cr.distributed.comm import barrier, get_device, rank
 from mslora_cr.evaluation.cells import Cell, Stages, cells
-from mslora_cr.evaluation.generate import ANSWERS, answer_once, answer_questions, fingerprint_of
+from mslora_cr.evaluation.files import ANSWERS
+from mslora_cr.evaluation.generate import answer_once, answer_questions, fingerprint_of
+from mslora_cr.evaluation.metrics import Scores
+from mslora_cr.evaluation.results import EVALUATION
+from mslora_cr.evaluation.results import Cell as Row
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.evaluation.summary import cell_row, decoding, fingerprint_fields, question_digests, write_summary
 from mslora_cr.runs.ledger import finished_banks
+from mslora_cr.runs.lock import one_writer
 from mslora_cr.runs.session import (
     CachedTower,
     cached_tower,
@@ -41,11 +45,16 @@ def evaluate(
         banks: the banks by task, where they do not come from the run folder's ledger.
 
     Raises:
-        ConfigError, DataError, ModelError, BankError: before anything is answered.
+        ConfigError, DataError, ModelError, BankError, LockedError: before anything is answered.
     """
     if config.evaluation.banks_by == "routed":
         raise ConfigError("evaluation.banks_by is routed, which evaluate_routed answers")
     start_processes(config)
+    with one_writer(config.results_run_dir):
+        return _evaluate(config, stages, only, banks)
+
+
+def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Mapping[str, Bank] | None) -> Path:
     chain = dict(banks) if banks is not None else finished_banks(config)
     learned = [task.index + 1 for task in config.stream if task.name in chain]
     wanted = [cell for cell in cells(config, stages, learned) if only in (None, cell.task.name)]
@@ -74,10 +83,10 @@ def evaluate(
         cell.place: session.answer(cell, records[cell.task.name], fingerprints[cell.place])
         for cell in _by_banks(wanted)
     }
-    path = config.results_run_dir / "evaluation.json"
+    path = config.results_run_dir / EVALUATION
     if rank() == 0:
         possible = {place: [fingerprint] for place, fingerprint in fingerprints.items()}
-        write_summary(config, path, [rows[cell.place] for cell in wanted], possible)
+        write_summary(config, path, [row for cell in wanted if (row := rows[cell.place])], possible)
     barrier()
     return path
 
@@ -98,18 +107,18 @@ class _Session:
         self._fingerprint_fields = fingerprint_fields(config)
         self._loaded: tuple[BankStack, Preprocessing, CachedTower | None] | None = None
         self._folded: tuple[int, ...] | None = None
-        self._scored: set[Path] = set()
+        self._scored: dict[Path, Scores] = {}
 
-    def answer(self, cell: Cell, records: TestRecords, fingerprint: str) -> dict[str, Any]:
+    def answer(self, cell: Cell, records: TestRecords, fingerprint: str) -> Row | None:
         """Answer and score a cell, unless that was done before; on the first rank its row of `evaluation.json`."""
-        stamp = answer_once(cell.folder, fingerprint, lambda: self._answer(cell, records, fingerprint))
+        stamp = answer_once(cell.folder, fingerprint, len(records), lambda: self._answer(cell, records, fingerprint))
         if rank() != 0:
-            return {}
+            return None
         if cell.folder not in self._scored:  # a folder may hold several stages' cells
-            score_file(cell.folder / ANSWERS, cell.folder)
-            self._scored.add(cell.folder)
+            self._scored[cell.folder] = score_file(cell.folder / ANSWERS, cell.folder)
         names = [self.banks[number].name for number in cell.banks]
-        return cell_row(cell.task, cell.stage, names, cell.folder, self.config.results_run_dir, stamp, records)
+        scores, root = self._scored[cell.folder], self.config.results_run_dir
+        return cell_row(cell.task, cell.stage, names, cell.folder, root, stamp, records, scores)
 
     def _answer(self, cell: Cell, records: TestRecords, fingerprint: str) -> dict[str, float]:
         stack, prepare, tower = self._model()

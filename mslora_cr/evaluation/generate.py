@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,13 +21,14 @@ from mslora_cr.data.datasets import Preprocessing, Prompt
 from mslora_cr.data.records import TestRecord
 from mslora_cr.distributed.comm import all_gather_object, barrier, broadcast_object, rank, world_size
 from mslora_cr.evaluation.decoding import Decoder, Openings
+from mslora_cr.evaluation.files import ANSWERS, STAMP, Stamp
 from mslora_cr.evaluation.prefix import Limits, Wave, grouped, in_waves, padding_of, shared_out
-from mslora_cr.utils.files import replacing, write_json
+from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.files import append_to, file_digest, replacing
 from mslora_cr.utils.progress import progress_bar
+from mslora_cr.utils.strict_json import decode_json
 
-ANSWERS = "answer-file.jsonl"
-STAMP = "answers.json"
-"""What the answers beside it were made from."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,13 @@ def answer_questions(
     mine: dict[int, str] = {}
     started = time.monotonic()
     with (
-        journal.open("a", encoding="utf-8") as file,
+        append_to(journal) as file,
         progress_bar(desc=label, total=len(samples), initial=len(answered), unit="answer", disable=rank() != 0) as bar,
     ):
         for batch, ids in answered_batches(decoder, samples, waves, decoding.workers):
             texts = tokenizer.decode(ids)
             found = dict(zip(batch, texts, strict=True))
-            for index, text in found.items():
-                file.write(json.dumps({"index": index, "text": text}, ensure_ascii=False) + "\n")
+            file.writelines(journal_line(index, text, fingerprint) for index, text in found.items())
             file.flush()
             mine |= found
             bar.update(min(len(found) * world_size(), len(samples) - bar.n))
@@ -162,22 +163,41 @@ def greedy(decoder: Decoder, openings: Openings, questions: Sequence[int], waiti
     return decoder.answer(openings, questions, waiting)
 
 
+def journal_line(index: int, text: str, fingerprint: str) -> bytes:
+    """An answer as a rank's journal keeps it, with a check that it is still this one when it is read."""
+    check = hashlib.sha256(f"{fingerprint}/{index}/{text}".encode(errors="backslashreplace")).hexdigest()[:16]
+    return json.dumps({"index": index, "text": text, "check": check}).encode() + b"\n"
+
+
 def read_journals(folder: Path, fingerprint: str) -> dict[int, str]:
-    """Answers given so far under this fingerprint, by any rank. A line that a kill cut short is removed.
+    """Answers given so far under this fingerprint, by any rank. A line that a kill cut short is removed, one that was
+    changed since is passed over, so that its question is asked again.
 
     For the first rank alone; it also removes journals of other fingerprints.
     """
-    answered = {}
+    answered: dict[int, str] = {}
+    changed = 0
     for journal in sorted(folder.glob(".answers-*.jsonl")):
         if not journal.name.startswith(f".answers-{fingerprint[:16]}-"):
             journal.unlink()
             continue
         lines = journal.read_bytes().split(b"\n")
         if lines[-1]:  # without a line break at its end: cut short, and the next line would join it
-            journal.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
+            with replacing(journal) as partial:
+                partial.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
         for line in lines[:-1]:
-            row = json.loads(line)
-            answered[row["index"]] = row["text"]
+            try:
+                row = decode_json(line)
+                index, text = row["index"], row["text"]
+                whole = journal_line(index, text, fingerprint) == line + b"\n"
+            except (UserError, KeyError, TypeError):
+                whole = False
+            if whole:
+                answered[index] = text
+            else:
+                changed += 1
+    if changed:
+        log.warning("%s: %d answers of a stopped run are damaged; they are asked again", folder, changed)
     return answered
 
 
@@ -201,37 +221,78 @@ def publish(
 
 
 def answer_once(
-    folder: Path, fingerprint: str, answer: Callable[[], dict[str, Any]], complete: bool | None = None
-) -> dict[str, Any]:
-    """Let `answer` write a folder's answers, unless those there were made from the same; to be called on every rank.
+    folder: Path,
+    fingerprint: str,
+    questions: int,
+    answer: Callable[[], dict[str, Any]],
+    parts: Mapping[Path, int] | None = None,
+) -> Stamp:
+    """Let `answer` write a folder's answers, unless those there were made from the same and are still what was
+    answered; to be called on every rank.
 
     Args:
         fingerprint: of everything that decides the answers, alike on every rank.
+        questions: how many answers there are to be.
         answer: writes them, and returns what else to note of them.
-        complete: whether the answers are there, on the first rank; not given: whether the folder has its answer file.
+        parts: folders that share the answers, each with a stamp of its own that `answer` writes, and how many of the
+            answers it holds; the folder itself has no answer file then.
 
     Returns:
-        The folder's stamp: `fingerprint`, and what `answer` returned.
+        The folder's stamp.
     """
-    complete = (folder / ANSWERS).is_file() if complete is None else complete
-    stamp = broadcast_object(read_stamp(folder) if complete else {})
-    if stamp.get("fingerprint") == fingerprint:
+    stamp = None
+    if rank() == 0:
+        stamp = read_stamp(folder, fingerprint)
+        for place, count in (parts or {folder: questions}).items():
+            stamp = stamp if stamp and answers_are_whole(place, fingerprint, count) else None
+    stamp = broadcast_object(stamp)
+    if stamp is not None:
         return stamp
     if rank() == 0:
         (folder / STAMP).unlink(missing_ok=True)  # it must never be beside answers that it does not describe
-    stamp = {"fingerprint": fingerprint, **answer()}
+    noted = answer()
     if rank() == 0:
-        write_json(folder / STAMP, stamp)
+        stamp = write_stamp(folder, fingerprint, questions, noted)
         for journal in folder.glob(".answers-*.jsonl"):
             journal.unlink()
     barrier()
+    return broadcast_object(stamp)
+
+
+def write_stamp(folder: Path, fingerprint: str, rows: int, noted: Mapping[str, Any] | None = None) -> Stamp:
+    """Note what a folder's answers were made from and what they are; with their digest, if they are in the folder."""
+    answers = folder / ANSWERS
+    held = {"sha256": file_digest(answers), "rows": rows} if answers.is_file() else {}
+    stamp = Stamp.model_validate({"fingerprint": fingerprint, **held, **(noted or {})})
+    stamp.write(folder / STAMP)
     return stamp
 
 
-def read_stamp(folder: Path) -> dict[str, Any]:
-    """What a folder's answers were made from, and what else is noted of them; empty if there is no stamp."""
-    stamp = folder / STAMP
-    return json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
+def read_stamp(folder: Path, fingerprint: str) -> Stamp | None:
+    """What is noted of a folder's answers, if they were made from the same; a damaged stamp counts as none.
+
+    Raises:
+        NewerError: it is of a later version.
+    """
+    stamp = Stamp.read_if_whole(folder / STAMP)
+    return stamp if stamp and stamp.fingerprint == fingerprint else None
+
+
+def answers_are_whole(folder: Path, fingerprint: str, rows: int) -> bool:
+    """Whether a folder has all answers made from the same, as they were given; says so where they were changed since.
+
+    Version 0.1.0 noted no digest: of its answers only the number is known.
+    """
+    stamp, answers = read_stamp(folder, fingerprint), folder / ANSWERS
+    if stamp is None or not answers.is_file():
+        return False
+    if stamp.sha256 is not None:
+        whole = (stamp.sha256, stamp.rows) == (file_digest(answers), rows)
+    else:
+        whole = sum(1 for line in answers.read_bytes().split(b"\n") if line.strip()) == rows
+    if not whole:
+        log.warning("%s: cut or changed since it was answered, so these questions are answered again", answers)
+    return whole
 
 
 def fingerprint_of(facts: Mapping[str, Any]) -> str:

@@ -4,35 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mslora_cr.data.records import first_problem
 from mslora_cr.evaluation.intervals import SAMPLES, Scores, interval, resampled_means
 from mslora_cr.evaluation.matrix import TaskStageMatrix
 from mslora_cr.evaluation.score import SCORES, read_scores
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.files import file_digest
+from mslora_cr.utils.state import Part, StateFile
 
-ROUTED, ROUTING = "routed", "routing.json"
-"""Where answers without the task being told go in a results folder, and what the router did there."""
-ANALYSIS = "analysis.json"
+EVALUATION = "evaluation.json"
 
 
 class ReportError(UserError):
-    """There is nothing to report, or a file of the run cannot be read; the message names it."""
+    """There is nothing to report, or results do not fit together."""
 
 
-class _Read(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True)
-
-
-class Cell(_Read):
+class Cell(Part):
     """A task's answers at a stage: who answered, where the answers are, and their metrics in percent.
 
     `intervals` has the ends of each metric's bootstrap interval, `questions` the digest of the file asked from,
-    `seconds` how long the last launch answered.
+    `sha256` and `scores_sha256` those of the answers that were scored and of their scores, which version 0.1.0 did not
+    note. The rest is from the answers' `Stamp`.
     """
 
     task: str
@@ -41,9 +36,18 @@ class Cell(_Read):
     answers: str
     questions: str
     rows: int
+    fingerprint: str
     seconds: float
+    padding: float | None = None
+    padding_unsorted: float | None = None
+    sha256: str | None = None
+    scores_sha256: str | None = None
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return self.task, self.stage
 
 
 class MatrixIntervals(NamedTuple):
@@ -55,8 +59,10 @@ class MatrixIntervals(NamedTuple):
     stages: dict[int, tuple[float, float]]
 
 
-class Evaluation(_Read):
-    """`evaluation.json` of a results folder."""
+class Evaluation(StateFile):
+    """`evaluation.json` of a results folder: the cells that one model answered."""
+
+    MEND: ClassVar[str] = "remove it; `mslora-cr evaluate` with the same --stages writes it again from the answers"
 
     run: str
     method: str
@@ -162,56 +168,29 @@ class Evaluation(_Read):
         return several and all(len(set(banks)) <= 1 for banks in since.values())
 
 
-class StageRouting(_Read):
-    """What the router took the questions for after a stage.
-
-    Attributes:
-        learned: the tasks it knows. confusion: by a question's task, how many were taken for each of `learned`.
-        questions: how many are of learned tasks. accuracy: how many of those it knew, in percent.
-    """
-
-    stage: int
-    learned: tuple[str, ...]
-    confusion: dict[str, tuple[int, ...]]
-    questions: int
-    accuracy: float | None
-    interval: tuple[float, float] | None
-
-
-class Routing(_Read):
-    """`routing.json` of a results folder."""
-
-    stages: tuple[StageRouting, ...]
-
-
 def read_evaluation(results_dir: Path) -> Evaluation | None:
     """`evaluation.json`, or None if the run is not evaluated.
 
     Raises:
-        ReportError: it is malformed.
+        StateError: it is damaged, or of a later version.
+        ReportError: answers or scores that it was made from were changed since.
     """
-    return _load(results_dir / "evaluation.json", Evaluation)
+    evaluation = Evaluation.read_if_there(results_dir / EVALUATION)
+    for cell in evaluation.cells if evaluation else ():
+        answers = results_dir / cell.answers
+        for file, digest in ((answers, cell.sha256), (answers.with_name(SCORES), cell.scores_sha256)):
+            if digest is not None and file.is_file() and file_digest(file) != digest:
+                raise ReportError(f"{file} was changed since it was scored; evaluate that run again")
+    return evaluation
 
 
 def required_evaluation(results_dir: Path) -> Evaluation:
     """`evaluation.json`.
 
     Raises:
-        ReportError: the run is not evaluated, or it is malformed.
+        ReportError: the run is not evaluated. ReportError, StateError: as `read_evaluation`.
     """
     evaluation = read_evaluation(results_dir)
     if evaluation is None:
         raise ReportError(f"there is no {results_dir / 'evaluation.json'}; evaluate that run first")
     return evaluation
-
-
-Model = TypeVar("Model", bound=_Read)
-
-
-def _load(path: Path, model: type[Model]) -> Model | None:
-    if not path.is_file():
-        return None
-    try:
-        return model.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise ReportError(f"{path}: {first_problem(error)}") from None

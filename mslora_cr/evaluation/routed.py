@@ -22,15 +22,18 @@ from mslora_cr.data.datasets import EvalDataset, Preprocessing, Prompt
 from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecords
 from mslora_cr.distributed.comm import all_gather_object, barrier, get_device, rank, world_size
 from mslora_cr.evaluation.cells import CellKey, Stages, stages_of
-from mslora_cr.evaluation.generate import ANSWERS, STAMP, answer_once, answer_questions, fingerprint_of, read_stamp
+from mslora_cr.evaluation.files import ANSWERS, ROUTED, ROUTING, Routing, StageRouting
+from mslora_cr.evaluation.generate import answer_once, answer_questions, fingerprint_of, read_stamp, write_stamp
 from mslora_cr.evaluation.intervals import interval, resampled_means
-from mslora_cr.evaluation.results import ROUTED, ROUTING
+from mslora_cr.evaluation.results import EVALUATION
+from mslora_cr.evaluation.results import Cell as Row
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.evaluation.summary import cell_row, decoding, fingerprint_fields, question_digests, write_summary
 from mslora_cr.methods.base import method_of, needs_task
 from mslora_cr.models.llava_med import LlavaMed
-from mslora_cr.routing.lda import Router, TaskStatistics, load_statistics
+from mslora_cr.routing.lda import Router, TaskStatistics
 from mslora_cr.runs.ledger import Ledger, finished_banks
+from mslora_cr.runs.lock import one_writer
 from mslora_cr.runs.session import (
     check_hosts,
     feature_extractor,
@@ -41,7 +44,7 @@ from mslora_cr.runs.session import (
     task_folder,
     task_image_roots,
 )
-from mslora_cr.utils.files import file_digest, replacing, write_json
+from mslora_cr.utils.files import replacing
 
 
 def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mapping[str, Bank] | None = None) -> Path:
@@ -55,7 +58,7 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
 
     Raises:
         ConfigError: the method answers every task with the same banks, or `stages` is `own`, where nothing is mixed.
-        DataError, ModelError, BankError: before anything is answered.
+        DataError, ModelError, BankError, LockedError: before anything is answered.
     """
     if not needs_task(config):
         raise ConfigError(
@@ -65,6 +68,11 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
     if stages == "own":
         raise ConfigError("routed questions of all tasks are answered together; use --stages final, seen or all")
     start_processes(config)
+    with one_writer(config.results_run_dir):
+        return _evaluate_routed(config, stages, banks)
+
+
+def _evaluate_routed(config: StreamConfig, stages: Stages, banks: Mapping[str, Bank] | None) -> Path:
     chain = dict(banks) if banks is not None else finished_banks(config)
     learned = [task for task in config.stream if task.name in chain]
     asked = {
@@ -77,42 +85,26 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
         raise BankError(f"no stage of this run can be answered from the banks in {config.run_dir}")
     names = {task.name for tasks in asked.values() for task in tasks}
     records = {name: TestRecords(task_folder(config, config.task(name)) / "test.jsonl") for name in sorted(names)}
-    session = _Session(config, chain, saved_statistics(config, learned[: max(asked)]), records)
+    ledger = Ledger.read(config)
+    session = _Session(config, chain, [ledger.statistics(task.name) for task in learned[: max(asked)]], records)
     facts = {
         f"the questions, banks or settings at stage {stage}": session.fingerprint(stage, tasks)
         for stage, tasks in asked.items()
     }
     check_hosts(config.results_run_dir, facts)
-    rows: dict[CellKey, dict[str, Any]] = {}
+    rows: dict[CellKey, Row] = {}
     for stage, tasks in asked.items():
         rows |= session.answer(stage, tasks)
     folder = config.results_run_dir / ROUTED
     if rank() == 0:
         order = [(task.name, stage) for task in config.stream for stage in asked if (task.name, stage) in rows]
-        kept = write_summary(config, folder / "evaluation.json", [rows[key] for key in order], session.possible(folder))
-        stamps = (read_stamp(folder / f"stage-{stage}") for stage in kept["stages"])
-        write_json(folder / ROUTING, {"stages": [stamp["routing"] for stamp in stamps]})
+        kept = write_summary(config, folder / EVALUATION, [rows[key] for key in order], session.possible(folder))
+        ways = {cell.stage: cell.fingerprint for cell in kept.cells}
+        stamps = (read_stamp(folder / f"stage-{stage}", ways[stage]) for stage in kept.stages)
+        routings = tuple(stamp.routing for stamp in stamps if stamp and stamp.routing)
+        Routing(stages=routings).write(folder / ROUTING)
     barrier()
-    return folder / "evaluation.json"
-
-
-def saved_statistics(config: StreamConfig, tasks: Sequence[Task]) -> list[TaskStatistics]:
-    """What was saved with the banks of these tasks.
-
-    Raises:
-        BankError: it is not there, or not what the ledger records.
-    """
-    ledger, found = Ledger.read(config), []
-    for task in tasks:
-        folder = ledger.bank_folder(task.name)
-        found.append(load_statistics(folder))
-        recorded = ledger.content["tasks"].get(task.name, {}).get("router_digest")
-        if recorded not in (None, file_digest(folder / STATISTICS)):
-            raise BankError(
-                f"{folder / STATISTICS} is not what the ledger records; `mslora-cr bank fit-router CONFIG --task "
-                f"{task.name}` recreates it"
-            )
-    return found
+    return folder / EVALUATION
 
 
 def fit_router(config: StreamConfig, only: str | None = None) -> list[Path]:
@@ -120,9 +112,14 @@ def fit_router(config: StreamConfig, only: str | None = None) -> list[Path]:
     the bank. For banks that were trained elsewhere. Returns the files.
 
     Raises:
-        DataError, ModelError, ConfigError: something cannot be read.
+        DataError, ModelError, ConfigError: something cannot be read. LockedError: another launch writes there.
     """
     start_processes(config)
+    with one_writer(config.run_dir):
+        return _fit_router(config, only)
+
+
+def _fit_router(config: StreamConfig, only: str | None) -> list[Path]:
     tasks = [config.task(only)] if only else config.stream
     records = {task.name: TrainingRecords(task_folder(config, task) / "train.json") for task in tasks}
     check_hosts(config.run_dir, {"the training records": {name: found.digest for name, found in records.items()}})
@@ -135,9 +132,7 @@ def fit_router(config: StreamConfig, only: str | None = None) -> list[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as partial:
                 save_file(statistics.tensors(), partial)
-            if task.name in ledger.content["tasks"]:
-                entry = {**ledger.content["tasks"][task.name], "router_digest": file_digest(path)}
-                ledger.record(task.name, entry)
+            ledger.note_router(task)
         paths.append(path)
     barrier()
     return paths
@@ -195,7 +190,7 @@ class _Session:
         self._base: LlavaMed | None = None
         self._mixed: PerSampleAdapters | None = None
 
-    def answer(self, stage: int, tasks: Sequence[Task]) -> dict[CellKey, dict[str, Any]]:
+    def answer(self, stage: int, tasks: Sequence[Task]) -> dict[CellKey, Row]:
         """Answer and score these tasks' questions after a stage, unless that was done before.
 
         Returns:
@@ -206,22 +201,22 @@ class _Session:
         together = root / f"stage-{stage}"
         fingerprint = self.fingerprint(stage, tasks)
         folders = {task.name: root / task.name / f"stage-{stage}" for task in tasks}
-        complete = all(
-            (folder / ANSWERS).is_file() and read_stamp(folder).get("fingerprint") == fingerprint
-            for folder in folders.values()
-        )
+        counts = {folder: len(self._records[name]) for name, folder in folders.items()}
         stamp = answer_once(
-            together, fingerprint, lambda: self._answer(stage, tasks, together, folders, fingerprint), complete
+            together,
+            fingerprint,
+            sum(counts.values()),
+            lambda: self._answer(stage, tasks, together, folders, fingerprint),
+            counts,
         )
         if rank() != 0:
             return {}
         names = [bank.name for bank in self.banks[:stage]]
-        noted = {key: value for key, value in stamp.items() if key != "routing"}
         rows = {}
         for task in tasks:
-            score_file(folders[task.name] / ANSWERS, folders[task.name])
+            scores = score_file(folders[task.name] / ANSWERS, folders[task.name])
             rows[task.name, stage] = cell_row(
-                task, stage, names, folders[task.name], root, noted, self._records[task.name]
+                task, stage, names, folders[task.name], root, stamp, self._records[task.name], scores
             )
         return rows
 
@@ -262,22 +257,22 @@ class _Session:
                     for route in routes[task.name]:
                         answer = {**json.loads(next(lines)), "metadata": {"routed_to": self.banks[route].name}}
                         file.write(json.dumps(answer, ensure_ascii=False) + "\n")
-                write_json(folder / STAMP, {"fingerprint": fingerprint})
+                write_stamp(folder, fingerprint, len(routes[task.name]))
         (together / ANSWERS).unlink()
 
-    def _confusion(self, stage: int, tasks: Sequence[Task], routes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    def _confusion(self, stage: int, tasks: Sequence[Task], routes: Mapping[str, Sequence[int]]) -> StageRouting:
         """How many questions of each task were taken for each learned one, and how many of learned tasks rightly."""
-        counts = {task.name: np.bincount(routes[task.name], minlength=stage).tolist() for task in tasks}
+        counts = {task.name: tuple(np.bincount(routes[task.name], minlength=stage).tolist()) for task in tasks}
         known = [task for task in tasks if task.index < stage]
         right = np.array([float(route == task.index) for task in known for route in routes[task.name]])
-        return {
-            "stage": stage,
-            "learned": [bank.name for bank in self.banks[:stage]],
-            "confusion": counts,
-            "questions": len(right),
-            "accuracy": 100 * float(right.mean()) if known else None,
-            "interval": interval(100 * resampled_means(right[:, None])) if known else None,
-        }
+        return StageRouting(
+            stage=stage,
+            learned=tuple(bank.name for bank in self.banks[:stage]),
+            confusion=counts,
+            questions=len(right),
+            accuracy=100 * float(right.mean()) if known else None,
+            interval=interval(100 * resampled_means(right[:, None])) if known else None,
+        )
 
     def _routes(self, stage: int, tasks: Sequence[Task]) -> dict[str, list[int]]:
         """For each question of these tasks, the learned task that it is taken for, by its place from 0."""
@@ -323,7 +318,7 @@ class _Session:
         found: dict[CellKey, set[str]] = {}
         for stage in range(1, len(self.banks) + 1):
             ways = {self.fingerprint(stage, tasks) for tasks in (self.config.stream[:stage], self.config.stream)}
-            if read_stamp(root / f"stage-{stage}").get("fingerprint") in ways:
+            if any(read_stamp(root / f"stage-{stage}", way) for way in ways):
                 found |= {(task.name, stage): ways for task in self.config.stream}
         return found
 

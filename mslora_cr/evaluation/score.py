@@ -14,11 +14,13 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from tabulate import tabulate
 
-from mslora_cr.data.records import DataError, first_problem
+from mslora_cr.data.records import DataError
 from mslora_cr.evaluation import intervals
 from mslora_cr.evaluation.metrics import AnswerType, Scores, score_answers
-from mslora_cr.utils.files import replacing
+from mslora_cr.utils.errors import first_problem
+from mslora_cr.utils.files import write_text
 from mslora_cr.utils.progress import progress_bar
+from mslora_cr.utils.strict_json import JsonError, decode_json
 from mslora_cr.utils.workers import worker_pool
 
 SCORES = "scores.csv"
@@ -76,12 +78,12 @@ def score_file(answers: Path, output: Path, workers: int = 1) -> Scores:
     records = read_answers(answers)
     scores = _score(records, workers)
     output.mkdir(parents=True, exist_ok=True)
-    _write(output / "metrics.txt", render_metrics(scores))
-    _write(output / "metrics.json", json.dumps(summarize(scores), indent=2) + "\n")
-    _write(output / SCORES, _render_scores(records, scores))
+    write_text(output / "metrics.txt", render_metrics(scores))
+    write_text(output / "metrics.json", json.dumps(summarize(scores), indent=2) + "\n")
+    write_text(output / SCORES, _render_scores(records, scores))
     for name, wanted in (("hit.csv", True), ("not_hit.csv", False)):
         chosen = (record for record, row in zip(records, scores.rows, strict=True) if row.hit is wanted)
-        _write(output / name, _render_csv(chosen))
+        write_text(output / name, _render_csv(chosen))
     return scores
 
 
@@ -136,8 +138,8 @@ def read_scores(path: Path) -> tuple[list[str], dict[str, intervals.Scores]]:
 
 def _parse(line: bytes, place: str) -> AnswerRecord:
     try:
-        value = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = decode_json(line)
+    except JsonError as error:
         raise DataError(f"{place}: not a line of JSON in UTF-8: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{place}: expected an object ({{…}}), found {type(value).__name__}")
@@ -164,9 +166,3 @@ def _render_csv(records: Iterable[AnswerRecord]) -> str:
         prediction, truth = str(record.text).lower(), str(record.gt).lower()
         writer.writerow((record.question_id, record.prompt, prediction, truth, record.answer_type, record.image))
     return text.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    # JSON can spell half a surrogate pair, which UTF-8 cannot: it is written as the escape it came in.
-    with replacing(path) as partial:
-        partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +11,17 @@ from typing import Any
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.records import TestRecords
 from mslora_cr.evaluation.cells import CellKey
-from mslora_cr.evaluation.generate import ANSWERS, Decoding, read_stamp
+from mslora_cr.evaluation.files import ANSWERS, Stamp
+from mslora_cr.evaluation.generate import Decoding, answers_are_whole
+from mslora_cr.evaluation.metrics import Scores
+from mslora_cr.evaluation.results import Cell as Row
+from mslora_cr.evaluation.results import Evaluation
+from mslora_cr.evaluation.score import SCORES, summarize
 from mslora_cr.runs.ledger import environment
 from mslora_cr.runs.session import base_digest, task_folder
-from mslora_cr.utils.files import file_digest, write_json
+from mslora_cr.utils.files import file_digest
+
+log = logging.getLogger(__name__)
 
 
 def question_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -> dict[str, str]:
@@ -53,67 +60,73 @@ def cell_row(
     banks: Sequence[str],
     folder: Path,
     root: Path,
-    stamp: Mapping[str, Any],
+    stamp: Stamp,
     records: TestRecords,
-) -> dict[str, Any]:
-    """A row of `evaluation.json`, once the answers in `folder`, somewhere below `root`, are scored.
+    scores: Scores,
+) -> Row:
+    """A row of `evaluation.json`: the answers in `folder`, somewhere below `root`, and their scores.
 
     Args:
-        stamp: the answers' `answers.json`: fingerprint, seconds and share of padding.
+        stamp: of the launch that answered: fingerprint, seconds and share of padding.
     """
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return {
-        "task": task.name,
-        "stage": stage,
-        "banks": list(banks),
-        "answers": str((folder / ANSWERS).relative_to(root)),
-        "questions": records.digest,
-        "rows": len(records),
-        **stamp,
-        "metrics": metrics["metrics"],
-        "intervals": metrics["intervals"],
-    }
+    summary = summarize(scores)
+    assert stamp.seconds is not None, "only a part of routed answers has none"
+    return Row(
+        task=task.name,
+        stage=stage,
+        banks=tuple(banks),
+        answers=str((folder / ANSWERS).relative_to(root)),
+        questions=records.digest,
+        rows=len(records),
+        fingerprint=stamp.fingerprint,
+        seconds=stamp.seconds,
+        padding=stamp.padding,
+        padding_unsorted=stamp.padding_unsorted,
+        sha256=file_digest(folder / ANSWERS),
+        scores_sha256=file_digest(folder / SCORES),
+        metrics=summary["metrics"],
+        intervals=summary["intervals"],
+    )
 
 
 def write_summary(
-    config: StreamConfig, path: Path, rows: Sequence[dict[str, Any]], possible: Mapping[CellKey, Collection[str]]
-) -> dict[str, Any]:
+    config: StreamConfig, path: Path, rows: Sequence[Row], possible: Mapping[CellKey, Collection[str]]
+) -> Evaluation:
     """Merge this call's cells into `evaluation.json`, task by task and stage by stage; returns what it now contains.
 
     Its cells are all of the same model, asked the same questions in the same way: one of an earlier call stays only if
     its answers are still those that it was scored from, and if these banks, questions and settings would give them
-    again. Cells that are left out are printed.
+    again. Cells that are left out are named.
 
     Args:
         possible: the fingerprints that answers to a cell can have with these banks, questions and settings.
     """
-    old = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
-    merged = {(row["task"], row["stage"]): row for row in rows}
+    old = Evaluation.read_if_whole(path)
+    merged = {row.place: row for row in rows}
     left_out: dict[str, list[str]] = defaultdict(list)
-    for row in old:
-        place = row["task"], row["stage"]
-        if place in merged:
+    for row in old.cells if old else ():
+        if row.place in merged:
             continue
-        stamp = read_stamp((path.parent / row["answers"]).parent).get("fingerprint")
-        if stamp == row["fingerprint"] and stamp in possible.get(place, ()):
-            merged[place] = row
+        folder = (path.parent / row.answers).parent
+        if row.fingerprint in possible.get(row.place, ()) and answers_are_whole(folder, row.fingerprint, row.rows):
+            merged[row.place] = row
         else:
-            left_out[row["task"]].append(str(row["stage"]))
+            left_out[row.task].append(str(row.stage))
     if left_out:
         places = "; ".join(f"{task} at stage {', '.join(stages)}" for task, stages in left_out.items())
-        print(f"{path}: left out, because other banks, questions or settings gave the answers: {places}")
+        log.warning("%s: left out, because other banks, questions or settings gave the answers: %s", path, places)
     order = [task.name for task in config.tasks]
     kept = [merged[place] for place in sorted(merged, key=lambda place: (order.index(place[0]), place[1]))]
-    summary = {
-        "run": config.run,
-        "method": config.method,
-        "banks_by": config.evaluation.banks_by,
-        "tasks": order,
-        "modalities": {task.name: task.modality for task in config.stream},
-        "published": {task.name: config.datasets[task.name].published for task in config.tasks},
-        "stages": sorted({row["stage"] for row in kept}),
-        "cells": kept,
-        "environment": environment(),
-    }
-    write_json(path, summary)
+    summary = Evaluation(
+        run=config.run,
+        method=config.method,
+        banks_by=config.evaluation.banks_by,
+        tasks=tuple(order),
+        modalities={task.name: task.modality for task in config.stream},
+        published={task.name: config.datasets[task.name].published for task in config.tasks},
+        stages=tuple(sorted({row.stage for row in kept})),
+        cells=tuple(kept),
+        environment=environment(),
+    )
+    summary.write(path)
     return summary

@@ -91,3 +91,17 @@ class PenaltyWeight:
         with torch.no_grad():
             self._log.copy_(state["log"])
         self._optimizer.load_state_dict(state["optimizer"])
+
+
+def penalty_hook(pending: dict[Key, Tensor], key: Key) -> Callable[[Tensor], Tensor]:
+    """Adds what is pending to a matrix's gradient.
+
+    It must not know the trainer: PyTorch keeps a hook's references where the garbage collector does not look, and the
+    trainer leads to the parameter, so the model would never be freed.
+    """
+
+    def add(gradient: Tensor) -> Tensor:
+        penalty = pending.get(key)
+        return gradient if penalty is None else gradient + penalty.to(gradient.dtype)
+
+    return add

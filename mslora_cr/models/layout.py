@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.strict_json import JsonError, read_object
 
 PLACEHOLDER_PIECE = "<0x00>"
 """The byte piece that represents an image patch in `input_ids`: inside the vocabulary, so that `lm_head` keeps its
@@ -58,14 +59,12 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise ModelError(f"{path}: no such folder; set model.path to a LLaVA-Med v1.5 folder")
+    if not (path / "config.json").exists():
+        raise ModelError(f"{path}: config.json is missing")
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: config.json is missing") from None
-    except ValueError as error:
-        raise ModelError(f"{path}/config.json: not JSON ({error})") from None
-    except RecursionError:
-        raise ModelError(f"{path}/config.json: nested too deeply") from None
+        config = read_object(path / "config.json")
+    except JsonError as error:
+        raise ModelError(f"{error}") from None
     known = ("llava_mistral", "llava")
     if not isinstance(config, dict) or config.get("model_type") not in known:
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
@@ -176,9 +175,9 @@ def indexed_files(index: Path) -> list[Path]:
     """The files that an index spreads the weights over, which must be in its folder."""
     path = index.parent
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_object(index)["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index}: not an index of weights ({error!r})") from None
     if outside:
         raise ModelError(f"{index}: names {outside[0]!r}, which is not a file in this folder")

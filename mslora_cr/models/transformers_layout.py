@@ -29,6 +29,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from mslora_cr.data.prompts import IMAGE_INDEX, encode_prompt, generation_prompt
 from mslora_cr.models.layout import ModelError
 from mslora_cr.models.llava_med import LlavaMed
+from mslora_cr.utils.strict_json import read_object
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -67,7 +68,7 @@ def save_transformers_layout(base: LlavaMed, processor: LlavaProcessor, folder: 
     processor.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)  # loaders that know no processor_config.json read this
     settings = folder / "tokenizer_config.json"
-    told = json.loads(settings.read_text(encoding="utf-8"))
+    told = read_object(settings)
     told["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows it by, too
     settings.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
@@ -186,7 +187,7 @@ def _renamed(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 def _save_config(base: LlavaMed, folder: Path) -> None:
     base.model.config.save_pretrained(folder)
     path = folder / "config.json"
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_object(path)
     config["image_seq_length"] = base.patches
     config["vision_config"].pop("_name_or_path", None)  # a path of the machine that wrote it
     text = config["text_config"]

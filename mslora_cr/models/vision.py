@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mslora_cr.data.images import tower_folder
 from mslora_cr.models.layout import ModelError, check_numbers, check_report, from_pretrained
+from mslora_cr.utils.strict_json import JsonError, read_object
 
 
 def detach_tower(model: LlavaForConditionalGeneration) -> nn.Module:
@@ -70,12 +70,12 @@ def load_named_tower(path: Path, config: Mapping[str, Any]) -> CLIPVisionModel:
 
 def tower_config(source: str | Path) -> CLIPVisionConfig:
     if isinstance(source, Path):
+        if not (source / "config.json").exists():  # transformers would take the default sizes
+            raise ModelError(f"{source}: config.json is missing")
         try:
-            check_numbers(source / "config.json", json.loads((source / "config.json").read_text(encoding="utf-8")))
-        except FileNotFoundError:  # transformers would take the default sizes
-            raise ModelError(f"{source}: config.json is missing") from None
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{source}/config.json: not a JSON object ({error})") from None
+            check_numbers(source / "config.json", read_object(source / "config.json"))
+        except JsonError as error:
+            raise ModelError(f"{error}") from None
     try:
         return CLIPVisionConfig.from_pretrained(source)
     except (OSError, ValueError) as error:

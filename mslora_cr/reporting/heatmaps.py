@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mslora_cr.banks.similarity import Similarity
-from mslora_cr.evaluation.results import Evaluation, StageRouting
+from mslora_cr.evaluation.files import StageRouting
+from mslora_cr.evaluation.results import Evaluation
 from mslora_cr.reporting.answers import TaskAnswers, confusions
 
 

@@ -14,8 +14,9 @@ from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.evaluation import intervals
 from mslora_cr.evaluation.compare import compare
+from mslora_cr.evaluation.files import ROUTED, Analysis
 from mslora_cr.evaluation.matrix import TaskStageMatrix
-from mslora_cr.evaluation.results import ROUTED, Evaluation, MatrixIntervals, ReportError
+from mslora_cr.evaluation.results import Evaluation, MatrixIntervals, ReportError
 from mslora_cr.reporting.answers import browsed_answers, browser_data
 from mslora_cr.reporting.heatmaps import (
     answer_maps,
@@ -31,6 +32,7 @@ from mslora_cr.reporting.render import capital, render
 from mslora_cr.reporting.run_record import PUBLISHED_SCORES, PublishedRun, RunRecord, load_published_scores, read_run
 from mslora_cr.reporting.style import ADDED_TITLES, METRICS, PALETTE, TITLES
 from mslora_cr.reporting.thumbnails import thumbnails
+from mslora_cr.runs.lock import one_writer
 
 
 def write_report(
@@ -49,13 +51,13 @@ def write_report(
 
     Raises:
         ReportError: there is neither a ledger nor an evaluation, or a file of the run is malformed.
-        DataError: an answer file is malformed.
+        DataError: an answer file is malformed. LockedError: another launch writes to the results folder.
     """
     run = read_run(run_dir, results_dir)
-    results_dir.mkdir(parents=True, exist_ok=True)
-    context = _context(run, load_published_scores(published_scores)) | _answers(run, config)
-    for name in ("report.html", "report.md"):
-        render(name, results_dir / name, context)
+    with one_writer(results_dir):
+        context = _context(run, load_published_scores(published_scores)) | _answers(run, config)
+        for name in ("report.html", "report.md"):
+            render(name, results_dir / name, context)
     return results_dir / "report.html"
 
 
@@ -195,8 +197,9 @@ def _routing(run: RunRecord) -> dict[str, Any]:
         return context | {"cost": {}, "why": str(error)}
 
 
-def _analysis(found: Mapping[str, Any]) -> dict[str, Any]:
+def _analysis(analysis: Analysis) -> dict[str, Any]:
     """`analysis.json` as tables."""
+    found = analysis.model_dump(by_alias=True)
     similarity, contribution = found["similarity"], found["contribution"]
     places = {"By decoder layer": "by_layer", "By module": "by_module"}
     return {

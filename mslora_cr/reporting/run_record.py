@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,55 +9,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mslora_cr.banks.similarity import Similarity, bank_similarity
+from mslora_cr.evaluation.files import ANALYSIS, ROUTED, ROUTING, Analysis, Routing
 from mslora_cr.evaluation.metrics import score_answers
-from mslora_cr.evaluation.results import (
-    ANALYSIS,
-    ROUTED,
-    ROUTING,
-    Evaluation,
-    ReportError,
-    Routing,
-    _load,
-    _Read,
-    read_evaluation,
-)
+from mslora_cr.evaluation.results import Evaluation, ReportError, read_evaluation
 from mslora_cr.evaluation.score import AnswerRecord, read_answers
+from mslora_cr.runs.entries import LEDGER, RunLedger
+from mslora_cr.utils.state import Part
+from mslora_cr.utils.strict_json import JsonError, decode_json
 
 PUBLISHED_SCORES = Path(__file__).with_name("published_scores.yaml")
 BANK_WEIGHTS = "adapter_model.safetensors"
 """`banks.WEIGHTS`, named again: to import that loads PEFT and transformers, which triples a report's start."""
 
 
-class TaskEntry(_Read):
-    """A finished task in the ledger. How an imported bank was trained is not known: no loss, no steps, no seconds."""
-
-    digest: str
-    steps: int
-    train_loss: float | None
-    seconds: float
-    finished: str
-
-
-class RunLedger(_Read):
-    """`ledger.json` of a run folder."""
-
-    run: str
-    method: str
-    config_digest: str
-    versions: dict[str, str]
-    git: dict[str, Any] | None
-    hardware: dict[str, Any]
-    tasks: dict[str, TaskEntry]
-
-    @property
-    def seconds(self) -> float:
-        """What training all tasks took."""
-        return sum(entry.seconds for entry in self.tasks.values())
-
-
-class PublishedRun(_Read):
+class PublishedRun(Part):
     """Published scores of a run by task: `exact`, `closed`, `f1`, in percent, where the task has them.
 
     `method` is the name that its method has here.
@@ -97,7 +64,7 @@ class RunRecord:
     modalities: dict[str, str]
     evaluation: Evaluation | None
     routing: Routing | None
-    analysis: dict[str, Any] | None
+    analysis: Analysis | None
     ledger: RunLedger | None
     logs: dict[str, list[dict[str, float]]]
     similarity: Similarity | None
@@ -110,8 +77,8 @@ def read_run(run_dir: Path, results_dir: Path) -> RunRecord:
     """Read whatever a run left in its run folder and its results folder.
 
     Raises:
-        ReportError: neither a ledger nor an evaluation exists, or a file is malformed.
-        DataError: an answer file is malformed.
+        ReportError: neither a ledger nor an evaluation exists, or answers or scores were changed since.
+        StateError: a file is damaged, or of a later version. DataError: an answer file is malformed.
     """
     evaluation, ledger = read_evaluation(results_dir), read_ledger(run_dir)
     known = evaluation or ledger
@@ -132,8 +99,8 @@ def read_run(run_dir: Path, results_dir: Path) -> RunRecord:
         tasks=tasks,
         modalities=evaluation.modalities if evaluation else {},
         evaluation=evaluation,
-        routing=_load(results_dir / ROUTED / ROUTING, Routing),
-        analysis=_read_analysis(results_dir / ANALYSIS),
+        routing=Routing.read_if_there(results_dir / ROUTED / ROUTING),
+        analysis=Analysis.read_if_there(results_dir / ANALYSIS),
         ledger=ledger,
         logs=logs,
         similarity=bank_similarity(banks) if len(banks) > 1 else None,
@@ -147,9 +114,9 @@ def read_ledger(run_dir: Path) -> RunLedger | None:
     """`ledger.json`, or None if nothing was trained.
 
     Raises:
-        ReportError: it is malformed.
+        StateError: it is damaged, or of a later version.
     """
-    return _load(run_dir / "ledger.json", RunLedger)
+    return RunLedger.read_if_there(run_dir / LEDGER)
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
@@ -160,34 +127,34 @@ def read_log(path: Path) -> list[dict[str, float]]:
     Raises:
         ReportError: another line is not a JSON object with a step; the message names file and line.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     steps: dict[int, dict[str, float]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-            steps[entry["step"]] = entry
-        except (ValueError, TypeError, KeyError):
+            entry = decode_json(line)
+            steps[_LogStep.model_validate(entry).step] = entry
+        except (JsonError, ValidationError):
             if number == len(lines):
                 continue
             raise ReportError(f"{path}: line {number}: expected a JSON object with a 'step'") from None
     return [steps[step] for step in sorted(steps)]
 
 
+class _LogStep(BaseModel):
+    """A line of a log: numbers by name, its step among them."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, float]
+
+    step: int
+
+
 def load_published_scores(path: Path = PUBLISHED_SCORES) -> dict[str, PublishedRun]:
     """The published runs by kind: `each`, `mslora_cr_ortho`, `mslora_cr_ortho_6task`."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     return {kind: PublishedRun.model_validate(run) for kind, run in content.items()}
-
-
-def _read_analysis(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ReportError(f"{path}: not JSON ({error}); `mslora-cr analyze` rewrites it") from None
 
 
 def _answer_files(evaluation: Evaluation, results_dir: Path) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from mslora_cr.evaluation.results import ReportError
 from mslora_cr.reporting.plots import sweep_dots
 from mslora_cr.reporting.render import render
 from mslora_cr.reporting.style import METRICS, PALETTE, TITLES
+from mslora_cr.utils.files import write_text
 
 SWEEP_PANELS = {"final_average": "final average, %", "forgetting": "forgetting, points"}
 SWEEP_COLUMNS = {
@@ -42,7 +43,7 @@ def write_sweep_page(found: Mapping[str, Any], output: Path) -> Path:
         for figure, title in SWEEP_PANELS.items()
     }
     plot = sweep_dots({title: panel for title, panel in panels.items() if panel}, colors)
-    (output / "sweep.svg").write_text(plot, encoding="utf-8")
+    write_text(output / "sweep.svg", plot)
     context = {
         "found": found,
         "metrics": {TITLES[key]: methods for key, methods in found["metrics"].items() if methods},

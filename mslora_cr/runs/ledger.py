@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
-from mslora_cr.banks.io import TASK_STATE, WEIGHTS, load_bank
+from mslora_cr.banks.io import STATISTICS, TASK_STATE, WEIGHTS, load_bank
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
-from mslora_cr.utils.files import file_digest, write_json
+from mslora_cr.distributed.comm import broadcast_object
+from mslora_cr.routing.lda import TaskStatistics, load_statistics
+from mslora_cr.runs.differences import CONFIG, Finished, changed_settings
+from mslora_cr.runs.entries import LEDGER, Forced, RunLedger, TaskEntry
+from mslora_cr.utils.files import file_digest, write_text
 
 PACKAGES = ("mslora-cr", "torch", "transformers", "peft", "accelerate", "deepspeed", "tokenizers")
 
@@ -68,10 +72,10 @@ def _hardware() -> dict[str, Any]:
 
 @dataclass
 class Ledger:
-    """A run folder: `read` it, `open` it before anything is written there, `record` each finished task."""
+    """A run folder: `read` it, `open` it before anything is written there, `enter` each finished task."""
 
     folder: Path
-    content: dict[str, Any]
+    content: RunLedger
     _verified: set[tuple[str, str]] = field(default_factory=set)
     """Files of banks, with their digests, that were found to be what is recorded: a bank is hashed once."""
 
@@ -80,33 +84,32 @@ class Ledger:
         """The ledger of a configuration's run folder, empty if there is none yet. Writes nothing.
 
         Raises:
-            ConfigError: `ledger.json` is damaged.
+            StateError: `ledger.json` is damaged, or of a later version.
         """
-        path = config.run_dir / "ledger.json"
-        if not path.is_file():
-            return cls(config.run_dir, {"run": config.run, "method": config.method, "tasks": {}})
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            content["tasks"].keys()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{path} is damaged ({error!r}); restore it, or move {config.run_dir} away to start again"
-            ) from None
-        return cls(config.run_dir, content)
+        found = RunLedger.read_if_there(config.run_dir / LEDGER)
+        return cls(config.run_dir, found or RunLedger(run=config.run, method=config.method, tasks={}))
+
+    @property
+    def tasks(self) -> Mapping[str, TaskEntry]:
+        """The finished tasks, in the order in which they were finished."""
+        return self.content.tasks
 
     def open(self, config: StreamConfig, model_digest: str, force: bool) -> None:
-        """Make the run folder this configuration's.
+        """Make the run folder this configuration's. What `force` lets pass is noted in the ledger.
 
         Raises:
             ConfigError: as `check_same_configuration`.
         """
         self.check_same_configuration(config, model_digest, force)
+        begun = [task for task in config.stream if task.name in self.tasks or self.work_folder(task.name).is_dir()]
+        changed = changed_settings(self.folder, config, begun[-1]) if begun and force else []
+        changed += [f"the base model, on which {name!r} was trained" for name in self._other_bases(model_digest)]
+        noted = self.content.forced
+        if changed and force and changed not in [list(known.changed) for known in noted]:
+            noted = (*noted, Forced(when=_now(), finished=tuple(self.tasks), changed=tuple(changed)))
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(
-            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
-        )
-        self.content.update(config_digest=config.training_digest(), **environment())
-        self._write()
+        write_text(self.folder / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        self._write({"config_digest": config.training_digest(), **environment()} | ({"forced": noted} if noted else {}))
 
     def check_same_configuration(
         self,
@@ -117,45 +120,41 @@ class Ledger:
     ) -> None:
         """Raise if finished tasks were trained otherwise. Writes nothing.
 
+        A stream may grow: tasks behind the finished ones are free.
+
         Args:
             advice: what the user can do instead.
 
         Raises:
-            ConfigError: they were, and `force` is not given; what differs is named.
+            ConfigError: they have another order, rank or method here; or they were trained with other settings or on
+                another base model, and `force` is not given. What differs is named.
         """
-        differences = self.differences(config, model_digest)
+        found = Finished(self.folder, self.content)
+        if fixed := found.fixed_difference(config):
+            raise ConfigError(
+                f"{self.folder} has finished tasks of another stream ({fixed}), which not even --force changes. Choose "
+                "another `run`"
+            )
+        differences = found.difference(config) or next(
+            (
+                f"{name!r} was trained on a base model of other content than that in {config.model.path}"
+                for name in self._other_bases(model_digest)
+            ),
+            "",
+        )
         if differences and not force:
             raise ConfigError(f"{self.folder} was made with another configuration ({differences}). {advice}")
 
-    def differences(self, config: StreamConfig, model_digest: str) -> str:
-        """What sets finished tasks apart from those that this configuration would train; empty if nothing does.
-
-        A stream may grow: tasks behind the finished ones are free.
-        """
-        stream = {task.name: task for task in config.stream}
-        for name, entry in reversed(self.content["tasks"].items()):  # the last one's configuration holds the others'
-            if name not in stream:
-                return f"{name!r} is finished there, and not a task here"
-            if entry.get("config_digest") not in (None, config.training_digest(stream[name])):
-                # A launch with --force has put its own settings into config.yaml.
-                forced = f"{name!r} was trained with other settings, by --force"
-                return self._changed_keys(config, stream[name]) or forced
-            if entry.get("model_digest") not in (None, model_digest):
-                return f"{name!r} was trained on a base model of other content than that in {config.model.path}"
-        return ""
-
-    def _changed_keys(self, config: StreamConfig, task: Task) -> str:
-        try:
-            old = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
-            before = _flat(StreamConfig.model_validate(old).fingerprint_fields(task))
-        except (OSError, yaml.YAMLError, ValidationError):
-            return "its config.yaml is gone or damaged"
-        now = _flat(config.fingerprint_fields(task))
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        return "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in changed[:6])
+    def _other_bases(self, model_digest: str) -> list[str]:
+        """The finished tasks that were trained on a base model of other content."""
+        return [name for name, entry in self.tasks.items() if entry.model_digest not in (None, model_digest)]
 
     def bank_folder(self, task: str) -> Path:
         return self.folder / "banks" / task
+
+    def work_folder(self, task: str) -> Path:
+        """Where checkpoints inside a task are kept until it is done."""
+        return self.folder / "work" / task
 
     def done(self, task: str) -> bool:
         """Whether a task is finished.
@@ -163,28 +162,41 @@ class Ledger:
         Raises:
             BankError: its bank is gone or not the one that was recorded.
         """
-        entry = self.content["tasks"].get(task)
+        entry = self.tasks.get(task)
         if entry is None:
             return False
-        recorded = {WEIGHTS: entry["digest"]}
-        if entry.get("memory_digest"):
-            recorded[TASK_STATE] = entry["memory_digest"]
+        recorded = {WEIGHTS: entry.digest, TASK_STATE: entry.memory_digest}
         for name, digest in recorded.items():
             file = self.bank_folder(task) / name
-            if (str(file), digest) in self._verified:
+            if digest is None or (str(file), digest) in self._verified:
                 continue
             if not file.is_file() or file_digest(file) != digest:
                 raise BankError(
                     f"{file} is not what the ledger records; restore it, or remove {task!r} from "
-                    f"{self.folder / 'ledger.json'} to train it again"
+                    f"{self.folder / LEDGER} to train it again"
                 )
             self._verified.add((str(file), digest))
         return True
 
     def task_state(self, task: str) -> dict[str, Tensor]:
         """What the method kept of a finished task; empty if that is nothing, or the task is not finished."""
-        entry = self.content["tasks"].get(task, {})
-        return load_file(self.bank_folder(task) / TASK_STATE) if entry.get("memory_digest") else {}
+        entry = self.tasks.get(task)
+        return load_file(self.bank_folder(task) / TASK_STATE) if entry and entry.memory_digest else {}
+
+    def statistics(self, task: str) -> TaskStatistics:
+        """What a router needs to know of a task, from the file beside its bank.
+
+        Raises:
+            BankError: it is not there, or not what is recorded.
+        """
+        file = self.bank_folder(task) / STATISTICS
+        found = load_statistics(file.parent)
+        entry = self.tasks.get(task)
+        if entry and entry.router_digest not in (None, file_digest(file)):
+            raise BankError(
+                f"{file} is not what the ledger records; `mslora-cr bank fit-router CONFIG --task {task}` recreates it"
+            )
+        return found
 
     def banks(self, config: StreamConfig, tasks: list[Task]) -> list[Bank]:
         """The finished banks of these tasks.
@@ -202,23 +214,46 @@ class Ledger:
             loaded.append(bank)
         return loaded
 
-    def record(self, task: str, entry: dict[str, Any]) -> None:
-        self.content["tasks"][task] = entry
-        self._write()
+    def enter(self, config: StreamConfig, task: Task, digest: str, **known: Any) -> None:
+        """Enter a task as finished, once its bank and what belongs to it are in their folder.
 
-    def _write(self) -> None:
-        write_json(self.folder / "ledger.json", self.content)
+        Args:
+            digest: SHA-256 of the bank's weights.
+            known: further fields of its `TaskEntry`.
+        """
+        entry = TaskEntry(
+            digest=digest,
+            memory_digest=self._digest(task, TASK_STATE),
+            router_digest=self._digest(task, STATISTICS),
+            finished=_now(),
+            stream=tuple(member.name for member in config.stream[: task.index + 1]),
+            method=config.method,
+            rank=config.lora.rank,
+            **known,
+        )
+        self._write({"tasks": {**self.tasks, task.name: entry}})
+
+    def note_router(self, task: Task) -> None:
+        """Record a finished task's statistics, which were made anew; of another task nothing."""
+        if task.name in self.tasks:
+            entry = self.tasks[task.name].model_copy(update={"router_digest": self._digest(task, STATISTICS)})
+            self._write({"tasks": {**self.tasks, task.name: entry}})
+
+    def share(self) -> None:
+        """Let every rank have the first one's ledger: a shared file system may show other hosts an older one."""
+        self.content = broadcast_object(self.content)
+
+    def _digest(self, task: Task, name: str) -> str | None:
+        file = self.bank_folder(task.name) / name
+        return file_digest(file) if file.is_file() else None
+
+    def _write(self, changes: Mapping[str, Any]) -> None:
+        self.content = self.content.model_copy(update=changes)
+        self.content.write(self.folder / LEDGER)
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(node, dict):
-        return {key: value for name, child in node.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
-    if isinstance(node, list):
-        named = [
-            (item.get("name", index) if isinstance(item, dict) else index, item) for index, item in enumerate(node)
-        ]
-        return {key: value for name, child in named for key, value in _flat(child, f"{prefix}{name}.").items()}
-    return {prefix[:-1]: node}
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def finished_banks(config: StreamConfig) -> dict[str, Bank]:

@@ -20,9 +20,8 @@ from mslora_cr.data.records import DataError
 from mslora_cr.data.tokenizer import Tokenizer
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.decoding import answer_alone
-from mslora_cr.evaluation.routed import saved_statistics
 from mslora_cr.routing.lda import Router
-from mslora_cr.runs.ledger import finished_banks
+from mslora_cr.runs.ledger import Ledger, finished_banks
 from mslora_cr.runs.session import feature_extractor, load_base, preprocessing
 from mslora_cr.serving.selection import RunBanks
 
@@ -146,7 +145,8 @@ class AnsweringModel:
 
     def _router(self, stage: int) -> Router:
         if stage not in self._routers:
-            self._routers[stage] = Router(saved_statistics(self.config, self.run.routed(stage)))
+            ledger = Ledger.read(self.config)
+            self._routers[stage] = Router([ledger.statistics(task.name) for task in self.run.routed(stage)])
         return self._routers[stage]
 
     def _use(self, task: str | None, stage: int) -> tuple[str, ...]:

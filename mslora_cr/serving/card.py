@@ -13,6 +13,7 @@ from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.evaluation.intervals import CONFIDENCE
 from mslora_cr.evaluation.results import Cell, Evaluation
+from mslora_cr.runs.entries import RunLedger
 
 Uploaded = Literal["peft", "merged"]
 SECRET = ("token", "key", "secret", "password")
@@ -25,8 +26,7 @@ class Card:
     Attributes:
         config: of the run. repo: where it goes. kind: what is uploaded. base: the base model's name on the hub.
         folders: by what is uploaded, a task or `model`, its folder in the repository, "" for the repository itself.
-        banks: by the same, the banks that answer. ledger: the run's finished tasks. made_with: versions, commit,
-        hardware. evaluation: the run's, if there is one.
+        banks: by the same, the banks that answer. ledger: the run's. evaluation: the run's, if there is one.
     """
 
     config: StreamConfig
@@ -35,8 +35,7 @@ class Card:
     base: str
     folders: Mapping[str, str]
     banks: Mapping[str, Sequence[str]]
-    ledger: Mapping[str, Mapping[str, Any]]
-    made_with: Mapping[str, Any]
+    ledger: RunLedger
     evaluation: Evaluation | None
 
     def text(self) -> str:
@@ -199,13 +198,12 @@ diagnosis, triage or treatment, nor for advice to patients; it is no medical dev
 
     def _training(self) -> str:
         rows = [
-            f"| {_cell(task)} | {entry.get('steps', '')} | {_number(entry.get('train_loss'))} | "
-            f"{_number(entry.get('seconds'))} |"
-            for task, entry in self.ledger.items()
+            f"| {_cell(task)} | {entry.steps} | {_number(entry.train_loss)} | {_number(entry.seconds)} |"
+            for task, entry in self.ledger.tasks.items()
         ]
-        versions = ", ".join(f"{name} {version}" for name, version in self.made_with.get("versions", {}).items())
-        commit = (self.made_with.get("git") or {}).get("commit", "not recorded")
-        gpus = ", ".join((self.made_with.get("hardware") or {}).get("gpus", [])) or "none"
+        versions = ", ".join(f"{name} {version}" for name, version in self.ledger.versions.items())
+        commit = (self.ledger.git or {}).get("commit", "not recorded")
+        gpus = ", ".join(self.ledger.hardware.get("gpus", [])) or "none"
         settings = _without_secrets(self.config.fingerprint_fields())
         return "\n".join(
             [

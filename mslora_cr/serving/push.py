@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -18,6 +16,7 @@ from mslora_cr.runs.ledger import Ledger
 from mslora_cr.serving.card import Card, Uploaded
 from mslora_cr.serving.export import export, plan_export
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.strict_json import read_object
 
 CARD = "model_card.md"
 
@@ -98,7 +97,6 @@ def _card(
 ) -> Card:
     _check_name(repo, "REPO")
     chosen, _ = plan_export(config, kind, task, stage)
-    content: dict[str, Any] = Ledger.read(config).content
     return Card(
         config=config,
         repo=repo,
@@ -106,8 +104,7 @@ def _card(
         base=_base(config, base),
         folders={name: name if len(chosen) > 1 else "" for name in chosen},
         banks={name: [bank.name for bank in banks] for name, banks in chosen.items()},
-        ledger=content["tasks"],
-        made_with=content,
+        ledger=Ledger.read(config).content,
         evaluation=read_evaluation(config.results_run_dir),
     )
 
@@ -115,7 +112,7 @@ def _card(
 def _base(config: StreamConfig, base: str | None) -> str:
     record = Path(config.model.path) / DOWNLOAD
     if base is None and record.is_file():
-        base = json.loads(record.read_text(encoding="utf-8")).get("repo")
+        base = read_object(record).get("repo")
     if base is None:
         raise PushError(
             f"{config.model.path} does not say which model of the hub it is; name it with --base OWNER/NAME"

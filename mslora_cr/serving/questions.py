@@ -11,8 +11,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from mslora_cr.data.records import STRICT_JSON, DataError, explain_json, first_problem
+from mslora_cr.data.records import DataError
 from mslora_cr.serving.answering import Answer
+from mslora_cr.utils.errors import first_problem
+from mslora_cr.utils.strict_json import STRICT_JSON, explain_json
 
 
 @dataclass(frozen=True)

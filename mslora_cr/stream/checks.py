@@ -51,7 +51,7 @@ def shared_facts(
         "training.deepspeed": zero_stage(fields.get("deepspeed")),
         "the base model's files": model_digest,
         "the training records": {name: found.digest for name, found in records.items()},
-        "the finished tasks": {name: entry["digest"] for name, entry in ledger.content["tasks"].items()},
+        "the finished tasks": {name: entry.digest for name, entry in ledger.tasks.items()},
         "the checkpoints": {
             name: [path.name for path in checkpoints(work_folder(config, config.task(name)))] for name in records
         },
@@ -65,8 +65,8 @@ def check_records_unchanged(ledger: Ledger, records: dict[str, TrainingRecords])
         DataError: names the file.
     """
     for name, found in records.items():
-        entry = ledger.content["tasks"].get(name)
-        if entry is not None and entry["records_digest"] not in (None, found.digest):
+        entry = ledger.tasks.get(name)
+        if entry is not None and entry.records_digest not in (None, found.digest):
             raise DataError(f"{found.path} has changed since {name!r} was trained on it; restore it to continue")
 
 

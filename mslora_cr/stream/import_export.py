@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,17 @@ from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.io import CONFIG, STATISTICS, TASK_STATE, WEIGHTS, load_bank, save_bank
-from mslora_cr.banks.published import BASE_DIGEST, PUBLISHED_WEIGHTS, export_published, read_object
+from mslora_cr.banks.published import BASE_DIGEST, PUBLISHED_WEIGHTS, export_published
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.methods.base import Method, method_of
 from mslora_cr.models.layout import ModelError, language_linear_shapes, read_config
+from mslora_cr.runs.entries import LEDGER, Imported, RunLedger
 from mslora_cr.runs.ledger import Ledger
+from mslora_cr.runs.lock import one_writer
 from mslora_cr.runs.session import base_digest
 from mslora_cr.utils.files import file_digest
+from mslora_cr.utils.state import StateError
+from mslora_cr.utils.strict_json import read_object
 
 _SPELLINGS = ("finetune_lora_MSLoRA", "finetune_MSLoRA")
 
@@ -62,14 +65,15 @@ def _trained_on(place: Path, name: str, config: StreamConfig) -> str | None:
     try:
         if (place / PUBLISHED_WEIGHTS).is_file():
             return read_object(place / "config.json").get(BASE_DIGEST)
-        ledger = place.parent.parent / "ledger.json"
-        if ledger.is_file():
-            entry = read_object(ledger)["tasks"].get(name, {})
-            if entry.get("digest") not in (None, file_digest(place / WEIGHTS)):
-                raise BankError(f"{place / WEIGHTS} is not what {ledger} records; restore it")
-            return entry.get("model_digest")
+        path = place.parent.parent / LEDGER
+        ledger = RunLedger.read_if_there(path)
+        if ledger is not None:
+            entry = ledger.tasks.get(name)
+            if entry and entry.digest != file_digest(place / WEIGHTS):
+                raise BankError(f"{place / WEIGHTS} is not what {path} records; restore it")
+            return entry.model_digest if entry else None
         named = read_object(place / CONFIG).get("base_model_name_or_path")
-    except BankError:
+    except (BankError, StateError):
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BankError(f"{place}: what it was trained on cannot be read ({error!r})") from None
@@ -161,8 +165,13 @@ def import_chain(folder: Path, config: StreamConfig) -> list[str]:
             with another bank; or the method keeps more of a task than its bank, and that is not there. Nothing is
             written then.
         ConfigError: another configuration made the run folder.
-        ModelError: the base model cannot be read.
+        ModelError: the base model cannot be read. LockedError: another launch writes to the run folder.
     """
+    with one_writer(config.run_dir):
+        return _import_chain(folder, config)
+
+
+def _import_chain(folder: Path, config: StreamConfig) -> list[str]:
     method, ledger = method_of(config), Ledger.read(config)
     places = _places(folder, config, whole=method.keeps_frozen_adapters or method.init_from_previous)
     banks = {name: _load(place, name, config) for name, place in places.items()}
@@ -224,18 +233,8 @@ def _enter(bank: Bank, place: Path, config: StreamConfig, ledger: Ledger) -> Non
         beside[TASK_STATE] = load_file(place / TASK_STATE)
     described = {**bank.metadata, "modality": task.modality, "index": task.index, "imported": source}
     digest = save_bank(replace(bank, metadata=described), folder, config.lora.dropout, beside)
-    entry = {
-        "digest": digest,
-        "memory_digest": file_digest(folder / TASK_STATE) if TASK_STATE in beside else None,
-        "router_digest": file_digest(folder / STATISTICS) if routers else None,
-        "records_digest": None,
-        "steps": 0,
-        "train_loss": None,
-        "seconds": 0.0,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "imported": source,
-    }
-    ledger.record(bank.name, entry)
+    imported = Imported(path=source["path"], sha256=source["sha256"])
+    ledger.enter(config, task, digest, steps=0, train_loss=None, seconds=0.0, imported=imported)
 
 
 def describe(bank: Bank) -> dict[str, Any]:

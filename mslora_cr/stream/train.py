@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import os
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.io import STATISTICS, TASK_STATE, save_bank
@@ -36,6 +36,7 @@ from mslora_cr.methods.base import Setup, method_of, needs_task
 from mslora_cr.models import llava_med
 from mslora_cr.routing.lda import TaskStatistics
 from mslora_cr.runs.ledger import Ledger
+from mslora_cr.runs.lock import one_writer
 from mslora_cr.runs.session import (
     base_digest,
     cached_tower,
@@ -51,12 +52,14 @@ from mslora_cr.stream.arguments import training_arguments, work_folder
 from mslora_cr.stream.checks import check_records_unchanged, check_task_images, check_trainable, shared_facts
 from mslora_cr.stream.plan import frozen_tasks, previous_task, tasks_to_train
 from mslora_cr.training.callbacks import ConsoleCallback, JsonLinesCallback
-from mslora_cr.training.checkpoints import check_same_launch, checkpoints, writing
+from mslora_cr.training.checkpoints import check_same_launch, checkpoints, reading, writing
 from mslora_cr.training.inputs import layer_inputs
+from mslora_cr.training.trackers import tracked
 from mslora_cr.training.trainer import BankTrainer
-from mslora_cr.utils.files import file_digest
 from mslora_cr.utils.kernels import chosen_kernels
 from mslora_cr.utils.progress import progress_bar
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,16 @@ def train(config: StreamConfig, only: str | None = None, force: bool = False) ->
     Everything that can be wrong is checked before the first step: configuration, records, images, earlier banks.
 
     Raises:
-        ConfigError, DataError, ModelError, BankError: with what is wrong, where, and how to mend it.
+        ConfigError, DataError, ModelError, BankError, StateError, LockedError: with what is wrong, where, and how to
+            mend it.
     """
     fields = start_processes(config)
     check_trainable(config, fields)
+    with one_writer(config.run_dir):
+        _train(config, fields, only, force)
+
+
+def _train(config: StreamConfig, fields: dict[str, Any], only: str | None, force: bool) -> None:
     if zero_stage(fields.get("deepspeed")):
         prepare_deepspeed(get_device(config.model.device).type == "cuda")
     tasks = tasks_to_train(config, only)
@@ -116,7 +125,7 @@ def train(config: StreamConfig, only: str | None = None, force: bool = False) ->
 
     run_on_rank0(prepare)
     if not tasks and rank() == 0:
-        print(f"{config.method} trains nothing; evaluate it directly")
+        log.info("%s trains nothing; evaluate it directly", config.method)
     run = StreamRun(config, fields, ledger, records, model_digest, force)
     bar = progress_bar(tasks, desc="stream", unit="task", disable=rank() != 0)
     for task in bar:
@@ -125,7 +134,7 @@ def train(config: StreamConfig, only: str | None = None, force: bool = False) ->
             train_task(run, task)
         elif rank() == 0:
             shutil.rmtree(work_folder(config, task), ignore_errors=True)  # a run killed right after the ledger
-            print(f"{task.name}: already done, skipped")
+            log.info("%s: already done, skipped", task.name)
 
 
 def train_task(run: StreamRun, task: Task) -> None:
@@ -136,16 +145,16 @@ def train_task(run: StreamRun, task: Task) -> None:
     trainer, router = build_trainer(run, task)
     # A shared file system may show other hosts an older state, of checkpoints here and of the ledger below.
     found = broadcast_object(checkpoints(work_folder(run.config, task)))
+    step = 0
     if found:
+        with reading(str(found[-1])):
+            step = TrainerState.load_from_json(str(found[-1] / TRAINER_STATE_NAME)).global_step
         check_same_launch(found[-1], trainer.args, run.input_digests(task), run.force)
     _say_where_it_starts(task, trainer, found)
-    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    with tracked(trainer, run.config.run_dir / "logs", task.name, step):
+        trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     save_task(run, task, trainer, router)
-    run.ledger.content = broadcast_object(run.ledger.content)
-    if "wandb" in trainer.args.report_to:
-        import wandb
-
-        wandb.finish()  # else the next task would be logged into this one's W&B run
+    run.ledger.share()
     release_trainer(trainer)
     del trainer
     free_memory()  # before the next task's model is loaded beside this one's
@@ -184,8 +193,6 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     del frozen  # folded into the model and held by the penalty; on the host it would be a copy per process
     order = method.order(config, task, samples.counts, run.ledger)
     args = training_arguments(config, task, run.fields, order is not None)
-    # Its default is inside the work folder, which goes when the task is done.
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / "logs" / "tensorboard" / task.name)
     if sharded:
         partition(stack.model, args.hf_deepspeed_config.config, device, stack.external_parameters())
     trainer = BankTrainer(
@@ -202,7 +209,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
         checkpointing=run.fields.get("gradient_checkpointing", False),
     )
     if rank() == 0:
-        print(f"{task.name}: banks' layers: {stack.layer}; kernels: {kernels}")
+        log.info("%s: banks' layers: %s; kernels: %s", task.name, stack.layer, kernels)
     return trainer, router
 
 
@@ -229,7 +236,7 @@ def _say_where_it_starts(task: Task, trainer: BankTrainer, found: Sequence[Path]
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if found and rank() == 0:
-        print(f"{task.name}: resumes after step {found[-1].name.rpartition('-')[2]}, from {found[-1]}")
+        log.info("%s: resumes after step %s, from %s", task.name, found[-1].name.rpartition("-")[2], found[-1])
 
 
 def training_samples(run: StreamRun, task: Task, base: llava_med.LlavaMed) -> ConcatTrainDataset:
@@ -259,29 +266,29 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
     with writing(folder):
         beside = {TASK_STATE: kept, STATISTICS: router.tensors() if router else {}}
         digest = save_bank(bank, folder, config.lora.dropout, beside)
-    input_digests = run.input_digests(task)
-    entry = {
-        "digest": digest,
-        "memory_digest": file_digest(folder / TASK_STATE) if kept else None,
-        "router_digest": file_digest(folder / STATISTICS) if router else None,
-        "records_digest": run.records[task.name].digest,
-        "config_digest": input_digests["configuration"],
-        "model_digest": input_digests["base model"],
-        "steps": trainer.state.global_step,
-        "train_loss": mean_loss,
-        "seconds": round(trainer.seconds, 3),
-        "padding": padding,
-        "bank_layer": trainer.stack.layer,
-        "kernels": chosen_kernels(config.model.kernels, config.model.device),
-        "recomputed_layers": trainer.recomputation.count,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "frozen_bank_bytes": trainer.penalty.frozen_bytes if trainer.penalty else 0,
-        "weights": trainer.penalty.weights if trainer.penalty else None,
-    }
-    ledger.record(task.name, entry)
-    print(
-        f"{task.name}: {trainer.state.global_step:,} steps in {trainer.seconds:.0f} s, mean loss {mean_loss:.4f}; "
-        f"bank: {folder}",
-        flush=True,
+    ledger.enter(
+        config,
+        task,
+        digest,
+        records_digest=run.records[task.name].digest,
+        config_digest=config.training_digest(task),
+        model_digest=run.model_digest,
+        steps=trainer.state.global_step,
+        train_loss=mean_loss,
+        seconds=round(trainer.seconds, 3),
+        padding=padding,
+        bank_layer=trainer.stack.layer,
+        kernels=chosen_kernels(config.model.kernels, config.model.device),
+        recomputed_layers=trainer.recomputation.count,
+        frozen_bank_bytes=trainer.penalty.frozen_bytes if trainer.penalty else 0,
+        weights=trainer.penalty.weights if trainer.penalty else None,
+    )
+    log.info(
+        "%s: %s steps in %.0f s, mean loss %.4f; bank: %s",
+        task.name,
+        f"{trainer.state.global_step:,}",
+        trainer.seconds,
+        mean_loss,
+        folder,
     )
     shutil.rmtree(work_folder(config, task), ignore_errors=True)

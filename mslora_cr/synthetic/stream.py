@@ -6,8 +6,6 @@ its place in the records says anything about the answer.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -19,7 +17,9 @@ from tqdm import tqdm
 
 from mslora_cr.data.records import DataError
 from mslora_cr.synthetic.images import TRAITS, Traits, draw
+from mslora_cr.utils.files import replacing_folder, write_json
 from mslora_cr.utils.progress import progress_bar
+from mslora_cr.utils.strict_json import read_object
 
 GENERATOR_VERSION = 2  # one more with every change of what is written for the same arguments
 STAMP = "synthetic.json"  # written last: a folder that holds it is complete
@@ -211,20 +211,11 @@ def build_once(target: Path, what: str, parameters: dict[str, Any], build: Calla
     if target.exists() and any(target.iterdir()):
         if not (target / STAMP).is_file():
             raise DataError(f"{target}: not empty, and not made by this generator; name another folder")
-        if json.loads((target / STAMP).read_text()) == stamp:
+        if read_object(target / STAMP) == stamp:
             return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with replacing_folder(target) as partial:
         build(partial)
-        (partial / STAMP).write_text(json.dumps(stamp, indent=1) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / STAMP, stamp)
 
 
 def sample_traits(kind: str, rng: np.random.Generator) -> Traits:

@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mslora_cr.utils.files import append_to, replacing
 from mslora_cr.utils.progress import progress_bar
+from mslora_cr.utils.strict_json import JsonError, decode_json
 
 
 class TowerOutsideGraph(TrainerCallback):
@@ -37,12 +39,13 @@ class JsonLinesCallback(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_bytes().split(b"\n")[:-1]:
                 try:
-                    kept += [line] if json.loads(line)["step"] <= state.global_step else []
-                except ValueError:
+                    kept += [line] if decode_json(line)["step"] <= state.global_step else []
+                except (JsonError, LookupError, TypeError):
                     break  # the line that was being written when the run was killed
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        with replacing(self.path) as partial:
+            partial.write_bytes(b"".join(line + b"\n" for line in kept))
 
     def on_log(
         self,
@@ -53,8 +56,8 @@ class JsonLinesCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            with append_to(self.path) as file:
+                file.write(json.dumps({"step": state.global_step, **logs}).encode() + b"\n")
 
 
 class ConsoleCallback(TrainerCallback):

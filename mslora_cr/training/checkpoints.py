@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,10 +18,16 @@ from mslora_cr.distributed.comm import DistributedError
 from mslora_cr.distributed.deepspeed import zero_stage
 from mslora_cr.distributed.launch import lost_a_process
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.state import StateError, StateFile
 
 STATE = "bank_trainer.pt"
 LAUNCH = "launch.json"
 BANK_FOLDER = "bank"
+STAGING = ".saving"
+"""How the name of a checkpoint that is not yet whole begins."""
+
+
+_NO_DAMAGE = (torch.AcceleratorError, torch.OutOfMemoryError, StateError)
 
 
 class SaveError(UserError):
@@ -30,12 +37,32 @@ class SaveError(UserError):
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints inside a task, oldest first."""
     found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    numbered = (path for path in found if path.is_dir() and path.name.rpartition("-")[2].isdecimal())
+    return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def launch(args: TrainingArguments) -> dict[str, int]:
-    """What a checkpoint's state on each rank depends on."""
-    return {"processes": args.world_size, "ZeRO stage": zero_stage(args.deepspeed)}
+class Launch(StateFile):
+    """`launch.json` of a checkpoint: what its state on each rank depends on, and what decides the task's bank."""
+
+    MEND: ClassVar[str] = "remove this checkpoint; the task starts from the one before it, or again"
+
+    processes: int
+    zero_stage: int = Field(alias="ZeRO stage")
+    configuration: str | None = None
+    base_model: str | None = Field(default=None, alias="base model")
+    training_records: str | None = Field(default=None, alias="training records")
+
+    @classmethod
+    def of(cls, args: TrainingArguments, input_digests: Mapping[str, str]) -> Launch:
+        """The launch that this process is a part of."""
+        facts = {"processes": args.world_size, "ZeRO stage": zero_stage(args.deepspeed), **input_digests}
+        return cls.model_validate(facts)
+
+    def input_digests(self) -> dict[str, str]:
+        """Of what decides the bank, by its name in words; what is not known is left out."""
+        return self.model_dump(
+            by_alias=True, exclude_none=True, include={"configuration", "base_model", "training_records"}
+        )
 
 
 def check_same_launch(checkpoint: Path, args: TrainingArguments, input_digests: Mapping[str, str], force: bool) -> None:
@@ -48,24 +75,40 @@ def check_same_launch(checkpoint: Path, args: TrainingArguments, input_digests: 
         DistributedError: another number of processes or ZeRO stage; between tasks both may change freely.
         ConfigError: another configuration, base model or training records.
     """
-    written = json.loads((checkpoint / LAUNCH).read_text(encoding="utf-8"))
+    written = Launch.read(checkpoint / LAUNCH)
     again = f"remove {checkpoint.parent} to start this task again (finished tasks stay)"
-    now = launch(args)
-    before = {key: written.get(key) for key in now}
-    if before != now:
-        was, is_now = (", ".join(f"{key} {value}" for key, value in facts.items()) for facts in (before, now))
+    now = Launch.of(args, input_digests)
+    if (written.processes, written.zero_stage) != (now.processes, now.zero_stage):
+        was, is_now = (f"processes {one.processes}, ZeRO stage {one.zero_stage}" for one in (written, now))
         raise DistributedError(
             f"{checkpoint} was written with {was}; this run has {is_now}. Launch it as before, or {again}; between "
             "tasks both may change"
         )
     free = {"configuration"} if force else set()
-    changed = [key for key, value in input_digests.items() if written.get(key) != value and key not in free]
+    before, after = written.input_digests(), now.input_digests()
+    changed = [key for key, value in after.items() if before.get(key) != value and key not in free]
     if changed:
         forced = "; --force continues with the changed configuration" if changed == ["configuration"] else ""
         raise ConfigError(
             f"{checkpoint} was made with another configuration or other files: {', '.join(changed)} changed since. "
             f"Restore what it was, or {again}{forced}"
         )
+
+
+@contextmanager
+def reading(checkpoint: str | None) -> Iterator[None]:
+    """Name the checkpoint in what libraries raise when it is damaged.
+
+    Raises:
+        StateError: instead of the library's own error.
+    """
+    try:
+        yield
+    except Exception as error:  # a damaged pickle may raise nearly anything
+        if checkpoint is None or lost_a_process(error) or isinstance(error, _NO_DAMAGE):
+            raise
+        reason = (str(error) or repr(error)).splitlines()[0][:200]
+        raise StateError(f"{checkpoint} is damaged and cannot be resumed from ({reason}); {Launch.MEND}") from error
 
 
 @contextmanager
@@ -79,7 +122,7 @@ def writing(place: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         # PyTorch's writer of files raises a plain RuntimeError.
-        if lost_a_process(error) or isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
+        if lost_a_process(error) or isinstance(error, _NO_DAMAGE):
             raise
         reason = (str(error) or repr(error)).splitlines()[0]
         raise SaveError(

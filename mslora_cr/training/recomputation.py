@@ -6,6 +6,7 @@ asks for: the first ones, of a number that is given, or found from what a step t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from mslora_cr.distributed.deepspeed import free_memory
+
+log = logging.getLogger(__name__)
 
 Setting = bool | int | Literal["auto"]
 """`training.gradient_checkpointing`: all layers, none, the first so many, or as many as memory asks for."""
@@ -144,4 +147,4 @@ class Recomputation(TrainerCallback):
                 torch.cuda.set_rng_state(random[1])
             more = -(-len(self._layers) // STEPS_OF_RETREAT)
             self.use(min(len(self._layers), self.count + more))
-            print(f"memory ran out; the activations of {self.count} decoder layers are recomputed from here on")
+            log.warning("memory ran out; the activations of %d decoder layers are recomputed from here on", self.count)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
+import logging
+import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,20 @@ from mslora_cr.banks.stack import TRAINABLE, BankStack
 from mslora_cr.data.collator import TrainingCollator, in_batches, padding_share
 from mslora_cr.data.datasets import ConcatTrainDataset
 from mslora_cr.data.prompts import IGNORE_INDEX
-from mslora_cr.distributed.comm import barrier
+from mslora_cr.distributed.comm import barrier, broadcast_object
 from mslora_cr.distributed.deepspeed import float32_value, gather_params, reshard
-from mslora_cr.losses.penalty import Distillation, Key, Penalty
+from mslora_cr.losses.penalty import Distillation, Key, Penalty, penalty_hook
 from mslora_cr.models.llava_med import decoder_layers, last_mlp
 from mslora_cr.models.sparse_mlp import SparseMLP
 from mslora_cr.training.callbacks import TowerOutsideGraph
-from mslora_cr.training.checkpoints import BANK_FOLDER, LAUNCH, STATE, checkpoints, launch, writing
+from mslora_cr.training.checkpoints import BANK_FOLDER, LAUNCH, STAGING, STATE, Launch, checkpoints, reading, writing
 from mslora_cr.training.inputs import layer_inputs
 from mslora_cr.training.recomputation import Recomputation, Setting
 from mslora_cr.training.sampler import FixedOrderSampler
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import replace_folder
+
+log = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(UserError):
@@ -103,6 +106,7 @@ class BankTrainer(Trainer):
         self.input_digests = dict(input_digests or {})
         self.penalty = penalty
         self.distillation = distillation
+        self._staging = broadcast_object(f"{STAGING}-{secrets.token_hex(8)}")
         self._kept = SparseMLP(last_mlp(stack.base))
         self._pending: dict[Key, Tensor] = {}
         self._micro_batch: dict[str, Tensor] = {}
@@ -117,7 +121,7 @@ class BankTrainer(Trainer):
         self._learning = {key: matrix for key, matrix in matrices.items() if matrix.requires_grad}
         if penalty is not None:
             for key, parameter in self._learning.items():
-                parameter.register_hook(_penalty_hook(self._pending, key))
+                parameter.register_hook(penalty_hook(self._pending, key))
 
     # --- one step ---
 
@@ -251,7 +255,7 @@ class BankTrainer(Trainer):
         count = torch.tensor([self.recomputation.decide(memory, trained)], device=self.args.device)
         self.recomputation.use(int(self.accelerator.gather(count).max()))
         if self.is_world_process_zero():
-            print(f"{self.args.run_name}: {self.recomputation.described(memory)}")
+            log.info("%s: %s", self.args.run_name, self.recomputation.described(memory))
 
     def layer_inputs(self, samples: int, tokens: int) -> dict[str, Tensor]:
         """What the linear layers see of the task's samples now; as `training.inputs.layer_inputs`."""
@@ -329,13 +333,14 @@ class BankTrainer(Trainer):
     # --- saving: the live bank and nothing else, whole or not at all ---
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(Path(self.args.output_dir) / ".saving")
+        return str(Path(self.args.output_dir) / self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Let the Trainer write a checkpoint under a temporary name, then rename it and drop older ones."""
         staging = Path(self._get_output_dir(trial))
         if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
+            for left in staging.parent.glob(f"{STAGING}*"):  # by this trainer before, or by a killed one
+                shutil.rmtree(left, ignore_errors=True)
         barrier()
         with writing(staging):
             super()._save_checkpoint(model, trial)
@@ -364,12 +369,21 @@ class BankTrainer(Trainer):
                 "seconds": self.seconds,
             }
             torch.save(state, folder / STATE)
-            (folder / LAUNCH).write_text(json.dumps({**launch(self.args), **self.input_digests}), encoding="utf-8")
+            Launch.of(self.args, self.input_digests).write(folder / LAUNCH)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.stack.load_trainable(load_bank(Path(resume_from_checkpoint) / BANK_FOLDER))
+        with reading(resume_from_checkpoint):
+            self.stack.load_trainable(load_bank(Path(resume_from_checkpoint) / BANK_FOLDER))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            self._load_state(checkpoint)
+
+    def _load_state(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             state = torch.load(Path(checkpoint) / STATE, map_location="cpu", weights_only=True)
@@ -380,17 +394,3 @@ class BankTrainer(Trainer):
                 self._positions = state["positions"].to(self._positions.device)
             self._started -= state["seconds"]
             self._logged_from = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
-
-
-def _penalty_hook(pending: dict[Key, Tensor], key: Key) -> Callable[[Tensor], Tensor]:
-    """Adds what is pending to a matrix's gradient.
-
-    It must not know the trainer: PyTorch keeps a hook's references where the garbage collector does not look, and the
-    trainer leads to the parameter, so the model would never be freed.
-    """
-
-    def add(gradient: Tensor) -> Tensor:
-        penalty = pending.get(key)
-        return gradient if penalty is None else gradient + penalty.to(gradient.dtype)
-
-    return add

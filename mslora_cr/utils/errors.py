@@ -1,9 +1,13 @@
-"""The one base of errors that a user can mend, and the nearest known word for their messages."""
+"""The one base of errors that a user can mend, and the words that their messages share."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class UserError(ValueError):
@@ -14,3 +18,35 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest known word, or nothing."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def shorten(value: Any) -> str:
+    """A value as a message shows it: on one line, without raw control characters, of a sensible length."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "something nested too deeply"
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem pydantic found: field, if it is one's, what was expected, what was found."""
+    return problems_in(error)[0]
+
+
+def problems_in(error: ValidationError) -> list[str]:
+    """Every problem pydantic found, as `first_problem` words it."""
+    return [_worded(problem) for problem in error.errors(include_url=False)]
+
+
+def _worded(problem: Any) -> str:
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in problem["loc"]]
+    field = "".join(steps).lstrip(".")
+    if problem["type"] == "missing":
+        return f"field '{field}' is missing"
+    if problem["type"] == "too_short":
+        return f"field '{field}' is empty"
+    expected = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    expected = expected.replace("a valid tuple", "a list")
+    where = f"field '{field}': " if field else ""
+    return f"{where}{expected}; found {shorten(problem['input'])}"

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, follow no links, and have no name that can be guessed before."""
 
 from __future__ import annotations
 
@@ -10,47 +10,130 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from mslora_cr.utils.errors import UserError
 
 
 @contextmanager
-def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
-    """A hidden path beside `path`, to be written in the block; then it is flushed to disk and renamed to `path`.
+def replacing(path: Path, shared: bool = False, flush: bool = True) -> Iterator[Path]:
+    """A new hidden file beside `path`, to be written in the block; then it is flushed to disk and renamed to `path`.
 
-    A block that fails leaves nothing. What a killed process leaves is overwritten the next time.
+    A block that fails leaves nothing. What a killed process leaves is removed when `path` is written again.
 
     Args:
-        shared: several processes may write the same file at once: the hidden name is not used twice, so they do not
-            meet, and what a killed one leaves stays.
+        shared: the folder may hold thousands of such files, so it is not searched for what killed processes left.
+        flush: not where a file that a power cut empties is made again anyway.
     """
-    partial = path.with_name(f".{path.name[:60]}{f'.{secrets.token_hex(4)}' if shared else ''}.tmp")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if not shared:
+        _remove_leftovers(path)
+    with _hidden(path) as partial:
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+        try:
+            yield partial
+            if flush:
+                _flush(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8, whole or not at all. Half a surrogate pair, which UTF-8 cannot spell, is written as its escape."""
+    with replacing(path) as partial:
+        partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_to(path: Path) -> BinaryIO:
+    """A file, opened to add to its end; it is made if it is not there.
+
+    Raises:
+        UserError: it is a link.
+    """
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, and nothing is written through links; remove it")
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "ab")
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """As `replacing`, for a folder: a new hidden one, to be filled in the block."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    with _hidden(folder) as staging:
+        staging.mkdir()
+        try:
+            yield staging
+            replace_folder(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def replace_folder(staging: Path, folder: Path) -> None:
     """Flush a finished folder to disk and give it its name; an older one of that name goes last."""
     for file in sorted(staging.rglob("*")):
         if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    staging.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+            _flush(file)
+    _remove_leftovers(folder)
+    with _hidden(folder) as old:
+        if folder.exists():
+            folder.rename(old)
+        staging.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+_in_use: set[Path] = set()
+"""Hidden names of this process that are no leftovers."""
+
+
+@contextmanager
+def _hidden(path: Path) -> Iterator[Path]:
+    """A name beside `path` that nobody can have made, with the process that makes it."""
+    name = path.with_name(f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(8)}.tmp")
+    _in_use.add(name)
+    try:
+        yield name
+    finally:
+        _in_use.discard(name)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name[:60]}."
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what processes that are gone have left of earlier attempts to write `path`."""
+    if not path.parent.is_dir():
+        return
+    for found in path.parent.iterdir():
+        pid, _, rest = found.name.removeprefix(_prefix(path)).partition("-")
+        ours = found.name.startswith(_prefix(path)) and pid.isdecimal() and len(rest) == 20 and rest.endswith(".tmp")
+        if not ours or (found in _in_use if int(pid) == os.getpid() else _lives(int(pid))):
+            continue
+        if found.is_dir() and not found.is_symlink():
+            shutil.rmtree(found, ignore_errors=True)
+        else:
+            found.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def file_digest(path: Path) -> str:

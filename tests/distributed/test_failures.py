@@ -89,7 +89,7 @@ def test_killed_in_the_second_epoch(tiny_settings: dict[str, Any], tmp_path: Pat
     launched = stream.start_until(2 * STEPS - 1)
     os.kill(launched.ranks()[1], signal.SIGKILL)
     launched.finish(BOUND)
-    assert [name for name in stream.checkpoints() if name != ".saving"] == [f"checkpoint-{2 * STEPS - 2}"]
+    assert [name for name in stream.checkpoints() if not name.startswith(".saving")] == [f"checkpoint-{2 * STEPS - 2}"]
     launch(stream.command)
     assert bank_bytes(stream.run) == bank_bytes(whole.run)
 
@@ -100,7 +100,7 @@ def test_another_number_of_processes_inside_a_task(tiny_settings: dict[str, Any]
     launched = stream.start_until(STEPS - 1)
     os.kill(launched.ranks()[1], signal.SIGKILL)
     launched.finish(BOUND)
-    assert [name for name in stream.checkpoints() if name != ".saving"] == ["checkpoint-2"]
+    assert [name for name in stream.checkpoints() if not name.startswith(".saving")] == ["checkpoint-2"]
     status, output = start(stream.command, processes=1).finish(BOUND)
     assert status == 1
     assert "was written with processes 2, ZeRO stage 2; this run has processes 1, ZeRO stage 2" in output
@@ -129,7 +129,7 @@ def test_an_error_on_one_rank_stops_all(
     assert output.count("mslora-cr: error") == output.count(message) == 1, output[-4000:]
     assert output.count("ZeroDivisionError: planted") == (1 if "planted" in message else 0)  # a traceback's last line
     assert stream.steps() == 1  # nothing moved at the second
-    assert [name for name in stream.checkpoints() if name != ".saving"] == ["checkpoint-1"]
+    assert [name for name in stream.checkpoints() if not name.startswith(".saving")] == ["checkpoint-1"]
 
 
 @pytest.mark.parametrize("stage", ["ddp", "zero3"])
@@ -192,7 +192,7 @@ def test_a_folder_that_becomes_read_only(
     stream = Stream(tmp_path, tiny_settings, stage)
     status, output = start(stream.command, before=partial(faults.read_only, mount_point, STEPS + 1)).finish(BOUND)
     assert status == 1
-    message = f": {mount_point / 'slake-vqarad' / '.saving'} cannot be written ("  # all ranks run into it
+    message = f": {mount_point / 'slake-vqarad' / '.saving'}-"  # all ranks run into it
     assert output.count("mslora-cr: error") == output.count(message) == 1, output[-4000:]
     assert "Read-only file system" in output and "What was complete before is kept" in output
     assert stream.steps() == STEPS + 2 and bank_bytes(stream.run).keys() == {"pathvqa"}

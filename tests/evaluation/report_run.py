@@ -86,6 +86,9 @@ def make_run(root, name, method="mslora_cr", tasks=tuple(MODALITIES), stages="se
                     "questions": "ef" * 32,
                     "rows": published_rows(task) if published else len(scores.rows),
                     "seconds": 1.5,
+                    "fingerprint": "0a" * 32,
+                    "padding": 0.0,
+                    "padding_unsorted": 0.0,
                     **{key: summarize(scores)[key] for key in ("metrics", "intervals")},
                 }
             )

@@ -17,6 +17,7 @@ from mslora_cr.reporting.comparison import write_comparison
 from mslora_cr.reporting.heatmaps import similarity_map
 from mslora_cr.reporting.report import write_report
 from mslora_cr.reporting.run_record import BANK_WEIGHTS, load_published_scores, pick_examples, read_log, read_run
+from mslora_cr.utils.state import StateError
 from tests.evaluation.report_run import CLOSED_ONLY, MODALITIES, OPEN_ONLY, Page, answer_lines, make_run
 
 
@@ -197,10 +198,10 @@ def test_malformed_files_are_named(tmp_path):
     ledger = json.loads((run_dir / "ledger.json").read_text())
     del ledger["tasks"]["pathvqa"]["seconds"]
     (run_dir / "ledger.json").write_text(json.dumps(ledger))
-    with pytest.raises(ReportError, match=r"ledger\.json: field 'tasks\.pathvqa\.seconds' is missing"):
+    with pytest.raises(StateError, match=r"ledger\.json: field 'tasks\.pathvqa\.seconds' is missing"):
         read_run(run_dir, results_dir)
     (run_dir / "ledger.json").write_text("{")
-    with pytest.raises(ReportError, match=r"ledger\.json: Invalid JSON"):
+    with pytest.raises(StateError, match=r"ledger\.json is damaged: not valid JSON"):
         read_run(run_dir, results_dir)
 
 

@@ -20,11 +20,13 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
-from mslora_cr.data.records import STRICT_JSON, DataError, Text, explain_json, first_problem
+from mslora_cr.data.records import DataError, Text
 from mslora_cr.data.sources.catalog import DataSet
 from mslora_cr.data.sources.pcam import image_name, read_labels
 from mslora_cr.data.sources.raw import RawData, RawFile, read
-from mslora_cr.utils.errors import nearest
+from mslora_cr.utils.errors import first_problem, nearest
+from mslora_cr.utils.files import replacing
+from mslora_cr.utils.strict_json import STRICT_JSON, explain_json
 
 Split = Literal["train", "test"]
 AnswerType = Literal["OPEN", "CLOSED"]
@@ -60,9 +62,8 @@ def build_annotations(
     """
     rows = annotation_rows(dataset, raw, questions)
     train, test = folder / "train.json", folder / "test.jsonl"
-    new_train, new_test = folder / ".train.json.part", folder / ".test.jsonl.part"
     folder.mkdir(parents=True, exist_ok=True)
-    try:
+    with replacing(train) as new_train, replacing(test) as new_test:
         counts = _write(rows, new_train, new_test, unavailable)
         if not (counts["train"] and counts["test"]):
             raise DataError(
@@ -71,11 +72,6 @@ def build_annotations(
         for new, old in ((new_train, train), (new_test, test)):
             if old.exists() and not filecmp.cmp(new, old, shallow=False):
                 raise DataError(f"{old}: differs from what would be built; move it away to rebuild it")
-        new_train.replace(train)
-        new_test.replace(test)
-    finally:
-        new_train.unlink(missing_ok=True)
-        new_test.unlink(missing_ok=True)
     return counts
 
 

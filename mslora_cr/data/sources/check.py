@@ -7,7 +7,6 @@ answers of one data set, whatever the annotations hold.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from mslora_cr.data.images import check_name, image_roots, inspect_images, resol
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 from mslora_cr.data.sources.catalog import DataSet, TestRows
 from mslora_cr.data.sources.check_report import Problem, Report, Share
+from mslora_cr.utils.strict_json import read_object
 
 if TYPE_CHECKING:
     from mslora_cr.data.tokenizer import Tokenizer
@@ -334,11 +334,11 @@ def read_limit(model: Path, max_length: int) -> Limit:
     from mslora_cr.data.tokenizer import Tokenizer
 
     try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        config = read_object(model / "config.json")
         tower = config.get("vision_config")
         if tower is None:
             named = tower_folder(model, str(config.get("mm_vision_tower")))
-            tower = json.loads((named / "config.json").read_text(encoding="utf-8")) if named else {}
+            tower = read_object(named / "config.json") if named else {}
             tower = tower.get("vision_config", tower)
         patches = (tower["image_size"] // tower["patch_size"]) ** 2 if "patch_size" in tower else CLIP_PATCHES
         return Limit(Tokenizer(model), patches, max_length)

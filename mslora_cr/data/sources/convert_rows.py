@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mslora_cr.data.records import IMAGE, STRICT_JSON, DataError, explain_json
+from mslora_cr.data.records import IMAGE, DataError
 from mslora_cr.utils.errors import nearest
+from mslora_cr.utils.strict_json import STRICT_JSON, decode_json, explain_json
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
@@ -221,7 +221,7 @@ def _dataset_folder(folder: Path, columns: Columns, question: str | None) -> Ite
 
 def _labels(schema: Any) -> dict[str, list[str]]:
     """The names of classes that columns hold the numbers of, from the note that `datasets` leaves in the schema."""
-    note = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    note = decode_json((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = note.get("info", {}).get("features", {})
     return {name: kind["names"] for name, kind in features.items() if isinstance(kind, dict) and "names" in kind}
 

@@ -7,7 +7,6 @@ commit. Another endpoint is named with the environment variable HF_ENDPOINT.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from mslora_cr.data.images import check_name
 from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.lock import check_fetched, check_upstream
 from mslora_cr.utils.files import write_json
+from mslora_cr.utils.strict_json import read_object
 
 RECORD = "download.json"
 
@@ -187,9 +187,7 @@ def _digest(path: Path, file: RemoteFile) -> str:
 def _read_record(target: Path) -> dict[str, str]:
     """The files that a download put in place before, with their digests."""
     try:
-        files = json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return {}
+        files = read_object(target / RECORD)["files"] if (target / RECORD).exists() else {}
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{target / RECORD}: not a record of a download; move it away first") from None
     return dict(files)

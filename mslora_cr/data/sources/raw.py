@@ -23,6 +23,7 @@ from typing import IO
 
 from mslora_cr.data.images import check_name
 from mslora_cr.data.records import DataError
+from mslora_cr.utils.files import replacing
 
 MAX_TABLE_BYTES = 512 << 20  # annotations and metadata are read whole
 MOST_NESTED_BYTES, MOST_NESTED, MOST_DEPTH = 64 << 30, 1_000, 4
@@ -240,13 +241,8 @@ def _check_room(file: RawFile, targets: Sequence[Path]) -> None:
 
 def write_atomically(target: Path, stream: IO[bytes] | GzipFile | Bounded) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name[:200]}.part")
-    try:
-        with partial.open("wb") as file:
-            shutil.copyfileobj(stream, file, 1 << 20)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(target, shared=True, flush=False) as partial, partial.open("wb") as file:
+        shutil.copyfileobj(stream, file, 1 << 20)
 
 
 def _streams(container: Path, wanted: set[str]) -> Iterator[tuple[str, IO[bytes]]]:

@@ -1,0 +1,57 @@
+"""`sweep.json`, typed: the figures of every run of a sweep, and what they say of each method."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from mslora_cr.utils.state import Part, StateFile
+
+RESULT = "sweep.json"
+
+
+class Against(Part):
+    """The paired difference to MSLoRA-CR at the same order and seed: its mean, standard deviation and pairs."""
+
+    mean: float
+    deviation: float | None
+    pairs: int
+
+
+class Spread(Part):
+    """A figure of a method over its runs; `sweep.summarize` explains the fields."""
+
+    runs: int
+    mean: float
+    deviation: float | None
+    by_order: dict[str, float]
+    between_orders: float | None
+    within_orders: float | None
+    against: Against | None
+
+
+class Outcome(Part):
+    """The figures of a finished run, by metric and name; `final` has every task's score after the last stage.
+
+    `told`: whether the same frozen banks answer a task at every stage from its own on. `seconds`: of its training.
+    """
+
+    run: str
+    method: str
+    order: int
+    seed: int
+    banks_by: str
+    told: bool
+    seconds: float
+    figures: dict[str, dict[str, float | dict[str, float | None] | None]]
+
+
+class SweepResult(StateFile):
+    """`sweep.json`: the task orders by number, the seeds, figures by metric and method, and the runs."""
+
+    MEND: ClassVar[str] = "the same `mslora-cr sweep` writes it again from the finished runs"
+
+    orders: dict[str, list[str]]
+    seeds: list[int]
+    metrics: dict[str, dict[str, dict[str, Spread]]]
+    runs: list[Outcome]
+    environment: dict[str, Any]

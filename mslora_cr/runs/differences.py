@@ -1,0 +1,114 @@
+"""What sets the finished tasks of a run folder apart from those that a configuration would train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mslora_cr.banks.io import CONFIG as ADAPTER_CONFIG
+from mslora_cr.banks.io import METADATA
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.runs.entries import RunLedger
+from mslora_cr.utils.strict_json import JsonError, read_object
+
+CONFIG = "config.yaml"
+SHOWN = 6
+"""Changed settings that a refusal names."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The finished tasks of a run folder."""
+
+    folder: Path
+    ledger: RunLedger
+
+    def fixed_difference(self, config: StreamConfig) -> str:
+        """The first difference in what a finished task stays: its place in the stream, its method, its rank; empty if
+        there is none."""
+        stream = {task.name: task for task in config.stream}
+        finished = self.ledger.tasks
+        gone = next((name for name in finished if name not in stream), None)
+        if gone is not None:
+            return f"{gone!r} is finished there, and not a task here"
+        for name, entry in finished.items():
+            method = entry.method or self.ledger.method
+            if method != config.method:
+                return f"method: {method} there, {config.method} here"
+            rank = entry.rank or self._told(name, ADAPTER_CONFIG, "r")
+            if rank not in (None, config.lora.rank):
+                return f"lora.rank: {rank} there, {config.lora.rank} here"
+        places = {
+            name: len(entry.stream) - 1 if entry.stream else self._told(name, METADATA, "index")
+            for name, entry in finished.items()
+        }
+        known = {name: place for name, place in places.items() if isinstance(place, int)}
+        moved = next((name for name, place in known.items() if place != stream[name].index), None)
+        if moved is None:
+            return ""
+        there = sorted(known, key=lambda name: known[name])
+        here = sorted(known, key=lambda name: stream[name].index)
+        if there == here:
+            return f"order: {moved!r} is task {known[moved] + 1} there, task {stream[moved].index + 1} here"
+        return f"order: {', '.join(there)} there; {', '.join(here)} here"
+
+    def _told(self, task: str, file: str, key: str) -> Any:
+        """What a file of a bank says, where the ledger of version 0.1.0 does not."""
+        try:
+            return read_object(self.folder / "banks" / task / file).get(key)
+        except JsonError:
+            return None
+
+    def difference(self, config: StreamConfig) -> str:
+        """In which settings the finished tasks differ; empty if in none.
+
+        Raises:
+            KeyError: one of them is not in the stream, which `fixed_difference` finds.
+        """
+        for name, entry in reversed(self.ledger.tasks.items()):  # the last one's configuration holds the others'
+            task = config.task(name)
+            if entry.config_digest in (None, config.training_digest(task)):
+                continue
+            changed = changed_settings(self.folder, config, task)
+            if not changed:  # a launch with --force has put its own settings into config.yaml
+                forced = [change for launch in self.ledger.forced for change in launch.changed]
+                changed = [f"{name!r} was trained with other settings, by --force", *forced]
+            return "; ".join(changed[:SHOWN])
+        return ""
+
+
+def changed_settings(folder: Path, config: StreamConfig, task: Task) -> list[str]:
+    """What decides a task's bank and differs from the configuration saved in a run folder: `key: old there, new here`,
+    the order of tasks first."""
+    try:
+        saved = StreamConfig.model_validate(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+        last = saved.stream[task.index] if task.index < len(saved.stream) else None
+        old = saved.fingerprint_fields(last)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, ValidationError):
+        return [f"its {CONFIG} is gone or damaged"]
+    new = config.fingerprint_fields(task)
+    found = []
+    orders = [[member["name"] for member in fields["tasks"]] for fields in (old, new)]
+    if orders[0] != orders[1]:
+        found.append(f"order: {', '.join(orders[0])} there; {', '.join(orders[1])} here")
+    before, now = _flat(old), _flat(new)
+    for key in {**before, **now}:
+        both = key in before and key in now
+        if before.get(key) != now.get(key) and (both or not found):
+            found.append(f"{key}: {before.get(key)!r} there, {now.get(key)!r} here")
+    return found
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict):
+        return {key: value for name, child in node.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
+    if isinstance(node, list):
+        named = [
+            (item.get("name", index) if isinstance(item, dict) else index, item) for index, item in enumerate(node)
+        ]
+        return {key: value for name, child in named for key, value in _flat(child, f"{prefix}{name}.").items()}
+    return {prefix[:-1]: node}

@@ -1,0 +1,82 @@
+"""`ledger.json`, typed. Apart from `ledger`, so that who reads it need not load PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, Field
+
+from mslora_cr.utils.state import Part, StateFile
+
+LEDGER = "ledger.json"
+
+
+class Imported(Part):
+    """The file that an imported bank was read from."""
+
+    path: str
+    sha256: str
+
+
+class TaskEntry(Part):
+    """A finished task. How an imported bank was trained is not known: no loss, no steps, no seconds.
+
+    Attributes:
+        digest, memory_digest, router_digest: SHA-256 of the files in the bank's folder, None where there is none.
+        records_digest, config_digest, model_digest: of what the bank was trained from.
+        bank_layer, kernels, recomputed_layers: how it was computed.
+        padding: shares of padded positions. weights: of the penalties after the last step.
+        stream: the tasks up to this one, in order. method, rank: of the bank. Version 0.1.0 noted none of the three.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    digest: str
+    memory_digest: str | None = None
+    router_digest: str | None = None
+    records_digest: str | None = None
+    config_digest: str | None = None
+    model_digest: str | None = None
+    steps: int
+    train_loss: float | None
+    seconds: float
+    padding: dict[str, float] | None = None
+    finished: str
+    bank_layer: str | None = None
+    kernels: str | None = None
+    recomputed_layers: int | None = None
+    frozen_bank_bytes: int = 0
+    weights: dict[str, float] | None = None
+    imported: Imported | None = None
+    stream: tuple[str, ...] | None = None
+    method: str | None = None
+    rank: int | None = None
+
+
+class Forced(Part):
+    """A launch with `--force` that went on with other settings: when, after which tasks, and what it changed."""
+
+    when: str
+    finished: tuple[str, ...]
+    changed: tuple[str, ...]
+
+
+class RunLedger(StateFile):
+    """`ledger.json` of a run folder; everything but run and method is empty before the first launch."""
+
+    MEND: ClassVar[str] = "restore it from a copy, or move the run folder away to start again"
+    model_config = ConfigDict(extra="allow")
+
+    run: str
+    method: str
+    tasks: dict[str, TaskEntry]
+    config_digest: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    git: dict[str, Any] | None = None
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    forced: tuple[Forced, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """What training all tasks took."""
+        return sum(entry.seconds for entry in self.tasks.values())

@@ -1,0 +1,73 @@
+"""W&B, TensorBoard and MLflow hold one run per task, which every launch continues."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+from transformers import Trainer
+from transformers.integrations import TensorBoardCallback
+
+from mslora_cr.utils.state import StateFile
+
+TRACKERS = "trackers.json"
+
+
+class TrackerRuns(StateFile):
+    """`logs/trackers.json` of a run folder: the tracker's run of each task."""
+
+    MEND: ClassVar[str] = "remove it; tasks that go on get new runs in W&B and MLflow"
+
+    wandb: dict[str, str] = Field(default_factory=dict)
+    mlflow: dict[str, str] = Field(default_factory=dict)
+
+
+@contextmanager
+def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None]:
+    """Around the training of a task: what its arguments report to continues the task's run.
+
+    W&B and MLflow cannot take back what a killed launch logged after its last checkpoint; those steps are logged again
+    with the same numbers. TensorBoard drops them.
+
+    Args:
+        logs: the run folder's logs. step: the checkpoint's that training starts from, or 0.
+    """
+    used = set(trainer.args.report_to)
+    if trainer.args.process_index != 0 or not used:
+        yield
+        return
+    known = TrackerRuns.read_if_whole(logs / TRACKERS) or TrackerRuns()
+    wandb_runs, mlflow_runs = dict(known.wandb), dict(known.mlflow)
+    if "tensorboard" in used:
+        from torch.utils.tensorboard import SummaryWriter
+
+        trainer.remove_callback(TensorBoardCallback)
+        place = str(logs / "tensorboard" / task)
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(place, purge_step=step + 1 if step else None)))
+    if "wandb" in used:
+        import wandb
+
+        wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "huggingface"),  # the Trainer's own default
+            name=trainer.args.run_name,
+            id=wandb_runs.setdefault(task, secrets.token_hex(8)),
+            resume="allow",
+        )
+    if "mlflow" in used:
+        import mlflow
+
+        mlflow_runs[task] = mlflow.start_run(mlflow_runs.get(task), run_name=trainer.args.run_name).info.run_id
+    logs.mkdir(parents=True, exist_ok=True)
+    TrackerRuns(wandb=wandb_runs, mlflow=mlflow_runs).write(logs / TRACKERS)
+    try:
+        yield
+    finally:  # else the next task would be logged into this one's run
+        if "wandb" in used:
+            wandb.finish()
+        if "mlflow" in used:
+            mlflow.end_run()

@@ -1,0 +1,51 @@
+"""What the commands say while they work: on standard error, once however many processes a launcher started.
+
+Results go to standard output. A library's user sets up `logging` as in any program: the loggers are below `mslora_cr`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import ClassVar
+
+from mslora_cr.utils.visible import visible
+
+NORMAL, QUIET, VERBOSE = logging.INFO, logging.WARNING, logging.DEBUG
+
+
+class FirstRank(logging.Filter):
+    """Lets the first rank speak, and an error of any."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or os.environ.get("RANK", "0") == "0"
+
+
+class Console(logging.Handler):
+    """Writes a line to standard error; progress bars give way. Control characters from files are shown escaped."""
+
+    PREFIX: ClassVar[dict[int, str]] = {logging.WARNING: "mslora-cr: warning: ", logging.ERROR: "mslora-cr: "}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{self.PREFIX.get(record.levelno, '')}{self.format(record)}"
+        shown = visible(text)
+        if bars := sys.modules.get("tqdm"):
+            bars.tqdm.write(shown, file=sys.stderr)
+        else:
+            print(shown, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def set_up(level: int = NORMAL) -> None:
+    """Let the package's messages from a level on be shown; with `QUIET`, no progress bars either."""
+    logger = logging.getLogger("mslora_cr")
+    console = Console()
+    console.addFilter(FirstRank())
+    logger.handlers = [console]
+    logger.setLevel(level)
+    logger.propagate = False  # a library that configures the root logger would show each message again
+    if level >= QUIET:
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
+    # It recommends more packages when PEFT looks for it, and float16 at every 8-bit layer of every forward pass.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

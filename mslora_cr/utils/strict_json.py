@@ -1,0 +1,114 @@
+"""The one reader of JSON: what a key means twice, NaN, and numbers without end are refused alike everywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mslora_cr.utils.errors import UserError, shorten
+from mslora_cr.utils.regular import check_regular
+
+MAX_BYTES = 64 << 20
+"""Of a file that is read whole; no file of a run or a model's folder comes near it."""
+MOST_DIGITS = 300
+"""Of a whole number; one of more would be infinite as a float."""
+
+
+class JsonError(UserError):
+    """A file is not the JSON that was expected; the message names it."""
+
+
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{shorten(text)} is too large a number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits is too large")
+    return int(text)
+
+
+def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {shorten(twice)} appears twice in an object")
+    return found
+
+
+STRICT_JSON = json.JSONDecoder(
+    parse_constant=_reject_constant, parse_float=_finite, parse_int=_whole, object_pairs_hook=_distinct
+)
+"""Decodes JSON from outside: numbers are finite, keys are distinct, NaN and Infinity are refused."""
+
+
+def explain_json(error: Exception) -> str:
+    """What is wrong with a text that was to be JSON."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg}, near {error.doc[max(error.pos - 20, 0) : error.pos + 20]!r}"
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8 text; save the file as UTF-8"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return f"not acceptable JSON: {error}"  # a number of thousands of digits, NaN, Infinity, a key twice
+
+
+def decode_json(data: bytes) -> Any:
+    """JSON from bytes of UTF-8, a byte order mark or not.
+
+    Raises:
+        JsonError: says what is wrong, not where.
+    """
+    try:
+        return STRICT_JSON.decode(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise JsonError(explain_json(error)) from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file that is small by its nature, whole.
+
+    Raises:
+        JsonError: it is not there, cannot be read, is no regular file, or is far too large.
+    """
+    try:
+        if check_regular(path).stat().st_size > MAX_BYTES:
+            raise JsonError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so it is not such a file")
+        return path.read_bytes()
+    except OSError as error:
+        raise JsonError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        JsonError: names the file, and what is wrong.
+    """
+    try:
+        return decode_json(read_bytes(path))
+    except JsonError as error:
+        raise error if str(path) in str(error) else JsonError(f"{path}: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds one object.
+
+    Raises:
+        JsonError: as `read_json`; or it holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise JsonError(f"{path}: expected an object ({{…}}), found {shorten(content)}")
+    return content
