@@ -86,7 +86,7 @@ def test_documented_commands_are_understood(tmp_path: Path, monkeypatch: pytest.
             if "launch.sh" not in script or words[1].endswith("launch.sh"):
                 continue
             words = ["mslora-cr", *script.split('launch.sh" ')[1].split()[:2], *words[2:]]
-        args = _parse(words[1:])
+        args = _parse(words[1 : words.index(">") if ">" in words else None])
         if words[1] == "sweep":  # its overrides may belong to one of its methods
             plan_sweep(find_config(args.config, ROOT), args.overrides, args.methods, args.orders, args.seeds)
         elif "overrides" in args and "config" in args and args.config.name not in ("CONFIG", "exams.yaml"):
