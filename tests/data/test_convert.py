@@ -129,7 +129,7 @@ def test_a_table_becomes_a_data_set_split_by_patient(tmp_path):
     words = ["data", "convert", str(source), "--output", str(tmp_path / "out" / "Mine"), "--image", "picture"]
     assert main([*words, "--answer", "finding", "--test-share", "0.3"]) == 0
     training, test = rows_of(tmp_path / "out" / "Mine")
-    patients = [{name for record in side for name in record.images} for side in (training, test)]
+    patients = [{int(Path(name).stem) // 2 for record in side for name in record.images} for side in (training, test)]
     assert not patients[0] & patients[1]
     assert (len(training), len(test)) == (4, 2)
     assert {record.answer_type for record in test} == {"CLOSED", "OPEN"}
