@@ -226,5 +226,6 @@ SURFACES: dict[str, tuple[Surface, int]] = {
     "banks": (banks, 25),
     "checkpoints": (checkpoints, 20),
     "answers": (answers, 25),
+    "state": (state, 12),
 }
 """Every surface with how many inputs of it `make test` tries."""

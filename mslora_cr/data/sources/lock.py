@@ -7,14 +7,13 @@ against it. A project commits it beside its configurations.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mslora_cr.data.records import DataError
 from mslora_cr.utils.files import write_json
-from mslora_cr.utils.regular import check_regular
+from mslora_cr.utils.strict_json import JsonError, read_object
 
 LOCK = Path("assets.lock.json")
 """Where it is looked for: in the working directory, as a project's other files."""
@@ -31,10 +30,10 @@ def locked_files(lock: Path, name: str) -> dict[str, Any] | None:
     if not lock.exists():
         return None
     try:
-        entry = json.loads(check_regular(lock).read_text(encoding="utf-8"))["assets"].get(name)
+        entry = read_object(lock)["assets"].get(name)
         if entry is not None:
             _ = entry["revision"], {file: (known["size"], known["sha256"]) for file, known in entry["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (JsonError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{lock}: not a lock file ({error!r}); restore it, or move it away to lock anew") from None
     return entry
 
@@ -78,7 +77,7 @@ def check_fetched(lock: Path, name: str, folder: Path, files: Iterable[str], upd
         if odd:
             raise _changed(lock, name, entry["revision"], odd)
         return
-    content = json.loads(lock.read_text(encoding="utf-8")) if lock.exists() else {"assets": {}}
+    content = read_object(lock) if lock.exists() else {"assets": {}}
     content["assets"][name] = {"revision": commit, "files": found}
     content["assets"] = dict(sorted(content["assets"].items()))
     write_json(lock, content)
