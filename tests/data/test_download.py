@@ -205,17 +205,8 @@ def test_file_names_that_lead_outside_are_refused(hub: Hub, tmp_path):
     assert files(tmp_path) == []
 
 
-COMMANDS = """
-import argparse, sys
-from mslora_cr.cli import data, model
-parser = argparse.ArgumentParser()
-command = {"data": data, "model": model}[sys.argv[1]]
-getattr(command, f"add_{sys.argv[1]}_download_arguments")(parser)
-sys.exit(getattr(command, f"run_{sys.argv[1]}_download")(parser.parse_args(sys.argv[2:])))
-"""
-
-
-def command(hub: Hub, folder: Path, *words: str) -> subprocess.CompletedProcess:
+def command(hub: Hub, folder: Path, kind: str, *words: str) -> subprocess.CompletedProcess:
+    """`mslora-cr KIND download WORDS`, in a folder of its own."""
     repository = str(Path(__file__).parents[2])
     environment = {
         **os.environ,
@@ -224,7 +215,7 @@ def command(hub: Hub, folder: Path, *words: str) -> subprocess.CompletedProcess:
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(folder / "hf"),
     }
-    code = [sys.executable, "-c", COMMANDS, *words]
+    code = [sys.executable, "-m", "mslora_cr", kind, "download", *words]
     return subprocess.run(code, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -239,7 +230,7 @@ def test_the_commands_use_hf_endpoint_and_show_licences(hub: Hub, tmp_path):
     assert (tmp_path / "pretrained_models/llava_med_v1.5/config.json").exists()
     assert (tmp_path / "pretrained_models/openai/clip-vit-large-patch14-336/config.json").exists()
     assert (tmp_path / "checkpoints/finetune_lora_x/pathvqa/cl_lora.bin").exists()
-    assert "licence: Apache-2.0" in done.stdout
+    assert "licence: Apache-2.0" in done.stderr
 
     del hub.repos[DATASET]["CXP/test.jsonl"]
     lock = json.loads((tmp_path / "assets.lock.json").read_text())["assets"]
