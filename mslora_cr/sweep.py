@@ -9,14 +9,13 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import factorial
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.files import ROUTED
+from mslora_cr.evaluation.over_runs import summarize
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
 from mslora_cr.methods.base import method_of, needs_task
@@ -42,8 +42,6 @@ from mslora_cr.utils.files import append_to
 from mslora_cr.utils.logs import set_up
 from mslora_cr.utils.progress import progress_bar
 from mslora_cr.utils.workers import cores, end_with_parent
-
-OURS = "mslora_cr"
 
 log = logging.getLogger(__name__)
 
@@ -328,55 +326,3 @@ def _outcome(run: SweepRun) -> dict[str, Any]:
         "seconds": ledger.seconds if ledger else 0.0,
         "figures": figures,
     }
-
-
-def summarize(outcomes: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, Any]]:
-    """By method and figure: the mean over all runs, their standard deviation, and what the order has to do with it.
-
-    `between_orders` is the standard deviation of the orders' means (each over its seeds), `within_orders` the pooled
-    one of the runs about their order's mean: an order matters where the first stands out from the second over the root
-    of the number of seeds. `against` is the paired difference to MSLoRA-CR at the same order and seed: its mean and
-    standard deviation.
-
-    Args:
-        outcomes: of finished runs. metric: a key of `METRICS`.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for method in dict.fromkeys(outcome["method"] for outcome in outcomes):
-        rows = [outcome for outcome in outcomes if outcome["method"] == method and metric in outcome["figures"]]
-        figures = [name for name in rows[0]["figures"][metric] if name != "final"] if rows else []
-        found[method] = {}
-        for figure in figures:
-            values = {(row["order"], row["seed"]): row["figures"][metric][figure] for row in rows}
-            known = {key: value for key, value in values.items() if value is not None}
-            if known:
-                ours = {
-                    (row["order"], row["seed"]): row["figures"].get(metric, {}).get(figure)
-                    for row in outcomes
-                    if row["method"] == OURS
-                }
-                found[method][figure] = _spread(known, ours)
-    return {method: figures for method, figures in found.items() if figures}
-
-
-def _spread(values: Mapping[tuple[int, int], float], ours: Mapping[tuple[int, int], float | None]) -> dict[str, Any]:
-    orders: dict[int, list[float]] = {}
-    for (order, _), value in sorted(values.items()):
-        orders.setdefault(order, []).append(value)
-    means = {order: fmean(group) for order, group in orders.items()}
-    freedom = len(values) - len(orders)
-    within = sum((value - means[order]) ** 2 for order, group in orders.items() for value in group)
-    paired = [value - own for key, value in values.items() if (own := ours.get(key)) is not None]
-    return {
-        "runs": len(values),
-        "mean": fmean(values.values()),
-        "deviation": _deviation(list(values.values())),
-        "by_order": {str(order): mean for order, mean in means.items()},
-        "between_orders": _deviation(list(means.values())),
-        "within_orders": (within / freedom) ** 0.5 if freedom else None,
-        "against": {"mean": fmean(paired), "deviation": _deviation(paired), "pairs": len(paired)} if paired else None,
-    }
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return stdev(values) if len(values) > 1 else None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import all as all_benchmarks
-from benchmarks import profile, real_size, zero_memory
+from benchmarks import coverage, penalty_ratio, profile, published, real_size, zero_memory
 
 RATIOS = {
     "step": {"banks_8_over_1", "penalties_share", "peft_layer_over_ours", "peft_all_active_over_ours"},
@@ -88,6 +88,39 @@ def test_all_go_into_one_file(tmp_path: Path) -> None:
     assert found["command"] == "python -m benchmarks.penalty --size tiny --repetitions 1 --device cpu"
 
 
+def test_intervals_cover_and_tests_reject_as_often_as_they_say() -> None:
+    """One hundred trials of the smaller settings: a share of 0.95 has a standard error of 0.022."""
+    settings = coverage.settings()
+    for name in (
+        "4 tasks × 80",
+        "4 tasks × 80, clustered",
+        "two systems, 80, clustered",
+        "near one",
+        "tasks as a sample",
+    ):
+        for what, share in coverage.shares(settings[name], 100).items():
+            if what.startswith("p of these tasks"):
+                assert share > 0.15  # it answers another question
+            elif what.startswith("p "):
+                assert share <= 0.12, (name, what)
+            else:
+                assert share >= 0.88, (name, what)
+
+
+def test_the_contrastive_gradient_vanishes_at_high_ranks() -> None:
+    rows = {(row["rank"], row["width"]): row for row in penalty_ratio.main()}
+    assert 4 < rows[8, 4096]["β over α"] < 5
+    assert 800 < rows[64, 4096]["β over α"] < 900
+    assert rows[64, 4096]["β over α, cosine"] < 20
+
+
+def test_the_published_scores_are_set_against_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {(row["run"], row["metric"]): row for row in published.main([])}
+    row = rows["MSLoRA-CR-ORTHO, eight tasks", "exact match"]
+    assert row["mean"] == "+0.39 [-3.4 to 4.2]" and row["won, lost"] == "5, 2"
+    assert "nmi -4.18" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("quantization", [None, "4bit"])
 def test_the_real_size_benchmark_at_tiny_size(quantization: str | None, tmp_path: Path) -> None:
     if quantization:
@@ -133,5 +166,16 @@ def test_memory_of_the_real_model_is_computed(capsys: pytest.CaptureFixture[str]
 
 def test_every_benchmark_is_tried() -> None:
     folder = Path(__file__).parents[1] / "benchmarks"
-    others = {"__init__", "all", "harness", "baselines", "profile", "real_size", "zero_memory"}
+    others = {
+        "__init__",
+        "all",
+        "coverage",
+        "penalty_ratio",
+        "published",
+        "harness",
+        "baselines",
+        "profile",
+        "real_size",
+        "zero_memory",
+    }
     assert {path.stem for path in folder.glob("*.py")} - others == set(RATIOS)

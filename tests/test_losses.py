@@ -7,6 +7,7 @@ from torch import Tensor
 from mslora_cr.banks.bank import Bank
 from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.losses.contrastive import Frozen, contrastive_value, penalty_terms
+from mslora_cr.losses.cosine import cosine_terms
 from mslora_cr.losses.penalty import INITIAL_LOG_WEIGHT, PenaltyWeight
 
 LAYERS = {"q_proj": (12, 12), "k_proj": (6, 12), "gate_proj": (20, 12), "down_proj": (12, 20)}
@@ -225,3 +226,39 @@ def test_a_fixed_weight_stays() -> None:
     weight = PenaltyWeight(0.1)
     weight.update(torch.tensor(5.0), 1.0)
     assert weight.value == 0.1
+
+
+@pytest.mark.parametrize("same", [[True, False], [False, False]])
+def test_the_cosine_term_is_its_formula(same: list[bool]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    frozen = torch.randn(4, 2, 30, dtype=torch.float64, generator=generator)
+    current = torch.randn(4, 30, dtype=torch.float64, generator=generator)
+    current[3] = 0.0  # as B is before its first update
+    leaf = current.clone().requires_grad_()
+    cosine = torch.nn.functional.cosine_similarity(leaf[:3].unsqueeze(1), frozen[:3], dim=2)
+    similarity = torch.exp(cosine - 1).sum(0) + math.exp(-1)
+    (0.3 * contrastive_value(similarity / 8, torch.tensor(same))).backward()
+    coefficients = torch.tensor([0.3 if flag else -0.3 for flag in same], dtype=torch.float64) / 8
+    found, gradient = cosine_terms(current, Frozen(frozen, frozen.square().sum(2), coefficients))
+    torch.testing.assert_close(found, similarity.detach())
+    assert leaf.grad is not None
+    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-10, atol=1e-14)
+    with pytest.raises(ValueError, match="do not fit"):
+        cosine_terms(current[:, :5], Frozen(frozen, frozen.square().sum(2), coefficients))
+
+
+def test_the_cosine_term_joins_the_orthogonality_term() -> None:
+    banks = [random_bank(str(seed), 4, 0.5, seed) for seed in range(3)]
+    *frozen, live = banks
+    trainable = {name: (a.float(), b.float()) for name, (a, b) in live.matrices.items()}
+    device = torch.device("cpu")
+    by_angle = BankPenalties(frozen, [True, False], device, cosine=True).terms(trainable, 0.5, 0.25)
+    alone = BankPenalties(frozen, [True, False], device, contrastive=False).terms(trainable, 0.0, 0.25)
+    assert float(by_angle.orthogonality) == pytest.approx(float(alone.orthogonality))
+    for module, half in by_angle.gradients:
+        rows = torch.stack([bank.matrices[module][half].flatten() for bank in frozen]).float()[None]
+        coefficients = torch.tensor([0.5, -0.5]) / (2 * len(LAYERS))
+        current = trainable[module][half].flatten()[None]
+        expected = cosine_terms(current, Frozen(rows, rows.square().sum(2), coefficients))[1]
+        rest = by_angle.gradients[module, half] - alone.gradients[module, half]
+        torch.testing.assert_close(rest.flatten()[None], expected, rtol=1e-4, atol=1e-6)

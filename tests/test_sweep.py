@@ -13,7 +13,8 @@ from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.methods import method_names
 from mslora_cr.config.schema import ConfigError
-from mslora_cr.sweep import plan_sweep, summarize, task_orders
+from mslora_cr.evaluation.over_runs import summarize
+from mslora_cr.sweep import plan_sweep, task_orders
 from mslora_cr.utils.errors import UserError
 from tests.conftest import once, write_config
 from tests.evaluation.report_run import Page
@@ -203,7 +204,15 @@ def test_spread_by_hand() -> None:
     assert found["by_order"] == {"0": 82, "1": 92}
     assert found["between_orders"] == pytest.approx(50**0.5)
     assert found["within_orders"] == pytest.approx(8**0.5)  # 4 · 2² over 4 - 2
-    assert found["against"] == {"mean": pytest.approx(-1 / 3), "deviation": pytest.approx(stdev(-5, -1, 5)), "pairs": 3}
+    against = found["against"]
+    assert (against["mean"], against["pairs"]) == (pytest.approx(-1 / 3), 3)
+    assert against["deviation"] == pytest.approx(stdev(-5, -1, 5))
+    # about the orders' means: squares of 8, one degree of freedom, three pairs
+    assert against["interval"] == pytest.approx(
+        (-1 / 3 - 12.706 * (8 / 3) ** 0.5, -1 / 3 + 12.706 * (8 / 3) ** 0.5), abs=0.01
+    )
+    assert against["orders_interval"] == pytest.approx((1 - 12.706 * 4, 1 + 12.706 * 4), abs=0.01)  # -3 and 5
+    assert against["p"] == against["p_adjusted"] > 0.8 and against["p_flips"] == 1
     assert summarize(rows, "f1") == {}
 
 

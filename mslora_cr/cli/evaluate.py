@@ -121,12 +121,27 @@ def add_score(commands: argparse._SubParsersAction) -> None:
         help="answer file, one object per line with question_id, prompt, text, gt and answer_type",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for metrics and hit lists")
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        metavar="TEST.jsonl",
+        help="the task's test.jsonl: says which questions are about one image or patient, so that intervals respect it",
+    )
     parser.set_defaults(run=_score)
 
 
 def _score(args: argparse.Namespace) -> int:
+    from mslora_cr.data.records import TestRecords
     from mslora_cr.evaluation.score import render_metrics, score_file
     from mslora_cr.utils.workers import cores
 
-    print(render_metrics(score_file(args.answers, args.output, cores())))
+    questions = TestRecords(args.questions) if args.questions else None
+    scores = score_file(args.answers, args.output, questions, cores())
+    print(render_metrics(scores))
+    if empty := [str(number) for number, row in enumerate(scores.rows, 1) if not row.reference]:
+        listed = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
+        print(
+            f"\nwarning: normalising leaves nothing of {len(empty)} truths (answer {listed}): the published closed "
+            "accuracy counts every answer to them as right, whole-word accuracy in metrics.json does not"
+        )
     return 0

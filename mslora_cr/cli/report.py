@@ -39,13 +39,15 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
         "mslora-cr compare checkpoints/mslora_cr checkpoints/sequential",
         "mslora-cr compare a.yaml b.yaml --at own --output comparison.json",
         "mslora-cr compare results/RUN results/RUN/routed     # what not being given the task ID costs",
+        "mslora-cr compare published/RUN_A published/RUN_B     # answer files alone",
     )
     parser.add_argument(
         "runs",
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="configuration, run folder or results folder of a run; the first of at least two is the baseline",
+        help="configuration, run folder or results folder of a run, or a folder of answer files alone "
+        "(TASK/answer-file.jsonl, as published); the first of at least two is the baseline",
     )
     parser.add_argument(
         "--at",
@@ -120,8 +122,12 @@ def _analyze(args: argparse.Namespace) -> int:
 
 
 def _results_folder(target: Path) -> Path:
-    """The results folder of a run, given by its configuration, its run folder or that folder itself."""
-    return target if (target / "evaluation.json").is_file() else run_config(target).results_run_dir
+    """The results folder of a run, given by its configuration, its run folder or that folder itself; a folder of
+    answer files alone stands for itself."""
+    from mslora_cr.evaluation.answered import has_answers
+
+    known = (target / "evaluation.json").is_file() or has_answers(target)
+    return target if known else run_config(target).results_run_dir
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

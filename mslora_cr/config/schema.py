@@ -112,6 +112,9 @@ class RegularizationConfig(Section):
 
     alpha: Number = 0.1
     beta: Number = 0.01
+    distance: Literal["frobenius", "cosine"] = "frobenius"
+    """How alike two banks' matrices are in the contrastive term: `frobenius` is exp(-‖W - P‖), as published;
+    `cosine` is exp(cos(W, P) - 1), which does not vanish at high ranks and is not the published term."""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     """How earlier banks are held for the penalties, whose arithmetic is float32: 4 or 2 bytes per number."""
     frozen_device: Literal["model", "cpu"] = "model"
@@ -317,6 +320,8 @@ class StreamConfig(Section):
             del found["model"]["kernels"]
         for key in UNDECIDING_TRAINING_FIELDS:
             found["training"].pop(key, None)
+        if self.regularization.distance == "frobenius":
+            del found["regularization"]["distance"]  # digests of before there was a choice hold
         modalities = {task.name: self.datasets[task.name].modality for task in tasks}
         return {**found, "tasks": [task.model_dump(mode="json") for task in tasks], "modalities": modalities}
 

@@ -113,6 +113,8 @@ class TestRecord(_Record):
     text: Text
     gt: Text
     answer_type: Literal["OPEN", "CLOSED"]
+    patient: Identifier | None = None
+    """Whose images these are: questions about one patient are not independent, which intervals and tests respect."""
 
 
 Record = TypeVar("Record", bound=_Record)

@@ -17,6 +17,7 @@ from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.datasets import EvalDataset
 from mslora_cr.data.records import TestRecords, sample_of
 from mslora_cr.distributed.comm import assert_same_on_all_ranks, barrier, get_device, rank
+from mslora_cr.evaluation.figures import is_binary
 from mslora_cr.evaluation.files import (
     ANALYSIS,
     ANSWERS,
@@ -30,11 +31,11 @@ from mslora_cr.evaluation.files import (
     Similarity,
 )
 from mslora_cr.evaluation.generate import answer_once, answer_questions, fingerprint_of
-from mslora_cr.evaluation.intervals import interval, resampled_means
+from mslora_cr.evaluation.intervals import Groups, difference_interval, estimate, percent
 from mslora_cr.evaluation.metrics import RowScore, score_answers
 from mslora_cr.evaluation.results import Cell, Evaluation, read_evaluation
 from mslora_cr.evaluation.routed import ConcatEvalDataset
-from mslora_cr.evaluation.score import read_answers
+from mslora_cr.evaluation.score import group_numbers, question_places, read_answers
 from mslora_cr.evaluation.summary import decoding, fingerprint_fields
 from mslora_cr.methods.base import method_of
 from mslora_cr.runs.ledger import finished_banks
@@ -155,11 +156,13 @@ def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: in
 
     answer_once(folder, fingerprint, count, answer)
     scores = np.array([_score(row) for row in score_answers(read_answers(folder / ANSWERS)).rows])
+    places = {name: question_places(found) for name, found in asked.items()}
+    groups = {name: group_numbers([group for _, group in found]) for name, found in places.items()}
     parts = np.split(scores, np.cumsum([len(asked[task.name]) for task, _ in variants])[:-1])
     return Contribution(
         banks_by=_banks_by(config),
         score="hit of closed questions, F1 of open ones",
-        rows=_dropped(list(chain), variants, parts),
+        rows=_dropped(list(chain), variants, parts, groups),
     )
 
 
@@ -181,8 +184,14 @@ def _answer_variants(
     return answer_questions(base.model, samples, folder, decoding(config), fingerprint, "each bank left out", mixed)
 
 
-def _dropped(names: Sequence[str], variants: Sequence[Variant], parts: Sequence[Any]) -> list[Dropped]:
-    """What each bank adds to each task, from the scores of every variant; a task's first variant has all its banks."""
+def _dropped(
+    names: Sequence[str], variants: Sequence[Variant], parts: Sequence[Any], groups: Mapping[str, Groups]
+) -> list[Dropped]:
+    """What each bank adds to each task, from the scores of every variant; a task's first variant has all its banks.
+
+    Args:
+        groups: by task, the clusters of its questions.
+    """
     rows = []
     whole: dict[str, tuple[tuple[int, ...], Any]] = {}
     for (task, banks), own in zip(variants, parts, strict=True):
@@ -199,7 +208,9 @@ def _dropped(names: Sequence[str], variants: Sequence[Variant], parts: Sequence[
                 with_all=100 * float(whole[task.name][1].mean()),
                 without=100 * float(own.mean()),
                 contribution=100 * float(difference.mean()),
-                interval=interval(100 * resampled_means(difference[:, None])),
+                interval=percent(
+                    difference_interval(estimate(difference, groups[task.name]), is_binary(np.abs(difference)))
+                ),
             )
         )
     return rows

@@ -2,170 +2,193 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tabulate import tabulate
 
 from mslora_cr.evaluation import intervals
-from mslora_cr.evaluation.intervals import flipped_means, flips_for, holm, interval, p_value, resampled_means, span
-from mslora_cr.evaluation.results import Cell, Evaluation, ReportError, required_evaluation
+from mslora_cr.evaluation.answered import COMPARED, Answered, Stage, answered_run
+from mslora_cr.evaluation.figures import Column, coarsest, is_binary
+from mslora_cr.evaluation.intervals import (
+    Estimate,
+    difference_interval,
+    estimate,
+    estimate_of,
+    percent,
+    score_interval,
+    span,
+    t_interval,
+    weighted_sum,
+)
+from mslora_cr.evaluation.results import ReportError
+from mslora_cr.evaluation.significance import flipped_means, flips_for, holm, p_value, sign_test, t_test
 
-COMPARED = {"closed accuracy": "close accuracy", "F1 of open answers": "f1 score", "ROUGE-L": "rouge-l"}
-"""Title → name in `metrics.json`."""
 OVERALL = "overall"
-Stage = Literal["final", "own"]
 
 
 def compare(runs: Mapping[str, Path], at: Stage = "final") -> dict[str, Any]:
     """Set each run against the first one, question by question.
 
     Each test is of a task's mean difference, or of the mean over tasks (`OVERALL`); `p` is that of the paired
-    approximate randomization test, with enough flips for all tests of a metric; intervals are the bootstrap's, of both
-    scores and of their paired difference. `p_adjusted` is Holm's, for all runs and tasks of a metric at once; the
-    overall tests of a metric are a family of their own, one test a run.
+    approximate randomization test, with enough flips for all tests of a metric; intervals are of both scores and of
+    their paired difference. `p_adjusted` is Holm's, for all runs and tasks of a metric at once; the overall tests of a
+    metric are a family of their own, one test a run. All of this is about other questions of *these tasks*. The overall
+    test's `between_tasks` is about *tasks like these*: it takes the tasks for a sample, and their differences for its
+    values.
 
     Args:
-        runs: label → results folder, at least two.
-        at: score tasks after the last stage, or each at its own.
+        runs: label → results folder, or folder of answer files alone (`TASK/answer-file.jsonl`), at least two.
+        at: score tasks after the last stage, or each at its own; answer files alone are taken as they are.
 
     Returns:
         Plain data: how it was computed, the runs, and the tests by metric; scores in percent, differences in points.
 
     Raises:
         ReportError: a run is not evaluated where it must be, or two runs were asked different questions.
-        DataError: the scores of a cell are gone.
+        DataError: the scores of a cell are gone, or an answer file is malformed.
     """
-    evaluations = {label: required_evaluation(folder) for label, folder in runs.items()}
-    baseline, *others = evaluations
-    flips = flips_for(sum(task in evaluations[label].tasks for label in others for task in evaluations[baseline].tasks))
-    scores = {label: run.scores(runs[label], *COMPARED.values()) for label, run in evaluations.items()}
-    found: dict[str, list[dict[str, Any]]] = {}
-    for number, title in enumerate(COMPARED):
-        answered = _answered(evaluations, {label: columns[number] for label, columns in scores.items()}, at)
-        tests = [test for label in others for test in _tests(baseline, label, answered, flips)]
+    found = {label: answered_run(label, folder, at) for label, folder in runs.items()}
+    baseline, *others = found
+    common = {label: [task for task in found[baseline].tasks if task in found[label].tasks] for label in others}
+    for label in others:
+        for task in common[label]:
+            _check_same_questions(task, {name: found[name] for name in (baseline, label)})
+    flips = flips_for(sum(map(len, common.values())))
+    metrics: dict[str, list[dict[str, Any]]] = {}
+    for title in COMPARED:
+        pairs = {label: _pairs(found[baseline], found[label], common[label], title) for label in others}
+        tests = [test for label in others if pairs[label] for test in _tests(baseline, label, pairs[label], flips)]
         for family in ([test for test in tests if (test["task"] == OVERALL) is overall] for overall in (False, True)):
-            for test, adjusted in zip(family, holm([test["p"] for test in family]), strict=True):
-                test["p_adjusted"] = adjusted
+            _adjust(family)
+        _adjust([test["between_tasks"] for test in tests if test["task"] == OVERALL])
         if tests:
-            found[title] = tests
-    if not found:
+            metrics[title] = tests
+    if not metrics:
         raise ReportError(f"the runs {', '.join(runs)} have no task in common")
     return {
         "baseline": baseline,
         "at": at,
-        "runs": {label: {"method": run.method, "banks_by": run.banks_by} for label, run in evaluations.items()},
-        "test": "paired approximate randomization, two-sided",
+        "runs": {label: {"method": run.method, "banks_by": run.banks_by} for label, run in found.items()},
+        "test": "paired approximate randomization by image or patient, two-sided",
         "correction": "Holm, over the runs and tasks of a metric; overall tests over the runs",
         "flips": flips,
-        "samples": intervals.SAMPLES,
         "seed": intervals.SEED,
         "confidence": intervals.CONFIDENCE,
-        "metrics": found,
+        "metrics": metrics,
     }
 
 
-class _Answered(NamedTuple):
-    """A run's answers to a task: the banks that gave them, their scores, and the means of the scores' resamplings."""
+class _Pair(NamedTuple):
+    """Both runs' answers to the questions of a task that have the metric; the baseline's first."""
 
-    banks: str
-    scores: intervals.Scores
-    resampled: intervals.Scores
+    task: str
+    banks: tuple[str | None, str | None]
+    scores: tuple[intervals.Scores, intervals.Scores]
+    groups: intervals.Groups
+
+    @property
+    def difference(self) -> intervals.Scores:
+        return self.scores[1] - self.scores[0]
 
 
-def _answered(
-    evaluations: Mapping[str, Evaluation], scores: Mapping[str, Mapping[tuple[str, int], intervals.Scores]], at: Stage
-) -> dict[str, dict[str, _Answered]]:
-    """By task and run, for the tasks that the first run has in common with another and that have the metric.
+def _check_same_questions(task: str, runs: Mapping[str, Answered]) -> None:
+    """Refuse to pair answers to different questions."""
+    pair = " and ".join(runs)
+    (label, first), (other, second) = runs.items()
+    if not first.same_questions(second, task):
+        raise ReportError(f"{pair} were asked different questions of {task}; evaluate both again")
+    for title, column in first.tasks[task].columns.items():
+        counts = len(column.scores), len(second.tasks[task].columns[title].scores)
+        if counts[0] != counts[1]:
+            raise ReportError(
+                f"{pair} were asked the same questions of {task}, but scores.csv has {counts[0]} of {label} and "
+                f"{counts[1]} of {other}; evaluate both again"
+            )
 
-    Args:
-        scores: by run what `Evaluation.scores` gives for the metric.
-    """
-    baseline, first = next(iter(evaluations.items()))
-    found = {}
-    for number, task in enumerate(first.tasks):
-        having = [label for label, run in evaluations.items() if task in run.tasks]
-        if len(having) == 1:
-            continue
-        cells = {label: _cell(label, evaluations[label], task, at) for label in having}
-        columns = {label: scores[label].get((task, cell.stage), np.empty(0)) for label, cell in cells.items()}
-        for label in having:
-            pair = f"{baseline} and {label}"
-            if cells[label].questions != cells[baseline].questions:
-                raise ReportError(f"{pair} were asked different questions of {task}; evaluate both again")
-            counts = len(columns[baseline]), len(columns[label])
-            if counts[0] != counts[1]:
-                raise ReportError(
-                    f"{pair} were asked the same questions of {task}, but scores.csv has {counts[0]} of the one and "
-                    f"{counts[1]} of the other; evaluate both again"
-                )
-        if len(columns[baseline]):
-            # All runs see the same draws, so that their differences are paired.
-            means = resampled_means(np.column_stack(list(columns.values())), stream=number)
-            found[task] = {
-                label: _Answered(evaluations[label].bank_numbers(cells[label]), column, draws)
-                for (label, column), draws in zip(columns.items(), means.T, strict=True)
-            }
+
+def _pairs(baseline: Answered, run: Answered, tasks: Sequence[str], title: str) -> list[_Pair]:
+    """The tasks that have the metric."""
+    found = []
+    for task in tasks:
+        sides = baseline.tasks[task], run.tasks[task]
+        columns: list[Column] = [side.columns[title] for side in sides]
+        if len(columns[0].scores):
+            banks, scores = (sides[0].banks, sides[1].banks), (columns[0].scores, columns[1].scores)
+            found.append(_Pair(task, banks, scores, coarsest([column.groups for column in columns])))
     return found
 
 
-def _tests(
-    baseline: str, label: str, answered: Mapping[str, Mapping[str, _Answered]], flips: int
-) -> list[dict[str, Any]]:
+def _tests(baseline: str, label: str, pairs: Sequence[_Pair], flips: int) -> list[dict[str, Any]]:
     """The tests of one run against the baseline in one metric, `OVERALL` last."""
-    tests, resampled, flipped = [], [], []
-    for number, (task, by_run) in enumerate(answered.items()):
-        if label not in by_run:
-            continue
-        pair = by_run[baseline], by_run[label]
-        means = np.array([run.scores.mean() for run in pair])
-        resampled.append(np.stack([run.resampled for run in pair]))
-        flipped.append(flipped_means(pair[1].scores - pair[0].scores, flips, stream=number))
-        banks = {baseline: pair[0].banks, label: pair[1].banks}
-        tests.append(_test(label, task, len(pair[0].scores), banks, means, resampled[-1], flipped[-1]))
-    if tests:
-        means = np.mean([[test["baseline_score"], test["score"]] for test in tests], axis=0) / 100
-        questions = sum(test["questions"] for test in tests)
-        everything = means, np.mean(resampled, axis=0), np.mean(flipped, axis=0)
-        tests.append(_test(label, OVERALL, questions, None, *everything))
-    return tests
+    tests, flipped = [], []
+    parts: list[tuple[Estimate, Estimate, Estimate]] = []
+    for pair in pairs:
+        own = [estimate(values, pair.groups) for values in (*pair.scores, pair.difference)]
+        parts.append((own[0], own[1], own[2]))
+        # All runs meet the same signs, whatever tasks they have.
+        flipped.append(flipped_means(pair.difference, pair.groups, flips, stream=zlib.crc32(pair.task.encode())))
+        test = _test(label, pair.task, parts[-1:], flipped[-1], _binary([pair]))
+        tests.append({**test, "banks": dict(zip((baseline, label), pair.banks, strict=True))})
+    everything = _test(label, OVERALL, parts, np.mean(flipped, axis=0), _binary(pairs))
+    between = _between_tasks([test["difference"] for test in tests])
+    return [*tests, {**everything, "banks": None, "between_tasks": between}]
+
+
+def _binary(pairs: Sequence[_Pair]) -> bool:
+    return all(is_binary(scores) for pair in pairs for scores in pair.scores)
 
 
 def _test(
     label: str,
     task: str,
-    questions: int,
-    banks: dict[str, str] | None,
-    means: intervals.Scores,
-    resampled: intervals.Scores,
+    parts: Sequence[tuple[Estimate, Estimate, Estimate]],
     flipped: intervals.Scores,
+    binary: bool,
 ) -> dict[str, Any]:
-    """One test; `means` (2,) and `resampled` (2, samples) have the baseline first."""
-    before, after = (float(mean) for mean in means)
+    """One test of the mean over tasks; of each task there are the estimates of both scores and of their difference."""
+    weights = [1 / len(parts)] * len(parts)
+    before, after, difference = (list(column) for column in zip(*parts, strict=True))
+    sums = [weighted_sum(column, weights) for column in (before, after, difference)]
     return {
         "run": label,
         "task": task,
-        "questions": questions,
-        "banks": banks,
-        "baseline_score": 100 * before,
-        "baseline_interval": interval(100 * resampled[0]),
-        "score": 100 * after,
-        "score_interval": interval(100 * resampled[1]),
-        "difference": 100 * (after - before),
-        "interval": interval(100 * (resampled[1] - resampled[0])),
-        "p": p_value(after - before, flipped),
+        "questions": sums[2].questions,
+        "groups": sums[2].groups,
+        "baseline_score": 100 * sums[0].mean,
+        "baseline_interval": percent(score_interval(before, weights)),
+        "score": 100 * sums[1].mean,
+        "score_interval": percent(score_interval(after, weights)),
+        "difference": 100 * (sums[1].mean - sums[0].mean),
+        "interval": percent(difference_interval(sums[2], binary)),
+        "p": p_value(sums[2].mean, flipped),
     }
 
 
-def _cell(label: str, run: Evaluation, task: str, at: Stage) -> Cell:
-    cell = run.own_cell(task) if at == "own" else run.last_cell(task)
-    if cell is None:
-        where, mend = ("at its own stage", "") if at == "own" else ("after the last stage", " --stages seen")
-        other = "" if at == "own" else ", or compare with --at own"
-        raise ReportError(f"{label}: {task} was not evaluated {where}; run `mslora-cr evaluate CONFIG{mend}`{other}")
-    return cell
+def _between_tasks(differences: Sequence[float]) -> dict[str, Any]:
+    """What the tasks say of tasks like them: Student's t of their differences in points, and the sign test of how many
+    were won and lost. Interval and p are None of one task alone."""
+    wins, losses = (sum(sign * difference > 1e-9 for difference in differences) for sign in (1, -1))
+    return {
+        "tasks": len(differences),
+        "interval": t_interval(differences),
+        "p": t_test(estimate_of(differences)) if len(differences) > 1 else None,
+        "wins": wins,
+        "losses": losses,
+        "sign_p": sign_test(wins, losses),
+    }
+
+
+def _adjust(family: Sequence[dict[str, Any]]) -> None:
+    """Correct the p-values of a family for their number; None stays None."""
+    tested = [test for test in family if test["p"] is not None]
+    for test in family:
+        test["p_adjusted"] = None
+    for test, adjusted in zip(tested, holm([test["p"] for test in tested]), strict=True):
+        test["p_adjusted"] = adjusted
 
 
 def render_comparison(found: Mapping[str, Any]) -> str:
@@ -173,27 +196,41 @@ def render_comparison(found: Mapping[str, Any]) -> str:
     parts = []
     baseline = found["baseline"]
     for title, tests in found["metrics"].items():
-        rows = []
-        for test in tests:
-            run = found["runs"][test["run"]]
-            banks = f"{run['banks_by']} {test['banks'][test['run']]}" if test["banks"] else run["banks_by"]
-            scores = [
-                _with_interval(test["baseline_score"], test["baseline_interval"]),
-                _with_interval(test["score"], test["score_interval"]),
-                _with_interval(test["difference"], test["interval"], "+"),
-            ]
-            rows.append([test["run"], test["task"], banks, test["questions"], *scores, test["p"], test["p_adjusted"]])
-        headers = ["run", "task", "banks by", "questions", baseline, "run's", "difference", "p", "p adjusted"]
-        parts.append(f"{title}, %\n" + tabulate(rows, headers=headers, floatfmt=".4f"))
+        headers = ["run", "task", "banks by", "questions", "images", baseline, "run's", "difference", "p", "p adjusted"]
+        rows = [row for test in tests for row in _rows(test, found["runs"][test["run"]]["banks_by"])]
+        parts.append(f"{title}, %\n" + tabulate(rows, headers=headers, floatfmt=".4f", missingval="–"))
     where = "after the last stage" if found["at"] == "final" else "each task at its own stage"
     answered = found["runs"][baseline]["banks_by"]
     parts.append(
-        f"Against {baseline} (banks by {answered}), {where}; in brackets {100 * found['confidence']:g} % intervals "
-        f"(bootstrap, {found['samples']} samples, seed {found['seed']}).\np: {found['test']}, {found['flips']} flips. "
-        f"Adjusted: {found['correction']}."
+        f"Against {baseline}{f' (banks by {answered})' if answered else ''}, {where}; in brackets "
+        f"{100 * found['confidence']:g} % intervals. Images: how many (or patients), where the data name them.\n"
+        f"p: {found['test']}, {found['flips']} flips. Adjusted: {found['correction']}.\n"
+        f"{OVERALL}: other questions of these tasks. as a sample: tasks like these; Student's t between tasks, and how "
+        "many were won and lost with the sign test's p."
     )
     return "\n\n".join(parts)
 
 
-def _with_interval(value: float, ends: tuple[float, float], sign: str = "") -> str:
-    return f"{value:{sign}.2f} [{span(ends)}]"
+def _rows(test: Mapping[str, Any], banks_by: str | None) -> list[list[Any]]:
+    """A line for a task, two for the mean over tasks."""
+    banks = test["banks"][test["run"]] if test["banks"] else None
+    scores = [
+        _with_interval(test["baseline_score"], test["baseline_interval"]),
+        _with_interval(test["score"], test["score_interval"]),
+        _with_interval(test["difference"], test["interval"], "+"),
+    ]
+    counts = [test["questions"], test["groups"]]
+    name = " ".join(part for part in (banks_by, banks) if part) or None
+    rows = [[test["run"], test["task"], name, *counts, *scores, test["p"], test["p_adjusted"]]]
+    if test["task"] == OVERALL:
+        between = test["between_tasks"]
+        told = f"{between['wins']} won, {between['losses']} lost of {between['tasks']}"
+        ends = _with_interval(test["difference"], between["interval"], "+")
+        signs = f"{told}, p {between['sign_p']:.4f}"
+        rows.append([test["run"], "as a sample", None, None, None, None, signs, ends, between["p"]])
+        rows[-1].append(between["p_adjusted"])
+    return rows
+
+
+def _with_interval(value: float, ends: tuple[float, float] | None, sign: str = "") -> str:
+    return f"{value:{sign}.2f}" + (f" [{span(ends)}]" if ends else "")

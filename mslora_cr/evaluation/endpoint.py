@@ -97,7 +97,7 @@ def _evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | Non
             asker = _Asker(served, endpoint, client, task, records[task.name])
             folder = served.results_run_dir / task.name
             stamp = answer_once(folder, asker.fingerprint, len(asker.records), partial(asker.answer, folder))
-            scores, root = score_file(folder / ANSWERS, folder), served.results_run_dir
+            scores, root = score_file(folder / ANSWERS, folder, asker.records), served.results_run_dir
             rows.append(cell_row(task, stage, [asker.model], folder, root, stamp, asker.records, scores))
             possible[task.name, stage] = [asker.fingerprint]
     for task in config.stream:  # tasks of an earlier call stay if their answers would be the same

@@ -115,7 +115,7 @@ class _Session:
         if rank() != 0:
             return None
         if cell.folder not in self._scored:  # a folder may hold several stages' cells
-            self._scored[cell.folder] = score_file(cell.folder / ANSWERS, cell.folder)
+            self._scored[cell.folder] = score_file(cell.folder / ANSWERS, cell.folder, records)
         names = [self.banks[number].name for number in cell.banks]
         scores, root = self._scored[cell.folder], self.config.results_run_dir
         return cell_row(cell.task, cell.stage, names, cell.folder, root, stamp, records, scores)

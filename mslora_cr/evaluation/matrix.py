@@ -4,16 +4,22 @@
 the stream. Stages and tasks count from 1, so task i is learned at stage i; T is the last stage, and stage 0 is
 the base model without a bank (zero shot). The averages run over the N tasks that have the score at all (an
 open-ended task has no closed accuracy), which need not be all T.
+
+Every figure but forgetting is a weighted sum of cells; its weights are what an interval is computed from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import fsum
 from statistics import fmean
 
 from mslora_cr.utils.errors import UserError
+
+Weights = Mapping[tuple[str, int], float]
+"""Of cells, by task and stage."""
 
 
 class MissingCellError(UserError):
@@ -74,7 +80,10 @@ class TaskStageMatrix:
         Raises:
             MissingCellError: a task was not evaluated at its own stage.
         """
-        return fmean(self.cell(task, self.learned_at(task)) for task in self.tasks)
+        return self._sum(self.own_stage_weights())
+
+    def own_stage_weights(self) -> Weights:
+        return {(task, self.learned_at(task)): 1 / len(self.tasks) for task in self.tasks}
 
     def final_average(self) -> float:
         """``(1/N) Σ_i R[i,T]``: the mean score after the last stage, in percent.
@@ -84,7 +93,7 @@ class TaskStageMatrix:
         Raises:
             MissingCellError: a task was not evaluated at the last stage.
         """
-        return fmean(self.cell(task, self.last) for task in self.tasks)
+        return self._sum(self.stage_weights(self.last))
 
     def stage_average(self, stage: int) -> float:
         """``A_k = mean_{i<=k} R[i,k]``: the mean score over the tasks learned by stage k, in percent.
@@ -93,15 +102,17 @@ class TaskStageMatrix:
             MissingCellError: a learned task was not evaluated at this stage.
             ValueError: no task that has the score is learned yet.
         """
+        return self._sum(self.stage_weights(stage))
+
+    def stage_weights(self, stage: int) -> Weights:
         learned = [task for task in self.tasks if self.learned_at(task) <= stage]
         if not learned:
             raise ValueError(f"no task that has this score is learned by stage {stage}")
-        return fmean(self.cell(task, stage) for task in learned)
+        return {(task, stage): 1 / len(learned) for task in learned}
 
     def stage_averages(self) -> list[tuple[int, float]]:
         """(k, A_k) for the stages k, from the first task that has the score on, whose cells are all there."""
-        stages = range(self.learned_at(self.tasks[0]), self.last + 1)
-        averages = ((stage, _or_none(partial(self.stage_average, stage))) for stage in stages)
+        averages = ((stage, _or_none(partial(self.stage_average, stage))) for stage in self._stages())
         return [(stage, average) for stage, average in averages if average is not None]
 
     def average_incremental_accuracy(self) -> float:
@@ -113,8 +124,11 @@ class TaskStageMatrix:
         Raises:
             MissingCellError: a task was not evaluated at its own or a later stage.
         """
-        stages = range(self.learned_at(self.tasks[0]), self.last + 1)
-        return fmean(self.stage_average(stage) for stage in stages)
+        return self._sum(self.incremental_weights())
+
+    def incremental_weights(self) -> Weights:
+        stages = self._stages()
+        return {cell: weight / len(stages) for stage in stages for cell, weight in self.stage_weights(stage).items()}
 
     def forgetting_of(self, task: str) -> float:
         """``f_i = max_{i<=k<T} R[i,k] - R[i,T]``: what a task lost since it was known best, in points.
@@ -131,17 +145,16 @@ class TaskStageMatrix:
             return 0.0
         return max(self.cell(task, stage) for stage in earlier) - self.cell(task, self.last)
 
-    def lost(self) -> dict[str, float]:
-        """`forgetting_of` each task before the last stage whose cells are all there."""
-        found = {task: _or_none(partial(self.forgetting_of, task)) for task in self._before_last()}
-        return {task: value for task, value in found.items() if value is not None}
-
     def forgetting(self) -> float:
         """The mean of `forgetting_of` over the tasks before the last stage, in points; 0 if there are none.
 
+        It has no interval: the maximum of noisy scores lies above the true one, the more so the more stages there are
+        and the fewer questions, and a bootstrap repeats that bias. `backward_transfer` is the figure to infer from.
+
         Source and raises: as `forgetting_of`.
         """
-        return _mean_or_zero([self.forgetting_of(task) for task in self._before_last()])
+        lost = [self.forgetting_of(task) for task in self._before_last()]
+        return fmean(lost) if lost else 0.0
 
     def backward_transfer(self) -> float:
         """The mean of ``R[i,T] - R[i,i]`` over the tasks before the last stage, in points; 0 without such.
@@ -151,9 +164,17 @@ class TaskStageMatrix:
         Raises:
             MissingCellError: a task was not evaluated at its own or at the last stage.
         """
-        return _mean_or_zero(
-            [self.cell(task, self.last) - self.cell(task, self.learned_at(task)) for task in self._before_last()]
-        )
+        return self._sum(self.backward_weights(self._before_last()))
+
+    def backward_weights(self, tasks: Sequence[str]) -> Weights:
+        """Of the backward transfer of some tasks before the last stage."""
+        gained = {(task, self.last): 1 / len(tasks) for task in tasks}
+        return gained | {(task, self.learned_at(task)): -1 / len(tasks) for task in tasks}
+
+    def transfer(self) -> dict[str, float]:
+        """``R[i,T] - R[i,i]`` of each task before the last stage whose cells are both there, in points."""
+        found = {task: _or_none(partial(self._sum, self.backward_weights([task]))) for task in self._before_last()}
+        return {task: value for task, value in found.items() if value is not None}
 
     def forward_transfer(self) -> float:
         """The mean of ``R[i,i-1] - R[i,0]`` over the tasks after the first stage, in points; 0 without such.
@@ -164,8 +185,22 @@ class TaskStageMatrix:
         Raises:
             MissingCellError: a task was not evaluated at the stage before its own, or at stage 0.
         """
+        return self._sum(self.forward_weights())
+
+    def forward_weights(self) -> Weights:
         later = [task for task in self.tasks if self.learned_at(task) > 1]
-        return _mean_or_zero([self.cell(task, self.learned_at(task) - 1) - self.cell(task, 0) for task in later])
+        gained = {(task, self.learned_at(task) - 1): 1 / len(later) for task in later}
+        return gained | {(task, 0): -1 / len(later) for task in later}
+
+    def linear(self) -> dict[str, Weights]:
+        """By name, the weights of every figure of `summary` but forgetting, which is a maximum and no sum."""
+        return {
+            "own_stage_average": self.own_stage_weights(),
+            "final_average": self.stage_weights(self.last),
+            "average_incremental_accuracy": self.incremental_weights(),
+            "backward_transfer": self.backward_weights(self._before_last()),
+            "forward_transfer": self.forward_weights(),
+        }
 
     def summary(self) -> dict[str, float | None]:
         """Every figure by name; None where a cell is missing."""
@@ -181,6 +216,12 @@ class TaskStageMatrix:
             )
         }
 
+    def _sum(self, weights: Weights) -> float:
+        return fsum(weight * self.cell(*cell) for cell, weight in weights.items())
+
+    def _stages(self) -> range:
+        return range(self.learned_at(self.tasks[0]), self.last + 1)
+
     def _before_last(self) -> list[str]:
         return [task for task in self.tasks if self.learned_at(task) < self.last]
 
@@ -190,7 +231,3 @@ def _or_none(figure: Callable[[], float]) -> float | None:
         return figure()
     except MissingCellError:
         return None
-
-
-def _mean_or_zero(values: list[float]) -> float:
-    return fmean(values) if values else 0.0

@@ -1,4 +1,4 @@
-"""Text metrics of generated answers: those of the published MSLoRA-CR evaluation, and two more for reports.
+"""Text metrics of generated answers: those of the published MSLoRA-CR evaluation, and more beside them.
 
 For the published ones an answer and its truth are normalised the way the VQA challenge normalises answers
 (Antol et al., "VQA: Visual Question Answering", ICCV 2015), in the variant that LLaVA-Med's evaluation uses.
@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from statistics import fmean
 from typing import Any, Literal, NamedTuple, Protocol
 
 from nltk.translate.bleu_score import sentence_bleu
-from rouge_score.tokenize import tokenize
+
+from mslora_cr.evaluation.words import NgramCounts, ngram_counts, report_overlap, says
 
 AnswerType = Literal["OPEN", "CLOSED"]
 
@@ -36,8 +36,10 @@ penalty."""
 OVERLAPS = ("f1 score", "precision", "recall")
 """Published names of `Overlap`'s fields, in its order."""
 
-ADDED = ("rouge-l", "token recall")
+ADDED = ("rouge-l", "token recall", "squad f1")
 """Metrics of open answers that the published evaluation does not have; they are not in `metrics.txt`."""
+ADDED_CLOSED = "whole-word accuracy"
+"""The one of closed answers."""
 
 KEPT_CHARACTERS = 2_000
 """Of an answer and its truth together, up to which their scores are kept."""
@@ -104,6 +106,10 @@ class RowScore:
     """In the order of `BLEU_WEIGHTS`; None for closed questions."""
     added: tuple[float, ...] | None
     """In the order of `ADDED`; None for closed questions."""
+    ngrams: NgramCounts | None
+    """None for closed questions."""
+    said: bool | None
+    """Whether a closed answer gives its truth in whole words; None for open questions."""
 
     def by_metric(self) -> dict[str, float | None]:
         """The answer's score in each metric, in [0, 1]; None where a metric is not for its kind of question."""
@@ -114,6 +120,7 @@ class RowScore:
             **(dict(zip(BLEU_WEIGHTS, self.bleu, strict=True)) if self.bleu else dict.fromkeys(BLEU_WEIGHTS)),
             "close accuracy": None if opened else float(self.hit),
             **(dict(zip(ADDED, self.added, strict=True)) if self.added else dict.fromkeys(ADDED)),
+            ADDED_CLOSED: None if self.said is None else float(self.said),
         }
 
 
@@ -136,12 +143,12 @@ class Scores:
     @property
     def metrics(self) -> dict[str, float]:
         """The averages in percent, in the published order, under the published names."""
-        return {name: average for name, average in self._averages.items() if name not in ADDED}
+        return {name: average for name, average in self._averages.items() if name not in (*ADDED, ADDED_CLOSED)}
 
     @property
     def added(self) -> dict[str, float]:
-        """The averages of `ADDED`, in percent."""
-        return {name: average for name, average in self._averages.items() if name in ADDED}
+        """The averages of `ADDED` and `ADDED_CLOSED`, in percent."""
+        return {name: average for name, average in self._averages.items() if name in (*ADDED, ADDED_CLOSED)}
 
     @cached_property
     def _averages(self) -> dict[str, float]:
@@ -220,20 +227,10 @@ def _score_row(answer: Answer) -> RowScore:
         hit=reference in prediction if closed else overlap.recall > HIT_RECALL,
         overlap=overlap,
         bleu=None if closed else _remembered(_bleu, prediction, reference),
-        added=None if closed else report_overlap(said, str(answer.gt)),
+        added=None if closed else _remembered(report_overlap, said, str(answer.gt)),
+        ngrams=None if closed else _remembered(ngram_counts, prediction, reference),
+        said=says(said, str(answer.gt), prediction, reference) if closed else None,
     )
-
-
-def report_overlap(prediction: str, reference: str) -> tuple[float, float]:
-    """ROUGE-L and token-level recall of a text, each in [0, 1].
-
-    ROUGE-L is ``2PR / (P + R)`` with P and R the length of the longest common subsequence of words over the
-    prediction's and the reference's number of words. Token recall is ROUGE-1's: the reference's words that the
-    prediction has, each as often as both have it, over all of the reference's. Words are runs of letters and
-    digits, lower-cased, not stemmed; articles count. Source: Lin, "ROUGE: A Package for Automatic Evaluation of
-    Summaries", ACL 2004 workshop; the words are those of the `rouge-score` library, and so are the numbers.
-    """
-    return _remembered(_overlap, prediction, reference)
 
 
 def _remembered(score: Callable[[str, str], tuple[float, ...]], prediction: str, reference: str) -> Any:
@@ -246,33 +243,6 @@ def _of(score: Callable[[str, str], tuple[float, ...]], prediction: str, referen
 
 
 _kept = lru_cache(maxsize=1 << 15)(_of)
-
-
-def _overlap(prediction: str, reference: str) -> tuple[float, float]:
-    said, expected = (tokenize(text, None) for text in (prediction, reference))
-    if not said or not expected:
-        return 0.0, 0.0
-    shared = sum((Counter(said) & Counter(expected)).values())
-    longest = lcs_length(said, expected)
-    precision, recall = longest / len(said), longest / len(expected)
-    return (2 * precision * recall / (precision + recall) if longest else 0.0), shared / len(expected)
-
-
-def lcs_length(one: Sequence[str], other: Sequence[str]) -> int:
-    """The length of the longest common subsequence, in memory that grows with one text, not with their product.
-
-    A row of the usual table is kept as the bits of one number. Source: Hyyrö, "Bit-parallel LCS-length computation
-    revisited", AWOCA 2004.
-    """
-    places: dict[str, int] = {}
-    for position, word in enumerate(one):
-        places[word] = places.get(word, 0) | 1 << position
-    full = (1 << len(one)) - 1
-    row = full
-    for word in other:
-        matched = row & places.get(word, 0)
-        row = ((row + matched) | (row - matched)) & full
-    return len(one) - row.bit_count()
 
 
 def _bleu(prediction: str, reference: str) -> tuple[float, ...]:

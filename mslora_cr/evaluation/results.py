@@ -1,16 +1,15 @@
-"""What an evaluation leaves on disk, typed: `evaluation.json`, `routing.json`, and what is read off them."""
+"""What an evaluation leaves on disk, typed: `evaluation.json`, and what is read off it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
-from mslora_cr.evaluation.intervals import SAMPLES, Scores, interval, resampled_means
+from mslora_cr.evaluation.figures import Column, MatrixIntervals, matrix_intervals
 from mslora_cr.evaluation.matrix import TaskStageMatrix
-from mslora_cr.evaluation.score import SCORES, read_scores
+from mslora_cr.evaluation.score import SCORES, ScoreTable, read_scores
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import file_digest
 from mslora_cr.utils.state import Part, StateFile
@@ -25,9 +24,9 @@ class ReportError(UserError):
 class Cell(Part):
     """A task's answers at a stage: who answered, where the answers are, and their metrics in percent.
 
-    `intervals` has the ends of each metric's bootstrap interval, `questions` the digest of the file asked from,
-    `sha256` and `scores_sha256` those of the answers that were scored and of their scores, which version 0.1.0 did not
-    note. The rest is from the answers' `Stamp`.
+    `intervals` has the ends of each metric's interval, `questions` the digest of the file asked from, `sha256` and
+    `scores_sha256` those of the answers that were scored and of their scores, which version 0.1.0 did not note. The
+    rest is from the answers' `Stamp`.
     """
 
     task: str
@@ -48,15 +47,6 @@ class Cell(Part):
     @property
     def place(self) -> tuple[str, int]:
         return self.task, self.stage
-
-
-class MatrixIntervals(NamedTuple):
-    """Bootstrap intervals of what is read off a task × stage matrix: its figures by name, what each task lost, and the
-    average over the tasks learned by each stage."""
-
-    figures: dict[str, tuple[float, float]]
-    lost: dict[str, tuple[float, float]]
-    stages: dict[int, tuple[float, float]]
 
 
 class Evaluation(StateFile):
@@ -99,60 +89,32 @@ class Evaluation(StateFile):
             return f"{places[0]}–{places[-1]}"
         return ", ".join(map(str, places)) or "none"
 
-    def scores(self, results_dir: Path, *metrics: str) -> list[dict[tuple[str, int], Scores]]:
-        """For each metric, by task and stage, the scores in [0, 1] of the questions that have it, in their order.
+    def scores(self, results_dir: Path, *metrics: str) -> list[dict[tuple[str, int], Column]]:
+        """For each metric, by task and stage, the questions that have it, in their order.
 
         Raises:
             DataError: the scores of a cell are gone.
         """
         places = {(cell.task, cell.stage): (results_dir / cell.answers).with_name(SCORES) for cell in self.cells}
-        columns = {place: read_scores(place)[1] for place in set(places.values())}
+        tables = {place: read_scores(place) for place in set(places.values())}
         found = []
         for metric in metrics:
-            known = {place: own[metric][~np.isnan(own[metric])] for place, own in columns.items() if own}
-            found.append({key: known[place] for key, place in places.items() if len(known.get(place, ()))})
+            columns = {place: column_of(table, metric) for place, table in tables.items()}
+            found.append({key: columns[place] for key, place in places.items() if len(columns[place].scores)})
         return found
 
     def matrix_intervals(self, results_dir: Path, metric: str) -> MatrixIntervals:
-        """The bootstrap intervals of what the metric's matrix gives, where that is known.
-
-        Questions are resampled within each task, the same ones at all its stages; tasks stay as they are.
+        """The intervals of what the metric's matrix gives, where that is known.
 
         Raises:
-            ReportError: a task has scores of more questions at one stage than at another.
-            DataError: the scores of a cell are gone.
+            DataError: the scores of a cell are gone, or of more questions at one stage than at another.
         """
         matrix = self.matrix(metric)
         if matrix is None:
             return MatrixIntervals({}, {}, {})
-        figures = [name for name, value in matrix.summary().items() if value is not None]
-        lost = matrix.lost()
-        stages = [stage for stage, _ in matrix.stage_averages()]
-        [scores] = self.scores(results_dir, metric)
-        redrawn = self._redrawn(matrix, scores)
-        return MatrixIntervals(
-            figures={name: interval([getattr(drawn, name)() for drawn in redrawn]) for name in figures},
-            lost={task: interval([drawn.forgetting_of(task) for drawn in redrawn]) for task in lost},
-            stages={stage: interval([drawn.stage_average(stage) for drawn in redrawn]) for stage in stages},
-        )
-
-    def _redrawn(self, matrix: TaskStageMatrix, scores: Mapping[tuple[str, int], Scores]) -> list[TaskStageMatrix]:
-        """This matrix recomputed from resampled questions, `SAMPLES` times."""
-        drawn: dict[tuple[str, int], Scores] = {}
-        for number, task in enumerate(matrix.tasks):
-            own = {key: column for key, column in scores.items() if key[0] == task}
-            counts = {stage: len(column) for (_, stage), column in own.items()}
-            if len(set(counts.values())) > 1:
-                told = ", ".join(f"{count} at stage {stage}" for stage, count in counts.items())
-                raise ReportError(
-                    f"{task} has scores of different questions ({told}); evaluate it again at all these stages"
-                )
-            means = resampled_means(np.column_stack(list(own.values())), stream=number)
-            drawn |= dict(zip(own, 100 * means.T, strict=True))
-        return [
-            TaskStageMatrix(matrix.stream, matrix.tasks, {key: float(means[sample]) for key, means in drawn.items()})
-            for sample in range(SAMPLES)
-        ]
+        [columns] = self.scores(results_dir, metric)
+        answers = {(cell.task, cell.stage): cell.answers for cell in self.cells}
+        return matrix_intervals(matrix, columns, answers)
 
     def same_banks_since_learned(self) -> bool:
         """Whether every task is answered by the same banks at all its evaluated stages from its own on.
@@ -166,6 +128,13 @@ class Evaluation(StateFile):
                 since[cell.task].append(cell.banks)
         several = any(len(banks) > 1 for banks in since.values())
         return several and all(len(set(banks)) <= 1 for banks in since.values())
+
+
+def column_of(table: ScoreTable, metric: str) -> Column:
+    """The questions of a table that have a metric; none where it is not there."""
+    scores = table.columns.get(metric, np.full(len(table.ids), np.nan))
+    known = ~np.isnan(scores)
+    return Column(scores[known], table.groups[known])
 
 
 def read_evaluation(results_dir: Path) -> Evaluation | None:

@@ -24,10 +24,10 @@ from mslora_cr.distributed.comm import all_gather_object, barrier, get_device, r
 from mslora_cr.evaluation.cells import CellKey, Stages, stages_of
 from mslora_cr.evaluation.files import ANSWERS, ROUTED, ROUTING, Routing, StageRouting
 from mslora_cr.evaluation.generate import answer_once, answer_questions, fingerprint_of, read_stamp, write_stamp
-from mslora_cr.evaluation.intervals import interval, resampled_means
+from mslora_cr.evaluation.intervals import estimate, percent, score_interval
 from mslora_cr.evaluation.results import EVALUATION
 from mslora_cr.evaluation.results import Cell as Row
-from mslora_cr.evaluation.score import score_file
+from mslora_cr.evaluation.score import group_numbers, question_places, score_file
 from mslora_cr.evaluation.summary import cell_row, decoding, fingerprint_fields, question_digests, write_summary
 from mslora_cr.methods.base import method_of, needs_task
 from mslora_cr.models.llava_med import LlavaMed
@@ -214,7 +214,7 @@ class _Session:
         names = [bank.name for bank in self.banks[:stage]]
         rows = {}
         for task in tasks:
-            scores = score_file(folders[task.name] / ANSWERS, folders[task.name])
+            scores = score_file(folders[task.name] / ANSWERS, folders[task.name], self._records[task.name])
             rows[task.name, stage] = cell_row(
                 task, stage, names, folders[task.name], root, stamp, self._records[task.name], scores
             )
@@ -265,13 +265,14 @@ class _Session:
         counts = {task.name: tuple(np.bincount(routes[task.name], minlength=stage).tolist()) for task in tasks}
         known = [task for task in tasks if task.index < stage]
         right = np.array([float(route == task.index) for task in known for route in routes[task.name]])
+        groups = [f"{task.name}: {group}" for task in known for _, group in question_places(self._records[task.name])]
         return StageRouting(
             stage=stage,
             learned=tuple(bank.name for bank in self.banks[:stage]),
             confusion=counts,
             questions=len(right),
             accuracy=100 * float(right.mean()) if known else None,
-            interval=interval(100 * resampled_means(right[:, None])) if known else None,
+            interval=percent(score_interval([estimate(right, group_numbers(groups))])) if known else None,
         )
 
     def _routes(self, stage: int, tasks: Sequence[Task]) -> dict[str, list[int]]:

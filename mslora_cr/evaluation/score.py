@@ -8,15 +8,17 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from tabulate import tabulate
 
-from mslora_cr.data.records import DataError
+from mslora_cr.data.records import DataError, TestRecord
 from mslora_cr.evaluation import intervals
+from mslora_cr.evaluation.intervals import estimate, percent, percentile_interval, resampled_sums, score_interval
 from mslora_cr.evaluation.metrics import AnswerType, Scores, score_answers
+from mslora_cr.evaluation.words import corpus_bleu
 from mslora_cr.utils.errors import first_problem
 from mslora_cr.utils.files import write_text
 from mslora_cr.utils.progress import progress_bar
@@ -24,6 +26,11 @@ from mslora_cr.utils.strict_json import JsonError, decode_json
 from mslora_cr.utils.workers import worker_pool
 
 SCORES = "scores.csv"
+PLACES = ("image", "group")
+"""The last columns of `scores.csv`: the question's image, and what it shares with the questions that it is not
+independent of, its patient or else its image. Empty where that is not known."""
+CORPUS_BLEU = "corpus bleu"
+"""BLEU of all open answers at once; no answer has a score in it."""
 BATCH = 1000
 """Answers that a worker process scores at once."""
 CSV_HEADER = ("id", "question", "pred", "answer", "answer_type", "image")
@@ -46,6 +53,16 @@ class AnswerRecord(BaseModel):
     gt: Any
     answer_type: AnswerType
     image: Any = None
+    patient: Any = None
+
+
+class ScoreTable(NamedTuple):
+    """`scores.csv`: the questions' ids in order, by metric their scores in [0, 1], NaN where there is none, and the
+    number of each question's cluster."""
+
+    ids: list[str]
+    columns: dict[str, intervals.Scores]
+    groups: intervals.Groups
 
 
 def read_answers(path: Path) -> list[AnswerRecord]:
@@ -62,25 +79,29 @@ def read_answers(path: Path) -> list[AnswerRecord]:
     return [_parse(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def score_file(answers: Path, output: Path, workers: int = 1) -> Scores:
+def score_file(answers: Path, output: Path, questions: Sequence[TestRecord] | None = None, workers: int = 1) -> Scores:
     """Score the file `answers`; `metrics.txt`, `metrics.json`, `scores.csv`, `hit.csv`, `not_hit.csv` go to `output`.
 
-    `scores.csv` has each answer's score in each metric, in [0, 1]. `hit.csv` and `not_hit.csv` part the answers row by
-    row, also where question ids repeat. Each file appears whole or not at all: it is written under a temporary name
-    and renamed.
+    `scores.csv` has each answer's score in each metric, in [0, 1], and the question's image. `hit.csv` and
+    `not_hit.csv` part the answers row by row, also where question ids repeat. Each file appears whole or not at all: it
+    is written under a temporary name and renamed.
 
     Args:
+        questions: what was asked, in the answers' order: says which questions are about one image or patient. Without
+            it the answers' own `image` and `patient` say so, if they have them.
         workers: processes that share the answers of a large file.
 
     Raises:
-        DataError: as `read_answers`.
+        DataError: as `read_answers`, or there are more or fewer questions than answers.
     """
     records = read_answers(answers)
+    places = _places(answers, records, questions)
     scores = _score(records, workers)
+    groups = group_numbers([group for _, group in places])
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "metrics.txt", render_metrics(scores))
-    write_text(output / "metrics.json", json.dumps(summarize(scores), indent=2) + "\n")
-    write_text(output / SCORES, _render_scores(records, scores))
+    write_text(output / "metrics.json", json.dumps(summarize(scores, groups), indent=2) + "\n")
+    write_text(output / SCORES, _render_scores(records, scores, places))
     for name, wanted in (("hit.csv", True), ("not_hit.csv", False)):
         chosen = (record for record, row in zip(records, scores.rows, strict=True) if row.hit is wanted)
         write_text(output / name, _render_csv(chosen))
@@ -104,23 +125,41 @@ def render_metrics(scores: Scores) -> str:
     return tabulate(list(scores.metrics.items()), headers=["Metric", "Performance"])
 
 
-def summarize(scores: Scores) -> dict[str, Any]:
-    """The content of `metrics.json`: every metric in percent, with the ends of its bootstrap interval."""
+def summarize(scores: Scores, groups: intervals.Groups) -> dict[str, Any]:
+    """The content of `metrics.json`: every metric in percent, with the ends of its interval.
+
+    `empty_truths` counts the truths of which normalising leaves nothing, such as the choice `A`: the published closed
+    accuracy finds them in every answer.
+
+    Args:
+        groups: by answer, the number of its cluster.
+    """
     metrics = scores.metrics | scores.added
-    table = np.array([scores.columns[name] for name in metrics], dtype=np.float64).T
-    resampled = 100 * intervals.resampled_means(table) if metrics else table
+    ends = {}
+    for name in metrics:
+        column = np.array(scores.columns[name], dtype=np.float64)
+        known = ~np.isnan(column)
+        ends[name] = percent(score_interval([estimate(column[known], groups[known])]))
+    opened = np.array([row.ngrams is not None for row in scores.rows], dtype=bool)
+    if opened.any():
+        counts = np.array([row.ngrams for row in scores.rows if row.ngrams is not None], dtype=np.float64)
+        metrics[CORPUS_BLEU] = 100 * float(corpus_bleu(counts.sum(axis=0, keepdims=True))[0])
+        replicates = corpus_bleu(resampled_sums(counts, groups[opened]))
+        ends[CORPUS_BLEU] = percent(percentile_interval(replicates, len(np.unique(groups[opened]))))
     return {
         "metrics": metrics,
-        "intervals": {name: intervals.interval(column) for name, column in zip(metrics, resampled.T, strict=True)},
-        "bootstrap": {"samples": intervals.SAMPLES, "seed": intervals.SEED, "confidence": intervals.CONFIDENCE},
+        "intervals": ends,
+        "confidence": intervals.CONFIDENCE,
+        "empty_truths": sum(not row.reference for row in scores.rows),
         "rows": len(scores.rows),
+        "groups": len(np.unique(groups)),
         "open": scores.open,
         "closed": scores.closed,
     }
 
 
-def read_scores(path: Path) -> tuple[list[str], dict[str, intervals.Scores]]:
-    """`scores.csv`: the questions' ids in order, and by metric their scores in [0, 1], NaN where there is none.
+def read_scores(path: Path) -> ScoreTable:
+    """`scores.csv`, also as earlier versions wrote it, without `PLACES`: then every question is a cluster of its own.
 
     Raises:
         DataError: it is missing or not such a file.
@@ -128,12 +167,51 @@ def read_scores(path: Path) -> tuple[list[str], dict[str, intervals.Scores]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
-        columns = zip(*rows, strict=True) if rows else [()] * len(header)
-        ids, _, *scores = ([*column] for column in columns)
-        values = (np.array([float(score or "nan") for score in column]) for column in scores)
-        return ids, dict(zip(header[2:], values, strict=True))
-    except (OSError, ValueError, csv.Error) as error:
+        columns = dict(zip(header, zip(*rows, strict=True) if rows else [()] * len(header), strict=True))
+        ids, groups = columns.pop("question_id"), columns.pop("group", None)
+        for name in ("answer_type", "image"):
+            columns.pop(name, None)
+        values = {name: np.array([float(score or "nan") for score in column]) for name, column in columns.items()}
+    except (OSError, ValueError, KeyError, csv.Error) as error:
         raise DataError(f"{path}: no scores of answers ({error}); evaluate or score them again") from None
+    return ScoreTable([*ids], values, group_numbers(groups if groups is not None else [""] * len(ids)))
+
+
+def group_numbers(labels: Sequence[str]) -> intervals.Groups:
+    """Equal labels → equal numbers, in the order in which they come; each empty label a number of its own."""
+    numbers: dict[str | int, int] = {}
+    found = [numbers.setdefault(label or place, len(numbers)) for place, label in enumerate(labels)]
+    return np.array(found, dtype=np.int64)
+
+
+def _places(
+    answers: Path, records: Sequence[AnswerRecord], questions: Sequence[TestRecord] | None
+) -> list[tuple[str, str]]:
+    """By answer, its `PLACES`."""
+    if questions is None:
+        return [_place(_first(record.image), record.patient) for record in records]
+    if len(questions) != len(records):
+        raise DataError(f"{answers}: has {len(records)} answers to {len(questions)} questions; answer them again")
+    return question_places(questions)
+
+
+def answer_groups(records: Iterable[AnswerRecord]) -> intervals.Groups:
+    """By answer, the number of its cluster, as far as the answers themselves name images or patients."""
+    return group_numbers([_place(_first(record.image), record.patient)[1] for record in records])
+
+
+def question_places(questions: Iterable[TestRecord]) -> list[tuple[str, str]]:
+    """By question, its `PLACES`."""
+    return [_place(question.images[0], question.patient) for question in questions]
+
+
+def _place(image: str, patient: Any) -> tuple[str, str]:
+    return image, image if patient is None else f"patient {patient}"
+
+
+def _first(image: Any) -> str:
+    names = image if isinstance(image, list) else [image]
+    return str(names[0]) if names and names[0] is not None else ""
 
 
 def _parse(line: bytes, place: str) -> AnswerRecord:
@@ -149,12 +227,12 @@ def _parse(line: bytes, place: str) -> AnswerRecord:
         raise DataError(f"{place}: {first_problem(error)}") from None
 
 
-def _render_scores(records: Iterable[AnswerRecord], scores: Scores) -> str:
+def _render_scores(records: Iterable[AnswerRecord], scores: Scores, places: Iterable[tuple[str, str]]) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(("question_id", "answer_type", *scores.columns))
-    for record, *row in zip(records, *scores.columns.values(), strict=True):
-        writer.writerow((record.question_id, record.answer_type, *row))
+    writer.writerow(("question_id", "answer_type", *scores.columns, *PLACES))
+    for record, place, *row in zip(records, places, *scores.columns.values(), strict=True):
+        writer.writerow((record.question_id, record.answer_type, *row, *place))
     return text.getvalue()
 
 

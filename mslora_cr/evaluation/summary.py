@@ -16,7 +16,7 @@ from mslora_cr.evaluation.generate import Decoding, answers_are_whole
 from mslora_cr.evaluation.metrics import Scores
 from mslora_cr.evaluation.results import Cell as Row
 from mslora_cr.evaluation.results import Evaluation
-from mslora_cr.evaluation.score import SCORES, summarize
+from mslora_cr.evaluation.score import SCORES, group_numbers, question_places, summarize
 from mslora_cr.runs.ledger import environment
 from mslora_cr.runs.session import base_digest, task_folder
 from mslora_cr.utils.files import file_digest
@@ -69,7 +69,7 @@ def cell_row(
     Args:
         stamp: of the launch that answered: fingerprint, seconds and share of padding.
     """
-    summary = summarize(scores)
+    summary = summarize(scores, group_numbers([group for _, group in question_places(records)]))
     assert stamp.seconds is not None, "only a part of routed answers has none"
     return Row(
         task=task.name,

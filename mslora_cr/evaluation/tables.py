@@ -22,7 +22,7 @@ class Results:
     evaluation: Evaluation
 
     def scores(self) -> list[Row]:
-        """A row for each task, stage and metric: `score`, `low` and `high` in percent (the ends of the 95 % bootstrap
+        """A row for each task, stage and metric: `score`, `low` and `high` in percent (the ends of the 95 %
         interval), `questions` asked, and `banks` that answered."""
         return [
             {
@@ -59,7 +59,7 @@ class Results:
         """
         cell = self._cell(task, stage)
         answers = read_answers(self.folder / cell.answers)
-        _, columns = read_scores((self.folder / cell.answers).with_name(SCORES))
+        columns = read_scores((self.folder / cell.answers).with_name(SCORES)).columns
         rows = []
         for number, answer in enumerate(answers):
             scores = {metric: float(column[number]) for metric, column in columns.items()}

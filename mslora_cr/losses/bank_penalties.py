@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mslora_cr.banks.bank import Bank
-from mslora_cr.losses.contrastive import Frozen, contrastive_value, penalty_terms
+from mslora_cr.losses.contrastive import Frozen, PenaltyTerms, contrastive_value, penalty_terms
+from mslora_cr.losses.cosine import cosine_terms
 from mslora_cr.losses.penalty import Key, Pair
 from mslora_cr.utils.precision import ieee_float32
 
@@ -57,6 +58,7 @@ class BankPenalties:
         frozen_dtype: torch.dtype = torch.float32,
         frozen_device: torch.device | None = None,
         contrastive: bool = True,
+        cosine: bool = False,
     ) -> None:
         """
         Args:
@@ -66,9 +68,10 @@ class BankPenalties:
             frozen_dtype: how frozen banks are held; the arithmetic is float32 whatever it is.
             frozen_device: where frozen banks are held, `device` if not given; the CPU's memory is pinned for a GPU.
             contrastive: false leaves the contrastive term out, which then counts as zero; no frozen bank is held.
+            cosine: the contrastive term of `cosine_terms` in place of the published one.
         """
         assert frozen and len(frozen) == len(same_modality)
-        self._device, self._dtype, self._contrastive = device, frozen_dtype, contrastive
+        self._device, self._dtype, self._contrastive, self._cosine = device, frozen_dtype, contrastive, cosine
         self._frozen_device = frozen_device or device
         self._same = torch.tensor(list(same_modality), device=device)
         self._matrices = 2 * len(frozen[0].matrices)
@@ -113,7 +116,7 @@ class BankPenalties:
         with ieee_float32():
             for group in self._groups:
                 current = torch.stack([trainable[module][half] for module, half in group.keys]).float()
-                found = penalty_terms(current, self._frozen(group, coefficients), beta / self._pairs, group.transposed)
+                found = self._group_terms(current, group, coefficients, beta / self._pairs)
                 if found.similarity_sum is not None:
                     similarity_sum += found.similarity_sum
                 orthogonality = orthogonality + found.orthogonality
@@ -121,6 +124,14 @@ class BankPenalties:
         if self._contrastive:
             contrastive = contrastive_value(similarity_sum / self._matrices, self._same)
         return BankTerms(contrastive, orthogonality / self._pairs, gradients)
+
+    def _group_terms(self, current: Tensor, group: _Group, coefficients: Tensor, beta: float) -> PenaltyTerms:
+        frozen = self._frozen(group, coefficients)
+        if frozen is None or not self._cosine:
+            return penalty_terms(current, frozen, beta, group.transposed)
+        similarity_sum, gradient = cosine_terms(current.flatten(1), frozen)
+        alone = penalty_terms(current, None, beta, group.transposed)
+        return PenaltyTerms(similarity_sum, alone.orthogonality, alone.gradient + gradient.view_as(current))
 
     def _frozen(self, group: _Group, coefficients: Tensor) -> Frozen | None:
         if group.frozen is None or group.frozen_squared is None:

@@ -42,6 +42,7 @@ class MsloraCr(Method):
             getattr(torch, settings.frozen_dtype),
             torch.device("cpu") if settings.frozen_device == "cpu" else setup.device,
             contrastive=settings.alpha != 0,
+            cosine=settings.distance == "cosine",
         )
         return WeightedPenalties(terms, settings)
 

@@ -128,7 +128,7 @@ def _texts(records: Iterable[AnswerRecord]) -> list[str]:
 
 def _graded(records: Sequence[AnswerRecord], scores: Path) -> tuple[list[bool], list[float]]:
     """Whether each answer is right, and its score, from the scores beside them."""
-    ids, metrics = read_scores(scores)
+    ids, metrics, _ = read_scores(scores)
     if len(ids) != len(records):
         raise DataError(f"{scores}: scores of {len(ids)} answers beside {len(records)}; score them again")
     closed = np.array([record.answer_type == "CLOSED" for record in records], dtype=bool)

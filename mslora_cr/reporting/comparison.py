@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mslora_cr.evaluation import intervals
+from mslora_cr.evaluation.intervals import CONFIDENCE
 from mslora_cr.evaluation.results import Evaluation, ReportError, required_evaluation
 from mslora_cr.reporting.heatmaps import final_scores_map, matrix_map
 from mslora_cr.reporting.plots import stage_curves
@@ -51,7 +51,7 @@ def write_comparison(runs: Sequence[tuple[str, Path, Path]], output: Path) -> Pa
     context = {
         "runs": compared,
         "metrics": [_by_metric(key, evaluations, folders, colors) for key in keys],
-        "bootstrap": intervals,
+        "confidence": CONFIDENCE,
         "now": datetime.now(UTC),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +74,6 @@ def _by_metric(
         "summaries": {label: matrix.summary() for label, matrix in matrices.items()},
         "intervals": {label: found.figures for label, found in spans.items()},
         "curves": Markup(stage_curves(curves, bands, colors, f"{TITLES[key]}, %")) if curves else None,
-        "maps": [matrix_map(label, name, run, spans[label].lost) for label, run in evaluations.items()],
+        "maps": [matrix_map(label, name, run, spans[label].transfer) for label, run in evaluations.items()],
         "final": final_scores_map(evaluations, name),
     }

@@ -36,12 +36,12 @@ class HeatMap:
 
 
 def matrix_map(
-    title: str, metric: str, evaluation: Evaluation, lost: Mapping[str, tuple[float, float]]
+    title: str, metric: str, evaluation: Evaluation, transfer: Mapping[str, tuple[float, float]]
 ) -> HeatMap | None:
     """A metric by task and stage; each cell notes the numbers of the banks that answered, and its interval.
 
     Args:
-        lost: by task, the interval of what it lost.
+        transfer: by task, the interval of its backward transfer.
     """
     matrix = evaluation.matrix(metric)
     if matrix is None:
@@ -58,11 +58,12 @@ def matrix_map(
         ]
         for task in matrix.tasks
     }
-    points = matrix.lost() | {task: 0.0 for task in rows if matrix.learned_at(task) == matrix.last}
+    points = matrix.transfer()
     last = [
-        HeatCell(f"{round(points[task], 1) + 0:.1f}" if task in points else "–", ends=lost.get(task)) for task in rows
+        HeatCell(f"{round(points[task], 1) + 0:.1f}" if task in points else "–", ends=transfer.get(task))
+        for task in rows
     ]
-    return HeatMap(title, [str(stage) for stage in stages], rows, "lost", last)
+    return HeatMap(title, [str(stage) for stage in stages], rows, "change", last)
 
 
 def similarity_map(similarity: Similarity) -> HeatMap:

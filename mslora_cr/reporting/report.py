@@ -12,11 +12,12 @@ from markupsafe import Markup
 from mslora_cr.banks.similarity import Similarity
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.catalog import catalog
-from mslora_cr.evaluation import intervals
 from mslora_cr.evaluation.compare import compare
+from mslora_cr.evaluation.figures import MatrixIntervals
 from mslora_cr.evaluation.files import ROUTED, Analysis
+from mslora_cr.evaluation.intervals import CONFIDENCE
 from mslora_cr.evaluation.matrix import TaskStageMatrix
-from mslora_cr.evaluation.results import Evaluation, MatrixIntervals, ReportError
+from mslora_cr.evaluation.results import Evaluation, ReportError
 from mslora_cr.reporting.answers import browsed_answers, browser_data
 from mslora_cr.reporting.heatmaps import (
     answer_maps,
@@ -84,7 +85,9 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
             (TITLES[key], len(matrix.tasks), matrix.summary(), spans[key].figures) for key, matrix in present.items()
         ],
         "maps": [
-            matrix_map(capital(TITLES[key]), METRICS[key], evaluation, spans[key].lost) for key in present if evaluation
+            matrix_map(capital(TITLES[key]), METRICS[key], evaluation, spans[key].transfer)
+            for key in present
+            if evaluation
         ],
         "curves": Markup(curves) if curves else None,
         "weights": _last_weights(run),
@@ -98,7 +101,7 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
             else {},
             "evaluation": evaluation.environment if evaluation else {},
         },
-        "bootstrap": intervals,
+        "confidence": CONFIDENCE,
         "now": datetime.now(UTC),
     }
 

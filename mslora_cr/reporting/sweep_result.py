@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from mslora_cr.evaluation.intervals import Interval
 from mslora_cr.utils.state import Part, StateFile
 
 RESULT = "sweep.json"
 
 
 class Against(Part):
-    """The paired difference to MSLoRA-CR at the same order and seed: its mean, standard deviation and pairs."""
+    """The paired difference to MSLoRA-CR at the same order and seed: its mean, standard deviation and pairs, and what
+    they say, as `over_runs.summarize` explains. Version 0.1.0 wrote the first three alone."""
 
     mean: float
     deviation: float | None
     pairs: int
+    interval: Interval | None = None
+    orders_interval: Interval | None = None
+    p: float | None = None
+    p_flips: float | None = None
+    p_adjusted: float | None = None
 
 
 class Spread(Part):
-    """A figure of a method over its runs; `sweep.summarize` explains the fields."""
+    """A figure of a method over its runs; `over_runs.summarize` explains the fields."""
 
     runs: int
     mean: float

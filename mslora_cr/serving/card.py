@@ -155,7 +155,7 @@ print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_token
             [
                 "## Scores",
                 "",
-                f"In percent, greedy answers to the test questions, with bootstrap intervals of {CONFIDENCE:.0%} over "
+                f"In percent, greedy answers to the test questions, with intervals of {CONFIDENCE:.0%} over "
                 "the questions. They do not cover other seeds, orders of tasks, or hospitals.",
                 "",
                 "| task | questions | metric | score | interval |",

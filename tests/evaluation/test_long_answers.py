@@ -9,18 +9,27 @@ from typing import Literal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
 
-from mslora_cr.evaluation.metrics import lcs_length, report_overlap, score_answers
+from mslora_cr.evaluation.metrics import score_answers
+from mslora_cr.evaluation.words import lcs_length, report_overlap, words
 
 WORDS = st.lists(st.sampled_from(["a", "b", "cell", "the", "no", "Yes.", "T2-weighted", "é", "..."]), max_size=25)
+
+
+class OurWords(Tokenizer):
+    """The library's own drop what is not ASCII."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(WORDS, WORDS)
 def test_the_numbers_are_the_librarys(said: list[str], expected: list[str]) -> None:
     prediction, reference = " ".join(said), " ".join(expected)
-    theirs = RougeScorer(["rouge1", "rougeL"]).score(reference, prediction)
-    assert report_overlap(prediction, reference) == (theirs["rougeL"].fmeasure, theirs["rouge1"].recall)
+    theirs = RougeScorer(["rouge1", "rougeL"], tokenizer=OurWords()).score(reference, prediction)
+    assert report_overlap(prediction, reference)[:2] == (theirs["rougeL"].fmeasure, theirs["rouge1"].recall)
 
 
 def test_by_hand() -> None:

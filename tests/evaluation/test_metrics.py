@@ -1,10 +1,14 @@
 import json
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from nltk.translate.bleu_score import corpus_bleu as nltk_corpus_bleu
 
-from mslora_cr.evaluation.metrics import Overlap, normalize_answer, report_overlap, score_answers, token_f1
+from mslora_cr.evaluation.metrics import Overlap, normalize_answer, score_answers, token_f1
+from mslora_cr.evaluation.words import corpus_bleu, ngram_counts, report_overlap, words
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "metrics"
 
@@ -131,10 +135,65 @@ def test_nltk_does_not_warn_of_short_answers(recwarn):
     ],
 )
 def test_rouge_l_and_token_recall_by_hand(prediction, reference, rouge_l, recall):
-    assert report_overlap(prediction, reference) == pytest.approx((rouge_l, recall))
+    assert report_overlap(prediction, reference)[:2] == pytest.approx((rouge_l, recall))
 
 
-def test_added_metrics_are_of_open_answers_alone():
+def test_added_metrics_are_of_one_kind_of_answers():
     scores = score_answers([answer("clear lungs", "clear lungs"), answer("yes", "no", "CLOSED")])
-    assert scores.added == {"rouge-l": 100, "token recall": 100}
-    assert score_answers([answer("yes", "no", "CLOSED")]).added == {}
+    assert scores.added == {"rouge-l": 100, "token recall": 100, "squad f1": 100, "whole-word accuracy": 0}
+    assert score_answers([answer("yes", "no", "CLOSED")]).added == {"whole-word accuracy": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The Left-lung, 3.5 cm_x", ["the", "left", "lung", "3", "5", "cm", "x"]),
+        ("Pneumonie déjà vue", ["pneumonie", "déjà", "vue"]),
+        ("de\u0301ja\u0300", ["déjà"]),  # accents as marks of their own
+        ("легкое справа", ["легкое", "справа"]),
+        ("左肺 T2", ["左", "肺", "t2"]),
+        ("फेफड़े", ["फेफड़े"]),  # vowel signs are marks
+        ("?  +", ["?", "+"]),
+        (" ", []),
+    ],
+)
+def test_words_of_any_script(text, expected):
+    assert words(text) == [unicodedata.normalize("NFC", word) for word in expected]
+    (row,) = score_answers([answer(text, text)]).rows
+    assert row.added == ((1.0, 1.0, 1.0) if expected else (0.0, 0.0, 0.0))
+
+
+def test_squad_f1_counts_a_word_as_often_as_both_have_it():
+    said, truth = "no no no no no effusion", "no effusion"
+    assert token_f1(said, truth).f1 == 1.0  # as published
+    assert report_overlap(said, truth)[2] == 2 * 2 / (6 + 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "truth", "published", "whole"),
+    [
+        ("Yes, the bone is abnormal.", "no", True, False),
+        ("abnormal", "normal", True, False),
+        ("No, there is none.", "no", True, True),
+        ("yes and no", "no", True, False),
+        ("in the left lower lobe", "Left lower", True, True),
+        ("B", "A", True, False),  # nothing is left of an article, and nothing is in everything
+        ("(A)", "A", True, True),
+        ("", "", True, False),
+        ("", "A", True, False),
+    ],
+)
+def test_closed_accuracy_by_whole_words(said, truth, published, whole):
+    (row,) = score_answers([answer(said, truth, "CLOSED")]).rows
+    assert (row.hit, row.said) == (published, whole)
+
+
+def test_corpus_bleu_is_nltks():
+    lines = (GOLDEN / "open.answers.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = score_answers(SimpleNamespace(**json.loads(line)) for line in lines).rows
+    rows = [row for row in rows if len(row.prediction.split()) >= 4]  # NLTK counts a 4-gram in shorter ones, too
+    counts = np.array([row.ngrams for row in rows], dtype=float).sum(axis=0, keepdims=True)
+    theirs = nltk_corpus_bleu([[row.reference.split()] for row in rows], [row.prediction.split() for row in rows])
+    assert corpus_bleu(counts)[0] == pytest.approx(theirs)
+    assert corpus_bleu(np.array([ngram_counts("left", "left")], dtype=float))[0] == 0  # no 4-gram
+    assert ngram_counts("a b b", "b b c") == (2, 1, 0, 0, 3, 2, 1, 0, 3, 3)

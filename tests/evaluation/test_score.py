@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mslora_cr.data.records import DataError
+from mslora_cr.cli.main import main
+from mslora_cr.data.records import DataError, TestRecords
 from mslora_cr.evaluation.score import CSV_HEADER, read_answers, read_scores, score_file
 from mslora_cr.reporting.run_record import load_published_scores
 
@@ -70,11 +71,17 @@ def test_metrics_json_is_full_precision(tmp_path):
     }
     published = {name: found["metrics"][name] for name in expected["table"]}
     assert published == pytest.approx(expected["table"], rel=1e-12)
-    assert set(found["metrics"]) - set(published) == {"rouge-l", "token recall"}
+    assert set(found["metrics"]) - set(published) == {
+        "rouge-l",
+        "token recall",
+        "squad f1",
+        "whole-word accuracy",
+        "corpus bleu",
+    }
     for name, (low, high) in found["intervals"].items():
         assert 0 <= low <= found["metrics"][name] <= high <= 100
         assert 1 < high - low < 20  # of some 100 questions
-    assert found["bootstrap"] == {"samples": 1000, "seed": 0, "confidence": 0.95}
+    assert (found["confidence"], found["groups"]) == (0.95, 240)  # no answer names an image
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "hit.csv",
         "metrics.json",
@@ -86,7 +93,8 @@ def test_metrics_json_is_full_precision(tmp_path):
 
 def test_scores_by_question_give_the_averages(tmp_path):
     scores = score_file(GOLDEN / "mixed.answers.jsonl", tmp_path)
-    ids, columns = read_scores(tmp_path / "scores.csv")
+    ids, columns, groups = read_scores(tmp_path / "scores.csv")
+    assert len(set(groups)) == len(ids)
     assert ids == [str(answer.question_id) for answer in read_answers(GOLDEN / "mixed.answers.jsonl")]
     averages = {name: 100 * np.nanmean(column) for name, column in columns.items()}
     assert averages == pytest.approx(scores.metrics | scores.added)
@@ -94,6 +102,39 @@ def test_scores_by_question_give_the_averages(tmp_path):
     assert np.isnan(columns["rouge-l"]).sum() == scores.closed
     with pytest.raises(DataError, match="no scores of answers"):
         read_scores(tmp_path / "none.csv")
+
+
+def test_questions_about_one_image_are_one_cluster(tmp_path):
+    answers = write(tmp_path / "a.jsonl", *[LINE | {"text": text} for text in ("Left", "Left", "Right", "Right")])
+    images = ["a.png", "a.png", ["b.png", "c.png"], "b.png"]
+    test = [LINE | {"image": image} for image in images]
+    questions = TestRecords(write(tmp_path / "test.jsonl", *test))
+    score_file(answers, tmp_path, questions)
+    assert [row[-2:] for row in rows_of(tmp_path / "scores.csv")[1:]] == [
+        [name, name] for name in ["a.png"] * 2 + ["b.png"] * 2
+    ]
+    table = read_scores(tmp_path / "scores.csv")
+    assert table.groups.tolist() == [0, 0, 1, 1]
+    assert "image" not in table.columns
+    assert json.loads((tmp_path / "metrics.json").read_text())["groups"] == 2
+    by_patient = TestRecords(write(tmp_path / "test.jsonl", *[line | {"patient": 7} for line in test]))
+    score_file(answers, tmp_path, by_patient)
+    assert set(read_scores(tmp_path / "scores.csv").groups) == {0}
+    with pytest.raises(DataError, match="4 answers to 3 questions"):
+        score_file(answers, tmp_path, by_patient[:3])
+
+
+def test_the_command_takes_the_questions(tmp_path):
+    answers = write(tmp_path / "a.jsonl", *[LINE] * 4)
+    test = write(tmp_path / "test.jsonl", *[LINE | {"image": "a.png"}] * 4)
+    assert main(["score", str(answers), "--output", str(tmp_path / "out"), "--questions", str(test)]) == 0
+    assert set(read_scores(tmp_path / "out" / "scores.csv").groups) == {0}
+
+
+def test_scores_of_an_earlier_version_are_read(tmp_path):
+    (tmp_path / "scores.csv").write_text("question_id,answer_type,f1 score\n1,OPEN,0.5\n1,CLOSED,\n")
+    ids, columns, groups = read_scores(tmp_path / "scores.csv")
+    assert (ids, list(columns), groups.tolist()) == (["1", "1"], ["f1 score"], [0, 1])
 
 
 def test_hits_are_by_row_where_ids_repeat(tmp_path):
@@ -114,8 +155,10 @@ def test_a_file_without_answers(tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text()) == {
         "metrics": {},
         "intervals": {},
-        "bootstrap": {"samples": 1000, "seed": 0, "confidence": 0.95},
+        "confidence": 0.95,
+        "empty_truths": 0,
         "rows": 0,
+        "groups": 0,
         "open": 0,
         "closed": 0,
     }

@@ -1,0 +1,129 @@
+"""What a run answered, question by question: from its results folder, or from a folder of answer files alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from mslora_cr.data.records import DataError
+from mslora_cr.evaluation.figures import Column
+from mslora_cr.evaluation.files import ANSWERS
+from mslora_cr.evaluation.metrics import score_answers
+from mslora_cr.evaluation.results import Cell, Evaluation, ReportError, column_of, required_evaluation
+from mslora_cr.evaluation.score import (
+    SCORES,
+    AnswerRecord,
+    ScoreTable,
+    answer_groups,
+    read_answers,
+    read_scores,
+)
+
+COMPARED = {
+    "closed accuracy": "close accuracy",
+    "exact match": "exact match score",
+    "F1 of open answers": "f1 score",
+    "ROUGE-L": "rouge-l",
+}
+"""Title → name in `metrics.json`."""
+Stage = Literal["final", "own"]
+
+
+@dataclass(frozen=True)
+class TaskAnswers:
+    """A run's answers to a task.
+
+    Attributes:
+        banks: those that answered. questions: the digest of the file asked from. Both None where answer files alone are
+            known. answers: the answer file. columns: by title in `COMPARED`, the scores.
+    """
+
+    banks: str | None
+    questions: str | None
+    answers: Path
+    columns: Mapping[str, Column]
+
+    @cached_property
+    def asked(self) -> str:
+        """A digest of what was asked, as far as the answer file knows it."""
+        rows = [(answer.question_id, answer.answer_type, str(answer.gt)) for answer in read_answers(self.answers)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+class Answered(NamedTuple):
+    """A run: its method and how its banks are chosen, where that is known, and its answers by task."""
+
+    method: str | None
+    banks_by: str | None
+    tasks: Mapping[str, TaskAnswers]
+
+    def same_questions(self, other: Answered, task: str) -> bool:
+        """Whether two runs were asked the same questions of a task."""
+        ours, theirs = self.tasks[task], other.tasks[task]
+        if ours.questions and theirs.questions:
+            return ours.questions == theirs.questions
+        return ours.asked == theirs.asked
+
+
+def has_answers(folder: Path) -> bool:
+    """Whether a folder holds answer files alone, in the published layout `TASK/answer-file.jsonl`."""
+    return not (folder / "evaluation.json").is_file() and any(folder.glob(f"*/{ANSWERS}"))
+
+
+def answered_run(label: str, folder: Path, at: Stage) -> Answered:
+    """Read a run.
+
+    Args:
+        label: the run's name in messages. folder: its results folder, or one that `has_answers`. at: score tasks after
+            the last stage, or each at its own; answer files alone are taken as they are.
+
+    Raises:
+        ReportError: it is not evaluated where it must be. DataError: scores are gone, or answers malformed.
+    """
+    if has_answers(folder):
+        return Answered(None, None, {path.parent.name: _scored(path) for path in sorted(folder.glob(f"*/{ANSWERS}"))})
+    run = required_evaluation(folder)
+    scores = dict(zip(COMPARED, run.scores(folder, *COMPARED.values()), strict=True))
+    tasks = {}
+    for task in run.tasks:
+        cell = _cell(label, run, task, at)
+        none = Column(np.empty(0), np.empty(0, dtype=np.int64))
+        columns = {title: found.get((task, cell.stage), none) for title, found in scores.items()}
+        tasks[task] = TaskAnswers(run.bank_numbers(cell), cell.questions, folder / cell.answers, columns)
+    return Answered(run.method, run.banks_by, tasks)
+
+
+def _scored(path: Path) -> TaskAnswers:
+    """Score an answer file. Which questions are about one image is known from the answers themselves, or from a
+    `scores.csv` of the same questions beside them, as `mslora-cr score --questions` writes it."""
+    answers = read_answers(path)
+    found = score_answers(answers).columns
+    columns = {name: np.array(column, dtype=np.float64) for name, column in found.items()}
+    table = ScoreTable([str(answer.question_id) for answer in answers], columns, _groups(path, answers))
+    return TaskAnswers(None, None, path, {title: column_of(table, name) for title, name in COMPARED.items()})
+
+
+def _groups(path: Path, answers: Sequence[AnswerRecord]) -> np.ndarray:
+    own = answer_groups(answers)
+    try:
+        beside = read_scores(path.with_name(SCORES))
+    except DataError:
+        return own
+    same = beside.ids == [str(answer.question_id) for answer in answers]
+    return beside.groups if same else own
+
+
+def _cell(label: str, run: Evaluation, task: str, at: Stage) -> Cell:
+    cell = run.own_cell(task) if at == "own" else run.last_cell(task)
+    if cell is None:
+        where, mend = ("at its own stage", "") if at == "own" else ("after the last stage", " --stages seen")
+        other = "" if at == "own" else ", or compare with --at own"
+        raise ReportError(f"{label}: {task} was not evaluated {where}; run `mslora-cr evaluate CONFIG{mend}`{other}")
+    return cell
