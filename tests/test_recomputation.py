@@ -68,7 +68,7 @@ def test_a_step_that_runs_out_of_memory_is_made_again_exactly(
     """In the middle of a backward pass, with dropout, accumulation, and a learnable weight."""
     accumulated = ("training.per_device_train_batch_size=2", "tasks=[pathvqa, slake-vqarad]")
     plain = trained(*accumulated, "training.gradient_checkpointing=false")
-    hook, calls = trainer_module._penalty_hook, 0
+    hook, calls = trainer_module.penalty_hook, 0
 
     def deadly(pending: Any, key: Any) -> Any:
         add = hook(pending, key)
@@ -82,7 +82,7 @@ def test_a_step_that_runs_out_of_memory_is_made_again_exactly(
 
         return called
 
-    monkeypatch.setattr(trainer_module, "_penalty_hook", deadly)
+    monkeypatch.setattr(trainer_module, "penalty_hook", deadly)
     ours = trained(*accumulated, "training.gradient_checkpointing=auto")
     assert calls > fails
     assert "memory ran out; the activations of 1 decoder layers are recomputed from here on" in capsys.readouterr().err
