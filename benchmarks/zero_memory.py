@@ -184,7 +184,7 @@ def train_and_look(size: Size, stage: int, task: int, folder: Path) -> None:
         deepspeed=config,
     )
     if stage == 3:
-        partition(stack.model, args.hf_deepspeed_config.config)
+        partition(stack.model, args.hf_deepspeed_config.config, torch.device("cpu"), stack.external_parameters())
     trainer = BankTrainer(
         stack=stack,
         samples=random_samples(size),  # type: ignore[arg-type]  (only their number and items are asked for)

@@ -93,7 +93,10 @@ def test_the_shipped_demo_shows_what_the_method_is_for(tmp_path: Path) -> None:
     ]
     assert main(["demo", *places]) == 0
     summary = json.loads((tmp_path / "results" / "summary.json").read_text())
-    assert summary.keys() == {"version", "methods", "seconds"} and summary["methods"].keys() == {"mslora_cr", "sequential"}
+    assert summary.keys() == {"version", "methods", "seconds"} and summary["methods"].keys() == {
+        "mslora_cr",
+        "sequential",
+    }
     ours, sequential = summary["methods"]["mslora_cr"], summary["methods"]["sequential"]
     assert ours.keys() == sequential.keys() == {"average_closed_accuracy", "forgetting"}
     assert ours["average_closed_accuracy"] >= 85

@@ -22,6 +22,7 @@ from mslora_cr.methods.inflora import grown, new_directions
 from mslora_cr.methods.lwf import softened_cross_entropy
 from mslora_cr.methods.olora import OloraPenalty, OloraSettings
 from mslora_cr.methods.replay import Replay
+from mslora_cr.runs.entries import RunLedger
 from mslora_cr.runs.ledger import Ledger
 
 CPU = torch.device("cpu")
@@ -198,7 +199,7 @@ def test_a_replayed_order_mixes_every_batch(tmp_path: Path, monkeypatch: pytest.
     config = stream_of("replay", tmp_path, tasks, replay={"buffer_size": 3, "share": 0.25})
     method, second = method_of(config), config.stream[1]
     assert [task.name for task in method.sources(config, second)] == ["PCAM", "pathvqa"]
-    ledger = Ledger(tmp_path, {"tasks": {}})
+    ledger = Ledger(tmp_path, RunLedger(run="recorded", method="replay", tasks={}))
     assert method.order(config, config.stream[0], [20], ledger) is None
     assert method.order(config, second, [9, 20], ledger) is not None  # a plan, before the first task is trained
     monkeypatch.setattr(ledger, "task_state", {"pathvqa": {"pathvqa": torch.tensor([19, 0, 7])}}.get)

@@ -28,10 +28,8 @@ def head(card: str) -> dict[str, Any]:
     return yaml.safe_load(card.split("---")[1])
 
 
-def test_adapters_go_to_a_private_repository_with_their_card(
-    hub: Hub, trained_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = mslora_cr.load_config(trained_config, [f"results_dir={tmp_path}", "training.hub_token=sesame"])
+def test_adapters_go_to_a_private_repository_with_their_card(hub: Hub, trained_config: Path, tmp_path: Path) -> None:
+    config = mslora_cr.load_config(trained_config, [f"results_dir={tmp_path}"])
     results = mslora_cr.evaluate(config)
     address = push(config, REPO, base=BASE, endpoint=hub.url)
     assert address == f"{hub.url}/{REPO}" and hub.private == {f"models/{REPO}"}
@@ -57,7 +55,7 @@ def test_adapters_go_to_a_private_repository_with_their_card(
         assert metric["args"]["low"] == pytest.approx(scores[key]["low"], abs=0.01)
     for line in ("Not for clinical use", "SLAKE CC BY 4.0, VQA-RAD CC0 1.0", 'subfolder="pathvqa"', "rank: 4"):
         assert line in card
-    assert "sesame" not in card and str(trained_config.parent) not in card
+    assert "writer" not in card and str(trained_config.parent) not in card
     assert not (config.run_dir / ".push").exists()
 
 

@@ -24,7 +24,7 @@ FILE_BYTES = 20_000
 def penalty_without_gradient() -> None:
     """The published mistake: under ZeRO-3 the penalties' gradient reaches no parameter."""
 
-    trainer._penalty_hook = lambda pending, key: lambda gradient: gradient
+    trainer.penalty_hook = lambda pending, key: lambda gradient: gradient
 
 
 def at_step(number: int, on_rank: int, act: Callable[[], None]) -> None:

@@ -65,7 +65,7 @@ def test_nothing_but_the_live_bank_is_written(
     assert checkpoint.name == "checkpoint-2"
     saved = checkpoint / "bank" / "adapter_model.safetensors"
     bank = numbers(load_file(saved))
-    assert bank == sum(WITHOUT_DROPOUT["rank"] * (rows + columns) for rows, columns in linears)
+    assert bank == sum(WITHOUT_DROPOUT["rank"] * (rows + columns) for rows, columns in linears.values())
     model_files = list(checkpoint.rglob("*_model_states.pt"))
     assert len(model_files) == {"ddp": 0, "zero3": 2}.get(stage, 1)
     for file in model_files:
