@@ -28,7 +28,7 @@ class Bank:
     """A task's LoRA: float32 matrices on the CPU. Adds ``alpha / rank · B A`` to each linear layer's weight.
 
     With routers it is a mixture of experts, equal slices of the rank: ``alpha / rank · B (g(x) ⊙ A x)``, each slice
-    times its expert's share in ``g(x) = softmax(router x)``. That depends on the input, so it cannot be folded.
+    times its expert's share in ``g(x) = softmax(router x)``. That depends on the input, so it cannot be merged.
     """
 
     name: str

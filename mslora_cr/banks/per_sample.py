@@ -16,7 +16,7 @@ from mslora_cr.banks.stack import language_linears
 
 
 class PerSampleAdapters:
-    """Banks beside a base model that has none folded in: ``x Wᵀ + ((x Aᵀ) · m) Bᵀ`` at every linear layer.
+    """Banks beside a base model that has none merged in: ``x Wᵀ + ((x Aᵀ) · m) Bᵀ`` at every linear layer.
 
     A and B hold all banks, one after the other; m is 1 for the ranks of the row's own banks and 0 elsewhere, so a row
     gets what it would get alone, whatever is beside it. The banks are held once, in the model's dtype.

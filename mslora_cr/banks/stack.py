@@ -1,4 +1,4 @@
-"""Banks in a model: frozen ones folded into the base, and a live one on top, in training.
+"""Banks in a model: frozen ones merged into the base, and a trainable one on top, in training.
 
 A step costs the same however many frozen banks there are. They are either merged into the base weights, summed in
 float32 from the pristine base and rounded once, or concatenated into one frozen adapter.
@@ -42,7 +42,7 @@ def language_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 class BankStack:
-    """A base model with banks folded into it and, in training, one live bank on top.
+    """A base model with banks merged into it and, in training, one trainable bank on top.
 
     Attributes:
         model: what to call: the base model itself, or the PEFT model around it.
@@ -150,7 +150,7 @@ class BankStack:
         Args:
             experts: with more than one, the bank is a mixture of them, with routers.
 
-        Afterwards the live matrices are the only trainable parameters of the model.
+        Afterwards the trainable matrices are the only trainable parameters of the model.
         """
         config = lora_config(rank, alpha, dropout)
         if isinstance(self.model, PeftModel):
@@ -170,7 +170,7 @@ class BankStack:
         assert unfrozen == adapter, "something besides the new bank is trainable"
 
     def trainable(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """The live bank's parameters: linear layer's name → (A, B)."""
+        """The trainable bank's parameters: linear layer's name → (A, B)."""
         return {
             name.removeprefix(PEFT_PREFIX): (module.lora_A[TRAINABLE].weight, module.lora_B[TRAINABLE].weight)
             for name, module in self.model.named_modules()
@@ -191,7 +191,7 @@ class BankStack:
 
     @contextmanager
     def trainable_off(self) -> Iterator[None]:
-        """Inside, the live bank adds nothing; frozen ones do.
+        """Inside, the trainable bank adds nothing; frozen ones do.
 
         It is scaled by zero: every layer still runs, so ZeRO-3 gathers the same parameters in the same order.
         """
@@ -206,7 +206,7 @@ class BankStack:
 
     @torch.no_grad()
     def load_trainable(self, bank: Bank) -> None:
-        """Copy a bank's numbers into the live one."""
+        """Copy a bank's numbers into the trainable one."""
         _copy_into(self.model, TRAINABLE, bank.matrices)
         copy_routers(self.model, TRAINABLE, bank.routers)
 
@@ -218,7 +218,7 @@ class BankStack:
         metadata: dict[str, Any] | None = None,
         value: Callable[[Tensor], Tensor] = Tensor.detach,
     ) -> Bank:
-        """The live bank as it is now, copied to the CPU.
+        """The trainable bank as it is now, copied to the CPU.
 
         Args:
             value: a parameter's whole value; under DeepSpeed the model holds a part or a rounded copy of it.

@@ -78,7 +78,7 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
         for cell in wanted
     }
     check_hosts(config.results_run_dir, facts)
-    # Cells that the same banks answer are adjacent, so that a stage is folded once.
+    # Cells that the same banks answer are adjacent, so that a stage is merged once.
     rows = {
         cell.place: session.answer(cell, records[cell.task.name], fingerprints[cell.place])
         for cell in _by_banks(wanted)
@@ -96,7 +96,7 @@ def _by_banks(wanted: Sequence[Cell]) -> list[Cell]:
 
 
 class _Session:
-    """The base model, loaded when the first question needs it, with the banks that are folded in now."""
+    """The base model, loaded when the first question needs it, with the banks that take part now."""
 
     def __init__(self, config: StreamConfig, banks: Mapping[int, Bank], switches: bool) -> None:
         """

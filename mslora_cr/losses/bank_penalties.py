@@ -64,7 +64,7 @@ class BankPenalties:
         Args:
             frozen: the earlier banks, at least one.
             same_modality: for each, whether its modality is the task's own.
-            device: where the live bank is, and the penalties are computed.
+            device: where the trainable bank is, and the penalties are computed.
             frozen_dtype: how frozen banks are held; the arithmetic is float32 whatever it is.
             frozen_device: where frozen banks are held, `device` if not given; the CPU's memory is pinned for a GPU.
             contrastive: false leaves the contrastive term out, which then counts as zero; no frozen bank is held.
@@ -106,7 +106,7 @@ class BankPenalties:
         """Values of both terms, and the gradient of ``alpha · contrastive + beta · orthogonality``.
 
         Args:
-            trainable: the live bank's matrices; computed in float32 whatever their dtype.
+            trainable: the trainable bank's matrices; computed in float32 whatever their dtype.
         """
         similarity_sum = torch.zeros(len(self._same), device=self._device)
         orthogonality = torch.as_tensor(self._frozen_orthogonality, device=self._device)

@@ -18,7 +18,7 @@ INITIAL_LOG_WEIGHT = -4.6
 
 
 class PenaltyStep(NamedTuple):
-    """A penalty at the live bank's matrices."""
+    """A penalty at the trainable bank's matrices."""
 
     value: Tensor
     """A scalar; what joins the loss."""
@@ -29,7 +29,7 @@ class PenaltyStep(NamedTuple):
 
 
 class Penalty:
-    """A term of the live bank's matrices alone. It needs no graph, so it is the same under DDP and every ZeRO stage."""
+    """A term of the trainable bank alone. It needs no graph, so it is the same under DDP and every ZeRO stage."""
 
     def step(self, trainable: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
         """Called once per optimizer step, with whole matrices; what the penalty itself learns moves here."""
@@ -54,7 +54,7 @@ class Penalty:
 
 
 class Distillation(NamedTuple):
-    """A term of each micro-batch's logits with the live bank (student) and without it (teacher)."""
+    """A term of each micro-batch's logits with the trainable bank (student) and without it (teacher)."""
 
     weight: float
     term: Callable[[Tensor, Tensor], Tensor]

@@ -36,7 +36,7 @@ class Setup:
     ledger: Ledger
     """Opens the banks of finished tasks."""
     device: torch.device
-    """Where the live bank is."""
+    """Where the trainable bank is."""
 
 
 class Method(Generic[Settings]):
@@ -107,7 +107,7 @@ class Method(Generic[Settings]):
         """What the bank starts as instead, by linear layer, on the CPU; None to leave it. Called on every rank.
 
         Args:
-            start: A and B as they would start. inputs: what the layers see of the task's samples, frozen banks folded
+            start: A and B as they would start. inputs: what the layers see of the task's samples, frozen banks merged
                 in; to be called on every rank.
         """
         return None
@@ -137,7 +137,7 @@ class Method(Generic[Settings]):
         """A term of the bank's matrices, once per update; asked for if the method `regularizes` the task.
 
         Args:
-            frozen: the banks that are folded into the base.
+            frozen: the frozen banks that take part.
         """
         return None
 

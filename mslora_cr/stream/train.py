@@ -161,7 +161,7 @@ def train_task(run: StreamRun, task: Task) -> None:
 
 
 def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatistics | None]:
-    """Base model, frozen banks, the live one and its trainer; and what a router needs to know of the task."""
+    """Base model, frozen banks, the trainable one and its trainer; and what a router needs to know of the task."""
     config, method = run.config, method_of(run.config)
     sharded = zero_stage(run.fields.get("deepspeed")) == 3
     device = get_device(config.model.device)
@@ -190,7 +190,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     stack.train_only(method.trained_halves)
     regularizes = method.regularizes(config, task)
     penalty = method.penalty(setup, frozen) if regularizes else None
-    del frozen  # folded into the model and held by the penalty; on the host it would be a copy per process
+    del frozen  # merged into the model and held by the penalty; on the host it would be a copy per process
     order = method.order(config, task, samples.counts, run.ledger)
     args = training_arguments(config, task, run.fields, order is not None)
     if sharded:

@@ -59,7 +59,7 @@ def loss_mask(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class BankTrainer(Trainer):
-    """Trains the live bank of a `BankStack`.
+    """Trains the trainable bank of a `BankStack`.
 
     The penalty's gradient joins each matrix's own in a tensor hook, in the last backward pass before an update. The
     hook sees whole matrices under DDP and every ZeRO stage, an update gets the gradient once whatever the
@@ -82,7 +82,7 @@ class BankTrainer(Trainer):
     ) -> None:
         """
         Args:
-            bank_shape: rank and alpha of the live bank.
+            bank_shape: rank and alpha of the trainable bank.
             made_from: digests of what decides the bank, noted in its checkpoints.
             order: positions of the samples, with repetitions, in the order in which to visit them; otherwise each
                 epoch shuffles them all.
@@ -330,7 +330,7 @@ class BankTrainer(Trainer):
             self._logged, self._logged_from = {}, self.state.global_step
         super().log(logs, start_time)
 
-    # --- saving: the live bank and nothing else, whole or not at all ---
+    # --- saving: the trainable bank and nothing else, whole or not at all ---
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / self._staging)
@@ -353,7 +353,7 @@ class BankTrainer(Trainer):
         barrier()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the live bank, and what this trainer adds to the Trainer's state, into a checkpoint."""
+        """Write the trainable bank, and what this trainer adds to the Trainer's state, into a checkpoint."""
         assert output_dir is not None
         loss_sum = self.accelerator.reduce(self._loss_sum, "mean")
         positions = self.accelerator.reduce(self._positions, "sum")
