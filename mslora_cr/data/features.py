@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mslora_cr.data.images import load_image, preprocess
 from mslora_cr.data.records import DataError
-from mslora_cr.utils.files import replacing
+from mslora_cr.utils.files import file_digest, replacing
 from mslora_cr.utils.progress import progress_bar
 
 _NAME = "features"
@@ -88,8 +88,7 @@ def _digest(image: str, size: int, mtime_ns: int) -> str:
 
     Remembered in this process and in data loader workers forked from it; some hundred bytes an image.
     """
-    with Path(image).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(Path(image))
 
 
 class _Pixels(Dataset[Tensor]):

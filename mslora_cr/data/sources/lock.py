@@ -6,13 +6,12 @@ against it. A project commits it beside its configurations.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mslora_cr.data.records import DataError
-from mslora_cr.utils.files import write_json
+from mslora_cr.utils.files import file_digest, write_json
 from mslora_cr.utils.strict_json import JsonError, read_object
 
 LOCK = Path("assets.lock.json")
@@ -70,7 +69,9 @@ def check_fetched(lock: Path, name: str, folder: Path, files: Iterable[str], upd
     Raises:
         DataError: a file is another than the one that is locked.
     """
-    found = {file: {"size": (folder / file).stat().st_size, "sha256": _sha256(folder / file)} for file in sorted(files)}
+    found = {
+        file: {"size": (folder / file).stat().st_size, "sha256": file_digest(folder / file)} for file in sorted(files)
+    }
     entry = locked_files(lock, name)
     if entry is not None and not update:
         odd = sorted(file for file in found.keys() | entry["files"] if found.get(file) != entry["files"].get(file))
@@ -89,8 +90,3 @@ def _changed(lock: Path, name: str, revision: str, odd: list[str]) -> DataError:
         f"{name}: {', '.join(odd[:SHOWN])}{more}: not as {lock} records for revision {revision}. Pass --revision "
         f"{revision} for what is locked, or, if you trust what is there now, --update to lock that instead"
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
