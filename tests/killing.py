@@ -1,6 +1,7 @@
 """Runs a command in a process of its own that kills itself with SIGKILL at a chosen call of a chosen function.
 
-The processes are forked from a server that has imported everything and run nothing, so each starts in no time.
+The processes are forked from a server that has imported everything and run nothing, so each starts in no time. Where
+there is a GPU each is started anew: a fork cannot use CUDA.
 """
 
 import multiprocessing
@@ -11,12 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 import mslora_cr.evaluation.evaluate
 import mslora_cr.stream.train  # noqa: F401  (imported once, by the server)
 from mslora_cr.cli.main import main
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([__name__])
+_CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+if not torch.cuda.is_available():
+    _CONTEXT.set_forkserver_preload([__name__])
 
 
 class KillPoint(NamedTuple):

@@ -57,7 +57,16 @@ def test_one_rank_under_deepspeed_gives_the_numbers_of_none(
 ) -> None:
     alone = train_alone(write_exact_config(tmp_path / "alone", tiny_settings, FIXED))
     config = write_exact_config(tmp_path / stage, tiny_settings, FIXED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "-m", "mslora_cr"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "1",
+        "-m",
+        "mslora_cr",
+    ]
     command += ["train", str(config), CUDA, TWO, *deepspeed_file(stage, tmp_path / stage)]
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}  # tests' own: cpu
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
@@ -114,7 +123,7 @@ def test_how_many_layers_are_recomputed_is_measured(
 ) -> None:
     everything = train_alone(config_file(run="all"), *BFLOAT16, "training.gradient_checkpointing=true")
     chosen = train_alone(config_file(), *BFLOAT16, "training.gradient_checkpointing=auto")
-    assert "GB a layer that is kept" in capsys.readouterr().out
+    assert "GB a layer that is kept" in capsys.readouterr().err
     assert '"recomputed_layers": 0' in (chosen / "ledger.json").read_text()  # so small a model fits
     for task in TASKS:
         ours, theirs = tensors(chosen, task), tensors(everything, task)

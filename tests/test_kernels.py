@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers.models.mistral import modeling_mistral
 
 from mslora_cr.cli.main import main
@@ -46,31 +47,40 @@ def test_liger_without_a_gpu_is_refused(config_file: ConfigWriter, capsys: pytes
     assert "model.kernels: liger needs a GPU; set it to auto, or to torch" in capsys.readouterr().err
 
 
-def test_liger_gets_the_language_model_alone_and_no_loss(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's own function stands for itself: its kernels run on a GPU alone."""
+def test_liger_gets_this_language_model_alone_and_no_loss(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's own functions stand for themselves: its kernels run on a GPU alone."""
     given: dict[str, Any] = {}
+    rotated: list[torch.Size] = []
 
     def apply_liger_kernel_to_mistral(**options: Any) -> None:
         given.update(options)
-        for name in ("apply_rotary_pos_emb", "MistralRMSNorm", "MistralMLP"):
+        for name in ("MistralRMSNorm", "MistralMLP"):
             setattr(modeling_mistral, name, None)
+
+    def liger_rotary_pos_emb(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        rotated.append(query.shape)
+        return modeling_mistral.apply_rotary_pos_emb(query, key, cos, sin)
 
     library = ModuleType("liger_kernel.transformers")
     library.apply_liger_kernel_to_mistral = apply_liger_kernel_to_mistral  # type: ignore[attr-defined]
+    library.liger_rotary_pos_emb = liger_rotary_pos_emb  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", library)
-    model = load(tiny_model, dtype=torch.float32).model
-    before = (modeling_mistral.apply_rotary_pos_emb, modeling_mistral.MistralRMSNorm, modeling_mistral.MistralMLP)
+    other, model = (load(tiny_model, dtype=torch.float32).model for _ in range(2))
+    before = (modeling_mistral.MistralRMSNorm, modeling_mistral.MistralMLP)
     use_kernels(model, "liger")
     assert given.pop("model") is model.model.language_model
     assert given == {
-        **dict.fromkeys(("rope", "rms_norm", "swiglu"), True),
-        **dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy"), False),
+        **dict.fromkeys(("rms_norm", "swiglu"), True),
+        **dict.fromkeys(("rope", "cross_entropy", "fused_linear_cross_entropy"), False),
     }
-    assert modeling_mistral.apply_rotary_pos_emb is None
-    assert (modeling_mistral.MistralRMSNorm, modeling_mistral.MistralMLP) == before[1:]  # of models built later
-    use_kernels(model, "torch")
-    assert modeling_mistral.apply_rotary_pos_emb is before[0]
+    assert (modeling_mistral.MistralRMSNorm, modeling_mistral.MistralMLP) == before  # of models built later
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        expected = other(input_ids=ids).logits
+        assert not rotated
+        assert torch.equal(model(input_ids=ids).logits, expected)
+    assert len(rotated) == len(model.model.language_model.layers)
     model.config.text_config.model_type = "llama"
     with pytest.raises(ModelError, match=r"model\.kernels: liger is for a Mistral language model, and this is llama"):
         use_kernels(model, "liger")

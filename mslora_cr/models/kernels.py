@@ -6,41 +6,60 @@ and its LLaVA stay off: only labelled positions reach `lm_head` here.
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, Literal
 
 from transformers import LlavaForConditionalGeneration
 from transformers.models.mistral import modeling_mistral
+from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from mslora_cr.models.layout import ModelError
 
-_TORCH_ROTATION = modeling_mistral.apply_rotary_pos_emb
-_TORCH_MODULES = {name: vars(modeling_mistral)[name] for name in ("MistralRMSNorm", "MistralMLP")}
+_TORCH = {name: vars(modeling_mistral)[name] for name in ("MistralRMSNorm", "MistralMLP")}
 
 
 def use_kernels(model: LlavaForConditionalGeneration, kernels: Literal["liger", "torch"]) -> None:
-    """Let a model compute with these kernels, from now on.
-
-    The rotation is the process's: the model that was given last decides it.
+    """Let a newly loaded model compute with these kernels; other models of the process keep theirs.
 
     Raises:
         ModelError: the language model is of a kind that has none here.
         ModuleNotFoundError: Liger is not installed.
     """
-    modeling_mistral.apply_rotary_pos_emb = _TORCH_ROTATION
     if kernels == "torch":
         return
     kind = model.config.text_config.model_type
     if kind != "mistral":
         raise ModelError(f"model.kernels: liger is for a Mistral language model, and this is {kind}; set it to torch")
-    from liger_kernel.transformers import apply_liger_kernel_to_mistral
+    # It warns of each backend for other hardware that it could not import.
+    logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
+    from liger_kernel.transformers import apply_liger_kernel_to_mistral, liger_rotary_pos_emb
 
     apply_liger_kernel_to_mistral(
-        rope=True,
+        rope=False,  # it would be replaced in the whole process
         rms_norm=True,
         swiglu=True,
         cross_entropy=False,
         fused_linear_cross_entropy=False,
         model=model.model.language_model,
     )
-    for name, module in _TORCH_MODULES.items():  # models that are built later start as PyTorch's
+    for name, module in _TORCH.items():  # models that are built later start as PyTorch's
         setattr(modeling_mistral, name, module)
+    rotating = _with_rotation(liger_rotary_pos_emb)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.__class__ = rotating
+
+
+def _with_rotation(rotate: Callable[..., Any]) -> type[MistralAttention]:
+    """Mistral's attention, whose `forward` finds another function where the original finds its module's rotation."""
+    forward = MistralAttention.forward
+    ours = FunctionType(
+        forward.__code__,
+        {**forward.__globals__, modeling_mistral.apply_rotary_pos_emb.__name__: rotate},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    return type(MistralAttention.__name__, (MistralAttention,), {"forward": ours})
