@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--config", default="sweep", help="the base configuration (default: sweep)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
     args = parser.parse_args(argv)
+    if len(set(args.seeds)) < 2:
+        parser.error("--seeds: name at least two; one has no spread")
     if args.found is None:
         runs = plan(args.config, args.overrides, args.seeds)
         places = slots(runs[0].config.model.device, args.jobs)
