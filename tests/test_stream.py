@@ -47,8 +47,10 @@ POINTS = {
     "in the second task, before its first checkpoint": KillPoint(LOG, call=6),  # on_log is also told the summary
     "in the second task, after a checkpoint": KillPoint(LOG, call=8, after=True),
     "while a checkpoint is written": KillPoint("mslora_cr.training.trainer:BankTrainer._save_rng_state"),
-    "a second checkpoint complete, but not yet renamed": KillPoint("mslora_cr.training.trainer:replace_folder", call=2),
-    "two checkpoints side by side": KillPoint("mslora_cr.training.trainer:replace_folder", call=2, after=True),
+    "a second checkpoint complete, but not yet renamed": KillPoint(
+        "mslora_cr.training.checkpoints:replace_folder", call=2
+    ),
+    "two checkpoints side by side": KillPoint("mslora_cr.training.checkpoints:replace_folder", call=2, after=True),
     "the bank written, but not yet renamed": KillPoint("mslora_cr.utils.files:replace_folder", call=3),
     "the bank saved, but not in the ledger": KillPoint("mslora_cr.stream.train:save_bank", after=True),
     "the ledger written, but not yet renamed": KillPoint("mslora_cr.runs.ledger:Path.replace", call=2),
@@ -90,7 +92,7 @@ def test_a_killed_run_ends_in_the_same_banks(
     ("epochs", "point", "steps"),
     [
         (2, KillPoint(LOG, call=7), 8),
-        (1.5, KillPoint("mslora_cr.training.trainer:replace_folder", call=3, after=True), 6),
+        (1.5, KillPoint("mslora_cr.training.checkpoints:replace_folder", call=3, after=True), 6),
     ],
     ids=["in the second epoch", "the last checkpoint written, inside an epoch"],
 )

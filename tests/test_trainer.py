@@ -18,7 +18,7 @@ from mslora_cr.data.images import image_roots
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.models.llava_med import LlavaMed, last_mlp, load
-from mslora_cr.training import trainer as trainer_module
+from mslora_cr.training import checkpoints as checkpoints_module
 from mslora_cr.training.sampler import FixedOrderSampler
 from mslora_cr.training.trainer import BankTrainer, loss_mask
 
@@ -370,14 +370,14 @@ def test_a_checkpoint_holds_the_live_bank_and_nothing_of_the_base(
     retrain: Retrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, set[str]] = {}
-    publish = trainer_module.replace_folder
+    publish = checkpoints_module.replace_folder
 
     def watched(staging: Path, folder: Path) -> None:
         publish(staging, folder)
         seen[folder.name] = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
         assert [path.name for path in folder.parent.glob("checkpoint-*")] != []
 
-    monkeypatch.setattr(trainer_module, "replace_folder", watched)
+    monkeypatch.setattr(checkpoints_module, "replace_folder", watched)
     retrain()
     assert list(seen) == ["checkpoint-2", "checkpoint-4"]
     assert {name for name in seen["checkpoint-2"] if "model" in name} == {"bank/adapter_model.safetensors"}

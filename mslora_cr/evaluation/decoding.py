@@ -17,6 +17,7 @@ from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrained
 
 from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.banks.stack import language_linears
+from mslora_cr.data.collator import length_multiple, rounded_up
 from mslora_cr.data.datasets import Prompt
 from mslora_cr.evaluation.attention import KeysValues, SharedCache, membership, sharing
 from mslora_cr.evaluation.prefix import Limits, Wave, grouped, in_waves
@@ -100,7 +101,8 @@ class Decoder:
         texts = [self.prompts[question].opening for question in first]
         if wave.whole:
             texts = [text + self.prompts[question].rest for text, question in zip(texts, first, strict=True)]
-        ids, visible = self._padded(texts)
+        # Openings alone are alike long; whole prompts are not.
+        ids, visible = self._padded(texts, length_multiple(self.device) if wave.whole else 1)
         cache = DynamicCache()
         output = self.model(
             input_ids=ids,
@@ -231,9 +233,9 @@ class Decoder:
             seen &= order[:, None] > order[:, before : before + length, None] - self.window
         return seen[:, None]
 
-    def _padded(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Ids padded on the left, and where they are none of padding; (texts, longest) each."""
-        length = max(map(len, texts), default=0)
+    def _padded(self, texts: Sequence[Sequence[int]], multiple: int = 1) -> tuple[Tensor, Tensor]:
+        """Ids padded on the left, and where they are none of padding; (texts, longest, rounded up) each."""
+        length = rounded_up(max(map(len, texts), default=0), multiple)
         ids = [[self.tokenizer.pad_token_id] * (length - len(text)) + list(text) for text in texts]
         real = [[False] * (length - len(text)) + [True] * len(text) for text in texts]
         shape = (len(texts), length)

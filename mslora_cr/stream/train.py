@@ -19,7 +19,7 @@ from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.io import STATISTICS, TASK_STATE, save_bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.data.collator import TrainingCollator
+from mslora_cr.data.collator import TrainingCollator, length_multiple
 from mslora_cr.data.datasets import ConcatTrainDataset, TrainDataset
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.distributed.comm import broadcast_object, get_device, rank
@@ -183,7 +183,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
         method.experts(config),
     )
     setup = Setup(config, task, run.ledger, device)
-    collator = TrainingCollator(base.tokenizer.pad_token_id)
+    collator = TrainingCollator(base.tokenizer.pad_token_id, length_multiple(device))
     started = method.initial(setup, stack.trainable(), partial(seen_by_layers, config, stack, samples, collator))
     if started is not None:
         stack.load_trainable(Bank(task.name, config.lora.rank, config.lora.alpha, started))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +20,7 @@ from mslora_cr.distributed.comm import DistributedError
 from mslora_cr.distributed.deepspeed import zero_stage
 from mslora_cr.distributed.launch import lost_a_process
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.files import replace_folder
 from mslora_cr.utils.state import StateError, StateFile
 
 STATE = "bank_trainer.pt"
@@ -129,3 +132,45 @@ def writing(place: Path) -> Iterator[None]:
             f"{place} cannot be written ({reason}). What was complete before is kept; the same command resumes from "
             "there once there is space and permission"
         ) from error
+
+
+class Publisher:
+    """Flushes written checkpoints to disk, gives them their names and drops older ones, in a thread of its own: until
+    one has its name, a run resumes from the one before."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """
+        Args:
+            folder: where checkpoints are.
+            keep: how many of them.
+        """
+        self._folder, self._keep = folder, keep
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._last: Future[None] | None = None
+
+    def publish(self, written: Path) -> None:
+        """Begin to publish a folder that is named as a checkpoint, elsewhere on the same disk."""
+        self._last = self._pool.submit(self._publish, written)
+
+    def wait(self) -> None:
+        """Until the last one is published.
+
+        Raises:
+            SaveError: it cannot be.
+        """
+        if self._last is not None:
+            self._last.result()
+
+    def _publish(self, written: Path) -> None:
+        with writing(written):
+            replace_folder(written, self._folder / written.name)
+            for old in checkpoints(self._folder)[: -self._keep]:
+                shutil.rmtree(old)
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self.wait()

@@ -29,12 +29,11 @@ from mslora_cr.losses.penalty import Distillation, Key, Penalty, penalty_hook
 from mslora_cr.models.llava_med import decoder_layers, last_mlp
 from mslora_cr.models.sparse_mlp import SparseMLP
 from mslora_cr.training.callbacks import TowerOutsideGraph
-from mslora_cr.training.checkpoints import BANK_FOLDER, LAUNCH, STAGING, STATE, Launch, checkpoints, reading, writing
+from mslora_cr.training.checkpoints import BANK_FOLDER, LAUNCH, STAGING, STATE, Launch, Publisher, reading, writing
 from mslora_cr.training.inputs import layer_inputs
 from mslora_cr.training.recomputation import Recomputation, Setting
 from mslora_cr.training.sampler import FixedOrderSampler
 from mslora_cr.utils.errors import UserError
-from mslora_cr.utils.files import replace_folder
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +106,7 @@ class BankTrainer(Trainer):
         self.penalty = penalty
         self.distillation = distillation
         self._staging = broadcast_object(f"{STAGING}-{secrets.token_hex(8)}")
+        self._publisher = Publisher(Path(args.output_dir), args.save_total_limit or 1)
         self._kept = SparseMLP(last_mlp(stack.base))
         self._pending: dict[Key, Tensor] = {}
         self._micro_batch: dict[str, Tensor] = {}
@@ -335,8 +335,18 @@ class BankTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / self._staging)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; when it returns, the last checkpoint is whole.
+
+        Raises:
+            SaveError: one could not be written.
+        """
+        with self._publisher:
+            return super().train(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Let the Trainer write a checkpoint under a temporary name, then rename it and drop older ones."""
+        """Let the Trainer write a checkpoint under a temporary name, and publish it while training goes on."""
+        self._publisher.wait()
         staging = Path(self._get_output_dir(trial))
         if self.args.should_save:
             for left in staging.parent.glob(f"{STAGING}*"):  # by this trainer before, or by a killed one
@@ -344,13 +354,9 @@ class BankTrainer(Trainer):
         barrier()
         with writing(staging):
             super()._save_checkpoint(model, trial)
-            barrier()
-            if self.args.should_save:
-                name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                replace_folder(staging / name, Path(self.args.output_dir) / name)
-                for old in checkpoints(Path(self.args.output_dir))[: -(self.args.save_total_limit or 1)]:
-                    shutil.rmtree(old)
-        barrier()
+        barrier()  # every rank's part is written
+        if self.args.should_save:
+            self._publisher.publish(staging / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trainable bank, and what this trainer adds to the Trainer's state, into a checkpoint."""
