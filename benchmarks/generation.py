@@ -29,6 +29,8 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.data.datasets import Prompt
 from mslora_cr.evaluation.decoding import Decoder
 from mslora_cr.evaluation.prefix import Limits, grouped, in_waves
+from mslora_cr.models.kernels import use_kernels
+from mslora_cr.utils.kernels import chosen_kernels
 
 BANKS = 8
 SHORTEST, LONGEST = 8, 64
@@ -129,9 +131,15 @@ def _model(setting: Setting, fold: str, banks: Sequence[Bank]) -> Any:
     base = language_model(setting.size, setting.device)
     if fold == "unfolded":
         return peft_all_active(base, banks, train_last=False).eval()
+    use_answering_kernels(base, setting)
     stack = BankStack(base, fold)
     stack.set_frozen(banks)
     return stack.model.eval()
+
+
+def use_answering_kernels(model: Any, setting: Setting) -> None:
+    """As evaluation does where `model.kernels` is auto."""
+    use_kernels(model, "torch" if setting.size.dtype == "float32" else chosen_kernels("auto", setting.device.type))
 
 
 def _questions(count: int, vocabulary: int, shortest: int, longest: int) -> list[Prompt]:

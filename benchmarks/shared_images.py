@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import generated
-from benchmarks.generation import Answers, Ids, answered
+from benchmarks.generation import Answers, Ids, answered, use_answering_kernels
 from benchmarks.harness import Setting, finish, language_model, parse
 from mslora_cr.data.collator import in_batches
 from mslora_cr.data.datasets import Prompt
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def answering(name: str, density: float, way: Callable[..., Answers]) -> Callable[[], None]:
         model = language_model(setting.size, setting.device)
         detach_tower(model)
+        if way is _after:
+            use_answering_kernels(model, setting)
         asked = _about_images(args.questions, density, args.patches, model, setting)
         return lambda: answers.update({name: way(model, asked, args.at_once, ids, args.new_tokens)})
 

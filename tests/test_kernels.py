@@ -16,6 +16,7 @@ from mslora_cr.evaluation.summary import fingerprint_fields
 from mslora_cr.models.kernels import use_kernels
 from mslora_cr.models.layout import ModelError
 from mslora_cr.models.llava_med import load
+from mslora_cr.runs.session import answering_kernels
 from mslora_cr.utils import kernels
 from tests.conftest import ConfigWriter
 
@@ -39,7 +40,21 @@ def test_only_ligers_kernels_are_in_a_digest(config_file: ConfigWriter) -> None:
     assert auto.training_digest() == torch_.training_digest() != liger.training_digest()
     assert "kernels" not in auto.fingerprint_fields()["model"]
     assert liger.fingerprint_fields()["model"]["kernels"] == "liger"
-    assert fingerprint_fields(auto) == fingerprint_fields(liger)  # answers are computed with PyTorch's
+    assert fingerprint_fields(auto) == fingerprint_fields(liger)  # as the device, they do not tell answers apart
+
+
+def test_what_answers_are_computed_with(config_file: ConfigWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for setting, dtype, device, expected in [
+        ("auto", "bfloat16", "cuda", "liger"),
+        ("liger", "bfloat16", "cuda", "liger"),
+        ("liger", "bfloat16", "cpu", "torch"),
+        ("torch", "bfloat16", "cuda", "torch"),
+        ("auto", "float32", "cuda", "torch"),
+    ]:
+        config = load_config(config_file(), [f"model.kernels={setting}", f"model.dtype={dtype}"])
+        assert answering_kernels(config, device) == expected
 
 
 def test_liger_without_a_gpu_is_refused(config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -364,6 +365,25 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_records(
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_while_a_checkpoint_gets_its_name(retrain: Retrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    went_on, published = threading.Event(), []
+    step, publish = BankTrainer.training_step, checkpoints_module.replace_folder
+
+    def watched_step(trainer: BankTrainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step >= 2:
+            went_on.set()
+        return step(trainer, *args, **kwargs)
+
+    def patient(staging: Path, folder: Path) -> None:
+        published.append((folder.name, went_on.wait(timeout=60)))
+        publish(staging, folder)
+
+    monkeypatch.setattr(BankTrainer, "training_step", watched_step)
+    monkeypatch.setattr(checkpoints_module, "replace_folder", patient)
+    retrain()
+    assert published == [("checkpoint-2", True), ("checkpoint-4", True)]
 
 
 def test_a_checkpoint_holds_the_live_bank_and_nothing_of_the_base(

@@ -31,6 +31,7 @@ from mslora_cr.models.vision import detach_tower, tower_features
 from mslora_cr.routing.features import FeatureExtractor, sampled_records
 from mslora_cr.routing.lda import TaskStatistics, statistics_of
 from mslora_cr.runs.ledger import versions
+from mslora_cr.utils.kernels import chosen_kernels
 
 
 def start_processes(config: StreamConfig) -> dict[str, Any]:
@@ -64,12 +65,12 @@ def task_image_roots(config: StreamConfig, task: Task) -> list[Path]:
 
 
 def load_base(
-    config: StreamConfig, device: torch.device | str, kernels: Literal["liger", "torch"] = "torch"
+    config: StreamConfig, device: torch.device | str, kernels: Literal["liger", "torch"] | None = None
 ) -> llava_med.LlavaMed:
     """The base model as the configuration asks for it.
 
     Args:
-        kernels: what computes the small operations; answers are computed by PyTorch.
+        kernels: what computes the small operations; None: what answers are computed with.
     """
     base = llava_med.load(
         Path(config.model.path),
@@ -79,8 +80,16 @@ def load_base(
         device=device,
         quantization=config.model.quantization,
     )
-    use_kernels(base.model, kernels)
+    use_kernels(base.model, kernels or answering_kernels(config, device))
     return base
+
+
+def answering_kernels(config: StreamConfig, device: torch.device | str) -> Literal["liger", "torch"]:
+    """What computes a model's small operations when it answers: as in training, but in float32, where answers are to be
+    those of every machine, PyTorch; and PyTorch where Liger cannot run, whatever trained the banks."""
+    if config.model.dtype == "float32" or config.model.kernels == "torch":
+        return "torch"
+    return chosen_kernels("auto", torch.device(device).type)
 
 
 def base_digest(config: StreamConfig) -> str:

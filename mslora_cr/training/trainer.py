@@ -336,11 +336,7 @@ class BankTrainer(Trainer):
         return str(Path(self.args.output_dir) / self._staging)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; when it returns, the last checkpoint is whole.
-
-        Raises:
-            SaveError: one could not be written.
-        """
+        """As the Trainer's; when it returns, the last checkpoint is whole."""
         with self._publisher:
             return super().train(*args, **kwargs)
 
