@@ -75,7 +75,7 @@ def _configurations(overrides: Sequence[str]) -> dict[str, StreamConfig]:
     runs = {method: load_config(CONFIG, [*overrides, f"run={method}", f"method={method}"]) for method in COMPARED}
     first = runs[COMPARED[0]]
     if get_device(first.model.device).type == "cuda" and first.model.device == "auto":
-        print(
+        log.info(
             "the demo's model is so small that a GPU trains it no faster than the CPU; model.device=cuda uses the GPU"
         )
         return _configurations([*overrides, "model.device=cpu"])

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import get_args
 
@@ -107,18 +108,18 @@ def test_the_plan_warns_where_training_would_refuse(
     run = load_config(trained_config).run_dir
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert dry_run(trained_config) == 0
-    assert "warning" not in capsys.readouterr().out
+    assert "warning" not in capsys.readouterr().err
     assert dry_run(trained_config, "lora.rank=8") == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert f"warning: {run} has finished tasks of another stream (lora.rank: 4 there, 8 here)" in printed
     assert dry_run(trained_config, "lora.rank=8", "--force") == 0
-    assert "lora.rank: 4 there, 8 here" in capsys.readouterr().out
+    assert "lora.rank: 4 there, 8 here" in capsys.readouterr().err
     assert dry_run(trained_config, "lora.dropout=0", "--force") == 0
-    assert "warning" not in capsys.readouterr().out
+    assert "warning" not in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
     assert dry_run(trained_config, "--task", "PCAM", f"output_dir={tmp_path}") == 0
-    assert "PCAM builds on banks that are not trained yet: pathvqa, slake-vqarad" in capsys.readouterr().out
+    assert "PCAM builds on banks that are not trained yet: pathvqa, slake-vqarad" in capsys.readouterr().err
 
 
 def test_the_plan_of_one_task(trained_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,16 +211,30 @@ def test_a_wrong_command_line_is_refused(command: list[str], message: str, capsy
     assert message in capsys.readouterr().err
 
 
-def test_a_reader_that_goes_away_ends_the_command_quietly(
-    trained_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", [["config", "show", "demo"], ["completion", "bash"]], ids=" ".join)
+@pytest.mark.parametrize("buffering", [-1, 0], ids=["buffered", "unbuffered"])
+def test_a_reader_that_goes_away_ends_every_command_quietly(
+    command: list[str], buffering: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As in `mslora-cr bank show … | head -0`."""
+    """As in `mslora-cr completion bash | head -0`, also with PYTHONUNBUFFERED."""
     reading, writing = os.pipe()
     os.close(reading)
-    with open(writing, "w") as output:  # noqa: PTH123  (a descriptor)
+    with TextIOWrapper(open(writing, "wb", buffering), write_through=buffering == 0) as output:  # noqa: PTH123
         monkeypatch.setattr(sys, "stdout", output)
-        assert main(["bank", "show", str(load_config(trained_config).run_dir / "banks" / "pathvqa")]) == 141
+        assert main(command) == 141
     assert capsys.readouterr().err == ""
+
+
+def test_an_interrupted_command_says_so_on_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mslora_cr.config.load.load_config", interrupted)
+    assert main(["train", "demo"]) == 130
+    said = capsys.readouterr()
+    assert said.err == "mslora-cr: interrupted; run the same command again to resume\n" and said.out == ""
 
 
 def test_another_broken_pipe_is_an_error_like_any_other(

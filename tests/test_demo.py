@@ -11,6 +11,7 @@ from mslora_cr.cli.main import main
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.synthetic.model import MODEL_FOLDER, make_tiny_llava_med
 from mslora_cr.synthetic.stream import make_stream
+from mslora_cr.utils.logs import set_up
 
 TASKS = ["pathvqa", "PCAM"]
 
@@ -114,8 +115,9 @@ def test_the_demo_prefers_the_cpu_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where there is a GPU: a step of its tiny model is nothing but launches there."""
+    set_up()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert {config.model.device for config in demo._configurations([]).values()} == {"cpu"}
-    assert capsys.readouterr().out.count("model.device=cuda") == 1
+    assert capsys.readouterr().err.count("model.device=cuda") == 1
     assert {config.model.device for config in demo._configurations(["model.device=cuda"]).values()} == {"cuda"}
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from mslora_cr.cli.main import main
+from mslora_cr.evaluation.files import Comparison, Metrics
+from mslora_cr.utils.state import NewerError, StateFile
 
 TASKS = ["pathvqa", "slake-vqarad", "PCAM"]
 DEEP = b'{"a": ' + b"[" * 100_000
@@ -78,6 +80,26 @@ def test_files_of_a_later_version_are_refused(copy: Copy, capsys: pytest.Capture
         assert f"{path} was written by a later version of mslora-cr" in one_line(capsys)
         assert path.read_bytes() == newer
         path.write_bytes(whole)
+
+
+def test_scores_and_comparisons_are_read_as_they_were_written(copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
+    """By whoever reads them in Python; those without a version too, and never those of a later version."""
+    comparison = copy.results / "comparison.json"
+    assert main(["compare", *[str(copy.results)] * 2, "--output", str(comparison)]) == 1  # the same run twice
+    shutil.copytree(copy.results, copy.folder / "other")
+    assert main(["compare", str(copy.results), str(copy.folder / "other"), "--output", str(comparison)]) == 0
+    files: dict[Path, type[StateFile]] = {comparison: Comparison, copy.results / "PCAM" / "metrics.json": Metrics}
+    for path, schema in files.items():
+        content = json.loads(path.read_text())
+        assert content["version"] == 1 and json.loads(schema.read(path).model_dump_json(exclude_unset=True)) == content
+        del content["version"]
+        path.write_text(json.dumps(content))
+        schema.read(path)
+        path.write_text(json.dumps({**content, "version": 99}))
+        with pytest.raises(NewerError, match=f"{path} was written by a later version"):
+            schema.read(path)
+    earlier = Path(__file__).parent / "fixtures" / "run_0_1_0" / "results" / "kept" / "PCAM" / "metrics.json"
+    assert Metrics.read(earlier).groups is None
 
 
 @pytest.mark.parametrize("change", ["cut", "edited", "stamp", "table"])

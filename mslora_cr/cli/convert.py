@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
 from mslora_cr.cli.common import add_command, count
+
+log = logging.getLogger(__name__)
 
 
 def add_convert(actions: argparse._SubParsersAction) -> None:
@@ -82,7 +85,7 @@ def run_convert(args: argparse.Namespace) -> int:
     print(f"{found.images:,} images in {args.output}")
     if found.shared_groups:
         shared = ", ".join(found.shared_groups[:5])
-        print(f"warning: {len(found.shared_groups)} on both sides of the source's split, such as {shared}")
+        log.warning("%d on both sides of the source's split, such as %s", len(found.shared_groups), shared)
     for reason, places in found.left_out.items():
         print(f"left out, {reason}: {len(places):,}")
         for place in places[:5]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,6 +21,8 @@ from mslora_cr.data.sources.prepare import prepare
 from mslora_cr.utils.errors import nearest
 from mslora_cr.utils.files import write_json
 from mslora_cr.utils.workers import cores
+
+log = logging.getLogger(__name__)
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +200,7 @@ def _to_check(target: Path, only: Sequence[str]) -> tuple[Path, list[DataSet] | 
     own = []
     for task in config.stream:
         if close := unusual_modality(task.modality):
-            print(f"warning: {task.name}: modality {task.modality!r} is none of the catalogue's; is {close!r} meant?")
+            log.warning("%s: modality %r is none of the catalogue's; is %r meant?", task.name, task.modality, close)
         published = config.datasets[task.name].published
         rows = catalog()[published].test_rows if published in catalog() else None
         own.append(OwnDataSet(task.name, task.folder, tuple(task.image_folders), rows))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import get_args
 
 from mslora_cr.cli.common import add_command, add_config, config_of, count, quieten
 from mslora_cr.config.schema import EvaluationConfig, StreamConfig
 from mslora_cr.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
@@ -89,7 +92,7 @@ def _show(path: Path, config: Path) -> None:
     from mslora_cr.evaluation.results import required_evaluation
 
     print(f"\n{score_table(required_evaluation(path.parent))}\n\nresults: {path.parent}")
-    print(f"next: mslora-cr report {config}")
+    log.info("next: mslora-cr report %s", config)
 
 
 def _evaluate_endpoint(args: argparse.Namespace, config: StreamConfig) -> int:
@@ -140,8 +143,10 @@ def _score(args: argparse.Namespace) -> int:
     print(render_metrics(scores))
     if empty := [str(number) for number, row in enumerate(scores.rows, 1) if not row.reference]:
         listed = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
-        print(
-            f"\nwarning: normalising leaves nothing of {len(empty)} truths (answer {listed}): the published closed "
-            "accuracy counts every answer to them as right, whole-word accuracy in metrics.json does not"
+        log.warning(
+            "normalising leaves nothing of %d truths (answer %s): the published closed accuracy counts every answer to "
+            "them as right, whole-word accuracy in metrics.json does not",
+            len(empty),
+            listed,
         )
     return 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from pathlib import Path
 
 from mslora_cr.cli.common import add_command, add_overrides, count, quieten, run_config
 from mslora_cr.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:
@@ -56,6 +58,6 @@ def _export(args: argparse.Namespace) -> int:
         ranks.append(read_record(folder).get("rank", 0))
     if args.format == "peft":
         most = max_lora_rank(max(ranks))
-        told = f"--max-lora-rank {most}" if most else f"none of its ranks holds {max(ranks)}; use --format merged"
-        print(f"vLLM: {told}", file=sys.stderr)
+        advice = f"--max-lora-rank {most}" if most else f"none of its ranks holds {max(ranks)}; use --format merged"
+        log.info("vLLM: %s", advice)
     return 0

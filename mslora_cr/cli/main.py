@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
@@ -26,26 +25,31 @@ from mslora_cr.cli.train import add_train
 from mslora_cr.cli.web import add_web
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.logs import NORMAL, set_up
-from mslora_cr.utils.visible import visible_results
+from mslora_cr.utils.visible import NobodyReadsError, visible_results
 
 log = logging.getLogger(__name__)
 
 
-@visible_results()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 1 on an error that the user can fix, reported in a few lines, 130 on Ctrl-C, 141 if
     nobody reads its output any more, as in `… | head`."""
+    try:
+        with visible_results():
+            return _run(argv)
+    except NobodyReadsError:
+        return 141
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = _parse(argv)
     set_up(args.verbosity)
     try:
-        status = int(args.run(args))
-        sys.stdout.flush()
-        return status
+        return int(args.run(args))
     except UserError as error:
         log.error("error: %s", error)
+    except NobodyReadsError:
+        raise
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            return 141
         log.error("error: %s; finished work is kept", error)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
@@ -54,19 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = f"{error.name} is not installed; pip install -e '.[{extra}]' installs it"
         log.error("error: %s", missing)
     except KeyboardInterrupt:
-        print("\nmslora-cr: interrupted; run the same command again to resume", file=sys.stderr)
+        log.error("interrupted; run the same command again to resume")
         return 130
     return 1
-
-
-def _nobody_reads() -> bool:
-    """Whether it is the reader of standard output that has gone."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would complain when it ends
-        return True
-    return False
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -62,17 +62,16 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
 
 def _compare(args: argparse.Namespace) -> int:
     from mslora_cr.evaluation.compare import compare, render_comparison
-    from mslora_cr.utils.files import write_json
 
     if len(args.runs) < 2:
         raise UserError("compare needs at least two runs, the baseline first")
     folders = [_results_folder(target) for target in args.runs]
     labels = _labels(folders)
-    found = compare(dict(zip(labels, folders, strict=True)), args.at)
-    print(render_comparison(found))
+    comparison = compare(dict(zip(labels, folders, strict=True)), args.at)
+    print(render_comparison(comparison))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, found)
+        comparison.write(args.output)
     return 0
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Collection, Iterator
 
 from mslora_cr.cli.common import add_command, add_config, config_of, quieten
 from mslora_cr.config.schema import ConfigError, StreamConfig
+
+log = logging.getLogger(__name__)
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
@@ -43,8 +46,7 @@ def _train(args: argparse.Namespace) -> int:
     with abort_together():
         if not args.dry_run:
             stream.train(config, only=args.task, force=args.force)
-            if rank() == 0:
-                print(f"next: mslora-cr evaluate {args.config}")
+            log.info("next: mslora-cr evaluate %s", args.config)
         elif rank() == 0:
             _print_plan(config, args.task, args.force)
     return 0
@@ -77,7 +79,7 @@ def _print_plan(config: StreamConfig, only: str | None, force: bool) -> None:
             f"  {len(item.frozen_banks):>6}  {'yes' if item.penalties else 'no':<9}  {'done' if item.done else 'to do'}"
         )
     for warning in _obstacles(config, only, force, done):
-        print(f"\nwarning: {warning}")
+        log.warning("%s", warning)
 
 
 def _obstacles(config: StreamConfig, only: str | None, force: bool, done: Collection[str]) -> Iterator[str]:

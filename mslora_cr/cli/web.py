@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import socket
-import sys
 from pathlib import Path
 
 from mslora_cr.cli.common import add_command, add_overrides, count, quieten, run_config
 from mslora_cr.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -49,9 +51,6 @@ def _web(args: argparse.Namespace) -> int:
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"http://{host}:{listener.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
         if args.host not in LOCAL:
-            print(
-                "anybody who reaches this address can ask and see the test pictures: there is no log-in",
-                file=sys.stderr,
-            )
+            log.warning("anybody who reaches this address can ask and see the test pictures: there is no log-in")
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from tabulate import tabulate
@@ -13,6 +13,7 @@ from tabulate import tabulate
 from mslora_cr.evaluation import intervals
 from mslora_cr.evaluation.answered import COMPARED, Answered, Stage, answered_run
 from mslora_cr.evaluation.figures import Column, coarsest, is_binary
+from mslora_cr.evaluation.files import BetweenTasks, ComparedRun, Comparison, PairedTest
 from mslora_cr.evaluation.intervals import (
     Estimate,
     difference_interval,
@@ -30,7 +31,7 @@ from mslora_cr.evaluation.significance import flipped_means, flips_for, holm, p_
 OVERALL = "overall"
 
 
-def compare(runs: Mapping[str, Path], at: Stage = "final") -> dict[str, Any]:
+def compare(runs: Mapping[str, Path], at: Stage = "final") -> Comparison:
     """Set each run against the first one, question by question.
 
     Each test is of a task's mean difference, or of the mean over tasks (`OVERALL`); `p` is that of the paired
@@ -44,42 +45,36 @@ def compare(runs: Mapping[str, Path], at: Stage = "final") -> dict[str, Any]:
         runs: label → results folder, or folder of answer files alone (`TASK/answer-file.jsonl`), at least two.
         at: score tasks after the last stage, or each at its own; answer files alone are taken as they are.
 
-    Returns:
-        Plain data: how it was computed, the runs, and the tests by metric; scores in percent, differences in points.
-
     Raises:
         ReportError: a run is not evaluated where it must be, or two runs were asked different questions.
         DataError: the scores of a cell are gone, or an answer file is malformed.
     """
-    found = {label: answered_run(label, folder, at) for label, folder in runs.items()}
-    baseline, *others = found
-    common = {label: [task for task in found[baseline].tasks if task in found[label].tasks] for label in others}
+    answered = {label: answered_run(label, folder, at) for label, folder in runs.items()}
+    baseline, *others = answered
+    common = {label: [task for task in answered[baseline].tasks if task in answered[label].tasks] for label in others}
     for label in others:
         for task in common[label]:
-            _check_same_questions(task, {name: found[name] for name in (baseline, label)})
+            _check_same_questions(task, {name: answered[name] for name in (baseline, label)})
     flips = flips_for(sum(map(len, common.values())))
-    metrics: dict[str, list[dict[str, Any]]] = {}
+    metrics = {}
     for title in COMPARED:
-        pairs = {label: _pairs(found[baseline], found[label], common[label], title) for label in others}
+        pairs = {label: _pairs(answered[baseline], answered[label], common[label], title) for label in others}
         tests = [test for label in others if pairs[label] for test in _tests(baseline, label, pairs[label], flips)]
-        for family in ([test for test in tests if (test["task"] == OVERALL) is overall] for overall in (False, True)):
-            _adjust(family)
-        _adjust([test["between_tasks"] for test in tests if test["task"] == OVERALL])
         if tests:
-            metrics[title] = tests
+            metrics[title] = _adjusted_by_family(tests)
     if not metrics:
         raise ReportError(f"the runs {', '.join(runs)} have no task in common")
-    return {
-        "baseline": baseline,
-        "at": at,
-        "runs": {label: {"method": run.method, "banks_by": run.banks_by} for label, run in found.items()},
-        "test": "paired approximate randomization by image or patient, two-sided",
-        "correction": "Holm, over the runs and tasks of a metric; overall tests over the runs",
-        "flips": flips,
-        "seed": intervals.SEED,
-        "confidence": intervals.CONFIDENCE,
-        "metrics": metrics,
-    }
+    return Comparison(
+        baseline=baseline,
+        at=at,
+        runs={label: ComparedRun(method=run.method, banks_by=run.banks_by) for label, run in answered.items()},
+        test="paired approximate randomization by image or patient, two-sided",
+        correction="Holm, over the runs and tasks of a metric; overall tests over the runs",
+        flips=flips,
+        seed=intervals.SEED,
+        confidence=intervals.CONFIDENCE,
+        metrics=metrics,
+    )
 
 
 class _Pair(NamedTuple):
@@ -112,17 +107,17 @@ def _check_same_questions(task: str, runs: Mapping[str, Answered]) -> None:
 
 def _pairs(baseline: Answered, run: Answered, tasks: Sequence[str], title: str) -> list[_Pair]:
     """The tasks that have the metric."""
-    found = []
+    pairs = []
     for task in tasks:
         sides = baseline.tasks[task], run.tasks[task]
         columns: list[Column] = [side.columns[title] for side in sides]
         if len(columns[0].scores):
             banks, scores = (sides[0].banks, sides[1].banks), (columns[0].scores, columns[1].scores)
-            found.append(_Pair(task, banks, scores, coarsest([column.groups for column in columns])))
-    return found
+            pairs.append(_Pair(task, banks, scores, coarsest([column.groups for column in columns])))
+    return pairs
 
 
-def _tests(baseline: str, label: str, pairs: Sequence[_Pair], flips: int) -> list[dict[str, Any]]:
+def _tests(baseline: str, label: str, pairs: Sequence[_Pair], flips: int) -> list[PairedTest]:
     """The tests of one run against the baseline in one metric, `OVERALL` last."""
     tests, flipped = [], []
     parts: list[tuple[Estimate, Estimate, Estimate]] = []
@@ -131,11 +126,11 @@ def _tests(baseline: str, label: str, pairs: Sequence[_Pair], flips: int) -> lis
         parts.append((own[0], own[1], own[2]))
         # All runs meet the same signs, whatever tasks they have.
         flipped.append(flipped_means(pair.difference, pair.groups, flips, stream=zlib.crc32(pair.task.encode())))
-        test = _test(label, pair.task, parts[-1:], flipped[-1], _binary([pair]))
-        tests.append({**test, "banks": dict(zip((baseline, label), pair.banks, strict=True))})
-    everything = _test(label, OVERALL, parts, np.mean(flipped, axis=0), _binary(pairs))
-    between = _between_tasks([test["difference"] for test in tests])
-    return [*tests, {**everything, "banks": None, "between_tasks": between}]
+        banks = dict(zip((baseline, label), pair.banks, strict=True))
+        tests.append(_test(label, pair.task, parts[-1:], flipped[-1], _binary([pair]), banks))
+    overall = _test(label, OVERALL, parts, np.mean(flipped, axis=0), _binary(pairs), None)
+    between = _between_tasks([test.difference for test in tests])
+    return [*tests, overall.model_copy(update={"between_tasks": between})]
 
 
 def _binary(pairs: Sequence[_Pair]) -> bool:
@@ -148,87 +143,97 @@ def _test(
     parts: Sequence[tuple[Estimate, Estimate, Estimate]],
     flipped: intervals.Scores,
     binary: bool,
-) -> dict[str, Any]:
+    banks: dict[str, str | None] | None,
+) -> PairedTest:
     """One test of the mean over tasks; of each task there are the estimates of both scores and of their difference."""
     weights = [1 / len(parts)] * len(parts)
     before, after, difference = (list(column) for column in zip(*parts, strict=True))
     sums = [weighted_sum(column, weights) for column in (before, after, difference)]
-    return {
-        "run": label,
-        "task": task,
-        "questions": sums[2].questions,
-        "groups": sums[2].groups,
-        "baseline_score": 100 * sums[0].mean,
-        "baseline_interval": percent(score_interval(before, weights)),
-        "score": 100 * sums[1].mean,
-        "score_interval": percent(score_interval(after, weights)),
-        "difference": 100 * (sums[1].mean - sums[0].mean),
-        "interval": percent(difference_interval(sums[2], binary)),
-        "p": p_value(sums[2].mean, flipped),
-    }
+    return PairedTest(
+        run=label,
+        task=task,
+        questions=sums[2].questions,
+        groups=sums[2].groups,
+        baseline_score=100 * sums[0].mean,
+        baseline_interval=percent(score_interval(before, weights)),
+        score=100 * sums[1].mean,
+        score_interval=percent(score_interval(after, weights)),
+        difference=100 * (sums[1].mean - sums[0].mean),
+        interval=percent(difference_interval(sums[2], binary)),
+        p=p_value(sums[2].mean, flipped),
+        banks=banks,
+    )
 
 
-def _between_tasks(differences: Sequence[float]) -> dict[str, Any]:
-    """What the tasks say of tasks like them: Student's t of their differences in points, and the sign test of how many
-    were won and lost. Interval and p are None of one task alone."""
+def _between_tasks(differences: Sequence[float]) -> BetweenTasks:
     wins, losses = (sum(sign * difference > 1e-9 for difference in differences) for sign in (1, -1))
-    return {
-        "tasks": len(differences),
-        "interval": t_interval(differences),
-        "p": t_test(estimate_of(differences)) if len(differences) > 1 else None,
-        "wins": wins,
-        "losses": losses,
-        "sign_p": sign_test(wins, losses),
-    }
+    return BetweenTasks(
+        tasks=len(differences),
+        interval=t_interval(differences),
+        p=t_test(estimate_of(differences)) if len(differences) > 1 else None,
+        wins=wins,
+        losses=losses,
+        sign_p=sign_test(wins, losses),
+    )
 
 
-def _adjust(family: Sequence[dict[str, Any]]) -> None:
-    """Correct the p-values of a family for their number; None stays None."""
-    tested = [test for test in family if test["p"] is not None]
-    for test in family:
-        test["p_adjusted"] = None
-    for test, adjusted in zip(tested, holm([test["p"] for test in tested]), strict=True):
-        test["p_adjusted"] = adjusted
+def _adjusted_by_family(tests: Sequence[PairedTest]) -> list[PairedTest]:
+    """The tests of a metric, their p-values adjusted: those of tasks are a family, and so are the overall ones, and
+    what the overall ones say between tasks."""
+    single = iter(_adjusted([test for test in tests if test.between_tasks is None]))
+    overall = iter(_adjusted([test for test in tests if test.between_tasks is not None]))
+    between = iter(_adjusted([test.between_tasks for test in tests if test.between_tasks is not None]))
+    return [
+        next(single)
+        if test.between_tasks is None
+        else next(overall).model_copy(update={"between_tasks": next(between)})
+        for test in tests
+    ]
 
 
-def render_comparison(found: Mapping[str, Any]) -> str:
+Tested = TypeVar("Tested", PairedTest, BetweenTasks)
+
+
+def _adjusted(family: Sequence[Tested]) -> list[Tested]:
+    """A family, its p-values corrected for their number; None stays None."""
+    adjusted = iter(holm([test.p for test in family if test.p is not None]))
+    return [test.model_copy(update={"p_adjusted": None if test.p is None else next(adjusted)}) for test in family]
+
+
+def render_comparison(comparison: Comparison) -> str:
     """The tests as text, a table for each metric."""
     parts = []
-    baseline = found["baseline"]
-    for title, tests in found["metrics"].items():
+    baseline = comparison.baseline
+    for title, tests in comparison.metrics.items():
         headers = ["run", "task", "banks by", "questions", "images", baseline, "run's", "difference", "p", "p adjusted"]
-        rows = [row for test in tests for row in _rows(test, found["runs"][test["run"]]["banks_by"])]
+        rows = [row for test in tests for row in _rows(test, comparison.runs[test.run].banks_by)]
         parts.append(f"{title}, %\n" + tabulate(rows, headers=headers, floatfmt=".4f", missingval="–"))
-    where = "after the last stage" if found["at"] == "final" else "each task at its own stage"
-    answered = found["runs"][baseline]["banks_by"]
+    where = "after the last stage" if comparison.at == "final" else "each task at its own stage"
+    banks_by = comparison.runs[baseline].banks_by
     parts.append(
-        f"Against {baseline}{f' (banks by {answered})' if answered else ''}, {where}; in brackets "
-        f"{100 * found['confidence']:g} % intervals. Images: how many (or patients), where the data name them.\n"
-        f"p: {found['test']}, {found['flips']} flips. Adjusted: {found['correction']}.\n"
+        f"Against {baseline}{f' (banks by {banks_by})' if banks_by else ''}, {where}; in brackets "
+        f"{100 * comparison.confidence:g} % intervals. Images: how many (or patients), where the data name them.\n"
+        f"p: {comparison.test}, {comparison.flips} flips. Adjusted: {comparison.correction}.\n"
         f"{OVERALL}: other questions of these tasks. as a sample: tasks like these; Student's t between tasks, and how "
         "many were won and lost with the sign test's p."
     )
     return "\n\n".join(parts)
 
 
-def _rows(test: Mapping[str, Any], banks_by: str | None) -> list[list[Any]]:
+def _rows(test: PairedTest, banks_by: str | None) -> list[list[str | float | None]]:
     """A line for a task, two for the mean over tasks."""
-    banks = test["banks"][test["run"]] if test["banks"] else None
+    banks = test.banks[test.run] if test.banks else None
     scores = [
-        _with_interval(test["baseline_score"], test["baseline_interval"]),
-        _with_interval(test["score"], test["score_interval"]),
-        _with_interval(test["difference"], test["interval"], "+"),
+        _with_interval(test.baseline_score, test.baseline_interval),
+        _with_interval(test.score, test.score_interval),
+        _with_interval(test.difference, test.interval, "+"),
     ]
-    counts = [test["questions"], test["groups"]]
     name = " ".join(part for part in (banks_by, banks) if part) or None
-    rows = [[test["run"], test["task"], name, *counts, *scores, test["p"], test["p_adjusted"]]]
-    if test["task"] == OVERALL:
-        between = test["between_tasks"]
-        told = f"{between['wins']} won, {between['losses']} lost of {between['tasks']}"
-        ends = _with_interval(test["difference"], between["interval"], "+")
-        signs = f"{told}, p {between['sign_p']:.4f}"
-        rows.append([test["run"], "as a sample", None, None, None, None, signs, ends, between["p"]])
-        rows[-1].append(between["p_adjusted"])
+    rows = [[test.run, test.task, name, test.questions, test.groups, *scores, test.p, test.p_adjusted]]
+    if between := test.between_tasks:
+        signs = f"{between.wins} won, {between.losses} lost of {between.tasks}, p {between.sign_p:.4f}"
+        ends = _with_interval(test.difference, between.interval, "+")
+        rows.append([test.run, "as a sample", *[None] * 4, signs, ends, between.p, between.p_adjusted])
     return rows
 
 

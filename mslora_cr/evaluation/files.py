@@ -1,11 +1,12 @@
-"""The smaller files of a results folder, typed: `answers.json`, `routing.json`, `analysis.json`.
+"""The smaller files of a results folder, typed: `metrics.json`, `answers.json`, `routing.json`, `analysis.json`, and a
+comparison's file.
 
 `evaluation.json` is in `results`, with what is read off it.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,12 +15,35 @@ from mslora_cr.utils.state import Part, StateFile
 ROUTED, ROUTING = "routed", "routing.json"
 """Where answers without the task being told go in a results folder, and what the router did there."""
 ANALYSIS = "analysis.json"
+METRICS = "metrics.json"
 ANSWERS = "answer-file.jsonl"
 STAMP = "answers.json"
 """What the answers beside it were made from."""
 
 Interval = tuple[float, float]
 Matrix = list[list[float]]
+
+
+class Metrics(StateFile):
+    """`metrics.json`: the metrics of a file of answers, in percent, with the ends of each one's interval.
+
+    Attributes:
+        confidence: of the intervals. empty_truths: of how many truths normalising leaves nothing, such as the choice
+            `A`: the published closed accuracy finds them in every answer. groups: of answers that are not independent.
+            Version 0.1.0 noted none of the three.
+        rows, open, closed: how many answers there are, and of either type.
+    """
+
+    MEND: ClassVar[str] = "remove it; `mslora-cr score` or `mslora-cr evaluate` writes it again from the answers"
+
+    metrics: dict[str, float]
+    intervals: dict[str, Interval]
+    confidence: float | None = None
+    empty_truths: int | None = None
+    rows: int
+    groups: int | None = None
+    open: int
+    closed: int
 
 
 class StageRouting(Part):
@@ -138,3 +162,63 @@ class Analysis(StateFile):
     effective_rank: dict[str, dict[str, EffectiveRank]]
     contribution: Contribution | None
     changed: list[Change]
+
+
+class ComparedRun(Part):
+    """A run's method and how its banks are chosen; neither is known of answer files alone."""
+
+    method: str | None
+    banks_by: str | None
+
+
+class BetweenTasks(Part):
+    """What the tasks say of tasks like them: Student's t of their differences in points, and the sign test of how many
+    were won and lost. `interval` and `p` are None of one task alone."""
+
+    tasks: int
+    interval: Interval | None
+    p: float | None
+    wins: int
+    losses: int
+    sign_p: float
+    p_adjusted: float | None = None
+
+
+class PairedTest(Part):
+    """A run against the baseline, on one task or in the mean over tasks: scores in percent, differences in points.
+
+    Attributes:
+        groups: how many of the questions are independent. banks: by run, those that answered; None over all tasks.
+        p_adjusted: Holm's. between_tasks: over all tasks alone. Version 0.1.0 noted neither groups nor the last.
+    """
+
+    run: str
+    task: str
+    questions: int
+    groups: int | None = None
+    baseline_score: float
+    baseline_interval: Interval
+    score: float
+    score_interval: Interval
+    difference: float
+    interval: Interval
+    p: float
+    banks: dict[str, str | None] | None
+    between_tasks: BetweenTasks | None = None
+    p_adjusted: float | None = None
+
+
+class Comparison(StateFile):
+    """What `mslora-cr compare --output` writes: how it was computed, the runs, and the tests by metric."""
+
+    MEND: ClassVar[str] = "`mslora-cr compare` writes it again"
+
+    baseline: str
+    at: Literal["final", "own"]
+    runs: dict[str, ComparedRun]
+    test: str
+    correction: str
+    flips: int
+    seed: int
+    confidence: float
+    metrics: dict[str, list[PairedTest]]

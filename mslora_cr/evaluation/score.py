@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +15,7 @@ from tabulate import tabulate
 
 from mslora_cr.data.records import DataError, TestRecord
 from mslora_cr.evaluation import intervals
+from mslora_cr.evaluation.files import METRICS, Metrics
 from mslora_cr.evaluation.intervals import estimate, percent, percentile_interval, resampled_sums, score_interval
 from mslora_cr.evaluation.metrics import AnswerType, Scores, score_answers
 from mslora_cr.evaluation.words import corpus_bleu
@@ -100,7 +100,7 @@ def score_file(answers: Path, output: Path, questions: Sequence[TestRecord] | No
     groups = group_numbers([group for _, group in places])
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "metrics.txt", render_metrics(scores))
-    write_text(output / "metrics.json", json.dumps(summarize(scores, groups), indent=2) + "\n")
+    summarize(scores, groups).write(output / METRICS)
     write_text(output / SCORES, _render_scores(records, scores, places))
     for name, wanted in (("hit.csv", True), ("not_hit.csv", False)):
         chosen = (record for record, row in zip(records, scores.rows, strict=True) if row.hit is wanted)
@@ -125,11 +125,8 @@ def render_metrics(scores: Scores) -> str:
     return tabulate(list(scores.metrics.items()), headers=["Metric", "Performance"])
 
 
-def summarize(scores: Scores, groups: intervals.Groups) -> dict[str, Any]:
-    """The content of `metrics.json`: every metric in percent, with the ends of its interval.
-
-    `empty_truths` counts the truths of which normalising leaves nothing, such as the choice `A`: the published closed
-    accuracy finds them in every answer.
+def summarize(scores: Scores, groups: intervals.Groups) -> Metrics:
+    """The content of `metrics.json`.
 
     Args:
         groups: by answer, the number of its cluster.
@@ -146,16 +143,16 @@ def summarize(scores: Scores, groups: intervals.Groups) -> dict[str, Any]:
         metrics[CORPUS_BLEU] = 100 * float(corpus_bleu(counts.sum(axis=0, keepdims=True))[0])
         replicates = corpus_bleu(resampled_sums(counts, groups[opened]))
         ends[CORPUS_BLEU] = percent(percentile_interval(replicates, len(np.unique(groups[opened]))))
-    return {
-        "metrics": metrics,
-        "intervals": ends,
-        "confidence": intervals.CONFIDENCE,
-        "empty_truths": sum(not row.reference for row in scores.rows),
-        "rows": len(scores.rows),
-        "groups": len(np.unique(groups)),
-        "open": scores.open,
-        "closed": scores.closed,
-    }
+    return Metrics(
+        metrics=metrics,
+        intervals=ends,
+        confidence=intervals.CONFIDENCE,
+        empty_truths=sum(not row.reference for row in scores.rows),
+        rows=len(scores.rows),
+        groups=len(np.unique(groups)),
+        open=scores.open,
+        closed=scores.closed,
+    )
 
 
 def read_scores(path: Path) -> ScoreTable:

@@ -84,8 +84,8 @@ def cell_row(
         padding_unsorted=stamp.padding_unsorted,
         sha256=file_digest(folder / ANSWERS),
         scores_sha256=file_digest(folder / SCORES),
-        metrics=summary["metrics"],
-        intervals=summary["intervals"],
+        metrics=summary.metrics,
+        intervals=summary.intervals,
     )
 
 

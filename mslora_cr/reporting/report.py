@@ -195,7 +195,7 @@ def _routing(run: RunRecord) -> dict[str, Any]:
     context: dict[str, Any] = {"last": last, "stages": run.routing.stages, "map": confusion_map(last)}
     try:
         cost = compare({"told": run.results_dir, "routed": run.results_dir / ROUTED})
-        return context | {"cost": cost["metrics"], "why": None}
+        return context | {"cost": cost.metrics, "why": None}
     except ReportError as error:
         return context | {"cost": {}, "why": str(error)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,10 @@ def _escaped(mark: str) -> str:
     return mark if mark in "\n\t" else ascii(mark)[1:-1]
 
 
+class NobodyReadsError(BrokenPipeError):
+    """Whoever read standard output has gone, as `head` does once it has seen enough."""
+
+
 class _Visible:
     """A stream that shows what is written to it, and is the stream otherwise."""
 
@@ -30,19 +35,39 @@ class _Visible:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(visible(text))
+        with _reader_of(self._stream):
+            self._stream.write(visible(text))
         return len(text)
+
+    def flush(self) -> None:
+        with _reader_of(self._stream):
+            self._stream.flush()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
 
 @contextmanager
+def _reader_of(stream: TextIO) -> Iterator[None]:
+    """Tell a reader that has gone from every other broken pipe."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python would complain when it ends
+        raise NobodyReadsError(*error.args) from None
+
+
+@contextmanager
 def visible_results() -> Iterator[None]:
-    """Inside, whatever is printed to standard output is `visible`."""
+    """Inside, whatever is printed to standard output is `visible`.
+
+    Raises:
+        NobodyReadsError: nobody reads it any more; what is printed afterwards goes nowhere.
+    """
     stream = sys.stdout
-    sys.stdout = _Visible(stream)
+    shown = sys.stdout = _Visible(stream)
     try:
         yield
     finally:
         sys.stdout = stream
+        shown.flush()

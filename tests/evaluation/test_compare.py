@@ -57,7 +57,7 @@ def test_tasks_are_read_as_themselves_and_as_a_sample(tmp_path: Path) -> None:
     base = make_run(tmp_path, "base", tasks=tasks, right=lambda task, stage: 10)[1]
     gains = dict(zip(tasks, (4, 2, 3, -1), strict=True))
     other = make_run(tmp_path, "other", tasks=tasks, right=lambda task, stage: 10 + gains[task])[1]
-    overall = by_task(compare({"base": base, "other": other}), "closed accuracy", "other")["overall"]
+    overall = by_task(compare({"base": base, "other": other}).model_dump(), "closed accuracy", "other")["overall"]
     assert overall["difference"] == pytest.approx(10)
     between = overall["between_tasks"]
     assert (between["tasks"], between["wins"], between["losses"]) == (4, 3, 1)
@@ -103,13 +103,13 @@ def test_questions_of_one_image_flip_together(tmp_path: Path) -> None:
     """20 gains on 2 images are no 20 independent ones."""
     base = make_run(tmp_path, "base", tasks=("PCAM",), right=lambda task, stage: 0)[1]
     other = make_run(tmp_path, "other", tasks=("PCAM",), right=lambda task, stage: 20)[1]
-    [alone, *_] = by_task(compare({"base": base, "other": other}), "closed accuracy", "other").values()
+    [alone, *_] = by_task(compare({"base": base, "other": other}).model_dump(), "closed accuracy", "other").values()
     assert alone["groups"] == 20 and alone["p"] < 0.001
     for folder in (base, other):
         rows = (folder / "PCAM" / "scores.csv").read_text().splitlines()
         grouped = [row.removesuffix(",") + f",image {number % 2}" for number, row in enumerate(rows[1:])]
         (folder / "PCAM" / "scores.csv").write_text("\n".join([rows[0], *grouped]) + "\n")
-    [clustered, *_] = by_task(compare({"base": base, "other": other}), "closed accuracy", "other").values()
+    [clustered, *_] = by_task(compare({"base": base, "other": other}).model_dump(), "closed accuracy", "other").values()
     assert clustered["groups"] == 2 and clustered["p"] > 0.4
 
 

@@ -153,6 +153,7 @@ def test_a_file_without_answers(tmp_path):
     assert scores.metrics == {}
     assert (tmp_path / "metrics.txt").read_text().splitlines()[0].split() == ["Metric", "Performance"]
     assert json.loads((tmp_path / "metrics.json").read_text()) == {
+        "version": 1,
         "metrics": {},
         "intervals": {},
         "confidence": 0.95,
