@@ -89,8 +89,10 @@ def test_only_labelled_positions_go_through_the_head(base: LlavaMed, tiny_data: 
     labelled = int((batch["labels"] != -100).sum())
     plain = {name: value for name, value in batch.items() if name != "record_index"}
     whole = base.model(**plain).loss
-    sparse = trainer.compute_loss(trainer.model, dict(batch))
-    assert rows == [batch["labels"].numel()] * 2 + [labelled] * 2
+    keep, _ = loss_mask(batch["labels"])
+    with trainer._sparse_mlp.masked(keep):
+        sparse = trainer.compute_loss(trainer.model, dict(batch))
+    assert sorted(rows) == [labelled] * 2 + [batch["labels"].numel()] * 2
     assert labelled < batch["labels"].numel() / 4
     torch.testing.assert_close(sparse, whole, rtol=1e-6, atol=0)
     summed = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(10))
@@ -109,9 +111,25 @@ def test_gradients_through_labelled_positions_are_the_same(
     if checkpointing:
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.model.train()
-    found = torch.autograd.grad(trainer.compute_loss(trainer.model, dict(batch)), matrices)
+    with trainer._sparse_mlp.masked(loss_mask(batch["labels"])[0]):
+        found = torch.autograd.grad(trainer.compute_loss(trainer.model, dict(batch)), matrices)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_what_a_step_prepares_ends_with_it_though_it_fails(base: LlavaMed, tiny_data: Path, tmp_path: Path) -> None:
+    """The positions of a batch and the penalty's gradient: whatever comes next, they are not applied to it."""
+    trainer = make_trainer(base, tiny_data, tmp_path)
+    rows: list[int] = []
+    last_mlp(base.model).down_proj.register_forward_hook(
+        lambda module, inputs, output: rows.append(inputs[0].numel() // inputs[0].shape[-1])
+    )
+    batch = trainer.data_collator([trainer.samples[index] for index in range(4)])
+    with pytest.raises(ZeroDivisionError), trainer._sparse_mlp.masked(loss_mask(batch["labels"])[0]):
+        raise ZeroDivisionError
+    with torch.no_grad():
+        trainer.model(**{name: value for name, value in batch.items() if name != "record_index"})
+    assert rows == [batch["labels"].numel()]
 
 
 # --- equal ways to train -------------------------------------------------------------------------------------------
@@ -234,7 +252,7 @@ def test_lengths_are_learned_without_an_image(
 def test_grouping_by_length_saves_padding(base: LlavaMed, tiny_data: Path, tmp_path: Path) -> None:
     trainer = make_trainer(base, tiny_data, tmp_path)
     trainer.args.train_sampling_strategy = "group_by_length"
-    trainer._lengths = lengths = [number % 7 for number in range(640)]
+    trainer.order.lengths = lengths = [number % 7 for number in range(640)]
     grouped = in_batches(trainer._epoch_order(), trainer.args.train_batch_size)
     unsorted = in_batches(range(640), trainer.args.train_batch_size)
     assert padding_share(lengths, grouped) < padding_share(lengths, unsorted) / 2
@@ -258,7 +276,7 @@ def test_grouped_batches_are_those_of_one_process(
 ) -> None:
     trainer = make_trainer(base, tiny_data, tmp_path)
     trainer.args.train_sampling_strategy = "group_by_length"
-    trainer._lengths = [number % 101 for number in range(5000)]
+    trainer.order.lengths = [number % 101 for number in range(5000)]
     alone = trainer._epoch_order()
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     trainer.args.per_device_train_batch_size //= 2

@@ -7,6 +7,8 @@ one layer: 2.5 % of the arithmetic of LLaVA-Med's linear layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,14 +24,19 @@ class SparseMLP:
         mlp.register_forward_pre_hook(self._gather)
         mlp.register_forward_hook(self._scatter)
 
-    def set_mask(self, keep: Tensor) -> None:
-        """Keep these positions of the batches that follow, in the backward pass too: gradient checkpointing computes
-        the MLP again there.
+    @contextmanager
+    def masked(self, keep: Tensor) -> Iterator[None]:
+        """Inside, leave out all positions but these; outside, none. The backward pass belongs inside too: gradient
+        checkpointing computes the MLP again there.
 
         Args:
             keep: (batch, length) bool.
         """
         self._rows = keep.flatten().nonzero().squeeze(1)
+        try:
+            yield
+        finally:
+            self._rows = None
 
     def _gather(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         if self._rows is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -68,12 +69,15 @@ class Recomputation(TrainerCallback):
             layer.gradient_checkpointing = number < count  # type: ignore[assignment]
 
     def measure(
-        self, device: torch.device, forward: Callable[[], Tensor], backward: Callable[[Tensor], object]
+        self,
+        device: torch.device,
+        forward: Callable[[], AbstractContextManager[Tensor]],
+        backward: Callable[[Tensor], object],
     ) -> Memory:
         """What a forward and backward pass takes of a GPU's memory. Moves no number, random ones neither.
 
         Args:
-            forward: gives the loss of the largest batch.
+            forward: gives the loss of the largest batch, to be used inside the context.
             backward: takes it, and gives or drops the gradients.
         """
         # The last layer's MLP sees few positions, so the one before it stands for all.
@@ -82,8 +86,7 @@ class Recomputation(TrainerCallback):
             self.use(count)
             free_memory()
             torch.cuda.reset_peak_memory_stats(device)
-            with torch.random.fork_rng([device]):
-                loss = forward()
+            with torch.random.fork_rng([device]), forward() as loss:
                 held.append(torch.cuda.memory_allocated(device))
                 backward(loss)
             peak = torch.cuda.max_memory_allocated(device)

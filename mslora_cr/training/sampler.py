@@ -3,8 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
+import torch
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from mslora_cr.data.collator import in_batches, padding_share
+from mslora_cr.data.datasets import ConcatTrainDataset
+
+
+class SampleOrder:
+    """Which samples an epoch visits, one after another."""
+
+    def __init__(
+        self, samples: ConcatTrainDataset, args: TrainingArguments, fixed: Sequence[int] | None = None
+    ) -> None:
+        """
+        Args:
+            fixed: positions of the samples, with repetitions, in the order of every epoch; otherwise each epoch
+                shuffles them all, or groups those of one length, as `args.train_sampling_strategy` says.
+        """
+        self._samples, self._args, self._fixed = samples, args, fixed
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Of the samples, in positions; no image is decoded to learn them."""
+        return self._samples.lengths()
+
+    @property
+    def grouped(self) -> bool:
+        return self._args.train_sampling_strategy == "group_by_length"
+
+    def __len__(self) -> int:
+        return len(self._samples if self._fixed is None else self._fixed)
+
+    def of_epoch(self, epoch: int) -> Sequence[int]:
+        """Positions of the samples, the same on every rank."""
+        if self._fixed is not None:
+            return self._fixed
+        generator = torch.Generator().manual_seed(self._args.seed + epoch)
+        if self.grouped:
+            accumulated = self._args.train_batch_size * self._args.gradient_accumulation_steps
+            return get_length_grouped_indices(self.lengths, accumulated * self._args.world_size, generator=generator)
+        return torch.randperm(len(self._samples), generator=generator).tolist()
+
+    def padding_if_shuffled(self) -> float:
+        """The share of padded positions in batches of a random order."""
+        generator = torch.Generator().manual_seed(self._args.seed)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        return padding_share(self.lengths, in_batches(order, self._args.train_batch_size))
 
 
 class FixedOrderSampler(Sampler[int]):

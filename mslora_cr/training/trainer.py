@@ -7,20 +7,19 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mslora_cr.banks.io import load_bank, save_bank
 from mslora_cr.banks.stack import TRAINABLE, BankStack
-from mslora_cr.data.collator import TrainingCollator, in_batches, padding_share
+from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.datasets import ConcatTrainDataset
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.distributed.comm import barrier, broadcast_object
@@ -32,7 +31,7 @@ from mslora_cr.training.callbacks import TowerOutsideGraph
 from mslora_cr.training.checkpoints import BANK_FOLDER, LAUNCH, STAGING, STATE, Launch, Publisher, reading, writing
 from mslora_cr.training.inputs import layer_inputs
 from mslora_cr.training.recomputation import Recomputation, Setting
-from mslora_cr.training.sampler import FixedOrderSampler
+from mslora_cr.training.sampler import FixedOrderSampler, SampleOrder
 from mslora_cr.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ class BankTrainer(Trainer):
         """
         Args:
             bank_shape: rank and alpha of the trainable bank.
-            made_from: digests of what decides the bank, noted in its checkpoints.
+            input_digests: digests of what decides the bank, noted in its checkpoints.
             order: positions of the samples, with repetitions, in the order in which to visit them; otherwise each
                 epoch shuffles them all.
             penalty: what joins the cross entropy once per update, if anything.
@@ -100,14 +99,14 @@ class BankTrainer(Trainer):
         )
         self.stack = stack
         self.samples = samples
-        self.order = order
+        self.order = SampleOrder(samples, args, order)
         self.bank_shape = bank_shape
         self.input_digests = dict(input_digests or {})
         self.penalty = penalty
         self.distillation = distillation
         self._staging = broadcast_object(f"{STAGING}-{secrets.token_hex(8)}")
         self._publisher = Publisher(Path(args.output_dir), args.save_total_limit or 1)
-        self._kept = SparseMLP(last_mlp(stack.base))
+        self._sparse_mlp = SparseMLP(last_mlp(stack.base))
         self._pending: dict[Key, Tensor] = {}
         self._micro_batch: dict[str, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
@@ -126,7 +125,10 @@ class BankTrainer(Trainer):
     # --- one step ---
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Unless the last step is done: from a checkpoint of it inside an epoch the Trainer would take one more."""
+        """Unless the last step is done: from a checkpoint of it inside an epoch the Trainer would take one more.
+
+        No public hook can say so: what a callback decides is read after a step or an epoch alone.
+        """
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
@@ -137,15 +139,13 @@ class BankTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross entropy, with only labelled positions going through the last MLP and `lm_head`, and the method's
-        distillation.
+        """Cross entropy, with only labelled positions going through `lm_head`, and the method's distillation.
 
         Raises:
             NonFiniteLossError: before anything has moved.
         """
         records = inputs.pop("record_index")
         keep, targets = loss_mask(inputs["labels"])
-        self._kept.set_mask(keep)
         if num_items_in_batch is not None:
             # A batch whose every record is masked whole has nothing to divide by; its loss is zero.
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
@@ -186,8 +186,6 @@ class BankTrainer(Trainer):
         """A micro-batch; the last one of an update carries the penalty."""
         if self.recomputation.undecided:
             self._decide_recomputation()
-        last = self.penalty is not None and self.accelerator.sync_gradients
-        penalty = self._prepare_penalty() if last else None
         mask = inputs["attention_mask"]
         self._positions[0] += mask.sum()
         self._positions[1] += mask.numel()
@@ -197,17 +195,21 @@ class BankTrainer(Trainer):
             return step(model, dict(inputs), num_items_in_batch)
 
         alone = self.args.world_size == 1 and not self.is_deepspeed_enabled
-        loss = self.recomputation.retrying(self._parameters, micro_batch) if alone else micro_batch()
-        self._pending.clear()
+        with self._penalized() as penalty, self._sparse_mlp.masked(loss_mask(inputs["labels"])[0]):
+            loss = self.recomputation.retrying(self._parameters, micro_batch) if alone else micro_batch()
         for name, value in self._micro_batch.items():
             self._log_term(name, value)
         total = loss if penalty is None else loss + penalty.to(loss.dtype)
         self._loss_sum += total.detach()
         return total
 
-    def _prepare_penalty(self) -> Tensor:
-        """The penalty at the current matrices, its gradient left to the hooks."""
-        assert self.penalty is not None
+    @contextmanager
+    def _penalized(self) -> Iterator[Tensor | None]:
+        """In the last micro-batch of an update, the penalty at the current matrices. The hooks add its gradient to a
+        backward pass inside, and to none outside."""
+        if self.penalty is None or not self.accelerator.sync_gradients:
+            yield None
+            return
         with gather_params(itertools.chain.from_iterable(self._trainable.values())), torch.no_grad():
             step = self.penalty.step(self._trainable, self._get_learning_rate())
         if not torch.isfinite(step.value):
@@ -215,17 +217,21 @@ class BankTrainer(Trainer):
                 f"{self.args.run_name}: the penalty at step {self.state.global_step + 1} is {step.value.item()}; "
                 "nothing was updated. Lower its weights or the learning rate."
             )
-        self._pending.update(step.gradients)
         for name, value in step.logged.items():
             self._log_term(name, value)
-        return step.value
+        self._pending.update(step.gradients)
+        try:
+            yield step.value
+        finally:
+            self._pending.clear()
 
     def sample_gradients(self, index: int) -> dict[Key, Tensor]:
         """The gradient of one sample's cross entropy, summed over its answer's tokens, float32; moves nothing.
 
         On every rank for a sample of its own, and for each as often: under ZeRO-3 all ranks share each pass.
         """
-        return self._gradients(self._summed_loss([index]))
+        with self._summed_loss([index]) as loss:
+            return self._gradients(loss)
 
     def _gradients(self, loss: Tensor) -> dict[Key, Tensor]:
         """Of the trainable matrices, float32, left in no parameter."""
@@ -233,21 +239,23 @@ class BankTrainer(Trainer):
         reshard(self)
         return {key: gradient.float() for key, gradient in zip(self._learning, gradients, strict=True)}
 
-    def _summed_loss(self, indices: Sequence[int]) -> Tensor:
-        """The cross entropy of samples, summed over their answers' tokens, beside the Trainer's own steps."""
+    @contextmanager
+    def _summed_loss(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """The cross entropy of samples, summed over their answers' tokens, outside the Trainer's own steps. Its
+        backward pass belongs inside."""
         batch = self._prepare_inputs(self.data_collator([self.samples[index] for index in indices]))
         del batch["record_index"]
         keep, targets = loss_mask(batch.pop("labels"))
-        self._kept.set_mask(keep)
-        with self.compute_loss_context_manager():
-            logits = self.stack.model(**batch, logits_to_keep=keep, use_cache=False).logits
-        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        with self._sparse_mlp.masked(keep):
+            with self.compute_loss_context_manager():
+                output = self.stack.model(**batch, logits_to_keep=keep, use_cache=False)
+            yield nn.functional.cross_entropy(output.logits.float(), targets, reduction="sum")
 
     def _decide_recomputation(self) -> None:
         """Once, before the first step, from a pass over the longest samples; the same on every rank."""
         memory = None
         if self.args.device.type == "cuda":
-            by_length = sorted(range(len(self._lengths)), key=self._lengths.__getitem__)
+            by_length = sorted(range(len(self.samples)), key=self.order.lengths.__getitem__)
             longest = by_length[-self.args.train_batch_size :]
             self.model.train()
             memory = self.recomputation.measure(self.args.device, lambda: self._summed_loss(longest), self._gradients)
@@ -262,7 +270,6 @@ class BankTrainer(Trainer):
 
         def batch_of(index: int) -> dict[str, Tensor]:
             batch = self._prepare_inputs(self.data_collator([self.samples[index]]))
-            self._kept.set_mask(torch.ones_like(batch["input_ids"], dtype=torch.bool))
             return {name: value for name, value in batch.items() if name not in ("record_index", "labels")}
 
         count = len(self.samples)
@@ -274,38 +281,21 @@ class BankTrainer(Trainer):
     # --- the order of samples ---
 
     def _get_train_sampler(self, train_dataset: Any = None) -> FixedOrderSampler:
-        count = len(self.samples if self.order is None else self.order)
+        """The Trainer takes no sampler as an argument; overriding `get_train_dataloader` instead would repeat what it
+        does for workers, seeds and accelerate."""
         multiple = self.args.train_batch_size * self.args.world_size
-        return FixedOrderSampler(self._epoch_order, count, len(self.samples), multiple)
+        return FixedOrderSampler(self._epoch_order, len(self.order), len(self.samples), multiple)
 
     def _epoch_order(self) -> Sequence[int]:
-        """Positions in the order of this epoch's visits; no image is decoded to learn lengths.
-
-        The epoch is asked for here because accelerate and the Trainer tell it to a sampler only where they find it: in
-        an epoch that a checkpoint cut in two, several processes have it wrapped too deeply.
-        """
-        if self.order is not None:
-            return self.order
-        generator = torch.Generator().manual_seed(self.args.seed + int(self.state.epoch or 0))
-        if self.args.train_sampling_strategy == "group_by_length":
-            accumulated = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            batch = accumulated * self.args.world_size
-            return get_length_grouped_indices(self._lengths, batch, generator=generator)
-        return torch.randperm(len(self.samples), generator=generator).tolist()
-
-    @cached_property
-    def _lengths(self) -> list[int]:
-        return self.samples.lengths()
+        """The epoch is looked up here because accelerate and the Trainer tell it to a sampler only where they find it:
+        in an epoch that a checkpoint cut in two, several processes have it wrapped too deeply."""
+        return self.order.of_epoch(int(self.state.epoch or 0))
 
     def padding(self) -> dict[str, float]:
         """The share of padded positions so far; where samples are grouped, what it would be in random order too."""
         real, everything = self.accelerator.reduce(self._positions, "sum").tolist()
-        found = {"share": 1 - real / max(everything, 1)}
-        if self.args.train_sampling_strategy == "group_by_length":
-            generator = torch.Generator().manual_seed(self.args.seed)
-            order = torch.randperm(len(self._lengths), generator=generator).tolist()
-            found["in_random_order"] = padding_share(self._lengths, in_batches(order, self.args.train_batch_size))
-        return found
+        shares = {"share": 1 - real / max(everything, 1)}
+        return shares | ({"in_random_order": self.order.padding_if_shuffled()} if self.order.grouped else {})
 
     # --- logging ---
 
@@ -333,6 +323,7 @@ class BankTrainer(Trainer):
     # --- saving: the trainable bank and nothing else, whole or not at all ---
 
     def _get_output_dir(self, trial: Any) -> str:
+        """Where the Trainer writes a checkpoint and its state: no argument sets that apart from the run's folder."""
         return str(Path(self.args.output_dir) / self._staging)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -341,7 +332,10 @@ class BankTrainer(Trainer):
             return super().train(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Let the Trainer write a checkpoint under a temporary name, and publish it while training goes on."""
+        """Let the Trainer write a checkpoint under a temporary name, and publish it while training goes on.
+
+        No public hook is called before it writes: `on_save` comes when a half-written one would already count.
+        """
         self._publisher.wait()
         staging = Path(self._get_output_dir(trial))
         if self.args.should_save:
@@ -374,19 +368,22 @@ class BankTrainer(Trainer):
             Launch.of(self.args, self.input_digests).write(folder / LAUNCH)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """`save_model` has no public counterpart that reads what it wrote."""
         with reading(resume_from_checkpoint):
             self.stack.load_trainable(load_bank(Path(resume_from_checkpoint) / BANK_FOLDER))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        """So that a damaged file is named: no public hook is around the Trainer's reading."""
         with reading(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """And what `save_model` added to them: there is no `on_load` as there is `on_save`."""
         with reading(checkpoint):
-            self._load_state(checkpoint)
+            super()._load_optimizer_and_scheduler(checkpoint)
+            self._load_own_state(checkpoint)
 
-    def _load_state(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+    def _load_own_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state = torch.load(Path(checkpoint) / STATE, map_location="cpu", weights_only=True)
             if self.penalty:
