@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,18 @@ class PerSampleAdapters:
         self._mask: Tensor | None = None
         linears = language_linears(model)
         self._handles = [self._add(linear, *concatenated(name, banks)) for name, linear in linears.items()]
+
+    @contextmanager
+    def answering(self, banks: Sequence[Sequence[int]]) -> Iterator[QuestionBanks]:
+        """What gives questions their banks, inside; outside no row has any, and a forward pass is an error.
+
+        Args:
+            banks: by question, those that answer it, by position.
+        """
+        try:
+            yield QuestionBanks(self, banks)
+        finally:
+            self._mask = None
 
     def set_rows(self, rows: Sequence[Collection[int]]) -> None:
         """Give each row of the batches that follow its banks, by position."""

@@ -11,12 +11,10 @@ import numpy as np
 import torch
 
 from mslora_cr.banks.bank import Bank, BankError
-from mslora_cr.banks.per_sample import PerSampleAdapters, QuestionBanks
 from mslora_cr.banks.similarity import by_place, effective_ranks, update_cosines
 from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.data.datasets import EvalDataset
 from mslora_cr.data.records import TestRecords, sample_of
-from mslora_cr.distributed.comm import assert_same_on_all_ranks, barrier, get_device, rank
+from mslora_cr.distributed.comm import assert_same_on_all_ranks, barrier, rank
 from mslora_cr.evaluation.figures import is_binary
 from mslora_cr.evaluation.files import (
     ANALYSIS,
@@ -30,17 +28,16 @@ from mslora_cr.evaluation.files import (
     EffectiveRank,
     Similarity,
 )
-from mslora_cr.evaluation.generate import answer_once, answer_questions, fingerprint_of
+from mslora_cr.evaluation.generate import answer_once
 from mslora_cr.evaluation.intervals import Groups, difference_interval, estimate, percent
 from mslora_cr.evaluation.metrics import RowScore, score_answers
 from mslora_cr.evaluation.results import Cell, Evaluation, read_evaluation
-from mslora_cr.evaluation.routed import ConcatEvalDataset
 from mslora_cr.evaluation.score import group_numbers, question_places, read_answers
-from mslora_cr.evaluation.summary import decoding, fingerprint_fields
+from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.methods.base import method_of
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.runs.session import check_hosts, load_base, preprocessing, start_processes, task_folder, task_image_roots
+from mslora_cr.runs.session import check_hosts, start_processes, task_folder
 from mslora_cr.utils.progress import progress_bar
 
 QUESTIONS = 200
@@ -138,23 +135,21 @@ def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: in
     variants = _variants(config, chain)
     records = {task.name: TestRecords(task_folder(config, task) / "test.jsonl") for task, _ in variants}
     asked = {name: found.thinned(questions) for name, found in records.items()}
-    folder = config.results_run_dir / "analysis"
-    fingerprint = fingerprint_of(
-        {
-            **fingerprint_fields(config),
-            "banks": [bank.digest for bank in chain.values()],
-            "scalings": [bank.scaling for bank in chain.values()],
-            "rows": [(task.name, banks) for task, banks in variants],
-            "questions": [(found.digest, sample_of(len(found), questions)) for found in records.values()],
-        }
+    session = EvaluationSession(config, list(chain.values()), asked)
+    fingerprint = session.fingerprint(
+        session.banks,
+        rows=[(task.name, banks) for task, banks in variants],
+        questions=[(found.digest, sample_of(len(found), questions)) for found in records.values()],
     )
     assert_same_on_all_ranks({"the questions, banks or settings of the analysis": fingerprint})
-    count = sum(len(asked[task.name]) for task, _ in variants)
+    # All variants of all tasks in mixed batches, so that a bank which is left out costs no new model.
+    chosen = [banks for task, banks in variants for _ in range(len(asked[task.name]))]
+    folder, tasks = config.results_run_dir / "analysis", [task for task, _ in variants]
 
     def answer() -> dict[str, float]:
-        return _answer_variants(config, chain, variants, asked, folder, fingerprint)
+        return session.answer_mixed(tasks, chosen, folder, fingerprint, "each bank left out")
 
-    answer_once(folder, fingerprint, count, answer)
+    answer_once(folder, fingerprint, len(chosen), answer)
     scores = np.array([_score(row) for row in score_answers(read_answers(folder / ANSWERS)).rows])
     places = {name: question_places(found) for name, found in asked.items()}
     groups = {name: group_numbers([group for _, group in found]) for name, found in places.items()}
@@ -164,24 +159,6 @@ def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: in
         score="hit of closed questions, F1 of open ones",
         rows=_dropped(list(chain), variants, parts, groups),
     )
-
-
-def _answer_variants(
-    config: StreamConfig,
-    chain: Mapping[str, Bank],
-    variants: Sequence[Variant],
-    asked: Mapping[str, TestRecords],
-    folder: Path,
-    fingerprint: str,
-) -> dict[str, float]:
-    """Answer all variants of all tasks in mixed batches, so that a bank which is left out costs no new model."""
-    base = load_base(config, get_device(config.model.device))
-    prepare = preprocessing(config, base)
-    parts = [EvalDataset(asked[task.name], task_image_roots(config, task), prepare) for task, _ in variants]
-    chosen = [banks for (_, banks), part in zip(variants, parts, strict=True) for _ in range(len(part))]
-    mixed = QuestionBanks(PerSampleAdapters(base.model, list(chain.values())), chosen)
-    samples = ConcatEvalDataset(parts)
-    return answer_questions(base.model, samples, folder, decoding(config), fingerprint, "each bank left out", mixed)
 
 
 def _dropped(

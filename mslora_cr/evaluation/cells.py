@@ -18,7 +18,7 @@ CellKey = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Cell:
+class PlannedCell:
     """A task to answer at a stage, the banks that answer it, and where its answers go. Stages count from 1; 0 is the
     base model."""
 
@@ -32,7 +32,7 @@ class Cell:
         return self.task.name, self.stage
 
 
-def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[Cell]:
+def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[PlannedCell]:
     """The cells to fill. Cells of one task that the same banks answer share one folder, hence one answering.
 
     Args:
@@ -49,7 +49,7 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
             if stage not in (0, *answering) or not set(banks) <= set(learned):
                 continue
             folder = places.setdefault(banks, config.results_run_dir / task.name / f"stage-{stage}")
-            found.append(Cell(task, stage, banks, folder))
+            found.append(PlannedCell(task, stage, banks, folder))
     return found
 
 

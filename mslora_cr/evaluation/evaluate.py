@@ -6,31 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mslora_cr.banks.bank import Bank, BankError
-from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.data.datasets import EvalDataset, Preprocessing
 from mslora_cr.data.records import TestRecords
-from mslora_cr.distributed.comm import barrier, get_device, rank
-from mslora_cr.evaluation.cells import Cell, Stages, cells
+from mslora_cr.distributed.comm import barrier, rank
+from mslora_cr.evaluation.cells import PlannedCell, Stages, cells
 from mslora_cr.evaluation.files import ANSWERS
-from mslora_cr.evaluation.generate import answer_once, answer_questions, fingerprint_of
+from mslora_cr.evaluation.generate import answer_once
 from mslora_cr.evaluation.metrics import Scores
-from mslora_cr.evaluation.results import EVALUATION
-from mslora_cr.evaluation.results import Cell as Row
+from mslora_cr.evaluation.results import EVALUATION, Cell
 from mslora_cr.evaluation.score import score_file
-from mslora_cr.evaluation.summary import cell_row, decoding, fingerprint_fields, question_digests, write_summary
+from mslora_cr.evaluation.session import EvaluationSession
+from mslora_cr.evaluation.summary import cell_row, question_digests, write_summary
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.runs.session import (
-    CachedTower,
-    cached_tower,
-    check_hosts,
-    load_base,
-    preprocessing,
-    start_processes,
-    task_folder,
-    task_image_roots,
-)
+from mslora_cr.runs.session import check_hosts, start_processes, task_folder
 
 
 def evaluate(
@@ -63,14 +52,19 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
     if not learned and not wanted:
         raise BankError(f"no task of this run is trained yet in {config.run_dir}; train one first")
     if not wanted:
-        raise BankError(f"the banks in {config.run_dir} do not reach the stages asked for ({stages}); train the rest")
+        raise BankError(f"the banks in {config.run_dir} do not reach the requested stages ({stages}); train the rest")
     by_number = {task.index + 1: chain[task.name] for task in config.stream if task.name in chain}
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
     records = {name: TestRecords(task_folder(config, config.task(name)) / "test.jsonl") for name in sorted(names)}
     switches = len({cell.banks for cell in wanted}) > 1
-    session, questions = _Session(config, by_number, switches), question_digests(config, records)
+    session = EvaluationSession(config, list(by_number.values()), records, cached_images=True, switches=switches)
+    questions = question_digests(config, records)
     fingerprints = {
-        cell.place: session.fingerprint(cell.banks, questions.get(cell.task.name))
+        cell.place: session.fingerprint(
+            [by_number[number] for number in cell.banks],
+            questions=questions.get(cell.task.name),  # of questions that are not there, it is no answer's fingerprint
+            fold=config.lora.fold,
+        )
         for cell in cells(config, "all", learned)
     }
     facts = {
@@ -79,9 +73,12 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
     }
     check_hosts(config.results_run_dir, facts)
     # Cells that the same banks answer are adjacent, so that a stage is merged once.
+    scored: dict[Path, Scores] = {}
     rows = {
-        cell.place: session.answer(cell, records[cell.task.name], fingerprints[cell.place])
-        for cell in _by_banks(wanted)
+        cell.place: _answer(
+            session, cell, [by_number[number] for number in cell.banks], fingerprints[cell.place], scored
+        )
+        for cell in sorted(wanted, key=lambda cell: cell.banks)
     }
     path = config.results_run_dir / EVALUATION
     if rank() == 0:
@@ -91,64 +88,23 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
     return path
 
 
-def _by_banks(wanted: Sequence[Cell]) -> list[Cell]:
-    return sorted(wanted, key=lambda cell: cell.banks)
+def _answer(
+    session: EvaluationSession, cell: PlannedCell, banks: Sequence[Bank], fingerprint: str, scored: dict[Path, Scores]
+) -> Cell | None:
+    """Answer and score a cell, unless that was done before; on the first rank its row of `evaluation.json`.
 
+    Args:
+        scored: by folder, what was scored already: a folder may hold several stages' cells.
+    """
+    folder, records = cell.folder, session.records[cell.task.name]
 
-class _Session:
-    """The base model, loaded when the first question needs it, with the banks that take part now."""
+    def answer() -> dict[str, float]:
+        return session.answer_merged(cell.task, banks, folder, fingerprint)
 
-    def __init__(self, config: StreamConfig, banks: Mapping[int, Bank], switches: bool) -> None:
-        """
-        Args:
-            switches: several sets of banks answer, one after another; the base's weights are kept for that.
-        """
-        self.config, self.banks, self.switches = config, banks, switches
-        self._fingerprint_fields = fingerprint_fields(config)
-        self._loaded: tuple[BankStack, Preprocessing, CachedTower | None] | None = None
-        self._folded: tuple[int, ...] | None = None
-        self._scored: dict[Path, Scores] = {}
-
-    def answer(self, cell: Cell, records: TestRecords, fingerprint: str) -> Row | None:
-        """Answer and score a cell, unless that was done before; on the first rank its row of `evaluation.json`."""
-        stamp = answer_once(cell.folder, fingerprint, len(records), lambda: self._answer(cell, records, fingerprint))
-        if rank() != 0:
-            return None
-        if cell.folder not in self._scored:  # a folder may hold several stages' cells
-            self._scored[cell.folder] = score_file(cell.folder / ANSWERS, cell.folder, records)
-        names = [self.banks[number].name for number in cell.banks]
-        scores, root = self._scored[cell.folder], self.config.results_run_dir
-        return cell_row(cell.task, cell.stage, names, cell.folder, root, stamp, records, scores)
-
-    def _answer(self, cell: Cell, records: TestRecords, fingerprint: str) -> dict[str, float]:
-        stack, prepare, tower = self._model()
-        if self._folded != cell.banks:
-            stack.set_frozen([self.banks[number] for number in cell.banks])
-            stack.model.eval()
-            self._folded = cell.banks
-        roots = task_image_roots(self.config, cell.task)
-        if tower is not None:
-            tower.fill(prepare.image_paths(records, roots), decoding(self.config).workers)
-        samples = EvalDataset(records, roots, prepare)
-        label = f"{cell.task.name} with {'+'.join(self.banks[number].name for number in cell.banks) or 'no bank'}"
-        return answer_questions(stack.model, samples, cell.folder, decoding(self.config), fingerprint, label)
-
-    def _model(self) -> tuple[BankStack, Preprocessing, CachedTower | None]:
-        if self._loaded is None:
-            base = load_base(self.config, get_device(self.config.model.device))
-            tower = cached_tower(self.config, base)
-            stack = BankStack(base.model, self.config.lora.fold, reuse=self.switches)
-            self._loaded = (stack, preprocessing(self.config, base, tower), tower)
-        return self._loaded
-
-    def fingerprint(self, banks: Sequence[int], questions: str | None) -> str:
-        """What decides a cell's answers; of questions that are not there, it is no answer's fingerprint."""
-        return fingerprint_of(
-            {
-                **self._fingerprint_fields,
-                "banks": [self.banks[number].digest for number in banks],
-                "scalings": [self.banks[number].scaling for number in banks],
-                "questions": questions,
-                "fold": self.config.lora.fold,
-            }
-        )
+    stamp = answer_once(folder, fingerprint, len(records), answer)
+    if rank() != 0:
+        return None
+    if folder not in scored:
+        scored[folder] = score_file(folder / ANSWERS, folder, records)
+    names, root = [bank.name for bank in banks], session.config.results_run_dir
+    return cell_row(cell.task, cell.stage, names, folder, root, stamp, records, scored[folder])

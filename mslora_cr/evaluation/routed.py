@@ -16,21 +16,18 @@ from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.io import STATISTICS
-from mslora_cr.banks.per_sample import PerSampleAdapters, QuestionBanks
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
-from mslora_cr.data.datasets import EvalDataset, Preprocessing, Prompt
-from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecords
+from mslora_cr.data.records import TestRecords, TrainingRecords
 from mslora_cr.distributed.comm import all_gather_object, barrier, get_device, rank, world_size
 from mslora_cr.evaluation.cells import CellKey, Stages, stages_of
 from mslora_cr.evaluation.files import ANSWERS, ROUTED, ROUTING, Routing, StageRouting
-from mslora_cr.evaluation.generate import answer_once, answer_questions, fingerprint_of, read_stamp, write_stamp
+from mslora_cr.evaluation.generate import answer_once, read_stamp, write_stamp
 from mslora_cr.evaluation.intervals import estimate, percent, score_interval
-from mslora_cr.evaluation.results import EVALUATION
-from mslora_cr.evaluation.results import Cell as Row
+from mslora_cr.evaluation.results import EVALUATION, Cell
 from mslora_cr.evaluation.score import group_numbers, question_places, score_file
-from mslora_cr.evaluation.summary import cell_row, decoding, fingerprint_fields, question_digests, write_summary
+from mslora_cr.evaluation.session import EvaluationSession
+from mslora_cr.evaluation.summary import cell_row, question_digests, write_summary
 from mslora_cr.methods.base import method_of, needs_task
-from mslora_cr.models.llava_med import LlavaMed
 from mslora_cr.routing.lda import Router, TaskStatistics
 from mslora_cr.runs.ledger import Ledger, finished_banks
 from mslora_cr.runs.lock import one_writer
@@ -38,7 +35,6 @@ from mslora_cr.runs.session import (
     check_hosts,
     feature_extractor,
     load_base,
-    preprocessing,
     router_statistics,
     start_processes,
     task_folder,
@@ -86,19 +82,19 @@ def _evaluate_routed(config: StreamConfig, stages: Stages, banks: Mapping[str, B
     names = {task.name for tasks in asked.values() for task in tasks}
     records = {name: TestRecords(task_folder(config, config.task(name)) / "test.jsonl") for name in sorted(names)}
     ledger = Ledger.read(config)
-    session = _Session(config, chain, [ledger.statistics(task.name) for task in learned[: max(asked)]], records)
+    routed = _Routed(config, chain, [ledger.statistics(task.name) for task in learned[: max(asked)]], records)
     facts = {
-        f"the questions, banks or settings at stage {stage}": session.fingerprint(stage, tasks)
+        f"the questions, banks or settings at stage {stage}": routed.fingerprint(stage, tasks)
         for stage, tasks in asked.items()
     }
     check_hosts(config.results_run_dir, facts)
-    rows: dict[CellKey, Row] = {}
+    rows: dict[CellKey, Cell] = {}
     for stage, tasks in asked.items():
-        rows |= session.answer(stage, tasks)
+        rows |= routed.answer(stage, tasks)
     folder = config.results_run_dir / ROUTED
     if rank() == 0:
         order = [(task.name, stage) for task in config.stream for stage in asked if (task.name, stage) in rows]
-        kept = write_summary(config, folder / EVALUATION, [rows[key] for key in order], session.possible(folder))
+        kept = write_summary(config, folder / EVALUATION, [rows[key] for key in order], routed.possible(folder))
         ways = {cell.stage: cell.fingerprint for cell in kept.cells}
         stamps = (read_stamp(folder / f"stage-{stage}", ways[stage]) for stage in kept.stages)
         routings = tuple(stamp.routing for stamp in stamps if stamp and stamp.routing)
@@ -138,36 +134,8 @@ def _fit_router(config: StreamConfig, only: str | None) -> list[Path]:
     return paths
 
 
-class ConcatEvalDataset:
-    """Questions of several tasks, one task after another, counted through all of them."""
-
-    def __init__(self, parts: Sequence[EvalDataset]) -> None:
-        self.parts = parts
-        self._places = [(part, index) for part in parts for index in range(len(part))]
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return self.parts[0].preprocessing
-
-    @property
-    def records(self) -> Iterator[TestRecord]:
-        return (record for part in self.parts for record in part.records)
-
-    def prompts(self) -> list[Prompt]:
-        """Every question's prompt, as `EvalDataset.prompts`."""
-        return [prompt for part in self.parts for prompt in part.prompts()]
-
-    def pixel_values(self, index: int) -> Tensor:
-        """Of a question's images, as `EvalDataset.pixel_values`."""
-        part, own = self._places[index]
-        return part.pixel_values(own)
-
-
-class _Session:
-    """The base model with all banks beside it, loaded when the first question needs it."""
+class _Routed:
+    """The questions of a run and what the router takes them for."""
 
     def __init__(
         self,
@@ -183,14 +151,12 @@ class _Session:
         self.config = config
         self.banks = [chain[task.name] for task in config.stream[: len(statistics)]]
         self.statistics = statistics
-        self._fingerprint_fields = fingerprint_fields(config)
+        self._session = EvaluationSession(config, self.banks, records)
         self._records, self._question_digests = records, question_digests(config, records)
         self._routers = list(_router_digests(statistics))
         self._features: dict[str, Tensor] = {}
-        self._base: LlavaMed | None = None
-        self._mixed: PerSampleAdapters | None = None
 
-    def answer(self, stage: int, tasks: Sequence[Task]) -> dict[CellKey, Row]:
+    def answer(self, stage: int, tasks: Sequence[Task]) -> dict[CellKey, Cell]:
         """Answer and score these tasks' questions after a stage, unless that was done before.
 
         Returns:
@@ -223,19 +189,12 @@ class _Session:
     def _answer(
         self, stage: int, tasks: Sequence[Task], together: Path, folders: Mapping[str, Path], fingerprint: str
     ) -> dict[str, Any]:
-        base = self._model()
         routes = self._routes(stage, tasks)
         flat = [route for task in tasks for route in routes[task.name]]
         method = method_of(self.config)
         chosen = [[number - 1 for number in method.banks(route + 1, stage, "prefix")] for route in range(stage)]
-        mixed = self._mixed = self._mixed or PerSampleAdapters(base.model, self.banks)
-        prepare = preprocessing(self.config, base)
-        questions = ConcatEvalDataset(
-            [EvalDataset(self._records[task.name], task_image_roots(self.config, task), prepare) for task in tasks]
-        )
-        banks = QuestionBanks(mixed, [chosen[route] for route in flat])
-        label = f"{len(tasks)} tasks mixed, routed among {stage}"
-        padding = answer_questions(base.model, questions, together, decoding(self.config), fingerprint, label, banks)
+        banks, label = [chosen[route] for route in flat], f"{len(tasks)} tasks mixed, routed among {stage}"
+        padding = self._session.answer_mixed(tasks, banks, together, fingerprint, label)
         if rank() == 0:
             self._part(tasks, together, folders, routes, fingerprint)
         return {**padding, "routing": self._confusion(stage, tasks, routes)}
@@ -284,7 +243,7 @@ class _Session:
         """(questions, features), computed once, by all ranks together."""
         if task.name not in self._features:
             records = self._records[task.name]
-            extractor = feature_extractor(self.config, self._model())
+            extractor = feature_extractor(self.config, self._session.base)
             mine = range(len(records))[rank() :: world_size()]
             label = f"{task.name}, for the router" if rank() == 0 else None
             roots = task_image_roots(self.config, task)
@@ -295,22 +254,13 @@ class _Session:
             self._features[task.name] = features
         return self._features[task.name]
 
-    def _model(self) -> LlavaMed:
-        if self._base is None:
-            self._base = load_base(self.config, get_device(self.config.model.device))
-        return self._base
-
     def fingerprint(self, stage: int, tasks: Sequence[Task]) -> str:
         """What decides the answers at a stage."""
-        return fingerprint_of(
-            {
-                **self._fingerprint_fields,
-                "method": self.config.method,
-                "banks": [bank.digest for bank in self.banks[:stage]],
-                "scalings": [bank.scaling for bank in self.banks[:stage]],
-                "router": self._routers[stage - 1],
-                "questions": [self._question_digests.get(task.name) for task in tasks],
-            }
+        return self._session.fingerprint(
+            self.banks[:stage],
+            method=self.config.method,
+            router=self._routers[stage - 1],
+            questions=[self._question_digests.get(task.name) for task in tasks],
         )
 
     def possible(self, root: Path) -> dict[CellKey, set[str]]:

@@ -14,8 +14,7 @@ from mslora_cr.evaluation.cells import CellKey
 from mslora_cr.evaluation.files import ANSWERS, Stamp
 from mslora_cr.evaluation.generate import Decoding, answers_are_whole
 from mslora_cr.evaluation.metrics import Scores
-from mslora_cr.evaluation.results import Cell as Row
-from mslora_cr.evaluation.results import Evaluation
+from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.evaluation.score import SCORES, group_numbers, question_places, summarize
 from mslora_cr.runs.ledger import environment
 from mslora_cr.runs.session import base_digest, task_folder
@@ -63,7 +62,7 @@ def cell_row(
     stamp: Stamp,
     records: TestRecords,
     scores: Scores,
-) -> Row:
+) -> Cell:
     """A row of `evaluation.json`: the answers in `folder`, somewhere below `root`, and their scores.
 
     Args:
@@ -71,7 +70,7 @@ def cell_row(
     """
     summary = summarize(scores, group_numbers([group for _, group in question_places(records)]))
     assert stamp.seconds is not None, "only a part of routed answers has none"
-    return Row(
+    return Cell(
         task=task.name,
         stage=stage,
         banks=tuple(banks),
@@ -90,7 +89,7 @@ def cell_row(
 
 
 def write_summary(
-    config: StreamConfig, path: Path, rows: Sequence[Row], possible: Mapping[CellKey, Collection[str]]
+    config: StreamConfig, path: Path, rows: Sequence[Cell], possible: Mapping[CellKey, Collection[str]]
 ) -> Evaluation:
     """Merge this call's cells into `evaluation.json`, task by task and stage by stage; returns what it now contains.
 

@@ -1,0 +1,129 @@
+"""What the evaluations of a run share: the base model with the banks that answer, and what decides the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mslora_cr.banks.bank import Bank
+from mslora_cr.banks.per_sample import PerSampleAdapters
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.datasets import EvalDataset, Preprocessing, Prompt
+from mslora_cr.data.records import TestRecord, TestRecords
+from mslora_cr.distributed.comm import get_device
+from mslora_cr.evaluation.generate import answer_questions, fingerprint_of
+from mslora_cr.evaluation.summary import decoding, fingerprint_fields
+from mslora_cr.models.llava_med import LlavaMed
+from mslora_cr.runs.session import CachedTower, cached_tower, load_base, preprocessing, task_image_roots
+
+
+class EvaluationSession:
+    """The base model, loaded when the first question needs it, and the banks that answer: merged into it, one set after
+    another (`answer_merged`), or next to it, each question with its own (`answer_mixed`)."""
+
+    def __init__(
+        self,
+        config: StreamConfig,
+        banks: Sequence[Bank],
+        records: Mapping[str, TestRecords],
+        cached_images: bool = False,
+        switches: bool = False,
+    ) -> None:
+        """
+        Args:
+            records: by task, the questions.
+            cached_images: take the images' features from `data.cache_image_features`, if it is given; the tower is then
+                not part of the model, where a router would look for it.
+            switches: several sets of banks are merged, one after another; the base's weights are kept for that.
+        """
+        self.config, self.banks, self.records = config, banks, records
+        self._cached_images, self._switches = cached_images, switches
+        self._fingerprint_fields = fingerprint_fields(config)
+        self._tower: CachedTower | None = None
+        self._merged: list[str] | None = None
+
+    def fingerprint(self, banks: Sequence[Bank], **facts: Any) -> str:
+        """The digest of what decides answers: base model and settings, these banks, and further facts."""
+        of_banks = {"banks": [bank.digest for bank in banks], "scalings": [bank.scaling for bank in banks]}
+        return fingerprint_of({**self._fingerprint_fields, **of_banks, **facts})
+
+    @cached_property
+    def base(self) -> LlavaMed:
+        base = load_base(self.config, get_device(self.config.model.device))
+        self._tower = cached_tower(self.config, base) if self._cached_images else None
+        return base
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        return preprocessing(self.config, self.base, self._tower)
+
+    @cached_property
+    def _stack(self) -> BankStack:
+        return BankStack(self.base.model, self.config.lora.fold, reuse=self._switches)
+
+    @cached_property
+    def _adapters(self) -> PerSampleAdapters:
+        return PerSampleAdapters(self.base.model, self.banks)
+
+    def answer_merged(self, task: Task, banks: Sequence[Bank], folder: Path, fingerprint: str) -> dict[str, float]:
+        """Answer a task's questions with some banks; returns as `answer_questions`."""
+        names = [bank.name for bank in banks]
+        if self._merged != names:
+            self._stack.set_frozen(banks)
+            self._stack.model.eval()
+            self._merged = names
+        samples, label = self._questions(task), f"{task.name} with {'+'.join(names) or 'no bank'}"
+        return answer_questions(self._stack.model, samples, folder, decoding(self.config), fingerprint, label)
+
+    def answer_mixed(
+        self, tasks: Sequence[Task], banks: Sequence[Sequence[int]], folder: Path, fingerprint: str, label: str
+    ) -> dict[str, float]:
+        """Answer the questions of some tasks in common batches; returns as `answer_questions`.
+
+        Args:
+            banks: by question, one task after another, the places of those that answer it among the session's.
+            label: what the progress bar says.
+        """
+        samples = ConcatEvalDataset([self._questions(task) for task in tasks])
+        with self._adapters.answering(banks) as mixed:
+            return answer_questions(self.base.model, samples, folder, decoding(self.config), fingerprint, label, mixed)
+
+    def _questions(self, task: Task) -> EvalDataset:
+        records, roots = self.records[task.name], task_image_roots(self.config, task)
+        prepare = self.preprocessing
+        if self._tower is not None:
+            self._tower.fill(prepare.image_paths(records, roots), decoding(self.config).workers)
+        return EvalDataset(records, roots, prepare)
+
+
+class ConcatEvalDataset:
+    """Questions of several tasks, one task after another, counted through all of them."""
+
+    def __init__(self, parts: Sequence[EvalDataset]) -> None:
+        self.parts = parts
+        self._places = [(part, index) for part in parts for index in range(len(part))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.parts[0].preprocessing
+
+    @property
+    def records(self) -> Iterator[TestRecord]:
+        return (record for part in self.parts for record in part.records)
+
+    def prompts(self) -> list[Prompt]:
+        """Every question's prompt, as `EvalDataset.prompts`."""
+        return [prompt for part in self.parts for prompt in part.prompts()]
+
+    def pixel_values(self, index: int) -> Tensor:
+        """Of a question's images, as `EvalDataset.pixel_values`."""
+        part, own = self._places[index]
+        return part.pixel_values(own)
