@@ -293,7 +293,7 @@ def gather(runs: Sequence[SweepRun], root: Path) -> Path:
     """Write `sweep.json` and the pages of finished runs into a folder, and return the HTML page."""
     outcomes = [_outcome(run) for run in runs]
     orders = {run.order: [task.name for task in run.config.tasks] for run in runs}
-    found = SweepResult.model_validate(
+    result = SweepResult.model_validate(
         {
             "orders": {str(number): tasks for number, tasks in sorted(orders.items())},
             "seeds": sorted({run.seed for run in runs}),
@@ -302,8 +302,8 @@ def gather(runs: Sequence[SweepRun], root: Path) -> Path:
             "environment": environment(),
         }
     )
-    found.write(root / RESULT)
-    return write_sweep_page(found.model_dump(), root)
+    result.write(root / RESULT)
+    return write_sweep_page(result, root)
 
 
 def _outcome(run: SweepRun) -> dict[str, Any]:

@@ -32,6 +32,8 @@ from mslora_cr.utils.errors import UserError, first_problem, problems_in, shorte
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import STRICT_JSON, explain_json
 
+AnswerType = Literal["OPEN", "CLOSED"]
+
 CHUNK_BYTES = 1 << 20
 IMAGE = "<image>"
 """The marker that represents a record's images in a text."""
@@ -112,7 +114,7 @@ class TestRecord(_Record):
     images: Images = Field(alias="image", min_length=1)
     text: Text
     gt: Text
-    answer_type: Literal["OPEN", "CLOSED"]
+    answer_type: AnswerType
     patient: Identifier | None = None
     """Whose images these are: questions about one patient are not independent, which intervals and tests respect."""
 

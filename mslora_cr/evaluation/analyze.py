@@ -26,7 +26,7 @@ from mslora_cr.evaluation.files import (
     Contribution,
     Dropped,
     EffectiveRank,
-    Similarity,
+    UpdateCosines,
 )
 from mslora_cr.evaluation.generate import answer_once
 from mslora_cr.evaluation.intervals import Groups, difference_interval, estimate, percent
@@ -94,11 +94,11 @@ def _banks_of(config: StreamConfig) -> dict[str, Bank]:
 # --- geometry --------------------------------------------------------------------------------------------------------
 
 
-def _similarity(banks: Sequence[Bank]) -> Similarity:
+def _similarity(banks: Sequence[Bank]) -> UpdateCosines:
     """Cosines of the banks' updates, averaged by decoder layer and by module; matrices in the order of `banks`."""
     names = progress_bar(banks[0].matrices, desc="similarity of banks", unit="layer", disable=rank() != 0)
     by_layer, by_module = by_place({name: update_cosines(name, banks) for name in names})
-    return Similarity(
+    return UpdateCosines(
         banks=[bank.name for bank in banks],
         by_layer={place: values.tolist() for place, values in by_layer.items()},
         by_module={place: values.tolist() for place, values in by_module.items()},

@@ -37,7 +37,7 @@ Stage = Literal["final", "own"]
 
 
 @dataclass(frozen=True)
-class TaskAnswers:
+class AnsweredTask:
     """A run's answers to a task.
 
     Attributes:
@@ -62,7 +62,7 @@ class Answered(NamedTuple):
 
     method: str | None
     banks_by: str | None
-    tasks: Mapping[str, TaskAnswers]
+    tasks: Mapping[str, AnsweredTask]
 
     def same_questions(self, other: Answered, task: str) -> bool:
         """Whether two runs were asked the same questions of a task."""
@@ -96,18 +96,18 @@ def answered_run(label: str, folder: Path, at: Stage) -> Answered:
         cell = _cell(label, run, task, at)
         none = Column(np.empty(0), np.empty(0, dtype=np.int64))
         columns = {title: found.get((task, cell.stage), none) for title, found in scores.items()}
-        tasks[task] = TaskAnswers(run.bank_numbers(cell), cell.questions, folder / cell.answers, columns)
+        tasks[task] = AnsweredTask(run.bank_numbers(cell), cell.questions, folder / cell.answers, columns)
     return Answered(run.method, run.banks_by, tasks)
 
 
-def _scored(path: Path) -> TaskAnswers:
+def _scored(path: Path) -> AnsweredTask:
     """Score an answer file. Which questions are about one image is known from the answers themselves, or from a
     `scores.csv` of the same questions beside them, as `mslora-cr score --questions` writes it."""
     answers = read_answers(path)
     found = score_answers(answers).columns
     columns = {name: np.array(column, dtype=np.float64) for name, column in found.items()}
     table = ScoreTable([str(answer.question_id) for answer in answers], columns, _groups(path, answers))
-    return TaskAnswers(None, None, path, {title: column_of(table, name) for title, name in COMPARED.items()})
+    return AnsweredTask(None, None, path, {title: column_of(table, name) for title, name in COMPARED.items()})
 
 
 def _groups(path: Path, answers: Sequence[AnswerRecord]) -> np.ndarray:

@@ -15,7 +15,7 @@ from mslora_cr.utils.state import Part, StateFile
 ROUTED, ROUTING = "routed", "routing.json"
 """Where answers without the task being told go in a results folder, and what the router did there."""
 ANALYSIS = "analysis.json"
-METRICS = "metrics.json"
+METRICS_FILE = "metrics.json"
 ANSWERS = "answer-file.jsonl"
 STAMP = "answers.json"
 """What the answers beside it were made from."""
@@ -91,7 +91,7 @@ class Stamp(StateFile):
     rows: int | None = None
 
 
-class Similarity(Part):
+class UpdateCosines(Part):
     """Cosines of the banks' updates, by decoder layer and by module; matrices in the order of `banks`."""
 
     banks: list[str]
@@ -158,7 +158,7 @@ class Analysis(StateFile):
     MEND: ClassVar[str] = "`mslora-cr analyze CONFIG` writes it again"
 
     run: str
-    similarity: Similarity
+    similarity: UpdateCosines
     effective_rank: dict[str, dict[str, EffectiveRank]]
     contribution: Contribution | None
     changed: list[Change]

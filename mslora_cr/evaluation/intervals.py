@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, stdtrit
 
+from mslora_cr.evaluation.files import Interval
+
 CONFIDENCE = 0.95
 SAMPLES = 1000
 """Resamplings behind a bootstrap interval."""
@@ -23,7 +25,6 @@ BLOCK = 50
 Scores = NDArray[np.float64]
 Groups = NDArray[np.int64]
 """By question, the number of its cluster, from 0."""
-Interval = tuple[float, float]
 
 
 class Estimate(NamedTuple):

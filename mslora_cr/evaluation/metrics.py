@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from statistics import fmean
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from nltk.translate.bleu_score import sentence_bleu
 
+from mslora_cr.data.records import AnswerType
 from mslora_cr.evaluation.words import NgramCounts, ngram_counts, report_overlap, says
-
-AnswerType = Literal["OPEN", "CLOSED"]
 
 HIT_RECALL = 0.5
 """An open answer with more than this recall counts as a hit in `hit.csv`; it enters no score."""
@@ -73,7 +72,7 @@ _CONTRACTIONS = {
 _REWRITTEN = _NUMBERS | _CONTRACTIONS
 
 
-class Answer(Protocol):
+class ScorableAnswer(Protocol):
     """What is scored; `text` and `gt` may be anything that JSON holds and are read as `str` prints them."""
 
     @property
@@ -202,7 +201,7 @@ def token_f1(prediction: str, reference: str) -> Overlap:
     return Overlap(2 * precision * recall / (precision + recall), precision, recall)
 
 
-def score_answers(answers: Iterable[Answer]) -> Scores:
+def score_answers(answers: Iterable[ScorableAnswer]) -> Scores:
     """Score answers one by one."""
     with warnings.catch_warnings():
         # NLTK warns of every answer without a shared 4-gram, which is the rule for answers of a word or two.
@@ -210,7 +209,7 @@ def score_answers(answers: Iterable[Answer]) -> Scores:
         return Scores(tuple(_score_row(answer) for answer in answers))
 
 
-def _score_row(answer: Answer) -> RowScore:
+def _score_row(answer: ScorableAnswer) -> RowScore:
     """Score one answer; a leading or embedded `assistant:` of the chat format is dropped from its text."""
     said = str(answer.text).lower().replace("assistant:", "").strip()
     prediction = normalize_answer(said)

@@ -13,11 +13,11 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from tabulate import tabulate
 
-from mslora_cr.data.records import DataError, TestRecord
+from mslora_cr.data.records import AnswerType, DataError, TestRecord
 from mslora_cr.evaluation import intervals
-from mslora_cr.evaluation.files import METRICS, Metrics
+from mslora_cr.evaluation.files import METRICS_FILE, Metrics
 from mslora_cr.evaluation.intervals import estimate, percent, percentile_interval, resampled_sums, score_interval
-from mslora_cr.evaluation.metrics import AnswerType, Scores, score_answers
+from mslora_cr.evaluation.metrics import Scores, score_answers
 from mslora_cr.evaluation.words import corpus_bleu
 from mslora_cr.utils.errors import first_problem
 from mslora_cr.utils.files import write_text
@@ -100,7 +100,7 @@ def score_file(answers: Path, output: Path, questions: Sequence[TestRecord] | No
     groups = group_numbers([group for _, group in places])
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "metrics.txt", render_metrics(scores))
-    summarize(scores, groups).write(output / METRICS)
+    metrics_of(scores, groups).write(output / METRICS_FILE)
     write_text(output / SCORES, _render_scores(records, scores, places))
     for name, wanted in (("hit.csv", True), ("not_hit.csv", False)):
         chosen = (record for record, row in zip(records, scores.rows, strict=True) if row.hit is wanted)
@@ -125,7 +125,7 @@ def render_metrics(scores: Scores) -> str:
     return tabulate(list(scores.metrics.items()), headers=["Metric", "Performance"])
 
 
-def summarize(scores: Scores, groups: intervals.Groups) -> Metrics:
+def metrics_of(scores: Scores, groups: intervals.Groups) -> Metrics:
     """The content of `metrics.json`.
 
     Args:

@@ -15,7 +15,7 @@ from mslora_cr.evaluation.files import ANSWERS, Stamp
 from mslora_cr.evaluation.generate import Decoding, answers_are_whole
 from mslora_cr.evaluation.metrics import Scores
 from mslora_cr.evaluation.results import Cell, Evaluation
-from mslora_cr.evaluation.score import SCORES, group_numbers, question_places, summarize
+from mslora_cr.evaluation.score import SCORES, group_numbers, metrics_of, question_places
 from mslora_cr.runs.ledger import environment
 from mslora_cr.runs.session import base_digest, task_folder
 from mslora_cr.utils.files import file_digest
@@ -68,7 +68,7 @@ def cell_row(
     Args:
         stamp: of the launch that answered: fingerprint, seconds and share of padding.
     """
-    summary = summarize(scores, group_numbers([group for _, group in question_places(records)]))
+    measured = metrics_of(scores, group_numbers([group for _, group in question_places(records)]))
     assert stamp.seconds is not None, "only a part of routed answers has none"
     return Cell(
         task=task.name,
@@ -83,8 +83,8 @@ def cell_row(
         padding_unsorted=stamp.padding_unsorted,
         sha256=file_digest(folder / ANSWERS),
         scores_sha256=file_digest(folder / SCORES),
-        metrics=summary.metrics,
-        intervals=summary.intervals,
+        metrics=measured.metrics,
+        intervals=measured.intervals,
     )
 
 

@@ -42,7 +42,7 @@ def write_comparison(runs: Sequence[tuple[str, Path, Path]], output: Path) -> Pa
             "color": colors[label],
             "link": os.path.relpath(results_dir / "report.html", output.parent),
             "banks_by": evaluations[label].banks_by,
-            "told": evaluations[label].same_banks_since_learned(),
+            "frozen": evaluations[label].same_banks_since_learned(),
             "seconds": ledger.seconds if (ledger := read_ledger(run_dir)) else None,
         }
         for label, run_dir, results_dir in runs

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mslora_cr.banks.similarity import Similarity
-from mslora_cr.evaluation.files import StageRouting
+from mslora_cr.evaluation.files import Dropped, EffectiveRank, StageRouting
 from mslora_cr.evaluation.results import Evaluation
 from mslora_cr.reporting.answers import TaskAnswers, confusions
 
@@ -128,32 +127,26 @@ def cosine_map(title: str, banks: Sequence[str], places: Mapping[str, Sequence[S
     return HeatMap(title, list(places), rows)
 
 
-def contribution_map(rows: Sequence[Mapping[str, Any]]) -> HeatMap:
+def contribution_map(rows: Sequence[Dropped]) -> HeatMap:
     """What each task (rows) loses, in points, without each bank (columns); losses are tinted, intervals in small."""
-    banks = list(dict.fromkeys(row["dropped"] for row in rows))
+    banks = list(dict.fromkeys(row.dropped for row in rows))
     tasks: dict[str, dict[str, HeatCell]] = {}
     for row in rows:
-        lost = row["contribution"]
-        cell = HeatCell(f"{round(lost, 1) + 0:+.1f}", "", max(0.0, min(1.0, lost / 100)), tuple(row["interval"]))
-        tasks.setdefault(row["task"], {})[row["dropped"]] = cell
+        lost = row.contribution
+        cell = HeatCell(f"{round(lost, 1) + 0:+.1f}", "", max(0.0, min(1.0, lost / 100)), row.interval)
+        tasks.setdefault(row.task, {})[row.dropped] = cell
     return HeatMap("", banks, {task: [cells.get(bank, HeatCell()) for bank in banks] for task, cells in tasks.items()})
 
 
-def rank_map(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> HeatMap:
+def rank_map(runs: Mapping[str, Mapping[str, EffectiveRank]]) -> HeatMap:
     """Mean effective rank of each bank (rows) in each run (columns), tinted by its share of the rank."""
-    banks = dict.fromkeys(bank for found in runs.values() for bank in found)
-    rows = {
-        bank: [
-            HeatCell(
-                f"{found[bank]['mean']:.2f}", f"of {found[bank]['rank']}", found[bank]["mean"] / found[bank]["rank"]
-            )
-            if bank in found
-            else HeatCell()
-            for found in runs.values()
-        ]
-        for bank in banks
-    }
+    banks = dict.fromkeys(bank for ranks in runs.values() for bank in ranks)
+    rows = {bank: [_rank(ranks.get(bank)) for ranks in runs.values()] for bank in banks}
     return HeatMap("", list(runs), rows)
+
+
+def _rank(found: EffectiveRank | None) -> HeatCell:
+    return HeatCell(f"{found.mean:.2f}", f"of {found.rank}", found.mean / found.rank) if found else HeatCell()
 
 
 def final_scores_map(runs: Mapping[str, Evaluation], metric: str) -> HeatMap:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from mslora_cr.banks.similarity import Similarity
+from mslora_cr.banks.similarity import Similarity, bank_similarity
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.evaluation.compare import compare
 from mslora_cr.evaluation.figures import MatrixIntervals
 from mslora_cr.evaluation.files import ROUTED, Analysis
-from mslora_cr.evaluation.intervals import CONFIDENCE
+from mslora_cr.evaluation.intervals import CONFIDENCE, Interval
 from mslora_cr.evaluation.matrix import TaskStageMatrix
 from mslora_cr.evaluation.results import Evaluation, ReportError
+from mslora_cr.evaluation.score import read_answers
 from mslora_cr.reporting.answers import browsed_answers, browser_data
+from mslora_cr.reporting.examples import pick_examples
 from mslora_cr.reporting.heatmaps import (
     answer_maps,
     confusion_map,
@@ -52,7 +54,7 @@ def write_report(
 
     Raises:
         ReportError: there is neither a ledger nor an evaluation, or a file of the run is malformed.
-        DataError: an answer file is malformed. LockedError: another launch writes to the results folder.
+        DataError, BankError: answers or banks are malformed. LockedError: another launch writes to the results folder.
     """
     run = read_run(run_dir, results_dir)
     with one_writer(results_dir):
@@ -69,6 +71,7 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
     matrices = {key: evaluation.matrix(name) for key, name in METRICS.items()} if evaluation else {}
     present = {key: matrix for key, matrix in matrices.items() if matrix}
     spans = {key: evaluation.matrix_intervals(run.results_dir, METRICS[key]) for key in present} if evaluation else {}
+    similarity = bank_similarity(run.banks) if len(run.banks) > 1 else None
     curves = loss_curves(run.logs, {task: colors.get(task, PALETTE[0]) for task in run.tasks})
     return {
         "run": run,
@@ -93,8 +96,9 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
         "weights": _last_weights(run),
         "routing": _routing(run) if run.routing else None,
         "analysis": _analysis(run.analysis) if run.analysis else None,
-        "similarity": similarity_map(run.similarity) if run.similarity else None,
-        "kinship": _kinship(run.similarity, run.modalities) if run.similarity else None,
+        "similarity": similarity_map(similarity) if similarity else None,
+        "kinship": _kinship(similarity, run.modalities) if similarity else None,
+        "examples": {task: pick_examples(read_answers(path)) for task, path in run.answers.items()},
         "provenance": {
             "training": {"hardware": ledger.hardware, "versions": ledger.versions, "git": ledger.git or {}}
             if ledger
@@ -163,27 +167,33 @@ def _asked_as_published(evaluation: Evaluation, task: str) -> bool:
     return cell.rows == rows.open + rows.closed
 
 
-def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -> list[dict[str, Any]]:
-    """Each task at its own stage: the banks that answered, and its scores in the order of METRICS and ADDED_TITLES,
-    each with its interval and, for the former, the published one or None."""
-    beside = _published_run(evaluation, published)
+class ScoreRow(NamedTuple):
+    """A task at its own stage: the banks that answered, its scores in the order of METRICS, each with its interval and
+    the published one, and those of ADDED_TITLES with their intervals; None where there is none."""
+
+    task: str
+    rows: int | None
+    banks: str
+    scores: list[tuple[float | None, Interval | None, float | None]]
+    added: list[tuple[float | None, Interval | None]]
+
+
+def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -> list[ScoreRow]:
+    shown = _published_run(evaluation, published)
     rows = []
     for task in evaluation.tasks:
         cell = evaluation.own_cell(task)
-        theirs = (
-            beside.scores.get(evaluation.published[task] or "", {})
-            if beside and _asked_as_published(evaluation, task)
-            else {}
-        )
+        comparable = shown is not None and _asked_as_published(evaluation, task)
+        theirs = shown.scores.get(evaluation.published[task] or "", {}) if shown and comparable else {}
         ours, spans = (cell.metrics, cell.intervals) if cell else ({}, {})
         rows.append(
-            {
-                "task": task,
-                "rows": cell.rows if cell else None,
-                "banks": evaluation.bank_numbers(cell) if cell else "–",
-                "scores": [(ours.get(name), spans.get(name), theirs.get(key)) for key, name in METRICS.items()],
-                "added": [(ours.get(name), spans.get(name)) for name in ADDED_TITLES],
-            }
+            ScoreRow(
+                task,
+                rows=cell.rows if cell else None,
+                banks=evaluation.bank_numbers(cell) if cell else "–",
+                scores=[(ours.get(name), spans.get(name), theirs.get(key)) for key, name in METRICS.items()],
+                added=[(ours.get(name), spans.get(name)) for name in ADDED_TITLES],
+            )
         )
     return rows
 
@@ -201,16 +211,15 @@ def _routing(run: RunRecord) -> dict[str, Any]:
 
 
 def _analysis(analysis: Analysis) -> dict[str, Any]:
-    """`analysis.json` as tables."""
-    found = analysis.model_dump(by_alias=True)
-    similarity, contribution = found["similarity"], found["contribution"]
-    places = {"By decoder layer": "by_layer", "By module": "by_module"}
+    """`analysis.json`, and its tables."""
+    cosines, contribution = analysis.similarity, analysis.contribution
+    places = {"By decoder layer": cosines.by_layer, "By module": cosines.by_module}
     return {
-        "cosines": [cosine_map(title, similarity["banks"], similarity[place]) for title, place in places.items()],
-        "ranks": rank_map(found["effective_rank"]),
+        "cosines": [cosine_map(title, cosines.banks, values) for title, values in places.items()],
+        "ranks": rank_map(analysis.effective_rank),
         "contribution": contribution,
-        "contribution_map": contribution_map(contribution["rows"]) if contribution else None,
-        "changed": found["changed"],
+        "contribution_map": contribution_map(contribution.rows) if contribution else None,
+        "changed": analysis.changed,
     }
 
 

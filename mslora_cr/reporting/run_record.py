@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mslora_cr.banks.similarity import Similarity, bank_similarity
 from mslora_cr.evaluation.files import ANALYSIS, ROUTED, ROUTING, Analysis, Routing
-from mslora_cr.evaluation.metrics import score_answers
 from mslora_cr.evaluation.results import Evaluation, ReportError, read_evaluation
-from mslora_cr.evaluation.score import AnswerRecord, read_answers
 from mslora_cr.runs.entries import LEDGER, RunLedger
 from mslora_cr.utils.state import Part
 from mslora_cr.utils.strict_json import JsonError, decode_json
@@ -37,15 +33,6 @@ class PublishedRun(Part):
     scores: dict[str, dict[str, float]]
 
 
-class Example(NamedTuple):
-    """An answered question, and whether the answer counts as a hit."""
-
-    question: str
-    answer: str
-    truth: str
-    hit: bool
-
-
 @dataclass(frozen=True)
 class RunRecord:
     """All that is known of a run; `missing` says in words what is not there.
@@ -54,6 +41,7 @@ class RunRecord:
         results_dir: where it was read from. tasks: names in stream order.
         modalities: by task; empty if the run is not evaluated.
         logs: by task, one mapping for each logged step.
+        banks, answers: by task, the file of its bank's weights, and of its answers at its own stage.
         config: the text of `config.yaml`, or None.
     """
 
@@ -67,8 +55,8 @@ class RunRecord:
     analysis: Analysis | None
     ledger: RunLedger | None
     logs: dict[str, list[dict[str, float]]]
-    similarity: Similarity | None
-    examples: dict[str, list[Example]]
+    banks: dict[str, Path]
+    answers: dict[str, Path]
     config: str | None
     missing: list[str]
 
@@ -78,7 +66,7 @@ def read_run(run_dir: Path, results_dir: Path) -> RunRecord:
 
     Raises:
         ReportError: neither a ledger nor an evaluation exists, or answers or scores were changed since.
-        StateError: a file is damaged, or of a later version. DataError: an answer file is malformed.
+        StateError: a file is damaged, or of a later version.
     """
     evaluation, ledger = read_evaluation(results_dir), read_ledger(run_dir)
     known = evaluation or ledger
@@ -103,8 +91,8 @@ def read_run(run_dir: Path, results_dir: Path) -> RunRecord:
         analysis=Analysis.read_if_there(results_dir / ANALYSIS),
         ledger=ledger,
         logs=logs,
-        similarity=bank_similarity(banks) if len(banks) > 1 else None,
-        examples={task: pick_examples(read_answers(path)) for task, path in answers.items()},
+        banks=banks,
+        answers=answers,
         config=config.read_text(encoding="utf-8") if config.is_file() else None,
         missing=_missing(tasks, evaluation, ledger, logs, banks, answers),
     )
@@ -162,18 +150,6 @@ def _answer_files(evaluation: Evaluation, results_dir: Path) -> dict[str, Path]:
     cells = {task: cell for task in evaluation.tasks if (cell := evaluation.own_cell(task))}
     paths = {task: results_dir / cell.answers for task, cell in cells.items()}
     return {task: path for task, path in paths.items() if path.is_file()}
-
-
-def pick_examples(answers: Sequence[AnswerRecord], of_each: int = 2) -> list[Example]:
-    """Up to `of_each` right and as many wrong answers, the same at every call, right ones first."""
-    found: dict[bool, list[Example]] = {True: [], False: []}
-    for answer in random.Random(0).sample(answers, len(answers)):
-        if all(len(examples) == of_each for examples in found.values()):
-            break
-        hit = score_answers([answer]).rows[0].hit
-        if len(found[hit]) < of_each:
-            found[hit].append(Example(answer.prompt, str(answer.text), str(answer.gt), hit))
-    return found[True] + found[False]
 
 
 def _missing(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
@@ -13,6 +12,7 @@ from mslora_cr.evaluation.results import ReportError
 from mslora_cr.reporting.plots import sweep_dots
 from mslora_cr.reporting.render import render
 from mslora_cr.reporting.style import METRICS, PALETTE, TITLES
+from mslora_cr.reporting.sweep_result import Outcome, SweepResult
 from mslora_cr.utils.files import write_text
 
 SWEEP_PANELS = {"final_average": "final average, %", "forgetting": "forgetting, points"}
@@ -24,33 +24,29 @@ SWEEP_COLUMNS = {
 }
 
 
-def write_sweep_page(found: Mapping[str, Any], output: Path) -> Path:
-    """Write `sweep.html`, `sweep.md` and `sweep.svg` of a sweep into a folder, and return the page's path.
-
-    Args:
-        found: the content of `sweep.json`.
-    """
-    colors = {order: PALETTE[index % len(PALETTE)] for index, order in enumerate(found["orders"])}
-    headline = next((key for key in METRICS if found["metrics"][key]), None)
+def write_sweep_page(sweep: SweepResult, output: Path) -> Path:
+    """Write `sweep.html`, `sweep.md` and `sweep.svg` of a sweep into a folder, and return the page's path."""
+    colors = {order: PALETTE[index % len(PALETTE)] for index, order in enumerate(sweep.orders)}
+    headline = next((key for key in METRICS if sweep.metrics[key]), None)
     if headline is None:
         raise ReportError("the runs of this sweep have no metric in common")
     panels = {
         title: {
             method: points
-            for method in found["metrics"][headline]
-            if (points := _sweep_points(found["runs"], method, headline, figure))
+            for method in sweep.metrics[headline]
+            if (points := _sweep_points(sweep.runs, method, headline, figure))
         }
         for figure, title in SWEEP_PANELS.items()
     }
     plot = sweep_dots({title: panel for title, panel in panels.items() if panel}, colors)
     write_text(output / "sweep.svg", plot)
     context = {
-        "found": found,
-        "metrics": {TITLES[key]: methods for key, methods in found["metrics"].items() if methods},
+        "sweep": sweep,
+        "metrics": {TITLES[key]: methods for key, methods in sweep.metrics.items() if methods},
         "headline": TITLES[headline],
         "columns": SWEEP_COLUMNS,
-        "banks_by": {run["method"]: run["banks_by"] for run in found["runs"]},
-        "told": sorted({run["method"] for run in found["runs"] if run["told"]}),
+        "banks_by": {run.method: run.banks_by for run in sweep.runs},
+        "frozen": sorted({run.method for run in sweep.runs if run.frozen}),
         "plot": Markup(plot),
         "now": datetime.now(UTC),
     }
@@ -59,9 +55,7 @@ def write_sweep_page(found: Mapping[str, Any], output: Path) -> Path:
     return output / "sweep.html"
 
 
-def _sweep_points(runs: Sequence[Mapping[str, Any]], method: str, metric: str, figure: str) -> list[tuple[str, float]]:
+def _sweep_points(runs: Sequence[Outcome], method: str, metric: str, figure: str) -> list[tuple[str, float]]:
     """(order, value) of each run of a method that has the figure."""
-    values = [
-        (str(run["order"]), run["figures"].get(metric, {}).get(figure)) for run in runs if run["method"] == method
-    ]
-    return [(order, value) for order, value in values if value is not None]
+    values = [(str(run.order), run.figures.get(metric, {}).get(figure)) for run in runs if run.method == method]
+    return [(order, value) for order, value in values if isinstance(value, float)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from pydantic import Field
+
 from mslora_cr.evaluation.intervals import Interval
 from mslora_cr.utils.state import Part, StateFile
 
@@ -39,7 +41,7 @@ class Spread(Part):
 class Outcome(Part):
     """The figures of a finished run, by metric and name; `final` has every task's score after the last stage.
 
-    `told`: whether the same frozen banks answer a task at every stage from its own on. `seconds`: of its training.
+    `frozen`: whether the same frozen banks answer a task at every stage from its own on. `seconds`: of its training.
     """
 
     run: str
@@ -47,7 +49,7 @@ class Outcome(Part):
     order: int
     seed: int
     banks_by: str
-    told: bool
+    frozen: bool = Field(alias="told")
     seconds: float
     figures: dict[str, dict[str, float | dict[str, float | None] | None]]
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from mslora_cr.data.records import DataError
+from mslora_cr.data.records import AnswerType, DataError
 from mslora_cr.synthetic.images import TRAITS, Traits, draw
 from mslora_cr.utils.files import replacing_folder, write_json
 from mslora_cr.utils.progress import progress_bar
@@ -23,8 +23,6 @@ from mslora_cr.utils.strict_json import read_object
 
 GENERATOR_VERSION = 2  # one more with every change of what is written for the same arguments
 STAMP = "synthetic.json"  # written last: a folder that holds it is complete
-
-AnswerType = Literal["OPEN", "CLOSED"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.evaluation.intervals import independent
-from mslora_cr.evaluation.score import score_file, summarize
+from mslora_cr.evaluation.score import metrics_of, score_file
 
 MODALITIES = {
     "pathvqa": "pathology",
@@ -90,7 +90,7 @@ def make_run(root, name, method="mslora_cr", tasks=tuple(MODALITIES), stages="se
                     "fingerprint": "0a" * 32,
                     "padding": 0.0,
                     "padding_unsorted": 0.0,
-                    **{key: summarize(scores, independent(len(scores.rows)))[key] for key in ("metrics", "intervals")},
+                    **metrics_of(scores, independent(len(scores.rows))).model_dump(include={"metrics", "intervals"}),
                 }
             )
     evaluation = {

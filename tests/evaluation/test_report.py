@@ -15,9 +15,10 @@ from mslora_cr.evaluation.metrics import score_answers
 from mslora_cr.evaluation.results import ReportError, read_evaluation
 from mslora_cr.evaluation.score import AnswerRecord
 from mslora_cr.reporting.comparison import write_comparison
+from mslora_cr.reporting.examples import pick_examples
 from mslora_cr.reporting.heatmaps import similarity_map
 from mslora_cr.reporting.report import write_report
-from mslora_cr.reporting.run_record import BANK_WEIGHTS, load_published_scores, pick_examples, read_log, read_run
+from mslora_cr.reporting.run_record import BANK_WEIGHTS, load_published_scores, read_log, read_run
 from mslora_cr.utils.state import StateError
 from tests.evaluation.report_run import CLOSED_ONLY, MODALITIES, OPEN_ONLY, Page, answer_lines, make_run
 

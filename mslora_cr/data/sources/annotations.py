@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
-from mslora_cr.data.records import DataError, Text
+from mslora_cr.data.records import AnswerType, DataError, Text
 from mslora_cr.data.sources.catalog import DataSet
 from mslora_cr.data.sources.pcam import image_name, read_labels
 from mslora_cr.data.sources.raw import RawData, RawFile, read
@@ -29,7 +29,6 @@ from mslora_cr.utils.files import replacing
 from mslora_cr.utils.strict_json import STRICT_JSON, explain_json
 
 Split = Literal["train", "test"]
-AnswerType = Literal["OPEN", "CLOSED"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 
