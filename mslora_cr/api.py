@@ -1,4 +1,4 @@
-"""What `import mslora_cr` offers. Each name is loaded when it is first asked for, so the import itself is light."""
+"""What `import mslora_cr` offers. Each name is loaded when it is first used, so the import itself is light."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from mslora_cr.config.find import find_run
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.records import DataError
-from mslora_cr.evaluation import evaluate as told
-from mslora_cr.evaluation import routed, tables
+from mslora_cr.evaluation import evaluate as task_aware
+from mslora_cr.evaluation import routed as task_agnostic
+from mslora_cr.evaluation import tables
 from mslora_cr.evaluation.cells import Stages
 from mslora_cr.evaluation.tables import Results
 from mslora_cr.models.layout import ModelError
@@ -82,9 +83,9 @@ def evaluate(run: Run, stages: Stages | None = None, task: str | None = None, ov
     if config.evaluation.banks_by == "routed":
         if task is not None:
             raise ConfigError("a routed evaluation mixes the questions of all tasks; leave `task` out")
-        path = routed.evaluate_routed(config, stages or "final")
+        path = task_agnostic.evaluate_routed(config, stages or "final")
     else:
-        path = told.evaluate(config, stages or "own", task)
+        path = task_aware.evaluate(config, stages or "own", task)
     return tables.read_results_folder(path.parent)
 
 

@@ -85,7 +85,7 @@ def _configurations(overrides: Sequence[str]) -> dict[str, StreamConfig]:
         )
     if first.evaluation.banks_by == "routed":
         raise ConfigError(
-            "evaluation.banks_by: the demo tells the task; after it, run mslora-cr evaluate demo --banks-by routed"
+            "evaluation.banks_by: the demo is task-aware; after it, run mslora-cr evaluate demo --banks-by routed"
         )
     closed = {name for name, found in catalog().items() if found.test_rows.closed}
     if closed.isdisjoint(task.name for task in first.tasks):
@@ -96,7 +96,7 @@ def _configurations(overrides: Sequence[str]) -> dict[str, StreamConfig]:
 def _earlier_seconds(runs: Iterable[StreamConfig], summary: Path) -> tuple[bool, float]:
     """Whether an earlier call has done everything, and its time; else what earlier calls spent on finished tasks.
 
-    So the time told is that of the whole work, also by a call that had nothing left to do or finished a killed one.
+    So the time shown is that of the whole work, also by a call that had nothing left to do or finished a killed one.
     """
     tasks = [(Ledger.read(config).tasks, config) for config in runs]
     trained = all(task.name in done for done, config in tasks for task in config.tasks)

@@ -102,7 +102,7 @@ def plan_sweep(
     base = load_config(config_file, [override for override in overrides if sections[override] not in of_methods])
     places = [f"output_dir={base.run_dir}", f"results_dir={base.results_run_dir}"]
     drawn = task_orders([task.name for task in base.tasks], orders)
-    found = []
+    runs = []
     for method, (number, tasks), seed in itertools.product(
         chosen, enumerate(drawn), dict.fromkeys(seeds or [base.seed])
     ):
@@ -112,8 +112,8 @@ def plan_sweep(
         config = load_config(config_file, everything)
         if config.evaluation.banks_by == "routed" and not needs_task(config):
             config = load_config(config_file, [*everything, "evaluation.banks_by=prefix"])
-        found.append(SweepRun(method, number, seed, config))
-    return found
+        runs.append(SweepRun(method, number, seed, config))
+    return runs
 
 
 def _by_name(methods: Sequence[str]) -> dict[str, str]:
@@ -122,15 +122,15 @@ def _by_name(methods: Sequence[str]) -> dict[str, str]:
     Raises:
         ConfigError: there is no such method, or two of them have one name.
     """
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for method in methods:
         try:
             name = load_method(method).name
         except ValueError as error:
             raise ConfigError(f"--methods: {error}") from None
-        if found.setdefault(name, method) != method:
-            raise ConfigError(f"--methods: {found[name]} and {method} are both named {name!r}")
-    return found
+        if paths.setdefault(name, method) != method:
+            raise ConfigError(f"--methods: {paths[name]} and {method} are both named {name!r}")
+    return paths
 
 
 def task_orders(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
@@ -143,13 +143,13 @@ def task_orders(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
         raise ConfigError(
             f"--orders: {len(tasks)} tasks have {factorial(len(tasks))} orders; {count} is not among them"
         )
-    found = [tuple(tasks)]
+    orders = [tuple(tasks)]
     generator = random.Random(0)
-    while len(found) < count:
+    while len(orders) < count:
         drawn = tuple(generator.sample(tasks, len(tasks)))
-        if drawn not in found:
-            found.append(drawn)
-    return found
+        if drawn not in orders:
+            orders.append(drawn)
+    return orders
 
 
 def slots(device: str, jobs: int | None = None) -> list[str | None]:

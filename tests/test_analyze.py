@@ -22,7 +22,7 @@ from tests.test_evaluate import QUESTIONS, TASKS
 
 @pytest.fixture(scope="module")
 def analyzed(trained_config: Path, shared_tmp: Path, tiny_settings: dict[str, Any]) -> Path:
-    """The results folder of the trained run, evaluated with the task told and routed, and analysed."""
+    """The results folder of the trained run, evaluated task-aware and task-agnostic, and analysed."""
 
     def build(folder: Path) -> None:
         command = [str(trained_config), f"results_dir={folder}", "evaluation.max_new_tokens=6"]
@@ -75,7 +75,7 @@ def test_geometry_of_the_banks(analyzed: Path, trained_config: Path) -> None:
 def test_the_report_shows_analysis_and_routing(analyzed: Path) -> None:
     page = Page(analyzed / "report.html")
     text = (analyzed / "report.md").read_text()
-    for words in ("Without being told the task", "Inside the banks", "Effective rank", "What each bank adds"):
+    for words in ("Task-agnostic answers", "Inside the banks", "Effective rank", "What each bank adds"):
         assert words in page.text and words in text
     assert "own stage, banks 1 last stage, banks 1 8 none: the same banks answer" in page.text
     assert page.loads == []

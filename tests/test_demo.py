@@ -85,8 +85,8 @@ def test_the_demo_refuses_before_it_makes_anything(
 
 @pytest.mark.slow
 def test_the_shipped_demo_shows_what_the_method_is_for(tmp_path: Path) -> None:
-    """With half of its tasks, to save time, and other folders: it learns, does not forget, and answers as well without
-    being told the task."""
+    """With half of its tasks, to save time, and other folders: it learns, does not forget, and its
+    task-agnostic answers are as good."""
     places = [
         *(f"model.path={tmp_path / 'models' / MODEL_FOLDER}", f"data.root={tmp_path / 'data'}"),
         *(f"output_dir={tmp_path / 'runs'}", f"results_dir={tmp_path / 'results'}"),

@@ -1,4 +1,4 @@
-"""Answers without the task being told, through the command line."""
+"""Task-agnostic answers, through the command line."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def routed(results: Results, *arguments: str) -> tuple[dict[str, Any], dict[str,
     return json.loads((folder / "evaluation.json").read_text()), json.loads((folder / "routing.json").read_text())
 
 
-def test_rightly_routed_questions_are_answered_as_if_told(
+def test_rightly_routed_questions_are_answered_as_task_aware_ones(
     results: Results, batches: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tell(monkeypatch, lambda number: number)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from mslora_cr.cli.common import add_command, add_overrides, count, quieten, run_config
-from mslora_cr.cli.conversation import aside, converse, told_by, write
+from mslora_cr.cli.conversation import answered_by, aside, converse, write
 from mslora_cr.utils.errors import UserError
 
 
@@ -58,7 +58,7 @@ def _ask(args: argparse.Namespace) -> int:
     from mslora_cr.serving.answering import AnsweringModel
     from mslora_cr.serving.questions import Ask, read_questions
 
-    # Before the model is loaded, so that a mistake is told at once.
+    # Before the model is loaded, so that a mistake is named at once.
     questions = (
         read_questions(source, args.image) if source else [Ask(text, tuple(args.image)) for text in args.question]
     )
@@ -74,5 +74,5 @@ def _ask(args: argparse.Namespace) -> int:
             print(ask.line(answer), flush=True)
         else:
             print(flush=True)
-            aside(f"# {told_by(answer)}")
+            aside(f"# {answered_by(answer)}")
     return 0

@@ -32,9 +32,9 @@ class Parser(argparse.ArgumentParser):
     """Names the nearest known word where one is not known."""
 
     def error(self, message: str) -> NoReturn:
-        found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
-        known = re.findall(r"[\w-]+", found[2]) if found else []
-        super().error(message + (nearest(found[1], known) if found else ""))
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
+        known = re.findall(r"[\w-]+", choice[2]) if choice else []
+        super().error(message + (nearest(choice[1], known) if choice else ""))
 
 
 def examples(*lines: str) -> str:

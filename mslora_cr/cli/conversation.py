@@ -44,7 +44,7 @@ def converse(
                 answer = model.ask(seen, line.strip(), history=history, max_new_tokens=max_new_tokens, on_text=write)
                 print(flush=True)
                 if not history:
-                    aside(f"# {told_by(answer)}")
+                    aside(f"# {answered_by(answer)}")
                 history.append((line.strip(), answer.text))
             except DataError as error:  # a mistyped file ends no conversation
                 aside(f"error: {error}")
@@ -52,7 +52,7 @@ def converse(
     aside("")
 
 
-def told_by(answer: Answer) -> str:
+def answered_by(answer: Answer) -> str:
     """Who answered, and how sure the router was, in a line."""
     banks = f"banks {'+'.join(answer.banks)}" if answer.banks else "the base model, no bank"
     if not answer.probabilities:

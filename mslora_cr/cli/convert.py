@@ -75,22 +75,25 @@ def run_convert(args: argparse.Namespace) -> int:
     if holds_questions(args.source):
         columns = Columns(args.image, args.question, args.answer, args.group, args.split, args.answer_type)
         split = Split(args.test_share, args.seed)
-        found = convert(
+        converted = convert(
             args.source, args.output, columns, args.ask, args.images, rendering, split, args.closed, progress
         )
-        print(f"{found.rows:,} rows: {found.train:,} for training, {found.test:,} for testing, by {found.grouped_by}")
+        print(
+            f"{converted.rows:,} rows: {converted.train:,} for training, {converted.test:,} for testing, "
+            f"by {converted.grouped_by}"
+        )
     else:
-        found = convert_images(args.source, args.output, rendering, progress)
-        print(f"{found.rows:,} files")
-    print(f"{found.images:,} images in {args.output}")
-    if found.shared_groups:
-        shared = ", ".join(found.shared_groups[:5])
-        log.warning("%d on both sides of the source's split, such as %s", len(found.shared_groups), shared)
-    for reason, places in found.left_out.items():
+        converted = convert_images(args.source, args.output, rendering, progress)
+        print(f"{converted.rows:,} files")
+    print(f"{converted.images:,} images in {args.output}")
+    if converted.shared_groups:
+        shared = ", ".join(converted.shared_groups[:5])
+        log.warning("%d on both sides of the source's split, such as %s", len(converted.shared_groups), shared)
+    for reason, places in converted.left_out.items():
         print(f"left out, {reason}: {len(places):,}")
         for place in places[:5]:
             print(f"  {place}")
-    if found.train:
+    if converted.train:
         name = args.output.name
         print(
             f"\nIn a configuration:\n"

@@ -47,12 +47,12 @@ def _inspect(args: argparse.Namespace) -> int:
     quieten()
     from mslora_cr.models.inspect import inspect
 
-    found = inspect(args.path)
+    comparison = inspect(args.path)
     if not args.all:
-        differences = found["towers"].pop("differences", {})
+        differences = comparison["towers"].pop("differences", {})
         worst = sorted(differences.items(), key=lambda item: -item[1] if isinstance(item[1], float) else float("-inf"))
-        found["towers"]["largest_differences"] = dict(worst[:8])
-    print(json.dumps(found, indent=2, ensure_ascii=False))
+        comparison["towers"]["largest_differences"] = dict(worst[:8])
+    print(json.dumps(comparison, indent=2, ensure_ascii=False))
     return 0
 
 

@@ -31,14 +31,14 @@ def find_run(target: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
         return _of_folder(path, overrides)
     if path.exists() or path.name != str(target) or path.suffix:
         return load_config(path, overrides)
-    found = _run_folders()
-    named = [folder for folder in found if folder.name == path.name]
+    folders = _run_folders()
+    named = [folder for folder in folders if folder.name == path.name]
     if len(named) > 1:
         raise ConfigError(f"several runs are called {path.name}: {', '.join(map(str, named))}; give the folder")
     if not named and path.name in configurations():
         return load_config(path, overrides)
     if not named:
-        near = nearest(path.name, {folder.name for folder in found} | configurations().keys())
+        near = nearest(path.name, {folder.name for folder in folders} | configurations().keys())
         raise ConfigError(f"{target}: no such configuration, run folder or run in {RUN_FOLDERS}/{near}")
     return _of_folder(named[0], overrides)
 

@@ -79,16 +79,16 @@ def layers(given: str | Path) -> list[tuple[Path, dict[str, Any]]]:
     Raises:
         ConfigError: a file cannot be read, is no mapping, or extends itself.
     """
-    found: list[tuple[Path, dict[str, Any]]] = []
+    files: list[tuple[Path, dict[str, Any]]] = []
     path = find_config(given)
     while True:
-        if path.resolve() in {earlier.resolve() for earlier, _ in found}:
+        if path.resolve() in {earlier.resolve() for earlier, _ in files}:
             raise ConfigError(f"{path}: `extends` leads back to this file")
         content = _read_mapping(path)
         parent = content.pop("extends", None)
-        found.append((path, content))
+        files.append((path, content))
         if parent is None:
-            return found
+            return files
         if not isinstance(parent, str):
             raise ConfigError(f"{path}: `extends` must name one file")
         path = find_config(parent, path.parent)

@@ -64,12 +64,12 @@ def load_method(name: str) -> MethodSettings:
     module = _import_outside(name, module_name)
     if not hasattr(module, class_name):
         raise ValueError(f"{name}: {module.__file__} has no {class_name}{nearest(class_name, vars(module))}")
-    found = getattr(module, class_name)
-    if not (isinstance(found, type) and issubclass(found, base)):
+    method = getattr(module, class_name)
+    if not (isinstance(method, type) and issubclass(method, base)):
         raise ValueError(f"{name}: {class_name} is no subclass of {base.__module__}.{base.__name__}")
-    if not re.fullmatch(r"[a-z]\w*", getattr(found, "name", "")):
+    if not re.fullmatch(r"[a-z]\w*", getattr(method, "name", "")):
         raise ValueError(f"{name}: {class_name} needs a `name` of lower-case letters, digits and _")
-    return found()
+    return method()
 
 
 def check_method(name: str) -> str:
@@ -80,13 +80,13 @@ def check_method(name: str) -> str:
 
 def _own(module: ModuleType, base: type) -> type:
     """The one method that a file of the package defines."""
-    found = [
+    classes = [
         kind
         for kind in vars(module).values()
         if isinstance(kind, type) and issubclass(kind, base) and kind.__module__ == module.__name__
     ]
-    assert len(found) == 1, f"{module.__file__} should define one method, not {len(found)}"
-    return found[0]
+    assert len(classes) == 1, f"{module.__file__} should define one method, not {len(classes)}"
+    return classes[0]
 
 
 def _import_outside(name: str, module_name: str) -> ModuleType:

@@ -312,18 +312,18 @@ class StreamConfig(Section):
         is given: no places, no speed, no evaluation, no later task, unless the method trains on all at once.
         """
         tasks = self.tasks if last is None or load_method(self.method).all_at_once else self.tasks[: last.index + 1]
-        found = self.model_dump(mode="json", exclude={"run", "output_dir", "results_dir", "evaluation", "datasets"})
+        fields = self.model_dump(mode="json", exclude={"run", "output_dir", "results_dir", "evaluation", "datasets"})
         for place, key in (field.split(".") for field in UNDECIDING_FIELDS):
-            del found[place][key]
-        found["model"]["kernels"] = chosen_kernels(self.model.kernels, self.model.device)
-        if found["model"]["kernels"] == "torch":  # as every bank was trained before there was a choice
-            del found["model"]["kernels"]
+            del fields[place][key]
+        fields["model"]["kernels"] = chosen_kernels(self.model.kernels, self.model.device)
+        if fields["model"]["kernels"] == "torch":  # as every bank was trained before there was a choice
+            del fields["model"]["kernels"]
         for key in UNDECIDING_TRAINING_FIELDS:
-            found["training"].pop(key, None)
+            fields["training"].pop(key, None)
         if self.regularization.distance == "frobenius":
-            del found["regularization"]["distance"]  # digests of before there was a choice hold
+            del fields["regularization"]["distance"]  # digests of before there was a choice hold
         modalities = {task.name: self.datasets[task.name].modality for task in tasks}
-        return {**found, "tasks": [task.model_dump(mode="json") for task in tasks], "modalities": modalities}
+        return {**fields, "tasks": [task.model_dump(mode="json") for task in tasks], "modalities": modalities}
 
     def training_digest(self, last: Task | None = None) -> str:
         """SHA-256 of `fingerprint_fields`."""

@@ -41,7 +41,7 @@ from mslora_cr.runs.session import check_hosts, start_processes, task_folder
 from mslora_cr.utils.progress import progress_bar
 
 QUESTIONS = 200
-"""Questions of a task that drop-one evaluation asks unless told otherwise, a sample of its file."""
+"""Questions of a task that drop-one evaluation asks by default, a sample of its file."""
 EXAMPLES = 2
 """Examples of changed answers shown, of each kind and task."""
 
@@ -50,7 +50,7 @@ def analyze(config: StreamConfig, others: Sequence[StreamConfig] = (), questions
     """Analyse a run that is trained, and write `analysis.json` into its results folder; returns its path.
 
     Args:
-        others: runs whose effective ranks are shown beside this one's, such as one without the orthogonality term.
+        others: runs whose effective ranks are shown next to this one's, such as one without the orthogonality term.
         questions: the most that drop-one evaluation asks of a task; 0 leaves it out.
 
     Raises:
@@ -69,7 +69,7 @@ def _analyze(config: StreamConfig, others: Sequence[StreamConfig], questions: in
     if len(runs) <= len(others):  # names repeat
         runs = {str(run.run_dir): run for run in (config, *others)}
     summed = not any(bank.routers for bank in chain.values())  # a bank with routers takes part whole or not at all
-    found = Analysis(
+    analysis = Analysis(
         run=config.run,
         similarity=_similarity(list(chain.values())),
         effective_rank={label: _ranks(_banks_of(run)) for label, run in runs.items()},
@@ -79,7 +79,7 @@ def _analyze(config: StreamConfig, others: Sequence[StreamConfig], questions: in
     path = config.results_run_dir / ANALYSIS
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        found.write(path)
+        analysis.write(path)
     barrier()
     return path
 
@@ -107,17 +107,17 @@ def _similarity(banks: Sequence[Bank]) -> UpdateCosines:
 
 def _ranks(banks: Mapping[str, Bank]) -> dict[str, EffectiveRank]:
     """For each bank its rank, its mean effective rank, and that by decoder layer and by module."""
-    found = {}
+    effective = {}
     for name, bank in progress_bar(banks.items(), desc="effective ranks", unit="bank", disable=rank() != 0):
         ranks = {module: torch.tensor(value) for module, value in effective_ranks(bank).items()}
         by_layer, by_module = by_place(ranks)
-        found[name] = EffectiveRank(
+        effective[name] = EffectiveRank(
             rank=bank.rank,
             mean=float(torch.stack(list(ranks.values())).mean()),
             by_layer={place: float(value) for place, value in by_layer.items()},
             by_module={place: float(value) for place, value in by_module.items()},
         )
-    return found
+    return effective
 
 
 # --- what each bank adds to the answers ------------------------------------------------------------------------------
@@ -134,16 +134,16 @@ def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: in
     """
     variants = _variants(config, chain)
     records = {task.name: TestRecords(task_folder(config, task) / "test.jsonl") for task, _ in variants}
-    asked = {name: found.thinned(questions) for name, found in records.items()}
-    session = EvaluationSession(config, list(chain.values()), asked)
+    subsets = {name: part.thinned(questions) for name, part in records.items()}
+    session = EvaluationSession(config, list(chain.values()), subsets)
     fingerprint = session.fingerprint(
         session.banks,
         rows=[(task.name, banks) for task, banks in variants],
-        questions=[(found.digest, sample_of(len(found), questions)) for found in records.values()],
+        questions=[(part.digest, sample_of(len(part), questions)) for part in records.values()],
     )
     assert_same_on_all_ranks({"the questions, banks or settings of the analysis": fingerprint})
     # All variants of all tasks in mixed batches, so that a bank which is left out costs no new model.
-    chosen = [banks for task, banks in variants for _ in range(len(asked[task.name]))]
+    chosen = [banks for task, banks in variants for _ in range(len(subsets[task.name]))]
     folder, tasks = config.results_run_dir / "analysis", [task for task, _ in variants]
 
     def answer() -> dict[str, float]:
@@ -151,9 +151,9 @@ def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: in
 
     answer_once(folder, fingerprint, len(chosen), answer)
     scores = np.array([_score(row) for row in score_answers(read_answers(folder / ANSWERS)).rows])
-    places = {name: question_places(found) for name, found in asked.items()}
-    groups = {name: group_numbers([group for _, group in found]) for name, found in places.items()}
-    parts = np.split(scores, np.cumsum([len(asked[task.name]) for task, _ in variants])[:-1])
+    places = {name: question_places(part) for name, part in subsets.items()}
+    groups = {name: group_numbers([group for _, group in part]) for name, part in places.items()}
+    parts = np.split(scores, np.cumsum([len(subsets[task.name]) for task, _ in variants])[:-1])
     return Contribution(
         banks_by=_banks_by(config),
         score="hit of closed questions, F1 of open ones",
@@ -199,7 +199,7 @@ def _banks_by(config: StreamConfig) -> str:
 
 def _variants(config: StreamConfig, chain: Mapping[str, Bank]) -> list[Variant]:
     """Each learned task with the places in `chain` of the banks that answer it, then with each of them left out."""
-    method, names, found = method_of(config), list(chain), []
+    method, names, variants = method_of(config), list(chain), []
     learned = [config.task(name).index + 1 for name in names]
     stage = max(method.stages(learned, len(config.tasks)))
     for task in config.stream[:stage]:
@@ -207,9 +207,9 @@ def _variants(config: StreamConfig, chain: Mapping[str, Bank]) -> list[Variant]:
         if not set(numbers) <= set(learned):
             continue
         banks = tuple(learned.index(number) for number in numbers)
-        found.append((task, banks))
-        found += [(task, tuple(bank for bank in banks if bank != dropped)) for dropped in banks]
-    return found
+        variants.append((task, banks))
+        variants += [(task, tuple(bank for bank in banks if bank != dropped)) for dropped in banks]
+    return variants
 
 
 def _score(row: RowScore) -> float:
@@ -220,20 +220,24 @@ def _score(row: RowScore) -> float:
 
 
 def _changed(results_dir: Path) -> list[Change]:
-    """Answers to a task that differ between its own stage and the last one, and between told and routed."""
-    told, routed = read_evaluation(results_dir), read_evaluation(results_dir / ROUTED)
-    found: list[Change] = []
-    if told is None:
-        return found
-    for task in told.tasks:
-        own, last = told.own_cell(task), told.last_cell(task)
+    """Answers to a task that differ between its own stage and the last one, or between task-aware and task-agnostic."""
+    aware, agnostic = read_evaluation(results_dir), read_evaluation(results_dir / ROUTED)
+    changes: list[Change] = []
+    if aware is None:
+        return changes
+    for task in aware.tasks:
+        own, last = aware.own_cell(task), aware.last_cell(task)
         if own and last and own.stage != last.stage:
-            found.append(_change(task, "own stage", "last stage", (results_dir, told, own), (results_dir, told, last)))
-        guessed = routed.last_cell(task) if routed else None
-        if routed and last and guessed and guessed.questions == last.questions:
+            changes.append(
+                _change(task, "own stage", "last stage", (results_dir, aware, own), (results_dir, aware, last))
+            )
+        guessed = agnostic.last_cell(task) if agnostic else None
+        if agnostic and last and guessed and guessed.questions == last.questions:
             place = results_dir / ROUTED
-            found.append(_change(task, "told", "routed", (results_dir, told, last), (place, routed, guessed)))
-    return found
+            changes.append(
+                _change(task, "task-aware", "task-agnostic", (results_dir, aware, last), (place, agnostic, guessed))
+            )
+    return changes
 
 
 Side = tuple[Path, Evaluation, Cell]

@@ -95,7 +95,7 @@ def answered_run(label: str, folder: Path, at: Stage) -> Answered:
     for task in run.tasks:
         cell = _cell(label, run, task, at)
         none = Column(np.empty(0), np.empty(0, dtype=np.int64))
-        columns = {title: found.get((task, cell.stage), none) for title, found in scores.items()}
+        columns = {title: of_cell.get((task, cell.stage), none) for title, of_cell in scores.items()}
         tasks[task] = AnsweredTask(run.bank_numbers(cell), cell.questions, folder / cell.answers, columns)
     return Answered(run.method, run.banks_by, tasks)
 
@@ -104,8 +104,8 @@ def _scored(path: Path) -> AnsweredTask:
     """Score an answer file. Which questions are about one image is known from the answers themselves, or from a
     `scores.csv` of the same questions beside them, as `mslora-cr score --questions` writes it."""
     answers = read_answers(path)
-    found = score_answers(answers).columns
-    columns = {name: np.array(column, dtype=np.float64) for name, column in found.items()}
+    scores = score_answers(answers).columns
+    columns = {name: np.array(column, dtype=np.float64) for name, column in scores.items()}
     table = ScoreTable([str(answer.question_id) for answer in answers], columns, _groups(path, answers))
     return AnsweredTask(None, None, path, {title: column_of(table, name) for title, name in COMPARED.items()})
 
@@ -113,11 +113,11 @@ def _scored(path: Path) -> AnsweredTask:
 def _groups(path: Path, answers: Sequence[AnswerRecord]) -> np.ndarray:
     own = answer_groups(answers)
     try:
-        beside = read_scores(path.with_name(SCORES))
+        table = read_scores(path.with_name(SCORES))
     except DataError:
         return own
-    same = beside.ids == [str(answer.question_id) for answer in answers]
-    return beside.groups if same else own
+    same = table.ids == [str(answer.question_id) for answer in answers]
+    return table.groups if same else own
 
 
 def _cell(label: str, run: Evaluation, task: str, at: Stage) -> Cell:

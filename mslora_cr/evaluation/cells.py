@@ -38,7 +38,7 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
     Args:
         learned: positions, from 1, of the tasks whose banks exist.
     """
-    method, found = method_of(config), []
+    method, planned = method_of(config), []
     answering = method.stages(learned, len(config.tasks))
     for task in config.stream:
         number, places = task.index + 1, {}
@@ -49,8 +49,8 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
             if stage not in (0, *answering) or not set(banks) <= set(learned):
                 continue
             folder = places.setdefault(banks, config.results_run_dir / task.name / f"stage-{stage}")
-            found.append(PlannedCell(task, stage, banks, folder))
-    return found
+            planned.append(PlannedCell(task, stage, banks, folder))
+    return planned
 
 
 def stages_of(task: Task, stages: Stages, config: StreamConfig) -> Sequence[int]:

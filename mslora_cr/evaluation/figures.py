@@ -89,8 +89,8 @@ def _part(weights: Weights, columns: Mapping[tuple[str, int], Column]) -> Estima
     counts = {stage: len(columns[task, stage].scores) for task, stage in weights}
     if len(set(counts.values())) > 1:
         task = next(iter(weights))[0]
-        told = ", ".join(f"{count} at stage {stage}" for stage, count in sorted(counts.items()))
-        raise DataError(f"{task} has scores of different questions ({told}); evaluate it again at all these stages")
+        counted = ", ".join(f"{count} at stage {stage}" for stage, count in sorted(counts.items()))
+        raise DataError(f"{task} has scores of different questions ({counted}); evaluate it again at all these stages")
     values = sum((weight * columns[cell].scores for cell, weight in weights.items()), np.zeros(()))
     return estimate(values, coarsest([columns[cell].groups for cell in weights]))
 
@@ -98,7 +98,7 @@ def _part(weights: Weights, columns: Mapping[tuple[str, int], Column]) -> Estima
 def coarsest(groups: list[Groups]) -> Groups:
     """Of several accounts of the same questions' clusters the one with the fewest: scores that an earlier version wrote
     know of none."""
-    return min(groups, key=lambda found: int(found.max()))
+    return min(groups, key=lambda numbers: int(numbers.max()))
 
 
 def is_binary(scores: Scores) -> bool:

@@ -13,12 +13,12 @@ from pydantic import Field
 from mslora_cr.utils.state import Part, StateFile
 
 ROUTED, ROUTING = "routed", "routing.json"
-"""Where answers without the task being told go in a results folder, and what the router did there."""
+"""Where task-agnostic answers go in a results folder, and what the router did there."""
 ANALYSIS = "analysis.json"
 METRICS_FILE = "metrics.json"
 ANSWERS = "answer-file.jsonl"
 STAMP = "answers.json"
-"""What the answers beside it were made from."""
+"""What the answers in its folder were made from."""
 
 Interval = tuple[float, float]
 Matrix = list[list[float]]
@@ -71,7 +71,7 @@ class Routing(StateFile):
 
 
 class Stamp(StateFile):
-    """`answers.json`: what the answers beside it were made from, and what they are.
+    """`answers.json`: what the answers in its folder were made from, and what they are.
 
     Attributes:
         fingerprint: of all that decides the answers. seconds: how long the last launch answered.

@@ -173,8 +173,8 @@ class TaskStageMatrix:
 
     def transfer(self) -> dict[str, float]:
         """``R[i,T] - R[i,i]`` of each task before the last stage whose cells are both there, in points."""
-        found = {task: _or_none(partial(self._sum, self.backward_weights([task]))) for task in self._before_last()}
-        return {task: value for task, value in found.items() if value is not None}
+        changes = {task: _or_none(partial(self._sum, self.backward_weights([task]))) for task in self._before_last()}
+        return {task: value for task, value in changes.items() if value is not None}
 
     def forward_transfer(self) -> float:
         """The mean of ``R[i,i-1] - R[i,0]`` over the tasks after the first stage, in points; 0 without such.

@@ -136,8 +136,8 @@ class Scores:
     @cached_property
     def columns(self) -> dict[str, list[float | None]]:
         """By metric, every answer's score in [0, 1], in order; None where a metric is not for its kind of question."""
-        found = [row.by_metric() for row in self.rows]
-        return {name: [scores[name] for scores in found] for name in (found[0] if found else ())}
+        by_row = [row.by_metric() for row in self.rows]
+        return {name: [scores[name] for scores in by_row] for name in (by_row[0] if by_row else ())}
 
     @property
     def metrics(self) -> dict[str, float]:

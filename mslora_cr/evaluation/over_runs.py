@@ -28,7 +28,7 @@ def summarize(outcomes: Sequence[Mapping[str, Any]], metric: str) -> dict[str, d
     Args:
         outcomes: of finished runs. metric: a name in their `figures`.
     """
-    found: dict[str, dict[str, Any]] = {}
+    spreads: dict[str, dict[str, Any]] = {}
     values: dict[str, dict[str, Runs]] = {}
     for method in dict.fromkeys(outcome["method"] for outcome in outcomes):
         rows = [outcome for outcome in outcomes if outcome["method"] == method and metric in outcome["figures"]]
@@ -39,16 +39,16 @@ def summarize(outcomes: Sequence[Mapping[str, Any]], metric: str) -> dict[str, d
             if known:
                 values.setdefault(method, {})[figure] = known
     for method, figures_of in values.items():
-        found[method] = {}
+        spreads[method] = {}
         for figure, known in figures_of.items():
             paired = _paired(known, values.get(OURS, {}).get(figure, {}))
-            found[method][figure] = {**_spread(known), "against": _against(paired) if paired else None}
-    for figure in {figure for figures_of in found.values() for figure in figures_of}:
-        tests = [own[figure]["against"] for method, own in found.items() if method != OURS and figure in own]
+            spreads[method][figure] = {**_spread(known), "against": _against(paired) if paired else None}
+    for figure in {figure for figures_of in spreads.values() for figure in figures_of}:
+        tests = [own[figure]["against"] for method, own in spreads.items() if method != OURS and figure in own]
         family = [test for test in tests if test is not None and test["p"] is not None]
         for test, adjusted in zip(family, holm([test["p"] for test in family]), strict=True):
             test["p_adjusted"] = adjusted
-    return found
+    return spreads
 
 
 def _paired(values: Runs, ours: Runs) -> Runs:

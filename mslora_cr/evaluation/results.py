@@ -97,11 +97,11 @@ class Evaluation(StateFile):
         """
         places = {(cell.task, cell.stage): (results_dir / cell.answers).with_name(SCORES) for cell in self.cells}
         tables = {place: read_scores(place) for place in set(places.values())}
-        found = []
+        by_metric = []
         for metric in metrics:
             columns = {place: column_of(table, metric) for place, table in tables.items()}
-            found.append({key: columns[place] for key, place in places.items() if len(columns[place].scores)})
-        return found
+            by_metric.append({key: columns[place] for key, place in places.items() if len(columns[place].scores)})
+        return by_metric
 
     def matrix_intervals(self, results_dir: Path, metric: str) -> MatrixIntervals:
         """The intervals of what the metric's matrix gives, where that is known.

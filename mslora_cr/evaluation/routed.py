@@ -1,5 +1,5 @@
-"""Answers without the task being told: questions of all tasks mixed, each answered by the banks of the task that the
-router takes it for. Everything goes to `routed/` in the results folder, beside the answers with the task told."""
+"""Task-agnostic answers: questions of all tasks mixed, each answered by the banks of the task that the router takes it
+for. Everything goes to `routed/` in the results folder, next to the task-aware answers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from mslora_cr.utils.files import replacing
 
 
 def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mapping[str, Bank] | None = None) -> Path:
-    """Answer and score the questions of every learned task, without telling the task.
+    """Answer and score the questions of every learned task, the task not given.
 
     Writes, below `routed/` of the results folder, answers and scores by task, `evaluation.json`, and `routing.json`
     with the router's confusion matrix at every stage.
@@ -71,29 +71,29 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
 def _evaluate_routed(config: StreamConfig, stages: Stages, banks: Mapping[str, Bank] | None) -> Path:
     chain = dict(banks) if banks is not None else finished_banks(config)
     learned = [task for task in config.stream if task.name in chain]
-    asked = {
+    tasks_at = {
         stage: [task for task in config.stream if stage in stages_of(task, stages, config)]
         for stage in range(1, len(config.tasks) + 1)
         if len(learned) >= stage and learned[stage - 1].index == stage - 1  # the chain is whole up to here
     }
-    asked = {stage: tasks for stage, tasks in asked.items() if tasks}
-    if not asked:
+    tasks_at = {stage: tasks for stage, tasks in tasks_at.items() if tasks}
+    if not tasks_at:
         raise BankError(f"no stage of this run can be answered from the banks in {config.run_dir}")
-    names = {task.name for tasks in asked.values() for task in tasks}
+    names = {task.name for tasks in tasks_at.values() for task in tasks}
     records = {name: TestRecords(task_folder(config, config.task(name)) / "test.jsonl") for name in sorted(names)}
     ledger = Ledger.read(config)
-    routed = _Routed(config, chain, [ledger.statistics(task.name) for task in learned[: max(asked)]], records)
+    routed = _Routed(config, chain, [ledger.statistics(task.name) for task in learned[: max(tasks_at)]], records)
     facts = {
         f"the questions, banks or settings at stage {stage}": routed.fingerprint(stage, tasks)
-        for stage, tasks in asked.items()
+        for stage, tasks in tasks_at.items()
     }
     check_hosts(config.results_run_dir, facts)
     rows: dict[CellKey, Cell] = {}
-    for stage, tasks in asked.items():
+    for stage, tasks in tasks_at.items():
         rows |= routed.answer(stage, tasks)
     folder = config.results_run_dir / ROUTED
     if rank() == 0:
-        order = [(task.name, stage) for task in config.stream for stage in asked if (task.name, stage) in rows]
+        order = [(task.name, stage) for task in config.stream for stage in tasks_at if (task.name, stage) in rows]
         kept = write_summary(config, folder / EVALUATION, [rows[key] for key in order], routed.possible(folder))
         ways = {cell.stage: cell.fingerprint for cell in kept.cells}
         stamps = (read_stamp(folder / f"stage-{stage}", ways[stage]) for stage in kept.stages)
@@ -118,7 +118,7 @@ def fit_router(config: StreamConfig, only: str | None = None) -> list[Path]:
 def _fit_router(config: StreamConfig, only: str | None) -> list[Path]:
     tasks = [config.task(only)] if only else config.stream
     records = {task.name: TrainingRecords(task_folder(config, task) / "train.json") for task in tasks}
-    check_hosts(config.run_dir, {"the training records": {name: found.digest for name, found in records.items()}})
+    check_hosts(config.run_dir, {"the training records": {name: part.digest for name, part in records.items()}})
     base = load_base(config, get_device(config.model.device))
     ledger, paths = Ledger.read(config), []
     for task in tasks:
@@ -266,12 +266,12 @@ class _Routed:
     def possible(self, root: Path) -> dict[CellKey, set[str]]:
         """As `write_summary` takes it: the questions of a stage are mixed with those of the tasks learned by then, or
         of all. Only for stages whose entry of `routing.json` is there, and of these answers."""
-        found: dict[CellKey, set[str]] = {}
+        fingerprints: dict[CellKey, set[str]] = {}
         for stage in range(1, len(self.banks) + 1):
             ways = {self.fingerprint(stage, tasks) for tasks in (self.config.stream[:stage], self.config.stream)}
             if any(read_stamp(root / f"stage-{stage}", way) for way in ways):
-                found |= {(task.name, stage): ways for task in self.config.stream}
-        return found
+                fingerprints |= {(task.name, stage): ways for task in self.config.stream}
+        return fingerprints
 
 
 def _router_digests(statistics: Sequence[TaskStatistics]) -> Iterator[str]:

@@ -31,7 +31,7 @@ def question_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -
     """
     paths = {task.name: task_folder(config, task) / "test.jsonl" for task in config.stream}
     others = {name: file_digest(path) for name, path in paths.items() if name not in records and path.is_file()}
-    return others | {name: found.digest for name, found in records.items()}
+    return others | {name: opened.digest for name, opened in records.items()}
 
 
 def decoding(config: StreamConfig) -> Decoding:

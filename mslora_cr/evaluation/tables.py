@@ -63,14 +63,14 @@ class Results:
         rows = []
         for number, answer in enumerate(answers):
             scores = {metric: float(column[number]) for metric, column in columns.items()}
-            told = {
+            known = {
                 "question_id": answer.question_id,
                 "question": answer.prompt,
                 "answer": answer.text,
                 "truth": answer.gt,
                 "answer_type": answer.answer_type,
             }
-            rows.append(told | {metric: None if np.isnan(score) else score for metric, score in scores.items()})
+            rows.append(known | {metric: None if np.isnan(score) else score for metric, score in scores.items()})
         return rows
 
     def _cell(self, task: str, stage: int | None) -> Cell:

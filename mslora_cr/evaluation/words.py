@@ -146,5 +146,5 @@ def corpus_bleu(counts: Scores) -> Scores:
     with np.errstate(divide="ignore", invalid="ignore"):
         precisions = np.log(shared / total).sum(axis=1) / BLEU_ORDER
         brevity = np.minimum(0.0, 1 - expected / said)
-        found = np.exp(precisions + brevity)
-    return np.where((shared > 0).all(axis=1), found, 0.0)
+        bleu = np.exp(precisions + brevity)
+    return np.where((shared > 0).all(axis=1), bleu, 0.0)

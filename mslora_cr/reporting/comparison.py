@@ -67,12 +67,12 @@ def _by_metric(
     matrices = {label: matrix for label, run in evaluations.items() if (matrix := run.matrix(name))}
     spans = {label: evaluations[label].matrix_intervals(folder, name) for label, folder in folders.items()}
     curves = {label: points for label, matrix in matrices.items() if (points := matrix.stage_averages())}
-    bands = {label: found.stages for label, found in spans.items()}
+    bands = {label: ends.stages for label, ends in spans.items()}
     return {
         "title": TITLES[key],
         "tasks": len({task for matrix in matrices.values() for task in matrix.tasks}),
         "summaries": {label: matrix.summary() for label, matrix in matrices.items()},
-        "intervals": {label: found.figures for label, found in spans.items()},
+        "intervals": {label: ends.figures for label, ends in spans.items()},
         "curves": Markup(stage_curves(curves, bands, colors, f"{TITLES[key]}, %")) if curves else None,
         "maps": [matrix_map(label, name, run, spans[label].transfer) for label, run in evaluations.items()],
         "final": final_scores_map(evaluations, name),

@@ -97,17 +97,17 @@ def confusion_map(stage: StageRouting) -> HeatMap:
 def answer_maps(task: TaskAnswers, last: int) -> list[HeatMap]:
     """The confusions of a task's closed answers when it was learned and, where other banks answered then, after the
     last stage: truths (rows), what was said (columns), counts tinted by their share of the row."""
-    sets = {id(found): found for found in (task.learned, task.at(last)) if found is not None}
+    sets = {id(answers): answers for answers in (task.learned, task.at(last)) if answers is not None}
     maps = []
-    for found in sets.values():
-        columns, counts = confusions(task, found)
+    for answers in sets.values():
+        columns, counts = confusions(task, answers)
         if counts:
             rows = {
                 truth: [HeatCell(str(count), "", count / sum(row)) if count else HeatCell() for count in row]
                 for truth, row in counts.items()
             }
             maps.append(
-                HeatMap(f"{task.task}, stage {found.stages[0] if found is task.learned else last}", columns, rows)
+                HeatMap(f"{task.task}, stage {answers.stages[0] if answers is task.learned else last}", columns, rows)
             )
     return maps
 
@@ -145,8 +145,8 @@ def rank_map(runs: Mapping[str, Mapping[str, EffectiveRank]]) -> HeatMap:
     return HeatMap("", list(runs), rows)
 
 
-def _rank(found: EffectiveRank | None) -> HeatCell:
-    return HeatCell(f"{found.mean:.2f}", f"of {found.rank}", found.mean / found.rank) if found else HeatCell()
+def _rank(bank: EffectiveRank | None) -> HeatCell:
+    return HeatCell(f"{bank.mean:.2f}", f"of {bank.rank}", bank.mean / bank.rank) if bank else HeatCell()
 
 
 def final_scores_map(runs: Mapping[str, Evaluation], metric: str) -> HeatMap:

@@ -80,7 +80,7 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
         "evaluation": evaluation,
         "summed": bool(evaluation and any(len(cell.banks) > 1 for cell in evaluation.cells)),
         "headline": _headline(present, spans),
-        "told": evaluation.same_banks_since_learned() if evaluation else False,
+        "frozen": evaluation.same_banks_since_learned() if evaluation else False,
         "published": _published_run(evaluation, published) if evaluation else None,
         "scores": _score_rows(evaluation, published) if evaluation else [],
         "added": ADDED_TITLES,
@@ -114,16 +114,16 @@ def _answers(run: RunRecord, config: StreamConfig | None) -> dict[str, Any]:
     """The data of the browser of answers, the tables of confusions, and what is missing in either."""
     if run.evaluation is None:
         return {"browser": None, "confusions": [], "missing": run.missing}
-    found = browsed_answers(run.evaluation, run.results_dir, config)
-    pictures = list(dict.fromkeys(path for task in found.tasks for paths in task.pictures for path in paths))
+    browsed = browsed_answers(run.evaluation, run.results_dir, config)
+    pictures = list(dict.fromkeys(path for task in browsed.tasks for paths in task.pictures for path in paths))
     small, unread = thumbnails(pictures, run.results_dir)
     damaged = [f"{len(unread)} images that cannot be read, such as {unread[0]}"] if unread else []
-    data = browser_data(found.tasks, _task_colors(run), small, len(run.tasks))
-    maps = [confusion for task in found.tasks for confusion in answer_maps(task, len(run.tasks))]
+    data = browser_data(browsed.tasks, _task_colors(run), small, len(run.tasks))
+    maps = [confusion for task in browsed.tasks for confusion in answer_maps(task, len(run.tasks))]
     return {
-        "browser": data if found.tasks else None,
+        "browser": data if browsed.tasks else None,
         "confusions": maps,
-        "missing": run.missing + found.missing + damaged,
+        "missing": run.missing + browsed.missing + damaged,
     }
 
 
@@ -145,9 +145,8 @@ def _headline(matrices: Mapping[str, TaskStageMatrix], spans: Mapping[str, Matri
 
 
 def _published_run(evaluation: Evaluation, runs: Mapping[str, PublishedRun]) -> PublishedRun | None:
-    """The published run to show beside this one: `each` beside `each`, MSLoRA-CR beside every other method (no other's
-    scores are published), the run of six tasks if these are its tasks. None where no task was asked the published
-    questions."""
+    """The published run to show next to this one: `each` to `each`, MSLoRA-CR to every other method (no other's scores
+    are published), the run of six tasks if these are its tasks. None where no task has the published questions."""
     tasks = {name for name in evaluation.published.values() if name}
     if not any(_asked_as_published(evaluation, task) for task in evaluation.tasks):
         return None
@@ -199,12 +198,12 @@ def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -
 
 
 def _routing(run: RunRecord) -> dict[str, Any]:
-    """What the router did after the last stage that it was asked at, and what that costs against being told."""
+    """What the router did after the last stage that was evaluated, and what task-agnostic answers cost."""
     assert run.routing is not None
     last = run.routing.stages[-1]
     context: dict[str, Any] = {"last": last, "stages": run.routing.stages, "map": confusion_map(last)}
     try:
-        cost = compare({"told": run.results_dir, "routed": run.results_dir / ROUTED})
+        cost = compare({"task-aware": run.results_dir, "task-agnostic": run.results_dir / ROUTED})
         return context | {"cost": cost.metrics, "why": None}
     except ReportError as error:
         return context | {"cost": {}, "why": str(error)}

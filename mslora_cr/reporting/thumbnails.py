@@ -36,8 +36,10 @@ def thumbnails(pictures: Sequence[Path], page_folder: Path) -> tuple[dict[Path, 
     if len(pictures) <= MOST_INSIDE:
         made = {path: small for path, small in zip(pictures, map(_small_or_none, pictures), strict=True) if small}
         if sum(map(len, made.values())) <= MOST_BYTES_INSIDE:
-            found = {path: f"data:image/webp;base64,{base64.b64encode(small).decode()}" for path, small in made.items()}
-            return found, _unread(pictures, found)
+            sources = {
+                path: f"data:image/webp;base64,{base64.b64encode(small).decode()}" for path, small in made.items()
+            }
+            return sources, _unread(pictures, sources)
     folder = page_folder / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     files = {path: folder / _file_name(path) for path in pictures}
@@ -46,12 +48,12 @@ def thumbnails(pictures: Sequence[Path], page_folder: Path) -> tuple[dict[Path, 
         list(pool.map(_write, [todo[start : start + BATCH] for start in range(0, len(todo), BATCH)]))
     for file in set(folder.glob("*.webp")) - set(files.values()):
         file.unlink()
-    found = {path: f"{FOLDER}/{file.name}" for path, file in files.items() if file.is_file()}
-    return found, _unread(pictures, found)
+    sources = {path: f"{FOLDER}/{file.name}" for path, file in files.items() if file.is_file()}
+    return sources, _unread(pictures, sources)
 
 
-def _unread(pictures: Iterable[Path], found: dict[Path, str]) -> list[str]:
-    return [str(path) for path in pictures if path not in found]
+def _unread(pictures: Iterable[Path], sources: dict[Path, str]) -> list[str]:
+    return [str(path) for path in pictures if path not in sources]
 
 
 def _write(todo: Sequence[tuple[Path, Path]]) -> None:

@@ -1,4 +1,4 @@
-"""Which task a question belongs to, told by its picture and its words: discriminant analysis, learned task by task.
+"""Which task a question belongs to, by its picture and its words: discriminant analysis, learned task by task.
 
 A task leaves behind how many records it had, the mean of their features and their scatter about it; no picture is
 kept. A router over any number of tasks is made from those statistics alone, so a task learned later changes nothing

@@ -39,11 +39,11 @@ class Finished:
             method = entry.method or self.ledger.method
             if method != config.method:
                 return f"method: {method} there, {config.method} here"
-            rank = entry.rank or self._told(name, ADAPTER_CONFIG, "r")
+            rank = entry.rank or self._of_bank(name, ADAPTER_CONFIG, "r")
             if rank not in (None, config.lora.rank):
                 return f"lora.rank: {rank} there, {config.lora.rank} here"
         places = {
-            name: len(entry.stream) - 1 if entry.stream else self._told(name, METADATA, "index")
+            name: len(entry.stream) - 1 if entry.stream else self._of_bank(name, METADATA, "index")
             for name, entry in finished.items()
         }
         known = {name: place for name, place in places.items() if isinstance(place, int)}
@@ -56,7 +56,7 @@ class Finished:
             return f"order: {moved!r} is task {known[moved] + 1} there, task {stream[moved].index + 1} here"
         return f"order: {', '.join(there)} there; {', '.join(here)} here"
 
-    def _told(self, task: str, file: str, key: str) -> Any:
+    def _of_bank(self, task: str, file: str, key: str) -> Any:
         """What a file of a bank says, where the ledger of version 0.1.0 does not."""
         try:
             return read_object(self.folder / "banks" / task / file).get(key)

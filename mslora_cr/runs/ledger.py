@@ -34,13 +34,13 @@ def environment() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _git() -> dict[str, Any] | None:
@@ -86,8 +86,8 @@ class Ledger:
         Raises:
             StateError: `ledger.json` is damaged, or of a later version.
         """
-        found = RunLedger.read_if_there(config.run_dir / LEDGER)
-        return cls(config.run_dir, found or RunLedger(run=config.run, method=config.method, tasks={}))
+        content = RunLedger.read_if_there(config.run_dir / LEDGER)
+        return cls(config.run_dir, content or RunLedger(run=config.run, method=config.method, tasks={}))
 
     @property
     def tasks(self) -> Mapping[str, TaskEntry]:
@@ -129,13 +129,13 @@ class Ledger:
             ConfigError: they have another order, rank or method here; or they were trained with other settings or on
                 another base model, and `force` is not given. What differs is named.
         """
-        found = Finished(self.folder, self.content)
-        if fixed := found.fixed_difference(config):
+        finished = Finished(self.folder, self.content)
+        if fixed := finished.fixed_difference(config):
             raise ConfigError(
                 f"{self.folder} has finished tasks of another stream ({fixed}), which not even --force changes. Choose "
                 "another `run`"
             )
-        differences = found.difference(config) or next(
+        differences = finished.difference(config) or next(
             (
                 f"{name!r} was trained on a base model of other content than that in {config.model.path}"
                 for name in self._other_bases(model_digest)

@@ -91,12 +91,12 @@ class Card:
 
     def _cells(self) -> dict[str, Cell]:
         """What is known of the very banks that are uploaded, by task."""
-        found: dict[str, Cell] = {}
+        cells: dict[str, Cell] = {}
         for cell in self.evaluation.cells if self.evaluation else ():
             banks = self.banks.get(cell.task, self.banks.get("model"))
             if banks is not None and list(banks) == list(cell.banks):
-                found[cell.task] = cell
-        return found
+                cells[cell.task] = cell
+        return cells
 
     def _title(self) -> str:
         what = "LoRA adapters" if self.kind == "peft" else "Models with their LoRA banks merged in"
@@ -168,8 +168,8 @@ print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_token
         rows = []
         for task in self.config.stream:
             known = catalog().get(task.name)
-            told = (known.source, known.license) if known else ("the author's own", "ask the author")
-            rows.append(f"| {_cell(_title(task.name))} | {task.modality} | {_cell(told[0])} | {_cell(told[1])} |")
+            origin = (known.source, known.license) if known else ("the author's own", "ask the author")
+            rows.append(f"| {_cell(_title(task.name))} | {task.modality} | {_cell(origin[0])} | {_cell(origin[1])} |")
         return "\n".join(
             [
                 "## Data and licences",

@@ -28,9 +28,9 @@ class Ask:
 
     def line(self, answer: Answer) -> str:
         """The question's own line with the answer added."""
-        told = {"answer": answer.text, "task": answer.task, "stage": answer.stage, "banks": list(answer.banks)}
+        result = {"answer": answer.text, "task": answer.task, "stage": answer.stage, "banks": list(answer.banks)}
         likely = {"probabilities": answer.probabilities} if answer.probabilities else {}
-        return json.dumps({**(self.json or {}), **told, **likely}, ensure_ascii=False)
+        return json.dumps({**(self.json or {}), **result, **likely}, ensure_ascii=False)
 
 
 class _Line(BaseModel):

@@ -48,7 +48,7 @@ class _Answered(NamedTuple):
 
 
 class _Web:
-    """What the page asks for. One question is answered at a time: there is one model."""
+    """What the page requests. One question is answered at a time: there is one model."""
 
     def __init__(self, model: AnsweringModel) -> None:
         self.model, self._lock = model, Lock()
@@ -70,13 +70,13 @@ class _Web:
     def questions(self, request: Request) -> Response:
         """The test questions of a task that have a text in them."""
         records, wanted = self._records(self._task(request)), request.query_params.get("search", "").lower()
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         for index, record in enumerate(records):
             if wanted in record.text.lower():
-                found.append({"index": index, "question": record.text, "truth": record.gt, "type": record.answer_type})
-                if len(found) == MOST_LISTED:
+                rows.append({"index": index, "question": record.text, "truth": record.gt, "type": record.answer_type})
+                if len(rows) == MOST_LISTED:
                     break
-        return JSONResponse({"questions": found, "all": len(records)})
+        return JSONResponse({"questions": rows, "all": len(records)})
 
     def image(self, request: Request) -> Response:
         """A test question's picture, decoded and written anew: no file is handed out as it is."""
@@ -193,8 +193,8 @@ def _file(path: Path) -> Callable[[Request], Awaitable[Response]]:
 
 
 async def _explain(request: Request, error: Exception) -> Response:
-    status, told = (error.status_code, error.detail) if isinstance(error, HTTPException) else (400, str(error))
-    return JSONResponse({"error": told}, status)
+    status, message = (error.status_code, error.detail) if isinstance(error, HTTPException) else (400, str(error))
+    return JSONResponse({"error": message}, status)
 
 
 class _Headers:

@@ -37,7 +37,7 @@ def training_arguments(
         "ddp_find_unused_parameters": False,  # every batch uses every matrix of the bank
         "run_name": f"{config.run}/{task.name}",
         **fields,
-        "gradient_checkpointing": bool(fields.get("gradient_checkpointing")),  # how many layers, the trainer is told
+        "gradient_checkpointing": bool(fields.get("gradient_checkpointing")),  # the trainer takes how many layers
         "output_dir": str(work_folder(config, task)),
         "num_train_epochs": 1.0 if ordered else task.epochs,
         "learning_rate": task.learning_rate,

@@ -94,17 +94,17 @@ def _places(folder: Path, config: StreamConfig, whole: bool) -> dict[str, Path]:
     if not trained:
         raise BankError(f"{folder}: method {config.method} has no banks")
     places = {task.name: _place(folder, config, task) for task in trained}
-    found = {name: place for name, place in places.items() if place is not None}
-    if not found:
+    known = {name: place for name, place in places.items() if place is not None}
+    if not known:
         tried = _published_name(config, trained[0])
         raise BankError(f"{folder}: no bank of this stream; looked for {tried}/{PUBLISHED_WEIGHTS} and banks/NAME")
-    missing = next((task for task in trained[: len(found)] if task.name not in found), None)
+    missing = next((task for task in trained[: len(known)] if task.name not in known), None)
     if whole and missing is not None:
         raise BankError(
             f"{folder}: the chain has a gap: {_published_name(config, missing)} is missing, though "
-            f"{_published_name(config, config.task([*found][-1]))} is there"
+            f"{_published_name(config, config.task([*known][-1]))} is there"
         )
-    return found
+    return known
 
 
 def _load(place: Path, name: str, config: StreamConfig) -> Bank:
@@ -191,10 +191,10 @@ def _import_chain(folder: Path, config: StreamConfig) -> list[str]:
 def _check_usable(bank: Bank, place: Path, config: StreamConfig, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Refuse what training, evaluation or analysis of the run would refuse once it is imported."""
     method = method_of(config)
-    found = {name: (b.shape[0], a.shape[1]) for name, (a, b) in bank.matrices.items()}
-    for name in sorted(found.keys() | shapes.keys()):
-        if found.get(name) != shapes.get(name):
-            here, there = (" × ".join(map(str, known.get(name) or ())) or "not there" for known in (found, shapes))
+    own = {name: (b.shape[0], a.shape[1]) for name, (a, b) in bank.matrices.items()}
+    for name in sorted(own.keys() | shapes.keys()):
+        if own.get(name) != shapes.get(name):
+            here, there = (" × ".join(map(str, known.get(name) or ())) or "not there" for known in (own, shapes))
             raise BankError(
                 f"{place}: its layers are not those of the base model {config.model.path}: {name} is {here}, the "
                 f"model's {there}"
@@ -228,11 +228,11 @@ def _enter(bank: Bank, place: Path, config: StreamConfig, ledger: Ledger) -> Non
     source = {"path": str(file.resolve()), "sha256": file_digest(file)}
     # The source's, or what `bank fit-router` has put there before.
     routers = [known / STATISTICS for known in (place, folder) if (known / STATISTICS).is_file()]
-    beside = {STATISTICS: load_file(routers[0])} if routers else {}
+    extra = {STATISTICS: load_file(routers[0])} if routers else {}
     if type(method_of(config)).task_state is not Method.task_state:
-        beside[TASK_STATE] = load_file(place / TASK_STATE)
+        extra[TASK_STATE] = load_file(place / TASK_STATE)
     described = {**bank.metadata, "modality": task.modality, "index": task.index, "imported": source}
-    digest = save_bank(replace(bank, metadata=described), folder, config.lora.dropout, beside)
+    digest = save_bank(replace(bank, metadata=described), folder, config.lora.dropout, extra)
     imported = Imported(path=source["path"], sha256=source["sha256"])
     ledger.enter(config, task, digest, steps=0, train_loss=None, seconds=0.0, imported=imported)
 

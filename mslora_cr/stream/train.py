@@ -144,15 +144,15 @@ def train_task(run: StreamRun, task: Task) -> None:
     """
     trainer, router = build_trainer(run, task)
     # A shared file system may show other hosts an older state, of checkpoints here and of the ledger below.
-    found = broadcast_object(checkpoints(work_folder(run.config, task)))
+    left = broadcast_object(checkpoints(work_folder(run.config, task)))
     step = 0
-    if found:
-        with reading(str(found[-1])):
-            step = TrainerState.load_from_json(str(found[-1] / TRAINER_STATE_NAME)).global_step
-        check_same_launch(found[-1], trainer.args, run.input_digests(task), run.force)
-    _say_where_it_starts(task, trainer, found)
+    if left:
+        with reading(str(left[-1])):
+            step = TrainerState.load_from_json(str(left[-1] / TRAINER_STATE_NAME)).global_step
+        check_same_launch(left[-1], trainer.args, run.input_digests(task), run.force)
+    _say_where_it_starts(task, trainer, left)
     with tracked(trainer, run.config.run_dir / "logs", task.name, step):
-        trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+        trainer.train(resume_from_checkpoint=str(left[-1]) if left else None)
     save_task(run, task, trainer, router)
     run.ledger.share()
     release_trainer(trainer)
@@ -231,12 +231,12 @@ def seen_by_layers(
     return layer_inputs(stack.model, batch_of, len(data), samples, tokens, config.seed)
 
 
-def _say_where_it_starts(task: Task, trainer: BankTrainer, found: Sequence[Path]) -> None:
+def _say_where_it_starts(task: Task, trainer: BankTrainer, left: Sequence[Path]) -> None:
     """What the console shows of a task: where it resumes, and from then on our own progress, not transformers'."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    if found and rank() == 0:
-        log.info("%s: resumes after step %s, from %s", task.name, found[-1].name.rpartition("-")[2], found[-1])
+    if left and rank() == 0:
+        log.info("%s: resumes after step %s, from %s", task.name, left[-1].name.rpartition("-")[2], left[-1])
 
 
 def training_samples(run: StreamRun, task: Task, base: llava_med.LlavaMed) -> ConcatTrainDataset:
@@ -264,8 +264,8 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
         return
     folder = ledger.bank_folder(task.name)
     with writing(folder):
-        beside = {TASK_STATE: kept, STATISTICS: router.tensors() if router else {}}
-        digest = save_bank(bank, folder, config.lora.dropout, beside)
+        extra = {TASK_STATE: kept, STATISTICS: router.tensors() if router else {}}
+        digest = save_bank(bank, folder, config.lora.dropout, extra)
     ledger.enter(
         config,
         task,

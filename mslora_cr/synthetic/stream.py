@@ -290,7 +290,7 @@ def _draw_split(
     bar: "tqdm[Any]",
 ) -> list[tuple[str, Question]]:
     """Draw ``count`` pictures; (image path relative to the task's folder, question) in random order."""
-    asked = []
+    questions = []
     for image_folder in image_folders:
         (folder / image_folder).mkdir(parents=True, exist_ok=True)
     for _ in range(count):
@@ -300,6 +300,6 @@ def _draw_split(
         # Stored, not deflated: a file's length tells its dimensions and nothing about what it shows.
         draw(kind, traits, rng).save(folder / image, compress_level=0)
         for group in task.questions(kind, traits):
-            asked.append((image, group[rng.integers(len(group))]))
+            questions.append((image, group[rng.integers(len(group))]))
         bar.update()
-    return [asked[place] for place in rng.permutation(len(asked))]
+    return [questions[place] for place in rng.permutation(len(questions))]

@@ -39,8 +39,8 @@ class SaveError(UserError):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints inside a task, oldest first."""
-    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    numbered = (path for path in found if path.is_dir() and path.name.rpartition("-")[2].isdecimal())
+    folders = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    numbered = (path for path in folders if path.is_dir() and path.name.rpartition("-")[2].isdecimal())
     return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
 
 

@@ -34,7 +34,7 @@ def layer_inputs(
     """
     layers = {name.removeprefix(PEFT_PREFIX): m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    found = {name: torch.zeros(len(chosen), tokens, layer.in_features) for name, layer in layers.items()}
+    collected = {name: torch.zeros(len(chosen), tokens, layer.in_features) for name, layer in layers.items()}
     model.eval()
     for start in range(0, len(chosen), world_size()):
         own = start + rank()
@@ -46,8 +46,8 @@ def layer_inputs(
             model(**batch, logits_to_keep=1, use_cache=False)
         if own < len(chosen):
             for name, inputs in seen.items():
-                found[name][own, : len(positions)] = inputs
-    return {name: all_reduce_sum(inputs).flatten(0, 1).T for name, inputs in found.items()}
+                collected[name][own, : len(positions)] = inputs
+    return {name: all_reduce_sum(inputs).flatten(0, 1).T for name, inputs in collected.items()}
 
 
 @contextmanager

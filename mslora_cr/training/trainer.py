@@ -274,9 +274,9 @@ class BankTrainer(Trainer):
 
         count = len(self.samples)
         with self.compute_loss_context_manager():
-            found = layer_inputs(self.stack.model, batch_of, count, samples, tokens, self.args.seed)
+            inputs = layer_inputs(self.stack.model, batch_of, count, samples, tokens, self.args.seed)
         reshard(self)
-        return found
+        return inputs
 
     # --- the order of samples ---
 

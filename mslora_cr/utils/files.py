@@ -115,15 +115,15 @@ def _remove_leftovers(path: Path) -> None:
     """Remove what processes that are gone have left of earlier attempts to write `path`."""
     if not path.parent.is_dir():
         return
-    for found in path.parent.iterdir():
-        pid, _, rest = found.name.removeprefix(_prefix(path)).partition("-")
-        ours = found.name.startswith(_prefix(path)) and pid.isdecimal() and len(rest) == 20 and rest.endswith(".tmp")
-        if not ours or (found in _in_use if int(pid) == os.getpid() else _lives(int(pid))):
+    for entry in path.parent.iterdir():
+        pid, _, rest = entry.name.removeprefix(_prefix(path)).partition("-")
+        ours = entry.name.startswith(_prefix(path)) and pid.isdecimal() and len(rest) == 20 and rest.endswith(".tmp")
+        if not ours or (entry in _in_use if int(pid) == os.getpid() else _lives(int(pid))):
             continue
-        if found.is_dir() and not found.is_symlink():
-            shutil.rmtree(found, ignore_errors=True)
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
         else:
-            found.unlink(missing_ok=True)
+            entry.unlink(missing_ok=True)
 
 
 def _lives(pid: int) -> bool:

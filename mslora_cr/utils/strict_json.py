@@ -40,11 +40,11 @@ def _whole(text: str) -> int:
 
 
 def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the key {shorten(twice)} appears twice in an object")
-    return found
+    return result
 
 
 STRICT_JSON = json.JSONDecoder(
