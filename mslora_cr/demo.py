@@ -87,7 +87,7 @@ def _configurations(overrides: Sequence[str]) -> dict[str, StreamConfig]:
         raise ConfigError(
             "evaluation.banks_by: the demo is task-aware; after it, run mslora-cr evaluate demo --banks-by routed"
         )
-    closed = {name for name, found in catalog().items() if found.test_rows.closed}
+    closed = {name for name, dataset in catalog().items() if dataset.test_rows.closed}
     if closed.isdisjoint(task.name for task in first.tasks):
         raise ConfigError("tasks: the demo compares closed questions, and none of these tasks has any; add one")
     return runs

@@ -87,10 +87,10 @@ class SharedInput:
             parts = (x.flatten(0, -2) @ stacked.T).split(ranks, dim=1)
             self._products = dict(zip(map(id, self.layers), parts, strict=True))
             self._input = x  # held until all are taken, so that no other tensor can be in its place
-        found = self._products.pop(id(layer))
+        product = self._products.pop(id(layer))
         if not self._products:
             self._input = None
-        return found
+        return product
 
     def _is_input(self, x: Tensor) -> bool:
         """The same numbers in the same place; ZeRO-3 gives each layer an alias of its own."""

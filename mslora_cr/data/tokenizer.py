@@ -77,5 +77,5 @@ class Tokenizer:
 
     def piece_id(self, piece: str) -> int | None:
         """The id of a piece of the vocabulary, or None."""
-        found = self._llama.get_vocab().get(piece)
-        return None if found is None else int(found)
+        number = self._llama.get_vocab().get(piece)
+        return None if number is None else int(number)

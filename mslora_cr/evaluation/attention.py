@@ -80,9 +80,9 @@ class SharedCache(Cache):
         """(rows, heads, n, width) → (openings, heads, most rows of one · n, width)."""
         return rows[self.members].transpose(1, 2).flatten(2, 3)
 
-    def by_row(self, found: Tensor) -> Tensor:
+    def by_row(self, values: Tensor) -> Tensor:
         """The inverse of `by_opening`."""
-        parts = found.unflatten(2, (self.members.shape[1], -1))
+        parts = values.unflatten(2, (self.members.shape[1], -1))
         return parts[self.group, :, self.place]
 
 

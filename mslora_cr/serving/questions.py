@@ -65,10 +65,10 @@ def _read(line: str, place: str, folder: Path, images: Sequence[str]) -> Ask:
         return Ask(line, tuple(images))
     try:
         fields = STRICT_JSON.decode(line)
-        asked = _Line.model_validate(fields)
+        parsed = _Line.model_validate(fields)
     except ValidationError as error:
         raise DataError(f"{place}: {first_problem(error)}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: {explain_json(error)}") from None
-    shown = [str(folder / image) for image in asked.image] or list(images)
-    return Ask(asked.question, tuple(shown), asked.task, fields)
+    shown = [str(folder / image) for image in parsed.image] or list(images)
+    return Ask(parsed.question, tuple(shown), parsed.task, fields)

@@ -234,9 +234,9 @@ def _ham(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
 def _cxp(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
     place = re.compile(r"(?:^|/)(train|test)/(NORMAL|PNEUMONIA)/([^/]+\.(?i:jpeg|jpg|png))$")
     # Kaggle's archive holds the whole tree twice.
-    found = sorted({match.groups() for file in raw.files if (match := place.search(str(file.path)))})
+    folders = sorted({match.groups() for file in raw.files if (match := place.search(str(file.path)))})
     numbers: Counter[str] = Counter()
-    for folder, label, name in found:
+    for folder, label, name in folders:
         split: Split = "train" if folder == "train" else "test"
         yield Row(split, numbers[folder], f"{folder}/{label}/{name}", questions["label"], label.lower(), "CLOSED")
         numbers[folder] += 1

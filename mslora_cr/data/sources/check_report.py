@@ -53,11 +53,11 @@ class Report:
     def errors(self) -> int:
         return sum(problem.level == "error" for problem in self.problems)
 
-    def error(self, message: str, found: Sequence[str] = ()) -> None:
-        self.problems.append(Problem("error", message, len(found) or 1, list(found[:EXAMPLES])))
+    def error(self, message: str, examples: Sequence[str] = ()) -> None:
+        self.problems.append(Problem("error", message, len(examples) or 1, list(examples[:EXAMPLES])))
 
-    def warning(self, message: str, found: Sequence[str] = ()) -> None:
-        self.problems.append(Problem("warning", message, len(found) or 1, list(found[:EXAMPLES])))
+    def warning(self, message: str, examples: Sequence[str] = ()) -> None:
+        self.problems.append(Problem("warning", message, len(examples) or 1, list(examples[:EXAMPLES])))
 
 
 COLUMNS = (
@@ -75,7 +75,7 @@ def table(reports: Iterable[Report]) -> str:
             shares = (f"{answer} {count / report.test_closed:.0%}" for answer, count in report.closed_answers.items())
             balance.append(f"closed answers: {report.name}: {', '.join(shares)}")
         if report.training_answers:
-            shares = (f"{answer} {found.share:.0%}" for answer, found in report.training_answers.items())
+            shares = (f"{answer} {share.share:.0%}" for answer, share in report.training_answers.items())
             balance.append(f"training answers: {report.name}: {', '.join(shares)}")
         values = [getattr(report, name) for name in COLUMNS]
         verdict = "errors" if report.errors else "warnings" if report.problems else "ok"

@@ -88,26 +88,26 @@ def convert(
     """
     columns, rendering, split = columns or Columns(), rendering or Rendering(), split or Split()
     _check_output(output)
-    found = Converted()
-    rows = list(_usable(read_rows(source, columns, question), found))
-    found.grouped_by = (columns.group or "patient") if any(row.group for row in rows) else "image"
+    converted = Converted()
+    rows = list(_usable(read_rows(source, columns, question), converted))
+    converted.grouped_by = (columns.group or "patient") if any(row.group for row in rows) else "image"
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         staging = Path(folder) / output.name
         (staging / IMAGES).mkdir(parents=True)
-        writer = _Images(image_root or (source if source.is_dir() else source.parent), staging, rendering, found)
+        writer = _Images(image_root or (source if source.is_dir() else source.parent), staging, rendering, converted)
         bar = tqdm(rows, "images", unit="row", disable=not progress)
         placed = [(row, names) for row in bar if (names := writer.place(row))]
-        found.images = writer.count
-        train, test = _parted(placed, split, found)
+        converted.images = writer.count
+        train, test = _parted(placed, split, converted)
         _write(staging, train, test, closed)
-        found.train, found.test = len(train), len(test)
+        converted.train, converted.test = len(train), len(test)
         later = [row.place for row, _ in test if len(row.turns) > 2]
         if later:
-            found.left_out["the later questions of a conversation on the test side"] = later
-        write_json(staging / REPORT, {"source": str(source), **found.summary()})
+            converted.left_out["the later questions of a conversation on the test side"] = later
+        write_json(staging / REPORT, {"source": str(source), **converted.summary()})
         replace_folder(staging, output)
-    return found
+    return converted
 
 
 def holds_questions(source: Path) -> bool:
@@ -134,7 +134,7 @@ def convert_images(source: Path, output: Path, rendering: Rendering | None = Non
     files = [path for path in files if is_dicom(path) or is_nifti(path)]
     if not files:
         raise DataError(f"{source}: no DICOM or NIfTI file there")
-    found, root = Converted(rows=len(files)), source if source.is_dir() else source.parent
+    converted, root = Converted(rows=len(files)), source if source.is_dir() else source.parent
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         staging = Path(folder) / output.name
@@ -145,14 +145,14 @@ def convert_images(source: Path, output: Path, rendering: Rendering | None = Non
             try:
                 for suffix, data in pictures(path, None, rendering or Rendering()):
                     place.with_name(place.name + suffix).write_bytes(data)
-                    found.images += 1
+                    converted.images += 1
             except DataError as error:
-                found.left_out["an image that cannot be read"].append(str(error))
-        if not found.images:
-            raise DataError(f"{source}: {len(files)} files, and none can be read: {found.left_out.popitem()[1][0]}")
-        write_json(staging / REPORT, {"source": str(source), **found.summary()})
+                converted.left_out["an image that cannot be read"].append(str(error))
+        if not converted.images:
+            raise DataError(f"{source}: {len(files)} files, and none can be read: {converted.left_out.popitem()[1][0]}")
+        write_json(staging / REPORT, {"source": str(source), **converted.summary()})
         replace_folder(staging, output)
-    return found
+    return converted
 
 
 def _check_output(output: Path) -> None:
@@ -160,14 +160,14 @@ def _check_output(output: Path) -> None:
         raise DataError(f"{output}: already there, and not from data convert; choose another --output or move it away")
 
 
-def _usable(rows: Iterable[Row | tuple[str, str]], found: Converted) -> Iterator[Row]:
+def _usable(rows: Iterable[Row | tuple[str, str]], converted: Converted) -> Iterator[Row]:
     for row in rows:
-        found.rows += 1
+        converted.rows += 1
         if not isinstance(row, Row):
             reason, place = row
-            found.left_out[reason].append(place)
+            converted.left_out[reason].append(place)
         elif row.split == "validation":
-            found.left_out["of the validation split"].append(row.place)
+            converted.left_out["of the validation split"].append(row.place)
         else:
             yield row
 
@@ -231,10 +231,12 @@ class _Images:
 Placed = tuple[Row, list[str]]
 
 
-def _parted(rows: Sequence[Placed], split: Split, found: Converted) -> tuple[list[Placed], list[Placed]]:
+def _parted(rows: Sequence[Placed], split: Split, converted: Converted) -> tuple[list[Placed], list[Placed]]:
     """Training and test rows: as the source says, the others by groups."""
     if not rows:
-        reasons = "; ".join(f"{len(places)} rows: {reason}, {places[0]}" for reason, places in found.left_out.items())
+        reasons = "; ".join(
+            f"{len(places)} rows: {reason}, {places[0]}" for reason, places in converted.left_out.items()
+        )
         raise DataError(f"no row can be used{': ' if reasons else ''}{reasons}")
     groups = _groups(rows)
     free: dict[str, int] = defaultdict(int)
@@ -253,11 +255,11 @@ def _parted(rows: Sequence[Placed], split: Split, found: Converted) -> tuple[lis
         side = placed[0].split or ("test" if group in drawn else "train")
         sides[side].append(placed)
         seen[side].add(group)
-    found.shared_groups = sorted(seen["train"] & seen["test"])
+    converted.shared_groups = sorted(seen["train"] & seen["test"])
     for side, members in sides.items():
         if not members:
             raise DataError(
-                f"the {side} side is empty: {len(rows)} rows of {len(set(groups))} groups (by {found.grouped_by}). "
+                f"the {side} side is empty: {len(rows)} rows of {len(set(groups))} groups (by {converted.grouped_by}). "
                 "Give more images or patients, or name the column with the split (--split)"
             )
     return sides["train"], sides["test"]

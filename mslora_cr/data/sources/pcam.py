@@ -66,18 +66,18 @@ def export_images(raw: RawData, wanted: Mapping[str, Path], answers: Mapping[str
 
 def _check_answers(raw: RawData, answers: Mapping[str, str]) -> None:
     labels: dict[str, list[bool]] = {}
-    found: Counter[tuple[str, bool]] = Counter()
+    counted: Counter[tuple[str, bool]] = Counter()
     for name, answer in answers.items():
         split, index = _row_of(name)
         if split not in labels:
             labels[split] = read_labels(raw, split)
         if index >= len(labels[split]):
             raise DataError(f"PCam image {name!r}: split {split} has {len(labels[split])} rows only")
-        found[answer.strip().strip(" .").lower(), labels[split][index]] += 1
-    words = Counter(word for word, _ in found.elements())
-    if not len(words) == len(found) == len({label for _, label in found}) == 2:
+        counted[answer.strip().strip(" .").lower(), labels[split][index]] += 1
+    words = Counter(word for word, _ in counted.elements())
+    if not len(words) == len(counted) == len({label for _, label in counted}) == 2:
         named = [word for word, _ in words.most_common(4)]
-        counts = [f"{word[:60]!r} ({found[word, True]} with, {found[word, False]} without)" for word in named]
+        counts = [f"{word[:60]!r} ({counted[word, True]} with, {counted[word, False]} without)" for word in named]
         more = f" and {len(words) - len(named)} other answers" if len(words) > len(named) else ""
         raise DataError(
             "PCam: expected two answers in the annotations, one for the rows with tumor tissue and one for those "

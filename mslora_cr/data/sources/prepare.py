@@ -79,7 +79,7 @@ def prepare(
             # All names take part, so that a repeated run matches as the first one did.
             matches = _match(dataset, list(answers), data, result)
             # An image that is in place, perhaps by hand, is no longer ambiguous.
-            result.ambiguous = {name: found for name, found in result.ambiguous.items() if name in targets}
+            result.ambiguous = {name: candidates for name, candidates in result.ambiguous.items() if name in targets}
             result.missing = [name for name in targets if name not in matches and name not in result.ambiguous]
             _place({name: matches[name] for name in targets if name in matches}, targets, copy, progress)
             result.placed = len(targets) - len(result.missing) - len(result.ambiguous)
@@ -159,7 +159,7 @@ Likeness = tuple[int, int]
 def _match(dataset: DataSet, names: Sequence[str], data: RawData, result: Prepared) -> dict[str, RawFile]:
     """The raw file of each name. A file that several names could mean belongs to those it is most like."""
     shared = Counter(PurePosixPath(name).name for name in names)
-    found: dict[str, tuple[Likeness, RawFile]] = {}
+    matches: dict[str, tuple[Likeness, RawFile]] = {}
     claims: dict[RawFile, Likeness] = {}
     for name in names:
         path = PurePosixPath(name)
@@ -173,9 +173,9 @@ def _match(dataset: DataSet, names: Sequence[str], data: RawData, result: Prepar
         if len(best) > 1 and len({fingerprint(file) for file in best}) > 1:
             result.ambiguous[name] = [str(file.path) for file in best]
         elif best:
-            found[name] = highest, best[0]
+            matches[name] = highest, best[0]
             claims[best[0]] = max(highest, claims.get(best[0], highest))
-    return {name: file for name, (likeness, file) in found.items() if likeness == claims[file]}
+    return {name: file for name, (likeness, file) in matches.items() if likeness == claims[file]}
 
 
 def _likeness(name: PurePosixPath, file: RawFile) -> Likeness:

@@ -160,12 +160,12 @@ class RawData:
         """
         for suffix in suffixes:
             parts = PurePosixPath(suffix).parts
-            found = [file for file in self.named(parts[-1]) if file.path.parts[-len(parts) :] == parts]
-            if len({fingerprint(file) for file in found}) > 1:
-                places = "".join(f"\n  {file.path}" for file in found)
+            files = [file for file in self.named(parts[-1]) if file.path.parts[-len(parts) :] == parts]
+            if len({fingerprint(file) for file in files}) > 1:
+                places = "".join(f"\n  {file.path}" for file in files)
                 raise DataError(f"{suffix}: the raw data contains several different ones; keep one:{places}")
-            if found:
-                return found[0]
+            if files:
+                return files[0]
         places = ", ".join(str(place) for place in self.places)
         raise DataError(f"{' or '.join(suffixes)}: not found in {places}")
 
