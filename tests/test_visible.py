@@ -39,3 +39,11 @@ def test_names_from_annotations_are_shown_escaped(tmp_path: Path, capsys: pytest
     assert main(check) == 0
     said = capsys.readouterr()
     assert "\x1b" not in said.out + said.err and r"\x1b[2Jx.png" in said.out and r"\x1b]0;owned\x07" in said.out
+
+
+def test_results_are_printed_once_under_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", "list"]) == 0 and capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    assert main(["config", "list"]) == 0 and not capsys.readouterr().out

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import ClassVar
 
-from mslora_cr.utils.visible import visible
+from mslora_cr.utils.visible import is_first_rank, visible
 
 NORMAL, QUIET, VERBOSE = logging.INFO, logging.WARNING, logging.DEBUG
 
@@ -19,7 +19,7 @@ class FirstRank(logging.Filter):
     """Lets the first rank speak, and an error of any."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or os.environ.get("RANK", "0") == "0"
+        return record.levelno >= logging.ERROR or is_first_rank()
 
 
 class Console(logging.Handler):

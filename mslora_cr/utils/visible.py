@@ -28,15 +28,21 @@ class NobodyReadsError(BrokenPipeError):
     """Whoever read standard output has gone, as `head` does once it has seen enough."""
 
 
+def is_first_rank() -> bool:
+    """Whether this is the first of the processes that a launcher started, or there is no launcher."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class _Visible:
-    """A stream that shows what is written to it, and is the stream otherwise."""
+    """A stream that shows what the first rank writes to it, and is the stream otherwise."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with _reader_of(self._stream):
-            self._stream.write(visible(text))
+        if is_first_rank():
+            with _reader_of(self._stream):
+                self._stream.write(visible(text))
         return len(text)
 
     def flush(self) -> None:
@@ -59,7 +65,7 @@ def _reader_of(stream: TextIO) -> Iterator[None]:
 
 @contextmanager
 def visible_results() -> Iterator[None]:
-    """Inside, whatever is printed to standard output is `visible`.
+    """Inside, whatever is printed to standard output is `visible`, and printed once under a launcher.
 
     Raises:
         NobodyReadsError: nobody reads it any more; what is printed afterwards goes nowhere.

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from mslora_cr.banks.io import load_bank
 from mslora_cr.models.llava_med import load
 from mslora_cr.utils.files import file_digest
+from tests.conftest import first_in_make_test
 from tests.distributed import faults
 from tests.distributed.conftest import FIXED, Run, write_exact_config
 from tests.distributed.launch import STAGES, compare_runs, deepspeed_file, launch, logged
@@ -25,8 +26,14 @@ SPLIT = ("training.per_device_train_batch_size=1",)
 CHECKPOINTED = ("training.gradient_checkpointing=true", "training.gradient_checkpointing_kwargs={use_reentrant: false}")
 
 
-@pytest.mark.parametrize("weights", ["fixed", "learnable"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "weights"),
+    first_in_make_test(
+        *((stage, "fixed") for stage in STAGES),
+        *((stage, "learnable") for stage in ("ddp", "zero3", "zero1", "zero2")),
+        first=len(STAGES) + 2,
+    ),
+)
 def test_two_processes_give_the_numbers_of_one(trained: Run, stage: str, weights: str) -> None:
     compare_runs(trained(stage, weights), trained("one", weights), TASKS)
 
@@ -46,7 +53,7 @@ def test_four_micro_batches_equal_one_batch(trained: Run) -> None:
     compare_runs(trained("one", "fixed", *SPLIT), trained("one"), TASKS)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", first_in_make_test("ddp", "zero2", "zero3", "zero1", first=3))
 def test_micro_batches_of_two_processes_equal_one_batch(trained: Run, stage: str) -> None:
     """2 processes × 1 sample × 2 micro-batches against 4 samples at once."""
     compare_runs(trained(stage, "fixed", *SPLIT), trained("one"), TASKS)
@@ -75,7 +82,7 @@ def test_a_penalty_without_gradient_is_caught(trained: Run, tmp_path: Path, tiny
         compare_runs(ours, trained("one"), TASKS)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", first_in_make_test("ddp", "zero3", "zero1", "zero2", first=2))
 def test_bf16_trains_with_penalties_in_float32(trained: Run, stage: str) -> None:
     ours = trained(stage, "fixed", "training.bf16=true", "model.dtype=bfloat16")
     for task in TASKS:

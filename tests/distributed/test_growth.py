@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mslora_cr.data.sources.catalog import catalog
-from tests.conftest import write_config
+from tests.conftest import first_in_make_test, write_config
 from tests.distributed import growth
 from tests.distributed.launch import deepspeed_file, launch
 
@@ -18,7 +18,7 @@ LEAST_LEAK = 3_000_000
 """Bytes a task: less than a third of what one tiny model takes, more than the allocator's own drift."""
 
 
-@pytest.mark.parametrize("stage", ["ddp", "zero3"])
+@pytest.mark.parametrize("stage", first_in_make_test("zero3", "ddp"))
 def test_eight_tasks_in_one_launch_leave_nothing_behind(
     stage: str, tiny_settings: dict[str, Any], tmp_path: Path
 ) -> None:

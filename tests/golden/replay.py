@@ -46,6 +46,8 @@ from mslora_cr.training.trainer import BankTrainer, loss_mask
 PIXELS, BASE_LOSS, LOGITS, PENALTIES = 1e-5, 1e-5, 1e-4, 1e-5
 GRADIENTS, TRAINING_LOSS, FINAL_BANKS, EXACT = 1e-4, 5e-5, 2e-4, 0.0
 
+FOLDS = ("merge", "concatenate")
+
 
 @dataclass
 class Check:
@@ -340,10 +342,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.golden.replay", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder in the format of tests/golden/tiny_a")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    parser.add_argument(
+        "--fold", choices=FOLDS, nargs="+", default=FOLDS, help="how frozen banks join (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
     failed = 0
-    for fold in ("merge", "concatenate"):
+    for fold in args.fold:
         print(f"\nfrozen banks folded by: {fold}, on {args.device}")
         print(f"{'check':<28}{'compared':>9}{'worst deviation':>17}{'tolerance':>11}  verdict")
         for check in Replay(args.folder, fold, args.device).run():

@@ -25,5 +25,5 @@ def test_an_altered_number_fails(tmp_path: Path, capsys: pytest.CaptureFixture[s
     training = json.loads((folder / "training.json").read_text())
     training["tasks"][1]["train_loss"][3] += 1e-3
     (folder / "training.json").write_text(json.dumps(training))
-    assert main([str(folder)]) == 1
+    assert main([str(folder), "--fold", "merge"]) == 1
     assert "FAILED" in capsys.readouterr().out
