@@ -14,6 +14,7 @@ from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.evaluation import evaluate as evaluate_module
 from mslora_cr.evaluation import generate
+from mslora_cr.evaluation import session as session_module
 from mslora_cr.evaluation.cells import cells
 from mslora_cr.evaluation.evaluate import evaluate
 from tests.killing import KillPoint, run_until_killed
@@ -143,8 +144,8 @@ def test_the_whole_matrix(results: Results, asked: list[int]) -> None:
 
 def test_switching_the_stage_loads_nothing_again(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     loads, folds = [], []
-    load, set_frozen = evaluate_module.load_base, BankStack.set_frozen
-    monkeypatch.setattr(evaluate_module, "load_base", lambda *args: loads.append(args) or load(*args))
+    load, set_frozen = session_module.load_base, BankStack.set_frozen
+    monkeypatch.setattr(session_module, "load_base", lambda *args: loads.append(args) or load(*args))
     monkeypatch.setattr(BankStack, "set_frozen", lambda *args: folds.append(len(args[1])) or set_frozen(*args))
     results.evaluate("--stages", "all", "evaluation.banks_by=all")
     assert len(loads) == 1
@@ -163,7 +164,7 @@ def test_answers_of_several_stages_are_scored_once(results: Results, monkeypatch
 def test_seconds_are_those_of_answering(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not of loading the model, which the first cell waits for."""
     clock = SimpleNamespace(now=0.0)
-    load, greedy = evaluate_module.load_base, generate.greedy
+    load, greedy = session_module.load_base, generate.greedy
 
     def slowly(seconds: float, call: Any) -> Any:
         def wrapped(*args: Any) -> Any:
@@ -173,7 +174,7 @@ def test_seconds_are_those_of_answering(results: Results, monkeypatch: pytest.Mo
         return wrapped
 
     monkeypatch.setattr(generate, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(evaluate_module, "load_base", slowly(100, load))
+    monkeypatch.setattr(session_module, "load_base", slowly(100, load))
     monkeypatch.setattr(generate, "greedy", slowly(1, greedy))
     assert [cell["seconds"] for cell in results.evaluate("evaluation.batch_size=4")["cells"]] == [2, 2, 1]
 

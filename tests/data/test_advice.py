@@ -64,6 +64,10 @@ def test_data_check_takes_a_configuration(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     output = str(tmp_path / "check.json")
     assert main(["data", "check", str(tmp_path / "run.yaml"), "--no-images", "--output", output]) == 0
-    said = capsys.readouterr().out
-    assert "mine" in said and "modality 'pathologie' is none of the catalogue's; is 'pathology' meant?" in said
+    captured = capsys.readouterr()
+    said = captured.out + captured.err
+    assert (
+        "mine" in said
+        and "warning: mine: modality 'pathologie' is none of the catalogue's; is 'pathology' meant?" in said
+    )
     assert "pathvqa" not in said and "published test set" not in said
