@@ -238,13 +238,13 @@ def test_an_interrupted_command_says_so_on_standard_error(
 
 
 def test_another_broken_pipe_is_an_error_like_any_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("mslora_cr.banks.io.load_bank", broken)
-    assert main(["bank", "show", str(tmp_path)]) == 1
+    monkeypatch.setattr("mslora_cr.config.load.load_config", broken)
+    assert main(["train", "demo"]) == 1
     assert "Broken pipe; finished work is kept" in capsys.readouterr().err
 
 
