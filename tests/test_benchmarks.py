@@ -24,6 +24,7 @@ RATIOS = {
 }
 REPETITIONS = {"startup": 1, "memory": 1}
 """Fewer where every measurement is a process of its own."""
+THROUGH_ALL = "memory"
 MORE = {"generation": ["--questions", "6", "--new-tokens", "4", "--batches", "1", "6"], "penalty": ["--profile"]}
 MORE["generation"] += ["--baseline-questions", "3", "--in-turn"]
 MORE["shared_images"] = ["--questions", "6", "--new-tokens", "4", "--patches", "4"]
@@ -32,15 +33,22 @@ MORE["step"] = ["--peak", "2"]
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
+    """One of them through `benchmarks.all`, which puts all into one file."""
     file = folder / "figures.json"
     repetitions = str(REPETITIONS.get(name, 2))
     arguments = ["--size", "tiny", "--repetitions", repetitions, "--device", "cpu", "--json", str(file)]
-    importlib.import_module(f"benchmarks.{name}").main([*arguments, *MORE.get(name, [])])
-    return json.loads(file.read_text(encoding="utf-8"))
+    if name != THROUGH_ALL:
+        importlib.import_module(f"benchmarks.{name}").main([*arguments, *MORE.get(name, [])])
+        return json.loads(file.read_text(encoding="utf-8"))
+    all_benchmarks.main([*arguments, "--only", name])
+    [(key, found)] = json.loads(file.read_text(encoding="utf-8")).items()
+    assert key == name
+    assert found["command"] == f"python -m benchmarks.{name} --size tiny --repetitions {repetitions} --device cpu"
+    return found
 
 
 @pytest.mark.parametrize("name", RATIOS)
-def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = run(name, tmp_path)
     assert RATIOS[name] <= set(found["ratios"])
     assert all(value > 0 for value in found["ratios"].values())
@@ -50,7 +58,7 @@ def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capsys: pytes
     assert found["repetitions"] == REPETITIONS.get(name, 2)
     assert found["command"].startswith(f"python -m benchmarks.{name} --size tiny")
     assert {"versions", "git", "hardware", "machine"} <= set(found["environment"])
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     assert all(name in printed for name in [*found["figures"], *found["ratios"]])
     if name == "penalty":
         assert found["largest_deviation_from_autograd"]["gradient_relative"] < 1e-5
@@ -78,16 +86,6 @@ def test_a_command_is_profiled_from_its_start_to_its_end(capsys: pytest.CaptureF
         assert {"Python and imports", "everything else", *stages} == set(found[command])
         assert all(seconds > 0 for seconds in found[command].values())
     assert "training beside the steps" in capsys.readouterr().out
-
-
-def test_all_go_into_one_file(tmp_path: Path) -> None:
-    file = tmp_path / "machine.json"
-    all_benchmarks.main(
-        ["--size", "tiny", "--repetitions", "1", "--device", "cpu", "--only", "penalty", "--json", str(file)]
-    )
-    [(name, found)] = json.loads(file.read_text(encoding="utf-8")).items()
-    assert name == "penalty" and found["ratios"]["autograd_over_ours"] > 0
-    assert found["command"] == "python -m benchmarks.penalty --size tiny --repetitions 1 --device cpu"
 
 
 def test_intervals_cover_and_tests_reject_as_often_as_they_say() -> None:

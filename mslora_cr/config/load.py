@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig
         ConfigError: unreadable file, unsafe YAML, unknown key (with the nearest known one), wrong type, repeated or
             unknown task, bad override.
     """
-    raw = _merge({"datasets": _catalogued_datasets()}, read_layers(path))
+    raw = _merge({"datasets": copy.deepcopy(_catalogued_datasets())}, read_layers(path))
     for override in overrides:
         _apply_override(raw, override)
     check_values(raw)
@@ -66,6 +68,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig
         raise ConfigError(f"{path}: " + "; ".join(_explain(item, raw) for item in error.errors())) from None
 
 
+@cache
 def _catalogued_datasets() -> dict[str, Any]:
     """Folder and modality of the published data sets, which the package's catalogue states."""
     entries = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))
