@@ -117,7 +117,7 @@ def test_one_of_many_runs_can_come_out_significant(tmp_path: Path) -> None:
     """With 1,000 flips the least adjusted p of 80 tests would be 80 / 1001."""
     base = make_run(tmp_path, "base", tasks=("PCAM", "CXP"), right=lambda task, stage: 20)[1]
     worse = make_run(tmp_path, "worse", tasks=("PCAM", "CXP"), right=lambda task, stage: 2)[1]
-    found = compare({"base": base, "worse": worse, **{f"same {number}": base for number in range(39)}})
+    found = compare({"base": base, "worse": worse, **{f"same {number}": base for number in range(39)}}).model_dump()
     for test in by_task(found, "closed accuracy", "worse").values():  # exactly, 2/2^18 each
         assert test["p_adjusted"] < 0.05
     assert by_task(found, "closed accuracy", "same 7")["PCAM"]["p_adjusted"] == 1
