@@ -192,7 +192,7 @@ def run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None]) -> Path:
     What a run prints goes into `sweep.log` in its results folder. A run that fails does not stop the others.
 
     Returns:
-        The page. `sweep.json`, `sweep.md` and `sweep.svg` are beside it.
+        The page. `sweep.json`, `sweep.md` and `sweep.svg` are next to it.
 
     Raises:
         UserError: runs have failed; names them and their logs. The report holds the others.

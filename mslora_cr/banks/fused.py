@@ -1,4 +1,4 @@
-"""A bank's layer as one operation: ``y = x Wᵀ + Σ scaling · (x Aᵀ) Bᵀ`` over the adapters beside a frozen W.
+"""A bank's layer as one operation: ``y = x Wᵀ + Σ scaling · (x Aᵀ) Bᵀ`` over the adapters next to a frozen W.
 
 PEFT's layer takes x to the adapter's dtype and autocast takes it back, scales the bank's output and adds it to the
 base's, each a pass over all positions, and saves several copies of x. Here x and x Aᵀ are saved once, B is scaled

@@ -17,10 +17,10 @@ from mslora_cr.banks.stack import language_linears
 
 
 class PerSampleAdapters:
-    """Banks beside a base model that has none merged in: ``x Wᵀ + ((x Aᵀ) · m) Bᵀ`` at every linear layer.
+    """Banks next to a base model that has none merged in: ``x Wᵀ + ((x Aᵀ) · m) Bᵀ`` at every linear layer.
 
     A and B hold all banks, one after the other; m is 1 for the ranks of the row's own banks and 0 elsewhere, so a row
-    gets what it would get alone, whatever is beside it. The banks are held once, in the model's dtype.
+    gets what it would get alone, whatever is next to it. The banks are held once, in the model's dtype.
     """
 
     def __init__(self, model: PreTrainedModel, banks: Sequence[Bank]) -> None:
@@ -33,7 +33,7 @@ class PerSampleAdapters:
             BankError: a bank has routers; such banks cannot be summed.
         """
         if any(bank.routers for bank in banks):
-            raise BankError("a bank with routers cannot answer beside others")
+            raise BankError("a bank with routers cannot answer together with others")
         self._columns = torch.repeat_interleave(torch.arange(len(banks)), torch.tensor([bank.rank for bank in banks]))
         self._banks = len(banks)
         self._dtype = model.get_input_embeddings().weight.dtype  # a quantised layer's weight has none to compute in

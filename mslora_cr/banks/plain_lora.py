@@ -37,7 +37,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 """Values of other keys at which LoRA is plain, besides an empty one (null, false, "", [], {})."""
 _BESIDE = ("non_lora_trainables.bin", "mm_projector.bin", "trainable_token_indices.safetensors")
-"""Files of other training scripts that hold what was trained beside the LoRA."""
+"""Files of other training scripts that hold what was trained in addition to the LoRA."""
 
 
 def check_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
@@ -61,7 +61,7 @@ def check_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
     for name in _BESIDE:
         if (folder / name).exists():
             raise BankError(
-                f"{folder}: {name} holds what was trained beside the LoRA matrices, and a bank has no place for it"
+                f"{folder}: {name} holds what was trained in addition to the LoRA matrices, and a bank has no place for it"
             )
 
 

@@ -25,7 +25,7 @@ def add_convert(actions: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("source", type=Path, metavar="SOURCE", help="file or folder to convert")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the new data set's folder")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="where image names start (default: beside SOURCE)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="where image names start (default: next to SOURCE)")
     for name, default in (("image", "image"), ("question", "question"), ("answer", "answer")):
         parser.add_argument(f"--{name}", default=default, metavar="COLUMN", help=f"column of the {name} (%(default)s)")
     parser.add_argument(

@@ -118,7 +118,7 @@ class RegularizationConfig(Section):
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     """How earlier banks are held for the penalties, whose arithmetic is float32: 4 or 2 bytes per number."""
     frozen_device: Literal["model", "cpu"] = "model"
-    """Where they are held: beside the model, or in the CPU's pinned memory, from which a GPU reads them once a step."""
+    """Where they are held: on the model's device, or in the CPU's pinned memory, from which a GPU reads them once a step."""
 
     @model_validator(mode="after")
     def _check(self) -> RegularizationConfig:
@@ -146,7 +146,7 @@ class DatasetConfig(Section):
     folder: str
     image_folders: list[str] = []
     published: str | None = None
-    """The published task whose scores reports show beside this one's."""
+    """The published task whose scores reports show next to this one's."""
 
 
 class TaskConfig(Section):

@@ -20,16 +20,16 @@ def deepspeed_configurations() -> dict[str, Path]:
     return {path.stem: path for path in sorted((DEFAULTS / "deepspeed").glob("*.json"))}
 
 
-def find_config(given: str | Path, beside: Path = Path()) -> Path:
+def find_config(given: str | Path, folder: Path = Path()) -> Path:
     """The file of that path, or the shipped one of that name; a file that is there goes first.
 
     Args:
-        beside: the folder that a relative path starts from.
+        folder: the folder that a relative path starts from.
 
     Raises:
         ConfigError: there is neither; names the nearest.
     """
-    path = beside / given
+    path = folder / given
     shipped = configurations()
     if path.is_file() or str(given) not in shipped:
         return _existing(path, shipped, "configuration")

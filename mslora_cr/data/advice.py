@@ -19,10 +19,10 @@ def missing_annotations(path: Path) -> str:
             "you have"
         )
     files = sorted(folder.iterdir())
-    if beside := [file.name for file in files if file.suffix.lower() in (".csv", ".tsv", ".xlsx", ".parquet")]:
-        return f"; {beside[0]} is beside it: `mslora-cr data convert` makes a data set of its rows"
+    if tables := [file.name for file in files if file.suffix.lower() in (".csv", ".tsv", ".xlsx", ".parquet")]:
+        return f"; {tables[0]} is next to it: `mslora-cr data convert` makes a data set of its rows"
     other = [file.name for file in files if file.suffix.lower() in (".json", ".jsonl")]
-    return f"; {', '.join(other[:3])} beside it: rename what belongs here, {FORMATS}" if other else ""
+    return f"; {', '.join(other[:3])} next to it: rename what belongs here, {FORMATS}" if other else ""
 
 
 def other_record(value: Mapping[str, Any]) -> str:

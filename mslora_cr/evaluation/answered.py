@@ -102,7 +102,7 @@ def answered_run(label: str, folder: Path, at: Stage) -> Answered:
 
 def _scored(path: Path) -> AnsweredTask:
     """Score an answer file. Which questions are about one image is known from the answers themselves, or from a
-    `scores.csv` of the same questions beside them, as `mslora-cr score --questions` writes it."""
+    `scores.csv` of the same questions next to them, as `mslora-cr score --questions` writes it."""
     answers = read_answers(path)
     scores = score_answers(answers).columns
     columns = {name: np.array(column, dtype=np.float64) for name, column in scores.items()}

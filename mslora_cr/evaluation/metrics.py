@@ -1,4 +1,4 @@
-"""Text metrics of generated answers: those of the published MSLoRA-CR evaluation, and more beside them.
+"""Text metrics of generated answers: those of the published MSLoRA-CR evaluation, and further ones.
 
 For the published ones an answer and its truth are normalised the way the VQA challenge normalises answers
 (Antol et al., "VQA: Visual Question Answering", ICCV 2015), in the variant that LLaVA-Med's evaluation uses.

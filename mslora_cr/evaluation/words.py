@@ -1,4 +1,4 @@
-"""Metrics that count words of any script, beside the published ones: overlap of reports, whole-word closed accuracy,
+"""Metrics that count words of any script, in addition to the published ones: overlap of reports, whole-word closed accuracy,
 and corpus BLEU."""
 
 from __future__ import annotations

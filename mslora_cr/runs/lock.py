@@ -1,4 +1,4 @@
-"""One writer per folder, on all hosts that share it: a lock of the operating system, and a sign of life beside it.
+"""One writer per folder, on all hosts that share it: a lock of the operating system, and a sign of life next to it.
 
 The lock is POSIX's (`fcntl.lockf`): the kernel drops it when its process ends, however that ends; worker processes do
 not inherit it; over NFS it holds between hosts. Some file systems keep it to one host (Lustre without `flock`), or

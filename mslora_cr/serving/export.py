@@ -30,7 +30,7 @@ Format = Literal["peft", "merged", "published"]
 RECORD = "export.json"
 """What an exported folder was made from."""
 BASE = "base"
-"""The exported base model's folder, beside the adapters."""
+"""The exported base model's folder, next to the adapters."""
 ALL = "model"
 """The folder of a model that answers every task."""
 SUFFIXES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -181,7 +181,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _staging(folder: Path) -> Path:
-    """A fresh hidden folder beside the one to write.
+    """A fresh hidden folder next to the one to write.
 
     Raises:
         ConfigError: something that is no export has the folder's name.

@@ -49,7 +49,7 @@ _TEXT: dict[str, Any] = {
 
 
 def make_tiny_llava_med(directory: Path, seed: int = 0, pretrain_steps: int = 500, progress: bool = True) -> None:
-    """Write ``directory/llava_med_tiny`` and, beside it, the CLIP tower that its configuration names.
+    """Write ``directory/llava_med_tiny`` and, next to it, the CLIP tower that its configuration names.
 
     The weights, random at first, see ``pretrain_steps`` batches in each half of `tiny_pretraining.pretrain`; with 0
     they stay random. A complete model made with the same arguments is left unchanged, one made with others is replaced.

@@ -199,7 +199,7 @@ def make_stream(root: Path, seed: int = 0, train_images: int = 240, test_images:
 def build_once(target: Path, what: str, parameters: dict[str, Any], build: Callable[[Path], None]) -> None:
     """Make the folder ``target`` with ``build``, whole or not at all, unless it exists already.
 
-    ``build`` fills a folder beside ``target`` that is renamed at the end. A stamp in it records ``what`` and
+    ``build`` fills a folder next to ``target`` that is renamed at the end. A stamp in it records ``what`` and
     ``parameters``; a folder with the same stamp is kept, one with another stamp is replaced.
 
     Raises:

@@ -17,7 +17,7 @@ from mslora_cr.utils.errors import UserError
 
 @contextmanager
 def replacing(path: Path, shared: bool = False, flush: bool = True) -> Iterator[Path]:
-    """A new hidden file beside `path`, to be written in the block; then it is flushed to disk and renamed to `path`.
+    """A new hidden file next to `path`, to be written in the block; then it is flushed to disk and renamed to `path`.
 
     A block that fails leaves nothing. What a killed process leaves is removed when `path` is written again.
 
@@ -98,7 +98,7 @@ _in_use: set[Path] = set()
 
 @contextmanager
 def _hidden(path: Path) -> Iterator[Path]:
-    """A name beside `path` that nobody can have made, with the process that makes it."""
+    """A name next to `path` that nobody can have made, with the process that makes it."""
     name = path.with_name(f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(8)}.tmp")
     _in_use.add(name)
     try:

@@ -34,10 +34,10 @@ def test_what_is_beside_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"mslora-cr data download.*link_assets\.sh"):
         TrainingRecords(tmp_path / "PathVQA" / "train.json")
     (tmp_path / "data.json").write_text("[]")
-    with pytest.raises(DataError, match=r"data\.json beside it: rename"):
+    with pytest.raises(DataError, match=r"data\.json next to it: rename"):
         TestRecords(tmp_path / "test.jsonl")
     (tmp_path / "rows.csv").write_text("")
-    with pytest.raises(DataError, match=r"rows\.csv is beside it: `mslora-cr data convert` makes a data set"):
+    with pytest.raises(DataError, match=r"rows\.csv is next to it: `mslora-cr data convert` makes a data set"):
         TrainingRecords(tmp_path / "train.json")
 
 

@@ -1,6 +1,6 @@
 """`mslora-cr data download` and `mslora-cr model download`: what the Hugging Face hub holds for this project.
 
-An interrupted download resumes where it stopped. `download.json` beside the files records the exact
+An interrupted download resumes where it stopped. `download.json` next to the files records the exact
 commit. Another endpoint is named with the environment variable HF_ENDPOINT.
 """
 

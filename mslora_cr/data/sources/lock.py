@@ -1,7 +1,7 @@
 """What was downloaded once is what is downloaded ever after: a lock file of revisions, sizes and digests.
 
 The first download of an asset enters every file of it; later ones, on any machine that has the lock file, are held
-against it. A project commits it beside its configurations.
+against it. A project commits it next to its configurations.
 """
 
 from __future__ import annotations
