@@ -61,7 +61,7 @@ def check_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
     for name in _BESIDE:
         if (folder / name).exists():
             raise BankError(
-                f"{folder}: {name} holds what was trained in addition to the LoRA matrices, and a bank has no place for it"
+                f"{folder}: {name} holds what was trained besides the LoRA matrices, and a bank has no place for it"
             )
 
 

@@ -118,7 +118,7 @@ class RegularizationConfig(Section):
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     """How earlier banks are held for the penalties, whose arithmetic is float32: 4 or 2 bytes per number."""
     frozen_device: Literal["model", "cpu"] = "model"
-    """Where they are held: on the model's device, or in the CPU's pinned memory, from which a GPU reads them once a step."""
+    """Where they are held: on the model's device, or in pinned CPU memory, from which a GPU reads them once a step."""
 
     @model_validator(mode="after")
     def _check(self) -> RegularizationConfig:

@@ -1,5 +1,5 @@
-"""Metrics that count words of any script, in addition to the published ones: overlap of reports, whole-word closed accuracy,
-and corpus BLEU."""
+"""Metrics that count words of any script, which the published evaluation has not: overlap of reports, whole-word closed
+accuracy, and corpus BLEU."""
 
 from __future__ import annotations
 
