@@ -6,6 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "mslora_cr"
 ROOMS = (
+    "earlier",
     "utils",
     "config",
     "distributed",

@@ -1,0 +1,3 @@
+from mslora_cr.earlier import moved
+
+__getattr__ = moved("banks")

@@ -1,0 +1,3 @@
+from mslora_cr.cli.main import main
+
+__all__ = ["main"]
