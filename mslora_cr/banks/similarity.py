@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
+from mslora_cr.utils.regular import check_regular
 
 _PLACE = re.compile(r".*layers\.(\d+)\.\w+\.(\w+)")
 
@@ -91,7 +92,7 @@ def bank_similarity(weights: Mapping[str, Path]) -> Similarity:
         BankError: a bank cannot be read, or the banks do not hold the same matrices.
     """
     try:
-        files = {name: safe_open(path, framework="pt") for name, path in weights.items()}
+        files = {name: safe_open(check_regular(path), framework="pt") for name, path in weights.items()}
     except (OSError, SafetensorError) as error:
         raise BankError(f"a bank cannot be read: {error}") from None
     shapes = {name: _shapes(file) for name, file in files.items()}

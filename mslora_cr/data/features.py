@@ -26,6 +26,7 @@ from mslora_cr.data.images import load_image, preprocess
 from mslora_cr.data.records import DataError
 from mslora_cr.utils.files import file_digest, replacing
 from mslora_cr.utils.progress import progress_bar
+from mslora_cr.utils.regular import check_regular
 
 _NAME = "features"
 _BATCH = 16  # images the tower sees at once
@@ -51,7 +52,7 @@ class FeatureCache:
         """
         place = self.place(image)
         try:
-            return load_file(place)[_NAME]
+            return load_file(check_regular(place))[_NAME]
         except (OSError, SafetensorError, KeyError) as error:
             raise DataError(
                 f"{image}: no features in {place} ({error}); remove that file if it exists and start again, and do "

@@ -240,7 +240,7 @@ def _mark(path: Path) -> bytes:
 
 
 def _read_marks(cache: Path | None) -> set[bytes]:
-    if cache is None or not cache.exists():
+    if cache is None or not cache.is_file():
         return set()
     data = cache.read_bytes()
     whole = len(data) - len(data) % _MARK_BYTES  # a killed run may have left half a mark

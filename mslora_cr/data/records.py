@@ -37,7 +37,6 @@ AnswerType = Literal["OPEN", "CLOSED"]
 CHUNK_BYTES = 1 << 20
 IMAGE = "<image>"
 """The marker that represents a record's images in a text."""
-BYTE_ORDER_MARK = "opens with a byte order mark; save it as UTF-8 without one"
 _BLANKS = re.compile(r"[ \t\r\n]*")
 TOO_LONG = "a record of more than 16 MB"
 MAX_RECORD_BYTES = 16 << 20  # no conversation comes near this; it bounds what a damaged file can make us read
@@ -265,9 +264,9 @@ class TestRecords(_Records[TestRecord]):
             number += 1
             if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
                 raise DataError(f"{self.path}: line {number}: {TOO_LONG}")
-            if start == 0 and line.startswith(codecs.BOM_UTF8):
-                raise DataError(f"{self.path}: {BYTE_ORDER_MARK}")
             place, end = f"line {number}", start + len(line)
+            if start == 0 and line.startswith(codecs.BOM_UTF8):  # programs on Windows put one before UTF-8
+                start, line = len(codecs.BOM_UTF8), line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 try:
                     value = self._decode(line, place)
@@ -304,8 +303,8 @@ class _ListReader:
         self.ended = False
 
     def items(self) -> Iterator[Item]:
-        if self._peek() == "\ufeff":
-            raise DataError(f"{self.path}: {BYTE_ORDER_MARK}")
+        if self._peek() == "\ufeff":  # a byte order mark, which programs on Windows put before UTF-8
+            self._advance(1)
         if self._peek() != "[":
             raise DataError(f"{self.path}: expected one list ([…]) of records")
         self._advance(1)

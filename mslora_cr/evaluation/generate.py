@@ -26,6 +26,7 @@ from mslora_cr.evaluation.prefix import Limits, Wave, grouped, in_waves, padding
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import append_to, file_digest, replacing
 from mslora_cr.utils.progress import progress_bar
+from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import decode_json
 
 log = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def read_journals(folder: Path, fingerprint: str) -> dict[int, str]:
         if not journal.name.startswith(f".answers-{fingerprint[:16]}-"):
             journal.unlink()
             continue
-        lines = journal.read_bytes().split(b"\n")
+        lines = check_regular(journal).read_bytes().split(b"\n")
         if lines[-1]:  # without a line break at its end: cut short, and the next line would join it
             with replacing(journal) as partial:
                 partial.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))

@@ -41,6 +41,7 @@ from mslora_cr.runs.session import (
     task_image_roots,
 )
 from mslora_cr.utils.files import replacing
+from mslora_cr.utils.regular import check_regular
 
 
 def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mapping[str, Bank] | None = None) -> Path:
@@ -208,7 +209,7 @@ class _Routed:
         fingerprint: str,
     ) -> None:
         """Give each task its share of the answers, each noting the task it was taken for."""
-        with (together / ANSWERS).open(encoding="utf-8") as lines:
+        with check_regular(together / ANSWERS).open(encoding="utf-8") as lines:
             for task in tasks:
                 folder = folders[task.name]
                 folder.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from mslora_cr.evaluation.words import corpus_bleu
 from mslora_cr.utils.errors import first_problem
 from mslora_cr.utils.files import write_text
 from mslora_cr.utils.progress import progress_bar
+from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import JsonError, decode_json
 from mslora_cr.utils.workers import worker_pool
 
@@ -73,7 +74,7 @@ def read_answers(path: Path) -> list[AnswerRecord]:
             in a field; the message names file, line and field.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = check_regular(path).read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     return [_parse(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -162,7 +163,7 @@ def read_scores(path: Path) -> ScoreTable:
         DataError: it is missing or not such a file.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with check_regular(path).open(newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
         columns = dict(zip(header, zip(*rows, strict=True) if rows else [()] * len(header), strict=True))
         ids, groups = columns.pop("question_id"), columns.pop("group", None)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mslora_cr.evaluation.files import ANALYSIS, ROUTED, ROUTING, Analysis, Routing
 from mslora_cr.evaluation.results import Evaluation, ReportError, read_evaluation
 from mslora_cr.runs.entries import LEDGER, RunLedger
+from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.state import Part
 from mslora_cr.utils.strict_json import JsonError, decode_json
 
@@ -115,7 +116,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
     Raises:
         ReportError: another line is not a JSON object with a step; the message names file and line.
     """
-    lines = path.read_bytes().split(b"\n")
+    lines = check_regular(path).read_bytes().split(b"\n")
     steps: dict[int, dict[str, float]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mslora_cr.banks.bank import BankError
 from mslora_cr.banks.io import STATISTICS
+from mslora_cr.utils.regular import check_regular
 
 SHRINKAGE = 0.1
 """How far covariances between features are drawn to zero; their variances stay."""
@@ -56,7 +57,7 @@ def load_statistics(bank_folder: Path) -> TaskStatistics:
     """
     path = bank_folder / STATISTICS
     try:
-        stored = load_file(path)
+        stored = load_file(check_regular(path))
         return TaskStatistics(int(stored["count"]), stored["mean"], stored["scatter"])
     except (OSError, KeyError, SafetensorError) as error:
         raise BankError(

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from mslora_cr.banks.io import CONFIG as ADAPTER_CONFIG
 from mslora_cr.banks.io import METADATA
+from mslora_cr.config.plain_yaml import read_plain_yaml
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.runs.entries import RunLedger
 from mslora_cr.utils.strict_json import JsonError, read_object
@@ -85,10 +83,10 @@ def changed_settings(folder: Path, config: StreamConfig, task: Task) -> list[str
     """What decides a task's bank and differs from the configuration saved in a run folder: `key: old there, new here`,
     the order of tasks first."""
     try:
-        saved = StreamConfig.model_validate(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+        saved = StreamConfig.model_validate(read_plain_yaml(folder / CONFIG))
         last = saved.stream[task.index] if task.index < len(saved.stream) else None
         old = saved.fingerprint_fields(last)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, ValidationError):
+    except (OSError, ValueError):
         return [f"its {CONFIG} is gone or damaged"]
     new = config.fingerprint_fields(task)
     found = []

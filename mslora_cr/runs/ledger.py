@@ -24,6 +24,7 @@ from mslora_cr.routing.lda import TaskStatistics, load_statistics
 from mslora_cr.runs.differences import CONFIG, Finished, changed_settings
 from mslora_cr.runs.entries import LEDGER, Forced, RunLedger, TaskEntry
 from mslora_cr.utils.files import file_digest, write_text
+from mslora_cr.utils.regular import check_regular
 
 PACKAGES = ("mslora-cr", "torch", "transformers", "peft", "accelerate", "deepspeed", "tokenizers")
 
@@ -181,7 +182,7 @@ class Ledger:
     def task_state(self, task: str) -> dict[str, Tensor]:
         """What the method kept of a finished task; empty if that is nothing, or the task is not finished."""
         entry = self.tasks.get(task)
-        return load_file(self.bank_folder(task) / TASK_STATE) if entry and entry.memory_digest else {}
+        return load_file(check_regular(self.bank_folder(task) / TASK_STATE)) if entry and entry.memory_digest else {}
 
     def statistics(self, task: str) -> TaskStatistics:
         """What a router needs to know of a task, from the file beside its bank.

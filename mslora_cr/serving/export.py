@@ -17,7 +17,6 @@ from mslora_cr.banks.io import CONFIG, PEFT_PREFIX, WEIGHTS, lora_config
 from mslora_cr.banks.plain_lora import WRITTEN
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.data.records import STRICT_JSON
 from mslora_cr.models.llava_med import LlavaMed
 from mslora_cr.models.transformers_layout import portable_processor, save_transformers_layout
 from mslora_cr.runs.ledger import finished_banks
@@ -25,6 +24,7 @@ from mslora_cr.runs.session import base_digest, load_base
 from mslora_cr.serving.selection import RunBanks
 from mslora_cr.stream.import_export import export_chain
 from mslora_cr.utils.files import replace_folder, write_json
+from mslora_cr.utils.strict_json import read_object
 
 Format = Literal["peft", "merged", "published"]
 RECORD = "export.json"
@@ -177,7 +177,7 @@ def _record(config: StreamConfig, weights: str, task: str | None, stage: int, ba
 def read_record(folder: Path) -> dict[str, Any]:
     """What an exported folder was made from; empty if it is none."""
     path = folder / RECORD
-    return STRICT_JSON.decode(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _staging(folder: Path) -> Path:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mslora_cr.data.records import DataError
 from mslora_cr.serving.answering import Answer
 from mslora_cr.utils.errors import first_problem
+from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import STRICT_JSON, explain_json
 
 
@@ -52,7 +53,7 @@ def read_questions(source: str, images: Sequence[str]) -> list[Ask]:
     """
     name = "standard input" if source == "-" else source
     try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        text = sys.stdin.read() if source == "-" else check_regular(Path(source)).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name}: cannot be read ({error})") from None
     folder = Path() if source == "-" else Path(source).parent

@@ -21,6 +21,7 @@ from mslora_cr.runs.ledger import Ledger
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.runs.session import base_digest
 from mslora_cr.utils.files import file_digest
+from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.state import StateError
 from mslora_cr.utils.strict_json import read_object
 
@@ -230,7 +231,7 @@ def _enter(bank: Bank, place: Path, config: StreamConfig, ledger: Ledger) -> Non
     routers = [known / STATISTICS for known in (place, folder) if (known / STATISTICS).is_file()]
     extra = {STATISTICS: load_file(routers[0])} if routers else {}
     if type(method_of(config)).task_state is not Method.task_state:
-        extra[TASK_STATE] = load_file(place / TASK_STATE)
+        extra[TASK_STATE] = load_file(check_regular(place / TASK_STATE))
     described = {**bank.metadata, "modality": task.modality, "index": task.index, "imported": source}
     digest = save_bank(replace(bank, metadata=described), folder, config.lora.dropout, extra)
     imported = Imported(path=source["path"], sha256=source["sha256"])

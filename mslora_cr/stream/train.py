@@ -58,6 +58,7 @@ from mslora_cr.training.trackers import tracked
 from mslora_cr.training.trainer import BankTrainer
 from mslora_cr.utils.kernels import chosen_kernels
 from mslora_cr.utils.progress import progress_bar
+from mslora_cr.utils.regular import check_all_regular
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ def train_task(run: StreamRun, task: Task) -> None:
     step = 0
     if left:
         with reading(str(left[-1])):
+            check_all_regular(left[-1])
             step = TrainerState.load_from_json(str(left[-1] / TRAINER_STATE_NAME)).global_step
         check_same_launch(left[-1], trainer.args, run.input_digests(task), run.force)
     _say_where_it_starts(task, trainer, left)

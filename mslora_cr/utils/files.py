@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.regular import check_regular
 
 
 @contextmanager
@@ -138,5 +139,5 @@ def _lives(pid: int) -> bool:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits."""
-    with path.open("rb") as file:
+    with check_regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

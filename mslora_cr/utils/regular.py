@@ -22,3 +22,14 @@ def check_regular(path: Path) -> Path:
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path
+
+
+def check_all_regular(folder: Path) -> None:
+    """See that a folder, however deep, holds nothing but folders and regular files: libraries open what is there.
+
+    Raises:
+        OSError: names what is something else, or a link that leads to nothing.
+    """
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            check_regular(path)

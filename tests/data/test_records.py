@@ -90,11 +90,25 @@ def test_a_sample_of_records_has_both_kinds_where_they_alternate(tmp_path):
     assert [record.question_id for record in opened.thinned(400)] == kinds
 
 
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    records = [GOOD, {**GOOD, "id": "é"}]
+    opened = TrainingRecords(
+        write(tmp_path / "train.json", json.dumps(records, ensure_ascii=False).encode("utf-8-sig"))
+    )
+    assert [opened[index].id for index in range(2)] == [record.id for record in opened] == [GOOD["id"], "é"]
+    content = ("\n" + lines(QUESTION, {**QUESTION, "text": "é"})).encode("utf-8-sig")
+    for text in (content, content.replace(b"\n", b"", 1)):
+        questions = TestRecords(write(tmp_path / "test.jsonl", text))
+        assert [questions[index].text for index in range(2)] == [QUESTION["text"], "é"]
+        assert [questions.place(index)[-1] for index in range(2)] == (["2", "3"] if text is content else ["1", "2"])
+        assert questions.digest == hashlib.sha256(text).hexdigest()
+
+
 G = json.dumps(GOOD)
 BAD_TRAINING = {
     "empty": (b"", "expected one list"),
     "empty list": ("[]", "no records"),
-    "byte order mark": (f"[{G}]".encode("utf-8-sig"), "byte order mark; save it as UTF-8 without one"),
+    "two byte order marks": (f"\ufeff[{G}]".encode("utf-8-sig"), "expected one list"),
     "object": ("{}", "expected one list"),
     "lines": (lines(GOOD, GOOD), "expected one list"),
     "numbers": ("[1]", "record 0: expected an object"),
@@ -184,7 +198,7 @@ def test_image_marks_may_stand_anywhere_in_the_first_question_and_in_test_questi
 Q = json.dumps(QUESTION)
 BAD_TEST = {
     "empty": ("\n\n", "no records"),
-    "byte order mark": (Q.encode("utf-8-sig"), "byte order mark; save it as UTF-8 without one"),
+    "two byte order marks": (f"\ufeff{Q}".encode("utf-8-sig"), "line 1: not valid JSON"),
     "list": (f"[{Q}]", "line 1: expected an object .* on each line, found the start of a list"),
     "list, indented": (json.dumps([QUESTION], indent=1), "line 1: expected an object .* on each line, found the start"),
     "syntax": (f"{Q}\n\n{Q[:-1]}\n", "line 3: not valid JSON"),

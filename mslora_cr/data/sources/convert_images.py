@@ -14,6 +14,7 @@ from PIL import Image
 
 from mslora_cr.data.images import FORMATS, MAX_PIXELS, load_image
 from mslora_cr.data.records import DataError
+from mslora_cr.utils.regular import check_regular
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -51,6 +52,10 @@ def pictures(path: Path, frame: int | None, rendering: Rendering) -> Iterator[tu
     Raises:
         DataError: the file cannot be read, or has no such frame.
     """
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     if is_nifti(path):
         yield from _drawn(_nifti(path, frame, rendering))
     elif is_dicom(path):
@@ -73,7 +78,7 @@ def is_dicom(path: Path) -> bool:
     if path.suffix.lower() in (".dcm", ".dicom"):
         return True
     try:
-        with path.open("rb") as file:
+        with check_regular(path).open("rb") as file:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False

@@ -10,6 +10,7 @@ from typing import Any
 
 from mslora_cr.data.records import IMAGE, DataError
 from mslora_cr.utils.errors import nearest
+from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import STRICT_JSON, decode_json, explain_json
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -79,7 +80,7 @@ def read_rows(source: Path, columns: Columns, question: str | None) -> Iterator[
 
 def _table(path: Path, delimiter: str, columns: Columns, question: str | None) -> Iterator[Row | Problem]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with check_regular(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter=delimiter)
             columns = _known_columns(path, reader.fieldnames or (), columns, question)
             for values in reader:
@@ -143,7 +144,7 @@ def _images(value: Any) -> tuple[str | bytes, ...]:
 
 def _sharegpt(path: Path, columns: Columns) -> Iterator[Row | Problem]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = check_regular(path).read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".jsonl":
             items = [STRICT_JSON.decode(line) for line in text.splitlines() if line.strip()]
         else:
@@ -191,7 +192,7 @@ def _dataset_folder(folder: Path, columns: Columns, question: str | None) -> Ite
     import pyarrow
     from pyarrow import ipc, parquet
 
-    files = sorted(file for pattern in ("*.arrow", "*.parquet") for file in folder.rglob(pattern))
+    files = sorted(file for pattern in ("*.arrow", "*.parquet") for file in folder.rglob(pattern) if file.is_file())
     files = [file for file in files if not file.name.startswith("cache-")]  # what `map` and `filter` leave
     if not files:
         raise DataError(f"{folder}: no .arrow or .parquet file; expected a folder that datasets' save_to_disk wrote")
