@@ -21,7 +21,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "config_file": ("config.load",),
     "data.annotations": ("data.sources.annotations",),
     "data.catalog": ("data.sources.catalog",),
-    "data.check": ("data.sources.check", "data.sources.check_report"),
+    "data.check": ("data.sources.check", "data.sources.check_report", "data.lengths"),
     "data.download": ("data.sources.download",),
     "data.pcam": ("data.sources.pcam",),
     "data.prepare": ("data.sources.prepare",),

@@ -11,7 +11,7 @@ from transformers import LlavaForConditionalGeneration
 
 from mslora_cr.cli.main import main
 from mslora_cr.data.images import load_image, preprocess
-from mslora_cr.data.sources.check import read_limit
+from mslora_cr.data.lengths import read_limit
 from mslora_cr.models import digest as digest_module
 from mslora_cr.models.digest import weights_digest
 from mslora_cr.models.layout import ModelError, language_linear_shapes, linear_name, published_linear_name

@@ -14,7 +14,7 @@ from mslora_cr.cli.convert import add_convert
 from mslora_cr.data.advice import missing_annotations
 from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.catalog import DataSet, catalog, data_set, unusual_modality
-from mslora_cr.data.sources.check import OwnDataSet, Scan, check, read_limit
+from mslora_cr.data.sources.check import OwnDataSet, Scan, check
 from mslora_cr.data.sources.check_report import table
 from mslora_cr.data.sources.download import ANNOTATIONS, download
 from mslora_cr.data.sources.prepare import prepare
@@ -210,7 +210,11 @@ def _to_check(target: Path, only: Sequence[str]) -> tuple[Path, list[DataSet] | 
 def run_check(args: argparse.Namespace) -> int:
     """0: no errors; 1: errors, which are listed."""
     root, datasets = _to_check(args.root, args.only)
-    limit = read_limit(args.model, args.max_length) if args.model else None
+    limit = None
+    if args.model:
+        from mslora_cr.data.lengths import read_limit  # imports transformers
+
+        limit = read_limit(args.model, args.max_length)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     scan = Scan(args.workers, sys.stderr.isatty(), cache=args.output.with_suffix(".good-images"))
     reports = [check(dataset, root, limit, None if args.no_images else scan) for dataset in datasets]

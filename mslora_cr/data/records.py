@@ -202,6 +202,10 @@ class _Records(Sequence[Record], Generic[Record]):
                 return [self._read(file, i) for i in range(len(self))[index]]
             return self._read(file, range(len(self))[index])
 
+    def sizes(self) -> list[int]:
+        """By record, its bytes in the file."""
+        return [end - start for start, end in zip(self._starts, self._ends, strict=True)]
+
     def thinned(self, most: int) -> Self:
         """At most this many of the records, as `sample_of` chooses them."""
         chosen, some = sample_of(len(self), most), copy.copy(self)

@@ -108,12 +108,16 @@ class Evaluation(StateFile):
 
         Raises:
             DataError: the scores of a cell are gone, or of more questions at one stage than at another.
+            ReportError: a cell has the metric, and its scores have not.
         """
         matrix = self.matrix(metric)
         if matrix is None:
             return MatrixIntervals({}, {}, {})
         [columns] = self.scores(results_dir, metric)
         answers = {(cell.task, cell.stage): cell.answers for cell in self.cells}
+        for place in matrix.scores.keys() - columns.keys():
+            scores = (results_dir / answers[place]).with_name(SCORES)
+            raise ReportError(f"{scores} has no {metric}, though {EVALUATION} gives one; evaluate that run again")
         return matrix_intervals(matrix, columns, answers)
 
     def same_banks_since_learned(self) -> bool:

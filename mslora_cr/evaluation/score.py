@@ -58,12 +58,13 @@ class AnswerRecord(BaseModel):
 
 
 class ScoreTable(NamedTuple):
-    """`scores.csv`: the questions' ids in order, by metric their scores in [0, 1], NaN where there is none, and the
-    number of each question's cluster."""
+    """`scores.csv`: the questions' ids in order, by metric their scores in [0, 1], NaN where there is none, the number
+    of each question's cluster, and its image's name, empty where that is not known."""
 
     ids: list[str]
     columns: dict[str, intervals.Scores]
     groups: intervals.Groups
+    images: Sequence[str] = ()
 
 
 def read_answers(path: Path) -> list[AnswerRecord]:
@@ -167,12 +168,12 @@ def read_scores(path: Path) -> ScoreTable:
             header, *rows = csv.reader(file)
         columns = dict(zip(header, zip(*rows, strict=True) if rows else [()] * len(header), strict=True))
         ids, groups = columns.pop("question_id"), columns.pop("group", None)
-        for name in ("answer_type", "image"):
-            columns.pop(name, None)
+        columns.pop("answer_type", None)
+        images = columns.pop("image", [""] * len(ids))
         values = {name: np.array([float(score or "nan") for score in column]) for name, column in columns.items()}
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise DataError(f"{path}: no scores of answers ({error}); evaluate or score them again") from None
-    return ScoreTable([*ids], values, group_numbers(groups if groups is not None else [""] * len(ids)))
+    return ScoreTable([*ids], values, group_numbers(groups if groups is not None else [""] * len(ids)), [*images])
 
 
 def group_numbers(labels: Sequence[str]) -> intervals.Groups:

@@ -3,6 +3,7 @@ confusions show."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ from mslora_cr.data.images import image_roots, resolve_image
 from mslora_cr.data.records import DataError, TestRecords
 from mslora_cr.evaluation.metrics import HIT_RECALL, normalize_answer
 from mslora_cr.evaluation.results import Cell, Evaluation
-from mslora_cr.evaluation.score import SCORES, AnswerRecord, read_answers, read_scores
+from mslora_cr.evaluation.score import SCORES, AnswerRecord, ScoreTable, read_answers, read_scores
 
 SAMPLED_RIGHT = 6
 """Right answers of a task that the browser shows beside the wrong ones, before it is asked for all."""
@@ -87,7 +88,8 @@ def browsed_answers(evaluation: Evaluation, results_dir: Path, config: StreamCon
         cells = [cell for cell in evaluation.cells if cell.task == task and (results_dir / cell.answers).is_file()]
         if not cells:
             continue
-        pictures, problem = _pictures(task, cells[-1], config) if config else ([], None)
+        table = read_scores((results_dir / cells[-1].answers).with_name(SCORES))
+        pictures, problem = _pictures(task, cells[-1], table, config) if config else ([], None)
         if problem:
             found.missing.append(f"no pictures of {task}: {problem}")
         found.tasks.append(_task_answers(evaluation, task, cells, results_dir, pictures))
@@ -128,35 +130,51 @@ def _texts(records: Iterable[AnswerRecord]) -> list[str]:
 
 def _graded(records: Sequence[AnswerRecord], scores: Path) -> tuple[list[bool], list[float]]:
     """Whether each answer is right, and its score, from the scores beside them."""
-    ids, metrics, _ = read_scores(scores)
+    table = read_scores(scores)
+    ids, metrics = table.ids, table.columns
     if len(ids) != len(records):
         raise DataError(f"{scores}: scores of {len(ids)} answers beside {len(records)}; score them again")
+    if lacking := {"close accuracy", "recall", "f1 score"} - metrics.keys():
+        raise DataError(f"{scores}: has no {', '.join(sorted(lacking))}; score the answers again")
     closed = np.array([record.answer_type == "CLOSED" for record in records], dtype=bool)
     right = np.where(closed, metrics["close accuracy"] == 1, metrics["recall"] > HIT_RECALL) if ids else closed
     score = np.where(closed, right, metrics["f1 score"]) if ids else closed
     return right.tolist(), score.astype(float).tolist()
 
 
-def _pictures(task: str, cell: Cell, config: StreamConfig) -> tuple[list[list[Path]], str | None]:
+def _pictures(task: str, cell: Cell, scores: ScoreTable, config: StreamConfig) -> tuple[list[list[Path]], str | None]:
     """The files of each question's pictures, in the order of the questions; or in words why they are not known."""
     place = config.task(task)
     root = Path(config.data.root)
-    questions = root / place.folder / "test.jsonl"
-    try:
-        records = TestRecords(questions)
-    except DataError as error:
-        return [], str(error)
-    if records.digest != cell.questions:
-        return [], f"{questions} is not the file that was asked from"
+    names, problem = _image_names(root / place.folder / "test.jsonl", cell, scores, config)
+    if problem is not None:
+        return [], problem
     roots = image_roots(root, place.folder, place.image_folders)
-    known: dict[str, list[Path]] = {}
-    for record in records:
-        for name in record.images:
-            if name not in known:
-                known[name] = _found(name, roots)
+    known = {name: _found(name, roots) for name in dict.fromkeys(itertools.chain.from_iterable(names))}
     lacking = sum(not paths for paths in known.values())
     problem = f"{lacking} of {len(known)} images are missing below {root}" if lacking else None
-    return [[path for name in record.images for path in known[name]] for record in records], problem
+    return [[path for name in row for path in known[name]] for row in names], problem
+
+
+def _image_names(
+    questions: Path, cell: Cell, scores: ScoreTable, config: StreamConfig
+) -> tuple[Sequence[Sequence[str]], str | None]:
+    """By question, the images that were shown, or in words why they are not known.
+
+    The scores name the first image of each question. Further ones, which `data.images: all` shows, and all of scores
+    that an earlier version wrote are in the file of the questions, if that is still the one that was asked from.
+    """
+    scored = [[name] if name else [] for name in scores.images]
+    if any(scored) and config.data.images == "first":
+        return scored, None
+    try:
+        records = TestRecords(questions)
+        problem = None if records.digest == cell.questions else f"{questions} is not the file that was asked from"
+    except DataError as error:
+        problem = str(error)
+    if problem is None:
+        return [record.images if config.data.images == "all" else record.images[:1] for record in records], None
+    return (scored, None) if any(scored) else ([], problem)
 
 
 def _found(name: str, roots: Sequence[Path]) -> list[Path]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.images import check_images, resolve_image
+from mslora_cr.data.lengths import count_cut, read_limit
 from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.distributed.deepspeed import zero_stage
@@ -16,6 +18,8 @@ from mslora_cr.runs.session import task_image_roots
 from mslora_cr.stream.arguments import work_folder
 from mslora_cr.training.checkpoints import checkpoints
 from mslora_cr.utils.workers import cores
+
+log = logging.getLogger(__name__)
 
 
 def check_trainable(config: StreamConfig, fields: dict[str, Any]) -> None:
@@ -68,6 +72,21 @@ def check_records_unchanged(ledger: Ledger, records: dict[str, TrainingRecords])
         entry = ledger.tasks.get(name)
         if entry is not None and entry.records_digest not in (None, found.digest):
             raise DataError(f"{found.path} has changed since {name!r} was trained on it; restore it to continue")
+
+
+def warn_of_cut_samples(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
+    """Say of each task how many samples are longer than `data.max_length`, where training cuts them."""
+    limit = read_limit(Path(config.model.path), config.data.max_length)
+    for name, found in records.items():
+        if cut := count_cut(limit, found, config.data.images == "all"):
+            log.warning(
+                "%s: %s of %s training samples are longer than data.max_length = %s positions, so that their end is "
+                "cut off; a larger data.max_length keeps it, and takes memory",
+                name,
+                f"{cut:,}",
+                f"{len(found):,}",
+                f"{limit.max_length:,}",
+            )
 
 
 def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:

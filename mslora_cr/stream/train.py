@@ -49,7 +49,13 @@ from mslora_cr.runs.session import (
     task_image_roots,
 )
 from mslora_cr.stream.arguments import training_arguments, work_folder
-from mslora_cr.stream.checks import check_records_unchanged, check_task_images, check_trainable, shared_facts
+from mslora_cr.stream.checks import (
+    check_records_unchanged,
+    check_task_images,
+    check_trainable,
+    shared_facts,
+    warn_of_cut_samples,
+)
 from mslora_cr.stream.plan import frozen_tasks, previous_task, tasks_to_train
 from mslora_cr.training.callbacks import ConsoleCallback, JsonLinesCallback
 from mslora_cr.training.checkpoints import check_same_launch, checkpoints, reading, writing
@@ -122,6 +128,7 @@ def _train(config: StreamConfig, fields: dict[str, Any], only: str | None, force
     def prepare() -> None:
         ledger.check_same_configuration(config, model_digest, force)  # in a moment; images may take minutes
         check_task_images(config, records)
+        warn_of_cut_samples(config, records)
         ledger.open(config, model_digest, force)
 
     run_on_rank0(prepare)

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from mslora_cr.cli.data import add_check_arguments, run_check
+from mslora_cr.data.lengths import read_limit
 from mslora_cr.data.records import DataError
 from mslora_cr.data.sources import check_report as module
 from mslora_cr.data.sources.catalog import data_set
-from mslora_cr.data.sources.check import Scan, check, read_limit
+from mslora_cr.data.sources.check import Scan, check
 from mslora_cr.data.sources.check_report import Report, Share, table
 from tests.data.test_images import picture
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.records import DataError, TestRecords
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.reporting import thumbnails
@@ -126,6 +127,27 @@ def test_pictures_of_other_questions_are_not_shown(tmp_path):
     assert "no pictures of slake-vqarad: 1 of 10 images are missing below" in page.text
     assert all(row[3] == [] for row in page.data["tasks"][0]["rows"])
     assert len(page.data["thumbnails"]) == 9
+
+
+def test_pictures_are_those_that_the_scores_name(tmp_path):
+    run = make_run(tmp_path, "seq", "sequential", TASKS, right=forgets)
+    config = with_pictures(tmp_path, run, side=8)
+    for task in TASKS:
+        questions = tmp_path / "data" / task / "test.jsonl"
+        for answers in (run[1] / task).rglob("answer-file.jsonl"):
+            score_file(answers, answers.parent, TestRecords(questions))
+        with questions.open("a") as file:
+            file.write("\n")  # another file than the one that was asked from
+    scores = run[1] / "slake-vqarad" / "scores.csv"
+    scores.write_text(scores.read_text().replace("images/0.png", "../../../outside.png"))
+    page = Page(write_report(*run, config))
+    assert "is not the file that was asked from" not in page.text
+    assert [row[3] for row in page.data["tasks"][0]["rows"]] == [[row // 4] for row in range(40)]
+    assert [row[3] for row in page.data["tasks"][1]["rows"][:5]] == [[]] * 4 + [[10]]
+    assert "no pictures of slake-vqarad: 1 of 10 images are missing below" in page.text
+    scores.write_text(scores.read_text().replace("recall", "another"))
+    with pytest.raises(DataError, match=r"scores\.csv: has no recall; score the answers again"):
+        write_report(*run, config)
 
 
 def test_hostile_text_stays_text(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -216,6 +217,27 @@ def state(folder: Path, random: Random) -> list[str]:
     return command
 
 
+def special_files(folder: Path, random: Random) -> list[str]:
+    """Something that is no file where another surface has a file: opened, it would block, or have no end."""
+    words = random.choice((annotations, tables, configurations, banks, checkpoints, answers, models, state))(
+        folder, random
+    )
+    files = sorted(Path(place) / name for place, _, names in os.walk(folder) for name in names)
+    path = random.choice([file for file in files if file.is_file() and not file.is_symlink()])
+    path.unlink()
+    kind = random.randrange(4)
+    if kind == 0:
+        os.mkfifo(path)
+    elif kind == 1:
+        path.symlink_to(random.choice(("/dev/zero", "/dev/tty", "/proc/self/mem", "nowhere", path.name)))
+    elif kind == 2:
+        os.mkfifo(path.with_name("fifo"))
+        path.symlink_to("fifo")
+    else:
+        path.mkdir()
+    return words
+
+
 SURFACES: dict[str, tuple[Surface, int]] = {
     "annotations": (annotations, 45),
     "names": (names, 45),
@@ -227,5 +249,6 @@ SURFACES: dict[str, tuple[Surface, int]] = {
     "checkpoints": (checkpoints, 20),
     "answers": (answers, 25),
     "state": (state, 12),
+    "special_files": (special_files, 25),
 }
 """Every surface with how many inputs of it `make test` tries."""

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, TypeVar
 from tqdm import tqdm
 
 from mslora_cr.data.advice import missing_annotations, says_nothing
-from mslora_cr.data.images import check_name, image_roots, inspect_images, resolve_image, tower_folder
+from mslora_cr.data.images import check_name, image_roots, inspect_images, resolve_image
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 from mslora_cr.data.sources.catalog import DataSet, TestRows
 from mslora_cr.data.sources.check_report import Problem, Report, Share
-from mslora_cr.utils.strict_json import read_object
 
 if TYPE_CHECKING:
-    from mslora_cr.data.tokenizer import Tokenizer
+    from mslora_cr.data.lengths import Limit
 
 
 Names = dict[str, str]
@@ -41,8 +40,6 @@ NOTABLE = 0.01
 CONVERTIBLE = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
 """What a table of questions may end in."""
 OUR_FILES = ("train.json", "test.jsonl", "convert.json")
-CLIP_PATCHES = 576
-"""Patches of CLIP ViT-L/14 at 336 pixels, assumed where the model's own tower is not available."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +59,6 @@ class Scan:
     workers: int = 1
     progress: bool = False
     cache: Path | None = None
-
-
-@dataclass(frozen=True)
-class Limit:
-    """How long a sample may be, and what its length is measured with."""
-
-    tokenizer: Tokenizer
-    patches: int
-    max_length: int
 
 
 def check(dataset: DataSet | OwnDataSet, root: Path, limit: Limit | None = None, scan: Scan | None = None) -> Report:
@@ -135,7 +123,9 @@ def _check_training(
         if any("\0" in turn.text for turn in record.turns):
             nul.append(place)
         elif limit is not None:
-            learned, length = _training_length(record.turns, bool(record.images), limit)
+            from mslora_cr.data.lengths import training_length  # imports transformers
+
+            learned, length = training_length(limit, record.turns, int(bool(record.images)))
             silent += [] if learned else [place]
             long += [place] if length > limit.max_length else []
     report.train_rows = len(records)
@@ -170,7 +160,7 @@ def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, limit: Limi
             empty.append(f"{place} (id {record.question_id}): {record.gt!r}")
         if "\0" in record.text:
             nul.append(place)
-        elif limit is not None and _prompt_length(record.text, limit) > limit.max_length:
+        elif limit is not None and _prompt_length(limit, record.text) > limit.max_length:
             long.append(place)
     report.test_open, report.test_closed = types["OPEN"], types["CLOSED"]
     report.closed_answers = dict(answers.most_common(COMMONEST))
@@ -225,24 +215,10 @@ def _check_overlap(training: Names, test: Names, report: Report) -> None:
         report.warning("images in both the training and the test file", shared)
 
 
-def _training_length(turns: Sequence, has_image: bool, limit: Limit) -> tuple[bool, int]:
-    """Whether a conversation bears labels, and its positions with one image's patches."""
-    from mslora_cr.data.prompts import IGNORE_INDEX, encode_conversation
+def _prompt_length(limit: Limit, question: str) -> int:
+    from mslora_cr.data.lengths import prompt_length  # imports transformers
 
-    ids, labels = encode_conversation(limit.tokenizer, turns, int(has_image))
-    return any(label != IGNORE_INDEX for label in labels), _expanded(ids, limit)
-
-
-def _prompt_length(question: str, limit: Limit) -> int:
-    from mslora_cr.data.prompts import encode_prompt, generation_prompt
-
-    return _expanded(encode_prompt(limit.tokenizer, generation_prompt(question)), limit)
-
-
-def _expanded(ids: Sequence[int], limit: Limit) -> int:
-    from mslora_cr.data.prompts import IMAGE_INDEX
-
-    return len(ids) + ids.count(IMAGE_INDEX) * (limit.patches - 1)
+    return prompt_length(limit, question)
 
 
 def _count_long(long: list[str], limit: Limit | None, report: Report) -> None:
@@ -323,24 +299,3 @@ def _digests(paths: Sequence[Path], workers: int, bar: tqdm) -> Iterator[tuple[P
 def _digest(path: Path) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").digest()[:16]
-
-
-def read_limit(model: Path, max_length: int) -> Limit:
-    """The tokenizer of a model's folder, and how many patches its vision tower makes of an image.
-
-    Raises:
-        DataError: the folder holds no readable tokenizer or config.json.
-    """
-    from mslora_cr.data.tokenizer import Tokenizer
-
-    try:
-        config = read_object(model / "config.json")
-        tower = config.get("vision_config")
-        if tower is None:
-            named = tower_folder(model, str(config.get("mm_vision_tower")))
-            tower = read_object(named / "config.json") if named else {}
-            tower = tower.get("vision_config", tower)
-        patches = (tower["image_size"] // tower["patch_size"]) ** 2 if "patch_size" in tower else CLIP_PATCHES
-        return Limit(Tokenizer(model), patches, max_length)
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise DataError(f"{model}: not a model's folder ({error})") from error
