@@ -65,7 +65,7 @@ def train(run: Run, task: str | None = None, overrides: Sequence[str] = (), forc
         ConfigError, DataError, ModelError, BankError: before anything is trained.
     """
     config = _config(run, overrides)
-    stream.train(config, only=task, force=force)
+    stream.train(config, only=() if task is None else (task,), force=force)
     return config.run_dir
 
 

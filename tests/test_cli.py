@@ -122,10 +122,16 @@ def test_the_plan_warns_where_training_would_refuse(
     assert "PCAM builds on banks that are not trained yet: pathvqa, slake-vqarad" in capsys.readouterr().err
 
 
-def test_the_plan_of_one_task(trained_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_of_some_tasks(trained_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run(trained_config, "--task", "slake-vqarad") == 0
     plan = capsys.readouterr().out.split("run folder:")[1]
     assert "slake-vqarad" in plan and "PCAM" not in plan and "pathvqa " not in plan
+    assert dry_run(trained_config, "--task", "PCAM", "--task", "pathvqa") == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.partition("penalties  state\n")[2].splitlines()]
+    assert names == ["pathvqa", "PCAM"]
+    assert dry_run(trained_config, "tasks=[PCAM, slake-vqarad]", "run=other") == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.partition("penalties  state\n")[2].splitlines()]
+    assert names == ["PCAM", "slake-vqarad"]
     assert dry_run(trained_config, "--task", "bogus") == 1
     assert "unknown task 'bogus'" in capsys.readouterr().err
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from mslora_cr.cli.common import add_command, add_config, config_of, quieten
 from mslora_cr.config.schema import ConfigError, StreamConfig
@@ -25,7 +25,11 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     )
     add_config(parser)
     parser.add_argument(
-        "--task", metavar="NAME", help="train only this task; the banks it builds on must already exist"
+        "--task",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="train only this task, of which the banks that it builds on must exist; may be given several times",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and the plan, then exit"
@@ -52,7 +56,7 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(config: StreamConfig, only: str | None, force: bool) -> None:
+def _print_plan(config: StreamConfig, only: Sequence[str], force: bool) -> None:
     """Print what `train` would do with these arguments.
 
     Raises:
@@ -62,7 +66,7 @@ def _print_plan(config: StreamConfig, only: str | None, force: bool) -> None:
 
     from mslora_cr.stream.plan import plan, tasks_to_train
 
-    chosen = {task.name for task in tasks_to_train(config, only)}
+    chosen = [task.name for task in tasks_to_train(config, only)]
     plans, trainable = plan(config)
     done = {item.task for item in plans if item.done}
     plans = [item for item in plans if item.task in chosen]
@@ -78,22 +82,21 @@ def _print_plan(config: StreamConfig, only: str | None, force: bool) -> None:
             f"{item.task:<16}{item.modality:<14}{item.records:>9,}{item.epochs:>8g}{batch:>14}{item.steps:>8,}"
             f"  {len(item.frozen_banks):>6}  {'yes' if item.penalties else 'no':<9}  {'done' if item.done else 'to do'}"
         )
-    for warning in _obstacles(config, only, force, done):
+    for warning in _obstacles(config, chosen if only else (), force, done):
         log.warning("%s", warning)
 
 
-def _obstacles(config: StreamConfig, only: str | None, force: bool, done: Collection[str]) -> Iterator[str]:
+def _obstacles(config: StreamConfig, only: Sequence[str], force: bool, done: Collection[str]) -> Iterator[str]:
     """Why training would refuse to start, as far as the plan shows it."""
     from mslora_cr.runs.ledger import Ledger
     from mslora_cr.runs.session import base_digest
-    from mslora_cr.stream.plan import frozen_tasks, previous_task
+    from mslora_cr.stream.plan import banks_needed
 
     try:
         Ledger.read(config).check_same_configuration(config, base_digest(config), force)
     except ConfigError as error:
         yield str(error)
-    if only and only not in done:
-        needed = frozen_tasks(config, config.task(only)) or previous_task(config, config.task(only))
-        missing = [task.name for task in needed if task.name not in done]
-        if missing:
-            yield f"{only} builds on banks that are not trained yet: {', '.join(missing)}"
+    for name in only:
+        missing = [task.name for task in banks_needed(config, config.task(name)) if task.name not in {*done, *only}]
+        if missing and name not in done:
+            yield f"{name} builds on banks that are not trained yet: {', '.join(missing)}"

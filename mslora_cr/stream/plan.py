@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,21 +97,23 @@ def update_steps(records: int, epochs: float, per_device: int, accumulation: int
     return math.ceil(epochs * max(1, math.ceil(batches / accumulation)))
 
 
-def tasks_to_train(config: StreamConfig, only: str | None) -> list[Task]:
-    """The tasks that get a bank, or only the one named.
+def tasks_to_train(config: StreamConfig, only: Sequence[str] = ()) -> list[Task]:
+    """The tasks that get a bank, or only those named, in the stream's order.
 
     Raises:
-        ConfigError: there is no task of that name, or the method gives it no bank.
+        ConfigError: there is no task of a name, or the method gives it no bank.
     """
     tasks = method_of(config).trained(config)
-    if only is None:
-        return tasks
-    name = config.task(only).name
-    chosen = [task for task in tasks if task.name == name]
-    if not chosen:
+    names = {config.task(name).name for name in only}
+    for name in sorted(names - {task.name for task in tasks}):
         trained = ", ".join(task.name for task in tasks) or "nothing"
         raise ConfigError(f"--task {name}: method {config.method} trains no bank for it; it trains {trained}")
-    return chosen
+    return [task for task in tasks if not names or task.name in names]
+
+
+def banks_needed(config: StreamConfig, task: Task) -> list[Task]:
+    """The tasks whose banks must be there before this one trains."""
+    return frozen_tasks(config, task) or previous_task(config, task)
 
 
 def frozen_tasks(config: StreamConfig, task: Task) -> list[Task]:

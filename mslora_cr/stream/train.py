@@ -56,7 +56,7 @@ from mslora_cr.stream.checks import (
     shared_facts,
     warn_of_cut_samples,
 )
-from mslora_cr.stream.plan import frozen_tasks, previous_task, tasks_to_train
+from mslora_cr.stream.plan import banks_needed, frozen_tasks, previous_task, tasks_to_train
 from mslora_cr.training.callbacks import ConsoleCallback, JsonLinesCallback
 from mslora_cr.training.checkpoints import check_same_launch, checkpoints, reading, writing
 from mslora_cr.training.inputs import layer_inputs
@@ -92,8 +92,8 @@ class StreamRun:
         }
 
 
-def train(config: StreamConfig, only: str | None = None, force: bool = False) -> None:
-    """Train every task of the stream that is not done yet, or only the one named.
+def train(config: StreamConfig, only: Sequence[str] = (), force: bool = False) -> None:
+    """Train every task of the stream that is not done yet, or only those named.
 
     Everything that can be wrong is checked before the first step: configuration, records, images, earlier banks.
 
@@ -107,7 +107,7 @@ def train(config: StreamConfig, only: str | None = None, force: bool = False) ->
         _train(config, fields, only, force)
 
 
-def _train(config: StreamConfig, fields: dict[str, Any], only: str | None, force: bool) -> None:
+def _train(config: StreamConfig, fields: dict[str, Any], only: Sequence[str], force: bool) -> None:
     if zero_stage(fields.get("deepspeed")):
         prepare_deepspeed(get_device(config.model.device).type == "cuda")
     tasks = tasks_to_train(config, only)
@@ -118,8 +118,9 @@ def _train(config: StreamConfig, fields: dict[str, Any], only: str | None, force
         if source.name not in records:
             records[source.name] = TrainingRecords(task_folder(config, source) / "train.json")
     check_records_unchanged(ledger, records)
-    if only and pending:
-        ledger.banks(config, frozen_tasks(config, pending[0]) or previous_task(config, pending[0]))
+    if only:
+        needed = {earlier.name: earlier for task in pending for earlier in banks_needed(config, task)}
+        ledger.banks(config, [earlier for earlier in needed.values() if earlier not in pending])
     for task in pending:  # only validated here: DeepSpeed must not know of a task before its model is built
         training_arguments(config, task, {**fields, "deepspeed": None})
     model_digest = base_digest(config)
