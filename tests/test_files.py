@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mslora_cr.utils.files import replacing
+from mslora_cr.utils.files import append_to, hidden_folder, replacing, resumable
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -61,3 +61,48 @@ def test_a_name_may_be_as_long_as_names_are(tmp_path: Path) -> None:
     with replacing(path) as partial:
         partial.write_text("x")
     assert path.read_text() == "x"
+
+
+def test_what_a_killed_process_left_is_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with resumable(path, "ab") as first:
+        first.write(b"half")
+    with resumable(path, "ab") as again, resumable(path, "cd") as other:
+        assert (again.name, again.tell(), other.tell()) == (first.name, 4, 0)
+        assert Path(again.name).parent == tmp_path and other.name != first.name
+
+
+@pytest.mark.parametrize("kind", ["link", "other name", "fifo", "folder"])
+def test_what_is_no_plain_file_of_ours_is_not_gone_on_with(kind: str, tmp_path: Path) -> None:
+    path, outside = tmp_path / "file", tmp_path / "outside"
+    outside.write_text("mine")
+    with resumable(path, "ab") as first:
+        planted = Path(first.name)
+    planted.unlink()
+    if kind == "link":
+        planted.symlink_to(outside)
+    elif kind == "other name":
+        planted.hardlink_to(outside)
+    elif kind == "fifo":
+        os.mkfifo(planted)
+    else:
+        planted.mkdir()
+    with resumable(path, "ab") as file:
+        file.write(b"x")
+    assert file.name != str(planted) and outside.read_text() == "mine"
+
+
+def test_nothing_is_added_to_a_fifo(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log")
+    with pytest.raises(OSError, match="not a regular file"):
+        append_to(tmp_path / "log")
+
+
+def test_a_hidden_folder_is_gone_behind_the_block(tmp_path: Path) -> None:
+    dead = next(pid for pid in range(2**22 - 1, 2, -1) if not Path(f"/proc/{pid}").exists())
+    left = tmp_path / f".work.{dead}-{'0' * 16}.tmp"
+    left.mkdir()
+    with hidden_folder(tmp_path / "work") as folder:
+        (folder / "x").touch()
+        assert not left.exists() and folder.parent == tmp_path
+    assert not list(tmp_path.iterdir())

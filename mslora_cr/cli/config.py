@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 from mslora_cr.cli.common import CONFIG_HELP, add_command
 from mslora_cr.config.schema import ConfigError
 from mslora_cr.config.shipped import configurations, deepspeed_configurations
 from mslora_cr.utils.errors import nearest
+from mslora_cr.utils.files import write_text
 
 
 def add_config_command(commands: argparse._SubParsersAction) -> None:
@@ -86,6 +86,6 @@ def _copy(args: argparse.Namespace) -> int:
             raise ConfigError(f"{target}: is there already, with other content; choose another folder")
     args.folder.mkdir(parents=True, exist_ok=True)
     for target, file in targets.items():
-        shutil.copyfile(file, target)
+        write_text(target, file.read_text(encoding="utf-8"))
         print(target)
     return 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.session import base_digest, load_base
 from mslora_cr.serving.selection import RunBanks
 from mslora_cr.stream.import_export import export_chain
-from mslora_cr.utils.files import replace_folder, write_json
+from mslora_cr.utils.files import replacing_folder, write_json
 from mslora_cr.utils.strict_json import read_object
 
 Format = Literal["peft", "merged", "published"]
@@ -125,10 +125,9 @@ def _adapters(
         yield _write_model(model, portable_processor(model), place, _record(config, weights, None, 0, []))
     for name, banks in chosen.items():
         folder = output / name
-        staging = _staging(folder)
-        _write_adapter(sum_banks(banks, name), staging, base or str(place.resolve()))
-        write_json(staging / RECORD, _record(config, weights, name, stage, banks))
-        replace_folder(staging, folder)
+        with _replaced(folder) as staging:
+            _write_adapter(sum_banks(banks, name), staging, base or str(place.resolve()))
+            write_json(staging / RECORD, _record(config, weights, name, stage, banks))
         yield folder
 
 
@@ -148,10 +147,9 @@ def _write_adapter(bank: Bank, folder: Path, base: str) -> None:
 
 
 def _write_model(model: LlavaMed, processor: LlavaProcessor, folder: Path, record: dict[str, Any]) -> Path:
-    staging = _staging(folder)
-    save_transformers_layout(model, processor, staging)
-    write_json(staging / RECORD, record)
-    replace_folder(staging, folder)
+    with _replaced(folder) as staging:
+        save_transformers_layout(model, processor, staging)
+        write_json(staging / RECORD, record)
     return folder
 
 
@@ -180,18 +178,15 @@ def read_record(folder: Path) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
 
 
-def _staging(folder: Path) -> Path:
-    """A fresh hidden folder next to the one to write.
+def _replaced(folder: Path) -> AbstractContextManager[Path]:
+    """As `replacing_folder`.
 
     Raises:
         ConfigError: something that is no export has the folder's name.
     """
     if folder.exists() and not (folder / RECORD).is_file():
         raise ConfigError(f"{folder} is there and not an export of this program; choose another --output")
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    return staging
+    return replacing_folder(folder)
 
 
 def max_lora_rank(rank: int) -> int | None:

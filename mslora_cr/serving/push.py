@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -16,6 +15,7 @@ from mslora_cr.runs.ledger import Ledger
 from mslora_cr.serving.card import Card, Uploaded
 from mslora_cr.serving.export import export, plan_export
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.files import hidden_folder, write_text
 from mslora_cr.utils.strict_json import read_object
 
 CARD = "model_card.md"
@@ -35,7 +35,7 @@ def write_card(
         PushError: the repository's or the base model's name is missing or wrong.
     """
     path = config.run_dir / CARD
-    path.write_text(_card(config, repo, kind, task, stage, base).text(), encoding="utf-8")
+    write_text(path, _card(config, repo, kind, task, stage, base).text())
     return path
 
 
@@ -62,9 +62,7 @@ def push(
         PushError: names are missing or wrong, or the hub refuses.
     """
     card = _card(config, repo, kind, task, stage, base)
-    place = config.run_dir / ".push"
-    shutil.rmtree(place, ignore_errors=True)
-    try:
+    with hidden_folder(config.run_dir / "push") as place:
         whole = place / "repository"
         for folder in export(config, place / "exported", kind, task, stage, card.base if kind == "peft" else None):
             target = whole / card.folders[folder.name]
@@ -72,8 +70,6 @@ def push(
             folder.rename(target)
         (whole / "README.md").write_text(card.text(), encoding="utf-8")
         return _upload(whole, repo, public, f"{config.run}: {kind}", endpoint)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _upload(folder: Path, repo: str, public: bool, message: str, endpoint: str | None) -> str:

@@ -55,24 +55,63 @@ def append_to(path: Path) -> BinaryIO:
 
     Raises:
         UserError: it is a link.
+        OSError: it is no regular file, or cannot be written.
     """
     if path.is_symlink():
         raise UserError(f"{path} is a link, and nothing is written through links; remove it")
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "ab")
+    if path.exists():
+        check_regular(path)
+    return _appending(path, os.O_CREAT)
+
+
+def resumable(path: Path, content: str) -> BinaryIO:
+    """A hidden file beside `path`, opened to add to its end: what a killed process left of the same content, or a new
+    one, under a name that nobody can have made before.
+
+    Args:
+        content: what tells the content from another that `path` could have, such as its digest.
+    """
+    prefix = f"{_prefix(path)}{content}-"
+    for found in sorted(path.parent.iterdir()):
+        if found.name.startswith(prefix) and found.suffix == ".part" and not found.is_symlink() and found.is_file():
+            file = _appending(found, 0)
+            status = os.fstat(file.fileno())
+            if (status.st_nlink, status.st_uid) == (1, os.geteuid()):
+                return file
+            file.close()  # another name of a file that is not ours to write
+    new = path.with_name(f"{prefix}{secrets.token_hex(8)}.part")
+    return _appending(new, os.O_CREAT | os.O_EXCL)
+
+
+def _appending(path: Path, flags: int) -> BinaryIO:
+    """A file opened to add to its end, but not through a link."""
+
+    def opener(name: str, _: int) -> int:
+        return os.open(name, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | flags, 0o666)
+
+    return open(path, "ab", opener=opener)
 
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """As `replacing`, for a folder: a new hidden one, to be filled in the block."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    with _hidden(folder) as staging:
-        staging.mkdir()
+    with hidden_folder(folder) as staging:
+        yield staging
+        replace_folder(staging, folder)
+
+
+@contextmanager
+def hidden_folder(place: Path) -> Iterator[Path]:
+    """A new hidden folder beside `place`, which is removed after the block; what killed processes left of earlier ones
+    is removed before."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(place)
+    with _hidden(place) as folder:
+        folder.mkdir()
         try:
-            yield staging
-            replace_folder(staging, folder)
+            yield folder
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def replace_folder(staging: Path, folder: Path) -> None:

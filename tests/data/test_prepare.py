@@ -557,7 +557,7 @@ def test_pcam_arrays_become_images_and_labels(packed, tmp_path):
     (tmp_path / "root/PCam/test/000007.png").unlink()
     again = run("PCAM", tmp_path / "raw", tmp_path / "root", annotations=True)
     assert (again.placed, again.present) == (1, 1199)
-    assert not (tmp_path / "root/PCam/.prepare").exists()
+    assert not list((tmp_path / "root/PCam").glob(".*"))
 
 
 def reword(folder: Path, positive: str, negative: str) -> None:

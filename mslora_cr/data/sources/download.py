@@ -17,7 +17,7 @@ from typing import Any
 from mslora_cr.data.images import check_name
 from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.lock import check_fetched, check_upstream
-from mslora_cr.utils.files import write_json
+from mslora_cr.utils.files import resumable, write_json
 from mslora_cr.utils.strict_json import read_object
 
 RECORD = "download.json"
@@ -157,9 +157,9 @@ def _fetch(asset: Asset, file: RemoteFile, commit: str, path: Path, endpoint: st
     from huggingface_hub.utils import build_hf_headers
 
     url = hf_hub_url(asset.repo, file.name, repo_type=asset.kind, revision=commit, endpoint=endpoint)
-    partial = path.with_name(f".{path.name}.{file.digest[:12]}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("ab") as stream:
+    with resumable(path, file.digest[:12]) as stream:
+        partial = Path(stream.name)
         http_get(
             url,
             stream,

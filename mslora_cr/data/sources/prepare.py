@@ -20,6 +20,7 @@ from mslora_cr.data.sources.annotations import annotation_rows, build_annotation
 from mslora_cr.data.sources.catalog import DataSet
 from mslora_cr.data.sources.pcam import export_images, has_arrays
 from mslora_cr.data.sources.raw import RawData, RawFile, alike, extract, fingerprint
+from mslora_cr.utils.files import hidden_folder
 from mslora_cr.utils.workers import cores
 
 MAX_IMAGE_BYTES = 256 << 20
@@ -63,7 +64,7 @@ def prepare(
     _check_inside(folder, data_root)
     folder.mkdir(parents=True, exist_ok=True)
     result = Prepared()
-    with RawData(raw, work=folder / ".prepare") as data:
+    with hidden_folder(folder / "prepare") as work, RawData(raw, work) as data:
         if annotations and not skip_missing:
             result.rows = build_annotations(dataset, data, folder, questions)
         if skip_missing:
