@@ -74,7 +74,7 @@ def test_the_pages_show_methods_orders_and_deviation(swept: Path) -> None:
     assert page.loads == []
     assert "2 methods, 2 orders, 1 seeds" in page.text
     assert "slake-vqarad → pathvqa" in page.text and "slake-vqarad → pathvqa" in text
-    assert "Forgetting is zero by construction for each, mslora_cr" in text
+    assert "Forgetting is zero by construction for each, mslora\\_cr" in text
     assert "| mslora\\_cr | prefix | 2 |" in text
     assert (root / "sweep.svg").read_text().startswith("<svg")
 

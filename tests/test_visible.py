@@ -1,6 +1,8 @@
 """Control characters from files never reach the terminal."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,20 @@ def test_results_are_printed_once_under_a_launcher(
     assert main(["config", "list"]) == 0 and capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
     assert main(["config", "list"]) == 0 and not capsys.readouterr().out
+
+
+def test_messages_of_other_packages_are_shown_escaped(tmp_path: Path) -> None:
+    script = """
+import logging, sys, warnings
+from mslora_cr.cli.main import main
+main(["config", "list", "--quiet"])
+handler = logging.StreamHandler(sys.stderr)
+handler.setFormatter(logging.Formatter("other: %(message)s"))
+logger = logging.getLogger("transformers.some.module")
+logger.addHandler(handler)
+logger.warning("You are using a model of type %s", "\\x1b[2Jevil\\u202e")
+warnings.warn("a file \\x1b]0;title\\x07 of another package")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "other: You are using a model of type \\x1b[2Jevil\\u202e\n" in done.stderr
+    assert "a file \\x1b]0;title\\x07 of another" in done.stderr and "\x1b" not in done.stderr

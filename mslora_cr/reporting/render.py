@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 def render(template: str, path: Path, context: Mapping[str, Any]) -> None:
     """Fill in a template and write the page, whole or not at all."""
+    page = template.endswith(".html")
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=template.endswith(".html"),
+        autoescape=page,
+        finalize=None if page else _markdown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -33,7 +36,8 @@ def render(template: str, path: Path, context: Mapping[str, Any]) -> None:
         "duration": _duration,
         "capital": capital,
         "flat": _flat,
-        "cell": _markdown_cell,
+        "code": _markdown_code,
+        "fenced": _markdown_block,
         "data": _embedded,
     }
     environment.globals |= {"script": _script, "script_sources": _script_sources()}
@@ -90,7 +94,21 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return lines
 
 
-def _markdown_cell(text: str) -> str:
-    """Text that stays inside its cell of a Markdown table, and shows as it is."""
-    escaped = "".join(f"\\{mark}" if mark in "\\`*_{}[]<>|#" else mark for mark in text)
+def _markdown(value: Any) -> Any:
+    """Text as Markdown that shows it as it is, on one line, in a table's cell too; what is `Markup` stays."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    escaped = "".join(f"\\{mark}" if mark in "\\`*_{}[]<>|#" else mark for mark in value)
     return " ".join(escaped.split())
+
+
+def _markdown_code(text: str) -> Markup:
+    """Text as a span of code, in which nothing can be escaped."""
+    shown = " ".join(text.replace("`", "'").replace("|", "¦").split())
+    return Markup(f"`{shown}`")
+
+
+def _markdown_block(text: str, language: str) -> Markup:
+    """Text as a block of code, behind a fence that it does not hold."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return Markup(f"{fence}{language}\n{text.rstrip()}\n{fence}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,7 +14,10 @@ from pydantic import Field
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
+from mslora_cr.config.schema import ConfigError
 from mslora_cr.utils.state import StateFile
+
+log = logging.getLogger(__name__)
 
 TRACKERS = "trackers.json"
 
@@ -59,9 +63,7 @@ def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None
             resume="allow",
         )
     if "mlflow" in used:
-        import mlflow
-
-        mlflow_runs[task] = mlflow.start_run(mlflow_runs.get(task), run_name=trainer.args.run_name).info.run_id
+        mlflow_runs[task] = _start_mlflow(mlflow_runs.get(task), trainer.args.run_name)
     logs.mkdir(parents=True, exist_ok=True)
     TrackerRuns(wandb=wandb_runs, mlflow=mlflow_runs).write(logs / TRACKERS)
     try:
@@ -70,4 +72,26 @@ def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None
         if "wandb" in used:
             wandb.finish()
         if "mlflow" in used:
+            import mlflow
+
             mlflow.end_run()
+
+
+def _start_mlflow(known: str | None, name: str | None) -> str:
+    """Continue a run of MLflow, or start one where there is none or the server does not know it; gives its id.
+
+    Raises:
+        ConfigError: MLflow cannot start one, for instance because of its MLFLOW_TRACKING_URI.
+    """
+    import mlflow
+
+    try:
+        if known is not None:
+            with suppress(mlflow.MlflowException):
+                return str(mlflow.start_run(known).info.run_id)
+            log.warning(
+                "MLflow does not know the run %s, in which this task was logged before; a new one starts", known
+            )
+        return str(mlflow.start_run(run_name=name).info.run_id)
+    except mlflow.MlflowException as error:
+        raise ConfigError(f"training.report_to: MLflow starts no run: {error}") from None

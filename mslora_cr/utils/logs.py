@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import ClassVar
+import warnings
+from typing import Any, ClassVar
 
 from mslora_cr.utils.visible import is_first_rank, visible
 
@@ -37,6 +38,20 @@ class Console(logging.Handler):
         sys.stderr.flush()
 
 
+class VisibleRecord(logging.LogRecord):
+    """A message in which control characters are shown escaped, whoever writes it and whoever shows it."""
+
+    def getMessage(self) -> str:  # noqa: N802  (logging's own name)
+        return visible(super().getMessage())
+
+
+def _visible_warning(*args: Any, **kwargs: Any) -> str:
+    return visible(_formatted(*args, **kwargs))
+
+
+_formatted = warnings.formatwarning
+
+
 def set_up(level: int = NORMAL) -> None:
     """Let the package's messages from a level on be shown; with `QUIET`, no progress bars either."""
     logger = logging.getLogger("mslora_cr")
@@ -47,5 +62,8 @@ def set_up(level: int = NORMAL) -> None:
     logger.propagate = False  # a library that configures the root logger would show each message again
     if level >= QUIET:
         os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
+    # transformers and others repeat names from files in their own messages.
+    logging.setLogRecordFactory(VisibleRecord)
+    warnings.formatwarning = _visible_warning
     # It recommends more packages when PEFT looks for it, and float16 at every 8-bit layer of every forward pass.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

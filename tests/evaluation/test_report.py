@@ -17,7 +17,8 @@ from mslora_cr.evaluation.score import AnswerRecord
 from mslora_cr.reporting.comparison import write_comparison
 from mslora_cr.reporting.examples import pick_examples
 from mslora_cr.reporting.heatmaps import similarity_map
-from mslora_cr.reporting.report import write_report
+from mslora_cr.reporting.render import render
+from mslora_cr.reporting.report import _context, write_report
 from mslora_cr.reporting.run_record import BANK_WEIGHTS, load_published_scores, read_log, read_run
 from mslora_cr.utils.state import StateError
 from tests.evaluation.report_run import CLOSED_ONLY, MODALITIES, OPEN_ONLY, Page, answer_lines, make_run
@@ -76,6 +77,25 @@ def test_markdown_has_the_same_figures(tmp_path):
     assert len(tables) == 10
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+
+
+def test_markdown_shows_everything_as_text(tmp_path):
+    run_dir, results_dir = make_run(tmp_path, "demo", tasks=("derm",), stages="own")
+    hostile = "<img src=x>\n# `head` [a](b)"
+    for name in ("ledger.json", "evaluation.json"):
+        path = run_dir / name if name == "ledger.json" else results_dir / name
+        content = json.loads(path.read_text())
+        content["method"] = hostile
+        path.write_text(json.dumps(content))
+    (run_dir / "logs" / "derm.jsonl").rename(run_dir / "logs" / "other.jsonl")
+    (run_dir / "config.yaml").write_text("run: x\nnote: |\n````\n# out\n")
+    context = _context(read_run(run_dir, results_dir), {}) | {"browser": None, "confusions": [], "missing": [hostile]}
+    render("report.md", tmp_path / "report.md", context)
+    text = (tmp_path / "report.md").read_text()
+    assert "- \\<img src=x\\> \\# \\`head\\` \\[a\\](b)\n" in text
+    assert "Method `<img src=x> # 'head' [a](b)`, a stream" in text
+    assert "`````yaml\nrun: x\nnote: |\n````\n# out\n`````\n" in text
+    assert not re.search(r"^# out|^# \W", text.partition("`````yaml")[0], re.MULTILINE)
 
 
 def test_forgetting_of_a_sequential_run(tmp_path):
