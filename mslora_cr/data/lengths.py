@@ -73,6 +73,9 @@ def count_cut(limit: Limit, records: TrainingRecords, all_images: bool) -> int:
 
     Args:
         all_images: all images of a record are shown, not its first alone.
+
+    Raises:
+        DataError: a text of these cannot be encoded.
     """
     room = 0 if all_images else limit.max_length - limit.patches
     count = 0
@@ -80,5 +83,8 @@ def count_cut(limit: Limit, records: TrainingRecords, all_images: bool) -> int:
         if size > room:
             record = records[index]
             images = len(record.images) if all_images else len(record.images[:1])
-            count += training_length(limit, record.turns, images)[1] > limit.max_length
+            try:
+                count += training_length(limit, record.turns, images)[1] > limit.max_length
+            except ValueError as error:
+                raise DataError(f"{records.path}: {records.place(index)}: {error}") from None
     return count

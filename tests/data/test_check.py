@@ -1,5 +1,6 @@
 import argparse
 import json
+import logging
 import os
 import re
 import shutil
@@ -11,12 +12,14 @@ import pytest
 from PIL import Image
 
 from mslora_cr.cli.data import add_check_arguments, run_check
-from mslora_cr.data.lengths import read_limit
-from mslora_cr.data.records import DataError
+from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.lengths import count_cut, read_limit, training_length
+from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.data.sources import check_report as module
 from mslora_cr.data.sources.catalog import data_set
 from mslora_cr.data.sources.check import Scan, check
 from mslora_cr.data.sources.check_report import Report, Share, table
+from mslora_cr.stream.checks import warn_of_cut_samples
 from tests.data.test_images import picture
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_a" / "llava_med_tiny"
@@ -243,6 +246,33 @@ def test_samples_that_would_be_cut_off(root):
     assert look(root, limit=read_limit(GOLDEN, max_length=2048)).truncated == 0
     with pytest.raises(DataError, match="not a model's folder"):
         read_limit(root, 2048)
+
+
+@pytest.mark.parametrize("all_images", [False, True])
+@pytest.mark.parametrize("max_length", [30, 40, 50, 80, 2048])
+def test_training_counts_the_samples_that_it_cuts(all_images, max_length, tmp_path):
+    """Also where short records are not encoded: the truth is the length of every sample."""
+    texts = ["", "word", "word " * 20, "é病" * 9, '"\\\n' * 9, "😀" * 9]
+    records = [
+        training(id=i, image=["a", "b"][: 1 + i % 2], conversations=[TURNS[0], {"from": "gpt", "value": text}])
+        for i, text in enumerate(texts)
+    ]
+    for ascii_only in (False, True):
+        (tmp_path / "train.json").write_text(json.dumps(records, ensure_ascii=ascii_only))
+        opened = TrainingRecords(tmp_path / "train.json")
+        limit = read_limit(GOLDEN, max_length)
+        lengths = [training_length(limit, r.turns, len(r.images) if all_images else 1)[1] for r in opened]
+        assert count_cut(limit, opened, all_images) == sum(length > max_length for length in lengths)
+
+
+def test_training_says_once_how_many_samples_it_cuts(tiny_settings, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mslora_cr"), "propagate", True)
+    config = StreamConfig.model_validate({**tiny_settings, "data": {**tiny_settings["data"], "max_length": 25}})
+    records = {"pathvqa": TrainingRecords(Path(config.data.root) / "PathVQA" / "train.json")}
+    with caplog.at_level("WARNING", "mslora_cr"):
+        warn_of_cut_samples(config, records)
+    [message] = caplog.messages
+    assert re.match(r"pathvqa: \d+ of 16 training samples are longer than data.max_length = 25 positions", message)
 
 
 def test_texts_that_cannot_be_encoded(root):
