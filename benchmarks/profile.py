@@ -132,7 +132,7 @@ def _inside(command: Sequence[str], file: Path) -> dict[str, float]:
 
 def _tiny_commands(folder: Path) -> list[list[str]]:
     """Commands that train and evaluate two tasks of a synthetic stream with a tiny model, made here."""
-    from mslora_cr.config.load import DEFAULTS
+    from mslora_cr.config.shipped import DEFAULTS
     from mslora_cr.synthetic.model import MODEL_FOLDER, make_tiny_llava_med
     from mslora_cr.synthetic.stream import make_stream
 

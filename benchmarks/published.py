@@ -1,27 +1,35 @@
 """What the published scores of MSLoRA-CR say, against one LoRA per task: per task and over tasks, with tests.
 
-    python -m benchmarks.published                          # from the published scores alone: tasks as a sample
-    python -m benchmarks.published --answers FOLDER         # and per task, from the published files in FOLDER/RUN
+    python -m benchmarks.published                          # from the published scores alone
+    python -m benchmarks.published --answers FOLDER         # and by question, from the published files in FOLDER/RUN
 
-`pathvqa` is left out of the first part: its scores, to the last digit, and its answer file are the same in all runs.
+The first table takes the tasks for a sample. The second has every task that scores and counts alone tell something of:
+closed accuracy and exact match, as if both runs had been asked different questions (Newcombe, "Interval Estimation for
+the Difference Between Independent Proportions", Statistics in Medicine 1998, method 10). They were asked the same ones,
+so the true interval is narrower, as far as both are right at the same questions. `pathvqa` is left out of both: its
+scores, to the last digit, and its answer file are the same in all runs.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.special import ndtr
 from tabulate import tabulate
 
+from mslora_cr.data.sources.catalog import TestRows, catalog
 from mslora_cr.evaluation.compare import compare, render_comparison
-from mslora_cr.evaluation.intervals import estimate_of, mean_interval, span
-from mslora_cr.evaluation.significance import sign_test, t_test
+from mslora_cr.evaluation.intervals import Estimate, Interval, estimate_of, mean_interval, score_interval, span
+from mslora_cr.evaluation.significance import holm, sign_test, t_test
 from mslora_cr.reporting.run_record import load_published_scores
 from mslora_cr.reporting.style import TITLES
 
 BASELINE, SHARED = "each", "pathvqa"
+Scores = Mapping[str, Mapping[str, float]]
+"""By task and metric, in percent."""
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -36,15 +44,61 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         for metric, title in TITLES.items()
     ]
     print(tabulate(rows, headers="keys", tablefmt="github"))
+    counts = {task: known.test_rows for task, known in catalog().items()}
+    tasks = [
+        {"run": runs[kind].title, "metric": TITLES[metric], **row}
+        for kind in runs
+        if kind != BASELINE
+        for metric in ("closed", "exact")
+        for row in _tasks(runs[BASELINE].scores, runs[kind].scores, metric, counts)
+    ]
+    for row, adjusted in zip(tasks, holm([row["p"] for row in tasks]), strict=True):
+        row["p"], row["p (Holm)"] = f"{row['p']:.3f}", f"{adjusted:.3f}"
+    print("\n" + tabulate(tasks, headers="keys", tablefmt="github", disable_numparse=True))
     if args.answers:
         folders = {kind: args.answers / run.run for kind, run in runs.items() if (args.answers / run.run).is_dir()}
         print("\n" + render_comparison(compare(folders, "own")))
-    return rows
+    return rows + tasks
 
 
-def _differences(
-    before: dict[str, dict[str, float]], after: dict[str, dict[str, float]], metric: str
-) -> dict[str, float]:
+def _tasks(before: Scores, after: Scores, metric: str, counts: Mapping[str, TestRows]) -> list[dict[str, Any]]:
+    """Each task's difference. Exact match of a task with closed questions alone is its closed accuracy."""
+    found = []
+    for task in _differences(before, after, metric):
+        questions = counts[task].closed + (counts[task].open if metric == "exact" else 0)
+        if metric == "exact" and not counts[task].open:
+            continue
+        shares = before[task][metric] / 100, after[task][metric] / 100
+        low, high = unpaired_interval(*shares, questions)
+        pooled = sum(shares) / 2
+        error = (2 * pooled * (1 - pooled) / questions) ** 0.5
+        found.append(
+            {
+                "task": task,
+                "questions": questions,
+                BASELINE: f"{before[task][metric]:.2f}",
+                "run's": f"{after[task][metric]:.2f}",
+                "difference": f"{100 * (shares[1] - shares[0]):+.2f} [{span((100 * low, 100 * high))}]",
+                "p": float(2 * ndtr(-abs(shares[1] - shares[0]) / error)),
+            }
+        )
+    return found
+
+
+def unpaired_interval(before: float, after: float, questions: int) -> Interval:
+    """Of the difference of two shares, of as many different questions each."""
+    ends = []
+    for share in (before, after):
+        variance = share * (1 - share) / (questions - 1)
+        ends.append(score_interval([Estimate(share, share, variance, questions - 1.0, questions, questions)]))
+    (low, high), (low_after, high_after) = ends
+    return (
+        after - before - ((after - low_after) ** 2 + (high - before) ** 2) ** 0.5,
+        after - before + ((high_after - after) ** 2 + (before - low) ** 2) ** 0.5,
+    )
+
+
+def _differences(before: Scores, after: Scores, metric: str) -> dict[str, float]:
     tasks = [task for task in before if task != SHARED and metric in before[task] and metric in after.get(task, {})]
     return {task: after[task][metric] - before[task][metric] for task in tasks}
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import all as all_benchmarks
-from benchmarks import coverage, penalty_ratio, profile, published, real_size, zero_memory
+from benchmarks import coverage, penalty_ratio, preregistered, profile, published, real_size, zero_memory
 from tests.conftest import first_in_make_test
 
 RATIOS = {
@@ -115,10 +115,51 @@ def test_the_contrastive_gradient_vanishes_at_high_ranks() -> None:
 
 
 def test_the_published_scores_are_set_against_each_other(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = {(row["run"], row["metric"]): row for row in published.main([])}
-    row = rows["MSLoRA-CR-ORTHO, eight tasks", "exact match"]
+    rows = {(row["run"], row["metric"], row.get("task")): row for row in published.main([])}
+    row = rows["MSLoRA-CR-ORTHO, eight tasks", "exact match", None]
     assert row["mean"] == "+0.39 [-3.4 to 4.2]" and row["won, lost"] == "5, 2"
+    row = rows["MSLoRA-CR-ORTHO, eight tasks", "closed accuracy", "PCAM"]
+    assert (row["questions"], row["difference"]) == (6555, "+1.36 [0.5 to 2.3]")
+    assert len([task for *_, task in rows if task]) == 15 and not any(task == "pathvqa" for *_, task in rows)
+    assert published.unpaired_interval(0.6, 0.8, 80) == pytest.approx((0.0580, 0.3316), abs=4e-3)  # with Student's t
     assert "nmi -4.18" in capsys.readouterr().out
+
+
+def test_the_registered_sweep_is_what_its_page_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = preregistered.plan("sweep", [], preregistered.SEEDS)
+    assert len(runs) == 300 and {run.seed for run in runs[:10]} == {1}
+    settings = {run.method: run.config.regularization for run in runs}
+    assert {name: (found.alpha, found.beta, found.distance) for name, found in settings.items()} == {
+        "none": (0, 0, "frobenius"),
+        "orthogonality": (0, 0.01, "frobenius"),
+        "angle": (0.1, 0, "cosine"),
+        "angle_and_orthogonality": (0.1, 0.01, "cosine"),
+        "published": (0.1, 0.01, "frobenius"),
+    }
+    assert {run.config.lora.rank for run in runs} == {64}
+    assert {tuple((task.name, task.epochs, task.learning_rate) for task in run.config.tasks) for run in runs} == {
+        (("derm", 1, 3e-3), ("HAM", 1, 3e-3)),
+        (("pathvqa", 1, 3e-3), ("slake-vqarad", 1, 3e-3)),
+    }
+    # A contrastive term by angle that is worth 2 points on both tasks, 4 on the second one, and not always.
+    found = []
+    for run in runs:
+        last, gain = run.config.tasks[-1].name, (4.0 if "angle" in run.method and run.seed % 3 else 0.0)
+        score = 50.0 + run.seed + gain
+        figures = {"final_average": (score + 40) / 2, "backward_transfer": -5.0, "final": {last: score}}
+        outcome = {"run": run.name, "method": run.method, "order": run.order, "seed": run.seed}
+        found.append({**outcome, "banks_by": "all", "told": False, "seconds": 1.0, "figures": {"exact": figures}})
+    content = {"orders": {"0": ["derm", "HAM"], "1": ["pathvqa", "slake-vqarad"]}, "seeds": list(range(1, 31))}
+    (tmp_path / "sweep.json").write_text(json.dumps({**content, "metrics": {}, "runs": found, "environment": {}}))
+    tests = preregistered.main(["--found", str(tmp_path / "sweep.json")])
+    assert json.loads((tmp_path / "tests.json").read_text())[0]["difference"] == tests[0]["difference"]
+    assert [test["primary"] for test in tests] == [True] * 2 + [False] * 22
+    for test in tests:
+        moved = "angle" in test["contrast"] and test["outcome"] != preregistered.OUTCOMES[2]
+        wanted = (4 / 3 if test["outcome"] == preregistered.AVERAGE else 8 / 3) if moved else 0.0
+        assert (test["pairs"], test["difference"]) == (30, pytest.approx(wanted))
+        assert (test["p_adjusted"] < 0.05) == moved
+    assert "+1.33 [0.98 to 1.69]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("quantization", [None, "4bit"])
@@ -172,6 +213,7 @@ def test_every_benchmark_is_tried() -> None:
         "all",
         "coverage",
         "penalty_ratio",
+        "preregistered",
         "published",
         "harness",
         "baselines",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from mslora_cr.cli.common import add_command, add_config, config_of, count, quieten
 from mslora_cr.config.schema import EvaluationConfig, StreamConfig
 from mslora_cr.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from mslora_cr.evaluation.chat import Endpoint
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +27,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "mslora-cr evaluate demo --banks-by routed     # task ID not given",
         "mslora-cr evaluate finetune_mslora_cr_ortho --banks checkpoints     # published ones",
         "mslora-cr evaluate CONFIG --endpoint http://127.0.0.1:8000/v1 --model '{task}'     # a served model",
+        "mslora-cr evaluate CONFIG --probe DATASET     # what the base loses of what no task trains",
+        "mslora-cr evaluate demo --judge http://127.0.0.1:8000/v1 --judge-model NAME",
     )
     add_config(parser)
     parser.add_argument("--task", metavar="NAME", help="evaluate only this task")
@@ -55,14 +60,33 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--model", metavar="NAME", help="with --endpoint: the model's name there; {task} is replaced")
     parser.add_argument(
-        "--concurrency", type=count, metavar="N", help="with --endpoint: questions asked at once (default: 8)"
+        "--concurrency", type=count, metavar="N", help="with --endpoint or --judge: requests at once (default: 8)"
     )
+    parser.add_argument(
+        "--probe",
+        metavar="DATASET",
+        help="then answer a data set that no task trains, by the base and at every stage, and show what is lost of it; "
+        "results go to probe/",
+    )
+    parser.add_argument(
+        "--judge",
+        metavar="URL",
+        help="then let a language model behind this address (OpenAI's chat completions) judge the open answers; its "
+        "verdicts go to judged/ and into no other score. A key is read from JUDGE_API_KEY",
+    )
+    parser.add_argument("--judge-model", metavar="NAME", help="with --judge: the model's name there")
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     if args.banks_by:
         args.overrides.append(f"evaluation.banks_by={args.banks_by}")
+    if bool(args.judge) != bool(args.judge_model):
+        raise UserError("a judge needs both, --judge URL and --judge-model NAME")
+    if args.concurrency == 0:
+        raise UserError("--concurrency is at least 1")
+    if args.judge:
+        _judge_of(args).check()
     config = config_of(args)
     if args.endpoint or args.model:
         return _evaluate_endpoint(args, config)
@@ -72,41 +96,65 @@ def _evaluate(args: argparse.Namespace) -> int:
     from mslora_cr.distributed.comm import rank
     from mslora_cr.distributed.launch import abort_together
     from mslora_cr.evaluation.evaluate import evaluate
+    from mslora_cr.evaluation.probe import check_held_out, evaluate_probe
+    from mslora_cr.evaluation.probe_result import Probe, probe_table
     from mslora_cr.evaluation.routed import evaluate_routed
     from mslora_cr.stream.import_export import load_chain
 
+    if args.probe:
+        check_held_out(config, args.probe)
     with abort_together():
         banks = load_chain(args.banks, config) if args.banks else None
         if config.evaluation.banks_by == "routed":
             path = evaluate_routed(config, args.stages or "final", banks)
         else:
             path = evaluate(config, args.stages or "own", args.task, banks)
+        if rank() == 0:
+            _show_scores(path)
+        if args.probe:
+            probe = evaluate_probe(config, args.probe, banks)
     if rank() == 0:
-        _show(path, args.config)
+        if args.probe:
+            print(f"\n{probe_table(Probe.read(probe))}")
+        _show_next(path, args)
     return 0
 
 
-def _show(path: Path, config: Path) -> None:
-    """Print the scores of an `evaluation.json`, and what to run next."""
+def _show_scores(path: Path) -> None:
+    """Print the scores of an `evaluation.json`."""
     from mslora_cr.evaluation.console import score_table
     from mslora_cr.evaluation.results import required_evaluation
 
-    print(f"\n{score_table(required_evaluation(path.parent))}\n\nresults: {path.parent}")
-    log.info("next: mslora-cr report %s", config)
+    print(f"\n{score_table(required_evaluation(path.parent))}\n\nresults: {path.parent}", flush=True)
+
+
+def _show_next(path: Path, args: argparse.Namespace) -> None:
+    """Have the answers of an `evaluation.json` judged, where that is asked for, and say what to run next."""
+    if args.judge:
+        from mslora_cr.evaluation.judge import Judged, judge, judged_table
+
+        print(f"\n{judged_table(Judged.read(judge(path.parent, _judge_of(args))))}\n")
+    log.info("next: mslora-cr report %s", args.config)
+
+
+def _judge_of(args: argparse.Namespace) -> Endpoint:
+    from mslora_cr.evaluation.chat import Endpoint
+    from mslora_cr.evaluation.judge import KEY
+
+    return Endpoint(args.judge, args.judge_model, args.concurrency or 8, option="--judge", key=KEY)
 
 
 def _evaluate_endpoint(args: argparse.Namespace, config: StreamConfig) -> int:
     if not (args.endpoint and args.model):
         raise UserError("a served model needs both, --endpoint URL and --model NAME")
-    if args.banks or args.banks_by or args.stages or args.concurrency == 0:
-        raise UserError(
-            "a served model is scored as it is: --banks, --banks-by and --stages do not go with --endpoint, and "
-            "--concurrency is at least 1"
-        )
-    from mslora_cr.evaluation.endpoint import Endpoint, evaluate_endpoint
+    if args.banks or args.banks_by or args.stages:
+        raise UserError("a served model is scored as it is: --banks, --banks-by and --stages do not go with --endpoint")
+    from mslora_cr.evaluation.chat import Endpoint
+    from mslora_cr.evaluation.endpoint import evaluate_endpoint
 
     path = evaluate_endpoint(config, Endpoint(args.endpoint, args.model, args.concurrency or 8), args.task)
-    _show(path, args.config)
+    _show_scores(path)
+    _show_next(path, args)
     return 0
 
 

@@ -75,7 +75,7 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
     # Cells that the same banks answer are adjacent, so that a stage is merged once.
     scored: dict[Path, Scores] = {}
     rows = {
-        cell.place: _answer(
+        cell.place: answer_cell(
             session, cell, [by_number[number] for number in cell.banks], fingerprints[cell.place], scored
         )
         for cell in sorted(wanted, key=lambda cell: cell.banks)
@@ -88,7 +88,7 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
     return path
 
 
-def _answer(
+def answer_cell(
     session: EvaluationSession, cell: PlannedCell, banks: Sequence[Bank], fingerprint: str, scored: dict[Path, Scores]
 ) -> Cell | None:
     """Answer and score a cell, unless that was done before; on the first rank its row of `evaluation.json`.

@@ -75,7 +75,7 @@ def _interval(
         return 0.0, 0.0
     parts, shares = [], []
     for cells in tasks.values():
-        share = 1.0 if difference else sum(weights[cell] for cell in cells)
+        share = sum(max(weights[cell], 0.0) for cell in cells)
         parts.append(_part({cell: weights[cell] / share for cell in cells}, columns))
         shares.append(share)
     if not difference:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 from scipy.special import ndtr, stdtrit
 
 from mslora_cr.evaluation.files import Interval
@@ -21,6 +22,8 @@ SAMPLES = 1000
 """Resamplings behind a bootstrap interval."""
 SEED = 0
 BLOCK = 50
+NONE = 1e-12
+"""Less than any score, or square of one, that is not zero."""
 
 Scores = NDArray[np.float64]
 Groups = NDArray[np.int64]
@@ -31,10 +34,12 @@ class Estimate(NamedTuple):
     """A mean over questions, or a weighted sum of such means, with what its interval needs.
 
     Attributes:
-        variance: of the mean. freedom: degrees of freedom of the variance. groups: clusters. questions: in all of them.
+        square: the mean of the squared values. variance: of the mean. freedom: degrees of freedom of the variance.
+        groups: clusters. questions: in all of them.
     """
 
     mean: float
+    square: float
     variance: float
     freedom: float
     groups: int
@@ -49,22 +54,22 @@ def independent(questions: int) -> Groups:
 def estimate(values: Scores, groups: Groups) -> Estimate:
     """The mean of a value over questions, with its cluster-robust variance ``G/(G-1) Σ_g (Σ_{i in g} e_i)² / n²``.
 
-    e is a question's value less the mean, G the number of clusters. The variance is never taken to be less than that of
-    independent questions: with few clusters it would come out smaller by chance. Source: Liang and Zeger, "Longitudinal
-    Data Analysis Using Generalized Linear Models", Biometrika 1986; for a mean it is that of a ratio estimator in
-    Cochran, Sampling Techniques, 1977.
+    e is a question's value less the mean, G the number of clusters. Where all clusters have the same mean by chance, it
+    is that of independent questions. Source: Liang and Zeger, "Longitudinal Data Analysis Using Generalized Linear
+    Models", Biometrika 1986; for a mean it is that of a ratio estimator in Cochran, Sampling Techniques, 1977.
 
     Args:
         values: (questions,), at least one, in [-1, 1]. groups: (questions,).
     """
-    count, mean = len(values), float(values.mean())
+    count, mean, square = len(values), float(values.mean()), float(np.square(values).mean())
     present = int(np.count_nonzero(np.bincount(groups)))
     if present == 1:  # nothing is known of how clusters differ: as far as they can
-        return Estimate(mean, 1.0, 1.0, 1, count)
+        return Estimate(mean, square, 1.0, 1.0, 1, count)
     errors = values - mean
-    clustered = present / (present - 1) * np.square(np.bincount(groups, errors)).sum() / count**2
-    single = np.square(errors).sum() / (count * (count - 1))
-    return Estimate(mean, float(max(clustered, single)), present - 1.0, present, count)
+    variance = present / (present - 1) * np.square(np.bincount(groups, errors)).sum() / count**2
+    if variance < NONE:
+        variance = np.square(errors).sum() / (count * (count - 1))
+    return Estimate(mean, square, float(variance), present - 1.0, present, count)
 
 
 def weighted_sum(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
@@ -77,6 +82,7 @@ def weighted_sum(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimat
     spread = sum(variance**2 / part.freedom for variance, part in zip(variances, parts, strict=True))
     return Estimate(
         mean=sum(weight * part.mean for weight, part in zip(weights, parts, strict=True)),
+        square=sum(weight * part.square for weight, part in zip(weights, parts, strict=True)),
         variance=total,
         freedom=total**2 / spread if spread else sum(part.freedom for part in parts),
         groups=sum(part.groups for part in parts),
@@ -89,7 +95,8 @@ def score_interval(parts: Sequence[Estimate], weights: Sequence[float] = (1.0,))
 
     With p the mean and V its variance, the effective number is ``p (1 - p) / V``, and Student's t takes the place of
     the normal quantile. It stays within [0, 1] and has a width at 0 and 1, where the number is that of the clusters. A
-    task whose answers are all wrong or all right counts as if half an answer more were the other way. Sources: Wilson,
+    task whose answers are all wrong or all right counts as if half an answer more were the other way, and no task's
+    variance as less than that of independent questions: of few clusters it can come out so by chance. Sources: Wilson,
     "Probable Inference, the Law of Succession, and Statistical Inference", JASA 1927; for the effective number Korn and
     Graubard, "Confidence Intervals for Proportions with Small Expected Number of Positive Counts Estimated from Survey
     Data", Survey Methodology 1998.
@@ -97,10 +104,10 @@ def score_interval(parts: Sequence[Estimate], weights: Sequence[float] = (1.0,))
     Args:
         parts: by task. weights: of the tasks, with a sum of 1.
     """
-    total = weighted_sum([_not_certain(part) for part in parts], weights)
+    total = weighted_sum([_careful(part) for part in parts], weights)
     mean = min(max(total.mean, 0.0), 1.0)
     spread = mean * (1 - mean)
-    number = spread / total.variance if spread > 1e-12 else total.groups
+    number = spread / total.variance if spread > NONE else total.groups
     quantile = _quantile(total.freedom) ** 2 / number
     centre = (mean + quantile / 2) / (1 + quantile)
     half = (quantile * (spread + quantile / 4)) ** 0.5 / (1 + quantile)
@@ -108,19 +115,40 @@ def score_interval(parts: Sequence[Estimate], weights: Sequence[float] = (1.0,))
 
 
 def difference_interval(total: Estimate, binary: bool) -> Interval:
-    """The interval of a paired difference of scores in [0, 1], or of a mean of such differences: Student's t.
+    """The interval of a paired difference of scores in [0, 1], or of a mean of such differences over tasks.
 
-    Where scores are 0 or 1, or no score differs, one question more is counted for either side: then a few differences,
-    or none, do not make it certain that there are no others. Source: Bonett and Price, "Adjusted Wald Confidence
-    Interval for a Difference of Binomial Proportions Based on Paired Data", Journal of Educational and Behavioral
-    Statistics 2012.
+    Where scores are 0 or 1, or no score differs, it is Tango's score interval, with an effective number of questions,
+    ``(S - d²) / variance`` with S the share of questions whose scores differ, and with Student's t in the place of the
+    normal quantile: it does not take a few differences, or none, for certain. Elsewhere it is Student's t. Source:
+    Tango, "Equivalence Test and Confidence Interval for the Difference in Proportions for the Paired-Sample Design",
+    Statistics in Medicine 1998.
     """
-    mean, variance = total.mean, total.variance
-    if binary or variance == 0:
-        more = total.questions + 2
-        mean, variance = mean * total.questions / more, (variance * total.questions**2 + 2) / more**2
-    half = _quantile(total.freedom) * variance**0.5
-    return max(-1.0, mean - half), min(1.0, mean + half)
+    if not binary and total.variance > 0:
+        low, high = mean_interval(total)
+        return max(-1.0, low), min(1.0, high)
+    spread = total.square - total.mean**2
+    number = spread / total.variance if min(spread, total.variance) > NONE else total.groups
+    gained, lost = (total.square + total.mean) / 2, (total.square - total.mean) / 2
+    quantile = _quantile(total.freedom)
+    return _tango(gained, lost, number, quantile), -_tango(lost, gained, number, quantile)
+
+
+def _tango(gained: float, lost: float, number: float, quantile: float) -> float:
+    """The lower end of Tango's interval: the difference d from which the one seen is `quantile` standard errors away,
+    at the likeliest shares of questions gained and lost that differ by d.
+
+    Args:
+        gained, lost: shares of questions. number: of questions.
+    """
+    seen = gained - lost
+
+    def beyond(d: float) -> float:
+        b = (2 - seen) * d - gained - lost
+        likeliest = (max(b * b + 8 * lost * d * (1 - d), 0.0) ** 0.5 - b) / 4  # the share lost
+        return float((seen - d) * number**0.5 - quantile * max(2 * likeliest + d * (1 - d), 0.0) ** 0.5)
+
+    nearest = seen - NONE  # the one seen itself is no standard error away where none differs
+    return float(brentq(beyond, -1.0, nearest)) if nearest > -1 else -1.0
 
 
 def t_interval(values: Sequence[float]) -> Interval | None:
@@ -131,7 +159,8 @@ def t_interval(values: Sequence[float]) -> Interval | None:
 def estimate_of(values: Sequence[float]) -> Estimate:
     """The mean of at least two independent values."""
     count = len(values)
-    return Estimate(float(np.mean(values)), float(np.var(values, ddof=1)) / count, count - 1.0, count, count)
+    square = float(np.square(values).mean())
+    return Estimate(float(np.mean(values)), square, float(np.var(values, ddof=1)) / count, count - 1.0, count, count)
 
 
 def mean_interval(total: Estimate) -> Interval:
@@ -179,12 +208,14 @@ def _cluster_sums(values: Scores, groups: Groups) -> Scores:
     return sums[np.bincount(groups) > 0]
 
 
-def _not_certain(part: Estimate) -> Estimate:
-    """A task without an error (or without a right answer) has errors that were not met: half an answer's worth."""
-    if part.variance:
-        return part
-    share = 0.5 / (part.groups + 1)
-    return part._replace(variance=share * (1 - share) / part.groups)
+def _careful(part: Estimate) -> Estimate:
+    """A task's variance, at least that of independent questions. A task without an error (or without a right answer)
+    has errors that were not met: half an answer's worth."""
+    variance = max(part.variance, (part.square - part.mean**2) / max(part.questions - 1, 1))
+    if variance < NONE:
+        share = 0.5 / (part.groups + 1)
+        variance = share * (1 - share) / part.groups
+    return part._replace(variance=variance)
 
 
 def _quantile(freedom: float) -> float:

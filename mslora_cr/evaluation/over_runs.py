@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mslora_cr.evaluation.intervals import Estimate, mean_interval, t_interval
+from mslora_cr.evaluation.intervals import estimate_of, mean_interval, t_interval
 from mslora_cr.evaluation.significance import flip_test, holm, t_test
 
 OURS = "mslora_cr"
@@ -94,7 +94,8 @@ def _against(paired: Runs) -> dict[str, Any]:
     if not freedom:
         squares, freedom = float(np.var(differences)) * len(differences), len(differences) - 1
     count = len(differences)
-    total = Estimate(fmean(differences), squares / freedom / count if freedom else 0.0, freedom, len(orders), count)
+    variance = squares / freedom / count if freedom else 0.0
+    total = estimate_of(differences)._replace(variance=variance, freedom=freedom, groups=len(orders))
     return {
         "mean": total.mean,
         "deviation": _deviation(differences),

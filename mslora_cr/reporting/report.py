@@ -17,6 +17,7 @@ from mslora_cr.evaluation.figures import MatrixIntervals
 from mslora_cr.evaluation.files import ROUTED, Analysis
 from mslora_cr.evaluation.intervals import CONFIDENCE, Interval
 from mslora_cr.evaluation.matrix import TaskStageMatrix
+from mslora_cr.evaluation.probe_result import MEASURED, read_probes
 from mslora_cr.evaluation.results import Evaluation, ReportError
 from mslora_cr.evaluation.score import read_answers
 from mslora_cr.reporting.answers import browsed_answers, browser_data
@@ -92,6 +93,8 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
             for key in present
             if evaluation
         ],
+        "probes": read_probes(run.results_dir),
+        "measured": MEASURED,
         "curves": Markup(curves) if curves else None,
         "weights": _last_weights(run),
         "routing": _routing(run) if run.routing else None,

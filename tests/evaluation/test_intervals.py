@@ -24,18 +24,18 @@ RANDOM = np.random.default_rng(5)
 def test_a_mean_and_its_variance_by_hand() -> None:
     values, groups = np.array([1.0, 1.0, 0.0, 0.0]), np.array([0, 0, 1, 1])
     alone = estimate(values, independent(4))
-    assert alone == (0.5, pytest.approx(1 / 12), 3.0, 4, 4)
+    assert alone == (0.5, 0.5, pytest.approx(1 / 12), 3.0, 4, 4)
     # two clusters with sums of errors of 1 and -1: 2/1 · 2/16
-    assert estimate(values, groups) == (0.5, pytest.approx(0.25), 1.0, 2, 4)
-    # clusters that happen to be alike do not make a mean more certain than independent questions do
+    assert estimate(values, groups) == (0.5, 0.5, pytest.approx(0.25), 1.0, 2, 4)
+    # clusters that happen to be alike do not make a mean certain
     assert estimate(values, np.array([0, 1, 0, 1])).variance == pytest.approx(1 / 12)
     assert estimate(values, np.zeros(4, dtype=int)).variance == 1.0
 
 
 def test_a_sum_of_two_tasks_by_hand() -> None:
-    total = weighted_sum([Estimate(0.5, 0.04, 4, 5, 10), Estimate(0.9, 0.01, 9, 10, 10)], [0.5, 0.5])
+    total = weighted_sum([Estimate(0.5, 0.5, 0.04, 4, 5, 10), Estimate(0.9, 0.8, 0.01, 9, 10, 10)], [0.5, 0.5])
     assert total.mean == pytest.approx(0.7)
-    assert total.variance == pytest.approx(0.0125)
+    assert (total.square, total.variance) == pytest.approx((0.65, 0.0125))
     assert total.freedom == pytest.approx(0.0125**2 / (0.01**2 / 4 + 0.0025**2 / 9))
     assert (total.groups, total.questions) == (15, 20)
 
@@ -61,11 +61,46 @@ def test_an_interval_of_many_scores_is_the_normal_one() -> None:
         assert found == pytest.approx(scores.mean() + np.array([-1.96, 1.96]) * error, abs=error / 50)
 
 
+def test_few_clusters_that_happen_to_be_alike_make_no_score_more_certain() -> None:
+    scores = np.tile([1.0, 1.0, 1.0, 0.0], 20)
+    scores[:4] = 1.0
+    few = score_interval([estimate(scores, np.arange(80) // 8)])
+    many = score_interval([estimate(scores, independent(80))])
+    assert few[0] < many[0] and few[1] > many[1]
+
+
 def test_no_difference_seen_is_none_for_certain() -> None:
+    """With no difference, Tango's interval ends where Wilson's does: at t² / (n + t²)."""
     same = estimate(np.zeros(80), independent(80))
-    half = 1.99 * 2**0.5 / 82
-    assert difference_interval(same, binary=True) == pytest.approx((-half, half), abs=1e-4)
+    end = 1.9905**2 / (80 + 1.9905**2)
+    assert difference_interval(same, binary=True) == pytest.approx((-end, end), abs=1e-5)
     assert difference_interval(same, binary=False) == difference_interval(same, binary=True)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(12, 2), (3, 3), (0, 5), (49, 0), (40, 10)])
+def test_tangos_interval_ends_where_the_score_test_does(gained: int, lost: int) -> None:
+    """The score test of a difference d, its shares of gained and lost questions found by search, not by formula."""
+    n = 50
+    values = np.array([1.0] * gained + [-1.0] * lost + [0.0] * (n - gained - lost))
+    for end in difference_interval(estimate(values, independent(n)), binary=True):
+        if abs(end) > 1 - 1e-9:
+            assert gained - lost == n * end
+            continue
+        shares = np.linspace(max(0, -end) + 1e-9, (1 - end) / 2 - 1e-9, 200_001)  # lost; gained are d more
+        likelihood = gained * np.log(shares + end) + lost * np.log(shares) if lost else gained * np.log(shares + end)
+        likelihood = likelihood + (n - gained - lost) * np.log1p(-2 * shares - end)
+        share = shares[np.argmax(likelihood)]
+        error = math.sqrt((2 * share + end - end**2) / (n * (n - 1) / n))  # the variance's own number is n - 1
+        assert abs((gained - lost) / n - end) / error == pytest.approx(2.0096, abs=5e-3)
+
+
+def test_one_changed_image_is_no_proof() -> None:
+    """Eight questions of one image that change together say less than eight of as many images."""
+    values = np.zeros(80)
+    values[:8] = 1.0
+    together = difference_interval(estimate(values, np.arange(80) // 8), binary=True)
+    apart = difference_interval(estimate(values, independent(80)), binary=True)
+    assert apart[0] > 0 > together[0]
 
 
 def test_a_few_values_by_hand() -> None:

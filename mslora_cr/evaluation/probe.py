@@ -1,0 +1,136 @@
+"""What a stream does to abilities that none of its tasks trains: a held-out data set, answered at every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mslora_cr.banks.bank import Bank
+from mslora_cr.config.schema import ConfigError, StreamConfig, Task
+from mslora_cr.data.records import TestRecords
+from mslora_cr.distributed.comm import barrier, rank
+from mslora_cr.evaluation.cells import PlannedCell
+from mslora_cr.evaluation.evaluate import answer_cell
+from mslora_cr.evaluation.figures import Column, is_binary
+from mslora_cr.evaluation.intervals import difference_interval, estimate, percent
+from mslora_cr.evaluation.metrics import Scores
+from mslora_cr.evaluation.probe_result import MEASURED, PROBE, Loss, Probe
+from mslora_cr.evaluation.results import Cell, column_of
+from mslora_cr.evaluation.score import SCORES, read_scores
+from mslora_cr.evaluation.session import EvaluationSession
+from mslora_cr.methods.base import method_of
+from mslora_cr.runs.ledger import environment, finished_banks
+from mslora_cr.runs.lock import one_writer
+from mslora_cr.runs.session import check_hosts, start_processes, task_folder
+from mslora_cr.utils.errors import nearest
+
+
+def evaluate_probe(config: StreamConfig, dataset: str, banks: Mapping[str, Bank] | None = None) -> Path:
+    """Answer a data set that no task of the stream trains, by the base and after every stage that is learned; returns
+    the path of `probe.json`.
+
+    At a stage its questions, which are of no task, are answered by the banks that answer the task learned there.
+
+    Args:
+        dataset: a name in `datasets` that is not in `tasks`. banks: as `evaluate`.
+
+    Raises:
+        ConfigError: there is no such data set, a task trains it, or the task of a question is to be found by a router.
+        DataError, ModelError, BankError, LockedError: as `evaluate`.
+    """
+    task = check_held_out(config, dataset)
+    start_processes(config)
+    with one_writer(config.results_run_dir):
+        return _evaluate(config, task, banks)
+
+
+def check_held_out(config: StreamConfig, dataset: str) -> Task:
+    """The data set, as if it were a task behind the stream.
+
+    Raises:
+        ConfigError: as `evaluate_probe`.
+    """
+    if config.evaluation.banks_by == "routed":
+        raise ConfigError("--probe: questions of no task cannot be routed; use --banks-by prefix or all")
+    if dataset not in config.datasets:
+        raise ConfigError(f"--probe: unknown data set {dataset!r}{nearest(dataset, config.datasets)}")
+    if dataset in [task.name for task in config.tasks]:
+        raise ConfigError(f"--probe: {dataset} is a task of this stream; name a data set that none of them trains")
+    known = config.datasets[dataset].model_dump(include={"modality", "folder", "image_folders"})
+    # What training would need of it is never read.
+    return Task(index=len(config.tasks), name=dataset, epochs=1.0, batch_size=1, learning_rate=1.0, **known)
+
+
+def _evaluate(config: StreamConfig, task: Task, banks: Mapping[str, Bank] | None) -> Path:
+    chain = dict(banks) if banks is not None else finished_banks(config)
+    by_number = {known.index + 1: chain[known.name] for known in config.stream if known.name in chain}
+    records = TestRecords(task_folder(config, task) / "test.jsonl")
+    wanted = _cells(config, task, by_number)
+    banks_of = {cell.stage: [by_number[number] for number in cell.banks] for cell in wanted}
+    known = list(by_number.values())
+    session = EvaluationSession(config, known, {task.name: records}, cached_images=True, switches=True)
+    fingerprints = {
+        stage: session.fingerprint(answering, questions=records.digest, fold=config.lora.fold)
+        for stage, answering in banks_of.items()
+    }
+    facts = {
+        f"the questions, banks or settings of {task.name} at stage {stage}": of for stage, of in fingerprints.items()
+    }
+    check_hosts(config.results_run_dir, facts)
+    scored: dict[Path, Scores] = {}
+    rows = [answer_cell(session, cell, banks_of[cell.stage], fingerprints[cell.stage], scored) for cell in wanted]
+    path = config.results_run_dir / PROBE / task.name / f"{PROBE}.json"
+    if rank() == 0:
+        cells = tuple(row for row in rows if row is not None)
+        Probe(
+            run=config.run,
+            method=config.method,
+            banks_by=config.evaluation.banks_by,
+            dataset=task.name,
+            cells=cells,
+            losses=tuple(_losses(config.results_run_dir, cells)),
+            environment=environment(),
+        ).write(path)
+    barrier()
+    return path
+
+
+def _cells(config: StreamConfig, task: Task, learned: Mapping[int, Bank]) -> list[PlannedCell]:
+    """The base and every stage that can answer. Stages that the same banks answer share one folder."""
+    method, folder = method_of(config), config.results_run_dir / PROBE / task.name
+    places: dict[tuple[int, ...], Path] = {}
+    found = []
+    for stage in (0, *method.stages(sorted(learned), len(config.tasks))):
+        banks = tuple(method.banks(stage, stage, config.evaluation.banks_by)) if stage else ()
+        if set(banks) <= set(learned):
+            found.append(PlannedCell(task, stage, banks, places.setdefault(banks, folder / f"stage-{stage}")))
+    return found
+
+
+def _losses(root: Path, cells: tuple[Cell, ...]) -> list[Loss]:
+    base, *later = cells
+    before = _columns(root, base)
+    found = []
+    for cell in later:
+        after = _columns(root, cell)
+        for metric in [metric for metric in MEASURED if metric in cell.metrics]:
+            lost = before[metric].scores - after[metric].scores
+            binary = is_binary(before[metric].scores) and is_binary(after[metric].scores)
+            ends = percent(difference_interval(estimate(lost, before[metric].groups), binary))
+            scores = base.metrics[metric], cell.metrics[metric]
+            found.append(
+                Loss(
+                    stage=cell.stage,
+                    metric=metric,
+                    base=scores[0],
+                    score=scores[1],
+                    loss=scores[0] - scores[1],
+                    interval=(0.0, 0.0) if cell.answers == base.answers else ends,
+                )
+            )
+    return found
+
+
+def _columns(root: Path, cell: Cell) -> dict[str, Column]:
+    table = read_scores((root / cell.answers).with_name(SCORES))
+    return {metric: column_of(table, metric) for metric in MEASURED}

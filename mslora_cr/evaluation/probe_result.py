@@ -1,0 +1,73 @@
+"""`probe/DATASET/probe.json`, typed, and its table. Apart from `probe`, so that who reads it need load no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tabulate import tabulate
+
+from mslora_cr.evaluation.intervals import Interval, span
+from mslora_cr.evaluation.results import Cell
+from mslora_cr.utils.state import Part, StateFile
+
+PROBE = "probe"
+"""Where answers to held-out data sets go in a results folder, and the name of their `.json`."""
+MEASURED = {"close accuracy": "closed", "f1 score": "F1, open", "exact match score": "exact"}
+"""Title by name in `metrics.json`."""
+
+
+class Loss(Part):
+    """What a metric lost against the base: both scores in percent, the loss in points, positive where the base is
+    better, and its interval, paired by question."""
+
+    stage: int
+    metric: str
+    base: float
+    score: float
+    loss: float
+    interval: Interval
+
+
+class Probe(StateFile):
+    """`probe/DATASET/probe.json`: a held-out data set at every stage, 0 being the base, and what is lost of it."""
+
+    MEND: ClassVar[str] = "remove it; `mslora-cr evaluate CONFIG --probe DATASET` writes it again from the answers"
+
+    run: str
+    method: str
+    banks_by: str
+    dataset: str
+    cells: tuple[Cell, ...]
+    losses: tuple[Loss, ...]
+    environment: dict[str, Any]
+
+    def last(self) -> list[Loss]:
+        """The losses after the last stage."""
+        return [loss for loss in self.losses if loss.stage == self.cells[-1].stage]
+
+
+def read_probes(results_dir: Path) -> list[Probe]:
+    """What is known of held-out data sets, in the order of their names.
+
+    Raises:
+        StateError: one is damaged, or of a later version.
+    """
+    return [Probe.read(path) for path in sorted((results_dir / PROBE).glob(f"*/{PROBE}.json"))]
+
+
+def probe_table(found: Probe) -> str:
+    """The losses as a console shows them."""
+    rows = [
+        [
+            row.stage,
+            MEASURED[row.metric],
+            f"{row.base:.1f}",
+            f"{row.score:.1f}",
+            f"{row.loss:+.1f} [{span(row.interval)}]",
+        ]
+        for row in found.losses
+    ]
+    title = f"{found.dataset}, which no task trains, {found.cells[0].rows} questions"
+    headers = ["stage", "score", "base", "at the stage", "lost"]
+    return f"{title}\n{tabulate(rows, headers, disable_numparse=True)}" if rows else f"{title}: the base alone answers"
