@@ -70,7 +70,8 @@ def test_the_scripts_train_and_evaluate_their_run(run: str, tiny_model: Path, ti
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", first_in_make_test("deepspeed", "accelerate"))  # torchrun: tests/distributed
+@pytest.mark.long  # `make test` starts every launcher in tests/distributed
+@pytest.mark.parametrize("launcher", ["deepspeed", "accelerate"])
 def test_a_launcher_trains_with_two_processes(launcher: str, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     places = [f"output_dir={tmp_path / 'runs'}", f"results_dir={tmp_path / 'results'}"]
     length = ["tasks=[CXP]", "tasks.*.epochs=0.01", "lora.rank=4", "training.dataloader_num_workers=0"]

@@ -13,7 +13,7 @@ from tests.conftest import bank_bytes, once, write_config
 from tests.distributed.launch import deepspeed_file, launch, run
 
 Run = Callable[..., Path]
-LAUNCHERS = {"ddp": "accelerate", "zero1": "torchrun", "zero2": "deepspeed", "zero3": "torchrun"}
+LAUNCHERS = {"ddp": "accelerate", "zero2": "deepspeed", "zero3": "torchrun"}
 FIXED = {"alpha": 0.1, "beta": 0.01}
 LEARNABLE = {"alpha": -1, "beta": -1}
 WITHOUT_DROPOUT = {"rank": 4, "alpha": 8}
@@ -41,7 +41,7 @@ def trained(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Run:
     """Trains the tiny stream once for each (stage, weights, overrides), and returns its run folder.
 
     `stage` is `one` for a single process without a launcher; otherwise two processes share each batch of four. With
-    fixed weights and no overrides they are started by the user's script, each stage by another launcher.
+    fixed weights and no overrides those of `LAUNCHERS` are started by the user's script, each by another launcher.
     """
 
     def train(stage: str, weights: str = "fixed", *overrides: str) -> Path:
