@@ -127,7 +127,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(setting: Setting, fold: str, banks: Sequence[Bank]) -> Any:
-    """A model that answers with these banks, `unfolded` or folded as told."""
+    """A model that answers with these banks, `unfolded`, or folded in this way."""
     base = language_model(setting.size, setting.device)
     if fold == "unfolded":
         return peft_all_active(base, banks, train_last=False).eval()

@@ -69,17 +69,17 @@ def check_fetched(lock: Path, name: str, folder: Path, files: Iterable[str], upd
     Raises:
         DataError: a file is another than the one that is locked.
     """
-    found = {
+    fetched = {
         file: {"size": (folder / file).stat().st_size, "sha256": file_digest(folder / file)} for file in sorted(files)
     }
     entry = locked_files(lock, name)
     if entry is not None and not update:
-        odd = sorted(file for file in found.keys() | entry["files"] if found.get(file) != entry["files"].get(file))
+        odd = sorted(file for file in fetched.keys() | entry["files"] if fetched.get(file) != entry["files"].get(file))
         if odd:
             raise _changed(lock, name, entry["revision"], odd)
         return
     content = read_object(lock) if lock.exists() else {"assets": {}}
-    content["assets"][name] = {"revision": commit, "files": found}
+    content["assets"][name] = {"revision": commit, "files": fetched}
     content["assets"] = dict(sorted(content["assets"].items()))
     write_json(lock, content)
 
