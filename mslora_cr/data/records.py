@@ -177,8 +177,8 @@ class _Records(Sequence[Record], Generic[Record]):
         try:
             return self._model.model_validate(value)
         except ValidationError as error:
-            found = first_problem(error) if self._problems is None else "; ".join(problems_in(error))
-            raise DataError(f"{self.path}: {place}: {found}{other_record(value)}") from None
+            problem = first_problem(error) if self._problems is None else "; ".join(problems_in(error))
+            raise DataError(f"{self.path}: {place}: {problem}{other_record(value)}") from None
 
     def _read(self, file: BinaryIO, index: int) -> Record:
         file.seek(self._starts[index])

@@ -179,8 +179,8 @@ def read_scores(path: Path) -> ScoreTable:
 def group_numbers(labels: Sequence[str]) -> intervals.Groups:
     """Equal labels → equal numbers, in the order in which they come; each empty label a number of its own."""
     numbers: dict[str | int, int] = {}
-    found = [numbers.setdefault(label or place, len(numbers)) for place, label in enumerate(labels)]
-    return np.array(found, dtype=np.int64)
+    of_each = [numbers.setdefault(label or place, len(numbers)) for place, label in enumerate(labels)]
+    return np.array(of_each, dtype=np.int64)
 
 
 def _places(

@@ -83,7 +83,7 @@ def browsed_answers(evaluation: Evaluation, results_dir: Path, config: StreamCon
     Raises:
         DataError: an answer file or its scores are malformed.
     """
-    found = Browsed()
+    browsed = Browsed()
     for task in evaluation.tasks:
         cells = [cell for cell in evaluation.cells if cell.task == task and (results_dir / cell.answers).is_file()]
         if not cells:
@@ -91,9 +91,9 @@ def browsed_answers(evaluation: Evaluation, results_dir: Path, config: StreamCon
         table = read_scores((results_dir / cells[-1].answers).with_name(SCORES))
         pictures, problem = _pictures(task, cells[-1], table, config) if config else ([], None)
         if problem:
-            found.missing.append(f"no pictures of {task}: {problem}")
-        found.tasks.append(_task_answers(evaluation, task, cells, results_dir, pictures))
-    return found
+            browsed.missing.append(f"no pictures of {task}: {problem}")
+        browsed.tasks.append(_task_answers(evaluation, task, cells, results_dir, pictures))
+    return browsed
 
 
 def _task_answers(
@@ -203,7 +203,7 @@ def browser_data(
                 "name": task.task,
                 "color": colors.get(task.task),
                 "own": task.own,
-                "sets": [{"stages": found.stages, "banks": found.banks} for found in task.sets],
+                "sets": [{"stages": given.stages, "banks": given.banks} for given in task.sets],
                 "rows": _rows(task, places),
             }
             for task in tasks
@@ -230,7 +230,7 @@ def _rows(task: TaskAnswers, places: dict[Path, int]) -> list[list[Any]]:
     return rows
 
 
-def confusions(task: TaskAnswers, found: AnswerSet) -> tuple[list[str], dict[str, list[int]]]:
+def confusions(task: TaskAnswers, answers: AnswerSet) -> tuple[list[str], dict[str, list[int]]]:
     """Of each truth of the closed questions (rows), how many answers said which truth (columns).
 
     A right answer counts as its truth, a wrong one as the truth that it equals once normalised, or as `OTHER`.
@@ -243,7 +243,7 @@ def confusions(task: TaskAnswers, found: AnswerSet) -> tuple[list[str], dict[str
     frequent = [truth for truth, _ in Counter(truths.values()).most_common(MOST_CLASSES)]
     pairs: Counter[tuple[str, str]] = Counter()
     for index, truth in truths.items():
-        said = truth if found.hits[index] else normalize_answer(found.texts[index].lower())
+        said = truth if answers.hits[index] else normalize_answer(answers.texts[index].lower())
         pairs[truth if truth in frequent else OTHER, said if said in frequent else OTHER] += 1
     rows = [*frequent, *([OTHER] if any(truth == OTHER for truth, _ in pairs) and OTHER not in frequent else [])]
     columns = [*frequent, *([OTHER] if any(said == OTHER for _, said in pairs) and OTHER not in frequent else [])]

@@ -89,16 +89,16 @@ def changed_settings(folder: Path, config: StreamConfig, task: Task) -> list[str
     except (OSError, ValueError):
         return [f"its {CONFIG} is gone or damaged"]
     new = config.fingerprint_fields(task)
-    found = []
+    changes = []
     orders = [[member["name"] for member in fields["tasks"]] for fields in (old, new)]
     if orders[0] != orders[1]:
-        found.append(f"order: {', '.join(orders[0])} there; {', '.join(orders[1])} here")
+        changes.append(f"order: {', '.join(orders[0])} there; {', '.join(orders[1])} here")
     before, now = _flat(old), _flat(new)
     for key in {**before, **now}:
         both = key in before and key in now
-        if before.get(key) != now.get(key) and (both or not found):
-            found.append(f"{key}: {before.get(key)!r} there, {now.get(key)!r} here")
-    return found
+        if before.get(key) != now.get(key) and (both or not changes):
+            changes.append(f"{key}: {before.get(key)!r} there, {now.get(key)!r} here")
+    return changes
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

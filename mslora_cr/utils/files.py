@@ -72,9 +72,9 @@ def resumable(path: Path, content: str) -> BinaryIO:
         content: what tells the content from another that `path` could have, such as its digest.
     """
     prefix = f"{_prefix(path)}{content}-"
-    for found in sorted(path.parent.iterdir()):
-        if found.name.startswith(prefix) and found.suffix == ".part" and not found.is_symlink() and found.is_file():
-            file = _appending(found, 0)
+    for left in sorted(path.parent.iterdir()):
+        if left.name.startswith(prefix) and left.suffix == ".part" and not left.is_symlink() and left.is_file():
+            file = _appending(left, 0)
             status = os.fstat(file.fileno())
             if (status.st_nlink, status.st_uid) == (1, os.geteuid()):
                 return file

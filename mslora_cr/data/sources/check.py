@@ -92,8 +92,8 @@ def _opened(kind: type[File], path: Path, report: Report) -> File | None:
         return None
     finally:
         if problems:
-            found = [problem.removeprefix(f"{path.parent}/") for problem in problems]
-            report.problems.append(Problem("error", f"{path.name}: malformed records", len(found), found))
+            shown = [problem.removeprefix(f"{path.parent}/") for problem in problems]
+            report.problems.append(Problem("error", f"{path.name}: malformed records", len(shown), shown))
     return records if len(records) else None
 
 
@@ -262,16 +262,16 @@ def _check_image_files(
 
 def _resolve(names: Names, roots: Sequence[Path], file: str, report: Report) -> dict[str, Path]:
     """The existing images, by their paths."""
-    found, missing = {}, []
+    paths, missing = {}, []
     for place, name in names.items():
         try:
-            found[place] = resolve_image(name, roots)
+            paths[place] = resolve_image(name, roots)
         except DataError:
             missing.append(name)
     report.missing = (report.missing or 0) + len(missing)
     if missing:
         report.error(f"{file}: images that are missing below {roots[0]}", sorted(missing))
-    return found
+    return paths
 
 
 def _copies(train: set[Path], test: set[Path], scan: Scan) -> list[str]:

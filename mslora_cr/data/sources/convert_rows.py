@@ -92,11 +92,11 @@ def _table(path: Path, delimiter: str, columns: Columns, question: str | None) -
 
 
 def _known_columns(place: Path, names: Sequence[str], columns: Columns, question: str | None) -> Columns:
-    asked = {"--image": columns.image, "--answer": columns.answer, "--group": columns.group}
-    asked |= {"--split": columns.split, "--answer-type": columns.answer_type}
+    wanted = {"--image": columns.image, "--answer": columns.answer, "--group": columns.group}
+    wanted |= {"--split": columns.split, "--answer-type": columns.answer_type}
     if question is None:
-        asked["--question"] = columns.question
-    for option, name in asked.items():
+        wanted["--question"] = columns.question
+    for option, name in wanted.items():
         if name is not None and name not in names:
             hint = " or --ask TEXT, which asks the same of every image" if option == "--question" else ""
             raise DataError(
