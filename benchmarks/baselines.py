@@ -23,9 +23,9 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 def peft_all_active(model: LlavaForConditionalGeneration, banks: Sequence[Bank], train_last: bool) -> PeftModel:
     """PEFT with all banks active and unfolded; only the last one is trained, if any."""
     names = [bank.name for bank in banks]
-    peft = get_peft_model(model, lora_config(banks[0].rank, banks[0].alpha), adapter_name=names[0])
+    peft = get_peft_model(model, lora_config(banks[0].matrices, banks[0].rank, banks[0].alpha), adapter_name=names[0])
     for bank in banks[1:]:
-        peft.add_adapter(bank.name, lora_config(bank.rank, bank.alpha))
+        peft.add_adapter(bank.name, lora_config(bank.matrices, bank.rank, bank.alpha))
     # set_adapter takes several names only here, and makes every one of them trainable unless told otherwise.
     peft.base_model.set_adapter(names, inference_mode=True)
     if train_last:

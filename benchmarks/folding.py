@@ -23,7 +23,8 @@ from transformers import LlavaForConditionalGeneration
 from benchmarks.baselines import peft_all_active
 from benchmarks.harness import Setting, finish, language_model, parse, random_banks, random_batch
 from mslora_cr.banks.bank import Bank
-from mslora_cr.banks.stack import BankStack, language_linears
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.models.language import language_linears
 
 BANKS = 8
 

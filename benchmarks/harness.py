@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 from mslora_cr.banks.bank import Bank
-from mslora_cr.banks.stack import language_linears
 from mslora_cr.distributed.deepspeed import free_memory
+from mslora_cr.models.language import language_linears
 from mslora_cr.runs.ledger import environment
 from mslora_cr.utils.files import write_json
 from mslora_cr.utils.workers import cores

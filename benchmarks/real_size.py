@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from mslora_cr.banks.bank import Bank
-from mslora_cr.banks.stack import BankStack, language_linears
+from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import RegularizationConfig
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.prompts import IGNORE_INDEX
@@ -41,6 +41,7 @@ from mslora_cr.evaluation.decoding import answer_alone
 from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.models import llava_med
+from mslora_cr.models.language import language_linears
 from mslora_cr.models.layout import save_llava_layout
 from mslora_cr.runs.ledger import environment
 from mslora_cr.training.trainer import BankTrainer, loss_mask

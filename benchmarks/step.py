@@ -39,12 +39,13 @@ from benchmarks.baselines import (
 )
 from benchmarks.harness import Setting, finish, language_model, parse, random_banks, random_batch
 from mslora_cr.banks.bank import Bank
-from mslora_cr.banks.stack import BankStack, language_linears
+from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import RegularizationConfig
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.models.kernels import use_kernels
+from mslora_cr.models.language import language_linears
 from mslora_cr.training.trainer import BankTrainer, loss_mask
 from mslora_cr.utils.kernels import chosen_kernels
 

@@ -40,7 +40,7 @@ from transformers import (
 from benchmarks.baselines import alternating
 from benchmarks.harness import SIZES, Size, language_model, random_banks, random_batch
 from benchmarks.real_size import LLAVA_MED
-from mslora_cr.banks.stack import BankStack, language_linears
+from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import RegularizationConfig
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.distributed.comm import rank
@@ -48,6 +48,7 @@ from mslora_cr.distributed.deepspeed import partition, prepare_deepspeed
 from mslora_cr.distributed.launch import abort_together, start_process_group
 from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
+from mslora_cr.models.language import language_linears
 from mslora_cr.training.trainer import BankTrainer
 
 STAGES = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3, "ZeRO-3, offloaded": 4}

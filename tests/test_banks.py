@@ -17,8 +17,9 @@ from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.experts import RoutedExperts
 from mslora_cr.banks.io import load_bank, save_bank
 from mslora_cr.banks.published import export_published
-from mslora_cr.banks.stack import BankStack, language_linears
+from mslora_cr.banks.stack import BankStack
 from mslora_cr.cli.main import main
+from mslora_cr.models.language import language_linears
 from mslora_cr.models.llava_med import LlavaMed, load
 from tests.conftest import GOLDEN, ConfigWriter
 

@@ -9,12 +9,13 @@ import torch
 
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.per_sample import PerSampleAdapters, QuestionBanks
-from mslora_cr.banks.stack import BankStack, language_linears
+from mslora_cr.banks.stack import BankStack
 from mslora_cr.data.datasets import EvalDataset, Preprocessing
 from mslora_cr.data.records import TestRecords
 from mslora_cr.evaluation.decoding import Decoder
 from mslora_cr.evaluation.generate import answered_batches
 from mslora_cr.evaluation.prefix import Limits, grouped, in_waves
+from mslora_cr.models.language import language_linears
 from mslora_cr.models.llava_med import LlavaMed, load
 from tests.conftest import GOLDEN
 

@@ -14,8 +14,9 @@ from mslora_cr.data.images import load_image, preprocess
 from mslora_cr.data.lengths import read_limit
 from mslora_cr.models import digest as digest_module
 from mslora_cr.models.digest import weights_digest
-from mslora_cr.models.layout import ModelError, language_linear_shapes, linear_name, published_linear_name
+from mslora_cr.models.layout import ModelError, linear_name, published_linear_name
 from mslora_cr.models.llava_med import load
+from mslora_cr.models.shapes import language_linear_shapes
 from tests.conftest import GOLDEN
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -385,7 +386,10 @@ def test_a_cut_shard_is_named(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; expected one of llava_mistral, llava"),
+        (
+            {"model_type": "llama"},
+            "model_type is 'llama'; expected llava_mistral, or an image-text model that transformers knows",
+        ),
         ({"rope_theta": "DROP", "vocab_size": "DROP"}, "missing vocab_size, rope_theta"),
         ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),

@@ -10,10 +10,11 @@ import torch
 
 from mslora_cr.banks.bank import BankError
 from mslora_cr.banks.io import load_bank
-from mslora_cr.banks.stack import BankStack, language_linears
+from mslora_cr.banks.stack import BankStack
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import ConfigError
+from mslora_cr.models.language import language_linears
 from mslora_cr.models.llava_med import load
 from tests.conftest import ConfigWriter
 

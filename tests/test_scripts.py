@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.conftest import first_in_make_test
+from tests.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 RUNS = ("lora_each", "mslora_cr_ortho", "mslora_cr_ortho_6task")
@@ -36,7 +37,8 @@ def test_every_shipped_run_has_its_two_scripts() -> None:
         assert f"finetune_{run}.sh" in scripts
         assert f"eval_{run}.sh" in scripts
     every = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-    assert every == sorted([*(f"finetune_{run}.yaml" for run in RUNS), "published.yaml", "demo.yaml", "sweep.yaml"])
+    others = ["published", "demo", "sweep", "medgemma", *(set(FAMILIES) - {"idefics3"})]
+    assert every == sorted(f"{name}.yaml" for name in [*(f"finetune_{run}" for run in RUNS), *others])
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ from mslora_cr.data.datasets import ConcatTrainDataset, Preprocessing, TrainData
 from mslora_cr.data.images import image_roots
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.losses.bank_penalties import BankPenalties
-from mslora_cr.models.llava_med import LlavaMed, last_mlp, load
+from mslora_cr.models.language import last_mlp
+from mslora_cr.models.llava_med import LlavaMed, load
 from mslora_cr.training import checkpoints as checkpoints_module
 from mslora_cr.training.sampler import FixedOrderSampler
 from mslora_cr.training.trainer import BankTrainer, loss_mask

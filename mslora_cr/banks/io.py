@@ -6,7 +6,7 @@ A bank is one PEFT LoRA adapter over every linear layer of the language model.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from peft import LoraConfig
@@ -17,7 +17,8 @@ from torch import Tensor
 from mslora_cr.banks.bank import Bank, BankError, assemble_bank, check_shape
 from mslora_cr.banks.plain_lora import WRITTEN, check_plain_lora, check_targets
 from mslora_cr.banks.published import PUBLISHED_WEIGHTS, load_published
-from mslora_cr.models.layout import LANGUAGE_LINEARS, linear_name
+from mslora_cr.models.language import linears_pattern
+from mslora_cr.models.layout import linear_name
 from mslora_cr.utils.files import file_digest, replacing_folder, write_json
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import read_object
@@ -59,7 +60,7 @@ def save_bank(
             f"numbers, first {broken[0].removeprefix(PEFT_PREFIX)}. A lower learning rate or lower penalty weights "
             "usually help"
         )
-    settings = lora_config(bank.rank, bank.alpha, dropout).to_dict()
+    settings = lora_config(bank.matrices, bank.rank, bank.alpha, dropout).to_dict()
     settings = {**{key: settings[key] for key in sorted(WRITTEN)}, "peft_type": "LORA"}
     with replacing_folder(folder) as staging:
         write_json(staging / CONFIG, settings)
@@ -110,6 +111,7 @@ def load_bank(path: Path) -> Bank:
     return assemble_bank(path, name if isinstance(name, str) else path.name, rank, alpha, halves, metadata)
 
 
-def lora_config(rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig:
-    """PEFT's configuration of a bank: every linear layer of the language model, nothing else."""
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LANGUAGE_LINEARS, bias="none")
+def lora_config(layers: Iterable[str], rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig:
+    """PEFT's configuration of a bank over these linear layers of the language model, and nothing else."""
+    targets = linears_pattern(layers)
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")

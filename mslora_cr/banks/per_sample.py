@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from mslora_cr.banks.bank import Bank, BankError, concatenated
-from mslora_cr.banks.stack import language_linears
+from mslora_cr.models.language import language_linears
 
 
 class PerSampleAdapters:

@@ -7,7 +7,6 @@ float32 from the pristine base and rounded once, or concatenated into one frozen
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,23 +21,13 @@ from mslora_cr.banks.bank import Bank, BankError, concatenated
 from mslora_cr.banks.experts import copy_routers, route, routers_of
 from mslora_cr.banks.fused import FusedLinear, fuse, fused_layers
 from mslora_cr.banks.io import PEFT_PREFIX, lora_config
-from mslora_cr.models.layout import LANGUAGE_LINEARS
+from mslora_cr.models.language import language_linears
 from mslora_cr.utils.precision import ieee_float32
 
 TRAINABLE = "live"
 FROZEN = "frozen"
 COPIES_SHARE = 0.4
 """Of a GPU's free memory that pristine weights may take; answering needs the rest."""
-
-
-def language_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that banks adapt, by their name in transformers' model, with or without PEFT around them."""
-    found = {}
-    for name, module in model.named_modules():
-        name = name.removeprefix(PEFT_PREFIX)
-        if re.fullmatch(LANGUAGE_LINEARS, name):
-            found[name] = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    return found
 
 
 class BankStack:
@@ -78,7 +67,17 @@ class BankStack:
         if self.merge_mode == "concatenate" or routed or isinstance(self.model, PeftModel):
             self._concatenate(banks if self.merge_mode == "concatenate" or routed else [])
 
+    @property
+    def architecture(self) -> str:
+        """The class of the base model."""
+        return type(self.base).__name__
+
     def _check(self, bank: Bank) -> None:
+        told = bank.metadata.get("base_model")
+        if isinstance(told, dict) and told.get("architecture") not in (None, self.architecture):
+            raise BankError(
+                f"bank {bank.name!r} was trained on {told['architecture']}, and the base model is {self.architecture}"
+            )
         if set(bank.matrices) != set(self._linears):
             odd = sorted(set(bank.matrices) ^ set(self._linears))
             raise BankError(f"bank {bank.name!r} and the model differ in {len(odd)} linear layers, first {odd[0]}")
@@ -117,7 +116,7 @@ class BankStack:
         if not banks:
             return
         rank = sum(bank.rank for bank in banks)
-        model = self._with_adapter(lora_config(rank, rank), FROZEN)
+        model = self._with_adapter(lora_config(self._linears, rank, rank), FROZEN)
         matrices = {name: concatenated(name, banks) for name in self._linears}
         _copy_into(model, FROZEN, matrices)
         if banks[0].routers:
@@ -152,7 +151,7 @@ class BankStack:
 
         Afterwards the trainable matrices are the only trainable parameters of the model.
         """
-        config = lora_config(rank, alpha, dropout)
+        config = lora_config(self._linears, rank, alpha, dropout)
         if isinstance(self.model, PeftModel):
             self.model.add_adapter(TRAINABLE, config)
             # set_adapter takes a list only on the tuner, and makes each adapter of a trainable list trainable.

@@ -34,7 +34,7 @@ def add_model(commands: argparse._SubParsersAction) -> None:
     action = add_command(
         actions,
         "inspect",
-        "show what a base model contains and compare its own vision tower with the one its configuration names",
+        "show what a base model contains, what a bank adapts in it, and how LLaVA-Med's two vision towers differ",
         "mslora-cr model inspect pretrained_models/llava_med_v1.5",
         "mslora-cr model inspect pretrained_models/llava_med_v1.5 --all",
     )
@@ -48,7 +48,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from mslora_cr.models.inspect import inspect
 
     comparison = inspect(args.path)
-    if not args.all:
+    if not args.all and "towers" in comparison:
         differences = comparison["towers"].pop("differences", {})
         worst = sorted(differences.items(), key=lambda item: -item[1] if isinstance(item[1], float) else float("-inf"))
         comparison["towers"]["largest_differences"] = dict(worst[:8])

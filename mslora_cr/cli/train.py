@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 from mslora_cr.cli.common import add_command, add_config, config_of, quieten
 from mslora_cr.config.schema import ConfigError, StreamConfig
@@ -64,6 +65,7 @@ def _print_plan(config: StreamConfig, only: Sequence[str], force: bool) -> None:
     """
     import yaml
 
+    from mslora_cr.models.describe import summary
     from mslora_cr.stream.plan import plan, tasks_to_train
 
     chosen = [task.name for task in tasks_to_train(config, only)]
@@ -71,7 +73,8 @@ def _print_plan(config: StreamConfig, only: Sequence[str], force: bool) -> None:
     done = {item.task for item in plans if item.done}
     plans = [item for item in plans if item.task in chosen]
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    print(f"run folder: {config.run_dir}\ntrainable parameters per bank: {trainable:,}\n")
+    print(f"run folder: {config.run_dir}\ntrainable parameters per bank: {trainable:,}")
+    print("".join(f"{line}\n" for line in summary(Path(config.model.path))))
     print(
         f"{'task':<16}{'modality':<14}{'records':>9}{'epochs':>8}{'batch':>14}{'steps':>8}"
         f"  {'frozen':>6}  penalties  state"

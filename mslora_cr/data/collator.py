@@ -1,14 +1,14 @@
-"""Records → samples → batches. Images are decoded where samples are made: in the data loader's workers."""
+"""LLaVA-Med's samples → batches, and what batches hold."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from mslora_cr.data.datasets import Sample
 from mslora_cr.data.prompts import IGNORE_INDEX
 
 GPU_MULTIPLE = 32
@@ -23,6 +23,15 @@ def length_multiple(device: torch.device) -> int:
 def rounded_up(length: int, multiple: int) -> int:
     """The next multiple that is no less."""
     return -(-length // multiple) * multiple
+
+
+class Sample(TypedDict):
+    """One unpadded sample. `index` is the record's position in its file."""
+
+    index: int
+    input_ids: list[int]
+    labels: list[int]
+    pixel_values: Tensor
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,29 @@
-"""Records as data sets of samples. Images are decoded here: in the data loader's workers."""
+"""Records as data sets of samples, and LLaVA-Med's way from one to the other. Images are decoded here: in the data
+loader's workers."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
+from mslora_cr.data.collator import Sample, TrainingCollator
 from mslora_cr.data.features import FeatureCache
 from mslora_cr.data.images import load_image, preprocess, resolve_image
+from mslora_cr.data.preparation import Collate, Preparation, Prompt
 from mslora_cr.data.prompts import (
     IGNORE_INDEX,
     Encoded,
+    Turn,
     encode_conversation,
+    encode_next_prompt,
     encode_prompt,
     expand_images,
     generation_prompt,
@@ -26,9 +32,26 @@ from mslora_cr.data.records import DataError, TestRecord, TestRecords, TrainingR
 from mslora_cr.data.tokenizer import Tokenizer
 
 
+def shown_images(record: TrainingRecord | TestRecord, all_images: bool) -> tuple[str, ...]:
+    """The images of a record that are shown: the first, as published, unless all are asked for."""
+    return record.images if all_images else record.images[:1]
+
+
+def paths_of(names: Sequence[Sequence[str]], roots: Sequence[Path]) -> list[Path]:
+    """Every image that some records show, once.
+
+    Args:
+        names: of each record's.
+
+    Raises:
+        DataError: one is missing or outside its root.
+    """
+    return [resolve_image(name, roots) for name in dict.fromkeys(name for shown in names for name in shown)]
+
+
 @dataclass(frozen=True)
 class Preprocessing:
-    """What turns a record into tensors: the model's tokenizer and image processor, and the run's choices."""
+    """LLaVA-Med's `Preparation`: the model's tokenizer and image processor, and the run's choices."""
 
     tokenizer: Tokenizer
     image_processor: Any
@@ -39,78 +62,100 @@ class Preprocessing:
     features: FeatureCache | None = None
     """Where the tower's features are read from, if the model takes them instead of pixels."""
 
-    def image_paths(self, records: TrainingRecords | TestRecords, roots: Sequence[Path]) -> list[Path]:
-        """Every image that some records show, once.
+    @property
+    def shares_openings(self) -> bool:
+        return True
 
-        Raises:
-            DataError: one is missing or outside its root.
-        """
-        names = dict.fromkeys(name for record in records for name in self.image_names(record))
-        return [resolve_image(name, roots) for name in names]
+    def image_paths(self, records: TrainingRecords | TestRecords, roots: Sequence[Path]) -> list[Path]:
+        """As `paths_of`."""
+        return paths_of([self.image_names(record) for record in records], roots)
 
     def image_names(self, record: TrainingRecord | TestRecord) -> tuple[str, ...]:
-        """The images of a record that are shown: the first, as published, unless all are asked for."""
-        return record.images if self.all_images else record.images[:1]
+        """As `shown_images`."""
+        return shown_images(record, self.all_images)
 
     def pixel_values(self, names: Sequence[str], roots: Sequence[Path]) -> Tensor:
         """(images, 3, height, width) float32; or the tower's features, (images, positions, width), where cached."""
         paths = [resolve_image(name, roots) for name in names]
         if self.features is not None and paths:
             return torch.stack([self.features.load(path) for path in paths])
-        images = [preprocess(load_image(path), self.image_processor) for path in paths]
+        return self.shown([load_image(path) for path in paths])
+
+    pictures = pixel_values
+
+    def shown(self, images: Sequence[Image.Image]) -> Tensor:
+        """(images, 3, height, width) float32."""
+        pixels = [preprocess(image, self.image_processor) for image in images]
         size = self.image_processor.crop_size
-        return torch.stack(images) if images else torch.empty(0, 3, size["height"], size["width"])
+        return torch.stack(pixels) if pixels else torch.empty(0, 3, size["height"], size["width"])
+
+    def sample(self, index: int, record: TrainingRecord, roots: Sequence[Path]) -> Sample:
+        encoded = self._encode(record)
+        pixels = self.pixel_values(self.image_names(record), roots)
+        return Sample(index=index, input_ids=encoded.input_ids, labels=encoded.labels, pixel_values=pixels)
+
+    def length(self, record: TrainingRecord, roots: Sequence[Path]) -> int:
+        return len(self._encode(record).input_ids)
+
+    def padding_sample(self, sample: Sample, index: int) -> Sample:
+        return {**sample, "index": index, "labels": [IGNORE_INDEX] * len(sample["labels"])}
+
+    def collator(self, multiple: int = 1) -> Collate:
+        return TrainingCollator(self.tokenizer.pad_token_id, multiple)
+
+    def prompt(self, record: TestRecord, roots: Sequence[Path]) -> Prompt:
+        names = self.image_names(record)
+        ids = encode_prompt(self.tokenizer, generation_prompt(record.text, len(names)))
+        ids = self.expand(Encoded(ids, [IGNORE_INDEX] * len(ids))).input_ids
+        images = tuple(resolve_image(name, roots) for name in names)
+        cut = len(ids) - ids[::-1].index(self.image_token_id) if images else 0
+        return Prompt(tuple(ids[:cut]), tuple(ids[cut:]), images)
+
+    def asked(self, earlier: Sequence[Turn], question: str, shown: Tensor) -> tuple[list[int], dict[str, Tensor]]:
+        ids = encode_next_prompt(self.tokenizer, earlier, question, len(shown))
+        length = len(ids) + len(shown) * (self.patches - 1)
+        if length > self.max_length:
+            raise ValueError(f"it takes {length} positions, more than data.max_length = {self.max_length}")
+        ids = self.expand(Encoded(ids, [IGNORE_INDEX] * len(ids))).input_ids
+        return ids, {"pixel_values": shown} if len(shown) else {}
 
     def expand(self, encoded: Encoded) -> Encoded:
         return expand_images(encoded, self.image_token_id, self.patches, self.max_length)
 
-
-class Sample(TypedDict):
-    """One unpadded sample. `index` is the record's position in its file."""
-
-    index: int
-    input_ids: list[int]
-    labels: list[int]
-    pixel_values: Tensor
+    def _encode(self, record: TrainingRecord) -> Encoded:
+        return self.expand(encode_conversation(self.tokenizer, record.turns, len(self.image_names(record))))
 
 
-class TrainDataset(Dataset[Sample]):
+class TrainDataset(Dataset[Any]):
     """The training samples of a task."""
 
-    def __init__(self, records: TrainingRecords, roots: Sequence[Path], preprocessing: Preprocessing) -> None:
+    def __init__(self, records: TrainingRecords, roots: Sequence[Path], preprocessing: Preparation) -> None:
         self.records, self.roots, self.preprocessing = records, roots, preprocessing
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Sample:
-        record = self.records[index]
+    def __getitem__(self, index: int) -> Any:
         try:
-            encoded = self._encode(record)
-            pixels = self.preprocessing.pixel_values(self.preprocessing.image_names(record), self.roots)
+            return self.preprocessing.sample(index, self.records[index], self.roots)
         except ValueError as error:
             raise self._at(index, error) from None
-        return Sample(index=index, input_ids=encoded.input_ids, labels=encoded.labels, pixel_values=pixels)
 
     def lengths(self) -> list[int]:
-        """Positions of every sample, image patches included, without reading an image."""
+        """Positions of every sample, image patches included, without decoding an image."""
         found = []
         for index, record in enumerate(self.records):
             try:
-                found.append(len(self._encode(record).input_ids))
+                found.append(self.preprocessing.length(record, self.roots))
             except ValueError as error:
                 raise self._at(index, error) from None
         return found
-
-    def _encode(self, record: TrainingRecord) -> Encoded:
-        names = self.preprocessing.image_names(record)
-        return self.preprocessing.expand(encode_conversation(self.preprocessing.tokenizer, record.turns, len(names)))
 
     def _at(self, index: int, error: ValueError) -> DataError:
         return DataError(f"{self.records.path}: {self.records.place(index)}: {error}")
 
 
-class ConcatTrainDataset(ConcatDataset[Sample]):
+class ConcatTrainDataset(ConcatDataset[Any]):
     """The training samples of one task or several, one behind another; `index` counts through all of them.
 
     The position after the last is a padding sample, which fills up a batch: the first sample without a label.
@@ -125,12 +170,10 @@ class ConcatTrainDataset(ConcatDataset[Sample]):
         """How many samples each part has."""
         return [len(part) for part in self.parts]
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Any:
         if index == len(self):
-            first = self.parts[0][0]
-            return {**first, "index": index, "labels": [IGNORE_INDEX] * len(first["labels"])}
-        sample: Sample = super().__getitem__(index)
-        return {**sample, "index": index}
+            return self.parts[0].preprocessing.padding_sample(self.parts[0][0], index)
+        return {**super().__getitem__(index), "index": index}
 
     def lengths(self) -> list[int]:
         """Positions of every sample, as `TrainDataset.lengths`."""
@@ -144,23 +187,10 @@ class ConcatTrainDataset(ConcatDataset[Sample]):
         return place if len(self.parts) == 1 else f"{records.path}: {place}"
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What a question is answered from, cut behind its last image."""
-
-    opening: tuple[int, ...]
-    """Ids up to the last image's patches, them included; none without an image. Equal ones are one object."""
-    rest: tuple[int, ...]
-    images: tuple[Path, ...]
-
-    def __len__(self) -> int:
-        return len(self.opening) + len(self.rest)
-
-
 class EvalDataset:
     """The questions of a task's test file as generation prompts."""
 
-    def __init__(self, records: TestRecords, roots: Sequence[Path], preprocessing: Preprocessing) -> None:
+    def __init__(self, records: TestRecords, roots: Sequence[Path], preprocessing: Preparation) -> None:
         self.records, self.roots, self.preprocessing = records, roots, preprocessing
 
     def __len__(self) -> int:
@@ -176,26 +206,21 @@ class EvalDataset:
         return [self._prompt(index, openings) for index in range(len(self))]
 
     def _prompt(self, index: int, openings: dict[tuple[int, ...], tuple[int, ...]]) -> Prompt:
-        record, prepare = self.records[index], self.preprocessing
-        names = prepare.image_names(record)
         try:
-            ids = encode_prompt(prepare.tokenizer, generation_prompt(record.text, len(names)))
-            ids = prepare.expand(Encoded(ids, [IGNORE_INDEX] * len(ids))).input_ids
-            images = tuple(resolve_image(name, self.roots) for name in names)
+            prompt = self.preprocessing.prompt(self.records[index], self.roots)
         except ValueError as error:
             raise self._at(index, error) from None
-        cut = len(ids) - ids[::-1].index(prepare.image_token_id) if images else 0
-        opening = tuple(ids[:cut])
-        return Prompt(openings.setdefault(opening, opening), tuple(ids[cut:]), images)
+        return replace(prompt, opening=openings.setdefault(prompt.opening, prompt.opening))
 
     def pixel_values(self, index: int) -> Tensor:
-        """Of a question's images, as `Preprocessing.pixel_values`.
+        """Of a question's images, as `Preprocessing.pixel_values`; for a model whose openings are shared.
 
         Raises:
             DataError: an image cannot be read.
         """
+        prepare = cast(Preprocessing, self.preprocessing)
         try:
-            return self.preprocessing.pixel_values(self.preprocessing.image_names(self.records[index]), self.roots)
+            return prepare.pixel_values(prepare.image_names(self.records[index]), self.roots)
         except DataError as error:
             raise self._at(index, error) from None
 

@@ -116,6 +116,19 @@ def _decode(source: Path | BinaryIO, name: str) -> tuple[Image.Image, str]:
         raise DataError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height, from the file's header alone.
+
+    Raises:
+        DataError: as `load_image`, as far as the header tells.
+    """
+    try:
+        with Image.open(check_regular(path), formats=FORMATS) as image:
+            return image.size
+    except Exception:  # which of Pillow's errors, the decoder says
+        return load_image(path).size
+
+
 def washed_out(path: Path) -> str | None:
     """What a readable image loses once it is decoded as the model sees it; None where it loses nothing.
 

@@ -40,6 +40,11 @@ def read_limit(model: Path, max_length: int) -> Limit:
     """
     try:
         config = read_object(model / "config.json")
+        if config.get("model_type") != "llava_mistral" and (model / "processor_config.json").is_file():
+            raise DataError(
+                f"{model}: how long samples are is only told for LLaVA-Med; leave --model out, and training names the "
+                "records that do not fit"
+            )
         tower = config.get("vision_config")
         if tower is None:
             named = tower_folder(model, str(config.get("mm_vision_tower")))
@@ -47,6 +52,8 @@ def read_limit(model: Path, max_length: int) -> Limit:
             tower = tower.get("vision_config", tower)
         patches = (tower["image_size"] // tower["patch_size"]) ** 2 if "patch_size" in tower else CLIP_PATCHES
         return Limit(Tokenizer(model), patches, max_length)
+    except DataError:
+        raise
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise DataError(f"{model}: not a model's folder ({error})") from error
 

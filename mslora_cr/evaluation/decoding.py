@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrainedModel
 
 from mslora_cr.banks.per_sample import QuestionBanks
-from mslora_cr.banks.stack import language_linears
 from mslora_cr.data.collator import length_multiple, rounded_up
-from mslora_cr.data.datasets import Prompt
+from mslora_cr.data.preparation import Prompt
 from mslora_cr.evaluation.attention import KeysValues, SharedCache, membership, sharing
 from mslora_cr.evaluation.prefix import Limits, Wave, grouped, in_waves
 from mslora_cr.evaluation.rows import Rows
 from mslora_cr.evaluation.static_steps import StaticSteps, padded
+from mslora_cr.models.language import language_linears
 
 OnToken = Callable[[int, int], None]
 """Is told a question and its next id."""

@@ -17,11 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.collator import in_batches, padding_share
-from mslora_cr.data.datasets import Preprocessing, Prompt
+from mslora_cr.data.preparation import Preparation, Prompt
+from mslora_cr.data.processor import ProcessorPreparation
 from mslora_cr.data.records import TestRecord
 from mslora_cr.distributed.comm import all_gather_object, barrier, broadcast_object, rank, world_size
 from mslora_cr.evaluation.decoding import Decoder, Openings
 from mslora_cr.evaluation.files import ANSWERS, STAMP, Stamp
+from mslora_cr.evaluation.plain_decoding import Answered, PlainDecoder
 from mslora_cr.evaluation.prefix import Limits, Wave, grouped, in_waves, padding_of, shared_out
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import append_to, file_digest, replacing
@@ -51,7 +53,7 @@ class Questions(Protocol):
     """What is answered: the questions of a task's file, or of several."""
 
     @property
-    def preprocessing(self) -> Preprocessing: ...
+    def preprocessing(self) -> Preparation: ...
     @property
     def records(self) -> Iterable[TestRecord]: ...
     def __len__(self) -> int: ...
@@ -95,7 +97,7 @@ def answer_questions(
     asked = [index for index in range(len(samples)) if index not in answered]
     groups = grouped(prompts, asked, banks, most=max(1, -(-len(asked) // world_size())))
     tokenizer = samples.preprocessing.tokenizer
-    decoder = Decoder(model, prompts, tokenizer, decoding.max_new_tokens, mixed)
+    decoder = decoder_of(samples.preprocessing, model, prompts, decoding.max_new_tokens, mixed)
     own = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
     waves = in_waves(shared_out(groups, world_size(), limits.new_tokens)[rank()], prompts, own)
     mine: dict[int, str] = {}
@@ -131,8 +133,21 @@ def _the_same(question: int) -> None:
     """The banks of any question, where all have the same."""
 
 
+def decoder_of(
+    prepare: Preparation,
+    model: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    mixed: QuestionBanks | None = None,
+) -> Decoder | PlainDecoder:
+    """What answers questions with a model, by how its prompts were made."""
+    if isinstance(prepare, ProcessorPreparation):
+        return PlainDecoder(model, prompts, prepare.end_ids, prepare.tokenizer.pad_token_id, max_new_tokens, mixed)
+    return Decoder(model, prompts, prepare.tokenizer, max_new_tokens, mixed)
+
+
 def answered_batches(
-    decoder: Decoder, samples: Questions, waves: Sequence[Wave], workers: int = 0
+    decoder: Decoder | PlainDecoder, samples: Questions, waves: Sequence[Wave], workers: int = 0
 ) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
     """The questions of each batch of some waves, and their new ids, as they are answered."""
     images: DataLoader[Any] = DataLoader(_Images(samples, decoder.prompts, waves), batch_size=None, num_workers=workers)
@@ -144,8 +159,8 @@ def answered_batches(
             waiting -= 1
 
 
-class _Images(Dataset[Tensor | None]):
-    """The images of each wave, each once."""
+class _Images(Dataset[Any]):
+    """What a decoder reads of each wave: its images, each once, or its whole prompts where no openings are shared."""
 
     def __init__(self, samples: Questions, prompts: Sequence[Prompt], waves: Sequence[Wave]) -> None:
         self.samples, self.prompts, self.waves = samples, prompts, waves
@@ -153,13 +168,16 @@ class _Images(Dataset[Tensor | None]):
     def __len__(self) -> int:
         return len(self.waves)
 
-    def __getitem__(self, number: int) -> Tensor | None:
+    def __getitem__(self, number: int) -> Any:
         first = [group.questions[0] for group in self.waves[number].groups]
+        prepare = self.samples.preprocessing
+        if isinstance(prepare, ProcessorPreparation):
+            return prepare.answering_batch([self.prompts[question] for question in first])
         shown = [self.samples.pixel_values(question) for question in first if self.prompts[question].images]
         return torch.cat(shown) if shown else None
 
 
-def greedy(decoder: Decoder, openings: Openings, questions: Sequence[int], waiting: int) -> list[list[int]]:
+def greedy(decoder: Any, openings: Openings | Answered, questions: Sequence[int], waiting: int) -> list[list[int]]:
     """The new ids of each question of a batch; `waiting` batches are to be answered, this one included."""
     return decoder.answer(openings, questions, waiting)
 

@@ -13,12 +13,13 @@ from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.per_sample import PerSampleAdapters
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.data.datasets import EvalDataset, Preprocessing, Prompt
+from mslora_cr.data.datasets import EvalDataset
+from mslora_cr.data.preparation import Preparation, Prompt
 from mslora_cr.data.records import TestRecord, TestRecords
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.generate import answer_questions, fingerprint_of
 from mslora_cr.evaluation.summary import decoding, fingerprint_fields
-from mslora_cr.models.llava_med import LlavaMed
+from mslora_cr.models.base_model import BaseModel
 from mslora_cr.runs.session import CachedTower, cached_tower, load_base, preprocessing, task_image_roots
 
 
@@ -53,13 +54,13 @@ class EvaluationSession:
         return fingerprint_of({**self._fingerprint_fields, **of_banks, **facts})
 
     @cached_property
-    def base(self) -> LlavaMed:
+    def base(self) -> BaseModel:
         base = load_base(self.config, get_device(self.config.model.device))
         self._tower = cached_tower(self.config, base) if self._cached_images else None
         return base
 
     @cached_property
-    def preprocessing(self) -> Preprocessing:
+    def preprocessing(self) -> Preparation:
         return preprocessing(self.config, self.base, self._tower)
 
     @cached_property
@@ -112,7 +113,7 @@ class ConcatEvalDataset:
         return len(self._places)
 
     @property
-    def preprocessing(self) -> Preprocessing:
+    def preprocessing(self) -> Preparation:
         return self.parts[0].preprocessing
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from mslora_cr.models.layout import ModelError, indexed_files, read_config, shard_files
+from mslora_cr.models.layout import CHAT_TEMPLATES, ModelError, has_processor, indexed_files, read_config, shard_files
 from mslora_cr.models.vision import tower_source
 
 WHOLE_BYTES, END_BYTES, BLOCK_BYTES, BLOCKS = 64 << 20, 1 << 20, 64 << 10, 16
@@ -38,6 +38,9 @@ def weights_digest(path: Path, vision_tower: str = "config") -> str:
     """
     digest = hashlib.sha256()
     config = read_config(path)
+    if has_processor(path, config):
+        _add_files(digest, [*_present(path, *_SETTINGS, *CHAT_TEMPLATES), *_transformers_files(path)])
+        return digest.hexdigest()
     if config["model_type"] == "llava":
         _add_files(digest, [*_present(path, *_SETTINGS), *_transformers_files(path)])
         return digest.hexdigest()

@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mslora_cr.data.chat import messages_of, render
 from mslora_cr.data.prompts import generation_prompt
+from mslora_cr.data.records import Turn
 from mslora_cr.data.tokenizer import Tokenizer, TokenizerError
-from mslora_cr.models.layout import ModelError, read_config, shard_files, tensor_name
+from mslora_cr.models.describe import described
+from mslora_cr.models.layout import ModelError, has_processor, read_config, shard_files, tensor_name
+from mslora_cr.models.processor_base import load_processor
 from mslora_cr.models.vision import load_named_tower
 
 _TOWER = "model.vision_tower."
@@ -25,8 +29,8 @@ def inspect(path: Path) -> dict[str, Any]:
 
     Returns:
         `layout`, `files` (bytes of each), `tensors`, `parameters`, `parameters_by_dtype`, `vocabulary` (rows of the
-        embedding, pieces of the tokenizer), `template`, and `towers`: the named tower, and for each tensor of either
-        the largest absolute difference, or what keeps them from being compared.
+        embedding, pieces of the tokenizer), `template`, what `described` tells, and of LLaVA-Med `towers`: the named
+        tower, and for each tensor of either the largest absolute difference, or what keeps them from being compared.
 
     Raises:
         ModelError: the folder is no base model.
@@ -44,6 +48,19 @@ def inspect(path: Path) -> dict[str, Any]:
             if name is not None and name.startswith(_TOWER):
                 own_tower[name.removeprefix(_TOWER)] = (file, stored)
     text = config.get("text_config", config)
+    if has_processor(path, config):
+        processor = load_processor(path)
+        question = messages_of([Turn.model_validate({"from": "human", "value": "QUESTION"})], 1)
+        return {
+            "layout": config["model_type"],
+            "files": {file.name: file.stat().st_size for file in files},
+            "tensors": tensors,
+            "parameters": parameters,
+            "parameters_by_dtype": dtypes,
+            "vocabulary": {"rows": text.get("vocab_size"), "pieces": len(processor.tokenizer)},
+            "template": render(processor, question, to_answer=True),
+            **described(path, parameters),
+        }
     return {
         "layout": config["model_type"],
         "files": {file.name: file.stat().st_size for file in files},
@@ -52,6 +69,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "parameters_by_dtype": dtypes,
         "vocabulary": {"rows": text.get("vocab_size"), "pieces": _pieces(path)},
         "template": generation_prompt("QUESTION"),
+        **described(path, parameters),
         "towers": _towers(path, config, own_tower),
     }
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any, Literal
 
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.models.mistral import modeling_mistral
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
@@ -20,7 +20,7 @@ from mslora_cr.models.layout import ModelError
 _TORCH = {name: vars(modeling_mistral)[name] for name in ("MistralRMSNorm", "MistralMLP")}
 
 
-def use_kernels(model: LlavaForConditionalGeneration, kernels: Literal["liger", "torch"]) -> None:
+def use_kernels(model: PreTrainedModel, kernels: Literal["liger", "torch"]) -> None:
     """Let a newly loaded model compute with these kernels; other models of the process keep theirs.
 
     Raises:
@@ -29,7 +29,7 @@ def use_kernels(model: LlavaForConditionalGeneration, kernels: Literal["liger", 
     """
     if kernels == "torch":
         return
-    kind = model.config.text_config.model_type
+    kind = model.config.get_text_config().model_type
     if kind != "mistral":
         raise ModelError(f"model.kernels: liger is for a Mistral language model, and this is {kind}; set it to torch")
     # It warns of each backend for other hardware that it could not import.
@@ -42,12 +42,12 @@ def use_kernels(model: LlavaForConditionalGeneration, kernels: Literal["liger", 
         swiglu=True,
         cross_entropy=False,
         fused_linear_cross_entropy=False,
-        model=model.model.language_model,
+        model=model.get_decoder(),
     )
     for name, module in _TORCH.items():  # models that are built later start as PyTorch's
         setattr(modeling_mistral, name, module)
     rotating = _with_rotation(liger_rotary_pos_emb)
-    for layer in model.model.language_model.layers:
+    for layer in model.get_decoder().layers:
         layer.self_attn.__class__ = rotating
 
 

@@ -18,6 +18,7 @@ from transformers import (
     LlavaConfig,
     MistralConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.strict_json import JsonError, read_object
@@ -25,8 +26,11 @@ from mslora_cr.utils.strict_json import JsonError, read_object
 PLACEHOLDER_PIECE = "<0x00>"
 """The byte piece that represents an image patch in `input_ids`: inside the vocabulary, so that `lm_head` keeps its
 rows, and produced by no text (a NUL character in a text is refused)."""
+LLAVA_MED = "llava_mistral"
+"""LLaVA-Med's `model_type`, which transformers does not know."""
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-"""Full-match pattern of the linear layers that a bank adapts: all of the language model, nothing else."""
+"""Full-match pattern of the linear layers that a bank adapts in LLaVA-Med: all of the language model, nothing else."""
 MOST_LAYERS, MOST_WIDTH = 1_000, 10_000_000
 _OF_PICKLES = (pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, RecursionError)
 """What `torch.load` raises of a damaged file."""
@@ -45,6 +49,8 @@ _LAYER = re.compile(
     r"\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
 )
 """A linear layer of the language model in transformers 4.52 and newer, in older ones, and in LLaVA."""
+_OWN = re.compile(r"model\.(?:language_model|text_model)\.layers\.(?:0|[1-9][0-9]{0,3})(?:\.[a-z][a-z0-9_]{0,40}){1,4}")
+"""The same in the models of transformers that have other layers, or call their language model otherwise."""
 
 
 class ModelError(UserError):
@@ -52,25 +58,44 @@ class ModelError(UserError):
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The folder's `config.json`, if it is one of the two layouts.
+    """The folder's `config.json`, if it is LLaVA-Med's or that of an image-text model that transformers knows.
 
     Raises:
         ModelError: no such folder or file, or another architecture.
     """
     if not path.is_dir():
-        raise ModelError(f"{path}: no such folder; set model.path to a LLaVA-Med v1.5 folder")
+        raise ModelError(f"{path}: no such folder; set model.path to a LLaVA-Med v1.5 folder, or another model's")
     if not (path / "config.json").exists():
         raise ModelError(f"{path}: config.json is missing")
     try:
         config = read_object(path / "config.json")
     except JsonError as error:
         raise ModelError(f"{error}") from None
-    known = ("llava_mistral", "llava")
-    if not isinstance(config, dict) or config.get("model_type") not in known:
-        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise ModelError(f"{path}/config.json: model_type is {found!r}; expected one of {', '.join(known)}")
+    found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+    if found != LLAVA_MED and found not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ModelError(
+            f"{path}/config.json: model_type is {found!r}; expected {LLAVA_MED}, or an image-text model that "
+            "transformers knows (llava, qwen3_vl, gemma3, …)"
+        )
     check_numbers(path / "config.json", config)
     return config
+
+
+def has_processor(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a model is prompted by a processor and a chat template of its own; else it is prompted as LLaVA-Med.
+
+    transformers' LLaVA is either: LLaVA-Med converted, where no processor is in the folder, or another LLaVA.
+    """
+    if config["model_type"] != "llava":
+        return bool(config["model_type"] != LLAVA_MED)
+    settings = path / "processor_config.json"
+    if not settings.is_file():
+        return False
+    try:
+        beside = any((path / name).is_file() for name in CHAT_TEMPLATES)
+        return beside or "chat_template" in read_object(settings)
+    except JsonError as error:
+        raise ModelError(f"{error}") from None
 
 
 def check_numbers(place: Path, config: Mapping[str, Any]) -> None:
@@ -82,7 +107,8 @@ def check_numbers(place: Path, config: Mapping[str, Any]) -> None:
             raise ModelError(f"{place}: {key} is {value}; expected a finite number")
         elif key in _SIZES and value is not None:
             most = MOST_LAYERS if key == "num_hidden_layers" else MOST_WIDTH
-            if not isinstance(value, int) or not 1 <= value <= most:
+            several = value if isinstance(value, list) and len(value) == 2 else [value]  # height and width
+            if not all(isinstance(size, int) and 1 <= size <= most for size in several):
                 raise ModelError(f"{place}: {key} is {value!r}; expected a whole number from 1 to {most:,}")
 
 
@@ -131,29 +157,6 @@ def llava_config(config: Mapping[str, Any], vision_config: CLIPVisionConfig) -> 
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-
-
-def language_linear_shapes(path: Path) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear layer that a bank adapts, by its name, from the configuration alone.
-
-    Raises:
-        ModelError: the folder holds no base model.
-    """
-    config = read_config(path)
-    if config["model_type"] == "llava":
-        text = LlavaConfig.from_pretrained(path).text_config
-    else:
-        text = llava_config(config, CLIPVisionConfig()).text_config
-    width, inner, head = text.hidden_size, text.intermediate_size, text.head_dim
-    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
-    layer = {"q": (queries, width), "k": (keys, width), "v": (keys, width), "o": (width, queries)}
-    shapes = {f"self_attn.{name}_proj": shape for name, shape in layer.items()}
-    shapes |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
-    return {
-        f"model.language_model.layers.{number}.{name}": shape
-        for number in range(text.num_hidden_layers)
-        for name, shape in shapes.items()
-    }
 
 
 def shard_files(path: Path) -> list[Path]:
@@ -205,6 +208,8 @@ def linear_name(known: str) -> str | None:
     """transformers' name of a language-model linear layer, from the published one (the inverse of
     `published_linear_name`), that of an older transformers, or itself; None for any other name."""
     match = _LAYER.fullmatch(known)
+    if match is None:
+        return known if _OWN.fullmatch(known) else None
     return f"model.language_model.layers.{match[1]}.{match[2]}" if match else None
 
 

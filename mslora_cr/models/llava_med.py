@@ -7,14 +7,15 @@ The shards carry a vision tower of their own; the published code ignores it and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoImageProcessor,
     BitsAndBytesConfig,
@@ -22,7 +23,10 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from mslora_cr.data.datasets import Preprocessing
+from mslora_cr.data.features import FeatureCache
 from mslora_cr.data.tokenizer import Tokenizer, TokenizerError
+from mslora_cr.models.base_model import Tower
 from mslora_cr.models.layout import (
     PLACEHOLDER_PIECE,
     ModelError,
@@ -32,7 +36,7 @@ from mslora_cr.models.layout import (
     read_config,
     shard_tensors,
 )
-from mslora_cr.models.vision import load_tower, tower_config, tower_source
+from mslora_cr.models.vision import TowerPictures, load_tower, tower_config, tower_source
 
 UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 """What keeps its dtype beside a language model in 4 or 8 bits: a small part of the memory, and the most exact one."""
@@ -49,6 +53,19 @@ class LlavaMed:
     """The id that represents one image patch."""
     patches: int
     """Image patches, hence positions, per image."""
+
+    @property
+    def tower(self) -> Tower:
+        return Tower(self.model.config.vision_feature_layer, self.image_processor)
+
+    @cached_property
+    def pictures(self) -> TowerPictures:
+        return TowerPictures(self.model.model.vision_tower, self.model.config.vision_feature_layer)
+
+    def preparation(self, max_length: int, all_images: bool, features: FeatureCache | None = None) -> Preprocessing:
+        return Preprocessing(
+            self.tokenizer, self.image_processor, self.image_token_id, self.patches, max_length, all_images, features
+        )
 
 
 def load(
@@ -76,7 +93,7 @@ def load(
     """
     path = Path(path)
     config = read_config(path)
-    options = _loading_options(dtype, quantization, device)
+    options = loading_options(dtype, quantization, device)
     if config.get("model_type") == "llava":
         if vision_tower not in ("config", "checkpoint"):
             raise ModelError(f"{path}: transformers' layout includes its tower; set model.vision_tower to config")
@@ -93,17 +110,7 @@ def load(
     return _with_processors(path, model, source)
 
 
-def decoder_layers(model: LlavaForConditionalGeneration) -> Sequence[nn.Module]:
-    """The language model's decoder layers."""
-    return list(model.model.language_model.layers)
-
-
-def last_mlp(model: LlavaForConditionalGeneration) -> nn.Module:
-    """The MLP of the language model's last decoder layer."""
-    return decoder_layers(model)[-1].get_submodule("mlp")
-
-
-def _loading_options(dtype: torch.dtype, quantization: str | None, device: torch.device | str) -> dict[str, Any]:
+def loading_options(dtype: torch.dtype, quantization: str | None, device: torch.device | str) -> dict[str, Any]:
     """What `from_pretrained` is told besides the place.
 
     The method and its settings are those of QLoRA (Dettmers et al., 2023) and LLM.int8 (Dettmers et al., 2022).

@@ -18,11 +18,16 @@ from torch import Tensor, nn
 class SparseMLP:
     """Hooks around an MLP, (batch, length, width) → the same shape, with zeros where nothing is kept."""
 
-    def __init__(self, mlp: nn.Module) -> None:
+    def __init__(self, mlp: nn.Module | None) -> None:
+        """
+        Args:
+            mlp: None where a model's last one takes all positions together; nothing is left out then.
+        """
         self._rows: Tensor | None = None
         self._shape = torch.Size()
-        mlp.register_forward_pre_hook(self._gather)
-        mlp.register_forward_hook(self._scatter)
+        if mlp is not None:
+            mlp.register_forward_pre_hook(self._gather)
+            mlp.register_forward_hook(self._scatter)
 
     @contextmanager
     def masked(self, keep: Tensor) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,34 @@ def detach_tower(model: LlavaForConditionalGeneration) -> nn.Module:
 def tower_features(tower: nn.Module, layer: int, pixels: Tensor) -> Tensor:
     """(images, positions, width): the tower's hidden states that the projector reads, class position included."""
     return tower(pixels, output_hidden_states=True).hidden_states[layer]
+
+
+class TowerPictures:
+    """A picture as LLaVA-Med's tower sees it: the mean over its patches, at the layer that the projector reads."""
+
+    def __init__(self, tower: nn.Module, layer: int) -> None:
+        self._tower, self._layer = tower, layer
+
+    @property
+    def width(self) -> int:
+        return int(self._tower.config.hidden_size)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        return [self._tower]
+
+    @torch.no_grad()
+    def features(self, shown: Sequence[Tensor], device: torch.device) -> Tensor:
+        """`shown`: (images, 3, height, width) of each record."""
+        counts = [len(images) for images in shown]
+        found = torch.zeros(len(shown), self.width)
+        if any(counts):
+            inputs = torch.cat(list(shown)).to(device, next(self._tower.parameters()).dtype)
+            patches = tower_features(self._tower, self._layer, inputs)[:, 1:].float().mean(1).cpu()
+            for row, images in enumerate(patches.split(counts)):
+                if len(images):
+                    found[row] = images.mean(0)
+        return found
 
 
 class _GivenFeatures(nn.Module):

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mslora_cr.data.datasets import Preprocessing
+from mslora_cr.data.preparation import Preparation
 from mslora_cr.data.prompts import question_text
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecord, TrainingRecords, sample_of
-from mslora_cr.models.llava_med import LlavaMed
+from mslora_cr.models.base_model import BaseModel, moved
 from mslora_cr.utils.progress import progress_bar
 
 FIT_RECORDS = 2000
@@ -28,34 +28,36 @@ FIT_RECORDS = 2000
 TEXT_FEATURES = 256
 """Word embeddings wider than this are projected to as many features, at random but always alike, so that a task's
 statistics stay small: Johnson and Lindenstrauss, 1984."""
+PICTURE_FEATURES = 1024
+"""The same for pictures: as many as LLaVA-Med's tower has."""
 PROJECTION_SEED = 0
 BATCH_SIZE = 32
 
 
-class _FeatureDataset(Dataset[tuple[Tensor, list[int]]]):
-    """Pictures and question of some records, as tensors and token ids."""
+class _FeatureDataset(Dataset[tuple[Any, list[int]]]):
+    """Pictures and question of some records, as the base model takes them and as token ids."""
 
     def __init__(
         self,
         records: TrainingRecords | TestRecords,
         indices: Sequence[int],
         roots: Sequence[Path],
-        preprocessing: Preprocessing,
+        preprocessing: Preparation,
     ) -> None:
         self.records, self.indices, self.roots, self.preprocessing = records, indices, roots, preprocessing
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, list[int]]:
+    def __getitem__(self, position: int) -> tuple[Any, list[int]]:
         index = self.indices[position]
         record = self.records[index]
         text = _asked_first(record) if isinstance(record, TrainingRecord) else record.text
         try:
-            pixels = self.preprocessing.pixel_values(self.preprocessing.image_names(record), self.roots)
+            shown = self.preprocessing.pictures(self.preprocessing.image_names(record), self.roots)
         except ValueError as error:
             raise DataError(f"{self.records.path}: {self.records.place(index)}: {error}") from None
-        return pixels, self.preprocessing.tokenizer.encode(question_text(text, 0))
+        return shown, self.preprocessing.tokenizer.encode(question_text(text, 0))
 
 
 def _asked_first(record: TrainingRecord) -> str:
@@ -66,26 +68,22 @@ def _asked_first(record: TrainingRecord) -> str:
 class FeatureExtractor:
     """Features of questions: the picture's, then the words', each part of length 1."""
 
-    def __init__(self, base: LlavaMed, preprocessing: Preprocessing, device: torch.device, workers: int = 0) -> None:
+    def __init__(self, base: BaseModel, preprocessing: Preparation, device: torch.device, workers: int = 0) -> None:
         """
         Args:
-            base: the frozen base model; its tower works on `device`, wherever the rest is.
+            base: the frozen base model; what sees its pictures works on `device`, wherever the rest is.
             workers: processes that decode pictures.
         """
         self._preprocessing, self._device, self._workers = preprocessing, device, workers
-        self._tower = base.model.model.vision_tower
-        self._layer = base.model.config.vision_feature_layer
+        self._seen = base.pictures
         self._words = base.model.get_input_embeddings().weight
-        width = self._words.shape[1]
-        random = torch.Generator().manual_seed(PROJECTION_SEED)
-        self._projection = (
-            torch.randn(width, TEXT_FEATURES, generator=random) if width > TEXT_FEATURES else torch.eye(width)
-        )
+        self._projection = _projection(self._words.shape[1], TEXT_FEATURES, PROJECTION_SEED)
+        self._picture_projection = _projection(self._seen.width, PICTURE_FEATURES, PROJECTION_SEED + 1)
 
     @property
     def features(self) -> int:
         """How many."""
-        return int(self._tower.config.hidden_size) + self._projection.shape[1]
+        return self._picture_projection.shape[1] + self._projection.shape[1]
 
     def gram(
         self, records: TrainingRecords, indices: Sequence[int], roots: Sequence[Path], label: str | None
@@ -113,41 +111,31 @@ class FeatureExtractor:
         Raises:
             DataError: an image is missing or broken.
         """
-        home = next(self._tower.parameters()).device
-        self._tower.to(self._device)
         looked = _FeatureDataset(records, indices, roots, self._preprocessing)
         loader = DataLoader(looked, batch_size=BATCH_SIZE, collate_fn=list, num_workers=self._workers)
-        with progress_bar(desc=label, total=len(looked), unit="record", disable=label is None) as bar:
+        with (
+            moved(self._seen.modules, self._device),
+            progress_bar(desc=label, total=len(looked), unit="record", disable=label is None) as bar,
+        ):
             for batch in loader:
                 yield self._features(batch)
                 bar.update(len(batch))
-        self._tower.to(home)
 
     @torch.no_grad()
-    def of_question(self, pixels: Tensor, question: str) -> Tensor:
+    def of_question(self, shown: Any, question: str) -> Tensor:
         """(1, features) of one question, as `batches` has it.
 
         Args:
-            pixels: (images, 3, height, width).
+            shown: its pictures, as `Preparation.shown` gives them.
         """
-        self._tower.to(self._device)
-        return self._features([(pixels, self._preprocessing.tokenizer.encode(question_text(question, 0)))])
+        with moved(self._seen.modules, self._device):
+            return self._features([(shown, self._preprocessing.tokenizer.encode(question_text(question, 0)))])
 
-    def _features(self, batch: Sequence[tuple[Tensor, list[int]]]) -> Tensor:
-        return torch.cat([self._pictures([pixels for pixels, _ in batch]), self._texts(batch)], dim=1)
+    def _features(self, batch: Sequence[tuple[Any, list[int]]]) -> Tensor:
+        return torch.cat([self._pictures([shown for shown, _ in batch]), self._texts(batch)], dim=1)
 
-    def _pictures(self, pixels: list[Tensor]) -> Tensor:
-        """Mean over a record's image patches, at the layer that the projector reads; zeros for a text-only record."""
-        counts = [len(images) for images in pixels]
-        features = torch.zeros(len(pixels), self._tower.config.hidden_size)
-        if any(counts):
-            inputs = torch.cat(pixels).to(self._device, next(self._tower.parameters()).dtype)
-            hidden = self._tower(inputs, output_hidden_states=True).hidden_states[self._layer]
-            patches = hidden[:, 1:].float().mean(1).cpu()
-            for row, images in enumerate(patches.split(counts)):
-                if len(images):
-                    features[row] = images.mean(0)
-        return torch.nn.functional.normalize(features)
+    def _pictures(self, shown: Sequence[Any]) -> Tensor:
+        return torch.nn.functional.normalize(self._seen.features(shown, self._device) @ self._picture_projection)
 
     def _texts(self, batch: Sequence[tuple[Any, list[int]]]) -> Tensor:
         """Mean of the words' frozen embeddings; zeros for an empty question."""
@@ -156,6 +144,12 @@ class FeatureExtractor:
             if ids:
                 features[row] = self._words[torch.tensor(ids, device=self._words.device)].float().mean(0).cpu()
         return torch.nn.functional.normalize(features @ self._projection)
+
+
+def _projection(width: int, most: int, seed: int) -> Tensor:
+    """(width, features): random where there are more than `most`, else nothing is changed."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(width, most, generator=random) if width > most else torch.eye(width)
 
 
 def sampled_records(records: int) -> list[int]:

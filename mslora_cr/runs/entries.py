@@ -25,6 +25,7 @@ class TaskEntry(Part):
         digest, memory_digest, router_digest: SHA-256 of the files in the bank's folder, None where there is none.
         records_digest, config_digest, model_digest: of what the bank was trained from.
         bank_layer, kernels, recomputed_layers: how it was computed.
+        switched_off: what is not used with this base model.
         padding: shares of padded positions. weights: of the penalties after the last step.
         stream: the tasks up to this one, in order. method, rank: of the bank. Version 0.1.0 noted none of the three.
     """
@@ -41,6 +42,7 @@ class TaskEntry(Part):
     train_loss: float | None
     seconds: float
     padding: dict[str, float] | None = None
+    switched_off: tuple[str, ...] = ()
     finished: str
     bank_layer: str | None = None
     kernels: str | None = None

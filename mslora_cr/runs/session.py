@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +11,9 @@ import torch
 
 from mslora_cr.config.load import training_fields
 from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.data.datasets import Preprocessing
 from mslora_cr.data.features import FeatureCache, feature_key
 from mslora_cr.data.images import image_roots
+from mslora_cr.data.preparation import Preparation
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.distributed.comm import (
     all_reduce_sum,
@@ -24,14 +25,18 @@ from mslora_cr.distributed.comm import (
     world_size,
 )
 from mslora_cr.distributed.launch import TIMEOUT_SECONDS, start_process_group
-from mslora_cr.models import llava_med
+from mslora_cr.models.base_model import BaseModel, Tower
 from mslora_cr.models.digest import weights_digest
 from mslora_cr.models.kernels import use_kernels
+from mslora_cr.models.layout import has_processor, read_config
+from mslora_cr.models.load import load_model
 from mslora_cr.models.vision import detach_tower, tower_features
 from mslora_cr.routing.features import FeatureExtractor, sampled_records
 from mslora_cr.routing.lda import TaskStatistics, statistics_of
 from mslora_cr.runs.ledger import versions
 from mslora_cr.utils.kernels import chosen_kernels
+
+log = logging.getLogger(__name__)
 
 
 def start_processes(config: StreamConfig) -> dict[str, Any]:
@@ -64,15 +69,28 @@ def task_image_roots(config: StreamConfig, task: Task) -> list[Path]:
     return image_roots(Path(config.data.root), task.folder, task.image_folders)
 
 
+def kernels_of(config: StreamConfig) -> Literal["liger", "torch"]:
+    """What computes the small operations in training: `auto` is PyTorch where Liger has nothing for the model.
+
+    Raises:
+        ModelError: the base model's configuration cannot be read.
+    """
+    chosen = chosen_kernels(config.model.kernels, config.model.device)
+    path = Path(config.model.path)
+    if chosen == "liger" and config.model.kernels == "auto" and has_processor(path, read_config(path)):
+        return "torch"
+    return chosen
+
+
 def load_base(
     config: StreamConfig, device: torch.device | str, kernels: Literal["liger", "torch"] | None = None
-) -> llava_med.LlavaMed:
+) -> BaseModel:
     """The base model as the configuration asks for it.
 
     Args:
-        kernels: what computes the small operations; None: what answers are computed with.
+        kernels: what computes the small operations, as `kernels_of` gives it; None: what answers are computed with.
     """
-    base = llava_med.load(
+    base = load_model(
         Path(config.model.path),
         vision_tower=config.model.vision_tower,
         dtype=getattr(torch, config.model.dtype),
@@ -87,7 +105,8 @@ def load_base(
 def answering_kernels(config: StreamConfig, device: torch.device | str) -> Literal["liger", "torch"]:
     """What computes a model's small operations when it answers: as in training, but in float32, where answers are to be
     those of every machine, PyTorch; and PyTorch where Liger cannot run, whatever trained the banks."""
-    if config.model.dtype == "float32" or config.model.kernels == "torch":
+    path = Path(config.model.path)
+    if config.model.dtype == "float32" or config.model.kernels == "torch" or has_processor(path, read_config(path)):
         return "torch"
     return chosen_kernels("auto", torch.device(device).type)
 
@@ -100,10 +119,9 @@ def base_digest(config: StreamConfig) -> str:
 class CachedTower:
     """The tower, taken out of its model, and the folder where its features are kept."""
 
-    def __init__(self, folder: Path, base: llava_med.LlavaMed, device: torch.device) -> None:
-        self._layer = base.model.config.vision_feature_layer
-        self._processor = base.image_processor
-        self._tower, self._device = detach_tower(base.model), device
+    def __init__(self, folder: Path, model: Any, found: Tower, device: torch.device) -> None:
+        self._layer, self._processor = found.layer, found.image_processor
+        self._tower, self._device = detach_tower(model), device
         self.cache = FeatureCache(folder / feature_key(self._tower, self._layer, self._processor))
 
     def fill(self, images: Sequence[Path], workers: int) -> None:
@@ -119,27 +137,22 @@ class CachedTower:
         return tower_features(self._tower, self._layer, pixels.to(parameter.device, parameter.dtype))
 
 
-def cached_tower(config: StreamConfig, base: llava_med.LlavaMed) -> CachedTower | None:
-    """The tower apart from its model, if `data.cache_image_features` asks for it."""
+def cached_tower(config: StreamConfig, base: BaseModel) -> CachedTower | None:
+    """The tower apart from its model, if `data.cache_image_features` asks for it and the model has one to take out."""
     folder = config.data.cache_image_features
-    return CachedTower(Path(folder), base, get_device(config.model.device)) if folder else None
+    if not folder:
+        return None
+    if base.tower is None:
+        log.warning("data.cache_image_features has no effect: this base model's features are computed at every step")
+        return None
+    return CachedTower(Path(folder), base.model, base.tower, get_device(config.model.device))
 
 
-def preprocessing(config: StreamConfig, base: llava_med.LlavaMed, tower: CachedTower | None = None) -> Preprocessing:
-    return Preprocessing(
-        tokenizer=base.tokenizer,
-        image_processor=base.image_processor,
-        image_token_id=base.image_token_id,
-        patches=base.patches,
-        max_length=config.data.max_length,
-        all_images=config.data.images == "all",
-        features=tower.cache if tower else None,
-    )
+def preprocessing(config: StreamConfig, base: BaseModel, tower: CachedTower | None = None) -> Preparation:
+    return base.preparation(config.data.max_length, config.data.images == "all", tower.cache if tower else None)
 
 
-def router_statistics(
-    config: StreamConfig, task: Task, records: TrainingRecords, base: llava_med.LlavaMed
-) -> TaskStatistics:
+def router_statistics(config: StreamConfig, task: Task, records: TrainingRecords, base: BaseModel) -> TaskStatistics:
     """What a router needs to know of a task, from a pass over its training records that all ranks share."""
     extractor = feature_extractor(config, base)
     mine = sampled_records(len(records))[rank() :: world_size()]
@@ -147,6 +160,6 @@ def router_statistics(
     return statistics_of(all_reduce_sum(extractor.gram(records, mine, task_image_roots(config, task), label)))
 
 
-def feature_extractor(config: StreamConfig, base: llava_med.LlavaMed) -> FeatureExtractor:
+def feature_extractor(config: StreamConfig, base: BaseModel) -> FeatureExtractor:
     workers = int(config.training.get("dataloader_num_workers", 0))
     return FeatureExtractor(base, preprocessing(config, base), get_device(config.model.device), workers)

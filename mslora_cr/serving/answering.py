@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import StreamConfig
-from mslora_cr.data.images import decode_image, load_image, preprocess
-from mslora_cr.data.prompts import IGNORE_INDEX, Encoded, encode_next_prompt, expand_images
+from mslora_cr.data.images import decode_image, load_image
+from mslora_cr.data.preparation import TextTokenizer
 from mslora_cr.data.records import DataError
-from mslora_cr.data.tokenizer import Tokenizer
 from mslora_cr.distributed.comm import get_device
-from mslora_cr.evaluation.decoding import answer_alone
+from mslora_cr.evaluation.alone import answer_alone
 from mslora_cr.routing.lda import Router
 from mslora_cr.runs.ledger import Ledger, finished_banks
 from mslora_cr.runs.session import feature_extractor, load_base, preprocessing
@@ -105,29 +103,25 @@ class AnsweringModel:
             ConfigError, BankError: the task or stage cannot answer.
             DataError: a picture cannot be read, or prompt and answer would pass `data.max_length`.
         """
-        pixels = self._pixels(images)
+        shown = self._shown(images)
         stage = self.stage if stage is None else self.run.stage(stage)
         task = task or self.task
-        likely = self.route(pixels, history[0][0] if history else question, stage) if task is None else {}
+        likely = self._route(shown, history[0][0] if history else question, stage) if task is None else {}
         task = max(likely, key=lambda name: likely[name]) if likely else task
         names = self._use(task, stage)
-        prompt, tokenizer = self._encode(question, history, len(pixels)), self._prepare.tokenizer
-        shown = _Streamer(tokenizer, on_text) if on_text else None
-        ids = answer_alone(
-            self._stack.model,
-            prompt,
-            pixels if len(pixels) else None,
-            tokenizer,
-            max_new_tokens or self.config.evaluation.max_new_tokens,
-            shown.put if shown else None,
-        )
-        if shown:
-            shown.end()
+        ids, inputs = self._asked(question, history, shown)
+        tokenizer = self._prepare.tokenizer
+        streamer = _Streamer(tokenizer, on_text) if on_text else None
+        new_tokens = max_new_tokens or self.config.evaluation.max_new_tokens
+        tell = streamer.put if streamer else None
+        ids = answer_alone(self._prepare, self._stack.model, ids, inputs, new_tokens, tell)
+        if streamer:
+            streamer.end()
         [text] = tokenizer.decode([ids])
         return Answer(text, tuple(ids), task, stage, names, likely)
 
     def route(
-        self, images: ImageSource | Sequence[ImageSource] | Tensor, question: str, stage: int | None = None
+        self, images: ImageSource | Sequence[ImageSource], question: str, stage: int | None = None
     ) -> dict[str, float]:
         """How likely a question belongs to each task learned by a stage, likeliest first; empty where all tasks are
         answered by the same banks.
@@ -135,11 +129,12 @@ class AnsweringModel:
         Raises:
             BankError: a bank has no statistics to route by.
         """
-        stage = self.run.stage(stage) if stage is not None else self.stage
+        return self._route(self._shown(images), question, self.stage if stage is None else self.run.stage(stage))
+
+    def _route(self, shown: Any, question: str, stage: int) -> dict[str, float]:
         if not stage or not self.run.needs_task:
             return {}
-        pixels = images if isinstance(images, Tensor) else self._pixels(images)
-        shares = self._router(stage).probabilities(self._features.of_question(pixels, question))[0].tolist()
+        shares = self._router(stage).probabilities(self._features.of_question(shown, question))[0].tolist()
         names = [task.name for task in self.run.routed(stage)]
         return dict(sorted(zip(names, shares, strict=True), key=lambda item: -item[1]))
 
@@ -159,25 +154,17 @@ class AnsweringModel:
             self._merged = names
         return names
 
-    def _encode(self, question: str, history: Sequence[Exchange], images: int) -> list[int]:
+    def _asked(self, question: str, history: Sequence[Exchange], shown: Any) -> tuple[list[int], dict[str, Tensor]]:
         turns = [turn for asked, answered in history for turn in (_Turn("human", asked), _Turn("gpt", answered))]
-        prepare = self._prepare
         try:
-            ids = encode_next_prompt(prepare.tokenizer, turns, question, images)
-            whole = Encoded(ids, [IGNORE_INDEX] * len(ids))
-            length = len(ids) + images * (prepare.patches - 1)
-            if length > prepare.max_length:
-                raise ValueError(f"it takes {length} positions, more than data.max_length = {prepare.max_length}")
-            return expand_images(whole, prepare.image_token_id, prepare.patches, prepare.max_length).input_ids
+            return self._prepare.asked(turns, question, shown)
         except ValueError as error:
             raise DataError(f"the question cannot be asked: {error}") from None
 
-    def _pixels(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
-        """(images, 3, height, width) float32."""
+    def _shown(self, images: ImageSource | Sequence[ImageSource]) -> Any:
+        """Decoded, as `Preparation.shown` has them."""
         several = [images] if isinstance(images, str | Path | bytes | Image.Image) else images
-        pixels = [preprocess(open_image(source), self._prepare.image_processor) for source in several]
-        size = self._prepare.image_processor.crop_size
-        return torch.stack(pixels) if pixels else torch.empty(0, 3, size["height"], size["width"])
+        return self._prepare.shown([open_image(source) for source in several])
 
 
 @dataclass(frozen=True)
@@ -189,7 +176,7 @@ class _Turn:
 class _Streamer:
     """Is handed the answer's ids as they come; tells the text that is new since the last one."""
 
-    def __init__(self, tokenizer: Tokenizer, tell: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: TextTokenizer, tell: Callable[[str], None]) -> None:
         self._tokenizer, self._tell = tokenizer, tell
         self._ids: list[int] = []
         self._told = ""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import save_file
-from transformers import LlavaProcessor
 
 from mslora_cr import __version__
 from mslora_cr.banks.bank import Bank, BankError, sum_banks
@@ -17,8 +16,8 @@ from mslora_cr.banks.io import CONFIG, PEFT_PREFIX, WEIGHTS, lora_config
 from mslora_cr.banks.plain_lora import WRITTEN
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.models.llava_med import LlavaMed
-from mslora_cr.models.transformers_layout import portable_processor, save_transformers_layout
+from mslora_cr.models.base_model import BaseModel
+from mslora_cr.models.save import LLAVA_MED_CLASS, class_of, writer_of
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.session import base_digest, load_base
 from mslora_cr.serving.selection import RunBanks
@@ -35,13 +34,7 @@ ALL = "model"
 """The folder of a model that answers every task."""
 SUFFIXES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OTHERS = r".*(vision_tower|multi_modal_projector).*"
-"""Together the linear layers of the language model, without a regular expression that not every loader reads."""
-AUTO_MAPPING = {
-    "base_model_class": "LlavaForConditionalGeneration",
-    "parent_library": "transformers.models.llava.modeling_llava",
-}
-"""By this, and only without a `task_type`, `AutoPeftModel` finds the base model's class: AutoModelForCausalLM, which a
-task type would lead to, knows no LLaVA."""
+"""Together the linear layers of LLaVA's language model, without a regular expression that not every loader reads."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""
 
@@ -110,10 +103,10 @@ def _names(run: RunBanks, task: str | None, stage: int) -> Sequence[str]:
 def _merged(config: StreamConfig, output: Path, chosen: dict[str, list[Bank]], stage: int) -> Iterator[Path]:
     model = _plain_base(config)
     stack, weights = BankStack(model.model, "merge", reuse=True), base_digest(config)
-    processor = portable_processor(model)
+    write = writer_of(model, Path(config.model.path))
     for name, banks in chosen.items():
         stack.set_frozen(banks)
-        yield _write_model(model, processor, output / name, _record(config, weights, name, stage, banks))
+        yield _write_model(write, output / name, _record(config, weights, name, stage, banks))
 
 
 def _adapters(
@@ -121,22 +114,27 @@ def _adapters(
 ) -> Iterator[Path]:
     weights, place = base_digest(config), output / BASE
     if base is None and read_record(place).get("base_weights") != weights:
-        model = _plain_base(config)
-        yield _write_model(model, portable_processor(model), place, _record(config, weights, None, 0, []))
+        write = writer_of(_plain_base(config), Path(config.model.path))
+        yield _write_model(write, place, _record(config, weights, None, 0, []))
     for name, banks in chosen.items():
         folder = output / name
         with _replaced(folder) as staging:
-            _write_adapter(sum_banks(banks, name), staging, base or str(place.resolve()))
+            _write_adapter(sum_banks(banks, name), staging, base or str(place.resolve()), Path(config.model.path))
             write_json(staging / RECORD, _record(config, weights, name, stage, banks))
         yield folder
 
 
-def _write_adapter(bank: Bank, folder: Path, base: str) -> None:
-    settings = lora_config(bank.rank, bank.alpha).to_dict()
+def _write_adapter(bank: Bank, folder: Path, base: str, model: Path) -> None:
+    settings = lora_config(bank.matrices, bank.rank, bank.alpha).to_dict()
     # Keys that hold a default and are younger than PEFT 0.5 are left out.
     settings = {**{key: settings[key] for key in sorted(WRITTEN)}, "peft_type": "LORA"}
-    settings |= {"base_model_name_or_path": base, "target_modules": list(SUFFIXES), "exclude_modules": OTHERS}
-    settings |= {"auto_mapping": AUTO_MAPPING, "inference_mode": True}
+    settings |= {"base_model_name_or_path": base, "inference_mode": True}
+    # By this, and only without a `task_type`, `AutoPeftModel` finds the base model's class: AutoModelForCausalLM, which
+    # a task type would lead to, knows no images.
+    kind, module = class_of(model)
+    if (kind, module) == LLAVA_MED_CLASS:
+        settings |= {"target_modules": list(SUFFIXES), "exclude_modules": OTHERS}
+    settings |= {"auto_mapping": {"base_model_class": kind, "parent_library": module}}
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     tensors = {
         f"{PEFT_PREFIX}{layer}.lora_{letter}.weight": matrix.contiguous()
@@ -146,14 +144,14 @@ def _write_adapter(bank: Bank, folder: Path, base: str) -> None:
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
-def _write_model(model: LlavaMed, processor: LlavaProcessor, folder: Path, record: dict[str, Any]) -> Path:
+def _write_model(write: Callable[[Path], None], folder: Path, record: dict[str, Any]) -> Path:
     with _replaced(folder) as staging:
-        save_transformers_layout(model, processor, staging)
+        write(staging)
         write_json(staging / RECORD, record)
     return folder
 
 
-def _plain_base(config: StreamConfig) -> LlavaMed:
+def _plain_base(config: StreamConfig) -> BaseModel:
     """The base model in its own dtype on the CPU: a quantised one holds no weights to merge into or to write."""
     plain = config.model.model_copy(update={"quantization": None})
     return load_base(config.model_copy(update={"model": plain}), "cpu")

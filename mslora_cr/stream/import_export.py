@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
-from mslora_cr.banks.io import CONFIG, STATISTICS, TASK_STATE, WEIGHTS, load_bank, save_bank
+from mslora_cr.banks.io import CONFIG, METADATA, STATISTICS, TASK_STATE, WEIGHTS, load_bank, save_bank
 from mslora_cr.banks.published import BASE_DIGEST, PUBLISHED_WEIGHTS, export_published
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.methods.base import Method, method_of
-from mslora_cr.models.layout import ModelError, language_linear_shapes, read_config
+from mslora_cr.models.layout import ModelError, has_processor, read_config
+from mslora_cr.models.shapes import language_linear_shapes
 from mslora_cr.runs.entries import LEDGER, Imported, RunLedger
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.runs.lock import one_writer
@@ -68,6 +69,9 @@ def _trained_on(place: Path, name: str, config: StreamConfig) -> str | None:
             return read_object(place / "config.json").get(BASE_DIGEST)
         path = place.parent.parent / LEDGER
         ledger = RunLedger.read_if_there(path)
+        told = read_object(place / METADATA).get("base_model") if (place / METADATA).is_file() else None
+        if ledger is None and isinstance(told, dict) and isinstance(told.get("digest"), str):
+            return str(told["digest"])
         if ledger is not None:
             entry = ledger.tasks.get(name)
             if entry and entry.digest != file_digest(place / WEIGHTS):
@@ -150,6 +154,11 @@ def export_chain(banks: Mapping[str, Bank], config: StreamConfig, output: Path) 
     if not banks:
         raise BankError(f"no task of this run is trained yet in {config.run_dir}; train one first")
     base, digest = read_config(Path(config.model.path)), base_digest(config)
+    if has_processor(Path(config.model.path), base):
+        raise BankError(
+            f"{config.model.path} is not LLaVA-Med, and published checkpoints hold banks of LLaVA-Med alone; use "
+            "`mslora-cr export --format peft`"
+        )
     for task in config.stream:
         if task.name in banks:
             folder = output / config.run / _published_name(config, task)

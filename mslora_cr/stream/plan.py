@@ -13,7 +13,7 @@ from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.distributed.comm import world_size
 from mslora_cr.methods.base import method_of
-from mslora_cr.models.layout import language_linear_shapes
+from mslora_cr.models.shapes import language_linear_shapes
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.runs.session import task_folder
 

@@ -19,8 +19,9 @@ from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.io import STATISTICS, TASK_STATE, save_bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.data.collator import TrainingCollator, length_multiple
+from mslora_cr.data.collator import length_multiple
 from mslora_cr.data.datasets import ConcatTrainDataset, TrainDataset
+from mslora_cr.data.preparation import Collate
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.distributed.comm import broadcast_object, get_device, rank
 from mslora_cr.distributed.deepspeed import (
@@ -33,7 +34,8 @@ from mslora_cr.distributed.deepspeed import (
 )
 from mslora_cr.distributed.launch import run_on_rank0
 from mslora_cr.methods.base import Setup, method_of, needs_task
-from mslora_cr.models import llava_med
+from mslora_cr.models.base_model import BaseModel
+from mslora_cr.models.describe import switched_off
 from mslora_cr.routing.lda import TaskStatistics
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.runs.lock import one_writer
@@ -41,6 +43,7 @@ from mslora_cr.runs.session import (
     base_digest,
     cached_tower,
     check_hosts,
+    kernels_of,
     load_base,
     preprocessing,
     router_statistics,
@@ -62,7 +65,6 @@ from mslora_cr.training.checkpoints import check_same_launch, checkpoints, readi
 from mslora_cr.training.inputs import layer_inputs
 from mslora_cr.training.trackers import tracked
 from mslora_cr.training.trainer import BankTrainer
-from mslora_cr.utils.kernels import chosen_kernels
 from mslora_cr.utils.progress import progress_bar
 from mslora_cr.utils.regular import check_all_regular
 
@@ -176,7 +178,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     sharded = zero_stage(run.fields.get("deepspeed")) == 3
     device = get_device(config.model.device)
     # Everything is built before DeepSpeed knows of the task: transformers would partition what it loads afterwards.
-    kernels = chosen_kernels(config.model.kernels, config.model.device)
+    kernels = kernels_of(config)
     base = load_base(config, "cpu" if sharded else device, kernels)
     router = router_statistics(config, task, run.records[task.name], base) if needs_task(config) else None
     samples = training_samples(run, task, base)
@@ -193,7 +195,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
         method.experts(config),
     )
     setup = Setup(config, task, run.ledger, device)
-    collator = TrainingCollator(base.tokenizer.pad_token_id, length_multiple(device))
+    collator = preprocessing(config, base).collator(length_multiple(device))
     started = method.initial(setup, stack.trainable(), partial(seen_by_layers, config, stack, samples, collator))
     if started is not None:
         stack.load_trainable(Bank(task.name, config.lora.rank, config.lora.alpha, started))
@@ -227,7 +229,7 @@ def seen_by_layers(
     config: StreamConfig,
     stack: BankStack,
     data: ConcatTrainDataset,
-    collator: TrainingCollator,
+    collator: Collate,
     samples: int,
     tokens: int,
 ) -> dict[str, Tensor]:
@@ -249,7 +251,7 @@ def _say_where_it_starts(task: Task, trainer: BankTrainer, left: Sequence[Path])
         log.info("%s: resumes after step %s, from %s", task.name, left[-1].name.rpartition("-")[2], left[-1])
 
 
-def training_samples(run: StreamRun, task: Task, base: llava_med.LlavaMed) -> ConcatTrainDataset:
+def training_samples(run: StreamRun, task: Task, base: BaseModel) -> ConcatTrainDataset:
     """The samples that a task trains on; with `data.cache_image_features`, it caches their images' features first."""
     tower = cached_tower(run.config, base)
     prepare = preprocessing(run.config, base, tower)
@@ -269,6 +271,7 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
     mean_loss, padding = trainer.mean_loss(), trainer.padding()
     kept = method_of(config).task_state(Setup(config, task, ledger, get_device(config.model.device)), trainer)
     metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
+    metadata |= {"base_model": {"architecture": trainer.stack.architecture, "digest": run.model_digest}}
     bank = trainer.stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata, float32_value)
     if not trainer.args.should_save:
         return
@@ -287,8 +290,9 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
         train_loss=mean_loss,
         seconds=round(trainer.seconds, 3),
         padding=padding,
+        switched_off=switched_off(Path(config.model.path), trainer.stack.base),
         bank_layer=trainer.stack.layer,
-        kernels=chosen_kernels(config.model.kernels, config.model.device),
+        kernels=kernels_of(config),
         recomputed_layers=trainer.recomputation.count,
         frozen_bank_bytes=trainer.penalty.frozen_bytes if trainer.penalty else 0,
         weights=trainer.penalty.weights if trainer.penalty else None,

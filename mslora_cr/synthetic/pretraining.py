@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from mslora_cr.data.collator import TrainingCollator
-from mslora_cr.data.datasets import Sample
+from mslora_cr.data.collator import Sample, TrainingCollator
 from mslora_cr.data.images import preprocess
 from mslora_cr.data.prompts import IGNORE_INDEX, encode_conversation, expand_images
 from mslora_cr.data.records import Turn

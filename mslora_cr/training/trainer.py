@@ -19,13 +19,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mslora_cr.banks.io import load_bank, save_bank
 from mslora_cr.banks.stack import TRAINABLE, BankStack
-from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.datasets import ConcatTrainDataset
+from mslora_cr.data.preparation import Collate
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.distributed.comm import barrier, broadcast_object
 from mslora_cr.distributed.deepspeed import float32_value, gather_params, reshard
 from mslora_cr.losses.penalty import Distillation, Key, Penalty, penalty_hook
-from mslora_cr.models.llava_med import decoder_layers, last_mlp
+from mslora_cr.models.language import decoder_layers, last_mlp
 from mslora_cr.models.sparse_mlp import SparseMLP
 from mslora_cr.training.callbacks import TowerOutsideGraph
 from mslora_cr.training.checkpoints import BANK_FOLDER, LAUNCH, STAGING, STATE, Launch, Publisher, reading, writing
@@ -68,7 +68,7 @@ class BankTrainer(Trainer):
         self,
         stack: BankStack,
         samples: ConcatTrainDataset,
-        collator: TrainingCollator,
+        collator: Collate,
         args: TrainingArguments,
         bank_shape: tuple[int, float],
         input_digests: Mapping[str, str] | None = None,
@@ -97,6 +97,7 @@ class BankTrainer(Trainer):
             data_collator=collator,
             callbacks=[TowerOutsideGraph(), self.recomputation, *(callbacks or [])],
         )
+        self.model_accepts_loss_kwargs = True  # some models deny it, though their loss divides by what it is told
         self.stack = stack
         self.samples = samples
         self.order = SampleOrder(samples, args, order)

@@ -11,13 +11,14 @@ import torch
 from benchmarks.baselines import generated
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.per_sample import PerSampleAdapters, QuestionBanks
-from mslora_cr.banks.stack import language_linears
-from mslora_cr.data.datasets import EvalDataset, Preprocessing, Prompt
+from mslora_cr.data.datasets import EvalDataset, Preprocessing
+from mslora_cr.data.preparation import Prompt
 from mslora_cr.data.records import TestRecords
 from mslora_cr.evaluation.decoding import Decoder, answer_alone
 from mslora_cr.evaluation.generate import answered_batches
 from mslora_cr.evaluation.prefix import Group, Limits, grouped, in_waves, padding_of, shared_out
 from mslora_cr.evaluation.static_steps import Shape, StaticRows, StaticSteps
+from mslora_cr.models.language import language_linears
 from mslora_cr.models.llava_med import LlavaMed, load
 from tests.conftest import GOLDEN
 

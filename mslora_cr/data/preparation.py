@@ -1,0 +1,103 @@
+"""What turns records into the inputs of a base model, whichever it is: the one interface that data sets, collators,
+decoders and routers know. `datasets.Preprocessing` is LLaVA-Med's, `processor.ProcessorPreparation` that of every model
+that comes with a processor of transformers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from mslora_cr.data.prompts import Turn
+from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecord, TrainingRecords
+
+Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
+"""Samples → a right-padded batch: `input_ids`, `labels`, `attention_mask` (batch, length) int64, `record_index`
+(batch,) int64, and what the model takes of images."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a question is answered from, cut behind its last image where openings are shared."""
+
+    opening: tuple[int, ...]
+    """Ids up to the last image's patches, them included; none without an image. Equal ones are one object."""
+    rest: tuple[int, ...]
+    images: tuple[Path, ...]
+    text: str = ""
+    """As the chat template has it, for a processor; empty where ids are all that is needed."""
+
+    def __len__(self) -> int:
+        return len(self.opening) + len(self.rest)
+
+
+class TextTokenizer(Protocol):
+    """Text ↔ ids, without what a template adds."""
+
+    @property
+    def eos_token_id(self) -> int: ...
+    @property
+    def pad_token_id(self) -> int: ...
+    def encode(self, text: str, /) -> list[int]: ...
+    def decode(self, sequences: Sequence[Sequence[int]], /) -> list[str]: ...
+
+
+class Preparation(Protocol):
+    """Cheap to send to data loader workers, where images are decoded."""
+
+    @property
+    def tokenizer(self) -> TextTokenizer: ...
+    @property
+    def shares_openings(self) -> bool:
+        """Whether questions about the same images may share what stands before them: ids and positions that no text
+        behind them changes."""
+        ...
+
+    def image_names(self, record: TrainingRecord | TestRecord, /) -> tuple[str, ...]:
+        """The images of a record that are shown."""
+        ...
+
+    def image_paths(self, records: TrainingRecords | TestRecords, roots: Sequence[Path], /) -> list[Path]:
+        """Every image that some records show, once."""
+        ...
+
+    def sample(self, index: int, record: TrainingRecord, roots: Sequence[Path], /) -> Any:
+        """A conversation with its images, decoded; the collator takes it. `index`: the record's."""
+        ...
+
+    def length(self, record: TrainingRecord, roots: Sequence[Path], /) -> int:
+        """Positions of its sample, images included; none is decoded."""
+        ...
+
+    def padding_sample(self, sample: Any, index: int, /) -> Any:
+        """The same sample without a label."""
+        ...
+
+    def collator(self, multiple: int = 1, /) -> Collate:
+        """Its batches are as long as a multiple of this."""
+        ...
+
+    def prompt(self, record: TestRecord, roots: Sequence[Path], /) -> Prompt:
+        """What a question is answered from; no image is decoded."""
+        ...
+
+    def shown(self, images: Sequence[Image.Image], /) -> Any:
+        """Decoded images as `asked` and the router take them."""
+        ...
+
+    def pictures(self, names: Sequence[str], roots: Sequence[Path], /) -> Any:
+        """Of image files, as `shown`."""
+        ...
+
+    def asked(self, earlier: Sequence[Turn], question: str, shown: Any, /) -> tuple[list[int], dict[str, Tensor]]:
+        """Ids of a prompt that goes on from earlier turns about the same images, and a batch of it alone: what the
+        model takes besides `input_ids`.
+
+        Raises:
+            ValueError: prompt and images take more positions than there may be.
+        """
+        ...

@@ -1,0 +1,77 @@
+"""What the rest of the program needs to know of a base model, whichever it is.
+
+`llava_med.LlavaMed` is LLaVA-Med, in the published protocol; `processor_base.ProcessorBase` is any model that
+transformers loads with a processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mslora_cr.data.features import FeatureCache
+from mslora_cr.data.preparation import Preparation
+
+
+class Pictures(Protocol):
+    """What a router sees of pictures: numbers that no bank changes."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """What computes them."""
+        ...
+
+    def features(self, shown: Sequence[Any], device: torch.device, /) -> Tensor:
+        """(records, width) float32 on the CPU, the mean over a record's pictures; zeros for a record without one.
+
+        Args:
+            shown: each record's, as `Preparation.shown` gives them.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower that works apart from its model, so that its features can be kept."""
+
+    layer: int
+    """Whose hidden states the projector reads."""
+    image_processor: Any
+
+
+class BaseModel(Protocol):
+    """A loaded base model, frozen, with what is needed to feed it."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def tower(self) -> Tower | None:
+        """None: features of this model's images cannot be kept."""
+        ...
+
+    @property
+    def pictures(self) -> Pictures: ...
+    def preparation(self, max_length: int, all_images: bool, features: FeatureCache | None = None, /) -> Preparation:
+        """Records → its inputs."""
+        ...
+
+
+@contextmanager
+def moved(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside, the modules are on a device; afterwards where each was."""
+    homes = [next(module.parameters()).device for module in modules]
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module, home in zip(modules, homes, strict=True):
+            module.to(home)

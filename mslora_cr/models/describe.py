@@ -1,0 +1,122 @@
+"""What a base model is to a run, told without loading its weights: layers, positions, memory, and what is off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import PreTrainedModel
+
+from mslora_cr.data.chat import messages_of, render
+from mslora_cr.data.records import Turn
+from mslora_cr.models.language import last_mlp
+from mslora_cr.models.layout import ModelError, has_processor, read_config
+from mslora_cr.models.processor_base import empty_model_of, load_processor
+from mslora_cr.models.shapes import language_linear_shapes
+from mslora_cr.models.vision import tower_config, tower_source
+
+SIZES = ((224, 224), (448, 448), (1024, 768))
+"""Of images, by which a model is described whose images do not all take as many positions."""
+RANK, GPUS = 64, 8
+
+
+def switched_off(path: Path, model: PreTrainedModel) -> tuple[str, ...]:
+    """What speeds up LLaVA-Med and is not used with this model; the ledger notes it.
+
+    Raises:
+        ModelError: the folder's configuration cannot be read.
+    """
+    if not has_processor(path, read_config(path)):
+        return ()
+    sparse = () if last_mlp(model) is not None else ("the last MLP at labelled positions alone",)
+    return ("cached image features", "shared openings of prompts", "Liger's kernels", *sparse)
+
+
+def described(path: Path, parameters: int, rank: int = RANK) -> dict[str, Any]:
+    """What `model inspect` and a plan say of a base model.
+
+    Args:
+        parameters: of the whole model.
+        rank: of the bank.
+
+    Returns:
+        `adapted` (linear layers by kind), `bank` (rank and its parameters), `positions` (of an image of a size),
+        `memory` (GB a GPU by ZeRO stage, as `memory_by_stage`).
+
+    Raises:
+        ModelError: the folder holds no base model.
+    """
+    shapes = language_linear_shapes(path)
+    trained = rank * sum(rows + columns for rows, columns in shapes.values())
+    return {
+        "adapted": _by_kind(shapes),
+        "bank": {"rank": rank, "parameters": trained},
+        "positions": positions(path),
+        "memory": {"gpus": GPUS, "GB": memory_by_stage(parameters, trained, GPUS)},
+    }
+
+
+def summary(path: Path) -> list[str]:
+    """What a plan says of a base model that has a processor of its own; nothing of LLaVA-Med.
+
+    Raises:
+        ModelError: the folder holds no base model.
+    """
+    if not has_processor(path, read_config(path)):
+        return []
+    model = empty_model_of(path)
+    each = ", ".join(f"{count} of {size}" for size, count in positions(path).items())
+    return [
+        f"base model: {type(model).__name__}, {len(language_linear_shapes(path))} layers adapted",
+        f"positions of an image: {each}",
+        f"not used with it: {', '.join(switched_off(path, model))}",
+    ]
+
+
+def _by_kind(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    kinds: dict[str, int] = {}
+    for name in shapes:
+        kind = name.rpartition(".")[2]
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return kinds
+
+
+def positions(path: Path) -> dict[str, int | str]:
+    """How many positions of a prompt an image takes, by its width and height; or what keeps that from being told."""
+    config = read_config(path)
+    if not has_processor(path, config):
+        try:
+            vision = config.get("vision_config") or tower_config(tower_source(path, config, "config")).to_dict()
+        except ModelError as error:
+            return {"any": str(error)}
+        return {"any": (int(vision["image_size"]) // int(vision["patch_size"])) ** 2}
+    processor = load_processor(path)
+    question = [Turn.model_validate({"from": "human", "value": "?"})]
+    bare = len(processor.tokenizer(render(processor, messages_of(question, 0), to_answer=True)).input_ids)
+    text = render(processor, messages_of(question, 1), to_answer=True)
+    found: dict[str, int | str] = {}
+    for width, height in SIZES:
+        ids = processor(text=[text], images=[[Image.new("RGB", (width, height))]]).input_ids[0]
+        found[f"{width} x {height}"] = len(ids) - bare
+    return found
+
+
+def memory_by_stage(base: int, bank: int, gpus: int) -> dict[str, float]:
+    """GB of a GPU that a bank's training holds between steps, activations aside, in bfloat16.
+
+    Two bytes a frozen number; of a trained one its copy, its gradient, and 12 bytes of float32 master and AdamW's two
+    moments, of which each stage shares out one thing more. Source: Rajbhandari et al., "ZeRO", 2020, section 3; DDP
+    keeps the bank and its gradient in float32.
+
+    Args:
+        base, bank: how many numbers they have.
+    """
+    bytes_of = {
+        "ddp": 2 * base + (4 + 4 + 8) * bank,
+        "zero1": 2 * base + (2 + 2) * bank + 12 * bank / gpus,
+        "zero2": 2 * base + 2 * bank + (2 + 12) * bank / gpus,
+        "zero3": (2 * base + (2 + 2 + 12) * bank) / gpus,
+    }
+    return {stage: round(size / 1e9, 2) for stage, size in bytes_of.items()}

@@ -1,0 +1,59 @@
+"""A base model → a folder that transformers, PEFT and vLLM load without this project."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from mslora_cr.models.base_model import BaseModel
+from mslora_cr.models.layout import ModelError, has_processor, read_config
+from mslora_cr.models.llava_med import LlavaMed
+from mslora_cr.models.processor_base import SAFE
+from mslora_cr.models.transformers_layout import portable_processor, save_transformers_layout
+
+PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
+"""How the names of files end that tokenizers, image processors and templates are in."""
+_WRITTEN = ("config.json", "generation_config.json", "export.json")
+LLAVA_MED_CLASS = ("LlavaForConditionalGeneration", "transformers.models.llava.modeling_llava")
+
+
+def writer_of(base: BaseModel, path: Path) -> Callable[[Path], None]:
+    """What writes the model as it then is, with all that feeds it, into an empty folder.
+
+    Args:
+        path: the folder that the model was read from. Its processor's files are copied as they are.
+
+    Raises:
+        ModelError: LLaVA-Med's tokenizer cannot be written so that it gives the same ids.
+    """
+    if isinstance(base, LlavaMed):
+        processor = portable_processor(base)
+        return lambda folder: save_transformers_layout(base, processor, folder)
+
+    def write(folder: Path) -> None:
+        base.model.save_pretrained(folder)
+        for file in sorted(path.iterdir()):
+            own = file.name in _WRITTEN or file.name.endswith(".index.json")
+            if file.suffix in PROCESSOR_FILES and file.is_file() and not own:
+                shutil.copyfile(file, folder / file.name)
+
+    return write
+
+
+def class_of(path: Path) -> tuple[str, str]:
+    """The class that transformers loads an exported model as, and the module that it is in.
+
+    Raises:
+        ModelError: the folder's configuration cannot be read.
+    """
+    if not has_processor(path, read_config(path)):
+        return LLAVA_MED_CLASS
+    try:
+        kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(AutoConfig.from_pretrained(path, **SAFE))]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: config.json describes no model ({error})") from None
+    return kind.__name__, kind.__module__
