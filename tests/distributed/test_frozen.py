@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mslora_cr.models.layout import language_linear_shapes
+from mslora_cr.models.shapes import language_linear_shapes
 from tests.conftest import STEPS, first_in_make_test
 from tests.distributed import frozen
 from tests.distributed.conftest import FIXED, TWO_TASKS, WITHOUT_DROPOUT, write_exact_config
