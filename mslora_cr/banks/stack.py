@@ -51,8 +51,11 @@ class BankStack:
         self._linears = language_linears(base)
         self._pristine: dict[str, Tensor] | None = {} if reuse and merge_mode == "merge" else None
 
-    def set_frozen(self, banks: Sequence[Bank]) -> None:
+    def set_frozen(self, banks: Sequence[Bank], merge: bool = True) -> None:
         """Make exactly these the banks that take part, frozen.
+
+        Args:
+            merge: false leaves the base's weights as they are, where those of another process will take their place.
 
         Raises:
             BankError: a bank does not fit the model.
@@ -62,8 +65,8 @@ class BankStack:
         routed = any(bank.routers for bank in banks)
         if routed and len(banks) > 1:
             raise BankError("a bank with routers cannot be summed with others")
-        if self.merge_mode == "merge":
-            self._merge([] if routed else banks)
+        if self.merge_mode == "merge" and merge:
+            self.merge([] if routed else banks)
         if self.merge_mode == "concatenate" or routed or isinstance(self.model, PeftModel):
             self._concatenate(banks if self.merge_mode == "concatenate" or routed else [])
 
@@ -90,7 +93,8 @@ class BankStack:
                 )
 
     @torch.no_grad()
-    def _merge(self, banks: Sequence[Bank]) -> None:
+    def merge(self, banks: Sequence[Bank]) -> None:
+        """Add banks that fit to the base's weights, and nothing else; for `set_frozen` that has left it."""
         if not banks and not self._pristine:
             return
         place = _place_for_copies([linear.weight for linear in self._linears.values()])

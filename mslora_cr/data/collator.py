@@ -11,13 +11,11 @@ from torch import Tensor
 
 from mslora_cr.data.prompts import IGNORE_INDEX
 
-GPU_MULTIPLE = 32
-
 
 def length_multiple(device: torch.device) -> int:
-    """What lengths of batches on a device are rounded up to. On a GPU, cuDNN plans its attention anew for each length
-    that it has not seen, which takes as long as half a step of a 7B model."""
-    return GPU_MULTIPLE if device.type == "cuda" else 1
+    """What lengths of batches for training on a device are rounded up to. On a GPU, cuDNN plans its attention anew for
+    each length that it has not seen, which takes as long as half a step of a 7B model."""
+    return 32 if device.type == "cuda" else 1
 
 
 def rounded_up(length: int, multiple: int) -> int:

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrainedModel
 
 from mslora_cr.banks.per_sample import QuestionBanks
-from mslora_cr.data.collator import length_multiple, rounded_up
+from mslora_cr.data.collator import rounded_up
 from mslora_cr.data.preparation import Prompt
 from mslora_cr.evaluation.attention import KeysValues, SharedCache, membership, sharing
 from mslora_cr.evaluation.prefix import Limits, Wave, grouped, in_waves
 from mslora_cr.evaluation.rows import Rows
-from mslora_cr.evaluation.static_steps import StaticSteps, padded
+from mslora_cr.evaluation.static_steps import POSITIONS, StaticSteps, padded
 from mslora_cr.models.language import language_linears
 
 OnToken = Callable[[int, int], None]
@@ -101,8 +101,8 @@ class Decoder:
         texts = [self.prompts[question].opening for question in first]
         if wave.whole:
             texts = [text + self.prompts[question].rest for text, question in zip(texts, first, strict=True)]
-        # Openings alone are alike long; whole prompts are not.
-        ids, visible = self._padded(texts, length_multiple(self.device) if wave.whole else 1)
+        # Whole prompts are of many lengths, and cuDNN plans its attention anew for each; openings alone are alike.
+        ids, visible = self._padded(texts, POSITIONS if wave.whole and self.device.type == "cuda" else 1)
         cache = DynamicCache()
         output = self.model(
             input_ids=ids,

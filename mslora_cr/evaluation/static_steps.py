@@ -14,10 +14,14 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
+from mslora_cr.data.collator import rounded_up
 from mslora_cr.evaluation.attention import SharedCache
 from mslora_cr.evaluation.rows import Rows
 
 _LOG = logging.getLogger(__name__)
+
+POSITIONS = 64
+"""What numbers of positions are rounded up to on a GPU."""
 
 Step = Callable[[Rows], None]
 """One new token for each row; everything changes in place."""
@@ -42,9 +46,9 @@ class Shape:
         return cls(len(rows.ids), openings, members, rows.before, rows.own)
 
     def rounded(self) -> Shape:
-        """Powers of two, and positions by the 64."""
+        """Powers of two, and positions by the `POSITIONS`."""
         rows, openings, members = (1 << (size - 1).bit_length() for size in (self.rows, self.openings, self.members))
-        before, own = (-(-size // 64) * 64 for size in (self.before, self.own))
+        before, own = (rounded_up(size, POSITIONS) for size in (self.before, self.own))
         return Shape(rows, openings, members, before, own)
 
     def holds(self, other: Shape) -> bool:

@@ -184,7 +184,10 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     samples = training_samples(run, task, base)
     frozen = run.ledger.banks(config, frozen_tasks(config, task))
     stack = BankStack(base.model, config.lora.fold)
-    stack.set_frozen(frozen)
+    # ZeRO-3 gives each rank its part of the first one's weights. The others' are the file's pages, which all ranks of a
+    # host share until one writes to them.
+    unmerged = frozen if sharded and rank() else []
+    stack.set_frozen(frozen, merge=not unmerged)
     initial = run.ledger.banks(config, previous_task(config, task))
     set_seed(config.seed + task.index)
     stack.add_trainable(
@@ -196,13 +199,18 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     )
     setup = Setup(config, task, run.ledger, device)
     collator = preprocessing(config, base).collator(length_multiple(device))
-    started = method.initial(setup, stack.trainable(), partial(seen_by_layers, config, stack, samples, collator))
+    inputs = partial(seen_by_layers, config, stack, samples, collator, unmerged)
+    started = method.initial(setup, stack.trainable(), inputs)
     if started is not None:
         stack.load_trainable(Bank(task.name, config.lora.rank, config.lora.alpha, started))
     stack.train_only(method.trained_halves)
     regularizes = method.regularizes(config, task)
     penalty = method.penalty(setup, frozen) if regularizes else None
-    del frozen  # merged into the model and held by the penalty; on the host it would be a copy per process
+    del (
+        frozen,
+        unmerged,
+        inputs,
+    )  # merged into the model and held by the penalty; on the host it would be a copy per process
     order = method.order(config, task, samples.counts, run.ledger)
     args = training_arguments(config, task, run.fields, order is not None)
     if sharded:
@@ -230,10 +238,17 @@ def seen_by_layers(
     stack: BankStack,
     data: ConcatTrainDataset,
     collator: Collate,
+    unmerged: Sequence[Bank],
     samples: int,
     tokens: int,
 ) -> dict[str, Tensor]:
-    """What the linear layers see of a task's samples before it trains, where the model is: under ZeRO-3, on the CPU."""
+    """What the linear layers see of a task's samples before it trains, where the model is: under ZeRO-3, on the CPU.
+
+    Args:
+        unmerged: banks that the base's weights do not hold yet, and must for this.
+    """
+    if config.lora.fold == "merge":
+        stack.merge(unmerged)
 
     def batch_of(index: int) -> dict[str, Tensor]:
         batch = collator([data[index]])
