@@ -8,8 +8,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from mslora_cr.models.language import language_linears
 from mslora_cr.distributed.comm import rank
+from mslora_cr.models.language import language_linears
 from mslora_cr.stream import train as stream
 
 
