@@ -284,7 +284,7 @@ def test_grouped_batches_are_those_of_one_process(
     assert trainer._epoch_order() == alone
 
 
-def test_blanks_fill_up_what_all_ranks_take_at_once(base: LlavaMed, tiny_data: Path, tmp_path: Path) -> None:
+def test_padding_samples_fill_up_what_all_ranks_take_at_once(base: LlavaMed, tiny_data: Path, tmp_path: Path) -> None:
     assert list(FixedOrderSampler(lambda: [2, 0, 1], 3, 3, 4)) == [2, 0, 1, 3]
     assert len(FixedOrderSampler(lambda: [2, 0, 1], 3, 3, 3)) == 3
     samples = make_trainer(base, tiny_data, tmp_path).samples
