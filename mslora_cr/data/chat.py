@@ -76,9 +76,9 @@ def training_chat(processor: Any, messages: Sequence[Message], ends: Collection[
         if not text.startswith(through) or not through.startswith(before):
             raise ValueError("the model's chat template writes an answer otherwise once the conversation goes on")
         start, stop = len(before), len(through)
-        found = [text.rfind(end, start, stop) + len(end) for end in ends if text.rfind(end, start, stop) >= 0]
-        answers.append((start, max(found, default=stop)))
-        if not found and index == len(messages) - 1:
+        stops = [text.rfind(end, start, stop) + len(end) for end in ends if text.rfind(end, start, stop) >= 0]
+        answers.append((start, max(stops, default=stop)))
+        if not stops and index == len(messages) - 1:
             text += eos
             answers[-1] = (start, len(text))
     return Chat(text, tuple(answers))

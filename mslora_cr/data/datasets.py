@@ -143,13 +143,13 @@ class TrainDataset(Dataset[Any]):
 
     def lengths(self) -> list[int]:
         """Positions of every sample, image patches included, without decoding an image."""
-        found = []
+        counted = []
         for index, record in enumerate(self.records):
             try:
-                found.append(self.preprocessing.length(record, self.roots))
+                counted.append(self.preprocessing.length(record, self.roots))
             except ValueError as error:
                 raise self._at(index, error) from None
-        return found
+        return counted
 
     def _at(self, index: int, error: ValueError) -> DataError:
         return DataError(f"{self.records.path}: {self.records.place(index)}: {error}")

@@ -186,17 +186,17 @@ def inspect_images(paths: Iterable[Path], workers: int, progress: bool, cache: P
     added as they are found, so that an interrupted run resumes where it stopped.
     """
     known = _read_marks(cache)
-    found = _Found([], [])
+    inspected = _Found([], [])
     total = len(paths) if isinstance(paths, Sequence) else None
     with tqdm(total=total, desc="images", unit="image", disable=not progress) as bar:
         pending = _new_images(enumerate(paths), known, bar)
         with worker_pool(workers) as pool:
             for good, some in _bounded(pool, iter(lambda: list(islice(pending, _CHUNK)), []), 4 * workers):
-                found.bad.extend(some.bad)
-                found.washed_out.extend(some.washed_out)
+                inspected.bad.extend(some.bad)
+                inspected.washed_out.extend(some.washed_out)
                 _add_marks(cache, good)
                 bar.update(len(good) + len(some.bad) + len(some.washed_out))
-    return Inspected(*([(path, why) for _, path, why in sorted(kind, key=lambda item: item[0])] for kind in found))
+    return Inspected(*([(path, why) for _, path, why in sorted(kind, key=lambda item: item[0])] for kind in inspected))
 
 
 class _Found(NamedTuple):

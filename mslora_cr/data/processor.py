@@ -118,18 +118,18 @@ class ProcessorPreparation:
         texts, images = [sample["text"] for sample in samples], [sample["images"] for sample in samples]
         marks: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         marks |= {"pad_to_multiple_of": multiple} if multiple > 1 else {}
-        found = self._processed(texts, images, "right", **marks)
-        offsets, moved = found.pop("offset_mapping"), found.pop("text_replacement_offsets", None)
-        labels = torch.full_like(found["input_ids"], IGNORE_INDEX)
+        inputs = self._processed(texts, images, "right", **marks)
+        offsets, moved = inputs.pop("offset_mapping"), inputs.pop("text_replacement_offsets", None)
+        labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
         for row, sample in enumerate(samples):
             replaced = moved[row] if moved is not None and len(moved) else []
             for start, stop in _moved(sample["answers"], replaced):
                 part = (offsets[row, :, 0] < stop) & (offsets[row, :, 1] > start)
-                labels[row, part] = found["input_ids"][row, part]
-        full = found["input_ids"].shape
+                labels[row, part] = inputs["input_ids"][row, part]
+        full = inputs["input_ids"].shape
         cut = {
             name: value[:, : self.max_length] if name in _BY_POSITION and value.shape == full else value
-            for name, value in {**found, "labels": labels}.items()
+            for name, value in {**inputs, "labels": labels}.items()
         }
         return {**cut, "record_index": torch.tensor([sample["index"] for sample in samples])}
 
@@ -176,8 +176,8 @@ class ProcessorPreparation:
     def _check_text(self, texts: Iterable[str]) -> None:
         """Refuse what would not be read as text; `<image>` is the records' own mark, and never text."""
         for text in texts:
-            if found := self._control_tokens.search(text.replace(IMAGE, "")):
-                raise ValueError(f"the text spells out {found[0]!r}, which the model takes for a control token")
+            if token := self._control_tokens.search(text.replace(IMAGE, "")):
+                raise ValueError(f"the text spells out {token[0]!r}, which the model takes for a control token")
 
     @cached_property
     def _control_tokens(self) -> re.Pattern[str]:
@@ -188,7 +188,7 @@ class ProcessorPreparation:
         self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], padding_side: str, **options: Any
     ) -> dict[str, Any]:
         """What the processor makes of a batch; `images` of each text."""
-        found = self.processor(
+        inputs = self.processor(
             text=list(texts),
             images=[list(own) for own in images] if any(images) else None,
             add_special_tokens=self._adds_special(texts[0]),
@@ -197,7 +197,7 @@ class ProcessorPreparation:
             return_tensors="pt",
             **options,
         )
-        return dict(found)
+        return dict(inputs)
 
     def _ids(self, text: str, sizes: Sequence[Size]) -> list[int]:
         """Ids of a text with images of these sizes, as the processor gives them; no image is needed."""
@@ -215,13 +215,13 @@ class ProcessorPreparation:
     def _replacement(self, size: Size) -> str:
         """The text that stands for an image of a size: found by handing the processor a blank one."""
         if size not in self._replacements:
-            found = self.processor(
+            inputs = self.processor(
                 text=[self.processor.image_token],
                 images=[[Image.new("RGB", size)]],
                 return_text_replacement_offsets=True,
                 return_tensors="pt",
             )
-            self._replacements[size] = found["text_replacement_offsets"][0][0]["replacement"]
+            self._replacements[size] = inputs["text_replacement_offsets"][0][0]["replacement"]
         return self._replacements[size]
 
     def _check_cut(self, ids: Sequence[int]) -> None:

@@ -94,8 +94,8 @@ def answer_questions(
     prompts = samples.prompts()
     banks = mixed.of if mixed is not None else _the_same
     limits = decoding.limits(prompts)
-    asked = [index for index in range(len(samples)) if index not in answered]
-    groups = grouped(prompts, asked, banks, most=max(1, -(-len(asked) // world_size())))
+    unanswered = [index for index in range(len(samples)) if index not in answered]
+    groups = grouped(prompts, unanswered, banks, most=max(1, -(-len(unanswered) // world_size())))
     tokenizer = samples.preprocessing.tokenizer
     decoder = decoder_of(samples.preprocessing, model, prompts, decoding.max_new_tokens, mixed)
     own = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
@@ -108,11 +108,11 @@ def answer_questions(
     ):
         for batch, ids in answered_batches(decoder, samples, waves, decoding.workers):
             texts = tokenizer.decode(ids)
-            found = dict(zip(batch, texts, strict=True))
-            file.writelines(journal_line(index, text, fingerprint) for index, text in found.items())
+            given = dict(zip(batch, texts, strict=True))
+            file.writelines(journal_line(index, text, fingerprint) for index, text in given.items())
             file.flush()
-            mine |= found
-            bar.update(min(len(found) * world_size(), len(samples) - bar.n))
+            mine |= given
+            bar.update(min(len(given) * world_size(), len(samples) - bar.n))
     # Ranks tell each other: a shared file system may show a file late.
     for theirs in all_gather_object(mine):
         answered |= theirs

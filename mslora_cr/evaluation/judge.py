@@ -110,11 +110,11 @@ def judge(results_dir: Path, endpoint: Endpoint) -> Path:
     with one_writer(folder):
         files = sorted({cell.answers for cell in evaluation.cells})
         answers = {file: read_answers(results_dir / file) for file in files}
-        asked = dict.fromkeys(_question(row) for rows in answers.values() for row in _opened(rows))
-        replies = _replies(folder / VERDICTS, endpoint, list(asked))
+        questions = dict.fromkeys(_question(row) for rows in answers.values() for row in _opened(rows))
+        replies = _replies(folder / VERDICTS, endpoint, list(questions))
         cells = tuple(_cells(results_dir, evaluation, answers, replies))
-        found = Judged(run=evaluation.run, judge=endpoint.model, prompt=PROMPT_DIGEST, cells=cells)
-        found.write(folder / RESULT)
+        judged = Judged(run=evaluation.run, judge=endpoint.model, prompt=PROMPT_DIGEST, cells=cells)
+        judged.write(folder / RESULT)
     return folder / RESULT
 
 
@@ -126,15 +126,17 @@ def _question(row: AnswerRecord) -> _Question:
     return _Question(row.prompt, str(row.gt), str(row.text))
 
 
-def _replies(path: Path, endpoint: Endpoint, asked: Sequence[_Question]) -> dict[_Question, str]:
+def _replies(path: Path, endpoint: Endpoint, questions: Sequence[_Question]) -> dict[_Question, str]:
     """The judge's reply to every question, from the file as far as it has them."""
-    keys = {question: question.key(endpoint.model) for question in asked}
+    keys = {question: question.key(endpoint.model) for question in questions}
     known = read_verdicts(path)
-    missing = [question for question in asked if keys[question] not in known]
+    missing = [question for question in questions if keys[question] not in known]
     with (
         append_to(path) as file,
         Chat(endpoint) as chat,
-        progress_bar(desc=f"judge {endpoint.model}", total=len(asked), initial=len(asked) - len(missing)) as bar,
+        progress_bar(
+            desc=f"judge {endpoint.model}", total=len(questions), initial=len(questions) - len(missing)
+        ) as bar,
     ):
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):  # a kill cut the last line short
             file.write(b"\n")
@@ -155,7 +157,9 @@ def _replies(path: Path, endpoint: Endpoint, asked: Sequence[_Question]) -> dict
             )
         except UserError as error:
             kept = sum(key in known for key in keys.values())
-            raise type(error)(f"{error}. {kept} of {len(asked)} verdicts are kept; the same command goes on") from None
+            raise type(error)(
+                f"{error}. {kept} of {len(questions)} verdicts are kept; the same command goes on"
+            ) from None
     return {question: known[key] for question, key in keys.items()}
 
 
@@ -189,12 +193,12 @@ def _line(key: str, reply: str, question: _Question, judge: str) -> bytes:
 
 
 def _body(question: _Question, judge: str) -> Body:
-    told = {"question": question.question, "reference": question.truth, "answer": question.answer}
+    shown = {"question": question.question, "reference": question.truth, "answer": question.answer}
     return {
         "model": judge,
         "messages": [
             {"role": "system", "content": PROMPT},
-            {"role": "user", "content": json.dumps(told, ensure_ascii=False)},
+            {"role": "user", "content": json.dumps(shown, ensure_ascii=False)},
         ],
         "max_tokens": LONGEST_REPLY,
         "temperature": 0,
@@ -214,7 +218,7 @@ def _cells(
     replies: Mapping[_Question, str],
 ) -> list[JudgedCell]:
     """The cells that have open answers."""
-    found = []
+    cells = []
     for cell in evaluation.cells:
         rows = answers[cell.answers]
         opened = np.array([row.answer_type == "OPEN" for row in rows], dtype=bool)
@@ -226,7 +230,7 @@ def _cells(
         known = np.array([verdict is not None for verdict in verdicts], dtype=bool)
         worth = np.array([WORTH[verdict] for verdict in verdicts if verdict is not None], dtype=np.float64)
         ends = percent(score_interval([estimate(worth, groups[known])])) if len(worth) else None
-        found.append(
+        cells.append(
             JudgedCell(
                 task=cell.task,
                 stage=cell.stage,
@@ -241,17 +245,17 @@ def _cells(
                 interval=ends,
             )
         )
-    return found
+    return cells
 
 
-def judged_table(found: Judged) -> str:
+def judged_table(judged: Judged) -> str:
     """The verdicts as a console shows them."""
     rows = [
         [cell.task, cell.stage, cell.questions, cell.correct, cell.partial, cell.wrong, cell.unclear]
         + (["–", ""] if cell.score is None else [f"{cell.score:.1f}", span(cell.interval)])
-        for cell in found.cells
+        for cell in judged.cells
     ]
     headers = ["task", "stage", "open", "correct", "partial", "wrong", "unclear", "judged, %", "95 % interval"]
-    return f"judged by {found.judge}; a model's opinion, in no other score\n" + tabulate(
+    return f"judged by {judged.judge}; a model's opinion, in no other score\n" + tabulate(
         rows, headers, disable_numparse=True
     )

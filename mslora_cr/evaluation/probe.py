@@ -99,18 +99,18 @@ def _cells(config: StreamConfig, task: Task, learned: Mapping[int, Bank]) -> lis
     """The base and every stage that can answer. Stages that the same banks answer share one folder."""
     method, folder = method_of(config), config.results_run_dir / PROBE / task.name
     places: dict[tuple[int, ...], Path] = {}
-    found = []
+    planned = []
     for stage in (0, *method.stages(sorted(learned), len(config.tasks))):
         banks = tuple(method.banks(stage, stage, config.evaluation.banks_by)) if stage else ()
         if set(banks) <= set(learned):
-            found.append(PlannedCell(task, stage, banks, places.setdefault(banks, folder / f"stage-{stage}")))
-    return found
+            planned.append(PlannedCell(task, stage, banks, places.setdefault(banks, folder / f"stage-{stage}")))
+    return planned
 
 
 def _losses(root: Path, cells: tuple[Cell, ...]) -> list[Loss]:
     base, *later = cells
     before = _columns(root, base)
-    found = []
+    losses = []
     for cell in later:
         after = _columns(root, cell)
         for metric in [metric for metric in MEASURED if metric in cell.metrics]:
@@ -118,7 +118,7 @@ def _losses(root: Path, cells: tuple[Cell, ...]) -> list[Loss]:
             binary = is_binary(before[metric].scores) and is_binary(after[metric].scores)
             ends = percent(difference_interval(estimate(lost, before[metric].groups), binary))
             scores = base.metrics[metric], cell.metrics[metric]
-            found.append(
+            losses.append(
                 Loss(
                     stage=cell.stage,
                     metric=metric,
@@ -128,7 +128,7 @@ def _losses(root: Path, cells: tuple[Cell, ...]) -> list[Loss]:
                     interval=(0.0, 0.0) if cell.answers == base.answers else ends,
                 )
             )
-    return found
+    return losses
 
 
 def _columns(root: Path, cell: Cell) -> dict[str, Column]:

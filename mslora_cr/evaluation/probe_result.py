@@ -56,7 +56,7 @@ def read_probes(results_dir: Path) -> list[Probe]:
     return [Probe.read(path) for path in sorted((results_dir / PROBE).glob(f"*/{PROBE}.json"))]
 
 
-def probe_table(found: Probe) -> str:
+def probe_table(probe: Probe) -> str:
     """The losses as a console shows them."""
     rows = [
         [
@@ -66,8 +66,8 @@ def probe_table(found: Probe) -> str:
             f"{row.score:.1f}",
             f"{row.loss:+.1f} [{span(row.interval)}]",
         ]
-        for row in found.losses
+        for row in probe.losses
     ]
-    title = f"{found.dataset}, which no task trains, {found.cells[0].rows} questions"
+    title = f"{probe.dataset}, which no task trains, {probe.cells[0].rows} questions"
     headers = ["stage", "score", "base", "at the stage", "lost"]
     return f"{title}\n{tabulate(rows, headers, disable_numparse=True)}" if rows else f"{title}: the base alone answers"

@@ -221,8 +221,10 @@ def _rows(task: TaskAnswers, places: dict[Path, int]) -> list[list[Any]]:
     for index, question in enumerate(task.questions):
         given: dict[tuple[str, int, float], int] = {}
         which = [
-            given.setdefault((found.texts[index], int(found.hits[index]), round(found.scores[index], 3)), len(given))
-            for found in task.sets
+            given.setdefault(
+                (answers.texts[index], int(answers.hits[index]), round(answers.scores[index], 3)), len(given)
+            )
+            for answers in task.sets
         ]
         shown = [places[path] for path in task.pictures[index] if path in places]
         closed = int(task.kinds[index] == "CLOSED")

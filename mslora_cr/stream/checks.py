@@ -69,10 +69,10 @@ def check_records_unchanged(ledger: Ledger, records: dict[str, TrainingRecords])
     Raises:
         DataError: names the file.
     """
-    for name, found in records.items():
+    for name, part in records.items():
         entry = ledger.tasks.get(name)
-        if entry is not None and entry.records_digest not in (None, found.digest):
-            raise DataError(f"{found.path} has changed since {name!r} was trained on it; restore it to continue")
+        if entry is not None and entry.records_digest not in (None, part.digest):
+            raise DataError(f"{part.path} has changed since {name!r} was trained on it; restore it to continue")
 
 
 def warn_of_cut_samples(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
@@ -101,19 +101,19 @@ def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords])
         DataError: names the bad ones, with the record that asks for the first.
     """
     paths: dict[Path, tuple[TrainingRecords, int]] = {}
-    for task_name, found in records.items():
+    for task_name, part in records.items():
         roots = task_image_roots(config, config.task(task_name))
-        for index, record in enumerate(found):
+        for index, record in enumerate(part):
             for name in record.images if config.data.images == "all" else record.images[:1]:
                 try:
-                    paths.setdefault(resolve_image(name, roots), (found, index))
+                    paths.setdefault(resolve_image(name, roots), (part, index))
                 except DataError as error:
-                    raise DataError(f"{found.path}: {found.place(index)}: {error}") from None
+                    raise DataError(f"{part.path}: {part.place(index)}: {error}") from None
     if not config.data.check_images or not paths:
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)
     bad = check_images(list(paths), cores(), progress=True, cache=config.run_dir / "images-checked.bin")
     if bad:
-        asked = ((path, problem, *paths[path]) for path, problem in bad[:10])
-        lines = [f"{found.path}: {found.place(index)}: {path}: {problem}" for path, problem, found, index in asked]
+        listed = ((path, problem, *paths[path]) for path, problem in bad[:10])
+        lines = [f"{part.path}: {part.place(index)}: {path}: {problem}" for path, problem, part, index in listed]
         raise DataError(f"{len(bad)} of {len(paths)} images cannot be read\n  " + "\n  ".join(lines))

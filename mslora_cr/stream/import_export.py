@@ -69,9 +69,9 @@ def _trained_on(place: Path, name: str, config: StreamConfig) -> str | None:
             return read_object(place / "config.json").get(BASE_DIGEST)
         path = place.parent.parent / LEDGER
         ledger = RunLedger.read_if_there(path)
-        told = read_object(place / METADATA).get("base_model") if (place / METADATA).is_file() else None
-        if ledger is None and isinstance(told, dict) and isinstance(told.get("digest"), str):
-            return str(told["digest"])
+        trained = read_object(place / METADATA).get("base_model") if (place / METADATA).is_file() else None
+        if ledger is None and isinstance(trained, dict) and isinstance(trained.get("digest"), str):
+            return str(trained["digest"])
         if ledger is not None:
             entry = ledger.tasks.get(name)
             if entry and entry.digest != file_digest(place / WEIGHTS):

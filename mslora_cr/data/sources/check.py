@@ -99,8 +99,8 @@ def _opened(kind: type[File], path: Path, report: Report) -> File | None:
 
 def _advice(path: Path) -> str:
     """What to do where a file is missing, and others in its folder could be made into it."""
-    beside = sorted(file for file in path.parent.glob("*") if file.suffix in CONVERTIBLE)
-    others = [] if path.exists() else [file.name for file in beside if file.name not in OUR_FILES]
+    tables = sorted(file for file in path.parent.glob("*") if file.suffix in CONVERTIBLE)
+    others = [] if path.exists() else [file.name for file in tables if file.name not in OUR_FILES]
     return f"; `mslora-cr data convert {path.parent / others[0]} --output FOLDER` may make it" if others else ""
 
 

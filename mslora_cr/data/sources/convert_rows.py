@@ -112,19 +112,19 @@ def _row(place: str, values: Mapping[str, Any], columns: Columns, question: str 
         value = values.get(column) if column else None
         return "" if value is None else str(value).replace(IMAGE, "").strip()
 
-    asked, answer = question or text(columns.question), text(columns.answer)
+    asking, answer = question or text(columns.question), text(columns.answer)
     images = _images(values.get(columns.image))
     if not images:
         return "no image", place
-    if not asked or not answer:
-        return "no question" if not asked else "no answer", place
+    if not asking or not answer:
+        return "no question" if not asking else "no answer", place
     kind = text(columns.answer_type).upper() or None
     if kind not in (None, "OPEN", "CLOSED"):
         return "an answer type that is neither open nor closed", place
     split = _split(text(columns.split)) if columns.split else None
     if split == "":
         return f"a split called {text(columns.split)!r}", place
-    return Row(place, images, (("human", asked), ("gpt", answer)), split, text(columns.group) or None, kind)
+    return Row(place, images, (("human", asking), ("gpt", answer)), split, text(columns.group) or None, kind)
 
 
 def _split(name: str) -> str:
@@ -211,11 +211,11 @@ def _dataset_folder(folder: Path, columns: Columns, question: str | None) -> Ite
             number = 0
             for batch in batches:
                 for values in batch.to_pylist():
-                    found = _row(f"{place}: row {number}", _named(values, labels), known, question)
+                    parsed = _row(f"{place}: row {number}", _named(values, labels), known, question)
                     number += 1
-                    if isinstance(found, Row) and found.split is None and named:
-                        found = replace(found, split=named[-1])
-                    yield found
+                    if isinstance(parsed, Row) and parsed.split is None and named:
+                        parsed = replace(parsed, split=named[-1])
+                    yield parsed
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{file}: cannot be read ({error})") from None
 
