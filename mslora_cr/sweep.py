@@ -30,6 +30,7 @@ from mslora_cr.evaluation.over_runs import summarize
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
 from mslora_cr.methods.base import method_of, needs_task
+from mslora_cr.reporting.cost import cost_of
 from mslora_cr.reporting.run_record import read_ledger
 from mslora_cr.reporting.style import METRICS
 from mslora_cr.reporting.sweep_page import write_sweep_page
@@ -324,5 +325,6 @@ def _outcome(run: SweepRun) -> dict[str, Any]:
         "banks_by": evaluation.banks_by,
         "told": evaluation.same_banks_since_learned(),
         "seconds": ledger.seconds if ledger else 0.0,
+        **cost_of(evaluation, ledger)._asdict(),
         "figures": figures,
     }

@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 
 from mslora_cr import sweep
+from mslora_cr.banks.io import load_bank
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.methods import method_names
 from mslora_cr.config.schema import ConfigError
 from mslora_cr.evaluation.over_runs import summarize
+from mslora_cr.evaluation.results import Cell, Evaluation
+from mslora_cr.reporting.cost import cost_of
+from mslora_cr.runs.entries import RunLedger, TaskEntry
 from mslora_cr.sweep import plan_sweep, task_orders
 from mslora_cr.utils.errors import UserError
 from tests.conftest import once, write_config
@@ -49,6 +53,10 @@ def test_every_run_is_there(swept: Path) -> None:
         figures = run["figures"]["exact"]
         assert figures["final"] == pytest.approx(last)
         assert figures["final_average"] == pytest.approx(sum(last.values()) / 2)
+        banks = swept / "checkpoints" / "sweep" / run["run"] / "banks"
+        numbers = sum(matrix.numel() for matrix in load_bank(banks / "pathvqa").tensors)
+        assert run["parameters"] == numbers * (2 if run["method"] == "mslora_cr" else 1)
+        assert run["device_hours"] == pytest.approx(run["seconds"] / 3600)  # one process
 
 
 def test_what_belongs_to_one_method_goes_to_its_runs_alone(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
@@ -186,6 +194,23 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert sweep.slots("auto", 1) == [None]
     with pytest.raises(UserError, match=r"model\.device is cuda"):
         sweep.slots("cuda", 1)
+
+
+def test_a_cost_that_the_ledger_does_not_know_is_not_guessed() -> None:
+    """Four processes for half an hour; an imported bank costs nothing; version 0.1.0 knew no processes."""
+    entry = {"digest": "", "steps": 1, "train_loss": 1.0, "finished": ""}
+    trained = TaskEntry(**entry, seconds=1800.0, processes=4, parameters=10)
+    imported = TaskEntry(**entry, seconds=0.0, parameters=12)
+    cell = {"stage": 2, "answers": "", "questions": "", "rows": 1, "fingerprint": "", "seconds": 1.0}
+    cells = [
+        Cell(**cell, task=task, banks=banks, metrics={}, intervals={})
+        for task, banks in (("a", ("a",)), ("b", ("a", "b")))
+    ]
+    known = {"run": "r", "method": "mslora_cr", "tasks": ("a", "b"), "modalities": {}, "published": {}, "stages": (2,)}
+    evaluation = Evaluation(**known, banks_by="prefix", cells=tuple(cells), environment={})
+    for second, wanted in ((imported, (2.0, 22)), (TaskEntry(**entry, seconds=5.0), (None, None))):
+        assert cost_of(evaluation, RunLedger(run="r", method="", tasks={"a": trained, "b": second})) == wanted
+    assert cost_of(evaluation, None) == (None, None)
 
 
 def test_spread_by_hand() -> None:

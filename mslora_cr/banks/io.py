@@ -5,12 +5,13 @@ A bank is one PEFT LoRA adapter over every linear layer of the language model.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from peft import LoraConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -109,6 +110,12 @@ def load_bank(path: Path) -> Bank:
     check_targets(path, config, layers.items())
     name = metadata.get("name")
     return assemble_bank(path, name if isinstance(name, str) else path.name, rank, alpha, halves, metadata)
+
+
+def bank_size(folder: Path) -> int:
+    """How many numbers a saved bank has, from its file's header."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def lora_config(layers: Iterable[str], rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mslora_cr.evaluation.intervals import estimate_of, mean_interval, t_interval
+from mslora_cr.evaluation.intervals import Estimate, mean_interval, t_interval
 from mslora_cr.evaluation.significance import flip_test, holm, t_test
 
 OURS = "mslora_cr"
@@ -95,7 +95,8 @@ def _against(paired: Runs) -> dict[str, Any]:
         squares, freedom = float(np.var(differences)) * len(differences), len(differences) - 1
     count = len(differences)
     variance = squares / freedom / count if freedom else 0.0
-    total = estimate_of(differences)._replace(variance=variance, freedom=freedom, groups=len(orders))
+    square = float(np.square(differences).mean())
+    total = Estimate(fmean(differences), square, variance, freedom, groups=len(orders), questions=count)
     return {
         "mean": total.mean,
         "deviation": _deviation(differences),

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from mslora_cr.evaluation.intervals import CONFIDENCE
 from mslora_cr.evaluation.results import Evaluation, ReportError, required_evaluation
+from mslora_cr.reporting.cost import cost_of
 from mslora_cr.reporting.heatmaps import final_scores_map, matrix_map
 from mslora_cr.reporting.plots import stage_curves
 from mslora_cr.reporting.render import render
@@ -39,6 +40,7 @@ def write_comparison(runs: Sequence[tuple[str, Path, Path]], output: Path) -> Pa
         {
             "label": label,
             "method": evaluations[label].method,
+            "cost": cost_of(evaluations[label], read_ledger(run_dir)),
             "color": colors[label],
             "link": os.path.relpath(results_dir / "report.html", output.parent),
             "banks_by": evaluations[label].banks_by,

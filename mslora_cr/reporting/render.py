@@ -34,6 +34,8 @@ def render(template: str, path: Path, context: Mapping[str, Any]) -> None:
         "number": _number,
         "span": span,
         "duration": _duration,
+        "brief": _brief,
+        "count": _count,
         "capital": capital,
         "flat": _flat,
         "code": _markdown_code,
@@ -75,6 +77,15 @@ def _duration(seconds: float | None) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _brief(value: float | None) -> str:
+    """Two digits that say something."""
+    return "–" if value is None else f"{value:.2g}" if value < 100 else f"{value:.0f}"
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
 
 
 def capital(text: str) -> str:

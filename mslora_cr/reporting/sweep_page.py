@@ -9,6 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from mslora_cr.evaluation.results import ReportError
+from mslora_cr.reporting.cost import mean_costs
 from mslora_cr.reporting.plots import sweep_dots
 from mslora_cr.reporting.render import render
 from mslora_cr.reporting.style import METRICS, PALETTE, TITLES
@@ -47,6 +48,7 @@ def write_sweep_page(sweep: SweepResult, output: Path) -> Path:
         "columns": SWEEP_COLUMNS,
         "banks_by": {run.method: run.banks_by for run in sweep.runs},
         "frozen": sorted({run.method for run in sweep.runs if run.frozen}),
+        "costs": mean_costs(sweep.runs),
         "plot": Markup(plot),
         "now": datetime.now(UTC),
     }

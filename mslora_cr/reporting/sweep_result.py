@@ -42,6 +42,7 @@ class Outcome(Part):
     """The figures of a finished run, by metric and name; `final` has every task's score after the last stage.
 
     `frozen`: whether the same frozen banks answer a task at every stage from its own on. `seconds`: of its training.
+    `device_hours`, `parameters`: as in `Cost`; version 0.1.0 noted neither.
     """
 
     run: str
@@ -51,6 +52,8 @@ class Outcome(Part):
     banks_by: str
     frozen: bool = Field(alias="told")
     seconds: float
+    device_hours: float | None = None
+    parameters: int | None = None
     figures: dict[str, dict[str, float | dict[str, float | None] | None]]
 
 

@@ -27,7 +27,8 @@ class TaskEntry(Part):
         bank_layer, kernels, recomputed_layers: how it was computed.
         switched_off: what is not used with this base model.
         padding: shares of padded positions. weights: of the penalties after the last step.
-        stream: the tasks up to this one, in order. method, rank: of the bank. Version 0.1.0 noted none of the three.
+        stream: the tasks up to this one, in order. method, rank: of the bank. processes: that trained it, each with a
+            device of its own. parameters: numbers in the bank. Version 0.1.0 noted none of the five.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -53,6 +54,15 @@ class TaskEntry(Part):
     stream: tuple[str, ...] | None = None
     method: str | None = None
     rank: int | None = None
+    processes: int | None = None
+    parameters: int | None = None
+
+    @property
+    def device_hours(self) -> float | None:
+        """Time of training times devices, in hours; None where it is not known how many there were."""
+        if not self.seconds:
+            return 0.0
+        return self.seconds * self.processes / 3600 if self.processes else None
 
 
 class Forced(Part):

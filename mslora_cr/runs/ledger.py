@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
-from mslora_cr.banks.io import STATISTICS, TASK_STATE, WEIGHTS, load_bank
+from mslora_cr.banks.io import STATISTICS, TASK_STATE, WEIGHTS, bank_size, load_bank
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
-from mslora_cr.distributed.comm import broadcast_object
+from mslora_cr.distributed.comm import broadcast_object, world_size
 from mslora_cr.routing.lda import TaskStatistics, load_statistics
 from mslora_cr.runs.differences import CONFIG, Finished, changed_settings
 from mslora_cr.runs.entries import LEDGER, Forced, RunLedger, TaskEntry
@@ -230,6 +230,8 @@ class Ledger:
             stream=tuple(member.name for member in config.stream[: task.index + 1]),
             method=config.method,
             rank=config.lora.rank,
+            processes=world_size(),
+            parameters=bank_size(self.bank_folder(task.name)),
             **known,
         )
         self._write({"tasks": {**self.tasks, task.name: entry}})

@@ -1,0 +1,49 @@
+"""What a run costs: time of devices in training, and numbers that answer next to the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+from mslora_cr.evaluation.results import Evaluation
+from mslora_cr.reporting.sweep_result import Outcome
+from mslora_cr.runs.entries import RunLedger
+
+
+class Cost(NamedTuple):
+    """`device_hours` of training, measured; `parameters` of the banks that answer after the last evaluated stage, of
+    the task with most. None where the ledger does not know: of imported banks, or of version 0.1.0."""
+
+    device_hours: float | None
+    parameters: int | None
+
+
+def cost_of(evaluation: Evaluation, ledger: RunLedger | None) -> Cost:
+    """What a run has cost, from its ledger.
+
+    A bank that was trained is counted, whoever answers; where a router or a method mixes banks, all that it may take.
+    """
+    entries = ledger.tasks if ledger else {}
+    sizes = {name: entry.parameters for name, entry in entries.items()}
+    hours = [entry.device_hours for entry in entries.values()]
+    last = [cell for cell in evaluation.cells if cell.stage == evaluation.stages[-1]]
+    answering = [[sizes.get(bank) for bank in cell.banks] for cell in last]
+    known = [sum(size for size in own if size is not None) for own in answering if None not in own]
+    return Cost(
+        device_hours=sum(hour for hour in hours if hour is not None) if ledger and None not in hours else None,
+        parameters=max(known, default=0) if len(known) == len(last) else None,
+    )
+
+
+def mean_costs(runs: Sequence[Outcome]) -> dict[str, Cost]:
+    """By method, the mean of its runs' device hours, and their parameters; None where a run does not know."""
+    found = {}
+    for method in dict.fromkeys(run.method for run in runs):
+        own = [run for run in runs if run.method == method]
+        hours, sizes = [run.device_hours for run in own], [run.parameters for run in own]
+        found[method] = Cost(
+            device_hours=fmean(hour for hour in hours if hour is not None) if None not in hours else None,
+            parameters=max(size for size in sizes if size is not None) if None not in sizes else None,
+        )
+    return found
