@@ -43,6 +43,7 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import RegularizationConfig
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.losses.bank_penalties import BankPenalties
+from mslora_cr.losses.penalty import PenaltyStep
 from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.models.kernels import use_kernels
 from mslora_cr.models.language import language_linears
@@ -191,14 +192,16 @@ def _ours(
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.current_gradient_accumulation_steps = 1
     if taken is not None:
-        prepare = trainer._prepare_penalty
+        penalty = trainer.penalty
+        assert penalty is not None
+        compute = penalty.step
 
-        def measured() -> Tensor:
-            value: list[Tensor] = []
-            taken.append(setting.seconds(lambda: value.append(prepare())))
+        def measured(*args: Any) -> PenaltyStep:
+            value: list[PenaltyStep] = []
+            taken.append(setting.seconds(lambda: value.append(compute(*args))))
             return value[0]
 
-        trainer._prepare_penalty = measured  # type: ignore[method-assign]
+        penalty.step = measured  # type: ignore[method-assign]
 
     labelled = (batch["labels"] != -100).sum()
     records = torch.arange(setting.size.batch)
