@@ -281,6 +281,33 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("family", EVERY)
+def test_a_plan_and_an_inspection_describe_the_model(
+    family: str, settings: Callable[[str], dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, settings(family))
+    assert main(["train", str(config), "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "14 layers adapted" in plan and "not used with it: cached image features" in plan
+    assert main(["model", "inspect", settings(family)["model"]["path"]]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layout"] == family and sum(found["adapted"].values()) == 14
+    assert found["bank"]["parameters"] == 16 * int(re.search(r"per bank: ([\d,]+)", plan)[1].replace(",", ""))
+    assert all(f"{count} of {size}" in plan for size, count in found["positions"].items())
+    assert found["memory"]["GB"].keys() == {"ddp", "zero1", "zero2", "zero3"} and "QUESTION" in found["template"]
+
+
+@pytest.mark.parametrize("bits", first_in_make_test("4bit", "8bit", first=0))
+def test_the_language_model_alone_is_quantised(bits: str, folder: Folder) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    kind = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8bitLt}[bits]
+    for family in ("qwen3_vl", "idefics3"):
+        model = load_model(folder(family), dtype=torch.bfloat16, quantization=bits).model
+        assert {name for name, module in model.named_modules() if isinstance(module, kind)} == {
+            *language_linears(model)
+        }
+
+
 @pytest.mark.long
 def test_a_bank_of_another_family_is_refused_by_name(trained: Folder, tmp_path: Path) -> None:
     llava, gemma = trained("llava"), trained("gemma3")

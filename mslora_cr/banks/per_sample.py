@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from mslora_cr.banks.bank import Bank, BankError, concatenated
+from mslora_cr.banks.fit import check_fits
 from mslora_cr.models.language import language_linears
 
 
@@ -30,7 +31,7 @@ class PerSampleAdapters:
             banks: at least one; rows choose them by position.
 
         Raises:
-            BankError: a bank has routers; such banks cannot be summed.
+            BankError: a bank has routers, such banks cannot be summed; or it does not fit the model.
         """
         if any(bank.routers for bank in banks):
             raise BankError("a bank with routers cannot answer together with others")
@@ -41,6 +42,8 @@ class PerSampleAdapters:
         self._masks: dict[int, Tensor] = {}
         self._mask: Tensor | None = None
         linears = language_linears(model)
+        for bank in banks:
+            check_fits(bank, linears, type(model).__name__)
         self._handles = [self._add(linear, *concatenated(name, banks)) for name, linear in linears.items()]
 
     @contextmanager

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from mslora_cr.banks.bank import Bank, BankError, concatenated
 from mslora_cr.banks.experts import copy_routers, route, routers_of
+from mslora_cr.banks.fit import check_fits
 from mslora_cr.banks.fused import FusedLinear, fuse, fused_layers
 from mslora_cr.banks.io import PEFT_PREFIX, lora_config
 from mslora_cr.models.language import language_linears
@@ -76,21 +77,7 @@ class BankStack:
         return type(self.base).__name__
 
     def _check(self, bank: Bank) -> None:
-        told = bank.metadata.get("base_model")
-        if isinstance(told, dict) and told.get("architecture") not in (None, self.architecture):
-            raise BankError(
-                f"bank {bank.name!r} was trained on {told['architecture']}, and the base model is {self.architecture}"
-            )
-        if set(bank.matrices) != set(self._linears):
-            odd = sorted(set(bank.matrices) ^ set(self._linears))
-            raise BankError(f"bank {bank.name!r} and the model differ in {len(odd)} linear layers, first {odd[0]}")
-        for name, (a, b) in bank.matrices.items():
-            linear = self._linears[name]
-            if (b.shape[0], a.shape[1]) != (linear.out_features, linear.in_features):
-                raise BankError(
-                    f"bank {bank.name!r}: {name} is {b.shape[0]} × {a.shape[1]}, the model's "
-                    f"{linear.out_features} × {linear.in_features}"
-                )
+        check_fits(bank, self._linears, self.architecture)
 
     @torch.no_grad()
     def merge(self, banks: Sequence[Bank]) -> None:

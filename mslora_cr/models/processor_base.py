@@ -65,6 +65,8 @@ def load_with_processor(path: Path, options: dict[str, Any], device: torch.devic
         ModelError: the folder lacks something, or holds something else; it is named.
     """
     processor = load_processor(path)
+    if "quantization_config" in options:
+        options["quantization_config"].llm_int8_skip_modules = beside_language(empty_model_of(path))
     model, report = from_pretrained(AutoModelForImageTextToText, path, "the model", {**options, **SAFE})
     check_report(path, report, set(report["unexpected_keys"]))
     if "quantization_config" not in options:
@@ -74,6 +76,13 @@ def load_with_processor(path: Path, options: dict[str, Any], device: torch.devic
     if not language_linears(model):
         raise ModelError(f"{path}: {type(model).__name__} has no linear layers in its language model's decoder layers")
     return ProcessorBase(model, processor)
+
+
+def beside_language(model: PreTrainedModel) -> list[str]:
+    """The modules that stand beside the language model, which keep their dtype when its layers are quantised."""
+    language, inside = language_model(model), model.get_submodule("model")
+    outside = [f"model.{name}" for name, module in inside.named_children() if module is not language]
+    return [*outside, *(name for name, _ in model.named_children() if name != "model")]
 
 
 def load_processor(path: Path) -> Any:
@@ -189,7 +198,8 @@ class ProjectedPictures:
 
     def _of(self, images: Sequence[Any], device: torch.device) -> Tensor:
         text = render(self._processor, [{"role": "user", "content": [{"type": "image"}] * len(images)}])
-        inputs = self._processor(text=[text], images=[list(images)], return_tensors="pt").to(device)
+        dtype = self._model.get_input_embeddings().weight.dtype
+        inputs = self._processor(text=[text], images=[list(images)], return_tensors="pt").to(device, dtype)
         ids = inputs["input_ids"]
         handle = self._language.register_forward_pre_hook(_stop, with_kwargs=True)
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -13,6 +15,8 @@ from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.evaluation.intervals import CONFIDENCE
 from mslora_cr.evaluation.results import Cell, Evaluation
+from mslora_cr.models.layout import has_processor, read_config
+from mslora_cr.models.save import class_of
 from mslora_cr.runs.entries import RunLedger
 
 Uploaded = Literal["peft", "merged"]
@@ -38,6 +42,15 @@ class Card:
     ledger: RunLedger
     evaluation: Evaluation | None
 
+    @cached_property
+    def _class(self) -> str:
+        return class_of(Path(self.config.model.path))[0]
+
+    @cached_property
+    def _has_processor(self) -> bool:
+        path = Path(self.config.model.path)
+        return has_processor(path, read_config(path))
+
     def text(self) -> str:
         """The whole `README.md`."""
         parts = (self._head, self._title, self._loading, self._scores, self._data, self._use, self._training)
@@ -49,7 +62,7 @@ class Card:
             "medical",
             "continual-learning",
             "mslora-cr",
-            "llava-med",
+            *([] if self._has_processor else ["llava-med"]),
             self.config.method.replace(":", "-"),
             *modalities,
         ]
@@ -117,12 +130,12 @@ LoRA bank per task over `{self.base}`. Method `{self.config.method}`, a stream o
         name, folder = next(iter(self.folders.items()))
         where = f', subfolder="{folder}"' if folder else ""
         if self.kind == "merged":
-            load = f"""model = LlavaForConditionalGeneration.from_pretrained("{self.repo}"{where}, dtype="auto")
+            load = f"""model = {self._class}.from_pretrained("{self.repo}"{where}, dtype="auto")
 processor = AutoProcessor.from_pretrained("{self.repo}"{where})"""
         else:
             load = f"""# {self.base} in transformers' layout, as `mslora-cr export RUN --format peft` writes it
 base = "exported/base"
-model = LlavaForConditionalGeneration.from_pretrained(base, dtype="auto")
+model = {self._class}.from_pretrained(base, dtype="auto")
 model = PeftModel.from_pretrained(model, "{self.repo}"{where})
 processor = AutoProcessor.from_pretrained(base)"""
         peft = "from peft import PeftModel\n" if self.kind == "peft" else ""
@@ -130,16 +143,25 @@ processor = AutoProcessor.from_pretrained(base)"""
 
 ```python
 {peft}from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, {self._class}
 
 {load}
-content = [{{"type": "image"}}, {{"type": "text", "text": "Your question about {name}?"}}]
-prompt = processor.apply_chat_template([{{"role": "user", "content": content}}])
-image = Image.open("image.png").convert("RGB")
-inputs = processor(text=prompt, images=[image], add_special_tokens=False, return_tensors="pt")
+{self._asking(name)}
 ids = model.generate(**inputs.to(model.dtype), max_new_tokens=100, do_sample=False)
 print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```"""
+
+    def _asking(self, name: str) -> str:
+        """The lines that make a question's inputs."""
+        if self._has_processor:
+            return f"""image = Image.open("image.png").convert("RGB")
+content = [{{"type": "image", "image": image}}, {{"type": "text", "text": "Your question about {name}?"}}]
+asked = {{"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}}
+inputs = processor.apply_chat_template([{{"role": "user", "content": content}}], **asked)"""
+        return f"""content = [{{"type": "image"}}, {{"type": "text", "text": "Your question about {name}?"}}]
+prompt = processor.apply_chat_template([{{"role": "user", "content": content}}])
+image = Image.open("image.png").convert("RGB")
+inputs = processor(text=prompt, images=[image], add_special_tokens=False, return_tensors="pt")"""
 
     def _scores(self) -> str:
         cells = self._cells()

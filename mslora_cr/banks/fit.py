@@ -1,0 +1,35 @@
+"""Whether a bank is for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from mslora_cr.banks.bank import Bank, BankError
+
+
+def check_fits(bank: Bank, linears: Mapping[str, nn.Linear], architecture: str) -> None:
+    """Refuse a bank of another family or size.
+
+    Args:
+        linears: what banks adapt in the model. architecture: the model's class.
+
+    Raises:
+        BankError: the bank was trained on another architecture, or its layers or their sizes are others.
+    """
+    told = bank.metadata.get("base_model")
+    if isinstance(told, Mapping) and told.get("architecture") not in (None, architecture):
+        raise BankError(
+            f"bank {bank.name!r} was trained on {told['architecture']}, and the base model is {architecture}"
+        )
+    if set(bank.matrices) != set(linears):
+        odd = sorted(set(bank.matrices) ^ set(linears))
+        raise BankError(f"bank {bank.name!r} and the model differ in {len(odd)} linear layers, first {odd[0]}")
+    for name, (a, b) in bank.matrices.items():
+        linear = linears[name]
+        if (b.shape[0], a.shape[1]) != (linear.out_features, linear.in_features):
+            raise BankError(
+                f"bank {bank.name!r}: {name} is {b.shape[0]} × {a.shape[1]}, the model's "
+                f"{linear.out_features} × {linear.in_features}"
+            )
