@@ -2,7 +2,7 @@
 
     mslora-cr demo                                          # makes the tiny model and the stream, once
     python -m benchmarks.preregistered --jobs 2             # 300 runs, 40 minutes of one core in all; resumes
-    python -m benchmarks.preregistered --found results/preregistered/sweep.json     # the tests alone
+    python -m benchmarks.preregistered --found results/preregistered/sweep.json     # the tests alone; files are joined
 
 Every setting, outcome, contrast and test here was written down in that page before the first run. `sweep.json` has all
 figures of the runs, `tests.json` what the tests say of them.
@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.preregistered", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--found", type=Path, metavar="SWEEP.json", help="test these results instead of running any")
+    parser.add_argument(
+        "--found", type=Path, nargs="+", metavar="SWEEP.json", help="test these results together instead of running any"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="SEED", help="default: 1 to 30")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at once (default: one per core)")
     parser.add_argument("--config", default="sweep", help="the base configuration (default: sweep)")
@@ -80,9 +82,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         runs = plan(args.config, args.overrides, args.seeds)
         places = slots(runs[0].config.model.device, args.jobs)
         print(describe(runs[:1], places).splitlines()[-3], f"{len(runs)} runs", sep="\n", flush=True)
-        args.found = run_sweep(runs, places).with_name(RESULT)
-    rows = results(SweepResult.read(args.found))
-    write_text(args.found.with_name("tests.json"), json.dumps(rows, indent=2) + "\n")
+        args.found = [run_sweep(runs, places).with_name(RESULT)]
+    rows = results(joined([SweepResult.read(path) for path in args.found]))
+    write_text(args.found[0].with_name("tests.json"), json.dumps(rows, indent=2) + "\n")
     print(render(rows))
     return rows
 
@@ -100,6 +102,12 @@ def plan(config: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[Sw
                 own = [*SETTINGS, f"run={name}-stream{order}-seed{seed}", f"seed={seed}", stream, *terms]
                 found.append(SweepRun(name, order, seed, load_config(config, [*overrides, *places, *own])))
     return found
+
+
+def joined(parts: Sequence[SweepResult]) -> SweepResult:
+    """The runs of several sweeps, of other seeds each, as of one."""
+    runs = {run.run: run for part in parts for run in part.runs}
+    return parts[0].model_copy(update={"runs": [*runs.values()], "seeds": sorted({run.seed for run in runs.values()})})
 
 
 def results(found: SweepResult) -> list[dict[str, Any]]:

@@ -150,8 +150,10 @@ def test_the_registered_sweep_is_what_its_page_says(tmp_path: Path, capsys: pyte
         outcome = {"run": run.name, "method": run.method, "order": run.order, "seed": run.seed}
         found.append({**outcome, "banks_by": "all", "told": False, "seconds": 1.0, "figures": {"exact": figures}})
     content = {"orders": {"0": ["derm", "HAM"], "1": ["pathvqa", "slake-vqarad"]}, "seeds": list(range(1, 31))}
-    (tmp_path / "sweep.json").write_text(json.dumps({**content, "metrics": {}, "runs": found, "environment": {}}))
-    tests = preregistered.main(["--found", str(tmp_path / "sweep.json")])
+    files = [tmp_path / "sweep.json", tmp_path / "others.json"]
+    for file, part in zip(files, (found[:100], found[100:]), strict=True):
+        file.write_text(json.dumps({**content, "metrics": {}, "runs": part, "environment": {}}))
+    tests = preregistered.main(["--found", *map(str, files)])
     assert json.loads((tmp_path / "tests.json").read_text())[0]["difference"] == tests[0]["difference"]
     assert [test["primary"] for test in tests] == [True] * 2 + [False] * 22
     for test in tests:
