@@ -9,7 +9,7 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -30,6 +30,7 @@ from mslora_cr.evaluation.over_runs import summarize
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
 from mslora_cr.methods.base import method_of, needs_task
+from mslora_cr.reporting.capacity import answering_rank
 from mslora_cr.reporting.cost import cost_of
 from mslora_cr.reporting.run_record import read_ledger
 from mslora_cr.reporting.style import METRICS
@@ -190,7 +191,8 @@ def describe(runs: Sequence[SweepRun], places: Sequence[str | None]) -> str:
 def run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None]) -> Path:
     """Train and evaluate every run that is not done yet, as many at once as there are places, and write the report.
 
-    What a run prints goes into `sweep.log` in its results folder. A run that fails does not stop the others.
+    What a run prints goes into `sweep.log` in its results folder. A run that fails does not stop the others, and one
+    that is cut leaves `sweep.json` of the runs that are finished; they come seed by seed, all methods of one first.
 
     Returns:
         The page. `sweep.json`, `sweep.md` and `sweep.svg` are next to it.
@@ -211,11 +213,13 @@ def _run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None], root: Pat
     for place in places:
         free.put(place)
     failed: dict[str, str] = {}
+    outcomes: dict[str, dict[str, Any]] = {}
     with (
         ProcessPoolExecutor(len(places), context, _settle, (free, threads)) as pool,
         progress_bar(desc="sweep", total=len(runs), unit="run") as bar,
     ):
-        waiting = {pool.submit(_run, run.config): run for run in runs}
+        # All methods of a seed and order before the next one: what a cut sweep leaves can be compared in pairs.
+        waiting = {pool.submit(_run, run.config): run for run in sorted(runs, key=_turn(runs))}
         try:
             for done in as_completed(waiting):
                 error = done.exception()
@@ -224,15 +228,18 @@ def _run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None], root: Pat
                         "a process of the sweep died (out of memory?); the same command resumes with what is missing, "
                         "and --jobs 1 needs the least memory"
                     ) from None
+                run = waiting[done]
                 if error is not None:
-                    failed[waiting[done].name] = str(error)
-                bar.set_postfix_str(waiting[done].name)
+                    failed[run.name] = str(error)
+                else:
+                    outcomes[run.name] = _outcome(run)
+                    _write(runs, outcomes, root)  # after every run, so that a sweep that is cut leaves what it has
+                bar.set_postfix_str(run.name)
                 bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    finished = [run for run in runs if run.name not in failed]
-    page = gather(finished, root) if finished else None
+    page = write_sweep_page(SweepResult.read(root / RESULT), root) if outcomes else None
     if failed or page is None:
         lines = "\n  ".join(f"{name}: {error} ({root / name / 'sweep.log'})" for name, error in failed.items())
         raise UserError(f"{len(failed)} of {len(runs)} runs failed; the same command retries them\n  {lines}")
@@ -290,21 +297,27 @@ def _output_into(path: Path) -> Iterator[None]:
 # --- results --------------------------------------------------------------------------------------------------------
 
 
-def gather(runs: Sequence[SweepRun], root: Path) -> Path:
-    """Write `sweep.json` and the pages of finished runs into a folder, and return the HTML page."""
-    outcomes = [_outcome(run) for run in runs]
-    orders = {run.order: [task.name for task in run.config.tasks] for run in runs}
+def _turn(runs: Sequence[SweepRun]) -> Callable[[SweepRun], tuple[int, int]]:
+    """When a run comes: by the place of its seed, then its order."""
+    places = {seed: place for place, seed in enumerate(dict.fromkeys(run.seed for run in runs))}
+    return lambda run: (places[run.seed], run.order)
+
+
+def _write(runs: Sequence[SweepRun], outcomes: Mapping[str, dict[str, Any]], root: Path) -> None:
+    """Write `sweep.json` of the runs that are finished, in the order of the plan."""
+    finished = [run for run in runs if run.name in outcomes]
+    orders = {run.order: [task.name for task in run.config.tasks] for run in finished}
+    known = [outcomes[run.name] for run in finished]
     result = SweepResult.model_validate(
         {
             "orders": {str(number): tasks for number, tasks in sorted(orders.items())},
-            "seeds": sorted({run.seed for run in runs}),
-            "metrics": {key: summarize(outcomes, key) for key in METRICS},
-            "runs": outcomes,
+            "seeds": sorted({run.seed for run in finished}),
+            "metrics": {key: summarize(known, key) for key in METRICS},
+            "runs": known,
             "environment": environment(),
         }
     )
     result.write(root / RESULT)
-    return write_sweep_page(result, root)
 
 
 def _outcome(run: SweepRun) -> dict[str, Any]:
@@ -324,6 +337,7 @@ def _outcome(run: SweepRun) -> dict[str, Any]:
         "seed": run.seed,
         "banks_by": evaluation.banks_by,
         "told": evaluation.same_banks_since_learned(),
+        "rank": answering_rank(evaluation, ledger),
         "seconds": ledger.seconds if ledger else 0.0,
         **cost_of(evaluation, ledger)._asdict(),
         "figures": figures,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mslora_cr.banks.bank import Bank
-from mslora_cr.banks.per_sample import PerSampleAdapters, QuestionBanks
+from mslora_cr.banks.per_sample import PerSampleAdapters, QuestionBanks, whole_banks
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.data.datasets import EvalDataset, Preprocessing
 from mslora_cr.data.records import TestRecords
@@ -75,7 +75,7 @@ def test_recorded_steps_give_the_cpus_ids(how: str, tmp_path: Path) -> None:
         mixed, model = None, base.model
         if how == "mixed":
             each = [[(), (0,), (0, 1)][number % 3] for number in range(len(asked))]
-            mixed = QuestionBanks(PerSampleAdapters(base.model, chain), each)
+            mixed = QuestionBanks(PerSampleAdapters(base.model, chain), whole_banks(each, len(chain)))
         else:
             stack = BankStack(base.model, how)
             stack.set_frozen(chain)

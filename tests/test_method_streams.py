@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mslora_cr.banks.bank import BankError
+from mslora_cr.banks.directions import decoupled
 from mslora_cr.banks.io import load_bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.cli.main import main
@@ -20,12 +21,14 @@ from mslora_cr.config.load import load_config
 from mslora_cr.config.methods import method_names
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.datasets import TrainDataset
-from mslora_cr.data.records import TrainingRecords
+from mslora_cr.data.records import TestRecords, TrainingRecords
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.runs.session import load_base, preprocessing, task_folder, task_image_roots
+from mslora_cr.serving.answering import AnsweringModel
 from mslora_cr.stream.plan import plan
-from tests.conftest import STEPS, ConfigWriter, bank_bytes, method_of_the_page, once, write_config
+from tests.conftest import STEPS, ConfigWriter, bank_bytes, first_in_make_test, method_of_the_page, once, write_config
 from tests.killing import KillPoint, run_until_killed
+from tests.projected import KEPT
 
 Trained = Callable[[str], Path]
 
@@ -38,7 +41,11 @@ def method_run(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Trained:
         def build(folder: Path) -> None:
             config = str(write_config(folder, tiny_settings, run=method, method=method))
             assert main(["train", config]) == 0
-            assert main(["evaluate", config, "--stages", "all"]) == 0
+            if load_config(Path(config)).evaluation.banks_by == "routed":
+                assert main(["evaluate", config, "--stages", "seen"]) == 0
+                assert main(["evaluate", config, "--stages", "all", "--banks-by", "prefix"]) == 0
+            else:
+                assert main(["evaluate", config, "--stages", "all"]) == 0
             assert main(["report", config]) == 0
 
         return once(shared_tmp / f"evaluated-{method}", build) / "run.yaml"
@@ -48,6 +55,9 @@ def method_run(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Trained:
 
 TRAINED = [method for method in method_names() if method not in ("zero_shot", "mslora_cr")]
 """Methods that train; tests/test_stream.py kills runs of mslora_cr."""
+BUILT_ALIKE = ("hide_llava", "mr_lora", "reglora", "keeplora")
+"""Methods whose runs resume by what other methods do too: a router, a penalty without a state, a bank that starts
+otherwise. `make test` trains the first one alone."""
 BANKS = {"zero_shot": 0, "joint": 1}
 """How many banks a method trains, if not one per task."""
 TERMS = {
@@ -55,11 +65,15 @@ TERMS = {
     "olora": {"overlap", "norm"},
     "ewc": {"drift"},
     "lwf": {"distillation"},
+    "reglora": {"key_elements"},
 }
 """What a method's log shows of its second task beside the cross entropy."""
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(method, marks=[pytest.mark.long] * (method in BUILT_ALIKE[1:])) for method in method_names()],
+)
 def test_a_method_trains_evaluates_and_reports(method: str, method_run: Trained) -> None:
     config = load_config(method_run(method))
     ledger = json.loads((config.run_dir / "ledger.json").read_text())
@@ -111,7 +125,12 @@ LOGGED = KillPoint("mslora_cr.training.callbacks:JsonLinesCallback.on_log", call
 
 @pytest.mark.parametrize(
     ("method", "point"),
-    [*((method, LOGGED) for method in TRAINED), ("ewc", MEMORY_WRITTEN), ("replay", MEMORY_WRITTEN)],
+    [
+        *((method, LOGGED) for method in TRAINED if method not in BUILT_ALIKE),
+        ("ewc", MEMORY_WRITTEN),
+        ("replay", MEMORY_WRITTEN),
+        *(pytest.param(method, LOGGED, marks=pytest.mark.long) for method in BUILT_ALIKE),
+    ],
 )
 def test_a_killed_run_of_a_method_ends_in_the_same_files(
     method: str, point: KillPoint, method_run: Trained, config_file: ConfigWriter, tmp_path: Path
@@ -223,3 +242,60 @@ def test_zero_shot_trains_nothing_and_says_so(config_file: ConfigWriter, capsys:
     assert "zero_shot trains nothing" in capsys.readouterr().err
     assert main(["train", config, "--task", "PCAM"]) == 1
     assert "--task PCAM: method zero_shot trains no bank for it; it trains nothing" in capsys.readouterr().err
+
+
+def test_a_projected_gradient_moves_only_what_it_may(config_file: ConfigWriter) -> None:
+    """With weights that one by one follow the gradient's sign, rows of A whose gradient is taken away stay to the bit;
+    dropout and several micro-batches an update change nothing about that."""
+    config = config_file(method="tests.projected:Projected")
+    fields = ["tasks=[pathvqa]", "training.per_device_train_batch_size=2"]
+    assert main(["train", str(config), *fields]) == 0
+    bank = load_bank(load_config(config).run_dir / "banks" / "pathvqa")
+    for a, b in bank.matrices.values():
+        assert a[KEPT:].eq(torch.tensor(0.1)).all() and not a[:KEPT].eq(torch.tensor(0.1)).any() and b.any()
+
+
+@pytest.mark.parametrize("method", first_in_make_test("hide_llava", "mr_lora"))
+def test_a_question_alone_is_answered_as_among_others(method: str, method_run: Trained) -> None:
+    """One by one with the banks merged into the base by their shares, and in mixed batches beside it."""
+    config = load_config(method_run(method))
+    model = AnsweringModel(config)
+    routing = json.loads((config.results_run_dir / "routed" / "routing.json").read_text())
+    assert [stage["stage"] for stage in routing["stages"]] == [1, 2, 3]
+    for task in config.stream:
+        records = TestRecords(task_folder(config, task) / "test.jsonl")
+        lines = (config.results_run_dir / "routed" / task.name / "stage-3" / "answer-file.jsonl").open()
+        for index, line in zip(range(3), lines, strict=False):
+            image = task_image_roots(config, task)[0] / records[index].images[0]
+            asked = model.ask(image, records[index].text)
+            answer = json.loads(line)
+            assert (asked.text, asked.task) == (answer["text"], answer["metadata"]["routed_to"])
+            assert sum(asked.probabilities.values()) == pytest.approx(1)
+            assert len(asked.banks) == (1 if method == "mr_lora" else 4)
+
+
+def test_a_mixture_may_start_as_its_source_s(config_file: ConfigWriter) -> None:
+    """A of a standard deviation of 0.01, where a plain bank's is 1 / √(3 in); B zero, and routers as ever."""
+    command = [str(config_file(method="moe_lora")), "tasks=[pathvqa]", "training.max_grad_norm=1e-9"]
+    still = ["training.optim=sgd", "moe_lora.initialization=source"]
+    assert main(["train", *command, *still]) == 0
+    bank = load_bank(load_config(command[0]).run_dir / "banks" / "pathvqa")
+    entries = torch.cat([a.flatten() for a, _ in bank.matrices.values()])
+    assert entries.std().item() == pytest.approx(0.01, rel=0.05) and bank.experts == 4
+    assert all(b.abs().max() < 1e-6 for _, b in bank.matrices.values())
+
+
+def test_sd_lora_keeps_directions_and_learns_magnitudes(method_run: Trained) -> None:
+    """Bank t is one plain bank of rank t · r, whose earlier parts are those of the bank before, each scaled anew."""
+    config = load_config(method_run("sd_lora"))
+    banks = [load_bank(config.run_dir / "banks" / name) for name in STEPS]
+    assert [bank.rank for bank in banks] == [4, 8, 12] and {bank.scaling for bank in banks} == {2}
+    for before, after in itertools.pairwise(banks):
+        known, learned = decoupled(before, 4), decoupled(after, 4)
+        moved = 0.0
+        for name, (a, b) in known[0].matrices.items():
+            parts = before.rank // 4
+            torch.testing.assert_close(learned[0].matrices[name][0][: before.rank], a)
+            torch.testing.assert_close(learned[0].matrices[name][1][:, : before.rank], b)
+            moved += (learned[1][name][:parts] - known[1][name]).abs().sum().item()
+        assert moved > 0.01

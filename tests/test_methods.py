@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from mslora_cr.config.load import load_config
 from mslora_cr.config.methods import load_method
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.losses.penalty import Pair, Penalty
-from mslora_cr.methods.base import Method, method_of
+from mslora_cr.methods.base import Method, Setup, method_of
 from mslora_cr.methods.ewc import EwcPenalty, fisher_name
 from mslora_cr.methods.inflora import grown, new_directions
 from mslora_cr.methods.lwf import softened_cross_entropy
-from mslora_cr.methods.olora import OloraPenalty, OloraSettings
+from mslora_cr.methods.olora import OloraPenalty, fresh_overlap
 from mslora_cr.methods.replay import Replay
 from mslora_cr.runs.entries import RunLedger
 from mslora_cr.runs.ledger import Ledger
@@ -62,7 +63,7 @@ def test_olora_by_hand() -> None:
     """|A_old A_newᵀ| = |(1·3 + 2·(-4), 0·3 + (-1)·(-4))| = 5 + 4; ‖A‖ = 5, ‖B‖ = 13."""
     old = bank(q=([[1.0, 2.0], [0.0, -1.0]], [[0.0, 0.0]]))
     trainable = {"q": (torch.tensor([[3.0, -4.0]]), torch.tensor([[5.0], [12.0]]))}
-    penalty = OloraPenalty([old], OloraSettings(lambda_1=0.5, lambda_2=0.1), CPU)
+    penalty = OloraPenalty([old], 0.5, 0.1, CPU)
     assert penalty.frozen_bytes == 4 * 4  # A alone
     step = penalty.step(trainable, 0.1)
     assert step.logged == {"overlap": 9.0, "norm": 18.0}
@@ -79,12 +80,12 @@ def test_olora_against_autograd() -> None:
         overlap = sum((one.matrices[name][0] @ a.T).abs().sum() for one in old for name, (a, _) in trainable.items())
         return 0.5 * overlap + 0.2 * sum(matrix.norm() for pair in trainable.values() for matrix in pair)
 
-    check_against_autograd(OloraPenalty(old, OloraSettings(lambda_1=0.5, lambda_2=0.2), CPU), formula)
+    check_against_autograd(OloraPenalty(old, 0.5, 0.2, CPU), formula)
 
 
 def test_olora_of_a_first_task_is_its_norm_alone_and_zero_at_zero() -> None:
     trainable = {"q": (torch.tensor([[3.0, -4.0]]), torch.zeros(2, 1))}
-    step = OloraPenalty([], OloraSettings(lambda_2=0.1), CPU).step(trainable, 0.1)
+    step = OloraPenalty([], 0.0, 0.1, CPU).step(trainable, 0.1)
     assert step.value.item() == pytest.approx(0.5)
     assert not step.gradients["q", 1].any()
 
@@ -93,9 +94,33 @@ def test_olora_of_two_fresh_banks_is_what_the_page_says() -> None:
     """r² √(2/π) / (3 √in) a layer: entries of A are uniform with variance 1 / (3 in), so products' are 1 / (9 in)."""
     torch.manual_seed(0)
     old, new = (torch.nn.Linear(1024, 64, bias=False).weight.detach() for _ in range(2))  # as PEFT starts A
-    penalty = OloraPenalty([Bank("old", 64, 64.0, {"q": (old, torch.zeros(8, 64))})], OloraSettings(), CPU)
+    frozen = [Bank("old", 64, 64.0, {"q": (old, torch.zeros(8, 64))})]
+    penalty = OloraPenalty(frozen, 0.5, 0.0, CPU)
     overlap = penalty.step({"q": (new, torch.zeros(8, 64))}, 0.1).logged["overlap"].item()
     assert overlap == pytest.approx(64**2 * math.sqrt(2 / math.pi) / (3 * math.sqrt(1024)), rel=0.03)
+    assert overlap == pytest.approx(fresh_overlap(frozen), rel=0.03) == pytest.approx(fresh_overlap(2 * frozen) / 2)
+
+
+def test_olora_takes_weights_by_task(tmp_path: Path) -> None:
+    """As the source's long script; and one that follows the size of the model."""
+    tasks = [("pathvqa", 1.0, 2), ("PCAM", 1.0, 2)]
+    config = stream_of("olora", tmp_path, tasks, olora={"lambda_1": [0.5, 5], "lambda_2": [0, 0.3]})
+    method, old = method_of(config), random_bank(1)
+    assert [method.regularizes(config, task) for task in config.stream] == [False, True]
+    setup = Setup(config, config.stream[1], Ledger(tmp_path, RunLedger(run="r", method="olora", tasks={})), CPU)
+    new = random_bank(2).matrices
+    step = method.penalty(setup, [old]).step(new, 0.1)
+    assert step.value.item() == pytest.approx((5 * step.logged["overlap"] + 0.3 * step.logged["norm"]).item())
+    relative = stream_of("olora", tmp_path, tasks, olora={"relative": 20.0})
+    assert relative.model_dump()["olora"] == {"lambda_1": 0.5, "lambda_2": 0.0, "relative": 20.0}
+    step = method.penalty(replace(setup, config=relative), [old]).step(new, 0.1)
+    assert step.value.item() == pytest.approx(20 * step.logged["overlap"].item() / fresh_overlap([old]))
+    for section, message in (
+        ({"lambda_1": [0.5]}, r"olora\.lambda_1: has 1 weights for 2 tasks"),
+        ({"lambda_1": 1.0, "relative": 1.0}, r"olora\.relative: stands in place of olora\.lambda_1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            stream_of("olora", tmp_path, tasks, olora=section)
 
 
 # --- LwF -----------------------------------------------------------------------------------------------------------
@@ -302,6 +327,11 @@ SUMMED: dict[str, Any] = {"prefix": [1, 2], "all": [1, 2, 3]}
         ("olora", SUMMED, [1]),
         ("lwf", SUMMED, [1]),
         ("inflora", SUMMED, [1]),
+        ("keeplora", SUMMED, [1]),
+        ("reglora", SUMMED, [1]),
+        ("mr_lora", [2], []),
+        ("hide_llava", [2], []),
+        ("sd_lora", [3], [1]),
         ("ewc", [3], [1]),
         ("replay", [3], [1]),
         ("moe_lora", [3], [1]),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ def test_rightly_routed_questions_are_answered_as_task_aware_ones(
     # One batch answers the questions of the tasks that ask several about an image, each with its task's banks; the
     # third asks one.
     shared, alone = batches
-    assert sorted(shared) == [[0]] * 8 + [[0, 1]] * 8
-    assert alone == [[0, 1, 2]] * 4
+    assert sorted(shared) == [[1, 0, 0]] * 8 + [[1, 1, 0]] * 8
+    assert alone == [[1, 1, 1]] * 4
     assert routing["stages"][0]["accuracy"] == 100
     results.evaluate("evaluation.max_new_tokens=8")
     answers = [texts(results.run / task) for task in TASKS]
@@ -210,7 +211,7 @@ def test_a_method_with_one_bank_for_all_is_refused(results: Results, capsys: pyt
 
 
 def test_mixed_rows_get_what_folded_banks_give(results: Results) -> None:
-    """Logits of rows with different banks against the model with those banks folded in."""
+    """Logits of rows with different banks, and with shares of them, against the model with those merged in."""
     config = load_config(results.config)
     ledger = Ledger.read(config)
     banks = [load_bank(ledger.bank_folder(task)) for task in TASKS]
@@ -218,19 +219,19 @@ def test_mixed_rows_get_what_folded_banks_give(results: Results) -> None:
         for _, b in bank.matrices.values():
             b.mul_(30)
     base = load_base(config, "cpu").model
-    ids = torch.randint(4, 900, (3, 12), generator=torch.Generator().manual_seed(0))
-    rows = [[0], [], [0, 2]]
+    ids = torch.randint(4, 900, (4, 12), generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 0, 1], [0.7, 0.1, 0.2]])
     stack = BankStack(base, "merge", reuse=True)
     expected = []
     with torch.inference_mode():
-        for row, chosen in zip(ids, rows, strict=True):
-            stack.set_frozen([banks[number] for number in chosen])
+        for row, weights in zip(ids, rows.tolist(), strict=True):
+            stack.set_frozen([replace(bank, alpha=bank.alpha * w) for bank, w in zip(banks, weights, strict=True)])
             expected.append(base(input_ids=row[None]).logits[0])
         stack.set_frozen([])
         mixed = PerSampleAdapters(base, banks)
         mixed.set_rows(rows)
         found = base(input_ids=ids).logits
         assert (found - torch.stack(expected)).abs().max() < 1e-4
-        assert (found[0] - found[1]).abs().max() > 1
+        assert (found[0] - found[1]).abs().max() > 1 and (found[2] - found[3]).abs().max() > 0.1
         mixed.remove()
         assert torch.equal(base(input_ids=ids[1:2]).logits[0], expected[1])

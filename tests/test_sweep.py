@@ -42,6 +42,7 @@ def test_every_run_is_there(swept: Path) -> None:
     found = json.loads((swept / "results" / "sweep" / "sweep.json").read_text())
     expected = [f"{method}-order{order}-seed1" for method in ("mslora_cr", "each") for order in (0, 1)]
     assert [run["run"] for run in found["runs"]] == expected
+    assert [run["rank"] for run in found["runs"]] == [8, 8, 4, 4]  # two banks of rank 4, or one
     assert found["orders"] == {"0": ["pathvqa", "slake-vqarad"], "1": ["slake-vqarad", "pathvqa"]}
     for run in found["runs"]:
         folder = swept / "results" / "sweep" / run["run"]
@@ -83,7 +84,7 @@ def test_the_pages_show_methods_orders_and_deviation(swept: Path) -> None:
     assert "2 methods, 2 orders, 1 seeds" in page.text
     assert "slake-vqarad → pathvqa" in page.text and "slake-vqarad → pathvqa" in text
     assert "Forgetting is zero by construction for each, mslora\\_cr" in text
-    assert "| mslora\\_cr | prefix | 2 |" in text
+    assert "| mslora\\_cr | prefix | 8 | 2 |" in text
     assert (root / "sweep.svg").read_text().startswith("<svg")
 
 

@@ -1,8 +1,8 @@
-"""Several banks in one model at once, each row of a batch with banks of its own."""
+"""Several banks in one model at once, each row of a batch with weights of its own for them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,79 +20,93 @@ from mslora_cr.models.language import language_linears
 class PerSampleAdapters:
     """Banks next to a base model that has none merged in: ``x Wᵀ + ((x Aᵀ) · m) Bᵀ`` at every linear layer.
 
-    A and B hold all banks, one after the other; m is 1 for the ranks of the row's own banks and 0 elsewhere, so a row
-    gets what it would get alone, whatever is next to it. The banks are held once, in the model's dtype.
+    A and B hold the layer's banks, one after the other, those whose B is zero there left out; m is a row's weight of
+    each bank, repeated for its ranks. A row gets what it would get alone, whatever is next to it. The banks are held
+    once, and the weights, in the model's dtype.
     """
 
     def __init__(self, model: PreTrainedModel, banks: Sequence[Bank]) -> None:
         """
         Args:
             model: the base, with no adapter and nothing merged; `remove` leaves it as it was.
-            banks: at least one; rows choose them by position.
+            banks: at least one; rows weigh them in this order.
 
         Raises:
             BankError: a bank has routers, such banks cannot be summed; or it does not fit the model.
         """
         if any(bank.routers for bank in banks):
             raise BankError("a bank with routers cannot answer together with others")
-        self._columns = torch.repeat_interleave(torch.arange(len(banks)), torch.tensor([bank.rank for bank in banks]))
-        self._banks = len(banks)
+        self._banks = banks
         self._dtype = model.get_input_embeddings().weight.dtype  # a quantised layer's weight has none to compute in
         self._device = model.get_input_embeddings().weight.device
-        self._masks: dict[int, Tensor] = {}
-        self._mask: Tensor | None = None
+        self._columns: dict[tuple[int, ...], Tensor] = {}
+        self._masks: dict[tuple[tuple[int, ...], int], Tensor] = {}
+        self._rows = 0
         linears = language_linears(model)
         for bank in banks:
             check_fits(bank, linears, type(model).__name__)
-        self._handles = [self._add(linear, *concatenated(name, banks)) for name, linear in linears.items()]
+        self._handles = [handle for item in linears.items() if (handle := self._add(*item))]
 
     @contextmanager
-    def answering(self, banks: Sequence[Sequence[int]]) -> Iterator[QuestionBanks]:
+    def answering(self, weights: Tensor) -> Iterator[QuestionBanks]:
         """What gives questions their banks, inside; outside no row has any, and a forward pass is an error.
 
         Args:
-            banks: by question, those that answer it, by position.
+            weights: how much of each bank answers each question, (questions, banks).
         """
         try:
-            yield QuestionBanks(self, banks)
+            yield QuestionBanks(self, weights)
         finally:
-            self._mask = None
+            self._rows = 0
 
-    def set_rows(self, rows: Sequence[Collection[int]]) -> None:
-        """Give each row of the batches that follow its banks, by position."""
-        chosen = torch.zeros(len(rows), self._banks)
-        for row, banks in enumerate(rows):
-            chosen[row, list(banks)] = 1
-        mask = chosen[:, None, self._columns].to(self._device, self._dtype)
-        # In the same place for as many rows: a recorded step reads it there.
-        self._mask = self._masks.setdefault(len(rows), mask)
-        self._mask.copy_(mask)
+    def set_rows(self, weights: Tensor) -> None:
+        """Give each row of the batches that follow its weights, (rows, banks); 0 leaves a bank out."""
+        self._rows = len(weights)
+        for present, columns in self._columns.items():
+            mask = weights[:, None, columns].to(self._device, self._dtype)
+            # In the same place for as many rows: a recorded step reads it there.
+            self._masks.setdefault((present, self._rows), mask).copy_(mask)
 
     def remove(self) -> None:
         """Take the banks out of the model."""
         for handle in self._handles:
             handle.remove()
 
-    def _add(self, linear: nn.Linear, a: Tensor, b: Tensor) -> RemovableHandle:
-        a, b = (matrix.to(linear.weight.device, self._dtype) for matrix in (a, b))
+    def _add(self, name: str, linear: nn.Linear) -> RemovableHandle | None:
+        present = tuple(place for place, bank in enumerate(self._banks) if bank.matrices[name][1].any())
+        if not present:
+            return None
+        ranks = torch.tensor([self._banks[place].rank for place in present])
+        self._columns[present] = torch.repeat_interleave(torch.tensor(present), ranks)
+        pair = concatenated(name, [self._banks[place] for place in present])
+        a, b = (matrix.to(linear.weight.device, self._dtype) for matrix in pair)
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
-            assert self._mask is not None and len(self._mask) == len(output), "each row must choose its banks first"
-            return output + (nn.functional.linear(inputs[0], a) * self._mask) @ b.T
+            assert self._rows == len(output), "each row must have its weights first"
+            return output + (nn.functional.linear(inputs[0], a) * self._masks[present, self._rows]) @ b.T
 
         return linear.register_forward_hook(add)
 
 
+def whole_banks(banks: Sequence[Sequence[int]], count: int) -> Tensor:
+    """Weights, (questions, count): for each question 1 for the places of the banks that answer it, else 0."""
+    weights = torch.zeros(len(banks), count)
+    for row, places in zip(weights, banks, strict=True):
+        row[list(places)] = 1
+    return weights
+
+
 @dataclass(frozen=True)
 class QuestionBanks:
-    """The banks that answer each question, by their place among those of `adapters`."""
+    """How much of each bank of `adapters` answers each question, (questions, banks)."""
 
     adapters: PerSampleAdapters
-    banks: Sequence[Sequence[int]]
+    weights: Tensor
 
-    def of(self, question: int) -> tuple[int, ...]:
-        return tuple(self.banks[question])
+    def of(self, question: int) -> tuple[float, ...]:
+        """The banks of a question, to tell apart those of others."""
+        return tuple(self.weights[question].tolist())
 
     def choose(self, questions: Sequence[int]) -> None:
         """Give the rows of the batches that follow the banks of these questions."""
-        self.adapters.set_rows([self.banks[question] for question in questions])
+        self.adapters.set_rows(self.weights[list(questions)])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mslora_cr.banks.bank import Bank, BankError, concatenated
+from mslora_cr.banks.directions import coupled, decoupled, magnitudes_of, scale_parts
 from mslora_cr.banks.experts import copy_routers, route, routers_of
 from mslora_cr.banks.fit import check_fits
 from mslora_cr.banks.fused import FusedLinear, fuse, fused_layers
@@ -50,6 +51,7 @@ class BankStack:
         self.merge_mode = merge_mode
         self.base = base
         self._linears = language_linears(base)
+        self._directions: Bank | None = None
         self._pristine: dict[str, Tensor] | None = {} if reuse and merge_mode == "merge" else None
 
     def set_frozen(self, banks: Sequence[Bank], merge: bool = True) -> None:
@@ -116,6 +118,28 @@ class BankStack:
         model.requires_grad_(False)
         self.model = model
 
+    def set_directions(self, bank: Bank, part: int) -> None:
+        """Make this bank's parts of a rank `part` take part, frozen in direction, with magnitudes that are trained."""
+        self._check(bank)
+        self._directions, magnitudes = decoupled(bank, part)
+        self._concatenate([self._directions])
+        scale_parts(self.model, FROZEN, magnitudes)
+
+    def magnitudes(self, value: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
+        """Of the directions by linear layer, (parts,) float32 on the CPU; empty without any.
+
+        Args:
+            value: as `snapshot`'s.
+        """
+        return {
+            name: value(own).to("cpu", torch.float32, copy=True)
+            for name, own in magnitudes_of(self.model, FROZEN).items()
+        }
+
+    def with_directions(self, bank: Bank, magnitudes: Mapping[str, Tensor]) -> Bank:
+        """A bank, and in front of it the directions with these magnitudes; the bank itself where there are none."""
+        return bank if self._directions is None else coupled(self._directions, magnitudes, bank)
+
     def _with_adapter(self, config: LoraConfig, name: str) -> PeftModel:
         if all(linear.weight.is_floating_point() for linear in self._linears.values()):
             config._register_custom_module({nn.Linear: FusedLinear})
@@ -148,6 +172,8 @@ class BankStack:
             # set_adapter takes a list only on the tuner, and makes each adapter of a trainable list trainable.
             self.model.base_model.set_adapter([FROZEN, TRAINABLE], inference_mode=True)
             self.model.set_requires_grad(TRAINABLE, True)
+            for magnitudes in magnitudes_of(self.model, FROZEN).values():
+                magnitudes.requires_grad_(True)
         else:
             self.model = self._with_adapter(config, TRAINABLE)
         if experts > 1:
@@ -159,6 +185,10 @@ class BankStack:
         adapter = {id(parameter) for parameter in self.trainable_parameters()}
         assert unfrozen == adapter, "something besides the new bank is trainable"
 
+    def weights(self) -> dict[str, Tensor]:
+        """The linear layers' own weights, (out, in), with what is merged into them."""
+        return {name: linear.weight for name, linear in self._linears.items()}
+
     def trainable(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """The trainable bank's parameters: linear layer's name → (A, B)."""
         return {
@@ -168,9 +198,10 @@ class BankStack:
         }
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained, routers too."""
+        """Everything that is trained, routers and magnitudes too."""
         routers = nn.ModuleList(routers_of(self.model, TRAINABLE).values())
         everything = [*itertools.chain.from_iterable(self.trainable().values()), *routers.parameters()]
+        everything += magnitudes_of(self.model, FROZEN).values()
         return [parameter for parameter in everything if parameter.requires_grad]
 
     def train_only(self, halves: Collection[int]) -> None:
@@ -195,10 +226,12 @@ class BankStack:
                 layer.set_scale(TRAINABLE, 1)
 
     @torch.no_grad()
-    def load_trainable(self, bank: Bank) -> None:
-        """Copy a bank's numbers into the trainable one."""
+    def load_trainable(self, bank: Bank, magnitudes: Mapping[str, Tensor] | None = None) -> None:
+        """Copy a bank's numbers into the trainable one, and magnitudes into those of the directions."""
         _copy_into(self.model, TRAINABLE, bank.matrices)
         copy_routers(self.model, TRAINABLE, bank.routers)
+        for name, own in (magnitudes or {}).items():
+            magnitudes_of(self.model, FROZEN)[name].copy_(own)
 
     def snapshot(
         self,

@@ -31,6 +31,7 @@ class MethodSettings(Protocol):
     section: type[BaseModel] | None
     banks_by: str
     all_at_once: bool
+    accumulates: bool
 
     def check(self, config: Any) -> None: ...
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mslora_cr.banks.bank import Bank, BankError
+from mslora_cr.banks.per_sample import whole_banks
 from mslora_cr.banks.similarity import by_place, effective_ranks, update_cosines
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.records import TestRecords, sample_of
@@ -147,7 +148,8 @@ def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: in
     folder, tasks = config.results_run_dir / "analysis", [task for task, _ in variants]
 
     def answer() -> dict[str, float]:
-        return session.answer_mixed(tasks, chosen, folder, fingerprint, "each bank left out")
+        weights = whole_banks(chosen, len(session.banks))
+        return session.answer_mixed(tasks, weights, folder, fingerprint, "each bank left out")
 
     answer_once(folder, fingerprint, len(chosen), answer)
     scores = np.array([_score(row) for row in score_answers(read_answers(folder / ANSWERS)).rows])

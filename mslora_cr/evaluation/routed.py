@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.io import STATISTICS
+from mslora_cr.banks.per_sample import whole_banks
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.records import TestRecords, TrainingRecords
 from mslora_cr.distributed.comm import all_gather_object, barrier, get_device, rank, world_size
@@ -28,7 +29,7 @@ from mslora_cr.evaluation.score import group_numbers, question_places, score_fil
 from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.evaluation.summary import cell_row, question_digests, write_summary
 from mslora_cr.methods.base import method_of, needs_task
-from mslora_cr.routing.lda import Router, TaskStatistics
+from mslora_cr.routing.lda import TaskRouter, TaskStatistics
 from mslora_cr.runs.ledger import Ledger, finished_banks
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.runs.session import (
@@ -122,8 +123,9 @@ def _fit_router(config: StreamConfig, only: str | None) -> list[Path]:
     check_hosts(config.run_dir, {"the training records": {name: part.digest for name, part in records.items()}})
     base = load_base(config, get_device(config.model.device))
     ledger, paths = Ledger.read(config), []
+    examples = method_of(config).router_examples(config)
     for task in tasks:
-        statistics = router_statistics(config, task, records[task.name], base)
+        statistics = router_statistics(config, task, records[task.name], base, examples)
         path = ledger.bank_folder(task.name) / STATISTICS
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,12 +192,12 @@ class _Routed:
     def _answer(
         self, stage: int, tasks: Sequence[Task], together: Path, folders: Mapping[str, Path], fingerprint: str
     ) -> dict[str, Any]:
-        routes = self._routes(stage, tasks)
-        flat = [route for task in tasks for route in routes[task.name]]
-        method = method_of(self.config)
-        chosen = [[number - 1 for number in method.banks(route + 1, stage, "prefix")] for route in range(stage)]
-        banks, label = [chosen[route] for route in flat], f"{len(tasks)} tasks mixed, routed among {stage}"
-        padding = self._session.answer_mixed(tasks, banks, together, fingerprint, label)
+        router = self._router(stage)
+        routes = {task.name: router.route(self._features_of(task)).tolist() for task in tasks}
+        mixes = method_of(self.config).mixes_banks
+        banks, weights = self._mix(stage, tasks, router) if mixes else self._choose(stage, tasks, routes)
+        label = f"{len(tasks)} tasks mixed, routed among {stage}"
+        padding = self._session.answer_mixed(tasks, weights, together, fingerprint, label, banks)
         if rank() == 0:
             self._part(tasks, together, folders, routes, fingerprint)
         return {**padding, "routing": self._confusion(stage, tasks, routes)}
@@ -235,10 +237,24 @@ class _Routed:
             interval=percent(score_interval([estimate(right, group_numbers(groups))])) if known else None,
         )
 
-    def _routes(self, stage: int, tasks: Sequence[Task]) -> dict[str, list[int]]:
-        """For each question of these tasks, the learned task that it is taken for, by its place from 0."""
-        router = Router(self.statistics[:stage])
-        return {task.name: router.route(self._features_of(task)).tolist() for task in tasks}
+    def _router(self, stage: int) -> TaskRouter:
+        pictures = feature_extractor(self.config, self._session.base).picture_features
+        return method_of(self.config).router(self.config, self.statistics[:stage], pictures)
+
+    def _choose(
+        self, stage: int, tasks: Sequence[Task], routes: Mapping[str, Sequence[int]]
+    ) -> tuple[Sequence[Bank], Tensor]:
+        """Each question's banks are those of the task that it is taken for. All banks are held, for all stages."""
+        method = method_of(self.config)
+        chosen = [[number - 1 for number in method.banks(route + 1, stage, "prefix")] for route in range(stage)]
+        flat = [chosen[route] for task in tasks for route in routes[task.name]]
+        return self.banks, whole_banks(flat, len(self.banks))
+
+    def _mix(self, stage: int, tasks: Sequence[Task], router: TaskRouter) -> tuple[Sequence[Bank], Tensor]:
+        """Each question's banks are those of all tasks, in shares of its probabilities."""
+        whole, shared = method_of(self.config).mixed(self.config, self.banks[:stage])
+        shares = torch.cat([router.probabilities(self._features_of(task)).float() for task in tasks])
+        return [*whole, *shared], torch.cat([torch.ones(len(shares), len(whole)), shares], dim=1)
 
     def _features_of(self, task: Task) -> Tensor:
         """(questions, features), computed once, by all ranks together."""
@@ -262,6 +278,7 @@ class _Routed:
             method=self.config.method,
             router=self._routers[stage - 1],
             questions=[self._question_digests.get(task.name) for task in tasks],
+            **method_of(self.config).router_settings(self.config),
         )
 
     def possible(self, root: Path) -> dict[CellKey, set[str]]:
@@ -280,4 +297,6 @@ def _router_digests(statistics: Sequence[TaskStatistics]) -> Iterator[str]:
     digest = hashlib.sha256()
     for task in statistics:
         digest.update(task.mean.numpy().tobytes() + task.scatter.numpy().tobytes())
+        if task.examples is not None:
+            digest.update(task.examples.numpy().tobytes())
         yield digest.hexdigest()

@@ -46,6 +46,7 @@ class EvaluationSession:
         self._cached_images, self._switches = cached_images, switches
         self._fingerprint_fields = fingerprint_fields(config)
         self._tower: CachedTower | None = None
+        self._beside: tuple[Sequence[Bank], PerSampleAdapters] | None = None
         self._merged: list[str] | None = None
 
     def fingerprint(self, banks: Sequence[Bank], **facts: Any) -> str:
@@ -67,9 +68,12 @@ class EvaluationSession:
     def _stack(self) -> BankStack:
         return BankStack(self.base.model, self.config.lora.fold, reuse=self._switches)
 
-    @cached_property
-    def _adapters(self) -> PerSampleAdapters:
-        return PerSampleAdapters(self.base.model, self.banks)
+    def _adapters(self, banks: Sequence[Bank]) -> PerSampleAdapters:
+        if self._beside is not None and self._beside[0] is not banks:
+            self._beside[1].remove()
+            self._beside = None
+        self._beside = self._beside or (banks, PerSampleAdapters(self.base.model, banks))
+        return self._beside[1]
 
     def answer_merged(self, task: Task, banks: Sequence[Bank], folder: Path, fingerprint: str) -> dict[str, float]:
         """Answer a task's questions with some banks; returns as `answer_questions`."""
@@ -82,16 +86,23 @@ class EvaluationSession:
         return answer_questions(self._stack.model, samples, folder, decoding(self.config), fingerprint, label)
 
     def answer_mixed(
-        self, tasks: Sequence[Task], banks: Sequence[Sequence[int]], folder: Path, fingerprint: str, label: str
+        self,
+        tasks: Sequence[Task],
+        weights: Tensor,
+        folder: Path,
+        fingerprint: str,
+        label: str,
+        banks: Sequence[Bank] | None = None,
     ) -> dict[str, float]:
         """Answer the questions of some tasks in common batches; returns as `answer_questions`.
 
         Args:
-            banks: by question, one task after another, the places of those that answer it among the session's.
+            weights: how much of each bank answers each question, one task after another, (questions, banks).
             label: what the progress bar says.
+            banks: other ones than the session's.
         """
         samples = ConcatEvalDataset([self._questions(task) for task in tasks])
-        with self._adapters.answering(banks) as mixed:
+        with self._adapters(self.banks if banks is None else banks).answering(weights) as mixed:
             return answer_questions(self.base.model, samples, folder, decoding(self.config), fingerprint, label, mixed)
 
     def _questions(self, task: Task) -> EvalDataset:

@@ -6,9 +6,9 @@ Reading a configuration imports its method's file, so this one imports nothing h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 from mslora_cr.config.methods import load_method
 from mslora_cr.config.schema import Section, StreamConfig, Task
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mslora_cr.banks.bank import Bank
-    from mslora_cr.losses.penalty import Distillation, Pair, Penalty
+    from mslora_cr.losses.penalty import Distillation, Pair, Penalty, Projection
+    from mslora_cr.routing.lda import TaskRouter, TaskStatistics
     from mslora_cr.runs.ledger import Ledger
+    from mslora_cr.training.probe import StartProbe
     from mslora_cr.training.trainer import BankTrainer
 
 Settings = TypeVar("Settings", bound=Section)
-LayerInputs = Callable[[int, int], "dict[str, Tensor]"]
-"""How many samples, how many tokens of each → each linear layer's inputs; `training.inputs` has the details."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,10 @@ class Method(Generic[Settings]):
             ValueError: with key, what is wrong, and how to mend it.
         """
 
+    accumulates: ClassVar[bool] = False
+    """A task's bank holds the one before it too, its parts frozen in direction with magnitudes that were trained, so
+    that bank t has t times the rank. Together with `init_from_previous`."""
+
     # --- which banks ---
 
     keeps_frozen_adapters = False
@@ -98,17 +102,45 @@ class Method(Generic[Settings]):
         """How many experts a bank is a mixture of; 1 is plain LoRA."""
         return 1
 
+    # --- who answers a question whose task is not given ---
+
+    mixes_banks: ClassVar[bool] = False
+    """It is answered by all banks of the stage, in shares of the router's probabilities, instead of by the banks of the
+    likeliest task."""
+
+    def router(self, config: StreamConfig, tasks: Sequence[TaskStatistics], pictures: int) -> TaskRouter:
+        """What tells the tasks of a stage apart; streaming linear discriminant analysis by default.
+
+        Args:
+            pictures: how many of the features, the first ones, are the picture's.
+        """
+        from mslora_cr.routing.lda import Router
+
+        return Router(tasks)
+
+    def router_settings(self, config: StreamConfig) -> dict[str, Any]:
+        """What of the configuration decides who answers, for the answers' fingerprint."""
+        return {}
+
+    def router_examples(self, config: StreamConfig) -> int:
+        """Of how many questions of a task the features are kept for its router."""
+        return 0
+
+    def mixed(self, config: StreamConfig, banks: Sequence[Bank]) -> tuple[list[Bank], list[Bank]]:
+        """The banks of a stage as they are mixed: those that take part whole, and one for each task, by its share."""
+        return [], list(banks)
+
     # --- what a bank starts as ---
 
     trained_halves: ClassVar[tuple[int, ...]] = (0, 1)
     """Which matrices of a bank are trained, 0 for A and 1 for B; the others stay as they start."""
 
-    def initial(self, setup: Setup, start: Mapping[str, Pair], inputs: LayerInputs) -> dict[str, Pair] | None:
+    def initial(self, setup: Setup, start: Mapping[str, Pair], probe: StartProbe) -> dict[str, Pair] | None:
         """What the bank starts as instead, by linear layer, on the CPU; None to leave it. Called on every rank.
 
         Args:
-            start: A and B as they would start. inputs: what the layers see of the task's samples, frozen banks merged
-                in; to be called on every rank.
+            start: A and B as they would start. probe: passes of the task's samples, for what the layers see and for
+                gradients; to be used on every rank.
         """
         return None
 
@@ -143,6 +175,20 @@ class Method(Generic[Settings]):
 
     def distillation(self, setup: Setup) -> Distillation | None:
         """A term of every micro-batch's logits; asked for if the method `regularizes` the task."""
+        return None
+
+    # --- what becomes of the gradient ---
+
+    def projection(self, setup: Setup, layers: Collection[str]) -> Projection | None:
+        """What a matrix's gradient, the penalty's share included, is put through before the optimizer's step.
+
+        A linear function by matrix, as gradients of micro-batches and ranks are projected before they are summed. An
+        optimizer that weighs numbers one by one, as AdamW, makes of a gradient inside a subspace a step that leaves it,
+        unless the subspace is one of whole entries, rows or columns.
+
+        Args:
+            layers: the linear layers that the bank adapts.
+        """
         return None
 
     # --- what is kept ---

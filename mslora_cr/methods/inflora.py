@@ -11,11 +11,12 @@ from pydantic import Field
 from torch import Tensor
 
 from mslora_cr.config.schema import PositiveInt, PositiveNumber, Section, StreamConfig
-from mslora_cr.methods.base import LayerInputs, Method, Setup
+from mslora_cr.methods.base import Method, Setup
 from mslora_cr.utils.precision import ieee_float32
 
 if TYPE_CHECKING:
     from mslora_cr.losses.penalty import Pair
+    from mslora_cr.training.probe import StartProbe
     from mslora_cr.training.trainer import BankTrainer
 
 
@@ -62,9 +63,9 @@ class Inflora(Method[InfloraSettings]):
                 f"lora.rank {config.lora.rank}"
             )
 
-    def initial(self, setup: Setup, start: Mapping[str, Pair], inputs: LayerInputs) -> dict[str, Pair]:
+    def initial(self, setup: Setup, start: Mapping[str, Pair], probe: StartProbe) -> dict[str, Pair]:
         settings, made = self.settings(setup.config), {}
-        for name, seen, known in self._known(setup, inputs(settings.samples, settings.tokens)):
+        for name, seen, known in self._known(setup, probe.inputs(settings.samples, settings.tokens)):
             a, b = start[name]
             made[name] = (new_directions(seen, known, len(a)).T.cpu() / math.sqrt(3), torch.zeros_like(b, device="cpu"))
         return made

@@ -1,18 +1,35 @@
 """A mixture of LoRA experts: one bank, trained on, whose parts a router weighs token by token."""
 
-from typing import Annotated
+from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from mslora_cr.config.schema import Section, StreamConfig
-from mslora_cr.methods.base import Method
+from mslora_cr.methods.base import Method, Setup
+
+if TYPE_CHECKING:
+    from mslora_cr.losses.penalty import Pair
+    from mslora_cr.training.probe import StartProbe
+
+SOURCE_DEVIATION = 0.01
+"""Of A's entries, in the source."""
 
 
 class MoeLoraSettings(Section):
     """How a mixture of LoRA experts shares a bank's rank."""
 
     experts: Annotated[int, Field(ge=2)] = 4
-    """E; each has rank / E."""
+    """E; each has rank / E. The source's scripts have 8."""
+    initialization: Literal["peft", "source"] = "peft"
+    """A Kaiming-uniform as a plain bank's, or normal with a standard deviation of 0.01 as the source's."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_was_a_choice(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if (key, value) != ("initialization", "peft")}
 
 
 class MoeLora(Method[MoeLoraSettings]):
@@ -33,6 +50,15 @@ class MoeLora(Method[MoeLoraSettings]):
         experts = self.settings(config).experts
         if config.lora.rank % experts:
             raise ValueError(f"moe_lora.experts: {experts} does not divide lora.rank {config.lora.rank}")
+
+    def initial(self, setup: Setup, start: Mapping[str, Pair], probe: StartProbe) -> dict[str, Pair] | None:
+        if setup.task.index or self.settings(setup.config).initialization == "peft":
+            return None
+        generator = torch.Generator().manual_seed(setup.config.seed)
+        return {
+            name: (torch.randn(a.shape, generator=generator) * SOURCE_DEVIATION, torch.zeros(b.shape))
+            for name, (a, b) in start.items()
+        }
 
     def experts(self, config: StreamConfig) -> int:
         return self.settings(config).experts

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from mslora_cr.banks.bank import Bank
-from mslora_cr.config.schema import NotNegative, Section, StreamConfig, Task
+from mslora_cr.config.schema import NotNegative, PositiveNumber, Section, StreamConfig, Task
 from mslora_cr.losses.penalty import Key, Pair, Penalty, PenaltyStep
 from mslora_cr.methods.base import Method, Setup
 
 
 class OloraSettings(Section):
-    """Weights of O-LoRA's two terms, as its published scripts set them."""
+    """Weights of O-LoRA's two terms, as its published scripts set them; a list has one for each task of the stream."""
 
-    lambda_1: NotNegative = 0.5
+    lambda_1: NotNegative | list[NotNegative] = 0.5
     """Of Σ |A_old A_newᵀ|."""
-    lambda_2: NotNegative = 0.0
+    lambda_2: NotNegative | list[NotNegative] = 0.0
     """Of the new bank's norm."""
+    relative: PositiveNumber | None = None
+    """In place of λ₁: what the first term weighs between banks as they are initialised, whatever rank, width and
+    number of banks; λ₁ is this over `fresh_overlap`."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_was_a_choice(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if value is not None}
+
+    def lambda_1_of(self, task: Task) -> float:
+        return _of(self.lambda_1, task)
+
+    def lambda_2_of(self, task: Task) -> float:
+        return _of(self.lambda_2, task)
+
+
+def _of(weight: float | list[float], task: Task) -> float:
+    return weight[task.index] if isinstance(weight, list) else weight
 
 
 class Olora(Method[OloraSettings]):
@@ -38,19 +58,46 @@ class Olora(Method[OloraSettings]):
     banks_by = "all"
     keeps_frozen_adapters = True
 
+    def check(self, config: StreamConfig) -> None:
+        settings = self.settings(config)
+        for key in ("lambda_1", "lambda_2"):
+            weights = getattr(settings, key)
+            if isinstance(weights, list) and len(weights) < len(config.tasks):
+                raise ValueError(
+                    f"olora.{key}: has {len(weights)} weights for {len(config.tasks)} tasks; give each one"
+                )
+        if settings.relative is not None and "lambda_1" in settings.model_fields_set:
+            raise ValueError("olora.relative: stands in place of olora.lambda_1; leave one of the two out")
+
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
         settings = self.settings(config)
-        return settings.lambda_2 > 0 or (task.index > 0 and settings.lambda_1 > 0)
+        return settings.lambda_2_of(task) > 0 or (task.index > 0 and settings.lambda_1_of(task) > 0)
 
     def penalty(self, setup: Setup, frozen: Sequence[Bank]) -> Penalty:
-        return OloraPenalty(frozen, self.settings(setup.config), setup.device)
+        settings, lambda_1 = self.settings(setup.config), self.settings(setup.config).lambda_1_of(setup.task)
+        if settings.relative is not None and frozen:
+            lambda_1 = settings.relative / fresh_overlap(frozen)
+        return OloraPenalty(frozen, lambda_1, settings.lambda_2_of(setup.task), setup.device)
+
+
+def fresh_overlap(frozen: Sequence[Bank]) -> float:
+    """``Σ_{i<t} Σ_layers r² √(2/π) / (3 √in)``: the first term's mean between banks as they are initialised.
+
+    Entries of A are uniform with variance 1 / (3 in), so a product's variance is 1 / (9 in), and by the central limit
+    theorem its mean absolute value √(2/π) / (3 √in).
+    """
+    return sum(
+        bank.rank**2 * math.sqrt(2 / math.pi) / (3 * math.sqrt(a.shape[1]))
+        for bank in frozen
+        for a, _ in bank.matrices.values()
+    )
 
 
 class OloraPenalty(Penalty):
     """Holds the frozen A matrices of each layer on top of each other, (banks · rank, in) float32."""
 
-    def __init__(self, frozen: Sequence[Bank], settings: OloraSettings, device: torch.device) -> None:
-        self._settings = settings
+    def __init__(self, frozen: Sequence[Bank], lambda_1: float, lambda_2: float, device: torch.device) -> None:
+        self._lambda_1, self._lambda_2 = lambda_1, lambda_2
         modules = frozen[0].matrices if frozen else ()
         self._frozen = {name: torch.cat([bank.matrices[name][0] for bank in frozen]).to(device) for name in modules}
 
@@ -65,12 +112,12 @@ class OloraPenalty(Penalty):
                 matrix = matrix.detach().float()
                 norm = matrix.norm()
                 norms.append(norm)
-                gradients[name, half] = self._settings.lambda_2 * matrix / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+                gradients[name, half] = self._lambda_2 * matrix / norm.clamp(min=torch.finfo(norm.dtype).tiny)
             if self._frozen:
                 a, frozen = pair[0].detach().float(), self._frozen[name]
                 overlap = a @ frozen.T
                 overlaps.append(overlap.abs().sum())
-                gradients[name, 0].addmm_(overlap.sign(), frozen, alpha=self._settings.lambda_1)
+                gradients[name, 0].addmm_(overlap.sign(), frozen, alpha=self._lambda_1)
         norm, overlap = torch.stack(norms).sum(), torch.stack(overlaps or [torch.zeros_like(norms[0])]).sum()
-        value = self._settings.lambda_1 * overlap + self._settings.lambda_2 * norm
+        value = self._lambda_1 * overlap + self._lambda_2 * norm
         return PenaltyStep(value, gradients, {"overlap": overlap, "norm": norm})

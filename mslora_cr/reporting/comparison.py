@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from mslora_cr.evaluation.intervals import CONFIDENCE
 from mslora_cr.evaluation.results import Evaluation, ReportError, required_evaluation
+from mslora_cr.reporting.capacity import answering_rank
 from mslora_cr.reporting.cost import cost_of
 from mslora_cr.reporting.heatmaps import final_scores_map, matrix_map
 from mslora_cr.reporting.plots import stage_curves
@@ -36,18 +37,20 @@ def write_comparison(runs: Sequence[tuple[str, Path, Path]], output: Path) -> Pa
     keys = [key for key, name in METRICS.items() if all(run.matrix(name) for run in evaluations.values())]
     if not keys:
         raise ReportError(f"the runs {', '.join(evaluations)} have no metric in common; evaluate each of them")
+    ledgers = {label: read_ledger(run_dir) for label, run_dir, _ in runs}
     compared = [
         {
             "label": label,
             "method": evaluations[label].method,
-            "cost": cost_of(evaluations[label], read_ledger(run_dir)),
+            "cost": cost_of(evaluations[label], ledgers[label]),
             "color": colors[label],
             "link": os.path.relpath(results_dir / "report.html", output.parent),
             "banks_by": evaluations[label].banks_by,
             "frozen": evaluations[label].same_banks_since_learned(),
-            "seconds": ledger.seconds if (ledger := read_ledger(run_dir)) else None,
+            "rank": answering_rank(evaluations[label], ledgers[label]),
+            "seconds": ledger.seconds if (ledger := ledgers[label]) else None,
         }
-        for label, run_dir, results_dir in runs
+        for label, _, results_dir in runs
     ]
     folders = {label: results_dir for label, _, results_dir in runs}
     context = {

@@ -21,6 +21,7 @@ from mslora_cr.evaluation.probe_result import MEASURED, read_probes
 from mslora_cr.evaluation.results import Evaluation, ReportError
 from mslora_cr.evaluation.score import read_answers
 from mslora_cr.reporting.answers import browsed_answers, browser_data
+from mslora_cr.reporting.capacity import answering_rank, method_named
 from mslora_cr.reporting.examples import pick_examples
 from mslora_cr.reporting.heatmaps import (
     answer_maps,
@@ -72,7 +73,10 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
     matrices = {key: evaluation.matrix(name) for key, name in METRICS.items()} if evaluation else {}
     present = {key: matrix for key, matrix in matrices.items() if matrix}
     spans = {key: evaluation.matrix_intervals(run.results_dir, METRICS[key]) for key in present} if evaluation else {}
-    similarity = bank_similarity(run.banks) if len(run.banks) > 1 else None
+    method = method_named(run.method)
+    # Banks that hold those before them are of different ranks; matrix by matrix there is nothing to compare.
+    accumulated = method is not None and method.accumulates
+    similarity = bank_similarity(run.banks) if len(run.banks) > 1 and not accumulated else None
     curves = loss_curves(run.logs, {task: colors.get(task, PALETTE[0]) for task in run.tasks})
     return {
         "run": run,
@@ -82,6 +86,7 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
         "summed": bool(evaluation and any(len(cell.banks) > 1 for cell in evaluation.cells)),
         "headline": _headline(present, spans),
         "frozen": evaluation.same_banks_since_learned() if evaluation else False,
+        "rank": answering_rank(evaluation, ledger) if evaluation else None,
         "published": _published_run(evaluation, published) if evaluation else None,
         "scores": _score_rows(evaluation, published) if evaluation else [],
         "added": ADDED_TITLES,

@@ -47,6 +47,7 @@ def write_sweep_page(sweep: SweepResult, output: Path) -> Path:
         "headline": TITLES[headline],
         "columns": SWEEP_COLUMNS,
         "banks_by": {run.method: run.banks_by for run in sweep.runs},
+        "ranks": {run.method: run.rank for run in sweep.runs},
         "frozen": sorted({run.method for run in sweep.runs if run.frozen}),
         "costs": mean_costs(sweep.runs),
         "plot": Markup(plot),

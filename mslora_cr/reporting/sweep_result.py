@@ -41,8 +41,9 @@ class Spread(Part):
 class Outcome(Part):
     """The figures of a finished run, by metric and name; `final` has every task's score after the last stage.
 
-    `frozen`: whether the same frozen banks answer a task at every stage from its own on. `seconds`: of its training.
-    `device_hours`, `parameters`: as in `Cost`; version 0.1.0 noted neither.
+    `frozen`: whether the same frozen banks answer a task at every stage from its own on. `rank`: as `answering_rank`.
+    `seconds`: of its training. `device_hours`, `parameters`: as in `Cost`; version 0.1.0 noted no rank and
+    neither of these.
     """
 
     run: str
@@ -51,6 +52,7 @@ class Outcome(Part):
     seed: int
     banks_by: str
     frozen: bool = Field(alias="told")
+    rank: int | None = None
     seconds: float
     device_hours: float | None = None
     parameters: int | None = None

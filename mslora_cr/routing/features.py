@@ -83,7 +83,12 @@ class FeatureExtractor:
     @property
     def features(self) -> int:
         """How many."""
-        return self._picture_projection.shape[1] + self._projection.shape[1]
+        return self.picture_features + self._projection.shape[1]
+
+    @property
+    def picture_features(self) -> int:
+        """How many of them, the first ones, are the picture's."""
+        return self._picture_projection.shape[1]
 
     def gram(
         self, records: TrainingRecords, indices: Sequence[int], roots: Sequence[Path], label: str | None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -31,15 +32,30 @@ class TaskStatistics:
 
     Attributes:
         count: records. mean: (features,). scatter: (features, features), ``Σ (x - mean)(x - mean)ᵀ``; both float32.
+        examples: (examples, features) of some records, for a router that learns from them; None where none does.
     """
 
     count: int
     mean: Tensor
     scatter: Tensor
+    examples: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """For a safetensors file."""
-        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
+        found = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
+        return found if self.examples is None else {**found, "examples": self.examples}
+
+
+class TaskRouter(Protocol):
+    """Tells which task a question belongs to, by its features."""
+
+    def route(self, features: Tensor) -> Tensor:
+        """The position of the likeliest task, (questions,) int64, from (questions, features)."""
+        ...
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """How likely each task is, (questions, tasks), from (questions, features)."""
+        ...
 
 
 def statistics_of(gram: Tensor) -> TaskStatistics:
@@ -58,7 +74,7 @@ def load_statistics(bank_folder: Path) -> TaskStatistics:
     path = bank_folder / STATISTICS
     try:
         stored = load_file(check_regular(path))
-        return TaskStatistics(int(stored["count"]), stored["mean"], stored["scatter"])
+        return TaskStatistics(int(stored["count"]), stored["mean"], stored["scatter"], stored.get("examples"))
     except (OSError, KeyError, SafetensorError) as error:
         raise BankError(
             f"{path}: no usable router statistics ({error!r}); `mslora-cr bank fit-router CONFIG` makes it from "

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.io import STATISTICS, TASK_STATE, WEIGHTS, bank_size, load_bank
+from mslora_cr.config.methods import load_method
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.distributed.comm import broadcast_object, world_size
 from mslora_cr.routing.lda import TaskStatistics, load_statistics
@@ -210,8 +211,9 @@ class Ledger:
             if not self.done(task.name):
                 raise BankError(f"task {task.name!r} is not trained yet in {self.folder}; train it first")
             bank = load_bank(self.bank_folder(task.name))
-            if bank.rank != config.lora.rank:
-                raise BankError(f"bank {task.name!r} is of rank {bank.rank}, the configuration's is {config.lora.rank}")
+            rank = config.lora.rank * (task.index + 1 if load_method(config.method).accumulates else 1)
+            if bank.rank != rank:
+                raise BankError(f"bank {task.name!r} is of rank {bank.rank}, the configuration's is {rank}")
             loaded.append(bank)
         return loaded
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.features import FeatureCache, feature_key
 from mslora_cr.data.images import image_roots
 from mslora_cr.data.preparation import Preparation
-from mslora_cr.data.records import TrainingRecords
+from mslora_cr.data.records import TrainingRecords, sample_of
 from mslora_cr.distributed.comm import (
     all_reduce_sum,
     assert_same_on_all_ranks,
@@ -152,12 +153,22 @@ def preprocessing(config: StreamConfig, base: BaseModel, tower: CachedTower | No
     return base.preparation(config.data.max_length, config.data.images == "all", tower.cache if tower else None)
 
 
-def router_statistics(config: StreamConfig, task: Task, records: TrainingRecords, base: BaseModel) -> TaskStatistics:
-    """What a router needs to know of a task, from a pass over its training records that all ranks share."""
+def router_statistics(
+    config: StreamConfig, task: Task, records: TrainingRecords, base: BaseModel, examples: int = 0
+) -> TaskStatistics:
+    """What a router needs to know of a task, from a pass over its training records that all ranks share.
+
+    Args:
+        examples: of how many records the features are kept.
+    """
     extractor = feature_extractor(config, base)
     mine = sampled_records(len(records))[rank() :: world_size()]
-    label = f"{task.name}, for the router" if rank() == 0 else None
-    return statistics_of(all_reduce_sum(extractor.gram(records, mine, task_image_roots(config, task), label)))
+    label, roots = f"{task.name}, for the router" if rank() == 0 else None, task_image_roots(config, task)
+    found = statistics_of(all_reduce_sum(extractor.gram(records, mine, roots, label)))
+    if not examples:
+        return found
+    kept = list(extractor.batches(records, sample_of(len(records), examples), roots, None))  # few: by every rank
+    return replace(found, examples=torch.cat(kept))
 
 
 def feature_extractor(config: StreamConfig, base: BaseModel) -> FeatureExtractor:

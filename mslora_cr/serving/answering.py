@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from mslora_cr.data.preparation import TextTokenizer
 from mslora_cr.data.records import DataError
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.alone import answer_alone
-from mslora_cr.routing.lda import Router
+from mslora_cr.methods.base import method_of
+from mslora_cr.routing.lda import TaskRouter, TaskStatistics
 from mslora_cr.runs.ledger import Ledger, finished_banks
 from mslora_cr.runs.session import feature_extractor, load_base, preprocessing
 from mslora_cr.serving.selection import RunBanks
@@ -67,14 +68,14 @@ class AnsweringModel:
         self.task, self.stage = task, self.run.stage(stage)
         if task is not None:
             self.run.answering(task, self.stage)
-        self._routers: dict[int, Router] = {}
+        self._routers: dict[int, TaskRouter] = {}
         if task is None and self.stage and self.run.needs_task:
-            self._router(self.stage)
+            self._statistics(self.stage)
         self._base = load_base(config, get_device(config.model.device))
         self._prepare = preprocessing(config, self._base)
         self._stack = BankStack(self._base.model, config.lora.fold, reuse=True)
         self._features = feature_extractor(config, self._base)
-        self._merged: tuple[str, ...] = ()
+        self._merged: list[tuple[str, float]] = []
 
     def answer(self, images: ImageSource | Sequence[ImageSource], question: str, **options: Any) -> str:
         """The answer's text; `options` as those of `ask`."""
@@ -108,7 +109,7 @@ class AnsweringModel:
         task = task or self.task
         likely = self._route(shown, history[0][0] if history else question, stage) if task is None else {}
         task = max(likely, key=lambda name: likely[name]) if likely else task
-        names = self._use(task, stage)
+        names = self._use(task, stage, likely)
         ids, inputs = self._asked(question, history, shown)
         tokenizer = self._prepare.tokenizer
         streamer = _Streamer(tokenizer, on_text) if on_text else None
@@ -138,21 +139,30 @@ class AnsweringModel:
         names = [task.name for task in self.run.routed(stage)]
         return dict(sorted(zip(names, shares, strict=True), key=lambda item: -item[1]))
 
-    def _router(self, stage: int) -> Router:
+    def _statistics(self, stage: int) -> list[TaskStatistics]:
+        ledger = Ledger.read(self.config)
+        return [ledger.statistics(task.name) for task in self.run.routed(stage)]
+
+    def _router(self, stage: int) -> TaskRouter:
         if stage not in self._routers:
-            ledger = Ledger.read(self.config)
-            self._routers[stage] = Router([ledger.statistics(task.name) for task in self.run.routed(stage)])
+            method, pictures = method_of(self.config), self._features.picture_features
+            self._routers[stage] = method.router(self.config, self._statistics(stage), pictures)
         return self._routers[stage]
 
-    def _use(self, task: str | None, stage: int) -> tuple[str, ...]:
-        """Swap the banks, if others answer; returns their names."""
-        banks = self.run.answering(task, stage)
-        names = tuple(bank.name for bank in banks)
-        if names != self._merged:
+    def _use(self, task: str | None, stage: int, likely: Mapping[str, float]) -> tuple[str, ...]:
+        """Swap the banks, if others answer; returns their names.
+
+        Args:
+            likely: how likely each task is, where none was given.
+        """
+        mixed = likely and method_of(self.config).mixes_banks
+        banks = self.run.mixed(stage, likely) if mixed else self.run.answering(task, stage)
+        chosen = [(bank.name, bank.scaling) for bank in banks]
+        if chosen != self._merged:
             self._stack.set_frozen(banks)
             self._stack.model.eval()
-            self._merged = names
-        return names
+            self._merged = chosen
+        return tuple(bank.name for bank in banks)
 
     def _asked(self, question: str, history: Sequence[Exchange], shown: Any) -> tuple[list[int], dict[str, Tensor]]:
         turns = [turn for asked, answered in history for turn in (_Turn("human", asked), _Turn("gpt", answered))]

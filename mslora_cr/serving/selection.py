@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
@@ -64,6 +64,17 @@ class RunBanks:
         by = "prefix" if self.config.evaluation.banks_by == "routed" else self.config.evaluation.banks_by
         wanted = [self.config.stream[place - 1] for place in method_of(self.config).banks(number, stage, by)]
         return [self.bank(member) for member in wanted]
+
+    def mixed(self, stage: int, likely: Mapping[str, float]) -> list[Bank]:
+        """The banks of a stage as a question of this likelihood by task is answered by them, each scaled by its share.
+
+        Raises:
+            BankError: a bank is missing.
+        """
+        tasks = self.routed(stage)
+        whole, shared = method_of(self.config).mixed(self.config, [self.bank(task) for task in tasks])
+        shares = [likely[task.name] for task in tasks]
+        return [*whole, *(replace(bank, alpha=bank.alpha * part) for bank, part in zip(shared, shares, strict=True))]
 
     def bank(self, task: Task) -> Bank:
         if task.name not in self.banks:

@@ -6,22 +6,18 @@ import itertools
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.io import STATISTICS, TASK_STATE, save_bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.collator import length_multiple
 from mslora_cr.data.datasets import ConcatTrainDataset, TrainDataset
-from mslora_cr.data.preparation import Collate
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.distributed.comm import broadcast_object, get_device, rank
 from mslora_cr.distributed.deepspeed import (
@@ -62,7 +58,7 @@ from mslora_cr.stream.checks import (
 from mslora_cr.stream.plan import banks_needed, frozen_tasks, previous_task, tasks_to_train
 from mslora_cr.training.callbacks import ConsoleCallback, JsonLinesCallback
 from mslora_cr.training.checkpoints import check_same_launch, checkpoints, reading, writing
-from mslora_cr.training.inputs import layer_inputs
+from mslora_cr.training.probe import StartProbe
 from mslora_cr.training.trackers import tracked
 from mslora_cr.training.trainer import BankTrainer
 from mslora_cr.utils.progress import progress_bar
@@ -180,7 +176,9 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     # Everything is built before DeepSpeed knows of the task: transformers would partition what it loads afterwards.
     kernels = kernels_of(config)
     base = load_base(config, "cpu" if sharded else device, kernels)
-    router = router_statistics(config, task, run.records[task.name], base) if needs_task(config) else None
+    router = None
+    if needs_task(config):
+        router = router_statistics(config, task, run.records[task.name], base, method.router_examples(config))
     samples = training_samples(run, task, base)
     frozen = run.ledger.banks(config, frozen_tasks(config, task))
     stack = BankStack(base.model, config.lora.fold)
@@ -189,6 +187,8 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     unmerged = frozen if sharded and rank() else []
     stack.set_frozen(frozen, merge=not unmerged)
     initial = run.ledger.banks(config, previous_task(config, task))
+    if method.accumulates and initial:
+        stack.set_directions(initial.pop(), config.lora.rank)
     set_seed(config.seed + task.index)
     stack.add_trainable(
         config.lora.rank,
@@ -199,18 +199,15 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     )
     setup = Setup(config, task, run.ledger, device)
     collator = preprocessing(config, base).collator(length_multiple(device))
-    inputs = partial(seen_by_layers, config, stack, samples, collator, unmerged)
-    started = method.initial(setup, stack.trainable(), inputs)
+    probe = StartProbe(stack, samples, collator, config.seed, unmerged if config.lora.fold == "merge" else [])
+    started = method.initial(setup, stack.trainable(), probe)
     if started is not None:
-        stack.load_trainable(Bank(task.name, config.lora.rank, config.lora.alpha, started))
+        stack.load_trainable(replace(stack.snapshot(task.name, config.lora.rank, config.lora.alpha), matrices=started))
     stack.train_only(method.trained_halves)
     regularizes = method.regularizes(config, task)
     penalty = method.penalty(setup, frozen) if regularizes else None
-    del (
-        frozen,
-        unmerged,
-        inputs,
-    )  # merged into the model and held by the penalty; on the host it would be a copy per process
+    # Merged into the model and held by the penalty; on the host they would be a copy per process.
+    del frozen, unmerged, probe
     order = method.order(config, task, samples.counts, run.ledger)
     args = training_arguments(config, task, run.fields, order is not None)
     if sharded:
@@ -225,37 +222,13 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
         order=order,
         penalty=penalty,
         distillation=method.distillation(setup) if regularizes else None,
+        projection=method.projection(setup, stack.trainable()),
         callbacks=[ConsoleCallback(task.name), JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
         checkpointing=run.fields.get("gradient_checkpointing", False),
     )
     if rank() == 0:
         log.info("%s: banks' layers: %s; kernels: %s", task.name, stack.layer, kernels)
     return trainer, router
-
-
-def seen_by_layers(
-    config: StreamConfig,
-    stack: BankStack,
-    data: ConcatTrainDataset,
-    collator: Collate,
-    unmerged: Sequence[Bank],
-    samples: int,
-    tokens: int,
-) -> dict[str, Tensor]:
-    """What the linear layers see of a task's samples before it trains, where the model is: under ZeRO-3, on the CPU.
-
-    Args:
-        unmerged: banks that the base's weights do not hold yet, and must for this.
-    """
-    if config.lora.fold == "merge":
-        stack.merge(unmerged)
-
-    def batch_of(index: int) -> dict[str, Tensor]:
-        batch = collator([data[index]])
-        del batch["record_index"], batch["labels"]
-        return {name: value.to(stack.base.device) for name, value in batch.items()}
-
-    return layer_inputs(stack.model, batch_of, len(data), samples, tokens, config.seed)
 
 
 def _say_where_it_starts(task: Task, trainer: BankTrainer, left: Sequence[Path]) -> None:
@@ -288,6 +261,7 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
     metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
     metadata |= {"base_model": {"architecture": trainer.stack.architecture, "digest": run.model_digest}}
     bank = trainer.stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata, float32_value)
+    bank = trainer.stack.with_directions(bank, trainer.stack.magnitudes(float32_value))
     if not trainer.args.should_save:
         return
     folder = ledger.bank_folder(task.name)

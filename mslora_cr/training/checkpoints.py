@@ -26,6 +26,8 @@ from mslora_cr.utils.state import StateError, StateFile
 STATE = "bank_trainer.pt"
 LAUNCH = "launch.json"
 BANK_FOLDER = "bank"
+MAGNITUDES = "magnitudes.safetensors"
+"""What is trained of earlier banks' directions, in a checkpoint's bank folder."""
 STAGING = ".saving"
 """How the name of a checkpoint that is not yet whole begins."""
 

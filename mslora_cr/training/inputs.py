@@ -1,4 +1,4 @@
-"""What the linear layers under a bank see: inputs of some tokens of some samples, for methods that keep them."""
+"""Which positions of a batch predict a label, and what the linear layers under a bank see, for methods that keep it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,23 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from mslora_cr.banks.io import PEFT_PREFIX
+from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.distributed.comm import all_reduce_sum, rank, world_size
+
+
+def loss_mask(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which positions predict a label, and the labels they predict.
+
+    Args:
+        labels: (batch, length) int64, `IGNORE_INDEX` where there is none.
+
+    Returns:
+        A (batch, length) bool mask of positions that predict a label, for `logits_to_keep`, and the labels
+        they predict, (kept,).
+    """
+    shifted = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+    keep = shifted != IGNORE_INDEX
+    return keep, shifted[keep]
 
 
 @torch.no_grad()

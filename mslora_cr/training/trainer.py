@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -21,15 +22,24 @@ from mslora_cr.banks.io import load_bank, save_bank
 from mslora_cr.banks.stack import TRAINABLE, BankStack
 from mslora_cr.data.datasets import ConcatTrainDataset
 from mslora_cr.data.preparation import Collate
-from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.distributed.comm import barrier, broadcast_object
 from mslora_cr.distributed.deepspeed import float32_value, gather_params, reshard
-from mslora_cr.losses.penalty import Distillation, Key, Penalty, penalty_hook
+from mslora_cr.losses.penalty import Distillation, Key, Penalty, Projection, penalty_hook, projection_hook
 from mslora_cr.models.language import decoder_layers, last_mlp
 from mslora_cr.models.sparse_mlp import SparseMLP
 from mslora_cr.training.callbacks import TowerOutsideGraph
-from mslora_cr.training.checkpoints import BANK_FOLDER, LAUNCH, STAGING, STATE, Launch, Publisher, reading, writing
-from mslora_cr.training.inputs import layer_inputs
+from mslora_cr.training.checkpoints import (
+    BANK_FOLDER,
+    LAUNCH,
+    MAGNITUDES,
+    STAGING,
+    STATE,
+    Launch,
+    Publisher,
+    reading,
+    writing,
+)
+from mslora_cr.training.inputs import layer_inputs, loss_mask
 from mslora_cr.training.recomputation import Recomputation, Setting
 from mslora_cr.training.sampler import FixedOrderSampler, SampleOrder
 from mslora_cr.utils.errors import UserError
@@ -39,21 +49,6 @@ log = logging.getLogger(__name__)
 
 class NonFiniteLossError(UserError):
     """The loss is NaN or infinite; the message names the records of the batch."""
-
-
-def loss_mask(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Which positions predict a label, and the labels they predict.
-
-    Args:
-        labels: (batch, length) int64, `IGNORE_INDEX` where there is none.
-
-    Returns:
-        A (batch, length) bool mask of positions that predict a label, for `logits_to_keep`, and the labels
-        they predict, (kept,).
-    """
-    shifted = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-    keep = shifted != IGNORE_INDEX
-    return keep, shifted[keep]
 
 
 class BankTrainer(Trainer):
@@ -75,6 +70,7 @@ class BankTrainer(Trainer):
         order: Sequence[int] | None = None,
         penalty: Penalty | None = None,
         distillation: Distillation | None = None,
+        projection: Projection | None = None,
         callbacks: list[TrainerCallback] | None = None,
         checkpointing: Setting = False,
     ) -> None:
@@ -86,6 +82,7 @@ class BankTrainer(Trainer):
                 epoch shuffles them all.
             penalty: what joins the cross entropy once per update, if anything.
             distillation: what joins it in every micro-batch, if anything.
+            projection: what a matrix's whole gradient, the penalty's share included, is put through before the step.
             checkpointing: which decoder layers' activations are recomputed; `args.gradient_checkpointing` must be true
                 unless it is none.
         """
@@ -119,9 +116,11 @@ class BankTrainer(Trainer):
         self._parameters = stack.trainable_parameters()
         matrices = {(name, half): matrix for name, pair in self._trainable.items() for half, matrix in enumerate(pair)}
         self._learning = {key: matrix for key, matrix in matrices.items() if matrix.requires_grad}
-        if penalty is not None:
-            for key, parameter in self._learning.items():
+        for key, parameter in self._learning.items():
+            if penalty is not None:
                 parameter.register_hook(penalty_hook(self._pending, key))
+            if projection is not None and key in projection:
+                parameter.register_hook(projection_hook(projection[key]))
 
     # --- one step ---
 
@@ -355,10 +354,11 @@ class BankTrainer(Trainer):
         loss_sum = self.accelerator.reduce(self._loss_sum, "mean")
         positions = self.accelerator.reduce(self._positions, "sum")
         bank = self.stack.snapshot(TRAINABLE, *self.bank_shape, value=float32_value)
+        beside = {MAGNITUDES: self.stack.magnitudes(float32_value)}
         if self.args.should_save:
             folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_bank(bank, folder / BANK_FOLDER)
+            save_bank(bank, folder / BANK_FOLDER, beside=beside)
             state = {
                 "penalty": self.penalty.state_dict() if self.penalty else {},
                 "loss_sum": loss_sum,
@@ -371,7 +371,9 @@ class BankTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """`save_model` has no public counterpart that reads what it wrote."""
         with reading(resume_from_checkpoint):
-            self.stack.load_trainable(load_bank(Path(resume_from_checkpoint) / BANK_FOLDER))
+            folder = Path(resume_from_checkpoint) / BANK_FOLDER
+            file = folder / MAGNITUDES
+            self.stack.load_trainable(load_bank(folder), load_file(file) if file.is_file() else None)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """So that a damaged file is named: no public hook is around the Trainer's reading."""

@@ -27,21 +27,31 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
     "ewc": {"strength": 1e4, "fisher_batches": 2},
     "lwf": {},
     "inflora": {"samples": 3, "tokens": 8},
+    "keeplora": {"samples": 3, "tokens": 8},
+    "reglora": {"strength": 10.0},
+    "mr_lora": {"examples": 3},
+    "hide_llava": {},
+    "sd_lora": {},
     "replay": {"buffer_size": 4},
     "moe_lora": {"experts": 2},
     "joint": {},
+    "tests.projected:Projected": {},
 }
+"""The last one is for its projection of the gradient."""
+BASES = ("inflora", "keeplora")
+"""Methods that keep the basis of a space."""
+ACCUMULATED = ("lwf", "tests.projected:Projected")
+"""In several micro-batches an update: what the trainer's own code averages over them. test_exactness.py has the rest."""
 
 
 def test_every_method_that_trains_is_tried() -> None:
     """test_exactness.py has mslora_cr."""
-    assert set(method_names()) - {"mslora_cr", "zero_shot"} == SETTINGS.keys()
+    assert set(method_names()) - {"mslora_cr", "zero_shot"} == SETTINGS.keys() - {"tests.projected:Projected"}
 
 
 def configure(folder: Path, settings: dict[str, Any], method: str) -> Path:
     section = {method: SETTINGS[method]} if SETTINGS[method] else {}
-    # Distillation is averaged over micro-batches by the trainer's own code; the rest is by what test_exactness.py tries.
-    exact = {"adam_epsilon": ADAM_EPSILON, "per_device_train_batch_size": 1 if method == "lwf" else 4}
+    exact = {"adam_epsilon": ADAM_EPSILON, "per_device_train_batch_size": 1 if method in ACCUMULATED else 4}
     changes = {
         "lora": WITHOUT_DROPOUT,
         "regularization": FIXED,
@@ -95,7 +105,7 @@ def test_two_processes_give_the_numbers_of_one(trained: Callable[[str, str], Pat
     two, one = trained(stage, method), trained("one", method)
     compare_runs(two, one, TASKS[:1] if method == "joint" else TASKS)
     ours, theirs = ([load_file(file) for file in sorted(run.glob("banks/*/memory.safetensors"))] for run in (two, one))
-    assert len(ours) == len(theirs) == (2 if method in ("ewc", "replay", "inflora") else 0)
-    if method == "inflora":  # directions of equal energy may turn into each other; what they span is kept
+    assert len(ours) == len(theirs) == (2 if method in ("ewc", "replay", *BASES) else 0)
+    if method in BASES:  # directions of equal energy may turn into each other; what they span is kept
         ours, theirs = ([{name: m @ m.T for name, m in state.items()} for state in run] for run in (ours, theirs))
     assert all(deviation(mine, other) <= 1e-5 for mine, other in zip(ours, theirs, strict=True))

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.baselines import generated
 from mslora_cr.banks.bank import Bank
-from mslora_cr.banks.per_sample import PerSampleAdapters, QuestionBanks
+from mslora_cr.banks.per_sample import PerSampleAdapters, QuestionBanks, whole_banks
 from mslora_cr.data.datasets import EvalDataset, Preprocessing
 from mslora_cr.data.preparation import Prompt
 from mslora_cr.data.records import TestRecords
@@ -210,7 +210,7 @@ def test_each_row_gets_its_own_banks(
     adapters = PerSampleAdapters(base.model, [bank("one"), bank("two")])
     try:
         count = len(questions)
-        mixed = QuestionBanks(adapters, [[(), (0,), (0, 1)][number % 3] for number in range(count)])
+        mixed = QuestionBanks(adapters, whole_banks([[(), (0,), (0, 1)][number % 3] for number in range(count)], 2))
         expected = []
         for index, prompt in enumerate(questions.prompts()):
             mixed.choose([index])

@@ -1,0 +1,81 @@
+"""A bank taken apart into directions of unit length and their magnitudes, and magnitudes that are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from mslora_cr.banks.bank import Bank, Matrices
+from mslora_cr.banks.io import PEFT_PREFIX
+
+
+class ScaledParts(nn.Linear):
+    """PEFT's A of several updates side by side, each times a number of its own: ``m ⊙ A x``.
+
+    The numbers belong to a module that is called, so that ZeRO-3 gathers them.
+    """
+
+    def __init__(self, plain: nn.Linear, magnitudes: Tensor) -> None:
+        """
+        Args:
+            magnitudes: (parts,); equal slices of the rank.
+        """
+        weight = plain.weight
+        super().__init__(plain.in_features, plain.out_features, bias=False, device=weight.device, dtype=weight.dtype)
+        self.weight = weight
+        self.magnitudes = nn.Parameter(magnitudes.to(weight.device, weight.dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, in) → (…, rank)."""
+        return super().forward(input) * self.magnitudes.repeat_interleave(self.out_features // len(self.magnitudes))
+
+
+def scale_parts(model: nn.Module, adapter: str, magnitudes: Mapping[str, Tensor]) -> None:
+    """Let an adapter's parts be scaled by magnitudes, by linear layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            own = magnitudes[name.removeprefix(PEFT_PREFIX)]
+            module.lora_A[adapter] = ScaledParts(module.lora_A[adapter], own)
+
+
+def magnitudes_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """By linear layer; empty for an adapter whose parts are not scaled."""
+    return {
+        name.removeprefix(PEFT_PREFIX): module.lora_A[adapter].magnitudes
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        and adapter in module.lora_A
+        and isinstance(module.lora_A[adapter], ScaledParts)
+    }
+
+
+def decoupled(bank: Bank, part: int) -> tuple[Bank, dict[str, Tensor]]:
+    """A bank's parts of a rank `part` as directions ``s B_i A_i / ‖s B_i A_i‖_F``, and by layer their norms, (parts,).
+
+    A norm's sign is lost, but not the part's: its direction is turned instead.
+    """
+    matrices: Matrices = {}
+    magnitudes = {}
+    for name, (a, b) in bank.matrices.items():
+        rows, columns = a.double().unflatten(0, (-1, part)), b.double().T.unflatten(0, (-1, part))
+        # ‖B A‖² = tr(Bᵀ B A Aᵀ)
+        squared = ((columns @ columns.mT) * (rows @ rows.mT)).sum((1, 2)).clamp(min=0)
+        norms = bank.scaling * squared.sqrt()
+        unit = columns * (bank.scaling / norms.clamp(min=torch.finfo(torch.float32).tiny))[:, None, None]
+        matrices[name], magnitudes[name] = (a, unit.flatten(0, 1).T.float().contiguous()), norms.float()
+    return replace(bank, alpha=float(bank.rank), matrices=matrices), magnitudes
+
+
+def coupled(directions: Bank, magnitudes: Mapping[str, Tensor], new: Bank) -> Bank:
+    """One plain bank, of their ranks' sum and the new one's scaling: directions times magnitudes, and the new bank."""
+    matrices = {}
+    for name, (a, b) in new.matrices.items():
+        known, unit = directions.matrices[name]
+        own = magnitudes[name].repeat_interleave(len(known) // len(magnitudes[name]))
+        matrices[name] = (torch.cat([known, a]), torch.cat([unit * (own / new.scaling), b], dim=1))
+    rank = directions.rank + new.rank
+    return replace(new, rank=rank, alpha=new.scaling * rank, matrices=matrices)

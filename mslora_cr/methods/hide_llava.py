@@ -1,0 +1,88 @@
+"""HiDe-LLaVA: isolated banks, one fused bank in the lower layers, and in the last one all of them by likeness."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from mslora_cr.config.schema import PositiveNumber, Section, StreamConfig
+from mslora_cr.methods.base import Method
+
+if TYPE_CHECKING:
+    from mslora_cr.banks.bank import Bank
+    from mslora_cr.routing.lda import TaskRouter, TaskStatistics
+
+
+class HideLlavaSettings(Section):
+    """How HiDe-LLaVA weighs its banks; the published values."""
+
+    temperature: PositiveNumber = 0.1
+    """T of the softmax over similarities."""
+    layers: Literal["last", "all"] = "last"
+    """Where banks are weighed: in the last decoder layer, the others fused, as published; or in all, as DISCO does."""
+
+
+class HideLlava(Method[HideLlavaSettings]):
+    """Loss: cross entropy; each bank from the base alone. All banks of the stage answer a question x together.
+
+    ``ΔW = s Σ_t w_t(x) B_t A_t`` in the last decoder layer, ``ΔW = s (Σ_t B_t) (Σ_t A_t)`` in the others, with
+    ``w(x) = softmax(½ (cos(v(x), v_t) + cos(q(x), q_t)) / T)``, v and q the features of picture and question, v_t and
+    q_t their means over task t.
+
+    Sources: Guo et al., "HiDe-LLaVA: Hierarchical Decoupling for Continual Instruction Tuning of Multimodal Large
+    Language Model", ACL 2025, as its code computes them, T = 0.1; `layers: all` weighs the banks in every layer, as
+    Guo et al., "Federated Continual Instruction Tuning", ICCV 2025 (DISCO), answer. Features are the frozen model's,
+    where the sources take CLIP's two towers.
+    """
+
+    name = "hide_llava"
+    section = HideLlavaSettings
+    banks_by = "routed"
+    mixes_banks = True
+
+    def router_settings(self, config: StreamConfig) -> dict[str, Any]:
+        return self.settings(config).model_dump()
+
+    def router(self, config: StreamConfig, tasks: Sequence[TaskStatistics], pictures: int) -> TaskRouter:
+        from mslora_cr.routing.prototypes import PrototypeRouter
+
+        return PrototypeRouter(tasks, pictures, self.settings(config).temperature)
+
+    def mixed(self, config: StreamConfig, banks: Sequence[Bank]) -> tuple[list[Bank], list[Bank]]:
+        if self.settings(config).layers == "all":
+            return [], list(banks)
+        last = max(map(decoder_layer, banks[0].matrices))
+        return (
+            [only(fused(banks), lambda name: decoder_layer(name) < last)],
+            [only(bank, lambda name: decoder_layer(name) == last) for bank in banks],
+        )
+
+
+def decoder_layer(name: str) -> int:
+    """The number of a linear layer's decoder layer."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    assert found is not None, name
+    return int(found[1])
+
+
+def fused(banks: Sequence[Bank]) -> Bank:
+    """One bank of their A matrices' sum and of their B matrices' sum."""
+    sums = {}
+    for name in banks[0].matrices:
+        halves = zip(*(bank.matrices[name] for bank in banks), strict=True)
+        a, b = (torch.stack(half).sum(0) for half in halves)
+        sums[name] = (a, b)
+    return replace(banks[0], name="+".join(bank.name for bank in banks), matrices=sums)
+
+
+def only(bank: Bank, takes_part: Callable[[str], bool]) -> Bank:
+    """A bank that adds nothing to layers that do not take part; zeros there take no memory."""
+    pairs = {
+        name: (a, b) if takes_part(name) else (a, torch.zeros(()).expand_as(b))
+        for name, (a, b) in bank.matrices.items()
+    }
+    return replace(bank, matrices=pairs)

@@ -1,0 +1,145 @@
+"""KeepLoRA: a new bank outside what the base model and earlier tasks use, along its own task's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mslora_cr.config.schema import PositiveInt, PositiveNumber, Section, StreamConfig
+from mslora_cr.distributed.deepspeed import gather_params
+from mslora_cr.methods.base import Method, Setup
+from mslora_cr.methods.inflora import grown
+from mslora_cr.utils.precision import ieee_float32
+
+if TYPE_CHECKING:
+    from mslora_cr.losses.penalty import Key, Pair
+    from mslora_cr.training.probe import StartProbe
+    from mslora_cr.training.trainer import BankTrainer
+
+Gradients = Callable[[Mapping[str, "Pair"]], "dict[Key, Tensor]"]
+"""A bank → the gradient of each of its matrices there."""
+
+
+class KeeploraSettings(Section):
+    """How much of the base's and of earlier tasks' directions is kept, and from how much a task is known."""
+
+    weight_threshold: Annotated[PositiveNumber, Field(lt=1)] = 0.6
+    """ε_w, the share of a weight's energy ‖W‖_F² that its principal directions hold; the published value."""
+    threshold: Annotated[PositiveNumber, Field(lt=1)] = 0.95
+    """ε_f, the share of the energy of a task's inputs that its directions hold."""
+    samples: PositiveInt = 64
+    """Of a task, whose gradients and inputs are looked at."""
+    tokens: PositiveInt = 16
+    """Of each of them, whose inputs are looked at."""
+    iterations: PositiveInt = 2
+    """Of the subspace iteration that finds the gradient's directions; each takes two passes over the samples."""
+
+
+class Keeplora(Method[KeeploraSettings]):
+    """Loss: cross entropy of the base with banks 1..t; of bank t B alone is trained, and A is made before.
+
+    ``A_t = V_rᵀ`` with V_r the first r right singular vectors of ``G (I - M Mᵀ)``: G, (out, in), is the gradient of the
+    task's loss at a layer's weight before the task, and M's columns an orthonormal basis of the principal right
+    singular vectors of the base's weight and of the dominant inputs of earlier tasks. So ``A_t M = 0``. After the task
+    M grows as InfLoRA's. All banks are summed for every question.
+
+    Source: Luo et al., "KeepLoRA: Continual Learning with Residual Gradient Adaptation", ICLR 2026; ε_w = 0.6, frozen A
+    and unscaled singular vectors as in its code. Here V_r comes from a subspace iteration on gradients of the bank's
+    own matrices, ``dL/dB = s G Aᵀ`` at B = 0 and ``dL/dA = s Bᵀ G`` at A = 0: G itself would be as large as the model.
+    """
+
+    name = "keeplora"
+    section = KeeploraSettings
+    banks_by = "all"
+    keeps_frozen_adapters = True
+    trained_halves = (1,)
+
+    def check(self, config: StreamConfig) -> None:
+        if config.model.quantization is not None:
+            raise ValueError("model.quantization: keeplora reads the directions of the base's weights; leave it out")
+
+    def initial(self, setup: Setup, start: Mapping[str, Pair], probe: StartProbe) -> dict[str, Pair]:
+        settings = self.settings(setup.config)
+        known = self._before(setup) or self._principal(setup, probe.weights())
+        generator = torch.Generator().manual_seed(setup.config.seed + setup.task.index)
+        drawn = {name: torch.randn(a.shape, generator=generator) for name, (a, _) in start.items()}
+        found = gradient_directions(
+            lambda bank: probe.gradients(bank, settings.samples),
+            {name: known[name].to(setup.device) for name in drawn},
+            {name: matrix.to(setup.device) for name, matrix in drawn.items()},
+            {name: len(b) for name, (_, b) in start.items()},
+            settings.iterations,
+        )
+        return {name: (found[name].cpu(), torch.zeros(b.shape)) for name, (_, b) in start.items()}
+
+    def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
+        """M after this task: by layer, (in, directions)."""
+        settings = self.settings(setup.config)
+        seen = trainer.layer_inputs(settings.samples, settings.tokens)
+        known = self._before(setup) or self._principal(setup, trainer.stack.weights())
+        return {
+            f"kept.{name}": grown(known[name].to(setup.device), inputs.to(setup.device), settings.threshold)
+            .cpu()
+            .contiguous()
+            for name, inputs in seen.items()
+        }
+
+    def _before(self, setup: Setup) -> dict[str, Tensor]:
+        """M of the tasks before by layer, on the CPU; empty for a first task."""
+        before = setup.config.stream[: setup.task.index][-1:]
+        state = setup.ledger.task_state(before[0].name) if before else {}
+        return {name.removeprefix("kept."): basis for name, basis in state.items()}
+
+    def _principal(self, setup: Setup, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """M before a first task: the principal directions of the base's weights. Called on every rank."""
+        found = {}
+        for name, weight in weights.items():
+            with gather_params([weight]):
+                found[name] = principal_inputs(weight.detach(), self.settings(setup.config).weight_threshold)
+        return found
+
+
+def principal_inputs(weight: Tensor, threshold: float) -> Tensor:
+    """The first right singular vectors, (in, m), of a weight, (out, in): as many as hold less than a share `threshold`
+    of its energy, and at least one."""
+    wide, w = weight.shape[0] <= weight.shape[1], weight.double()
+    energy, vectors = torch.linalg.eigh(w @ w.T if wide else w.T @ w)  # of the smaller side, in rising order
+    energy, vectors = energy.flip(0).clamp(min=0), vectors.flip(1)
+    count = max(1, int((energy.cumsum(0) < threshold * energy.sum()).sum()))
+    if not wide:
+        return vectors[:, :count].float()
+    return ((w.T @ vectors[:, :count]) / energy[:count].sqrt()).float()
+
+
+def gradient_directions(
+    gradients: Gradients,
+    known: Mapping[str, Tensor],
+    drawn: Mapping[str, Tensor],
+    outputs: Mapping[str, int],
+    iterations: int,
+) -> dict[str, Tensor]:
+    """The first r right singular vectors of each layer's ``G (I - M Mᵀ)``, (r, in), by subspace iteration.
+
+    Args:
+        known: M by layer, (in, m). drawn: where to start, (r, in) at random. outputs: of each layer.
+    """
+    rows = {name: _outside(matrix, known[name]) for name, matrix in drawn.items()}
+    for _ in range(iterations):
+        left = gradients({name: (a, a.new_zeros(outputs[name], len(a))) for name, a in rows.items()})
+        columns = {name: torch.linalg.qr(left[name, 1].to(a.device)).Q for name, a in rows.items()}
+        right = gradients({name: (torch.zeros_like(rows[name]), b) for name, b in columns.items()})
+        products = {name: _outside(right[name, 0].to(a.device), known[name]) for name, a in rows.items()}
+        # Of Qᵀ G: its right singular vectors are those of Q Qᵀ G, as Q's columns are orthonormal.
+        rows = {name: torch.linalg.svd(product, full_matrices=False).Vh for name, product in products.items()}
+    return {name: _outside(matrix, known[name]) for name, matrix in rows.items()}
+
+
+def _outside(matrix: Tensor, known: Tensor) -> Tensor:
+    """What rows, (r, in), have outside the span of `known`'s orthonormal columns, (in, m)."""
+    with ieee_float32():
+        rest = matrix - (matrix @ known) @ known.T
+        return rest - (rest @ known) @ known.T

@@ -1,0 +1,47 @@
+"""How much a method answers with: the rank of what is added to the base's weights, which grows where banks add up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from mslora_cr.config.methods import load_method
+from mslora_cr.evaluation.results import Cell, Evaluation
+from mslora_cr.methods.base import Method
+from mslora_cr.runs.entries import RunLedger
+
+
+def answering_rank(evaluation: Evaluation, ledger: RunLedger | None) -> int | None:
+    """The rank that answers a question after the last evaluated stage, of the task with most; 0 for the base alone.
+
+    None where a bank's rank or the method is not known: of imported runs, or a method outside the package.
+    """
+    method = method_named(evaluation.method)
+    if method is None:
+        return None
+    ranks = {
+        name: entry.rank and entry.rank * (place if method.accumulates else 1)
+        for place, (name, entry) in enumerate(ledger.tasks.items() if ledger else (), start=1)
+    }
+    found = []
+    for cell in evaluation.cells:
+        own = [ranks.get(bank) for bank in _answering(evaluation, method, cell)]
+        if cell.stage == evaluation.stages[-1]:
+            found.append(None if None in own else sum(rank for rank in own if rank is not None))
+    return None if None in found else max((rank for rank in found if rank is not None), default=None)
+
+
+def method_named(name: str) -> Method | None:
+    """The method of that name; None where it is outside the package, and not here."""
+    try:
+        return cast(Method, load_method(name))
+    except ValueError:
+        return None
+
+
+def _answering(evaluation: Evaluation, method: Method, cell: Cell) -> Sequence[str]:
+    """The banks that answer a question of a cell: where it is routed, those of the task it is taken for, its own."""
+    if evaluation.banks_by != "routed" or method.mixes_banks:
+        return cell.banks
+    numbers = method.banks(min(evaluation.tasks.index(cell.task) + 1, cell.stage), cell.stage, "prefix")
+    return [cell.banks[number - 1] for number in numbers]

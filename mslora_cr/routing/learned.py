@@ -1,0 +1,58 @@
+"""A router that is trained: softmax regression on the features of a few questions kept of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mslora_cr.routing.lda import TaskStatistics
+
+STEPS = 500
+"""Of L-BFGS at most; it converges long before."""
+
+
+class LearnedRouter:
+    """``p = softmax(W x + c)``, W and c minimizing ``-mean log p(own task) + λ/2 ‖W‖²`` over the kept questions.
+
+    The loss is strictly convex in W, so what is learned does not depend on where it starts.
+    """
+
+    def __init__(self, tasks: Sequence[TaskStatistics], decay: float) -> None:
+        """
+        Args:
+            tasks: at least one, with examples. decay: λ.
+        """
+        kept = [task.examples for task in tasks]
+        assert all(examples is not None for examples in kept), "a learned router needs each task's examples"
+        examples = torch.cat([part for part in kept if part is not None]).double()
+        labels = torch.cat([torch.full((len(part),), place) for place, part in enumerate(kept) if part is not None])
+        self._weights = torch.zeros(len(tasks), examples.shape[1], dtype=torch.float64, requires_grad=True)
+        self._biases = torch.zeros(len(tasks), dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS(
+            [self._weights, self._biases],
+            max_iter=STEPS,
+            tolerance_grad=1e-9,
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
+        )
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = torch.nn.functional.cross_entropy(examples @ self._weights.T + self._biases, labels)
+            value = value + decay / 2 * self._weights.square().sum()
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimizer.step(loss)
+
+    def route(self, features: Tensor) -> Tensor:
+        """The position of the likeliest task, (questions,) int64, from (questions, features)."""
+        return self.probabilities(features).argmax(1)
+
+    @torch.no_grad()
+    def probabilities(self, features: Tensor) -> Tensor:
+        """(questions, tasks) float64, from (questions, features)."""
+        return (features.double() @ self._weights.T + self._biases).softmax(1)

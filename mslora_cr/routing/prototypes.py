@@ -1,0 +1,43 @@
+"""Routing by likeness to each task's prototype: the mean features of its pictures, and those of its questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mslora_cr.routing.lda import TaskStatistics
+
+
+class PrototypeRouter:
+    """``softmax(s / T)`` over tasks, s the mean of a question's two cosines with a task's prototypes.
+
+    Source: Guo et al., "HiDe-LLaVA: Hierarchical Decoupling for Continual Instruction Tuning of Multimodal Large
+    Language Model", ACL 2025, on features of CLIP's two towers; here on this project's (`routing.features`).
+    """
+
+    def __init__(self, tasks: Sequence[TaskStatistics], pictures: int, temperature: float) -> None:
+        """
+        Args:
+            tasks: at least one. pictures: how many of the features, the first ones, are the picture's.
+        """
+        self._prototypes, self._pictures = torch.stack([task.mean for task in tasks]), pictures
+        self._temperature = temperature
+
+    def route(self, features: Tensor) -> Tensor:
+        """The position of the task that is most alike, (questions,) int64, from (questions, features)."""
+        return self._similarities(features).argmax(1)
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """(questions, tasks) float32, from (questions, features)."""
+        return (self._similarities(features) / self._temperature).softmax(1)
+
+    def _similarities(self, features: Tensor) -> Tensor:
+        parts = [self._pictures, features.shape[1] - self._pictures]
+        return torch.stack(
+            [
+                torch.nn.functional.cosine_similarity(own[:, None], prototypes, dim=2)
+                for own, prototypes in zip(features.split(parts, 1), self._prototypes.split(parts, 1), strict=True)
+            ]
+        ).mean(0)
