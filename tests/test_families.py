@@ -183,13 +183,19 @@ def test_a_killed_run_ends_in_the_same_banks(
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_batched_answers_are_those_of_one_by_one(family: str, trained: Folder, tmp_path: Path) -> None:
+def test_batched_answers_are_those_of_one_by_one(family: str, trained: Folder, folder: Folder, tmp_path: Path) -> None:
     config, single = trained(family) / "run.yaml", tmp_path / "results"
     assert main(["evaluate", str(config), "evaluation.batch_size=1", f"results_dir={single}"]) == 0
     found, told = answers(single / "tiny"), answers(trained(family) / "results" / "tiny")
     assert len(found) == 2 and found == {name: told[name] for name in found}
     routed = json.loads((trained(family) / "results" / "tiny" / "routed" / "routing.json").read_text())
     assert routed["stages"][-1]["accuracy"] > 50
+    ledger = json.loads((trained(family) / "checkpoints" / "tiny" / "ledger.json").read_text())
+    for entry in ledger["tasks"].values():
+        assert entry["switched_off"] == ["cached image features", "shared openings of prompts", "Liger's kernels"]
+        bank = json.loads((trained(family) / "checkpoints/tiny/banks/pathvqa/bank.json").read_text())
+        told = {"architecture": type(loaded(folder, family).model).__name__, "digest": entry["model_digest"]}
+        assert bank["base_model"] == told
 
 
 @pytest.mark.parametrize("family", EVERY)
