@@ -13,6 +13,7 @@ import httpx
 import pytest
 import uvicorn
 from PIL import Image
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from starlette.testclient import TestClient
 
 import mslora_cr
@@ -25,8 +26,17 @@ BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 @pytest.fixture(scope="module")
-def model(trained_config: Path) -> mslora_cr.AnsweringModel:
-    return mslora_cr.load(trained_config)
+def model(trained_config: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> mslora_cr.AnsweringModel:
+    """The trained run over a base whose vocabulary is markup, so that every answer is."""
+    place = tmp_path_factory.mktemp("hostile") / "model"
+    shutil.copytree(tiny_model.parent, place)
+    file = place / tiny_model.name / "tokenizer.model"
+    vocabulary = ModelProto.FromString(file.read_bytes())
+    for number, piece in enumerate(vocabulary.pieces):
+        if piece.type == ModelProto.SentencePiece.NORMAL:
+            piece.piece = f"▁<img▁src=x▁onerror=\"document.title='owned'\"><b▁id='bold'>{number}</b>"
+    file.write_bytes(vocabulary.SerializeToString())
+    return mslora_cr.load(trained_config, overrides=[f"model.path={place / tiny_model.name}"])
 
 
 @pytest.fixture
@@ -89,6 +99,7 @@ def test_from_upload_to_answer_in_a_browser(address: str, model: mslora_cr.Answe
         assert find("#status").text == "done"
         own = [model.ask(picture, MARKUP, stage=stage) for stage in range(4)]
         assert texts(".answer .text") == [answer.text or "(no words)" for answer in own]
+        assert any("<img src=x onerror" in answer.text for answer in own)
         assert texts(".answer h2") == ["base model", "after 1 task", "after 2 tasks", "after 3 tasks"]
         likeliest, share = next(iter(own[3].probabilities.items()))
         assert texts("#probabilities div")[0] == f"{likeliest} {100 * share:.1f} %"
