@@ -17,6 +17,7 @@ from mslora_cr.config.schema import StreamConfig
 from mslora_cr.evaluation.chat import Endpoint, EndpointError
 from mslora_cr.evaluation.endpoint import evaluate_endpoint
 from tests.chat_server import FAULTS, Handler, Server, serving
+from tests.evaluation.report_run import Page
 
 
 @pytest.fixture
@@ -51,7 +52,12 @@ def test_it_is_asked_through_faults_and_scored_as_any_other(
     # Every fault was met, each question answered once, several at a time.
     assert set(server.asked.values()) == {2} and set(server.answered.values()) == {1} and server.most_busy > 1
     mslora_cr.evaluate(config, "final")
-    assert main(["compare", str(config.results_run_dir), str(path.parent)]) == 0
+    page = tmp_path / "page.html"
+    assert main(["compare", str(config.results_run_dir), str(path.parent), "--page", str(page)]) == 0
+    shown = Page(page)
+    assert "tiny and llava-task" in shown.text and "served" in shown.text and "mslora_cr" in shown.text
+    for cell in summary["cells"]:
+        assert f"{cell['metrics']['close accuracy']:.1f}" in shown.text
     asked = len(server.bodies)
     assert evaluate_endpoint(config, endpoint(server, model="llava/{task}"), "PCAM") == path
     assert len(server.bodies) == asked and len(json.loads(path.read_text())["cells"]) == 3

@@ -1,5 +1,6 @@
 """`mslora-cr push` against the stand-in hub, and the model card."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ REPO, BASE = "lab/stream", "lab/llava-med-hf"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the tests as a whole run offline
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_DISABLE_XET", True
+    )  # weights go by LFS, which the hub takes too
     monkeypatch.setenv("HF_TOKEN", "writer")
     with serving({}) as server:
         yield server
@@ -36,6 +40,8 @@ def test_adapters_go_to_a_private_repository_with_their_card(hub: Hub, trained_c
     files = hub.repos[f"models/{REPO}"]
     wanted = {f"{task}/{name}" for task in ("pathvqa", "slake-vqarad", "PCAM") for name in ADAPTER}
     assert set(files) == wanted | {"README.md"}
+    weights = [files[f"{task}/adapter_model.safetensors"] for task in ("pathvqa", "slake-vqarad", "PCAM")]
+    assert {hashlib.sha256(content).hexdigest() for content in weights} == set(hub.objects)
     adapter = json.loads(files["PCAM/adapter_config.json"])
     assert (adapter["r"], adapter["base_model_name_or_path"]) == (12, BASE)
     card = files["README.md"].decode()

@@ -38,6 +38,7 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
         "compare runs on the same questions with paired significance tests, per task and overall",
         "mslora-cr compare checkpoints/mslora_cr checkpoints/sequential",
         "mslora-cr compare a.yaml b.yaml --at own --output comparison.json",
+        "mslora-cr compare RUN results/RUN/served/NAME --page comparison.html     # a served model and ours",
         "mslora-cr compare results/RUN results/RUN/routed     # what not being given the task ID costs",
         "mslora-cr compare published/RUN_A published/RUN_B     # answer files alone",
     )
@@ -57,6 +58,7 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
         "or seen); own: each task right after it was learned, as published",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the results as JSON")
+    parser.add_argument("--page", type=Path, metavar="FILE.html", help="also write the runs side by side as a page")
     parser.set_defaults(run=_compare)
 
 
@@ -72,6 +74,14 @@ def _compare(args: argparse.Namespace) -> int:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         comparison.write(args.output)
+    if args.page:
+        from mslora_cr.reporting.comparison import write_comparison
+
+        runs = [
+            (label, _run_folder(target), folder)
+            for label, target, folder in zip(labels, args.runs, folders, strict=True)
+        ]
+        print(f"page: {write_comparison(runs, args.page)}")
     return 0
 
 
@@ -127,6 +137,11 @@ def _results_folder(target: Path) -> Path:
 
     known = (target / "evaluation.json").is_file() or has_answers(target)
     return target if known else run_config(target).results_run_dir
+
+
+def _run_folder(target: Path) -> Path | None:
+    """The run folder of what `_results_folder` takes; None for a folder of results."""
+    return run_config(target).run_dir if _results_folder(target) != target else None
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

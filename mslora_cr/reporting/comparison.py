@@ -21,11 +21,12 @@ from mslora_cr.reporting.run_record import read_ledger
 from mslora_cr.reporting.style import METRICS, PALETTE, TITLES
 
 
-def write_comparison(runs: Sequence[tuple[str, Path, Path]], output: Path) -> Path:
+def write_comparison(runs: Sequence[tuple[str, Path | None, Path]], output: Path) -> Path:
     """Write one page that sets several runs of one stream side by side, and return its path.
 
     Args:
-        runs: for each a label, its run folder and its results folder; the report there is linked.
+        runs: for each a label, its run folder (None where there is none, as of a served model) and its results folder;
+            a report there is linked.
         output: the page to write.
 
     Raises:
@@ -44,7 +45,9 @@ def write_comparison(runs: Sequence[tuple[str, Path, Path]], output: Path) -> Pa
             "method": evaluations[label].method,
             "cost": cost_of(evaluations[label], ledgers[label]),
             "color": colors[label],
-            "link": os.path.relpath(results_dir / "report.html", output.parent),
+            "link": os.path.relpath(report, output.parent)
+            if (report := results_dir / "report.html").is_file()
+            else None,
             "banks_by": evaluations[label].banks_by,
             "frozen": evaluations[label].same_banks_since_learned(),
             "rank": answering_rank(evaluations[label], ledgers[label]),

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: the few endpoints that downloads use, with faults on demand."""
+"""A stand-in for the Hugging Face hub: the few endpoints that downloads and uploads use, with faults on demand."""
 
 import base64
 import hashlib
@@ -33,6 +33,11 @@ class Hub(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.private: set[str] = set()
         self.transfers: list[tuple[str, str | None]] = []
+        self.objects: dict[str, bytes] = {}
+        """What was uploaded as LFS does it, by its SHA-256."""
+        self.verified: set[str] = set()
+        self.refused_uploads = 0
+        """How many of the next uploads of objects answer 500."""
 
     @property
     def url(self) -> str:
@@ -85,14 +90,50 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.private.add(repo)
             return self._json({"url": f"{self.server.url}/{repo.removeprefix('models/')}"})
         if action == ["preupload"]:
-            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
-            return self._json({"files": files})
+            return self._json({"files": [{**file, **_mode(file)} for file in json.loads(body)["files"]]})
         if action == ["commit"]:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.repos[repo][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "lfsFile":  # a pointer to what was uploaded and verified before
+                    assert line["value"]["oid"] in self.server.verified
+                    self.server.repos[repo][line["value"]["path"]] = self.server.objects[line["value"]["oid"]]
             return self._json({"success": True, "commitOid": COMMIT, "commitUrl": f"{self.server.url}/{repo}"})
+        if parts[-3:] == ["info", "lfs", "objects"] or parts[-1] == "batch":
+            return self._lfs_batch(json.loads(body))
+        if parts[0] == "verify":
+            asked = json.loads(body)
+            content = self.server.objects.get(asked["oid"], b"")
+            whole = (hashlib.sha256(content).hexdigest(), len(content)) == (asked["oid"], asked["size"])
+            self.server.verified |= {asked["oid"]} if whole else set()
+            return self._send(200 if whole else 422, b"{}")
         return self._json({})  # the card's front matter is valid
+
+    def do_PUT(self) -> None:
+        """An object of LFS, at the address that the batch gave."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.refused_uploads:
+            self.server.refused_uploads -= 1
+            return self._send(500, b"{}")
+        if self.headers.get("Authorization"):  # an address signed by itself: a token must not be sent along
+            return self._send(400, b"{}")
+        self.server.objects[urlsplit(self.path).path.rpartition("/")[2]] = body
+        return self._send(200, b"")
+
+    def _lfs_batch(self, asked: dict) -> None:
+        url = self.server.url
+        objects = [
+            {
+                **known,
+                "actions": {
+                    "upload": {"href": f"{url}/objects/{known['oid']}"},
+                    "verify": {"href": f"{url}/verify", "header": {"Authorization": "Bearer writer"}},
+                },
+            }
+            for known in asked["objects"]
+        ]
+        assert asked["operation"] == "upload" and asked["hash_algo"] == "sha256"
+        self._json({"transfer": "basic", "objects": objects})
 
     def _json(self, content: dict) -> None:
         self._send(200, json.dumps(content).encode())
@@ -129,6 +170,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[:limit])
         if limit is not None:  # hang up in the middle
             self.close_connection = True
+
+
+def _mode(file: dict) -> dict:
+    """Weights go the way of LFS, as on the hub."""
+    large = file["path"].endswith((".safetensors", ".bin")) or file["size"] > LARGE
+    return {"uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
 
 
 def _sibling(path: str, content: bytes) -> dict:
