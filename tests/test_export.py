@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 import mslora_cr
 from mslora_cr.cli.main import main
@@ -127,6 +128,11 @@ def test_golden_and_embedded_answers_come_from_peft_and_from_merged_models(
     adapter = json.loads((out / "peft" / "PCAM" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (12, 12.0)
     assert adapter["base_model_name_or_path"] == str((out / "peft" / "base").resolve())
+    with safe_open(out / "peft" / "base" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    # vLLM's names of the tower; the transformers that answered above reads them too.
+    assert "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight" in names
+    assert {name.split(".")[0] for name in names} == {"vision_tower", "multi_modal_projector", "language_model"}
     assert not {"use_dora", "alora_invocation_tokens", "corda_config", "eva_config"} & adapter.keys()
 
 

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from mslora_cr.data.images import check_images, load_image, preprocess
+from mslora_cr.data.images import check_images, load_image, preprocess, washed_out
 from mslora_cr.data.prompts import IMAGE_INDEX, encode_prompt, generation_prompt
 from mslora_cr.data.tokenizer import Tokenizer
-from tests.real_data import SKIMAGE, TOKENIZER, real
+from tests.real_data import SKIMAGE, STARDIST, TOKENIZER, real
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,7 @@ def test_a_prompt_holds_one_image_between_whole_chunks(mistral: Tokenizer) -> No
 def test_real_photographs_become_pixels(tmp_path: Path) -> None:
     processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     paths = [real(SKIMAGE / name) for name in ("retina.jpg", "ihc.png", "microaneurysms.png")]
+    paths.append(real(STARDIST / "histo.jpg"))
     assert check_images(paths, workers=1, progress=False) == []
     for path in paths:
         pixels = preprocess(load_image(path), processor)
@@ -54,3 +55,17 @@ def test_real_photographs_become_pixels(tmp_path: Path) -> None:
         retina.crop((0, 600, 1411, 800)).save(wide)
     padded = preprocess(load_image(wide), processor)
     assert float(padded[:, :100].std()) < 0.01  # the mean colour above the strip
+
+
+def test_stained_tissue_keeps_its_colours_and_fluorescence_its_nuclei() -> None:
+    stained = real(STARDIST / "histo.jpg")
+    assert washed_out(stained) is None
+    red, green, blue = np.asarray(load_image(stained)).reshape(-1, 3).mean(axis=0)
+    assert green < red and green < blue  # haematoxylin and eosin
+    cells, nuclei = real(STARDIST / "img2d.tif"), real(STARDIST / "mask2d.tif")
+    assert "stored with more than 8 bits (mode I;16)" in str(washed_out(cells))
+    grey = np.asarray(load_image(cells))[..., 0]
+    with Image.open(cells) as stored, Image.open(nuclei) as segmented:
+        assert (grey == np.asarray(stored)).all()  # of this one, all values are below 256
+        inside = np.asarray(segmented) > 0
+    assert grey[inside].mean() > 2 * grey[~inside].mean()
