@@ -38,7 +38,7 @@ def write_comparison(runs: Sequence[tuple[str, Path | None, Path]], output: Path
     keys = [key for key, name in METRICS.items() if all(run.matrix(name) for run in evaluations.values())]
     if not keys:
         raise ReportError(f"the runs {', '.join(evaluations)} have no metric in common; evaluate each of them")
-    ledgers = {label: read_ledger(run_dir) for label, run_dir, _ in runs}
+    ledgers = {label: read_ledger(run_dir) if run_dir else None for label, run_dir, _ in runs}
     compared = [
         {
             "label": label,

@@ -18,6 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import mslora_cr.reporting.report
+import mslora_cr.stream.train  # noqa: F401  (imports take no input's time)
 from mslora_cr.cli.main import main
 from mslora_cr.data.images import check_name, load_image
 from mslora_cr.data.records import DataError
@@ -27,7 +29,7 @@ from tests.fuzz.surfaces import SURFACES, Surface, image
 TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 """How many times as many inputs as `make test` tries."""
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
-SECONDS = 30
+SECONDS = 60
 MEMORY = 1 << 31
 """Bytes by which the whole process may grow."""
 
