@@ -21,9 +21,11 @@ from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.data.records import TestRecord, TrainingRecord
 from mslora_cr.models.language import language_linears, language_model, linears_pattern
 from mslora_cr.models.layout import ModelError
+from mslora_cr.models.llava_med import load
 from mslora_cr.models.load import load_model
 from mslora_cr.models.processor_base import ProcessorBase
-from tests.conftest import bank_bytes, first_in_make_test, once, write_config
+from mslora_cr.models.save import writer_of
+from tests.conftest import GOLDEN, bank_bytes, first_in_make_test, once, write_config
 from tests.families import FAMILIES, make
 from tests.killing import KillPoint, run_until_killed
 
@@ -115,6 +117,23 @@ def test_ids_labels_and_loss_are_those_of_the_processor(family: str, folder: Fol
         alone = [base.model(**prepare.batch([sample]), num_items_in_batch=torch.tensor(1)).loss for sample in samples]
         alone_sum = sum(alone) / (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
     torch.testing.assert_close(whole, alone_sum, rtol=1e-4, atol=1e-5)
+
+
+def test_llava_med_by_its_exported_processor_is_llava_med(tmp_path: Path) -> None:
+    """The golden ids, masks and pixels by the other way: the chat template of what `export` writes."""
+    llava_med = load(GOLDEN / "llava_med_tiny", dtype=torch.float32)
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    writer_of(llava_med, GOLDEN / "llava_med_tiny")(exported)
+    ours, other = llava_med.preparation(2048, True), loaded(lambda _: exported, "llava").preparation(2048, True)
+    image = picture(tmp_path, 40, 50)
+    for record in (conversation([image], "is this a cell?", "yes  it is"), conversation([image], "a?", "b", "c", "d")):
+        one, two = (prepare.collator()([prepare.sample(0, record, [tmp_path])]) for prepare in (ours, other))
+        assert one.keys() == two.keys()
+        assert all(one[name].equal(two[name]) for name in one)
+    question = {"question_id": 1, "image": image, "text": "is  this a cell?", "gt": "yes", "answer_type": "CLOSED"}
+    prompts = [prepare.prompt(TestRecord.model_validate(question), [tmp_path]) for prepare in (ours, other)]
+    assert len({prompt.opening + prompt.rest for prompt in prompts}) == 1
 
 
 @pytest.mark.parametrize("family", EVERY)
