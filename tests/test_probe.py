@@ -11,9 +11,10 @@ from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import ConfigError
 from mslora_cr.evaluation.intervals import difference_interval, estimate, percent
-from mslora_cr.evaluation.probe import _cells, check_held_out, evaluate_probe
+from mslora_cr.evaluation.probe import _cells, _losses, check_held_out, evaluate_probe
 from mslora_cr.evaluation.probe_result import MEASURED, Probe
-from mslora_cr.evaluation.score import read_scores
+from mslora_cr.evaluation.results import Cell
+from mslora_cr.evaluation.score import read_scores, score_file
 from mslora_cr.reporting.report import write_report
 from mslora_cr.runs.ledger import finished_banks
 
@@ -63,6 +64,26 @@ def test_a_held_out_data_set_is_answered_at_every_stage_and_set_against_the_base
     page = write_report(config.run_dir, results, config)
     for text in (page.read_text(), page.with_suffix(".md").read_text()):
         assert "derm" in text and "no task trains" in text
+
+
+def test_a_loss_is_what_the_base_has_more_and_so_is_its_interval(tmp_path: Path) -> None:
+    """Of 20 closed questions the base has 18 right, the stage 8 of these."""
+    cells = []
+    for stage, right in ((0, 18), (1, 8)):
+        rows = [{"question_id": n, "prompt": "?", "text": "yes" if n < right else "no", "gt": "yes"} for n in range(20)]
+        answers = tmp_path / f"stage-{stage}" / "answer-file.jsonl"
+        answers.parent.mkdir()
+        answers.write_text("".join(json.dumps({**row, "answer_type": "CLOSED"}) + "\n" for row in rows))
+        scores = score_file(answers, answers.parent)
+        known = {"questions": "", "rows": 20, "fingerprint": "", "seconds": 1.0, "intervals": {}}
+        place = str(answers.relative_to(tmp_path))
+        cells.append(Cell(task="held", stage=stage, banks=(), answers=place, metrics=scores.metrics, **known))
+    found = {loss.metric: loss for loss in _losses(tmp_path, tuple(cells))}
+    loss = found["close accuracy"]
+    assert (loss.base, loss.score, loss.loss) == (90, 40, 50)
+    assert 20 < loss.interval[0] < 50 < loss.interval[1] < 75 and loss.interval == found["exact match score"].interval
+    same = cells[1].model_copy(update={"answers": cells[0].answers, "metrics": cells[0].metrics})
+    assert {loss.interval for loss in _losses(tmp_path, (cells[0], same))} == {(0.0, 0.0)}  # the same answers
 
 
 def test_which_banks_answer_what_is_of_no_task(trained_config: Path) -> None:
