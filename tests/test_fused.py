@@ -221,7 +221,7 @@ def test_a_killed_run_ends_in_the_same_bank_and_the_ledger_names_the_layer(
     whole = config_file(run="whole")
     assert main(["train", str(whole), *settings]) == 0
     command = ["train", str(config_file()), *settings]
-    point = KillPoint("mslora_cr.training.callbacks:JsonLinesCallback.on_log", call=3)
+    point = KillPoint("mslora_cr.training.checkpoints:replace_folder", after=True)
     run_until_killed(command, point, tmp_path / "output")
     run = load_config(tmp_path / "run.yaml").run_dir
     assert (run / "work" / "pathvqa" / "checkpoint-2").is_dir()

@@ -89,16 +89,14 @@ def test_a_killed_run_ends_in_the_same_banks(
 
 
 @pytest.mark.parametrize(
-    ("epochs", "point", "steps"),
-    [
-        (2, KillPoint(LOG, call=7), 8),
-        (1.5, KillPoint("mslora_cr.training.checkpoints:replace_folder", call=3, after=True), 6),
-    ],
+    ("epochs", "steps"),
+    [(2, 8), (1.5, 6)],
     ids=["in the second epoch", "the last checkpoint written, inside an epoch"],
 )
 def test_a_run_killed_in_a_later_epoch_ends_in_the_same_bank(
-    epochs: float, point: KillPoint, steps: int, config_file: ConfigWriter, tmp_path: Path
+    epochs: float, steps: int, config_file: ConfigWriter, tmp_path: Path
 ) -> None:
+    point = KillPoint("mslora_cr.training.checkpoints:replace_folder", call=3, after=True)
     settings = ["tasks=[pathvqa]", f"tasks.*.epochs={epochs}", "training.lr_scheduler_type=constant"]
     whole = run_folder(config_file(run="whole"))
     assert main(["train", str(tmp_path / "run.yaml"), *settings]) == 0
@@ -307,7 +305,8 @@ def test_a_checkpoint_of_other_settings_or_records_is_refused(
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
     command = ["train", str(config_file()), "tasks=[pathvqa]", f"data.root={data}"]
-    run_until_killed(command, KillPoint(LOG, call=3), tmp_path / "output")
+    published = KillPoint("mslora_cr.training.checkpoints:replace_folder", after=True)
+    run_until_killed(command, published, tmp_path / "output")
     assert main([*command, "lora.dropout=0.1"]) == 1
     message = capsys.readouterr().err
     assert "checkpoint-2 was made with another configuration" in message and "--force continues" in message

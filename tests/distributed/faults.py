@@ -15,7 +15,9 @@ from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.distributed import comm as distributed
 from mslora_cr.distributed.comm import rank
 from mslora_cr.training import trainer
+from mslora_cr.training.checkpoints import STAGING
 from mslora_cr.training.trainer import BankTrainer
+from tests.distributed.launch import wait_until
 
 FILE_BYTES = 20_000
 """Less than the smallest state of an optimizer, more than a ledger or a configuration."""
@@ -28,13 +30,14 @@ def penalty_without_gradient() -> None:
 
 
 def at_step(number: int, on_rank: int, act: Callable[[], None]) -> None:
-    """Do something on one rank before the launch's step of that number."""
+    """Do something on one rank before the launch's step of that number, when every checkpoint before it has its name."""
     step, steps = BankTrainer.training_step, 0
 
     def training_step(self: BankTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal steps
         steps += 1
         if rank() == on_rank and steps == number:
+            wait_until(lambda: not any(Path(self.args.output_dir).glob(f"{STAGING}*/*")))
             act()
         return step(self, *args, **kwargs)
 
@@ -67,6 +70,7 @@ def second_batch_on_rank_1(change: Callable[[dict[str, torch.Tensor]], None]) ->
 
 def nan_on_rank_1() -> None:
     """Pixels that are no numbers."""
+    at_step(2, 1, lambda: None)
     second_batch_on_rank_1(lambda batch: batch["pixel_values"].fill_(torch.nan))
 
 

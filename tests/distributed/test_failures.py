@@ -37,10 +37,14 @@ class Stream:
         """How many optimizer steps the logs tell of."""
         return sum(file.read_text().count("\n") for file in self.run.glob("logs/*.jsonl"))
 
-    def start_until(self, step: int) -> Launch:
-        """Start two processes and return when the logs tell of that step."""
+    def start_until(self, step: int, checkpoint: str | None = None) -> Launch:
+        """Start two processes and return when the logs tell of that step, and a checkpoint has its name."""
         launched = start(self.command)
-        wait_until(lambda: self.steps() >= step or launched.process.exitcode is not None, pause=0.001)
+
+        def there() -> bool:
+            return self.steps() >= step and checkpoint in (None, *self.checkpoints())
+
+        wait_until(lambda: there() or launched.process.exitcode is not None, pause=0.001)
         assert launched.process.exitcode is None, launched.output[-4000:]
         return launched
 
@@ -86,7 +90,7 @@ def test_killed_in_the_second_epoch(tiny_settings: dict[str, Any], tmp_path: Pat
     settings = ("tasks=[pathvqa]", "tasks.*.epochs=2")
     whole, stream = (Stream(tmp_path / name, tiny_settings, "ddp", *settings) for name in ("whole", "killed"))
     launch(whole.command)
-    launched = stream.start_until(2 * STEPS - 1)
+    launched = stream.start_until(2 * STEPS - 1, f"checkpoint-{2 * STEPS - 2}")
     os.kill(launched.ranks()[1], signal.SIGKILL)
     launched.finish(BOUND)
     assert [name for name in stream.checkpoints() if not name.startswith(".saving")] == [f"checkpoint-{2 * STEPS - 2}"]
@@ -97,7 +101,7 @@ def test_killed_in_the_second_epoch(tiny_settings: dict[str, Any], tmp_path: Pat
 def test_another_number_of_processes_inside_a_task(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     """It is refused, and allowed between tasks; one checkpoint is kept, whole and under its name."""
     stream = Stream(tmp_path, tiny_settings, "zero2")
-    launched = stream.start_until(STEPS - 1)
+    launched = stream.start_until(STEPS - 1, "checkpoint-2")
     os.kill(launched.ranks()[1], signal.SIGKILL)
     launched.finish(BOUND)
     assert [name for name in stream.checkpoints() if not name.startswith(".saving")] == ["checkpoint-2"]
