@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 # Extra arguments for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for a CPU build of torch.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-# Packages of which tests read real images and a real tokenizer. Nothing imports them, so their dependencies stay out.
-TEST_DATA := pydicom-data==1.0.0 scikit-image==0.26.0 stardist==0.9.2 mistral-common==1.13.1
+# Packages of which tests read real images, a real tokenizer and TRL's chat templates. Nothing imports them, so their
+# dependencies stay out.
+TEST_DATA := pydicom-data==1.0.0 scikit-image==0.26.0 stardist==0.9.2 mistral-common==1.13.1 trl==1.16.0
 
 .PHONY: demo test test-all test-gpu fuzz docs lint format setup clean
 
