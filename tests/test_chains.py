@@ -185,7 +185,7 @@ def test_the_next_task_trains_on_imported_banks(
     monkeypatch.setattr(
         BankStack,
         "set_frozen",
-        lambda self, banks: (frozen.append([bank.name for bank in banks]), set_frozen(self, banks))[1],
+        lambda self, banks, **how: (frozen.append([bank.name for bank in banks]), set_frozen(self, banks, **how))[1],
     )
     assert main(["train", str(config), "training.logging_steps=1"]) == 0
     assert frozen == [list(TASKS[:3])]
