@@ -38,6 +38,11 @@ class Setup:
     device: torch.device
     """Where the trainable bank is."""
 
+    def state_before(self) -> dict[str, Tensor]:
+        """What the method kept of the task before this one, on the CPU; empty for a first task."""
+        before = self.config.stream[: self.task.index][-1:]
+        return self.ledger.task_state(before[0].name) if before else {}
+
 
 class Method(Generic[Settings]):
     """A way to learn a stream; each is a subclass in a file of its own. Tasks and stages count from 1.

@@ -81,8 +81,7 @@ class Inflora(Method[InfloraSettings]):
 
     def _known(self, setup: Setup, inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Each layer with its inputs on the new task and the M of those before, which has no column at first."""
-        before = setup.config.stream[: setup.task.index][-1:]
-        state = setup.ledger.task_state(before[0].name) if before else {}
+        state = setup.state_before()
         for name, seen in inputs.items():
             known = state.get(f"inputs.{name}", torch.zeros(len(seen), 0))
             yield name, seen.to(setup.device), known.to(setup.device)

@@ -90,9 +90,7 @@ class Keeplora(Method[KeeploraSettings]):
 
     def _before(self, setup: Setup) -> dict[str, Tensor]:
         """M of the tasks before by layer, on the CPU; empty for a first task."""
-        before = setup.config.stream[: setup.task.index][-1:]
-        state = setup.ledger.task_state(before[0].name) if before else {}
-        return {name.removeprefix("kept."): basis for name, basis in state.items()}
+        return {name.removeprefix("kept."): basis for name, basis in setup.state_before().items()}
 
     def _principal(self, setup: Setup, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """M before a first task: the principal directions of the base's weights. Called on every rank."""

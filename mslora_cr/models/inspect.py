@@ -47,30 +47,23 @@ def inspect(path: Path) -> dict[str, Any]:
             name = tensor_name(stored)
             if name is not None and name.startswith(_TOWER):
                 own_tower[name.removeprefix(_TOWER)] = (file, stored)
-    text = config.get("text_config", config)
-    if has_processor(path, config):
+    pieces: int | str
+    if own_prompts := has_processor(path, config):
         processor = load_processor(path)
         question = messages_of([Turn.model_validate({"from": "human", "value": "QUESTION"})], 1)
-        return {
-            "layout": config["model_type"],
-            "files": {file.name: file.stat().st_size for file in files},
-            "tensors": tensors,
-            "parameters": parameters,
-            "parameters_by_dtype": dtypes,
-            "vocabulary": {"rows": text.get("vocab_size"), "pieces": len(processor.tokenizer)},
-            "template": render(processor, question, to_answer=True),
-            **described(path, parameters),
-        }
+        pieces, template = len(processor.tokenizer), render(processor, question, to_answer=True)
+    else:
+        pieces, template = _pieces(path), generation_prompt("QUESTION")
     return {
         "layout": config["model_type"],
         "files": {file.name: file.stat().st_size for file in files},
         "tensors": tensors,
         "parameters": parameters,
         "parameters_by_dtype": dtypes,
-        "vocabulary": {"rows": text.get("vocab_size"), "pieces": _pieces(path)},
-        "template": generation_prompt("QUESTION"),
+        "vocabulary": {"rows": config.get("text_config", config).get("vocab_size"), "pieces": pieces},
+        "template": template,
         **described(path, parameters),
-        "towers": _towers(path, config, own_tower),
+        **({} if own_prompts else {"towers": _towers(path, config, own_tower)}),
     }
 
 
