@@ -1,6 +1,5 @@
 import argparse
 import json
-import logging
 import os
 import re
 import shutil
@@ -265,8 +264,7 @@ def test_training_counts_the_samples_that_it_cuts(all_images, max_length, tmp_pa
         assert count_cut(limit, opened, all_images) == sum(length > max_length for length in lengths)
 
 
-def test_training_says_once_how_many_samples_it_cuts(tiny_settings, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("mslora_cr"), "propagate", True)
+def test_training_says_once_how_many_samples_it_cuts(tiny_settings, caplog):
     config = StreamConfig.model_validate({**tiny_settings, "data": {**tiny_settings["data"], "max_length": 25}})
     records = {"pathvqa": TrainingRecords(Path(config.data.root) / "PathVQA" / "train.json")}
     with caplog.at_level("WARNING", "mslora_cr"):
