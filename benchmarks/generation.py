@@ -174,7 +174,8 @@ def answered(
     waiting = sum(len(wave.batches) for wave in waves)
     answers: Answers = {}
     for wave in waves:
-        openings = decoder.read(wave, shown([group.questions[0] for group in wave.groups]))
+        pixels = shown([group.questions[0] for group in wave.groups])
+        openings = decoder.read(wave, {} if pixels is None else {"pixel_values": pixels})
         for chosen in wave.batches:
             answers |= zip(chosen, decoder.answer(openings, chosen, waiting), strict=True)
             waiting -= 1

@@ -37,7 +37,7 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import RegularizationConfig
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.prompts import IGNORE_INDEX
-from mslora_cr.evaluation.decoding import answer_alone
+from mslora_cr.evaluation.alone import answer_alone
 from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.models import llava_med
@@ -144,8 +144,9 @@ def run(folder: Path, quantization: str | None = None) -> dict[str, Any]:
     with torch.no_grad():
         _stage(figures, "forward", lambda: float(base.model(**_labelled_alone(batch)).loss))
     if device.type == "cuda":
-        question = batch["input_ids"][0].tolist(), batch["pixel_values"]
-        _stage(figures, "generate", lambda: answer_alone(base.model, *question, base.tokenizer, NEW_TOKENS))
+        prepare, question = base.preparation(batch["input_ids"].shape[1], False), batch["input_ids"][0].tolist()
+        images = {"pixel_values": batch["pixel_values"]}
+        _stage(figures, "generate", lambda: answer_alone(prepare, base.model, question, images, NEW_TOKENS))
     stack = BankStack(base.model, "concatenate" if quantization else "merge")
     frozen = [_random_bank(base.model)]
     _stage(figures, "fold a frozen bank", partial(stack.set_frozen, frozen))

@@ -259,11 +259,12 @@ def test_questions_about_several_images_of_other_sizes_are_answered_as_alone(
         for images in (names[:1], names, names[1:])
     ]
     prompts = [prepare.prompt(record, [tmp_path]) for record in asked]
-    batch = prepare.answering_batch(prompts)
+    shown = [prepare.pictures(record.images, [tmp_path]) for record in asked]
+    batch = prepare.answering_batch(prompts, shown)
     assert batch["attention_mask"].sum(1).tolist() == [len(prompt) for prompt in prompts]
     together = base.model.generate(**batch, max_new_tokens=4, do_sample=False)[:, -4:].tolist()
-    for prompt, row in zip(prompts, together, strict=True):
-        alone = prepare.answering_batch([prompt])
+    for prompt, images, row in zip(prompts, shown, together, strict=True):
+        alone = prepare.answering_batch([prompt], [images])
         assert alone["input_ids"][0].tolist() == list(prompt.rest)
         assert base.model.generate(**alone, max_new_tokens=4, do_sample=False)[0, -4:].tolist() == row
 

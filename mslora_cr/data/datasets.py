@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
@@ -63,6 +63,10 @@ class Preprocessing:
     """Where the tower's features are read from, if the model takes them instead of pixels."""
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        return (self.tokenizer.eos_token_id,)
+
+    @property
     def shares_openings(self) -> bool:
         return True
 
@@ -74,14 +78,12 @@ class Preprocessing:
         """As `shown_images`."""
         return shown_images(record, self.all_images)
 
-    def pixel_values(self, names: Sequence[str], roots: Sequence[Path]) -> Tensor:
+    def pictures(self, names: Sequence[str], roots: Sequence[Path]) -> Tensor:
         """(images, 3, height, width) float32; or the tower's features, (images, positions, width), where cached."""
         paths = [resolve_image(name, roots) for name in names]
         if self.features is not None and paths:
             return torch.stack([self.features.load(path) for path in paths])
         return self.shown([load_image(path) for path in paths])
-
-    pictures = pixel_values
 
     def shown(self, images: Sequence[Image.Image]) -> Tensor:
         """(images, 3, height, width) float32."""
@@ -91,7 +93,7 @@ class Preprocessing:
 
     def sample(self, index: int, record: TrainingRecord, roots: Sequence[Path]) -> Sample:
         encoded = self._encode(record)
-        pixels = self.pixel_values(self.image_names(record), roots)
+        pixels = self.pictures(self.image_names(record), roots)
         return Sample(index=index, input_ids=encoded.input_ids, labels=encoded.labels, pixel_values=pixels)
 
     def length(self, record: TrainingRecord, roots: Sequence[Path]) -> int:
@@ -111,13 +113,18 @@ class Preprocessing:
         cut = len(ids) - ids[::-1].index(self.image_token_id) if images else 0
         return Prompt(tuple(ids[:cut]), tuple(ids[cut:]), images)
 
+    def answering_batch(self, prompts: Sequence[Prompt], shown: Sequence[Tensor]) -> dict[str, Tensor]:
+        """`pixel_values`, the images of all prompts one after another; nothing where there are none."""
+        pixels = [images for images in shown if len(images)]
+        return {"pixel_values": torch.cat(pixels)} if pixels else {}
+
     def asked(self, earlier: Sequence[Turn], question: str, shown: Tensor) -> tuple[list[int], dict[str, Tensor]]:
         ids = encode_next_prompt(self.tokenizer, earlier, question, len(shown))
         length = len(ids) + len(shown) * (self.patches - 1)
         if length > self.max_length:
             raise ValueError(f"it takes {length} positions, more than data.max_length = {self.max_length}")
         ids = self.expand(Encoded(ids, [IGNORE_INDEX] * len(ids))).input_ids
-        return ids, {"pixel_values": shown} if len(shown) else {}
+        return ids, self.answering_batch([], [shown])
 
     def expand(self, encoded: Encoded) -> Encoded:
         return expand_images(encoded, self.image_token_id, self.patches, self.max_length)
@@ -212,15 +219,15 @@ class EvalDataset:
             raise self._at(index, error) from None
         return replace(prompt, opening=openings.setdefault(prompt.opening, prompt.opening))
 
-    def pixel_values(self, index: int) -> Tensor:
-        """Of a question's images, as `Preprocessing.pixel_values`; for a model whose openings are shared.
+    def pictures(self, index: int) -> Any:
+        """A question's images, as `Preparation.pictures`.
 
         Raises:
             DataError: an image cannot be read.
         """
-        prepare = cast(Preprocessing, self.preprocessing)
+        prepare = self.preprocessing
         try:
-            return prepare.pixel_values(prepare.image_names(self.records[index]), self.roots)
+            return prepare.pictures(prepare.image_names(self.records[index]), self.roots)
         except DataError as error:
             raise self._at(index, error) from None
 

@@ -52,6 +52,11 @@ class Preparation(Protocol):
     @property
     def tokenizer(self) -> TextTokenizer: ...
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        ...
+
+    @property
     def shares_openings(self) -> bool:
         """Whether questions about the same images may share what stands before them: ids and positions that no text
         behind them changes."""
@@ -86,16 +91,23 @@ class Preparation(Protocol):
         ...
 
     def shown(self, images: Sequence[Image.Image], /) -> Any:
-        """Decoded images as `asked` and the router take them."""
+        """Decoded images as `answering_batch`, `asked` and the router take them."""
         ...
 
     def pictures(self, names: Sequence[str], roots: Sequence[Path], /) -> Any:
         """Of image files, as `shown`."""
         ...
 
+    def answering_batch(self, prompts: Sequence[Prompt], shown: Sequence[Any], /) -> dict[str, Tensor]:
+        """What a decoder takes besides the prompts' ids.
+
+        Args:
+            shown: the images of each, as `pictures` gives them.
+        """
+        ...
+
     def asked(self, earlier: Sequence[Turn], question: str, shown: Any, /) -> tuple[list[int], dict[str, Tensor]]:
-        """Ids of a prompt that goes on from earlier turns about the same images, and a batch of it alone: what the
-        model takes besides `input_ids`.
+        """Ids of a prompt that goes on from earlier turns about the same images, and its `answering_batch` alone.
 
         Raises:
             ValueError: prompt and images take more positions than there may be.

@@ -148,7 +148,7 @@ class ProcessorPreparation:
         text = render(self.processor, messages_of([*earlier, _Question(question)], len(shown)), to_answer=True)
         self._fitting(text, [image.size for image in shown])
         inputs = self._processed([text], [shown], "left")
-        return inputs.pop("input_ids")[0].tolist(), inputs
+        return inputs["input_ids"][0].tolist(), inputs
 
     def _fitting(self, text: str, sizes: Sequence[Size]) -> list[int]:
         ids = self._ids(text, sizes)
@@ -156,14 +156,9 @@ class ProcessorPreparation:
             raise ValueError(f"it takes {len(ids)} positions, more than data.max_length = {self.max_length}")
         return ids
 
-    def answering_batch(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """A left-padded batch of whole prompts, images decoded.
-
-        Raises:
-            DataError: an image cannot be read.
-        """
-        images = [[load_image(path) for path in prompt.images] for prompt in prompts]
-        return self._processed([prompt.text for prompt in prompts], images, "left")
+    def answering_batch(self, prompts: Sequence[Prompt], shown: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
+        """A left-padded batch of whole prompts, their ids included: the processor makes both."""
+        return self._processed([prompt.text for prompt in prompts], shown, "left")
 
     # --- the processor ---
 

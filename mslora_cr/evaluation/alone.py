@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mslora_cr.data.preparation import Preparation, Prompt
-from mslora_cr.data.processor import ProcessorPreparation
-from mslora_cr.evaluation import decoding
 from mslora_cr.evaluation.decoding import OnToken
-from mslora_cr.evaluation.plain_decoding import PlainDecoder
-from mslora_cr.evaluation.prefix import Group, Wave
+from mslora_cr.evaluation.generate import decoder_of
+from mslora_cr.evaluation.prefix import Limits, grouped, in_waves
 
 
 def answer_alone(
@@ -31,10 +29,7 @@ def answer_alone(
         ids, inputs: as `Preparation.asked` gives them.
         on_token: is told them as they come.
     """
-    if not isinstance(prepare, ProcessorPreparation):
-        pixels = inputs.get("pixel_values")
-        return decoding.answer_alone(model, ids, pixels, prepare.tokenizer, max_new_tokens, on_token)
     prompts = [Prompt((), tuple(ids), ())]
-    decoder = PlainDecoder(model, prompts, prepare.end_ids, prepare.tokenizer.pad_token_id, max_new_tokens)
-    wave = Wave((Group((0,), len(ids), 0, whole=True),), ((0,),))
-    return decoder.read(wave, {"input_ids": torch.tensor([list(ids)]), **inputs}, on_token).ids[0]
+    [wave] = in_waves(grouped(prompts, [0], lambda _: None), prompts, Limits(1, max_new_tokens, len(ids)))
+    decoder: Any = decoder_of(prepare, model, prompts, max_new_tokens)
+    return decoder.answer(decoder.read(wave, inputs), [0], on_token=on_token)[0]

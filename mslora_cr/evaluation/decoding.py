@@ -6,7 +6,7 @@ behind the opening, padded on the left, then one new token a step, until every r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.collator import rounded_up
 from mslora_cr.data.preparation import Prompt
 from mslora_cr.evaluation.attention import KeysValues, SharedCache, membership, sharing
-from mslora_cr.evaluation.prefix import Limits, Wave, grouped, in_waves
+from mslora_cr.evaluation.prefix import Wave
 from mslora_cr.evaluation.rows import Rows
 from mslora_cr.evaluation.static_steps import POSITIONS, StaticSteps, padded
 from mslora_cr.models.language import language_linears
@@ -90,11 +90,11 @@ class Decoder:
         return int(torch.cuda.mem_get_info(self.device)[0] / 4 / size)
 
     @torch.inference_mode()
-    def read(self, wave: Wave, pixel_values: Tensor | None) -> Openings:
+    def read(self, wave: Wave, inputs: Mapping[str, Tensor]) -> Openings:
         """Compute a wave's openings.
 
         Args:
-            pixel_values: the images of its groups, one after another, as `EvalDataset.pixel_values`; None without any.
+            inputs: `Preprocessing.answering_batch` of its groups' first questions: images, if there are any.
         """
         first = [group.questions[0] for group in wave.groups]
         self._choose(first)
@@ -103,12 +103,12 @@ class Decoder:
             texts = [text + self.prompts[question].rest for text, question in zip(texts, first, strict=True)]
         # Whole prompts are of many lengths, and cuDNN plans its attention anew for each; openings alone are alike.
         ids, visible = self._padded(texts, POSITIONS if wave.whole and self.device.type == "cuda" else 1)
-        cache = DynamicCache()
+        pixels, cache = inputs.get("pixel_values"), DynamicCache()
         output = self.model(
             input_ids=ids,
             attention_mask=visible.long(),
             position_ids=_positions(visible),
-            pixel_values=None if pixel_values is None else pixel_values.to(self.device, self.dtype),
+            pixel_values=None if pixels is None else pixels.to(self.device, self.dtype),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -243,25 +243,6 @@ class Decoder:
             torch.tensor(ids, dtype=torch.long, device=self.device).view(shape),
             torch.tensor(real, dtype=torch.bool, device=self.device).view(shape),
         )
-
-
-def answer_alone(
-    model: PreTrainedModel | PeftModel,
-    ids: Sequence[int],
-    pixel_values: Tensor | None,
-    tokenizer: Ends,
-    max_new_tokens: int,
-    on_token: OnToken | None = None,
-) -> list[int]:
-    """The new ids of one prompt, up to and with `</s>`.
-
-    Args:
-        pixel_values: its images, as `EvalDataset.pixel_values`; None without any.
-    """
-    prompts = [Prompt((), tuple(ids), ())]
-    [wave] = in_waves(grouped(prompts, [0], lambda _: None), prompts, Limits(1, max_new_tokens, len(ids)))
-    decoder = Decoder(model, prompts, tokenizer, max_new_tokens)
-    return decoder.answer(decoder.read(wave, pixel_values), [0], on_token=on_token)[0]
 
 
 def _positions(visible: Tensor) -> Tensor:

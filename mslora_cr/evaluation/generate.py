@@ -11,19 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.collator import in_batches, padding_share
 from mslora_cr.data.preparation import Preparation, Prompt
-from mslora_cr.data.processor import ProcessorPreparation
 from mslora_cr.data.records import TestRecord
 from mslora_cr.distributed.comm import all_gather_object, barrier, broadcast_object, rank, world_size
-from mslora_cr.evaluation.decoding import Decoder, Openings
+from mslora_cr.evaluation.decoding import Decoder
 from mslora_cr.evaluation.files import ANSWERS, STAMP, Stamp
-from mslora_cr.evaluation.plain_decoding import Answered, PlainDecoder
+from mslora_cr.evaluation.plain_decoding import PlainDecoder
 from mslora_cr.evaluation.prefix import Limits, Wave, grouped, in_waves, padding_of, shared_out
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import append_to, file_digest, replacing
@@ -58,7 +55,7 @@ class Questions(Protocol):
     def records(self) -> Iterable[TestRecord]: ...
     def __len__(self) -> int: ...
     def prompts(self) -> list[Prompt]: ...
-    def pixel_values(self, index: int, /) -> Tensor: ...
+    def pictures(self, index: int, /) -> Any: ...
 
 
 def answer_questions(
@@ -141,26 +138,26 @@ def decoder_of(
     mixed: QuestionBanks | None = None,
 ) -> Decoder | PlainDecoder:
     """What answers questions with a model, by how its prompts were made."""
-    if isinstance(prepare, ProcessorPreparation):
-        return PlainDecoder(model, prompts, prepare.end_ids, prepare.tokenizer.pad_token_id, max_new_tokens, mixed)
-    return Decoder(model, prompts, prepare.tokenizer, max_new_tokens, mixed)
+    if prepare.shares_openings:
+        return Decoder(model, prompts, prepare.tokenizer, max_new_tokens, mixed)
+    return PlainDecoder(model, prompts, prepare.end_ids, prepare.tokenizer.pad_token_id, max_new_tokens, mixed)
 
 
 def answered_batches(
     decoder: Decoder | PlainDecoder, samples: Questions, waves: Sequence[Wave], workers: int = 0
 ) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
     """The questions of each batch of some waves, and their new ids, as they are answered."""
-    images: DataLoader[Any] = DataLoader(_Images(samples, decoder.prompts, waves), batch_size=None, num_workers=workers)
+    inputs: DataLoader[Any] = DataLoader(_Inputs(samples, decoder.prompts, waves), batch_size=None, num_workers=workers)
     waiting = sum(len(wave.batches) for wave in waves)
-    for wave, pixel_values in zip(waves, images, strict=True):
-        openings = decoder.read(wave, pixel_values)
+    for wave, own in zip(waves, inputs, strict=True):
+        openings = decoder.read(wave, own)
         for batch in wave.batches:
             yield batch, greedy(decoder, openings, batch, waiting)
             waiting -= 1
 
 
-class _Images(Dataset[Any]):
-    """What a decoder reads of each wave: its images, each once, or its whole prompts where no openings are shared."""
+class _Inputs(Dataset[Any]):
+    """What a decoder reads of each wave, images decoded, each once."""
 
     def __init__(self, samples: Questions, prompts: Sequence[Prompt], waves: Sequence[Wave]) -> None:
         self.samples, self.prompts, self.waves = samples, prompts, waves
@@ -170,14 +167,11 @@ class _Images(Dataset[Any]):
 
     def __getitem__(self, number: int) -> Any:
         first = [group.questions[0] for group in self.waves[number].groups]
-        prepare = self.samples.preprocessing
-        if isinstance(prepare, ProcessorPreparation):
-            return prepare.answering_batch([self.prompts[question] for question in first])
-        shown = [self.samples.pixel_values(question) for question in first if self.prompts[question].images]
-        return torch.cat(shown) if shown else None
+        shown = [self.samples.pictures(question) for question in first]
+        return self.samples.preprocessing.answering_batch([self.prompts[question] for question in first], shown)
 
 
-def greedy(decoder: Any, openings: Openings | Answered, questions: Sequence[int], waiting: int) -> list[list[int]]:
+def greedy(decoder: Any, openings: Any, questions: Sequence[int], waiting: int) -> list[list[int]]:
     """The new ids of each question of a batch; `waiting` batches are to be answered, this one included."""
     return decoder.answer(openings, questions, waiting)
 

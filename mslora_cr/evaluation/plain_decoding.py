@@ -4,7 +4,6 @@ positions in two dimensions, windows, or images that attend in both directions."
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +16,6 @@ from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.preparation import Prompt
 from mslora_cr.evaluation.decoding import OnToken
 from mslora_cr.evaluation.prefix import Wave
-
-
-@dataclass(frozen=True)
-class Answered:
-    """The new ids of a wave's questions."""
-
-    ids: dict[int, list[int]]
 
 
 class PlainDecoder:
@@ -58,27 +50,35 @@ class PlainDecoder:
         """None: what fits is not known."""
         return None
 
-    @torch.inference_mode()
-    def read(self, wave: Wave, inputs: Mapping[str, Tensor] | None, on_token: OnToken | None = None) -> Answered:
-        """Answer a wave's questions.
+    def read(self, wave: Wave, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A wave's prompts, where the model is.
 
         Args:
             inputs: `ProcessorPreparation.answering_batch` of its questions, in the order of its groups.
-            on_token: is told the new ids of a wave of one question as they come.
         """
-        assert inputs is not None and wave.whole, "prompts without a shared opening"
-        questions = [group.questions[0] for group in wave.groups]
+        assert wave.whole, "prompts without a shared opening"
+        return {name: self._moved(value) for name, value in inputs.items()}
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        inputs: Mapping[str, Tensor],
+        questions: Sequence[int],
+        waiting: int = 1,
+        on_token: OnToken | None = None,
+    ) -> list[list[int]]:
+        """The new ids of each question of a wave, up to and with the one that ends it.
+
+        Args:
+            inputs: as `read` gives them.
+            waiting: batches that are still to be answered; this decoder keeps nothing from one to the next.
+            on_token: is told the new ids of one question, alone in its wave, as they come.
+        """
         if self.mixed is not None:
             self.mixed.choose(questions)
         streamer = _Streamer(questions[0], on_token) if on_token is not None else None
-        moved = {name: self._moved(value) for name, value in inputs.items()}
-        ids = self.model.generate(**moved, generation_config=self._settings, streamer=streamer)
-        new = ids[:, moved["input_ids"].shape[1] :].tolist()
-        return Answered({question: self._cut(row) for question, row in zip(questions, new, strict=True)})
-
-    def answer(self, answered: Answered, questions: Sequence[int], waiting: int = 1) -> list[list[int]]:
-        """The new ids of each question of a wave's batch, up to and with the one that ends it."""
-        return [answered.ids[question] for question in questions]
+        ids = self.model.generate(**inputs, generation_config=self._settings, streamer=streamer)
+        return [self._cut(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _moved(self, value: Tensor) -> Tensor:
         return value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)

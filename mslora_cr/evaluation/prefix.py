@@ -46,7 +46,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Wave:
-    """Openings that are computed and held together, and the batches of questions that are answered from them."""
+    """Openings that are computed and held together, and the batches of questions that are answered from them: one,
+    where the openings are whole prompts."""
 
     groups: tuple[Group, ...]
     batches: tuple[tuple[int, ...], ...]
@@ -128,6 +129,8 @@ def _held(groups: Sequence[Group], limits: Limits) -> int:
 
 def _wave(groups: Sequence[Group], prompts: Sequence[Prompt], limits: Limits) -> Wave:
     order = [question for group in groups for question in group.questions]
+    if groups[0].whole:
+        return Wave(tuple(groups), (tuple(order),))
     longest = max(1, *(group.rest for group in groups))
     batches = in_batches(order, max(1, min(limits.questions, QUERIES // longest)))
     return Wave(tuple(groups), tuple(map(tuple, batches)))

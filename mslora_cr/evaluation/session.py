@@ -135,7 +135,7 @@ class ConcatEvalDataset:
         """Every question's prompt, as `EvalDataset.prompts`."""
         return [prompt for part in self.parts for prompt in part.prompts()]
 
-    def pixel_values(self, index: int) -> Tensor:
-        """Of a question's images, as `EvalDataset.pixel_values`."""
+    def pictures(self, index: int) -> Any:
+        """A question's images, as `EvalDataset.pictures`."""
         part, own = self._places[index]
-        return part.pixel_values(own)
+        return part.pictures(own)

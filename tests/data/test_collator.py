@@ -110,7 +110,7 @@ def test_a_question_shows_the_first_image_or_all(preprocessing: Preprocessing, t
         assert prompt.opening.count(PLACEHOLDER) == count * PATCHES
         assert prompt.opening[-1] == PLACEHOLDER and PLACEHOLDER not in prompt.rest
         assert [image.name for image in prompt.images] == ["wide.png", "tall.png"][:count]
-        assert asked.pixel_values(0).shape == (count, 3, 56, 56)
+        assert asked.pictures(0).shape == (count, 3, 56, 56)
 
 
 def test_errors_name_the_file_and_the_record(preprocessing: Preprocessing, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from mslora_cr.banks.per_sample import PerSampleAdapters, QuestionBanks, whole_b
 from mslora_cr.data.datasets import EvalDataset, Preprocessing
 from mslora_cr.data.preparation import Prompt
 from mslora_cr.data.records import TestRecords
-from mslora_cr.evaluation.decoding import Decoder, answer_alone
+from mslora_cr.evaluation.alone import answer_alone
+from mslora_cr.evaluation.decoding import Decoder
 from mslora_cr.evaluation.generate import answered_batches
 from mslora_cr.evaluation.prefix import Group, Limits, grouped, in_waves, padding_of, shared_out
 from mslora_cr.evaluation.static_steps import Shape, StaticRows, StaticSteps
@@ -83,7 +84,7 @@ def one_by_one(base: LlavaMed, questions: EvalDataset) -> Callable[[Ends], list[
             endless[window] = []
             for index, prompt in enumerate(questions.prompts()):
                 ids = [prompt.opening + prompt.rest]
-                endless[window] += generated(base.model, ids, questions.pixel_values(index), Ends(-1), NEW_TOKENS)
+                endless[window] += generated(base.model, ids, questions.pictures(index), Ends(-1), NEW_TOKENS)
         eos = ends.eos_token_id
         return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in endless[window]]
 
@@ -110,12 +111,14 @@ def shared(
 
 
 @pytest.mark.parametrize("images", [0, 2])
-def test_a_prompt_alone_and_its_ids_as_they_come(base: LlavaMed, images: int) -> None:
+def test_a_prompt_alone_and_its_ids_as_they_come(base: LlavaMed, questions: EvalDataset, images: int) -> None:
     ids = [1] + [base.image_token_id] * (images * base.patches) + [44, 301, 17]
     pixels = torch.randn(images, 3, 56, 56, generator=torch.Generator().manual_seed(1)) if images else None
     expected = generated(base.model, [ids], pixels, Ends(-1), NEW_TOKENS)[0]
     told: list[int] = []
-    found = answer_alone(base.model, ids, pixels, Ends(-1), NEW_TOKENS, lambda _, token: told.append(token))
+    prepare = replace(questions.preprocessing, tokenizer=Ends(-1))
+    inputs = {"pixel_values": pixels} if images else {}
+    found = answer_alone(prepare, base.model, ids, inputs, NEW_TOKENS, lambda _, token: told.append(token))
     assert found == told == expected
 
 
@@ -184,7 +187,7 @@ def test_buffers_are_made_only_where_enough_batches_wait(
     decoder = Decoder(base.model, prompts, Ends(-1), NEW_TOKENS)
     decoder.steps = StaticSteps(record=False)
     [wave] = in_waves(grouped(prompts, [0, 1], lambda _: None), prompts, Limits(1, NEW_TOKENS, 1))
-    openings = decoder.read(wave, questions.pixel_values(0))
+    openings = decoder.read(wave, {"pixel_values": questions.pictures(0)})
     decoder.answer(openings, wave.batches[0], waiting=1)
     assert made == []
     decoder.answer(openings, wave.batches[0], waiting=2)
@@ -214,7 +217,7 @@ def test_each_row_gets_its_own_banks(
         expected = []
         for index, prompt in enumerate(questions.prompts()):
             mixed.choose([index])
-            pixels = questions.pixel_values(index)
+            pixels = questions.pictures(index)
             expected += generated(base.model, [prompt.opening + prompt.rest], pixels, Ends(-1), NEW_TOKENS)
         steps = StaticSteps(record=False) if static else None
         assert shared(base, questions, Ends(-1), Limits(4, NEW_TOKENS, 480), mixed, steps) == expected
