@@ -28,7 +28,7 @@ def switched_off(path: Path, model: PreTrainedModel) -> tuple[str, ...]:
     Raises:
         ModelError: the folder's configuration cannot be read.
     """
-    if not has_processor(path, read_config(path)):
+    if not has_processor(path):
         return ()
     sparse = () if last_mlp(model) is not None else ("the last MLP at labelled positions alone",)
     return ("cached image features", "shared openings of prompts", "Liger's kernels", *sparse)
@@ -64,7 +64,7 @@ def summary(path: Path) -> list[str]:
     Raises:
         ModelError: the folder holds no base model.
     """
-    if not has_processor(path, read_config(path)):
+    if not has_processor(path):
         return []
     model = empty_model_of(path)
     each = ", ".join(f"{count} of {size}" for size, count in positions(path).items())
@@ -85,8 +85,8 @@ def _by_kind(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
 
 def positions(path: Path) -> dict[str, int | str]:
     """How many positions of a prompt an image takes, by its width and height; or what keeps that from being told."""
-    config = read_config(path)
-    if not has_processor(path, config):
+    if not has_processor(path):
+        config = read_config(path)
         try:
             vision = config.get("vision_config") or tower_config(tower_source(path, config, "config")).to_dict()
         except ModelError as error:

@@ -38,7 +38,7 @@ def weights_digest(path: Path, vision_tower: str = "config") -> str:
     """
     digest = hashlib.sha256()
     config = read_config(path)
-    if has_processor(path, config):
+    if has_processor(path):
         _add_files(digest, [*_present(path, *_SETTINGS, *CHAT_TEMPLATES), *_transformers_files(path)])
         return digest.hexdigest()
     if config["model_type"] == "llava":

@@ -48,7 +48,7 @@ def inspect(path: Path) -> dict[str, Any]:
             if name is not None and name.startswith(_TOWER):
                 own_tower[name.removeprefix(_TOWER)] = (file, stored)
     pieces: int | str
-    if own_prompts := has_processor(path, config):
+    if own_prompts := has_processor(path):
         processor = load_processor(path)
         question = messages_of([Turn.model_validate({"from": "human", "value": "QUESTION"})], 1)
         pieces, template = len(processor.tokenizer), render(processor, question, to_answer=True)

@@ -81,13 +81,17 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def has_processor(path: Path, config: Mapping[str, Any]) -> bool:
+def has_processor(path: Path) -> bool:
     """Whether a model is prompted by a processor and a chat template of its own; else it is prompted as LLaVA-Med.
 
     transformers' LLaVA is either: LLaVA-Med converted, where no processor is in the folder, or another LLaVA.
+
+    Raises:
+        ModelError: as `read_config`.
     """
-    if config["model_type"] != "llava":
-        return bool(config["model_type"] != LLAVA_MED)
+    model_type = read_config(path)["model_type"]
+    if model_type != "llava":
+        return bool(model_type != LLAVA_MED)
     settings = path / "processor_config.json"
     if not settings.is_file():
         return False

@@ -8,7 +8,7 @@ import torch
 
 from mslora_cr.models import llava_med
 from mslora_cr.models.base_model import BaseModel
-from mslora_cr.models.layout import ModelError, has_processor, read_config
+from mslora_cr.models.layout import ModelError, has_processor
 from mslora_cr.models.processor_base import load_with_processor
 
 
@@ -25,7 +25,7 @@ def load_model(
     Raises:
         ModelError: as `llava_med.load`; or `vision_tower` is given for a model that has its tower in its weights.
     """
-    if not has_processor(path, read_config(path)):
+    if not has_processor(path):
         return llava_med.load(path, vision_tower, dtype, attn_implementation, device, quantization)
     if vision_tower not in ("config", "checkpoint"):
         raise ModelError(f"{path}: the model includes its tower; set model.vision_tower to config")

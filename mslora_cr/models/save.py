@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mslora_cr.models.base_model import BaseModel
-from mslora_cr.models.layout import ModelError, has_processor, read_config
+from mslora_cr.models.layout import ModelError, has_processor
 from mslora_cr.models.llava_med import LlavaMed
 from mslora_cr.models.processor_base import SAFE
 from mslora_cr.models.transformers_layout import portable_processor, save_transformers_layout
@@ -50,7 +50,7 @@ def class_of(path: Path) -> tuple[str, str]:
     Raises:
         ModelError: the folder's configuration cannot be read.
     """
-    if not has_processor(path, read_config(path)):
+    if not has_processor(path):
         return LLAVA_MED_CLASS
     try:
         kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(AutoConfig.from_pretrained(path, **SAFE))]

@@ -18,7 +18,7 @@ def language_linear_shapes(path: Path) -> dict[str, tuple[int, int]]:
         ModelError: the folder holds no base model.
     """
     config = read_config(path)
-    if has_processor(path, config):
+    if has_processor(path):
         linears = language_linears(empty_model_of(path))
         return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     if config["model_type"] == "llava":

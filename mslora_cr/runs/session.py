@@ -29,7 +29,7 @@ from mslora_cr.distributed.launch import TIMEOUT_SECONDS, start_process_group
 from mslora_cr.models.base_model import BaseModel, Tower
 from mslora_cr.models.digest import weights_digest
 from mslora_cr.models.kernels import use_kernels
-from mslora_cr.models.layout import has_processor, read_config
+from mslora_cr.models.layout import has_processor
 from mslora_cr.models.load import load_model
 from mslora_cr.models.vision import detach_tower, tower_features
 from mslora_cr.routing.features import FeatureExtractor, sampled_records
@@ -78,7 +78,7 @@ def kernels_of(config: StreamConfig) -> Literal["liger", "torch"]:
     """
     chosen = chosen_kernels(config.model.kernels, config.model.device)
     path = Path(config.model.path)
-    if chosen == "liger" and config.model.kernels == "auto" and has_processor(path, read_config(path)):
+    if chosen == "liger" and config.model.kernels == "auto" and has_processor(path):
         return "torch"
     return chosen
 
@@ -107,7 +107,7 @@ def answering_kernels(config: StreamConfig, device: torch.device | str) -> Liter
     """What computes a model's small operations when it answers: as in training, but in float32, where answers are to be
     those of every machine, PyTorch; and PyTorch where Liger cannot run, whatever trained the banks."""
     path = Path(config.model.path)
-    if config.model.dtype == "float32" or config.model.kernels == "torch" or has_processor(path, read_config(path)):
+    if config.model.dtype == "float32" or config.model.kernels == "torch" or has_processor(path):
         return "torch"
     return chosen_kernels("auto", torch.device(device).type)
 

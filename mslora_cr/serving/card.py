@@ -15,7 +15,7 @@ from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.evaluation.intervals import CONFIDENCE
 from mslora_cr.evaluation.results import Cell, Evaluation
-from mslora_cr.models.layout import has_processor, read_config
+from mslora_cr.models.layout import has_processor
 from mslora_cr.models.save import class_of
 from mslora_cr.runs.entries import RunLedger
 
@@ -48,8 +48,7 @@ class Card:
 
     @cached_property
     def _has_processor(self) -> bool:
-        path = Path(self.config.model.path)
-        return has_processor(path, read_config(path))
+        return has_processor(Path(self.config.model.path))
 
     def text(self) -> str:
         """The whole `README.md`."""

@@ -13,7 +13,7 @@ from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.distributed.deepspeed import zero_stage
 from mslora_cr.methods.base import Method, method_of
-from mslora_cr.models.layout import has_processor, read_config
+from mslora_cr.models.layout import has_processor
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.runs.session import task_image_roots
 from mslora_cr.stream.arguments import work_folder
@@ -79,7 +79,7 @@ def warn_of_cut_samples(config: StreamConfig, records: dict[str, TrainingRecords
     """Say of each task how many samples are longer than `data.max_length`, where training cuts them; of LLaVA-Med
     alone, whose lengths no image decides."""
     path = Path(config.model.path)
-    if has_processor(path, read_config(path)):
+    if has_processor(path):
         return
     limit = read_limit(path, config.data.max_length)
     for name, found in records.items():

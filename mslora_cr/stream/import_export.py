@@ -154,7 +154,7 @@ def export_chain(banks: Mapping[str, Bank], config: StreamConfig, output: Path) 
     if not banks:
         raise BankError(f"no task of this run is trained yet in {config.run_dir}; train one first")
     base, digest = read_config(Path(config.model.path)), base_digest(config)
-    if has_processor(Path(config.model.path), base):
+    if has_processor(Path(config.model.path)):
         raise BankError(
             f"{config.model.path} is not LLaVA-Med, and published checkpoints hold banks of LLaVA-Med alone; use "
             "`mslora-cr export --format peft`"
