@@ -220,18 +220,18 @@ def _bounded(pool: ProcessPoolExecutor, chunks: Iterator[list[_Numbered]], limit
 
 
 def _check_chunk(chunk: list[_Numbered]) -> _Checked:
-    good, found = [], _Found([], [])
+    good, findings = [], _Found([], [])
     for number, path in chunk:
         try:
             loss = washed_out(path)
         except DataError as error:
-            found.bad.append((number, path, str(error).removeprefix(f"{path}: ")))
+            findings.bad.append((number, path, str(error).removeprefix(f"{path}: ")))
             continue
         if loss is None:
             good.append(_mark(path))
         else:  # not remembered, so that it is said every time
-            found.washed_out.append((number, path, loss))
-    return good, found
+            findings.washed_out.append((number, path, loss))
+    return good, findings
 
 
 def _new_images(paths: Iterable[_Numbered], known: set[bytes], bar: tqdm) -> Iterator[_Numbered]:

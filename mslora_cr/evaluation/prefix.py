@@ -71,13 +71,13 @@ def grouped(
         banks: what tells the banks of a question from those of another.
         most: cut a group with more questions than that, so that ranks can share it.
     """
-    found: dict[Hashable, list[int]] = {}
+    by_opening: dict[Hashable, list[int]] = {}
     for index in asked:
         prompt = prompts[index]
         alone = not (prompt.opening and prompt.rest)
-        found.setdefault(index if alone else (prompt.images, prompt.opening, banks(index)), []).append(index)
+        by_opening.setdefault(index if alone else (prompt.images, prompt.opening, banks(index)), []).append(index)
     groups = []
-    for questions in found.values():
+    for questions in by_opening.values():
         for part in in_batches(sorted(questions, key=lambda index: -len(prompts[index].rest)), most or len(questions)):
             first = prompts[part[0]]
             whole = len(part) == 1

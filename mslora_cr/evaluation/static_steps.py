@@ -173,18 +173,18 @@ class StaticSteps:
             if not self._works or waiting < self.BATCHES:
                 return None
             self._static = None  # its memory first
-            found = StaticRows(shape.rounded(), rows)
-            choose(found.shape.rows)
-            if self.recording and not self._recorded(found, step):
+            buffers = StaticRows(shape.rounded(), rows)
+            choose(buffers.shape.rows)
+            if self.recording and not self._recorded(buffers, step):
                 return None
-            self._static = found
+            self._static = buffers
         choose(self._static.shape.rows)
         self.replayed += self.recording
         return self._static
 
-    def _recorded(self, found: StaticRows, step: Step) -> bool:
+    def _recorded(self, buffers: StaticRows, step: Step) -> bool:
         try:
-            found.record(step)
+            buffers.record(step)
         except RuntimeError as error:  # a layer that a graph cannot hold
             _LOG.warning("answers are given step by step, since CUDA cannot record one: %s", error)
             self._works = False

@@ -116,11 +116,11 @@ class BankPenalties:
         with ieee_float32():
             for group in self._groups:
                 current = torch.stack([trainable[module][half] for module, half in group.keys]).float()
-                found = self._group_terms(current, group, coefficients, beta / self._pairs)
-                if found.similarity_sum is not None:
-                    similarity_sum += found.similarity_sum
-                orthogonality = orthogonality + found.orthogonality
-                gradients.update(zip(group.keys, found.gradient, strict=True))
+                terms = self._group_terms(current, group, coefficients, beta / self._pairs)
+                if terms.similarity_sum is not None:
+                    similarity_sum += terms.similarity_sum
+                orthogonality = orthogonality + terms.orthogonality
+                gradients.update(zip(group.keys, terms.gradient, strict=True))
         if self._contrastive:
             contrastive = contrastive_value(similarity_sum / self._matrices, self._same)
         return BankTerms(contrastive, orthogonality / self._pairs, gradients)
@@ -146,8 +146,8 @@ def _groups(bank: Bank, limit: int) -> list[list[Key]]:
     for module, pair in bank.matrices.items():
         for half, matrix in enumerate(pair):
             shapes.setdefault((half, matrix.shape), []).append((module, half))
-    found = []
+    groups = []
     for (_, shape), keys in shapes.items():
         most = max(1, limit // (4 * shape.numel()))
-        found += [keys[start : start + most] for start in range(0, len(keys), most)]
-    return found
+        groups += [keys[start : start + most] for start in range(0, len(keys), most)]
+    return groups

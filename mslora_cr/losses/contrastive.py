@@ -103,13 +103,13 @@ def _distances(current: Tensor, squared: Tensor, frozen: Frozen) -> tuple[Tensor
     scale = squared + frozen.squared
     # A row times a matrix: the other way round, PyTorch's batched product on the CPU takes over ten times as long.
     across = frozen.matrices.transpose(1, 2)
-    found = torch.baddbmm(scale.unsqueeze(1), current.unsqueeze(1), across, alpha=-2).squeeze(1)
-    near = found <= NEAR * scale  # also where both are zero
+    distances = torch.baddbmm(scale.unsqueeze(1), current.unsqueeze(1), across, alpha=-2).squeeze(1)
+    near = distances <= NEAR * scale  # also where both are zero
     if not near.any():
-        return found.sqrt_(), None
+        return distances.sqrt_(), None
     rows, columns = near.nonzero(as_tuple=True)
-    found[rows, columns] = (current[rows] - frozen.matrices[rows, columns]).square().sum(1)
-    return found.sqrt_(), (rows, columns)
+    distances[rows, columns] = (current[rows] - frozen.matrices[rows, columns]).square().sum(1)
+    return distances.sqrt_(), (rows, columns)
 
 
 def contrastive_value(similarity: Tensor, same_modality: Tensor) -> Tensor:

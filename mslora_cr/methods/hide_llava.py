@@ -64,9 +64,9 @@ class HideLlava(Method[HideLlavaSettings]):
 
 def decoder_layer(name: str) -> int:
     """The number of a linear layer's decoder layer."""
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    assert found is not None, name
-    return int(found[1])
+    match = re.search(r"\.layers\.(\d+)\.", name)
+    assert match is not None, name
+    return int(match[1])
 
 
 def fused(banks: Sequence[Bank]) -> Bank:

@@ -101,9 +101,9 @@ def new_directions(inputs: Tensor, known: Tensor, count: int) -> Tensor:
     """The first `count` directions, (in, count), of inputs outside what is known; zeros where there are fewer."""
     directions, energy = outside(inputs, known)
     there = energy > NOTHING * inputs.norm()
-    found = inputs.new_zeros(len(inputs), count)
-    found[:, : min(count, len(energy))] = (directions * there)[:, :count]
-    return found
+    padded = inputs.new_zeros(len(inputs), count)
+    padded[:, : min(count, len(energy))] = (directions * there)[:, :count]
+    return padded
 
 
 def grown(known: Tensor, inputs: Tensor, threshold: float) -> Tensor:

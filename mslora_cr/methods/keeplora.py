@@ -67,14 +67,14 @@ class Keeplora(Method[KeeploraSettings]):
         known = self._before(setup) or self._principal(setup, probe.weights())
         generator = torch.Generator().manual_seed(setup.config.seed + setup.task.index)
         drawn = {name: torch.randn(a.shape, generator=generator) for name, (a, _) in start.items()}
-        found = gradient_directions(
+        directions = gradient_directions(
             lambda bank: probe.gradients(bank, settings.samples),
             {name: known[name].to(setup.device) for name in drawn},
             {name: matrix.to(setup.device) for name, matrix in drawn.items()},
             {name: len(b) for name, (_, b) in start.items()},
             settings.iterations,
         )
-        return {name: (found[name].cpu(), torch.zeros(b.shape)) for name, (_, b) in start.items()}
+        return {name: (directions[name].cpu(), torch.zeros(b.shape)) for name, (_, b) in start.items()}
 
     def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
         """M after this task: by layer, (in, directions)."""
@@ -94,11 +94,11 @@ class Keeplora(Method[KeeploraSettings]):
 
     def _principal(self, setup: Setup, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """M before a first task: the principal directions of the base's weights. Called on every rank."""
-        found = {}
+        principal = {}
         for name, weight in weights.items():
             with gather_params([weight]):
-                found[name] = principal_inputs(weight.detach(), self.settings(setup.config).weight_threshold)
-        return found
+                principal[name] = principal_inputs(weight.detach(), self.settings(setup.config).weight_threshold)
+        return principal
 
 
 def principal_inputs(weight: Tensor, threshold: float) -> Tensor:

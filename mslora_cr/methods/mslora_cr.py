@@ -65,15 +65,15 @@ class WeightedPenalties(Penalty):
 
     def step(self, trainable: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
         weights = self.weights
-        found = self._terms.terms(trainable, weights.get("alpha", 0.0), weights.get("beta", 0.0))
-        terms = dict(zip(TERMS, (found.contrastive, found.orthogonality), strict=True))
-        value, logged = torch.zeros_like(found.orthogonality), dict[str, torch.Tensor]()
+        penalty = self._terms.terms(trainable, weights.get("alpha", 0.0), weights.get("beta", 0.0))
+        terms = dict(zip(TERMS, (penalty.contrastive, penalty.orthogonality), strict=True))
+        value, logged = torch.zeros_like(penalty.orthogonality), dict[str, torch.Tensor]()
         for name, weight in self._weights.items():
             term = terms[name]
             value = value + weights[name] * term
             logged |= {name: torch.tensor(weights[name], dtype=torch.float64), TERMS[name]: term}
             weight.update(term, learning_rate)
-        return PenaltyStep(value, found.gradients, logged)
+        return PenaltyStep(value, penalty.gradients, logged)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: weight.state_dict() for name, weight in self._weights.items()}

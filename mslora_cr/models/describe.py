@@ -96,11 +96,11 @@ def positions(path: Path) -> dict[str, int | str]:
     question = [Turn.model_validate({"from": "human", "value": "?"})]
     bare = len(processor.tokenizer(render(processor, messages_of(question, 0), to_answer=True)).input_ids)
     text = render(processor, messages_of(question, 1), to_answer=True)
-    found: dict[str, int | str] = {}
+    counts: dict[str, int | str] = {}
     for width, height in SIZES:
         ids = processor(text=[text], images=[[Image.new("RGB", (width, height))]]).input_ids[0]
-        found[f"{width} x {height}"] = len(ids) - bare
-    return found
+        counts[f"{width} x {height}"] = len(ids) - bare
+    return counts
 
 
 def memory_by_stage(base: int, bank: int, gpus: int) -> dict[str, float]:

@@ -86,13 +86,13 @@ def _pieces(path: Path) -> int | str:
 
 def _towers(path: Path, config: dict[str, Any], own: dict[str, tuple[Path, str]]) -> dict[str, Any]:
     named = config.get("mm_vision_tower")
-    found: dict[str, Any] = {"named": named, "tensors_in_shards": len(own)}
+    comparison: dict[str, Any] = {"named": named, "tensors_in_shards": len(own)}
     if named is None or not own:
-        return found | {"compared": False, "why": "there is only one tower"}
+        return comparison | {"compared": False, "why": "there is only one tower"}
     try:
         theirs = load_named_tower(path, config).state_dict()
     except ModelError as error:
-        return found | {"compared": False, "why": str(error)}
+        return comparison | {"compared": False, "why": str(error)}
     differences: dict[str, float | str] = {}
     for name in sorted(own.keys() | theirs.keys()):
         if name not in own or name not in theirs:
@@ -106,7 +106,7 @@ def _towers(path: Path, config: dict[str, Any], own: dict[str, tuple[Path, str]]
         else:
             differences[name] = (mine.float() - theirs[name].float()).abs().max().item()
     numbers = [value for value in differences.values() if isinstance(value, float)]
-    return found | {
+    return comparison | {
         "compared": True,
         "largest_difference": max(numbers, default=None),
         "differences": differences,

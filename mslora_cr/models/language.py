@@ -27,7 +27,7 @@ def language_linears(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear]
     of the language model's decoder layers."""
     base, language = model.get_base_model() if isinstance(model, PeftModel) else model, language_model(model)
     [place] = [name for name, module in base.named_modules() if module is language]
-    found: dict[str, nn.Linear] = {}
+    linears: dict[str, nn.Linear] = {}
     adapted = ""
     for name, module in language.named_modules(prefix=place):
         if adapted and name.startswith(adapted):  # what PEFT put into the layer
@@ -35,8 +35,8 @@ def language_linears(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear]
         adapted = f"{name}." if isinstance(module, LoraLayer) else ""
         linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
         if isinstance(linear, nn.Linear) and _NUMBERED.fullmatch(name):
-            found[name] = linear
-    return found
+            linears[name] = linear
+    return linears
 
 
 def linears_pattern(names: Iterable[str]) -> str:

@@ -71,10 +71,10 @@ def read_config(path: Path) -> dict[str, Any]:
         config = read_object(path / "config.json")
     except JsonError as error:
         raise ModelError(f"{error}") from None
-    found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-    if found != LLAVA_MED and found not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    model_type = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+    if model_type != LLAVA_MED and model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ModelError(
-            f"{path}/config.json: model_type is {found!r}; expected {LLAVA_MED}, or an image-text model that "
+            f"{path}/config.json: model_type is {model_type!r}; expected {LLAVA_MED}, or an image-text model that "
             "transformers knows (llava, qwen3_vl, gemma3, …)"
         )
     check_numbers(path / "config.json", config)

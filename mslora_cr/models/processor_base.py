@@ -190,11 +190,11 @@ class ProjectedPictures:
 
     @torch.no_grad()
     def features(self, shown: Sequence[Any], device: torch.device) -> Tensor:
-        found = torch.zeros(len(shown), self.width)
+        features = torch.zeros(len(shown), self.width)
         for row, images in enumerate(shown):
             if images:
-                found[row] = self._of(images, device)
-        return found
+                features[row] = self._of(images, device)
+        return features
 
     def _of(self, images: Sequence[Any], device: torch.device) -> Tensor:
         text = render(self._processor, [{"role": "user", "content": [{"type": "image"}] * len(images)}])

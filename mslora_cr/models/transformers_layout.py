@@ -131,9 +131,9 @@ def _check(tokenizer: PreTrainedTokenizerFast, base: LlavaMed, image: str) -> No
         wanted = [
             base.image_token_id if piece == IMAGE_INDEX else piece for piece in encode_prompt(base.tokenizer, prompt)
         ]
-        found = tokenizer(prompt.replace("<image>", image)).input_ids
-        if found != wanted:
-            raise ModelError(f"the tokenizer cannot be written for transformers: {probe!r} gives {found}, not {wanted}")
+        ids = tokenizer(prompt.replace("<image>", image)).input_ids
+        if ids != wanted:
+            raise ModelError(f"the tokenizer cannot be written for transformers: {probe!r} gives {ids}, not {wanted}")
 
 
 def _from_sentencepiece(file: Path) -> FastTokenizer:

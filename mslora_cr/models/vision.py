@@ -50,14 +50,14 @@ class TowerPictures:
     def features(self, shown: Sequence[Tensor], device: torch.device) -> Tensor:
         """`shown`: (images, 3, height, width) of each record."""
         counts = [len(images) for images in shown]
-        found = torch.zeros(len(shown), self.width)
+        features = torch.zeros(len(shown), self.width)
         if any(counts):
             inputs = torch.cat(list(shown)).to(device, next(self._tower.parameters()).dtype)
             patches = tower_features(self._tower, self._layer, inputs)[:, 1:].float().mean(1).cpu()
             for row, images in enumerate(patches.split(counts)):
                 if len(images):
-                    found[row] = images.mean(0)
-        return found
+                    features[row] = images.mean(0)
+        return features
 
 
 class _GivenFeatures(nn.Module):

@@ -58,7 +58,7 @@ class TaskAnswers:
 
     def at(self, stage: int) -> AnswerSet | None:
         """The answers at a stage, if it was evaluated."""
-        return next((found for found in self.sets if stage in found.stages), None)
+        return next((answers for answers in self.sets if stage in answers.stages), None)
 
     @property
     def learned(self) -> AnswerSet:

@@ -23,12 +23,12 @@ def answering_rank(evaluation: Evaluation, ledger: RunLedger | None) -> int | No
         name: entry.rank and entry.rank * (place if method.accumulates else 1)
         for place, (name, entry) in enumerate(ledger.tasks.items() if ledger else (), start=1)
     }
-    found = []
+    totals = []
     for cell in evaluation.cells:
         own = [ranks.get(bank) for bank in _answering(evaluation, method, cell)]
         if cell.stage == evaluation.stages[-1]:
-            found.append(None if None in own else sum(rank for rank in own if rank is not None))
-    return None if None in found else max((rank for rank in found if rank is not None), default=None)
+            totals.append(None if None in own else sum(rank for rank in own if rank is not None))
+    return None if None in totals else max((rank for rank in totals if rank is not None), default=None)
 
 
 def method_named(name: str) -> Method | None:

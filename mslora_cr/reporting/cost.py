@@ -38,12 +38,12 @@ def cost_of(evaluation: Evaluation, ledger: RunLedger | None) -> Cost:
 
 def mean_costs(runs: Sequence[Outcome]) -> dict[str, Cost]:
     """By method, the mean of its runs' device hours, and their parameters; None where a run does not know."""
-    found = {}
+    costs = {}
     for method in dict.fromkeys(run.method for run in runs):
         own = [run for run in runs if run.method == method]
         hours, sizes = [run.device_hours for run in own], [run.parameters for run in own]
-        found[method] = Cost(
+        costs[method] = Cost(
             device_hours=fmean(hour for hour in hours if hour is not None) if None not in hours else None,
             parameters=max(size for size in sizes if size is not None) if None not in sizes else None,
         )
-    return found
+    return costs

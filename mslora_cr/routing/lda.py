@@ -42,8 +42,8 @@ class TaskStatistics:
 
     def tensors(self) -> dict[str, Tensor]:
         """For a safetensors file."""
-        found = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
-        return found if self.examples is None else {**found, "examples": self.examples}
+        state = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
+        return state if self.examples is None else {**state, "examples": self.examples}
 
 
 class TaskRouter(Protocol):

@@ -192,13 +192,13 @@ class Ledger:
             BankError: it is not there, or not what is recorded.
         """
         file = self.bank_folder(task) / STATISTICS
-        found = load_statistics(file.parent)
+        statistics = load_statistics(file.parent)
         entry = self.tasks.get(task)
         if entry and entry.router_digest not in (None, file_digest(file)):
             raise BankError(
                 f"{file} is not what the ledger records; `mslora-cr bank fit-router CONFIG --task {task}` recreates it"
             )
-        return found
+        return statistics
 
     def banks(self, config: StreamConfig, tasks: list[Task]) -> list[Bank]:
         """The finished banks of these tasks.

@@ -120,8 +120,8 @@ def base_digest(config: StreamConfig) -> str:
 class CachedTower:
     """The tower, taken out of its model, and the folder where its features are kept."""
 
-    def __init__(self, folder: Path, model: Any, found: Tower, device: torch.device) -> None:
-        self._layer, self._processor = found.layer, found.image_processor
+    def __init__(self, folder: Path, model: Any, tower: Tower, device: torch.device) -> None:
+        self._layer, self._processor = tower.layer, tower.image_processor
         self._tower, self._device = detach_tower(model), device
         self.cache = FeatureCache(folder / feature_key(self._tower, self._layer, self._processor))
 
@@ -164,11 +164,11 @@ def router_statistics(
     extractor = feature_extractor(config, base)
     mine = sampled_records(len(records))[rank() :: world_size()]
     label, roots = f"{task.name}, for the router" if rank() == 0 else None, task_image_roots(config, task)
-    found = statistics_of(all_reduce_sum(extractor.gram(records, mine, roots, label)))
+    statistics = statistics_of(all_reduce_sum(extractor.gram(records, mine, roots, label)))
     if not examples:
-        return found
+        return statistics
     kept = list(extractor.batches(records, sample_of(len(records), examples), roots, None))  # few: by every rank
-    return replace(found, examples=torch.cat(kept))
+    return replace(statistics, examples=torch.cat(kept))
 
 
 def feature_extractor(config: StreamConfig, base: BaseModel) -> FeatureExtractor:

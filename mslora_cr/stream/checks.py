@@ -55,7 +55,7 @@ def shared_facts(
         "the configuration": config.training_digest(),
         "training.deepspeed": zero_stage(fields.get("deepspeed")),
         "the base model's files": model_digest,
-        "the training records": {name: found.digest for name, found in records.items()},
+        "the training records": {name: part.digest for name, part in records.items()},
         "the finished tasks": {name: entry.digest for name, entry in ledger.tasks.items()},
         "the checkpoints": {
             name: [path.name for path in checkpoints(work_folder(config, config.task(name)))] for name in records
@@ -82,14 +82,14 @@ def warn_of_cut_samples(config: StreamConfig, records: dict[str, TrainingRecords
     if has_processor(path):
         return
     limit = read_limit(path, config.data.max_length)
-    for name, found in records.items():
-        if cut := count_cut(limit, found, config.data.images == "all"):
+    for name, part in records.items():
+        if cut := count_cut(limit, part, config.data.images == "all"):
             log.warning(
                 "%s: %s of %s training samples are longer than data.max_length = %s positions, so that their end is "
                 "cut off; a larger data.max_length keeps it, and takes memory",
                 name,
                 f"{cut:,}",
-                f"{len(found):,}",
+                f"{len(part):,}",
                 f"{limit.max_length:,}",
             )
 

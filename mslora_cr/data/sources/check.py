@@ -136,7 +136,7 @@ def _check_training(
     if silent:
         report.warning("conversations that the template cannot hold: they add nothing to the loss", silent)
     commonest = {answer: Share(count, count / all_answers) for answer, count in answers.most_common(COMMONEST)}
-    report.training_answers = {answer: found for answer, found in commonest.items() if found.share >= NOTABLE}
+    report.training_answers = {answer: count for answer, count in commonest.items() if count.share >= NOTABLE}
     _check_balance(answers, all_answers, "training answers are the same", report)
     _count_long(long, limit, report)
     return _images(names, dataset, records.path.name, report)

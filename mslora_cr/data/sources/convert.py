@@ -175,8 +175,8 @@ def _usable(rows: Iterable[Row | tuple[str, str]], converted: Converted) -> Iter
 class _Images:
     """Writes the images of rows into a data set's folder, each once, and names them."""
 
-    def __init__(self, root: Path, folder: Path, rendering: Rendering, found: Converted) -> None:
-        self._root, self._folder, self._rendering, self._found = root, folder, rendering, found
+    def __init__(self, root: Path, folder: Path, rendering: Rendering, converted: Converted) -> None:
+        self._root, self._folder, self._rendering, self._converted = root, folder, rendering, converted
         self._names: dict[str, list[str]] = {}
         self.count = 0
 
@@ -187,7 +187,7 @@ class _Images:
             try:
                 names += self._placed(image)
             except DataError as error:
-                self._found.left_out["an image that is missing or cannot be read"].append(f"{row.place}: {error}")
+                self._converted.left_out["an image that is missing or cannot be read"].append(f"{row.place}: {error}")
                 return []
         return names
 
