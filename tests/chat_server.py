@@ -14,7 +14,7 @@ FAULTS = ("500", "hang", "cut", "nonsense", "429", "drop")
 
 class Server(ThreadingHTTPServer):
     """Answers `reply(body)`. The first request of every question meets the next of `faults`; when `left` questions are
-    answered, it refuses everything."""
+    answered, it hangs up on everything; where there is a `refusal`, it gives nothing else."""
 
     daemon_threads = True
 
@@ -22,6 +22,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply: Callable[[dict[str, Any]], str] = lambda body: " Yes \n"
         self.faults: list[str] = []
+        self.refusal = b""
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
@@ -57,7 +58,9 @@ class Handler(BaseHTTPRequestHandler):
             server.busy += 1
             server.most_busy = max(server.busy, server.most_busy)
         try:
-            if gone or fault == "drop":
+            if server.refusal:
+                self._send(404, server.refusal)
+            elif gone or fault == "drop":
                 self.close_connection = True
                 self.connection.close()
             elif fault in ("500", "429"):

@@ -16,7 +16,7 @@ from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.evaluation.chat import Endpoint, EndpointError
 from mslora_cr.evaluation.endpoint import evaluate_endpoint
-from tests.chat_server import FAULTS, Handler, Server, serving
+from tests.chat_server import FAULTS, Server, serving
 from tests.evaluation.report_run import Page
 
 
@@ -92,10 +92,8 @@ def test_a_server_that_is_gone_ends_it_and_nothing_is_asked_twice(server: Server
     assert sum(server.answered.values()) == 20 and set(server.answered.values()) == {1}
 
 
-def test_a_refusal_ends_it_at_once_and_names_the_question(
-    server: Server, config: StreamConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Handler, "do_POST", lambda self: self._send(404, b'{"error": "no model llava"}'))
+def test_a_refusal_ends_it_at_once_and_names_the_question(server: Server, config: StreamConfig) -> None:
+    server.refusal = b'{"error": "no model llava"}'
     with pytest.raises(
         EndpointError, match=r"refuses the question on line \d+ of .*test.jsonl \(HTTP 404: .*no model llava"
     ):

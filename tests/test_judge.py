@@ -135,9 +135,10 @@ def test_what_a_judge_is_told_and_what_counts_as_its_verdict(
 
 
 def test_the_command(
-    server: Server, evaluated: StreamConfig, trained_config: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, evaluated: StreamConfig, trained_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["evaluate", str(trained_config), f"results_dir={evaluated.results_dir}", "--stages", "seen"]
+    shutil.copytree(evaluated.results_dir, tmp_path / "results")
+    command = ["evaluate", str(trained_config), f"results_dir={tmp_path}/results", "--stages", "seen"]
     assert main([*command, "--judge", server.url, "--judge-model", "judge"]) == 0
     told = capsys.readouterr().out
     assert "judged by judge; a model's opinion" in told and "partial" in told
