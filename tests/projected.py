@@ -29,3 +29,12 @@ class Projected(Method):
 
     def projection(self, setup, layers):
         return {(name, half): (rows, mixed)[half] for name in layers for half in (0, 1)}
+
+
+class Unprojected(Projected):
+    """Starts alike, and learns all of it."""
+
+    name = "unprojected"
+
+    def projection(self, setup, layers):
+        return None
