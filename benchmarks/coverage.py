@@ -3,13 +3,17 @@
     python -m benchmarks.coverage                            # 2,000 trials of each setting
     python -m benchmarks.coverage --trials 200 --json coverage.json
 
-A stream of 4 or 8 tasks, each asked 80 or 600 questions at every stage from its own on. A question is right with the
-probability of its task, between 0.6 and 0.9, and at every stage 8 % of the answers are drawn again, so that nothing
-changes in truth: forgetting and backward transfer are zero. (Of the last task but one hardly an answer changes: too few
-for any interval to miss zero in one of twenty trials.) In `clustered` settings 8 questions share an image and are
-right together with an intra-class correlation of 0.2 (a beta-binomial). `two systems` are as good as each other. `near
-one` asks 80 questions that 99 % of answers get right. `tasks as a sample` draws the true effects of a second system on
-five tasks from N(0, 4 points).
+A stream of 4 or 8 tasks, each asked 80 or 600 questions at every stage. A question is right with the probability of its
+task, between 0.6 and 0.9, and at every stage 8 % of the answers are drawn again, so that nothing changes in truth:
+backward and forward transfer are zero. In `clustered` settings 8 questions share an image and are right together with
+an intra-class correlation of 0.2 (a beta-binomial). `two systems` are as good as each other. `near one` asks 80
+questions that 99 % of answers get right. `tasks as a sample` draws the true effects of a second system on five tasks
+from N(0, 4 points).
+
+A difference is shown with an interval where at least five answers (or images) changed, so the share is of the trials
+that show one; `shown` says how many do. Of the last task but one hardly an answer changes, so that has 250 times as
+many trials of 80 questions. The second table has exact sums for one task: of trials that show an interval, how many
+cover, and of all trials, how many show one that does not.
 """
 
 from __future__ import annotations
@@ -18,23 +22,25 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import gammaln, xlogy
 from tabulate import tabulate
 
 from mslora_cr.evaluation.figures import Column, matrix_intervals
 from mslora_cr.evaluation.intervals import (
+    CHANGED,
     Groups,
     Interval,
     Scores,
-    difference_interval,
     estimate,
     estimate_of,
     independent,
     percentile_interval,
     resampled_sums,
     score_interval,
+    shown_difference,
     t_interval,
     weighted_sum,
 )
@@ -47,9 +53,10 @@ REDRAWN = 0.08
 FLIPS = 1000
 """Fewer than `compare` takes: a rate of rejections needs no small p."""
 LEVEL = 0.05
-
-Found = Mapping[str, list[bool]]
-"""By what is shown, in each trial whether its interval covers the truth, or its test rejects it (`p of …`)."""
+RARE = 250
+"""Times as many trials where few show an interval."""
+EXPECTED = (1, 2, 5, 10, 20)
+"""Changed answers of a task, on average, in the exact table."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -57,42 +64,104 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--trials", type=int, default=2000, metavar="N", help="of each setting (default: 2000)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the shares here")
     args = parser.parse_args(argv)
-    found = {name: shares(trial, args.trials) for name, trial in settings().items()}
-    rows = [[name, what, f"{share:.3f}"] for name, own in found.items() for what, share in own.items()]
+    found = {name: shares(setting, args.trials) for name, setting in settings().items()}
+    rows = [[name, what, *map(_figure, share)] for name, own in found.items() for what, share in own.items()]
     error = (0.95 * 0.05 / args.trials) ** 0.5
-    print(tabulate(rows, headers=["setting", "interval covers, or p < 0.05", "share"], disable_numparse=True))
-    print(f"\n{args.trials} trials; standard error of a share of 0.95: {error:.4f}")
-    result = {"trials": args.trials, "shares": found}
+    print(tabulate(rows, headers=["setting", "interval covers, or p < 0.05", "share", "shown"], disable_numparse=True))
+    print(f"\n{args.trials} trials; standard error of a share of 0.95 that all show: {error:.4f}\n")
+    exact = {
+        f"{questions} questions, {expected} change, {direction}": exact_shares(questions, *changes)
+        for questions in QUESTIONS
+        for expected in EXPECTED
+        for direction, changes in {
+            "both directions alike": (expected / questions / 2, expected / questions / 2),
+            "one direction": (0.0, expected / questions),
+        }.items()
+    }
+    lines = [[name, *map(_figure, share), _figure((1 - share.share) * share.shown)] for name, share in exact.items()]
+    headers = ["a task's change, exactly", "share", "shown", "shown and misses"]
+    print(tabulate(lines, headers=headers, disable_numparse=True))
+    plain = {name: {what: [*share] for what, share in own.items()} for name, own in found.items()}
+    result = {"trials": args.trials, "shares": plain, "exact": {name: [*share] for name, share in exact.items()}}
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
-Trial = Callable[[np.random.Generator], Mapping[str, bool]]
+Trial = Callable[[np.random.Generator], Mapping[str, bool | None]]
+"""Draws one trial and says, by what is shown, whether its interval covers the truth, or its test rejects it (`p of …`);
+None where no interval is shown."""
 
 
-def settings() -> dict[str, Trial]:
-    """Every setting by name: a function that draws one trial and says what it covers or rejects."""
-    found: dict[str, Trial] = {}
+class Setting(NamedTuple):
+    trial: Trial
+    times: int = 1
+
+
+class Share(NamedTuple):
+    """Of the trials that show an interval or a test, the share that cover or reject; and the share that show one."""
+
+    share: float
+    shown: float
+
+
+def settings() -> dict[str, Setting]:
+    """Every setting by name."""
+    found: dict[str, Setting] = {}
     for tasks in TASKS:
         for questions in QUESTIONS:
-            place = f"{tasks} tasks × {questions}"
-            found[place] = _stream(tasks, questions, independent(questions))
-            found[f"{place}, clustered"] = _stream(tasks, questions, np.arange(questions) // CLUSTER)
+            for more, groups in _groups(questions).items():
+                place = f"{tasks} tasks × {questions}{more}"
+                found[place] = Setting(_stream(tasks, questions, groups))
+                found[f"{place}, last"] = Setting(_last_change(tasks, groups), RARE if questions < 100 else 1)
     for questions in QUESTIONS:
-        found[f"two systems, {questions}"] = _two_systems(questions, independent(questions))
-        found[f"two systems, {questions}, clustered"] = _two_systems(questions, np.arange(questions) // CLUSTER)
-    return found | {"near one": _near_one, "tasks as a sample": _tasks_as_a_sample, "six runs": _runs}
+        for more, groups in _groups(questions).items():
+            found[f"two systems, {questions}{more}"] = Setting(_two_systems(questions, groups))
+    others = {"near one": _near_one, "tasks as a sample": _tasks_as_a_sample, "six runs": _runs}
+    return found | {name: Setting(trial) for name, trial in others.items()}
 
 
-def shares(trial: Trial, trials: int) -> dict[str, float]:
-    found = [trial(np.random.default_rng([7, number])) for number in range(trials)]
-    return {what: float(np.mean([row[what] for row in found])) for what in found[0]}
+def _groups(questions: int) -> dict[str, Groups]:
+    return {"": independent(questions), ", clustered": np.arange(questions) // CLUSTER}
 
 
-def _covers(ends: Interval | None, truth: float) -> bool:
-    assert ends is not None
-    return ends[0] - 1e-9 <= truth <= ends[1] + 1e-9
+def shares(setting: Setting, trials: int) -> dict[str, Share]:
+    found: dict[str, list[bool | None]] = {}
+    for number in range(trials * setting.times):
+        for what, outcome in setting.trial(np.random.default_rng([7, number])).items():
+            found.setdefault(what, []).append(outcome)
+    shown = {what: [outcome for outcome in outcomes if outcome is not None] for what, outcomes in found.items()}
+    return {
+        what: Share(float(np.mean(known)) if known else float("nan"), len(known) / len(found[what]))
+        for what, known in shown.items()
+    }
+
+
+def exact_shares(questions: int, gained: float, lost: float) -> Share:
+    """How often a task's change has an interval, and how often that covers, where each question is gained or lost with
+    these probabilities: the sum over all that can happen."""
+    expected = questions * (gained + lost)
+    most = min(questions, int(expected + 8 * expected**0.5 + 12))  # more happen less than once in 10 ** 9
+    covered = shown = 0.0
+    for plus in range(most + 1 if gained else 1):
+        for minus in range(most - plus + 1 if lost else 1):
+            rest = questions - plus - minus
+            ways = gammaln(questions + 1) - gammaln([plus + 1, minus + 1, rest + 1]).sum()
+            chance = np.exp(ways + xlogy([plus, minus, rest], [gained, lost, 1 - gained - lost]).sum())
+            values = np.repeat([1.0, -1.0, 0.0], [plus, minus, rest])
+            ends = shown_difference(estimate(values, independent(questions)), True)
+            if ends is not None:
+                shown += chance
+                covered += chance * bool(_covers(ends, 100 * (gained - lost)))
+    return Share(float(covered / shown), float(shown))
+
+
+def _figure(share: float) -> str:
+    return f"{share:.3f}"
+
+
+def _covers(ends: Interval | None, truth: float) -> bool | None:
+    return None if ends is None else ends[0] - 1e-9 <= truth <= ends[1] + 1e-9
 
 
 def answers(generator: np.random.Generator, groups: Groups, share: float) -> Scores:
@@ -108,46 +177,69 @@ def answers(generator: np.random.Generator, groups: Groups, share: float) -> Sco
 def _stream(tasks: int, questions: int, groups: Groups) -> Trial:
     names = tuple(f"task {number}" for number in range(tasks))
 
-    def trial(generator: np.random.Generator) -> Mapping[str, bool]:
-        shares = dict(zip(names, np.linspace(0.6, 0.9, tasks), strict=True))
+    def trial(generator: np.random.Generator) -> Mapping[str, bool | None]:
+        shares = dict(zip(names, _shares_right(tasks), strict=True))
         columns: dict[tuple[str, int], Column] = {}
-        for number, task in enumerate(names, 1):
+        for task in names:
             scores = answers(generator, groups, shares[task])
-            for stage in range(number, tasks + 1):
-                redrawn = generator.random(questions) < REDRAWN
-                scores = np.where(redrawn, answers(generator, groups, shares[task]), scores)
+            for stage in range(tasks + 1):
                 columns[task, stage] = Column(scores, groups)
+                scores = _redrawn(generator, groups, shares[task], scores)
         matrix = TaskStageMatrix(names, names, {cell: 100 * column.scores.mean() for cell, column in columns.items()})
         found = matrix_intervals(matrix, columns, {cell: str(cell) for cell in columns})
         truth = TaskStageMatrix(names, names, {cell: 100 * shares[cell[0]] for cell in columns})
         expected = truth.summary()
-        one = columns[names[-1], tasks]
+        one = columns[names[-1], 0]  # drawn once: what is drawn again has less in common with its image
         return {
             "a task's score": _covers(score_interval([estimate(*one)]), shares[names[-1]]),
-            **{figure: _covers(ends, float(expected[figure] or 0)) for figure, ends in found.figures.items()},
-            "a task's change": _covers(found.transfer[names[0]], 0),
-            "change of the last task but one": _covers(found.transfer[names[-2]], 0),
+            **{figure: _covers(own.ends, float(expected[figure] or 0)) for figure, own in found.figures.items()},
+            "a task's change": _covers(found.transfer[names[0]].ends, 0),
             "average of stage 2": _covers(found.stages[2], truth.stage_average(2)),
         }
 
     return trial
 
 
+def _last_change(tasks: int, groups: Groups) -> Trial:
+    """The change of the last task but one, of which only one stage draws answers again."""
+    share = _shares_right(tasks)[-2]
+
+    def trial(generator: np.random.Generator) -> Mapping[str, bool | None]:
+        before = answers(generator, groups, share)
+        change = _redrawn(generator, groups, share, before) - before
+        few = np.count_nonzero(change) < CHANGED  # needs no estimate
+        ends = None if few else shown_difference(estimate(change, groups), True)
+        return {"change of the last task but one": _covers(ends, 0)}
+
+    return trial
+
+
+def _shares_right(tasks: int) -> list[float]:
+    return [float(share) for share in np.linspace(0.6, 0.9, tasks)]
+
+
+def _redrawn(generator: np.random.Generator, groups: Groups, share: float, scores: Scores) -> Scores:
+    return np.where(generator.random(len(scores)) < REDRAWN, answers(generator, groups, share), scores)
+
+
 def _two_systems(questions: int, groups: Groups) -> Trial:
     """Two systems that are as good as each other, on one task and on four; and scores between 0 and 1, as F1."""
 
-    def trial(generator: np.random.Generator) -> Mapping[str, bool]:
+    def trial(generator: np.random.Generator) -> Mapping[str, bool | None]:
         one = answers(generator, groups, 0.75) - answers(generator, groups, 0.75)
         tasks = [answers(generator, groups, 0.75) - answers(generator, groups, 0.75) for _ in range(4)]
         flipped = [flipped_means(task, groups, FLIPS, number) for number, task in enumerate(tasks)]
         parts = [estimate(task, groups) for task in tasks]
         overall = weighted_sum(parts, [0.25] * 4)
-        parts_of_words = np.where(answers(generator, groups, 0.4) == 1, 1.0, generator.beta(1, 3, size=questions))
+        parts_of_words, others = (
+            np.where(answers(generator, groups, 0.4) == 1, 1.0, generator.beta(1, 3, size=questions)) for _ in range(2)
+        )
         clusters, mean = int(groups.max()) + 1, 0.4 + 0.6 * 0.25
         ratio = resampled_sums(np.column_stack([parts_of_words, np.ones(questions)]), groups)
         return {
-            "difference": _covers(difference_interval(estimate(one, groups), True), 0),
-            "difference over four tasks": _covers(difference_interval(overall, True), 0),
+            "difference": _covers(shown_difference(estimate(one, groups), True), 0),
+            "difference over four tasks": _covers(shown_difference(overall, True), 0),
+            "difference of F1": _covers(shown_difference(estimate(parts_of_words - others, groups), False), 0),
             "mean F1": _covers(score_interval([estimate(parts_of_words, groups)]), mean),
             "bootstrap, as of BLEU": _covers(percentile_interval(ratio[:, 0] / ratio[:, 1], clusters), mean),
             "p of the difference": p_value(float(one.mean()), flipped_means(one, groups, FLIPS)) < LEVEL,
@@ -157,7 +249,7 @@ def _two_systems(questions: int, groups: Groups) -> Trial:
     return trial
 
 
-def _near_one(generator: np.random.Generator) -> Mapping[str, bool]:
+def _near_one(generator: np.random.Generator) -> Mapping[str, bool | None]:
     groups = independent(80)
     shares = (0.99, 0.99, 0.97, 0.99)
     tasks = [estimate((generator.random(80) < share).astype(np.float64), groups) for share in shares]
@@ -167,7 +259,7 @@ def _near_one(generator: np.random.Generator) -> Mapping[str, bool]:
     }
 
 
-def _tasks_as_a_sample(generator: np.random.Generator) -> Mapping[str, bool]:
+def _tasks_as_a_sample(generator: np.random.Generator) -> Mapping[str, bool | None]:
     groups, tasks = independent(600), []
     for effect in generator.normal(0, 0.04, size=5):
         first, second = answers(generator, groups, 0.75), answers(generator, groups, min(0.75 + effect, 1.0))
@@ -181,7 +273,7 @@ def _tasks_as_a_sample(generator: np.random.Generator) -> Mapping[str, bool]:
     }
 
 
-def _runs(generator: np.random.Generator) -> Mapping[str, bool]:
+def _runs(generator: np.random.Generator) -> Mapping[str, bool | None]:
     """Paired differences of two methods over two orders × three seeds, none in truth."""
     differences = generator.normal(0, 3, size=6).tolist()
     return {

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,10 +12,12 @@ from mslora_cr.banks.io import load_bank
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.evaluation import analyze as module
-from mslora_cr.evaluation.analyze import _change
+from mslora_cr.evaluation.analyze import _change, _dropped
+from mslora_cr.evaluation.intervals import independent
 from mslora_cr.evaluation.metrics import score_answers
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.score import read_answers
+from mslora_cr.reporting.heatmaps import contribution_map
 from tests.conftest import once, write_config
 from tests.evaluation.report_run import Page, make_run
 from tests.test_evaluate import QUESTIONS, TASKS
@@ -48,9 +51,21 @@ def test_every_bank_is_left_out_of_every_task_that_it_answers(analyzed: Path, tr
     assert [answer.text for answer in asked[20:24]] == [answer.text for answer in whole]
     for row in found["rows"]:
         assert row["contribution"] == pytest.approx(row["with_all"] - row["without"])
-        assert row["interval"][0] <= row["contribution"] + 1e-9 and row["contribution"] <= row["interval"][1] + 1e-9
+        assert row["interval"] is None and 0 <= row["changed"] <= 4  # as few as that are counted
     scores = [float(row.hit) for row in score_answers(asked[24:28]).rows]
     assert found["rows"][3]["without"] == pytest.approx(100 * sum(scores) / 4)
+
+
+def test_what_a_bank_adds_has_an_interval_where_enough_answers_changed() -> None:
+    task = load_config(Path("configs/demo.yaml")).stream[0]
+    with_all, without = np.ones(20), np.ones(20)
+    for lost in (4, 5):
+        without[:lost] = 0
+        [row] = _dropped(["a", "b"], [(task, (0, 1)), (task, (0,))], [with_all, without], {task.name: independent(20)})
+        assert (row.dropped, row.contribution, row.changed) == ("b", 5 * lost, lost)
+        assert row.interval is None if lost < 5 else row.interval is not None and 0 < row.interval[0] < 25
+        [cell] = [cell for cells in contribution_map([row]).rows.values() for cell in cells]
+        assert (cell.ends, cell.changed) == (row.interval, f"{lost} of 20 changed")
 
 
 def test_geometry_of_the_banks(analyzed: Path, trained_config: Path) -> None:

@@ -98,13 +98,25 @@ def test_intervals_cover_and_tests_reject_as_often_as_they_say() -> None:
         "near one",
         "tasks as a sample",
     ):
-        for what, share in coverage.shares(settings[name], 100).items():
+        for what, (share, shown) in coverage.shares(settings[name], 100).items():
+            assert shown > (0.6 if "change" in what or "transfer" in what else 0.99), (name, what)
             if what.startswith("p of these tasks"):
                 assert share > 0.15  # it answers another question
             elif what.startswith("p "):
                 assert share <= 0.12, (name, what)
             else:
                 assert share >= 0.88, (name, what)
+
+
+def test_the_last_changes_that_are_shown_are_covered_as_often_as_they_say() -> None:
+    """With four changed answers instead of five, 600 questions would come out at 0.90."""
+    for questions in coverage.QUESTIONS:
+        for expected in (1.6, 5, 20):  # of 80 questions to the last task but one 1.6 to 2 change
+            share, _ = coverage.exact_shares(questions, expected / questions / 2, expected / questions / 2)
+            assert 0.93 < share < 0.97, (questions, expected)
+    setting = coverage.settings()["8 tasks × 80, last"]
+    [(share, shown)] = coverage.shares(setting, 8).values()
+    assert shown < 0.1 and share > 0.8, "of some forty intervals"
 
 
 def test_the_contrastive_gradient_vanishes_at_high_ranks() -> None:

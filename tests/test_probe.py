@@ -10,9 +10,9 @@ import mslora_cr
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import ConfigError
-from mslora_cr.evaluation.intervals import difference_interval, estimate, percent
+from mslora_cr.evaluation.intervals import estimate, shown_difference
 from mslora_cr.evaluation.probe import _cells, _losses, check_held_out, evaluate_probe
-from mslora_cr.evaluation.probe_result import MEASURED, Probe
+from mslora_cr.evaluation.probe_result import MEASURED, Probe, probe_table
 from mslora_cr.evaluation.results import Cell
 from mslora_cr.evaluation.score import read_scores, score_file
 from mslora_cr.reporting.report import write_report
@@ -42,8 +42,9 @@ def test_a_held_out_data_set_is_answered_at_every_stage_and_set_against_the_base
         lost = (before - after)[known]
         assert loss.loss == pytest.approx(100 * lost.mean()) == loss.base - loss.score
         if loss.metric == "exact match score":
-            wanted = percent(difference_interval(estimate(lost, tables[0].groups[known]), binary=True))
-            assert loss.interval == pytest.approx(wanted)
+            wanted = shown_difference(estimate(lost, tables[0].groups[known]), binary=True)
+            assert loss.interval == (wanted and pytest.approx(wanted))
+            assert (loss.changed, loss.questions) == (np.count_nonzero(lost), len(lost))
     assert {(loss.stage, loss.metric) for loss in found.losses} == {
         (stage, name) for stage in (1, 2, 3) for name in MEASURED
     }
@@ -67,9 +68,9 @@ def test_a_held_out_data_set_is_answered_at_every_stage_and_set_against_the_base
 
 
 def test_a_loss_is_what_the_base_has_more_and_so_is_its_interval(tmp_path: Path) -> None:
-    """Of 20 closed questions the base has 18 right, the stage 8 of these."""
+    """Of 20 closed questions the base has 18 right, the first stage 8 of these, the second 16."""
     cells = []
-    for stage, right in ((0, 18), (1, 8)):
+    for stage, right in ((0, 18), (1, 8), (2, 16)):
         rows = [{"question_id": n, "prompt": "?", "text": "yes" if n < right else "no", "gt": "yes"} for n in range(20)]
         answers = tmp_path / f"stage-{stage}" / "answer-file.jsonl"
         answers.parent.mkdir()
@@ -78,10 +79,16 @@ def test_a_loss_is_what_the_base_has_more_and_so_is_its_interval(tmp_path: Path)
         known = {"questions": "", "rows": 20, "fingerprint": "", "seconds": 1.0, "intervals": {}}
         place = str(answers.relative_to(tmp_path))
         cells.append(Cell(task="held", stage=stage, banks=(), answers=place, metrics=scores.metrics, **known))
-    found = {loss.metric: loss for loss in _losses(tmp_path, tuple(cells))}
+    found = {loss.metric: loss for loss in _losses(tmp_path, tuple(cells[:2]))}
     loss = found["close accuracy"]
     assert (loss.base, loss.score, loss.loss) == (90, 40, 50)
     assert 20 < loss.interval[0] < 50 < loss.interval[1] < 75 and loss.interval == found["exact match score"].interval
+    few = _losses(tmp_path, (cells[0], cells[2]))
+    assert {(loss.loss, loss.interval, loss.changed, loss.questions) for loss in few} == {(10, None, 2, 20)}
+    probe = Probe(
+        run="a", method="each", banks_by="prefix", dataset="held", cells=(cells[0],), losses=tuple(few), environment={}
+    )
+    assert "+10.0 (2 of 20 changed)" in probe_table(probe)
     same = cells[1].model_copy(update={"answers": cells[0].answers, "metrics": cells[0].metrics})
     assert {loss.interval for loss in _losses(tmp_path, (cells[0], same))} == {(0.0, 0.0)}  # the same answers
 

@@ -30,7 +30,7 @@ from mslora_cr.evaluation.files import (
     UpdateCosines,
 )
 from mslora_cr.evaluation.generate import answer_once
-from mslora_cr.evaluation.intervals import Groups, difference_interval, estimate, percent
+from mslora_cr.evaluation.intervals import Groups, estimate, shown_difference
 from mslora_cr.evaluation.metrics import RowScore, score_answers
 from mslora_cr.evaluation.results import Cell, Evaluation, read_evaluation
 from mslora_cr.evaluation.score import group_numbers, question_places, read_answers
@@ -179,6 +179,7 @@ def _dropped(
             continue
         [dropped] = set(whole[task.name][0]) - set(banks)
         difference = whole[task.name][1] - own
+        total = estimate(difference, groups[task.name])
         rows.append(
             Dropped(
                 task=task.name,
@@ -186,10 +187,9 @@ def _dropped(
                 questions=len(own),
                 with_all=100 * float(whole[task.name][1].mean()),
                 without=100 * float(own.mean()),
-                contribution=100 * float(difference.mean()),
-                interval=percent(
-                    difference_interval(estimate(difference, groups[task.name]), is_binary(np.abs(difference)))
-                ),
+                contribution=100 * total.mean,
+                interval=shown_difference(total, is_binary(np.abs(difference))),
+                changed=total.changed,
             )
         )
     return rows

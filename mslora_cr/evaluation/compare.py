@@ -16,11 +16,12 @@ from mslora_cr.evaluation.figures import Column, coarsest, is_binary
 from mslora_cr.evaluation.files import BetweenTasks, ComparedRun, Comparison, PairedTest
 from mslora_cr.evaluation.intervals import (
     Estimate,
-    difference_interval,
+    counted,
     estimate,
     estimate_of,
     percent,
     score_interval,
+    shown_difference,
     span,
     t_interval,
     weighted_sum,
@@ -159,7 +160,8 @@ def _test(
         score=100 * sums[1].mean,
         score_interval=percent(score_interval(after, weights)),
         difference=100 * (sums[1].mean - sums[0].mean),
-        interval=percent(difference_interval(sums[2], binary)),
+        interval=shown_difference(sums[2], binary),
+        changed=sums[2].changed,
         p=p_value(sums[2].mean, flipped),
         banks=banks,
     )
@@ -212,7 +214,8 @@ def render_comparison(comparison: Comparison) -> str:
     banks_by = comparison.runs[baseline].banks_by
     parts.append(
         f"Against {baseline}{f' (banks by {banks_by})' if banks_by else ''}, {where}; in brackets "
-        f"{100 * comparison.confidence:g} % intervals. Images: how many (or patients), where the data name them.\n"
+        f"{100 * comparison.confidence:g} % intervals, or how many answers differ where fewer than "
+        f"{intervals.CHANGED} do (or on fewer images). Images: how many (or patients), where the data name them.\n"
         f"p: {comparison.test}, {comparison.flips} flips. Adjusted: {comparison.correction}.\n"
         f"{OVERALL}: other questions of these tasks. as a sample: tasks like these; Student's t between tasks, and how "
         "many were won and lost with the sign test's p."
@@ -226,7 +229,7 @@ def _rows(test: PairedTest, banks_by: str | None) -> list[list[str | float | Non
     scores = [
         _with_interval(test.baseline_score, test.baseline_interval),
         _with_interval(test.score, test.score_interval),
-        _with_interval(test.difference, test.interval, "+"),
+        _with_interval(test.difference, test.interval, "+", counted(test.changed, test.questions, "differ")),
     ]
     name = " ".join(part for part in (banks_by, banks) if part) or None
     rows = [[test.run, test.task, name, test.questions, test.groups, *scores, test.p, test.p_adjusted]]
@@ -237,5 +240,6 @@ def _rows(test: PairedTest, banks_by: str | None) -> list[list[str | float | Non
     return rows
 
 
-def _with_interval(value: float, ends: tuple[float, float] | None, sign: str = "") -> str:
-    return f"{value:{sign}.2f}" + (f" [{span(ends)}]" if ends else "")
+def _with_interval(value: float, ends: tuple[float, float] | None, sign: str = "", instead: str = "") -> str:
+    note = f" [{span(ends)}]" if ends else f" ({instead})" if instead else ""
+    return f"{value:{sign}.2f}{note}"

@@ -1,8 +1,8 @@
-"""Intervals of what is read off a task × stage matrix, from the scores of its questions."""
+"""The uncertainty of what is read off a task × stage matrix, from the scores of its questions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +13,11 @@ from mslora_cr.evaluation.intervals import (
     Groups,
     Interval,
     Scores,
-    difference_interval,
+    counted,
     estimate,
     percent,
     score_interval,
+    shown_difference,
     weighted_sum,
 )
 from mslora_cr.evaluation.matrix import TaskStageMatrix, Weights
@@ -29,22 +30,31 @@ class Column(NamedTuple):
     groups: Groups
 
 
-class MatrixIntervals(NamedTuple):
-    """Intervals of what is read off a task × stage matrix, in percent or points: its figures by name, each task's
-    backward transfer, and the average over the tasks learned by each stage. Forgetting has none."""
+class Uncertainty(NamedTuple):
+    """The ends of a number's interval, in percent or points; where too few questions changed for one, None, and how
+    many of how many did."""
 
-    figures: dict[str, Interval]
-    transfer: dict[str, Interval]
+    ends: Interval | None
+    changed: str = ""
+
+
+class MatrixIntervals(NamedTuple):
+    """The uncertainty of what is read off a task × stage matrix: its figures by name, each task's backward transfer,
+    and the average over the tasks learned by each stage. Forgetting has none."""
+
+    figures: dict[str, Uncertainty]
+    transfer: dict[str, Uncertainty]
     stages: dict[int, Interval]
 
 
 def matrix_intervals(
     matrix: TaskStageMatrix, columns: Mapping[tuple[str, int], Column], answers: Mapping[tuple[str, int], str]
 ) -> MatrixIntervals:
-    """The intervals of every figure whose cells are all there.
+    """The uncertainty of every figure whose cells are all there.
 
     Scores of a task at several stages are paired by question, so that a difference of stages is as uncertain as the
-    questions that changed, and no more. The tasks stay as they are: intervals are over other questions, not tasks.
+    questions that changed, and no more. The tasks stay as they are: intervals are over other questions, not tasks. A
+    difference has one where at least `intervals.CHANGED` questions changed, or images where several are about one.
 
     Args:
         columns: by task and stage. answers: by task and stage, the name of the file that holds the answers. Where one
@@ -57,31 +67,45 @@ def matrix_intervals(
     stages = [stage for stage, _ in matrix.stage_averages()]
     return MatrixIntervals(
         figures={
-            figure: _interval(weights, columns, answers)
+            figure: _uncertainty(weights, columns, answers)
             for figure, weights in matrix.linear().items()
             if figure in known
         },
-        transfer={task: _interval(matrix.backward_weights([task]), columns, answers) for task in matrix.transfer()},
-        stages={stage: _interval(matrix.stage_weights(stage), columns, answers) for stage in stages},
+        transfer={task: _uncertainty(matrix.backward_weights([task]), columns, answers) for task in matrix.transfer()},
+        stages={stage: _average(*_parts(matrix.stage_weights(stage), columns)) for stage in stages},
     )
 
 
-def _interval(
+def _uncertainty(
     weights: Weights, columns: Mapping[tuple[str, int], Column], answers: Mapping[tuple[str, int], str]
-) -> Interval:
-    tasks = {task: [cell for cell in weights if cell[0] == task] for task, _ in weights}
+) -> Uncertainty:
     difference = min(weights.values(), default=-1.0) < 0
-    if difference and all(len({answers[cell] for cell in cells}) == 1 for cells in tasks.values()):
-        return 0.0, 0.0
+    if difference and all(len({answers[cell] for cell in cells}) == 1 for cells in _by_task(weights).values()):
+        return Uncertainty((0.0, 0.0))
+    parts, shares = _parts(weights, columns)
+    if not difference:
+        return Uncertainty(_average(parts, shares))
+    total = weighted_sum(parts, shares)
+    binary = all(is_binary(columns[cell].scores) for cell in weights)
+    return Uncertainty(shown_difference(total, binary), counted(total.changed, total.questions))
+
+
+def _average(parts: Sequence[Estimate], shares: Sequence[float]) -> Interval:
+    return percent(score_interval(parts, shares))
+
+
+def _by_task(weights: Weights) -> dict[str, list[tuple[str, int]]]:
+    return {task: [cell for cell in weights if cell[0] == task] for task, _ in weights}
+
+
+def _parts(weights: Weights, columns: Mapping[tuple[str, int], Column]) -> tuple[list[Estimate], list[float]]:
+    """By task, the weighted sum of its cells, and its share in the figure."""
     parts, shares = [], []
-    for cells in tasks.values():
+    for cells in _by_task(weights).values():
         share = sum(max(weights[cell], 0.0) for cell in cells)
         parts.append(_part({cell: weights[cell] / share for cell in cells}, columns))
         shares.append(share)
-    if not difference:
-        return percent(score_interval(parts, shares))
-    binary = all(is_binary(columns[cell].scores) for cell in weights)
-    return percent(difference_interval(weighted_sum(parts, shares), binary))
+    return parts, shares
 
 
 def _part(weights: Weights, columns: Mapping[tuple[str, int], Column]) -> Estimate:

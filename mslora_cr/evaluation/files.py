@@ -109,7 +109,11 @@ class EffectiveRank(Part):
 
 
 class Dropped(Part):
-    """A task's score with all its banks and without one, in percent, and the interval of the difference."""
+    """A task's score with all its banks and without one, in percent, and the interval of the difference.
+
+    `changed` questions have another score without the bank; where too few have, there is no interval. Version 0.1.0
+    counted none.
+    """
 
     task: str
     dropped: str
@@ -117,7 +121,8 @@ class Dropped(Part):
     with_all: float
     without: float
     contribution: float
-    interval: Interval
+    interval: Interval | None
+    changed: int | None = None
 
 
 class Contribution(Part):
@@ -173,7 +178,7 @@ class ComparedRun(Part):
 
 class BetweenTasks(Part):
     """What the tasks say of tasks like them: Student's t of their differences in points, and the sign test of how many
-    were won and lost. `interval` and `p` are None of one task alone."""
+    were won and lost. `interval` and `p` are None of one task alone, the interval also of differences all equal."""
 
     tasks: int
     interval: Interval | None
@@ -188,8 +193,10 @@ class PairedTest(Part):
     """A run against the baseline, on one task or in the mean over tasks: scores in percent, differences in points.
 
     Attributes:
-        groups: how many of the questions are independent. banks: by run, those that answered; None over all tasks.
-        p_adjusted: Holm's. between_tasks: over all tasks alone. Version 0.1.0 noted neither groups nor the last.
+        groups: how many of the questions are independent. changed: of how many the runs' scores differ; where too few
+            do, the difference has no interval. banks: by run, those that answered; None over all tasks.
+        p_adjusted: Holm's. between_tasks: over all tasks alone. Version 0.1.0 noted neither groups, changed nor the
+            last.
     """
 
     run: str
@@ -201,7 +208,8 @@ class PairedTest(Part):
     score: float
     score_interval: Interval
     difference: float
-    interval: Interval
+    interval: Interval | None
+    changed: int | None = None
     p: float
     banks: dict[str, str | None] | None
     between_tasks: BetweenTasks | None = None

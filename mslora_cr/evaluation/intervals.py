@@ -24,6 +24,10 @@ SEED = 0
 BLOCK = 50
 NONE = 1e-12
 """Less than any score, or square of one, that is not zero."""
+CHANGED = 5
+"""The least number of questions (or images) that must have changed for an interval of their difference. Of fewer, no
+test of two sides can reject at 5 %: four that all change in one direction do so by chance in one of eight cases, five
+in one of sixteen."""
 
 Scores = NDArray[np.float64]
 Groups = NDArray[np.int64]
@@ -36,6 +40,8 @@ class Estimate(NamedTuple):
     Attributes:
         square: the mean of the squared values. variance: of the mean. freedom: degrees of freedom of the variance.
         groups: clusters. questions: in all of them.
+        changed: questions whose value is not zero. moved: clusters whose sum is not. Both count where the values are
+            differences.
     """
 
     mean: float
@@ -44,6 +50,8 @@ class Estimate(NamedTuple):
     freedom: float
     groups: int
     questions: int
+    changed: int = 0
+    moved: int = 0
 
 
 def independent(questions: int) -> Groups:
@@ -63,13 +71,15 @@ def estimate(values: Scores, groups: Groups) -> Estimate:
     """
     count, mean, square = len(values), float(values.mean()), float(np.square(values).mean())
     present = int(np.count_nonzero(np.bincount(groups)))
+    changed = int(np.count_nonzero(np.abs(values) > NONE))
+    moved = int(np.count_nonzero(np.abs(np.bincount(groups, values)) > NONE))
     if present == 1:  # nothing is known of how clusters differ: as far as they can
-        return Estimate(mean, square, 1.0, 1.0, 1, count)
+        return Estimate(mean, square, 1.0, 1.0, 1, count, changed, moved)
     errors = values - mean
     variance = present / (present - 1) * np.square(np.bincount(groups, errors)).sum() / count**2
     if variance < NONE:
         variance = np.square(errors).sum() / (count * (count - 1))
-    return Estimate(mean, square, float(variance), present - 1.0, present, count)
+    return Estimate(mean, square, float(variance), present - 1.0, present, count, changed, moved)
 
 
 def weighted_sum(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
@@ -87,6 +97,8 @@ def weighted_sum(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimat
         freedom=total**2 / spread if spread else sum(part.freedom for part in parts),
         groups=sum(part.groups for part in parts),
         questions=sum(part.questions for part in parts),
+        changed=sum(part.changed for part in parts),
+        moved=sum(part.moved for part in parts),
     )
 
 
@@ -133,6 +145,11 @@ def difference_interval(total: Estimate, binary: bool) -> Interval:
     return _tango(gained, lost, number, quantile), -_tango(lost, gained, number, quantile)
 
 
+def shown_difference(total: Estimate, binary: bool) -> Interval | None:
+    """`difference_interval` in points, or None where fewer than `CHANGED` questions (or images) changed."""
+    return percent(difference_interval(total, binary)) if total.moved >= CHANGED else None
+
+
 def _tango(gained: float, lost: float, number: float, quantile: float) -> float:
     """The lower end of Tango's interval: the difference d from which the one seen is `quantile` standard errors away,
     at the likeliest shares of questions gained and lost that differ by d.
@@ -152,8 +169,9 @@ def _tango(gained: float, lost: float, number: float, quantile: float) -> float:
 
 
 def t_interval(values: Sequence[float]) -> Interval | None:
-    """Student's t interval of a mean of independent values, such as differences of tasks; None of fewer than two."""
-    return mean_interval(estimate_of(values)) if len(values) > 1 else None
+    """Student's t interval of a mean of independent values, such as differences of tasks; None of fewer than two, and
+    of values that are all equal, since nothing is seen of how they spread."""
+    return mean_interval(estimate_of(values)) if len(set(values)) > 1 else None
 
 
 def estimate_of(values: Sequence[float]) -> Estimate:
@@ -220,6 +238,11 @@ def _careful(part: Estimate) -> Estimate:
 
 def _quantile(freedom: float) -> float:
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
+
+
+def counted(changed: int | None, questions: int | None, verb: str = "changed") -> str:
+    """What stands in an interval's place where too few answers changed; empty where an earlier version counted none."""
+    return "" if changed is None else f"{changed} of {questions} {verb}"
 
 
 def percent(ends: Interval) -> Interval:

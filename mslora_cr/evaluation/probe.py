@@ -12,7 +12,7 @@ from mslora_cr.distributed.comm import barrier, rank
 from mslora_cr.evaluation.cells import PlannedCell
 from mslora_cr.evaluation.evaluate import answer_cell
 from mslora_cr.evaluation.figures import Column, is_binary
-from mslora_cr.evaluation.intervals import difference_interval, estimate, percent
+from mslora_cr.evaluation.intervals import estimate, shown_difference
 from mslora_cr.evaluation.metrics import Scores
 from mslora_cr.evaluation.probe_result import MEASURED, PROBE, Loss, Probe
 from mslora_cr.evaluation.results import Cell, column_of
@@ -116,7 +116,7 @@ def _losses(root: Path, cells: tuple[Cell, ...]) -> list[Loss]:
         for metric in [metric for metric in MEASURED if metric in cell.metrics]:
             lost = before[metric].scores - after[metric].scores
             binary = is_binary(before[metric].scores) and is_binary(after[metric].scores)
-            ends = percent(difference_interval(estimate(lost, before[metric].groups), binary))
+            total = estimate(lost, before[metric].groups)
             scores = base.metrics[metric], cell.metrics[metric]
             losses.append(
                 Loss(
@@ -125,7 +125,9 @@ def _losses(root: Path, cells: tuple[Cell, ...]) -> list[Loss]:
                     base=scores[0],
                     score=scores[1],
                     loss=scores[0] - scores[1],
-                    interval=(0.0, 0.0) if cell.answers == base.answers else ends,
+                    interval=(0.0, 0.0) if cell.answers == base.answers else shown_difference(total, binary),
+                    changed=total.changed,
+                    questions=total.questions,
                 )
             )
     return losses

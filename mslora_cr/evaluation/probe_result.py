@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from tabulate import tabulate
 
-from mslora_cr.evaluation.intervals import Interval, span
+from mslora_cr.evaluation.intervals import Interval, counted, span
 from mslora_cr.evaluation.results import Cell
 from mslora_cr.utils.state import Part, StateFile
 
@@ -19,14 +19,17 @@ MEASURED = {"close accuracy": "closed", "f1 score": "F1, open", "exact match sco
 
 class Loss(Part):
     """What a metric lost against the base: both scores in percent, the loss in points, positive where the base is
-    better, and its interval, paired by question."""
+    better, and its interval, paired by question: None where too few of the `questions` have another score
+    (`changed`; version 0.1.0 counted neither)."""
 
     stage: int
     metric: str
     base: float
     score: float
     loss: float
-    interval: Interval
+    interval: Interval | None
+    changed: int | None = None
+    questions: int | None = None
 
 
 class Probe(StateFile):
@@ -59,15 +62,13 @@ def read_probes(results_dir: Path) -> list[Probe]:
 def probe_table(probe: Probe) -> str:
     """The losses as a console shows them."""
     rows = [
-        [
-            row.stage,
-            MEASURED[row.metric],
-            f"{row.base:.1f}",
-            f"{row.score:.1f}",
-            f"{row.loss:+.1f} [{span(row.interval)}]",
-        ]
-        for row in probe.losses
+        [row.stage, MEASURED[row.metric], f"{row.base:.1f}", f"{row.score:.1f}", _lost(row)] for row in probe.losses
     ]
     title = f"{probe.dataset}, which no task trains, {probe.cells[0].rows} questions"
     headers = ["stage", "score", "base", "at the stage", "lost"]
     return f"{title}\n{tabulate(rows, headers, disable_numparse=True)}" if rows else f"{title}: the base alone answers"
+
+
+def _lost(row: Loss) -> str:
+    ends = f"[{span(row.interval)}]" if row.interval else f"({counted(row.changed, row.questions)})"
+    return f"{row.loss:+.1f} {ends}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mslora_cr.evaluation.intervals import CONFIDENCE
+from mslora_cr.evaluation.intervals import CHANGED, CONFIDENCE
 from mslora_cr.evaluation.results import Evaluation, ReportError, required_evaluation
 from mslora_cr.reporting.capacity import answering_rank
 from mslora_cr.reporting.cost import cost_of
@@ -60,6 +60,7 @@ def write_comparison(runs: Sequence[tuple[str, Path | None, Path]], output: Path
         "runs": compared,
         "metrics": [_by_metric(key, evaluations, folders, colors) for key in keys],
         "confidence": CONFIDENCE,
+        "changed": CHANGED,
         "now": datetime.now(UTC),
     }
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mslora_cr.banks.similarity import Similarity
+from mslora_cr.evaluation.figures import Uncertainty
 from mslora_cr.evaluation.files import Dropped, EffectiveRank, StageRouting
+from mslora_cr.evaluation.intervals import counted
 from mslora_cr.evaluation.results import Evaluation
 from mslora_cr.reporting.answers import TaskAnswers, confusions
 
@@ -14,12 +16,13 @@ from mslora_cr.reporting.answers import TaskAnswers, confusions
 @dataclass(frozen=True)
 class HeatCell:
     """What a cell says, in small letters too, how strongly it is tinted, in [0, 1] (None leaves it blank), and the
-    ends of its number's interval."""
+    ends of its number's interval, or how many answers changed, where that is shown in their place."""
 
     text: str = ""
     note: str = ""
     tint: float | None = None
     ends: tuple[float, float] | None = None
+    changed: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,11 @@ class HeatMap:
     last: Sequence[HeatCell] = ()
 
 
-def matrix_map(
-    title: str, metric: str, evaluation: Evaluation, transfer: Mapping[str, tuple[float, float]]
-) -> HeatMap | None:
+def matrix_map(title: str, metric: str, evaluation: Evaluation, transfer: Mapping[str, Uncertainty]) -> HeatMap | None:
     """A metric by task and stage; each cell notes the numbers of the banks that answered, and its interval.
 
     Args:
-        transfer: by task, the interval of its backward transfer.
+        transfer: by task, the uncertainty of its backward transfer.
     """
     matrix = evaluation.matrix(metric)
     if matrix is None:
@@ -59,7 +60,9 @@ def matrix_map(
     }
     points = matrix.transfer()
     last = [
-        HeatCell(f"{round(points[task], 1) + 0:.1f}" if task in points else "–", ends=transfer.get(task))
+        HeatCell(f"{round(points[task], 1) + 0:.1f}", ends=transfer[task].ends, changed=transfer[task].changed)
+        if task in points
+        else HeatCell("–")
         for task in rows
     ]
     return HeatMap(title, [str(stage) for stage in stages], rows, "change", last)
@@ -133,7 +136,8 @@ def contribution_map(rows: Sequence[Dropped]) -> HeatMap:
     tasks: dict[str, dict[str, HeatCell]] = {}
     for row in rows:
         lost = row.contribution
-        cell = HeatCell(f"{round(lost, 1) + 0:+.1f}", "", max(0.0, min(1.0, lost / 100)), row.interval)
+        tint, few = max(0.0, min(1.0, lost / 100)), counted(row.changed, row.questions)
+        cell = HeatCell(f"{round(lost, 1) + 0:+.1f}", "", tint, row.interval, few)
         tasks.setdefault(row.task, {})[row.dropped] = cell
     return HeatMap("", banks, {task: [cells.get(bank, HeatCell()) for bank in banks] for task, cells in tasks.items()})
 

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mslora_cr.evaluation.intervals import span
+from mslora_cr.evaluation.intervals import counted, span
 from mslora_cr.utils.files import replacing
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -33,6 +33,7 @@ def render(template: str, path: Path, context: Mapping[str, Any]) -> None:
     environment.filters |= {
         "number": _number,
         "span": span,
+        "counted": counted,
         "duration": _duration,
         "brief": _brief,
         "count": _count,

@@ -15,7 +15,7 @@ from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.evaluation.compare import compare
 from mslora_cr.evaluation.figures import MatrixIntervals
 from mslora_cr.evaluation.files import ROUTED, Analysis
-from mslora_cr.evaluation.intervals import CONFIDENCE, Interval
+from mslora_cr.evaluation.intervals import CHANGED, CONFIDENCE, Interval
 from mslora_cr.evaluation.matrix import TaskStageMatrix
 from mslora_cr.evaluation.probe_result import MEASURED, read_probes
 from mslora_cr.evaluation.results import Evaluation, ReportError
@@ -114,6 +114,7 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
             "evaluation": evaluation.environment if evaluation else {},
         },
         "confidence": CONFIDENCE,
+        "changed": CHANGED,
         "now": datetime.now(UTC),
     }
 

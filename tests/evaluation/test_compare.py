@@ -52,6 +52,17 @@ def test_a_difference_is_found_where_there_is_one(tmp_path: Path, capsys: pytest
     assert "prefix 1–2" in text and "Holm" in text and "-50.00 [" in text and "90.00 [" in text
 
 
+def test_a_few_answers_that_differ_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_run(tmp_path, "base", tasks=("PCAM", "CXP"), right=lambda task, stage: 14)[1]
+    other = make_run(tmp_path, "other", tasks=("PCAM", "CXP"), right=lambda task, stage: 18)[1]
+    tests = by_task(compared(tmp_path, base, other), "closed accuracy", "other")
+    assert [tests[task]["interval"] for task in ("PCAM", "CXP")] == [None, None]
+    assert [test["changed"] for test in tests.values()] == [4, 4, 8]
+    low, high = tests["overall"]["interval"]  # eight of both tasks are enough
+    assert 0 < low < 20 < high
+    assert "+20.00 (4 of 20 differ)" in capsys.readouterr().out
+
+
 def test_tasks_are_read_as_themselves_and_as_a_sample(tmp_path: Path) -> None:
     tasks = ("pathvqa", "PCAM", "CXP", "HAM")
     base = make_run(tmp_path, "base", tasks=tasks, right=lambda task, stage: 10)[1]

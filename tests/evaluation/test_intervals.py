@@ -10,6 +10,7 @@ from mslora_cr.evaluation.intervals import (
     difference_interval,
     estimate,
     independent,
+    percent,
     percentile_interval,
     resampled_sums,
     score_interval,
@@ -24,9 +25,9 @@ RANDOM = np.random.default_rng(5)
 def test_a_mean_and_its_variance_by_hand() -> None:
     values, groups = np.array([1.0, 1.0, 0.0, 0.0]), np.array([0, 0, 1, 1])
     alone = estimate(values, independent(4))
-    assert alone == (0.5, 0.5, pytest.approx(1 / 12), 3.0, 4, 4)
+    assert alone == (0.5, 0.5, pytest.approx(1 / 12), 3.0, 4, 4, 2, 2)
     # two clusters with sums of errors of 1 and -1: 2/1 · 2/16
-    assert estimate(values, groups) == (0.5, 0.5, pytest.approx(0.25), 1.0, 2, 4)
+    assert estimate(values, groups) == (0.5, 0.5, pytest.approx(0.25), 1.0, 2, 4, 2, 1)
     # clusters that happen to be alike do not make a mean certain
     assert estimate(values, np.array([0, 1, 0, 1])).variance == pytest.approx(1 / 12)
     assert estimate(values, np.zeros(4, dtype=int)).variance == 1.0
@@ -105,7 +106,7 @@ def test_one_changed_image_is_no_proof() -> None:
 
 def test_a_few_values_by_hand() -> None:
     assert t_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
-    assert t_interval([1.0]) is None
+    assert t_interval([1.0]) is None and t_interval([0.0, 0.0, 0.0]) is None
 
 
 def test_resampled_sums_are_of_whole_clusters() -> None:
@@ -129,7 +130,30 @@ def test_files_that_stand_for_several_stages_have_no_difference() -> None:
     column = Column(np.tile([0.0, 1.0], 20), independent(40))
     columns = dict.fromkeys(matrix.scores, column)
     same = matrix_intervals(matrix, columns, {("a", 1): "one", ("a", 2): "one", ("b", 2): "two"})
-    assert same.figures["backward_transfer"] == same.transfer["a"] == (0.0, 0.0)
+    assert same.figures["backward_transfer"] == same.transfer["a"] == ((0.0, 0.0), "")
     again = matrix_intervals(matrix, columns, {("a", 1): "one", ("a", 2): "other", ("b", 2): "two"})
-    low, high = again.figures["backward_transfer"]
-    assert low < -2 and high > 2
+    assert again.figures["backward_transfer"] == again.transfer["a"] == (None, "0 of 40 changed")
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_a_difference_of_too_few_answers_is_counted_instead(images: bool) -> None:
+    """Four answers that all change in one direction do so by chance in one of eight cases: their interval would leave
+    zero out, and there is none. Of two questions about one image that change against each other nothing moves."""
+    matrix = TaskStageMatrix(("a", "b"), ("a", "b"), {("a", 1): 50.0, ("a", 2): 50.0, ("b", 2): 50.0})
+    groups = np.arange(800) // 2 if images else independent(800)
+    files = {cell: str(cell) for cell in matrix.scores}
+    before, step = np.zeros(800), 2 if images else 1
+    for changed in (4, 5):
+        after = before.copy()
+        after[: changed * step] = 1.0
+        columns = {("a", 1): Column(before, groups), ("a", 2): Column(after, groups), ("b", 2): Column(before, groups)}
+        found = matrix_intervals(matrix, columns, files)
+        low, high = percent(difference_interval(estimate(after - before, groups), binary=True))
+        assert low > 0  # were it shown
+        assert found.transfer["a"] == found.figures["backward_transfer"]
+        assert found.transfer["a"].changed == f"{changed * step} of 800 changed"
+        assert found.transfer["a"].ends == (None if changed == 4 else (low, high))
+    columns["a", 1] = Column(np.tile([1.0, 0.0], 400), groups)
+    columns["a", 2] = Column(np.tile([0.0, 1.0], 400), groups)
+    against = matrix_intervals(matrix, columns, files).transfer["a"]
+    assert (against.ends is None) == images and against.changed == "800 of 800 changed"

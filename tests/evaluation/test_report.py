@@ -116,11 +116,29 @@ def test_forgetting_of_a_sequential_run(tmp_path):
     assert "derm 90.0" in page.text and "3 – Average over tasks" in page.text  # nothing came after it
 
 
+def test_where_few_answers_changed_their_number_stands_for_the_interval(tmp_path):
+    def right(task, stage):
+        return 18 if stage == 1 + ("pathvqa", "derm").index(task) else 16
+
+    run_dir, results_dir = make_run(tmp_path, "seq", "sequential", ("pathvqa", "derm"), right=right)
+    path = write_report(run_dir, results_dir)
+    page, markdown = Page(path), path.with_suffix(".md").read_text(encoding="utf-8")
+    assert "Backward transfer -10.0 points 2 of 20 changed; change of earlier tasks" in page.text
+    assert "pathvqa 90.0 1 80.0 2 -10.0 2 of 20 changed derm" in page.text
+    assert "Closed accuracy 2 90.00 85.00 87.50 10.00 -10.00 2 of 20 changed" in page.text
+    assert 'data-changed="2 of 20 changed"' in path.read_text(encoding="utf-8")  # for the table's CSV
+    assert "**Backward transfer: -10.00 points** (2 of 20 changed); forgetting 10.00 points" in markdown
+    assert re.search(r"\| pathvqa \| 90.0 .* \| -10.0 \(2 of 20 changed\) \|", markdown)
+    both = [("a", run_dir, results_dir), ("b", None, results_dir)]
+    page = Page(write_comparison(both, tmp_path / "index.html"))
+    assert page.text.count("pathvqa 90.0 1 80.0 2 -10.0 2 of 20 changed derm") == 2  # closed accuracy of both
+
+
 def test_intervals_of_figures_are_paired_by_question(tmp_path):
-    """Each stage loses the same four answers of a task: the loss is as uncertain as their number, no more."""
+    """Each stage loses five answers of a task: the loss is as uncertain as their number, no more."""
 
     def right(task, stage):
-        return 18 - 4 * (stage - 1 - list(MODALITIES).index(task))
+        return 18 - 5 * (stage - 1 - list(MODALITIES).index(task))
 
     _, results_dir = make_run(tmp_path, "seq", "sequential", ("pathvqa", "slake-vqarad"), right=right)
     evaluation = read_evaluation(results_dir)
@@ -128,15 +146,15 @@ def test_intervals_of_figures_are_paired_by_question(tmp_path):
     found = intervals.figures
     matrix = evaluation.matrix("close accuracy")
     assert set(found) == {name for name, value in matrix.summary().items() if value is not None} - {"forgetting"}
-    # 4 of 20 questions change. Were the stages taken apart, a difference of 90 and 70 % would have 27 points either way.
-    low, high = found["backward_transfer"]
-    assert low < matrix.backward_transfer() == -20 < high
-    lost = np.array([-1.0] * 4 + [0.0] * 16)
+    # 5 of 20 questions change. Were the stages taken apart, a difference of 90 and 65 % would have 27 points either way.
+    low, high = found["backward_transfer"].ends
+    assert low < matrix.backward_transfer() == -25 < high
+    lost = np.array([-1.0] * 5 + [0.0] * 15)
     assert (low, high) == pytest.approx(percent(difference_interval(estimate(lost, independent(20)), binary=True)))
-    assert high - low < 2 * 2.093 * 100 * math.sqrt((0.9 * 0.1 + 0.7 * 0.3) / 19)
-    assert intervals.transfer == {"pathvqa": (low, high)}
+    assert high - low < 2 * 2.093 * 100 * math.sqrt((0.9 * 0.1 + 0.65 * 0.35) / 19)
+    assert intervals.transfer == {"pathvqa": ((low, high), "5 of 20 changed")}
     assert list(intervals.stages) == [1, 2]
-    assert intervals.stages[2] == found["final_average"]
+    assert intervals.stages[2] == found["final_average"].ends
 
 
 def test_scores_of_other_questions_at_another_stage_are_named(tmp_path):

@@ -17,16 +17,16 @@ function saveCsv(name, rows) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
-// A table's cells; a column with intervals is followed by their ends.
+// A table's cells; a column with intervals is followed by their ends, and by how many answers changed where a cell has none.
 function tableRows(table) {
   const rows = [...table.rows].map((row) => [...row.cells].flatMap((cell) => Array(cell.colSpan).fill(cell)));
-  const withEnds = rows[0].map((_, column) => rows.some((row) => row[column]?.dataset.low !== undefined));
+  const more = rows[0].map((_, column) =>
+    [["low", "high"], ["changed"]].filter(([key]) => rows.some((row) => row[column]?.dataset[key] !== undefined)).flat());
   return rows.map((row, number) =>
     row.flatMap((cell, column) => {
       const text = (cell.firstChild?.nodeType === Node.TEXT_NODE && cell.querySelector("small")
         ? cell.firstChild.textContent : cell.textContent).trim();
-      if (!withEnds[column]) return [text];
-      return number === 0 ? [text, `${text} low`, `${text} high`] : [text, cell.dataset.low ?? "", cell.dataset.high ?? ""];
+      return [text, ...more[column].map((key) => (number === 0 ? `${text} ${key}` : cell.dataset[key] ?? ""))];
     }),
   );
 }
