@@ -3,11 +3,13 @@
     python -m benchmarks.published                          # from the published scores alone
     python -m benchmarks.published --answers FOLDER         # and by question, from the published files in FOLDER/RUN
 
-The first table takes the tasks for a sample. The second has every task that scores and counts alone tell something of:
+The first table has every published score with its interval: from the answers where they are there, and then also
+whether they give the published `metrics.txt` again; else from score and count of questions, which gives none for F1.
+The second takes the tasks for a sample. The third has every task that scores and counts alone tell something of:
 closed accuracy and exact match, as if both runs had been asked different questions (Newcombe, "Interval Estimation for
 the Difference Between Independent Proportions", Statistics in Medicine 1998, method 10). They were asked the same ones,
-so the true interval is narrower, as far as both are right at the same questions. `pathvqa` is left out of both: its
-scores, to the last digit, and its answer file are the same in all runs.
+so the true interval is narrower, as far as both are right at the same questions. `pathvqa` is left out of these two:
+its scores, to the last digit, and its answer file are the same in all runs. With answers, a test by question follows.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ from tabulate import tabulate
 
 from mslora_cr.data.sources.catalog import TestRows, catalog
 from mslora_cr.evaluation.compare import compare, render_comparison
-from mslora_cr.evaluation.intervals import Estimate, Interval, estimate_of, mean_interval, score_interval, span
+from mslora_cr.evaluation.files import ANSWERS
+from mslora_cr.evaluation.intervals import Estimate, Interval, estimate_of, mean_interval, percent, score_interval, span
+from mslora_cr.evaluation.metrics import score_answers
+from mslora_cr.evaluation.score import answer_groups, metrics_of, read_answers, render_metrics
 from mslora_cr.evaluation.significance import holm, sign_test, t_test
-from mslora_cr.reporting.run_record import load_published_scores
-from mslora_cr.reporting.style import TITLES
+from mslora_cr.reporting.run_record import PublishedRun, load_published_scores
+from mslora_cr.reporting.style import METRICS, TITLES
 
 BASELINE, SHARED = "each", "pathvqa"
 Scores = Mapping[str, Mapping[str, float]]
@@ -37,14 +42,22 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--answers", type=Path, metavar="FOLDER", help="folder of RUN/TASK/answer-file.jsonl")
     args = parser.parse_args(argv)
     runs = load_published_scores()
+    counts = {task: known.test_rows for task, known in catalog().items()}
+    scores = [
+        _scores(run, task, counts[task], args.answers / run.run / task if args.answers else None)
+        for run in runs.values()
+        for task in run.scores
+    ]
+    print(tabulate(scores, headers="keys", tablefmt="github", disable_numparse=True) + "\n")
     rows = [
         _row(runs[kind].title, title, _differences(runs[BASELINE].scores, runs[kind].scores, metric))
         for kind in runs
         if kind != BASELINE
         for metric, title in TITLES.items()
     ]
-    print(tabulate(rows, headers="keys", tablefmt="github"))
-    counts = {task: known.test_rows for task, known in catalog().items()}
+    for row, adjusted in zip(rows, holm([row["p (t)"] for row in rows]), strict=True):
+        row["p (t)"], row["p (t, Holm)"] = _chance(row["p (t)"]), _chance(adjusted)
+    print(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
     tasks = [
         {"run": runs[kind].title, "metric": TITLES[metric], **row}
         for kind in runs
@@ -53,12 +66,45 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         for row in _tasks(runs[BASELINE].scores, runs[kind].scores, metric, counts)
     ]
     for row, adjusted in zip(tasks, holm([row["p"] for row in tasks]), strict=True):
-        row["p"], row["p (Holm)"] = f"{row['p']:.3f}", f"{adjusted:.3f}"
+        row["p"], row["p (Holm)"] = _chance(row["p"]), _chance(adjusted)
     print("\n" + tabulate(tasks, headers="keys", tablefmt="github", disable_numparse=True))
     if args.answers:
         folders = {kind: args.answers / run.run for kind, run in runs.items() if (args.answers / run.run).is_dir()}
         print("\n" + render_comparison(compare(folders, "own")))
-    return rows + tasks
+    return scores + rows + tasks
+
+
+def _scores(run: PublishedRun, task: str, count: TestRows, folder: Path | None) -> dict[str, Any]:
+    """A run's scores of a task with their intervals, from the answers in a folder that has them."""
+    questions = {"closed": count.closed, "exact": count.open + count.closed}
+    row: dict[str, Any] = {"run": run.title, "task": task, "closed questions": count.closed, "open": count.open}
+    ends = {
+        metric: score_ends(score, questions[metric]) for metric, score in run.scores[task].items() if metric != "f1"
+    }
+    known = "–"
+    if folder is not None and (folder / ANSWERS).is_file():
+        answers = read_answers(folder / ANSWERS)
+        found = score_answers(answers)
+        ends = metrics_of(found, answer_groups(answers)).intervals
+        ends = {metric: ends[name] for metric, name in METRICS.items() if name in ends}
+        published = folder / "metrics.txt"
+        same = published.is_file() and published.read_text(encoding="utf-8") == render_metrics(found)
+        known = "as published" if same else "differs"
+    for metric, title in TITLES.items():
+        value = run.scores[task].get(metric)
+        span_of = f" [{span(ends[metric])}]" if metric in ends else ""
+        row[title] = "–" if value is None else f"{value:.2f}{span_of}"
+    return row | {"recomputed": known}
+
+
+def score_ends(score: float, questions: int) -> Interval:
+    """Wilson's interval, in percent, of a share in percent of so many questions."""
+    return percent(score_interval([_share(score / 100, questions)]))
+
+
+def _share(share: float, questions: int) -> Estimate:
+    variance = share * (1 - share) / (questions - 1)
+    return Estimate(share, share, variance, questions - 1.0, questions, questions)
 
 
 def _tasks(before: Scores, after: Scores, metric: str, counts: Mapping[str, TestRows]) -> list[dict[str, Any]]:
@@ -87,11 +133,8 @@ def _tasks(before: Scores, after: Scores, metric: str, counts: Mapping[str, Test
 
 def unpaired_interval(before: float, after: float, questions: int) -> Interval:
     """Of the difference of two shares, of as many different questions each."""
-    ends = []
-    for share in (before, after):
-        variance = share * (1 - share) / (questions - 1)
-        ends.append(score_interval([Estimate(share, share, variance, questions - 1.0, questions, questions)]))
-    (low, high), (low_after, high_after) = ends
+    low, high = score_interval([_share(before, questions)])
+    low_after, high_after = score_interval([_share(after, questions)])
     return (
         after - before - ((after - low_after) ** 2 + (high - before) ** 2) ** 0.5,
         after - before + ((high_after - after) ** 2 + (before - low) ** 2) ** 0.5,
@@ -112,10 +155,14 @@ def _row(run: str, metric: str, differences: dict[str, float]) -> dict[str, Any]
         "metric": metric,
         "differences": ", ".join(f"{task} {value:+.2f}" for task, value in differences.items()),
         "mean": f"{total.mean:+.2f} [{span(mean_interval(total))}]",
-        "p (t)": f"{t_test(total):.3f}",
         "won, lost": f"{wins}, {losses}",
-        "p (signs)": f"{sign_test(wins, losses):.3f}",
+        "p (signs)": _chance(sign_test(wins, losses)),
+        "p (t)": t_test(total),
     }
+
+
+def _chance(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.0005 else "< 0.001"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 
 from benchmarks import all as all_benchmarks
 from benchmarks import coverage, penalty_ratio, preregistered, profile, published, real_size, zero_memory
+from mslora_cr.evaluation.metrics import score_answers
+from mslora_cr.evaluation.score import read_answers, render_metrics
 from tests.conftest import first_in_make_test
 
 RATIOS = {
@@ -126,10 +129,25 @@ def test_the_contrastive_gradient_vanishes_at_high_ranks() -> None:
     assert rows[64, 4096]["β over α, cosine"] < 20
 
 
-def test_the_published_scores_are_set_against_each_other(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = {(row["run"], row["metric"], row.get("task")): row for row in published.main([])}
+def test_the_published_scores_are_set_against_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "finetune_lora_each-64-64_llava_med_v1.5" / "CXP"
+    folder.mkdir(parents=True)
+    answers = [{"question_id": n, "prompt": "?", "text": "yes" if n < 549 else "no", "gt": "yes"} for n in range(624)]
+    lines = "".join(json.dumps(row | {"answer_type": "CLOSED"}) + "\n" for row in answers)  # as many right as published
+    (folder / "answer-file.jsonl").write_text(lines)
+    shutil.copytree(folder, tmp_path / "finetune_lora_MSLoRA-CR-ORTHO-64-64_llava_med_v1.5" / "CXP")
+    (folder / "metrics.txt").write_text(render_metrics(score_answers(read_answers(folder / "answer-file.jsonl"))))
+    found = published.main(["--answers", str(tmp_path)])
+    scores = {(row["run"], row["task"]): row for row in found if "metric" not in row}
+    assert len(scores) == 22
+    row = scores["one LoRA per task", "CXP"]
+    assert (row["closed accuracy"], row["recomputed"]) == ("87.98 [85.2 to 90.3]", "as published")
+    assert scores["MSLoRA-CR-ORTHO, eight tasks", "CXP"]["recomputed"] == "differs"
+    row = scores["MSLoRA-CR-ORTHO, six tasks", "nmi"]
+    assert [*row.values()][4:] == ["–", "53.11", "9.58 [8.3 to 11.0]", "–"]
+    rows = {(row["run"], row["metric"], row.get("task")): row for row in found if "metric" in row}
     row = rows["MSLoRA-CR-ORTHO, eight tasks", "exact match", None]
-    assert row["mean"] == "+0.39 [-3.4 to 4.2]" and row["won, lost"] == "5, 2"
+    assert row["mean"] == "+0.39 [-3.4 to 4.2]" and row["won, lost"] == "5, 2" and row["p (t)"] == "0.810"
     row = rows["MSLoRA-CR-ORTHO, eight tasks", "closed accuracy", "PCAM"]
     assert (row["questions"], row["difference"]) == (6555, "+1.36 [0.5 to 2.3]")
     assert len([task for *_, task in rows if task]) == 15 and not any(task == "pathvqa" for *_, task in rows)
