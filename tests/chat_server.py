@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,8 @@ class Server(ThreadingHTTPServer):
         self.left = 10**9
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
+        self.together = threading.Event()
+        """Two requests were there at once."""
 
     @property
     def url(self) -> str:
@@ -57,6 +58,8 @@ class Handler(BaseHTTPRequestHandler):
                 server.left -= 1
             server.busy += 1
             server.most_busy = max(server.busy, server.most_busy)
+            if server.busy > 1:
+                server.together.set()
         try:
             if server.refusal:
                 self._send(404, server.refusal)
@@ -66,12 +69,12 @@ class Handler(BaseHTTPRequestHandler):
             elif fault in ("500", "429"):
                 self._send(int(fault), b"{}", {"Retry-After": "0"})
             elif fault == "hang":
-                time.sleep(0.6)
+                self.rfile.read(1)  # until the client gives up
                 self.close_connection = True
             elif fault == "nonsense":
                 self._send(200, b'{"choices": []}')
             else:
-                time.sleep(0.02)
+                server.together.wait(0.5)  # for another, if there will be one
                 answer = {
                     "choices": [
                         {"message": {"role": "assistant", "content": server.reply(body)}, "finish_reason": "stop"}

@@ -11,6 +11,12 @@ from mslora_cr.config.schema import StreamConfig
 ROOT = Path(__file__).parents[1]
 
 
+def test_no_page_that_is_made_stands_in_the_repository() -> None:
+    tracked = subprocess.run(["git", "ls-files", "docs"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    made = {"docs/index.md", "docs/changelog.md", "docs/contributing.md", "docs/security.md"}
+    assert not [path for path in tracked.split() if path in made or path.startswith("docs/reference/")]
+
+
 def test_the_site_is_built_and_its_reference_is_whole(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

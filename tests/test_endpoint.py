@@ -32,7 +32,7 @@ def config(tmp_path: Path, trained_config: Path) -> StreamConfig:
 
 
 def endpoint(server: Server, **changes: Any) -> Endpoint:
-    return Endpoint(**{"url": server.url, "model": "llava", "timeout": 0.4, "pause": 0.01, "concurrency": 4, **changes})
+    return Endpoint(**{"url": server.url, "model": "llava", "timeout": 1.5, "pause": 0.01, "concurrency": 4, **changes})
 
 
 def test_it_is_asked_through_faults_and_scored_as_any_other(

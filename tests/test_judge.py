@@ -47,7 +47,7 @@ def opinion(body: dict[str, Any]) -> str:
 
 
 def endpoint(server: Server, **changes: Any) -> Endpoint:
-    return Endpoint(**{"url": server.url, "model": "judge", "timeout": 0.4, "pause": 0.01, "concurrency": 4, **changes})
+    return Endpoint(**{"url": server.url, "model": "judge", "timeout": 1.5, "pause": 0.01, "concurrency": 4, **changes})
 
 
 def opened(results: Path, file: str) -> list[dict[str, Any]]:

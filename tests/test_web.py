@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +167,13 @@ def test_the_command_serves_the_page(trained_config: Path) -> None:
             assert process.stdout is not None
             address = process.stdout.readline().split()[0]
             for _ in range(100):
-                try:
-                    assert httpx.get(f"{address}api/run").json()["run"] == "tiny"
+                with suppress(httpx.ConnectError):
+                    run = httpx.get(f"{address}api/run").json()["run"]
                     break
-                except httpx.ConnectError:
-                    time.sleep(0.1)
+                time.sleep(0.1)
+            else:
+                raise AssertionError(f"{address} never answered")
+            assert run == "tiny"
         finally:
             process.terminate()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,8 @@ from mslora_cr.distributed.launch import lost_a_process
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import replace_folder
 from mslora_cr.utils.state import StateError, StateFile
+
+log = logging.getLogger(__name__)
 
 STATE = "bank_trainer.pt"
 LAUNCH = "launch.json"
@@ -144,7 +147,7 @@ class Publisher:
         """
         Args:
             folder: where checkpoints are.
-            keep: how many of them.
+            keep: how many of them, at least one.
         """
         self._folder, self._keep = folder, keep
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
@@ -166,8 +169,11 @@ class Publisher:
     def _publish(self, written: Path) -> None:
         with writing(written):
             replace_folder(written, self._folder / written.name)
-            for old in checkpoints(self._folder)[: -self._keep]:
+        for old in checkpoints(self._folder)[: -self._keep]:
+            try:
                 shutil.rmtree(old)
+            except OSError as error:  # on NFS, a file that somebody still reads
+                log.warning("%s is no longer needed and cannot be removed yet (%s)", old, error)
 
     def __enter__(self) -> Publisher:
         return self
