@@ -38,6 +38,25 @@ def swept(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Path:
     return once(shared_tmp / "swept", build)
 
 
+def test_every_table_of_methods_says_their_rank(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Methods of different rank differ in capacity; two banks of rank 4 answer for mslora_cr, one for each."""
+    lines = (swept / "results" / "sweep" / "sweep.md").read_text(encoding="utf-8").splitlines()
+    heads = [line for line in lines if line.startswith("| method |")]
+    assert len(heads) == 4 and all("| rank |" in head for head in heads)
+    columns = next(line for line in lines if line.startswith("| order |")).split(" | ")[2:]
+    ranks = next(line for line in lines if line.startswith("| | rank |")).split(" | ")[2:]
+    found = {name.strip(" |"): rank.strip(" |") for name, rank in zip(columns, ranks, strict=True)}
+    assert found == {"each": "4", "mslora\\_cr": "8"}
+    capsys.readouterr()
+    runs = [str(swept / "checkpoints" / "sweep" / f"{method}-order0-seed1") for method in ("each", "mslora_cr")]
+    assert main(["compare", *runs]) == 0
+    assert "Rank that answers after the last stage: each-order0-seed1 4, mslora_cr-order0-seed1 8;" in (
+        capsys.readouterr().out
+    )
+    assert main(["compare", *(run.replace("checkpoints", "results") for run in runs)]) == 0
+    assert "Rank that answers" not in capsys.readouterr().out  # a folder of results does not say
+
+
 def test_every_run_is_there(swept: Path) -> None:
     found = json.loads((swept / "results" / "sweep" / "sweep.json").read_text())
     expected = [f"{method}-order{order}-seed1" for method in ("mslora_cr", "each") for order in (0, 1)]

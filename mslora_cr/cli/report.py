@@ -64,6 +64,7 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
 
 def _compare(args: argparse.Namespace) -> int:
     from mslora_cr.evaluation.compare import compare, render_comparison
+    from mslora_cr.reporting.capacity import rendered_ranks
 
     if len(args.runs) < 2:
         raise UserError("compare needs at least two runs, the baseline first")
@@ -71,16 +72,15 @@ def _compare(args: argparse.Namespace) -> int:
     labels = _labels(folders)
     comparison = compare(dict(zip(labels, folders, strict=True)), args.at)
     print(render_comparison(comparison))
+    runs = [(label, _run_folder(run), folder) for label, run, folder in zip(labels, args.runs, folders, strict=True)]
+    if ranks := rendered_ranks(runs):
+        print(ranks)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         comparison.write(args.output)
     if args.page:
         from mslora_cr.reporting.comparison import write_comparison
 
-        runs = [
-            (label, _run_folder(target), folder)
-            for label, target, folder in zip(labels, args.runs, folders, strict=True)
-        ]
         print(f"page: {write_comparison(runs, args.page)}")
     return 0
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 from mslora_cr.config.methods import load_method
-from mslora_cr.evaluation.results import Cell, Evaluation
+from mslora_cr.evaluation.results import Cell, Evaluation, read_evaluation
 from mslora_cr.methods.base import Method
-from mslora_cr.runs.entries import RunLedger
+from mslora_cr.runs.entries import LEDGER, RunLedger
 
 
 def answering_rank(evaluation: Evaluation, ledger: RunLedger | None) -> int | None:
@@ -29,6 +30,23 @@ def answering_rank(evaluation: Evaluation, ledger: RunLedger | None) -> int | No
         if cell.stage == evaluation.stages[-1]:
             totals.append(None if None in own else sum(rank for rank in own if rank is not None))
     return None if None in totals else max((rank for rank in totals if rank is not None), default=None)
+
+
+def rendered_ranks(runs: Sequence[tuple[str, Path | None, Path]]) -> str:
+    """A line with the rank that answers in each run; empty if none is known.
+
+    Args:
+        runs: label, run folder where it is known, folder of results.
+    """
+    known = {}
+    for label, run_dir, results_dir in runs:
+        evaluation = read_evaluation(results_dir)
+        rank = answering_rank(evaluation, RunLedger.read_if_there(run_dir / LEDGER)) if evaluation and run_dir else None
+        known[label] = rank
+    if all(rank is None for rank in known.values()):
+        return ""
+    listed = ", ".join(f"{label} {'–' if rank is None else rank}" for label, rank in known.items())
+    return f"Rank that answers after the last stage: {listed}; runs of different rank differ in capacity."
 
 
 def method_named(name: str) -> Method | None:
