@@ -10,8 +10,10 @@ import torch
 
 from mslora_cr.cli.main import main
 from mslora_cr.training import trainer as trainer_module
+from mslora_cr.training.out_of_memory import NOTE, LayersNote, least_layers
 from mslora_cr.training.recomputation import Memory, layers_to_recompute
 from mslora_cr.training.trainer import BankTrainer
+from mslora_cr.utils.state import NewerError
 from tests.conftest import ConfigWriter, bank_bytes
 
 Trained = Callable[..., tuple[dict[str, bytes], str, str]]
@@ -90,13 +92,73 @@ def test_a_step_that_runs_out_of_memory_is_made_again_exactly(
     assert ours[1] == plain[1]
 
 
-def test_a_setting_that_is_not_auto_does_not_retreat(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (
+            "false",
+            "with 0 of 3 decoder layers recomputed (planted). Set training.gradient_checkpointing to true or auto",
+        ),
+        ("true", "although all 3 decoder layers are recomputed (planted). Less memory is needed with a smaller"),
+        ("auto", "although all 3 decoder layers are recomputed (planted). Less memory is needed with a smaller"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_explained(
+    setting: str,
+    words: str,
+    config_file: ConfigWriter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("planted")
 
     monkeypatch.setattr(BankTrainer, "compute_loss", fail)
-    with pytest.raises(torch.OutOfMemoryError):
-        trained("training.gradient_checkpointing=false")
+    assert main(["train", str(config_file()), f"training.gradient_checkpointing={setting}"]) == 1
+    assert f"error: tiny/pathvqa: memory ran out at step 1{'' if setting == 'false' else ','} {words}" in (
+        capsys.readouterr().err
+    )
+    assert not list(tmp_path.glob(f"checkpoints/tiny/work/*/{NOTE}*"))
+
+
+def test_an_optimizer_that_runs_out_of_memory(
+    config_file: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may have moved half of the bank, so the step is not made again: the same command goes on with more layers
+    recomputed, to the same bank."""
+    settings = ["tasks=[pathvqa]", "training.gradient_checkpointing=auto"]
+    assert main(["train", str(config_file()), *settings, f"output_dir={tmp_path / 'whole'}"]) == 0
+    step, calls = torch.optim.AdamW.step, 0
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        done = step(*args, **kwargs)
+        if calls == 3:
+            raise torch.OutOfMemoryError("planted")
+        return done
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    assert main(["train", str(config_file()), *settings]) == 1
+    assert "checkpoint-2, with 1 of 3 recomputed, to the same bank" in capsys.readouterr().err
+    assert main(["train", str(config_file()), *settings]) == 0
+    assert "1 of 3 decoder layers are recomputed: memory ran out with fewer" in capsys.readouterr().err
+    assert bank_bytes(tmp_path / "checkpoints" / "tiny") == bank_bytes(tmp_path / "whole" / "tiny")
+
+
+def test_what_a_note_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The most that any rank's says of such a batch or a smaller one; a damaged one says nothing."""
+    assert least_layers(tmp_path / "none", 8) == 0
+    for number, (layers, samples) in enumerate([(8, 16), (24, 24), (16, 16)]):
+        LayersNote(recomputed_layers=layers, samples=samples).write(tmp_path / f"{NOTE}{number}.json")
+    assert [least_layers(tmp_path, samples) for samples in (8, 16, 24)] == [0, 16, 24]
+    (tmp_path / f"{NOTE}1.json").write_text('{"recomputed_layers": -1, "samples": 24}')
+    with caplog.at_level("WARNING", "mslora_cr"):
+        assert least_layers(tmp_path, 24) == 16
+    (tmp_path / f"{NOTE}1.json").write_text('{"version": 2}')
+    with pytest.raises(NewerError, match="upgrade mslora-cr"):
+        least_layers(tmp_path, 24)
 
 
 def test_layers_to_recompute_by_hand() -> None:

@@ -25,6 +25,8 @@ TIMEOUT_SECONDS = 1800
 """The longest that a rank waits for another one that is alive, unless `training.ddp_timeout` says otherwise."""
 SILENCE_SECONDS = 120
 """After so long without a sign of life a rank counts as lost, with its host; sooner if `ddp_timeout` is shorter."""
+STORE_TIMEOUT = timedelta(seconds=300)
+"""TCPStore's own."""
 WATCH_SECONDS = 1
 """How often a rank looks whether its launcher and the others are still there."""
 GRACE_SECONDS = 5
@@ -39,9 +41,24 @@ def start_process_group(use_gpu: bool, timeout_seconds: float = TIMEOUT_SECONDS)
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would otherwise use an available GPU
-    torch.distributed.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    backend, timeout = "nccl" if use_gpu else "gloo", timedelta(seconds=timeout_seconds)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = _store_of_this_attempt("ranks", timeout)
+        torch.distributed.init_process_group(
+            backend, timeout=timeout, store=store, rank=rank(), world_size=world_size()
+        )
+    else:
+        torch.distributed.init_process_group(backend, timeout=timeout)
     global _peers
     _peers = PeerMonitor(min(SILENCE_SECONDS, timeout_seconds))
+
+
+def _store_of_this_attempt(purpose: str, timeout: timedelta = STORE_TIMEOUT) -> PrefixStore:
+    """A connection to the run's store, apart from those of other purposes, and from what earlier attempts left there:
+    under `torchrun --max-restarts` one store serves all attempts, and has the addresses of processes that are gone."""
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"mslora_cr/{attempt}/{purpose}", TCPStore(*place, is_master=False, timeout=timeout))
 
 
 def run_on_rank0(work: Callable[[], None]) -> None:
@@ -91,9 +108,7 @@ class PeerMonitor:
     """The other ranks, as seen through this rank's own connection to the run's store."""
 
     def __init__(self, silence_seconds: float) -> None:
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = PrefixStore(f"mslora_cr/{attempt}", TCPStore(*place, is_master=False))
+        self.store = _store_of_this_attempt("peers")
         self.neighbour = (rank() + 1) % world_size()
         self.failed: int | None = None
         self._silence_seconds = silence_seconds

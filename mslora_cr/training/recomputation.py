@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from mslora_cr.distributed.comm import all_gather_object, rank
 from mslora_cr.distributed.deepspeed import free_memory
 
 log = logging.getLogger(__name__)
@@ -52,12 +53,18 @@ class Recomputation(TrainerCallback):
     transformers sets the layers up when training begins, if its own argument is true; here it is said which.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], setting: Setting) -> None:
+    def __init__(self, layers: Sequence[nn.Module], setting: Setting, least: int = 0) -> None:
+        """
+        Args:
+            least: how many `auto` recomputes at least, since memory ran out with fewer.
+        """
         self._layers = list(layers)
+        self.setting = setting
+        self.layers = len(self._layers)
         self.undecided = setting == "auto"
-        self._may_change = setting == "auto"
+        self._least = min(least, self.layers)
         everything = setting is True or setting == "auto"
-        self.count = len(self._layers) if everything else min(int(setting), len(self._layers))
+        self.count = self.layers if everything else min(int(setting), self.layers)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.use(self.count)
@@ -81,7 +88,7 @@ class Recomputation(TrainerCallback):
             backward: takes it, and gives or drops the gradients.
         """
         # The last layer's MLP sees few positions, so the one before it stands for all.
-        held, peak, everything = [], 0, len(self._layers)
+        held, peak, everything = [], 0, self.layers
         for count in (max(0, everything - 2), everything - 1, everything):
             self.use(count)
             free_memory()
@@ -96,22 +103,46 @@ class Recomputation(TrainerCallback):
         room = int(USABLE * (free + torch.cuda.memory_reserved(device)))
         return Memory(peak, held[0] - held[1], room)
 
-    def decide(self, memory: Memory | None, trained: int) -> int:
-        """How many layers to recompute: none where memory was not measured.
+    def decide(
+        self,
+        run: str,
+        device: torch.device,
+        forward: Callable[[], AbstractContextManager[Tensor]],
+        backward: Callable[[Tensor], object],
+        trained: int,
+        apart: bool,
+    ) -> None:
+        """Choose, before the first step, how many layers to recompute: the same number on every rank.
 
         Args:
+            run: what the choice is for, in the log. device, forward, backward: as in `measure`.
             trained: how many numbers are trained.
+            apart: no rank waits for another in these passes, so one may fail by itself.
+
+        Raises:
+            torch.OutOfMemoryError: not even the measurement fits, and the ranks are not apart.
         """
         self.undecided = False
-        return 0 if memory is None else layers_to_recompute(len(self._layers), memory, RESERVED_BYTES * trained)
-
-    def described(self, memory: Memory | None) -> str:
-        """The choice in words."""
-        chosen = f"the activations of {self.count} of {len(self._layers)} decoder layers are recomputed"
-        if memory is None:
-            return f"{chosen}; only a GPU's memory is measured"
-        layer, peak, room = (size / 1e9 for size in (memory.layer, memory.peak, memory.room))
-        return f"{chosen}: {layer:.2f} GB a layer that is kept, {peak:.1f} GB without any, {room:.1f} GB there"
+        count, reason = 0, "only a GPU's memory is measured"
+        if self._least:
+            count, reason = self._least, "memory ran out with fewer"
+        if device.type == "cuda" and self._least < self.layers:
+            try:
+                memory = self.measure(device, forward, backward)
+                fewest = layers_to_recompute(self.layers, memory, RESERVED_BYTES * trained)
+                layer, peak, room = (size / 1e9 for size in (memory.layer, memory.peak, memory.room))
+                reason = f"{layer:.2f} GB a layer that is kept, {peak:.1f} GB without any, {room:.1f} GB there"
+            except torch.OutOfMemoryError:
+                if not apart:
+                    self.use(max(self.count, self.layers - 1))  # so that the next launch measures nothing
+                    raise
+                fewest, reason = self.layers, "memory ran out with fewer"
+            free_memory()  # of a failed pass, only behind the `except`
+            count = max(count, fewest)
+        self.use(max(all_gather_object(count)))
+        if rank() == 0:
+            chosen = f"the activations of {self.count} of {self.layers} decoder layers are recomputed"
+            log.info("%s: %s: %s", run, chosen, reason)
 
     def retrying(self, parameters: Sequence[Tensor], micro_batch: Callable[[], Tensor]) -> Tensor:
         """Do a micro-batch; where memory runs out, do it again with more layers recomputed, to the same numbers.
@@ -121,7 +152,7 @@ class Recomputation(TrainerCallback):
         Raises:
             torch.OutOfMemoryError: the setting is not `auto`, or all layers are recomputed already.
         """
-        if not self._may_change:
+        if self.setting != "auto":
             return micro_batch()
         while True:
             random = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
@@ -132,7 +163,7 @@ class Recomputation(TrainerCallback):
                 loss = micro_batch()
                 failed = False
             except torch.OutOfMemoryError:
-                if self.count == len(self._layers):
+                if self.count == self.layers:
                     raise
                 failed = True
             for parameter, gradient in zip(parameters, earlier, strict=True):
@@ -148,6 +179,6 @@ class Recomputation(TrainerCallback):
             torch.set_rng_state(random[0])
             if random[1] is not None:
                 torch.cuda.set_rng_state(random[1])
-            more = -(-len(self._layers) // STEPS_OF_RETREAT)
-            self.use(min(len(self._layers), self.count + more))
+            more = -(-self.layers // STEPS_OF_RETREAT)
+            self.use(min(self.layers, self.count + more))
             log.warning("memory ran out; the activations of %d decoder layers are recomputed from here on", self.count)

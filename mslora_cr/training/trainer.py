@@ -8,7 +8,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from mslora_cr.training.checkpoints import (
     writing,
 )
 from mslora_cr.training.inputs import layer_inputs, loss_mask
+from mslora_cr.training.out_of_memory import least_layers, noting_more_layers
 from mslora_cr.training.recomputation import Recomputation, Setting
 from mslora_cr.training.sampler import FixedOrderSampler, SampleOrder
 from mslora_cr.utils.errors import UserError
@@ -86,7 +87,8 @@ class BankTrainer(Trainer):
             checkpointing: which decoder layers' activations are recomputed; `args.gradient_checkpointing` must be true
                 unless it is none.
         """
-        self.recomputation = Recomputation(decoder_layers(stack.base), checkpointing)
+        least = least_layers(Path(args.output_dir), args.per_device_train_batch_size)
+        self.recomputation = Recomputation(decoder_layers(stack.base), checkpointing, least)
         super().__init__(
             model=stack.model,
             args=args,
@@ -253,17 +255,15 @@ class BankTrainer(Trainer):
 
     def _decide_recomputation(self) -> None:
         """Once, before the first step, from a pass over the longest samples; the same on every rank."""
-        memory = None
-        if self.args.device.type == "cuda":
+
+        def longest() -> AbstractContextManager[Tensor]:
             by_length = sorted(range(len(self.samples)), key=self.order.lengths.__getitem__)
-            longest = by_length[-self.args.train_batch_size :]
             self.model.train()
-            memory = self.recomputation.measure(self.args.device, lambda: self._summed_loss(longest), self._gradients)
+            return self._summed_loss(by_length[-self.args.train_batch_size :])
+
         trained = sum(parameter.numel() for parameter in self._parameters)
-        count = torch.tensor([self.recomputation.decide(memory, trained)], device=self.args.device)
-        self.recomputation.use(int(self.accelerator.gather(count).max()))
-        if self.is_world_process_zero():
-            log.info("%s: %s", self.args.run_name, self.recomputation.described(memory))
+        run, device, apart = str(self.args.run_name), self.args.device, not self.is_deepspeed_enabled
+        self.recomputation.decide(run, device, longest, self._gradients, trained, apart)
 
     def layer_inputs(self, samples: int, tokens: int) -> dict[str, Tensor]:
         """What the linear layers see of the task's samples now; as `training.inputs.layer_inputs`."""
@@ -328,7 +328,7 @@ class BankTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; when it returns, the last checkpoint is whole."""
-        with self._publisher:
+        with noting_more_layers(self, self.recomputation), self._publisher:
             return super().train(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -44,6 +44,24 @@ def at_step(number: int, on_rank: int, act: Callable[[], None]) -> None:
     BankTrainer.training_step = training_step  # type: ignore[method-assign]
 
 
+def out_of_memory(step: int, on_rank: int, layers: int) -> None:
+    """In the backward pass of a step of the first task, on one rank, with fewer layers recomputed than that."""
+    make_step = BankTrainer.training_step
+
+    def training_step(self: BankTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def fail(gradient: torch.Tensor) -> None:
+            if self.recomputation.count < layers:
+                wait_until(lambda: not any(Path(self.args.output_dir).glob(f"{STAGING}*/*")))
+                raise torch.OutOfMemoryError("planted")
+
+        if (rank(), self.state.global_step + 1, self.args.run_name) == (on_rank, step, "tiny/pathvqa"):
+            # Of the first layer: the gradients of others have been exchanged already.
+            next(iter(self.stack.trainable_parameters())).register_hook(fail)
+        return make_step(self, *args, **kwargs)
+
+    BankTrainer.training_step = training_step  # type: ignore[method-assign]
+
+
 def exception_on_rank_1() -> None:
     """A bug that only rank 1 runs into, at the second step."""
 

@@ -105,25 +105,29 @@ class Launch:
         return self.process.exitcode, self.output
 
 
-def start(command: Sequence[str | Path], processes: int = 2, before: Callable[[], None] | None = None) -> Launch:
+def start(
+    command: Sequence[str | Path], processes: int = 2, before: Callable[[], None] | None = None, restarts: int = 0
+) -> Launch:
     """`mslora-cr COMMAND` in so many processes under torchrun's agent.
 
     Args:
         before: called in each rank first, to plant a fault; a function of a module.
+        restarts: how often the agent starts all ranks again after one has failed.
     """
     descriptor, output = mkstemp(suffix=".output")
     os.close(descriptor)
-    process = _CONTEXT.Process(target=_agent, args=(list(map(str, command)), processes, before, output))
+    process = _CONTEXT.Process(target=_agent, args=(list(map(str, command)), processes, before, restarts, output))
     process.start()
     return Launch(process, Path(output))
 
 
-def _agent(command: list[str], processes: int, before: Callable[[], None] | None, output: str) -> None:
+def _agent(command: list[str], processes: int, before: Callable[[], None] | None, restarts: int, output: str) -> None:
     file = os.open(output, os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--rdzv_id", output]
-    config, _, _ = config_from_args(parse_args([*rendezvous, "--nproc_per_node", str(processes), "unused"]))
+    options = [*rendezvous, "--nproc_per_node", str(processes), "--max_restarts", str(restarts)]
+    config, _, _ = config_from_args(parse_args([*options, "unused"]))
     config.start_method = "fork"
     try:
         elastic_launch(config, entrypoint=_rank)(command, before)
