@@ -21,7 +21,7 @@ from mslora_cr.methods.base import Method, Setup, method_of
 from mslora_cr.methods.ewc import EwcPenalty, fisher_name
 from mslora_cr.methods.inflora import grown, new_directions
 from mslora_cr.methods.lwf import softened_cross_entropy
-from mslora_cr.methods.olora import OloraPenalty, fresh_overlap
+from mslora_cr.methods.olora import RELATIVE, OloraPenalty, fresh_overlap
 from mslora_cr.methods.replay import Replay
 from mslora_cr.runs.entries import RunLedger
 from mslora_cr.runs.ledger import Ledger
@@ -112,9 +112,15 @@ def test_olora_takes_weights_by_task(tmp_path: Path) -> None:
     step = method.penalty(setup, [old]).step(new, 0.1)
     assert step.value.item() == pytest.approx((5 * step.logged["overlap"] + 0.3 * step.logged["norm"]).item())
     relative = stream_of("olora", tmp_path, tasks, olora={"relative": 20.0})
-    assert relative.model_dump()["olora"] == {"lambda_1": 0.5, "lambda_2": 0.0, "relative": 20.0}
+    assert relative.model_dump()["olora"] == {"lambda_2": 0.0, "relative": 20.0}
     step = method.penalty(replace(setup, config=relative), [old]).step(new, 0.1)
     assert step.value.item() == pytest.approx(20 * step.logged["overlap"].item() / fresh_overlap([old]))
+    assert method.penalty(replace(setup, config=relative), []).step(new, 0.1).value == 0
+    unset = stream_of("olora", tmp_path, tasks)
+    assert unset.model_dump()["olora"] == {"lambda_2": 0.0, "relative": RELATIVE}
+    assert [method.regularizes(unset, task) for task in unset.stream] == [False, True]
+    published = stream_of("olora", tmp_path, tasks, olora={"lambda_1": 0.5})
+    assert published.model_dump()["olora"] == {"lambda_1": 0.5, "lambda_2": 0.0}
     for section, message in (
         ({"lambda_1": [0.5]}, r"olora\.lambda_1: has 1 weights for 2 tasks"),
         ({"lambda_1": 1.0, "relative": 1.0}, r"olora\.relative: stands in place of olora\.lambda_1"),

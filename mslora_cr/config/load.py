@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from mslora_cr.config.shipped import find_config, find_deepspeed
 from mslora_cr.utils.errors import nearest
 from mslora_cr.utils.visible import visible
 
+log = logging.getLogger(__name__)
 SAVE_STRATEGIES = ("steps", "epoch", "no")
 """When checkpoints may be written; transformers also has `best`, which needs evaluations that there are none of."""
 WORDS_WITH_NO = ("save_strategy", "logging_strategy")
@@ -61,11 +63,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig
         _apply_override(raw, override)
     check_values(raw)
     try:
-        return StreamConfig.model_validate(raw)
+        config = StreamConfig.model_validate(raw)
+        former = _former_defaults(config, raw)
+        return StreamConfig.model_validate(former) if former else config
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply") from None
     except ValidationError as error:
         raise ConfigError(f"{path}: " + "; ".join(_explain(item, raw) for item in error.errors())) from None
+
+
+def _former_defaults(config: StreamConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with hyper-parameters as they were before their defaults changed, if it sets none of them and
+    its run folder was begun with those; empty otherwise."""
+    method = load_method(config.method)
+    given = raw.get(method.name) or {}
+    if not method.former_defaults or any(given.get(key) is not None for key in method.former_defaults):
+        return {}
+    try:
+        begun = read_plain_yaml(config.run_dir / "config.yaml")[method.name]
+        if any(begun.get(key) != value for key, value in method.former_defaults.items()):
+            return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or no configuration of this method
+        return {}
+    kept = {key: value for key, value in method.former_defaults.items() if value is not None}
+    told = ", ".join(f"{method.name}.{key}={value}" for key, value in kept.items())
+    log.warning("%s goes on with %s, as it was begun; a new run has another default", config.run_dir, told)
+    return {**raw, method.name: {**given, **kept}}
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,7 @@ class MethodSettings(Protocol):
 
     name: str
     section: type[BaseModel] | None
+    former_defaults: Mapping[str, Any]
     banks_by: str
     all_at_once: bool
     accumulates: bool

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 from mslora_cr.config.methods import load_method
@@ -56,6 +57,9 @@ class Method(Generic[Settings]):
     """Of the method; a file of the package has it too. Lower-case letters, digits and _."""
     section: ClassVar[type[Section] | None] = None
     """The method's hyper-parameters and their defaults, in a section of the method's name; none by default."""
+    former_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Hyper-parameters of `section` whose defaults have changed, as they were. A run folder that was begun with them
+    goes on with them where a configuration sets none of them."""
     banks_by: ClassVar[str] = "prefix"
     """`evaluation.banks_by` where none is given: what the method's source answers with."""
     all_at_once: ClassVar[bool] = False

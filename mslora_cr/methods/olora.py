@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from pydantic import SerializerFunctionWrapHandler, model_serializer
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from mslora_cr.banks.bank import Bank
@@ -15,24 +16,39 @@ from mslora_cr.config.schema import NotNegative, PositiveNumber, Section, Stream
 from mslora_cr.losses.penalty import Key, Pair, Penalty, PenaltyStep
 from mslora_cr.methods.base import Method, Setup
 
+RELATIVE = 3.0
+"""ρ where neither weight of the first term is given."""
+
 
 class OloraSettings(Section):
-    """Weights of O-LoRA's two terms, as its published scripts set them; a list has one for each task of the stream."""
+    """Weights of O-LoRA's two terms. λ₁ is `lambda_1`, or follows from `relative`, which stands where neither is given.
+    A list has a weight for each task of the stream."""
 
-    lambda_1: NotNegative | list[NotNegative] = 0.5
-    """Of Σ |A_old A_newᵀ|."""
+    lambda_1: NotNegative | list[NotNegative] | None = None
+    """Of Σ |A_old A_newᵀ|, whatever the size of the model; the published scripts set 0.5."""
     lambda_2: NotNegative | list[NotNegative] = 0.0
     """Of the new bank's norm."""
     relative: PositiveNumber | None = None
     """In place of λ₁: what the first term weighs between banks as they are initialised, whatever rank, width and
-    number of banks; λ₁ is this over `fresh_overlap`."""
+    number of banks; λ₁ is this over `fresh_overlap`. 3 where `lambda_1` is not given either."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_two(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("lambda_1") is None and given.get("relative") is None:
+            return {**given, "relative": RELATIVE}
+        return given
 
     @model_serializer(mode="wrap")
-    def _as_before_there_was_a_choice(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _only_what_is_set(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in write(self).items() if value is not None}
 
-    def lambda_1_of(self, task: Task) -> float:
-        return _of(self.lambda_1, task)
+    def lambda_1_of(self, task: Task, frozen: Sequence[Bank]) -> float:
+        """Of the first term, which a task without frozen banks has not."""
+        if self.lambda_1 is not None:
+            return _of(self.lambda_1, task)
+        assert self.relative is not None
+        return self.relative / fresh_overlap(frozen) if frozen else 0.0
 
     def lambda_2_of(self, task: Task) -> float:
         return _of(self.lambda_2, task)
@@ -50,13 +66,14 @@ class Olora(Method[OloraSettings]):
 
     Source: Wang et al., "Orthogonal Subspace Learning for Language Model Continual Learning", Findings of EMNLP 2023,
     as its published code computes it: absolute values where the paper's formula has squares, norms that are not
-    squared, λ₁ = 0.5, and λ₂ = 0 but for some tasks.
+    squared, and λ₂ = 0 but for some tasks. Its λ₁ is 0.5; here it is by default as large as the model asks for.
     """
 
     name = "olora"
     section = OloraSettings
     banks_by = "all"
     keeps_frozen_adapters = True
+    former_defaults = MappingProxyType({"lambda_1": 0.5, "relative": None})
 
     def check(self, config: StreamConfig) -> None:
         settings = self.settings(config)
@@ -66,18 +83,18 @@ class Olora(Method[OloraSettings]):
                 raise ValueError(
                     f"olora.{key}: has {len(weights)} weights for {len(config.tasks)} tasks; give each one"
                 )
-        if settings.relative is not None and "lambda_1" in settings.model_fields_set:
+        if settings.relative is not None and settings.lambda_1 is not None:
             raise ValueError("olora.relative: stands in place of olora.lambda_1; leave one of the two out")
 
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
         settings = self.settings(config)
-        return settings.lambda_2_of(task) > 0 or (task.index > 0 and settings.lambda_1_of(task) > 0)
+        overlaps = settings.lambda_1 is None or _of(settings.lambda_1, task) > 0
+        return settings.lambda_2_of(task) > 0 or (task.index > 0 and overlaps)
 
     def penalty(self, setup: Setup, frozen: Sequence[Bank]) -> Penalty:
-        settings, lambda_1 = self.settings(setup.config), self.settings(setup.config).lambda_1_of(setup.task)
-        if settings.relative is not None and frozen:
-            lambda_1 = settings.relative / fresh_overlap(frozen)
-        return OloraPenalty(frozen, lambda_1, settings.lambda_2_of(setup.task), setup.device)
+        settings = self.settings(setup.config)
+        lambda_1, lambda_2 = settings.lambda_1_of(setup.task, frozen), settings.lambda_2_of(setup.task)
+        return OloraPenalty(frozen, lambda_1, lambda_2, setup.device)
 
 
 def fresh_overlap(frozen: Sequence[Bank]) -> float:
