@@ -129,6 +129,7 @@ LOGGED = KillPoint("mslora_cr.training.callbacks:JsonLinesCallback.on_log", call
         *((method, LOGGED) for method in TRAINED if method not in BUILT_ALIKE),
         ("ewc", MEMORY_WRITTEN),
         ("replay", MEMORY_WRITTEN),
+        *(pytest.param(method, MEMORY_WRITTEN, marks=pytest.mark.long) for method in ("inflora", "keeplora")),
         *(pytest.param(method, LOGGED, marks=pytest.mark.long) for method in BUILT_ALIKE),
     ],
 )

@@ -16,7 +16,7 @@ from mslora_cr.config.methods import method_names
 from mslora_cr.stream import train as stream
 from tests.conftest import first_in_make_test, once, write_config
 from tests.distributed.conftest import ADAM_EPSILON, FIXED, WITHOUT_DROPOUT
-from tests.distributed.launch import compare_runs, deepspeed_file, deviation, launch
+from tests.distributed.launch import STAGES, compare_runs, deepspeed_file, deviation, launch
 
 TASKS = ("pathvqa", "slake-vqarad")
 SETTINGS: Mapping[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
 BASES = ("inflora", "keeplora")
 """Methods that keep the basis of a space."""
 ACCUMULATED = ("lwf", "tests.projected:Projected")
-"""In several micro-batches an update: what the trainer's own code averages over them. test_exactness.py has the rest."""
+"""In several micro-batches an update: what the trainer's own code averages over them."""
 
 
 def test_every_method_that_trains_is_tried() -> None:
@@ -49,9 +49,11 @@ def test_every_method_that_trains_is_tried() -> None:
     assert set(method_names()) - {"mslora_cr", "zero_shot"} == SETTINGS.keys() - {"tests.projected:Projected"}
 
 
-def configure(folder: Path, settings: dict[str, Any], method: str) -> Path:
+def configure(folder: Path, settings: dict[str, Any], method: str, otherwise: bool = False) -> Path:
+    """A run of two tasks, two updates of four samples each; `otherwise`: in several micro-batches where it is not so."""
     section = {method: SETTINGS[method]} if SETTINGS[method] else {}
-    exact = {"adam_epsilon": ADAM_EPSILON, "per_device_train_batch_size": 1 if method in ACCUMULATED else 4}
+    at_once = 1 if (method in ACCUMULATED) != otherwise else 4
+    exact = {"adam_epsilon": ADAM_EPSILON, "per_device_train_batch_size": at_once}
     changes = {
         "lora": WITHOUT_DROPOUT,
         "regularization": FIXED,
@@ -77,11 +79,11 @@ def train_these_too(commands: list[tuple[Path, list[str]]]) -> None:
 def trained(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Callable[[str, str], Path]:
     """The run folder of a method under a stage, `one` being a single process."""
 
-    def alone(method: str) -> Path:
+    def alone(method: str, otherwise: bool) -> Path:
         def build(folder: Path) -> None:
-            assert main(["train", str(configure(folder, tiny_settings, method))]) == 0
+            assert main(["train", str(configure(folder, tiny_settings, method, otherwise))]) == 0
 
-        return once(shared_tmp / f"method-{method}", build)
+        return once(shared_tmp / f"method-{otherwise}-{method}", build)
 
     def together(stage: str) -> Path:
         def build(folder: Path) -> None:
@@ -93,7 +95,7 @@ def trained(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Callable[[str, s
         return once(shared_tmp / f"methods-{stage}", build)
 
     def run_folder(stage: str, method: str) -> Path:
-        folder = alone(method) if stage == "one" else together(stage) / method
+        folder = together(stage) / method if stage in STAGES else alone(method, stage == "otherwise")
         return folder / "checkpoints" / "tiny"
 
     return run_folder
@@ -102,7 +104,18 @@ def trained(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Callable[[str, s
 @pytest.mark.parametrize("stage", first_in_make_test("zero3", "ddp", "zero1", "zero2"))
 @pytest.mark.parametrize("method", SETTINGS)
 def test_two_processes_give_the_numbers_of_one(trained: Callable[[str, str], Path], stage: str, method: str) -> None:
-    two, one = trained(stage, method), trained("one", method)
+    compare(method, trained(stage, method), trained("one", method))
+
+
+@pytest.mark.parametrize(
+    "method", first_in_make_test("tests.projected:Projected", *(name for name in SETTINGS if ":" not in name))
+)
+def test_micro_batches_give_the_numbers_of_one_batch(trained: Callable[[str, str], Path], method: str) -> None:
+    compare(method, trained("otherwise", method), trained("one", method))
+
+
+def compare(method: str, two: Path, one: Path) -> None:
+    """Every logged term, bank and state of a task."""
     compare_runs(two, one, TASKS[:1] if method == "joint" else TASKS)
     ours, theirs = ([load_file(file) for file in sorted(run.glob("banks/*/memory.safetensors"))] for run in (two, one))
     assert len(ours) == len(theirs) == (2 if method in ("ewc", "replay", *BASES) else 0)
