@@ -22,6 +22,7 @@ from mslora_cr.config.methods import method_names
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.datasets import TrainDataset
 from mslora_cr.data.records import TestRecords, TrainingRecords
+from mslora_cr.reporting.plots import TERMS as TITLES
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.runs.session import load_base, preprocessing, task_folder, task_image_roots
 from mslora_cr.serving.answering import AnsweringModel
@@ -89,6 +90,8 @@ def test_a_method_trains_evaluates_and_reports(method: str, method_run: Trained)
     assert {(task, stage) for number, task in enumerate(STEPS, 1) for stage in range(number, 4)} <= seen
     page = (config.results_run_dir / "report.html").read_text()
     assert f"<code>{method}</code>" in page
+    for term in TERMS.get(method, set()) - {"alpha", "beta"}:
+        assert f">{TITLES[term]}</text>" in page
 
 
 def test_the_method_of_the_page_is_added_from_outside(
@@ -110,7 +113,8 @@ def test_the_method_of_the_page_is_added_from_outside(
         [0.05 * row["distance"] for row in rows], abs=1e-5
     )
     assert rows[0]["distance"] == 0 < rows[-1]["distance"]
-    assert "<code>held:Held</code>" in (config.results_run_dir / "report.html").read_text()
+    page = (config.results_run_dir / "report.html").read_text()
+    assert "<code>held:Held</code>, each with its weight" in page and ">distance</text>" in page
     capsys.readouterr()
     sweep = ["sweep", command[0], *command[1:], "--methods", "each", "held:Held", "--dry-run"]
     assert main(sweep) == 0

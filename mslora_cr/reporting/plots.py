@@ -21,7 +21,12 @@ TERMS = {
     "norm": "Norm of the new bank",
     "drift": "Drift from earlier tasks",
     "distillation": "Distillation",
+    "key_elements": "Key elements of earlier tasks",
 }
+NO_TERMS = frozenset({"step", "epoch", "loss", "learning_rate", "grad_norm", "alpha", "beta"})
+"""What else a log has."""
+MAX_OTHERS = 8
+"""Terms without a title here that are drawn, those of a method outside the package."""
 INK = "#010203"
 """Stands for the page's text colour until the SVG is finished."""
 STYLE: dict[Any, Any] = {
@@ -43,6 +48,12 @@ MAX_POINTS = 200
 Log = Sequence[Mapping[str, float]]
 
 
+def logged_terms(logs: Mapping[str, Log]) -> list[str]:
+    """The terms of the loss in logs by task: those with a title, in its order, then others, at most `MAX_OTHERS`."""
+    found = {name for log in logs.values() for entry in log for name in entry} - NO_TERMS
+    return [*(term for term in TERMS if term in found), *sorted(found - TERMS.keys())[:MAX_OTHERS]]
+
+
 def loss_curves(logs: Mapping[str, Log], colors: Mapping[str, str]) -> str | None:
     """Each logged loss term over the steps of the whole stream, task after task; None if nothing was logged.
 
@@ -50,15 +61,14 @@ def loss_curves(logs: Mapping[str, Log], colors: Mapping[str, str]) -> str | Non
         logs: by task in stream order, the logged steps; a term is absent where it does not apply.
         colors: by task.
     """
-    terms = [term for term in TERMS if any(term in entry for log in logs.values() for entry in log)]
-    spans = _spans(logs)
+    terms, spans = logged_terms(logs), _spans(logs)
     if not terms or not spans:
         return None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 0.5 + 1.9 * len(terms)), layout="constrained")
         axes = figure.subplots(len(terms), 1, sharex=True, squeeze=False)[:, 0]
         for row, (ax, term) in enumerate(zip(axes, terms, strict=True)):
-            ax.set_title(TERMS[term])
+            ax.set_title(TERMS.get(term, term))
             for task, (start, _) in spans.items():
                 points = [(start + entry["step"], entry[term]) for entry in logs[task] if term in entry]
                 ax.plot(*_thinned(points), color=colors[task], marker="." if len(points) == 1 else None)

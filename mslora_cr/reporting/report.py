@@ -32,7 +32,7 @@ from mslora_cr.reporting.heatmaps import (
     rank_map,
     similarity_map,
 )
-from mslora_cr.reporting.plots import loss_curves
+from mslora_cr.reporting.plots import logged_terms, loss_curves
 from mslora_cr.reporting.render import capital, render
 from mslora_cr.reporting.run_record import PUBLISHED_SCORES, PublishedRun, RunRecord, load_published_scores, read_run
 from mslora_cr.reporting.style import ADDED_TITLES, METRICS, PALETTE, TITLES
@@ -101,6 +101,7 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
         "probes": read_probes(run.results_dir),
         "measured": MEASURED,
         "curves": Markup(curves) if curves else None,
+        "own_terms": set(logged_terms(run.logs)) - {"ce", "contrastive", "orthogonality"},
         "weights": _last_weights(run),
         "routing": _routing(run) if run.routing else None,
         "analysis": _analysis(run.analysis) if run.analysis else None,
