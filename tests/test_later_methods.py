@@ -145,6 +145,21 @@ def test_similarities_by_hand() -> None:
     assert router.route(torch.tensor([[0.0, 2.0, 3.0], [0.0, 2.0, -3.0]])).tolist() == [0, 1]
 
 
+def test_disco_s_similarities_are_the_words_alone(tmp_path: Path) -> None:
+    """Cosines 1 and -1 of the words at 3, at T = ½: as e² to e⁻², whatever the picture. What a configuration without
+    the choice was, it is."""
+    tasks = [TaskStatistics(1, torch.tensor(mean), torch.zeros(3, 3)) for mean in ([1.0, 0, 1], [0.0, 1, -1])]
+    section = {"layers": "all", "similarity": "question", "temperature": 0.5}
+    config = stream_of("hide_llava", tmp_path, [("pathvqa", 1.0, 2), ("PCAM", 1.0, 2)], hide_llava=section)
+    router = method_of(config).router(config, tasks, 2)
+    shares = router.probabilities(torch.tensor([[0.0, 2.0, 3.0], [5.0, 0.0, 3.0]]))
+    expected = torch.tensor([math.e**2, math.e**-2]) / (math.e**2 + math.e**-2)
+    torch.testing.assert_close(shares, expected.expand(2, 2))
+    assert method_of(config).router_settings(config) == section
+    plain = stream_of("hide_llava", tmp_path, [("pathvqa", 1.0, 2)])
+    assert plain.model_dump()["hide_llava"] == {"temperature": 0.1, "layers": "last"}
+
+
 def test_lower_layers_are_fused_and_the_last_is_mixed(tmp_path: Path) -> None:
     """(B_1 + B_2)(A_1 + A_2) below, cross terms and all; w_1 B_1 A_1 + w_2 B_2 A_2 in the last layer."""
     layers = {"q": "model.layers.0.q", "v": "model.layers.10.v"}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from mslora_cr.config.schema import PositiveNumber, Section, StreamConfig
 from mslora_cr.methods.base import Method
@@ -24,6 +25,12 @@ class HideLlavaSettings(Section):
     """T of the softmax over similarities."""
     layers: Literal["last", "all"] = "last"
     """Where banks are weighed: in the last decoder layer, the others fused, as published; or in all, as DISCO does."""
+    similarity: Literal["both", "question"] = "both"
+    """Of which features: of picture and question, as published; or of the question alone, as DISCO's."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_was_a_choice(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if (key, value) != ("similarity", "both")}
 
 
 class HideLlava(Method[HideLlavaSettings]):
@@ -34,9 +41,10 @@ class HideLlava(Method[HideLlavaSettings]):
     q_t their means over task t.
 
     Sources: Guo et al., "HiDe-LLaVA: Hierarchical Decoupling for Continual Instruction Tuning of Multimodal Large
-    Language Model", ACL 2025, as its code computes them, T = 0.1; `layers: all` weighs the banks in every layer, as
-    Guo et al., "Federated Continual Instruction Tuning", ICCV 2025 (DISCO), answer. Features are the frozen model's,
-    where the sources take CLIP's two towers.
+    Language Model", ACL 2025, as its code computes them, T = 0.1. As Guo et al., "Federated Continual Instruction
+    Tuning", ICCV 2025 (DISCO), answer, its code: `layers: all`, `similarity: question` and T = 0.05, so that
+    ``w(x) = softmax(cos(q(x), q_t) / T)`` weighs the banks in every layer. Features are the frozen model's, where the
+    sources take CLIP's two towers.
     """
 
     name = "hide_llava"
@@ -50,7 +58,8 @@ class HideLlava(Method[HideLlavaSettings]):
     def router(self, config: StreamConfig, tasks: Sequence[TaskStatistics], pictures: int) -> TaskRouter:
         from mslora_cr.routing.prototypes import PrototypeRouter
 
-        return PrototypeRouter(tasks, pictures, self.settings(config).temperature)
+        settings = self.settings(config)
+        return PrototypeRouter(tasks, pictures, settings.temperature, settings.similarity == "question")
 
     def mixed(self, config: StreamConfig, banks: Sequence[Bank]) -> tuple[list[Bank], list[Bank]]:
         if self.settings(config).layers == "all":

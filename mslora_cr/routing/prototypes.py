@@ -11,19 +11,22 @@ from mslora_cr.routing.lda import TaskStatistics
 
 
 class PrototypeRouter:
-    """``softmax(s / T)`` over tasks, s the mean of a question's two cosines with a task's prototypes.
+    """``softmax(s / T)`` over tasks, s the mean of two cosines with a task's prototypes, or that of the words alone.
 
     Source: Guo et al., "HiDe-LLaVA: Hierarchical Decoupling for Continual Instruction Tuning of Multimodal Large
     Language Model", ACL 2025, on features of CLIP's two towers; here on this project's (`routing.features`).
     """
 
-    def __init__(self, tasks: Sequence[TaskStatistics], pictures: int, temperature: float) -> None:
+    def __init__(
+        self, tasks: Sequence[TaskStatistics], pictures: int, temperature: float, words_alone: bool = False
+    ) -> None:
         """
         Args:
-            tasks: at least one. pictures: how many of the features, the first ones, are the picture's.
+            tasks: at least one. pictures: how many of the features, the first ones, are the picture's. words_alone:
+                the picture's have no say.
         """
         self._prototypes, self._pictures = torch.stack([task.mean for task in tasks]), pictures
-        self._temperature = temperature
+        self._temperature, self._words_alone = temperature, words_alone
 
     def route(self, features: Tensor) -> Tensor:
         """The position of the task that is most alike, (questions,) int64, from (questions, features)."""
@@ -35,9 +38,8 @@ class PrototypeRouter:
 
     def _similarities(self, features: Tensor) -> Tensor:
         parts = [self._pictures, features.shape[1] - self._pictures]
-        return torch.stack(
-            [
-                torch.nn.functional.cosine_similarity(own[:, None], prototypes, dim=2)
-                for own, prototypes in zip(features.split(parts, 1), self._prototypes.split(parts, 1), strict=True)
-            ]
-        ).mean(0)
+        cosines = [
+            torch.nn.functional.cosine_similarity(own[:, None], prototypes, dim=2)
+            for own, prototypes in zip(features.split(parts, 1), self._prototypes.split(parts, 1), strict=True)
+        ]
+        return torch.stack(cosines[1:] if self._words_alone else cosines).mean(0)
