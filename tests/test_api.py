@@ -121,6 +121,8 @@ def test_pictures_may_be_files_bytes_or_pictures_and_several(
             model.answer(broken, text)
     with pytest.raises(mslora_cr.DataError, match=r"more than data\.max_length = 2048"):
         model.answer(path, "word " * 3000, task="pathvqa")
+    with pytest.raises(mslora_cr.ConfigError, match="max_new_tokens is 0"):
+        model.answer(path, text, task="pathvqa", max_new_tokens=0)
 
 
 def test_an_answer_is_streamed_as_it_grows(model: mslora_cr.AnsweringModel, trained_config: Path) -> None:

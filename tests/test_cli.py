@@ -207,6 +207,9 @@ def test_overrides_stand_anywhere_and_keep_their_order() -> None:
     [
         (["train"], "required: CONFIG\n"),
         (["analyze", "x.yaml", "--questions", "-1"], "'-1' is not a number of at least 0"),
+        (["ask", "run", "--max-new-tokens", "0"], "'0' is not a number of at least 1"),
+        (["evaluate", "x.yaml", "--concurrency", "0"], "'0' is not a number of at least 1"),
+        (["data", "convert", "scans", "--frames", "0"], "'0' is not a number of at least 1"),
         (["train", "x.yaml", "--dryrun"], "--dryrun"),
         (["compare", "a", "b", "--at", "own", "lora.rank=3"], "lora.rank=3"),
     ],

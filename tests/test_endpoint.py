@@ -109,8 +109,11 @@ def test_the_command(server: Server, trained_config: Path, tmp_path: Path, capsy
     for arguments, message in (
         ([], "both, --endpoint URL and --model NAME"),
         (["--model", "m", "--stages", "all"], "do not go with --endpoint"),
+        (["--model", "m", "--probe", "other"], "--probe do not go with --endpoint"),
         (["--model", "m", "--endpoint", "ftp://x/v1"], "expected an address such as"),
         (["--model", "m", "--endpoint", "http://me:secret@x/v1"], "set OPENAI_API_KEY"),
     ):
         assert main([*command, *arguments]) == 1
         assert message in (told := capsys.readouterr().err) and "secret" not in told
+    assert main(["evaluate", str(trained_config), "--concurrency", "2"]) == 1
+    assert "give --endpoint or --judge too" in capsys.readouterr().err

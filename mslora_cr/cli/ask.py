@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, add_overrides, count, quieten, run_config
+from mslora_cr.cli.common import add_command, add_overrides, count, positive, quieten, run_config
 from mslora_cr.cli.conversation import answered_by, aside, converse, write
 from mslora_cr.utils.errors import UserError
 
@@ -44,7 +44,7 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
         metavar="K",
         help="after the first K tasks (default: all that are trained); 0: base model",
     )
-    parser.add_argument("--max-new-tokens", type=count, metavar="N", help="longest answer (default: the run's)")
+    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the run's)")
     parser.set_defaults(run=_ask)
 
 

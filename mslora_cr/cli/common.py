@@ -82,6 +82,12 @@ def count(text: str) -> int:
     return int(text)
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
 def run_config(target: Path, overrides: Sequence[str] = ()) -> StreamConfig:
     """The configuration of a run, given by itself, by its run folder or by the run's name; as `find_run`."""
     from mslora_cr.config.find import find_run

@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, count
+from mslora_cr.cli.common import add_command, count, positive
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def add_convert(actions: argparse._SubParsersAction) -> None:
         help="window of DICOM and NIfTI, in their units, e.g. 40 400 (default: the file's own, else its whole range)",
     )
     parser.add_argument(
-        "--frames", type=count, metavar="N", help="at most N frames or slices of a file, evenly spaced (default: all)"
+        "--frames", type=positive, metavar="N", help="at most N frames or slices of a file, evenly spaced (default: all)"
     )
     parser.add_argument("--test-share", type=_share, default=0.2, metavar="X", help="share of test rows (%(default)s)")
     parser.add_argument("--seed", type=count, default=0, metavar="N", help="draws the split (%(default)s)")
@@ -70,7 +70,7 @@ def run_convert(args: argparse.Namespace) -> int:
     from mslora_cr.data.sources.convert_images import Rendering
     from mslora_cr.data.sources.convert_rows import Columns
 
-    rendering = Rendering(tuple(args.window) if args.window else None, args.frames or None)
+    rendering = Rendering(tuple(args.window) if args.window else None, args.frames)
     progress = sys.stderr.isatty()
     if holds_questions(args.source):
         columns = Columns(args.image, args.question, args.answer, args.group, args.split, args.answer_type)

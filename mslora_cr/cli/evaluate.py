@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from mslora_cr.cli.common import add_command, add_config, config_of, count, quieten
+from mslora_cr.cli.common import add_command, add_config, config_of, positive, quieten
 from mslora_cr.config.schema import EvaluationConfig, StreamConfig
 from mslora_cr.utils.errors import UserError
 
@@ -60,7 +60,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--model", metavar="NAME", help="with --endpoint: the model's name there; {task} is replaced")
     parser.add_argument(
-        "--concurrency", type=count, metavar="N", help="with --endpoint or --judge: requests at once (default: 8)"
+        "--concurrency", type=positive, metavar="N", help="with --endpoint or --judge: requests at once (default: 8)"
     )
     parser.add_argument(
         "--probe",
@@ -83,8 +83,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.overrides.append(f"evaluation.banks_by={args.banks_by}")
     if bool(args.judge) != bool(args.judge_model):
         raise UserError("a judge needs both, --judge URL and --judge-model NAME")
-    if args.concurrency == 0:
-        raise UserError("--concurrency is at least 1")
+    if args.concurrency and not (args.endpoint or args.judge):
+        raise UserError("--concurrency is about requests to a server: give --endpoint or --judge too, or leave it out")
     if args.judge:
         _judge_of(args).check()
     config = config_of(args)
@@ -147,8 +147,10 @@ def _judge_of(args: argparse.Namespace) -> Endpoint:
 def _evaluate_endpoint(args: argparse.Namespace, config: StreamConfig) -> int:
     if not (args.endpoint and args.model):
         raise UserError("a served model needs both, --endpoint URL and --model NAME")
-    if args.banks or args.banks_by or args.stages:
-        raise UserError("a served model is scored as it is: --banks, --banks-by and --stages do not go with --endpoint")
+    if args.banks or args.banks_by or args.stages or args.probe:
+        raise UserError(
+            "a served model is scored as it is: --banks, --banks-by, --stages and --probe do not go with --endpoint"
+        )
     from mslora_cr.evaluation.chat import Endpoint
     from mslora_cr.evaluation.endpoint import evaluate_endpoint
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mslora_cr.banks.stack import BankStack
-from mslora_cr.config.schema import StreamConfig
+from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.images import decode_image, load_image
 from mslora_cr.data.preparation import TextTokenizer
 from mslora_cr.data.records import DataError
@@ -97,13 +97,16 @@ class AnsweringModel:
             images: one picture or several, all of which are shown in front of the question; none: `[]`.
             task, stage: in place of the model's own. Banks are swapped, the base stays.
             history: earlier questions about the same pictures, with their answers.
-            max_new_tokens: in place of `evaluation.max_new_tokens`.
+            max_new_tokens: in place of `evaluation.max_new_tokens`; at least 1.
             on_text: is handed the answer piece by piece while it grows.
 
         Raises:
-            ConfigError, BankError: the task or stage cannot answer.
+            ConfigError, BankError: the task or stage cannot answer, or the answer may have no token.
             DataError: a picture cannot be read, or prompt and answer would pass `data.max_length`.
         """
+        new_tokens = self.config.evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {new_tokens}; an answer has at least 1")
         shown = self._shown(images)
         stage = self.stage if stage is None else self.run.stage(stage)
         task = task or self.task
@@ -113,7 +116,6 @@ class AnsweringModel:
         ids, inputs = self._asked(question, history, shown)
         tokenizer = self._prepare.tokenizer
         streamer = _Streamer(tokenizer, on_text) if on_text else None
-        new_tokens = max_new_tokens or self.config.evaluation.max_new_tokens
         tell = streamer.put if streamer else None
         ids = answer_alone(self._prepare, self._stack.model, ids, inputs, new_tokens, tell)
         if streamer:
