@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import sys
@@ -6,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from mslora_cr.config.load import load_config, training_fields
 from mslora_cr.config.methods import load_method
@@ -299,6 +301,16 @@ def test_training_takes_any_field_of_transformers(tmp_path: Path) -> None:
         ({"output_dir": "x"}, "use output_dir"),
         ({"gradient_accumulation_steps": 2}, "training.per_device_train_batch_size"),
         ({"seed": 1}, "use seed"),
+        ({"per_device_eval_batch_size": 2}, "use evaluation.batch_size"),
+        ({"metric_for_best_model": "loss"}, "the bank after the last step is kept"),
+        ({"greater_is_better": True}, "the bank after the last step is kept"),
+        ({"label_smoothing_factor": 0.1}, "the loss is the mean cross-entropy"),
+        ({"save_on_each_node": True}, "all nodes write to one shared folder"),
+        ({"logging_nan_inf_filter": True}, "a loss that is not finite stops training"),
+        ({"length_column_name": "size"}, "lengths are counted from the records"),
+        ({"save_total_limit": 0}, "training.save_total_limit is 0: give how many"),
+        ({"save_total_limit": -1}, "training.save_total_limit is -1: give how many"),
+        ({"save_total_limit": None}, "training.save_total_limit is None: give how many"),
         ({"save_steps": "often"}, "training.save_steps: should be a number, found 'often'"),
         ({"bf16": "maybe"}, "training.bf16: should be true or false, found 'maybe'"),
     ],
@@ -307,6 +319,25 @@ def test_a_wrong_training_field_is_refused(training: dict[str, Any], message: st
     with pytest.raises(ConfigError) as caught:
         fields(tmp_path, **training)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    sorted(
+        {"eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "do_predict"}
+        | {"prediction_loss_only", "batch_eval_metrics", "include_for_metrics", "eval_do_concat_batches"}
+        | {"eval_use_gather_object", "bf16_full_eval", "fp16_full_eval"}
+    ),
+)
+def test_the_trainers_own_evaluation_is_refused(key: str, tmp_path: Path) -> None:
+    """There is none, so that its settings would be without effect; also where they hold their default."""
+    default = next(field.default for field in dataclasses.fields(TrainingArguments) if field.name == key)
+    with pytest.raises(ConfigError, match=f"training.{key} is not set here; use nothing: `mslora-cr evaluate`"):
+        fields(tmp_path, **{key: default})
+
+
+def test_how_many_checkpoints_are_kept_is_given(tmp_path: Path) -> None:
+    assert [fields(tmp_path, save_total_limit=kept)["save_total_limit"] for kept in (1, 3)] == [1, 3]
 
 
 # --- methods -------------------------------------------------------------------------------------------------------

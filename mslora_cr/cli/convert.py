@@ -48,7 +48,10 @@ def add_convert(actions: argparse._SubParsersAction) -> None:
         help="window of DICOM and NIfTI, in their units, e.g. 40 400 (default: the file's own, else its whole range)",
     )
     parser.add_argument(
-        "--frames", type=positive, metavar="N", help="at most N frames or slices of a file, evenly spaced (default: all)"
+        "--frames",
+        type=positive,
+        metavar="N",
+        help="at most N frames or slices of a file, evenly spaced (default: all)",
     )
     parser.add_argument("--test-share", type=_share, default=0.2, metavar="X", help="share of test rows (%(default)s)")
     parser.add_argument("--seed", type=count, default=0, metavar="N", help="draws the split (%(default)s)")

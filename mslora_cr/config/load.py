@@ -257,7 +257,7 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
     """The `training` section, checked against the installed transformers' TrainingArguments.
 
     Raises:
-        ConfigError: a field that does not exist, is derived from another key, or has the wrong type.
+        ConfigError: a field that does not exist, is in `DERIVED_TRAINING_FIELDS`, or has the wrong type or value.
     """
     import dataclasses
     from typing import get_type_hints
@@ -292,6 +292,10 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
             checked[key] = str(find_deepspeed(checked[key]))
         if key == "save_strategy" and checked[key] not in SAVE_STRATEGIES:
             raise ConfigError(f"training.save_strategy is {value!r}; choose one of {', '.join(SAVE_STRATEGIES)}")
+        if key == "save_total_limit" and (checked[key] is None or checked[key] < 1):
+            raise ConfigError(
+                f"training.save_total_limit is {value!r}: give how many checkpoints inside a task are kept, at least 1"
+            )
         if isinstance(checked[key], float) and not math.isfinite(checked[key]):
             raise ConfigError(f"training.{key}: should be a finite number, found {value!r}")
     return checked
