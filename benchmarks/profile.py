@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return _inside(args.command, args.json)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for command in [args.command] if args.command else _tiny_commands(Path(folder)):
+        for command in [args.command] if args.command else tiny_commands(Path(folder)):
             file = Path(folder) / "seconds.json"
             subprocess.run(
                 [sys.executable, "-m", "benchmarks.profile", "--inside", "--json", str(file), *command], check=True
@@ -130,7 +130,7 @@ def _inside(command: Sequence[str], file: Path) -> dict[str, float]:
     return seconds
 
 
-def _tiny_commands(folder: Path) -> list[list[str]]:
+def tiny_commands(folder: Path) -> list[list[str]]:
     """Commands that train and evaluate two tasks of a synthetic stream with a tiny model, made here."""
     from mslora_cr.config.shipped import DEFAULTS
     from mslora_cr.synthetic.model import MODEL_FOLDER, make_tiny_llava_med

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import all as all_benchmarks
-from benchmarks import coverage, penalty_ratio, preregistered, profile, published, real_size, zero_memory
+from benchmarks import coverage, penalty_ratio, preregistered, profile, published, real_size, startup, zero_memory
 from mslora_cr.evaluation.metrics import score_answers
 from mslora_cr.evaluation.score import read_answers, render_metrics
 from tests.conftest import first_in_make_test
@@ -48,6 +48,12 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     assert key == name
     assert found["command"] == f"python -m benchmarks.{name} --size tiny --repetitions {repetitions} --device cpu"
     return found
+
+
+@pytest.mark.long
+def test_startup_trains_and_evaluates() -> None:
+    found = startup.main(["--size", "tiny", "--repetitions", "1", "--commands", "--clock", "cpu"])
+    assert found["ratios"]["evaluate_over_its_imports"] > 1 and found["ratios"]["train_over_its_imports"] > 1
 
 
 @pytest.mark.parametrize("name", RATIOS)
