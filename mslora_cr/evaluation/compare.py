@@ -168,10 +168,11 @@ def _test(
 
 
 def _between_tasks(differences: Sequence[float]) -> BetweenTasks:
+    ends = t_interval(differences)
     wins, losses = (sum(sign * difference > 1e-9 for difference in differences) for sign in (1, -1))
     return BetweenTasks(
         tasks=len(differences),
-        interval=t_interval(differences),
+        interval=None if ends is None else (max(-100.0, ends[0]), min(100.0, ends[1])),
         p=t_test(estimate_of(differences)) if len(differences) > 1 else None,
         wins=wins,
         losses=losses,
