@@ -29,6 +29,7 @@ from mslora_cr.evaluation.intervals import Estimate, Interval, estimate_of, mean
 from mslora_cr.evaluation.metrics import score_answers
 from mslora_cr.evaluation.score import answer_groups, metrics_of, read_answers, render_metrics
 from mslora_cr.evaluation.significance import holm, sign_test, t_test
+from mslora_cr.reporting.render import chance
 from mslora_cr.reporting.run_record import PublishedRun, load_published_scores
 from mslora_cr.reporting.style import METRICS, TITLES
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         for metric, title in TITLES.items()
     ]
     for row, adjusted in zip(rows, holm([row["p (t)"] for row in rows]), strict=True):
-        row["p (t)"], row["p (t, Holm)"] = _chance(row["p (t)"]), _chance(adjusted)
+        row["p (t)"], row["p (t, Holm)"] = chance(row["p (t)"]), chance(adjusted)
     print(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
     tasks = [
         {"run": runs[kind].title, "metric": TITLES[metric], **row}
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         for row in _tasks(runs[BASELINE].scores, runs[kind].scores, metric, counts)
     ]
     for row, adjusted in zip(tasks, holm([row["p"] for row in tasks]), strict=True):
-        row["p"], row["p (Holm)"] = _chance(row["p"]), _chance(adjusted)
+        row["p"], row["p (Holm)"] = chance(row["p"]), chance(adjusted)
     print("\n" + tabulate(tasks, headers="keys", tablefmt="github", disable_numparse=True))
     if args.answers:
         folders = {kind: args.answers / run.run for kind, run in runs.items() if (args.answers / run.run).is_dir()}
@@ -156,13 +157,9 @@ def _row(run: str, metric: str, differences: dict[str, float]) -> dict[str, Any]
         "differences": ", ".join(f"{task} {value:+.2f}" for task, value in differences.items()),
         "mean": f"{total.mean:+.2f} [{span(mean_interval(total))}]",
         "won, lost": f"{wins}, {losses}",
-        "p (signs)": _chance(sign_test(wins, losses)),
+        "p (signs)": chance(sign_test(wins, losses)),
         "p (t)": t_test(total),
     }
-
-
-def _chance(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.0005 else "< 0.001"
 
 
 if __name__ == "__main__":

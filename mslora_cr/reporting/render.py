@@ -34,6 +34,7 @@ def render(template: str, path: Path, context: Mapping[str, Any]) -> None:
         "number": _number,
         "span": span,
         "counted": counted,
+        "chance": chance,
         "duration": _duration,
         "brief": _brief,
         "count": _count,
@@ -69,6 +70,11 @@ def _embedded(content: Any) -> Markup:
 def _number(value: float | None, digits: int = 1) -> str:
     # Adding zero turns -0.0, which rounding leaves, into 0.0.
     return "–" if value is None else f"{round(value, digits) + 0:.{digits}f}"
+
+
+def chance(p: float | None) -> str:
+    """A p-value, which is never zero."""
+    return "–" if p is None else f"{p:.3f}" if p >= 0.0005 else "< 0.001"
 
 
 def _duration(seconds: float | None) -> str:

@@ -76,6 +76,13 @@ def test_tasks_are_read_as_themselves_and_as_a_sample(tmp_path: Path) -> None:
     assert between["interval"] == pytest.approx((10 - 3.1824 * error, 10 + 3.1824 * error), abs=1e-3)
     assert between["p"] == pytest.approx(0.1612, abs=1e-3)  # t = 1.852 of 3 degrees of freedom
     assert between["sign_p"] == pytest.approx(2 * 5 / 16)
+    far = make_run(tmp_path, "far", tasks=tasks, right=lambda task, stage: 12 if task == "HAM" else 20)[1]
+    none = make_run(tmp_path, "none", tasks=tasks, right=lambda task, stage: 0)[1]
+    overall = by_task(compare({"none": none, "far": far}).model_dump(), "closed accuracy", "far")["overall"]
+    assert overall["between_tasks"]["interval"] == (
+        pytest.approx(90 - 3.1824 * 10, abs=1e-3),
+        100,
+    )  # no score is 122 more
 
 
 def only_answers(results: Path, folder: Path) -> Path:

@@ -19,7 +19,7 @@ from mslora_cr.evaluation.score import AnswerRecord
 from mslora_cr.reporting.comparison import write_comparison
 from mslora_cr.reporting.examples import pick_examples
 from mslora_cr.reporting.heatmaps import similarity_map
-from mslora_cr.reporting.render import render
+from mslora_cr.reporting.render import chance, render
 from mslora_cr.reporting.report import _context, write_report
 from mslora_cr.reporting.run_record import BANK_WEIGHTS, load_published_scores, read_log, read_run
 from mslora_cr.utils.state import StateError
@@ -132,6 +132,10 @@ def test_where_few_answers_changed_their_number_stands_for_the_interval(tmp_path
     both = [("a", run_dir, results_dir), ("b", None, results_dir)]
     page = Page(write_comparison(both, tmp_path / "index.html"))
     assert page.text.count("pathvqa 90.0 1 80.0 2 -10.0 2 of 20 changed derm") == 2  # closed accuracy of both
+
+
+def test_no_p_value_is_zero():
+    assert [chance(p) for p in (None, 1e-9, 0.0005, 0.34)] == ["–", "< 0.001", "0.001", "0.340"]
 
 
 def test_intervals_of_figures_are_paired_by_question(tmp_path):
