@@ -125,7 +125,7 @@ def _show_scores(path: Path) -> None:
     from mslora_cr.evaluation.console import score_table
     from mslora_cr.evaluation.results import required_evaluation
 
-    print(f"\n{score_table(required_evaluation(path.parent))}\n\nresults: {path.parent}", flush=True)
+    print(f"\n{score_table(required_evaluation(path.parent), path.parent)}\n\nresults: {path.parent}", flush=True)
 
 
 def _show_next(path: Path, args: argparse.Namespace) -> None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tabulate import tabulate
 
+from mslora_cr.evaluation.intervals import span
 from mslora_cr.evaluation.results import Evaluation
 
 COLUMNS = {"close accuracy": "closed", "f1 score": "F1, open", "exact match score": "exact"}
 """Title by name in `metrics.json`."""
 ALIGNED = ("left", "right", "right", "right", "right", "right")
 FIGURES = {"own_stage_average": "own stage", "final_average": "final average", "forgetting": "forgetting"}
+CHANGE = "backward_transfer"
 
 
-def score_table(evaluation: Evaluation) -> str:
+def score_table(evaluation: Evaluation, results_dir: Path) -> str:
     """Each task's scores in percent when it was learned and after the last stage, as far as these were evaluated, and
-    the averages over the tasks."""
+    the averages over the tasks; of backward transfer also its interval, or how many answers changed.
+
+    Args:
+        results_dir: where the scores of the answers are.
+    """
     rows = []
     for task in evaluation.tasks:
         own, last = evaluation.own_cell(task), evaluation.last_cell(task)
@@ -27,6 +35,10 @@ def score_table(evaluation: Evaluation) -> str:
         if (matrix := evaluation.matrix(name)) is not None:
             figures = matrix.summary()
             known = [f"{words} {value:.1f}" for key, words in FIGURES.items() if (value := figures[key]) is not None]
+            if (change := figures[CHANGE]) is not None and matrix.last > 1:
+                found = evaluation.matrix_intervals(results_dir, name).figures[CHANGE]
+                ends = f"[{span(found.ends)}]" if found.ends else f"({found.changed})"
+                known.append(f"backward transfer {round(change, 1) + 0:.1f} {ends}")
             lines.append(f"{title}: {', '.join(known)}")
     return "\n".join(lines)
 

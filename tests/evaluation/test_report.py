@@ -12,6 +12,7 @@ from mslora_cr.banks.bank import BankError
 from mslora_cr.banks.io import WEIGHTS
 from mslora_cr.banks.similarity import Similarity, bank_similarity
 from mslora_cr.data.records import DataError
+from mslora_cr.evaluation.console import score_table
 from mslora_cr.evaluation.intervals import difference_interval, estimate, independent, percent
 from mslora_cr.evaluation.metrics import score_answers
 from mslora_cr.evaluation.results import ReportError, read_evaluation
@@ -108,6 +109,10 @@ def test_forgetting_of_a_sequential_run(tmp_path):
     tasks = ("pathvqa", "slake-vqarad", "derm")
     run_dir, results_dir = make_run(tmp_path, "seq", "sequential", tasks, right=right)
     page = Page(write_report(run_dir, results_dir))
+    told = score_table(read_evaluation(results_dir), results_dir)
+    assert (
+        "closed: own stage 90.0, final average 70.0, forgetting 30.0, backward transfer -30.0 [-46.0 to -17.7]" in told
+    )
     assert f"Final average closed accuracy {(50 + 70 + 90) / 3:.1f} %" in page.text
     assert re.search(r"Backward transfer -30.0 points -46.0 to -17.7; .* Forgetting 30.0, no interval", page.text)
     assert "by construction" not in page.text
@@ -129,6 +134,8 @@ def test_where_few_answers_changed_their_number_stands_for_the_interval(tmp_path
     assert 'data-changed="2 of 20 changed"' in path.read_text(encoding="utf-8")  # for the table's CSV
     assert "**Backward transfer: -10.00 points** (2 of 20 changed); forgetting 10.00 points" in markdown
     assert re.search(r"\| pathvqa \| 90.0 .* \| -10.0 \(2 of 20 changed\) \|", markdown)
+    told = score_table(read_evaluation(results_dir), results_dir)
+    assert "forgetting 10.0, backward transfer -10.0 (2 of 20 changed)" in told
     both = [("a", run_dir, results_dir), ("b", None, results_dir)]
     page = Page(write_comparison(both, tmp_path / "index.html"))
     assert page.text.count("pathvqa 90.0 1 80.0 2 -10.0 2 of 20 changed derm") == 2  # closed accuracy of both
