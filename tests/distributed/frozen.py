@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import Task
-from mslora_cr.distributed.comm import rank
+from mslora_cr.distributed.comm import barrier, rank
 from mslora_cr.distributed.deepspeed import gather_params
 from mslora_cr.runs.session import load_base
 from mslora_cr.stream import train as stream
@@ -53,6 +53,8 @@ def look_and_fail(folder: Path, at_step: int) -> None:
         assert held.keys() == expected.keys()
         changed = [name for name, tensor in held.items() if not torch.equal(tensor, expected[name])]
         (folder / f"{rank()}.json").write_text(json.dumps({"compared": len(held), "changed": changed}))
+        self._publisher.wait()  # the checkpoint that is to be looked at has its name
+        barrier()
         raise ZeroDivisionError("planted")
 
     stream.train_task = train_task_and_remember  # type: ignore[assignment]
