@@ -349,3 +349,24 @@ def test_sd_lora_keeps_directions_and_learns_magnitudes(method_run: Trained) -> 
             torch.testing.assert_close(learned[0].matrices[name][1][:, : before.rank], b)
             moved += (learned[1][name][:parts] - known[1][name]).abs().sum().item()
         assert moved > 0.01
+
+
+def test_banks_that_grow_are_imported_and_evaluated_from_where_they_are(method_run: Trained, tmp_path: Path) -> None:
+    config = method_run("sd_lora")
+    run = load_config(config).run_dir
+    moved = [str(config), "run=again", f"output_dir={tmp_path}", f"results_dir={tmp_path}/results"]
+    assert main(["bank", "import", *moved, "--from", str(run)]) == 0
+    assert bank_bytes(tmp_path / "again") == bank_bytes(run)
+    assert main(["evaluate", *moved, "run=elsewhere", "--banks", str(run), "--task", "PCAM"]) == 0
+
+
+def test_a_learned_router_asks_for_the_questions_that_another_method_kept_none_of(
+    method_run: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = method_run("each")
+    moved = [str(config), "method=mr_lora", "run=again", f"output_dir={tmp_path}", f"results_dir={tmp_path}/results"]
+    assert main(["bank", "import", *moved, "--from", str(load_config(config).run_dir)]) == 0
+    assert main(["evaluate", *moved, "--stages", "final"]) == 1
+    assert "mslora-cr bank fit-router" in capsys.readouterr().err
+    assert main(["bank", "fit-router", *moved]) == 0
+    assert main(["evaluate", *moved, "--stages", "final"]) == 0

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mslora_cr.banks.bank import BankError
 from mslora_cr.routing.lda import TaskStatistics
 
 STEPS = 500
@@ -23,11 +24,18 @@ class LearnedRouter:
         """
         Args:
             tasks: at least one, with examples. decay: λ.
+
+        Raises:
+            BankError: a task has none: its statistics are another method's.
         """
-        kept = [task.examples for task in tasks]
-        assert all(examples is not None for examples in kept), "a learned router needs each task's examples"
-        examples = torch.cat([part for part in kept if part is not None]).double()
-        labels = torch.cat([torch.full((len(part),), place) for place, part in enumerate(kept) if part is not None])
+        kept = [task.examples for task in tasks if task.examples is not None]
+        if len(kept) < len(tasks):
+            raise BankError(
+                "router statistics without the questions that a learned router is trained on; `mslora-cr bank "
+                "fit-router CONFIG` makes them from the tasks' training records"
+            )
+        examples = torch.cat(kept).double()
+        labels = torch.cat([torch.full((len(part),), place) for place, part in enumerate(kept)])
         self._weights = torch.zeros(len(tasks), examples.shape[1], dtype=torch.float64, requires_grad=True)
         self._biases = torch.zeros(len(tasks), dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS(

@@ -211,7 +211,7 @@ class Ledger:
             if not self.done(task.name):
                 raise BankError(f"task {task.name!r} is not trained yet in {self.folder}; train it first")
             bank = load_bank(self.bank_folder(task.name))
-            rank = config.lora.rank * (task.index + 1 if load_method(config.method).accumulates else 1)
+            rank, _ = bank_shape(config, task)
             if bank.rank != rank:
                 raise BankError(f"bank {task.name!r} is of rank {bank.rank}, the configuration's is {rank}")
             loaded.append(bank)
@@ -259,6 +259,13 @@ class Ledger:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def bank_shape(config: StreamConfig, task: Task) -> tuple[int, float]:
+    """Rank and alpha of a task's bank: the configuration's, or that of all banks up to it where banks hold earlier
+    ones."""
+    times = task.index + 1 if load_method(config.method).accumulates else 1
+    return config.lora.rank * times, config.lora.alpha * times
 
 
 def finished_banks(config: StreamConfig) -> dict[str, Bank]:

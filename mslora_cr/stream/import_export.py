@@ -18,7 +18,7 @@ from mslora_cr.methods.base import Method, method_of
 from mslora_cr.models.layout import ModelError, has_processor, read_config
 from mslora_cr.models.shapes import language_linear_shapes
 from mslora_cr.runs.entries import LEDGER, Imported, RunLedger
-from mslora_cr.runs.ledger import Ledger
+from mslora_cr.runs.ledger import Ledger, bank_shape
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.runs.session import base_digest
 from mslora_cr.utils.files import file_digest
@@ -114,10 +114,11 @@ def _places(folder: Path, config: StreamConfig, whole: bool) -> dict[str, Path]:
 
 def _load(place: Path, name: str, config: StreamConfig) -> Bank:
     bank = load_bank(place)
-    if (bank.rank, bank.alpha) != (config.lora.rank, config.lora.alpha):
+    rank, alpha = bank_shape(config, config.task(name))
+    if (bank.rank, bank.alpha) != (rank, alpha):
         raise BankError(
-            f"{place}: rank {bank.rank} and alpha {bank.alpha:g}, but the configuration says rank "
-            f"{config.lora.rank} and alpha {config.lora.alpha:g}; set lora.rank and lora.alpha"
+            f"{place}: rank {bank.rank} and alpha {bank.alpha:g}, but the configuration says rank {rank} and alpha "
+            f"{alpha:g} for this task; set lora.rank and lora.alpha"
         )
     return replace(bank, name=name)
 
@@ -237,8 +238,10 @@ def _enter(bank: Bank, place: Path, config: StreamConfig, ledger: Ledger) -> Non
     file = place / (PUBLISHED_WEIGHTS if (place / PUBLISHED_WEIGHTS).is_file() else WEIGHTS)
     source = {"path": str(file.resolve()), "sha256": file_digest(file)}
     # The source's, or what `bank fit-router` has put there before.
-    routers = [known / STATISTICS for known in (place, folder) if (known / STATISTICS).is_file()]
-    extra = {STATISTICS: load_file(routers[0])} if routers else {}
+    routers = [load_file(known / STATISTICS) for known in (place, folder) if (known / STATISTICS).is_file()]
+    if method_of(config).router_examples(config):  # another method's keep no questions for this one's router
+        routers = [statistics for statistics in routers if "examples" in statistics]
+    extra = {STATISTICS: routers[0]} if routers else {}
     if type(method_of(config)).task_state is not Method.task_state:
         extra[TASK_STATE] = load_file(check_regular(place / TASK_STATE))
     described = {**bank.metadata, "modality": task.modality, "index": task.index, "imported": source}
