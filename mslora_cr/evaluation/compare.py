@@ -173,7 +173,7 @@ def _between_tasks(differences: Sequence[float]) -> BetweenTasks:
     return BetweenTasks(
         tasks=len(differences),
         interval=None if ends is None else (max(-100.0, ends[0]), min(100.0, ends[1])),
-        p=t_test(estimate_of(differences)) if len(differences) > 1 else None,
+        p=None if ends is None else t_test(estimate_of(differences)),
         wins=wins,
         losses=losses,
         sign_p=sign_test(wins, losses),

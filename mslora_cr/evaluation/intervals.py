@@ -171,7 +171,10 @@ def _tango(gained: float, lost: float, number: float, quantile: float) -> float:
 def t_interval(values: Sequence[float]) -> Interval | None:
     """Student's t interval of a mean of independent values, such as differences of tasks; None of fewer than two, and
     of values that are all equal, since nothing is seen of how they spread."""
-    return mean_interval(estimate_of(values)) if len(set(values)) > 1 else None
+    if len(values) < 2:
+        return None
+    total = estimate_of(values)
+    return mean_interval(total) if total.variance > NONE else None
 
 
 def estimate_of(values: Sequence[float]) -> Estimate:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mslora_cr.evaluation.intervals import Estimate, mean_interval, t_interval
+from mslora_cr.evaluation.intervals import NONE, Estimate, mean_interval, t_interval
 from mslora_cr.evaluation.significance import flip_test, holm, t_test
 
 OURS = "mslora_cr"
@@ -97,13 +97,14 @@ def _against(paired: Runs) -> dict[str, Any]:
     variance = squares / freedom / count if freedom else 0.0
     square = float(np.square(differences).mean())
     total = Estimate(fmean(differences), square, variance, freedom, groups=len(orders), questions=count)
+    spread = variance > NONE
     return {
         "mean": total.mean,
         "deviation": _deviation(differences),
         "pairs": count,
-        "interval": mean_interval(total) if freedom else None,
+        "interval": mean_interval(total) if spread else None,
         "orders_interval": t_interval([fmean(group) for group in orders.values()]),
-        "p": t_test(total) if freedom else None,
+        "p": t_test(total) if spread else None,
         "p_flips": flip_test(differences),
         "p_adjusted": None,
     }

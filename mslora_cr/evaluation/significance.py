@@ -79,9 +79,8 @@ def flip_test(values: Sequence[float]) -> float:
 
 
 def t_test(total: Estimate) -> float:
-    """Two-sided p-value of Student's t test that a mean is zero."""
-    if total.variance == 0:
-        return 1.0 if total.mean == 0 else 0.0
+    """Two-sided p-value of Student's t test that a mean is zero, of values that are not all equal: of those nothing is
+    seen of how they spread."""
     return float(2 * stdtr(total.freedom, -abs(total.mean) / total.variance**0.5))
 
 

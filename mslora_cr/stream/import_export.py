@@ -118,7 +118,7 @@ def _load(place: Path, name: str, config: StreamConfig) -> Bank:
     if (bank.rank, bank.alpha) != (rank, alpha):
         raise BankError(
             f"{place}: rank {bank.rank} and alpha {bank.alpha:g}, but the configuration says rank {rank} and alpha "
-            f"{alpha:g} for this task; set lora.rank and lora.alpha"
+            f"{alpha:g}; set lora.rank and lora.alpha"
         )
     return replace(bank, name=name)
 
