@@ -96,6 +96,8 @@ def install() -> None:
             stand_in = ModuleType(f"mslora_cr.{earlier}", f"Moved to {', '.join(MOVED[earlier])}.")
             stand_in.__getattr__ = moved(earlier)  # type: ignore[method-assign]
             sys.modules.setdefault(stand_in.__name__, stand_in)
+            package, _, name = stand_in.__name__.rpartition(".")
+            setattr(import_module(package), name, stand_in)  # as an import of a file does
 
 
 def _is_package(earlier: str) -> bool:

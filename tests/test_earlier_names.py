@@ -45,6 +45,19 @@ assert load.__name__ == "mslora_cr.config.load" and mslora_cr.banks.io.load_bank
     assert done.returncode == 0, done.stderr
 
 
+def test_a_module_is_reached_through_its_package() -> None:
+    script = """
+import sys
+for name in ("bank_stack", "data.check", "training.stream"):
+    exec(f"import mslora_cr.{name}")
+assert "torch" not in sys.modules
+assert mslora_cr.bank_stack.BankStack.__name__ == "BankStack"
+assert callable(mslora_cr.data.check.check) and callable(mslora_cr.training.stream.train)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_name_that_never_was_is_refused() -> None:
     with pytest.warns(DeprecationWarning, match=r"from mslora_cr\.banks\.io import load_bank"):
         assert import_module("mslora_cr.banks").load_bank is load_bank
