@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mslora_cr.banks import io
 from mslora_cr.banks.bank import Bank, BankError, sum_banks
@@ -12,16 +13,15 @@ from mslora_cr.config.find import find_run
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.records import DataError
-from mslora_cr.evaluation import evaluate as task_aware
-from mslora_cr.evaluation import routed as task_agnostic
-from mslora_cr.evaluation import tables
 from mslora_cr.evaluation.cells import Stages
-from mslora_cr.evaluation.tables import Results
 from mslora_cr.models.layout import ModelError
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.serving.answering import Answer, AnsweringModel, ImageSource
 from mslora_cr.stream import train as stream
 from mslora_cr.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from mslora_cr.evaluation.tables import Results
 
 __all__ = [
     "Answer",
@@ -79,6 +79,10 @@ def evaluate(run: Run, stages: Stages | None = None, task: str | None = None, ov
     Raises:
         ConfigError, DataError, ModelError, BankError: before anything is answered.
     """
+    from mslora_cr.evaluation import evaluate as task_aware  # what scores takes the extra `eval`, answering does not
+    from mslora_cr.evaluation import routed as task_agnostic
+    from mslora_cr.evaluation.tables import read_results_folder
+
     config = _config(run, overrides)
     if config.evaluation.banks_by == "routed":
         if task is not None:
@@ -86,7 +90,7 @@ def evaluate(run: Run, stages: Stages | None = None, task: str | None = None, ov
         path = task_agnostic.evaluate_routed(config, stages or "final")
     else:
         path = task_aware.evaluate(config, stages or "own", task)
-    return tables.read_results_folder(path.parent)
+    return read_results_folder(path.parent)
 
 
 def read_results(run: Run) -> Results:
@@ -95,7 +99,9 @@ def read_results(run: Run) -> Results:
     Raises:
         ReportError: the run is not evaluated.
     """
-    return tables.read_results_folder(_config(run).results_run_dir)
+    from mslora_cr.evaluation.tables import read_results_folder
+
+    return read_results_folder(_config(run).results_run_dir)
 
 
 def load(run: Run, task: str | None = None, stage: int | None = None, overrides: Sequence[str] = ()) -> AnsweringModel:
@@ -137,6 +143,14 @@ def save_bank(bank: Bank, folder: str | Path) -> str:
         BankError: some of its numbers are not finite.
     """
     return io.save_bank(bank, Path(folder))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Results":
+        from mslora_cr.evaluation.tables import Results
+
+        return Results
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _config(run: Run, overrides: Sequence[str] = ()) -> StreamConfig:

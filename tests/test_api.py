@@ -107,6 +107,45 @@ def test_the_base_is_loaded_once_and_banks_are_swapped_only_where_others_answer(
     assert (len(loads), swaps) == (1, [1, 3, 2, 0])
 
 
+@pytest.mark.parametrize(("fold", "method"), [("merge", "addmm_"), ("concatenate", "copy_")])
+def test_after_a_swap_that_failed_half_way_the_right_banks_answer(
+    fold: str, method: str, trained_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = mslora_cr.load(trained_config, task="pathvqa", overrides=[f"lora.fold={fold}"])
+    [question, *_] = questions(trained_config, "pathvqa")
+
+    def state() -> dict[str, torch.Tensor]:
+        own.answer(question["image"], question["text"])
+        return {name: weight.clone() for name, weight in own._stack.model.state_dict().items()}
+
+    before, calls = state(), []
+    works = getattr(torch.Tensor, method)
+
+    def failing(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(method)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory is left")
+        return works(tensor, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.Tensor, method, failing)
+        own._use("PCAM", 3, {})
+    after = state()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_without_the_extra_eval_a_run_answers(trained_config: Path) -> None:
+    [question, *_] = questions(trained_config, "pathvqa")
+    code = (
+        "import sys\n"
+        "for name in ('nltk', 'scipy', 'tabulate', 'matplotlib'): sys.modules[name] = None\n"
+        f"import mslora_cr\nmodel = mslora_cr.load({str(trained_config)!r})\n"
+        f"model.answer({question['image']!r}, {question['text']!r}, task='pathvqa')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_pictures_may_be_files_bytes_or_pictures_and_several(
     model: mslora_cr.AnsweringModel, trained_config: Path, tmp_path: Path
 ) -> None:

@@ -6,21 +6,52 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mslora_cr.banks.io import load_bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.records import TestRecords
 from mslora_cr.evaluation import evaluate as evaluate_module
 from mslora_cr.evaluation import generate
 from mslora_cr.evaluation import session as session_module
 from mslora_cr.evaluation.cells import cells
 from mslora_cr.evaluation.evaluate import evaluate
+from mslora_cr.runs.ledger import finished_banks
+from mslora_cr.runs.session import task_folder
 from tests.killing import KillPoint, run_until_killed
 
 TASKS = ["pathvqa", "slake-vqarad", "PCAM"]
 QUESTIONS = {"pathvqa": 8, "slake-vqarad": 8, "PCAM": 4}
+
+
+def test_after_a_swap_that_failed_half_way_an_evaluation_folds_anew(
+    trained_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(trained_config)
+    task, known = config.task("PCAM"), finished_banks(config)
+    records = {"PCAM": TestRecords(task_folder(config, task) / "test.jsonl")}
+    session = session_module.EvaluationSession(config, list(known.values()), records, switches=True)
+
+    def weights(name: str) -> list[torch.Tensor]:
+        session.answer_merged(task, [known["pathvqa"]], tmp_path / name, name)
+        return [weight.clone() for weight in session.base.model.state_dict().values()]
+
+    before, folded = weights("before"), []
+    fold = torch.Tensor.addmm_
+
+    def failing(total: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        folded.append(total)
+        if len(folded) == 3:
+            raise torch.OutOfMemoryError("no memory is left")
+        return fold(total, *factors)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.Tensor, "addmm_", failing)
+        session.answer_merged(task, list(known.values()), tmp_path / "failed", "failed")
+    assert all(map(torch.equal, before, weights("after")))
 
 
 class Results:

@@ -108,6 +108,15 @@ class BankStack:
             self._linears = language_linears(self.base)
         if not banks:
             return
+        try:
+            self.model = self._with_frozen(banks)
+        except BaseException:  # out of memory: the next set begins from the base model alone
+            for name, linear in self._linears.items():
+                self.base.set_submodule(name, linear)
+            vars(self.base).pop("peft_config", None)
+            raise
+
+    def _with_frozen(self, banks: Sequence[Bank]) -> PeftModel:
         rank = sum(bank.rank for bank in banks)
         model = self._with_adapter(lora_config(self._linears, rank, rank), FROZEN)
         matrices = {name: concatenated(name, banks) for name in self._linears}
@@ -116,7 +125,7 @@ class BankStack:
             route(model, FROZEN, banks[0].experts)
             copy_routers(model, FROZEN, banks[0].routers)
         model.requires_grad_(False)
-        self.model = model
+        return model
 
     def set_directions(self, bank: Bank, part: int) -> None:
         """Make this bank's parts of a rank `part` take part, frozen in direction, with magnitudes that are trained."""

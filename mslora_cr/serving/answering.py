@@ -75,7 +75,7 @@ class AnsweringModel:
         self._prepare = preprocessing(config, self._base)
         self._stack = BankStack(self._base.model, config.lora.fold, reuse=True)
         self._features = feature_extractor(config, self._base)
-        self._merged: list[tuple[str, float]] = []
+        self._merged: list[tuple[str, float]] | None = []
 
     def answer(self, images: ImageSource | Sequence[ImageSource], question: str, **options: Any) -> str:
         """The answer's text; `options` as those of `ask`."""
@@ -161,6 +161,9 @@ class AnsweringModel:
         banks = self.run.mixed(stage, likely) if mixed else self.run.answering(task, stage)
         chosen = [(bank.name, bank.scaling) for bank in banks]
         if chosen != self._merged:
+            self._merged = (
+                None  # until it is done: a failure leaves weights that are neither these nor the earlier ones
+            )
             self._stack.set_frozen(banks)
             self._stack.model.eval()
             self._merged = chosen
