@@ -1,11 +1,14 @@
 """The command line: help without torch, errors in a line."""
 
+import ast
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from io import TextIOWrapper
 from pathlib import Path
 from typing import get_args
@@ -13,6 +16,7 @@ from typing import get_args
 import pytest
 import yaml
 
+from mslora_cr.cli.common import EXTRAS
 from mslora_cr.cli.main import _parse, main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.shipped import find_config
@@ -56,6 +60,34 @@ def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit):
         main([command, "--help"])
     return capsys.readouterr().out
+
+
+def test_every_package_that_may_be_missing_has_an_extra() -> None:
+    """So that a command without it names what to install, and does not end in a traceback."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
+    homes = {name: {home.lower() for home in known} for name, known in packages_distributions().items()}
+    own = {*sys.stdlib_module_names, "mslora_cr"} | {
+        "mlflow",
+        "wandb",
+        "tensorboard",
+    }  # training.report_to asks for them
+    for path in (ROOT / "mslora_cr").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in {(name or "").partition(".")[0] for name in names} - own:
+                assert name in EXTRAS or homes.get(name, set()) & required, f"{path}: {name}"
+
+
+def test_analyze_without_scipy_names_the_extra(trained_config: Path) -> None:
+    code = (
+        "import sys\nsys.modules['scipy'] = None\nfrom mslora_cr.cli.main import main\n"
+        f"raise SystemExit(main(['analyze', {str(trained_config)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "is not installed; pip install 'mslora-cr[eval]'" in done.stderr
 
 
 def test_help_knows_what_it_cannot_import(capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,4 +152,4 @@ def test_without_bitsandbytes_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert main(["train", str(config_file()), "model.quantization=4bit"]) == 1
-    assert "bitsandbytes is not installed; pip install -e '.[quantization]'" in capsys.readouterr().err
+    assert "bitsandbytes is not installed; pip install 'mslora-cr[quantization]'" in capsys.readouterr().err

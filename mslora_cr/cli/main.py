@@ -55,7 +55,7 @@ def _run(argv: Sequence[str] | None) -> int:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        missing = f"{error.name} is not installed; pip install -e '.[{extra}]' installs it"
+        missing = f"{error.name} is not installed; pip install 'mslora-cr[{extra}]' installs it"
         log.error("error: %s", missing)
     except KeyboardInterrupt:
         log.error("interrupted; run the same command again to resume")
