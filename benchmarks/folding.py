@@ -11,7 +11,8 @@ alone, and one copy of the weights; and beside loading the weights from disk, wh
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from benchmarks.baselines import peft_all_active
 from benchmarks.harness import Setting, finish, language_model, parse, random_banks, random_batch
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.stack import BankStack
+from mslora_cr.distributed.deepspeed import free_memory
 from mslora_cr.models.language import language_linears
 
 BANKS = 8
@@ -33,36 +35,61 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     setting = parse("folding", __doc__, argv)
     banks = random_banks(setting.size, BANKS)
     deviations = _deviations(setting, banks)
-    merged = BankStack(_base(setting, torch.bfloat16), "merge", reuse=True)
-    concatenated = BankStack(_base(setting, torch.bfloat16), "concatenate")
-    linears = language_linears(merged.model)
-    a, b = ({name: [bank.matrices[name][half] for bank in banks] for name in linears} for half in (0, 1))
-    stacked = [(torch.cat(a[name]).to(setting.device), torch.cat(b[name], 1).to(setting.device)) for name in linears]
-    weights = [linear.weight.detach() for linear in linears.values()]
+
+    def folding(fold: str, chosen: Sequence[Bank]) -> Callable[[], Any]:
+        stack = BankStack(_base(setting, torch.bfloat16), fold, reuse=fold == "merge")
+        return lambda: stack.set_frozen(chosen)
+
+    def products() -> Callable[[], Any]:
+        pairs = [[bank.matrices[name] for bank in banks] for name in banks[0].matrices]
+        stacked = [
+            (torch.cat([a for a, _ in pair]).to(setting.device), torch.cat([b for _, b in pair], 1).to(setting.device))
+            for pair in pairs
+        ]
+        return lambda: [right @ left for left, right in stacked]
+
+    def copies() -> Callable[[], Any]:
+        weights = _weights(setting)
+        return lambda: [weight.clone() for weight in weights]
+
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "weights.safetensors"
-        save_file({str(number): weight.cpu().clone() for number, weight in enumerate(weights)}, file)
-        seconds = setting.interleaved(
+
+        def loading() -> Callable[[], Any]:
+            save_file({str(number): weight.cpu().clone() for number, weight in enumerate(_weights(setting))}, file)
+            return lambda: [tensor.to(setting.device, copy=True) for tensor in load_file(file).values()]
+
+        seconds, too_large = setting.measured(
             {
-                "merge": lambda: merged.set_frozen(banks),
-                "switch to 7 banks": lambda: merged.set_frozen(banks[:-1]),
-                "concatenate": lambda: concatenated.set_frozen(banks),
-                "products alone": lambda: [right @ left for left, right in stacked],
-                "copy of the weights": lambda: [weight.clone() for weight in weights],
-                "load from disk": lambda: [tensor.to(setting.device, copy=True) for tensor in load_file(file).values()],
+                "merge": partial(folding, "merge", banks),
+                "switch to 7 banks": partial(folding, "merge", banks[:-1]),
+                "concatenate": partial(folding, "concatenate", banks),
+                "products alone": products,
+                "copy of the weights": copies,
+                "load from disk": loading,
             }
         )
+    linears = language_linears(language_model(setting.size, torch.device("meta"))).values()
     return finish(
         setting,
         seconds,
         {"merge_over_products": ("merge", "products alone"), "merge_over_copy": ("merge", "copy of the weights")},
-        extra={"deviation": deviations, "merged_parameters": sum(weight.numel() for weight in weights)},
+        extra={
+            "deviation": deviations,
+            "merged_parameters": sum(linear.weight.numel() for linear in linears),
+            "out_of_memory": too_large,
+        },
     )
 
 
 def _base(setting: Setting, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     """The same weights whatever the dtype: those that bfloat16 can hold."""
     return language_model(setting.size, setting.device).to(torch.bfloat16).to(dtype)
+
+
+def _weights(setting: Setting) -> list[Tensor]:
+    """What merging changes."""
+    return [linear.weight.detach() for linear in language_linears(_base(setting, torch.bfloat16)).values()]
 
 
 @torch.inference_mode()
@@ -73,6 +100,7 @@ def _deviations(setting: Setting, banks: Sequence[Bank]) -> dict[str, dict[str, 
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         for fold in ("unfolded", "merge", "concatenate"):
+            free_memory()  # of the model before: at 7B two in float32 do not fit
             base = _base(setting, dtype)
             if fold == "unfolded":
                 model: Any = peft_all_active(base, banks, train_last=False)
@@ -80,12 +108,14 @@ def _deviations(setting: Setting, banks: Sequence[Bank]) -> dict[str, dict[str, 
                 stack = BankStack(base, fold)
                 stack.set_frozen(banks)
                 model = stack.model
+                del stack
             logits = model.eval()(input_ids=ids).logits.float()
             expected = logits if expected is None else expected
             found[f"{fold}, {str(dtype).removeprefix('torch.')}"] = {
                 "relative": float((logits - expected).norm() / expected.norm()),
                 "same_word": float((logits.argmax(-1) == expected.argmax(-1)).float().mean()),
             }
+            del base, model
     return found
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,32 +37,41 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for name, (a, b) in banks[BANKS - 1].matrices.items()
     }
     frozen = banks[: BANKS - 1]
-    others = [{name: (a.to(device), b.to(device)) for name, (a, b) in bank.matrices.items()} for bank in frozen]
     same = alternating(len(frozen))
 
-    def autograd() -> None:
-        for pair in trainable.values():
-            for matrix in pair:
-                matrix.grad = None
-        autograd_penalties(trainable, others, same, ALPHA, BETA).backward()
+    def autograd() -> Callable[[], None]:
+        others = [{name: (a.to(device), b.to(device)) for name, (a, b) in bank.matrices.items()} for bank in frozen]
 
-    held = {
-        "ours": BankPenalties(frozen, same, device),
-        "ours, bfloat16": BankPenalties(frozen, same, device, torch.bfloat16),
-        "ours, 32 banks": BankPenalties([*frozen, *banks[BANKS:]], alternating(MANY - 1), device),
+        def step() -> None:
+            for pair in trainable.values():
+                for matrix in pair:
+                    matrix.grad = None
+            autograd_penalties(trainable, others, same, ALPHA, BETA).backward()
+
+        return step
+
+    makers: dict[str, Callable[[], BankPenalties]] = {
+        "ours": partial(BankPenalties, frozen, same, device),
+        "ours, bfloat16": partial(BankPenalties, frozen, same, device, torch.bfloat16),
+        "ours, 32 banks": partial(BankPenalties, [*frozen, *banks[BANKS:]], alternating(MANY - 1), device),
     }
     if device.type == "cuda":
-        held["ours, pinned"] = BankPenalties(frozen, same, device, frozen_device=torch.device("cpu"))
+        makers["ours, pinned"] = partial(BankPenalties, frozen, same, device, frozen_device=torch.device("cpu"))
+    megabytes = {}
 
-    def ours(penalties: BankPenalties) -> Callable[[], Any]:
+    def ours(name: str) -> Callable[[], Any]:
+        penalties = makers[name]()
+        megabytes[name] = round(penalties.frozen_bytes / 1e6, 1)
         return lambda: penalties.terms(trainable, ALPHA, BETA)
 
     if setting.args.profile:
+        penalties = makers["ours"]()
         with profile() as profiled:
             for _ in range(PROFILED):
-                held["ours"].terms(trainable, ALPHA, BETA)
+                penalties.terms(trainable, ALPHA, BETA)
         print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
-    seconds = setting.interleaved({"autograd": autograd} | {name: ours(terms) for name, terms in held.items()}, 2)
+    builders = {"autograd": autograd} | {name: partial(ours, name) for name in makers}
+    seconds, too_large = setting.measured(builders, warm_up=2)
     return finish(
         setting,
         seconds,
@@ -71,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "banks_32_over_8": ("ours, 32 banks", "ours"),
         },
         extra={
-            "frozen_megabytes": {name: round(terms.frozen_bytes / 1e6, 1) for name, terms in held.items()},
-            "largest_deviation_from_autograd": _deviation(held["ours"], trainable, autograd),
+            "frozen_megabytes": megabytes,
+            "largest_deviation_from_autograd": _deviation(makers["ours"](), trainable, autograd()),
+            "out_of_memory": too_large,
         },
     )
 
