@@ -3,10 +3,14 @@
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations import MLflowCallback, WandbCallback
 
 from mslora_cr.training.checkpoints import Publisher, SaveError, checkpoints
+from mslora_cr.training.trackers import reads_checkpoints
 
 
 def written(folder: Path, step: int) -> Path:
@@ -25,15 +29,15 @@ def steps(folder: Path) -> list[str]:
 def test_the_newest_are_kept_in_the_order_of_their_steps(keep: int, tmp_path: Path) -> None:
     with Publisher(tmp_path, keep) as publisher:
         for step in (2, 10, 9, 100):
-            publisher.publish(written(tmp_path, step))
+            publisher.publish(written(tmp_path, step), at_once=False)
     assert steps(tmp_path) == ["checkpoint-10", "checkpoint-100"][-keep:]
 
 
 def test_a_checkpoint_that_cannot_be_published_is_told_and_the_one_before_stays(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="checkpoint-4 cannot be written"), Publisher(tmp_path, 1) as publisher:
-        publisher.publish(written(tmp_path, 2))
+        publisher.publish(written(tmp_path, 2), at_once=False)
         publisher.wait()
-        publisher.publish(tmp_path / ".staging" / "checkpoint-4")  # nothing was written there
+        publisher.publish(tmp_path / ".staging" / "checkpoint-4", at_once=False)  # nothing was written there
     assert steps(tmp_path) == ["checkpoint-2"]
 
 
@@ -47,13 +51,38 @@ def test_an_old_one_that_cannot_be_removed_ends_nothing(
             raise OSError(39, "Directory not empty")
 
     with Publisher(tmp_path, 1) as publisher, caplog.at_level(logging.WARNING, "mslora_cr"):
-        publisher.publish(written(tmp_path, 2))
-        publisher.wait()
+        publisher.publish(written(tmp_path, 2), at_once=True)
+        assert steps(tmp_path) == ["checkpoint-2"]
         monkeypatch.setattr(shutil, "rmtree", busy)
-        publisher.publish(written(tmp_path, 4))
+        publisher.publish(written(tmp_path, 4), at_once=False)
         publisher.wait()
         assert steps(tmp_path) == ["checkpoint-2", "checkpoint-4"]
         assert "checkpoint-2 is no longer needed and cannot be removed yet" in caplog.text
         monkeypatch.setattr(shutil, "rmtree", real)
-        publisher.publish(written(tmp_path, 6))
+        publisher.publish(written(tmp_path, 6), at_once=False)
     assert steps(tmp_path) == ["checkpoint-6"]
+
+
+class Uploads(TrainerCallback):
+    """A tracker that hands checkpoints on."""
+
+    def on_save(self, *_: Any, **__: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("callback", "variable", "value", "reads"),
+    [
+        (PrinterCallback, "WANDB_LOG_MODEL", "checkpoint", False),
+        (WandbCallback, "WANDB_LOG_MODEL", "end", False),
+        (WandbCallback, "WANDB_LOG_MODEL", "checkpoint", True),
+        (MLflowCallback, "HF_MLFLOW_LOG_ARTIFACTS", "1", True),
+        (Uploads, "WANDB_LOG_MODEL", "end", True),
+    ],
+)
+def test_a_tracker_that_reads_checkpoints_finds_them(
+    callback: type[TrainerCallback], variable: str, value: str, reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    own = callback.__new__(callback)  # W&B's and MLflow's want their packages only to be made
+    vars(own)["_auto_end_run"] = False  # MLflow's ends runs when it is thrown away
+    assert reads_checkpoints([PrinterCallback(), own]) == reads

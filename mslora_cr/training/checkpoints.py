@@ -153,9 +153,15 @@ class Publisher:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._last: Future[None] | None = None
 
-    def publish(self, written: Path) -> None:
-        """Begin to publish a folder that is named as a checkpoint, elsewhere on the same disk."""
+    def publish(self, written: Path, at_once: bool) -> None:
+        """Begin to publish a folder that is named as a checkpoint, elsewhere on the same disk.
+
+        Args:
+            at_once: return when it is published.
+        """
         self._last = self._pool.submit(self._publish, written)
+        if at_once:
+            self.wait()
 
     def wait(self) -> None:
         """Until the last one is published.

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
-from transformers import Trainer
-from transformers.integrations import TensorBoardCallback
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import MLflowCallback, TensorBoardCallback, WandbCallback
+from transformers.utils import ENV_VARS_TRUE_VALUES
 
 from mslora_cr.config.schema import ConfigError
 from mslora_cr.utils.state import StateFile
@@ -29,6 +30,23 @@ class TrackerRuns(StateFile):
 
     wandb: dict[str, str] = Field(default_factory=dict)
     mlflow: dict[str, str] = Field(default_factory=dict)
+
+
+_READS_IF: dict[type[TrainerCallback], tuple[str, set[str]]] = {
+    WandbCallback: ("WANDB_LOG_MODEL", {"CHECKPOINT"}),
+    MLflowCallback: ("HF_MLFLOW_LOG_ARTIFACTS", ENV_VARS_TRUE_VALUES),
+}
+"""Trackers that read checkpoints if a variable of the environment says so."""
+
+
+def reads_checkpoints(callbacks: Iterable[TrainerCallback]) -> bool:
+    """Whether one of them reads a checkpoint as soon as it is saved, to hand it on."""
+    for callback in callbacks:
+        if type(callback).on_save is not TrainerCallback.on_save:
+            name, values = _READS_IF.get(type(callback), ("", set()))
+            if not name or os.environ.get(name, "").upper() in values:
+                return True
+    return False
 
 
 @contextmanager

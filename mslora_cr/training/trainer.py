@@ -43,6 +43,7 @@ from mslora_cr.training.inputs import layer_inputs, loss_mask
 from mslora_cr.training.out_of_memory import least_layers, noting_more_layers
 from mslora_cr.training.recomputation import Recomputation, Setting
 from mslora_cr.training.sampler import FixedOrderSampler, SampleOrder
+from mslora_cr.training.trackers import reads_checkpoints
 from mslora_cr.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -346,7 +347,8 @@ class BankTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         barrier()  # every rank's part is written
         if self.args.should_save:
-            self._publisher.publish(staging / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            written = staging / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._publisher.publish(written, at_once=reads_checkpoints(self.callback_handler.callbacks))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trainable bank, and what this trainer adds to the Trainer's state, into a checkpoint."""
