@@ -17,6 +17,8 @@ from mslora_cr.config.schema import ConfigError
 from mslora_cr.evaluation.over_runs import summarize
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.reporting.cost import cost_of
+from mslora_cr.reporting.sweep_page import write_sweep_page
+from mslora_cr.reporting.sweep_result import SweepResult
 from mslora_cr.runs.entries import RunLedger, TaskEntry
 from mslora_cr.sweep import plan_sweep, task_orders
 from mslora_cr.utils.errors import UserError
@@ -96,7 +98,7 @@ def test_what_belongs_to_one_method_goes_to_its_runs_alone(tmp_path: Path, tiny_
     assert {run.seed for run in plan_sweep(config, ["seed=5"])} == {5}
 
 
-def test_the_pages_show_methods_orders_and_deviation(swept: Path) -> None:
+def test_the_pages_show_methods_orders_and_deviation(swept: Path, tmp_path: Path) -> None:
     root = swept / "results" / "sweep"
     page, text = Page(root / "sweep.html"), (root / "sweep.md").read_text()
     assert page.loads == []
@@ -105,6 +107,12 @@ def test_the_pages_show_methods_orders_and_deviation(swept: Path) -> None:
     assert "Forgetting is zero by construction for each, mslora\\_cr" in text
     assert "| mslora\\_cr | prefix | 8 | 2 |" in text
     assert (root / "sweep.svg").read_text().startswith("<svg")
+    content = json.loads((root / "sweep.json").read_text())
+    content["metrics"]["closed"]["each"]["final_average"]["against"]["orders_interval"] = [-3.0, 5.0]
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    page = Page(write_sweep_page(SweepResult.read(tmp_path / "sweep.json"), tmp_path))
+    assert "less mslora_cr's, orders as a sample – [-3.0 to 5.0]" in page.text
+    assert "| | less mslora_cr's, orders as a sample | – | [-3.0 to 5.0] |\n" in (tmp_path / "sweep.md").read_text()
 
 
 def test_a_sweep_goes_on_and_a_run_that_fails_stops_no_other(
