@@ -16,7 +16,7 @@ from typing import Any
 MOVED: dict[str, tuple[str, ...]] = {
     "bank_stack": ("banks.stack", "banks.experts"),
     "banks": ("banks.io", "banks.bank", "banks.published", "utils.files"),
-    "chains": ("stream.import_export",),
+    "chains": ("stream.import_export", "banks.bank"),
     "config": ("config.schema", "utils.errors"),
     "config_file": ("config.load",),
     "data.annotations": ("data.sources.annotations",),

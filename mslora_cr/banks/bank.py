@@ -143,3 +143,32 @@ def sum_banks(banks: Sequence[Bank], name: str) -> Bank:
     rank = sum(bank.rank for bank in banks)
     matrices = {layer: concatenated(layer, banks) for layer in banks[0].matrices}
     return Bank(name, rank, float(rank), matrices, {"sum_of": [bank.name for bank in banks]})
+
+
+def describe(bank: Bank) -> dict[str, Any]:
+    """What a bank is, for people: rank, layers, parameters, and the norm of its update ``alpha / rank · B A``."""
+    norms = {name: bank.scaling * product_norm(a.double(), b.double()).item() for name, (a, b) in bank.matrices.items()}
+    largest = max(norms, key=lambda name: norms[name])
+    return {
+        "name": bank.name,
+        "rank": bank.rank,
+        "alpha": bank.alpha,
+        "experts": bank.experts,
+        "linear_layers": len(bank.matrices),
+        "parameters": sum(matrix.numel() for matrix in bank.tensors),
+        "update_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
+        "largest_update": {"layer": largest, "norm": norms[largest]},
+        "metadata": bank.metadata,
+    }
+
+
+def product_norm(a: Tensor, b: Tensor) -> Tensor:
+    """``‖B A‖_F`` from matrices of the rank's size: ``‖B A‖² = tr(BᵀB AAᵀ)``.
+
+    Args:
+        a: (…, rank, in). b: (…, out, rank).
+
+    Returns:
+        (…,).
+    """
+    return ((b.mT @ b) * (a @ a.mT)).sum((-2, -1)).clamp(min=0).sqrt()

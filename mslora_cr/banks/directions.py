@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from mslora_cr.banks.bank import Bank, Matrices
+from mslora_cr.banks.bank import Bank, Matrices, product_norm
 from mslora_cr.banks.io import PEFT_PREFIX
 
 
@@ -62,9 +62,7 @@ def decoupled(bank: Bank, part: int) -> tuple[Bank, dict[str, Tensor]]:
     magnitudes = {}
     for name, (a, b) in bank.matrices.items():
         rows, columns = a.double().unflatten(0, (-1, part)), b.double().T.unflatten(0, (-1, part))
-        # ‖B A‖² = tr(Bᵀ B A Aᵀ)
-        squared = ((columns @ columns.mT) * (rows @ rows.mT)).sum((1, 2)).clamp(min=0)
-        norms = bank.scaling * squared.sqrt()
+        norms = bank.scaling * product_norm(rows, columns.mT)
         unit = columns * (bank.scaling / norms.clamp(min=torch.finfo(torch.float32).tiny))[:, None, None]
         matrices[name], magnitudes[name] = (a, unit.flatten(0, 1).T.float().contiguous()), norms.float()
     return replace(bank, alpha=float(bank.rank), matrices=matrices), magnitudes

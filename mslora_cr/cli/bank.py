@@ -99,8 +99,8 @@ def _fit_router(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
+    from mslora_cr.banks.bank import describe
     from mslora_cr.banks.io import load_bank
-    from mslora_cr.stream.import_export import describe
 
     print(json.dumps(describe(load_bank(args.bank)), indent=2))
     return 0

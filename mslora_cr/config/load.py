@@ -27,7 +27,7 @@ from mslora_cr.config.schema import (
 )
 from mslora_cr.config.secrets import check_values
 from mslora_cr.config.shipped import find_config, find_deepspeed
-from mslora_cr.utils.errors import nearest
+from mslora_cr.utils.errors import nearest, shorten
 from mslora_cr.utils.visible import visible
 
 log = logging.getLogger(__name__)
@@ -142,10 +142,6 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:79]}…")
-
-
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` over `below`: mappings are merged key by key, anything else is replaced."""
     merged = dict(below)
@@ -158,17 +154,17 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {_short(override)} is not of the form key.path=value")
+        raise ConfigError(f"override {shorten(override)} is not of the form key.path=value")
     try:
         value = plain_yaml(text)
     except ValueError as error:
-        raise ConfigError(f"override {_short(override)}: the value is not plain YAML: {error}") from None
+        raise ConfigError(f"override {shorten(override)}: the value is not plain YAML: {error}") from None
     if key == "tasks" and isinstance(value, list) and all(isinstance(name, str) for name in value):
         raw["tasks"] = [_task_named(raw, name) for name in value]
         return
     *parents, last = key.split(".")
     if parents == ["tasks"]:
-        raise ConfigError(f"override {_short(override)}: name a key of the task too, as in tasks.{last}.epochs=1")
+        raise ConfigError(f"override {shorten(override)}: name a key of the task too, as in tasks.{last}.epochs=1")
     for target in _targets(raw, parents, override):
         target[last] = value
 
@@ -181,7 +177,7 @@ def _targets(raw: dict[str, Any], parents: list[str], override: str) -> list[dic
     for part in parents:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {_short(override)}: {part!r} has a value, not further keys")
+            raise ConfigError(f"override {shorten(override)}: {part!r} has a value, not further keys")
     return [node]
 
 

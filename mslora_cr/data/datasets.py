@@ -28,13 +28,8 @@ from mslora_cr.data.prompts import (
     expand_images,
     generation_prompt,
 )
-from mslora_cr.data.records import DataError, TestRecord, TestRecords, TrainingRecord, TrainingRecords
+from mslora_cr.data.records import DataError, TestRecord, TestRecords, TrainingRecord, TrainingRecords, shown_images
 from mslora_cr.data.tokenizer import Tokenizer
-
-
-def shown_images(record: TrainingRecord | TestRecord, all_images: bool) -> tuple[str, ...]:
-    """The images of a record that are shown: the first, as published, unless all are asked for."""
-    return record.images if all_images else record.images[:1]
 
 
 def paths_of(names: Sequence[Sequence[str]], roots: Sequence[Path]) -> list[Path]:

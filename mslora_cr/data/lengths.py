@@ -15,7 +15,7 @@ from mslora_cr.data.prompts import (
     encode_prompt,
     generation_prompt,
 )
-from mslora_cr.data.records import DataError, TrainingRecords
+from mslora_cr.data.records import DataError, TrainingRecords, shown_images
 from mslora_cr.data.tokenizer import Tokenizer
 from mslora_cr.utils.strict_json import read_object
 
@@ -89,7 +89,7 @@ def count_cut(limit: Limit, records: TrainingRecords, all_images: bool) -> int:
     for index, size in enumerate(records.sizes()):
         if size > room:
             record = records[index]
-            images = len(record.images) if all_images else len(record.images[:1])
+            images = len(shown_images(record, all_images))
             try:
                 count += training_length(limit, record.turns, images)[1] > limit.max_length
             except ValueError as error:

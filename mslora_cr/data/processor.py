@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from mslora_cr.data.chat import Chat, Span, messages_of, render, training_chat
-from mslora_cr.data.datasets import paths_of, shown_images
+from mslora_cr.data.datasets import paths_of
 from mslora_cr.data.images import image_size, load_image, resolve_image
 from mslora_cr.data.preparation import Collate, Prompt
 from mslora_cr.data.prompts import IGNORE_INDEX, Turn
-from mslora_cr.data.records import IMAGE, TestRecord, TestRecords, TrainingRecord, TrainingRecords
+from mslora_cr.data.records import IMAGE, TestRecord, TestRecords, TrainingRecord, TrainingRecords, shown_images
 
 Size = tuple[int, int]
 """Width and height."""

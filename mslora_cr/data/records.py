@@ -122,6 +122,11 @@ Record = TypeVar("Record", bound=_Record)
 Item = tuple[int, int, str, Any]  # first byte, byte after the last, place in words, decoded JSON
 
 
+def shown_images(record: TrainingRecord | TestRecord, all_images: bool) -> tuple[str, ...]:
+    """The images of a record that are shown: the first, as published, unless all are asked for."""
+    return record.images if all_images else record.images[:1]
+
+
 class _Records(Sequence[Record], Generic[Record]):
     """What both kinds of file share.
 

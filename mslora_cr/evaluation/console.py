@@ -28,7 +28,7 @@ def score_table(evaluation: Evaluation, results_dir: Path) -> str:
         own, last = evaluation.own_cell(task), evaluation.last_cell(task)
         for cell in (own, last if last != own else None):
             if cell is not None:
-                scores = [_number(cell.metrics.get(name)) for name in COLUMNS]
+                scores = [number(cell.metrics.get(name)) for name in COLUMNS]
                 rows.append([task, cell.stage, cell.rows, *scores])
     lines = [tabulate(rows, ["task", "stage", "questions", *COLUMNS.values()], disable_numparse=True, colalign=ALIGNED)]
     for name, title in COLUMNS.items():
@@ -43,5 +43,7 @@ def score_table(evaluation: Evaluation, results_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+def number(value: float | None, digits: int = 1) -> str:
+    """A number as people read it; a dash where there is none."""
+    # Adding zero turns -0.0, which rounding leaves, into 0.0.
+    return "–" if value is None else f"{round(value, digits) + 0:.{digits}f}"

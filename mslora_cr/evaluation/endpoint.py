@@ -12,7 +12,7 @@ from typing import Any
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.prompts import question_text
-from mslora_cr.data.records import DataError, TestRecord, TestRecords
+from mslora_cr.data.records import DataError, TestRecord, TestRecords, shown_images
 from mslora_cr.evaluation.chat import Body, Chat, Endpoint, folder_name
 from mslora_cr.evaluation.files import ANSWERS
 from mslora_cr.evaluation.generate import answer_once, fingerprint_of, journal_line, publish, read_journals
@@ -127,7 +127,7 @@ class _Asker:
         return f"the question on {self.records.place(index)} of {self.records.path}"
 
     def _body(self, record: TestRecord) -> Body:
-        shown = record.images if self.config.data.images == "all" else record.images[:1]
+        shown = shown_images(record, self.config.data.images == "all")
         content: list[Body] = [{"type": "image_url", "image_url": {"url": self._data_url(name)}} for name in shown]
         content.append({"type": "text", "text": question_text(record.text, 0)})
         return {

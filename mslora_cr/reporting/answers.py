@@ -15,7 +15,7 @@ import numpy as np
 
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.images import image_roots, resolve_image
-from mslora_cr.data.records import DataError, TestRecords
+from mslora_cr.data.records import DataError, TestRecords, shown_images
 from mslora_cr.evaluation.metrics import HIT_RECALL, normalize_answer
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.evaluation.score import SCORES, AnswerRecord, ScoreTable, read_answers, read_scores
@@ -173,7 +173,7 @@ def _image_names(
     except DataError as error:
         problem = str(error)
     if problem is None:
-        return [record.images if config.data.images == "all" else record.images[:1] for record in records], None
+        return [shown_images(record, config.data.images == "all") for record in records], None
     return (scored, None) if any(scored) else ([], problem)
 
 

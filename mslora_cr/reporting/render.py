@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from mslora_cr.evaluation.console import number
 from mslora_cr.evaluation.intervals import counted, span
 from mslora_cr.utils.files import replacing
 
@@ -31,7 +32,7 @@ def render(template: str, path: Path, context: Mapping[str, Any]) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "number": _number,
+        "number": number,
         "span": span,
         "counted": counted,
         "chance": chance,
@@ -65,11 +66,6 @@ def _embedded(content: Any) -> Markup:
     """JSON for a `script` element: no `<` in it can end the element."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    # Adding zero turns -0.0, which rounding leaves, into 0.0.
-    return "–" if value is None else f"{round(value, digits) + 0:.{digits}f}"
 
 
 def chance(p: float | None) -> str:

@@ -30,6 +30,11 @@ from mslora_cr.utils.regular import check_regular
 PACKAGES = ("mslora-cr", "torch", "transformers", "peft", "accelerate", "deepspeed", "tokenizers")
 
 
+def work_folder(run: Path, task: str) -> Path:
+    """Where checkpoints inside a task are kept in a run folder until it is done."""
+    return run / "work" / task
+
+
 def environment() -> dict[str, Any]:
     """What made a result: package versions, git commit of the code, hardware."""
     return {"versions": versions(), "git": _git(), "hardware": _hardware()}
@@ -103,7 +108,9 @@ class Ledger:
             ConfigError: as `check_same_configuration`.
         """
         self.check_same_configuration(config, model_digest, force)
-        begun = [task for task in config.stream if task.name in self.tasks or self.work_folder(task.name).is_dir()]
+        begun = [
+            task for task in config.stream if task.name in self.tasks or work_folder(self.folder, task.name).is_dir()
+        ]
         changed = changed_settings(self.folder, config, begun[-1]) if begun and force else []
         changed += [f"the base model, on which {name!r} was trained" for name in self._other_bases(model_digest)]
         noted = self.content.forced
@@ -153,10 +160,6 @@ class Ledger:
 
     def bank_folder(self, task: str) -> Path:
         return self.folder / "banks" / task
-
-    def work_folder(self, task: str) -> Path:
-        """Where checkpoints inside a task are kept until it is done."""
-        return self.folder / "work" / task
 
     def done(self, task: str) -> bool:
         """Whether a task is finished.

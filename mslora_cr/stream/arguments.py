@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
+from mslora_cr.runs.ledger import work_folder
 from mslora_cr.stream.plan import batch_shape
 from mslora_cr.stream.rehearsal import rehearse
 
@@ -38,7 +38,7 @@ def training_arguments(
         "run_name": f"{config.run}/{task.name}",
         **fields,
         "gradient_checkpointing": bool(fields.get("gradient_checkpointing")),  # the trainer takes how many layers
-        "output_dir": str(work_folder(config, task)),
+        "output_dir": str(work_folder(config.run_dir, task.name)),
         "num_train_epochs": 1.0 if ordered else task.epochs,
         "learning_rate": task.learning_rate,
         "per_device_train_batch_size": per_device,
@@ -74,8 +74,3 @@ def training_arguments(
             "use group_by_length, or random (the default)"
         )
     return args
-
-
-def work_folder(config: StreamConfig, task: Task) -> Path:
-    """Where checkpoints inside a task are kept until it is done."""
-    return config.run_dir / "work" / task.name

@@ -9,14 +9,13 @@ from typing import Any
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.images import check_images, resolve_image
 from mslora_cr.data.lengths import count_cut, read_limit
-from mslora_cr.data.records import DataError, TrainingRecords
+from mslora_cr.data.records import DataError, TrainingRecords, shown_images
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.distributed.deepspeed import zero_stage
 from mslora_cr.methods.base import Method, method_of
 from mslora_cr.models.layout import has_processor
-from mslora_cr.runs.ledger import Ledger
+from mslora_cr.runs.ledger import Ledger, work_folder
 from mslora_cr.runs.session import task_image_roots
-from mslora_cr.stream.arguments import work_folder
 from mslora_cr.training.checkpoints import checkpoints
 from mslora_cr.utils.workers import cores
 
@@ -58,7 +57,7 @@ def shared_facts(
         "the training records": {name: part.digest for name, part in records.items()},
         "the finished tasks": {name: entry.digest for name, entry in ledger.tasks.items()},
         "the checkpoints": {
-            name: [path.name for path in checkpoints(work_folder(config, config.task(name)))] for name in records
+            name: [path.name for path in checkpoints(work_folder(config.run_dir, name))] for name in records
         },
     }
 
@@ -104,7 +103,7 @@ def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords])
     for task_name, part in records.items():
         roots = task_image_roots(config, config.task(task_name))
         for index, record in enumerate(part):
-            for name in record.images if config.data.images == "all" else record.images[:1]:
+            for name in shown_images(record, config.data.images == "all"):
                 try:
                     paths.setdefault(resolve_image(name, roots), (part, index))
                 except DataError as error:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.io import CONFIG, METADATA, STATISTICS, TASK_STATE, WEIGHTS, load_bank, save_bank
@@ -248,25 +246,3 @@ def _enter(bank: Bank, place: Path, config: StreamConfig, ledger: Ledger) -> Non
     digest = save_bank(replace(bank, metadata=described), folder, config.lora.dropout, extra)
     imported = Imported(path=source["path"], sha256=source["sha256"])
     ledger.enter(config, task, digest, steps=0, train_loss=None, seconds=0.0, imported=imported)
-
-
-def describe(bank: Bank) -> dict[str, Any]:
-    """What a bank is, for people: rank, layers, parameters, and the norm of its update ``alpha / rank · B A``."""
-    norms = {name: bank.scaling * _product_norm(a.double(), b.double()) for name, (a, b) in bank.matrices.items()}
-    largest = max(norms, key=lambda name: norms[name])
-    return {
-        "name": bank.name,
-        "rank": bank.rank,
-        "alpha": bank.alpha,
-        "experts": bank.experts,
-        "linear_layers": len(bank.matrices),
-        "parameters": sum(matrix.numel() for matrix in bank.tensors),
-        "update_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
-        "largest_update": {"layer": largest, "norm": norms[largest]},
-        "metadata": bank.metadata,
-    }
-
-
-def _product_norm(a: Tensor, b: Tensor) -> float:
-    """``‖B A‖`` from matrices of the rank's size: ``‖B A‖² = tr(BᵀB AAᵀ)``."""
-    return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()

@@ -33,7 +33,7 @@ from mslora_cr.methods.base import Setup, method_of, needs_task
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.describe import switched_off
 from mslora_cr.routing.lda import TaskStatistics
-from mslora_cr.runs.ledger import Ledger
+from mslora_cr.runs.ledger import Ledger, work_folder
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.runs.session import (
     base_digest,
@@ -47,7 +47,7 @@ from mslora_cr.runs.session import (
     task_folder,
     task_image_roots,
 )
-from mslora_cr.stream.arguments import training_arguments, work_folder
+from mslora_cr.stream.arguments import training_arguments
 from mslora_cr.stream.checks import (
     check_records_unchanged,
     check_task_images,
@@ -140,7 +140,9 @@ def _train(config: StreamConfig, fields: dict[str, Any], only: Sequence[str], fo
         if task in pending:
             train_task(run, task)
         elif rank() == 0:
-            shutil.rmtree(work_folder(config, task), ignore_errors=True)  # a run killed right after the ledger
+            shutil.rmtree(
+                work_folder(config.run_dir, task.name), ignore_errors=True
+            )  # a run killed right after the ledger
             log.info("%s: already done, skipped", task.name)
 
 
@@ -151,7 +153,7 @@ def train_task(run: StreamRun, task: Task) -> None:
     """
     trainer, router = build_trainer(run, task)
     # A shared file system may show other hosts an older state, of checkpoints here and of the ledger below.
-    left = broadcast_object(checkpoints(work_folder(run.config, task)))
+    left = broadcast_object(checkpoints(work_folder(run.config.run_dir, task.name)))
     step = 0
     if left:
         with reading(str(left[-1])):
@@ -294,4 +296,4 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
         mean_loss,
         folder,
     )
-    shutil.rmtree(work_folder(config, task), ignore_errors=True)
+    shutil.rmtree(work_folder(config.run_dir, task.name), ignore_errors=True)
