@@ -5,10 +5,12 @@ A bank is one PEFT LoRA adapter over every linear layer of the language model.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
@@ -20,7 +22,7 @@ from mslora_cr.banks.plain_lora import WRITTEN, check_plain_lora, check_targets
 from mslora_cr.banks.published import PUBLISHED_WEIGHTS, load_published
 from mslora_cr.models.language import linears_pattern
 from mslora_cr.models.layout import linear_name
-from mslora_cr.utils.files import file_digest, replacing_folder, write_json
+from mslora_cr.utils.files import file_digest, replacing_folder, write_json, write_text
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import read_object
 from mslora_cr.utils.visible import visible
@@ -48,12 +50,7 @@ def save_bank(
     Raises:
         BankError: some of its numbers are not finite; nothing is written then.
     """
-    tensors = {}
-    for name, (a, b) in bank.matrices.items():
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.contiguous()
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.contiguous()
-    for name, router in bank.routers.items():
-        tensors[f"{PEFT_PREFIX}{name}.{ROUTER}"] = router.contiguous()
+    tensors = _named(bank)
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise BankError(
@@ -61,11 +58,8 @@ def save_bank(
             f"numbers, first {broken[0].removeprefix(PEFT_PREFIX)}. A lower learning rate or lower penalty weights "
             "usually help"
         )
-    settings = lora_config(bank.matrices, bank.rank, bank.alpha, dropout).to_dict()
-    settings = {**{key: settings[key] for key in sorted(WRITTEN)}, "peft_type": "LORA"}
     with replacing_folder(folder) as staging:
-        write_json(staging / CONFIG, settings)
-        save_file(tensors, staging / WEIGHTS, {"format": "pt"})
+        write_adapter(bank, staging, dropout)
         for name, kept in (beside or {}).items():
             if kept:
                 save_file(dict(kept), staging / name)
@@ -73,6 +67,30 @@ def save_bank(
         described = {**bank.metadata, "name": bank.name, "rank": bank.rank, "alpha": bank.alpha, "sha256": digest}
         write_json(staging / METADATA, described)
     return digest
+
+
+def write_adapter(bank: Bank, folder: Path, dropout: float = 0.0, changed: Mapping[str, Any] | None = None) -> None:
+    """Write a bank's weights and settings into a folder that is there, as PEFT reads them.
+
+    Args:
+        changed: settings in place of those of a bank, or besides them.
+    """
+    settings = lora_config(bank.matrices, bank.rank, bank.alpha, dropout).to_dict()
+    # Keys that hold a default and are younger than PEFT 0.5 are left out.
+    settings = {**{key: settings[key] for key in sorted(WRITTEN)}, "peft_type": "LORA", **(changed or {})}
+    write_text(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
+    save_file(_named(bank), folder / WEIGHTS, {"format": "pt"})
+
+
+def _named(bank: Bank) -> dict[str, Tensor]:
+    """A bank's numbers, as PEFT names them."""
+    tensors = {}
+    for name, (a, b) in bank.matrices.items():
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.contiguous()
+    for name, router in bank.routers.items():
+        tensors[f"{PEFT_PREFIX}{name}.{ROUTER}"] = router.contiguous()
+    return tensors
 
 
 def load_bank(path: Path) -> Bank:

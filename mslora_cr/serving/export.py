@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save_file
-
 from mslora_cr import __version__
 from mslora_cr.banks.bank import Bank, BankError, sum_banks
-from mslora_cr.banks.io import CONFIG, PEFT_PREFIX, WEIGHTS, lora_config
-from mslora_cr.banks.plain_lora import WRITTEN
+from mslora_cr.banks.io import write_adapter
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.models.base_model import BaseModel
@@ -125,23 +121,14 @@ def _adapters(
 
 
 def _write_adapter(bank: Bank, folder: Path, base: str, model: Path) -> None:
-    settings = lora_config(bank.matrices, bank.rank, bank.alpha).to_dict()
-    # Keys that hold a default and are younger than PEFT 0.5 are left out.
-    settings = {**{key: settings[key] for key in sorted(WRITTEN)}, "peft_type": "LORA"}
-    settings |= {"base_model_name_or_path": base, "inference_mode": True}
+    settings: dict[str, Any] = {"base_model_name_or_path": base, "inference_mode": True}
     # By this, and only without a `task_type`, `AutoPeftModel` finds the base model's class: AutoModelForCausalLM, which
     # a task type would lead to, knows no images.
     kind, module = class_of(model)
     if (kind, module) == LLAVA_MED_CLASS:
         settings |= {"target_modules": list(SUFFIXES), "exclude_modules": OTHERS}
     settings |= {"auto_mapping": {"base_model_class": kind, "parent_library": module}}
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    tensors = {
-        f"{PEFT_PREFIX}{layer}.lora_{letter}.weight": matrix.contiguous()
-        for layer, pair in bank.matrices.items()
-        for letter, matrix in zip("AB", pair, strict=True)
-    }
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    write_adapter(bank, folder, changed=settings)
 
 
 def _write_model(write: Callable[[Path], None], folder: Path, record: dict[str, Any]) -> Path:
