@@ -140,9 +140,8 @@ def _train(config: StreamConfig, fields: dict[str, Any], only: Sequence[str], fo
         if task in pending:
             train_task(run, task)
         elif rank() == 0:
-            shutil.rmtree(
-                work_folder(config.run_dir, task.name), ignore_errors=True
-            )  # a run killed right after the ledger
+            # What a run leaves that is killed right after the ledger.
+            shutil.rmtree(work_folder(config.run_dir, task.name), ignore_errors=True)
             log.info("%s: already done, skipped", task.name)
 
 
