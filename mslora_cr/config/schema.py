@@ -190,7 +190,7 @@ class StreamConfig(Section):
     method_section: SerializeAsAny[Section] | None = None
     """The method's own section. In files and dumps its key is the method's name; `Method.settings` types it."""
     training: dict[str, Any] = {}
-    """Any field of transformers' TrainingArguments that is not derived from the fields above.
+    """Fields of transformers' TrainingArguments; those that other keys set, or that would do nothing here, are refused.
     `gradient_checkpointing` is `true`, `false`, how many decoder layers are recomputed in the backward pass, or `auto`:
     as many as a GPU's memory asks for; should it run out all the same, the same command goes on with more."""
     evaluation: EvaluationConfig = EvaluationConfig()
