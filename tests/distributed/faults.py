@@ -16,6 +16,7 @@ from mslora_cr.distributed import comm as distributed
 from mslora_cr.distributed.comm import rank
 from mslora_cr.training import trainer
 from mslora_cr.training.checkpoints import STAGING
+from mslora_cr.training.recomputation import Recomputation
 from mslora_cr.training.trainer import BankTrainer
 from tests.distributed.launch import wait_until
 
@@ -117,3 +118,17 @@ def folder_of_its_own(parent: Path) -> None:
     """Relative paths lead each rank elsewhere, as on hosts that share no file system."""
     os.chdir(parent / str(rank()))
     distributed.SHARED_FOLDER_SECONDS = 1
+
+
+def measured_memory() -> None:
+    """As on a GPU, memory is measured before the first step of a task; it is found to suffice for everything."""
+    decide, fork = Recomputation.decide, torch.random.fork_rng
+
+    def on_a_gpu(self: Recomputation, run: str, device: torch.device, *rest: Any) -> None:
+        decide(self, run, torch.device("cuda"), *rest)
+
+    Recomputation.decide = on_a_gpu  # type: ignore[method-assign, assignment]
+    torch.random.fork_rng = lambda devices=(), **options: fork([], **options)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "reset_peak_memory_stats"):
+        setattr(torch.cuda, name, lambda device: 0)
+    torch.cuda.mem_get_info = lambda device: (2**34, 2**34)  # type: ignore[assignment]

@@ -55,3 +55,13 @@ def test_in_a_process_of_its_own_under_deepspeed(stage: str, tiny_settings: dict
     assert "memory ran out at step 1 with 0 of 3" in output and "it begins this task again, with 1 of 3" in output
     launch(stream.command, processes=1, before=fault)
     assert bank_bytes(stream.run) == bank_bytes(whole.run)
+
+
+@pytest.mark.parametrize("stage", first_in_make_test("zero3", "ddp", "zero2"))
+def test_measuring_moves_no_number(
+    stage: str, tiny_settings: dict[str, Any], tmp_path: Path, whole: Callable[[str], dict[str, bytes]]
+) -> None:
+    stream = Stream(tmp_path, tiny_settings, stage, AUTO)
+    output = launch(stream.command, before=faults.measured_memory)
+    assert output.count("the activations of 0 of 3 decoder layers are recomputed: 0.00 GB a layer") == 2
+    assert bank_bytes(stream.run) == whole(stage)
