@@ -60,7 +60,8 @@ free_port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("", 0));
 case $launcher in
   none) exec "$python" -m "${program[@]}" ;;
   torchrun)
-    options=(--standalone --nproc_per_node "$gpus" --max_restarts "$restarts")
+    options=(--standalone --nproc_per_node "$gpus")
+    [[ $restarts -eq 0 ]] || options+=(--max_restarts "$restarts")
     exec "$python" -m torch.distributed.run "${options[@]}" -m "${program[@]}" ;;
   deepspeed)
     where=(--num_gpus "$gpus")

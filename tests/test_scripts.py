@@ -129,6 +129,14 @@ def test_what_each_launcher_starts(launcher: str, launch: Callable[..., subproce
     assert by_option.stdout.splitlines() == by_environment.stdout.splitlines() == STARTS[launcher]
 
 
+def test_torchrun_may_start_again_by_itself(launch: Callable[..., subprocess.CompletedProcess]) -> None:
+    by_option = launch("finetune_lora_each.sh", "--gpus", "2", "--max-restarts", "3")
+    by_environment = launch("finetune_lora_each.sh", GPUS="2", MAX_RESTARTS="3")
+    start, after = STARTS["torchrun"][:5], STARTS["torchrun"][5:]
+    assert by_option.stdout.splitlines() == [*start, "--max_restarts", "3", *after]
+    assert by_environment.stdout == by_option.stdout
+
+
 def test_arguments_reach_the_command(launch: Callable[..., subprocess.CompletedProcess]) -> None:
     """The environment's and the script's own come first, so that those given on the command line win."""
     given = ["--task", "derm", "lora.rank=32", "tasks.*.epochs=1", "run=a b", "model.path=other"]
@@ -171,6 +179,8 @@ def test_the_visible_gpus_are_taken(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--gpus", "2", "--max-restarts", "-1"], "--max-restarts is '-1'"),
+        (["--gpus", "1", "--max-restarts", "1"], "--max-restarts is torchrun's; the launcher is none"),
         (["--launcher", "mpirun"], "unknown launcher 'mpirun'"),
         (["--gpus", "two"], "--gpus is 'two'"),
         (["--gpus", "0"], "--gpus is '0'"),
