@@ -78,6 +78,7 @@ def write_adapter(bank: Bank, folder: Path, dropout: float = 0.0, changed: Mappi
     settings = lora_config(bank.matrices, bank.rank, bank.alpha, dropout).to_dict()
     # Keys that hold a default and are younger than PEFT 0.5 are left out.
     settings = {**{key: settings[key] for key in sorted(WRITTEN)}, "peft_type": "LORA", **(changed or {})}
+    # Escaped, as PEFT writes it: a base model's path may be in any script.
     write_text(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
     save_file(_named(bank), folder / WEIGHTS, {"format": "pt"})
 

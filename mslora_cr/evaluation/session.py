@@ -79,9 +79,8 @@ class EvaluationSession:
         """Answer a task's questions with some banks; returns as `answer_questions`."""
         names = [bank.name for bank in banks]
         if self._merged != names:
-            self._merged = (
-                None  # until it is done: a failure leaves weights that are neither these nor the earlier ones
-            )
+            # Until it is done: a failure leaves weights that are neither these nor the earlier ones.
+            self._merged = None
             self._stack.set_frozen(banks)
             self._stack.model.eval()
             self._merged = names

@@ -161,9 +161,8 @@ class AnsweringModel:
         banks = self.run.mixed(stage, likely) if mixed else self.run.answering(task, stage)
         chosen = [(bank.name, bank.scaling) for bank in banks]
         if chosen != self._merged:
-            self._merged = (
-                None  # until it is done: a failure leaves weights that are neither these nor the earlier ones
-            )
+            # Until it is done: a failure leaves weights that are neither these nor the earlier ones.
+            self._merged = None
             self._stack.set_frozen(banks)
             self._stack.model.eval()
             self._merged = chosen
