@@ -12,8 +12,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mslora_cr.earlier import install
-
 if TYPE_CHECKING:
     from mslora_cr.api import (
         Answer,
@@ -63,8 +61,6 @@ __all__ = [
     "sum_banks",
     "train",
 ]
-
-install()
 
 
 def __getattr__(name: str) -> Any:

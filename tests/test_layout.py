@@ -6,7 +6,6 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "mslora_cr"
 ROOMS = (
-    "earlier",
     "utils",
     "config",
     "distributed",

@@ -1,3 +1,0 @@
-from mslora_cr.earlier import moved
-
-__getattr__ = moved("losses")
