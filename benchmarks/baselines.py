@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.fused import FusedLinear, PeftLinear
 from mslora_cr.banks.io import lora_config
-from mslora_cr.evaluation.decoding import Ends
+from mslora_cr.generation.prefix_decoder import Ends
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 

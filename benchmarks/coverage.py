@@ -28,8 +28,7 @@ import numpy as np
 from scipy.special import gammaln, xlogy
 from tabulate import tabulate
 
-from mslora_cr.evaluation.figures import Column, matrix_intervals
-from mslora_cr.evaluation.intervals import (
+from mslora_cr.statistics.intervals import (
     CHANGED,
     Groups,
     Interval,
@@ -44,8 +43,9 @@ from mslora_cr.evaluation.intervals import (
     t_interval,
     weighted_sum,
 )
-from mslora_cr.evaluation.matrix import TaskStageMatrix
-from mslora_cr.evaluation.significance import flip_test, flipped_means, p_value, t_test
+from mslora_cr.statistics.matrix import TaskStageMatrix
+from mslora_cr.statistics.matrix_intervals import Column, matrix_intervals
+from mslora_cr.statistics.significance import flip_test, flipped_means, p_value, t_test
 
 TASKS, QUESTIONS = (4, 8), (80, 600)
 CLUSTER, CORRELATION = 8, 0.2

@@ -27,8 +27,8 @@ from benchmarks.harness import Setting, finish, language_model, parse, random_ba
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.data.preparation import Prompt
-from mslora_cr.evaluation.decoding import Decoder
-from mslora_cr.evaluation.prefix import Limits, grouped, in_waves
+from mslora_cr.generation.batching import Limits, grouped, in_waves
+from mslora_cr.generation.prefix_decoder import Decoder
 from mslora_cr.models.kernels import use_kernels
 from mslora_cr.utils.kernels import chosen_kernels
 

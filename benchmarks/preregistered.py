@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from mslora_cr.config.load import load_config
-from mslora_cr.evaluation.intervals import estimate_of, mean_interval, span
-from mslora_cr.evaluation.significance import flip_test, holm
 from mslora_cr.reporting.sweep_result import RESULT, SweepResult
+from mslora_cr.statistics.intervals import estimate_of, mean_interval, span
+from mslora_cr.statistics.significance import flip_test, holm
 from mslora_cr.sweep import SweepRun, describe, run_sweep, slots
 from mslora_cr.utils.files import write_text
 

@@ -24,14 +24,14 @@ from tabulate import tabulate
 
 from mslora_cr.data.sources.catalog import TestRows, catalog
 from mslora_cr.evaluation.compare import compare, render_comparison
-from mslora_cr.evaluation.files import ANSWERS
-from mslora_cr.evaluation.intervals import Estimate, Interval, estimate_of, mean_interval, percent, score_interval, span
-from mslora_cr.evaluation.metrics import score_answers
+from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import answer_groups, metrics_of, read_answers, render_metrics
-from mslora_cr.evaluation.significance import holm, sign_test, t_test
+from mslora_cr.metrics.published import score_answers
 from mslora_cr.reporting.render import chance
 from mslora_cr.reporting.run_record import PublishedRun, load_published_scores
 from mslora_cr.reporting.style import METRICS, TITLES
+from mslora_cr.statistics.intervals import Estimate, Interval, estimate_of, mean_interval, percent, score_interval, span
+from mslora_cr.statistics.significance import holm, sign_test, t_test
 
 BASELINE, SHARED = "each", "pathvqa"
 Scores = Mapping[str, Mapping[str, float]]

@@ -37,13 +37,13 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import RegularizationConfig
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.prompts import IGNORE_INDEX
-from mslora_cr.evaluation.alone import answer_alone
 from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.models import llava_med
 from mslora_cr.models.language import language_linears
 from mslora_cr.models.layout import save_llava_layout
 from mslora_cr.runs.ledger import environment
+from mslora_cr.serving.alone import answer_alone
 from mslora_cr.training.trainer import BankTrainer, loss_mask
 
 TOWER = "clip-vit-large-patch14-336"

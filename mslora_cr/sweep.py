@@ -25,10 +25,9 @@ from mslora_cr.config.methods import load_method, method_names
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.evaluate import evaluate
-from mslora_cr.evaluation.files import ROUTED
-from mslora_cr.evaluation.over_runs import summarize
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
+from mslora_cr.evaluation.schemas import ROUTED
 from mslora_cr.methods.base import method_of, needs_task
 from mslora_cr.reporting.capacity import answering_rank
 from mslora_cr.reporting.cost import cost_of
@@ -38,6 +37,7 @@ from mslora_cr.reporting.sweep_page import write_sweep_page
 from mslora_cr.reporting.sweep_result import RESULT, SweepResult
 from mslora_cr.runs.ledger import environment
 from mslora_cr.runs.lock import one_writer
+from mslora_cr.statistics.sweep_summary import summarize
 from mslora_cr.stream import train as stream
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import append_to

@@ -14,16 +14,16 @@ from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.methods import method_names
 from mslora_cr.config.schema import ConfigError
-from mslora_cr.evaluation.over_runs import summarize
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.reporting.cost import cost_of
 from mslora_cr.reporting.sweep_page import write_sweep_page
 from mslora_cr.reporting.sweep_result import SweepResult
 from mslora_cr.runs.entries import RunLedger, TaskEntry
+from mslora_cr.statistics.sweep_summary import summarize
 from mslora_cr.sweep import plan_sweep, task_orders
 from mslora_cr.utils.errors import UserError
 from tests.conftest import once, write_config
-from tests.evaluation.report_run import Page
+from tests.helpers.report_run import Page
 
 ARGUMENTS = ["--methods", "mslora_cr", "each", "--orders", "2", "--seeds", "1", "--jobs", "1"]
 

@@ -12,7 +12,7 @@ from mslora_cr.config.schema import EvaluationConfig, StreamConfig
 from mslora_cr.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from mslora_cr.evaluation.chat import Endpoint
+    from mslora_cr.evaluation.openai_client import Endpoint
 
 log = logging.getLogger(__name__)
 
@@ -138,8 +138,8 @@ def _show_next(path: Path, args: argparse.Namespace) -> None:
 
 
 def _judge_of(args: argparse.Namespace) -> Endpoint:
-    from mslora_cr.evaluation.chat import Endpoint
     from mslora_cr.evaluation.judge import KEY
+    from mslora_cr.evaluation.openai_client import Endpoint
 
     return Endpoint(args.judge, args.judge_model, args.concurrency or 8, option="--judge", key=KEY)
 
@@ -151,8 +151,8 @@ def _evaluate_endpoint(args: argparse.Namespace, config: StreamConfig) -> int:
         raise UserError(
             "a served model is scored as it is: --banks, --banks-by, --stages and --probe do not go with --endpoint"
         )
-    from mslora_cr.evaluation.chat import Endpoint
     from mslora_cr.evaluation.endpoint import evaluate_endpoint
+    from mslora_cr.evaluation.openai_client import Endpoint
 
     path = evaluate_endpoint(config, Endpoint(args.endpoint, args.model, args.concurrency or 8), args.task)
     _show_scores(path)

@@ -16,8 +16,9 @@ from mslora_cr.banks.similarity import by_place, effective_ranks, update_cosines
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.records import TestRecords, sample_of
 from mslora_cr.distributed.comm import assert_same_on_all_ranks, barrier, rank
-from mslora_cr.evaluation.figures import is_binary
-from mslora_cr.evaluation.files import (
+from mslora_cr.evaluation.answer_files import answer_once
+from mslora_cr.evaluation.results import Cell, Evaluation, read_evaluation
+from mslora_cr.evaluation.schemas import (
     ANALYSIS,
     ANSWERS,
     ROUTED,
@@ -29,16 +30,15 @@ from mslora_cr.evaluation.files import (
     EffectiveRank,
     UpdateCosines,
 )
-from mslora_cr.evaluation.generate import answer_once
-from mslora_cr.evaluation.intervals import Groups, estimate, shown_difference
-from mslora_cr.evaluation.metrics import RowScore, score_answers
-from mslora_cr.evaluation.results import Cell, Evaluation, read_evaluation
 from mslora_cr.evaluation.score import group_numbers, question_places, read_answers
 from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.methods.base import method_of
+from mslora_cr.metrics.published import RowScore, score_answers
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.runs.session import check_hosts, start_processes, task_folder
+from mslora_cr.statistics.intervals import Groups, estimate, shown_difference
+from mslora_cr.statistics.matrix_intervals import is_binary
 from mslora_cr.utils.progress import progress_bar
 
 QUESTIONS = 200

@@ -13,10 +13,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from mslora_cr.data.records import DataError
-from mslora_cr.evaluation.figures import Column
-from mslora_cr.evaluation.files import ANSWERS
-from mslora_cr.evaluation.metrics import score_answers
 from mslora_cr.evaluation.results import Cell, Evaluation, ReportError, column_of, required_evaluation
+from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import (
     SCORES,
     AnswerRecord,
@@ -25,6 +23,8 @@ from mslora_cr.evaluation.score import (
     read_answers,
     read_scores,
 )
+from mslora_cr.metrics.published import score_answers
+from mslora_cr.statistics.matrix_intervals import Column
 
 COMPARED = {
     "closed accuracy": "close accuracy",

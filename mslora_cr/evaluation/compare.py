@@ -10,11 +10,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from tabulate import tabulate
 
-from mslora_cr.evaluation import intervals
 from mslora_cr.evaluation.answered import COMPARED, Answered, Stage, answered_run
-from mslora_cr.evaluation.figures import Column, coarsest, is_binary
-from mslora_cr.evaluation.files import BetweenTasks, ComparedRun, Comparison, PairedTest
-from mslora_cr.evaluation.intervals import (
+from mslora_cr.evaluation.results import ReportError
+from mslora_cr.evaluation.schemas import BetweenTasks, ComparedRun, Comparison, PairedTest
+from mslora_cr.statistics import intervals
+from mslora_cr.statistics.intervals import (
     Estimate,
     counted,
     estimate,
@@ -26,8 +26,8 @@ from mslora_cr.evaluation.intervals import (
     t_interval,
     weighted_sum,
 )
-from mslora_cr.evaluation.results import ReportError
-from mslora_cr.evaluation.significance import flipped_means, flips_for, holm, p_value, sign_test, t_test
+from mslora_cr.statistics.matrix_intervals import Column, coarsest, is_binary
+from mslora_cr.statistics.significance import flipped_means, flips_for, holm, p_value, sign_test, t_test
 
 OVERALL = "overall"
 

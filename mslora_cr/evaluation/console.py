@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from mslora_cr.evaluation.intervals import span
 from mslora_cr.evaluation.results import Evaluation
+from mslora_cr.statistics.intervals import span
 
 COLUMNS = {"close accuracy": "closed", "f1 score": "F1, open", "exact match score": "exact"}
 """Title by name in `metrics.json`."""

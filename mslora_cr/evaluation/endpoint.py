@@ -13,10 +13,10 @@ from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.prompts import question_text
 from mslora_cr.data.records import DataError, TestRecord, TestRecords, shown_images
-from mslora_cr.evaluation.chat import Body, Chat, Endpoint, folder_name
-from mslora_cr.evaluation.files import ANSWERS
-from mslora_cr.evaluation.generate import answer_once, fingerprint_of, journal_line, publish, read_journals
+from mslora_cr.evaluation.answer_files import answer_once, fingerprint_of, journal_line, publish, read_journals
+from mslora_cr.evaluation.openai_client import Body, Chat, Endpoint, folder_name
 from mslora_cr.evaluation.results import EVALUATION
+from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.evaluation.summary import cell_row, write_summary
 from mslora_cr.runs.lock import one_writer

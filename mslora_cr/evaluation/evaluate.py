@@ -9,14 +9,14 @@ from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.records import TestRecords
 from mslora_cr.distributed.comm import barrier, rank
+from mslora_cr.evaluation.answer_files import answer_once
 from mslora_cr.evaluation.cells import PlannedCell, Stages, cells
-from mslora_cr.evaluation.files import ANSWERS
-from mslora_cr.evaluation.generate import answer_once
-from mslora_cr.evaluation.metrics import Scores
 from mslora_cr.evaluation.results import EVALUATION, Cell
+from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.evaluation.summary import cell_row, question_digests, write_summary
+from mslora_cr.metrics.published import Scores
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.runs.session import check_hosts, start_processes, task_folder

@@ -11,17 +11,17 @@ from mslora_cr.data.records import TestRecords
 from mslora_cr.distributed.comm import barrier, rank
 from mslora_cr.evaluation.cells import PlannedCell
 from mslora_cr.evaluation.evaluate import answer_cell
-from mslora_cr.evaluation.figures import Column, is_binary
-from mslora_cr.evaluation.intervals import estimate, shown_difference
-from mslora_cr.evaluation.metrics import Scores
 from mslora_cr.evaluation.probe_result import MEASURED, PROBE, Loss, Probe
 from mslora_cr.evaluation.results import Cell, column_of
 from mslora_cr.evaluation.score import SCORES, read_scores
 from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.methods.base import method_of
+from mslora_cr.metrics.published import Scores
 from mslora_cr.runs.ledger import environment, finished_banks
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.runs.session import check_hosts, start_processes, task_folder
+from mslora_cr.statistics.intervals import estimate, shown_difference
+from mslora_cr.statistics.matrix_intervals import Column, is_binary
 from mslora_cr.utils.errors import nearest
 
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from tabulate import tabulate
 
-from mslora_cr.evaluation.intervals import Interval, counted, span
 from mslora_cr.evaluation.results import Cell
+from mslora_cr.statistics.intervals import Interval, counted, span
 from mslora_cr.utils.state import Part, StateFile
 
 PROBE = "probe"

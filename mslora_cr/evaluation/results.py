@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mslora_cr.evaluation.figures import Column, MatrixIntervals, matrix_intervals
-from mslora_cr.evaluation.matrix import TaskStageMatrix
 from mslora_cr.evaluation.score import SCORES, ScoreTable, read_scores
+from mslora_cr.statistics.matrix import TaskStageMatrix
+from mslora_cr.statistics.matrix_intervals import Column, MatrixIntervals, matrix_intervals
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import file_digest
 from mslora_cr.utils.state import Part, StateFile

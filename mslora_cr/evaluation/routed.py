@@ -20,11 +20,10 @@ from mslora_cr.banks.per_sample import whole_banks
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.records import TestRecords, TrainingRecords
 from mslora_cr.distributed.comm import all_gather_object, barrier, get_device, rank, world_size
+from mslora_cr.evaluation.answer_files import answer_once, read_stamp, write_stamp
 from mslora_cr.evaluation.cells import CellKey, Stages, stages_of
-from mslora_cr.evaluation.files import ANSWERS, ROUTED, ROUTING, Routing, StageRouting
-from mslora_cr.evaluation.generate import answer_once, read_stamp, write_stamp
-from mslora_cr.evaluation.intervals import estimate, percent, score_interval
 from mslora_cr.evaluation.results import EVALUATION, Cell
+from mslora_cr.evaluation.schemas import ANSWERS, ROUTED, ROUTING, Routing, StageRouting
 from mslora_cr.evaluation.score import group_numbers, question_places, score_file
 from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.evaluation.summary import cell_row, question_digests, write_summary
@@ -41,6 +40,7 @@ from mslora_cr.runs.session import (
     task_folder,
     task_image_roots,
 )
+from mslora_cr.statistics.intervals import estimate, percent, score_interval
 from mslora_cr.utils.files import replacing
 from mslora_cr.utils.regular import check_regular
 

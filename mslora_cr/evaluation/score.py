@@ -14,11 +14,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from tabulate import tabulate
 
 from mslora_cr.data.records import AnswerType, DataError, TestRecord
-from mslora_cr.evaluation import intervals
-from mslora_cr.evaluation.files import METRICS_FILE, Metrics
-from mslora_cr.evaluation.intervals import estimate, percent, percentile_interval, resampled_sums, score_interval
-from mslora_cr.evaluation.metrics import Scores, score_answers
-from mslora_cr.evaluation.words import corpus_bleu
+from mslora_cr.evaluation.schemas import METRICS_FILE, Metrics
+from mslora_cr.metrics.published import Scores, score_answers
+from mslora_cr.metrics.words import corpus_bleu
+from mslora_cr.statistics import intervals
+from mslora_cr.statistics.intervals import estimate, percent, percentile_interval, resampled_sums, score_interval
 from mslora_cr.utils.errors import first_problem
 from mslora_cr.utils.files import write_text
 from mslora_cr.utils.progress import progress_bar

@@ -16,9 +16,9 @@ import numpy as np
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.images import image_roots, resolve_image
 from mslora_cr.data.records import DataError, TestRecords, shown_images
-from mslora_cr.evaluation.metrics import HIT_RECALL, normalize_answer
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.evaluation.score import SCORES, AnswerRecord, ScoreTable, read_answers, read_scores
+from mslora_cr.metrics.published import HIT_RECALL, normalize_answer
 
 SAMPLED_RIGHT = 6
 """Right answers of a task that the browser shows beside the wrong ones, before it is asked for all."""

@@ -10,7 +10,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mslora_cr.evaluation.intervals import CHANGED, CONFIDENCE
 from mslora_cr.evaluation.results import Evaluation, ReportError, required_evaluation
 from mslora_cr.reporting.capacity import answering_rank
 from mslora_cr.reporting.cost import cost_of
@@ -19,6 +18,7 @@ from mslora_cr.reporting.plots import stage_curves
 from mslora_cr.reporting.render import render
 from mslora_cr.reporting.run_record import read_ledger
 from mslora_cr.reporting.style import METRICS, PALETTE, TITLES
+from mslora_cr.statistics.intervals import CHANGED, CONFIDENCE
 
 
 def write_comparison(runs: Sequence[tuple[str, Path | None, Path]], output: Path) -> Path:

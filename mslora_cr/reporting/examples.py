@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mslora_cr.evaluation.metrics import score_answers
 from mslora_cr.evaluation.score import AnswerRecord
+from mslora_cr.metrics.published import score_answers
 
 
 class Example(NamedTuple):

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mslora_cr.banks.similarity import Similarity
-from mslora_cr.evaluation.figures import Uncertainty
-from mslora_cr.evaluation.files import Dropped, EffectiveRank, StageRouting
-from mslora_cr.evaluation.intervals import counted
 from mslora_cr.evaluation.results import Evaluation
+from mslora_cr.evaluation.schemas import Dropped, EffectiveRank, StageRouting
 from mslora_cr.reporting.answers import TaskAnswers, confusions
+from mslora_cr.statistics.intervals import counted
+from mslora_cr.statistics.matrix_intervals import Uncertainty
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,9 @@ from mslora_cr.banks.similarity import Similarity, bank_similarity
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.evaluation.compare import compare
-from mslora_cr.evaluation.figures import MatrixIntervals
-from mslora_cr.evaluation.files import ROUTED, Analysis
-from mslora_cr.evaluation.intervals import CHANGED, CONFIDENCE, Interval
-from mslora_cr.evaluation.matrix import TaskStageMatrix
 from mslora_cr.evaluation.probe_result import MEASURED, read_probes
 from mslora_cr.evaluation.results import Evaluation, ReportError
+from mslora_cr.evaluation.schemas import ROUTED, Analysis
 from mslora_cr.evaluation.score import read_answers
 from mslora_cr.reporting.answers import browsed_answers, browser_data
 from mslora_cr.reporting.capacity import answering_rank, method_named
@@ -38,6 +35,9 @@ from mslora_cr.reporting.run_record import PUBLISHED_SCORES, PublishedRun, RunRe
 from mslora_cr.reporting.style import ADDED_TITLES, METRICS, PALETTE, TITLES
 from mslora_cr.reporting.thumbnails import thumbnails
 from mslora_cr.runs.lock import one_writer
+from mslora_cr.statistics.intervals import CHANGED, CONFIDENCE, Interval
+from mslora_cr.statistics.matrix import TaskStageMatrix
+from mslora_cr.statistics.matrix_intervals import MatrixIntervals
 
 
 def write_report(

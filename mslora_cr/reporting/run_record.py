@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mslora_cr.evaluation.files import ANALYSIS, ROUTED, ROUTING, Analysis, Routing
 from mslora_cr.evaluation.results import Evaluation, ReportError, read_evaluation
+from mslora_cr.evaluation.schemas import ANALYSIS, ROUTED, ROUTING, Analysis, Routing
 from mslora_cr.runs.entries import LEDGER, RunLedger
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.state import Part

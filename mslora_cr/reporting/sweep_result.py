@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from mslora_cr.evaluation.intervals import Interval
+from mslora_cr.statistics.intervals import Interval
 from mslora_cr.utils.state import Part, StateFile
 
 RESULT = "sweep.json"

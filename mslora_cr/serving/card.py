@@ -13,11 +13,11 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.catalog import catalog
-from mslora_cr.evaluation.intervals import CONFIDENCE
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.models.layout import has_processor
 from mslora_cr.models.save import class_of
 from mslora_cr.runs.entries import RunLedger
+from mslora_cr.statistics.intervals import CONFIDENCE
 
 Uploaded = Literal["peft", "merged"]
 SECRET = ("token", "key", "secret", "password")

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.records import TestRecord, TestRecords
-from mslora_cr.evaluation.metrics import score_answers
+from mslora_cr.metrics.published import score_answers
 from mslora_cr.runs.session import task_folder, task_image_roots
 from mslora_cr.serving.answering import AnsweringModel, open_image
 from mslora_cr.utils.errors import UserError

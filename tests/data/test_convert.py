@@ -15,7 +15,7 @@ from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 from mslora_cr.data.sources.convert import Split, convert, convert_images
 from mslora_cr.data.sources.convert_images import Rendering, pictures, windowed
 from mslora_cr.data.sources.convert_rows import Columns
-from tests.real_data import DICOM, SKIMAGE, STARDIST, TEST_DATA, real
+from tests.helpers.real_data import DICOM, SKIMAGE, STARDIST, TEST_DATA, real
 
 pydicom = pytest.importorskip("pydicom")
 nibabel = pytest.importorskip("nibabel")

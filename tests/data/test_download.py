@@ -13,7 +13,7 @@ from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.data.sources.download import ANNOTATIONS, MODELS, download
 from mslora_cr.utils.files import file_digest
-from tests.data.hub import COMMIT, Hub, serving
+from tests.helpers.hub import COMMIT, Hub, serving
 
 DATASET = "datasets/VentusAislant/MSLoRA_CR"
 CLIP = "models/openai/clip-vit-large-patch14-336"

@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessor
 from mslora_cr.data.images import check_images, load_image, preprocess, washed_out
 from mslora_cr.data.prompts import IMAGE_INDEX, encode_prompt, generation_prompt
 from mslora_cr.data.tokenizer import Tokenizer
-from tests.real_data import SKIMAGE, STARDIST, TOKENIZER, real
+from tests.helpers.real_data import SKIMAGE, STARDIST, TOKENIZER, real
 
 
 @pytest.fixture(scope="module")

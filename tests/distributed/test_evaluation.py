@@ -40,7 +40,7 @@ def test_two_ranks_answer_as_one_does_though_killed(trained_config: Path, tmp_pa
     answered = sum(noted().values())
     assert answered >= 1 and not (two / "tiny" / "evaluation.json").exists()
 
-    launch(command)  # tests/test_evaluate.py counts that nothing noted is asked again
+    launch(command)  # tests/evaluation/test_evaluate.py counts that nothing noted is asked again
     assert results(two) == results(one)
     assert not noted()
     written = {file: file.stat().st_mtime_ns for file in two.rglob("answer-file.jsonl")}

@@ -11,7 +11,7 @@ from mslora_cr.cli.main import main
 from tests.conftest import once
 from tests.distributed.conftest import FIXED, write_exact_config
 from tests.distributed.launch import compare_runs, deepspeed_file, launch
-from tests.families import make
+from tests.helpers.families import make
 
 pytestmark = pytest.mark.long
 TASKS = ("pathvqa", "slake-vqarad")

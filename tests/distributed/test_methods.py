@@ -35,18 +35,18 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
     "replay": {"buffer_size": 4},
     "moe_lora": {"experts": 2},
     "joint": {},
-    "tests.projected:Projected": {},
+    "tests.helpers.projected:Projected": {},
 }
 """The last one is for its projection of the gradient."""
 BASES = ("inflora", "keeplora")
 """Methods that keep the basis of a space."""
-ACCUMULATED = ("lwf", "tests.projected:Projected")
+ACCUMULATED = ("lwf", "tests.helpers.projected:Projected")
 """In several micro-batches an update: what the trainer's own code averages over them."""
 
 
 def test_every_method_that_trains_is_tried() -> None:
     """test_exactness.py has mslora_cr."""
-    assert set(method_names()) - {"mslora_cr", "zero_shot"} == SETTINGS.keys() - {"tests.projected:Projected"}
+    assert set(method_names()) - {"mslora_cr", "zero_shot"} == SETTINGS.keys() - {"tests.helpers.projected:Projected"}
 
 
 def configure(folder: Path, settings: dict[str, Any], method: str, otherwise: bool = False) -> Path:
@@ -108,7 +108,7 @@ def test_two_processes_give_the_numbers_of_one(trained: Callable[[str, str], Pat
 
 
 @pytest.mark.parametrize(
-    "method", first_in_make_test("tests.projected:Projected", *(name for name in SETTINGS if ":" not in name))
+    "method", first_in_make_test("tests.helpers.projected:Projected", *(name for name in SETTINGS if ":" not in name))
 )
 def test_micro_batches_give_the_numbers_of_one_batch(trained: Callable[[str, str], Path], method: str) -> None:
     compare(method, trained("otherwise", method), trained("one", method))

@@ -8,7 +8,7 @@ import pytest
 
 from mslora_cr.cli.main import main
 from mslora_cr.evaluation.compare import compare
-from tests.evaluation.test_report import make_run
+from tests.reporting.test_report import make_run
 
 TASKS = ("pathvqa", "PCAM", "nmi")
 

@@ -20,7 +20,7 @@ from tests.fuzz.test_fuzz import TIMES
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.killing"])
+_CONTEXT.set_forkserver_preload(["tests.helpers.killing"])
 
 
 def run(arguments: list[str], root: Path, kill_at: int, output: Path) -> int:

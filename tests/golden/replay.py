@@ -34,9 +34,9 @@ from mslora_cr.data.datasets import ConcatTrainDataset, EvalDataset, Preprocessi
 from mslora_cr.data.images import load_image, preprocess
 from mslora_cr.data.prompts import encode_conversation, encode_prompt, generation_prompt
 from mslora_cr.data.records import TestRecords, TrainingRecords
-from mslora_cr.evaluation.decoding import Decoder
-from mslora_cr.evaluation.generate import answered_batches
-from mslora_cr.evaluation.prefix import Limits, grouped, in_waves
+from mslora_cr.generation.batching import Limits, grouped, in_waves
+from mslora_cr.generation.prefix_decoder import Decoder
+from mslora_cr.generation.run import answered_batches
 from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.models import llava_med

@@ -1,0 +1,232 @@
+"""The smaller files of a results folder, typed: `metrics.json`, `answers.json`, `routing.json`, `analysis.json`, and a
+comparison's file.
+
+`evaluation.json` is in `results`, with what is read off it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from mslora_cr.statistics.interval import Interval
+from mslora_cr.utils.state import Part, StateFile
+
+ROUTED, ROUTING = "routed", "routing.json"
+"""Where task-agnostic answers go in a results folder, and what the router did there."""
+ANALYSIS = "analysis.json"
+METRICS_FILE = "metrics.json"
+ANSWERS = "answer-file.jsonl"
+STAMP = "answers.json"
+"""What the answers in its folder were made from."""
+
+Matrix = list[list[float]]
+
+
+class Metrics(StateFile):
+    """`metrics.json`: the metrics of a file of answers, in percent, with the ends of each one's interval.
+
+    Attributes:
+        confidence: of the intervals. empty_truths: of how many truths normalising leaves nothing, such as the choice
+            `A`: the published closed accuracy finds them in every answer. groups: of answers that are not independent.
+            Version 0.1.0 noted none of the three.
+        rows, open, closed: how many answers there are, and of either type.
+    """
+
+    MEND: ClassVar[str] = "remove it; `mslora-cr score` or `mslora-cr evaluate` writes it again from the answers"
+
+    metrics: dict[str, float]
+    intervals: dict[str, Interval]
+    confidence: float | None = None
+    empty_truths: int | None = None
+    rows: int
+    groups: int | None = None
+    open: int
+    closed: int
+
+
+class StageRouting(Part):
+    """What the router took the questions for after a stage.
+
+    Attributes:
+        learned: the tasks it knows. confusion: by a question's task, how many were taken for each of `learned`.
+        questions: how many are of learned tasks. accuracy: how many of those it knew, in percent.
+    """
+
+    stage: int
+    learned: tuple[str, ...]
+    confusion: dict[str, tuple[int, ...]]
+    questions: int
+    accuracy: float | None
+    interval: Interval | None
+
+
+class Routing(StateFile):
+    """`routing.json`: what the router did at every evaluated stage."""
+
+    MEND: ClassVar[str] = "remove it; `mslora-cr evaluate CONFIG --banks-by routed` writes it again"
+
+    stages: tuple[StageRouting, ...] = Field(min_length=1)
+
+
+class Stamp(StateFile):
+    """`answers.json`: what the answers in its folder were made from, and what they are.
+
+    Attributes:
+        fingerprint: of all that decides the answers. seconds: how long the last launch answered.
+        padding: the share of padding in the prompts' batches, `padding_unsorted` in the questions' own order.
+        routing: in `routed/stage-K`, what the router did. sha256, rows: digest and number of the answers; version 0.1.0
+            noted neither.
+    """
+
+    MEND: ClassVar[str] = "remove it; the same command answers these questions again"
+
+    fingerprint: str
+    seconds: float | None = None
+    padding: float | None = None
+    padding_unsorted: float | None = None
+    routing: StageRouting | None = None
+    sha256: str | None = None
+    rows: int | None = None
+
+
+class UpdateCosines(Part):
+    """Cosines of the banks' updates, by decoder layer and by module; matrices in the order of `banks`."""
+
+    banks: list[str]
+    by_layer: dict[str, Matrix]
+    by_module: dict[str, Matrix]
+
+
+class EffectiveRank(Part):
+    """A bank's rank, its mean effective rank, and that by decoder layer and by module."""
+
+    rank: int
+    mean: float
+    by_layer: dict[str, float]
+    by_module: dict[str, float]
+
+
+class Dropped(Part):
+    """A task's score with all its banks and without one, in percent, and the interval of the difference.
+
+    `changed` questions have another score without the bank; where too few have, there is no interval. Version 0.1.0
+    counted none.
+    """
+
+    task: str
+    dropped: str
+    questions: int
+    with_all: float
+    without: float
+    contribution: float
+    interval: Interval | None
+    changed: int | None = None
+
+
+class Contribution(Part):
+    """What each bank adds to each task. `score` says in words what is averaged."""
+
+    banks_by: str
+    score: str
+    rows: list[Dropped]
+
+
+class ChangedAnswer(Part):
+    """An answer before and after; `kind` is `lost`, `gained` or `changed`."""
+
+    kind: str
+    question: str
+    before: str
+    after: str
+    truth: str
+
+
+class Change(Part):
+    """How many answers to a task changed between two sides, how many hits were lost and gained, and examples."""
+
+    task: str
+    before: str = Field(alias="from")
+    after: str = Field(alias="to")
+    questions: int
+    same_banks: bool
+    changed: int
+    lost: int
+    gained: int
+    examples: list[ChangedAnswer]
+
+
+class Analysis(StateFile):
+    """`analysis.json`: what explains a run's result."""
+
+    MEND: ClassVar[str] = "`mslora-cr analyze CONFIG` writes it again"
+
+    run: str
+    similarity: UpdateCosines
+    effective_rank: dict[str, dict[str, EffectiveRank]]
+    contribution: Contribution | None
+    changed: list[Change]
+
+
+class ComparedRun(Part):
+    """A run's method and how its banks are chosen; neither is known of answer files alone."""
+
+    method: str | None
+    banks_by: str | None
+
+
+class BetweenTasks(Part):
+    """What the tasks say of tasks like them: Student's t of their differences in points, and the sign test of how many
+    were won and lost. `interval` and `p` are None of one task alone, the interval also of differences all equal."""
+
+    tasks: int
+    interval: Interval | None
+    p: float | None
+    wins: int
+    losses: int
+    sign_p: float
+    p_adjusted: float | None = None
+
+
+class PairedTest(Part):
+    """A run against the baseline, on one task or in the mean over tasks: scores in percent, differences in points.
+
+    Attributes:
+        groups: how many of the questions are independent. changed: of how many the runs' scores differ; where too few
+            do, the difference has no interval. banks: by run, those that answered; None over all tasks.
+        p_adjusted: Holm's. between_tasks: over all tasks alone. Version 0.1.0 noted neither groups, changed nor the
+            last.
+    """
+
+    run: str
+    task: str
+    questions: int
+    groups: int | None = None
+    baseline_score: float
+    baseline_interval: Interval
+    score: float
+    score_interval: Interval
+    difference: float
+    interval: Interval | None
+    changed: int | None = None
+    p: float
+    banks: dict[str, str | None] | None
+    between_tasks: BetweenTasks | None = None
+    p_adjusted: float | None = None
+
+
+class Comparison(StateFile):
+    """What `mslora-cr compare --output` writes: how it was computed, the runs, and the tests by metric."""
+
+    MEND: ClassVar[str] = "`mslora-cr compare` writes it again"
+
+    baseline: str
+    at: Literal["final", "own"]
+    runs: dict[str, ComparedRun]
+    test: str
+    correction: str
+    flips: int
+    seed: int
+    confidence: float
+    metrics: dict[str, list[PairedTest]]

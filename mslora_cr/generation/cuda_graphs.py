@@ -1,0 +1,196 @@
+"""Steps of decoding in buffers that stay where they are, so that CUDA can record one as a graph and replay it.
+
+A step of a large model is thousands of launches, which take longer than the arithmetic of few rows. A recorded one is
+launched at once (Ng, "Accelerating PyTorch with CUDA Graphs", 2021). Shapes are rounded up, so that few are recorded;
+what a batch does not fill is never seen by a row that counts. Recording takes about as long as three steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from mslora_cr.data.collator import rounded_up
+from mslora_cr.generation.attention import SharedCache
+from mslora_cr.generation.decode_state import Rows
+
+_LOG = logging.getLogger(__name__)
+
+POSITIONS = 64
+"""What numbers of positions are rounded up to on a GPU."""
+
+Step = Callable[[Rows], None]
+"""One new token for each row; everything changes in place."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How large a batch's buffers are."""
+
+    rows: int
+    openings: int
+    members: int
+    """The most rows of an opening."""
+    before: int
+    """Positions of openings."""
+    own: int
+    """Positions of a row's own."""
+
+    @classmethod
+    def of(cls, rows: Rows) -> Shape:
+        openings, members = rows.cache.members.shape
+        return cls(len(rows.ids), openings, members, rows.before, rows.own)
+
+    def rounded(self) -> Shape:
+        """Powers of two, and positions by the `POSITIONS`."""
+        rows, openings, members = (1 << (size - 1).bit_length() for size in (self.rows, self.openings, self.members))
+        before, own = (rounded_up(size, POSITIONS) for size in (self.before, self.own))
+        return Shape(rows, openings, members, before, own)
+
+    def holds(self, other: Shape) -> bool:
+        return all(ours >= theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True))
+
+
+class StaticRows:
+    """Buffers for batches of up to some shape, and a step in them."""
+
+    def __init__(self, shape: Shape, like: Rows) -> None:
+        """
+        Args:
+            like: a batch of the model, whose dtypes, heads and device the buffers take.
+        """
+        self.shape = shape
+        cache = like.cache
+        device = like.ids.device
+
+        def indices(*size: int) -> Tensor:
+            return torch.zeros(*size, dtype=torch.long, device=device)
+
+        self.rows = Rows(
+            ids=indices(shape.rows, 1),
+            positions=indices(shape.rows, 1),
+            visible=torch.zeros(shape.rows, shape.before + shape.own, dtype=torch.bool, device=device),
+            cache=SharedCache(
+                [
+                    (
+                        keys.new_zeros(shape.openings, keys.shape[1], shape.before, keys.shape[3]),
+                        values.new_zeros(shape.openings, values.shape[1], shape.before, values.shape[3]),
+                    )
+                    for keys, values in cache.openings
+                ],
+                [
+                    (
+                        keys.new_zeros(shape.rows, keys.shape[1], shape.own, keys.shape[3]),
+                        values.new_zeros(shape.rows, values.shape[1], shape.own, values.shape[3]),
+                    )
+                    for keys, values in cache.own
+                ],
+                indices(shape.rows),
+                indices(shape.rows),
+                indices(shape.openings, shape.members),
+                indices(1),
+            ),
+        )
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def record(self, step: Step) -> None:
+        """Record a step as a CUDA graph; to be called before anything is loaded, since it runs in the buffers."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up in the first steps, which a graph must not record
+            for _ in range(2):
+                step(self.rows)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (collectives, data loaders) may call CUDA meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step(self.rows)
+        self._graph = graph
+
+    def load(self, rows: Rows) -> None:
+        """Copy a batch into the buffers. What earlier ones left beside it is finite, and not visible."""
+        ours, theirs = self.rows.cache, rows.cache
+        count, (openings, members) = len(rows.ids), theirs.members.shape
+        start = self.shape.before - rows.before
+        for buffer, tensor in (
+            (self.rows.ids, rows.ids),
+            (self.rows.positions, rows.positions),
+            (ours.group, theirs.group),
+            (ours.place, theirs.place),
+        ):
+            buffer.zero_()
+            buffer[:count] = tensor
+        self.rows.visible.zero_()
+        self.rows.visible[:count, start : self.shape.before + rows.own] = rows.visible
+        ours.members.zero_()
+        ours.members[:openings, :members] = theirs.members
+        ours.slots.copy_(theirs.slots)
+        for buffers, tensors in zip(ours.openings, theirs.openings, strict=True):
+            for buffer, tensor in zip(buffers, tensors, strict=True):
+                buffer[:openings, :, start:] = tensor
+        for buffers, tensors in zip(ours.own, theirs.own, strict=True):
+            for buffer, tensor in zip(buffers, tensors, strict=True):
+                buffer[:count, :, : rows.own] = tensor
+
+    def step(self, step: Step) -> None:
+        """Replay the recorded step, or take it anew."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            step(self.rows)
+
+
+class StaticSteps:
+    """The buffers in use: one shape at a time, and only while enough batches wait to pay for recording."""
+
+    BATCHES = 2
+    """The fewest batches that are worth recording a step for."""
+
+    def __init__(self, record: bool) -> None:
+        """
+        Args:
+            record: as a CUDA graph; else the buffers alone are used.
+        """
+        self.recording = record
+        self.replayed = 0
+        """Batches that were answered by a recorded step."""
+        self._works = True
+        self._static: StaticRows | None = None
+
+    def for_rows(self, rows: Rows, step: Step, waiting: int, choose: Callable[[int], None]) -> StaticRows | None:
+        """The buffers for a batch, not yet loaded; None where the batch is answered without.
+
+        Args:
+            waiting: batches that are still to be answered, this one included.
+            choose: is told how many rows a step has.
+        """
+        shape = Shape.of(rows)
+        if self._static is None or not self._static.shape.holds(shape):
+            if not self._works or waiting < self.BATCHES:
+                return None
+            self._static = None  # its memory first
+            buffers = StaticRows(shape.rounded(), rows)
+            choose(buffers.shape.rows)
+            if self.recording and not self._recorded(buffers, step):
+                return None
+            self._static = buffers
+        choose(self._static.shape.rows)
+        self.replayed += self.recording
+        return self._static
+
+    def _recorded(self, buffers: StaticRows, step: Step) -> bool:
+        try:
+            buffers.record(step)
+        except RuntimeError as error:  # a layer that a graph cannot hold
+            _LOG.warning("answers are given step by step, since CUDA cannot record one: %s", error)
+            self._works = False
+        return self._works
+
+
+def padded(questions: Sequence[int], rows: int) -> list[int]:
+    """Questions for rows that may be more."""
+    return [*questions, *[questions[0]] * (rows - len(questions))]

@@ -1,0 +1,47 @@
+"""The rows of a batch that is being answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mslora_cr.generation.attention import SharedCache, membership
+
+
+@dataclass
+class Rows:
+    """The state of a batch: all that a step reads, and changes in place.
+
+    Attributes:
+        ids, positions: (rows, 1) int64, the newest token and its place in the row.
+        visible: (rows, opening's + own positions) bool.
+        cache: keys and values; its `slots` is where the newest token's go.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    visible: Tensor
+    cache: SharedCache
+
+    @property
+    def own(self) -> int:
+        """Positions of a row's own."""
+        return int(self.cache.own[0][0].shape[2])
+
+    @property
+    def before(self) -> int:
+        """Positions of the openings."""
+        return self.visible.shape[1] - self.own
+
+    def select(self, kept: Sequence[int]) -> Rows:
+        """Some of the rows; the openings stay as they are."""
+        rows = torch.tensor(kept, device=self.ids.device)
+        cache = self.cache
+        group = cache.group[rows]
+        place, members = membership(group.tolist(), len(cache.members))
+        own = [(keys[rows], values[rows]) for keys, values in cache.own]
+        chosen = SharedCache(cache.openings, own, group, place.to(rows.device), members.to(rows.device), cache.slots)
+        return Rows(self.ids[rows], self.positions[rows], self.visible[rows], chosen)

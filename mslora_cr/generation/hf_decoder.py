@@ -1,0 +1,103 @@
+"""Greedy decoding by transformers' own `generate`, for models whose prompts do not share what stands before a question:
+positions in two dimensions, windows, or images that attend in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from mslora_cr.banks.per_sample import QuestionBanks
+from mslora_cr.data.preparation import Prompt
+from mslora_cr.generation.batching import Wave
+from mslora_cr.generation.prefix_decoder import OnToken
+
+
+class PlainDecoder:
+    """Answers questions with a model, whole prompts at a time; the same methods as `decoding.Decoder`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        prompts: Sequence[Prompt],
+        ends: Sequence[int],
+        padding: int,
+        max_new_tokens: int,
+        mixed: QuestionBanks | None = None,
+    ) -> None:
+        """
+        Args:
+            model: with banks in it or none.
+            prompts: of all questions.
+            ends: ids that end an answer.
+            padding: the id that fills up what has ended.
+            mixed: the banks of each question, where they are not the same for all.
+        """
+        self.model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.prompts, self.mixed = prompts, mixed
+        self._ends, self._device = frozenset(ends), self.model.get_input_embeddings().weight.device
+        self._dtype = self.model.get_input_embeddings().weight.dtype
+        self._settings = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(ends), pad_token_id=padding
+        )
+
+    def positions_that_fit(self) -> int | None:
+        """None: what fits is not known."""
+        return None
+
+    def read(self, wave: Wave, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A wave's prompts, where the model is.
+
+        Args:
+            inputs: `ProcessorPreparation.answering_batch` of its questions, in the order of its groups.
+        """
+        assert wave.whole, "prompts without a shared opening"
+        return {name: self._moved(value) for name, value in inputs.items()}
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        inputs: Mapping[str, Tensor],
+        questions: Sequence[int],
+        waiting: int = 1,
+        on_token: OnToken | None = None,
+    ) -> list[list[int]]:
+        """The new ids of each question of a wave, up to and with the one that ends it.
+
+        Args:
+            inputs: as `read` gives them.
+            waiting: batches that are still to be answered; this decoder keeps nothing from one to the next.
+            on_token: is told the new ids of one question, alone in its wave, as they come.
+        """
+        if self.mixed is not None:
+            self.mixed.choose(questions)
+        streamer = _Streamer(questions[0], on_token) if on_token is not None else None
+        ids = self.model.generate(**inputs, generation_config=self._settings, streamer=streamer)
+        return [self._cut(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def _moved(self, value: Tensor) -> Tensor:
+        return value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        stop = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
+        return ids[: stop + 1]
+
+
+class _Streamer(BaseStreamer):
+    def __init__(self, question: int, tell: OnToken) -> None:
+        self._question, self._tell = question, tell
+        self._prompt = True
+
+    def put(self, value: Tensor) -> None:
+        """The prompt first, then one new id after the other."""
+        if not self._prompt:
+            self._tell(self._question, int(value.flatten()[0]))
+        self._prompt = False
+
+    def end(self) -> None:
+        """Nothing: the answer is returned as well."""

@@ -1,0 +1,255 @@
+"""Greedy decoding of questions from openings that several of them share.
+
+First the openings of a wave are read, images included, each once. Then come its questions, by batches: what stands
+behind the opening, padded on the left, then one new token a step, until every row has ended or is as long as allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrainedModel
+
+from mslora_cr.banks.per_sample import QuestionBanks
+from mslora_cr.data.collator import rounded_up
+from mslora_cr.data.preparation import Prompt
+from mslora_cr.generation.attention import KeysValues, SharedCache, membership, sharing
+from mslora_cr.generation.batching import Wave
+from mslora_cr.generation.cuda_graphs import POSITIONS, StaticSteps, padded
+from mslora_cr.generation.decode_state import Rows
+from mslora_cr.models.language import language_linears
+
+OnToken = Callable[[int, int], None]
+"""Is told a question and its next id."""
+
+
+class Ends(Protocol):
+    """What decoding needs of a tokenizer."""
+
+    @property
+    def eos_token_id(self) -> int: ...
+    @property
+    def pad_token_id(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Openings:
+    """What was read of a wave's openings."""
+
+    wave: Wave
+    keys_values: list[KeysValues]
+    visible: Tensor
+    """(openings, positions) bool: false where an opening is padded."""
+    next_ids: Tensor
+    """(openings,) the ids that follow, for openings that are whole prompts."""
+
+
+class Decoder:
+    """Answers questions with a model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        prompts: Sequence[Prompt],
+        tokenizer: Ends,
+        max_new_tokens: int,
+        mixed: QuestionBanks | None = None,
+    ) -> None:
+        """
+        Args:
+            model: LLaVA, with banks in it or none.
+            prompts: of all questions.
+            mixed: the banks of each question, where they are not the same for all.
+        """
+        self.model: LlavaForConditionalGeneration = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.prompts, self.tokenizer, self.max_new_tokens = prompts, tokenizer, max_new_tokens
+        self.mixed = mixed
+        weight = self.model.get_input_embeddings().weight
+        self.device: torch.device = weight.device
+        self.dtype: torch.dtype = weight.dtype
+        plain = all(linear.weight.is_floating_point() for linear in language_linears(self.model).values())
+        self.steps = StaticSteps(record=True) if self.device.type == "cuda" and plain else None
+        """None: steps are taken as they come. Kernels of quantised layers may wait for the device."""
+        # Not every text model has one; LLaVA-Med's is null.
+        self.window: int | None = self.model.config.text_config.to_dict().get("sliding_window")
+
+    def positions_that_fit(self) -> int | None:
+        """How many positions' keys and values a quarter of the GPU's free memory holds; None on the CPU.
+
+        The recorded steps' buffers hold them a second time, and prompts need memory while they are computed.
+        """
+        if self.device.type != "cuda":
+            return None
+        layers = self.model.model.language_model.layers
+        size = 2 * len(layers) * layers[0].self_attn.k_proj.out_features * self.dtype.itemsize
+        return int(torch.cuda.mem_get_info(self.device)[0] / 4 / size)
+
+    @torch.inference_mode()
+    def read(self, wave: Wave, inputs: Mapping[str, Tensor]) -> Openings:
+        """Compute a wave's openings.
+
+        Args:
+            inputs: `Preprocessing.answering_batch` of its groups' first questions: images, if there are any.
+        """
+        first = [group.questions[0] for group in wave.groups]
+        self._choose(first)
+        texts = [self.prompts[question].opening for question in first]
+        if wave.whole:
+            texts = [text + self.prompts[question].rest for text, question in zip(texts, first, strict=True)]
+        # Whole prompts are of many lengths, and cuDNN plans its attention anew for each; openings alone are alike.
+        ids, visible = self._padded(texts, POSITIONS if wave.whole and self.device.type == "cuda" else 1)
+        pixels, cache = inputs.get("pixel_values"), DynamicCache()
+        output = self.model(
+            input_ids=ids,
+            attention_mask=visible.long(),
+            position_ids=_positions(visible),
+            pixel_values=None if pixels is None else pixels.to(self.device, self.dtype),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return Openings(wave, [(layer.keys, layer.values) for layer in cache.layers], visible, _best(output.logits))
+
+    @torch.inference_mode()
+    def answer(
+        self, openings: Openings, questions: Sequence[int], waiting: int = 1, on_token: OnToken | None = None
+    ) -> list[list[int]]:
+        """The new ids of each question of a wave's batch, up to and with `</s>`.
+
+        Args:
+            waiting: batches that are still to be answered, this one included.
+            on_token: is told each question's new ids as they come.
+        """
+        with sharing(self.model.model.language_model):
+            self._choose(questions)
+            return self._continue(self._begin(openings, questions), list(questions), waiting, on_token)
+
+    def _begin(self, openings: Openings, questions: Sequence[int]) -> Rows:
+        """Compute what stands behind the openings, and the first new token."""
+        places = [openings.wave.openings[question] for question in questions]
+        start, stop = places[0], places[-1] + 1  # a batch's questions are in the order of the openings
+        group = [place - start for place in places]
+        place, members = (part.to(self.device) for part in membership(group, stop - start))
+        index = torch.tensor(group, device=self.device)
+        before = openings.visible[start:stop][index]
+        ids, own_visible = self._padded([] if openings.wave.whole else [self.prompts[q].rest for q in questions])
+        length = ids.shape[1]
+        # The last new token's keys and values are never read.
+        free = torch.zeros(len(questions), max(1, self.max_new_tokens - 1), dtype=torch.bool, device=self.device)
+        visible = torch.cat([before, own_visible, free] if length else [before, free], dim=1)
+        kept = [(keys[start:stop], values[start:stop]) for keys, values in openings.keys_values]
+        space = visible.shape[1] - before.shape[1]
+        own = [
+            (
+                keys.new_zeros(len(questions), keys.shape[1], space, keys.shape[3]),
+                values.new_zeros(len(questions), values.shape[1], space, values.shape[3]),
+            )
+            for keys, values in kept
+        ]
+        slots = torch.arange(length, device=self.device)
+        lengths = before.sum(1, keepdim=True)
+        if length:
+            cache = SharedCache(kept, own, index, place, members, slots)
+            positions = (lengths + own_visible.cumsum(1) - 1).clamp(min=0)
+            next_ids = self._forward(ids, positions, self._causal(visible, before.shape[1], length), cache)
+            lengths = lengths + own_visible.sum(1, keepdim=True)
+        else:
+            next_ids = openings.next_ids[start:stop][index]
+        cache = SharedCache(kept, own, index, place, members, slots.new_tensor([length]))
+        return Rows(next_ids[:, None].clone(), lengths, visible, cache)
+
+    def step(self, rows: Rows) -> None:
+        """One new token for each row; everything changes in place."""
+        rows.visible.index_fill_(1, rows.cache.slots + rows.before, True)
+        seen = rows.visible
+        if self.window is not None:
+            seen = seen & (seen.cumsum(1) > rows.positions + 1 - self.window)
+        rows.ids.copy_(self._forward(rows.ids, rows.positions, seen[:, None, None], rows.cache)[:, None])
+        rows.positions += 1
+        rows.cache.slots += 1
+
+    def _continue(self, rows: Rows, questions: list[int], waiting: int, on_token: OnToken | None) -> list[list[int]]:
+        """New tokens until every row has ended. Rows that have leave the batch once they are half of it, unless its
+        steps are recorded: then they cost nothing."""
+        answers: dict[int, list[int]] = {question: [] for question in questions}
+        static = None
+        if self.steps is not None:
+            static = self.steps.for_rows(rows, self.step, waiting, lambda count: self._choose(padded(questions, count)))
+            if static is None:
+                self._choose(questions)
+            else:
+                static.load(rows)
+                rows = static.rows
+        while True:
+            for question, token in zip(questions, rows.ids[: len(questions)].flatten().tolist(), strict=True):
+                if not self._ended(answers[question]):
+                    answers[question].append(token)
+                    if on_token is not None:
+                        on_token(question, token)
+            going = [row for row, question in enumerate(questions) if not self._ended(answers[question])]
+            if not going:
+                return list(answers.values())
+            if static is not None:
+                static.step(self.step)
+                continue
+            if 2 * len(going) <= len(questions):
+                rows, questions = rows.select(going), [questions[row] for row in going]
+                self._choose(questions)
+            self.step(rows)
+
+    def _ended(self, answer: Sequence[int]) -> bool:
+        return len(answer) == self.max_new_tokens or answer[-1:] == [self.tokenizer.eos_token_id]
+
+    def _choose(self, questions: Sequence[int]) -> None:
+        """The rows that are computed next are these questions'."""
+        if self.mixed is not None:
+            self.mixed.choose(questions)
+
+    def _forward(self, ids: Tensor, positions: Tensor, seen: Tensor, cache: SharedCache) -> Tensor:
+        """(rows,) the ids that follow."""
+        output = self.model(
+            input_ids=ids,
+            attention_mask=seen,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            shared=cache,
+        )
+        return _best(output.logits)
+
+    def _causal(self, visible: Tensor, before: int, length: int) -> Tensor:
+        """(rows, 1, length, all positions): each new position sees its opening and its own row up to itself."""
+        new = torch.arange(length, device=self.device)[:, None]
+        slots = torch.arange(visible.shape[1], device=self.device)[None] - before
+        seen = visible[:, None] & (slots <= new)
+        if self.window is not None:
+            order = visible.cumsum(1)
+            seen &= order[:, None] > order[:, before : before + length, None] - self.window
+        return seen[:, None]
+
+    def _padded(self, texts: Sequence[Sequence[int]], multiple: int = 1) -> tuple[Tensor, Tensor]:
+        """Ids padded on the left, and where they are none of padding; (texts, longest, rounded up) each."""
+        length = rounded_up(max(map(len, texts), default=0), multiple)
+        ids = [[self.tokenizer.pad_token_id] * (length - len(text)) + list(text) for text in texts]
+        real = [[False] * (length - len(text)) + [True] * len(text) for text in texts]
+        shape = (len(texts), length)
+        return (
+            torch.tensor(ids, dtype=torch.long, device=self.device).view(shape),
+            torch.tensor(real, dtype=torch.bool, device=self.device).view(shape),
+        )
+
+
+def _positions(visible: Tensor) -> Tensor:
+    return (visible.cumsum(1) - 1).clamp(min=0)
+
+
+def _best(logits: Tensor) -> Tensor:
+    """(rows, …, vocabulary) → (rows,): the likeliest id after the last position, compared in float32 as `generate`
+    does."""
+    return logits[:, -1].float().argmax(-1)

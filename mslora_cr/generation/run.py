@@ -1,0 +1,84 @@
+"""Questions by the batch: their images decoded, their openings read once, their answers generated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader, Dataset
+
+from mslora_cr.banks.per_sample import QuestionBanks
+from mslora_cr.data.preparation import Preparation, Prompt
+from mslora_cr.data.records import TestRecord
+from mslora_cr.generation.batching import Limits, Wave
+from mslora_cr.generation.hf_decoder import PlainDecoder
+from mslora_cr.generation.prefix_decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated, and who is named as their author."""
+
+    max_new_tokens: int
+    batch_size: int
+    model_id: str
+    workers: int = 0
+
+    def limits(self, prompts: Sequence[Prompt]) -> Limits:
+        """What may be held at once: what the longest `batch_size` whole prompts and their answers would take."""
+        longest = max(map(len, prompts), default=0)
+        return Limits(self.batch_size, self.max_new_tokens, self.batch_size * (longest + self.max_new_tokens))
+
+
+class Questions(Protocol):
+    """What is answered: the questions of a task's file, or of several."""
+
+    @property
+    def preprocessing(self) -> Preparation: ...
+    @property
+    def records(self) -> Iterable[TestRecord]: ...
+    def __len__(self) -> int: ...
+    def prompts(self) -> list[Prompt]: ...
+    def pictures(self, index: int, /) -> Any: ...
+
+
+def decoder_of(
+    prepare: Preparation,
+    model: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    mixed: QuestionBanks | None = None,
+) -> Decoder | PlainDecoder:
+    """What answers questions with a model, by how its prompts were made."""
+    if prepare.shares_openings:
+        return Decoder(model, prompts, prepare.tokenizer, max_new_tokens, mixed)
+    return PlainDecoder(model, prompts, prepare.end_ids, prepare.tokenizer.pad_token_id, max_new_tokens, mixed)
+
+
+def answered_batches(
+    decoder: Any, samples: Questions, waves: Sequence[Wave], workers: int = 0
+) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
+    """The questions of each batch of some waves, and their new ids, as they are answered."""
+    inputs: DataLoader[Any] = DataLoader(_Inputs(samples, decoder.prompts, waves), batch_size=None, num_workers=workers)
+    waiting = sum(len(wave.batches) for wave in waves)
+    for wave, own in zip(waves, inputs, strict=True):
+        openings = decoder.read(wave, own)
+        for batch in wave.batches:
+            yield batch, decoder.answer(openings, batch, waiting)
+            waiting -= 1
+
+
+class _Inputs(Dataset[Any]):
+    """What a decoder reads of each wave, images decoded, each once."""
+
+    def __init__(self, samples: Questions, prompts: Sequence[Prompt], waves: Sequence[Wave]) -> None:
+        self.samples, self.prompts, self.waves = samples, prompts, waves
+
+    def __len__(self) -> int:
+        return len(self.waves)
+
+    def __getitem__(self, number: int) -> Any:
+        first = [group.questions[0] for group in self.waves[number].groups]
+        shown = [self.samples.pictures(question) for question in first]
+        return self.samples.preprocessing.answering_batch([self.prompts[question] for question in first], shown)

@@ -1,0 +1,35 @@
+"""One prompt answered by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mslora_cr.data.preparation import Preparation, Prompt
+from mslora_cr.generation.batching import Limits, grouped, in_waves
+from mslora_cr.generation.prefix_decoder import OnToken
+from mslora_cr.generation.run import decoder_of
+
+
+def answer_alone(
+    prepare: Preparation,
+    model: PreTrainedModel | PeftModel,
+    ids: Sequence[int],
+    inputs: Mapping[str, Tensor],
+    max_new_tokens: int,
+    on_token: OnToken | None = None,
+) -> list[int]:
+    """The new ids of one prompt, up to and with the one that ends it.
+
+    Args:
+        ids, inputs: as `Preparation.asked` gives them.
+        on_token: is told them as they come.
+    """
+    prompts = [Prompt((), tuple(ids), ())]
+    [wave] = in_waves(grouped(prompts, [0], lambda _: None), prompts, Limits(1, max_new_tokens, len(ids)))
+    decoder: Any = decoder_of(prepare, model, prompts, max_new_tokens)
+    return decoder.answer(decoder.read(wave, inputs), [0], on_token=on_token)[0]

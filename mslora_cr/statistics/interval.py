@@ -1,0 +1,3 @@
+"""The ends of a confidence interval; apart from the arithmetic, which needs SciPy."""
+
+Interval = tuple[float, float]

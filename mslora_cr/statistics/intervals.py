@@ -1,0 +1,259 @@
+"""Intervals of scores that are known question by question, where several questions may be about one image.
+
+Questions about one image (or one patient) are a cluster: they are right or wrong together more often than questions
+about different ones, so an interval that takes them as independent is too narrow. Everything here is one pass over the
+questions; `python -m benchmarks.coverage` measures how often each interval covers the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import ndtr, stdtrit
+
+from mslora_cr.statistics.interval import Interval
+
+CONFIDENCE = 0.95
+SAMPLES = 1000
+"""Resamplings behind a bootstrap interval."""
+SEED = 0
+BLOCK = 50
+NONE = 1e-12
+"""Less than any score, or square of one, that is not zero."""
+CHANGED = 5
+"""The least number of questions (or images) that must have changed for an interval of their difference. Of fewer, no
+test of two sides can reject at 5 %: four that all change in one direction do so by chance in one of eight cases, five
+in one of sixteen."""
+
+Scores = NDArray[np.float64]
+Groups = NDArray[np.int64]
+"""By question, the number of its cluster, from 0."""
+
+
+class Estimate(NamedTuple):
+    """A mean over questions, or a weighted sum of such means, with what its interval needs.
+
+    Attributes:
+        square: the mean of the squared values. variance: of the mean. freedom: degrees of freedom of the variance.
+        groups: clusters. questions: in all of them.
+        changed: questions whose value is not zero. moved: clusters whose sum is not. Both count where the values are
+            differences.
+    """
+
+    mean: float
+    square: float
+    variance: float
+    freedom: float
+    groups: int
+    questions: int
+    changed: int = 0
+    moved: int = 0
+
+
+def independent(questions: int) -> Groups:
+    """Every question a cluster of its own."""
+    return np.arange(questions)
+
+
+def estimate(values: Scores, groups: Groups) -> Estimate:
+    """The mean of a value over questions, with its cluster-robust variance ``G/(G-1) Σ_g (Σ_{i in g} e_i)² / n²``.
+
+    e is a question's value less the mean, G the number of clusters. Where all clusters have the same mean by chance, it
+    is that of independent questions. Source: Liang and Zeger, "Longitudinal Data Analysis Using Generalized Linear
+    Models", Biometrika 1986; for a mean it is that of a ratio estimator in Cochran, Sampling Techniques, 1977.
+
+    Args:
+        values: (questions,), at least one, in [-1, 1]. groups: (questions,).
+    """
+    count, mean, square = len(values), float(values.mean()), float(np.square(values).mean())
+    present = int(np.count_nonzero(np.bincount(groups)))
+    changed = int(np.count_nonzero(np.abs(values) > NONE))
+    moved = int(np.count_nonzero(np.abs(np.bincount(groups, values)) > NONE))
+    if present == 1:  # nothing is known of how clusters differ: as far as they can
+        return Estimate(mean, square, 1.0, 1.0, 1, count, changed, moved)
+    errors = values - mean
+    variance = present / (present - 1) * np.square(np.bincount(groups, errors)).sum() / count**2
+    if variance < NONE:
+        variance = np.square(errors).sum() / (count * (count - 1))
+    return Estimate(mean, square, float(variance), present - 1.0, present, count, changed, moved)
+
+
+def weighted_sum(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
+    """The weighted sum of estimates from different questions, with Satterthwaite's degrees of freedom.
+
+    Source: Satterthwaite, "An Approximate Distribution of Estimates of Variance Components", Biometrics 1946.
+    """
+    variances = [weight**2 * part.variance for weight, part in zip(weights, parts, strict=True)]
+    total = sum(variances)
+    spread = sum(variance**2 / part.freedom for variance, part in zip(variances, parts, strict=True))
+    return Estimate(
+        mean=sum(weight * part.mean for weight, part in zip(weights, parts, strict=True)),
+        square=sum(weight * part.square for weight, part in zip(weights, parts, strict=True)),
+        variance=total,
+        freedom=total**2 / spread if spread else sum(part.freedom for part in parts),
+        groups=sum(part.groups for part in parts),
+        questions=sum(part.questions for part in parts),
+        changed=sum(part.changed for part in parts),
+        moved=sum(part.moved for part in parts),
+    )
+
+
+def score_interval(parts: Sequence[Estimate], weights: Sequence[float] = (1.0,)) -> Interval:
+    """The interval of a weighted mean of scores in [0, 1]: Wilson's, with an effective number of questions.
+
+    With p the mean and V its variance, the effective number is ``p (1 - p) / V``, and Student's t takes the place of
+    the normal quantile. It stays within [0, 1] and has a width at 0 and 1, where the number is that of the clusters. A
+    task whose answers are all wrong or all right counts as if half an answer more were the other way, and no task's
+    variance as less than that of independent questions: of few clusters it can come out so by chance. Sources: Wilson,
+    "Probable Inference, the Law of Succession, and Statistical Inference", JASA 1927; for the effective number Korn and
+    Graubard, "Confidence Intervals for Proportions with Small Expected Number of Positive Counts Estimated from Survey
+    Data", Survey Methodology 1998.
+
+    Args:
+        parts: by task. weights: of the tasks, with a sum of 1.
+    """
+    total = weighted_sum([_careful(part) for part in parts], weights)
+    mean = min(max(total.mean, 0.0), 1.0)
+    spread = mean * (1 - mean)
+    number = spread / total.variance if spread > NONE else total.groups
+    quantile = _quantile(total.freedom) ** 2 / number
+    centre = (mean + quantile / 2) / (1 + quantile)
+    half = (quantile * (spread + quantile / 4)) ** 0.5 / (1 + quantile)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def difference_interval(total: Estimate, binary: bool) -> Interval:
+    """The interval of a paired difference of scores in [0, 1], or of a mean of such differences over tasks.
+
+    Where scores are 0 or 1, or no score differs, it is Tango's score interval, with an effective number of questions,
+    ``(S - d²) / variance`` with S the share of questions whose scores differ, and with Student's t in the place of the
+    normal quantile: it does not take a few differences, or none, for certain. Elsewhere it is Student's t. Source:
+    Tango, "Equivalence Test and Confidence Interval for the Difference in Proportions for the Paired-Sample Design",
+    Statistics in Medicine 1998.
+    """
+    if not binary and total.variance > 0:
+        low, high = mean_interval(total)
+        return max(-1.0, low), min(1.0, high)
+    spread = total.square - total.mean**2
+    number = spread / total.variance if min(spread, total.variance) > NONE else total.groups
+    gained, lost = (total.square + total.mean) / 2, (total.square - total.mean) / 2
+    quantile = _quantile(total.freedom)
+    return _tango(gained, lost, number, quantile), -_tango(lost, gained, number, quantile)
+
+
+def shown_difference(total: Estimate, binary: bool) -> Interval | None:
+    """`difference_interval` in points, or None where fewer than `CHANGED` questions (or images) changed."""
+    return percent(difference_interval(total, binary)) if total.moved >= CHANGED else None
+
+
+def _tango(gained: float, lost: float, number: float, quantile: float) -> float:
+    """The lower end of Tango's interval: the difference d from which the one seen is `quantile` standard errors away,
+    at the likeliest shares of questions gained and lost that differ by d.
+
+    Args:
+        gained, lost: shares of questions. number: of questions.
+    """
+    seen = gained - lost
+
+    def beyond(d: float) -> float:
+        b = (2 - seen) * d - gained - lost
+        likeliest = (max(b * b + 8 * lost * d * (1 - d), 0.0) ** 0.5 - b) / 4  # the share lost
+        return float((seen - d) * number**0.5 - quantile * max(2 * likeliest + d * (1 - d), 0.0) ** 0.5)
+
+    nearest = seen - NONE  # the one seen itself is no standard error away where none differs
+    return float(brentq(beyond, -1.0, nearest)) if nearest > -1 else -1.0
+
+
+def t_interval(values: Sequence[float]) -> Interval | None:
+    """Student's t interval of a mean of independent values, such as differences of tasks; None of fewer than two, and
+    of values that are all equal, since nothing is seen of how they spread."""
+    if len(values) < 2:
+        return None
+    total = estimate_of(values)
+    return mean_interval(total) if total.variance > NONE else None
+
+
+def estimate_of(values: Sequence[float]) -> Estimate:
+    """The mean of at least two independent values."""
+    count = len(values)
+    square = float(np.square(values).mean())
+    return Estimate(float(np.mean(values)), square, float(np.var(values, ddof=1)) / count, count - 1.0, count, count)
+
+
+def mean_interval(total: Estimate) -> Interval:
+    """Student's t interval, without bounds."""
+    half = _quantile(total.freedom) * total.variance**0.5
+    return total.mean - half, total.mean + half
+
+
+def resampled_sums(values: Scores, groups: Groups) -> Scores:
+    """Sums over clusters drawn with replacement, as many as there are: for what is no mean, as corpus BLEU.
+
+    Source: Efron, "Bootstrap Methods: Another Look at the Jackknife", Annals of Statistics 1979.
+
+    Args:
+        values: (questions, columns). groups: (questions,).
+
+    Returns:
+        (SAMPLES, columns).
+    """
+    clusters = _cluster_sums(values, groups)
+    generator = np.random.default_rng(SEED)
+    sums = np.empty((SAMPLES, values.shape[1]))
+    for start in range(0, SAMPLES, BLOCK):  # a block shares each read of the values
+        drawn = generator.integers(len(clusters), size=(min(BLOCK, SAMPLES - start), len(clusters)), dtype=np.int32)
+        counts = np.stack([np.bincount(row, minlength=len(clusters)) for row in drawn]).astype(np.float64)
+        np.matmul(counts, clusters, out=sums[start : start + len(drawn)])
+    return sums
+
+
+def percentile_interval(replicates: Scores, groups: int) -> Interval:
+    """The percentile interval of bootstrap replicates, expanded to Student's t for the number of clusters.
+
+    Source: Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 2015.
+    """
+    if groups < 2:
+        return float(replicates.min()), float(replicates.max())
+    tail = 100 * ndtr(-((groups / (groups - 1)) ** 0.5) * _quantile(groups - 1))
+    low, high = np.percentile(replicates, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _cluster_sums(values: Scores, groups: Groups) -> Scores:
+    sums = np.zeros((int(groups.max()) + 1, values.shape[1]))
+    np.add.at(sums, groups, values)
+    return sums[np.bincount(groups) > 0]
+
+
+def _careful(part: Estimate) -> Estimate:
+    """A task's variance, at least that of independent questions. A task without an error (or without a right answer)
+    has errors that were not met: half an answer's worth."""
+    variance = max(part.variance, (part.square - part.mean**2) / max(part.questions - 1, 1))
+    if variance < NONE:
+        share = 0.5 / (part.groups + 1)
+        variance = share * (1 - share) / part.groups
+    return part._replace(variance=variance)
+
+
+def _quantile(freedom: float) -> float:
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
+
+
+def counted(changed: int | None, questions: int | None, verb: str = "changed") -> str:
+    """What stands in an interval's place where too few answers changed; empty where an earlier version counted none."""
+    return "" if changed is None else f"{changed} of {questions} {verb}"
+
+
+def percent(ends: Interval) -> Interval:
+    """An interval of shares, in percent or points."""
+    return 100 * ends[0], 100 * ends[1]
+
+
+def span(ends: Interval | None, digits: int = 1) -> str:
+    """An interval's ends as text; empty without one."""
+    # Adding zero turns -0.0, which rounding leaves, into 0.0.
+    return "" if ends is None else " to ".join(f"{round(end, digits) + 0:.{digits}f}" for end in ends)

@@ -1,0 +1,262 @@
+"""Every benchmark runs at its tiny size and writes what it promises. No time is asserted."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import all as all_benchmarks
+from benchmarks import coverage, penalty_ratio, preregistered, profile, published, real_size, startup, zero_memory
+from mslora_cr.evaluation.score import read_answers, render_metrics
+from mslora_cr.metrics.published import score_answers
+from tests.conftest import first_in_make_test
+
+RATIOS = {
+    "step": {"banks_8_over_1", "penalties_share", "peft_layer_over_ours", "peft_all_active_over_ours"},
+    "penalty": {"autograd_over_ours"},
+    "generation": {"answers_per_second_over_baseline"},
+    "shared_images": {"after_over_before, PathVQA"},
+    "memory": {"full_logits_over_ours"},
+    "startup": {"help_over_python"},
+    "data": {"png_over_cache", "jpeg_over_cache"},
+    "folding": {"merge_over_products"},
+    "scoring": {"reports_over_mix"},
+}
+REPETITIONS = {"startup": 1, "memory": 1}
+"""Fewer where every measurement is a process of its own."""
+THROUGH_ALL = "memory"
+MORE = {"generation": ["--questions", "6", "--new-tokens", "4", "--batches", "1", "6"], "penalty": ["--profile"]}
+MORE["generation"] += ["--baseline-questions", "3", "--in-turn"]
+MORE["shared_images"] = ["--questions", "6", "--new-tokens", "4", "--patches", "4"]
+MORE["step"] = ["--peak", "2"]
+"""Arguments of some."""
+
+
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """One of them through `benchmarks.all`, which puts all into one file."""
+    file = folder / "figures.json"
+    repetitions = str(REPETITIONS.get(name, 2))
+    arguments = ["--size", "tiny", "--repetitions", repetitions, "--device", "cpu", "--json", str(file)]
+    if name != THROUGH_ALL:
+        importlib.import_module(f"benchmarks.{name}").main([*arguments, *MORE.get(name, [])])
+        return json.loads(file.read_text(encoding="utf-8"))
+    all_benchmarks.main([*arguments, "--only", name])
+    [(key, found)] = json.loads(file.read_text(encoding="utf-8")).items()
+    assert key == name
+    assert found["command"] == f"python -m benchmarks.{name} --size tiny --repetitions {repetitions} --device cpu"
+    return found
+
+
+@pytest.mark.long
+def test_startup_trains_and_evaluates() -> None:
+    found = startup.main(["--size", "tiny", "--repetitions", "1", "--commands", "--clock", "cpu"])
+    assert found["ratios"]["evaluate_over_its_imports"] > 1 and found["ratios"]["train_over_its_imports"] > 1
+
+
+@pytest.mark.parametrize("name", RATIOS)
+def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    found = run(name, tmp_path)
+    assert RATIOS[name] <= set(found["ratios"])
+    assert all(value > 0 for value in found["ratios"].values())
+    assert set(found["ratio_spread"]) == set(found["ratios"])
+    for figures in found["figures"].values():
+        assert 0 < figures["min"] <= figures["q1"] <= figures["median"] <= figures["q3"] <= figures["max"]
+    assert found["repetitions"] == REPETITIONS.get(name, 2)
+    assert found["command"].startswith(f"python -m benchmarks.{name} --size tiny")
+    assert {"versions", "git", "hardware", "machine"} <= set(found["environment"])
+    printed = capfd.readouterr().out
+    assert all(name in printed for name in [*found["figures"], *found["ratios"]])
+    if name == "penalty":
+        assert found["largest_deviation_from_autograd"]["gradient_relative"] < 1e-5
+        assert "aten::bmm" in printed
+    if name == "step":
+        assert set(found["model_flop_utilisation"]) == {name for name in found["figures"] if "penalties," not in name}
+        weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # layers of q, o; k, v; gate, up, down
+        share = 4 * weights * found["tokens_per_step"] / found["figures"]["8 banks"]["median"] / 2e12
+        assert found["model_flop_utilisation"]["8 banks"] == pytest.approx(share, rel=1e-6)
+    if name in ("generation", "shared_images"):
+        assert found["identical_text"] is True
+    if name == "generation":
+        assert found["questions_answered"]["one by one, unfolded"] == 3 < found["questions_answered"]["merged, batch 6"]
+    if name == "folding":
+        deviation = {key: value["relative"] for key, value in found["deviation"].items()}
+        assert max(deviation["merge, float32"], deviation["concatenate, float32"]) < 1e-5
+        assert deviation["unfolded, bfloat16"] > 1e-4
+
+
+@pytest.mark.long
+def test_a_command_is_profiled_from_its_start_to_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    found = profile.main([])
+    assert list(found) == ["train", "evaluate"]
+    for command, stages in profile.STAGES.items():
+        assert {"Python and imports", "everything else", *stages} == set(found[command])
+        assert all(seconds > 0 for seconds in found[command].values())
+    assert "training beside the steps" in capsys.readouterr().out
+
+
+def test_intervals_cover_and_tests_reject_as_often_as_they_say() -> None:
+    """One hundred trials of the smaller settings: a share of 0.95 has a standard error of 0.022."""
+    settings = coverage.settings()
+    for name in (
+        "4 tasks × 80",
+        "4 tasks × 80, clustered",
+        "two systems, 80, clustered",
+        "near one",
+        "tasks as a sample",
+    ):
+        for what, (share, shown) in coverage.shares(settings[name], 100).items():
+            assert shown > (0.6 if "change" in what or "transfer" in what else 0.99), (name, what)
+            if what.startswith("p of these tasks"):
+                assert share > 0.15  # it answers another question
+            elif what.startswith("p "):
+                assert share <= 0.12, (name, what)
+            else:
+                assert share >= 0.88, (name, what)
+
+
+def test_the_last_changes_that_are_shown_are_covered_as_often_as_they_say() -> None:
+    """With four changed answers instead of five, 600 questions would come out at 0.90."""
+    for questions in coverage.QUESTIONS:
+        for expected in (1.6, 5, 20):  # of 80 questions to the last task but one 1.6 to 2 change
+            share, _ = coverage.exact_shares(questions, expected / questions / 2, expected / questions / 2)
+            assert 0.93 < share < 0.97, (questions, expected)
+    setting = coverage.settings()["8 tasks × 80, last"]
+    [(share, shown)] = coverage.shares(setting, 8).values()
+    assert shown < 0.1 and share > 0.8, "of some forty intervals"
+
+
+def test_the_contrastive_gradient_vanishes_at_high_ranks() -> None:
+    rows = {(row["rank"], row["width"]): row for row in penalty_ratio.main()}
+    assert 4 < rows[8, 4096]["β over α"] < 5
+    assert 800 < rows[64, 4096]["β over α"] < 900
+    assert rows[64, 4096]["β over α, cosine"] < 20
+
+
+def test_the_published_scores_are_set_against_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "finetune_lora_each-64-64_llava_med_v1.5" / "CXP"
+    folder.mkdir(parents=True)
+    answers = [{"question_id": n, "prompt": "?", "text": "yes" if n < 549 else "no", "gt": "yes"} for n in range(624)]
+    lines = "".join(json.dumps(row | {"answer_type": "CLOSED"}) + "\n" for row in answers)  # as many right as published
+    (folder / "answer-file.jsonl").write_text(lines)
+    shutil.copytree(folder, tmp_path / "finetune_lora_MSLoRA-CR-ORTHO-64-64_llava_med_v1.5" / "CXP")
+    (folder / "metrics.txt").write_text(render_metrics(score_answers(read_answers(folder / "answer-file.jsonl"))))
+    found = published.main(["--answers", str(tmp_path)])
+    scores = {(row["run"], row["task"]): row for row in found if "metric" not in row}
+    assert len(scores) == 22
+    row = scores["one LoRA per task", "CXP"]
+    assert (row["closed accuracy"], row["recomputed"]) == ("87.98 [85.2 to 90.3]", "as published")
+    assert scores["MSLoRA-CR-ORTHO, eight tasks", "CXP"]["recomputed"] == "differs"
+    row = scores["MSLoRA-CR-ORTHO, six tasks", "nmi"]
+    assert [*row.values()][4:] == ["–", "53.11", "9.58 [8.3 to 11.0]", "–"]
+    rows = {(row["run"], row["metric"], row.get("task")): row for row in found if "metric" in row}
+    row = rows["MSLoRA-CR-ORTHO, eight tasks", "exact match", None]
+    assert row["mean"] == "+0.39 [-3.4 to 4.2]" and row["won, lost"] == "5, 2" and row["p (t)"] == "0.810"
+    row = rows["MSLoRA-CR-ORTHO, eight tasks", "closed accuracy", "PCAM"]
+    assert (row["questions"], row["difference"]) == (6555, "+1.36 [0.5 to 2.3]")
+    assert len([task for *_, task in rows if task]) == 15 and not any(task == "pathvqa" for *_, task in rows)
+    assert published.unpaired_interval(0.6, 0.8, 80) == pytest.approx((0.0580, 0.3316), abs=4e-3)  # with Student's t
+    assert "nmi -4.18" in capsys.readouterr().out
+
+
+def test_the_registered_sweep_is_what_its_page_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = preregistered.plan("sweep", [], preregistered.SEEDS)
+    assert len(runs) == 300 and {run.seed for run in runs[:10]} == {1}
+    settings = {run.method: run.config.regularization for run in runs}
+    assert {name: (found.alpha, found.beta, found.distance) for name, found in settings.items()} == {
+        "none": (0, 0, "frobenius"),
+        "orthogonality": (0, 0.01, "frobenius"),
+        "angle": (0.1, 0, "cosine"),
+        "angle_and_orthogonality": (0.1, 0.01, "cosine"),
+        "published": (0.1, 0.01, "frobenius"),
+    }
+    assert {run.config.lora.rank for run in runs} == {64}
+    assert {tuple((task.name, task.epochs, task.learning_rate) for task in run.config.tasks) for run in runs} == {
+        (("derm", 1, 3e-3), ("HAM", 1, 3e-3)),
+        (("pathvqa", 1, 3e-3), ("slake-vqarad", 1, 3e-3)),
+    }
+    # A contrastive term by angle that is worth 2 points on both tasks, 4 on the second one, and not always.
+    found = []
+    for run in runs:
+        last, gain = run.config.tasks[-1].name, (4.0 if "angle" in run.method and run.seed % 3 else 0.0)
+        score = 50.0 + run.seed + gain
+        figures = {"final_average": (score + 40) / 2, "backward_transfer": -5.0, "final": {last: score}}
+        outcome = {"run": run.name, "method": run.method, "order": run.order, "seed": run.seed}
+        found.append({**outcome, "banks_by": "all", "told": False, "seconds": 1.0, "figures": {"exact": figures}})
+    content = {"orders": {"0": ["derm", "HAM"], "1": ["pathvqa", "slake-vqarad"]}, "seeds": list(range(1, 31))}
+    files = [tmp_path / "sweep.json", tmp_path / "others.json"]
+    for file, part in zip(files, (found[:100], found[100:]), strict=True):
+        file.write_text(json.dumps({**content, "metrics": {}, "runs": part, "environment": {}}))
+    tests = preregistered.main(["--found", *map(str, files)])
+    assert json.loads((tmp_path / "tests.json").read_text())[0]["difference"] == tests[0]["difference"]
+    assert [test["primary"] for test in tests] == [True] * 2 + [False] * 22
+    for test in tests:
+        moved = "angle" in test["contrast"] and test["outcome"] != preregistered.OUTCOMES[2]
+        wanted = (4 / 3 if test["outcome"] == preregistered.AVERAGE else 8 / 3) if moved else 0.0
+        assert (test["pairs"], test["difference"]) == (30, pytest.approx(wanted))
+        assert (test["p_adjusted"] < 0.05) == moved
+    assert "+1.33 [0.98 to 1.69]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quantization", [None, "4bit"])
+def test_the_real_size_benchmark_at_tiny_size(quantization: str | None, tmp_path: Path) -> None:
+    if quantization:
+        pytest.importorskip("bitsandbytes")
+    real_size.main(["make", str(tmp_path), "--size", "tiny"])
+    assert len(list((tmp_path / real_size.BASE).glob("*.safetensors"))) == real_size.SHARDS
+    file = tmp_path / "figures.json"
+    options = ["--quantization", quantization] if quantization else []
+    real_size.main(["run", str(tmp_path), "--json", str(file), *options])
+    found = json.loads(file.read_text(encoding="utf-8"))
+    stages = found["stages"]
+    assert list(stages) == [
+        "load",
+        "forward",
+        *(["generate"] if found["device"] == "cuda" else []),
+        "fold a frozen bank",
+        "first step of a bank",
+    ]
+    assert all(entry["peak_resident_gb"] > 0 for entry in stages.values())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("stages", first_in_make_test(["DDP", "ZeRO-3"], (["ZeRO-2"],)), ids=" ".join)
+def test_memory_is_what_the_formula_says(stages: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    found = zero_memory.main(["--measure", "--size", "tiny", "--task", "3", "--stages", *stages])
+    assert list(found) == [f"{stage}, 2" for stage in stages]
+    for stage, both in found.items():
+        computed, measured = both["computed"], both["measured"]
+        assert computed.keys() == measured.keys()
+        for name in computed.keys() - {"gathered at once"}:
+            assert measured[name] == pytest.approx(computed[name], rel=0.01), (stage, name)
+        # A model this small is gathered in pieces that are large beside the limit.
+        assert (0 < measured["gathered at once"] < 2 * computed["gathered at once"]) == (stage == "ZeRO-3, 2")
+    assert capsys.readouterr().out.count("| measured |") == len(stages)
+
+
+def test_memory_of_the_real_model_is_computed(capsys: pytest.CaptureFixture[str]) -> None:
+    zero_memory.main(["--gpus", "8", "--task", "1"])
+    printed = capsys.readouterr().out
+    assert "base model 7,566,219,264 parameters, one bank 167,772,160" in printed
+    assert "| ZeRO-2 | 8 | 15.5 | 0.0 | 0.1 | 0.3 | 0.0 | 0.0 | 15.8 |" in printed
+
+
+def test_every_benchmark_is_tried() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks"
+    others = {
+        "__init__",
+        "all",
+        "coverage",
+        "penalty_ratio",
+        "preregistered",
+        "published",
+        "harness",
+        "baselines",
+        "profile",
+        "real_size",
+        "zero_memory",
+    }
+    assert {path.stem for path in folder.glob("*.py")} - others == set(RATIOS)
