@@ -30,7 +30,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from mslora_cr.banks.bank import Bank
 from mslora_cr.distributed.deepspeed import free_memory
 from mslora_cr.models.language import language_linears
-from mslora_cr.runs.ledger import environment
+from mslora_cr.runs.environment import environment
 from mslora_cr.utils.files import write_json
 from mslora_cr.utils.workers import cores
 

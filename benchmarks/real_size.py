@@ -42,7 +42,7 @@ from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.models import llava_med
 from mslora_cr.models.language import language_linears
 from mslora_cr.models.layout import save_llava_layout
-from mslora_cr.runs.ledger import environment
+from mslora_cr.runs.environment import environment
 from mslora_cr.serving.alone import answer_alone
 from mslora_cr.training.trainer import BankTrainer, loss_mask
 

@@ -35,7 +35,7 @@ from mslora_cr.reporting.run_record import read_ledger
 from mslora_cr.reporting.style import METRICS
 from mslora_cr.reporting.sweep_page import write_sweep_page
 from mslora_cr.reporting.sweep_result import RESULT, SweepResult
-from mslora_cr.runs.ledger import environment
+from mslora_cr.runs.environment import environment
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.statistics.sweep_summary import summarize
 from mslora_cr.stream import train as stream

@@ -90,7 +90,7 @@ def _fit_router(args: argparse.Namespace) -> int:
     config = config_of(args)
     quieten()
     from mslora_cr.distributed.launch import abort_together
-    from mslora_cr.evaluation.routed import fit_router
+    from mslora_cr.stream.fit_router import fit_router
 
     with abort_together():
         for path in fit_router(config, args.task):

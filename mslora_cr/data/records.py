@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from mslora_cr.data.advice import missing_annotations, other_record
-from mslora_cr.utils.errors import UserError, first_problem, problems_in, shorten
+from mslora_cr.utils.errors import DataError, first_problem, problems_in, shorten
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import STRICT_JSON, explain_json
 
@@ -40,10 +40,6 @@ IMAGE = "<image>"
 _BLANKS = re.compile(r"[ \t\r\n]*")
 TOO_LONG = "a record of more than 16 MB"
 MAX_RECORD_BYTES = 16 << 20  # no conversation comes near this; it bounds what a damaged file can make us read
-
-
-class DataError(UserError):
-    """Something is wrong with the user's data: the message says what, and where (file, record, field)."""
 
 
 def _encodable(text: str) -> str:

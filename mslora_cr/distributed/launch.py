@@ -11,12 +11,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
-from mslora_cr.distributed.comm import barrier, rank, world_size
+from mslora_cr.config.load import training_fields
+from mslora_cr.config.schema import StreamConfig
+from mslora_cr.distributed.comm import barrier, get_device, rank, world_size
 from mslora_cr.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,6 +34,18 @@ WATCH_SECONDS = 1
 """How often a rank looks whether its launcher and the others are still there."""
 GRACE_SECONDS = 5
 """What a rank that fails has to say why, before the others end."""
+
+
+def start_processes(config: StreamConfig) -> dict[str, Any]:
+    """Join the processes that a launcher started, and return the checked `training` section.
+
+    Raises:
+        ConfigError: that section is wrong.
+    """
+    fields = training_fields(config)
+    use_gpu = get_device(config.model.device).type == "cuda"
+    start_process_group(use_gpu, fields.get("ddp_timeout", TIMEOUT_SECONDS))
+    return fields
 
 
 def start_process_group(use_gpu: bool, timeout_seconds: float = TIMEOUT_SECONDS) -> None:

@@ -14,8 +14,10 @@ from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.per_sample import whole_banks
 from mslora_cr.banks.similarity import by_place, effective_ranks, update_cosines
 from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.data.records import TestRecords, sample_of
+from mslora_cr.data.records import sample_of
+from mslora_cr.data.tasks import test_records
 from mslora_cr.distributed.comm import assert_same_on_all_ranks, barrier, rank
+from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.answer_files import answer_once
 from mslora_cr.evaluation.results import Cell, Evaluation, read_evaluation
 from mslora_cr.evaluation.schemas import (
@@ -34,9 +36,9 @@ from mslora_cr.evaluation.score import group_numbers, question_places, read_answ
 from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.methods.base import method_of
 from mslora_cr.metrics.published import RowScore, score_answers
+from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.runs.session import check_hosts, start_processes, task_folder
 from mslora_cr.statistics.intervals import Groups, estimate, shown_difference
 from mslora_cr.statistics.matrix_intervals import is_binary
 from mslora_cr.utils.progress import progress_bar
@@ -134,7 +136,7 @@ def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: in
     A question's score is its hit if it is closed, its F1 if it is open.
     """
     variants = _variants(config, chain)
-    records = {task.name: TestRecords(task_folder(config, task) / "test.jsonl") for task, _ in variants}
+    records = {task.name: test_records(config, task) for task, _ in variants}
     subsets = {name: part.thinned(questions) for name, part in records.items()}
     session = EvaluationSession(config, list(chain.values()), subsets)
     fingerprint = session.fingerprint(

@@ -13,6 +13,7 @@ from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.prompts import question_text
 from mslora_cr.data.records import DataError, TestRecord, TestRecords, shown_images
+from mslora_cr.data.tasks import task_folder, task_image_roots, test_records
 from mslora_cr.evaluation.answer_files import answer_once, fingerprint_of, journal_line, publish, read_journals
 from mslora_cr.evaluation.openai_client import Body, Chat, Endpoint, folder_name
 from mslora_cr.evaluation.results import EVALUATION
@@ -20,7 +21,6 @@ from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.evaluation.summary import cell_row, write_summary
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.runs.session import task_folder, task_image_roots
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import append_to
 from mslora_cr.utils.progress import progress_bar
@@ -48,7 +48,7 @@ def evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None
 
 def _evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None) -> Path:
     tasks = [config.task(only)] if only else config.stream
-    records = {task.name: TestRecords(task_folder(config, task) / "test.jsonl") for task in tasks}
+    records = {task.name: test_records(config, task) for task in tasks}
     served = config.model_copy(
         update={
             "run": folder_name(endpoint.model),

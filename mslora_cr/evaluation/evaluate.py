@@ -7,8 +7,9 @@ from pathlib import Path
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.data.records import TestRecords
+from mslora_cr.data.tasks import test_records
 from mslora_cr.distributed.comm import barrier, rank
+from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.answer_files import answer_once
 from mslora_cr.evaluation.cells import PlannedCell, Stages, cells
 from mslora_cr.evaluation.results import EVALUATION, Cell
@@ -17,9 +18,9 @@ from mslora_cr.evaluation.score import score_file
 from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.evaluation.summary import cell_row, question_digests, write_summary
 from mslora_cr.metrics.published import Scores
+from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.runs.session import check_hosts, start_processes, task_folder
 
 
 def evaluate(
@@ -55,7 +56,7 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
         raise BankError(f"the banks in {config.run_dir} do not reach the requested stages ({stages}); train the rest")
     by_number = {task.index + 1: chain[task.name] for task in config.stream if task.name in chain}
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
-    records = {name: TestRecords(task_folder(config, config.task(name)) / "test.jsonl") for name in sorted(names)}
+    records = {name: test_records(config, config.task(name)) for name in sorted(names)}
     switches = len({cell.banks for cell in wanted}) > 1
     session = EvaluationSession(config, list(by_number.values()), records, cached_images=True, switches=switches)
     questions = question_digests(config, records)

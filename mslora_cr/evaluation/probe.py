@@ -7,8 +7,9 @@ from pathlib import Path
 
 from mslora_cr.banks.bank import Bank
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
-from mslora_cr.data.records import TestRecords
+from mslora_cr.data.tasks import test_records
 from mslora_cr.distributed.comm import barrier, rank
+from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.cells import PlannedCell
 from mslora_cr.evaluation.evaluate import answer_cell
 from mslora_cr.evaluation.probe_result import MEASURED, PROBE, Loss, Probe
@@ -17,9 +18,9 @@ from mslora_cr.evaluation.score import SCORES, read_scores
 from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.methods.base import method_of
 from mslora_cr.metrics.published import Scores
-from mslora_cr.runs.ledger import environment, finished_banks
+from mslora_cr.runs.environment import check_hosts, environment
+from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.runs.session import check_hosts, start_processes, task_folder
 from mslora_cr.statistics.intervals import estimate, shown_difference
 from mslora_cr.statistics.matrix_intervals import Column, is_binary
 from mslora_cr.utils.errors import nearest
@@ -64,7 +65,7 @@ def check_held_out(config: StreamConfig, dataset: str) -> Task:
 def _evaluate(config: StreamConfig, task: Task, banks: Mapping[str, Bank] | None) -> Path:
     chain = dict(banks) if banks is not None else finished_banks(config)
     by_number = {known.index + 1: chain[known.name] for known in config.stream if known.name in chain}
-    records = TestRecords(task_folder(config, task) / "test.jsonl")
+    records = test_records(config, task)
     wanted = _cells(config, task, by_number)
     banks_of = {cell.stage: [by_number[number] for number in cell.banks] for cell in wanted}
     known = list(by_number.values())

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
-from mslora_cr.banks.io import STATISTICS
 from mslora_cr.banks.per_sample import whole_banks
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
-from mslora_cr.data.records import TestRecords, TrainingRecords
-from mslora_cr.distributed.comm import all_gather_object, barrier, get_device, rank, world_size
+from mslora_cr.data.records import TestRecords
+from mslora_cr.data.tasks import task_image_roots, test_records
+from mslora_cr.distributed.comm import all_gather_object, barrier, rank, world_size
+from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.answer_files import answer_once, read_stamp, write_stamp
 from mslora_cr.evaluation.cells import CellKey, Stages, stages_of
 from mslora_cr.evaluation.results import EVALUATION, Cell
@@ -28,18 +28,11 @@ from mslora_cr.evaluation.score import group_numbers, question_places, score_fil
 from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.evaluation.summary import cell_row, question_digests, write_summary
 from mslora_cr.methods.base import method_of, needs_task
+from mslora_cr.routing.fit import feature_extractor
 from mslora_cr.routing.lda import TaskRouter, TaskStatistics
+from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import Ledger, finished_banks
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.runs.session import (
-    check_hosts,
-    feature_extractor,
-    load_base,
-    router_statistics,
-    start_processes,
-    task_folder,
-    task_image_roots,
-)
 from mslora_cr.statistics.intervals import estimate, percent, score_interval
 from mslora_cr.utils.files import replacing
 from mslora_cr.utils.regular import check_regular
@@ -82,7 +75,7 @@ def _evaluate_routed(config: StreamConfig, stages: Stages, banks: Mapping[str, B
     if not tasks_at:
         raise BankError(f"no stage of this run can be answered from the banks in {config.run_dir}")
     names = {task.name for tasks in tasks_at.values() for task in tasks}
-    records = {name: TestRecords(task_folder(config, config.task(name)) / "test.jsonl") for name in sorted(names)}
+    records = {name: test_records(config, config.task(name)) for name in sorted(names)}
     ledger = Ledger.read(config)
     routed = _Routed(config, chain, [ledger.statistics(task.name) for task in learned[: max(tasks_at)]], records)
     facts = {
@@ -103,38 +96,6 @@ def _evaluate_routed(config: StreamConfig, stages: Stages, banks: Mapping[str, B
         Routing(stages=routings).write(folder / ROUTING)
     barrier()
     return folder / EVALUATION
-
-
-def fit_router(config: StreamConfig, only: str | None = None) -> list[Path]:
-    """Make what a router needs to know of every task, or of the one named, from its training records, and put it with
-    the bank. For banks that were trained elsewhere. Returns the files.
-
-    Raises:
-        DataError, ModelError, ConfigError: something cannot be read. LockedError: another launch writes there.
-    """
-    start_processes(config)
-    with one_writer(config.run_dir):
-        return _fit_router(config, only)
-
-
-def _fit_router(config: StreamConfig, only: str | None) -> list[Path]:
-    tasks = [config.task(only)] if only else config.stream
-    records = {task.name: TrainingRecords(task_folder(config, task) / "train.json") for task in tasks}
-    check_hosts(config.run_dir, {"the training records": {name: part.digest for name, part in records.items()}})
-    base = load_base(config, get_device(config.model.device))
-    ledger, paths = Ledger.read(config), []
-    examples = method_of(config).router_examples(config)
-    for task in tasks:
-        statistics = router_statistics(config, task, records[task.name], base, examples)
-        path = ledger.bank_folder(task.name) / STATISTICS
-        if rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as partial:
-                save_file(statistics.tensors(), partial)
-            ledger.note_router(task)
-        paths.append(path)
-    barrier()
-    return paths
 
 
 class _Routed:

@@ -16,11 +16,13 @@ from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.datasets import EvalDataset
 from mslora_cr.data.preparation import Preparation, Prompt
 from mslora_cr.data.records import TestRecord, TestRecords
+from mslora_cr.data.tasks import task_image_roots
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.answer_files import answer_questions, fingerprint_of
 from mslora_cr.evaluation.summary import decoding, fingerprint_fields
 from mslora_cr.models.base_model import BaseModel
-from mslora_cr.runs.session import CachedTower, cached_tower, load_base, preprocessing, task_image_roots
+from mslora_cr.models.cached_tower import CachedTower, cached_tower
+from mslora_cr.models.load import load_base, preprocessing
 
 
 class EvaluationSession:

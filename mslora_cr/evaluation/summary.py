@@ -10,6 +10,7 @@ from typing import Any
 
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.records import TestRecords
+from mslora_cr.data.tasks import task_folder
 from mslora_cr.evaluation.answer_files import answers_are_whole
 from mslora_cr.evaluation.cells import CellKey
 from mslora_cr.evaluation.results import Cell, Evaluation
@@ -17,8 +18,8 @@ from mslora_cr.evaluation.schemas import ANSWERS, Stamp
 from mslora_cr.evaluation.score import SCORES, group_numbers, metrics_of, question_places
 from mslora_cr.generation.run import Decoding
 from mslora_cr.metrics.published import Scores
-from mslora_cr.runs.ledger import environment
-from mslora_cr.runs.session import base_digest, task_folder
+from mslora_cr.models.load import base_digest
+from mslora_cr.runs.environment import environment
 from mslora_cr.utils.files import file_digest
 
 log = logging.getLogger(__name__)

@@ -1,15 +1,22 @@
-"""A base model's folder → the base model, whichever it is."""
+"""A base model's folder, or a run's configuration → the base model, whichever it is."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.preparation import Preparation
 from mslora_cr.models import llava_med
 from mslora_cr.models.base_model import BaseModel
+from mslora_cr.models.cached_tower import CachedTower
+from mslora_cr.models.digest import weights_digest
+from mslora_cr.models.kernels import use_kernels
 from mslora_cr.models.layout import ModelError, has_processor
 from mslora_cr.models.processor_base import load_with_processor
+from mslora_cr.utils.kernels import chosen_kernels
 
 
 def load_model(
@@ -31,3 +38,54 @@ def load_model(
         raise ModelError(f"{path}: the model includes its tower; set model.vision_tower to config")
     options = llava_med.loading_options(dtype, quantization, device)
     return load_with_processor(path, {**options, "attn_implementation": attn_implementation}, device)
+
+
+def load_base(
+    config: StreamConfig, device: torch.device | str, kernels: Literal["liger", "torch"] | None = None
+) -> BaseModel:
+    """The base model as the configuration asks for it.
+
+    Args:
+        kernels: what computes the small operations, as `kernels_of` gives it; None: what answers are computed with.
+    """
+    base = load_model(
+        Path(config.model.path),
+        vision_tower=config.model.vision_tower,
+        dtype=getattr(torch, config.model.dtype),
+        attn_implementation=config.model.attn_implementation,
+        device=device,
+        quantization=config.model.quantization,
+    )
+    use_kernels(base.model, kernels or answering_kernels(config, device))
+    return base
+
+
+def kernels_of(config: StreamConfig) -> Literal["liger", "torch"]:
+    """What computes the small operations in training: `auto` is PyTorch where Liger has nothing for the model.
+
+    Raises:
+        ModelError: the base model's configuration cannot be read.
+    """
+    chosen = chosen_kernels(config.model.kernels, config.model.device)
+    path = Path(config.model.path)
+    if chosen == "liger" and config.model.kernels == "auto" and has_processor(path):
+        return "torch"
+    return chosen
+
+
+def answering_kernels(config: StreamConfig, device: torch.device | str) -> Literal["liger", "torch"]:
+    """What computes a model's small operations when it answers: as in training, but in float32, where answers are to be
+    those of every machine, PyTorch; and PyTorch where Liger cannot run, whatever trained the banks."""
+    path = Path(config.model.path)
+    if config.model.dtype == "float32" or config.model.kernels == "torch" or has_processor(path):
+        return "torch"
+    return chosen_kernels("auto", torch.device(device).type)
+
+
+def base_digest(config: StreamConfig) -> str:
+    """What tells the configuration's base model, its vision tower included, from another; reads some of its weights."""
+    return weights_digest(Path(config.model.path), config.model.vision_tower)
+
+
+def preprocessing(config: StreamConfig, base: BaseModel, tower: CachedTower | None = None) -> Preparation:
+    return base.preparation(config.data.max_length, config.data.images == "all", tower.cache if tower else None)

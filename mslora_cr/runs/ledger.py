@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,57 +20,14 @@ from mslora_cr.distributed.comm import broadcast_object, world_size
 from mslora_cr.routing.lda import TaskStatistics, load_statistics
 from mslora_cr.runs.differences import CONFIG, Finished, changed_settings
 from mslora_cr.runs.entries import LEDGER, Forced, RunLedger, TaskEntry
+from mslora_cr.runs.environment import environment
 from mslora_cr.utils.files import file_digest, write_text
 from mslora_cr.utils.regular import check_regular
-
-PACKAGES = ("mslora-cr", "torch", "transformers", "peft", "accelerate", "deepspeed", "tokenizers")
 
 
 def work_folder(run: Path, task: str) -> Path:
     """Where checkpoints inside a task are kept in a run folder until it is done."""
     return run / "work" / task
-
-
-def environment() -> dict[str, Any]:
-    """What made a result: package versions, git commit of the code, hardware."""
-    return {"versions": versions(), "git": _git(), "hardware": _hardware()}
-
-
-def versions() -> dict[str, str]:
-    installed = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
-
-
-def _git() -> dict[str, Any] | None:
-    folder = str(Path(__file__).parent)
-    try:
-        commit = subprocess.run(
-            ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        status = subprocess.run(
-            ["git", "-C", folder, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"commit": commit, "dirty": bool(status.strip())}
-
-
-def _hardware() -> dict[str, Any]:
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "machine": platform.machine(),
-        "system": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-    }
 
 
 @dataclass

@@ -18,9 +18,10 @@ from mslora_cr.data.preparation import TextTokenizer
 from mslora_cr.data.records import DataError
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.methods.base import method_of
+from mslora_cr.models.load import load_base, preprocessing
+from mslora_cr.routing.fit import feature_extractor
 from mslora_cr.routing.lda import TaskRouter, TaskStatistics
 from mslora_cr.runs.ledger import Ledger, finished_banks
-from mslora_cr.runs.session import feature_extractor, load_base, preprocessing
 from mslora_cr.serving.alone import answer_alone
 from mslora_cr.serving.selection import RunBanks
 

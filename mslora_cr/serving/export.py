@@ -13,9 +13,9 @@ from mslora_cr.banks.io import write_adapter
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.models.base_model import BaseModel
+from mslora_cr.models.load import base_digest, load_base
 from mslora_cr.models.save import LLAVA_MED_CLASS, class_of, writer_of
 from mslora_cr.runs.ledger import finished_banks
-from mslora_cr.runs.session import base_digest, load_base
 from mslora_cr.serving.selection import RunBanks
 from mslora_cr.stream.import_export import export_chain
 from mslora_cr.utils.files import replacing_folder, write_json

@@ -22,8 +22,8 @@ from starlette.routing import Route
 
 from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.records import TestRecord, TestRecords
+from mslora_cr.data.tasks import task_image_roots, test_records
 from mslora_cr.metrics.published import score_answers
-from mslora_cr.runs.session import task_folder, task_image_roots
 from mslora_cr.serving.answering import AnsweringModel, open_image
 from mslora_cr.utils.errors import UserError
 
@@ -141,7 +141,7 @@ class _Web:
         return self.model.config.task(request.query_params.get("task", "")).name
 
     def _open(self, task: str) -> TestRecords:
-        return TestRecords(task_folder(self.model.config, self.model.config.task(task)) / "test.jsonl")
+        return test_records(self.model.config, self.model.config.task(task))
 
     def _record(self, task: str, index: str) -> TestRecord:
         records, place = self._records(task), _number(index)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mslora_cr.data.records import DataError
 from mslora_cr.statistics.intervals import (
     Estimate,
     Groups,
@@ -21,6 +20,7 @@ from mslora_cr.statistics.intervals import (
     weighted_sum,
 )
 from mslora_cr.statistics.matrix import TaskStageMatrix, Weights
+from mslora_cr.utils.errors import DataError
 
 
 class Column(NamedTuple):

@@ -10,12 +10,12 @@ from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.images import check_images, resolve_image
 from mslora_cr.data.lengths import count_cut, read_limit
 from mslora_cr.data.records import DataError, TrainingRecords, shown_images
+from mslora_cr.data.tasks import task_image_roots
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.distributed.deepspeed import zero_stage
 from mslora_cr.methods.base import Method, method_of
 from mslora_cr.models.layout import has_processor
 from mslora_cr.runs.ledger import Ledger, work_folder
-from mslora_cr.runs.session import task_image_roots
 from mslora_cr.training.checkpoints import checkpoints
 from mslora_cr.utils.workers import cores
 

@@ -14,11 +14,11 @@ from mslora_cr.banks.published import BASE_DIGEST, PUBLISHED_WEIGHTS, export_pub
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.methods.base import Method, method_of
 from mslora_cr.models.layout import ModelError, has_processor, read_config
+from mslora_cr.models.load import base_digest
 from mslora_cr.models.shapes import language_linear_shapes
 from mslora_cr.runs.entries import LEDGER, Imported, RunLedger
 from mslora_cr.runs.ledger import Ledger, bank_shape
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.runs.session import base_digest
 from mslora_cr.utils.files import file_digest
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.state import StateError

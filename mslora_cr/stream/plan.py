@@ -10,12 +10,11 @@ from typing import Any
 
 from mslora_cr.config.load import training_fields
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
-from mslora_cr.data.records import TrainingRecords
+from mslora_cr.data.tasks import training_records
 from mslora_cr.distributed.comm import world_size
 from mslora_cr.methods.base import method_of
 from mslora_cr.models.shapes import language_linear_shapes
 from mslora_cr.runs.ledger import Ledger
-from mslora_cr.runs.session import task_folder
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
     method = method_of(config)
     for task in method.trained(config):
         sources = method.sources(config, task)
-        counts = [len(TrainingRecords(task_folder(config, source) / "train.json")) for source in sources]
+        counts = [len(training_records(config, source)) for source in sources]
         order = method.order(config, task, counts, ledger)
         visited, epochs = (len(order), 1.0) if order is not None else (counts[0], task.epochs)
         per_device, accumulation = batch_shape(task, fields)

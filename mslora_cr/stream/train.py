@@ -19,6 +19,7 @@ from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.collator import length_multiple
 from mslora_cr.data.datasets import ConcatTrainDataset, TrainDataset
 from mslora_cr.data.records import TrainingRecords
+from mslora_cr.data.tasks import task_image_roots, training_records
 from mslora_cr.distributed.comm import broadcast_object, get_device, rank
 from mslora_cr.distributed.deepspeed import (
     float32_value,
@@ -28,25 +29,17 @@ from mslora_cr.distributed.deepspeed import (
     release_trainer,
     zero_stage,
 )
-from mslora_cr.distributed.launch import run_on_rank0
+from mslora_cr.distributed.launch import run_on_rank0, start_processes
 from mslora_cr.methods.base import Setup, method_of, needs_task
 from mslora_cr.models.base_model import BaseModel
+from mslora_cr.models.cached_tower import cached_tower
 from mslora_cr.models.describe import switched_off
+from mslora_cr.models.load import base_digest, kernels_of, load_base, preprocessing
+from mslora_cr.routing.fit import router_statistics
 from mslora_cr.routing.lda import TaskStatistics
+from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import Ledger, work_folder
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.runs.session import (
-    base_digest,
-    cached_tower,
-    check_hosts,
-    kernels_of,
-    load_base,
-    preprocessing,
-    router_statistics,
-    start_processes,
-    task_folder,
-    task_image_roots,
-)
 from mslora_cr.stream.arguments import training_arguments
 from mslora_cr.stream.checks import (
     check_records_unchanged,
@@ -114,7 +107,7 @@ def _train(config: StreamConfig, fields: dict[str, Any], only: Sequence[str], fo
     records = {}
     for source in (source for task in pending for source in method_of(config).sources(config, task)):
         if source.name not in records:
-            records[source.name] = TrainingRecords(task_folder(config, source) / "train.json")
+            records[source.name] = training_records(config, source)
     check_records_unchanged(ledger, records)
     if only:
         needed = {earlier.name: earlier for task in pending for earlier in banks_needed(config, task)}

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """Something the user gave is wrong; the message says what, where, and how to mend it."""
 
 
+class DataError(UserError):
+    """Something is wrong with the user's data: the message says what, and where (file, record, field)."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest known word, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

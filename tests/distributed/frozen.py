@@ -13,7 +13,7 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import Task
 from mslora_cr.distributed.comm import barrier, rank
 from mslora_cr.distributed.deepspeed import gather_params
-from mslora_cr.runs.session import load_base
+from mslora_cr.models.load import load_base
 from mslora_cr.stream import train as stream
 from mslora_cr.stream.plan import frozen_tasks
 from mslora_cr.training.trainer import BankTrainer

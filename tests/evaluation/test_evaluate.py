@@ -14,6 +14,7 @@ from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.records import TestRecords
+from mslora_cr.data.tasks import task_folder
 from mslora_cr.evaluation import answer_files
 from mslora_cr.evaluation import evaluate as evaluate_module
 from mslora_cr.evaluation import session as session_module
@@ -21,7 +22,6 @@ from mslora_cr.evaluation.cells import cells
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.generation.prefix_decoder import Decoder
 from mslora_cr.runs.ledger import finished_banks
-from mslora_cr.runs.session import task_folder
 from tests.helpers.killing import KillPoint, run_until_killed
 
 TASKS = ["pathvqa", "slake-vqarad", "PCAM"]

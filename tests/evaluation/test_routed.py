@@ -15,10 +15,10 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.generation.prefix_decoder import Decoder
+from mslora_cr.models.load import load_base
 from mslora_cr.routing import features as router
 from mslora_cr.routing import lda
 from mslora_cr.runs.ledger import Ledger
-from mslora_cr.runs.session import load_base
 from tests.evaluation.test_evaluate import QUESTIONS, TASKS, Results
 from tests.helpers.killing import KillPoint, run_until_killed
 

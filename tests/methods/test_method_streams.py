@@ -22,9 +22,10 @@ from mslora_cr.config.methods import method_names
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.datasets import TrainDataset
 from mslora_cr.data.records import TestRecords, TrainingRecords
+from mslora_cr.data.tasks import task_folder, task_image_roots
+from mslora_cr.models.load import load_base, preprocessing
 from mslora_cr.reporting.plots import TERMS as TITLES
 from mslora_cr.runs.ledger import Ledger
-from mslora_cr.runs.session import load_base, preprocessing, task_folder, task_image_roots
 from mslora_cr.serving.answering import AnsweringModel
 from mslora_cr.stream.plan import plan
 from tests.conftest import STEPS, ConfigWriter, bank_bytes, first_in_make_test, method_of_the_page, once, write_config

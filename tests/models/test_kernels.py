@@ -16,7 +16,7 @@ from mslora_cr.evaluation.summary import fingerprint_fields
 from mslora_cr.models.kernels import use_kernels
 from mslora_cr.models.layout import ModelError
 from mslora_cr.models.llava_med import load
-from mslora_cr.runs.session import answering_kernels
+from mslora_cr.models.load import answering_kernels
 from mslora_cr.utils import kernels
 from tests.conftest import ConfigWriter
 

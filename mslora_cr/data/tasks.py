@@ -1,0 +1,35 @@
+"""Where a task's records and images are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.images import image_roots
+from mslora_cr.data.records import TestRecords, TrainingRecords
+
+
+def task_folder(config: StreamConfig, task: Task) -> Path:
+    return Path(config.data.root) / task.folder
+
+
+def task_image_roots(config: StreamConfig, task: Task) -> list[Path]:
+    return image_roots(Path(config.data.root), task.folder, task.image_folders)
+
+
+def training_records(config: StreamConfig, task: Task) -> TrainingRecords:
+    """The task's `train.json`.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return TrainingRecords(task_folder(config, task) / "train.json")
+
+
+def test_records(config: StreamConfig, task: Task) -> TestRecords:
+    """The task's `test.jsonl`.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return TestRecords(task_folder(config, task) / "test.jsonl")

@@ -1,0 +1,39 @@
+"""A task's statistics for the router, from its training records."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.records import TrainingRecords, sample_of
+from mslora_cr.data.tasks import task_image_roots
+from mslora_cr.distributed.comm import all_reduce_sum, get_device, rank, world_size
+from mslora_cr.models.base_model import BaseModel
+from mslora_cr.models.load import preprocessing
+from mslora_cr.routing.features import FeatureExtractor, sampled_records
+from mslora_cr.routing.lda import TaskStatistics, statistics_of
+
+
+def router_statistics(
+    config: StreamConfig, task: Task, records: TrainingRecords, base: BaseModel, examples: int = 0
+) -> TaskStatistics:
+    """What a router needs to know of a task, from a pass over its training records that all ranks share.
+
+    Args:
+        examples: of how many records the features are kept.
+    """
+    extractor = feature_extractor(config, base)
+    mine = sampled_records(len(records))[rank() :: world_size()]
+    label, roots = f"{task.name}, for the router" if rank() == 0 else None, task_image_roots(config, task)
+    statistics = statistics_of(all_reduce_sum(extractor.gram(records, mine, roots, label)))
+    if not examples:
+        return statistics
+    kept = list(extractor.batches(records, sample_of(len(records), examples), roots, None))  # few: by every rank
+    return replace(statistics, examples=torch.cat(kept))
+
+
+def feature_extractor(config: StreamConfig, base: BaseModel) -> FeatureExtractor:
+    workers = int(config.training.get("dataloader_num_workers", 0))
+    return FeatureExtractor(base, preprocessing(config, base), get_device(config.model.device), workers)
