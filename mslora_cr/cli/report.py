@@ -63,7 +63,7 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from mslora_cr.evaluation.compare import compare, render_comparison
+    from mslora_cr.analysis.compare import compare, render_comparison
     from mslora_cr.reporting.capacity import rendered_ranks
 
     if len(args.runs) < 2:
@@ -116,9 +116,9 @@ def add_analyze(commands: argparse._SubParsersAction) -> None:
 
 def _analyze(args: argparse.Namespace) -> int:
     quieten()
+    from mslora_cr.analysis.analyze import QUESTIONS, analyze
     from mslora_cr.distributed.comm import rank
     from mslora_cr.distributed.launch import abort_together
-    from mslora_cr.evaluation.analyze import QUESTIONS, analyze
     from mslora_cr.reporting.report import write_report
 
     config = run_config(args.target, args.overrides)
@@ -133,7 +133,7 @@ def _analyze(args: argparse.Namespace) -> int:
 def _results_folder(target: Path) -> Path:
     """The results folder of a run, given by its configuration, its run folder or that folder itself; a folder of
     answer files alone stands for itself."""
-    from mslora_cr.evaluation.answered import has_answers
+    from mslora_cr.analysis.answered import has_answers
 
     known = (target / "evaluation.json").is_file() or has_answers(target)
     return target if known else run_config(target).results_run_dir

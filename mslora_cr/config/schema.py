@@ -33,7 +33,7 @@ from mslora_cr.utils.kernels import chosen_kernels
 
 LEARNABLE = -1
 """The published spelling of a penalty weight that is learned as exp(a)."""
-CATALOGUE = Path(__file__).parents[1] / "data" / "sources" / "catalog.yaml"
+CATALOGUE = Path(__file__).with_name("catalog.yaml")
 
 
 class ConfigError(UserError):

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from mslora_cr.analysis.compare import compare
 from mslora_cr.banks.similarity import Similarity, bank_similarity
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.catalog import catalog
-from mslora_cr.evaluation.compare import compare
 from mslora_cr.evaluation.probe_result import MEASURED, read_probes
 from mslora_cr.evaluation.results import Evaluation, ReportError
 from mslora_cr.evaluation.schemas import ROUTED, Analysis

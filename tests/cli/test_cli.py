@@ -16,11 +16,11 @@ from typing import get_args
 import pytest
 import yaml
 
+from mslora_cr.analysis.analyze import QUESTIONS
 from mslora_cr.cli.common import EXTRAS
 from mslora_cr.cli.main import _parse, main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.shipped import find_config
-from mslora_cr.evaluation.analyze import QUESTIONS
 from mslora_cr.evaluation.cells import Stages
 from mslora_cr.sweep import plan_sweep
 from tests.conftest import method_of_the_page

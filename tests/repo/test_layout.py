@@ -23,6 +23,7 @@ ROOMS = (
     "methods",
     "stream",
     "evaluation",
+    "analysis",
     "reporting",
     "serving",
     "sweep",

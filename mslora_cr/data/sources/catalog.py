@@ -2,13 +2,12 @@
 
 import difflib
 from functools import cache
-from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from mslora_cr.data.records import DataError
-from mslora_cr.utils.errors import nearest
+from mslora_cr.config.schema import CATALOGUE
+from mslora_cr.utils.errors import DataError, nearest
 
 
 class TestRows(BaseModel):
@@ -43,7 +42,7 @@ class DataSet(BaseModel):
 @cache
 def catalog() -> dict[str, DataSet]:
     """The data sets by the name of their task, in the order of the published stream."""
-    entries = yaml.safe_load(Path(__file__).with_name("catalog.yaml").read_text(encoding="utf-8"))
+    entries = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))
     return {name: DataSet(name=name, **entry) for name, entry in entries.items()}
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mslora_cr.analysis.compare import compare
 from mslora_cr.cli.main import main
-from mslora_cr.evaluation.compare import compare
 from tests.reporting.test_report import make_run
 
 TASKS = ("pathvqa", "PCAM", "nmi")

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from tabulate import tabulate
 
-from mslora_cr.evaluation.answered import COMPARED, Answered, Stage, answered_run
+from mslora_cr.analysis.answered import COMPARED, Answered, Stage, answered_run
 from mslora_cr.evaluation.results import ReportError
 from mslora_cr.evaluation.schemas import BetweenTasks, ComparedRun, Comparison, PairedTest
 from mslora_cr.statistics import intervals

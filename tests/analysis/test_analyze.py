@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from mslora_cr.analysis import analyze as module
+from mslora_cr.analysis.analyze import _change, _dropped
 from mslora_cr.banks.io import load_bank
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
-from mslora_cr.evaluation import analyze as module
-from mslora_cr.evaluation.analyze import _change, _dropped
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.score import read_answers
 from mslora_cr.metrics.published import score_answers
