@@ -1,6 +1,8 @@
 """The direction of imports: a file imports from its own room or from rooms below it, and never in a circle."""
 
 import ast
+import re
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -35,6 +37,7 @@ ROOMS = (
 """From the ground up. A room is a folder, or a file at the top of the package."""
 MOST_LINES = 400
 MOST_LOOSE = 8
+MOST_MODULES = 20
 
 
 def modules() -> dict[str, Path]:
@@ -52,6 +55,17 @@ def imported(path: Path) -> set[str]:
             for alias in node.names:
                 inner = f"{module}.{alias.name}".lstrip(".")
                 names.add(inner if inner in known else module or "__init__")
+    return names
+
+
+def external(path: Path) -> set[str]:
+    """The top names of everything that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
     return names
 
 
@@ -87,6 +101,25 @@ def test_no_file_is_long() -> None:
     assert not long
 
 
+def test_no_folder_is_crowded() -> None:
+    folders = Counter(path.parent for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    assert {folder.name: count for folder, count in folders.items() if count > MOST_MODULES} == {}
+
+
 def test_only_one_file_imports_deepspeed() -> None:
-    importers = [name for name, path in modules().items() if "import deepspeed" in path.read_text(encoding="utf-8")]
+    importers = [name for name, path in modules().items() if "deepspeed" in external(path)]
     assert importers == ["distributed.deepspeed"]
+
+
+def test_a_file_reads_files_of_its_own_room_alone() -> None:
+    """Whoever climbs out of its room by path escapes the direction of imports."""
+    climbers = [
+        name for name, path in modules().items() if re.search(r"__file__\)[.\w()]*\.parent(?:s\[|\.parent)", path.read_text())
+    ]
+    assert climbers == ["config.methods"]  # it lists the methods that ship, and imports the one that is named
+
+
+def test_the_readme_lists_the_rooms_in_this_order() -> None:
+    tree = (PACKAGE.parent / "README.md").read_text(encoding="utf-8").partition("\nmslora_cr/\n")[2]
+    listed = [match[1] for match in re.finditer(r"^  (\w+)(?:/|\.py) ", tree, re.M)]
+    assert listed == [room for room in ROOMS if room != "__main__"]
