@@ -4,7 +4,7 @@
     python -m benchmarks.all --size 7b --only step generation --json h200.json
 
 Each is a process of its own. What it prints is shown; FILE has each one's figures under its name, with the command, and
-what a benchmark that failed has said at last. docs/performance.md is made from such files.
+what a benchmark that failed has said at last. docs/explanation/performance.md is made from such files.
 """
 
 from __future__ import annotations

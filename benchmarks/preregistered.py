@@ -1,4 +1,4 @@
-"""The sweep of docs/preregistration.md: what the two penalties do, one by one, at the published rank.
+"""The sweep of docs/explanation/preregistration.md: what the two penalties do, one by one, at the published rank.
 
     mslora-cr demo                                          # makes the tiny model and the stream, once
     python -m benchmarks.preregistered --jobs 2             # 300 runs, 40 minutes of one core in all; resumes

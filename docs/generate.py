@@ -106,7 +106,7 @@ def configuration() -> str:
         "",
         "Every key of a run's YAML file. Unknown keys are refused with the nearest known one. Any value can be set on",
         "the command line as `key.path=value`, of a task as `tasks.NAME.key=value` or `tasks.*.key=value`. The section",
-        "of a method has the method's name: [methods](../methods.md).",
+        "of a method has the method's name: [methods](methods.md).",
         "",
         "The package ships configurations. Their names stand for files everywhere, in `training.deepspeed` too:",
         "`mslora-cr config list` lists them, `show NAME` prints one with what it extends, `copy NAME` copies it.",

@@ -118,8 +118,8 @@ def trained_config(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Path:
 
 
 def method_of_the_page() -> str:
-    """The text of `held.py`, the method that docs/methods.md adds from outside the package."""
-    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    """The text of `held.py`, the method that docs/reference/methods.md adds from outside the package."""
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "methods.md").read_text(encoding="utf-8")
     return page.partition("## Adding one")[2].partition("```python\n")[2].partition("```")[0]
 
 

@@ -21,8 +21,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         "mslora-cr train demo --dry-run     # after `mslora-cr demo`",
         "mslora-cr train finetune_mslora_cr_ortho training.per_device_train_batch_size=4",
         "mslora-cr train finetune_mslora_cr_ortho --task derm",
-        "mslora-cr train finetune_mslora_cr_ortho training.gradient_checkpointing=auto   # docs/distributed.md",
-        "mslora-cr train demo run=ewc method=ewc ewc.strength=1e4    # methods: docs/methods.md",
+        "mslora-cr train finetune_mslora_cr_ortho training.gradient_checkpointing=auto   # docs/how-to/distributed.md",
+        "mslora-cr train demo run=ewc method=ewc ewc.strength=1e4    # methods: docs/reference/methods.md",
         "torchrun --nproc_per_node 4 -m mslora_cr train finetune_mslora_cr_ortho \\\n      training.deepspeed=zero2",
     )
     add_config(parser)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FORMATS = "docs/data.md has the formats"
+FORMATS = "docs/how-to/data.md has the formats"
 
 
 def missing_annotations(path: Path) -> str:

@@ -99,7 +99,7 @@ def test_help_knows_what_it_cannot_import(capsys: pytest.CaptureFixture[str]) ->
 def documented_commands() -> list[list[str]]:
     """Every command line in the code blocks of the README and the pages."""
     found = []
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 if line.startswith(("mslora-cr ", "bash ")):
@@ -123,7 +123,7 @@ def test_documented_commands_are_understood(tmp_path: Path, monkeypatch: pytest.
         if words[1] == "sweep":  # its overrides may belong to one of its methods
             plan_sweep(find_config(args.config, ROOT), args.overrides, args.methods, args.orders, args.seeds)
         elif "overrides" in args and "config" in args and args.config.name not in ("CONFIG", "exams.yaml"):
-            # docs/your-data.md writes exams.yaml itself, and tests/data/test_convert.py runs it
+            # docs/tutorials/your-data.md writes exams.yaml itself, and tests/data/test_convert.py runs it
             load_config(find_config(args.config, ROOT), args.overrides)
 
 

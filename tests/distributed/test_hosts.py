@@ -163,6 +163,6 @@ def run_by_pdsh(hosts: list[str], command: list[str | Path], folder: Path) -> No
     }
     path = on_path(folder, stubs)
     sent = folder / "environment"
-    sent.write_text("GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\n")  # docs/distributed.md, known traps
+    sent.write_text("GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\n")  # docs/how-to/distributed.md, known traps
     script = ["ip", "netns", "exec", hosts[0], "bash", "scripts/launch_multinode.sh", *command]
     run(*script, PATH=path, DS_ENV_FILE=str(sent), DS_ACCELERATOR="cpu")

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that docs/models.md names, each with its own processor and a tokenizer made here.
+"""Tiny random models of the families that docs/how-to/models.md names, each with its own processor and a tokenizer made here.
 
 `make(family, folder)` writes what `AutoModelForImageTextToText` and `AutoProcessor` load. Templates are those of the
 published models, without what a conversation of pictures and words never reaches; the answers are marked in them, so that

@@ -1,4 +1,4 @@
-"""Models that come with a processor of their own: what docs/models.md says of every family it names."""
+"""Models that come with a processor of their own: what docs/how-to/models.md says of every family it names."""
 
 import json
 import re

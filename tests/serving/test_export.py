@@ -141,7 +141,7 @@ def test_the_vocabulary_keeps_its_length_and_the_picture_its_piece(tiny_model: P
         base = load_base(folder)
         tokenizer = portable_tokenizer(base)
         assert (len(tokenizer), tokenizer.convert_tokens_to_ids("<0x00>")) == (pieces, 3) and base.image_token_id == 3
-        text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+        text = (Path(__file__).parents[2] / "docs" / "reference" / "methods.md").read_text()
         for part in (text, "a  b", "   ", "é ü 細胞 🙂", "x<s>y</s> z", "\t1.25e-3\r\n"):
             assert tokenizer(part, add_special_tokens=False).input_ids == base.tokenizer.encode(part)
 
