@@ -26,7 +26,7 @@ from benchmarks.baselines import peft_all_active
 from benchmarks.harness import Setting, finish, language_model, parse, random_banks
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.stack import BankStack
-from mslora_cr.data.preparation import Prompt
+from mslora_cr.data.input_processor import Prompt
 from mslora_cr.generation.batching import Limits, grouped, in_waves
 from mslora_cr.generation.prefix_decoder import Decoder
 from mslora_cr.models.kernels import use_kernels

@@ -144,9 +144,10 @@ def run(folder: Path, quantization: str | None = None) -> dict[str, Any]:
     with torch.no_grad():
         _stage(figures, "forward", lambda: float(base.model(**_labelled_alone(batch)).loss))
     if device.type == "cuda":
-        prepare, question = base.preparation(batch["input_ids"].shape[1], False), batch["input_ids"][0].tolist()
+        input_processor = base.input_processor(batch["input_ids"].shape[1], False)
+        question = batch["input_ids"][0].tolist()
         images = {"pixel_values": batch["pixel_values"]}
-        _stage(figures, "generate", lambda: answer_alone(prepare, base.model, question, images, NEW_TOKENS))
+        _stage(figures, "generate", lambda: answer_alone(input_processor, base.model, question, images, NEW_TOKENS))
     stack = BankStack(base.model, "concatenate" if quantization else "merge")
     frozen = [_random_bank(base.model)]
     _stage(figures, "fold a frozen bank", partial(stack.set_frozen, frozen))

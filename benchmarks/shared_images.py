@@ -26,7 +26,7 @@ from benchmarks.baselines import generated
 from benchmarks.generation import Answers, Ids, answered, use_answering_kernels
 from benchmarks.harness import Setting, finish, language_model, parse
 from mslora_cr.data.collator import in_batches
-from mslora_cr.data.preparation import Prompt
+from mslora_cr.data.input_processor import Prompt
 from mslora_cr.models.vision import detach_tower
 
 BEHIND = 8, 40

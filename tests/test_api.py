@@ -172,7 +172,7 @@ def test_an_answer_is_streamed_as_it_grows(model: mslora_cr.AnsweringModel, trai
 
 
 def test_a_conversation_goes_on_as_training_encodes_it(model: mslora_cr.AnsweringModel) -> None:
-    tokenizer = model._prepare.tokenizer
+    tokenizer = model._input_processor.tokenizer
     turns = [
         Turn.model_validate({"from": who, "value": text}) for who, text in (("human", "What?"), ("gpt", "A cell."))
     ]

@@ -73,6 +73,18 @@ def resolve_image(name: str, roots: Sequence[Path]) -> Path:
     raise DataError(f"image {name!r} is missing; looked for{places}")
 
 
+def paths_of(names: Sequence[Sequence[str]], roots: Sequence[Path]) -> list[Path]:
+    """Every image that some records show, once.
+
+    Args:
+        names: of each record's.
+
+    Raises:
+        DataError: one is missing or outside its root.
+    """
+    return [resolve_image(name, roots) for name in dict.fromkeys(name for shown in names for name in shown)]
+
+
 def load_image(path: Path) -> Image.Image:
     """Decode `path` in full to RGB, with Pillow's own conversion: transparency is dropped, 16-bit greys
     saturate and EXIF rotation is ignored, as in the published code.

@@ -62,8 +62,8 @@ def answer_questions(
     limits = decoding.limits(prompts)
     unanswered = [index for index in range(len(samples)) if index not in answered]
     groups = grouped(prompts, unanswered, banks, most=max(1, -(-len(unanswered) // world_size())))
-    tokenizer = samples.preprocessing.tokenizer
-    decoder = decoder_of(samples.preprocessing, model, prompts, decoding.max_new_tokens, mixed)
+    tokenizer = samples.input_processor.tokenizer
+    decoder = decoder_of(samples.input_processor, model, prompts, decoding.max_new_tokens, mixed)
     own = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
     waves = in_waves(shared_out(groups, world_size(), limits.new_tokens)[rank()], prompts, own)
     mine: dict[int, str] = {}

@@ -199,7 +199,7 @@ class _Routed:
         )
 
     def _router(self, stage: int) -> TaskRouter:
-        pictures = feature_extractor(self.config, self._session.base).picture_features
+        pictures = feature_extractor(self.config, self._session.base).image_features
         return method_of(self.config).router(self.config, self.statistics[:stage], pictures)
 
     def _choose(

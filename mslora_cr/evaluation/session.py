@@ -14,7 +14,7 @@ from mslora_cr.banks.per_sample import PerSampleAdapters
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.datasets import EvalDataset
-from mslora_cr.data.preparation import Preparation, Prompt
+from mslora_cr.data.input_processor import InputProcessor, Prompt
 from mslora_cr.data.records import TestRecord, TestRecords
 from mslora_cr.data.tasks import task_image_roots
 from mslora_cr.distributed.comm import get_device
@@ -22,7 +22,7 @@ from mslora_cr.evaluation.answer_files import answer_questions, fingerprint_of
 from mslora_cr.evaluation.summary import decoding, fingerprint_fields
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.cached_tower import CachedTower, cached_tower
-from mslora_cr.models.load import load_base, preprocessing
+from mslora_cr.models.load import input_processor_of, load_base
 
 
 class EvaluationSession:
@@ -63,8 +63,8 @@ class EvaluationSession:
         return base
 
     @cached_property
-    def preprocessing(self) -> Preparation:
-        return preprocessing(self.config, self.base, self._tower)
+    def input_processor(self) -> InputProcessor:
+        return input_processor_of(self.config, self.base, self._tower)
 
     @cached_property
     def _stack(self) -> BankStack:
@@ -111,10 +111,10 @@ class EvaluationSession:
 
     def _questions(self, task: Task) -> EvalDataset:
         records, roots = self.records[task.name], task_image_roots(self.config, task)
-        prepare = self.preprocessing
+        processor = self.input_processor
         if self._tower is not None:
-            self._tower.fill(prepare.image_paths(records, roots), decoding(self.config).workers)
-        return EvalDataset(records, roots, prepare)
+            self._tower.fill(processor.image_paths(records, roots), decoding(self.config).workers)
+        return EvalDataset(records, roots, processor)
 
 
 class ConcatEvalDataset:
@@ -128,8 +128,8 @@ class ConcatEvalDataset:
         return len(self._places)
 
     @property
-    def preprocessing(self) -> Preparation:
-        return self.parts[0].preprocessing
+    def input_processor(self) -> InputProcessor:
+        return self.parts[0].input_processor
 
     @property
     def records(self) -> Iterator[TestRecord]:
@@ -139,7 +139,7 @@ class ConcatEvalDataset:
         """Every question's prompt, as `EvalDataset.prompts`."""
         return [prompt for part in self.parts for prompt in part.prompts()]
 
-    def pictures(self, index: int) -> Any:
-        """A question's images, as `EvalDataset.pictures`."""
+    def load_images(self, index: int) -> Any:
+        """A question's images, as `EvalDataset.load_images`."""
         part, own = self._places[index]
-        return part.pictures(own)
+        return part.load_images(own)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 from mslora_cr.data.collator import in_batches
-from mslora_cr.data.preparation import Prompt
+from mslora_cr.data.input_processor import Prompt
 
 QUERIES = 4096
 """The most positions of questions that are computed at once behind shared openings: attention holds a score for each

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from mslora_cr.banks.per_sample import QuestionBanks
-from mslora_cr.data.preparation import Prompt
+from mslora_cr.data.input_processor import Prompt
 from mslora_cr.generation.batching import Wave
 from mslora_cr.generation.prefix_decoder import OnToken
 
@@ -54,7 +54,7 @@ class PlainDecoder:
         """A wave's prompts, where the model is.
 
         Args:
-            inputs: `ProcessorPreparation.answering_batch` of its questions, in the order of its groups.
+            inputs: `ChatTemplateInputs.answering_batch` of its questions, in the order of its groups.
         """
         assert wave.whole, "prompts without a shared opening"
         return {name: self._moved(value) for name, value in inputs.items()}

@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrained
 
 from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.collator import rounded_up
-from mslora_cr.data.preparation import Prompt
+from mslora_cr.data.input_processor import Prompt
 from mslora_cr.generation.attention import KeysValues, SharedCache, membership, sharing
 from mslora_cr.generation.batching import Wave
 from mslora_cr.generation.cuda_graphs import POSITIONS, StaticSteps, padded
@@ -94,7 +94,7 @@ class Decoder:
         """Compute a wave's openings.
 
         Args:
-            inputs: `Preprocessing.answering_batch` of its groups' first questions: images, if there are any.
+            inputs: `LlavaMedInputs.answering_batch` of its groups' first questions: images, if there are any.
         """
         first = [group.questions[0] for group in wave.groups]
         self._choose(first)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch.utils.data import DataLoader, Dataset
 
 from mslora_cr.banks.per_sample import QuestionBanks
-from mslora_cr.data.preparation import Preparation, Prompt
+from mslora_cr.data.input_processor import InputProcessor, Prompt
 from mslora_cr.data.records import TestRecord
 from mslora_cr.generation.batching import Limits, Wave
 from mslora_cr.generation.hf_decoder import PlainDecoder
@@ -35,25 +35,27 @@ class Questions(Protocol):
     """What is answered: the questions of a task's file, or of several."""
 
     @property
-    def preprocessing(self) -> Preparation: ...
+    def input_processor(self) -> InputProcessor: ...
     @property
     def records(self) -> Iterable[TestRecord]: ...
     def __len__(self) -> int: ...
     def prompts(self) -> list[Prompt]: ...
-    def pictures(self, index: int, /) -> Any: ...
+    def load_images(self, index: int, /) -> Any: ...
 
 
 def decoder_of(
-    prepare: Preparation,
+    input_processor: InputProcessor,
     model: Any,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     mixed: QuestionBanks | None = None,
 ) -> Decoder | PlainDecoder:
     """What answers questions with a model, by how its prompts were made."""
-    if prepare.shares_openings:
-        return Decoder(model, prompts, prepare.tokenizer, max_new_tokens, mixed)
-    return PlainDecoder(model, prompts, prepare.end_ids, prepare.tokenizer.pad_token_id, max_new_tokens, mixed)
+    if input_processor.shares_openings:
+        return Decoder(model, prompts, input_processor.tokenizer, max_new_tokens, mixed)
+    return PlainDecoder(
+        model, prompts, input_processor.end_ids, input_processor.tokenizer.pad_token_id, max_new_tokens, mixed
+    )
 
 
 def answered_batches(
@@ -80,5 +82,5 @@ class _Inputs(Dataset[Any]):
 
     def __getitem__(self, number: int) -> Any:
         first = [group.questions[0] for group in self.waves[number].groups]
-        shown = [self.samples.pictures(question) for question in first]
-        return self.samples.preprocessing.answering_batch([self.prompts[question] for question in first], shown)
+        images = [self.samples.load_images(question) for question in first]
+        return self.samples.input_processor.answering_batch([self.prompts[question] for question in first], images)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mslora_cr.data.features import FeatureCache
-from mslora_cr.data.preparation import Preparation
+from mslora_cr.data.input_processor import InputProcessor
 
 
-class Pictures(Protocol):
-    """What a router sees of pictures: numbers that no bank changes."""
+class ImageEncoder(Protocol):
+    """What a router sees of images: numbers that no bank changes."""
 
     @property
     def width(self) -> int: ...
@@ -29,11 +29,11 @@ class Pictures(Protocol):
         """What computes them."""
         ...
 
-    def features(self, shown: Sequence[Any], device: torch.device, /) -> Tensor:
-        """(records, width) float32 on the CPU, the mean over a record's pictures; zeros for a record without one.
+    def features(self, images: Sequence[Any], device: torch.device, /) -> Tensor:
+        """(records, width) float32 on the CPU, the mean over a record's images; zeros for a record without one.
 
         Args:
-            shown: each record's, as `Preparation.shown` gives them.
+            images: each record's, as `InputProcessor.process_images` gives them.
         """
         ...
 
@@ -58,8 +58,10 @@ class BaseModel(Protocol):
         ...
 
     @property
-    def pictures(self) -> Pictures: ...
-    def preparation(self, max_length: int, all_images: bool, features: FeatureCache | None = None, /) -> Preparation:
+    def image_encoder(self) -> ImageEncoder: ...
+    def input_processor(
+        self, max_length: int, all_images: bool, features: FeatureCache | None = None, /
+    ) -> InputProcessor:
         """Records → its inputs."""
         ...
 

@@ -23,8 +23,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from mslora_cr.data.datasets import Preprocessing
 from mslora_cr.data.features import FeatureCache
+from mslora_cr.data.llava_med_inputs import LlavaMedInputs
 from mslora_cr.data.tokenizer import Tokenizer, TokenizerError
 from mslora_cr.models.base_model import Tower
 from mslora_cr.models.layout import (
@@ -36,7 +36,7 @@ from mslora_cr.models.layout import (
     read_config,
     shard_tensors,
 )
-from mslora_cr.models.vision import TowerPictures, load_tower, tower_config, tower_source
+from mslora_cr.models.vision import TowerEncoder, load_tower, tower_config, tower_source
 
 UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 """What keeps its dtype beside a language model in 4 or 8 bits: a small part of the memory, and the most exact one."""
@@ -59,11 +59,13 @@ class LlavaMed:
         return Tower(self.model.config.vision_feature_layer, self.image_processor)
 
     @cached_property
-    def pictures(self) -> TowerPictures:
-        return TowerPictures(self.model.model.vision_tower, self.model.config.vision_feature_layer)
+    def image_encoder(self) -> TowerEncoder:
+        return TowerEncoder(self.model.model.vision_tower, self.model.config.vision_feature_layer)
 
-    def preparation(self, max_length: int, all_images: bool, features: FeatureCache | None = None) -> Preprocessing:
-        return Preprocessing(
+    def input_processor(
+        self, max_length: int, all_images: bool, features: FeatureCache | None = None
+    ) -> LlavaMedInputs:
+        return LlavaMedInputs(
             self.tokenizer, self.image_processor, self.image_token_id, self.patches, max_length, all_images, features
         )
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from mslora_cr.config.schema import StreamConfig
-from mslora_cr.data.preparation import Preparation
+from mslora_cr.data.input_processor import InputProcessor
 from mslora_cr.models import llava_med
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.cached_tower import CachedTower
@@ -87,5 +87,5 @@ def base_digest(config: StreamConfig) -> str:
     return weights_digest(Path(config.model.path), config.model.vision_tower)
 
 
-def preprocessing(config: StreamConfig, base: BaseModel, tower: CachedTower | None = None) -> Preparation:
-    return base.preparation(config.data.max_length, config.data.images == "all", tower.cache if tower else None)
+def input_processor_of(config: StreamConfig, base: BaseModel, tower: CachedTower | None = None) -> InputProcessor:
+    return base.input_processor(config.data.max_length, config.data.images == "all", tower.cache if tower else None)

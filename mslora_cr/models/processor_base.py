@@ -24,8 +24,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from mslora_cr.data.chat import render
+from mslora_cr.data.chat_template_inputs import ChatTemplateInputs
 from mslora_cr.data.features import FeatureCache
-from mslora_cr.data.processor import ProcessorPreparation
 from mslora_cr.models.base_model import Tower
 from mslora_cr.models.language import language_linears, language_model
 from mslora_cr.models.layout import ModelError, check_report, from_pretrained
@@ -45,14 +45,14 @@ class ProcessorBase:
         return None
 
     @cached_property
-    def pictures(self) -> ProjectedPictures:
-        return ProjectedPictures(self.model, self.processor)
+    def image_encoder(self) -> ProjectedEncoder:
+        return ProjectedEncoder(self.model, self.processor)
 
-    def preparation(
+    def input_processor(
         self, max_length: int, all_images: bool, features: FeatureCache | None = None
-    ) -> ProcessorPreparation:
+    ) -> ChatTemplateInputs:
         assert features is None, "features of these models are not kept"
-        return ProcessorPreparation(self.processor, end_ids(self.model, self.processor), max_length, all_images)
+        return ChatTemplateInputs(self.processor, end_ids(self.model, self.processor), max_length, all_images)
 
 
 def load_with_processor(path: Path, options: dict[str, Any], device: torch.device | str) -> ProcessorBase:
@@ -169,9 +169,9 @@ class _ReadingError(Exception):
         self.embeddings = embeddings
 
 
-class ProjectedPictures:
-    """A picture as the language model is given it: the mean of the embeddings at its positions, behind tower and
-    projector. Found by handing a prompt of pictures alone to the model, and stopping it before its language model."""
+class ProjectedEncoder:
+    """An image as the language model is given it: the mean of the embeddings at its positions, behind tower and
+    projector. Found by handing a prompt of images alone to the model, and stopping it before its language model."""
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         self._model, self._processor = model, processor
@@ -189,11 +189,11 @@ class ProjectedPictures:
         return [module for module in around if list(module.parameters())]
 
     @torch.no_grad()
-    def features(self, shown: Sequence[Any], device: torch.device) -> Tensor:
-        features = torch.zeros(len(shown), self.width)
-        for row, images in enumerate(shown):
-            if images:
-                features[row] = self._of(images, device)
+    def features(self, images: Sequence[Any], device: torch.device) -> Tensor:
+        features = torch.zeros(len(images), self.width)
+        for row, own in enumerate(images):
+            if own:
+                features[row] = self._of(own, device)
         return features
 
     def _of(self, images: Sequence[Any], device: torch.device) -> Tensor:

@@ -32,8 +32,8 @@ def tower_features(tower: nn.Module, layer: int, pixels: Tensor) -> Tensor:
     return tower(pixels, output_hidden_states=True).hidden_states[layer]
 
 
-class TowerPictures:
-    """A picture as LLaVA-Med's tower sees it: the mean over its patches, at the layer that the projector reads."""
+class TowerEncoder:
+    """An image as LLaVA-Med's tower sees it: the mean over its patches, at the layer that the projector reads."""
 
     def __init__(self, tower: nn.Module, layer: int) -> None:
         self._tower, self._layer = tower, layer
@@ -47,16 +47,16 @@ class TowerPictures:
         return [self._tower]
 
     @torch.no_grad()
-    def features(self, shown: Sequence[Tensor], device: torch.device) -> Tensor:
-        """`shown`: (images, 3, height, width) of each record."""
-        counts = [len(images) for images in shown]
-        features = torch.zeros(len(shown), self.width)
+    def features(self, images: Sequence[Tensor], device: torch.device) -> Tensor:
+        """`images`: (images, 3, height, width) of each record."""
+        counts = [len(own) for own in images]
+        features = torch.zeros(len(images), self.width)
         if any(counts):
-            inputs = torch.cat(list(shown)).to(device, next(self._tower.parameters()).dtype)
+            inputs = torch.cat(list(images)).to(device, next(self._tower.parameters()).dtype)
             patches = tower_features(self._tower, self._layer, inputs)[:, 1:].float().mean(1).cpu()
-            for row, images in enumerate(patches.split(counts)):
-                if len(images):
-                    features[row] = images.mean(0)
+            for row, own in enumerate(patches.split(counts)):
+                if len(own):
+                    features[row] = own.mean(0)
         return features
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mslora_cr.data.preparation import Preparation
+from mslora_cr.data.input_processor import InputProcessor
 from mslora_cr.data.prompts import question_text
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecord, TrainingRecords, sample_of
 from mslora_cr.models.base_model import BaseModel, moved
@@ -28,7 +28,7 @@ FIT_RECORDS = 2000
 TEXT_FEATURES = 256
 """Word embeddings wider than this are projected to as many features, at random but always alike, so that a task's
 statistics stay small: Johnson and Lindenstrauss, 1984."""
-PICTURE_FEATURES = 1024
+IMAGE_FEATURES = 1024
 """The same for pictures: as many as LLaVA-Med's tower has."""
 PROJECTION_SEED = 0
 BATCH_SIZE = 32
@@ -42,9 +42,9 @@ class _FeatureDataset(Dataset[tuple[Any, list[int]]]):
         records: TrainingRecords | TestRecords,
         indices: Sequence[int],
         roots: Sequence[Path],
-        preprocessing: Preparation,
+        input_processor: InputProcessor,
     ) -> None:
-        self.records, self.indices, self.roots, self.preprocessing = records, indices, roots, preprocessing
+        self.records, self.indices, self.roots, self.input_processor = records, indices, roots, input_processor
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -54,10 +54,10 @@ class _FeatureDataset(Dataset[tuple[Any, list[int]]]):
         record = self.records[index]
         text = _asked_first(record) if isinstance(record, TrainingRecord) else record.text
         try:
-            shown = self.preprocessing.pictures(self.preprocessing.image_names(record), self.roots)
+            images = self.input_processor.load_images(self.input_processor.image_names(record), self.roots)
         except ValueError as error:
             raise DataError(f"{self.records.path}: {self.records.place(index)}: {error}") from None
-        return shown, self.preprocessing.tokenizer.encode(question_text(text, 0))
+        return images, self.input_processor.tokenizer.encode(question_text(text, 0))
 
 
 def _asked_first(record: TrainingRecord) -> str:
@@ -68,27 +68,29 @@ def _asked_first(record: TrainingRecord) -> str:
 class FeatureExtractor:
     """Features of questions: the picture's, then the words', each part of length 1."""
 
-    def __init__(self, base: BaseModel, preprocessing: Preparation, device: torch.device, workers: int = 0) -> None:
+    def __init__(
+        self, base: BaseModel, input_processor: InputProcessor, device: torch.device, workers: int = 0
+    ) -> None:
         """
         Args:
             base: the frozen base model; what sees its pictures works on `device`, wherever the rest is.
             workers: processes that decode pictures.
         """
-        self._preprocessing, self._device, self._workers = preprocessing, device, workers
-        self._seen = base.pictures
+        self._input_processor, self._device, self._workers = input_processor, device, workers
+        self._image_encoder = base.image_encoder
         self._words = base.model.get_input_embeddings().weight
         self._projection = _projection(self._words.shape[1], TEXT_FEATURES, PROJECTION_SEED)
-        self._picture_projection = _projection(self._seen.width, PICTURE_FEATURES, PROJECTION_SEED + 1)
+        self._image_projection = _projection(self._image_encoder.width, IMAGE_FEATURES, PROJECTION_SEED + 1)
 
     @property
     def features(self) -> int:
         """How many."""
-        return self.picture_features + self._projection.shape[1]
+        return self.image_features + self._projection.shape[1]
 
     @property
-    def picture_features(self) -> int:
+    def image_features(self) -> int:
         """How many of them, the first ones, are the picture's."""
-        return self._picture_projection.shape[1]
+        return self._image_projection.shape[1]
 
     def gram(
         self, records: TrainingRecords, indices: Sequence[int], roots: Sequence[Path], label: str | None
@@ -116,10 +118,10 @@ class FeatureExtractor:
         Raises:
             DataError: an image is missing or broken.
         """
-        looked = _FeatureDataset(records, indices, roots, self._preprocessing)
+        looked = _FeatureDataset(records, indices, roots, self._input_processor)
         loader = DataLoader(looked, batch_size=BATCH_SIZE, collate_fn=list, num_workers=self._workers)
         with (
-            moved(self._seen.modules, self._device),
+            moved(self._image_encoder.modules, self._device),
             progress_bar(desc=label, total=len(looked), unit="record", disable=label is None) as bar,
         ):
             for batch in loader:
@@ -127,20 +129,22 @@ class FeatureExtractor:
                 bar.update(len(batch))
 
     @torch.no_grad()
-    def of_question(self, shown: Any, question: str) -> Tensor:
+    def of_question(self, images: Any, question: str) -> Tensor:
         """(1, features) of one question, as `batches` has it.
 
         Args:
-            shown: its pictures, as `Preparation.shown` gives them.
+            images: the question's, as `InputProcessor.process_images` gives them.
         """
-        with moved(self._seen.modules, self._device):
-            return self._features([(shown, self._preprocessing.tokenizer.encode(question_text(question, 0)))])
+        with moved(self._image_encoder.modules, self._device):
+            return self._features([(images, self._input_processor.tokenizer.encode(question_text(question, 0)))])
 
     def _features(self, batch: Sequence[tuple[Any, list[int]]]) -> Tensor:
-        return torch.cat([self._pictures([shown for shown, _ in batch]), self._texts(batch)], dim=1)
+        return torch.cat([self._of_images([images for images, _ in batch]), self._texts(batch)], dim=1)
 
-    def _pictures(self, shown: Sequence[Any]) -> Tensor:
-        return torch.nn.functional.normalize(self._seen.features(shown, self._device) @ self._picture_projection)
+    def _of_images(self, images: Sequence[Any]) -> Tensor:
+        return torch.nn.functional.normalize(
+            self._image_encoder.features(images, self._device) @ self._image_projection
+        )
 
     def _texts(self, batch: Sequence[tuple[Any, list[int]]]) -> Tensor:
         """Mean of the words' frozen embeddings; zeros for an empty question."""

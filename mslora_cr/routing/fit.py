@@ -11,7 +11,7 @@ from mslora_cr.data.records import TrainingRecords, sample_of
 from mslora_cr.data.tasks import task_image_roots
 from mslora_cr.distributed.comm import all_reduce_sum, get_device, rank, world_size
 from mslora_cr.models.base_model import BaseModel
-from mslora_cr.models.load import preprocessing
+from mslora_cr.models.load import input_processor_of
 from mslora_cr.routing.features import FeatureExtractor, sampled_records
 from mslora_cr.routing.lda import TaskStatistics, statistics_of
 
@@ -36,4 +36,4 @@ def router_statistics(
 
 def feature_extractor(config: StreamConfig, base: BaseModel) -> FeatureExtractor:
     workers = int(config.training.get("dataloader_num_workers", 0))
-    return FeatureExtractor(base, preprocessing(config, base), get_device(config.model.device), workers)
+    return FeatureExtractor(base, input_processor_of(config, base), get_device(config.model.device), workers)

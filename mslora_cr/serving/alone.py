@@ -9,14 +9,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mslora_cr.data.preparation import Preparation, Prompt
+from mslora_cr.data.input_processor import InputProcessor, Prompt
 from mslora_cr.generation.batching import Limits, grouped, in_waves
 from mslora_cr.generation.prefix_decoder import OnToken
 from mslora_cr.generation.run import decoder_of
 
 
 def answer_alone(
-    prepare: Preparation,
+    input_processor: InputProcessor,
     model: PreTrainedModel | PeftModel,
     ids: Sequence[int],
     inputs: Mapping[str, Tensor],
@@ -26,10 +26,10 @@ def answer_alone(
     """The new ids of one prompt, up to and with the one that ends it.
 
     Args:
-        ids, inputs: as `Preparation.asked` gives them.
+        ids, inputs: as `InputProcessor.asked` gives them.
         on_token: is told them as they come.
     """
     prompts = [Prompt((), tuple(ids), ())]
     [wave] = in_waves(grouped(prompts, [0], lambda _: None), prompts, Limits(1, max_new_tokens, len(ids)))
-    decoder: Any = decoder_of(prepare, model, prompts, max_new_tokens)
+    decoder: Any = decoder_of(input_processor, model, prompts, max_new_tokens)
     return decoder.answer(decoder.read(wave, inputs), [0], on_token=on_token)[0]

@@ -14,11 +14,11 @@ from torch import Tensor
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.images import decode_image, load_image
-from mslora_cr.data.preparation import TextTokenizer
+from mslora_cr.data.input_processor import TextTokenizer
 from mslora_cr.data.records import DataError
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.methods.base import method_of
-from mslora_cr.models.load import load_base, preprocessing
+from mslora_cr.models.load import input_processor_of, load_base
 from mslora_cr.routing.fit import feature_extractor
 from mslora_cr.routing.lda import TaskRouter, TaskStatistics
 from mslora_cr.runs.ledger import Ledger, finished_banks
@@ -73,7 +73,7 @@ class AnsweringModel:
         if task is None and self.stage and self.run.needs_task:
             self._statistics(self.stage)
         self._base = load_base(config, get_device(config.model.device))
-        self._prepare = preprocessing(config, self._base)
+        self._input_processor = input_processor_of(config, self._base)
         self._stack = BankStack(self._base.model, config.lora.fold, reuse=True)
         self._features = feature_extractor(config, self._base)
         self._merged: list[tuple[str, float]] | None = []
@@ -108,17 +108,17 @@ class AnsweringModel:
         new_tokens = self.config.evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens
         if new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {new_tokens}; an answer has at least 1")
-        shown = self._shown(images)
+        images = self._process(images)
         stage = self.stage if stage is None else self.run.stage(stage)
         task = task or self.task
-        likely = self._route(shown, history[0][0] if history else question, stage) if task is None else {}
+        likely = self._route(images, history[0][0] if history else question, stage) if task is None else {}
         task = max(likely, key=lambda name: likely[name]) if likely else task
         names = self._use(task, stage, likely)
-        ids, inputs = self._asked(question, history, shown)
-        tokenizer = self._prepare.tokenizer
+        ids, inputs = self._asked(question, history, images)
+        tokenizer = self._input_processor.tokenizer
         streamer = _Streamer(tokenizer, on_text) if on_text else None
         tell = streamer.put if streamer else None
-        ids = answer_alone(self._prepare, self._stack.model, ids, inputs, new_tokens, tell)
+        ids = answer_alone(self._input_processor, self._stack.model, ids, inputs, new_tokens, tell)
         if streamer:
             streamer.end()
         [text] = tokenizer.decode([ids])
@@ -133,12 +133,12 @@ class AnsweringModel:
         Raises:
             BankError: a bank has no statistics to route by.
         """
-        return self._route(self._shown(images), question, self.stage if stage is None else self.run.stage(stage))
+        return self._route(self._process(images), question, self.stage if stage is None else self.run.stage(stage))
 
-    def _route(self, shown: Any, question: str, stage: int) -> dict[str, float]:
+    def _route(self, images: Any, question: str, stage: int) -> dict[str, float]:
         if not stage or not self.run.needs_task:
             return {}
-        shares = self._router(stage).probabilities(self._features.of_question(shown, question))[0].tolist()
+        shares = self._router(stage).probabilities(self._features.of_question(images, question))[0].tolist()
         names = [task.name for task in self.run.routed(stage)]
         return dict(sorted(zip(names, shares, strict=True), key=lambda item: -item[1]))
 
@@ -148,8 +148,8 @@ class AnsweringModel:
 
     def _router(self, stage: int) -> TaskRouter:
         if stage not in self._routers:
-            method, pictures = method_of(self.config), self._features.picture_features
-            self._routers[stage] = method.router(self.config, self._statistics(stage), pictures)
+            method, count = method_of(self.config), self._features.image_features
+            self._routers[stage] = method.router(self.config, self._statistics(stage), count)
         return self._routers[stage]
 
     def _use(self, task: str | None, stage: int, likely: Mapping[str, float]) -> tuple[str, ...]:
@@ -169,17 +169,17 @@ class AnsweringModel:
             self._merged = chosen
         return tuple(bank.name for bank in banks)
 
-    def _asked(self, question: str, history: Sequence[Exchange], shown: Any) -> tuple[list[int], dict[str, Tensor]]:
+    def _asked(self, question: str, history: Sequence[Exchange], images: Any) -> tuple[list[int], dict[str, Tensor]]:
         turns = [turn for asked, answered in history for turn in (_Turn("human", asked), _Turn("gpt", answered))]
         try:
-            return self._prepare.asked(turns, question, shown)
+            return self._input_processor.asked(turns, question, images)
         except ValueError as error:
             raise DataError(f"the question cannot be asked: {error}") from None
 
-    def _shown(self, images: ImageSource | Sequence[ImageSource]) -> Any:
-        """Decoded, as `Preparation.shown` has them."""
+    def _process(self, images: ImageSource | Sequence[ImageSource]) -> Any:
+        """Decoded, as `InputProcessor.process_images` has them."""
         several = [images] if isinstance(images, str | Path | bytes | Image.Image) else images
-        return self._prepare.shown([open_image(source) for source in several])
+        return self._input_processor.process_images([open_image(source) for source in several])
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from mslora_cr.methods.base import Setup, method_of, needs_task
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.cached_tower import cached_tower
 from mslora_cr.models.describe import switched_off
-from mslora_cr.models.load import base_digest, kernels_of, load_base, preprocessing
+from mslora_cr.models.load import base_digest, input_processor_of, kernels_of, load_base
 from mslora_cr.routing.fit import router_statistics
 from mslora_cr.routing.lda import TaskStatistics
 from mslora_cr.runs.environment import check_hosts
@@ -192,7 +192,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
         method.experts(config),
     )
     setup = Setup(config, task, run.ledger, device)
-    collator = preprocessing(config, base).collator(length_multiple(device))
+    collator = input_processor_of(config, base).collator(length_multiple(device))
     probe = StartProbe(stack, samples, collator, config.seed, unmerged if config.lora.fold == "merge" else [])
     started = method.initial(setup, stack.trainable(), probe)
     if started is not None:
@@ -236,13 +236,13 @@ def _say_where_it_starts(task: Task, trainer: BankTrainer, left: Sequence[Path])
 def training_samples(run: StreamRun, task: Task, base: BaseModel) -> ConcatTrainDataset:
     """The samples that a task trains on; with `data.cache_image_features`, it caches their images' features first."""
     tower = cached_tower(run.config, base)
-    prepare = preprocessing(run.config, base, tower)
+    processor = input_processor_of(run.config, base, tower)
     parts = [
-        TrainDataset(run.records[source.name], task_image_roots(run.config, source), prepare)
+        TrainDataset(run.records[source.name], task_image_roots(run.config, source), processor)
         for source in method_of(run.config).sources(run.config, task)
     ]
     if tower is not None:
-        images = (prepare.image_paths(part.records, part.roots) for part in parts)
+        images = (processor.image_paths(part.records, part.roots) for part in parts)
         tower.fill(list(itertools.chain.from_iterable(images)), int(run.fields.get("dataloader_num_workers", 0)))
     return ConcatTrainDataset(parts)
 

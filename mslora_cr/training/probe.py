@@ -10,7 +10,7 @@ from torch import Tensor
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.data.datasets import ConcatTrainDataset
-from mslora_cr.data.preparation import Collate
+from mslora_cr.data.input_processor import Collate
 from mslora_cr.losses.penalty import Key, Pair
 from mslora_cr.training.inputs import layer_inputs, loss_mask
 

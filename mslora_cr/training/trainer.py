@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from mslora_cr.banks.io import load_bank, save_bank
 from mslora_cr.banks.stack import TRAINABLE, BankStack
 from mslora_cr.data.datasets import ConcatTrainDataset
-from mslora_cr.data.preparation import Collate
+from mslora_cr.data.input_processor import Collate
 from mslora_cr.distributed.comm import barrier, broadcast_object
 from mslora_cr.distributed.deepspeed import float32_value, gather_params, reshard
 from mslora_cr.losses.penalty import Distillation, Key, Penalty, Projection, penalty_hook, projection_hook

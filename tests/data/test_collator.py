@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from mslora_cr.data.collator import TrainingCollator
-from mslora_cr.data.datasets import EvalDataset, Preprocessing, TrainDataset
+from mslora_cr.data.datasets import EvalDataset, TrainDataset
 from mslora_cr.data.features import FeatureCache
+from mslora_cr.data.llava_med_inputs import LlavaMedInputs
 from mslora_cr.data.prompts import IGNORE_INDEX, IMAGE_INDEX
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 from mslora_cr.models.llava_med import load
@@ -23,14 +24,14 @@ SUPERVISED = json.loads((GOLDEN / "tokenization.json").read_text())["supervised"
 
 
 @pytest.fixture(scope="module")
-def preprocessing() -> Preprocessing:
+def input_processor() -> LlavaMedInputs:
     base = load(GOLDEN / "llava_med_tiny", dtype=torch.float32)
-    return Preprocessing(base.tokenizer, base.image_processor, base.image_token_id, base.patches)
+    return LlavaMedInputs(base.tokenizer, base.image_processor, base.image_token_id, base.patches)
 
 
 @pytest.fixture
-def samples(preprocessing: Preprocessing) -> TrainDataset:
-    return TrainDataset(TrainingRecords(GOLDEN / "conversations.json"), [GOLDEN], preprocessing)
+def samples(input_processor: LlavaMedInputs) -> TrainDataset:
+    return TrainDataset(TrainingRecords(GOLDEN / "conversations.json"), [GOLDEN], input_processor)
 
 
 def write(folder: Path, *records: dict[str, Any]) -> Path:
@@ -85,16 +86,16 @@ def test_every_sample_is_the_golden_one(samples: TrainDataset) -> None:
             assert (pixels - expected.squeeze()).abs().max() <= 1e-5
 
 
-def test_a_list_of_images_shows_its_first_as_published(preprocessing: Preprocessing, tmp_path: Path) -> None:
+def test_a_list_of_images_shows_its_first_as_published(input_processor: LlavaMedInputs, tmp_path: Path) -> None:
     names = ["images/wide.png", "images/tall.png"]
-    alone = TrainDataset(TrainingRecords(write(tmp_path, conversation(names[0]))), [GOLDEN], preprocessing)[0]
+    alone = TrainDataset(TrainingRecords(write(tmp_path, conversation(names[0]))), [GOLDEN], input_processor)[0]
     (tmp_path / "list").mkdir()
     listed = TrainingRecords(write(tmp_path / "list", conversation(names)))
-    first = TrainDataset(listed, [GOLDEN], preprocessing)[0]
+    first = TrainDataset(listed, [GOLDEN], input_processor)[0]
     assert first["input_ids"] == alone["input_ids"]
     assert torch.equal(first["pixel_values"], alone["pixel_values"])
 
-    every = TrainDataset(listed, [GOLDEN], replace(preprocessing, all_images=True))[0]
+    every = TrainDataset(listed, [GOLDEN], replace(input_processor, all_images=True))[0]
     assert every["input_ids"].count(PLACEHOLDER) == 2 * PATCHES
     assert every["pixel_values"].shape[0] == 2
     assert torch.equal(every["pixel_values"][:1], alone["pixel_values"])
@@ -102,29 +103,29 @@ def test_a_list_of_images_shows_its_first_as_published(preprocessing: Preprocess
     assert len(every["labels"]) == len(every["input_ids"])
 
 
-def test_a_question_shows_the_first_image_or_all(preprocessing: Preprocessing, tmp_path: Path) -> None:
+def test_a_question_shows_the_first_image_or_all(input_processor: LlavaMedInputs, tmp_path: Path) -> None:
     records = questions(tmp_path, ["images/wide.png", "images/tall.png"])
     for everything, count in ((False, 1), (True, 2)):
-        asked = EvalDataset(records, [GOLDEN], replace(preprocessing, all_images=everything))
+        asked = EvalDataset(records, [GOLDEN], replace(input_processor, all_images=everything))
         [prompt] = asked.prompts()
         assert prompt.opening.count(PLACEHOLDER) == count * PATCHES
         assert prompt.opening[-1] == PLACEHOLDER and PLACEHOLDER not in prompt.rest
         assert [image.name for image in prompt.images] == ["wide.png", "tall.png"][:count]
-        assert asked.pictures(0).shape == (count, 3, 56, 56)
+        assert asked.load_images(0).shape == (count, 3, 56, 56)
 
 
-def test_errors_name_the_file_and_the_record(preprocessing: Preprocessing, tmp_path: Path) -> None:
+def test_errors_name_the_file_and_the_record(input_processor: LlavaMedInputs, tmp_path: Path) -> None:
     path = write(tmp_path, conversation("images/wide.png"), conversation("images/none.png"))
-    broken = TrainDataset(TrainingRecords(path), [GOLDEN], preprocessing)
+    broken = TrainDataset(TrainingRecords(path), [GOLDEN], input_processor)
     with pytest.raises(DataError, match=r"train\.json: record 1: image 'images/none\.png' is missing"):
         broken[1]
-    short = TrainDataset(TrainingRecords(path), [GOLDEN], replace(preprocessing, max_length=10))
+    short = TrainDataset(TrainingRecords(path), [GOLDEN], replace(input_processor, max_length=10))
     with pytest.raises(DataError, match=r"train\.json: record 0: an image ends at position"):
         short[0]
-    asked = EvalDataset(questions(tmp_path, "images/wide.png"), [GOLDEN], replace(preprocessing, max_length=10))
+    asked = EvalDataset(questions(tmp_path, "images/wide.png"), [GOLDEN], replace(input_processor, max_length=10))
     with pytest.raises(DataError, match=r"test\.jsonl: line 1: an image ends at position"):
         asked.prompts()
-    asked = EvalDataset(questions(tmp_path, "images/none.png"), [GOLDEN], preprocessing)
+    asked = EvalDataset(questions(tmp_path, "images/none.png"), [GOLDEN], input_processor)
     with pytest.raises(DataError, match=r"test\.jsonl: line 1: image 'images/none\.png' is missing"):
         asked.prompts()
 
@@ -159,14 +160,14 @@ def test_a_batch_without_images_has_no_pixels(samples: TrainDataset) -> None:
     assert "pixel_values" not in TrainingCollator(0)([samples[text_only]])
 
 
-def test_text_only_samples_are_batched_with_cached_features(preprocessing: Preprocessing, tmp_path: Path) -> None:
+def test_text_only_samples_are_batched_with_cached_features(input_processor: LlavaMedInputs, tmp_path: Path) -> None:
     """Features have another shape than pixels, of which a text-only sample has none."""
     path = write(tmp_path, conversation("images/wide.png"), conversation(None, "Is it?"))
     cache = FeatureCache(tmp_path / "features")
     cache.fill(
-        [GOLDEN / "images/wide.png"], preprocessing.image_processor, lambda pixels: torch.ones(len(pixels), 5, 7)
+        [GOLDEN / "images/wide.png"], input_processor.image_processor, lambda pixels: torch.ones(len(pixels), 5, 7)
     )
-    cached = TrainDataset(TrainingRecords(path), [GOLDEN], replace(preprocessing, features=cache))
+    cached = TrainDataset(TrainingRecords(path), [GOLDEN], replace(input_processor, features=cache))
     for order in ([0, 1], [1, 0]):
         assert TrainingCollator(0)([cached[index] for index in order])["pixel_values"].equal(torch.ones(1, 5, 7))
     assert "pixel_values" not in TrainingCollator(0)([cached[1]])

@@ -39,7 +39,7 @@ def test_ids_are_those_of_trl_and_masks_but_for_the_line_break_behind_an_answer(
     make(family, tmp_path / "model")
     base = load_model(tmp_path / "model", dtype=torch.float32)
     assert isinstance(base, ProcessorBase)
-    processor, prepare = base.processor, base.preparation(2048, True)
+    processor, input_processor = base.processor, base.input_processor(2048, True)
     if family == "idefics3":
         processor.tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>"})  # TRL's template begins with it
     processor.chat_template = (templates / f"{family}.jinja").read_text(encoding="utf-8")
@@ -55,7 +55,9 @@ def test_ids_are_those_of_trl_and_masks_but_for_the_line_break_behind_an_answer(
         TrainingRecord.model_validate({"id": count, "image": images[:count], "conversations": turns[: 2 * count]})
         for count in (1, 2)
     ]
-    ours = prepare.batch([prepare.sample(index, record, [tmp_path]) for index, record in enumerate(records)])
+    ours = input_processor.batch(
+        [input_processor.sample(index, record, [tmp_path]) for index, record in enumerate(records)]
+    )
 
     shown = [{"type": "image", "image": load_image(tmp_path / name)} for name in images]
     messages = [

@@ -11,8 +11,9 @@ import torch
 from benchmarks.baselines import generated
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.per_sample import PerSampleAdapters, QuestionBanks, whole_banks
-from mslora_cr.data.datasets import EvalDataset, Preprocessing
-from mslora_cr.data.preparation import Prompt
+from mslora_cr.data.datasets import EvalDataset
+from mslora_cr.data.input_processor import Prompt
+from mslora_cr.data.llava_med_inputs import LlavaMedInputs
 from mslora_cr.data.records import TestRecords
 from mslora_cr.generation.batching import Group, Limits, grouped, in_waves, padding_of, shared_out
 from mslora_cr.generation.cuda_graphs import Shape, StaticRows, StaticSteps
@@ -69,8 +70,10 @@ def questions(base: LlavaMed, tmp_path_factory: pytest.TempPathFactory) -> EvalD
         rows.append({"question_id": number, "image": images, "text": " ".join(words), "gt": "", "answer_type": "OPEN"})
     path = tmp_path_factory.mktemp("questions") / "test.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare = Preprocessing(base.tokenizer, base.image_processor, base.image_token_id, base.patches, all_images=True)
-    return EvalDataset(TestRecords(path), [GOLDEN], prepare)
+    input_processor = LlavaMedInputs(
+        base.tokenizer, base.image_processor, base.image_token_id, base.patches, all_images=True
+    )
+    return EvalDataset(TestRecords(path), [GOLDEN], input_processor)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def one_by_one(base: LlavaMed, questions: EvalDataset) -> Callable[[Ends], list[
             endless[window] = []
             for index, prompt in enumerate(questions.prompts()):
                 ids = [prompt.opening + prompt.rest]
-                endless[window] += generated(base.model, ids, questions.pictures(index), Ends(-1), NEW_TOKENS)
+                endless[window] += generated(base.model, ids, questions.load_images(index), Ends(-1), NEW_TOKENS)
         eos = ends.eos_token_id
         return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in endless[window]]
 
@@ -116,9 +119,9 @@ def test_a_prompt_alone_and_its_ids_as_they_come(base: LlavaMed, questions: Eval
     pixels = torch.randn(images, 3, 56, 56, generator=torch.Generator().manual_seed(1)) if images else None
     expected = generated(base.model, [ids], pixels, Ends(-1), NEW_TOKENS)[0]
     told: list[int] = []
-    prepare = replace(questions.preprocessing, tokenizer=Ends(-1))
+    input_processor = replace(questions.input_processor, tokenizer=Ends(-1))
     inputs = {"pixel_values": pixels} if images else {}
-    found = answer_alone(prepare, base.model, ids, inputs, NEW_TOKENS, lambda _, token: told.append(token))
+    found = answer_alone(input_processor, base.model, ids, inputs, NEW_TOKENS, lambda _, token: told.append(token))
     assert found == told == expected
 
 
@@ -187,7 +190,7 @@ def test_buffers_are_made_only_where_enough_batches_wait(
     decoder = Decoder(base.model, prompts, Ends(-1), NEW_TOKENS)
     decoder.steps = StaticSteps(record=False)
     [wave] = in_waves(grouped(prompts, [0, 1], lambda _: None), prompts, Limits(1, NEW_TOKENS, 1))
-    openings = decoder.read(wave, {"pixel_values": questions.pictures(0)})
+    openings = decoder.read(wave, {"pixel_values": questions.load_images(0)})
     decoder.answer(openings, wave.batches[0], waiting=1)
     assert made == []
     decoder.answer(openings, wave.batches[0], waiting=2)
@@ -217,7 +220,7 @@ def test_each_row_gets_its_own_banks(
         expected = []
         for index, prompt in enumerate(questions.prompts()):
             mixed.choose([index])
-            pixels = questions.pictures(index)
+            pixels = questions.load_images(index)
             expected += generated(base.model, [prompt.opening + prompt.rest], pixels, Ends(-1), NEW_TOKENS)
         steps = StaticSteps(record=False) if static else None
         assert shared(base, questions, Ends(-1), Limits(4, NEW_TOKENS, 480), mixed, steps) == expected
@@ -249,7 +252,7 @@ def test_cached_features_take_the_images_place(base: LlavaMed, questions: EvalDa
     layer = own.model.config.vision_feature_layer
     with torch.inference_mode():
         cache.fill(paths, own.image_processor, lambda pixels: tower_features(tower, layer, pixels), progress=False)
-    cached = EvalDataset(questions.records, questions.roots, replace(questions.preprocessing, features=cache))
+    cached = EvalDataset(questions.records, questions.roots, replace(questions.input_processor, features=cache))
     assert shared(own, cached, Ends(-1), Limits(4, NEW_TOKENS, 480)) == expected
 
 

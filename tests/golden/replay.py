@@ -30,8 +30,9 @@ from mslora_cr.banks.published import published_bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import RegularizationConfig
 from mslora_cr.data.collator import TrainingCollator
-from mslora_cr.data.datasets import ConcatTrainDataset, EvalDataset, Preprocessing, TrainDataset
+from mslora_cr.data.datasets import ConcatTrainDataset, EvalDataset, TrainDataset
 from mslora_cr.data.images import load_image, preprocess
+from mslora_cr.data.llava_med_inputs import LlavaMedInputs
 from mslora_cr.data.prompts import encode_conversation, encode_prompt, generation_prompt
 from mslora_cr.data.records import TestRecords, TrainingRecords
 from mslora_cr.generation.batching import Limits, grouped, in_waves
@@ -141,13 +142,13 @@ class Replay:
         return llava_med.load(path, dtype=torch.float32, attn_implementation="eager", device=self.device)
 
     @cached_property
-    def preprocessing(self) -> Preprocessing:
+    def input_processor(self) -> LlavaMedInputs:
         base = self.load()
-        return Preprocessing(base.tokenizer, base.image_processor, base.image_token_id, base.patches)
+        return LlavaMedInputs(base.tokenizer, base.image_processor, base.image_token_id, base.patches)
 
     @cached_property
     def samples(self) -> TrainDataset:
-        return TrainDataset(self.records, [self.folder], self.preprocessing)
+        return TrainDataset(self.records, [self.folder], self.input_processor)
 
     @cached_property
     def batches(self) -> list[list[int]]:
@@ -157,7 +158,7 @@ class Replay:
 
     def tokenization(self) -> None:
         expected = json.loads((self.folder / "tokenization.json").read_text(encoding="utf-8"))
-        tokenizer = self.preprocessing.tokenizer
+        tokenizer = self.input_processor.tokenizer
         for item in expected["supervised"]:
             record = self.records[self.positions[item["id"]]]
             encoded = encode_conversation(tokenizer, record.turns, len(record.images))
@@ -171,7 +172,7 @@ class Replay:
     def pixels(self) -> None:
         files = {file.name: file for file in (self.folder / "images").iterdir()}
         for key, expected in load_file(self.folder / "pixel_values.safetensors").items():
-            ours = preprocess(load_image(files[Path(key).name]), self.preprocessing.image_processor)
+            ours = preprocess(load_image(files[Path(key).name]), self.input_processor.image_processor)
             self.see("pixels", PIXELS, absolute(ours, expected.view_as(ours)))
 
     def base(self) -> None:
@@ -184,7 +185,7 @@ class Replay:
     @torch.no_grad()
     def forward(self, model: Any, batch: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Loss, and each sample's logits at its labelled positions."""
-        inputs = TrainingCollator(self.preprocessing.tokenizer.pad_token_id)([self.samples[i] for i in batch])
+        inputs = TrainingCollator(self.input_processor.tokenizer.pad_token_id)([self.samples[i] for i in batch])
         del inputs["record_index"]
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         keep, targets = loss_mask(inputs["labels"])
@@ -235,7 +236,7 @@ class Replay:
             trainer = BankTrainer(
                 stack=stack,
                 samples=ConcatTrainDataset([self.samples]),
-                collator=TrainingCollator(self.preprocessing.tokenizer.pad_token_id),
+                collator=TrainingCollator(self.input_processor.tokenizer.pad_token_id),
                 args=args,
                 bank_shape=(self.training["rank"], self.training["lora_alpha"]),
                 penalty=WeightedPenalties(penalties, weights) if penalties else None,
@@ -290,7 +291,7 @@ class Replay:
                     self.decode(folded.model, questions, [by_id[item["id"]] for item in wanted], limit),
                     strict=True,
                 ):
-                    text = self.preprocessing.tokenizer.decode([ids])[0]
+                    text = self.input_processor.tokenizer.decode([ids])[0]
                     self.see("generated ids", EXACT, float(ids != item["output_ids"][1:]))
                     self.see("generated text", EXACT, float(text != item["text"]))
 
@@ -304,12 +305,12 @@ class Replay:
         ]
         path = folder / "test.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        return EvalDataset(TestRecords(path), [self.folder], self.preprocessing)
+        return EvalDataset(TestRecords(path), [self.folder], self.input_processor)
 
     def decode(self, model: Any, questions: EvalDataset, indices: Sequence[int], limit: int) -> Iterator[list[int]]:
         prompts = questions.prompts()
         waves = in_waves(grouped(prompts, indices, lambda _: None), prompts, Limits(8, limit, 8192))
-        decoder = Decoder(model, prompts, self.preprocessing.tokenizer, limit)
+        decoder = Decoder(model, prompts, self.input_processor.tokenizer, limit)
         answers: dict[int, list[int]] = {}
         for batch, ids in answered_batches(decoder, questions, waves):
             answers.update(zip(batch, ids, strict=True))

@@ -10,7 +10,8 @@ import torch
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.per_sample import PerSampleAdapters, QuestionBanks, whole_banks
 from mslora_cr.banks.stack import BankStack
-from mslora_cr.data.datasets import EvalDataset, Preprocessing
+from mslora_cr.data.datasets import EvalDataset
+from mslora_cr.data.llava_med_inputs import LlavaMedInputs
 from mslora_cr.data.records import TestRecords
 from mslora_cr.generation.batching import Limits, grouped, in_waves
 from mslora_cr.generation.prefix_decoder import Decoder
@@ -42,8 +43,10 @@ def questions(base: LlavaMed, folder: Path) -> EvalDataset:
     ]
     path = folder / "test.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare = Preprocessing(base.tokenizer, base.image_processor, base.image_token_id, base.patches, all_images=True)
-    return EvalDataset(TestRecords(path), [GOLDEN], prepare)
+    input_processor = LlavaMedInputs(
+        base.tokenizer, base.image_processor, base.image_token_id, base.patches, all_images=True
+    )
+    return EvalDataset(TestRecords(path), [GOLDEN], input_processor)
 
 
 def banks(base: LlavaMed) -> list[Bank]:

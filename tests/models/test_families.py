@@ -74,15 +74,15 @@ def conversation(images: list[str], *texts: str) -> TrainingRecord:
 @pytest.mark.parametrize("family", EVERY)
 def test_ids_labels_and_loss_are_those_of_the_processor(family: str, folder: Folder, tmp_path: Path) -> None:
     base = loaded(folder, family)
-    prepare, processor = base.preparation(2048, True), base.processor
+    input_processor, processor = base.input_processor(2048, True), base.processor
     small, wide = picture(tmp_path, 40, 50), picture(tmp_path, 110, 45)
     records = [
         conversation([small], "<image>\nis this a cell?", "yes it is"),
         conversation([wide, small], "<image><image>\nwhat does the picture show?", "a lesion", "left?", "no, right"),
         conversation([], "is the skin normal?", "no"),
     ]
-    samples = [prepare.sample(index, record, [tmp_path]) for index, record in enumerate(records)]
-    batch = prepare.batch(samples)
+    samples = [input_processor.sample(index, record, [tmp_path]) for index, record in enumerate(records)]
+    batch = input_processor.batch(samples)
     assert batch.pop("record_index").tolist() == [0, 1, 2]
     ended = "<eos>" if family == "llava" else ""  # LLaVA-1.5's template ends no answer
     for row, record in enumerate(records):
@@ -101,7 +101,7 @@ def test_ids_labels_and_loss_are_those_of_the_processor(family: str, folder: Fol
         wanted = theirs["input_ids"][0].tolist() + ([processor.tokenizer.eos_token_id] if ended else [])
         real = batch["attention_mask"][row].bool()
         assert batch["input_ids"][row][real].tolist() == wanted
-        assert prepare.length(record, [tmp_path]) == len(wanted)
+        assert input_processor.length(record, [tmp_path]) == len(wanted)
         labels = batch["labels"][row]
         said = processor.tokenizer.decode(labels[labels != IGNORE_INDEX], skip_special_tokens=True)
         assert said.replace(" ", "") == "".join(t.text for t in record.turns if t.speaker == "gpt").replace(" ", "")
@@ -110,11 +110,13 @@ def test_ids_labels_and_loss_are_those_of_the_processor(family: str, folder: Fol
         odd = [token for token, ours, other in zip(wanted, found, masked, strict=True) if ours != other]
         # A space in front of an answer, which the generation prompt lacks: it is generated, and so it is learned.
         assert found >= masked and all(processor.tokenizer.decode([token]) == " " for token in odd)
-        assert {int(label) for label in labels[labels != IGNORE_INDEX]} & set(prepare.end_ids)
+        assert {int(label) for label in labels[labels != IGNORE_INDEX]} & set(input_processor.end_ids)
         assert labels[real].eq(batch["input_ids"][row][real])[labels[real] != IGNORE_INDEX].all()
     with torch.no_grad():
         whole = base.model(**batch).loss
-        alone = [base.model(**prepare.batch([sample]), num_items_in_batch=torch.tensor(1)).loss for sample in samples]
+        alone = [
+            base.model(**input_processor.batch([sample]), num_items_in_batch=torch.tensor(1)).loss for sample in samples
+        ]
         alone_sum = sum(alone) / (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
     torch.testing.assert_close(whole, alone_sum, rtol=1e-4, atol=1e-5)
 
@@ -125,14 +127,19 @@ def test_llava_med_by_its_exported_processor_is_llava_med(tmp_path: Path) -> Non
     exported = tmp_path / "exported"
     exported.mkdir()
     writer_of(llava_med, GOLDEN / "llava_med_tiny")(exported)
-    ours, other = llava_med.preparation(2048, True), loaded(lambda _: exported, "llava").preparation(2048, True)
+    ours, other = llava_med.input_processor(2048, True), loaded(lambda _: exported, "llava").input_processor(2048, True)
     image = picture(tmp_path, 40, 50)
     for record in (conversation([image], "is this a cell?", "yes  it is"), conversation([image], "a?", "b", "c", "d")):
-        one, two = (prepare.collator()([prepare.sample(0, record, [tmp_path])]) for prepare in (ours, other))
+        one, two = (
+            input_processor.collator()([input_processor.sample(0, record, [tmp_path])])
+            for input_processor in (ours, other)
+        )
         assert one.keys() == two.keys()
         assert all(one[name].equal(two[name]) for name in one)
     question = {"question_id": 1, "image": image, "text": "is  this a cell?", "gt": "yes", "answer_type": "CLOSED"}
-    prompts = [prepare.prompt(TestRecord.model_validate(question), [tmp_path]) for prepare in (ours, other)]
+    prompts = [
+        input_processor.prompt(TestRecord.model_validate(question), [tmp_path]) for input_processor in (ours, other)
+    ]
     assert len({prompt.opening + prompt.rest for prompt in prompts}) == 1
 
 
@@ -250,7 +257,7 @@ def test_questions_about_several_images_of_other_sizes_are_answered_as_alone(
     family: str, folder: Folder, tmp_path: Path
 ) -> None:
     base = loaded(folder, family)
-    prepare = base.preparation(2048, True)
+    input_processor = base.input_processor(2048, True)
     names = [picture(tmp_path, 40, 50), picture(tmp_path, 110, 45), picture(tmp_path, 30, 90)]
     asked = [
         TestRecord.model_validate(
@@ -258,37 +265,38 @@ def test_questions_about_several_images_of_other_sizes_are_answered_as_alone(
         )
         for images in (names[:1], names, names[1:])
     ]
-    prompts = [prepare.prompt(record, [tmp_path]) for record in asked]
-    shown = [prepare.pictures(record.images, [tmp_path]) for record in asked]
-    batch = prepare.answering_batch(prompts, shown)
+    prompts = [input_processor.prompt(record, [tmp_path]) for record in asked]
+    shown = [input_processor.load_images(record.images, [tmp_path]) for record in asked]
+    batch = input_processor.answering_batch(prompts, shown)
     assert batch["attention_mask"].sum(1).tolist() == [len(prompt) for prompt in prompts]
     together = base.model.generate(**batch, max_new_tokens=4, do_sample=False)[:, -4:].tolist()
     for prompt, images, row in zip(prompts, shown, together, strict=True):
-        alone = prepare.answering_batch([prompt], [images])
+        alone = input_processor.answering_batch([prompt], [images])
         assert alone["input_ids"][0].tolist() == list(prompt.rest)
         assert base.model.generate(**alone, max_new_tokens=4, do_sample=False)[0, -4:].tolist() == row
 
 
 def test_what_a_model_would_misread_is_refused(folder: Folder, tmp_path: Path) -> None:
-    prepare = loaded(folder, "llava").preparation(40, True)
+    input_processor = loaded(folder, "llava").input_processor(40, True)
     with pytest.raises(ValueError, match="spells out '</s>', which the model takes for a control token"):
-        prepare.length(conversation([], "is </s> a word?", "no"), [tmp_path])
+        input_processor.length(conversation([], "is </s> a word?", "no"), [tmp_path])
     wide = picture(tmp_path, 110, 45)
-    assert prepare.length(conversation([wide], "is this a cell?", "no " * 30), [tmp_path]) == 40  # the answer's end
+    cut = conversation([wide], "is this a cell?", "no " * 30)
+    assert input_processor.length(cut, [tmp_path]) == 40  # the answer's end
     with pytest.raises(ValueError, match=r"an image ends past data\.max_length = 40, of \d+ positions"):
-        prepare.length(conversation([wide] * 3, "is this a cell?", "no"), [tmp_path])
+        input_processor.length(conversation([wide] * 3, "is this a cell?", "no"), [tmp_path])
 
 
 def test_a_template_that_refuses_or_rewrites_a_conversation_is_named(folder: Folder, tmp_path: Path) -> None:
     base = loaded(folder, "llava")
     base.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="chat template refuses the conversation: roles must alternate"):
-        base.preparation(99, True).length(conversation([], "a?", "b"), [tmp_path])
+        base.input_processor(99, True).length(conversation([], "a?", "b"), [tmp_path])
     base.processor.chat_template = (
         "{{ messages | length }}{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}"
     )
     with pytest.raises(ValueError, match="writes an answer otherwise once the conversation goes on"):
-        base.preparation(99, True).length(conversation([], "a?", "b", "c?", "d"), [tmp_path])
+        base.input_processor(99, True).length(conversation([], "a?", "b", "c?", "d"), [tmp_path])
 
 
 def test_a_folder_without_a_processor_or_a_template_is_refused(folder: Folder, tmp_path: Path) -> None:

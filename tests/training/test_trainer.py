@@ -14,8 +14,9 @@ from transformers import TrainingArguments
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.cli.main import main
 from mslora_cr.data.collator import TrainingCollator, in_batches, padding_share
-from mslora_cr.data.datasets import ConcatTrainDataset, Preprocessing, TrainDataset
+from mslora_cr.data.datasets import ConcatTrainDataset, TrainDataset
 from mslora_cr.data.images import image_roots
+from mslora_cr.data.llava_med_inputs import LlavaMedInputs
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.models.language import last_mlp
@@ -58,9 +59,9 @@ def base(tiny_model: Path) -> LlavaMed:
 def make_trainer(base: LlavaMed, tiny_data: Path, folder: Path) -> BankTrainer:
     stack = BankStack(base.model, "merge")
     stack.add_trainable(4, 8)
-    preprocessing = Preprocessing(base.tokenizer, base.image_processor, base.image_token_id, base.patches)
+    input_processor = LlavaMedInputs(base.tokenizer, base.image_processor, base.image_token_id, base.patches)
     records = TrainingRecords(tiny_data / "PathVQA" / "train.json")
-    samples = TrainDataset(records, image_roots(tiny_data, "PathVQA"), preprocessing)
+    samples = TrainDataset(records, image_roots(tiny_data, "PathVQA"), input_processor)
     args = TrainingArguments(
         output_dir=str(folder), report_to="none", use_cpu=True, remove_unused_columns=False, label_names=["labels"]
     )
@@ -244,7 +245,7 @@ def test_lengths_are_learned_without_an_image(
 ) -> None:
     trainer = make_trainer(base, tiny_data, tmp_path)
     expected = [len(trainer.samples[index]["input_ids"]) for index in range(len(trainer.samples))]
-    monkeypatch.setattr("mslora_cr.data.datasets.load_image", decode_nothing)
+    monkeypatch.setattr("mslora_cr.data.llava_med_inputs.load_image", decode_nothing)
     trainer.args.train_sampling_strategy = "group_by_length"
     order = list(trainer._get_train_sampler())
     assert sorted(order) == list(range(len(expected)))

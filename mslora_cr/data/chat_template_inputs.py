@@ -18,9 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from mslora_cr.data.chat import Chat, Span, messages_of, render, training_chat
-from mslora_cr.data.datasets import paths_of
-from mslora_cr.data.images import image_size, load_image, resolve_image
-from mslora_cr.data.preparation import Collate, Prompt
+from mslora_cr.data.images import image_size, load_image, paths_of, resolve_image
+from mslora_cr.data.input_processor import Collate, Prompt
 from mslora_cr.data.prompts import IGNORE_INDEX, Turn
 from mslora_cr.data.records import IMAGE, TestRecord, TestRecords, TrainingRecord, TrainingRecords, shown_images
 
@@ -59,8 +58,8 @@ class ChatSample(TypedDict):
 
 
 @dataclass(frozen=True)
-class ProcessorPreparation:
-    """The `Preparation` of a model with a processor."""
+class ChatTemplateInputs:
+    """The `InputProcessor` of a model with a processor."""
 
     processor: Any
     end_ids: tuple[int, ...]
@@ -86,18 +85,18 @@ class ProcessorPreparation:
         """As `paths_of`."""
         return paths_of([self.image_names(record) for record in records], roots)
 
-    def pictures(self, names: Sequence[str], roots: Sequence[Path]) -> list[Image.Image]:
+    def load_images(self, names: Sequence[str], roots: Sequence[Path]) -> list[Image.Image]:
         """Decoded, in RGB."""
         return [load_image(resolve_image(name, roots)) for name in names]
 
-    def shown(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+    def process_images(self, images: Sequence[Image.Image]) -> list[Image.Image]:
         return list(images)
 
     # --- training ---
 
     def sample(self, index: int, record: TrainingRecord, roots: Sequence[Path]) -> ChatSample:
         chat = self._chat(record)
-        images = self.pictures(self.image_names(record), roots)
+        images = self.load_images(self.image_names(record), roots)
         self._check_cut(self._ids(chat.text, [image.size for image in images]))
         return ChatSample(index=index, text=chat.text, answers=chat.answers, images=images)
 
@@ -142,12 +141,12 @@ class ProcessorPreparation:
         return Prompt((), tuple(self._fitting(text, [image_size(path) for path in images])), images, text)
 
     def asked(
-        self, earlier: Sequence[Turn], question: str, shown: list[Image.Image]
+        self, earlier: Sequence[Turn], question: str, images: list[Image.Image]
     ) -> tuple[list[int], dict[str, Tensor]]:
         self._check_text([question])
-        text = render(self.processor, messages_of([*earlier, _Question(question)], len(shown)), to_answer=True)
-        self._fitting(text, [image.size for image in shown])
-        inputs = self._processed([text], [shown], "left")
+        text = render(self.processor, messages_of([*earlier, _Question(question)], len(images)), to_answer=True)
+        self._fitting(text, [image.size for image in images])
+        inputs = self._processed([text], [images], "left")
         return inputs["input_ids"][0].tolist(), inputs
 
     def _fitting(self, text: str, sizes: Sequence[Size]) -> list[int]:
@@ -156,9 +155,9 @@ class ProcessorPreparation:
             raise ValueError(f"it takes {len(ids)} positions, more than data.max_length = {self.max_length}")
         return ids
 
-    def answering_batch(self, prompts: Sequence[Prompt], shown: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
+    def answering_batch(self, prompts: Sequence[Prompt], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
         """A left-padded batch of whole prompts, their ids included: the processor makes both."""
-        return self._processed([prompt.text for prompt in prompts], shown, "left")
+        return self._processed([prompt.text for prompt in prompts], images, "left")
 
     # --- the processor ---
 

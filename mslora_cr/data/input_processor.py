@@ -1,6 +1,8 @@
-"""What turns records into the inputs of a base model, whichever it is: the one interface that data sets, collators,
-decoders and routers know. `datasets.Preprocessing` is LLaVA-Med's, `processor.ProcessorPreparation` that of every model
-that comes with a processor of transformers'."""
+"""The interface by which data sets, collators, decoders and routers turn records into a base model's inputs.
+
+`LlavaMedInputs` follows LLaVA-Med's published protocol; `ChatTemplateInputs` uses the processor and chat template that
+come with any other model.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ class TextTokenizer(Protocol):
     def decode(self, sequences: Sequence[Sequence[int]], /) -> list[str]: ...
 
 
-class Preparation(Protocol):
+class InputProcessor(Protocol):
     """Cheap to send to data loader workers, where images are decoded."""
 
     @property
@@ -90,23 +92,23 @@ class Preparation(Protocol):
         """What a question is answered from; no image is decoded."""
         ...
 
-    def shown(self, images: Sequence[Image.Image], /) -> Any:
+    def process_images(self, images: Sequence[Image.Image], /) -> Any:
         """Decoded images as `answering_batch`, `asked` and the router take them."""
         ...
 
-    def pictures(self, names: Sequence[str], roots: Sequence[Path], /) -> Any:
-        """Of image files, as `shown`."""
+    def load_images(self, names: Sequence[str], roots: Sequence[Path], /) -> Any:
+        """Of image files, as `process_images`."""
         ...
 
-    def answering_batch(self, prompts: Sequence[Prompt], shown: Sequence[Any], /) -> dict[str, Tensor]:
+    def answering_batch(self, prompts: Sequence[Prompt], images: Sequence[Any], /) -> dict[str, Tensor]:
         """What a decoder takes besides the prompts' ids.
 
         Args:
-            shown: the images of each, as `pictures` gives them.
+            images: those of each, as `load_images` gives them.
         """
         ...
 
-    def asked(self, earlier: Sequence[Turn], question: str, shown: Any, /) -> tuple[list[int], dict[str, Tensor]]:
+    def asked(self, earlier: Sequence[Turn], question: str, images: Any, /) -> tuple[list[int], dict[str, Tensor]]:
         """Ids of a prompt that goes on from earlier turns about the same images, and its `answering_batch` alone.
 
         Raises:
