@@ -23,7 +23,7 @@ from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.datasets import TrainDataset
 from mslora_cr.data.records import TestRecords, TrainingRecords
 from mslora_cr.data.tasks import task_folder, task_image_roots
-from mslora_cr.models.load import load_base, preprocessing
+from mslora_cr.models.load import input_processor_of, load_base
 from mslora_cr.reporting.plots import TERMS as TITLES
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.serving.answering import AnsweringModel
@@ -189,7 +189,7 @@ def test_fisher_information_is_the_mean_of_squared_gradients(method_run: Trained
     stack = BankStack(base.model, "merge")
     stack.add_trainable(config.lora.rank, config.lora.alpha, initial=load_bank(config.run_dir / "banks" / task.name))
     records = TrainingRecords(task_folder(config, task) / "train.json")
-    samples = TrainDataset(records, task_image_roots(config, task), preprocessing(config, base))
+    samples = TrainDataset(records, task_image_roots(config, task), input_processor_of(config, base))
     totals = {parameter: torch.zeros_like(parameter) for parameter in stack.trainable_parameters()}
     for sample in (samples[index] for index in range(len(samples))):
         batch = TrainingCollator(0)([sample])
