@@ -4,7 +4,7 @@
     model = mslora_cr.load("checkpoints/RUN", task="derm")
     model.answer("photo.jpg", "Which skin condition is seen?")
 
-Every name below is loaded when it is first used, so `import mslora_cr` imports no torch. docs/how-to/use.md is the guide.
+Every name below is loaded on first use, so `import mslora_cr` imports no torch. docs/how-to/use.md is the guide.
 """
 
 from __future__ import annotations

@@ -118,9 +118,9 @@ def trained_config(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Path:
 
 
 def method_of_the_page() -> str:
-    """The text of `held.py`, the method that docs/reference/methods.md adds from outside the package."""
-    page = (Path(__file__).parents[1] / "docs" / "reference" / "methods.md").read_text(encoding="utf-8")
-    return page.partition("## Adding one")[2].partition("```python\n")[2].partition("```")[0]
+    """The text of `held.py`, the method that docs/how-to/add-a-method.md adds from outside the package."""
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "add-a-method.md").read_text(encoding="utf-8")
+    return page.partition("```python\n")[2].partition("```")[0]
 
 
 def bank_bytes(run_folder: Path) -> dict[str, bytes]:

@@ -144,7 +144,7 @@ def test_batched_answers_are_those_given_one_by_one(results: Results, asked: lis
 def test_questions_of_very_different_length_are_answered_as_one_by_one(
     results: Results, own_data: Path, tmp_path: Path
 ) -> None:
-    """Mostly padding, and answers that end early beside others that do not. In float32; see docs/how-to/evaluation.md."""
+    """Mostly padding, and answers that end early beside others that do not. In float32: docs/explanation/answering.md."""
     file = own_data / "PathVQA" / "test.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     for number, row in enumerate(rows):

@@ -98,7 +98,7 @@ def test_a_method_trains_evaluates_and_reports(method: str, method_run: Trained)
 def test_the_method_of_the_page_is_added_from_outside(
     config_file: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """docs/reference/methods.md has it in full; nothing inside the package knows of it."""
+    """docs/how-to/add-a-method.md has it in full; nothing inside the package knows of it."""
     assert len(method_of_the_page().splitlines()) < 40
     (tmp_path / "held.py").write_text(method_of_the_page(), encoding="utf-8")
     monkeypatch.chdir(tmp_path)

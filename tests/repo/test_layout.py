@@ -114,7 +114,9 @@ def test_only_one_file_imports_deepspeed() -> None:
 def test_a_file_reads_files_of_its_own_room_alone() -> None:
     """Whoever climbs out of its room by path escapes the direction of imports."""
     climbers = [
-        name for name, path in modules().items() if re.search(r"__file__\)[.\w()]*\.parent(?:s\[|\.parent)", path.read_text())
+        name
+        for name, path in modules().items()
+        if re.search(r"__file__\)[.\w()]*\.parent(?:s\[|\.parent)", path.read_text())
     ]
     assert climbers == ["config.methods"]  # it lists the methods that ship, and imports the one that is named
 
