@@ -6,7 +6,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, add_overrides, count, positive, quieten, run_config
+from mslora_cr.cli.common import (
+    add_command,
+    add_overrides,
+    add_release_option,
+    count,
+    positive,
+    quieten,
+    run_config,
+    stage_of,
+)
 from mslora_cr.cli.conversation import answered_by, aside, converse, write
 from mslora_cr.utils.errors import UserError
 
@@ -44,6 +53,7 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
         metavar="K",
         help="after the first K tasks (default: all that are trained); 0: base model",
     )
+    add_release_option(parser)
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the run's)")
     parser.set_defaults(run=_ask)
 
@@ -54,6 +64,7 @@ def _ask(args: argparse.Namespace) -> int:
     config = run_config(args.target, args.overrides)
     piped = not args.question and not args.questions and not sys.stdin.isatty()
     source = "-" if piped else args.questions
+    stage = stage_of(args, config)
     quieten()
     from mslora_cr.serving.answering import AnsweringModel
     from mslora_cr.serving.questions import Ask, read_questions
@@ -62,7 +73,7 @@ def _ask(args: argparse.Namespace) -> int:
     questions = (
         read_questions(source, args.image) if source else [Ask(text, tuple(args.image)) for text in args.question]
     )
-    model = AnsweringModel(config, args.task, args.stage)
+    model = AnsweringModel(config, args.task, stage)
     if not questions and not source:
         converse(model, args.image, sys.stdin, args.max_new_tokens)
     for ask in questions:

@@ -13,7 +13,7 @@ from typing import NoReturn
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.download import Asset
 from mslora_cr.data.sources.lock import LOCK
-from mslora_cr.utils.errors import nearest
+from mslora_cr.utils.errors import UserError, nearest
 from mslora_cr.utils.logs import QUIET, VERBOSE
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,27 @@ def run_config(target: Path, overrides: Sequence[str] = ()) -> StreamConfig:
     from mslora_cr.config.find import find_run
 
     return find_run(target, overrides)
+
+
+def add_release_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--release",
+        type=positive,
+        metavar="N",
+        help="the banks of release N (`mslora-cr release list RUN`), checked against its record",
+    )
+
+
+def stage_of(args: argparse.Namespace, config: StreamConfig) -> int | None:
+    """The stage that `--stage` or `--release` names; None where neither is given."""
+    stage: int | None = getattr(args, "stage", None)
+    if args.release is None:
+        return stage
+    if stage is not None:
+        raise UserError("a release names its stage itself; leave --stage out")
+    from mslora_cr.release.records import released
+
+    return released(config, args.release).stage
 
 
 def quieten() -> None:

@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, add_overrides, count, quieten, run_config
+from mslora_cr.cli.common import add_command, add_overrides, add_release_option, count, quieten, run_config, stage_of
 from mslora_cr.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--stage", type=count, metavar="K", help="after the first K tasks (default: all that are trained)"
     )
+    add_release_option(parser)
     parser.add_argument(
         "--base",
         metavar="MODEL",
@@ -49,11 +50,12 @@ def _export(args: argparse.Namespace) -> int:
     config = run_config(args.target, args.overrides)
     if args.base and args.format != "peft":
         raise UserError("--base belongs to --format peft: the other formats do not name a base model")
+    stage = stage_of(args, config)
     quieten()
     from mslora_cr.serving.export import export, max_lora_rank, read_record
 
     ranks = [0]
-    for folder in export(config, args.output, args.format, args.task, args.stage, args.base):
+    for folder in export(config, args.output, args.format, args.task, stage, args.base):
         print(folder, flush=True)
         ranks.append(read_record(folder).get("rank", 0))
     if args.format == "peft":

@@ -19,6 +19,7 @@ from mslora_cr.cli.evaluate import add_evaluate, add_score
 from mslora_cr.cli.export import add_export
 from mslora_cr.cli.model import add_model
 from mslora_cr.cli.push import add_push
+from mslora_cr.cli.release import add_release
 from mslora_cr.cli.report import add_analyze, add_compare, add_report
 from mslora_cr.cli.sweep import add_sweep
 from mslora_cr.cli.train import add_train
@@ -116,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_report(commands)
     add_compare(commands)
     add_analyze(commands)
+    add_release(commands)
     add_sweep(commands)
     add_config_command(commands)
     add_ask(commands)

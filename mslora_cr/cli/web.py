@@ -7,7 +7,7 @@ import logging
 import socket
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, add_overrides, count, quieten, run_config
+from mslora_cr.cli.common import add_command, add_overrides, add_release_option, count, quieten, run_config, stage_of
 from mslora_cr.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ def add_web(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("target", type=Path, metavar="RUN", help="configuration, run folder or name of a run")
     add_overrides(parser)
     parser.add_argument("--task", metavar="NAME", help="whose banks answer at first (default: the router chooses)")
+    add_release_option(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone); there is no log-in"
     )
@@ -35,6 +36,7 @@ def add_web(commands: argparse._SubParsersAction) -> None:
 
 def _web(args: argparse.Namespace) -> int:
     config = run_config(args.target, args.overrides)
+    stage = stage_of(args, config)
     quieten()
     import uvicorn
 
@@ -47,7 +49,7 @@ def _web(args: argparse.Namespace) -> int:
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {args.host}, port {args.port} ({error}); choose another --port") from None
     with listener:
-        app = make_app(AnsweringModel(config, args.task), ["*"] if args.host not in LOCAL else LOCAL)
+        app = make_app(AnsweringModel(config, args.task, stage), ["*"] if args.host not in LOCAL else LOCAL)
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"http://{host}:{listener.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
         if args.host not in LOCAL:

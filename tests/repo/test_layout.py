@@ -26,6 +26,7 @@ ROOMS = (
     "stream",
     "evaluation",
     "analysis",
+    "release",
     "reporting",
     "serving",
     "sweep",

@@ -1,0 +1,152 @@
+"""A release plan: what an update must show before it may ship. Written and registered before the update is trained."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mslora_cr.config.plain_yaml import read_plain_yaml
+from mslora_cr.config.schema import ConfigError
+from mslora_cr.runs.ledger import Ledger
+from mslora_cr.utils.errors import first_problem
+from mslora_cr.utils.state import StateFile
+
+PLANS = "releases/plans"
+"""Where the registrations of plans go in a run folder."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskRule(_Section):
+    """What differs for one task.
+
+    Attributes:
+        margin: The tolerated loss, in points; None: the plan's.
+    """
+
+    margin: float | None = Field(default=None, gt=0, le=100)
+
+
+class NewTask(_Section):
+    """What the task that the update adds must show.
+
+    Attributes:
+        least_score: The score, in percent, that its one-sided lower bound must reach.
+        better_than_base: Whether it must be better than the base model without a bank (needs `evaluate --stages all`).
+    """
+
+    least_score: float | None = Field(default=None, ge=0, le=100)
+    better_than_base: bool = False
+
+
+class Plan(_Section):
+    """The content of a plan's YAML file.
+
+    Attributes:
+        metric: The score that decides, by its name in `metrics.json`.
+        level: The probability with which all releases of a stream together may pass wrongly.
+        margin: The tolerated loss of an earlier task, in points.
+        tasks: Exceptions, by task.
+        least_patients: Of fewer independent patients (or images) no task is judged: the update is held.
+        new_task: What the newest task must show.
+        probes: By held-out data set, the tolerated loss against the base model, in points.
+        routed: Whether the answers of `evaluate --banks-by routed` decide, as where the product is not told the task.
+        note: What the authors want the record to say.
+    """
+
+    metric: str = "exact match score"
+    level: float = Field(default=0.05, gt=0, lt=0.5)
+    margin: float = Field(gt=0, le=100)
+    tasks: dict[str, TaskRule] = Field(default_factory=dict)
+    least_patients: int = Field(default=30, ge=2)
+    new_task: NewTask = NewTask()
+    probes: dict[str, float] = Field(default_factory=dict)
+    routed: bool = False
+    note: str = ""
+
+    def margin_of(self, task: str) -> float:
+        """The tolerated loss of a task, in points."""
+        rule = self.tasks.get(task)
+        return self.margin if rule is None or rule.margin is None else rule.margin
+
+
+class Registration(StateFile):
+    """A plan as it stood at a time, and which tasks were finished then.
+
+    Attributes:
+        digest: SHA-256 of the plan's file.
+        text: The file.
+        when: UTC time, ISO 8601.
+        finished: The tasks whose banks existed.
+    """
+
+    MEND: ClassVar[str] = "register the plan again before the next task is trained"
+
+    digest: str
+    text: str
+    when: str
+    finished: tuple[str, ...]
+
+
+def read_plan(path: Path, tasks: Sequence[str]) -> Plan:
+    """A plan's file.
+
+    Args:
+        path: The YAML file.
+        tasks: The tasks of the run, to which its exceptions may refer.
+
+    Raises:
+        ConfigError: It cannot be read, or asks for something unknown.
+    """
+    try:
+        plan = Plan.model_validate(read_plain_yaml(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {first_problem(error)}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if unknown := sorted(set(plan.tasks) - set(tasks)):
+        raise ConfigError(f"{path}: tasks: the run has no {', '.join(unknown)}; it has {', '.join(tasks)}")
+    return plan
+
+
+def register(path: Path, ledger: Ledger, tasks: Sequence[str]) -> Registration:
+    """Record that a plan stands now; a plan that is registered already keeps its first registration.
+
+    Raises:
+        ConfigError: As `read_plan`.
+    """
+    read_plan(path, tasks)
+    earlier = registration_of(path, ledger)
+    if earlier is not None:
+        return earlier
+    data = path.read_bytes()
+    registration = Registration(
+        digest=hashlib.sha256(data).hexdigest(),
+        text=data.decode("utf-8-sig"),
+        when=datetime.now(UTC).isoformat(timespec="seconds"),
+        finished=tuple(ledger.tasks),
+    )
+    target = _place(ledger, registration.digest)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    registration.write(target)
+    return registration
+
+
+def registration_of(path: Path, ledger: Ledger) -> Registration | None:
+    """The registration of a plan's file as it stands; None where it was not registered, or was changed since.
+
+    Raises:
+        StateError: The registration is damaged.
+    """
+    return Registration.read_if_there(_place(ledger, hashlib.sha256(path.read_bytes()).hexdigest()))
+
+
+def _place(ledger: Ledger, digest: str) -> Path:
+    return ledger.folder / PLANS / f"{digest[:16]}.json"
