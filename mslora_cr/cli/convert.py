@@ -45,13 +45,14 @@ def add_convert(actions: argparse._SubParsersAction) -> None:
         nargs=2,
         type=float,
         metavar=("CENTER", "WIDTH"),
-        help="window of DICOM and NIfTI, in their units, e.g. 40 400 (default: the file's own, else its whole range)",
+        help="window of DICOM, NIfTI and images of more than 8 bits, in their units, e.g. 40 400 (default: the file's "
+        "own, else its whole range)",
     )
     parser.add_argument(
         "--frames",
         type=positive,
         metavar="N",
-        help="at most N frames or slices of a file, evenly spaced (default: all)",
+        help="at most N frames, slices or pages of a file, evenly spaced (default: all)",
     )
     parser.add_argument("--test-share", type=_share, default=0.2, metavar="X", help="share of test rows (%(default)s)")
     parser.add_argument("--seed", type=count, default=0, metavar="N", help="draws the split (%(default)s)")
@@ -70,8 +71,8 @@ def _share(text: str) -> float:
 
 def run_convert(args: argparse.Namespace) -> int:
     from mslora_cr.data.sources.convert import Split, convert, convert_images, holds_questions
-    from mslora_cr.data.sources.convert_images import Rendering
     from mslora_cr.data.sources.convert_rows import Columns
+    from mslora_cr.data.sources.rendering import Rendering
 
     rendering = Rendering(tuple(args.window) if args.window else None, args.frames)
     progress = sys.stderr.isatty()
@@ -92,6 +93,13 @@ def run_convert(args: argparse.Namespace) -> int:
     if converted.shared_groups:
         shared = ", ".join(converted.shared_groups[:5])
         log.warning("%d on both sides of the source's split, such as %s", len(converted.shared_groups), shared)
+    for remark, files in converted.noted.items():
+        print(f"{len(files):,} files: {remark}, such as {files[0]}")
+    if converted.several:
+        print(
+            f"{converted.several:,} rows have several images. The model is shown the first of them alone unless the "
+            "configuration has data.images: all; --frames 1 keeps the middle one of each file"
+        )
     for reason, places in converted.left_out.items():
         print(f"left out, {reason}: {len(places):,}")
         for place in places[:5]:
@@ -100,7 +108,7 @@ def run_convert(args: argparse.Namespace) -> int:
         name = args.output.name
         print(
             f"\nIn a configuration:\n"
-            f"  data: {{root: {args.output.parent}}}\n"
+            f"  data: {{root: {args.output.parent}{', images: all' if converted.several else ''}}}\n"
             f"  datasets: {{{name}: {{modality: MODALITY, folder: {name}}}}}\n"
             f"  tasks: [{{name: {name}, epochs: 3, batch_size: 16, learning_rate: 2e-4}}]\n"
             f"Next: mslora-cr data check CONFIG"

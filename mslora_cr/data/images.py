@@ -25,6 +25,11 @@ MAX_PIXELS = 80_000_000
 # Raster formats only: Pillow would hand some of the others (EPS) to an outside program.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 
+PAGED = ("TIFF", "GIF", "WEBP", "PNG")
+"""Formats whose files may hold several pictures."""
+ORIENTATION = 0x0112
+"""The EXIF tag."""
+
 _CHUNK = 32  # images a worker checks between two reports
 _MARK_BYTES = 16
 
@@ -97,24 +102,12 @@ def load_image(path: Path) -> Image.Image:
 
 def decode_image(source: Path | BinaryIO, name: str) -> Image.Image:
     """As `load_image`, from a file or from its bytes; `name` says in errors what it is."""
-    return _decode(source, name)[0]
-
-
-def _decode(source: Path | BinaryIO, name: str) -> tuple[Image.Image, str]:
-    """The image in RGB, and Pillow's name of the mode that it was stored in."""
     try:
         if isinstance(source, Path):
             check_regular(source)
         with Image.open(source, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise DataError(f"{name}: {width} x {height} is more than {MAX_PIXELS:,} pixels")
-            if max(width, height) ** 2 > MAX_PIXELS:
-                raise DataError(
-                    f"{name}: {width} x {height} is padded to a square, which has more than {MAX_PIXELS:,} pixels; "
-                    "crop it or make it smaller"
-                )
-            return image.convert("RGB"), image.mode
+            check_size(image, name)
+            return image.convert("RGB")
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -126,6 +119,43 @@ def _decode(source: Path | BinaryIO, name: str) -> tuple[Image.Image, str]:
     # Pillow's decoders raise OSError, ValueError, SyntaxError, EOFError, struct.error, … on damaged files.
     except Exception as error:
         raise DataError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+
+
+def check_size(image: Image.Image, name: str) -> None:
+    """Refuse an image before its pixels are decoded.
+
+    Raises:
+        DataError: it, or the square that it is padded to, has more than `MAX_PIXELS`.
+    """
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{name}: {width} x {height} is more than {MAX_PIXELS:,} pixels")
+    if max(width, height) ** 2 > MAX_PIXELS:
+        raise DataError(
+            f"{name}: {width} x {height} is padded to a square, which has more than {MAX_PIXELS:,} pixels; "
+            "crop it or make it smaller"
+        )
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether its greys have more than 8 bits, of which the conversion to RGB keeps the values 0 to 255 alone."""
+    return image.mode.startswith(("I", "F"))
+
+
+def turned(image: Image.Image) -> bool:
+    """Whether a viewer turns it upright and the conversion does not: EXIF orientation (Pillow turns TIFF itself)."""
+    try:
+        return image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in range(2, 9)
+    except Exception:  # damaged EXIF: viewers ignore it
+        return False
+
+
+def page_count(image: Image.Image) -> int:
+    """The pages or frames of one picture; the previews that a JPEG of a camera has inside are none."""
+    try:
+        return getattr(image, "n_frames", 1) if image.format in PAGED else 1
+    except Exception:  # the second is damaged: viewers show the first
+        return 1
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -142,15 +172,21 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def washed_out(path: Path) -> str | None:
-    """What a readable image loses once it is decoded as the model sees it; None where it loses nothing.
+    """How the model sees a readable image otherwise than a viewer shows it; None where it does not.
 
     Raises:
         DataError: as `load_image`.
     """
-    image, mode = _decode(path, str(path))
+    image = load_image(path)
+    with Image.open(path, formats=FORMATS) as stored:
+        on_its_side, pages, deep, mode = turned(stored), page_count(stored), is_deep(stored), stored.mode
+    if on_its_side:
+        return "its EXIF orientation is not applied: the model sees it turned or mirrored"
+    if pages > 1:
+        return f"{pages} pages, of which the model sees the first"
     if image.getcolors(1) is not None:  # not more than one
         return f"one single colour once decoded (stored as {mode})"
-    if mode.startswith(("I", "F")):
+    if deep:
         return f"stored with more than 8 bits (mode {mode}), of which the conversion keeps the values 0 to 255 alone"
     return None
 
@@ -260,7 +296,7 @@ def _mark(path: Path) -> bytes:
         status = path.stat()
     except OSError:
         return b""
-    text = f"{status.st_size} {status.st_mtime_ns} {path.absolute()}"
+    text = f"2 {status.st_size} {status.st_mtime_ns} {path.absolute()}"
     return hashlib.blake2b(os.fsencode(text), digest_size=_MARK_BYTES).digest()
 
 

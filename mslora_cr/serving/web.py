@@ -22,6 +22,8 @@ from starlette.routing import Route
 
 from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.records import TestRecord, TestRecords
+from mslora_cr.data.sources.convert_images import first_picture
+from mslora_cr.data.sources.rendering import Rendering
 from mslora_cr.data.tasks import task_image_roots, test_records
 from mslora_cr.metrics.published import score_answers
 from mslora_cr.serving.answering import AnsweringModel, open_image
@@ -104,7 +106,7 @@ class _Web:
         known: TestRecord | None = None
         picture: Image.Image
         if upload is not None:
-            picture = open_image(upload)
+            picture = open_image(first_picture(upload, Rendering()))
         elif "index" in fields:
             of = self.model.config.task(fields.get("of", "")).name
             known = self._record(of, fields["index"])

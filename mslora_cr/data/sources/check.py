@@ -248,8 +248,9 @@ def _check_image_files(
 
     if lossy:
         report.warning(
-            "images of which the model sees little: the conversion is the published one, and saturates what has more "
-            "than 8 bits; convert them to 8 bits by yourself, with a window that suits them",
+            "images of which the model sees little, or sees otherwise than a viewer shows them: they are decoded as in "
+            "the published code, which takes the first page, ignores EXIF orientation and saturates what has more than "
+            "8 bits; `mslora-cr data convert` writes them as a viewer shows them",
             [f"{path}: {loss}" for path, loss in lossy],
         )
 

@@ -16,8 +16,11 @@ from tqdm import tqdm
 
 from mslora_cr.data.images import check_name
 from mslora_cr.data.records import IMAGE, DataError
-from mslora_cr.data.sources.convert_images import Rendering, is_dicom, is_nifti, pictures
+from mslora_cr.data.sources.convert_images import pictures
 from mslora_cr.data.sources.convert_rows import CLOSED_ANSWERS, Columns, Row, read_rows
+from mslora_cr.data.sources.dicom import is_dicom
+from mslora_cr.data.sources.nifti import is_nifti
+from mslora_cr.data.sources.rendering import Note, Rendering
 from mslora_cr.utils.files import replace_folder, write_json
 
 REPORT = "convert.json"
@@ -42,6 +45,8 @@ class Converted:
     Attributes:
         grouped_by: what keeps rows on one side of the split. left_out: by reason, the rows (the first few by name).
         shared_groups: groups that the source's own split has on both sides.
+        noted: how files were drawn, where it is worth knowing: by what is to be said, the files.
+        several: how many rows have several pictures.
     """
 
     rows: int = 0
@@ -51,15 +56,28 @@ class Converted:
     grouped_by: str = "image"
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     shared_groups: list[str] = field(default_factory=list)
+    noted: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    several: int = 0
+
+    def note(self, path: Path) -> Note:
+        """What to call with how a file was drawn; each remark on it counts once."""
+
+        def add(text: str) -> None:
+            if self.noted[text][-1:] != [str(path)]:
+                self.noted[text].append(str(path))
+
+        return add
 
     def summary(self) -> dict[str, Any]:
         """What `convert.json` holds."""
-        left_out = {
-            reason: {"count": len(places), "examples": places[:EXAMPLES]} for reason, places in self.left_out.items()
-        }
+        left_out, noted = (
+            {reason: {"count": len(places), "examples": places[:EXAMPLES]} for reason, places in kind.items()}
+            for kind in (self.left_out, self.noted)
+        )
         counts = {"rows": self.rows, "train": self.train, "test": self.test, "images": self.images}
         shared = {"count": len(self.shared_groups), "examples": self.shared_groups[:EXAMPLES]}
-        return {**counts, "grouped_by": self.grouped_by, "groups_on_both_sides": shared, "left_out": left_out}
+        found = {"groups_on_both_sides": shared, "left_out": left_out, "noted": noted}
+        return {**counts, "rows_with_several_images": self.several, "grouped_by": self.grouped_by, **found}
 
 
 def convert(
@@ -98,7 +116,7 @@ def convert(
         writer = _Images(image_root or (source if source.is_dir() else source.parent), staging, rendering, converted)
         bar = tqdm(rows, "images", unit="row", disable=not progress)
         placed = [(row, names) for row in bar if (names := writer.place(row))]
-        converted.images = writer.count
+        converted.images, converted.several = writer.count, sum(len(names) > 1 for _, names in placed)
         train, test = _parted(placed, split, converted)
         _write(staging, train, test, closed)
         converted.train, converted.test = len(train), len(test)
@@ -143,7 +161,7 @@ def convert_images(source: Path, output: Path, rendering: Rendering | None = Non
             place = staging / path.relative_to(root)
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
-                for suffix, data in pictures(path, None, rendering or Rendering()):
+                for suffix, data in pictures(path, None, rendering or Rendering(), converted.note(path)):
                     place.with_name(place.name + suffix).write_bytes(data)
                     converted.images += 1
             except DataError as error:
@@ -205,7 +223,7 @@ class _Images:
 
     def _write_file(self, name: str) -> list[str]:
         bare, mark, number = name.rpartition("#")
-        frame = int(number) if mark and number.isdecimal() else None
+        frame = int(number) if mark and number.isdecimal() and len(number) < 10 else None
         relative = check_name(bare if frame is not None else name)
         path = self._root / relative
         if not path.is_file():
@@ -215,7 +233,7 @@ class _Images:
     def _write(self, path: Path, frame: int | None, stem: str) -> list[str]:
         """Write a file's pictures; `a/b.png` and `a/b.jpg` get different names."""
         names = []
-        for suffix, data in pictures(path, frame, self._rendering):
+        for suffix, data in pictures(path, frame, self._rendering, self._converted.note(path)):
             name = f"{IMAGES}/{stem}{suffix}"
             if (self._folder / name).exists():
                 name = f"{IMAGES}/{stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}{suffix}"

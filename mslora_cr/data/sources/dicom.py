@@ -1,0 +1,264 @@
+"""DICOM files as a viewer shows them."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mslora_cr.data.images import MAX_PIXELS
+from mslora_cr.data.records import DataError
+from mslora_cr.data.sources.rendering import Frame, Note, Pixels, Rendering, chosen_frames, squared, stretched, windowed
+from mslora_cr.utils.regular import check_regular
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+MAX_INFLATED = 1 << 30
+"""Bytes of a file in a deflated transfer syntax, once it is inflated."""
+FUNCTIONAL_GROUPS = {
+    "PixelValueTransformationSequence": ("RescaleIntercept", "RescaleSlope"),
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction"),
+    "PixelMeasuresSequence": ("PixelSpacing",),
+}
+"""Where an enhanced file keeps what others have at the top (PS3.3, C.7.6.16), for all frames or for each."""
+REPLACED = {"PixelValueTransformationSequence": "ModalityLUTSequence", "FrameVOILUTSequence": "VOILUTSequence"}
+"""Which table at the top a functional group stands instead of."""
+SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
+"""Vertical and horizontal size of a pixel, the first that a file has."""
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file is named as DICOM, or begins as one: files of a hospital's archive often have no ending."""
+    if path.suffix.lower() in (".dcm", ".dicom"):
+        return True
+    try:
+        with check_regular(path).open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def dicom_frames(path: Path, frame: int | None, rendering: Rendering, note: Note) -> Iterator[Frame]:
+    """The frames of a DICOM file.
+
+    Args:
+        path: of the file.
+        frame: as in `chosen_frames`.
+        rendering: a window that replaces the file's own, and how many frames.
+        note: is told of pixels that are not square.
+
+    Raises:
+        DataError: the file cannot be read or shown, with its name and the reason.
+    """
+    import pydicom
+    from pydicom.pixels import iter_pixels
+
+    header = _header(path)
+    count = int(header.get("NumberOfFrames") or 1)
+    numbers = chosen_frames(count, frame, rendering, path)
+    try:
+        source = pydicom.dcmread(path) if _is_deflated(path) else path  # pydicom inflates whole files alone
+        decoded = iter_pixels(source, indices=list(numbers), correct_unused_bits=False)
+        for number, values in zip(numbers, decoded, strict=True):
+            own = _of_frame(header, number)
+            yield (number if count > 1 else None), squared(_shown(own, values, rendering), *_spacing(own), note)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except Exception as error:  # pydicom raises many kinds on damaged files
+        raise DataError(f"{path}: its pixels cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _header(path: Path) -> Dataset:
+    """Everything but the pixels, once it is plausible that the file has as many of them as it says."""
+    import pydicom
+
+    try:
+        size = _size(path)
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        rows, columns = int(header.Rows), int(header.Columns)
+        count = int(header.get("NumberOfFrames") or 1)
+        encapsulated = header.file_meta.TransferSyntaxUID.is_encapsulated
+        # A native frame may have two samples where the header says three (YBR_FULL_422); an item takes 8 bytes.
+        bits = int(header.BitsAllocated) * int(header.SamplesPerPixel) * rows * columns
+    except DataError:
+        raise
+    except Exception as error:  # pydicom raises many kinds on damaged files
+        raise DataError(f"{path}: not a DICOM image ({type(error).__name__}: {error})") from None
+    if rows * columns > MAX_PIXELS:
+        raise DataError(f"{path}: {columns} x {rows} is more than {MAX_PIXELS:,} pixels")
+    if count > 1 and count * (64 if encapsulated else bits // 2) > 8 * size:
+        raise DataError(f"{path}: says that it has {count:,} frames, for which its {size:,} bytes are too few")
+    return header
+
+
+def _is_deflated(path: Path) -> bool:
+    from pydicom.filereader import read_file_meta_info
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    try:
+        return read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
+    except Exception:  # no meta information: the file is read as it is, or refused
+        return False
+
+
+def _size(path: Path) -> int:
+    """The bytes of a file, inflated where its transfer syntax is deflated."""
+    from pydicom.filereader import read_file_meta_info
+
+    if not _is_deflated(path):
+        return path.stat().st_size
+    inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    with path.open("rb") as file:
+        # 128 bytes of preamble, the mark of 4, and the element of 12 that says how long the meta information is
+        file.seek(128 + 4 + 12 + int(read_file_meta_info(path).FileMetaInformationGroupLength))
+        data = file.read(1 << 20)
+        while data and not inflate.eof:
+            size += len(inflate.decompress(data, 1 << 22))
+            if size > MAX_INFLATED:
+                raise DataError(f"{path}: more than {MAX_INFLATED:,} bytes once it is inflated")
+            data = inflate.unconsumed_tail or file.read(1 << 20)
+    return size
+
+
+def _of_frame(header: Dataset, number: int) -> Dataset:
+    """The header with what the functional groups say of one frame at the top: its own before what all share."""
+    shared, own = header.get("SharedFunctionalGroupsSequence"), header.get("PerFrameFunctionalGroupsSequence")
+    groups = [*(shared or [])[:1], *(own or [])[number : number + 1]]
+    if not groups:
+        return header
+    merged = copy.copy(header)
+    for group in groups:
+        for name, keys in FUNCTIONAL_GROUPS.items():
+            for item in (group.get(name) or [])[:1]:
+                if name in REPLACED and REPLACED[name] in merged:
+                    delattr(merged, REPLACED[name])
+                for key in keys:
+                    if key in item:
+                        setattr(merged, key, item[key].value)
+    return merged
+
+
+def _spacing(header: Dataset) -> tuple[float, float]:
+    """Vertical and horizontal size of a pixel; (1, 1) where the file does not say."""
+    for key in SPACINGS:
+        value = header.get(key)
+        if value is not None and len(value) == 2:
+            return float(value[0]), float(value[1])
+    return 1.0, 1.0
+
+
+def _shown(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels:
+    """A frame as a screen shows it, in [0, 1]: (rows, columns), or (rows, columns, 3) in colour."""
+    interpretation = header.PhotometricInterpretation
+    if interpretation == "PALETTE COLOR":
+        return _palette(header, _stored(header, values)[0])
+    if values.ndim == 3:
+        return _colour(header, values)
+    stored, padding = _stored(header, values)
+    shown = _grey(header, stored, padding, rendering)
+    shown = 1 - shown if interpretation == "MONOCHROME1" else shown
+    shown = np.where(padding, 0.0, shown)
+    if header.get("PixelPresentation") in ("COLOR", "MIXED") and "RedPaletteColorLookupTableDescriptor" in header:
+        # Supplemental palette, PS3.3, C.7.6.19: values from the first mapped one on have colours, the others are grey.
+        coloured = stored >= int(header.RedPaletteColorLookupTableDescriptor[1])
+        return np.where(coloured[..., None], _palette(header, stored), shown[..., None])
+    return shown
+
+
+def _wrapped(values: Pixels, bits: int, signed: bool) -> Pixels:
+    """Integers of which `bits` bits are kept, read with or without a sign."""
+    kept = values.astype(np.int64) & ((1 << bits) - 1)
+    return kept - ((kept >> (bits - 1)) << bits) if signed else kept
+
+
+def _stored(header: Dataset, values: Pixels) -> tuple[Pixels, Pixels]:
+    """The stored values without the bits above or below them (overlays of old files), and where padding is.
+
+    Padding: PS3.3, C.7.5.1.1.2. A padding value that does not fit into the stored bits is that of the whole cell.
+
+    Args:
+        header: of the frame.
+        values: (rows, columns), whole cells of `BitsAllocated` bits, or floating point.
+    """
+    limits = [header.get(key) for key in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    bounds = np.array([limit for limit in limits if limit is not None])
+    if values.dtype.kind == "f":
+        return values, _between(values, bounds) | ~np.isfinite(values)
+    cell_bits, signed = 8 * values.dtype.itemsize, bool(header.get("PixelRepresentation"))
+    bits = min(int(header.get("BitsStored") or cell_bits), cell_bits)
+    below = int(header.get("HighBit", bits - 1)) + 1 - bits
+    below = below if 0 < below <= cell_bits - bits else 0
+    stored = _wrapped(values.astype(np.int64) >> below, bits, signed)
+    in_cell = _wrapped(bounds, cell_bits, signed)
+    if (in_cell == _wrapped(bounds, bits, signed)).all():
+        return stored, _between(stored, in_cell)
+    return stored, _between(_wrapped(values, cell_bits, signed), in_cell)
+
+
+def _between(values: Pixels, bounds: Pixels) -> Pixels:
+    if not bounds.size:
+        return np.zeros(values.shape, dtype=bool)
+    return (values >= bounds.min()) & (values <= bounds.max())
+
+
+def _grey(header: Dataset, stored: Pixels, padding: Pixels, rendering: Rendering) -> Pixels:
+    """Stored values, rescaled and under a window or table; else stretched over their range without the padding."""
+    from pydicom.pixels import apply_modality_lut, apply_voi
+
+    values = apply_modality_lut(stored, header)
+    if rendering.window:
+        return windowed(values, *rendering.window)
+    if header.get("VOILUTSequence"):
+        shown = apply_voi(values, header)
+        # Entries may have more bits than the descriptor says.
+        bits = max(int(header.VOILUTSequence[0].LUTDescriptor[2]), int(shown.max()).bit_length())
+        return shown / (2**bits - 1)
+    if window := _window(header):
+        return windowed(values, *window, header.get("VOILUTFunction") or "LINEAR")
+    inside = values[~padding]
+    low, high = (float(inside.min()), float(inside.max())) if inside.size else (0.0, 1.0)
+    return stretched(values, low, high)
+
+
+def _window(header: Dataset) -> tuple[float, float] | None:
+    """The file's first window: several are alternatives."""
+    found = [np.atleast_1d(header[key].value) for key in ("WindowCenter", "WindowWidth") if header.get(key) is not None]
+    if len(found) != 2 or not all(len(values) for values in found):
+        return None
+    center, width = (float(values[0]) for values in found)
+    return center, width
+
+
+def _colour(header: Dataset, values: Pixels) -> Pixels:
+    """RGB, which pydicom has made of YBR, as a share of what the stored bits can hold."""
+    if values.shape[2] != 3:
+        raise DataError(f"it has {values.shape[2]} samples a pixel; expected 1, or 3 of colour")
+    bits = min(int(header.get("BitsStored") or 8 * values.dtype.itemsize), 8 * values.dtype.itemsize)
+    return np.clip(values / (2**bits - 1), 0, 1)
+
+
+def _palette(header: Dataset, stored: Pixels) -> Pixels:
+    """Colours of a palette. Entries of 8 bits may stand in 16 with an empty high byte: PS3.3, C.7.6.3.1.5."""
+    entries = int(header.RedPaletteColorLookupTableDescriptor[0]) or 1 << 16
+    first = int(header.RedPaletteColorLookupTableDescriptor[1])
+    table = np.stack([_channel(header, colour, entries) for colour in ("Red", "Green", "Blue")], -1)
+    most = 255 if table.max() <= 255 else 65535
+    return table[np.clip(stored - first, 0, entries - 1)] / most
+
+
+def _channel(header: Dataset, colour: str, entries: int) -> Pixels:
+    """One colour's entries, in a type that holds them."""
+    from pydicom.pixels import apply_color_lut
+
+    data = header.get(f"{colour}PaletteColorLookupTableData")
+    if data is None:  # segments, which pydicom expands
+        first = int(header.RedPaletteColorLookupTableDescriptor[1])
+        return apply_color_lut(np.arange(first, first + entries), header)[..., ("Red", "Green", "Blue").index(colour)]
+    little = header.original_encoding[1] is not False
+    kind = np.dtype("u1") if len(data) < 2 * entries else np.dtype("<u2" if little else ">u2")
+    return np.frombuffer(data, kind)[:entries].astype(np.uint16)

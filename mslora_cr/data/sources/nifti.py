@@ -1,0 +1,98 @@
+"""NIfTI volumes, slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mslora_cr.data.records import DataError
+from mslora_cr.data.sources.rendering import (
+    Frame,
+    Note,
+    Pixels,
+    Rendering,
+    chosen_frames,
+    percentile_range,
+    squared,
+    stretched,
+    windowed,
+)
+
+NIFTI = (".nii", ".nii.gz")
+MAX_VOXELS = 1_000_000_000
+"""A volume of more is refused: 8 GB once it is scaled."""
+MOST_COMPRESSED = 1032
+"""No byte of a gzip file holds more of them."""
+
+
+def is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith(NIFTI)
+
+
+def nifti_slices(path: Path, frame: int | None, rendering: Rendering, note: Note) -> Iterator[Frame]:
+    """Axial slices from the feet up, as radiologists see them: the patient's right at the left, front at the top.
+
+    Args:
+        path: of the volume.
+        frame: as in `chosen_frames`.
+        rendering: a window that replaces the file's own range, and how many slices.
+        note: is told of voxels that are not square within a slice.
+
+    Raises:
+        DataError: the file cannot be read or shown, with its name and the reason.
+    """
+    values, spacing, own = _volume(path)
+    colour = values.ndim == 4
+    low, high = own or ((0.0, 255.0) if colour else percentile_range(values))
+    for number in chosen_frames(values.shape[2], frame, rendering, path):
+        cut = values[:, :, number].swapaxes(0, 1)[::-1, ::-1]
+        if not colour:
+            cut = np.nan_to_num(cut, nan=low, posinf=high, neginf=low)
+        window = None if colour else rendering.window
+        shown = windowed(cut, *window, "LINEAR_EXACT") if window else stretched(cut, low, high)
+        try:
+            yield number, squared(shown, spacing[1], spacing[0], note)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+
+
+def _volume(path: Path) -> tuple[Pixels, tuple[float, float], tuple[float, float] | None]:
+    """Voxels (right, front, up), or (right, front, up, 3) in colour; their size; the file's own range if it has one."""
+    import nibabel
+
+    try:
+        image: Any = nibabel.load(path)
+        _check(path, image)
+        image = nibabel.as_closest_canonical(image)
+        values: Pixels = np.asarray(image.dataobj).reshape(image.shape[:3])
+        zooms = image.header.get_zooms()
+        low, high = (float(image.header[key]) for key in ("cal_min", "cal_max"))
+    except DataError:
+        raise
+    except Exception as error:  # nibabel raises many kinds on damaged files
+        raise DataError(f"{path}: not a NIfTI volume ({type(error).__name__}: {error})") from None
+    if values.dtype.names:
+        values = np.stack([values[name] for name in ("R", "G", "B")], -1)
+    own = (low, high) if np.isfinite([low, high]).all() and high > low and values.ndim == 3 else None
+    return values, (float(zooms[0]), float(zooms[1])), own
+
+
+def _check(path: Path, image: Any) -> None:
+    """What can be said before a voxel is read."""
+    shape = image.shape
+    if len(shape) < 3 or any(length != 1 for length in shape[3:]):
+        raise DataError(f"{path}: a volume of shape {shape}; expected three dimensions")
+    voxels = int(np.prod(shape, dtype=np.int64))
+    if not 0 < voxels <= MAX_VOXELS:
+        raise DataError(f"{path}: a volume of {shape[:3]} has no voxel, or more than {MAX_VOXELS:,} voxels")
+    kind = image.get_data_dtype()
+    if kind.kind == "c":
+        raise DataError(f"{path}: complex numbers, which are no picture; save their magnitude or phase")
+    if kind.names and not {"R", "G", "B"} <= set(kind.names):
+        raise DataError(f"{path}: voxels of {', '.join(kind.names)}; expected numbers, or R, G and B")
+    most = path.stat().st_size * (MOST_COMPRESSED if path.suffix.lower() == ".gz" else 1)
+    if voxels * kind.itemsize > most:
+        raise DataError(f"{path}: not a NIfTI volume (a file of this size cannot hold {shape} voxels)")

@@ -1,0 +1,105 @@
+"""PNG, JPEG, TIFF and their like as a viewer shows them: pages apart, upright, and no more than 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mslora_cr.data.images import FORMATS, check_size, is_deep, load_image, page_count, turned
+from mslora_cr.data.records import DataError
+from mslora_cr.data.sources.rendering import (
+    MAX_FRAMES,
+    Frame,
+    Note,
+    Pixels,
+    Rendering,
+    as_png,
+    chosen_frames,
+    percentile_range,
+    stretched,
+    windowed,
+)
+
+WHITE_IS_ZERO = 0
+PHOTOMETRIC = 262
+"""The TIFF tag that says which end of the range is black."""
+
+
+def raster_pictures(path: Path, frame: int | None, rendering: Rendering, note: Note) -> Iterator[tuple[str, bytes]]:
+    """The pictures of an image file: the file itself, or PNG where it has pages, lies on its side or has over 8 bits.
+
+    Args:
+        path: of a file in one of `images.FORMATS`.
+        frame: the page, from 0; None: all, or as many as `rendering` says.
+        rendering: a window for images of more than 8 bits, and how many pages.
+        note: is told of everything that is not copied as it is.
+
+    Raises:
+        DataError: the file cannot be read, or has no such page.
+    """
+    load_image(path)
+    with Image.open(path, formats=FORMATS) as image:
+        if page_count(image) > 1:
+            yield from as_png(_pages(path, image, frame, rendering, note))
+            return
+        if frame is not None:
+            raise DataError(f"{path}: has no frames or slices to choose from")
+        if turned(image) or _saturates(image, rendering):
+            yield from as_png(iter([(None, _page(image, rendering, note))]))
+        else:
+            yield f".{(image.format or 'png').lower()}", path.read_bytes()
+
+
+def _pages(path: Path, image: Image.Image, frame: int | None, rendering: Rendering, note: Note) -> Iterator[Frame]:
+    count = page_count(image)
+    full = list(range(count)) if frame is not None else _full_pages(image, count)
+    if len(full) < count:
+        note("pages of another size than the first (previews, labels) are left out")
+    several = len(full) > 1 or frame is not None
+    for place in chosen_frames(len(full), frame, rendering, path):
+        image.seek(full[place])
+        check_size(image, str(path))
+        yield (full[place] if several else None), _page(image, rendering, note)
+
+
+def _full_pages(image: Image.Image, count: int) -> list[int]:
+    """The pages that are as large as the first: a TIFF may hold previews and reduced copies of it."""
+    if image.format != "TIFF" or count > MAX_FRAMES:
+        return list(range(count))
+    sizes = []
+    for page in range(count):
+        image.seek(page)
+        sizes.append(image.size)
+    return [page for page, size in enumerate(sizes) if size == sizes[0]]
+
+
+def _saturates(image: Image.Image, rendering: Rendering) -> bool:
+    """Whether the conversion to 8 bits would lose something, or a window is to be applied."""
+    if not is_deep(image):
+        return False
+    values = np.asarray(image)
+    fits = values.dtype.kind != "f" and values.min() >= 0 and values.max() <= 255
+    return rendering.window is not None or not fits
+
+
+def _page(image: Image.Image, rendering: Rendering, note: Note) -> Pixels:
+    if is_deep(image):
+        return _deep(image, rendering, note)
+    if turned(image):
+        note("turned upright, as its EXIF orientation says")
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB")) / 255
+
+
+def _deep(image: Image.Image, rendering: Rendering, note: Note) -> Pixels:
+    """Greys of more than 8 bits, under the window or between their percentiles."""
+    negative = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
+    values = np.asarray(image).astype(np.float64)
+    if rendering.window:
+        shown = windowed(values, *rendering.window, "LINEAR_EXACT")
+    else:
+        note("more than 8 bits, stretched between percentiles; --window CENTER WIDTH sets a range")
+        shown = stretched(np.nan_to_num(values), *percentile_range(values))
+    return 1 - shown if negative else shown
