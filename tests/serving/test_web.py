@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
@@ -19,7 +20,10 @@ from starlette.testclient import TestClient
 
 import mslora_cr
 from mslora_cr.cli.main import main
+from mslora_cr.data.sources.convert_images import first_picture
+from mslora_cr.data.sources.rendering import Rendering
 from mslora_cr.serving.web import make_app
+from tests.helpers.dicom import dicom, saved
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">.png"
 MARKUP = "<script>document.title='owned'</script><b id='bold'>Is this & that?</b>"
@@ -182,3 +186,15 @@ def test_a_port_that_is_taken_is_told(trained_config: Path, capsys: pytest.Captu
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["web", str(trained_config), "--port", str(taken.getsockname()[1])]) == 1
     assert "choose another --port" in capsys.readouterr().err
+
+
+def test_a_dicom_file_is_answered_like_the_picture_that_convert_makes_of_it(client: TestClient, tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    path = saved(dicom(np.arange(256, dtype=np.uint16).reshape(16, 16), PixelSpacing=[3, 1]), tmp_path / "a.dcm")
+    fields = {"question": "What?", "stages": "0"}
+    sent = [
+        client.post("/api/ask", files={"image": content}, data=fields)
+        for content in (path.read_bytes(), first_picture(path.read_bytes(), Rendering()))
+    ]
+    assert [response.status_code for response in sent] == [200, 200]
+    assert sent[0].json() == sent[1].json()
