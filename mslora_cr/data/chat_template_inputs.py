@@ -20,7 +20,7 @@ from torch import Tensor
 from mslora_cr.data.chat import Chat, Span, messages_of, render, training_chat
 from mslora_cr.data.images import image_size, load_image, paths_of, resolve_image
 from mslora_cr.data.input_processor import Collate, Prompt
-from mslora_cr.data.prompts import IGNORE_INDEX, Turn
+from mslora_cr.data.prompts import IGNORE_INDEX, Message, Turn
 from mslora_cr.data.records import IMAGE, TestRecord, TestRecords, TrainingRecord, TrainingRecords, shown_images
 
 Size = tuple[int, int]
@@ -137,14 +137,14 @@ class ChatTemplateInputs:
     def prompt(self, record: TestRecord, roots: Sequence[Path]) -> Prompt:
         self._check_text([record.text])
         images = tuple(resolve_image(name, roots) for name in self.image_names(record))
-        text = render(self.processor, messages_of([_Question(record.text)], len(images)), to_answer=True)
+        text = render(self.processor, messages_of([Message("human", record.text)], len(images)), to_answer=True)
         return Prompt((), tuple(self._fitting(text, [image_size(path) for path in images])), images, text)
 
     def asked(
         self, earlier: Sequence[Turn], question: str, images: list[Image.Image]
     ) -> tuple[list[int], dict[str, Tensor]]:
         self._check_text([question])
-        text = render(self.processor, messages_of([*earlier, _Question(question)], len(images)), to_answer=True)
+        text = render(self.processor, messages_of([*earlier, Message("human", question)], len(images)), to_answer=True)
         self._fitting(text, [image.size for image in images])
         inputs = self._processed([text], [images], "left")
         return inputs["input_ids"][0].tolist(), inputs
@@ -155,6 +155,18 @@ class ChatTemplateInputs:
             raise ValueError(f"it takes {len(ids)} positions, more than data.max_length = {self.max_length}")
         return ids
 
+    def answer_ids(self, question: str, images: int, answer: str) -> tuple[int, ...]:
+        self._check_text([question, answer])
+        messages = messages_of([Message("human", question), Message("gpt", answer)], images)
+        text, [(start, stop)] = self._training_chat(messages)
+        prompt, whole = (
+            self.processor.tokenizer(part, add_special_tokens=False).input_ids for part in (text[:start], text[:stop])
+        )
+        if whole[: len(prompt)] == prompt:
+            return tuple(whole[len(prompt) :])
+        # The answer's first letters joined the prompt's last token, which the model is given as it is.
+        return tuple(self.tokenizer.encode(text[start:stop]))
+
     def answering_batch(self, prompts: Sequence[Prompt], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
         """A left-padded batch of whole prompts, their ids included: the processor makes both."""
         return self._processed([prompt.text for prompt in prompts], images, "left")
@@ -163,7 +175,9 @@ class ChatTemplateInputs:
 
     def _chat(self, record: TrainingRecord) -> Chat:
         self._check_text(turn.text for turn in record.turns)
-        messages = messages_of(record.turns, len(self.image_names(record)))
+        return self._training_chat(messages_of(record.turns, len(self.image_names(record))))
+
+    def _training_chat(self, messages: Sequence[dict[str, Any]]) -> Chat:
         ends = self.processor.tokenizer.convert_ids_to_tokens(list(self.end_ids))
         return training_chat(self.processor, messages, ends, self.processor.tokenizer.eos_token)
 
@@ -228,12 +242,6 @@ class ChatTemplateInputs:
 
 
 _BY_POSITION = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
-
-
-@dataclass(frozen=True)
-class _Question:
-    text: str
-    speaker: str = "human"
 
 
 def _moved(spans: Sequence[Span], replaced: Sequence[dict[str, Any]]) -> list[Span]:

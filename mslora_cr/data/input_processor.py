@@ -92,6 +92,15 @@ class InputProcessor(Protocol):
         """What a question is answered from; no image is decoded."""
         ...
 
+    def answer_ids(self, question: str, images: int, answer: str, /) -> tuple[int, ...]:
+        """Ids of an answer behind the prompt of a question about some images, as training encodes them: up to and with
+        the token that ends it.
+
+        Raises:
+            ValueError: the chat template has no place for them.
+        """
+        ...
+
     def process_images(self, images: Sequence[Image.Image], /) -> Any:
         """Decoded images as `answering_batch`, `asked` and the router take them."""
         ...

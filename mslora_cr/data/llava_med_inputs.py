@@ -18,6 +18,7 @@ from mslora_cr.data.input_processor import Collate, Prompt
 from mslora_cr.data.prompts import (
     IGNORE_INDEX,
     Encoded,
+    Message,
     Turn,
     encode_conversation,
     encode_next_prompt,
@@ -92,6 +93,11 @@ class LlavaMedInputs:
         images = tuple(resolve_image(name, roots) for name in names)
         cut = len(ids) - ids[::-1].index(self.image_token_id) if images else 0
         return Prompt(tuple(ids[:cut]), tuple(ids[cut:]), images)
+
+    def answer_ids(self, question: str, images: int, answer: str) -> tuple[int, ...]:
+        prompt = encode_prompt(self.tokenizer, generation_prompt(question, images))
+        turns = [Message("human", question), Message("gpt", answer)]
+        return tuple(encode_conversation(self.tokenizer, turns, images).input_ids[len(prompt) :])
 
     def answering_batch(self, prompts: Sequence[Prompt], images: Sequence[Tensor]) -> dict[str, Tensor]:
         """`pixel_values`, the images of all prompts one after another; nothing where there are none."""

@@ -29,6 +29,13 @@ class Turn(Protocol):
     def text(self) -> str: ...
 
 
+class Message(NamedTuple):
+    """A `Turn` that no record holds."""
+
+    speaker: str
+    text: str
+
+
 class Encoded(NamedTuple):
     """Ids with `IMAGE_INDEX` for each image, and labels with `IGNORE_INDEX` outside the answers; equally long."""
 

@@ -3,6 +3,7 @@ positions in two dimensions, windows, or images that attend in both directions."
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.input_processor import Prompt
 from mslora_cr.generation.batching import Wave
+from mslora_cr.generation.branches import Branches, Continuations
 from mslora_cr.generation.prefix_decoder import OnToken
 
 
@@ -79,6 +81,42 @@ class PlainDecoder:
         streamer = _Streamer(questions[0], on_token) if on_token is not None else None
         ids = self.model.generate(**inputs, generation_config=self._settings, streamer=streamer)
         return [self._cut(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    @torch.inference_mode()
+    def log_probabilities(
+        self, inputs: Mapping[str, Tensor], questions: Sequence[int], continuations: Sequence[Continuations]
+    ) -> list[list[list[float]]]:
+        """As `prefix_decoder.Decoder.log_probabilities`.
+
+        The prompts are computed once; their first continuations follow in one pass, then the second ones, and so on.
+        """
+        if self.mixed is not None:
+            self.mixed.choose(questions)
+        positions = self._positions(inputs["input_ids"], dict(inputs))
+        prompt = self.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+        mask = inputs["attention_mask"]
+        found: list[list[list[float]]] = [[] for _ in questions]
+        for number in range(max(map(len, continuations))):
+            rows = [row[number : number + 1] or [row[0]] for row in continuations]
+            branches = Branches.of(rows, self._settings.pad_token_id, self._device)
+            logits = prompt.logits[:, -1:].float()
+            if branches.ids.shape[1]:
+                before = {
+                    "attention_mask": torch.cat([mask, (branches.branch >= 0).to(mask)], dim=1),
+                    "past_key_values": copy.deepcopy(prompt.past_key_values),
+                }
+                positions = self._positions(branches.ids, before)
+                output = self.model(input_ids=branches.ids, position_ids=positions, use_cache=True, **before)
+                logits = torch.cat([logits, output.logits.float()], dim=1)
+            for row, scores in enumerate(branches.gather(logits, rows)):
+                if number < len(continuations[row]):
+                    found[row] += scores
+        return found
+
+    def _positions(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """As `generate` counts them: a model may have several for each token, and keep what it counted of images."""
+        positions: Tensor = self.model._prepare_position_ids_for_generation(ids, inputs)
+        return positions[..., -ids.shape[1] :]
 
     def _moved(self, value: Tensor) -> Tensor:
         return value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)

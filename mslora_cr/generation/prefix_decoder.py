@@ -16,14 +16,17 @@ from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrainedModel
 
 from mslora_cr.banks.per_sample import QuestionBanks
-from mslora_cr.data.collator import rounded_up
+from mslora_cr.data.collator import in_batches, rounded_up
 from mslora_cr.data.input_processor import Prompt
 from mslora_cr.generation.attention import KeysValues, SharedCache, membership, sharing
-from mslora_cr.generation.batching import Wave
+from mslora_cr.generation.batching import QUERIES, Wave
+from mslora_cr.generation.branches import Branches, Continuations
 from mslora_cr.generation.cuda_graphs import POSITIONS, StaticSteps, padded
 from mslora_cr.generation.decode_state import Rows
 from mslora_cr.models.language import language_linears
 
+LOGITS = 1 << 26
+"""The most logits that are held at once while continuations are scored: 256 MiB in float32."""
 OnToken = Callable[[int, int], None]
 """Is told a question and its next id."""
 
@@ -45,8 +48,8 @@ class Openings:
     keys_values: list[KeysValues]
     visible: Tensor
     """(openings, positions) bool: false where an opening is padded."""
-    next_ids: Tensor
-    """(openings,) the ids that follow, for openings that are whole prompts."""
+    next_logits: Tensor | None
+    """(openings, vocabulary) float32 behind openings that are whole prompts."""
 
 
 class Decoder:
@@ -113,7 +116,8 @@ class Decoder:
             use_cache=True,
             logits_to_keep=1,
         )
-        return Openings(wave, [(layer.keys, layer.values) for layer in cache.layers], visible, _best(output.logits))
+        next_logits = output.logits[:, -1].float() if wave.whole else None
+        return Openings(wave, [(layer.keys, layer.values) for layer in cache.layers], visible, next_logits)
 
     @torch.inference_mode()
     def answer(
@@ -128,6 +132,81 @@ class Decoder:
         with sharing(self.model.model.language_model):
             self._choose(questions)
             return self._continue(self._begin(openings, questions), list(questions), waiting, on_token)
+
+    @torch.inference_mode()
+    def log_probabilities(
+        self, openings: Openings, questions: Sequence[int], continuations: Sequence[Continuations]
+    ) -> list[list[list[float]]]:
+        """The log-probability of each token of each continuation of a question, given the tokens before it.
+
+        All continuations of a question stand behind it in one row and see nothing of each other (tree attention, Miao
+        et al., "SpecInfer", ASPLOS 2024), so that opening and question are computed once.
+
+        Args:
+            questions: of one of the wave's batches.
+            continuations: of each question, any number of token sequences; an empty one is refused.
+        """
+        found: list[list[list[float]]] = []
+        with sharing(self.model.model.language_model):
+            for part in self._scoring_batches(openings, questions, continuations):
+                found += self._score(openings, [questions[row] for row in part], [continuations[row] for row in part])
+        return found
+
+    def _scoring_batches(
+        self, openings: Openings, questions: Sequence[int], continuations: Sequence[Continuations]
+    ) -> list[list[int]]:
+        """Rows that are scored at once: as many as bounded memory for attention scores and logits allows."""
+        rests = [0 if openings.wave.whole else len(self.prompts[question].rest) for question in questions]
+        longest = max(rests) + max(map(Branches.positions, continuations))
+        logits = self.model.config.text_config.vocab_size * (1 + max(map(Branches.positions, continuations)))
+        rows = max(1, min(QUERIES // max(1, longest), LOGITS // logits))
+        return [list(part) for part in in_batches(range(len(questions)), rows)]
+
+    def _score(
+        self, openings: Openings, questions: Sequence[int], continuations: Sequence[Continuations]
+    ) -> list[list[list[float]]]:
+        self._choose(questions)
+        places = [openings.wave.openings[question] for question in questions]
+        start, stop = places[0], places[-1] + 1
+        group = [place - start for place in places]
+        place, members = (part.to(self.device) for part in membership(group, stop - start))
+        index = torch.tensor(group, device=self.device)
+        before = openings.visible[start:stop][index]
+        rest, rest_visible = self._padded([] if openings.wave.whole else [self.prompts[q].rest for q in questions])
+        if openings.wave.whole:
+            rest, rest_visible = rest.new_empty(len(questions), 0), rest_visible.new_empty(len(questions), 0)
+        branches = Branches.of(continuations, self.tokenizer.pad_token_id, self.device)
+        length = rest.shape[1] + branches.ids.shape[1]
+        logits = []
+        if openings.next_logits is not None:
+            logits.append(openings.next_logits[start:stop][index][:, None])
+        if length:
+            positions = _positions(torch.cat([before, rest_visible], dim=1))
+            lengths = (before.sum(1) + rest_visible.sum(1))[:, None]
+            positions = torch.cat([positions, lengths + branches.depth], dim=1)
+            seen = branches.seen(torch.cat([before, rest_visible], dim=1))
+            if self.window is not None:
+                seen &= positions[:, :, None] - positions[:, None] < self.window
+            kept = [(keys[start:stop], values[start:stop]) for keys, values in openings.keys_values]
+            own = [
+                (
+                    keys.new_zeros(len(questions), keys.shape[1], length, keys.shape[3]),
+                    values.new_zeros(len(questions), values.shape[1], length, values.shape[3]),
+                )
+                for keys, values in kept
+            ]
+            cache = SharedCache(kept, own, index, place, members, torch.arange(length, device=self.device))
+            output = self.model(
+                input_ids=torch.cat([rest, branches.ids], dim=1),
+                attention_mask=seen[:, None, -length:],
+                position_ids=positions[:, -length:],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=min(length, branches.ids.shape[1] + 1),
+                shared=cache,
+            )
+            logits.append(output.logits.float())
+        return branches.gather(torch.cat(logits, dim=1), continuations)
 
     def _begin(self, openings: Openings, questions: Sequence[int]) -> Rows:
         """Compute what stands behind the openings, and the first new token."""
@@ -159,7 +238,8 @@ class Decoder:
             next_ids = self._forward(ids, positions, self._causal(visible, before.shape[1], length), cache)
             lengths = lengths + own_visible.sum(1, keepdim=True)
         else:
-            next_ids = openings.next_ids[start:stop][index]
+            assert openings.next_logits is not None
+            next_ids = openings.next_logits[start:stop].argmax(-1)[index]
         cache = SharedCache(kept, own, index, place, members, slots.new_tensor([length]))
         return Rows(next_ids[:, None].clone(), lengths, visible, cache)
 

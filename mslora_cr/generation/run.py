@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -12,6 +12,7 @@ from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.input_processor import InputProcessor, Prompt
 from mslora_cr.data.records import TestRecord
 from mslora_cr.generation.batching import Limits, Wave
+from mslora_cr.generation.branches import Continuations
 from mslora_cr.generation.hf_decoder import PlainDecoder
 from mslora_cr.generation.prefix_decoder import Decoder
 
@@ -29,6 +30,20 @@ class Decoding:
         """What may be held at once: what the longest `batch_size` whole prompts and their answers would take."""
         longest = max(map(len, prompts), default=0)
         return Limits(self.batch_size, self.max_new_tokens, self.batch_size * (longest + self.max_new_tokens))
+
+
+class ScoredBatch(NamedTuple):
+    """A batch of questions that was answered.
+
+    Attributes:
+        questions: their places.
+        ids: the new ids of each, up to and with the one that ends it.
+        scores: of each, the log-probability of every token of every continuation that was asked for.
+    """
+
+    questions: Sequence[int]
+    ids: list[list[int]]
+    scores: list[list[list[float]]] | None
 
 
 class Questions(Protocol):
@@ -62,12 +77,33 @@ def answered_batches(
     decoder: Any, samples: Questions, waves: Sequence[Wave], workers: int = 0
 ) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
     """The questions of each batch of some waves, and their new ids, as they are answered."""
+    for scored in scored_batches(decoder, samples, waves, None, workers):
+        yield scored.questions, scored.ids
+
+
+def scored_batches(
+    decoder: Any,
+    samples: Questions,
+    waves: Sequence[Wave],
+    continuations: Callable[[int, Sequence[int]], Continuations] | None,
+    workers: int = 0,
+) -> Iterator[ScoredBatch]:
+    """The batches of some waves as they are answered.
+
+    Args:
+        continuations: what to score behind a question, which got these new ids; None scores nothing.
+    """
     inputs: DataLoader[Any] = DataLoader(_Inputs(samples, decoder.prompts, waves), batch_size=None, num_workers=workers)
     waiting = sum(len(wave.batches) for wave in waves)
     for wave, own in zip(waves, inputs, strict=True):
         openings = decoder.read(wave, own)
         for batch in wave.batches:
-            yield batch, decoder.answer(openings, batch, waiting)
+            ids = decoder.answer(openings, batch, waiting)
+            scores = None
+            if continuations is not None:
+                wanted = [continuations(*answered) for answered in zip(batch, ids, strict=True)]
+                scores = decoder.log_probabilities(openings, batch, wanted)
+            yield ScoredBatch(batch, ids, scores)
             waiting -= 1
 
 

@@ -15,6 +15,7 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.images import decode_image, load_image
 from mslora_cr.data.input_processor import TextTokenizer
+from mslora_cr.data.prompts import Message
 from mslora_cr.data.records import DataError
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.methods.base import method_of
@@ -170,7 +171,7 @@ class AnsweringModel:
         return tuple(bank.name for bank in banks)
 
     def _asked(self, question: str, history: Sequence[Exchange], images: Any) -> tuple[list[int], dict[str, Tensor]]:
-        turns = [turn for asked, answered in history for turn in (_Turn("human", asked), _Turn("gpt", answered))]
+        turns = [turn for asked, answered in history for turn in (Message("human", asked), Message("gpt", answered))]
         try:
             return self._input_processor.asked(turns, question, images)
         except ValueError as error:
@@ -180,12 +181,6 @@ class AnsweringModel:
         """Decoded, as `InputProcessor.process_images` has them."""
         several = [images] if isinstance(images, str | Path | bytes | Image.Image) else images
         return self._input_processor.process_images([open_image(source) for source in several])
-
-
-@dataclass(frozen=True)
-class _Turn:
-    speaker: str
-    text: str
 
 
 class _Streamer:
