@@ -13,8 +13,6 @@ from mslora_cr.config.schema import LEARNABLE
 Pair = tuple[Tensor, Tensor]
 Key = tuple[str, int]
 """A matrix of a bank: its linear layer's name, and 0 for A or 1 for B."""
-Projection = Mapping[Key, Callable[[Tensor], Tensor]]
-"""By matrix, a linear function of its gradient, float32, that takes its place; matrices not named keep theirs."""
 INITIAL_LOG_WEIGHT = -4.6
 """Where a learnable weight exp(a) starts, as published."""
 
@@ -107,16 +105,3 @@ def penalty_hook(pending: dict[Key, Tensor], key: Key) -> Callable[[Tensor], Ten
         return gradient if penalty is None else gradient + penalty.to(gradient.dtype)
 
     return add
-
-
-def projection_hook(project: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Puts a matrix's gradient through a projection, which must not know the trainer either.
-
-    Every micro-batch's gradient is projected on every rank. The projection is linear, so the sum that the optimizer
-    sees is what projecting it once would give.
-    """
-
-    def replace(gradient: Tensor) -> Tensor:
-        return project(gradient.float()).to(gradient.dtype)
-
-    return replace

@@ -6,7 +6,7 @@ Reading a configuration imports its method's file, so this one imports nothing h
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mslora_cr.banks.bank import Bank
-    from mslora_cr.losses.penalty import Distillation, Pair, Penalty, Projection
+    from mslora_cr.losses.penalty import Distillation, Pair, Penalty
     from mslora_cr.routing.lda import TaskRouter, TaskStatistics
     from mslora_cr.runs.ledger import Ledger
     from mslora_cr.training.probe import StartProbe
@@ -184,20 +184,6 @@ class Method(Generic[Settings]):
 
     def distillation(self, setup: Setup) -> Distillation | None:
         """A term of every micro-batch's logits; asked for if the method `regularizes` the task."""
-        return None
-
-    # --- what becomes of the gradient ---
-
-    def projection(self, setup: Setup, layers: Collection[str]) -> Projection | None:
-        """What a matrix's gradient, the penalty's share included, is put through before the optimizer's step.
-
-        A linear function by matrix, as gradients of micro-batches and ranks are projected before they are summed. An
-        optimizer that weighs numbers one by one, as AdamW, makes of a gradient inside a subspace a step that leaves it,
-        unless the subspace is one of whole entries, rows or columns.
-
-        Args:
-            layers: the linear layers that the bank adapts.
-        """
         return None
 
     # --- what is kept ---

@@ -216,7 +216,6 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
         order=order,
         penalty=penalty,
         distillation=method.distillation(setup) if regularizes else None,
-        projection=method.projection(setup, stack.trainable()),
         callbacks=[ConsoleCallback(task.name), JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
         checkpointing=run.fields.get("gradient_checkpointing", False),
     )

@@ -24,7 +24,7 @@ from mslora_cr.data.datasets import ConcatTrainDataset
 from mslora_cr.data.input_processor import Collate
 from mslora_cr.distributed.comm import barrier, broadcast_object
 from mslora_cr.distributed.deepspeed import float32_value, gather_params, reshard
-from mslora_cr.losses.penalty import Distillation, Key, Penalty, Projection, penalty_hook, projection_hook
+from mslora_cr.losses.penalty import Distillation, Key, Penalty, penalty_hook
 from mslora_cr.models.language import decoder_layers, last_mlp
 from mslora_cr.models.sparse_mlp import SparseMLP
 from mslora_cr.training.callbacks import TowerOutsideGraph
@@ -72,7 +72,6 @@ class BankTrainer(Trainer):
         order: Sequence[int] | None = None,
         penalty: Penalty | None = None,
         distillation: Distillation | None = None,
-        projection: Projection | None = None,
         callbacks: list[TrainerCallback] | None = None,
         checkpointing: Setting = False,
     ) -> None:
@@ -84,7 +83,6 @@ class BankTrainer(Trainer):
                 epoch shuffles them all.
             penalty: what joins the cross entropy once per update, if anything.
             distillation: what joins it in every micro-batch, if anything.
-            projection: what a matrix's whole gradient, the penalty's share included, is put through before the step.
             checkpointing: which decoder layers' activations are recomputed; `args.gradient_checkpointing` must be true
                 unless it is none.
         """
@@ -119,11 +117,9 @@ class BankTrainer(Trainer):
         self._parameters = stack.trainable_parameters()
         matrices = {(name, half): matrix for name, pair in self._trainable.items() for half, matrix in enumerate(pair)}
         self._learning = {key: matrix for key, matrix in matrices.items() if matrix.requires_grad}
-        for key, parameter in self._learning.items():
-            if penalty is not None:
+        if penalty is not None:
+            for key, parameter in self._learning.items():
                 parameter.register_hook(penalty_hook(self._pending, key))
-            if projection is not None and key in projection:
-                parameter.register_hook(projection_hook(projection[key]))
 
     # --- one step ---
 

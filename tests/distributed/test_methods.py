@@ -35,18 +35,16 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
     "replay": {"buffer_size": 4},
     "moe_lora": {"experts": 2},
     "joint": {},
-    "tests.helpers.projected:Projected": {},
 }
-"""The last one is for its projection of the gradient."""
 BASES = ("inflora", "keeplora")
 """Methods that keep the basis of a space."""
-ACCUMULATED = ("lwf", "tests.helpers.projected:Projected")
+ACCUMULATED = ("lwf",)
 """In several micro-batches an update: what the trainer's own code averages over them."""
 
 
 def test_every_method_that_trains_is_tried() -> None:
     """test_exactness.py has mslora_cr."""
-    assert set(method_names()) - {"mslora_cr", "zero_shot"} == SETTINGS.keys() - {"tests.helpers.projected:Projected"}
+    assert set(method_names()) - {"mslora_cr", "zero_shot"} == SETTINGS.keys()
 
 
 def configure(folder: Path, settings: dict[str, Any], method: str, otherwise: bool = False) -> Path:
@@ -108,7 +106,7 @@ def test_two_processes_give_the_numbers_of_one(trained: Callable[[str, str], Pat
 
 
 @pytest.mark.parametrize(
-    "method", first_in_make_test("tests.helpers.projected:Projected", *(name for name in SETTINGS if ":" not in name))
+    "method", first_in_make_test(*ACCUMULATED, *(name for name in SETTINGS if name not in ACCUMULATED))
 )
 def test_micro_batches_give_the_numbers_of_one_batch(trained: Callable[[str, str], Path], method: str) -> None:
     compare(method, trained("otherwise", method), trained("one", method))

@@ -30,7 +30,6 @@ from mslora_cr.serving.answering import AnsweringModel
 from mslora_cr.stream.plan import plan
 from tests.conftest import STEPS, ConfigWriter, bank_bytes, first_in_make_test, method_of_the_page, once, write_config
 from tests.helpers.killing import KillPoint, run_until_killed
-from tests.helpers.projected import KEPT, mixed, rows
 
 Trained = Callable[[str], Path]
 
@@ -248,62 +247,6 @@ def test_zero_shot_trains_nothing_and_says_so(config_file: ConfigWriter, capsys:
     assert "zero_shot trains nothing" in capsys.readouterr().err
     assert main(["train", config, "--task", "PCAM"]) == 1
     assert "--task PCAM: method zero_shot trains no bank for it; it trains nothing" in capsys.readouterr().err
-
-
-def test_a_projected_gradient_moves_only_what_it_may(config_file: ConfigWriter) -> None:
-    """With weights that one by one follow the gradient's sign, rows of A whose gradient is taken away stay to the bit;
-    dropout and several micro-batches an update change nothing about that."""
-    config = config_file(method="tests.helpers.projected:Projected")
-    fields = ["tasks=[pathvqa]", "training.per_device_train_batch_size=2"]
-    assert main(["train", str(config), *fields]) == 0
-    bank = load_bank(load_config(config).run_dir / "banks" / "pathvqa")
-    for a, b in bank.matrices.values():
-        assert a[KEPT:].eq(torch.tensor(0.1)).all() and not a[:KEPT].eq(torch.tensor(0.1)).any() and b.any()
-
-
-@pytest.mark.parametrize("samples_at_once", first_in_make_test(1, 2, 4))
-def test_what_is_projected_is_the_whole_gradient_of_an_update(
-    samples_at_once: int, tmp_path: Path, tiny_settings: dict[str, Any]
-) -> None:
-    """A step of plain gradient descent, in four, two or one micro-batches, against the same step of four samples at once
-    without a projection, whose way is projected afterwards: by a matrix that no entry is left alone by."""
-    steps = {}
-    for method, at_once in (("Projected", samples_at_once), ("Unprojected", 4)):
-        changes = {
-            "lora": {"rank": 4, "alpha": 8},
-            "training": {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "optim": "sgd"}
-            | {"max_grad_norm": 0, "per_device_train_batch_size": at_once},
-            "tasks": [{"name": "pathvqa", "epochs": 0.25, "batch_size": 4, "learning_rate": 1.0}],
-        }
-        path = write_config(tmp_path / method, tiny_settings, method=f"tests.helpers.projected:{method}", **changes)
-        assert main(["train", str(path)]) == 0
-        folder = load_config(path).run_dir
-        assert len((folder / "logs" / "pathvqa.jsonl").read_text().splitlines()) == 1
-        steps[method] = load_bank(folder / "banks" / "pathvqa").matrices
-    start = torch.tensor(0.1)
-    for name, (a, b) in steps["Unprojected"].items():
-        projected_a, projected_b = steps["Projected"][name]
-        assert (a - start).any() or b.any()
-        torch.testing.assert_close(projected_a - start, rows(a - start), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(projected_b, mixed(b), rtol=1e-4, atol=1e-6)
-
-
-def test_a_killed_run_with_a_projection_ends_in_the_same_files(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
-    """In the middle of the second task, behind a checkpoint, with dropout and two micro-batches an update."""
-    training = {**tiny_settings["training"], "per_device_train_batch_size": 2}
-    whole, ours = (
-        write_config(tmp_path / name, tiny_settings, method="tests.helpers.projected:Projected", training=training)
-        for name in ("whole", "killed")
-    )
-    tasks = ["tasks=[pathvqa, slake-vqarad]"]
-    assert main(["train", str(whole), *tasks]) == 0
-    run_until_killed(["train", str(ours), *tasks], LOGGED, tmp_path / "output")
-    assert main(["train", str(ours), *tasks]) == 0
-    expected, found = (bank_bytes(load_config(path).run_dir) for path in (whole, ours))
-    assert found == expected and found.keys() == {"pathvqa", "slake-vqarad"}
-    for task in found:
-        matrices = load_bank(load_config(ours).run_dir / "banks" / task).matrices
-        assert all(a[KEPT:].eq(torch.tensor(0.1)).all() and b.any() for a, b in matrices.values())
 
 
 @pytest.mark.parametrize("method", first_in_make_test("hide_llava", "mr_lora"))
