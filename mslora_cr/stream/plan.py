@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mslora_cr.config.load import training_fields
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.tasks import training_records
-from mslora_cr.distributed.comm import world_size
 from mslora_cr.methods.base import method_of
 from mslora_cr.models.shapes import language_linear_shapes
 from mslora_cr.runs.ledger import Ledger
+from mslora_cr.training.arguments import batch_shape, update_steps
 
 
 @dataclass(frozen=True)
@@ -68,32 +66,6 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
     linears = language_linear_shapes(Path(config.model.path))
     a, b = (half in method.trained_halves for half in (0, 1))  # of shapes (rank, columns) and (rows, rank)
     return plans, sum(config.lora.rank * (a * columns + b * rows) for rows, columns in linears.values())
-
-
-def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:
-    """Samples per process and micro-batch, and micro-batches per update, that give the task's global batch size.
-
-    `training.per_device_train_batch_size` is the most that a process may take at once.
-
-    Raises:
-        ConfigError: the batch size cannot be shared by the processes, or no sample may be taken at once.
-    """
-    share, rest = divmod(task.batch_size, world_size())
-    if rest:
-        raise ConfigError(
-            f"tasks.{task.name}.batch_size is {task.batch_size}, which {world_size()} processes cannot divide equally"
-        )
-    most = min(share, fields.get("per_device_train_batch_size", share))
-    if most < 1:
-        raise ConfigError(f"training.per_device_train_batch_size is {most}; use at least 1")
-    per_device = max(size for size in range(1, most + 1) if share % size == 0)
-    return per_device, share // per_device
-
-
-def update_steps(records: int, epochs: float, per_device: int, accumulation: int) -> int:
-    """Optimizer steps of a task, as the Trainer counts them."""
-    batches = math.ceil(records / (per_device * world_size()))
-    return math.ceil(epochs * max(1, math.ceil(batches / accumulation)))
 
 
 def tasks_to_train(config: StreamConfig, only: Sequence[str] = ()) -> list[Task]:

@@ -40,7 +40,6 @@ from mslora_cr.routing.lda import TaskStatistics
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import Ledger, work_folder
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.stream.arguments import training_arguments
 from mslora_cr.stream.checks import (
     check_records_unchanged,
     check_task_images,
@@ -49,6 +48,7 @@ from mslora_cr.stream.checks import (
     warn_of_cut_samples,
 )
 from mslora_cr.stream.plan import banks_needed, frozen_tasks, previous_task, tasks_to_train
+from mslora_cr.training.arguments import training_arguments
 from mslora_cr.training.callbacks import ConsoleCallback, JsonLinesCallback
 from mslora_cr.training.checkpoints import check_same_launch, checkpoints, reading, writing
 from mslora_cr.training.probe import StartProbe

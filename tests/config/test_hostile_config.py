@@ -12,7 +12,7 @@ import yaml
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config, training_fields
 from mslora_cr.config.schema import ConfigError
-from mslora_cr.stream.arguments import training_arguments
+from mslora_cr.training.arguments import training_arguments
 from tests.conftest import ConfigWriter
 
 

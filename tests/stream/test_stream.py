@@ -21,10 +21,10 @@ from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import ConfigError
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.stream import train as stream
-from mslora_cr.stream.arguments import training_arguments
 from mslora_cr.stream.checks import check_trainable
-from mslora_cr.stream.plan import batch_shape, plan
+from mslora_cr.stream.plan import plan
 from mslora_cr.stream.train import train
+from mslora_cr.training.arguments import batch_shape, training_arguments
 from mslora_cr.training.callbacks import JsonLinesCallback
 from mslora_cr.training.trainer import BankTrainer
 from tests.conftest import STEPS, ConfigWriter, bank_bytes

@@ -1,7 +1,8 @@
-"""transformers' TrainingArguments of a task."""
+"""transformers' TrainingArguments of a task, its batches and its steps."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -10,9 +11,9 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
+from mslora_cr.distributed.comm import world_size
 from mslora_cr.runs.ledger import work_folder
-from mslora_cr.stream.plan import batch_shape
-from mslora_cr.stream.rehearsal import rehearse
+from mslora_cr.training.rehearsal import rehearse
 
 
 def training_arguments(
@@ -74,3 +75,29 @@ def training_arguments(
             "use group_by_length, or random (the default)"
         )
     return args
+
+
+def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:
+    """Samples per process and micro-batch, and micro-batches per update, that give the task's global batch size.
+
+    `training.per_device_train_batch_size` is the most that a process may take at once.
+
+    Raises:
+        ConfigError: the batch size cannot be shared by the processes, or no sample may be taken at once.
+    """
+    share, rest = divmod(task.batch_size, world_size())
+    if rest:
+        raise ConfigError(
+            f"tasks.{task.name}.batch_size is {task.batch_size}, which {world_size()} processes cannot divide equally"
+        )
+    most = min(share, fields.get("per_device_train_batch_size", share))
+    if most < 1:
+        raise ConfigError(f"training.per_device_train_batch_size is {most}; use at least 1")
+    per_device = max(size for size in range(1, most + 1) if share % size == 0)
+    return per_device, share // per_device
+
+
+def update_steps(records: int, epochs: float, per_device: int, accumulation: int) -> int:
+    """Optimizer steps of a task, as the Trainer counts them."""
+    batches = math.ceil(records / (per_device * world_size()))
+    return math.ceil(epochs * max(1, math.ceil(batches / accumulation)))
