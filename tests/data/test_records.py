@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mslora_cr.data import records
+from mslora_cr.data import json_list, records
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords, Turn
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_a" / "conversations.json"
@@ -55,7 +55,7 @@ def test_access_by_index_slice_and_after_pickling(tmp_path):
 
 
 def test_records_may_lie_across_the_chunks_that_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "CHUNK_BYTES", 7)  # splits characters, strings and separators alike
+    monkeypatch.setattr(json_list, "CHUNK_BYTES", 7)  # splits characters, strings and separators alike
     raw = [{**GOOD, "id": i, "conversations": [HUMAN, {**GPT, "value": "é病" * i}]} for i in range(30)]
     for text in (json.dumps(raw), json.dumps(raw, ensure_ascii=False, indent=3)):
         opened = TrainingRecords(write(tmp_path / "train.json", text))
@@ -235,14 +235,15 @@ def test_a_missing_file_and_one_changed_behind_our_back(tmp_path):
 
 
 def test_endless_records_are_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(json_list, "CHUNK_BYTES", 100)
+    for module in (records, json_list):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 1000)
     long = {**GOOD, "extra": "x" * 5000}
     with pytest.raises(DataError, match="record 0: a record of more than 16 MB"):
         TrainingRecords(write(tmp_path / "train.json", [long]))
     with pytest.raises(DataError, match="line 1: a record of more than 16 MB"):
         TestRecords(write(tmp_path / "test.jsonl", lines({**QUESTION, "extra": "x" * 5000})))
-    monkeypatch.setattr(records, "CHUNK_BYTES", 10_000)  # the record is in the window already
+    monkeypatch.setattr(json_list, "CHUNK_BYTES", 10_000)  # the record is in the window already
     with pytest.raises(DataError, match="record 0: a record of more than 16 MB"):
         TrainingRecords(write(tmp_path / "train.json", [long]))
 
@@ -271,5 +272,5 @@ def test_memory_stays_bounded(tmp_path):
     opened = TrainingRecords(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 5 * records.CHUNK_BYTES
+    assert peak < 5 * json_list.CHUNK_BYTES
     assert len(pickle.dumps(opened)) < 17 * len(opened)
