@@ -135,9 +135,9 @@ class ChatTemplateInputs:
     # --- answering ---
 
     def prompt(self, record: TestRecord, roots: Sequence[Path]) -> Prompt:
-        self._check_text([record.text])
+        self._check_text([record.question])
         images = tuple(resolve_image(name, roots) for name in self.image_names(record))
-        text = render(self.processor, messages_of([Message("human", record.text)], len(images)), to_answer=True)
+        text = render(self.processor, messages_of([Message("human", record.question)], len(images)), to_answer=True)
         return Prompt((), tuple(self._fitting(text, [image_size(path) for path in images])), images, text)
 
     def asked(

@@ -88,7 +88,7 @@ class LlavaMedInputs:
 
     def prompt(self, record: TestRecord, roots: Sequence[Path]) -> Prompt:
         names = self.image_names(record)
-        ids = encode_prompt(self.tokenizer, generation_prompt(record.text, len(names)))
+        ids = encode_prompt(self.tokenizer, generation_prompt(record.question, len(names)))
         ids = self.expand(Encoded(ids, [IGNORE_INDEX] * len(ids))).input_ids
         images = tuple(resolve_image(name, roots) for name in names)
         cut = len(ids) - ids[::-1].index(self.image_token_id) if images else 0

@@ -11,7 +11,10 @@ import hashlib
 import random
 from abc import abstractmethod
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Generic, Literal, Self, TypeVar, overload
 
@@ -23,15 +26,19 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
+    model_validator,
 )
 
 from mslora_cr.data.advice import missing_annotations, other_record
 from mslora_cr.data.json_list import MAX_RECORD_BYTES, TOO_LONG, Item, ListReader
+from mslora_cr.data.options import letter_of, lettered, with_options
 from mslora_cr.utils.errors import DataError, first_problem, problems_in, shorten
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import STRICT_JSON, explain_json
 
 AnswerType = Literal["OPEN", "CLOSED"]
+AnswerKind = Literal["choice", "number", "set", "text"]
+"""What an answer is: one of a few, a count or a measurement, several labels whose order does not matter, free text."""
 
 IMAGE = "<image>"
 """The marker that represents a record's images in a text."""
@@ -69,15 +76,69 @@ def _as_names(image: Any) -> Any:
     raise ValueError("should be a name or a list of names")
 
 
+def _truths(value: Any) -> Any:
+    """`gt` is one answer, or a list of answers that are all accepted."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    raise ValueError("should be a valid string")
+
+
+def _options(value: Any) -> Any:
+    if not value:
+        return {}
+    if isinstance(value, str) or not isinstance(value, Mapping | Sequence):
+        raise ValueError("should be a list of options, or an object of their letters and texts")
+    texts = value.values() if isinstance(value, Mapping) else value
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError("should hold texts alone, none of them empty")
+    return lettered(value)
+
+
+def _attributes(value: Any) -> Any:
+    """Text and numbers by name; what is null is not known, as if it were not there."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError("should be an object of texts and numbers")
+    known = {name: held for name, held in value.items() if held is not None}
+    for name, held in known.items():
+        if isinstance(held, bool) or not isinstance(held, str | int | float):
+            raise ValueError(f"should hold texts and numbers alone, but {shorten(name)} is neither")
+    return known
+
+
 Identifier = Annotated[int | str, PlainValidator(_identifier)]
 Text = Annotated[str, AfterValidator(_encodable)]
 Turns = Annotated[tuple["Turn", ...], BeforeValidator(_as_tuple)]
+Truths = Annotated[tuple[Text, ...], BeforeValidator(_truths)]
+Options = Annotated[dict[Text, Text], BeforeValidator(_options)]
+Attributes = Annotated[dict[Text, Text | int | float], BeforeValidator(_attributes)]
 Images = Annotated[tuple[Text, ...], BeforeValidator(_as_names)]
 
 
 class _Record(BaseModel):
     # Unknown fields are ignored: published annotation files carry some of their own.
     model_config = ConfigDict(frozen=True, strict=True, populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_name_is_misspelt(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and (mistaken := _misspelt(cls, tuple(value))):
+            raise ValueError("field {!r} is not known; did you mean {!r}?".format(*mistaken))
+        return value
+
+
+@lru_cache(1024)
+def _misspelt(model: type[BaseModel], names: tuple[str, ...]) -> tuple[str, str] | None:
+    """The first name that is close to that of a field that is absent, with the field's name."""
+    known = {name for key, field in model.model_fields.items() for name in (key, field.alias or key)}
+    absent = [field.alias or key for key, field in model.model_fields.items() if not {key, field.alias} & {*names}]
+    for name in names:
+        if name not in known and (close := get_close_matches(name, absent, n=1, cutoff=0.85)):
+            return name, close[0]
+    return None
 
 
 class Turn(_Record):
@@ -93,20 +154,47 @@ class TrainingRecord(_Record):
     id: Identifier
     images: Images = Field(default=(), alias="image")
     turns: Turns = Field(alias="conversations", min_length=1)
+    patient: Identifier | None = None
+    """Whose images these are; a share for validation takes whole patients."""
+    attributes: Attributes = {}
 
 
 class TestRecord(_Record):
-    """One question of `test.jsonl`. Question ids need not be unique: published files repeat some."""
+    """One question of `test.jsonl` or `val.jsonl`. Question ids need not be unique: published files repeat some."""
 
     __test__: ClassVar[bool] = False  # pytest: not a test class
 
     question_id: Identifier
     images: Images = Field(alias="image", min_length=1)
     text: Text
-    gt: Text
+    truths: Truths = Field(alias="gt", min_length=1)
+    """Every answer that is accepted; the best of them counts. Annotators' answers may repeat, as VQA's ten do."""
     answer_type: AnswerType
     patient: Identifier | None = None
     """Whose images these are: questions about one patient are not independent, which intervals and tests respect."""
+    attributes: Attributes = {}
+    """What is known of patient and picture by name, such as `{"sex": "F", "age": 63}`: scores are given by group."""
+    options: Options = {}
+    """By capital letter, the answers that the question offers, in order; empty where it offers none."""
+    answer_kind: AnswerKind | None = None
+    """None: nobody says."""
+
+    @property
+    def gt(self) -> str:
+        """The one true answer, or the commonest of several (the first of those that are equally common)."""
+        return Counter(self.truths).most_common(1)[0][0]
+
+    @property
+    def question(self) -> str:
+        """What the model is asked: the text, and below it the options where there are some."""
+        return with_options(self.text, self.options)
+
+    @model_validator(mode="after")
+    def _truth_is_offered(self) -> Self:
+        if self.options and self.answer_kind != "set" and not any(letter_of(one, self.options) for one in self.truths):
+            offered = ", ".join(f"{letter}. {text}" for letter, text in self.options.items())
+            raise ValueError(f"field 'gt': {shorten(self.gt)} is none of the options ({offered})")
+        return self
 
 
 Record = TypeVar("Record", bound=_Record)

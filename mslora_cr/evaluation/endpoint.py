@@ -129,7 +129,7 @@ class _Asker:
     def _body(self, record: TestRecord) -> Body:
         shown = shown_images(record, self.config.data.images == "all")
         content: list[Body] = [{"type": "image_url", "image_url": {"url": self._data_url(name)}} for name in shown]
-        content.append({"type": "text", "text": question_text(record.text, 0)})
+        content.append({"type": "text", "text": question_text(record.question, 0)})
         return {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],

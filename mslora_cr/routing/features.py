@@ -52,7 +52,7 @@ class _FeatureDataset(Dataset[tuple[Any, list[int]]]):
     def __getitem__(self, position: int) -> tuple[Any, list[int]]:
         index = self.indices[position]
         record = self.records[index]
-        text = _asked_first(record) if isinstance(record, TrainingRecord) else record.text
+        text = _asked_first(record) if isinstance(record, TrainingRecord) else record.question
         try:
             images = self.input_processor.load_images(self.input_processor.image_names(record), self.roots)
         except ValueError as error:

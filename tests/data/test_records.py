@@ -274,3 +274,37 @@ def test_memory_stays_bounded(tmp_path):
     tracemalloc.stop()
     assert peak < 5 * json_list.CHUNK_BYTES
     assert len(pickle.dumps(opened)) < 17 * len(opened)
+
+
+def test_a_question_may_have_options_several_truths_attributes_and_a_kind(tmp_path):
+    path = tmp_path / "test.jsonl"
+    more = {"options": ["lung", "heart"], "gt": ["B", "Heart", "B"], "answer_kind": "choice"}
+    path.write_text(lines({**QUESTION, **more, "attributes": {"sex": "F", "age": 63, "site": None}}, QUESTION))
+    record, plain = TestRecords(path)
+    assert record.options == {"A": "lung", "B": "heart"} and record.attributes == {"sex": "F", "age": 63}
+    assert (record.truths, record.gt, record.answer_kind) == (("B", "Heart", "B"), "B", "choice")
+    shown = "Is it?\nA. lung\nB. heart\nAnswer with the option's letter from the given choices directly."
+    assert record.question == shown and plain.question == plain.text == "Is it?"
+    assert (plain.truths, plain.gt, plain.options, plain.attributes) == (("yes",), "yes", {}, {})
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"options": ["lung"]}, "field 'options': should offer between 2 and 26 options, not 1"),
+        ({"options": {"A": "lung", "C": "heart"}}, "should name its options A, B, in this order, not A, C"),
+        ({"options": ["lung", ""]}, "field 'options': should hold texts alone, none of them empty"),
+        ({"options": ["lung", "heart"]}, r"'yes' is none of the options \(A. lung, B. heart\)"),
+        ({"gt": []}, "field 'gt' is empty"),
+        ({"gt": ["yes", 2]}, r"field 'gt\[1\]': should be a valid string; found 2"),
+        ({"attributes": {"age": True}}, "should hold texts and numbers alone, but 'age' is neither"),
+        ({"atributes": {}}, "field 'atributes' is not known; did you mean 'attributes'"),
+        ({"patients": 3}, "field 'patients' is not known; did you mean 'patient'"),
+        ({"answer_kind": "letter"}, "field 'answer_kind': should be 'choice', 'number', 'set' or 'text'"),
+    ],
+)
+def test_new_fields_are_strict(changed, problem, tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text(lines({**QUESTION, **changed}))
+    with pytest.raises(DataError, match=problem):
+        TestRecords(path)
