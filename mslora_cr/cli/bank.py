@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, add_config, config_of, quieten
+from mslora_cr.cli.common import CONFIG_HELP, add_command, add_config, config_of, quieten
 
 
 def add_bank(commands: argparse._SubParsersAction) -> None:
@@ -54,6 +54,18 @@ def add_bank(commands: argparse._SubParsersAction) -> None:
     add_config(fit)
     fit.add_argument("--task", metavar="NAME", help="fit only this task")
     fit.set_defaults(run=_fit_router)
+    join = add_command(
+        actions,
+        "combine-router",
+        "combine what several sites keep of one task for the router; no record leaves its site",
+        "mslora-cr bank combine-router RUN.yaml CXP --from site_a/banks/CXP site_b/banks/CXP",
+    )
+    join.add_argument("config", type=Path, metavar="CONFIG", help=CONFIG_HELP)
+    join.add_argument("task", metavar="TASK", help="the task that all of these sites have")
+    join.add_argument(
+        "--from", dest="sources", type=Path, nargs="+", required=True, metavar="DIR", help="bank folder of each site"
+    )
+    join.set_defaults(run=_combine_router)
     show = add_command(
         actions,
         "show",
@@ -95,6 +107,14 @@ def _fit_router(args: argparse.Namespace) -> int:
     with abort_together():
         for path in fit_router(config, args.task):
             print(path)
+    return 0
+
+
+def _combine_router(args: argparse.Namespace) -> int:
+    from mslora_cr.config.load import load_config
+    from mslora_cr.stream.fit_router import combine_router
+
+    print(combine_router(load_config(args.config), args.task, args.sources))
     return 0
 
 

@@ -65,6 +65,32 @@ def statistics_of(gram: Tensor) -> TaskStatistics:
     return TaskStatistics(int(count), mean.float(), (gram[:-1, :-1] - torch.outer(total, mean)).float())
 
 
+def combine(parts: Sequence[TaskStatistics]) -> TaskStatistics:
+    """The statistics of all records of several sites from each site's own: no record leaves its site.
+
+    The scatter about the common mean is ``Σ_i S_i + n_i (m_i - m)(m_i - m)ᵀ``. Source: Chan, Golub and LeVeque,
+    "Algorithms for Computing the Sample Variance", The American Statistician 1983.
+
+    Args:
+        parts: At least one, of equally many features.
+
+    Raises:
+        ValueError: They are of different numbers of features.
+    """
+    if len({len(part.mean) for part in parts}) > 1:
+        widths = ", ".join(str(len(part.mean)) for part in parts)
+        raise ValueError(f"statistics of different numbers of features ({widths}) cannot be combined")
+    counts = torch.tensor([part.count for part in parts], dtype=torch.float64)
+    means = torch.stack([part.mean for part in parts]).double()
+    mean = counts @ means / counts.sum()
+    between = (means - mean).T @ (counts[:, None] * (means - mean))
+    scatter = torch.stack([part.scatter for part in parts]).double().sum(0) + between
+    examples = [part.examples for part in parts if part.examples is not None]
+    return TaskStatistics(
+        int(counts.sum()), mean.float(), scatter.float(), torch.cat(examples) if len(examples) == len(parts) else None
+    )
+
+
 def load_statistics(bank_folder: Path) -> TaskStatistics:
     """What was saved with a bank.
 

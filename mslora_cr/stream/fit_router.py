@@ -1,22 +1,26 @@
-"""Router statistics for banks that were trained elsewhere."""
+"""Router statistics for banks that were trained elsewhere, from records or from the statistics of several sites."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
 
+from mslora_cr.banks.bank import BankError
 from mslora_cr.banks.io import STATISTICS
-from mslora_cr.config.schema import StreamConfig
+from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.tasks import training_records
 from mslora_cr.distributed.comm import barrier, get_device, rank
 from mslora_cr.distributed.launch import start_processes
 from mslora_cr.methods.base import method_of
-from mslora_cr.models.load import load_base
+from mslora_cr.models.load import base_digest, load_base
 from mslora_cr.routing.fit import router_statistics
+from mslora_cr.routing.lda import TaskStatistics, combine, load_statistics
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.runs.lock import one_writer
+from mslora_cr.stream.import_export import check_base
 from mslora_cr.utils.files import replacing
 
 
@@ -41,12 +45,46 @@ def _fit_router(config: StreamConfig, only: str | None) -> list[Path]:
     examples = method_of(config).router_examples(config)
     for task in tasks:
         statistics = router_statistics(config, task, records[task.name], base, examples)
-        path = ledger.bank_folder(task.name) / STATISTICS
-        if rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as partial:
-                save_file(statistics.tensors(), partial)
-            ledger.note_router(task)
-        paths.append(path)
+        paths.append(_save(ledger, task, statistics))
     barrier()
     return paths
+
+
+def combine_router(config: StreamConfig, name: str, folders: Sequence[Path]) -> Path:
+    """Combine the router statistics that several sites keep of one task, and put them with the run's bank.
+
+    Args:
+        config: The run.
+        name: The task.
+        folders: The task's bank folder of each site (with `router.safetensors` in it), or a site's run folder.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        BankError: A site has no statistics, or its bank was trained on another base model.
+        ConfigError: The run has no such task.
+        LockedError: Another launch writes to the run folder.
+    """
+    task = config.task(name)
+    places = [folder / "banks" / name if (folder / "banks" / name).is_dir() else folder for folder in folders]
+    for place in places:
+        check_base({name: place}, config, base_digest(config))
+    sites = [load_statistics(place) for place in places]
+    try:
+        statistics = combine(sites)
+    except ValueError as error:
+        raise BankError(f"{name}: {error}; every site must use the same base model") from None
+    with one_writer(config.run_dir):
+        return _save(Ledger.read(config), task, statistics)
+
+
+def _save(ledger: Ledger, task: Task, statistics: TaskStatistics) -> Path:
+    """Put a task's statistics with its bank; the first rank writes."""
+    path = ledger.bank_folder(task.name) / STATISTICS
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            save_file(statistics.tensors(), partial)
+        ledger.note_router(task)
+    return path

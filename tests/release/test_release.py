@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.release.gate import gate_tests, verdict_of
 from mslora_cr.release.plan import read_plan
 from mslora_cr.release.records import records_of
+from mslora_cr.routing.lda import load_statistics
 from tests.conftest import once
 from tests.helpers.report_run import make_run
 
@@ -149,6 +151,21 @@ def test_the_commands(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([*ask, "--release", "1"]) == 0
     assert main([*ask, "--release", "2"]) == 1
     assert main([*ask, "--release", "1", "--stage", "1"]) == 1
+
+
+def test_statistics_of_two_sites_make_one_router(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(run)
+    site = tmp_path / "site"
+    shutil.copytree(config.run_dir, site)
+    bank = config.run_dir / "banks" / "PCAM"
+    before = load_statistics(bank)
+    assert main(["bank", "combine-router", str(run), "PCAM", "--from", str(site), str(site / "banks" / "PCAM")]) == 0
+    after = load_statistics(bank)
+    assert after.count == 2 * before.count
+    assert torch.allclose(after.mean, before.mean) and torch.allclose(after.scatter, 2 * before.scatter, atol=1e-6)
+    (site / "banks" / "PCAM" / "router.safetensors").unlink()
+    assert main(["bank", "combine-router", str(run), "PCAM", "--from", str(site), str(site)]) == 1
+    assert "no usable router statistics" in capsys.readouterr().err
 
 
 def test_a_broken_chain_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

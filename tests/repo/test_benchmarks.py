@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from benchmarks import all as all_benchmarks
-from benchmarks import coverage, penalty_ratio, preregistered, profile, published, real_size, startup, zero_memory
+from benchmarks import (
+    coverage,
+    penalty_ratio,
+    preregistered,
+    profile,
+    published,
+    real_size,
+    release,
+    startup,
+    zero_memory,
+)
 from mslora_cr.evaluation.score import read_answers, render_metrics
 from mslora_cr.metrics.published import score_answers
 from tests.conftest import first_in_make_test
@@ -244,6 +254,14 @@ def test_memory_of_the_real_model_is_computed(capsys: pytest.CaptureFixture[str]
     assert "| ZeRO-2 | 8 | 15.5 | 0.0 | 0.1 | 0.3 | 0.0 | 0.0 | 15.8 |" in printed
 
 
+def test_the_gate_keeps_its_level_over_a_stream() -> None:
+    figures = release.main(["--trials", "160"])
+    wrong = figures["8 candidates that lose the margin"]
+    assert wrong["spent"] < 0.12 < wrong["the same level each time"]
+    creeping = figures["released up to each of 8 updates, 1.5 points lost a time"]
+    assert creeping["learned"][-1] == 0 < creeping["predecessor"][2]
+
+
 def test_every_benchmark_is_tried() -> None:
     folder = Path(__file__).parents[2] / "benchmarks"
     others = {
@@ -257,6 +275,7 @@ def test_every_benchmark_is_tried() -> None:
         "baselines",
         "profile",
         "real_size",
+        "release",
         "zero_memory",
     }
     assert {path.stem for path in folder.glob("*.py")} - others == set(RATIOS)

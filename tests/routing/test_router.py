@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from mslora_cr.banks.bank import BankError
 from mslora_cr.data.records import TrainingRecord
 from mslora_cr.routing.features import FIT_RECORDS, _asked_first, sampled_records
-from mslora_cr.routing.lda import Router, TaskStatistics, load_statistics, statistics_of
+from mslora_cr.routing.lda import Router, TaskStatistics, combine, load_statistics, statistics_of
 
 
 def gram(features: torch.Tensor) -> torch.Tensor:
@@ -24,6 +24,17 @@ def test_statistics_by_hand_and_in_parts() -> None:
     assert found.mean.tolist() == [2, 2]
     # deviations (-1, -2), (1, 0), (0, 2)
     assert found.scatter.tolist() == [[2, 2], [2, 8]]
+
+
+def test_sites_combine_to_the_statistics_of_all_records() -> None:
+    features = torch.randn(70, 5, generator=torch.Generator().manual_seed(3)) + 20
+    whole, parts = statistics_of(gram(features)), [statistics_of(gram(part)) for part in features.split([1, 29, 40])]
+    found = combine(parts)
+    assert found.count == 70
+    torch.testing.assert_close(found.mean, whole.mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.scatter, whole.scatter, rtol=1e-6, atol=1e-4)  # of about 70 on the diagonal
+    with pytest.raises(ValueError, match="5, 4"):
+        combine([parts[0], statistics_of(gram(features[:, :4]))])
 
 
 def test_the_shared_covariance_decides_not_the_distance() -> None:
