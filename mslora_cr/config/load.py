@@ -14,11 +14,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, ValidationError
 
+from mslora_cr.config.derived import DERIVED_TRAINING_FIELDS
 from mslora_cr.config.methods import load_method
 from mslora_cr.config.plain_yaml import plain_yaml, read_plain_yaml
 from mslora_cr.config.schema import (
     CATALOGUE,
-    DERIVED_TRAINING_FIELDS,
     ConfigError,
     DatasetConfig,
     StreamConfig,
