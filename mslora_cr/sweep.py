@@ -23,6 +23,7 @@ import torch
 from mslora_cr.config.load import load_config
 from mslora_cr.config.methods import load_method, method_names
 from mslora_cr.config.schema import ConfigError, StreamConfig
+from mslora_cr.config.trust import name_method, named_methods
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.results import read_evaluation
@@ -126,6 +127,7 @@ def _by_name(methods: Sequence[str]) -> dict[str, str]:
     """
     paths: dict[str, str] = {}
     for method in methods:
+        name_method(method)
         try:
             name = load_method(method).name
         except ValueError as error:
@@ -215,7 +217,7 @@ def _run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None], root: Pat
     failed: dict[str, str] = {}
     outcomes: dict[str, dict[str, Any]] = {}
     with (
-        ProcessPoolExecutor(len(places), context, _settle, (free, threads)) as pool,
+        ProcessPoolExecutor(len(places), context, _settle, (free, threads, named_methods())) as pool,
         progress_bar(desc="sweep", total=len(runs), unit="run") as bar,
     ):
         # All methods of a seed and order before the next one: what a cut sweep leaves can be compared in pairs.
@@ -246,9 +248,11 @@ def _run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None], root: Pat
     return page
 
 
-def _settle(free: Any, threads: int) -> None:
+def _settle(free: Any, threads: int, methods: frozenset[str]) -> None:
     """Give a worker its GPU or its share of the cores, and let it end with the process that started it."""
     end_with_parent()
+    for method in methods:
+        name_method(method)
     place = free.get()
     if place is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place

@@ -34,13 +34,13 @@ from mslora_cr.evaluation.schemas import (
 )
 from mslora_cr.evaluation.score import group_numbers, question_places, read_answers
 from mslora_cr.evaluation.session import EvaluationSession
-from mslora_cr.methods.base import method_of
 from mslora_cr.metrics.published import RowScore, score_answers
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.statistics.intervals import Groups, estimate, shown_difference
 from mslora_cr.statistics.matrix_intervals import is_binary
+from mslora_cr.stream.recorded import answering_method
 from mslora_cr.utils.progress import progress_bar
 
 QUESTIONS = 200
@@ -203,7 +203,7 @@ def _banks_by(config: StreamConfig) -> str:
 
 def _variants(config: StreamConfig, chain: Mapping[str, Bank]) -> list[Variant]:
     """Each learned task with the places in `chain` of the banks that answer it, then with each of them left out."""
-    method, names, variants = method_of(config), list(chain), []
+    method, names, variants = answering_method(config), list(chain), []
     learned = [config.task(name).index + 1 for name in names]
     stage = max(method.stages(learned, len(config.tasks)))
     for task in config.stream[:stage]:

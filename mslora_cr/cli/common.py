@@ -68,6 +68,17 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=OVERRIDES)
+    add_trust(parser)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-method",
+        action="append",
+        default=[],
+        metavar="MODULE:CLASS",
+        help="import this method although only a run folder names it, now and later, until its module changes",
+    )
 
 
 def config_of(args: argparse.Namespace) -> StreamConfig:

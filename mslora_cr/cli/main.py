@@ -24,6 +24,7 @@ from mslora_cr.cli.report import add_analyze, add_compare, add_report
 from mslora_cr.cli.sweep import add_sweep
 from mslora_cr.cli.train import add_train
 from mslora_cr.cli.web import add_web
+from mslora_cr.config.trust import trust_method
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.logs import NORMAL, set_up
 from mslora_cr.utils.visible import NobodyReadsError, visible_results
@@ -45,6 +46,8 @@ def _run(argv: Sequence[str] | None) -> int:
     args = _parse(argv)
     set_up(args.verbosity)
     try:
+        for method in vars(args).get("trust_method", []):
+            log.info("trusted as it is now: %s (%s)", trust_method(method), method)
         return int(args.run(args))
     except UserError as error:
         log.error("error: %s", error)

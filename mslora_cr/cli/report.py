@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, add_overrides, count, quieten, run_config
+from mslora_cr.cli.common import add_command, add_overrides, add_trust, count, quieten, run_config
 from mslora_cr.utils.errors import UserError
 
 
@@ -59,6 +59,7 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the results as JSON")
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="also write the runs side by side as a page")
+    add_trust(parser)
     parser.set_defaults(run=_compare)
 
 

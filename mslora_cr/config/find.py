@@ -18,8 +18,8 @@ def find_run(target: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
     """The configuration of a run.
 
     Args:
-        target: a YAML file; a run folder; a run's name, looked for in `checkpoints/` and one folder below it; or the
-            name of a shipped configuration.
+        target: a YAML file; a run folder, which may be given from `checkpoints/` on; a run's name, looked for in
+            `checkpoints/` and one folder below it; or the name of a shipped configuration.
         overrides: as `load_config`.
 
     Raises:
@@ -29,6 +29,8 @@ def find_run(target: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
     path = Path(target)
     if path.is_dir():
         return _of_folder(path, overrides)
+    if not path.exists() and (RUN_FOLDERS / path / "config.yaml").is_file():
+        return _of_folder(RUN_FOLDERS / path, overrides)
     if path.exists() or path.name != str(target) or path.suffix:
         return load_config(path, overrides)
     folders = _run_folders()
@@ -51,7 +53,7 @@ def _run_folders() -> list[Path]:
 def _of_folder(folder: Path, overrides: Sequence[str]) -> StreamConfig:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: no config.yaml there; give a configuration or a run folder")
-    config, place = load_config(folder / "config.yaml", overrides), folder.resolve()
+    config, place = load_config(folder / "config.yaml", overrides, of_run=True), folder.resolve()
     if config.run_dir.resolve() != place:
         raise ConfigError(
             f"{folder}: its config.yaml is that of the run folder {config.run_dir.resolve()}. Move it back there, run "

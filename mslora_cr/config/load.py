@@ -14,8 +14,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, ValidationError
 
+from mslora_cr.config.consent import note_consent
 from mslora_cr.config.derived import DERIVED_TRAINING_FIELDS
-from mslora_cr.config.methods import load_method
+from mslora_cr.config.methods import if_trusted, load_method
 from mslora_cr.config.plain_yaml import plain_yaml, read_plain_yaml
 from mslora_cr.config.schema import (
     CATALOGUE,
@@ -49,22 +50,29 @@ EXPECTED = {
 """What pydantic's commonest types of error mean, in words for users; its own are used for the rest."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), of_run: bool = False) -> StreamConfig:
     """Read a run's YAML file, or the shipped one of that name, and apply `key.path=value` overrides (values are YAML).
 
     `tasks.pathvqa.epochs=1` names a task, `tasks.*.epochs=1` all of them, `tasks=[pathvqa,derm]` keeps those.
+
+    Args:
+        path: the file, or the name of a shipped one.
+        overrides: in order; a later one of the same key wins.
+        of_run: the file was found in a run folder, so it names no method to import (`trust`).
 
     Raises:
         ConfigError: unreadable file, unsafe YAML, unknown key (with the nearest known one), wrong type, repeated or
             unknown task, bad override.
     """
-    raw = _merge({"datasets": copy.deepcopy(_catalogued_datasets())}, read_layers(path))
+    files = layers(path)
+    raw = _merge({"datasets": copy.deepcopy(_catalogued_datasets())}, _merged(files))
     for override in overrides:
         _apply_override(raw, override)
     check_values(raw)
+    note_consent(raw, files, overrides, of_run)
     try:
         config = StreamConfig.model_validate(raw)
-        former = _former_defaults(config, raw)
+        former = _former_defaults(config, raw) if config.knows_method else {}
         return StreamConfig.model_validate(former) if former else config
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply") from None
@@ -122,8 +130,12 @@ def layers(given: str | Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def read_layers(given: str | Path) -> dict[str, Any]:
     """What a file and those that it extends say together; nothing is checked but that they are plain YAML."""
+    return _merged(layers(given))
+
+
+def _merged(files: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
-    for _, content in reversed(layers(given)):
+    for _, content in reversed(files):
         merged = _merge(merged, content)
     return merged
 
@@ -232,13 +244,14 @@ def _fault(item: Any) -> str:
 
 def _method_name(raw: Mapping[str, Any]) -> str:
     """Of the chosen method, which is valid."""
-    return load_method(raw.get("method", StreamConfig.model_fields["method"].default)).name
+    method = if_trusted(raw.get("method", StreamConfig.model_fields["method"].default))
+    return method.name if method else "method_section"
 
 
 def _known_keys(location: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
     if location == ["method_section"]:
-        section = load_method(raw.get("method", StreamConfig.model_fields["method"].default)).section
-        return list(section.model_fields) if section else []
+        method = if_trusted(raw.get("method", StreamConfig.model_fields["method"].default))
+        return list(method.section.model_fields) if method and method.section else []
     model: Any = StreamConfig
     for part in location:
         if part.isdigit() or model is DatasetConfig:

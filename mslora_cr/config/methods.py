@@ -1,7 +1,8 @@
 """From the name that `method:` chooses to the method: the one place where the configuration reaches up.
 
 A name is that of a file in `mslora_cr/methods`, imported when it is asked for: nothing is registered by hand, and
-`--help` imports none. `module:Class` names a class outside the package; its module is imported, hence run.
+`--help` imports none. `module:Class` names a class outside the package; its module is imported, hence run, only with
+the user's consent (`trust`).
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
+from mslora_cr.config.trust import UntrustedMethodError, check_consent
 from mslora_cr.utils.errors import nearest
 
 PACKAGE = "mslora_cr.methods"
 BASE = "base"
 """The module of `Method` itself, which is no method's."""
 OUTSIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""`module:Class`, for a method outside the package."""
 
 
 class MethodSettings(Protocol):
@@ -52,6 +55,7 @@ def load_method(name: str) -> MethodSettings:
         name: a name of `method_names`, or `module:Class`, importable from the working directory or `sys.path`.
 
     Raises:
+        UntrustedMethodError: it is outside the package, and the user has neither named nor trusted it.
         ValueError: there is no such method; says what was looked for, and where.
     """
     base = importlib.import_module(f"{PACKAGE}.{BASE}").Method
@@ -63,6 +67,7 @@ def load_method(name: str) -> MethodSettings:
             f"unknown method {name!r}{nearest(name, known)}; there are {', '.join(known)}, and module:Class for a "
             "class outside the package"
         )
+    check_consent(name)
     module_name, _, class_name = name.partition(":")
     module = _import_outside(name, module_name)
     if not hasattr(module, class_name):
@@ -76,9 +81,17 @@ def load_method(name: str) -> MethodSettings:
 
 
 def check_method(name: str) -> str:
-    """The name, if there is a method of it; ValueError as `load_method`."""
-    load_method(name)
+    """The name, if there is a method of it, or one that may not be imported; ValueError as `load_method`."""
+    if_trusted(name)
     return name
+
+
+def if_trusted(name: str) -> MethodSettings | None:
+    """As `load_method`; None for a method outside the package that the user has neither named nor trusted."""
+    try:
+        return load_method(name)
+    except UntrustedMethodError:
+        return None
 
 
 def _own(module: ModuleType, base: type) -> type:

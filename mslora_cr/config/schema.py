@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from mslora_cr.config.methods import check_method, load_method, method_names
+from mslora_cr.config.methods import check_method, if_trusted, load_method, method_names
 from mslora_cr.utils.errors import UserError, nearest
 from mslora_cr.utils.kernels import chosen_kernels
 
@@ -63,6 +63,13 @@ class Section(BaseModel):
     """Keys of a configuration, read strictly: no unknown one, no wrong type, no change afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class UnreadSection(Section):
+    """The section of a method whose module may not be imported (`trust`): as it is written, unchecked."""
+
+    written: dict[str, Any] = {}
+    """By the method's own name; empty if it has no section."""
 
 
 class ModelConfig(Section):
@@ -223,9 +230,13 @@ class StreamConfig(Section):
         others = raw.keys() & set(method_names())
         chosen = raw.get("method", cls.model_fields["method"].default)
         try:
-            method = load_method(str(chosen))
+            method = if_trusted(str(chosen))
         except ValueError:  # the field says so
             return {key: value for key, value in raw.items() if key not in others}
+        if method is None:
+            own = [key for key, value in raw.items() if key not in cls.model_fields and isinstance(value, Mapping)][:1]
+            known = {key: value for key, value in raw.items() if key not in own}
+            return {**known, "method_section": {"written": {key: raw[key] for key in own}}}
         if method.name in cls.model_fields:
             raise ValueError(f"method {chosen}: its name, {method.name!r}, is a key of every configuration; rename it")
         for other in sorted(others - {method.name}):
@@ -245,11 +256,17 @@ class StreamConfig(Section):
     @field_validator("method_section", mode="before")
     @classmethod
     def _read_section(cls, given: Any, info: ValidationInfo) -> Section | None:
-        section = load_method(info.data["method"]).section if "method" in info.data else None
+        if "method" not in info.data:
+            return None
+        method = if_trusted(info.data["method"])
+        section = UnreadSection if method is None else method.section
         return cast(Section, section.model_validate(given)) if section is not None else None
 
     @model_serializer(mode="wrap")
     def _name_section(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        if isinstance(self.method_section, UnreadSection):
+            known = {key: value for key, value in write(self).items() if key != "method_section"}
+            return {**known, **self.method_section.written}
         name = load_method(self.method).name
         written = {name if key == "method_section" else key: value for key, value in write(self).items()}
         return {key: value for key, value in written.items() if key != name or value is not None}
@@ -270,8 +287,14 @@ class StreamConfig(Section):
 
     @model_validator(mode="after")
     def _check_by_method(self) -> StreamConfig:
-        load_method(self.method).check(self)
+        if self.knows_method:
+            load_method(self.method).check(self)
         return self
+
+    @property
+    def knows_method(self) -> bool:
+        """Whether the method's code could be read; if not, the run can be read and exported, and not be trained."""
+        return not isinstance(self.method_section, UnreadSection)
 
     @property
     def run_dir(self) -> Path:
@@ -313,7 +336,7 @@ class StreamConfig(Section):
         """Everything in this configuration that decides what the banks up to a task's become, the last one's if none
         is given: no places, no speed, no evaluation, no later task, unless the method trains on all at once.
         """
-        tasks = self.tasks if last is None or load_method(self.method).all_at_once else self.tasks[: last.index + 1]
+        tasks = self.tasks if last is None or self._all_at_once else self.tasks[: last.index + 1]
         fields = self.model_dump(mode="json", exclude={"run", "output_dir", "results_dir", "evaluation", "datasets"})
         for place, key in (field.split(".") for field in UNDECIDING_FIELDS):
             del fields[place][key]
@@ -326,6 +349,10 @@ class StreamConfig(Section):
             del fields["regularization"]["distance"]  # digests of before there was a choice hold
         modalities = {task.name: self.datasets[task.name].modality for task in tasks}
         return {**fields, "tasks": [task.model_dump(mode="json") for task in tasks], "modalities": modalities}
+
+    @property
+    def _all_at_once(self) -> bool:
+        return self.knows_method and load_method(self.method).all_at_once
 
     def training_digest(self, last: Task | None = None) -> str:
         """SHA-256 of `fingerprint_fields`."""

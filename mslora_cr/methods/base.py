@@ -9,10 +9,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from mslora_cr.config.methods import load_method
 from mslora_cr.config.schema import Section, StreamConfig, Task
+from mslora_cr.config.trust import UntrustedMethodError, check_consent
 
 if TYPE_CHECKING:
     import torch
@@ -193,14 +194,36 @@ class Method(Generic[Settings]):
         return {}
 
 
+class AnsweringMethod(Protocol):
+    """What a method says about answers: all that reading and exporting a run needs of it."""
+
+    def stages(self, learned: Sequence[int], tasks: int) -> Sequence[int]:
+        """As `Method.stages`."""
+
+    def banks(self, task: int, stage: int, banks_by: str) -> list[int]:
+        """As `Method.banks`."""
+
+
 def method_of(config: StreamConfig) -> Method:
-    """The method that a configuration chooses."""
+    """The method that a configuration chooses.
+
+    Raises:
+        UntrustedMethodError: its code may not be imported, or could not be when the configuration was read.
+    """
+    if not config.knows_method:
+        check_consent(config.method)
+        raise UntrustedMethodError(f"method {config.method}: read its configuration again, now that it is trusted")
     return cast(Method, load_method(config.method))
 
 
-def needs_task(config: StreamConfig) -> bool:
-    """Whether it matters which task a question belongs to: whether tasks are answered by different banks."""
-    method, last = method_of(config), len(config.tasks)
+def needs_task(config: StreamConfig, method: AnsweringMethod | None = None) -> bool:
+    """Whether it matters which task a question belongs to: whether tasks are answered by different banks.
+
+    Args:
+        config: the run.
+        method: what is known of its method; None: the method itself.
+    """
+    method, last = method or method_of(config), len(config.tasks)
     return len({tuple(method.banks(task, last, "prefix")) for task in range(1, last + 1)}) > 1
 
 

@@ -65,6 +65,20 @@ class TaskEntry(Part):
         return self.seconds * self.processes / 3600 if self.processes else None
 
 
+class Answering(Part):
+    """Which banks answer where the method is not of the package, so that a run can be read without the method's code.
+
+    Attributes:
+        stages: those that can answer, from 1.
+        prefix: by stage and task of the stream, the places from 1 of the banks that answer by `prefix`.
+        all: the same by `all`.
+    """
+
+    stages: tuple[int, ...]
+    prefix: tuple[tuple[tuple[int, ...], ...], ...]
+    all: tuple[tuple[tuple[int, ...], ...], ...]
+
+
 class Forced(Part):
     """A launch with `--force` that went on with other settings: when, after which tasks, and what it changed."""
 
@@ -87,6 +101,7 @@ class RunLedger(StateFile):
     git: dict[str, Any] | None = None
     hardware: dict[str, Any] = Field(default_factory=dict)
     forced: tuple[Forced, ...] = ()
+    answering: Answering | None = None
 
     @property
     def seconds(self) -> float:

@@ -19,7 +19,7 @@ from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.distributed.comm import broadcast_object, world_size
 from mslora_cr.routing.lda import TaskStatistics, load_statistics
 from mslora_cr.runs.differences import CONFIG, Finished, changed_settings
-from mslora_cr.runs.entries import LEDGER, Forced, RunLedger, TaskEntry
+from mslora_cr.runs.entries import LEDGER, Answering, Forced, RunLedger, TaskEntry
 from mslora_cr.runs.environment import environment
 from mslora_cr.utils.files import file_digest, write_text
 from mslora_cr.utils.regular import check_regular
@@ -160,14 +160,15 @@ class Ledger:
         """The finished banks of these tasks.
 
         Raises:
-            BankError: one is not finished, or of another rank than the configuration's.
+            BankError: one is not finished, or of another rank than the configuration's, where the method's code is
+                there to tell its rank.
         """
         loaded = []
         for task in tasks:
             if not self.done(task.name):
                 raise BankError(f"task {task.name!r} is not trained yet in {self.folder}; train it first")
             bank = load_bank(self.bank_folder(task.name))
-            rank, _ = bank_shape(config, task)
+            rank = bank_shape(config, task)[0] if config.knows_method else bank.rank
             if bank.rank != rank:
                 raise BankError(f"bank {task.name!r} is of rank {bank.rank}, the configuration's is {rank}")
             loaded.append(bank)
@@ -193,6 +194,10 @@ class Ledger:
             **known,
         )
         self._write({"tasks": {**self.tasks, task.name: entry}})
+
+    def note_answering(self, answering: Answering) -> None:
+        """Record which banks answer, for whoever reads the run without its method's code."""
+        self._write({"answering": answering})
 
     def note_router(self, task: Task) -> None:
         """Record a finished task's statistics, which were made anew; of another task nothing."""

@@ -72,6 +72,7 @@ class AnsweringModel:
             self.run.answering(task, self.stage)
         self._routers: dict[int, TaskRouter] = {}
         if task is None and self.stage and self.run.needs_task:
+            method_of(config)  # its router needs the method's code
             self._statistics(self.stage)
         self._base = load_base(config, get_device(config.model.device))
         self._input_processor = input_processor_of(config, self._base)

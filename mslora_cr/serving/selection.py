@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
-from mslora_cr.methods.base import method_of, needs_task
+from mslora_cr.methods.base import AnsweringMethod, method_of, needs_task
+from mslora_cr.stream.recorded import answering_method
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,11 @@ class RunBanks:
     config: StreamConfig
     banks: Mapping[str, Bank]
 
+    @cached_property
+    def method(self) -> AnsweringMethod:
+        """The run's method, or what its ledger says of one whose code may not be imported."""
+        return answering_method(self.config)
+
     @property
     def learned(self) -> list[int]:
         """Places in the stream, from 1, of the tasks whose banks exist."""
@@ -25,12 +32,12 @@ class RunBanks:
     @property
     def stages(self) -> list[int]:
         """The stages that can answer, 0 first."""
-        return [0, *method_of(self.config).stages(self.learned, len(self.config.tasks))]
+        return [0, *self.method.stages(self.learned, len(self.config.tasks))]
 
     @property
     def needs_task(self) -> bool:
         """Whether tasks are answered by different banks."""
-        return needs_task(self.config)
+        return needs_task(self.config, self.method)
 
     def stage(self, stage: int | None) -> int:
         """The stage itself, or the last one where none is given.
@@ -62,7 +69,7 @@ class RunBanks:
             raise ConfigError(f"method {self.config.method} answers each task with banks of its own; name one: {names}")
         number = self.config.task(task).index + 1 if task is not None else 1
         by = "prefix" if self.config.evaluation.banks_by == "routed" else self.config.evaluation.banks_by
-        wanted = [self.config.stream[place - 1] for place in method_of(self.config).banks(number, stage, by)]
+        wanted = [self.config.stream[place - 1] for place in self.method.banks(number, stage, by)]
         return [self.bank(member) for member in wanted]
 
     def mixed(self, stage: int, likely: Mapping[str, float]) -> list[Bank]:

@@ -19,6 +19,7 @@ from mslora_cr.models.shapes import language_linear_shapes
 from mslora_cr.runs.entries import LEDGER, Imported, RunLedger
 from mslora_cr.runs.ledger import Ledger, bank_shape
 from mslora_cr.runs.lock import one_writer
+from mslora_cr.stream.recorded import builds_on_earlier, record_answering
 from mslora_cr.utils.files import file_digest
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.state import StateError
@@ -123,8 +124,7 @@ def _load(place: Path, name: str, config: StreamConfig) -> Bank:
 
 def _published_name(config: StreamConfig, task: Task) -> str:
     """A task's folder in a published run: the names of the tasks learned by then, or its own for independent banks."""
-    method = method_of(config)
-    chain = config.stream[: task.index + 1] if method.keeps_frozen_adapters or method.init_from_previous else [task]
+    chain = config.stream[: task.index + 1] if builds_on_earlier(config) else [task]
     return "_".join(member.name for member in chain)
 
 
@@ -246,3 +246,4 @@ def _enter(bank: Bank, place: Path, config: StreamConfig, ledger: Ledger) -> Non
     digest = save_bank(replace(bank, metadata=described), folder, config.lora.dropout, extra)
     imported = Imported(path=source["path"], sha256=source["sha256"])
     ledger.enter(config, task, digest, steps=0, train_loss=None, seconds=0.0, imported=imported)
+    record_answering(config, ledger)

@@ -48,6 +48,7 @@ from mslora_cr.stream.checks import (
     warn_of_cut_samples,
 )
 from mslora_cr.stream.plan import banks_needed, frozen_tasks, previous_task, tasks_to_train
+from mslora_cr.stream.recorded import record_answering
 from mslora_cr.training.arguments import training_arguments
 from mslora_cr.training.callbacks import ConsoleCallback, JsonLinesCallback
 from mslora_cr.training.checkpoints import check_same_launch, checkpoints, reading, writing
@@ -279,6 +280,7 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
         frozen_bank_bytes=trainer.penalty.frozen_bytes if trainer.penalty else 0,
         weights=trainer.penalty.weights if trainer.penalty else None,
     )
+    record_answering(config, ledger)
     log.info(
         "%s: %s steps in %.0f s, mean loss %.4f; bank: %s",
         task.name,

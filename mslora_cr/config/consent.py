@@ -1,0 +1,79 @@
+"""Whether a configuration may name a method outside the package: one of the user's may, one of a run folder may not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mslora_cr.config.methods import OUTSIDE
+from mslora_cr.config.trust import (
+    UntrustedMethodError,
+    check_consent,
+    check_place,
+    foreign_place,
+    module_files,
+    name_method,
+)
+
+log = logging.getLogger(__name__)
+
+
+def note_consent(
+    raw: Mapping[str, Any],
+    files: Sequence[tuple[Path, Mapping[str, Any]]],
+    overrides: Sequence[str],
+    of_run: bool,
+) -> None:
+    """Note the method of a configuration as named by the user, if an override or a file of theirs names it.
+
+    Args:
+        raw: what the files and overrides say together.
+        files: the file and those that it extends, each with its content.
+        overrides: `key.path=value`, from the user.
+        of_run: the first file was found in a run folder.
+
+    Raises:
+        UntrustedMethodError: the user named or trusts the method, and its module lies where files from elsewhere are
+            put.
+    """
+    method = raw.get("method")
+    if not isinstance(method, str) or not OUTSIDE.fullmatch(method):
+        return
+    foreign = _foreign_folders(raw)
+    source = next((place for place, (_, content) in enumerate(files) if "method" in content), None)
+    by_file = source is not None and not (of_run and source == 0) and not foreign_place(files[source][0], foreign)
+    if by_file or any(override.startswith("method=") for override in overrides):
+        _check_module(method, foreign)
+        name_method(method)
+        return
+    try:
+        check_consent(method)
+    except UntrustedMethodError as error:
+        _warn(str(error))
+    else:
+        _check_module(method, foreign)
+
+
+@cache
+def _warn(refusal: str) -> None:
+    """Say once in a process what is not imported."""
+    log.warning("%s. What does not need its code goes on", refusal)
+
+
+def _check_module(method: str, foreign: Sequence[Path]) -> None:
+    try:
+        files = module_files(method.partition(":")[0])
+    except ModuleNotFoundError:
+        return  # the import says so
+    check_place(method, files, foreign)
+
+
+def _foreign_folders(raw: Mapping[str, Any]) -> list[Path]:
+    """The folders of runs, results, data and models that a configuration names, as far as it is valid."""
+    sections = {key: value for key, value in raw.items() if isinstance(value, Mapping)}
+    named = [raw.get("output_dir"), raw.get("results_dir")]
+    named += [sections.get(key, {}).get(inner) for key, inner in (("data", "root"), ("model", "path"))]
+    return [Path(place).expanduser() for place in named if isinstance(place, str) and place]

@@ -1,0 +1,206 @@
+"""Consent to methods outside the package: importing a module runs it, and a run folder may come from anybody.
+
+A module is imported only if the user named it, on the command line or in a configuration of theirs, or trusted it by
+name before. What a run folder says names nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import os
+import pkgutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.regular import check_regular
+from mslora_cr.utils.state import StateFile
+
+FOREIGN_FOLDERS = ("checkpoints", "results", "data", "pretrained_models")
+"""Folders of the working directory for what others made, whatever a configuration says."""
+_named: set[str] = set()
+"""Methods that the user has named to this process."""
+
+
+class UntrustedMethodError(UserError):
+    """A method outside the package would have to be imported, and the user has neither named nor trusted it."""
+
+
+class TrustedMethods(StateFile):
+    """The user's own list: the digest of each trusted module, by `module:Class`."""
+
+    MEND: ClassVar[str] = "remove it, and trust methods again with --trust-method"
+
+    methods: dict[str, str] = Field(default_factory=dict)
+
+
+def trust_file() -> Path:
+    """Where the user's list is: `mslora-cr/trusted-methods.json` in `XDG_CONFIG_HOME`, or in `~/.config`."""
+    base = os.environ.get("XDG_CONFIG_HOME")
+    return Path(base or Path.home() / ".config") / "mslora-cr" / "trusted-methods.json"
+
+
+def name_method(method: str) -> None:
+    """Note that the user has named a method, which may be imported by this process from now on."""
+    _named.add(method)
+
+
+def named_methods() -> frozenset[str]:
+    """What the user has named so far, for the worker processes of this one."""
+    return frozenset(_named)
+
+
+def trust_method(method: str) -> Path:
+    """Trust `module:Class` in this and all later commands, as long as its module stays as it is; imports nothing.
+
+    Returns:
+        The file that was noted.
+
+    Raises:
+        UserError: there is no such module, or it lies where files from elsewhere are put.
+    """
+    module, separator, name = method.partition(":")
+    if not separator or not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise UserError(f"--trust-method {method!r}: expected module:Class")
+    try:
+        files = module_files(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--trust-method {method}: there is no module {error.name!r} in the working directory, {Path.cwd()}, or on "
+            "PYTHONPATH"
+        ) from None
+    if not files:
+        raise UserError(f"--trust-method {method}: {module} is no file, so it cannot be trusted by its digest")
+    check_place(method, files, ())
+    place = trust_file()
+    known = TrustedMethods.read_if_there(place) or TrustedMethods()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    TrustedMethods(methods={**known.methods, method: _digest(files)}).write(place)
+    return files[-1]
+
+
+def check_consent(method: str) -> None:
+    """Refuse to import a method that the user has neither named nor trusted.
+
+    Raises:
+        UntrustedMethodError: says how to allow it.
+    """
+    module = method.partition(":")[0]
+    if method in _named or module in sys.modules:  # what is imported already runs nothing
+        return
+    trusted = TrustedMethods.read_if_there(trust_file())
+    digest = trusted.methods.get(method) if trusted else None
+    if digest is None:
+        raise UntrustedMethodError(
+            f"method {method} is outside the package, and its module is not imported: no configuration of yours "
+            f"names it. If you trust that module, pass --trust-method {method} once, or method={method} each time"
+        )
+    try:
+        files = module_files(module)
+    except ModuleNotFoundError:
+        return  # the import says so
+    if _digest(files) != digest:
+        raise UntrustedMethodError(
+            f"method {method}: {files[-1] if files else module} has changed since it was trusted, so it is not "
+            f"imported. If you trust the new version, pass --trust-method {method} again"
+        )
+
+
+def check_place(method: str, files: Sequence[Path], foreign: Iterable[Path]) -> None:
+    """Refuse a module that lies where files from elsewhere are put, whoever named it.
+
+    Args:
+        files: what importing the module would run.
+        foreign: further folders of such files than `FOREIGN_FOLDERS`.
+
+    Raises:
+        UntrustedMethodError: names the file and the folder.
+    """
+    for file in files:
+        if (place := foreign_place(file, foreign)) is not None:
+            raise UntrustedMethodError(
+                f"method {method}: {file} lies in {place}, a folder for runs, results, data or models, which may come "
+                "from others. No code is imported from there; move the module to another folder"
+            )
+
+
+def foreign_place(file: Path, foreign: Iterable[Path] = ()) -> Path | None:
+    """The folder of runs, results, data or models that a file lies in, by its path or behind its links; None if it
+    lies in none. A folder that holds the working directory too tells nothing apart, unless it is a run folder."""
+    here = Path.cwd().resolve()
+    places = [place.resolve() for place in (*map(here.joinpath, FOREIGN_FOLDERS), *foreign)]
+    for parent in (*Path(os.path.normpath(Path.cwd() / file)).parents, *file.resolve().parents):
+        if _is_run(parent):
+            return parent
+        if parent in places and not here.is_relative_to(parent):
+            return parent
+    return None
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or that of its results."""
+    if (folder / "ledger.json").exists() or (folder / "evaluation.json").exists():
+        return True
+    return (folder / "config.yaml").exists() and (folder / "banks").is_dir()
+
+
+def module_files(name: str) -> list[Path]:
+    """The files that importing a module would run, those of its packages first; imports nothing.
+
+    Raises:
+        ModuleNotFoundError: there is no such module; with the name of the part that is not there.
+    """
+    files: list[Path] = []
+    places: list[str] | None = None
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        part = ".".join(parts[:depth])
+        spec = _find(part, places)
+        if spec is None or (depth < len(parts) and spec.submodule_search_locations is None):
+            raise ModuleNotFoundError(f"No module named {part!r}", name=part)
+        places = list(spec.submodule_search_locations or [])
+        if spec.has_location and spec.origin:
+            files.append(Path(spec.origin))
+    return files
+
+
+def _find(name: str, places: list[str] | None) -> importlib.machinery.ModuleSpec | None:
+    """As the import system looks for a module, which would import its packages on the way.
+
+    Args:
+        places: the folders of its package; None for a module at the top.
+    """
+    if places is None:
+        if str(Path.cwd()) not in sys.path:  # where methods are imported from, last
+            places = [*sys.path, str(Path.cwd())]
+        for finder in sys.meta_path:
+            if (spec := finder.find_spec(name, places)) is not None:
+                return spec
+        return None
+    portions: list[str] = []
+    for place in places:
+        importer = pkgutil.get_importer(place)
+        spec = importer.find_spec(name) if importer is not None else None
+        if spec is not None and spec.loader is not None:
+            return spec
+        portions += (spec.submodule_search_locations or []) if spec is not None else []
+    if not portions:
+        return None
+    namespace = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    namespace.submodule_search_locations = portions
+    return namespace
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """SHA-256 of what importing a module runs; of a package, all of its Python files."""
+    last = files[-1] if files else None
+    whole = sorted(last.parent.rglob("*.py")) if last is not None and last.stem == "__init__" else []
+    digest = hashlib.sha256()
+    for file in dict.fromkeys([*files, *whole]):
+        digest.update(hashlib.sha256(check_regular(file).read_bytes()).digest())
+    return digest.hexdigest()
