@@ -23,20 +23,10 @@ NEIGHBOURS = {
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
 }
-ROOMS = (
-    "methods",
-    "losses",
-    "banks",
-    "models",
-    "routing",
-    "runs",
-    "training",
-    "stream",
-    "evaluation",
-    "data",
-    "config",
-)
-"""Rooms whose docstrings the reference shows, the public interface first."""
+ROOMS = [
+    room for room in re.findall(r"^  (\w+)/ ", (ROOT / "README.md").read_text(encoding="utf-8"), re.M) if room != "cli"
+]
+"""Rooms whose docstrings the reference shows, in README's order. The commands document themselves (`--help`)."""
 
 
 def neighbour(text: str) -> str:

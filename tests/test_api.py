@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from mslora_cr.models.llava_med import load as load_base
 from mslora_cr.serving import answering
 from tests.conftest import once
 
+README = Path(__file__).parents[1] / "README.md"
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
 TASKS = ["pathvqa", "slake-vqarad", "PCAM"]
 
@@ -286,7 +288,38 @@ def test_a_conversation_remembers(
     assert "error: " in told.err and "such.png" in told.err
 
 
-# --- the notebook ----------------------------------------------------------------------------------------------------
+# --- README and the notebook ----------------------------------------------------------------------------------------------------
+
+
+def test_the_python_of_the_readme_runs(
+    trained_config: Path,
+    results: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a run and data that stand where the demo's do."""
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120 and text[: text.index("```python")].count("\n") < 60
+    config = mslora_cr.load_config(trained_config)
+    run = tmp_path / "checkpoints" / "demo" / "mslora_cr"
+    shutil.copytree(config.run_dir, run)
+    saved = (
+        (run / "config.yaml")
+        .read_text()
+        .replace(config.output_dir, str(run.parent))
+        .replace("run: tiny", "run: mslora_cr")
+    )
+    (run / "config.yaml").write_text(saved.replace(config.results_dir, str(tmp_path / "results")))
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mslora_cr").symlink_to(results)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "demo").symlink_to(config.data.root)
+    monkeypatch.chdir(tmp_path)
+    exec(text.partition("```python\n")[2].partition("```")[0], {})
+    first = questions(trained_config, "PCAM")[0]
+    printed = capsys.readouterr().out
+    assert printed.startswith(first["text"]) and f"truth: {first['gt']}" in printed and "final_average" in printed
 
 
 def test_the_quickstart_notebook_runs(

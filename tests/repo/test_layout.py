@@ -122,7 +122,10 @@ def test_a_file_reads_files_of_its_own_room_alone() -> None:
     assert climbers == ["config.methods"]  # it lists the methods that ship, and imports the one that is named
 
 
-def test_the_readme_lists_the_rooms_in_this_order() -> None:
+def test_readme_and_the_architecture_page_list_the_rooms_in_this_order() -> None:
+    rooms = [room for room in ROOMS if room != "__main__"]
     tree = (PACKAGE.parent / "README.md").read_text(encoding="utf-8").partition("\nmslora_cr/\n")[2]
-    listed = [match[1] for match in re.finditer(r"^  (\w+)(?:/|\.py) ", tree, re.M)]
-    assert listed == [room for room in ROOMS if room != "__main__"]
+    assert re.findall(r"^  (\w+)(?:/|\.py) ", tree, re.M) == rooms
+    page = (PACKAGE.parent / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
+    picture = page.partition("## The rooms")[2].split("```")[1]
+    assert picture.split() == rooms
