@@ -71,7 +71,7 @@ def _analyze(config: StreamConfig, others: Sequence[StreamConfig], questions: in
     runs = {run.run: run for run in (config, *others)}
     if len(runs) <= len(others):  # names repeat
         runs = {str(run.run_dir): run for run in (config, *others)}
-    summed = not any(bank.routers for bank in chain.values())  # a bank with routers takes part whole or not at all
+    summed = not any(bank.depends_on_input for bank in chain.values())  # such a bank takes part whole or not at all
     analysis = Analysis(
         run=config.run,
         similarity=_similarity(list(chain.values())),

@@ -52,6 +52,11 @@ class Bank:
     def experts(self) -> int:
         return next((len(router) for router in self.routers.values()), 1)
 
+    @property
+    def depends_on_input(self) -> bool:
+        """Whether its update differs from token to token, so that it is neither summed nor merged."""
+        return bool(self.routers)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of its layers' names and its numbers."""

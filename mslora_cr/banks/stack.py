@@ -7,27 +7,26 @@ float32 from the pristine base and rounded once, or concatenated into one frozen
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mslora_cr.banks.bank import Bank, BankError, concatenated
-from mslora_cr.banks.directions import coupled, decoupled, magnitudes_of, scale_parts
-from mslora_cr.banks.experts import copy_routers, route, routers_of
 from mslora_cr.banks.fit import check_fits
 from mslora_cr.banks.fused import FusedLinear, fuse, fused_layers
-from mslora_cr.banks.io import PEFT_PREFIX, lora_config
+from mslora_cr.banks.io import lora_config
+from mslora_cr.banks.kinds import GatherFn, PlainLora, kind_of, lora_layers
 from mslora_cr.models.language import language_linears
 from mslora_cr.utils.precision import ieee_float32
 
-TRAINABLE = "live"
-FROZEN = "frozen"
+TRAINABLE, FROZEN = "live", "frozen"
+"""The adapters' names in the model. DeepSpeed writes them into checkpoints inside a task, so they stay as they are."""
 COPIES_SHARE = 0.4
 """Of a GPU's free memory that pristine weights may take; answering needs the rest."""
 
@@ -40,18 +39,21 @@ class BankStack:
         base: the base model.
     """
 
-    def __init__(self, base: PreTrainedModel, merge_mode: str, reuse: bool = False) -> None:
+    def __init__(
+        self, base: PreTrainedModel, merge_mode: str, reuse: bool = False, kind: PlainLora | None = None
+    ) -> None:
         """
         Args:
             base: the frozen base model.
-            fold: `merge` or `concatenate`.
+            merge_mode: `merge` or `concatenate`.
             reuse: keep the pristine weights, so that `set_frozen` can be called again with other banks.
+            kind: of the trainable bank; plain LoRA by default.
         """
         self.model: PreTrainedModel | PeftModel = base
         self.merge_mode = merge_mode
         self.base = base
         self._linears = language_linears(base)
-        self._directions: Bank | None = None
+        self._kind = kind or PlainLora()
         self._pristine: dict[str, Tensor] | None = {} if reuse and merge_mode == "merge" else None
 
     def set_frozen(self, banks: Sequence[Bank], merge: bool = True) -> None:
@@ -65,7 +67,7 @@ class BankStack:
         """
         for bank in banks:
             self._check(bank)
-        routed = any(bank.routers for bank in banks)
+        routed = any(bank.depends_on_input for bank in banks)
         if routed and len(banks) > 1:
             raise BankError("a bank with routers cannot be summed with others")
         if self.merge_mode == "merge" and merge:
@@ -120,34 +122,26 @@ class BankStack:
         rank = sum(bank.rank for bank in banks)
         model = self._with_adapter(lora_config(self._linears, rank, rank), FROZEN)
         matrices = {name: concatenated(name, banks) for name in self._linears}
-        _copy_into(model, FROZEN, matrices)
-        if banks[0].routers:
-            route(model, FROZEN, banks[0].experts)
-            copy_routers(model, FROZEN, banks[0].routers)
+        kind = kind_of(banks[0])
+        kind.install(model, FROZEN, FROZEN)
+        with torch.no_grad():
+            kind.load(model, FROZEN, replace(banks[0], matrices=matrices))
         model.requires_grad_(False)
         return model
 
-    def set_directions(self, bank: Bank, part: int) -> None:
-        """Make this bank's parts of a rank `part` take part, frozen in direction, with magnitudes that are trained."""
-        self._check(bank)
-        self._directions, magnitudes = decoupled(bank, part)
-        self._concatenate([self._directions])
-        scale_parts(self.model, FROZEN, magnitudes)
+    def continue_from(self, previous: Bank) -> Bank | None:
+        """Freeze what the kind keeps of the previous task's bank, and return what the trainable bank starts as, if any.
 
-    def magnitudes(self, value: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-        """Of the directions by linear layer, (parts,) float32 on the CPU; empty without any.
-
-        Args:
-            value: as `snapshot`'s.
+        Raises:
+            BankError: the bank does not fit the model.
         """
-        return {
-            name: value(own).to("cpu", torch.float32, copy=True)
-            for name, own in magnitudes_of(self.model, FROZEN).items()
-        }
-
-    def with_directions(self, bank: Bank, magnitudes: Mapping[str, Tensor]) -> Bank:
-        """A bank, and in front of it the directions with these magnitudes; the bank itself where there are none."""
-        return bank if self._directions is None else coupled(self._directions, magnitudes, bank)
+        self._check(previous)
+        frozen = self._kind.frozen_part(previous)
+        if frozen is None:
+            return previous
+        self._concatenate([frozen])
+        self._kind.install_frozen(self.model, FROZEN)
+        return None
 
     def _with_adapter(self, config: LoraConfig, name: str) -> PeftModel:
         if all(linear.weight.is_floating_point() for linear in self._linears.values()):
@@ -165,15 +159,16 @@ class BankStack:
         """Layers that read parameters of modules that they do not call, and those parameters, for ZeRO-3."""
         return {layer: list(layer.parameters_read()) for layer in fused_layers(self.model)}
 
-    def add_trainable(
-        self, rank: int, alpha: float, dropout: float = 0.0, initial: Bank | None = None, experts: int = 1
-    ) -> None:
+    def add_trainable(self, rank: int, alpha: float, dropout: float = 0.0, initial: Bank | None = None) -> None:
         """Put the trainable bank on top: float32, A Kaiming-uniform and B zero unless `initial` is given.
 
-        Args:
-            experts: with more than one, the bank is a mixture of them, with routers.
+        Afterwards its numbers are the only trainable parameters of the model.
 
-        Afterwards the trainable matrices are the only trainable parameters of the model.
+        Args:
+            rank: of the bank.
+            alpha: of the bank.
+            dropout: probability, of the adapter's input.
+            initial: the bank whose numbers it starts with.
         """
         config = lora_config(self._linears, rank, alpha, dropout)
         if isinstance(self.model, PeftModel):
@@ -181,12 +176,9 @@ class BankStack:
             # set_adapter takes a list only on the tuner, and makes each adapter of a trainable list trainable.
             self.model.base_model.set_adapter([FROZEN, TRAINABLE], inference_mode=True)
             self.model.set_requires_grad(TRAINABLE, True)
-            for magnitudes in magnitudes_of(self.model, FROZEN).values():
-                magnitudes.requires_grad_(True)
         else:
             self.model = self._with_adapter(config, TRAINABLE)
-        if experts > 1:
-            route(self.model, TRAINABLE, experts)
+        self._kind.install(self.model, TRAINABLE, FROZEN)
         if initial is not None:
             self._check(initial)
             self.load_trainable(initial)
@@ -201,17 +193,15 @@ class BankStack:
     def trainable(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """The trainable bank's parameters: linear layer's name → (A, B)."""
         return {
-            name.removeprefix(PEFT_PREFIX): (module.lora_A[TRAINABLE].weight, module.lora_B[TRAINABLE].weight)
-            for name, module in self.model.named_modules()
-            if isinstance(module, LoraLayer)
+            name: (layer.lora_A[TRAINABLE].weight, layer.lora_B[TRAINABLE].weight)
+            for name, layer in lora_layers(self.model)
         }
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained, routers and magnitudes too."""
-        routers = nn.ModuleList(routers_of(self.model, TRAINABLE).values())
-        everything = [*itertools.chain.from_iterable(self.trainable().values()), *routers.parameters()]
-        everything += magnitudes_of(self.model, FROZEN).values()
-        return [parameter for parameter in everything if parameter.requires_grad]
+        """Everything that is trained, beside A and B too."""
+        everything = itertools.chain.from_iterable(self.trainable().values())
+        extra = self._kind.extra_parameters(self.model, TRAINABLE, FROZEN)
+        return [parameter for parameter in [*everything, *extra] if parameter.requires_grad]
 
     def train_only(self, halves: Collection[int]) -> None:
         """Let these matrices of the trainable bank learn, 0 for A and 1 for B, and keep the others as they are."""
@@ -225,7 +215,7 @@ class BankStack:
 
         It is scaled by zero: every layer still runs, so ZeRO-3 gathers the same parameters in the same order.
         """
-        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        layers = [layer for _, layer in lora_layers(self.model)]
         for layer in layers:
             layer.set_scale(TRAINABLE, 0)
         try:
@@ -235,12 +225,10 @@ class BankStack:
                 layer.set_scale(TRAINABLE, 1)
 
     @torch.no_grad()
-    def load_trainable(self, bank: Bank, magnitudes: Mapping[str, Tensor] | None = None) -> None:
-        """Copy a bank's numbers into the trainable one, and magnitudes into those of the directions."""
-        _copy_into(self.model, TRAINABLE, bank.matrices)
-        copy_routers(self.model, TRAINABLE, bank.routers)
-        for name, own in (magnitudes or {}).items():
-            magnitudes_of(self.model, FROZEN)[name].copy_(own)
+    def load_trainable(self, bank: Bank, extra_state: Mapping[str, Tensor] | None = None) -> None:
+        """Copy a bank's numbers into the trainable one, and a checkpoint's `extra_state` where there is any."""
+        self._kind.load(self.model, TRAINABLE, bank)
+        self._kind.load_extra_state(self.model, FROZEN, extra_state or {})
 
     def snapshot(
         self,
@@ -248,20 +236,31 @@ class BankStack:
         rank: int,
         alpha: float,
         metadata: dict[str, Any] | None = None,
-        value: Callable[[Tensor], Tensor] = Tensor.detach,
+        gather_fn: GatherFn = Tensor.detach,
     ) -> Bank:
         """The trainable bank as it is now, copied to the CPU.
 
         Args:
-            value: a parameter's whole value; under DeepSpeed the model holds a part or a rounded copy of it.
+            name: of the bank.
+            rank: of the bank.
+            alpha: of the bank.
+            metadata: what is noted in `bank.json`.
+            gather_fn: gives a parameter's whole value.
         """
-
-        def copied(parameter: Tensor) -> Tensor:
-            return value(parameter).to("cpu", torch.float32, copy=True)
-
-        matrices = {module: (copied(a), copied(b)) for module, (a, b) in self.trainable().items()}
-        routers = {module: copied(router.weight) for module, router in routers_of(self.model, TRAINABLE).items()}
+        matrices, routers = self._kind.read(self.model, TRAINABLE, gather_fn)
         return Bank(name, rank, alpha, matrices, metadata or {}, routers)
+
+    def extra_state(self, gather_fn: GatherFn = Tensor.detach) -> dict[str, Tensor]:
+        """What is trained besides the bank of `snapshot`, float32 on the CPU; empty for most kinds.
+
+        Args:
+            gather_fn: gives a parameter's whole value.
+        """
+        return self._kind.extra_state(self.model, FROZEN, gather_fn)
+
+    def stored(self, bank: Bank, extra_state: Mapping[str, Tensor]) -> Bank:
+        """The bank to store of the task, from its `snapshot` and `extra_state`."""
+        return self._kind.stored(bank, extra_state)
 
 
 def _place_for_copies(weights: Sequence[Tensor]) -> torch.device:
@@ -274,21 +273,12 @@ def _place_for_copies(weights: Sequence[Tensor]) -> torch.device:
     return device if needed <= COPIES_SHARE * free else torch.device("cpu")
 
 
-@torch.no_grad()
-def _copy_into(model: nn.Module, adapter: str, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            a, b = matrices[name.removeprefix(PEFT_PREFIX)]
-            module.lora_A[adapter].weight.copy_(a)
-            module.lora_B[adapter].weight.copy_(b)
-
-
 def merge_banks(model: PreTrainedModel, banks: Sequence[Bank]) -> None:
     """Add the sum of banks to a base model's weights, in float32 with one rounding, for good.
 
     Raises:
         BankError: a bank does not fit the model, or is a mixture of experts, which depends on its input.
     """
-    if any(bank.routers for bank in banks):
+    if any(bank.depends_on_input for bank in banks):
         raise BankError("a bank with routers depends on its input and cannot be merged into weights")
     BankStack(model, "merge").set_frozen(banks)

@@ -36,9 +36,10 @@ class MethodSettings(Protocol):
     former_defaults: Mapping[str, Any]
     banks_by: str
     all_at_once: bool
-    accumulates: bool
 
     def check(self, config: Any) -> None: ...
+
+    def bank_rank(self, rank: int, number: int) -> int: ...
 
 
 def method_names() -> tuple[str, ...]:

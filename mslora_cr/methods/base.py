@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mslora_cr.banks.bank import Bank
+    from mslora_cr.banks.kinds import PlainLora
     from mslora_cr.losses.penalty import Distillation, Pair, Penalty
     from mslora_cr.routing.lda import TaskRouter, TaskStatistics
     from mslora_cr.runs.ledger import Ledger
@@ -77,10 +78,6 @@ class Method(Generic[Settings]):
             ValueError: with key, what is wrong, and how to mend it.
         """
 
-    accumulates: ClassVar[bool] = False
-    """A task's bank holds the one before it too, its parts frozen in direction with magnitudes that were trained, so
-    that bank t has t times the rank. Together with `init_from_previous`."""
-
     # --- which banks ---
 
     keeps_frozen_adapters = False
@@ -108,9 +105,22 @@ class Method(Generic[Settings]):
             return [task] if task <= stage else []
         return list(range(1, (min(task, stage) if banks_by == "prefix" else stage) + 1))
 
-    def experts(self, config: StreamConfig) -> int:
-        """How many experts a bank is a mixture of; 1 is plain LoRA."""
-        return 1
+    # --- what a bank is ---
+
+    def adapter(self, config: StreamConfig) -> PlainLora:
+        """The kind of adapter that is trained; plain LoRA by default. Each call gives a new one."""
+        from mslora_cr.banks.kinds import PlainLora
+
+        return PlainLora()
+
+    def bank_rank(self, rank: int, number: int) -> int:
+        """The rank of the stored bank of the task of this number, counted from 1.
+
+        Args:
+            rank: `lora.rank`.
+            number: of the task.
+        """
+        return rank
 
     # --- who answers a question whose task is not given ---
 

@@ -12,6 +12,7 @@ from mslora_cr.config.schema import Section, StreamConfig
 from mslora_cr.methods.base import Method, Setup
 
 if TYPE_CHECKING:
+    from mslora_cr.banks.kinds import Experts
     from mslora_cr.losses.penalty import Pair
     from mslora_cr.training.probe import StartProbe
 
@@ -36,7 +37,7 @@ class MoeLora(Method[MoeLoraSettings]):
     """Loss: cross entropy of ``y = W x + alpha/r Σ_e g_e(x) B_e A_e x`` with ``g(x) = softmax(R x)``.
 
     Each linear layer has E experts of rank r/E and a router R of shape (E, in), all trained on from task to task, so a
-    bank has the numbers of a plain one and E · in more. `banks.RoutedExperts` computes it.
+    bank has the numbers of a plain one and E · in more. `mslora_cr.banks.experts.RoutedExperts` computes it.
 
     Source: MoELoRA in Chen et al., "CoIN: A Benchmark of Continual Instruction Tuning for Multimodal Large Language
     Models", NeurIPS 2024.
@@ -60,5 +61,7 @@ class MoeLora(Method[MoeLoraSettings]):
             for name, (a, b) in start.items()
         }
 
-    def experts(self, config: StreamConfig) -> int:
-        return self.settings(config).experts
+    def adapter(self, config: StreamConfig) -> Experts:
+        from mslora_cr.banks.kinds import Experts
+
+        return Experts(self.settings(config).experts)

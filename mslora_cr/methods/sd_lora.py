@@ -1,6 +1,14 @@
 """SD-LoRA: earlier updates keep their directions, while every task sets their magnitudes anew."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mslora_cr.config.schema import StreamConfig
 from mslora_cr.methods.base import Method
+
+if TYPE_CHECKING:
+    from mslora_cr.banks.kinds import ScaledDirections
 
 
 class SdLora(Method):
@@ -15,4 +23,11 @@ class SdLora(Method):
 
     name = "sd_lora"
     init_from_previous = True
-    accumulates = True
+
+    def adapter(self, config: StreamConfig) -> ScaledDirections:
+        from mslora_cr.banks.kinds import ScaledDirections
+
+        return ScaledDirections(config.lora.rank)
+
+    def bank_rank(self, rank: int, number: int) -> int:
+        return rank * number

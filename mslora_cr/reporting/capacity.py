@@ -20,16 +20,22 @@ def answering_rank(evaluation: Evaluation, ledger: RunLedger | None) -> int | No
     method = method_named(evaluation.method)
     if method is None:
         return None
-    ranks = {
-        name: entry.rank and entry.rank * (place if method.accumulates else 1)
-        for place, (name, entry) in enumerate(ledger.tasks.items() if ledger else (), start=1)
-    }
+    ranks = bank_ranks(method, ledger)
     totals = []
     for cell in evaluation.cells:
         own = [ranks.get(bank) for bank in _answering(evaluation, method, cell)]
         if cell.stage == evaluation.stages[-1]:
             totals.append(None if None in own else sum(rank for rank in own if rank is not None))
     return None if None in totals else max((rank for rank in totals if rank is not None), default=None)
+
+
+def bank_ranks(method: Method, ledger: RunLedger | None) -> dict[str, int | None]:
+    """The rank of each finished task's bank; None where the ledger does not know it."""
+    finished = ledger.tasks.items() if ledger else ()
+    return {
+        name: method.bank_rank(entry.rank, number) if entry.rank else None
+        for number, (name, entry) in enumerate(finished, start=1)
+    }
 
 
 def rendered_ranks(runs: Sequence[tuple[str, Path | None, Path]]) -> str:

@@ -18,7 +18,7 @@ from mslora_cr.evaluation.results import Evaluation, ReportError
 from mslora_cr.evaluation.schemas import ROUTED, Analysis
 from mslora_cr.evaluation.score import read_answers
 from mslora_cr.reporting.answers import browsed_answers, browser_data
-from mslora_cr.reporting.capacity import answering_rank, method_named
+from mslora_cr.reporting.capacity import answering_rank, bank_ranks, method_named
 from mslora_cr.reporting.examples import pick_examples
 from mslora_cr.reporting.heatmaps import (
     answer_maps,
@@ -74,9 +74,9 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
     present = {key: matrix for key, matrix in matrices.items() if matrix}
     spans = {key: evaluation.matrix_intervals(run.results_dir, METRICS[key]) for key in present} if evaluation else {}
     method = method_named(run.method)
-    # Banks that hold those before them are of different ranks; matrix by matrix there is nothing to compare.
-    accumulated = method is not None and method.accumulates
-    similarity = bank_similarity(run.banks) if len(run.banks) > 1 and not accumulated else None
+    # Banks of different ranks have nothing to compare matrix by matrix.
+    one_rank = method is None or len(set(bank_ranks(method, ledger).values())) <= 1
+    similarity = bank_similarity(run.banks) if len(run.banks) > 1 and one_rank else None
     curves = loss_curves(run.logs, {task: colors.get(task, PALETTE[0]) for task in run.tasks})
     return {
         "run": run,

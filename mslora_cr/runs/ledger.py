@@ -223,10 +223,9 @@ def _now() -> str:
 
 
 def bank_shape(config: StreamConfig, task: Task) -> tuple[int, float]:
-    """Rank and alpha of a task's bank: the configuration's, or that of all banks up to it where banks hold earlier
-    ones."""
-    times = task.index + 1 if load_method(config.method).accumulates else 1
-    return config.lora.rank * times, config.lora.alpha * times
+    """Rank and alpha of a task's stored bank; alpha grows with the rank."""
+    rank = load_method(config.method).bank_rank(config.lora.rank, task.index + 1)
+    return rank, config.lora.alpha * (rank // config.lora.rank)
 
 
 def finished_banks(config: StreamConfig) -> dict[str, Bank]:

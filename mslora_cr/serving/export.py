@@ -79,9 +79,10 @@ def plan_export(
     stage = run.stage(stage)
     chosen = {name: run.answering(None if name == ALL else name, stage) for name in _names(run, task, stage)}
     for name, banks in chosen.items():
-        if any(bank.routers for bank in banks):
+        if any(bank.depends_on_input for bank in banks):
             raise BankError(
-                f"{name}: a mixture of experts depends on its input; neither PEFT nor merged weights hold it"
+                f"{name}: its bank depends on the input, as a mixture of experts does; neither PEFT nor merged weights "
+                "hold it"
             )
         if kind == "peft" and not banks:
             raise BankError(f"{name}: no bank answers at stage {stage}; there is no adapter to write")

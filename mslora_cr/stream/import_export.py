@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.io import CONFIG, METADATA, STATISTICS, TASK_STATE, WEIGHTS, load_bank, save_bank
+from mslora_cr.banks.kinds import kind_of
 from mslora_cr.banks.published import BASE_DIGEST, PUBLISHED_WEIGHTS, export_published
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.methods.base import Method, method_of
@@ -208,10 +209,10 @@ def _check_usable(bank: Bank, place: Path, config: StreamConfig, shapes: Mapping
                 f"{place}: its layers are not those of the base model {config.model.path}: {name} is {here}, the "
                 f"model's {there}"
             )
-    if bank.experts != method.experts(config) or bool(bank.routers) != (method.experts(config) > 1):
+    kind = method.adapter(config)
+    if not kind.holds(bank):
         raise BankError(
-            f"{place}: a mixture of {bank.experts} experts, but method {config.method} trains banks of "
-            f"{method.experts(config)}"
+            f"{place}: its bank is {kind_of(bank).description}, but method {config.method} trains {kind.description}"
         )
     if type(method).task_state is not Method.task_state and not (place / TASK_STATE).is_file():
         raise BankError(

@@ -176,22 +176,15 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
         router = router_statistics(config, task, run.records[task.name], base, method.router_examples(config))
     samples = training_samples(run, task, base)
     frozen = run.ledger.banks(config, frozen_tasks(config, task))
-    stack = BankStack(base.model, config.lora.fold)
+    stack = BankStack(base.model, config.lora.fold, kind=method.adapter(config))
     # ZeRO-3 gives each rank its part of the first one's weights. The others' are the file's pages, which all ranks of a
     # host share until one writes to them.
     unmerged = frozen if sharded and rank() else []
     stack.set_frozen(frozen, merge=not unmerged)
-    initial = run.ledger.banks(config, previous_task(config, task))
-    if method.accumulates and initial:
-        stack.set_directions(initial.pop(), config.lora.rank)
+    previous = run.ledger.banks(config, previous_task(config, task))
+    initial = stack.continue_from(previous[0]) if previous else None
     set_seed(config.seed + task.index)
-    stack.add_trainable(
-        config.lora.rank,
-        config.lora.alpha,
-        config.lora.dropout,
-        initial[0] if initial else None,
-        method.experts(config),
-    )
+    stack.add_trainable(config.lora.rank, config.lora.alpha, config.lora.dropout, initial)
     setup = Setup(config, task, run.ledger, device)
     collator = input_processor_of(config, base).collator(length_multiple(device))
     probe = StartProbe(stack, samples, collator, config.seed, unmerged if config.lora.fold == "merge" else [])
@@ -255,7 +248,7 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
     metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
     metadata |= {"base_model": {"architecture": trainer.stack.architecture, "digest": run.model_digest}}
     bank = trainer.stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata, float32_value)
-    bank = trainer.stack.with_directions(bank, trainer.stack.magnitudes(float32_value))
+    bank = trainer.stack.stored(bank, trainer.stack.extra_state(float32_value))
     if not trainer.args.should_save:
         return
     folder = ledger.bank_folder(task.name)

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 STATE = "bank_trainer.pt"
 LAUNCH = "launch.json"
 BANK_FOLDER = "bank"
-MAGNITUDES = "magnitudes.safetensors"
-"""What is trained of earlier banks' directions, in a checkpoint's bank folder."""
+EXTRA_STATE = "magnitudes.safetensors"
+"""What is trained besides the bank, in a checkpoint's bank folder, where the kind of adapter has any."""
 STAGING = ".saving"
 """How the name of a checkpoint that is not yet whole begins."""
 

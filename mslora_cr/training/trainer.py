@@ -30,8 +30,8 @@ from mslora_cr.models.sparse_mlp import SparseMLP
 from mslora_cr.training.callbacks import TowerOutsideGraph
 from mslora_cr.training.checkpoints import (
     BANK_FOLDER,
+    EXTRA_STATE,
     LAUNCH,
-    MAGNITUDES,
     STAGING,
     STATE,
     Launch,
@@ -351,8 +351,8 @@ class BankTrainer(Trainer):
         assert output_dir is not None
         loss_sum = self.accelerator.reduce(self._loss_sum, "mean")
         positions = self.accelerator.reduce(self._positions, "sum")
-        bank = self.stack.snapshot(TRAINABLE, *self.bank_shape, value=float32_value)
-        beside = {MAGNITUDES: self.stack.magnitudes(float32_value)}
+        bank = self.stack.snapshot(TRAINABLE, *self.bank_shape, gather_fn=float32_value)
+        beside = {EXTRA_STATE: self.stack.extra_state(float32_value)}
         if self.args.should_save:
             folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -370,7 +370,7 @@ class BankTrainer(Trainer):
         """`save_model` has no public counterpart that reads what it wrote."""
         with reading(resume_from_checkpoint):
             folder = Path(resume_from_checkpoint) / BANK_FOLDER
-            file = folder / MAGNITUDES
+            file = folder / EXTRA_STATE
             self.stack.load_trainable(load_bank(folder), load_file(file) if file.is_file() else None)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

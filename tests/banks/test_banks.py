@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.experts import RoutedExperts
 from mslora_cr.banks.io import load_bank, save_bank
+from mslora_cr.banks.kinds import Experts
 from mslora_cr.banks.published import export_published
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.cli.main import main
@@ -292,8 +293,8 @@ def test_a_mixture_answers_as_it_was_trained_and_comes_back_as_it_was(fold: str,
     again = load_bank(tmp_path / "bank")
     assert same_matrices(again, bank) and again.experts == 2
     assert all(torch.equal(again.routers[name], router) for name, router in bank.routers.items())
-    trainable = BankStack(golden_base().model, fold)
-    trainable.add_trainable(bank.rank, bank.alpha, initial=bank, experts=2)
+    trainable = BankStack(golden_base().model, fold, kind=Experts(2))
+    trainable.add_trainable(bank.rank, bank.alpha, initial=bank)
     expected = logits(trainable.model.eval())
     frozen = BankStack(golden_base().model, fold, reuse=True)
     frozen.set_frozen([again])

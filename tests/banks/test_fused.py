@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mslora_cr.banks.fused import FusedLinear, PeftLinear, fused_layers
 from mslora_cr.banks.io import load_bank
+from mslora_cr.banks.kinds import Experts, PlainLora
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
@@ -180,10 +181,10 @@ def test_checkpointing_changes_nothing_to_the_bit(device: str) -> None:
 # --- where PEFT's layer stays ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"dropout": 0.1}, {"experts": 2}], ids=["dropout", "routers"])
-def test_dropout_and_routers_keep_pefts_layer(options: dict[str, Any]) -> None:
-    stack = BankStack(load(GOLDEN / "llava_med_tiny", dtype=torch.float32).model, "merge")
-    stack.add_trainable(4, 8, **options)
+@pytest.mark.parametrize(("kind", "dropout"), [(PlainLora(), 0.1), (Experts(2), 0.0)], ids=["dropout", "routers"])
+def test_dropout_and_routers_keep_pefts_layer(kind: PlainLora, dropout: float) -> None:
+    stack = BankStack(load(GOLDEN / "llava_med_tiny", dtype=torch.float32).model, "merge", kind=kind)
+    stack.add_trainable(4, 8, dropout)
     stack.model.train()
     assert stack.layer == "peft" and fused_layers(stack.model) == []
     torch.manual_seed(0)

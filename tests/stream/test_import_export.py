@@ -297,7 +297,7 @@ def test_only_what_the_method_trains_is_imported(
     assert take(published, "run=none", "method=zero_shot") == 1
     assert "method zero_shot has no banks" in capsys.readouterr().err
     assert take(published, "run=mixed", "method=moe_lora") == 1
-    assert "a mixture of 1 experts, but method moe_lora trains banks of" in capsys.readouterr().err
+    assert "its bank is plain LoRA, but method moe_lora trains a mixture of" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "none").exists() and not (tmp_path / "runs" / "mixed").exists()
 
 
