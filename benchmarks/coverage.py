@@ -10,10 +10,12 @@ an intra-class correlation of 0.2 (a beta-binomial). `two systems` are as good a
 questions that 99 % of answers get right. `tasks as a sample` draws the true effects of a second system on five tasks
 from N(0, 4 points).
 
-A difference is shown with an interval where at least five answers (or images) changed, so the share is of the trials
-that show one; `shown` says how many do. Of the last task but one hardly an answer changes, so that has 250 times as
-many trials of 80 questions. The second table has exact sums for one task: of trials that show an interval, how many
-cover, and of all trials, how many show one that does not.
+`74 images` shares 600 questions out unequally, the largest image has 103; `one patient` has 841 of 2,000 questions and
+100 others share the rest. `tasks of` asks tasks of 40 and 5,000, or of 24, 80 and 600 questions; there the truth is a
+loss, or as much gained as lost.
+
+Of the last task but one hardly an answer changes. The second table has exact sums for one task: how often Tango's
+interval covers and how often the one-sided bound of losses does.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ from scipy.special import gammaln, xlogy
 from tabulate import tabulate
 
 from mslora_cr.statistics.intervals import (
-    CHANGED,
     Groups,
     Interval,
     Scores,
@@ -39,12 +40,11 @@ from mslora_cr.statistics.intervals import (
     percentile_interval,
     resampled_sums,
     score_interval,
-    shown_difference,
     t_interval,
-    weighted_sum,
 )
 from mslora_cr.statistics.matrix import TaskStageMatrix
 from mslora_cr.statistics.matrix_intervals import Column, matrix_intervals
+from mslora_cr.statistics.paired import paired_change, paired_task
 from mslora_cr.statistics.significance import flip_test, flipped_means, p_value, t_test
 
 TASKS, QUESTIONS = (4, 8), (80, 600)
@@ -53,8 +53,6 @@ REDRAWN = 0.08
 FLIPS = 1000
 """Fewer than `compare` takes: a rate of rejections needs no small p."""
 LEVEL = 0.05
-RARE = 250
-"""Times as many trials where few show an interval."""
 EXPECTED = (1, 2, 5, 10, 20)
 """Changed answers of a task, on average, in the exact table."""
 
@@ -65,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the shares here")
     args = parser.parse_args(argv)
     found = {name: shares(setting, args.trials) for name, setting in settings().items()}
-    rows = [[name, what, *map(_figure, share)] for name, own in found.items() for what, share in own.items()]
+    rows = [[name, what, _figure(share)] for name, own in found.items() for what, share in own.items()]
     error = (0.95 * 0.05 / args.trials) ** 0.5
-    print(tabulate(rows, headers=["setting", "interval covers, or p < 0.05", "share", "shown"], disable_numparse=True))
-    print(f"\n{args.trials} trials; standard error of a share of 0.95 that all show: {error:.4f}\n")
+    print(tabulate(rows, headers=["setting", "interval covers, or p < 0.05", "share"], disable_numparse=True))
+    print(f"\n{args.trials} trials; standard error of a share of 0.95: {error:.4f}\n")
     exact = {
         f"{questions} questions, {expected} change, {direction}": exact_shares(questions, *changes)
         for questions in QUESTIONS
@@ -78,90 +76,98 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "one direction": (0.0, expected / questions),
         }.items()
     }
-    lines = [[name, *map(_figure, share), _figure((1 - share.share) * share.shown)] for name, share in exact.items()]
-    headers = ["a task's change, exactly", "share", "shown", "shown and misses"]
+    lines = [[name, *map(_figure, share)] for name, share in exact.items()]
+    headers = ["a task's change, exactly", "interval covers", "bound of losses covers"]
     print(tabulate(lines, headers=headers, disable_numparse=True))
-    plain = {name: {what: [*share] for what, share in own.items()} for name, own in found.items()}
-    result = {"trials": args.trials, "shares": plain, "exact": {name: [*share] for name, share in exact.items()}}
+    result = {"trials": args.trials, "shares": found, "exact": {name: [*share] for name, share in exact.items()}}
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
-Trial = Callable[[np.random.Generator], Mapping[str, bool | None]]
-"""Draws one trial and says, by what is shown, whether its interval covers the truth, or its test rejects it (`p of …`);
-None where no interval is shown."""
+Trial = Callable[[np.random.Generator], Mapping[str, bool]]
+"""Draws one trial; by what is shown, whether its interval covers the truth or its test (`p of …`) rejects it."""
 
 
-class Setting(NamedTuple):
-    trial: Trial
-    times: int = 1
+class ExactShares(NamedTuple):
+    """How often the interval of a change and the bound of losses cover."""
+
+    interval: float
+    bound: float
 
 
-class Share(NamedTuple):
-    """Of the trials that show an interval or a test, the share that cover or reject; and the share that show one."""
-
-    share: float
-    shown: float
-
-
-def settings() -> dict[str, Setting]:
+def settings() -> dict[str, Trial]:
     """Every setting by name."""
-    found: dict[str, Setting] = {}
+    found: dict[str, Trial] = {}
     for tasks in TASKS:
         for questions in QUESTIONS:
             for more, groups in _groups(questions).items():
                 place = f"{tasks} tasks × {questions}{more}"
-                found[place] = Setting(_stream(tasks, questions, groups))
-                found[f"{place}, last"] = Setting(_last_change(tasks, groups), RARE if questions < 100 else 1)
+                found[place] = _stream(tasks, questions, groups)
+                found[f"{place}, last"] = _last_change(tasks, groups)
     for questions in QUESTIONS:
         for more, groups in _groups(questions).items():
-            found[f"two systems, {questions}{more}"] = Setting(_two_systems(questions, groups))
+            found[f"two systems, {questions}{more}"] = _two_systems(questions, groups)
+    for name, groups in unequal_groups().items():
+        for share in (0.3, 0.75, 0.95):
+            found[f"{name}, {share:.0%} right"] = _unequal_images(groups, share)
+    for sizes in ((40, 5000), (24, 80, 600)):
+        for more, cluster in {"": 1, ", clustered": CLUSTER}.items():
+            for lost in (0.01, 0.03):
+                found[f"tasks of {sizes}, {lost:.0%} lost{more}"] = _unequal_tasks(sizes, 0.0, lost, cluster)
+            found[f"tasks of {sizes}, 3 % gained and lost{more}"] = _unequal_tasks(sizes, 0.03, 0.03, cluster)
+    found["seven tasks of 80, 5 % gained and lost"] = _unequal_tasks((80,) * 7, 0.05, 0.05, 1)
     others = {"near one": _near_one, "tasks as a sample": _tasks_as_a_sample, "six runs": _runs}
-    return found | {name: Setting(trial) for name, trial in others.items()}
+    return found | others
+
+
+def unequal_groups() -> dict[str, Groups]:
+    """74 images of 600 questions, the largest with 103; and a patient with 841 of 2,000, the others with 11 or 12."""
+    falling = np.maximum(1, np.round(497 * 1 / np.arange(2, 75) / np.sum(1 / np.arange(2, 75)))).astype(int)
+    falling[0] += 497 - falling.sum()
+    others = np.full(100, 11) + (np.arange(100) < 59)
+    return {
+        "74 images, 600 questions": np.repeat(np.arange(74), [103, *falling]),
+        "one patient has 841 of 2000": np.repeat(np.arange(101), [841, *others]),
+    }
 
 
 def _groups(questions: int) -> dict[str, Groups]:
     return {"": independent(questions), ", clustered": np.arange(questions) // CLUSTER}
 
 
-def shares(setting: Setting, trials: int) -> dict[str, Share]:
-    found: dict[str, list[bool | None]] = {}
-    for number in range(trials * setting.times):
-        for what, outcome in setting.trial(np.random.default_rng([7, number])).items():
+def shares(trial: Trial, trials: int) -> dict[str, float]:
+    found: dict[str, list[bool]] = {}
+    for number in range(trials):
+        for what, outcome in trial(np.random.default_rng([7, number])).items():
             found.setdefault(what, []).append(outcome)
-    shown = {what: [outcome for outcome in outcomes if outcome is not None] for what, outcomes in found.items()}
-    return {
-        what: Share(float(np.mean(known)) if known else float("nan"), len(known) / len(found[what]))
-        for what, known in shown.items()
-    }
+    return {what: float(np.mean(outcomes)) for what, outcomes in found.items()}
 
 
-def exact_shares(questions: int, gained: float, lost: float) -> Share:
-    """How often a task's change has an interval, and how often that covers, where each question is gained or lost with
-    these probabilities: the sum over all that can happen."""
+def exact_shares(questions: int, gained: float, lost: float) -> ExactShares:
+    """How often what is shown of a task's change covers, where each question is gained or lost with these
+    probabilities: the sum over all that can happen."""
     expected = questions * (gained + lost)
     most = min(questions, int(expected + 8 * expected**0.5 + 12))  # more happen less than once in 10 ** 9
-    covered = shown = 0.0
+    covered = bounded = 0.0
     for plus in range(most + 1 if gained else 1):
         for minus in range(most - plus + 1 if lost else 1):
             rest = questions - plus - minus
             ways = gammaln(questions + 1) - gammaln([plus + 1, minus + 1, rest + 1]).sum()
             chance = np.exp(ways + xlogy([plus, minus, rest], [gained, lost, 1 - gained - lost]).sum())
             values = np.repeat([1.0, -1.0, 0.0], [plus, minus, rest])
-            ends = shown_difference(estimate(values, independent(questions)), True)
-            if ends is not None:
-                shown += chance
-                covered += chance * bool(_covers(ends, 100 * (gained - lost)))
-    return Share(float(covered / shown), float(shown))
+            change = paired_change([paired_task(values, independent(questions), True)])
+            covered += chance * _covers(change.ends, 100 * (gained - lost))
+            bounded += chance * (change.most_lost >= 100 * lost)
+    return ExactShares(float(covered), float(bounded))
 
 
 def _figure(share: float) -> str:
     return f"{share:.3f}"
 
 
-def _covers(ends: Interval | None, truth: float) -> bool | None:
-    return None if ends is None else ends[0] - 1e-9 <= truth <= ends[1] + 1e-9
+def _covers(ends: Interval | None, truth: float) -> bool:
+    return ends is not None and ends[0] - 1e-9 <= truth <= ends[1] + 1e-9
 
 
 def answers(generator: np.random.Generator, groups: Groups, share: float) -> Scores:
@@ -177,7 +183,7 @@ def answers(generator: np.random.Generator, groups: Groups, share: float) -> Sco
 def _stream(tasks: int, questions: int, groups: Groups) -> Trial:
     names = tuple(f"task {number}" for number in range(tasks))
 
-    def trial(generator: np.random.Generator) -> Mapping[str, bool | None]:
+    def trial(generator: np.random.Generator) -> Mapping[str, bool]:
         shares = dict(zip(names, _shares_right(tasks), strict=True))
         columns: dict[tuple[str, int], Column] = {}
         for task in names:
@@ -204,12 +210,45 @@ def _last_change(tasks: int, groups: Groups) -> Trial:
     """The change of the last task but one, of which only one stage draws answers again."""
     share = _shares_right(tasks)[-2]
 
-    def trial(generator: np.random.Generator) -> Mapping[str, bool | None]:
+    def trial(generator: np.random.Generator) -> Mapping[str, bool]:
         before = answers(generator, groups, share)
         change = _redrawn(generator, groups, share, before) - before
-        few = np.count_nonzero(change) < CHANGED  # needs no estimate
-        ends = None if few else shown_difference(estimate(change, groups), True)
-        return {"change of the last task but one": _covers(ends, 0)}
+        return {"change of the last task but one": _covers(_change_of([change], [groups]), 0)}
+
+    return trial
+
+
+def _change_of(differences: Sequence[Scores], groups: Sequence[Groups], binary: bool = True) -> Interval:
+    """The interval of the mean over tasks."""
+    tasks = [paired_task(values, own, binary) for values, own in zip(differences, groups, strict=True)]
+    return paired_change(tasks, [1 / len(tasks)] * len(tasks)).ends
+
+
+def _unequal_images(groups: Groups, share: float) -> Trial:
+    def trial(generator: np.random.Generator) -> Mapping[str, bool]:
+        one, other = answers(generator, groups, share), answers(generator, groups, share)
+        counts = np.column_stack([one, np.ones(len(one))])
+        replicates = resampled_sums(counts, groups)
+        known = estimate(one, groups)
+        ends = percentile_interval(replicates[:, 0] / replicates[:, 1], known.freedom + 1)
+        return {
+            "a score": _covers(score_interval([known]), share),
+            "difference of two systems": _covers(_change_of([one - other], [groups]), 0),
+            "bootstrap, as of BLEU": _covers(ends, share),
+        }
+
+    return trial
+
+
+def _unequal_tasks(sizes: Sequence[int], gained: float, lost: float, cluster: int) -> Trial:
+    """Every question is gained or lost with these probabilities; those of an image together more often."""
+
+    def trial(generator: np.random.Generator) -> Mapping[str, bool]:
+        groups = [np.arange(size) // cluster for size in sizes]
+        down = [answers(generator, own, lost) for own in groups]
+        up = [answers(generator, own, gained) if gained else np.zeros(len(own)) for own in groups]
+        differences = [plus - minus for plus, minus in zip(up, down, strict=True)]
+        return {"mean change": _covers(_change_of(differences, groups), 100 * (gained - lost))}
 
     return trial
 
@@ -225,31 +264,30 @@ def _redrawn(generator: np.random.Generator, groups: Groups, share: float, score
 def _two_systems(questions: int, groups: Groups) -> Trial:
     """Two systems that are as good as each other, on one task and on four; and scores between 0 and 1, as F1."""
 
-    def trial(generator: np.random.Generator) -> Mapping[str, bool | None]:
+    def trial(generator: np.random.Generator) -> Mapping[str, bool]:
         one = answers(generator, groups, 0.75) - answers(generator, groups, 0.75)
         tasks = [answers(generator, groups, 0.75) - answers(generator, groups, 0.75) for _ in range(4)]
         flipped = [flipped_means(task, groups, FLIPS, number) for number, task in enumerate(tasks)]
-        parts = [estimate(task, groups) for task in tasks]
-        overall = weighted_sum(parts, [0.25] * 4)
+        overall = float(np.mean([task.mean() for task in tasks]))
         parts_of_words, others = (
             np.where(answers(generator, groups, 0.4) == 1, 1.0, generator.beta(1, 3, size=questions)) for _ in range(2)
         )
         clusters, mean = int(groups.max()) + 1, 0.4 + 0.6 * 0.25
         ratio = resampled_sums(np.column_stack([parts_of_words, np.ones(questions)]), groups)
         return {
-            "difference": _covers(shown_difference(estimate(one, groups), True), 0),
-            "difference over four tasks": _covers(shown_difference(overall, True), 0),
-            "difference of F1": _covers(shown_difference(estimate(parts_of_words - others, groups), False), 0),
+            "difference": _covers(_change_of([one], [groups]), 0),
+            "difference over four tasks": _covers(_change_of(tasks, [groups] * 4), 0),
+            "difference of F1": _covers(_change_of([parts_of_words - others], [groups], False), 0),
             "mean F1": _covers(score_interval([estimate(parts_of_words, groups)]), mean),
             "bootstrap, as of BLEU": _covers(percentile_interval(ratio[:, 0] / ratio[:, 1], clusters), mean),
             "p of the difference": p_value(float(one.mean()), flipped_means(one, groups, FLIPS)) < LEVEL,
-            "p over four tasks": p_value(overall.mean, np.mean(flipped, axis=0)) < LEVEL,
+            "p over four tasks": p_value(overall, np.mean(flipped, axis=0)) < LEVEL,
         }
 
     return trial
 
 
-def _near_one(generator: np.random.Generator) -> Mapping[str, bool | None]:
+def _near_one(generator: np.random.Generator) -> Mapping[str, bool]:
     groups = independent(80)
     shares = (0.99, 0.99, 0.97, 0.99)
     tasks = [estimate((generator.random(80) < share).astype(np.float64), groups) for share in shares]
@@ -259,7 +297,7 @@ def _near_one(generator: np.random.Generator) -> Mapping[str, bool | None]:
     }
 
 
-def _tasks_as_a_sample(generator: np.random.Generator) -> Mapping[str, bool | None]:
+def _tasks_as_a_sample(generator: np.random.Generator) -> Mapping[str, bool]:
     groups, tasks = independent(600), []
     for effect in generator.normal(0, 0.04, size=5):
         first, second = answers(generator, groups, 0.75), answers(generator, groups, min(0.75 + effect, 1.0))
@@ -273,7 +311,7 @@ def _tasks_as_a_sample(generator: np.random.Generator) -> Mapping[str, bool | No
     }
 
 
-def _runs(generator: np.random.Generator) -> Mapping[str, bool | None]:
+def _runs(generator: np.random.Generator) -> Mapping[str, bool]:
     """Paired differences of two methods over two orders × three seeds, none in truth."""
     differences = generator.normal(0, 3, size=6).tolist()
     return {

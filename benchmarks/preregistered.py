@@ -21,7 +21,8 @@ from tabulate import tabulate
 
 from mslora_cr.config.load import load_config
 from mslora_cr.reporting.sweep_result import RESULT, SweepResult
-from mslora_cr.statistics.intervals import estimate_of, mean_interval, span
+from mslora_cr.statistics.interval import span
+from mslora_cr.statistics.intervals import estimate_of, mean_interval
 from mslora_cr.statistics.significance import flip_test, holm
 from mslora_cr.sweep import SweepRun, describe, run_sweep, slots
 from mslora_cr.utils.files import write_text

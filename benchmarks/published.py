@@ -30,7 +30,8 @@ from mslora_cr.metrics.published import score_answers
 from mslora_cr.reporting.render import chance
 from mslora_cr.reporting.run_record import PublishedRun, load_published_scores
 from mslora_cr.reporting.style import METRICS, TITLES
-from mslora_cr.statistics.intervals import Estimate, Interval, estimate_of, mean_interval, percent, score_interval, span
+from mslora_cr.statistics.interval import Interval, span
+from mslora_cr.statistics.intervals import Estimate, estimate_of, mean_interval, percent, score_interval
 from mslora_cr.statistics.significance import holm, sign_test, t_test
 
 BASELINE, SHARED = "each", "pathvqa"
@@ -105,7 +106,7 @@ def score_ends(score: float, questions: int) -> Interval:
 
 def _share(share: float, questions: int) -> Estimate:
     variance = share * (1 - share) / (questions - 1)
-    return Estimate(share, share, variance, questions - 1.0, questions, questions)
+    return Estimate(share, share, variance, questions - 1.0, questions, questions, questions, 1 / questions)
 
 
 def _tasks(before: Scores, after: Scores, metric: str, counts: Mapping[str, TestRows]) -> list[dict[str, Any]]:

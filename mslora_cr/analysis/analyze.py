@@ -30,6 +30,7 @@ from mslora_cr.evaluation.schemas import (
     Contribution,
     Dropped,
     EffectiveRank,
+    PairedNote,
     UpdateCosines,
 )
 from mslora_cr.evaluation.score import group_numbers, question_places, read_answers
@@ -38,8 +39,9 @@ from mslora_cr.metrics.published import RowScore, score_answers
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.statistics.intervals import Groups, estimate, shown_difference
+from mslora_cr.statistics.intervals import Groups
 from mslora_cr.statistics.matrix_intervals import is_binary
+from mslora_cr.statistics.paired import paired_change, paired_task
 from mslora_cr.stream.recorded import answering_method
 from mslora_cr.utils.progress import progress_bar
 
@@ -181,7 +183,7 @@ def _dropped(
             continue
         [dropped] = set(whole[task.name][0]) - set(banks)
         difference = whole[task.name][1] - own
-        total = estimate(difference, groups[task.name])
+        change = paired_change([paired_task(difference, groups[task.name], is_binary(np.abs(difference)))])
         rows.append(
             Dropped(
                 task=task.name,
@@ -189,9 +191,10 @@ def _dropped(
                 questions=len(own),
                 with_all=100 * float(whole[task.name][1].mean()),
                 without=100 * float(own.mean()),
-                contribution=100 * total.mean,
-                interval=shown_difference(total, is_binary(np.abs(difference))),
-                changed=total.changed,
+                contribution=100 * float(difference.mean()),
+                interval=change.ends,
+                changed=change.gained + change.lost,
+                change=PairedNote.of(change),
             )
         )
     return rows

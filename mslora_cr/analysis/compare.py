@@ -12,21 +12,20 @@ from tabulate import tabulate
 
 from mslora_cr.analysis.answered import COMPARED, Answered, Stage, answered_run
 from mslora_cr.evaluation.results import ReportError
-from mslora_cr.evaluation.schemas import BetweenTasks, ComparedRun, Comparison, PairedTest
+from mslora_cr.evaluation.schemas import BetweenTasks, ComparedRun, Comparison, PairedNote, PairedTest
 from mslora_cr.statistics import intervals
+from mslora_cr.statistics.interval import bracketed
 from mslora_cr.statistics.intervals import (
     Estimate,
-    counted,
     estimate,
     estimate_of,
     percent,
     score_interval,
-    shown_difference,
-    span,
     t_interval,
     weighted_sum,
 )
 from mslora_cr.statistics.matrix_intervals import Column, coarsest, is_binary
+from mslora_cr.statistics.paired import PairedTask, paired_change, paired_task
 from mslora_cr.statistics.significance import flipped_means, flips_for, holm, p_value, sign_test, t_test
 
 OVERALL = "overall"
@@ -121,35 +120,36 @@ def _pairs(baseline: Answered, run: Answered, tasks: Sequence[str], title: str) 
 def _tests(baseline: str, label: str, pairs: Sequence[_Pair], flips: int) -> list[PairedTest]:
     """The tests of one run against the baseline in one metric, `OVERALL` last."""
     tests, flipped = [], []
-    parts: list[tuple[Estimate, Estimate, Estimate]] = []
+    parts: list[tuple[Estimate, Estimate, PairedTask]] = []
     for pair in pairs:
-        own = [estimate(values, pair.groups) for values in (*pair.scores, pair.difference)]
-        parts.append((own[0], own[1], own[2]))
+        before, after = (estimate(values, pair.groups) for values in pair.scores)
+        parts.append((before, after, paired_task(pair.difference, pair.groups, _binary(pair))))
         # All runs meet the same signs, whatever tasks they have.
         flipped.append(flipped_means(pair.difference, pair.groups, flips, stream=zlib.crc32(pair.task.encode())))
         banks = dict(zip((baseline, label), pair.banks, strict=True))
-        tests.append(_test(label, pair.task, parts[-1:], flipped[-1], _binary([pair]), banks))
-    overall = _test(label, OVERALL, parts, np.mean(flipped, axis=0), _binary(pairs), None)
+        tests.append(_test(label, pair.task, parts[-1:], flipped[-1], banks))
+    overall = _test(label, OVERALL, parts, np.mean(flipped, axis=0), None)
     between = _between_tasks([test.difference for test in tests])
     return [*tests, overall.model_copy(update={"between_tasks": between})]
 
 
-def _binary(pairs: Sequence[_Pair]) -> bool:
-    return all(is_binary(scores) for pair in pairs for scores in pair.scores)
+def _binary(pair: _Pair) -> bool:
+    return all(is_binary(scores) for scores in pair.scores)
 
 
 def _test(
     label: str,
     task: str,
-    parts: Sequence[tuple[Estimate, Estimate, Estimate]],
+    parts: Sequence[tuple[Estimate, Estimate, PairedTask]],
     flipped: intervals.Scores,
-    binary: bool,
     banks: dict[str, str | None] | None,
 ) -> PairedTest:
-    """One test of the mean over tasks; of each task there are the estimates of both scores and of their difference."""
+    """One test of the mean over tasks; of each task there are the estimates of both scores and their difference."""
     weights = [1 / len(parts)] * len(parts)
-    before, after, difference = (list(column) for column in zip(*parts, strict=True))
-    sums = [weighted_sum(column, weights) for column in (before, after, difference)]
+    before, after = [part[0] for part in parts], [part[1] for part in parts]
+    differences = [part[2] for part in parts]
+    change = paired_change(differences, weights)
+    sums = [weighted_sum(column, weights) for column in (before, after, [task.total for task in differences])]
     return PairedTest(
         run=label,
         task=task,
@@ -160,8 +160,9 @@ def _test(
         score=100 * sums[1].mean,
         score_interval=percent(score_interval(after, weights)),
         difference=100 * (sums[1].mean - sums[0].mean),
-        interval=shown_difference(sums[2], binary),
-        changed=sums[2].changed,
+        interval=change.ends,
+        changed=change.gained + change.lost,
+        change=PairedNote.of(change, "differ"),
         p=p_value(sums[2].mean, flipped),
         banks=banks,
     )
@@ -215,8 +216,9 @@ def render_comparison(comparison: Comparison) -> str:
     banks_by = comparison.runs[baseline].banks_by
     parts.append(
         f"Against {baseline}{f' (banks by {banks_by})' if banks_by else ''}, {where}; in brackets "
-        f"{100 * comparison.confidence:g} % intervals, or how many answers differ where fewer than "
-        f"{intervals.CHANGED} do (or on fewer images). Images: how many (or patients), where the data name them.\n"
+        f"{100 * comparison.confidence:g} % intervals; under a difference how many answers differ, a one-sided bound "
+        "of those lost and the exact McNemar test (by image or patient). Images: how many (or patients), where the "
+        "data name them.\n"
         f"p: {comparison.test}, {comparison.flips} flips. Adjusted: {comparison.correction}.\n"
         f"{OVERALL}: other questions of these tasks. as a sample: tasks like these; Student's t between tasks, and how "
         "many were won and lost with the sign test's p."
@@ -230,7 +232,7 @@ def _rows(test: PairedTest, banks_by: str | None) -> list[list[str | float | Non
     scores = [
         _with_interval(test.baseline_score, test.baseline_interval),
         _with_interval(test.score, test.score_interval),
-        _with_interval(test.difference, test.interval, "+", counted(test.changed, test.questions, "differ")),
+        _with_interval(test.difference, test.interval, "+", test.note),
     ]
     name = " ".join(part for part in (banks_by, banks) if part) or None
     rows = [[test.run, test.task, name, test.questions, test.groups, *scores, test.p, test.p_adjusted]]
@@ -241,6 +243,6 @@ def _rows(test: PairedTest, banks_by: str | None) -> list[list[str | float | Non
     return rows
 
 
-def _with_interval(value: float, ends: tuple[float, float] | None, sign: str = "", instead: str = "") -> str:
-    note = f" [{span(ends)}]" if ends else f" ({instead})" if instead else ""
-    return f"{value:{sign}.2f}{note}"
+def _with_interval(value: float, ends: tuple[float, float] | None, sign: str = "", note: str = "") -> str:
+    """A number and its interval; what else is known follows line by line."""
+    return "\n".join([f"{value:{sign}.2f}{bracketed(ends)}", *filter(None, note.split("; "))])

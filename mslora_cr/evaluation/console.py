@@ -7,7 +7,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from mslora_cr.evaluation.results import Evaluation
-from mslora_cr.statistics.intervals import span
+from mslora_cr.statistics.interval import bracketed
 
 COLUMNS = {"close accuracy": "closed", "f1 score": "F1, open", "exact match score": "exact"}
 """Title by name in `metrics.json`."""
@@ -18,7 +18,7 @@ CHANGE = "backward_transfer"
 
 def score_table(evaluation: Evaluation, results_dir: Path) -> str:
     """Each task's scores in percent when it was learned and after the last stage, as far as these were evaluated, and
-    the averages over the tasks; of backward transfer also its interval, or how many answers changed.
+    the averages over the tasks; of backward transfer also its interval and how many answers changed.
 
     Args:
         results_dir: where the scores of the answers are.
@@ -37,8 +37,8 @@ def score_table(evaluation: Evaluation, results_dir: Path) -> str:
             known = [f"{words} {value:.1f}" for key, words in FIGURES.items() if (value := figures[key]) is not None]
             if (change := figures[CHANGE]) is not None and matrix.last > 1:
                 found = evaluation.matrix_intervals(results_dir, name).figures[CHANGE]
-                ends = f"[{span(found.ends)}]" if found.ends else f"({found.changed})"
-                known.append(f"backward transfer {round(change, 1) + 0:.1f} {ends}")
+                ends = bracketed(found.ends, found.changed, found.precision)
+                known.append(f"backward transfer {number(change)}{ends}")
             lines.append(f"{title}: {', '.join(known)}")
     return "\n".join(lines)
 

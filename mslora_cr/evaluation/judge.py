@@ -22,7 +22,8 @@ from mslora_cr.evaluation.openai_client import Body, Chat, Endpoint, folder_name
 from mslora_cr.evaluation.results import Evaluation, required_evaluation
 from mslora_cr.evaluation.score import SCORES, AnswerRecord, read_answers, read_scores
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.statistics.intervals import Interval, estimate, percent, score_interval, span
+from mslora_cr.statistics.interval import Interval, span
+from mslora_cr.statistics.intervals import estimate, percent, score_interval
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import append_to
 from mslora_cr.utils.progress import progress_bar

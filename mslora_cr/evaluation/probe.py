@@ -14,6 +14,7 @@ from mslora_cr.evaluation.cells import PlannedCell
 from mslora_cr.evaluation.evaluate import answer_cell
 from mslora_cr.evaluation.probe_result import MEASURED, PROBE, Loss, Probe
 from mslora_cr.evaluation.results import Cell, column_of
+from mslora_cr.evaluation.schemas import PairedNote
 from mslora_cr.evaluation.score import SCORES, read_scores
 from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.methods.base import method_of
@@ -21,8 +22,8 @@ from mslora_cr.metrics.published import Scores
 from mslora_cr.runs.environment import check_hosts, environment
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.statistics.intervals import estimate, shown_difference
 from mslora_cr.statistics.matrix_intervals import Column, is_binary
+from mslora_cr.statistics.paired import paired_change, paired_task
 from mslora_cr.utils.errors import nearest
 
 
@@ -117,7 +118,8 @@ def _losses(root: Path, cells: tuple[Cell, ...]) -> list[Loss]:
         for metric in [metric for metric in MEASURED if metric in cell.metrics]:
             lost = before[metric].scores - after[metric].scores
             binary = is_binary(before[metric].scores) and is_binary(after[metric].scores)
-            total = estimate(lost, before[metric].groups)
+            same = cell.answers == base.answers
+            change = paired_change([paired_task(lost, before[metric].groups, binary, same)])
             scores = base.metrics[metric], cell.metrics[metric]
             losses.append(
                 Loss(
@@ -126,9 +128,10 @@ def _losses(root: Path, cells: tuple[Cell, ...]) -> list[Loss]:
                     base=scores[0],
                     score=scores[1],
                     loss=scores[0] - scores[1],
-                    interval=(0.0, 0.0) if cell.answers == base.answers else shown_difference(total, binary),
-                    changed=total.changed,
-                    questions=total.questions,
+                    interval=change.ends,
+                    changed=change.gained + change.lost,
+                    questions=change.questions,
+                    change=PairedNote.of(change),
                 )
             )
     return losses

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from tabulate import tabulate
 
 from mslora_cr.evaluation.results import Cell
-from mslora_cr.statistics.intervals import Interval, counted, span
+from mslora_cr.evaluation.schemas import PairedNote
+from mslora_cr.statistics.interval import Interval, bracketed, counted
 from mslora_cr.utils.state import Part, StateFile
 
 PROBE = "probe"
@@ -19,8 +20,10 @@ MEASURED = {"close accuracy": "closed", "f1 score": "F1, open", "exact match sco
 
 class Loss(Part):
     """What a metric lost against the base: both scores in percent, the loss in points, positive where the base is
-    better, and its interval, paired by question: None where too few of the `questions` have another score
-    (`changed`; version 0.1.0 counted neither)."""
+    better, and its interval, paired by question.
+
+    `changed` of the `questions` have another score, and `change` says what that is worth. Version 0.1.0 noted none of
+    the three, and no interval where fewer than five had changed."""
 
     stage: int
     metric: str
@@ -30,6 +33,12 @@ class Loss(Part):
     interval: Interval | None
     changed: int | None = None
     questions: int | None = None
+    change: PairedNote | None = None
+
+    @property
+    def note(self) -> str:
+        """What stands beside the interval."""
+        return self.change.text if self.change else counted(self.changed, self.questions)
 
 
 class Probe(StateFile):
@@ -70,5 +79,4 @@ def probe_table(probe: Probe) -> str:
 
 
 def _lost(row: Loss) -> str:
-    ends = f"[{span(row.interval)}]" if row.interval else f"({counted(row.changed, row.questions)})"
-    return f"{row.loss:+.1f} {ends}"
+    return f"{row.loss:+.1f}{bracketed(row.interval, row.note)}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from mslora_cr.evaluation.score import SCORES, ScoreTable, read_scores
 from mslora_cr.statistics.matrix import TaskStageMatrix
@@ -24,8 +25,9 @@ class ReportError(UserError):
 class Cell(Part):
     """A task's answers at a stage: who answered, where the answers are, and their metrics in percent.
 
-    `intervals` has the ends of each metric's interval, `questions` the digest of the file asked from, `sha256` and
-    `scores_sha256` those of the answers that were scored and of their scores, which version 0.1.0 did not note. The
+    `intervals` has the ends of each metric's interval, `freedom` its degrees of freedom and `largest_cluster` the share
+    of the largest cluster, which earlier versions did not note, `questions` the digest of the file asked from, `sha256`
+    and `scores_sha256` those of the answers that were scored and of their scores, which version 0.1.0 did not note. The
     rest is from the answers' `Stamp`.
     """
 
@@ -43,6 +45,8 @@ class Cell(Part):
     scores_sha256: str | None = None
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
+    freedom: dict[str, float] = Field(default_factory=dict)
+    largest_cluster: dict[str, float] = Field(default_factory=dict)
 
     @property
     def place(self) -> tuple[str, int]:

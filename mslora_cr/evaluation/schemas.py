@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from mslora_cr.statistics.interval import Interval
+from mslora_cr.statistics.interval import Interval, PairedChange, counted
 from mslora_cr.utils.state import Part, StateFile
 
 ROUTED, ROUTING = "routed", "routing.json"
@@ -28,9 +28,13 @@ class Metrics(StateFile):
     """`metrics.json`: the metrics of a file of answers, in percent, with the ends of each one's interval.
 
     Attributes:
-        confidence: of the intervals. empty_truths: of how many truths normalising leaves nothing, such as the choice
-            `A`: the published closed accuracy finds them in every answer. groups: of answers that are not independent.
-            Version 0.1.0 noted none of the three.
+        confidence: of the intervals.
+        empty_truths: of how many truths normalising leaves nothing, such as the choice `A`: the published closed
+            accuracy finds them in every answer.
+        groups: of answers that are not independent.
+        freedom: degrees of freedom of each interval.
+        largest_cluster: the largest share of a metric's answers that are not independent of each other. Version 0.1.0
+            noted none of these five.
         rows, open, closed: how many answers there are, and of either type.
     """
 
@@ -42,6 +46,8 @@ class Metrics(StateFile):
     empty_truths: int | None = None
     rows: int
     groups: int | None = None
+    freedom: dict[str, float] = Field(default_factory=dict)
+    largest_cluster: dict[str, float] = Field(default_factory=dict)
     open: int
     closed: int
 
@@ -91,6 +97,41 @@ class Stamp(StateFile):
     rows: int | None = None
 
 
+class PairedNote(Part):
+    """What stands beside the interval of a paired difference.
+
+    Attributes:
+        gained: questions whose score rose.
+        lost: questions whose score fell.
+        most_lost: one-sided 95 % upper bound of the share of questions whose score falls, in percent.
+        mcnemar_p: of the exact test.
+        freedom: degrees of freedom; None where the difference is zero by construction.
+        largest_cluster: the largest cluster's share; None likewise.
+        text: all of this as it is shown.
+    """
+
+    gained: int
+    lost: int
+    most_lost: float
+    mcnemar_p: float
+    freedom: float | None
+    largest_cluster: float | None
+    text: str
+
+    @classmethod
+    def of(cls, change: PairedChange, verb: str = "changed") -> PairedNote:
+        notes = [note for note in (change.counted(verb), change.precision()) if note]
+        return cls(
+            gained=change.gained,
+            lost=change.lost,
+            most_lost=change.most_lost,
+            mcnemar_p=change.p,
+            freedom=change.freedom,
+            largest_cluster=change.largest,
+            text="; ".join(notes),
+        )
+
+
 class UpdateCosines(Part):
     """Cosines of the banks' updates, by decoder layer and by module; matrices in the order of `banks`."""
 
@@ -111,8 +152,8 @@ class EffectiveRank(Part):
 class Dropped(Part):
     """A task's score with all its banks and without one, in percent, and the interval of the difference.
 
-    `changed` questions have another score without the bank; where too few have, there is no interval. Version 0.1.0
-    counted none.
+    `changed` questions have another score without the bank, and `change` says what that is worth. Version 0.1.0 noted
+    neither, and no interval where fewer than five had changed.
     """
 
     task: str
@@ -123,6 +164,12 @@ class Dropped(Part):
     contribution: float
     interval: Interval | None
     changed: int | None = None
+    change: PairedNote | None = None
+
+    @property
+    def note(self) -> str:
+        """What stands beside the interval."""
+        return self.change.text if self.change else counted(self.changed, self.questions)
 
 
 class Contribution(Part):
@@ -193,10 +240,12 @@ class PairedTest(Part):
     """A run against the baseline, on one task or in the mean over tasks: scores in percent, differences in points.
 
     Attributes:
-        groups: how many of the questions are independent. changed: of how many the runs' scores differ; where too few
-            do, the difference has no interval. banks: by run, those that answered; None over all tasks.
-        p_adjusted: Holm's. between_tasks: over all tasks alone. Version 0.1.0 noted neither groups, changed nor the
-            last.
+        groups: how many of the questions are independent.
+        changed: of how many the runs' scores differ.
+        change: what that is worth.
+        banks: by run, those that answered; None over all tasks.
+        p_adjusted: Holm's.
+        between_tasks: over all tasks alone. Version 0.1.0 noted neither groups, changed, change nor this.
     """
 
     run: str
@@ -210,10 +259,16 @@ class PairedTest(Part):
     difference: float
     interval: Interval | None
     changed: int | None = None
+    change: PairedNote | None = None
     p: float
     banks: dict[str, str | None] | None
     between_tasks: BetweenTasks | None = None
     p_adjusted: float | None = None
+
+    @property
+    def note(self) -> str:
+        """What stands beside the interval of the difference."""
+        return self.change.text if self.change else counted(self.changed, self.questions, "differ")
 
 
 class Comparison(StateFile):

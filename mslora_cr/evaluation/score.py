@@ -16,7 +16,7 @@ from tabulate import tabulate
 from mslora_cr.data.records import AnswerType, DataError, TestRecord
 from mslora_cr.evaluation.schemas import METRICS_FILE, Metrics
 from mslora_cr.metrics.published import Scores, score_answers
-from mslora_cr.metrics.words import corpus_bleu
+from mslora_cr.metrics.words import bleu_influence, corpus_bleu
 from mslora_cr.statistics import intervals
 from mslora_cr.statistics.intervals import estimate, percent, percentile_interval, resampled_sums, score_interval
 from mslora_cr.utils.errors import first_problem
@@ -134,17 +134,19 @@ def metrics_of(scores: Scores, groups: intervals.Groups) -> Metrics:
         groups: by answer, the number of its cluster.
     """
     metrics = scores.metrics | scores.added
-    ends = {}
+    ends, estimates = {}, {}
     for name in metrics:
         column = np.array(scores.columns[name], dtype=np.float64)
         known = ~np.isnan(column)
-        ends[name] = percent(score_interval([estimate(column[known], groups[known])]))
+        estimates[name] = estimate(column[known], groups[known])
+        ends[name] = percent(score_interval([estimates[name]]))
     opened = np.array([row.ngrams is not None for row in scores.rows], dtype=bool)
     if opened.any():
         counts = np.array([row.ngrams for row in scores.rows if row.ngrams is not None], dtype=np.float64)
         metrics[CORPUS_BLEU] = 100 * float(corpus_bleu(counts.sum(axis=0, keepdims=True))[0])
         replicates = corpus_bleu(resampled_sums(counts, groups[opened]))
-        ends[CORPUS_BLEU] = percent(percentile_interval(replicates, len(np.unique(groups[opened]))))
+        estimates[CORPUS_BLEU] = estimate(bleu_influence(counts), groups[opened])
+        ends[CORPUS_BLEU] = percent(percentile_interval(replicates, estimates[CORPUS_BLEU].freedom + 1))
     return Metrics(
         metrics=metrics,
         intervals=ends,
@@ -152,6 +154,8 @@ def metrics_of(scores: Scores, groups: intervals.Groups) -> Metrics:
         empty_truths=sum(not row.reference for row in scores.rows),
         rows=len(scores.rows),
         groups=len(np.unique(groups)),
+        freedom={name: known.freedom for name, known in estimates.items()},
+        largest_cluster={name: known.largest for name, known in estimates.items()},
         open=scores.open,
         closed=scores.closed,
     )

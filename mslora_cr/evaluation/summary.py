@@ -87,6 +87,8 @@ def cell_row(
         scores_sha256=file_digest(folder / SCORES),
         metrics=measured.metrics,
         intervals=measured.intervals,
+        freedom=measured.freedom,
+        largest_cluster=measured.largest_cluster,
     )
 
 

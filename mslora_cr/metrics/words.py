@@ -148,3 +148,23 @@ def corpus_bleu(counts: Scores) -> Scores:
         brevity = np.minimum(0.0, 1 - expected / said)
         bleu = np.exp(precisions + brevity)
     return np.where((shared > 0).all(axis=1), bleu, 0.0)
+
+
+def bleu_influence(counts: Scores) -> Scores:
+    """How far each answer moves corpus BLEU, to first order: ``BLEU · Σ_k ∂ log BLEU / ∂c_k · c_ik``, with c the summed
+    counts and c_i the answer's. The values sum to 0; all are 0 where BLEU is.
+
+    Args:
+        counts: (answers, 10), of `ngram_counts`.
+
+    Returns:
+        (answers,), in [-1, 1].
+    """
+    total = counts.sum(axis=0)
+    bleu = float(corpus_bleu(total[None])[0])
+    if bleu == 0:
+        return np.zeros(len(counts))
+    slopes = np.concatenate([1 / total[:4], -1 / total[4:8]]) / BLEU_ORDER
+    said, expected = total[8:]
+    brevity = (expected / said**2, -1 / said) if expected > said else (0.0, 0.0)
+    return np.clip(bleu * counts @ np.concatenate([slopes, brevity]), -1.0, 1.0)

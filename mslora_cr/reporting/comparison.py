@@ -18,7 +18,7 @@ from mslora_cr.reporting.plots import stage_curves
 from mslora_cr.reporting.render import render
 from mslora_cr.reporting.run_record import read_ledger
 from mslora_cr.reporting.style import METRICS, PALETTE, TITLES
-from mslora_cr.statistics.intervals import CHANGED, CONFIDENCE
+from mslora_cr.statistics.intervals import CONFIDENCE
 
 
 def write_comparison(runs: Sequence[tuple[str, Path | None, Path]], output: Path) -> Path:
@@ -60,7 +60,6 @@ def write_comparison(runs: Sequence[tuple[str, Path | None, Path]], output: Path
         "runs": compared,
         "metrics": [_by_metric(key, evaluations, folders, colors) for key in keys],
         "confidence": CONFIDENCE,
-        "changed": CHANGED,
         "now": datetime.now(UTC),
     }
     output.parent.mkdir(parents=True, exist_ok=True)

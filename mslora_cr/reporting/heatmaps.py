@@ -9,14 +9,20 @@ from mslora_cr.banks.similarity import Similarity
 from mslora_cr.evaluation.results import Evaluation
 from mslora_cr.evaluation.schemas import Dropped, EffectiveRank, StageRouting
 from mslora_cr.reporting.answers import TaskAnswers, confusions
-from mslora_cr.statistics.intervals import counted
 from mslora_cr.statistics.matrix_intervals import Uncertainty
 
 
 @dataclass(frozen=True)
 class HeatCell:
-    """What a cell says, in small letters too, how strongly it is tinted, in [0, 1] (None leaves it blank), and the
-    ends of its number's interval, or how many answers changed, where that is shown in their place."""
+    """A cell of a table.
+
+    Attributes:
+        text: what it says.
+        note: what it says in small letters.
+        tint: how strongly it is tinted, in [0, 1]; None leaves it blank.
+        ends: of its number's interval.
+        changed: of a difference, how many answers changed and what that is worth.
+    """
 
     text: str = ""
     note: str = ""
@@ -136,8 +142,8 @@ def contribution_map(rows: Sequence[Dropped]) -> HeatMap:
     tasks: dict[str, dict[str, HeatCell]] = {}
     for row in rows:
         lost = row.contribution
-        tint, few = max(0.0, min(1.0, lost / 100)), counted(row.changed, row.questions)
-        cell = HeatCell(f"{round(lost, 1) + 0:+.1f}", "", tint, row.interval, few)
+        tint = max(0.0, min(1.0, lost / 100))
+        cell = HeatCell(f"{round(lost, 1) + 0:+.1f}", "", tint, row.interval, row.note)
         tasks.setdefault(row.task, {})[row.dropped] = cell
     return HeatMap("", banks, {task: [cells.get(bank, HeatCell()) for bank in banks] for task, cells in tasks.items()})
 

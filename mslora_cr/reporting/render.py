@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mslora_cr.evaluation.console import number
-from mslora_cr.statistics.intervals import counted, span
+from mslora_cr.statistics.interval import span
 from mslora_cr.utils.files import replacing
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -34,7 +34,6 @@ def render(template: str, path: Path, context: Mapping[str, Any]) -> None:
     environment.filters |= {
         "number": number,
         "span": span,
-        "counted": counted,
         "chance": chance,
         "duration": _duration,
         "brief": _brief,

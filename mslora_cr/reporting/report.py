@@ -35,7 +35,8 @@ from mslora_cr.reporting.run_record import PUBLISHED_SCORES, PublishedRun, RunRe
 from mslora_cr.reporting.style import ADDED_TITLES, METRICS, PALETTE, TITLES
 from mslora_cr.reporting.thumbnails import thumbnails
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.statistics.intervals import CHANGED, CONFIDENCE, Interval
+from mslora_cr.statistics.interval import Interval
+from mslora_cr.statistics.intervals import CONFIDENCE
 from mslora_cr.statistics.matrix import TaskStageMatrix
 from mslora_cr.statistics.matrix_intervals import MatrixIntervals
 
@@ -115,7 +116,6 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
             "evaluation": evaluation.environment if evaluation else {},
         },
         "confidence": CONFIDENCE,
-        "changed": CHANGED,
         "now": datetime.now(UTC),
     }
 

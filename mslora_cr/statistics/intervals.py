@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import ndtr, stdtrit
 
+from mslora_cr.statistics.cluster_robust import ClusterVariance, Groups, Scores, cluster_variance
 from mslora_cr.statistics.interval import Interval
 
 CONFIDENCE = 0.95
@@ -24,24 +24,19 @@ SEED = 0
 BLOCK = 50
 NONE = 1e-12
 """Less than any score, or square of one, that is not zero."""
-CHANGED = 5
-"""The least number of questions (or images) that must have changed for an interval of their difference. Of fewer, no
-test of two sides can reject at 5 %: four that all change in one direction do so by chance in one of eight cases, five
-in one of sixteen."""
-
-Scores = NDArray[np.float64]
-Groups = NDArray[np.int64]
-"""By question, the number of its cluster, from 0."""
 
 
 class Estimate(NamedTuple):
     """A mean over questions, or a weighted sum of such means, with what its interval needs.
 
     Attributes:
-        square: the mean of the squared values. variance: of the mean. freedom: degrees of freedom of the variance.
-        groups: clusters. questions: in all of them.
-        changed: questions whose value is not zero. moved: clusters whose sum is not. Both count where the values are
-            differences.
+        square: the mean of the squared values.
+        variance: of the mean.
+        freedom: degrees of freedom of the variance.
+        groups: clusters.
+        questions: in all of them.
+        effective: the number of equally large clusters that weigh as much as these.
+        largest: the largest cluster's share of the questions.
     """
 
     mean: float
@@ -50,8 +45,8 @@ class Estimate(NamedTuple):
     freedom: float
     groups: int
     questions: int
-    changed: int = 0
-    moved: int = 0
+    effective: float
+    largest: float
 
 
 def independent(questions: int) -> Groups:
@@ -60,26 +55,29 @@ def independent(questions: int) -> Groups:
 
 
 def estimate(values: Scores, groups: Groups) -> Estimate:
-    """The mean of a value over questions, with its cluster-robust variance ``G/(G-1) Σ_g (Σ_{i in g} e_i)² / n²``.
+    """The mean of a value over questions, with its cluster-robust variance (`cluster_variance`).
 
-    e is a question's value less the mean, G the number of clusters. Where all clusters have the same mean by chance, it
-    is that of independent questions. Source: Liang and Zeger, "Longitudinal Data Analysis Using Generalized Linear
-    Models", Biometrika 1986; for a mean it is that of a ratio estimator in Cochran, Sampling Techniques, 1977.
+    Where all clusters have the same mean by chance, the variance is that of independent questions. A single cluster
+    says nothing of how clusters differ, so its variance is as large as it can be.
 
     Args:
-        values: (questions,), at least one, in [-1, 1]. groups: (questions,).
+        values: (questions,), at least one, in [-1, 1].
+        groups: (questions,).
     """
     count, mean, square = len(values), float(values.mean()), float(np.square(values).mean())
-    present = int(np.count_nonzero(np.bincount(groups)))
-    changed = int(np.count_nonzero(np.abs(values) > NONE))
-    moved = int(np.count_nonzero(np.abs(np.bincount(groups, values)) > NONE))
-    if present == 1:  # nothing is known of how clusters differ: as far as they can
-        return Estimate(mean, square, 1.0, 1.0, 1, count, changed, moved)
+    if np.count_nonzero(np.bincount(groups)) == 1:
+        return _estimate(mean, square, count, ClusterVariance(1.0, 1.0, 1, 1.0, 1.0))
     errors = values - mean
-    variance = present / (present - 1) * np.square(np.bincount(groups, errors)).sum() / count**2
-    if variance < NONE:
-        variance = np.square(errors).sum() / (count * (count - 1))
-    return Estimate(mean, square, float(variance), present - 1.0, present, count, changed, moved)
+    known = cluster_variance(errors, groups)
+    if known.variance < NONE:
+        known = known._replace(variance=float(np.square(errors).sum()) / (count * (count - 1)))
+    return _estimate(mean, square, count, known)
+
+
+def _estimate(mean: float, square: float, questions: int, known: ClusterVariance) -> Estimate:
+    return Estimate(
+        mean, square, known.variance, known.freedom, known.clusters, questions, known.effective, known.largest
+    )
 
 
 def weighted_sum(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
@@ -97,8 +95,8 @@ def weighted_sum(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimat
         freedom=total**2 / spread if spread else sum(part.freedom for part in parts),
         groups=sum(part.groups for part in parts),
         questions=sum(part.questions for part in parts),
-        changed=sum(part.changed for part in parts),
-        moved=sum(part.moved for part in parts),
+        effective=1 / sum(weight**2 / part.effective for weight, part in zip(weights, parts, strict=True)),
+        largest=max(abs(weight) * part.largest for weight, part in zip(weights, parts, strict=True)),
     )
 
 
@@ -119,15 +117,15 @@ def score_interval(parts: Sequence[Estimate], weights: Sequence[float] = (1.0,))
     total = weighted_sum([_careful(part) for part in parts], weights)
     mean = min(max(total.mean, 0.0), 1.0)
     spread = mean * (1 - mean)
-    number = spread / total.variance if spread > NONE else total.groups
-    quantile = _quantile(total.freedom) ** 2 / number
-    centre = (mean + quantile / 2) / (1 + quantile)
-    half = (quantile * (spread + quantile / 4)) ** 0.5 / (1 + quantile)
+    number = spread / total.variance if spread > NONE else total.effective
+    square = quantile(total.freedom) ** 2 / number
+    centre = (mean + square / 2) / (1 + square)
+    half = (square * (spread + square / 4)) ** 0.5 / (1 + square)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def difference_interval(total: Estimate, binary: bool) -> Interval:
-    """The interval of a paired difference of scores in [0, 1], or of a mean of such differences over tasks.
+    """The interval of a paired difference of scores in [0, 1], of one task.
 
     Where scores are 0 or 1, or no score differs, it is Tango's score interval, with an effective number of questions,
     ``(S - d²) / variance`` with S the share of questions whose scores differ, and with Student's t in the place of the
@@ -139,30 +137,28 @@ def difference_interval(total: Estimate, binary: bool) -> Interval:
         low, high = mean_interval(total)
         return max(-1.0, low), min(1.0, high)
     spread = total.square - total.mean**2
-    number = spread / total.variance if min(spread, total.variance) > NONE else total.groups
+    number = spread / total.variance if min(spread, total.variance) > NONE else total.effective
     gained, lost = (total.square + total.mean) / 2, (total.square - total.mean) / 2
-    quantile = _quantile(total.freedom)
-    return _tango(gained, lost, number, quantile), -_tango(lost, gained, number, quantile)
+    errors = quantile(total.freedom)
+    return _tango(gained, lost, number, errors), -_tango(lost, gained, number, errors)
 
 
-def shown_difference(total: Estimate, binary: bool) -> Interval | None:
-    """`difference_interval` in points, or None where fewer than `CHANGED` questions (or images) changed."""
-    return percent(difference_interval(total, binary)) if total.moved >= CHANGED else None
-
-
-def _tango(gained: float, lost: float, number: float, quantile: float) -> float:
-    """The lower end of Tango's interval: the difference d from which the one seen is `quantile` standard errors away,
-    at the likeliest shares of questions gained and lost that differ by d.
+def _tango(gained: float, lost: float, number: float, errors: float) -> float:
+    """The lower end of Tango's interval: the difference d from which the one seen is so many standard errors away, at
+    the likeliest shares of questions gained and lost that differ by d.
 
     Args:
-        gained, lost: shares of questions. number: of questions.
+        gained: share of questions.
+        lost: share of questions.
+        number: of questions.
+        errors: how many standard errors.
     """
     seen = gained - lost
 
     def beyond(d: float) -> float:
         b = (2 - seen) * d - gained - lost
         likeliest = (max(b * b + 8 * lost * d * (1 - d), 0.0) ** 0.5 - b) / 4  # the share lost
-        return float((seen - d) * number**0.5 - quantile * max(2 * likeliest + d * (1 - d), 0.0) ** 0.5)
+        return float((seen - d) * number**0.5 - errors * max(2 * likeliest + d * (1 - d), 0.0) ** 0.5)
 
     nearest = seen - NONE  # the one seen itself is no standard error away where none differs
     return float(brentq(beyond, -1.0, nearest)) if nearest > -1 else -1.0
@@ -181,12 +177,13 @@ def estimate_of(values: Sequence[float]) -> Estimate:
     """The mean of at least two independent values."""
     count = len(values)
     square = float(np.square(values).mean())
-    return Estimate(float(np.mean(values)), square, float(np.var(values, ddof=1)) / count, count - 1.0, count, count)
+    variance = float(np.var(values, ddof=1)) / count
+    return Estimate(float(np.mean(values)), square, variance, count - 1.0, count, count, count, 1 / count)
 
 
 def mean_interval(total: Estimate) -> Interval:
     """Student's t interval, without bounds."""
-    half = _quantile(total.freedom) * total.variance**0.5
+    half = quantile(total.freedom) * total.variance**0.5
     return total.mean - half, total.mean + half
 
 
@@ -211,14 +208,18 @@ def resampled_sums(values: Scores, groups: Groups) -> Scores:
     return sums
 
 
-def percentile_interval(replicates: Scores, groups: int) -> Interval:
+def percentile_interval(replicates: Scores, groups: float) -> Interval:
     """The percentile interval of bootstrap replicates, expanded to Student's t for the number of clusters.
 
     Source: Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 2015.
+
+    Args:
+        replicates: (resamplings,).
+        groups: the number of clusters; where they are of unequal size, one more than the degrees of freedom of a mean.
     """
     if groups < 2:
         return float(replicates.min()), float(replicates.max())
-    tail = 100 * ndtr(-((groups / (groups - 1)) ** 0.5) * _quantile(groups - 1))
+    tail = 100 * ndtr(-((groups / (groups - 1)) ** 0.5) * quantile(groups - 1))
     low, high = np.percentile(replicates, [tail, 100 - tail])
     return float(low), float(high)
 
@@ -234,26 +235,16 @@ def _careful(part: Estimate) -> Estimate:
     has errors that were not met: half an answer's worth."""
     variance = max(part.variance, (part.square - part.mean**2) / max(part.questions - 1, 1))
     if variance < NONE:
-        share = 0.5 / (part.groups + 1)
-        variance = share * (1 - share) / part.groups
+        share = 0.5 / (part.effective + 1)
+        variance = share * (1 - share) / part.effective
     return part._replace(variance=variance)
 
 
-def _quantile(freedom: float) -> float:
+def quantile(freedom: float) -> float:
+    """Student's t that a standardised error exceeds with probability ``(1 - CONFIDENCE) / 2``."""
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
-
-
-def counted(changed: int | None, questions: int | None, verb: str = "changed") -> str:
-    """What stands in an interval's place where too few answers changed; empty where an earlier version counted none."""
-    return "" if changed is None else f"{changed} of {questions} {verb}"
 
 
 def percent(ends: Interval) -> Interval:
     """An interval of shares, in percent or points."""
     return 100 * ends[0], 100 * ends[1]
-
-
-def span(ends: Interval | None, digits: int = 1) -> str:
-    """An interval's ends as text; empty without one."""
-    # Adding zero turns -0.0, which rounding leaves, into 0.0.
-    return "" if ends is None else " to ".join(f"{round(end, digits) + 0:.{digits}f}" for end in ends)

@@ -7,19 +7,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mslora_cr.statistics.interval import precision
 from mslora_cr.statistics.intervals import (
     Estimate,
     Groups,
     Interval,
     Scores,
-    counted,
     estimate,
     percent,
     score_interval,
-    shown_difference,
     weighted_sum,
 )
 from mslora_cr.statistics.matrix import TaskStageMatrix, Weights
+from mslora_cr.statistics.paired import PairedTask, paired_change, paired_task
 from mslora_cr.utils.errors import DataError
 
 
@@ -31,11 +31,17 @@ class Column(NamedTuple):
 
 
 class Uncertainty(NamedTuple):
-    """The ends of a number's interval, in percent or points; where too few questions changed for one, None, and how
-    many of how many did."""
+    """The uncertainty of a number.
 
-    ends: Interval | None
+    Attributes:
+        ends: of its interval, in percent or points.
+        changed: of a difference, how many answers changed, the bound of losses and McNemar's p, as text.
+        precision: degrees of freedom and the largest cluster's share, as text.
+    """
+
+    ends: Interval
     changed: str = ""
+    precision: str = ""
 
 
 class MatrixIntervals(NamedTuple):
@@ -53,12 +59,12 @@ def matrix_intervals(
     """The uncertainty of every figure whose cells are all there.
 
     Scores of a task at several stages are paired by question, so that a difference of stages is as uncertain as the
-    questions that changed, and no more. The tasks stay as they are: intervals are over other questions, not tasks. A
-    difference has one where at least `intervals.CHANGED` questions changed, or images where several are about one.
+    questions that changed, and no more. The tasks stay as they are: intervals are over other questions, not tasks.
 
     Args:
-        columns: by task and stage. answers: by task and stage, the name of the file that holds the answers. Where one
-            file stands for both sides of a difference, there is none by construction, and its interval is 0 to 0.
+        columns: by task and stage.
+        answers: by task and stage, the name of the file that holds the answers. Where one file stands for both sides of
+            a task's difference, there is none by construction, and its interval is 0 to 0.
 
     Raises:
         DataError: a task has scores of more questions at one stage than at another.
@@ -79,15 +85,27 @@ def matrix_intervals(
 def _uncertainty(
     weights: Weights, columns: Mapping[tuple[str, int], Column], answers: Mapping[tuple[str, int], str]
 ) -> Uncertainty:
-    difference = min(weights.values(), default=-1.0) < 0
-    if difference and all(len({answers[cell] for cell in cells}) == 1 for cells in _by_task(weights).values()):
-        return Uncertainty((0.0, 0.0))
+    if min(weights.values(), default=-1.0) < 0:
+        return _difference(weights, columns, answers)
     parts, shares = _parts(weights, columns)
-    if not difference:
-        return Uncertainty(_average(parts, shares))
     total = weighted_sum(parts, shares)
-    binary = all(is_binary(columns[cell].scores) for cell in weights)
-    return Uncertainty(shown_difference(total, binary), counted(total.changed, total.questions))
+    return Uncertainty(_average(parts, shares), precision=precision(total.freedom, total.largest))
+
+
+def _difference(
+    weights: Weights, columns: Mapping[tuple[str, int], Column], answers: Mapping[tuple[str, int], str]
+) -> Uncertainty:
+    """Of a difference of stages; of no task at all it is 0 for certain."""
+    tasks: list[PairedTask] = []
+    shares: list[float] = []
+    for cells in _by_task(weights).values():
+        share = sum(max(weights[cell], 0.0) for cell in cells)
+        values, groups = _values({cell: weights[cell] / share for cell in cells}, columns)
+        binary = all(is_binary(columns[cell].scores) for cell in cells)
+        tasks.append(paired_task(values, groups, binary, same=len({answers[cell] for cell in cells}) == 1))
+        shares.append(share)
+    change = paired_change(tasks, shares)
+    return Uncertainty(change.ends, change.counted(), change.precision())
 
 
 def _average(parts: Sequence[Estimate], shares: Sequence[float]) -> Interval:
@@ -109,14 +127,18 @@ def _parts(weights: Weights, columns: Mapping[tuple[str, int], Column]) -> tuple
 
 
 def _part(weights: Weights, columns: Mapping[tuple[str, int], Column]) -> Estimate:
-    """The weighted sum of one task's cells, question by question."""
+    return estimate(*_values(weights, columns))
+
+
+def _values(weights: Weights, columns: Mapping[tuple[str, int], Column]) -> tuple[Scores, Groups]:
+    """The weighted sum of one task's cells, question by question, and its clusters."""
     counts = {stage: len(columns[task, stage].scores) for task, stage in weights}
     if len(set(counts.values())) > 1:
         task = next(iter(weights))[0]
         counted = ", ".join(f"{count} at stage {stage}" for stage, count in sorted(counts.items()))
         raise DataError(f"{task} has scores of different questions ({counted}); evaluate it again at all these stages")
     values = sum((weight * columns[cell].scores for cell, weight in weights.items()), np.zeros(()))
-    return estimate(values, coarsest([columns[cell].groups for cell in weights]))
+    return values, coarsest([columns[cell].groups for cell in weights])
 
 
 def coarsest(groups: list[Groups]) -> Groups:

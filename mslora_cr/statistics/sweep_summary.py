@@ -96,7 +96,7 @@ def _against(paired: Runs) -> dict[str, Any]:
     count = len(differences)
     variance = squares / freedom / count if freedom else 0.0
     square = float(np.square(differences).mean())
-    total = Estimate(fmean(differences), square, variance, freedom, groups=len(orders), questions=count)
+    total = Estimate(fmean(differences), square, variance, freedom, len(orders), count, count, 1 / count)
     spread = variance > NONE
     return {
         "mean": total.mean,

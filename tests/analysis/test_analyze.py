@@ -51,21 +51,24 @@ def test_every_bank_is_left_out_of_every_task_that_it_answers(analyzed: Path, tr
     assert [answer.text for answer in asked[20:24]] == [answer.text for answer in whole]
     for row in found["rows"]:
         assert row["contribution"] == pytest.approx(row["with_all"] - row["without"])
-        assert row["interval"] is None and 0 <= row["changed"] <= 4  # as few as that are counted
+        assert row["interval"][0] <= row["contribution"] <= row["interval"][1]
+        assert row["change"]["gained"] + row["change"]["lost"] == row["changed"] <= 4
     scores = [float(row.hit) for row in score_answers(asked[24:28]).rows]
     assert found["rows"][3]["without"] == pytest.approx(100 * sum(scores) / 4)
 
 
-def test_what_a_bank_adds_has_an_interval_where_enough_answers_changed() -> None:
+def test_what_a_bank_adds_has_an_interval_however_few_answers_changed() -> None:
     task = load_config(Path("configs/demo.yaml")).stream[0]
     with_all, without = np.ones(20), np.ones(20)
     for lost in (4, 5):
         without[:lost] = 0
         [row] = _dropped(["a", "b"], [(task, (0, 1)), (task, (0,))], [with_all, without], {task.name: independent(20)})
         assert (row.dropped, row.contribution, row.changed) == ("b", 5 * lost, lost)
-        assert row.interval is None if lost < 5 else row.interval is not None and 0 < row.interval[0] < 25
+        assert row.interval is not None and row.interval[0] < 5 * lost < row.interval[1]
+        assert row.change is not None and row.change.mcnemar_p == 2 / 2**lost
         [cell] = [cell for cells in contribution_map([row]).rows.values() for cell in cells]
-        assert (cell.ends, cell.changed) == (row.interval, f"{lost} of 20 changed")
+        assert (cell.ends, cell.changed) == (row.interval, row.change.text)
+        assert cell.changed.startswith(f"{lost} of 20 changed (+{lost}, -0)")
 
 
 def test_geometry_of_the_banks(analyzed: Path, trained_config: Path) -> None:

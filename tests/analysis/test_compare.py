@@ -52,15 +52,17 @@ def test_a_difference_is_found_where_there_is_one(tmp_path: Path, capsys: pytest
     assert "prefix 1–2" in text and "Holm" in text and "-50.00 [" in text and "90.00 [" in text
 
 
-def test_a_few_answers_that_differ_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_few_answers_that_differ_have_interval_count_and_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = make_run(tmp_path, "base", tasks=("PCAM", "CXP"), right=lambda task, stage: 14)[1]
     other = make_run(tmp_path, "other", tasks=("PCAM", "CXP"), right=lambda task, stage: 18)[1]
     tests = by_task(compared(tmp_path, base, other), "closed accuracy", "other")
-    assert [tests[task]["interval"] for task in ("PCAM", "CXP")] == [None, None]
     assert [test["changed"] for test in tests.values()] == [4, 4, 8]
-    low, high = tests["overall"]["interval"]  # eight of both tasks are enough
-    assert 0 < low < 20 < high
-    assert "+20.00 (4 of 20 differ)" in capsys.readouterr().out
+    assert [test["change"]["mcnemar_p"] for test in tests.values()] == [0.125, 0.125, 2 / 2**8]
+    low, high = tests["overall"]["interval"]
+    assert tests["PCAM"]["interval"][0] < low and 0 < low < 20 < high
+    assert tests["PCAM"]["change"]["most_lost"] == pytest.approx(100 * (1 - 0.05 ** (1 / 20)))
+    text = capsys.readouterr().out
+    assert "+20.00 [" in text and "4 of 20 differ (+4, -0)" in text and "19 degrees of freedom" in text
 
 
 def test_tasks_are_read_as_themselves_and_as_a_sample(tmp_path: Path) -> None:

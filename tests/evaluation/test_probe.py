@@ -16,7 +16,7 @@ from mslora_cr.evaluation.results import Cell
 from mslora_cr.evaluation.score import read_scores, score_file
 from mslora_cr.reporting.report import write_report
 from mslora_cr.runs.ledger import finished_banks
-from mslora_cr.statistics.intervals import estimate, shown_difference
+from mslora_cr.statistics.paired import paired_change, paired_task
 
 
 def test_a_held_out_data_set_is_answered_at_every_stage_and_set_against_the_base(
@@ -42,8 +42,9 @@ def test_a_held_out_data_set_is_answered_at_every_stage_and_set_against_the_base
         lost = (before - after)[known]
         assert loss.loss == pytest.approx(100 * lost.mean()) == loss.base - loss.score
         if loss.metric == "exact match score":
-            wanted = shown_difference(estimate(lost, tables[0].groups[known]), binary=True)
-            assert loss.interval == (wanted and pytest.approx(wanted))
+            wanted = paired_change([paired_task(lost, tables[0].groups[known], binary=True)])
+            assert loss.interval == pytest.approx(wanted.ends)
+            assert loss.change.mcnemar_p == wanted.p
             assert (loss.changed, loss.questions) == (np.count_nonzero(lost), len(lost))
     assert {(loss.stage, loss.metric) for loss in found.losses} == {
         (stage, name) for stage in (1, 2, 3) for name in MEASURED
@@ -84,11 +85,12 @@ def test_a_loss_is_what_the_base_has_more_and_so_is_its_interval(tmp_path: Path)
     assert (loss.base, loss.score, loss.loss) == (90, 40, 50)
     assert 20 < loss.interval[0] < 50 < loss.interval[1] < 75 and loss.interval == found["exact match score"].interval
     few = _losses(tmp_path, (cells[0], cells[2]))
-    assert {(loss.loss, loss.interval, loss.changed, loss.questions) for loss in few} == {(10, None, 2, 20)}
+    assert {(loss.loss, loss.changed, loss.questions) for loss in few} == {(10, 2, 20)}
+    assert all(loss.interval[0] < 0 < 10 < loss.interval[1] for loss in few)
     probe = Probe(
         run="a", method="each", banks_by="prefix", dataset="held", cells=(cells[0],), losses=tuple(few), environment={}
     )
-    assert "+10.0 (2 of 20 changed)" in probe_table(probe)
+    assert "2 of 20 changed (+2, -0), at most 13.9 % lost, McNemar p 0.500" in probe_table(probe)
     same = cells[1].model_copy(update={"answers": cells[0].answers, "metrics": cells[0].metrics})
     assert {loss.interval for loss in _losses(tmp_path, (cells[0], same))} == {(0.0, 0.0)}  # the same answers
 

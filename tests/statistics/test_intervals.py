@@ -25,20 +25,23 @@ RANDOM = np.random.default_rng(5)
 def test_a_mean_and_its_variance_by_hand() -> None:
     values, groups = np.array([1.0, 1.0, 0.0, 0.0]), np.array([0, 0, 1, 1])
     alone = estimate(values, independent(4))
-    assert alone == (0.5, 0.5, pytest.approx(1 / 12), 3.0, 4, 4, 2, 2)
+    assert alone == (0.5, 0.5, pytest.approx(1 / 12), pytest.approx(3.0), 4, 4, pytest.approx(4), 0.25)
     # two clusters with sums of errors of 1 and -1: 2/1 · 2/16
-    assert estimate(values, groups) == (0.5, 0.5, pytest.approx(0.25), 1.0, 2, 4, 2, 1)
+    assert estimate(values, groups) == (0.5, 0.5, pytest.approx(0.25), pytest.approx(1.0), 2, 4, 2, 0.5)
     # clusters that happen to be alike do not make a mean certain
     assert estimate(values, np.array([0, 1, 0, 1])).variance == pytest.approx(1 / 12)
     assert estimate(values, np.zeros(4, dtype=int)).variance == 1.0
 
 
 def test_a_sum_of_two_tasks_by_hand() -> None:
-    total = weighted_sum([Estimate(0.5, 0.5, 0.04, 4, 5, 10), Estimate(0.9, 0.8, 0.01, 9, 10, 10)], [0.5, 0.5])
+    total = weighted_sum(
+        [Estimate(0.5, 0.5, 0.04, 4, 5, 10, 5, 0.2), Estimate(0.9, 0.8, 0.01, 9, 10, 10, 10, 0.1)], [0.5, 0.5]
+    )
     assert total.mean == pytest.approx(0.7)
     assert (total.square, total.variance) == pytest.approx((0.65, 0.0125))
     assert total.freedom == pytest.approx(0.0125**2 / (0.01**2 / 4 + 0.0025**2 / 9))
     assert (total.groups, total.questions) == (15, 20)
+    assert (total.effective, total.largest) == pytest.approx((1 / (0.25 / 5 + 0.25 / 10), 0.1))
 
 
 def test_wilson_by_hand() -> None:
@@ -131,15 +134,19 @@ def test_files_that_stand_for_several_stages_have_no_difference() -> None:
     column = Column(np.tile([0.0, 1.0], 20), independent(40))
     columns = dict.fromkeys(matrix.scores, column)
     same = matrix_intervals(matrix, columns, {("a", 1): "one", ("a", 2): "one", ("b", 2): "two"})
-    assert same.figures["backward_transfer"] == same.transfer["a"] == ((0.0, 0.0), "")
+    assert same.figures["backward_transfer"] == same.transfer["a"] == ((0.0, 0.0), "", "")
     again = matrix_intervals(matrix, columns, {("a", 1): "one", ("a", 2): "other", ("b", 2): "two"})
-    assert again.figures["backward_transfer"] == again.transfer["a"] == (None, "0 of 40 changed")
+    assert again.figures["backward_transfer"] == again.transfer["a"]
+    end = 100 * 2.0227**2 / (40 + 2.0227**2)
+    assert again.transfer["a"].ends == pytest.approx((-end, end), abs=1e-3)
+    assert again.transfer["a"].changed == "0 of 40 changed (+0, -0), at most 7.2 % lost, McNemar p 1.000"
+    assert again.transfer["a"].precision == "39 degrees of freedom, largest cluster 2.5 %"
 
 
 @pytest.mark.parametrize("images", [False, True])
-def test_a_difference_of_too_few_answers_is_counted_instead(images: bool) -> None:
-    """Four answers that all change in one direction do so by chance in one of eight cases: their interval would leave
-    zero out, and there is none. Of two questions about one image that change against each other nothing moves."""
+def test_a_difference_of_a_few_answers_has_interval_count_and_test(images: bool) -> None:
+    """Four answers that all change in one direction do so by chance in one of eight cases, which McNemar's p says beside
+    an interval that leaves zero out. Of two questions about one image that change against each other nothing moves."""
     matrix = TaskStageMatrix(("a", "b"), ("a", "b"), {("a", 1): 50.0, ("a", 2): 50.0, ("b", 2): 50.0})
     groups = np.arange(800) // 2 if images else independent(800)
     files = {cell: str(cell) for cell in matrix.scores}
@@ -150,11 +157,15 @@ def test_a_difference_of_too_few_answers_is_counted_instead(images: bool) -> Non
         columns = {("a", 1): Column(before, groups), ("a", 2): Column(after, groups), ("b", 2): Column(before, groups)}
         found = matrix_intervals(matrix, columns, files)
         low, high = percent(difference_interval(estimate(after - before, groups), binary=True))
-        assert low > 0  # were it shown
+        assert low > 0
         assert found.transfer["a"] == found.figures["backward_transfer"]
-        assert found.transfer["a"].changed == f"{changed * step} of 800 changed"
-        assert found.transfer["a"].ends == (None if changed == 4 else (low, high))
+        assert found.transfer["a"].changed.startswith(
+            f"{changed * step} of 800 changed (+{changed * step}, -0), at most"
+        )
+        assert found.transfer["a"].changed.endswith(f"McNemar p {2 / 2**changed:.3f}")
+        assert found.transfer["a"].ends == pytest.approx((low, high))
     columns["a", 1] = Column(np.tile([1.0, 0.0], 400), groups)
     columns["a", 2] = Column(np.tile([0.0, 1.0], 400), groups)
     against = matrix_intervals(matrix, columns, files).transfer["a"]
-    assert (against.ends is None) == images and against.changed == "800 of 800 changed"
+    assert against.changed.startswith("800 of 800 changed (+400, -400)") and against.changed.endswith("p 1.000")
+    assert against.ends[0] < 0 < against.ends[1]

@@ -17,7 +17,7 @@ function saveCsv(name, rows) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
-// A table's cells; a column with intervals is followed by their ends, and by how many answers changed where a cell has none.
+// A table's cells; a column with intervals is followed by their ends, and by how many answers changed.
 function tableRows(table) {
   const rows = [...table.rows].map((row) => [...row.cells].flatMap((cell) => Array(cell.colSpan).fill(cell)));
   const more = rows[0].map((_, column) =>

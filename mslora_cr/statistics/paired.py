@@ -1,0 +1,121 @@
+"""Paired differences of scores: intervals over one task or several, losses, and the exact test of what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import betaincinv
+
+from mslora_cr.statistics.interval import PairedChange
+from mslora_cr.statistics.intervals import (
+    CONFIDENCE,
+    NONE,
+    Estimate,
+    Groups,
+    Scores,
+    difference_interval,
+    estimate,
+    percent,
+    quantile,
+    weighted_sum,
+)
+from mslora_cr.statistics.significance import sign_test
+
+
+class PairedTask(NamedTuple):
+    """What is seen of one task's differences.
+
+    Attributes:
+        total: their mean.
+        losses: the share of questions whose score fell.
+        binary: whether every score was 0 or 1.
+        gained, lost: questions whose score rose and fell.
+        risen, fallen: clusters whose sum rose and fell.
+        same: whether one answer file stands for both sides, so that there is no difference by construction.
+    """
+
+    total: Estimate
+    losses: Estimate
+    binary: bool
+    gained: int
+    lost: int
+    risen: int
+    fallen: int
+    same: bool = False
+
+
+def paired_task(differences: Scores, groups: Groups, binary: bool, same: bool = False) -> PairedTask:
+    """One task's differences.
+
+    Args:
+        differences: (questions,), at least one, of scores in [0, 1].
+        groups: (questions,).
+        binary: whether every score is 0 or 1.
+        same: whether one answer file stands for both sides.
+    """
+    sums = np.bincount(groups, differences)
+    return PairedTask(
+        total=estimate(differences, groups),
+        losses=estimate((differences < -NONE).astype(np.float64), groups),
+        binary=binary,
+        gained=int((differences > NONE).sum()),
+        lost=int((differences < -NONE).sum()),
+        risen=int((sums > NONE).sum()),
+        fallen=int((sums < -NONE).sum()),
+        same=same,
+    )
+
+
+def paired_change(tasks: Sequence[PairedTask], weights: Sequence[float] = (1.0,)) -> PairedChange:
+    """The weighted sum of tasks' differences.
+
+    The interval is MOVER's from each task's own limits l and u about its difference d, ``Σ w d - √Σ w² (d - l)²`` and
+    ``Σ w d + √Σ w² (u - d)²``: a task in which nothing changed keeps the width of its own interval, where a sum of
+    variances would take it for certain. The bound of losses is Clopper and Pearson's over all questions, with Korn and
+    Graubard's effective number where they share images. The test is McNemar's exact one; where questions share images,
+    each image counts once, by the sign of its sum. Sources: Zou and Donner, "Construction of Confidence Limits about
+    Effect Measures: A General Approach", Statistics in Medicine 2008; Clopper and Pearson, "The Use of Confidence or
+    Fiducial Limits Illustrated in the Case of the Binomial", Biometrika 1934; McNemar, "Note on the Sampling Error of
+    the Difference between Correlated Proportions or Percentages", Psychometrika 1947.
+
+    Args:
+        tasks: at least one.
+        weights: of the tasks.
+    """
+    seen = [task for task in tasks if not task.same]
+    questions = sum(task.total.questions for task in tasks)
+    if not seen:
+        return PairedChange((0.0, 0.0), 0, 0, questions, 0.0, 1.0, None, None)
+    own = [weight for task, weight in zip(tasks, weights, strict=True) if not task.same]
+    total = weighted_sum([task.total for task in seen], own)
+    mean, low, high = total.mean, 0.0, 0.0
+    for task, weight in zip(seen, own, strict=True):
+        ends = difference_interval(task.total, task.binary)
+        low += (weight * (task.total.mean - ends[0])) ** 2
+        high += (weight * (ends[1] - task.total.mean)) ** 2
+    shares = [task.losses.questions / questions for task in seen]
+    return PairedChange(
+        ends=percent((max(-1.0, mean - low**0.5), min(1.0, mean + high**0.5))),
+        gained=sum(task.gained for task in seen),
+        lost=sum(task.lost for task in seen),
+        questions=questions,
+        most_lost=100 * upper_bound(weighted_sum([task.losses for task in seen], shares)),
+        p=sign_test(sum(task.risen for task in seen), sum(task.fallen for task in seen)),
+        freedom=total.freedom,
+        largest=total.largest,
+    )
+
+
+def upper_bound(share: Estimate, confidence: float = CONFIDENCE) -> float:
+    """Clopper and Pearson's one-sided upper bound of a share, with Korn and Graubard's effective number of questions
+    where these share clusters."""
+    number = float(share.questions)
+    if share.groups < share.questions:
+        number = share.effective
+        if share.variance > NONE and 0 < share.mean < 1:
+            alone = share.mean * (1 - share.mean) / (share.questions - 1)
+            ratio = quantile(share.questions - 1.0) / quantile(share.freedom)
+            number = share.questions / max(1.0, share.variance / alone) * min(1.0, ratio) ** 2
+    return 1.0 if share.mean >= 1 else float(betaincinv(share.mean * number + 1, number * (1 - share.mean), confidence))
