@@ -34,8 +34,9 @@ class PairedChange(NamedTuple):
         if self.freedom is None:
             return ""
         changed = self.gained + self.lost
+        p = f"p {self.p:.3f}" if self.p >= 0.0005 else "p < 0.001"
         bound = f"at most {self.most_lost:.1f} % lost"
-        return f"{changed} of {self.questions} {verb} (+{self.gained}, -{self.lost}), {bound}, McNemar p {self.p:.3f}"
+        return f"{changed} of {self.questions} {verb} (+{self.gained}, -{self.lost}), {bound}, McNemar {p}"
 
     def precision(self) -> str:
         """Degrees of freedom and the largest cluster's share."""

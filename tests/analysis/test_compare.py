@@ -52,7 +52,9 @@ def test_a_difference_is_found_where_there_is_one(tmp_path: Path, capsys: pytest
     assert "prefix 1–2" in text and "Holm" in text and "-50.00 [" in text and "90.00 [" in text
 
 
-def test_a_few_answers_that_differ_have_interval_count_and_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_few_answers_that_differ_have_interval_count_and_test(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = make_run(tmp_path, "base", tasks=("PCAM", "CXP"), right=lambda task, stage: 14)[1]
     other = make_run(tmp_path, "other", tasks=("PCAM", "CXP"), right=lambda task, stage: 18)[1]
     tests = by_task(compared(tmp_path, base, other), "closed accuracy", "other")

@@ -160,6 +160,8 @@ def test_a_file_without_answers(tmp_path):
         "empty_truths": 0,
         "rows": 0,
         "groups": 0,
+        "freedom": {},
+        "largest_cluster": {},
         "open": 0,
         "closed": 0,
     }

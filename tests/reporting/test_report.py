@@ -111,34 +111,37 @@ def test_forgetting_of_a_sequential_run(tmp_path):
     page = Page(write_report(run_dir, results_dir))
     told = score_table(read_evaluation(results_dir), results_dir)
     assert (
-        "closed: own stage 90.0, final average 70.0, forgetting 30.0, backward transfer -30.0 [-46.0 to -17.7]" in told
+        "closed: own stage 90.0, final average 70.0, forgetting 30.0, backward transfer -30.0 [-46.6 to -12.7; 12 of 40 changed"
+        in told
     )
     assert f"Final average closed accuracy {(50 + 70 + 90) / 3:.1f} %" in page.text
-    assert re.search(r"Backward transfer -30.0 points -46.0 to -17.7; .* Forgetting 30.0, no interval", page.text)
+    assert re.search(r"Backward transfer -30.0 points -46.6 to -12.7; .* Forgetting 30.0, no interval", page.text)
     assert "by construction" not in page.text
-    assert "pathvqa 90.0 1 70.0 2 50.0 3 -40.0 slake" in page.text  # scores, the bank that answered, change
+    assert "pathvqa 90.0 1 70.0 2 50.0 3 -40.0 8 of 20 changed (+0, -8)" in page.text  # scores, the bank that answered, change
     assert any(re.fullmatch(r"95 %: \d+.\d to \d+.\d", tip) for tip in page.tips)
     assert "derm 90.0" in page.text and "3 – Average over tasks" in page.text  # nothing came after it
 
 
-def test_where_few_answers_changed_their_number_stands_for_the_interval(tmp_path):
+def test_a_change_of_few_answers_has_interval_count_bound_and_test(tmp_path):
     def right(task, stage):
         return 18 if stage == 1 + ("pathvqa", "derm").index(task) else 16
 
     run_dir, results_dir = make_run(tmp_path, "seq", "sequential", ("pathvqa", "derm"), right=right)
     path = write_report(run_dir, results_dir)
     page, markdown = Page(path), path.with_suffix(".md").read_text(encoding="utf-8")
-    assert "Backward transfer -10.0 points 2 of 20 changed; change of earlier tasks" in page.text
-    assert "pathvqa 90.0 1 80.0 2 -10.0 2 of 20 changed derm" in page.text
-    assert "Closed accuracy 2 90.00 85.00 87.50 10.00 -10.00 2 of 20 changed" in page.text
-    assert 'data-changed="2 of 20 changed"' in path.read_text(encoding="utf-8")  # for the table's CSV
-    assert "**Backward transfer: -10.00 points** (2 of 20 changed); forgetting 10.00 points" in markdown
-    assert re.search(r"\| pathvqa \| 90.0 .* \| -10.0 \(2 of 20 changed\) \|", markdown)
-    told = score_table(read_evaluation(results_dir), results_dir)
-    assert "forgetting 10.0, backward transfer -10.0 (2 of 20 changed)" in told
+    ends, told = "-32.5 to 10.6", "2 of 20 changed (+0, -2), at most 28.3 % lost, McNemar p 0.500"
+    precision = "19 degrees of freedom, largest cluster 5.0 %"
+    assert f"Backward transfer -10.0 points {ends}; {told}; change of earlier tasks" in page.text
+    assert f"pathvqa 90.0 1 80.0 2 -10.0 {told} derm" in page.text
+    assert f"Closed accuracy 2 90.00 85.00 87.50 10.00 -10.00 {told}" in page.text
+    assert f'data-changed="{told}"' in path.read_text(encoding="utf-8")  # for the table's CSV
+    assert f"**Backward transfer: -10.00 points** [{ends}; {told}; {precision}]; forgetting 10.00 points" in markdown
+    assert re.search(r"\| pathvqa \| 90.0 .* \| -10.0 " + re.escape(f"[{ends}; {told}] |"), markdown)
+    shown = score_table(read_evaluation(results_dir), results_dir)
+    assert f"forgetting 10.0, backward transfer -10.0 [{ends}; {told}; {precision}]" in shown
     both = [("a", run_dir, results_dir), ("b", None, results_dir)]
     page = Page(write_comparison(both, tmp_path / "index.html"))
-    assert page.text.count("pathvqa 90.0 1 80.0 2 -10.0 2 of 20 changed derm") == 2  # closed accuracy of both
+    assert page.text.count(f"pathvqa 90.0 1 80.0 2 -10.0 {told} derm") == 2  # closed accuracy of both
 
 
 def test_no_p_value_is_zero():
@@ -163,7 +166,8 @@ def test_intervals_of_figures_are_paired_by_question(tmp_path):
     lost = np.array([-1.0] * 5 + [0.0] * 15)
     assert (low, high) == pytest.approx(percent(difference_interval(estimate(lost, independent(20)), binary=True)))
     assert high - low < 2 * 2.093 * 100 * math.sqrt((0.9 * 0.1 + 0.65 * 0.35) / 19)
-    assert intervals.transfer == {"pathvqa": ((low, high), "5 of 20 changed")}
+    assert intervals.transfer["pathvqa"].ends == (low, high)
+    assert intervals.transfer["pathvqa"].changed.startswith("5 of 20 changed (+0, -5)")
     assert list(intervals.stages) == [1, 2]
     assert intervals.stages[2] == found["final_average"].ends
 
