@@ -117,7 +117,7 @@ def test_forgetting_of_a_sequential_run(tmp_path):
     assert f"Final average closed accuracy {(50 + 70 + 90) / 3:.1f} %" in page.text
     assert re.search(r"Backward transfer -30.0 points -46.6 to -12.7; .* Forgetting 30.0, no interval", page.text)
     assert "by construction" not in page.text
-    assert "pathvqa 90.0 1 70.0 2 50.0 3 -40.0 8 of 20 changed (+0, -8)" in page.text  # scores, the bank that answered, change
+    assert "pathvqa 90.0 1 70.0 2 50.0 3 -40.0 8 of 20 changed (+0, -8)" in page.text  # the bank, the change
     assert any(re.fullmatch(r"95 %: \d+.\d to \d+.\d", tip) for tip in page.tips)
     assert "derm 90.0" in page.text and "3 – Average over tasks" in page.text  # nothing came after it
 
