@@ -41,8 +41,10 @@ class AnsweredTask:
     """A run's answers to a task.
 
     Attributes:
-        banks: those that answered. questions: the digest of the file asked from. Both None where answer files alone are
-            known. answers: the answer file. columns: by title in `COMPARED`, the scores.
+        banks: those that answered.
+        questions: the digest of the file asked from. Both None where answer files alone are known.
+        answers: the answer file.
+        columns: by title in `COMPARED`, the scores.
     """
 
     banks: str | None
@@ -81,8 +83,9 @@ def answered_run(label: str, folder: Path, at: Stage) -> Answered:
     """Read a run.
 
     Args:
-        label: the run's name in messages. folder: its results folder, or one that `has_answers`. at: score tasks after
-            the last stage, or each at its own; answer files alone are taken as they are.
+        label: the run's name in messages.
+        folder: its results folder, or one that `has_answers`.
+        at: score tasks after the last stage, or each at its own; answer files alone are taken as they are.
 
     Raises:
         ReportError: it is not evaluated where it must be. DataError: scores are gone, or answers malformed.

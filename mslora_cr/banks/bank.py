@@ -171,7 +171,8 @@ def product_norm(a: Tensor, b: Tensor) -> Tensor:
     """``‖B A‖_F`` from matrices of the rank's size: ``‖B A‖² = tr(BᵀB AAᵀ)``.
 
     Args:
-        a: (…, rank, in). b: (…, out, rank).
+        a: (…, rank, in).
+        b: (…, out, rank).
 
     Returns:
         (…,).

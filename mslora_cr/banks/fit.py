@@ -13,7 +13,8 @@ def check_fits(bank: Bank, linears: Mapping[str, nn.Linear], architecture: str) 
     """Refuse a bank of another family or size.
 
     Args:
-        linears: what banks adapt in the model. architecture: the model's class.
+        linears: what banks adapt in the model.
+        architecture: the model's class.
 
     Raises:
         BankError: the bank was trained on another architecture, or its layers or their sizes are others.

@@ -24,7 +24,8 @@ def effective_rank(a: Tensor, b: Tensor) -> float:
     singular values of ``R_b R_aᵀ``, of shape (rank, rank), with ``B = Q_b R_b`` and ``Aᵀ = Q_a R_a``.
 
     Args:
-        a: (rank, in). b: (out, rank).
+        a: (rank, in).
+        b: (out, rank).
     """
     right, left = (torch.linalg.qr(matrix.double(), mode="r").R for matrix in (a.T, b))
     singular = torch.linalg.svdvals(left @ right.T)

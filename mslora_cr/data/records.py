@@ -209,7 +209,8 @@ class _Records(Sequence[Record], Generic[Record]):
     """What both kinds of file share.
 
     Attributes:
-        path: the file. digest: sha256 of its bytes, in hexadecimal.
+        path: the file.
+        digest: sha256 of its bytes, in hexadecimal.
 
     Args:
         problems: collects what is wrong with single records, which are then passed over; without it, the first raises.

@@ -30,10 +30,14 @@ class Endpoint:
     """A served model.
 
     Attributes:
-        url: of the server, up to and with `/v1`. model: its name there. concurrency: requests at once. timeout: seconds
-        until an answer is given up. attempts: how often something is asked before that ends everything. pause: seconds
-        before the second attempt; each next pause is twice as long, up to half a minute. option: of the command line
-        that names it, for messages. key: the environment variable that may hold a key for it.
+        url: the server's address, up to and including `/v1`.
+        model: the model's name on the server.
+        concurrency: how many requests are open at once.
+        timeout: seconds to wait for an answer.
+        attempts: how often a request is sent before the evaluation ends.
+        pause: seconds before the second attempt; each further pause is twice as long, up to half a minute.
+        option: the command-line option that names the server, for messages.
+        key: the environment variable that may hold the server's key.
     """
 
     url: str
@@ -98,8 +102,9 @@ class Chat:
         """Ask for every item, several at once.
 
         Args:
-            body: of an item's request. place: an item in words, for messages. note: takes each answer as soon as it is
-                there, one at a time.
+            body: of an item's request.
+            place: an item in words, for messages.
+            note: takes each answer as soon as it is there, one at a time.
 
         Raises:
             EndpointError: the server is gone, or refuses an item. UserError: as `body`.

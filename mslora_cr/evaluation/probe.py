@@ -34,7 +34,8 @@ def evaluate_probe(config: StreamConfig, dataset: str, banks: Mapping[str, Bank]
     At a stage its questions, which are of no task, are answered by the banks that answer the task learned there.
 
     Args:
-        dataset: a name in `datasets` that is not in `tasks`. banks: as `evaluate`.
+        dataset: a name in `datasets` that is not in `tasks`.
+        banks: as `evaluate`.
 
     Raises:
         ConfigError: there is no such data set, a task trains it, or the task of a question is to be found by a router.

@@ -110,7 +110,8 @@ class _Routed:
     ) -> None:
         """
         Args:
-            statistics: of the tasks whose banks answer. records: the questions of those that are asked.
+            statistics: of the tasks whose banks answer.
+            records: the questions of those that are asked.
         """
         self.config = config
         self.banks = [chain[task.name] for task in config.stream[: len(statistics)]]

@@ -35,7 +35,9 @@ class Metrics(StateFile):
         freedom: degrees of freedom of each interval.
         largest_cluster: the largest share of a metric's answers that are not independent of each other. Version 0.1.0
             noted none of these five.
-        rows, open, closed: how many answers there are, and of either type.
+        rows: number of answers.
+        open: number of answers to open questions.
+        closed: number of answers to closed questions.
     """
 
     MEND: ClassVar[str] = "remove it; `mslora-cr score` or `mslora-cr evaluate` writes it again from the answers"
@@ -56,8 +58,10 @@ class StageRouting(Part):
     """What the router took the questions for after a stage.
 
     Attributes:
-        learned: the tasks it knows. confusion: by a question's task, how many were taken for each of `learned`.
-        questions: how many are of learned tasks. accuracy: how many of those it knew, in percent.
+        learned: the tasks it knows.
+        confusion: by a question's task, how many were taken for each of `learned`.
+        questions: how many are of learned tasks.
+        accuracy: how many of those it knew, in percent.
     """
 
     stage: int
@@ -80,10 +84,13 @@ class Stamp(StateFile):
     """`answers.json`: what the answers in its folder were made from, and what they are.
 
     Attributes:
-        fingerprint: of all that decides the answers. seconds: how long the last launch answered.
-        padding: the share of padding in the prompts' batches, `padding_unsorted` in the questions' own order.
-        routing: in `routed/stage-K`, what the router did. sha256, rows: digest and number of the answers; version 0.1.0
-            noted neither.
+        fingerprint: of all that decides the answers.
+        seconds: how long the last launch answered.
+        padding: the share of padding in the prompts' batches.
+        padding_unsorted: the share of padding in batches in the questions' own order.
+        routing: in `routed/stage-K`, what the router did.
+        sha256: digest of the answer file; None in files of version 0.1.0.
+        rows: number of answers; None in files of version 0.1.0.
     """
 
     MEND: ClassVar[str] = "remove it; the same command answers these questions again"

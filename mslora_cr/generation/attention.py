@@ -111,7 +111,8 @@ def shared_attention(
 
     Args:
         query: (rows, query heads, new positions, width).
-        key, value: (rows, heads, own positions, width).
+        key: (rows, heads, own positions, width).
+        value: as `key`.
         attention_mask: (rows, 1, new positions, opening's + own positions) bool, true where a position is seen.
         shared: openings, and who shares them.
 

@@ -16,7 +16,8 @@ class Rows:
     """The state of a batch: all that a step reads, and changes in place.
 
     Attributes:
-        ids, positions: (rows, 1) int64, the newest token and its place in the row.
+        ids: (rows, 1) int64, the newest token.
+        positions: (rows, 1) int64, its place in the row.
         visible: (rows, opening's + own positions) bool.
         cache: keys and values; its `slots` is where the newest token's go.
     """

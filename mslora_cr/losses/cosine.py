@@ -21,7 +21,8 @@ def cosine_terms(current: Tensor, frozen: Frozen) -> tuple[Tensor, Tensor]:
     matrix of zeros, such as B before its first update, has no angle: its cosine counts as 0, without a gradient.
 
     Args:
-        current: W, (n, D), each matrix flattened. frozen: P with its squares and coefficients, of the same dtype.
+        current: W, (n, D), each matrix flattened.
+        frozen: P with its squares and coefficients, of the same dtype.
 
     Returns:
         The sums, (banks,), and the gradient, (n, D).

@@ -159,8 +159,8 @@ class Method(Generic[Settings]):
         """What the bank starts as instead, by linear layer, on the CPU; None to leave it. Called on every rank.
 
         Args:
-            start: A and B as they would start. probe: passes of the task's samples, for what the layers see and for
-                gradients; to be used on every rank.
+            start: A and B as they would start.
+            probe: passes of the task's samples, for what the layers see and for gradients; to be used on every rank.
         """
         return None
 

@@ -123,7 +123,9 @@ def gradient_directions(
     """The first r right singular vectors of each layer's ``G (I - M Mᵀ)``, (r, in), by subspace iteration.
 
     Args:
-        known: M by layer, (in, m). drawn: where to start, (r, in) at random. outputs: of each layer.
+        known: M by layer, (in, m).
+        drawn: where to start, (r, in) at random.
+        outputs: of each layer.
     """
     rows = {name: _outside(matrix, known[name]) for name, matrix in drawn.items()}
     for _ in range(iterations):

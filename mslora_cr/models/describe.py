@@ -111,7 +111,9 @@ def memory_by_stage(base: int, bank: int, gpus: int) -> dict[str, float]:
     keeps the bank and its gradient in float32.
 
     Args:
-        base, bank: how many numbers they have.
+        base: number of parameters of the base model.
+        bank: number of parameters of a bank.
+        gpus: number of GPUs that share the training state.
     """
     bytes_of = {
         "ddp": 2 * base + (4 + 4 + 8) * bank,

@@ -58,7 +58,8 @@ def save_transformers_layout(base: LlavaMed, processor: LlavaProcessor, folder: 
     """Write a model and all that feeds it, as it is now: what is merged into its weights is part of them.
 
     Args:
-        processor: `portable_processor`'s. folder: exists and is empty.
+        processor: `portable_processor`'s.
+        folder: exists and is empty.
     """
     save_torch_state_dict(
         dict(_renamed(base.model.state_dict())), folder, max_shard_size=shard_size, metadata={"format": "pt"}

@@ -39,10 +39,12 @@ class RunRecord:
     """All that is known of a run; `missing` says in words what is not there.
 
     Attributes:
-        results_dir: where it was read from. tasks: names in stream order.
+        results_dir: where it was read from.
+        tasks: names in stream order.
         modalities: by task; empty if the run is not evaluated.
         logs: by task, one mapping for each logged step.
-        banks, answers: by task, the file of its bank's weights, and of its answers at its own stage.
+        banks: by task, the file of its bank's weights.
+        answers: by task, the file of its answers at its own stage.
         config: the text of `config.yaml`, or None.
     """
 

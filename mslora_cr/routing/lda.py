@@ -31,7 +31,9 @@ class TaskStatistics:
     """What a task leaves for the router.
 
     Attributes:
-        count: records. mean: (features,). scatter: (features, features), ``Σ (x - mean)(x - mean)ᵀ``; both float32.
+        count: records.
+        mean: (features,).
+        scatter: (features, features), ``Σ (x - mean)(x - mean)ᵀ``; both float32.
         examples: (examples, features) of some records, for a router that learns from them; None where none does.
     """
 

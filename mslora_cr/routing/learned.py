@@ -23,7 +23,8 @@ class LearnedRouter:
     def __init__(self, tasks: Sequence[TaskStatistics], decay: float) -> None:
         """
         Args:
-            tasks: at least one, with examples. decay: λ.
+            tasks: at least one, with examples.
+            decay: λ.
 
         Raises:
             BankError: a task has none: its statistics are another method's.

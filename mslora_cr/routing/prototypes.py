@@ -22,8 +22,9 @@ class PrototypeRouter:
     ) -> None:
         """
         Args:
-            tasks: at least one. pictures: how many of the features, the first ones, are the picture's. words_alone:
-                the picture's have no say.
+            tasks: at least one.
+            pictures: how many of the features, the first ones, are the picture's.
+            words_alone: the picture's have no say.
         """
         self._prototypes, self._pictures = torch.stack([task.mean for task in tasks]), pictures
         self._temperature, self._words_alone = temperature, words_alone

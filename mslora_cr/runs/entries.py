@@ -22,13 +22,23 @@ class TaskEntry(Part):
     """A finished task. How an imported bank was trained is not known: no loss, no steps, no seconds.
 
     Attributes:
-        digest, memory_digest, router_digest: SHA-256 of the files in the bank's folder, None where there is none.
-        records_digest, config_digest, model_digest: of what the bank was trained from.
-        bank_layer, kernels, recomputed_layers: how it was computed.
+        digest: SHA-256 of the bank's weights.
+        memory_digest: SHA-256 of the task state; None where the method keeps none.
+        router_digest: SHA-256 of the router statistics; None where there are none.
+        records_digest: digest of the training records.
+        config_digest: digest of the configuration that decided the bank.
+        model_digest: digest of the base model's files.
+        bank_layer: `fused` or `peft`.
+        kernels: `liger` or `torch`.
+        recomputed_layers: number of decoder layers whose activations were recomputed.
         switched_off: what is not used with this base model.
-        padding: shares of padded positions. weights: of the penalties after the last step.
-        stream: the tasks up to this one, in order. method, rank: of the bank. processes: that trained it, each with a
-            device of its own. parameters: numbers in the bank. Version 0.1.0 noted none of the five.
+        padding: shares of padded positions.
+        weights: of the penalties after the last step.
+        stream: the tasks up to this one, in order. Version 0.1.0 wrote neither this nor the next four.
+        method: the bank's method.
+        rank: the bank's rank.
+        processes: number of processes that trained the bank, each with a device of its own.
+        parameters: number of parameters of the bank.
     """
 
     model_config = ConfigDict(extra="allow")

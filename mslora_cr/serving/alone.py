@@ -26,8 +26,12 @@ def answer_alone(
     """The new ids of one prompt, up to and with the one that ends it.
 
     Args:
-        ids, inputs: as `InputProcessor.asked` gives them.
-        on_token: is told them as they come.
+        input_processor: the base model's input processor.
+        model: the base model with the banks that answer.
+        ids: the prompt's token ids, from `InputProcessor.asked`.
+        inputs: what else the model reads, from `InputProcessor.asked`.
+        max_new_tokens: the most ids to generate.
+        on_token: called with each new token id.
     """
     prompts = [Prompt((), tuple(ids), ())]
     [wave] = in_waves(grouped(prompts, [0], lambda _: None), prompts, Limits(1, max_new_tokens, len(ids)))

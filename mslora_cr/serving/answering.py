@@ -37,9 +37,12 @@ class Answer:
     """An answer and who gave it.
 
     Attributes:
-        text: without outer white space. ids: the tokens, up to and with `</s>`. task: whose banks answered; None where
-        that makes no difference. banks: their names, none for the base alone. probabilities: the router's, by task;
-        empty if the task was given.
+        text: the answer without outer white space.
+        ids: its token ids, up to and including `</s>`.
+        task: the task whose banks answered; None where all tasks have the same banks.
+        stage: the stage of the stream that answered; 0 is the base model alone.
+        banks: names of the banks that answered; empty for the base model alone.
+        probabilities: the router's probabilities by task; empty if the task was given.
     """
 
     text: str
@@ -54,7 +57,8 @@ class AnsweringModel:
     """A run's base model with its banks. `load` makes one; not for use by several threads at once.
 
     Attributes:
-        config: the run's configuration. run: its banks.
+        config: the run's configuration.
+        run: the run's banks.
     """
 
     def __init__(self, config: StreamConfig, task: str | None = None, stage: int | None = None) -> None:
@@ -66,7 +70,8 @@ class AnsweringModel:
         Raises:
             ConfigError, BankError, ModelError: before the model is loaded, if the task or stage cannot answer.
         """
-        self.config, self.run = config, RunBanks(config, finished_banks(config))
+        self.config = config
+        self.run = RunBanks(config, finished_banks(config))
         self.task, self.stage = task, self.run.stage(stage)
         if task is not None:
             self.run.answering(task, self.stage)
@@ -97,11 +102,13 @@ class AnsweringModel:
         """Answer a question greedily, as `evaluate` does.
 
         Args:
-            images: one picture or several, all of which are shown in front of the question; none: `[]`.
-            task, stage: in place of the model's own. Banks are swapped, the base stays.
+            images: one picture or several, all of which precede the question; `[]` for none.
+            question: the question; the images stand before it.
+            task: replaces the model's task. Banks are swapped, the base model stays.
+            stage: replaces the model's stage.
             history: earlier questions about the same pictures, with their answers.
-            max_new_tokens: in place of `evaluation.max_new_tokens`; at least 1.
-            on_text: is handed the answer piece by piece while it grows.
+            max_new_tokens: replaces `evaluation.max_new_tokens`; at least 1.
+            on_text: called with each new piece of the answer's text.
 
         Raises:
             ConfigError, BankError: the task or stage cannot answer, or the answer may have no token.

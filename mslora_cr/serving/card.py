@@ -28,9 +28,14 @@ class Card:
     """What a card tells of.
 
     Attributes:
-        config: of the run. repo: where it goes. kind: what is uploaded. base: the base model's name on the hub.
+        config: of the run.
+        repo: where it goes.
+        kind: what is uploaded.
+        base: the base model's name on the hub.
         folders: by what is uploaded, a task or `model`, its folder in the repository, "" for the repository itself.
-        banks: by the same, the banks that answer. ledger: the run's. evaluation: the run's, if there is one.
+        banks: by the same, the banks that answer.
+        ledger: the run's.
+        evaluation: the run's, if there is one.
     """
 
     config: StreamConfig

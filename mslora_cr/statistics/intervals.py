@@ -112,7 +112,8 @@ def score_interval(parts: Sequence[Estimate], weights: Sequence[float] = (1.0,))
     Data", Survey Methodology 1998.
 
     Args:
-        parts: by task. weights: of the tasks, with a sum of 1.
+        parts: by task.
+        weights: of the tasks, with a sum of 1.
     """
     total = weighted_sum([_careful(part) for part in parts], weights)
     mean = min(max(total.mean, 0.0), 1.0)
@@ -193,7 +194,8 @@ def resampled_sums(values: Scores, groups: Groups) -> Scores:
     Source: Efron, "Bootstrap Methods: Another Look at the Jackknife", Annals of Statistics 1979.
 
     Args:
-        values: (questions, columns). groups: (questions,).
+        values: (questions, columns).
+        groups: (questions,).
 
     Returns:
         (SAMPLES, columns).

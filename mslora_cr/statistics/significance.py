@@ -35,7 +35,8 @@ def flipped_means(differences: Scores, groups: Groups, flips: int, stream: int =
     grow with clusters times flips.
 
     Args:
-        differences: (questions,), of two systems' scores. groups: (questions,), by question the number of its cluster.
+        differences: (questions,), of two systems' scores.
+        groups: (questions,), by question the number of its cluster.
         stream: another random stream for each set of questions; the same stream, number and flips draw the same signs.
 
     Returns:

@@ -26,7 +26,8 @@ def summarize(outcomes: Sequence[Mapping[str, Any]], metric: str) -> dict[str, d
     p-values are corrected by Holm's method over the methods of a figure.
 
     Args:
-        outcomes: of finished runs. metric: a name in their `figures`.
+        outcomes: of finished runs.
+        metric: a name in their `figures`.
     """
     spreads: dict[str, dict[str, Any]] = {}
     values: dict[str, dict[str, Runs]] = {}

@@ -43,7 +43,8 @@ def layer_inputs(
         model: with a bank on top.
         batch_of: a sample's batch of one, on the model's device, from its position.
         count: how many samples there are.
-        samples: how many to take at most. tokens: positions of each, at most.
+        samples: how many to take at most.
+        tokens: positions of each, at most.
 
     Returns:
         Linear layer's name → (in, samples · tokens), float32, on the CPU; zeros where a sample has fewer tokens.

@@ -26,7 +26,8 @@ class StartProbe:
     ) -> None:
         """
         Args:
-            stack: with the trainable bank on top. seed: chooses the samples that are looked at.
+            stack: with the trainable bank on top.
+            seed: chooses the samples that are looked at.
             unmerged: banks that the base's weights do not hold yet, and must for a pass.
         """
         self._stack, self._samples, self._collator, self._seed = stack, samples, collator, seed
@@ -47,7 +48,8 @@ class StartProbe:
         Ranks do not share the samples: their sums would differ in rounding, and what is made from them much more.
 
         Args:
-            bank: A and B by linear layer. samples: how many to take at most.
+            bank: A and B by linear layer.
+            samples: how many to take at most.
         """
         self._merge()
         pairs = self._stack.trainable()

@@ -115,7 +115,10 @@ class Recomputation(TrainerCallback):
         """Choose, before the first step, how many layers to recompute: the same number on every rank.
 
         Args:
-            run: what the choice is for, in the log. device, forward, backward: as in `measure`.
+            run: names the run in the log.
+            device: as in `measure`.
+            forward: as in `measure`.
+            backward: as in `measure`.
             trained: how many numbers are trained.
             apart: no rank waits for another in these passes, so one may fail by itself.
 

@@ -57,7 +57,8 @@ def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None
     with the same numbers. TensorBoard drops them.
 
     Args:
-        logs: the run folder's logs. step: the checkpoint's that training starts from, or 0.
+        logs: the run folder's logs.
+        step: the checkpoint's that training starts from, or 0.
     """
     used = set(trainer.args.report_to)
     if trainer.args.process_index != 0 or not used:

@@ -43,7 +43,8 @@ class Converted:
     """What a conversion made and left out.
 
     Attributes:
-        grouped_by: what keeps rows on one side of the split. left_out: by reason, the rows (the first few by name).
+        grouped_by: what keeps rows on one side of the split.
+        left_out: by reason, the rows (the first few by name).
         shared_groups: groups that the source's own split has on both sides.
         noted: how files were drawn, where it is worth knowing: by what is to be said, the files.
         several: how many rows have several pictures.

@@ -41,8 +41,10 @@ class Row:
     """A conversation about images, as it was found.
 
     Attributes:
-        place: where, in words. images: names, or the bytes of image files. turns: (speaker, text), alternating, the
-        first of them human. group: whose images these are; rows of one group stay on one side of the split.
+        place: where, in words.
+        images: names, or the bytes of image files.
+        turns: (speaker, text), alternating; the first speaker is human.
+        group: whose images these are; rows of one group stay on one side of the split.
         answer_type: `OPEN`, `CLOSED`, or None: by its answer.
     """
 
