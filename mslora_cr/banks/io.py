@@ -117,7 +117,7 @@ def load_bank(path: Path) -> Bank:
     layers = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        module = linear_name(match[1]) if match else None
+        module = linear_name(match[1], exact="base_model" in metadata) if match else None
         if match is None or module is None:
             raise BankError(
                 f"{path}/{WEIGHTS}: {visible(key[:200])} is not a LoRA matrix of a linear layer of the language model"

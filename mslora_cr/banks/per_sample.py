@@ -73,6 +73,8 @@ class PerSampleAdapters:
             handle.remove()
 
     def _add(self, name: str, linear: nn.Linear) -> RemovableHandle | None:
+        if ".experts." in name:
+            raise BankError(f"{name} sees tokens of several questions mixed, so that each cannot have its own bank")
         present = tuple(place for place, bank in enumerate(self._banks) if bank.matrices[name][1].any())
         if not present:
             return None
@@ -82,8 +84,13 @@ class PerSampleAdapters:
         a, b = (matrix.to(linear.weight.device, self._dtype) for matrix in pair)
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
-            assert self._rows == len(output), "each row must have its weights first"
-            return output + (nn.functional.linear(inputs[0], a) * self._masks[present, self._rows]) @ b.T
+            assert self._rows, "each row must have its weights first"
+            mask = self._masks[present, self._rows]
+            if output.dim() == 2:  # rows times positions, as a mixture's shared expert sees them
+                mask = mask[:, 0].repeat_interleave(len(output) // self._rows, 0)
+            if len(mask) != len(output):
+                raise BankError(f"{name} sees {tuple(output.shape)} for {self._rows} questions; it cannot be routed")
+            return output + (nn.functional.linear(inputs[0], a) * mask) @ b.T
 
         return linear.register_forward_hook(add)
 

@@ -22,7 +22,7 @@ from mslora_cr.banks.fit import check_fits
 from mslora_cr.banks.fused import FusedLinear, fuse, fused_layers
 from mslora_cr.banks.io import lora_config
 from mslora_cr.banks.kinds import GatherFn, PlainLora, kind_of, lora_layers
-from mslora_cr.models.language import language_linears
+from mslora_cr.models.language import adapter_targets, language_linears
 from mslora_cr.utils.precision import ieee_float32
 
 TRAINABLE, FROZEN = "live", "frozen"
@@ -120,7 +120,7 @@ class BankStack:
 
     def _with_frozen(self, banks: Sequence[Bank]) -> PeftModel:
         rank = sum(bank.rank for bank in banks)
-        model = self._with_adapter(lora_config(self._linears, rank, rank), FROZEN)
+        model = self._with_adapter(self._lora_config(rank, rank), FROZEN)
         matrices = {name: concatenated(name, banks) for name in self._linears}
         kind = kind_of(banks[0])
         kind.install(model, FROZEN, FROZEN)
@@ -142,6 +142,11 @@ class BankStack:
         self._concatenate([frozen])
         self._kind.install_frozen(self.model, FROZEN)
         return None
+
+    def _lora_config(self, rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig:
+        config = lora_config(self._linears, rank, alpha, dropout)
+        config.target_modules = adapter_targets(self.base, self._linears)
+        return config
 
     def _with_adapter(self, config: LoraConfig, name: str) -> PeftModel:
         if all(linear.weight.is_floating_point() for linear in self._linears.values()):
@@ -170,7 +175,7 @@ class BankStack:
             dropout: probability, of the adapter's input.
             initial: the bank whose numbers it starts with.
         """
-        config = lora_config(self._linears, rank, alpha, dropout)
+        config = self._lora_config(rank, alpha, dropout)
         if isinstance(self.model, PeftModel):
             self.model.add_adapter(TRAINABLE, config)
             # set_adapter takes a list only on the tuner, and makes each adapter of a trainable list trainable.
@@ -182,6 +187,9 @@ class BankStack:
         if initial is not None:
             self._check(initial)
             self.load_trainable(initial)
+        if (adapted := self.trainable().keys()) != self._linears.keys():
+            odd = sorted(adapted ^ self._linears.keys())
+            raise BankError(f"PEFT does not adapt the layers that a bank holds in {self.architecture}; first {odd[0]}")
         unfrozen = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
         adapter = {id(parameter) for parameter in self.trainable_parameters()}
         assert unfrozen == adapter, "something besides the new bank is trainable"

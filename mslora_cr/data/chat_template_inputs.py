@@ -6,8 +6,7 @@ Ids, label mask and images are those that the processor makes of a whole convers
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +24,8 @@ from mslora_cr.data.records import IMAGE, TestRecord, TestRecords, TrainingRecor
 
 Size = tuple[int, int]
 """Width and height."""
+SplitIds = tuple[tuple[int, ...], tuple[int, ...]]
+"""Ids up to the last image, and behind it."""
 
 
 class ProcessorTokenizer:
@@ -66,8 +67,9 @@ class ChatTemplateInputs:
     """Ids that end an answer."""
     max_length: int = 2048
     all_images: bool = False
-    _replacements: dict[Size, str] = field(default_factory=dict)
-    """What stands for an image of a size, as far as any was asked for."""
+    _openings: dict[tuple[str, tuple[Size, ...]], tuple[int, ...] | None] = field(default_factory=dict)
+    """Ids up to the last image, by the text up to there and the images' sizes; None where the processor's ids behind
+    the image are not those of the text behind it."""
 
     @cached_property
     def tokenizer(self) -> ProcessorTokenizer:
@@ -97,14 +99,14 @@ class ChatTemplateInputs:
     def sample(self, index: int, record: TrainingRecord, roots: Sequence[Path]) -> ChatSample:
         chat = self._chat(record)
         images = self.load_images(self.image_names(record), roots)
-        self._check_cut(self._ids(chat.text, [image.size for image in images]))
+        self._check_cut(*self.split_ids(chat.text, [image.size for image in images]))
         return ChatSample(index=index, text=chat.text, answers=chat.answers, images=images)
 
     def length(self, record: TrainingRecord, roots: Sequence[Path]) -> int:
         sizes = [image_size(resolve_image(name, roots)) for name in self.image_names(record)]
-        ids = self._ids(self._chat(record).text, sizes)
-        self._check_cut(ids)
-        return min(len(ids), self.max_length)
+        opening, rest = self.split_ids(self._chat(record).text, sizes)
+        self._check_cut(opening, rest)
+        return min(len(opening) + len(rest), self.max_length)
 
     def padding_sample(self, sample: ChatSample, index: int) -> ChatSample:
         return {**sample, "index": index, "answers": ()}
@@ -113,24 +115,43 @@ class ChatTemplateInputs:
         return partial(self.batch, multiple=multiple)
 
     def batch(self, samples: Sequence[ChatSample], multiple: int = 1) -> dict[str, Tensor]:
-        """A right-padded batch, cut at `max_length`; a label wherever a token has a part of an answer."""
+        """A right-padded batch, cut at `max_length`; a label wherever a token has a part of an answer.
+
+        Raises:
+            ValueError: the processor rewrites a conversation, so that its answers are not found in its ids.
+        """
         texts, images = [sample["text"] for sample in samples], [sample["images"] for sample in samples]
-        marks: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        marks |= {"pad_to_multiple_of": multiple} if multiple > 1 else {}
-        inputs = self._processed(texts, images, "right", **marks)
-        offsets, moved = inputs.pop("offset_mapping"), inputs.pop("text_replacement_offsets", None)
+        inputs = self._processed(texts, images, "right", **({"pad_to_multiple_of": multiple} if multiple > 1 else {}))
         labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
         for row, sample in enumerate(samples):
-            replaced = moved[row] if moved is not None and len(moved) else []
-            for start, stop in _moved(sample["answers"], replaced):
-                part = (offsets[row, :, 0] < stop) & (offsets[row, :, 1] > start)
-                labels[row, part] = inputs["input_ids"][row, part]
+            ids = inputs["input_ids"][row, : int(inputs["attention_mask"][row].sum())]
+            learned = torch.tensor(self._learned(sample, ids.tolist()), dtype=torch.long)
+            labels[row, learned] = ids[learned]
         full = inputs["input_ids"].shape
         cut = {
-            name: value[:, : self.max_length] if name in _BY_POSITION and value.shape == full else value
+            name: value[:, : self.max_length] if name in BY_POSITION and value.shape[:2] == full else value
             for name, value in {**inputs, "labels": labels}.items()
         }
         return {**cut, "record_index": torch.tensor([sample["index"] for sample in samples])}
+
+    def _learned(self, sample: ChatSample, ids: Sequence[int]) -> list[int]:
+        """The positions of a sample's answers in the processor's ids.
+
+        The text is tokenised once more with its placeholders; what stands between them is found in `ids` again.
+        """
+        text = self._tokenized(sample["text"], return_offsets_mapping=True)
+        inside = [
+            any(first < stop and last > start for start, stop in sample["answers"])
+            for first, last in text["offset_mapping"]
+        ]
+        moved = dict(aligned(text["input_ids"], ids, self._image_id))
+        learned = [moved[position] for position, answer in enumerate(inside) if answer and position in moved]
+        if len(learned) != sum(inside):
+            raise ValueError(
+                f"{type(self.processor).__name__} rewrites the conversation, so that the tokens of its answers "
+                "cannot be found; this model cannot be trained"
+            )
+        return learned
 
     # --- answering ---
 
@@ -138,7 +159,8 @@ class ChatTemplateInputs:
         self._check_text([record.question])
         images = tuple(resolve_image(name, roots) for name in self.image_names(record))
         text = render(self.processor, messages_of([Message("human", record.question)], len(images)), to_answer=True)
-        return Prompt((), tuple(self._fitting(text, [image_size(path) for path in images])), images, text)
+        opening, rest = self._fitting(text, [image_size(path) for path in images])
+        return Prompt(opening, rest, images, text)
 
     def asked(
         self, earlier: Sequence[Turn], question: str, images: list[Image.Image]
@@ -149,11 +171,11 @@ class ChatTemplateInputs:
         inputs = self._processed([text], [images], "left")
         return inputs["input_ids"][0].tolist(), inputs
 
-    def _fitting(self, text: str, sizes: Sequence[Size]) -> list[int]:
-        ids = self._ids(text, sizes)
-        if len(ids) > self.max_length:
-            raise ValueError(f"it takes {len(ids)} positions, more than data.max_length = {self.max_length}")
-        return ids
+    def _fitting(self, text: str, sizes: Sequence[Size]) -> SplitIds:
+        opening, rest = self.split_ids(text, sizes)
+        if (length := len(opening) + len(rest)) > self.max_length:
+            raise ValueError(f"it takes {length} positions, more than data.max_length = {self.max_length}")
+        return opening, rest
 
     def answer_ids(self, question: str, images: int, answer: str) -> tuple[int, ...]:
         self._check_text([question, answer])
@@ -207,49 +229,91 @@ class ChatTemplateInputs:
         )
         return dict(inputs)
 
-    def _ids(self, text: str, sizes: Sequence[Size]) -> list[int]:
-        """Ids of a text with images of these sizes, as the processor gives them; no image is needed."""
-        first, *parts = text.split(self.processor.image_token)
-        if len(parts) != len(sizes):
-            raise ValueError(f"the model's chat template has {len(parts)} places for {len(sizes)} images")
-        expanded = first + "".join(self._replacement(size) + part for size, part in zip(sizes, parts, strict=True))
-        return list(self.processor.tokenizer(expanded, add_special_tokens=self._adds_special(text)).input_ids)
+    def split_ids(self, text: str, sizes: Sequence[Size]) -> SplitIds:
+        """Ids of a text with images of these sizes, as the processor gives them: up to the last image with all that
+        stands for it, and behind it. Blank images stand in; all of it is behind where it cannot be cut."""
+        if (places := text.count(self.image_token)) != len(sizes):
+            raise ValueError(f"the model's chat template has {places} places for {len(sizes)} images")
+        if not sizes:
+            return (), self._whole(text, sizes)
+        rest = self._behind_images(text)
+        key = text[: text.rindex(self.image_token)], tuple(sizes)
+        whole = None
+        if key not in self._openings:
+            whole = self._whole(text, sizes)
+            self._openings[key] = whole[: -len(rest)] if rest and whole[-len(rest) :] == rest else None
+        opening = self._openings[key]
+        return (opening, rest) if opening is not None else ((), whole or self._whole(text, sizes))
+
+    def _whole(self, text: str, sizes: Sequence[Size]) -> tuple[int, ...]:
+        inputs = self._processed([text], [[Image.new("RGB", size) for size in sizes]], "right")
+        return tuple(inputs["input_ids"][0].tolist())
+
+    def _behind_images(self, text: str) -> tuple[int, ...]:
+        ids = self._tokenized(text)["input_ids"]
+        last = max((place for place, token in enumerate(ids) if token == self._image_id), default=len(ids) - 1)
+        return tuple(ids[last + 1 :])
+
+    def _tokenized(self, text: str, **options: Any) -> Any:
+        return self.processor.tokenizer(text, add_special_tokens=self._adds_special(text), **options)
+
+    @cached_property
+    def image_token(self) -> str:
+        """What the chat template writes for an image.
+
+        Raises:
+            ValueError: neither processor nor tokenizer names one.
+        """
+        owners = (self.processor, self.processor.tokenizer)
+        token = next((found for owner in owners if (found := getattr(owner, "image_token", None))), None)
+        if token is None:
+            raise ValueError(f"{type(self.processor).__name__} names no token that stands for an image")
+        return str(token)
+
+    @cached_property
+    def _image_id(self) -> int | None:
+        ids = self.processor.tokenizer(self.image_token, add_special_tokens=False).input_ids
+        return ids[0] if len(ids) == 1 else None
 
     def _adds_special(self, text: str) -> bool:
         """Whether the tokenizer adds its special tokens: not where the template has written the first of them."""
         bos = self.processor.tokenizer.bos_token
         return not (bos and text.startswith(bos))
 
-    def _replacement(self, size: Size) -> str:
-        """The text that stands for an image of a size: found by handing the processor a blank one."""
-        if size not in self._replacements:
-            inputs = self.processor(
-                text=[self.processor.image_token],
-                images=[[Image.new("RGB", size)]],
-                return_text_replacement_offsets=True,
-                return_tensors="pt",
-            )
-            self._replacements[size] = inputs["text_replacement_offsets"][0][0]["replacement"]
-        return self._replacements[size]
-
-    def _check_cut(self, ids: Sequence[int]) -> None:
-        beyond = set(ids[self.max_length :])
-        if beyond & set(self.processor.image_token_ids):
+    def _check_cut(self, opening: Sequence[int], rest: Sequence[int]) -> None:
+        if len(opening) > self.max_length:
             raise ValueError(
-                f"an image ends past data.max_length = {self.max_length}, of {len(ids)} positions; raise it, or use "
-                "data.images=first"
+                f"an image ends past data.max_length = {self.max_length}, of {len(opening) + len(rest)} positions; "
+                "raise it, or use data.images=first"
             )
 
 
-_BY_POSITION = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
+BY_POSITION = (
+    *("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"),
+    "cross_attention_mask",
+)
+"""What processors give that has a row's positions as its second dimension."""
 
 
-def _moved(spans: Sequence[Span], replaced: Sequence[dict[str, Any]]) -> list[Span]:
-    """Spans of a text once its placeholders have been replaced by what stands for their images."""
-    ends = [part["span"][1] for part in replaced]
-    gained = [0, *(part["new_span"][1] - part["span"][1] for part in replaced)]
+def aligned(text: Sequence[int], ids: Sequence[int], image: int | None) -> Iterator[tuple[int, int]]:
+    """Where a text's tokens are once its images' placeholders are replaced, as (position in text, position in ids).
 
-    def move(position: int) -> int:
-        return position + gained[bisect_right(ends, position)]
+    The parts between placeholders keep their ids and order: the first starts `ids`, the last ends it, and each part
+    between is looked for behind the one before. Nothing is yielded from where a part is not found.
+    """
+    ends = [place for place, token in enumerate(text) if token == image]
+    starts, behind = [0, *(place + 1 for place in ends)], 0
+    for start, stop in zip(starts, [*ends, len(text)], strict=True):
+        part = list(text[start:stop])
+        ending = stop == len(text)
+        place = len(ids) - len(part) if ending else _found(ids, part, behind) if start else 0
+        whole = start > 0 or not ending or len(part) == len(ids)
+        if not whole or place < behind or list(ids[place : place + len(part)]) != part:
+            return
+        yield from zip(range(start, stop), range(place, place + len(part)), strict=True)
+        behind = place + len(part)
 
-    return [(move(start), move(stop)) for start, stop in spans]
+
+def _found(ids: Sequence[int], part: list[int], behind: int) -> int:
+    """The first place of a part, -1 without any."""
+    return next((place for place in range(behind, len(ids)) if list(ids[place : place + len(part)]) == part), -1)

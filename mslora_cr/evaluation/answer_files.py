@@ -57,13 +57,13 @@ def answer_questions(
     journal = folder / f".answers-{fingerprint[:16]}-{rank()}.jsonl"
     # One rank reads, before any writes again: all must see the same questions as answered.
     answered = broadcast_object(read_journals(folder, fingerprint) if rank() == 0 else {})
-    prompts = samples.prompts()
+    decoder = decoder_of(samples.input_processor, model, samples.prompts(), decoding.max_new_tokens, mixed)
+    prompts = decoder.prompts
     banks = mixed.of if mixed is not None else _the_same
     limits = decoding.limits(prompts)
     unanswered = [index for index in range(len(samples)) if index not in answered]
     groups = grouped(prompts, unanswered, banks, most=max(1, -(-len(unanswered) // world_size())))
     tokenizer = samples.input_processor.tokenizer
-    decoder = decoder_of(samples.input_processor, model, prompts, decoding.max_new_tokens, mixed)
     own = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
     waves = in_waves(shared_out(groups, world_size(), limits.new_tokens)[rank()], prompts, own)
     mine: dict[int, str] = {}

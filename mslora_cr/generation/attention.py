@@ -105,6 +105,7 @@ def shared_attention(
     attention_mask: Tensor,
     scaling: float,
     shared: SharedCache,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """softmax(q · [K_opening, K_own] · scaling) [V_opening, V_own], the softmax in float32 as transformers' own.
@@ -115,6 +116,7 @@ def shared_attention(
         value: as `key`.
         attention_mask: (rows, 1, new positions, opening's + own positions) bool, true where a position is seen.
         shared: openings, and who shares them.
+        softcap: what scores are squeezed into, as in Gemma 2 (`softcap · tanh(score / softcap)`).
 
     Returns:
         (rows, new positions, query heads, width).
@@ -124,6 +126,8 @@ def shared_attention(
     grouped = query.reshape(rows, key.shape[1], -1, width)  # the query heads of one key head follow each other
     on_opening = shared.by_row(shared.by_opening(grouped) @ keys.transpose(2, 3))
     scores = torch.cat([on_opening, grouped @ key.transpose(2, 3)], dim=-1) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.view(rows, query_heads, length, -1).masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype).view(*grouped.shape[:3], -1)
     ours, own = weights.split([keys.shape[2], key.shape[2]], dim=-1)

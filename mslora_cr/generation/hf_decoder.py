@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ class PlainDecoder:
             mixed: the banks of each question, where they are not the same for all.
         """
         self.model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.prompts, self.mixed = prompts, mixed
+        self.prompts = [replace(prompt, opening=(), rest=prompt.opening + prompt.rest) for prompt in prompts]
+        self.mixed = mixed
         self._ends, self._device = frozenset(ends), self.model.get_input_embeddings().weight.device
         self._dtype = self.model.get_input_embeddings().weight.dtype
         self._settings = GenerationConfig(
@@ -59,6 +61,9 @@ class PlainDecoder:
             inputs: `ChatTemplateInputs.answering_batch` of its questions, in the order of its groups.
         """
         assert wave.whole, "prompts without a shared opening"
+        return self.inputs_on_device(inputs)
+
+    def inputs_on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self._moved(value) for name, value in inputs.items()}
 
     @torch.inference_mode()

@@ -23,10 +23,12 @@ from mslora_cr.generation.batching import QUERIES, Wave
 from mslora_cr.generation.branches import Branches, Continuations
 from mslora_cr.generation.cuda_graphs import POSITIONS, StaticSteps, padded
 from mslora_cr.generation.decode_state import Rows
-from mslora_cr.models.language import language_linears
+from mslora_cr.models.language import language_linears, language_model
 
 LOGITS = 1 << 26
 """The most logits that are held at once while continuations are scored: 256 MiB in float32."""
+Mask = Tensor | dict[str, Tensor]
+"""What positions see, (rows, 1, new positions, all positions) bool; or that by a layer's type."""
 OnToken = Callable[[int, int], None]
 """Is told a question and its next id."""
 
@@ -50,6 +52,8 @@ class Openings:
     """(openings, positions) bool: false where an opening is padded."""
     next_logits: Tensor | None
     """(openings, vocabulary) float32 behind openings that are whole prompts."""
+    next_positions: Tensor
+    """(openings,) int64, the position of what comes behind each."""
 
 
 class Decoder:
@@ -72,6 +76,8 @@ class Decoder:
         self.model: LlavaForConditionalGeneration = model.get_base_model() if isinstance(model, PeftModel) else model
         self.prompts, self.tokenizer, self.max_new_tokens = prompts, tokenizer, max_new_tokens
         self.mixed = mixed
+        self._ends = frozenset([tokenizer.eos_token_id])
+        self._language = language_model(self.model)
         weight = self.model.get_input_embeddings().weight
         self.device: torch.device = weight.device
         self.dtype: torch.dtype = weight.dtype
@@ -117,7 +123,8 @@ class Decoder:
             logits_to_keep=1,
         )
         next_logits = output.logits[:, -1].float() if wave.whole else None
-        return Openings(wave, [(layer.keys, layer.values) for layer in cache.layers], visible, next_logits)
+        kept = [(layer.keys, layer.values) for layer in cache.layers]
+        return Openings(wave, kept, visible, next_logits, visible.sum(1))
 
     @torch.inference_mode()
     def answer(
@@ -129,7 +136,7 @@ class Decoder:
             waiting: batches that are still to be answered, this one included.
             on_token: is told each question's new ids as they come.
         """
-        with sharing(self.model.model.language_model):
+        with sharing(self._language):
             self._choose(questions)
             return self._continue(self._begin(openings, questions), list(questions), waiting, on_token)
 
@@ -147,7 +154,7 @@ class Decoder:
             continuations: of each question, any number of token sequences; an empty one is refused.
         """
         found: list[list[list[float]]] = []
-        with sharing(self.model.model.language_model):
+        with sharing(self._language):
             for part in self._scoring_batches(openings, questions, continuations):
                 found += self._score(openings, [questions[row] for row in part], [continuations[row] for row in part])
         return found
@@ -181,12 +188,11 @@ class Decoder:
         if openings.next_logits is not None:
             logits.append(openings.next_logits[start:stop][index][:, None])
         if length:
-            positions = _positions(torch.cat([before, rest_visible], dim=1))
+            order = _positions(torch.cat([before, rest_visible], dim=1))
             lengths = (before.sum(1) + rest_visible.sum(1))[:, None]
-            positions = torch.cat([positions, lengths + branches.depth], dim=1)
+            order = torch.cat([order, lengths + branches.depth], dim=1)
             seen = branches.seen(torch.cat([before, rest_visible], dim=1))
-            if self.window is not None:
-                seen &= positions[:, :, None] - positions[:, None] < self.window
+            positions = order[:, -length:] + (openings.next_positions[start:stop][index] - before.sum(1))[:, None]
             kept = [(keys[start:stop], values[start:stop]) for keys, values in openings.keys_values]
             own = [
                 (
@@ -198,8 +204,8 @@ class Decoder:
             cache = SharedCache(kept, own, index, place, members, torch.arange(length, device=self.device))
             output = self.model(
                 input_ids=torch.cat([rest, branches.ids], dim=1),
-                attention_mask=seen[:, None, -length:],
-                position_ids=positions[:, -length:],
+                attention_mask=self._branching(seen[:, -length:], order),
+                position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=min(length, branches.ids.shape[1] + 1),
@@ -231,25 +237,22 @@ class Decoder:
             for keys, values in kept
         ]
         slots = torch.arange(length, device=self.device)
-        lengths = before.sum(1, keepdim=True)
+        following = openings.next_positions[start:stop][index][:, None]
         if length:
             cache = SharedCache(kept, own, index, place, members, slots)
-            positions = (lengths + own_visible.cumsum(1) - 1).clamp(min=0)
+            positions = (following + own_visible.cumsum(1) - 1).clamp(min=0)
             next_ids = self._forward(ids, positions, self._causal(visible, before.shape[1], length), cache)
-            lengths = lengths + own_visible.sum(1, keepdim=True)
+            following = following + own_visible.sum(1, keepdim=True)
         else:
             assert openings.next_logits is not None
             next_ids = openings.next_logits[start:stop].argmax(-1)[index]
         cache = SharedCache(kept, own, index, place, members, slots.new_tensor([length]))
-        return Rows(next_ids[:, None].clone(), lengths, visible, cache)
+        return Rows(next_ids[:, None].clone(), following, visible, cache)
 
     def step(self, rows: Rows) -> None:
         """One new token for each row; everything changes in place."""
         rows.visible.index_fill_(1, rows.cache.slots + rows.before, True)
-        seen = rows.visible
-        if self.window is not None:
-            seen = seen & (seen.cumsum(1) > rows.positions + 1 - self.window)
-        rows.ids.copy_(self._forward(rows.ids, rows.positions, seen[:, None, None], rows.cache)[:, None])
+        rows.ids.copy_(self._forward(rows.ids, rows.positions, self._newest(rows.visible), rows.cache)[:, None])
         rows.positions += 1
         rows.cache.slots += 1
 
@@ -283,14 +286,14 @@ class Decoder:
             self.step(rows)
 
     def _ended(self, answer: Sequence[int]) -> bool:
-        return len(answer) == self.max_new_tokens or answer[-1:] == [self.tokenizer.eos_token_id]
+        return len(answer) == self.max_new_tokens or (bool(answer) and answer[-1] in self._ends)
 
     def _choose(self, questions: Sequence[int]) -> None:
         """The rows that are computed next are these questions'."""
         if self.mixed is not None:
             self.mixed.choose(questions)
 
-    def _forward(self, ids: Tensor, positions: Tensor, seen: Tensor, cache: SharedCache) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, seen: Mask, cache: SharedCache) -> Tensor:
         """(rows,) the ids that follow."""
         output = self.model(
             input_ids=ids,
@@ -303,7 +306,21 @@ class Decoder:
         )
         return _best(output.logits)
 
-    def _causal(self, visible: Tensor, before: int, length: int) -> Tensor:
+    def _branching(self, seen: Tensor, order: Tensor) -> Mask:
+        """(rows, 1, new positions, all positions), from `Branches.seen` and the order of each row's tokens."""
+        if self.window is not None:
+            seen = seen & (order[:, -seen.shape[1] :, None] - order[:, None] < self.window)
+        return seen[:, None]
+
+    def _newest(self, visible: Tensor) -> Mask:
+        """(rows, 1, 1, all positions): the newest position sees what is visible in its row."""
+        seen = visible
+        if self.window is not None:
+            order = visible.cumsum(1)
+            seen = seen & (order > order[:, -1:] - self.window)
+        return seen[:, None, None]
+
+    def _causal(self, visible: Tensor, before: int, length: int) -> Mask:
         """(rows, 1, length, all positions): each new position sees its opening and its own row up to itself."""
         new = torch.arange(length, device=self.device)[:, None]
         slots = torch.arange(visible.shape[1], device=self.device)[None] - before

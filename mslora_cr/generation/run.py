@@ -6,14 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset
 
 from mslora_cr.banks.per_sample import QuestionBanks
+from mslora_cr.data.chat_template_inputs import ChatTemplateInputs
 from mslora_cr.data.input_processor import InputProcessor, Prompt
 from mslora_cr.data.records import TestRecord
 from mslora_cr.generation.batching import Limits, Wave
 from mslora_cr.generation.branches import Continuations
+from mslora_cr.generation.exactness import shares_exactly
 from mslora_cr.generation.hf_decoder import PlainDecoder
+from mslora_cr.generation.model_prefix import ModelPrefixDecoder
 from mslora_cr.generation.prefix_decoder import Decoder
 
 
@@ -65,12 +69,16 @@ def decoder_of(
     max_new_tokens: int,
     mixed: QuestionBanks | None = None,
 ) -> Decoder | PlainDecoder:
-    """What answers questions with a model, by how its prompts were made."""
+    """What answers questions with a model: behind shared openings where some are shared, and the model's scores are
+    then those of whole prompts."""
     if input_processor.shares_openings:
         return Decoder(model, prompts, input_processor.tokenizer, max_new_tokens, mixed)
-    return PlainDecoder(
-        model, prompts, input_processor.end_ids, input_processor.tokenizer.pad_token_id, max_new_tokens, mixed
-    )
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    shared = len({(prompt.images, prompt.opening) for prompt in prompts}) < len(prompts)
+    exact = shared and isinstance(input_processor, ChatTemplateInputs) and shares_exactly(base, input_processor, mixed)
+    kind = ModelPrefixDecoder if exact else PlainDecoder
+    padding = input_processor.tokenizer.pad_token_id
+    return kind(model, prompts, input_processor.end_ids, padding, max_new_tokens, mixed)
 
 
 def answered_batches(

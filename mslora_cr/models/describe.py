@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from mslora_cr.data.chat import messages_of, render
 from mslora_cr.data.records import Turn
-from mslora_cr.models.language import last_mlp
-from mslora_cr.models.layout import ModelError, has_processor, read_config
-from mslora_cr.models.processor_base import empty_model_of, load_processor
+from mslora_cr.models.base_check import check_model, check_processor
+from mslora_cr.models.family import family_of
+from mslora_cr.models.language import caches_keys_alone, fused_experts, last_mlp
+from mslora_cr.models.layout import ModelError, read_config
+from mslora_cr.models.processor_base import empty_model_of, end_ids, load_processor
 from mslora_cr.models.shapes import language_linear_shapes
 from mslora_cr.models.vision import tower_config, tower_source
 
@@ -28,10 +30,12 @@ def switched_off(path: Path, model: PreTrainedModel) -> tuple[str, ...]:
     Raises:
         ModelError: the folder's configuration cannot be read.
     """
-    if not has_processor(path):
+    if not family_of(path).own_template:
         return ()
     sparse = () if last_mlp(model) is not None else ("the last MLP at labelled positions alone",)
-    return ("cached image features", "shared openings of prompts", "Liger's kernels", *sparse)
+    experts = ("banks on fused experts",) if fused_experts(model) else ()
+    openings = () if caches_keys_alone(model) else ("shared openings of prompts",)
+    return ("cached image features", *openings, "recorded decoding", "Liger's kernels", *sparse, *experts)
 
 
 def described(path: Path, parameters: int, rank: int = RANK) -> dict[str, Any]:
@@ -42,16 +46,24 @@ def described(path: Path, parameters: int, rank: int = RANK) -> dict[str, Any]:
         rank: of the bank.
 
     Returns:
-        `adapted` (linear layers by kind), `bank` (rank and its parameters), `positions` (of an image of a size),
-        `memory` (GB a GPU by ZeRO stage, as `memory_by_stage`).
+        `adapted` (linear layers by kind), `not_adapted` (parameters of fused experts, where there are any), `bank` (its
+        rank and parameters), `positions` (of an image of a size), `memory` (GB a GPU by ZeRO stage, as
+        `memory_by_stage`).
 
     Raises:
         ModelError: the folder holds no base model.
     """
+    left_out: dict[str, Any] = {}
+    if family_of(path).own_template:
+        model, processor = empty_model_of(path), load_processor(path)
+        check_model(path, model)
+        check_processor(path, processor, end_ids(model, processor))
+        left_out = {"not_adapted": experts} if (experts := fused_experts(model)) else {}
     shapes = language_linear_shapes(path)
     trained = rank * sum(rows + columns for rows, columns in shapes.values())
     return {
         "adapted": _by_kind(shapes),
+        **left_out,
         "bank": {"rank": rank, "parameters": trained},
         "positions": positions(path),
         "memory": {"gpus": GPUS, "GB": memory_by_stage(parameters, trained, GPUS)},
@@ -64,12 +76,14 @@ def summary(path: Path) -> list[str]:
     Raises:
         ModelError: the folder holds no base model.
     """
-    if not has_processor(path):
+    if not family_of(path).own_template:
         return []
     model = empty_model_of(path)
     each = ", ".join(f"{count} of {size}" for size, count in positions(path).items())
+    experts = [f"not adapted: {count} parameters of fused experts"] if (count := len(fused_experts(model))) else []
     return [
         f"base model: {type(model).__name__}, {len(language_linear_shapes(path))} layers adapted",
+        *experts,
         f"positions of an image: {each}",
         f"not used with it: {', '.join(switched_off(path, model))}",
     ]
@@ -85,7 +99,7 @@ def _by_kind(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
 
 def positions(path: Path) -> dict[str, int | str]:
     """How many positions of a prompt an image takes, by its width and height; or what keeps that from being told."""
-    if not has_processor(path):
+    if not family_of(path).own_template:
         config = read_config(path)
         try:
             vision = config.get("vision_config") or tower_config(tower_source(path, config, "config")).to_dict()
@@ -98,7 +112,8 @@ def positions(path: Path) -> dict[str, int | str]:
     text = render(processor, messages_of(question, 1), to_answer=True)
     counts: dict[str, int | str] = {}
     for width, height in SIZES:
-        ids = processor(text=[text], images=[[Image.new("RGB", (width, height))]]).input_ids[0]
+        images = [[Image.new("RGB", (width, height))]]
+        ids = processor(text=[text], images=images, return_tensors="pt").input_ids[0]
         counts[f"{width} x {height}"] = len(ids) - bare
     return counts
 

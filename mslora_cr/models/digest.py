@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from mslora_cr.models.layout import CHAT_TEMPLATES, ModelError, has_processor, indexed_files, read_config, shard_files
+from mslora_cr.models.family import family_of
+from mslora_cr.models.layout import CHAT_TEMPLATES, ModelError, indexed_files, read_config, shard_files
 from mslora_cr.models.vision import tower_source
 
 WHOLE_BYTES, END_BYTES, BLOCK_BYTES, BLOCKS = 64 << 20, 1 << 20, 64 << 10, 16
@@ -38,7 +39,7 @@ def weights_digest(path: Path, vision_tower: str = "config") -> str:
     """
     digest = hashlib.sha256()
     config = read_config(path)
-    if has_processor(path):
+    if family_of(path).own_template:
         _add_files(digest, [*_present(path, *_SETTINGS, *CHAT_TEMPLATES), *_transformers_files(path)])
         return digest.hexdigest()
     if config["model_type"] == "llava":

@@ -17,7 +17,8 @@ from mslora_cr.data.prompts import generation_prompt
 from mslora_cr.data.records import Turn
 from mslora_cr.data.tokenizer import Tokenizer, TokenizerError
 from mslora_cr.models.describe import described
-from mslora_cr.models.layout import ModelError, has_processor, read_config, shard_files, tensor_name
+from mslora_cr.models.family import family_of
+from mslora_cr.models.layout import ModelError, read_config, shard_files, tensor_name
 from mslora_cr.models.processor_base import load_processor
 from mslora_cr.models.vision import load_named_tower
 
@@ -48,7 +49,7 @@ def inspect(path: Path) -> dict[str, Any]:
             if name is not None and name.startswith(_TOWER):
                 own_tower[name.removeprefix(_TOWER)] = (file, stored)
     pieces: int | str
-    if own_prompts := has_processor(path):
+    if own_prompts := family_of(path).own_template:
         processor = load_processor(path)
         question = messages_of([Turn.model_validate({"from": "human", "value": "QUESTION"})], 1)
         pieces, template = len(processor.tokenizer), render(processor, question, to_answer=True)

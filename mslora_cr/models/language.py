@@ -8,35 +8,78 @@ from typing import cast
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
 from mslora_cr.models.layout import LANGUAGE_LINEARS
 
+_INNER = ("language_model", "text_model", "model", "decoder")
+"""Where a model keeps the one inside it."""
 _NUMBERED = re.compile(r"(.+\.layers)\.(\d+)\.(.+)")
 
 
 def language_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The decoder that reads text and images: not the vision tower, nor what projects its features, nor `lm_head`."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return cast(PreTrainedModel, base.get_decoder())
+    found = base.get_decoder()
+    while not hasattr(found, "layers"):
+        inner = next((getattr(found, name) for name in _INNER if hasattr(found, name)), None)
+        if inner is None:
+            break
+        found = inner
+    return cast(PreTrainedModel, found)
+
+
+def beside_language(model: PreTrainedModel) -> list[str]:
+    """The modules that stand beside the language model, by name: tower, projector, `lm_head`."""
+    [place] = [name for name, module in model.named_modules() if module is language_model(model)]
+    path = place.split(".")
+    owners = [".".join(path[:depth]) for depth in range(len(path))]
+    return [
+        f"{owner}.{name}".lstrip(".")
+        for owner, inside in zip(owners, path, strict=True)
+        for name, _ in model.get_submodule(owner).named_children()
+        if name != inside
+    ]
 
 
 def language_linears(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear]:
     """The linear layers that banks adapt, by their name in transformers' model, with or without PEFT around them: all
-    of the language model's decoder layers."""
+    of the language model's decoder layers, without what chooses among experts (`routes`) and what PEFT renames
+    (`renamed_by_peft`)."""
     base, language = model.get_base_model() if isinstance(model, PeftModel) else model, language_model(model)
     [place] = [name for name, module in base.named_modules() if module is language]
-    linears: dict[str, nn.Linear] = {}
-    adapted = ""
+    renamed, linears, adapted = renamed_by_peft(base), {}, ""
     for name, module in language.named_modules(prefix=place):
         if adapted and name.startswith(adapted):  # what PEFT put into the layer
             continue
         adapted = f"{name}." if isinstance(module, LoraLayer) else ""
         linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        if isinstance(linear, nn.Linear) and _NUMBERED.fullmatch(name):
+        left_out = name.rpartition(".")[2] in renamed or _routes(base, name)
+        if isinstance(linear, nn.Linear) and _NUMBERED.fullmatch(name) and not left_out:
             linears[name] = linear
     return linears
+
+
+def _routes(model: nn.Module, name: str) -> bool:
+    """Whether a layer chooses among a mixture's experts, or weighs them: `gate`, `router`, `shared_expert_gate`, …"""
+    owner, _, leaf = name.rpartition(".")
+    beside = dict(model.get_submodule(owner).named_children())
+    return "experts" in beside and leaf in ("gate", "router", "shared_expert_gate", "shared_experts_gate")
+
+
+def renamed_by_peft(model: nn.Module) -> frozenset[str]:
+    """Endings of layers that PEFT takes for those of experts which transformers 5 fuses into one parameter, so that it
+    would adapt the experts instead; empty for most models."""
+    kind = _MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", ""))
+    return frozenset(_MOE_TARGET_MODULE_MAPPING.get(kind, ())) if kind else frozenset()
+
+
+def fused_experts(model: PreTrainedModel) -> list[str]:
+    """Parameters that hold all experts of a layer, by name; no bank adapts them."""
+    named = language_model(model).named_parameters()
+    return [name for name, parameter in named if parameter.dim() == 3 and "experts" in name]
 
 
 def linears_pattern(names: Iterable[str]) -> str:
@@ -51,6 +94,26 @@ def linears_pattern(names: Iterable[str]) -> str:
     pattern = rf".*({'|'.join(map(re.escape, places))})\.\d+\.({'|'.join(map(re.escape, kinds))})"
     plain = re.compile(LANGUAGE_LINEARS)
     return LANGUAGE_LINEARS if parts and all(plain.fullmatch(match[0]) for match in parts) else pattern
+
+
+def adapter_targets(model: PreTrainedModel, names: Iterable[str]) -> str | list[str]:
+    """What tells PEFT to adapt these layers and no other: a pattern, or their names where it would rewrite a pattern.
+
+    Args:
+        names: as `language_linears` has them.
+    """
+    return sorted(names) if renamed_by_peft(model) else linears_pattern(names)
+
+
+def layer_types(model: PreTrainedModel) -> set[str]:
+    """The kinds of the language model's layers, as its configuration has them."""
+    return set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+
+
+def caches_keys_alone(model: PreTrainedModel) -> bool:
+    """Whether every layer keeps keys and values of text alone: no recurrent state, no cross attention."""
+    crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None)
+    return layer_types(model) <= {"full_attention", "sliding_attention"} and not crossing
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:

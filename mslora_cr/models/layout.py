@@ -49,7 +49,11 @@ _LAYER = re.compile(
     r"\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
 )
 """A linear layer of the language model in transformers 4.52 and newer, in older ones, and in LLaVA."""
-_OWN = re.compile(r"model\.(?:language_model|text_model)\.layers\.(?:0|[1-9][0-9]{0,3})(?:\.[a-z][a-z0-9_]{0,40}){1,4}")
+_WORD, _NUMBER = r"[a-z][a-z0-9_]{0,40}", r"(?:0|[1-9][0-9]{0,3})"
+_OWN = re.compile(
+    rf"(?:{_WORD}\.){{0,3}}(?:language_model|text_model|llm)\.(?:{_WORD}\.){{0,2}}layers\.{_NUMBER}"
+    rf"(?:\.(?:{_WORD}|{_NUMBER})){{1,6}}"
+)
 """The same in the models of transformers that have other layers, or call their language model otherwise."""
 
 
@@ -79,27 +83,6 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     check_numbers(path / "config.json", config)
     return config
-
-
-def has_processor(path: Path) -> bool:
-    """Whether a model is prompted by a processor and a chat template of its own; else it is prompted as LLaVA-Med.
-
-    transformers' LLaVA is either: LLaVA-Med converted, where no processor is in the folder, or another LLaVA.
-
-    Raises:
-        ModelError: as `read_config`.
-    """
-    model_type = read_config(path)["model_type"]
-    if model_type != "llava":
-        return bool(model_type != LLAVA_MED)
-    settings = path / "processor_config.json"
-    if not settings.is_file():
-        return False
-    try:
-        beside = any((path / name).is_file() for name in CHAT_TEMPLATES)
-        return beside or "chat_template" in read_object(settings)
-    except JsonError as error:
-        raise ModelError(f"{error}") from None
 
 
 def check_numbers(place: Path, config: Mapping[str, Any]) -> None:
@@ -208,9 +191,16 @@ def published_linear_name(module: str) -> str:
     return "model.layers." + module.rpartition("language_model.layers.")[2]
 
 
-def linear_name(known: str) -> str | None:
+def linear_name(known: str, exact: bool = False) -> str | None:
     """transformers' name of a language-model linear layer, from the published one (the inverse of
-    `published_linear_name`), that of an older transformers, or itself; None for any other name."""
+    `published_linear_name`), that of an older transformers, or itself; None for any other name.
+
+    Args:
+        known: the name in a file.
+        exact: the file was written by this program, with the model's own names.
+    """
+    if exact and _OWN.fullmatch(known):
+        return known
     match = _LAYER.fullmatch(known)
     if match is None:
         return known if _OWN.fullmatch(known) else None

@@ -13,8 +13,9 @@ from mslora_cr.models import llava_med
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.cached_tower import CachedTower
 from mslora_cr.models.digest import weights_digest
+from mslora_cr.models.family import family_of
 from mslora_cr.models.kernels import use_kernels
-from mslora_cr.models.layout import ModelError, has_processor
+from mslora_cr.models.layout import ModelError
 from mslora_cr.models.processor_base import load_with_processor
 from mslora_cr.utils.kernels import chosen_kernels
 
@@ -32,7 +33,7 @@ def load_model(
     Raises:
         ModelError: as `llava_med.load`; or `vision_tower` is given for a model that has its tower in its weights.
     """
-    if not has_processor(path):
+    if not family_of(path).own_template:
         return llava_med.load(path, vision_tower, dtype, attn_implementation, device, quantization)
     if vision_tower not in ("config", "checkpoint"):
         raise ModelError(f"{path}: the model includes its tower; set model.vision_tower to config")
@@ -68,7 +69,7 @@ def kernels_of(config: StreamConfig) -> Literal["liger", "torch"]:
     """
     chosen = chosen_kernels(config.model.kernels, config.model.device)
     path = Path(config.model.path)
-    if chosen == "liger" and config.model.kernels == "auto" and has_processor(path):
+    if chosen == "liger" and config.model.kernels == "auto" and not family_of(path).liger:
         return "torch"
     return chosen
 
@@ -77,7 +78,7 @@ def answering_kernels(config: StreamConfig, device: torch.device | str) -> Liter
     """What computes a model's small operations when it answers: as in training, but in float32, where answers are to be
     those of every machine, PyTorch; and PyTorch where Liger cannot run, whatever trained the banks."""
     path = Path(config.model.path)
-    if config.model.dtype == "float32" or config.model.kernels == "torch" or has_processor(path):
+    if config.model.dtype == "float32" or config.model.kernels == "torch" or not family_of(path).liger:
         return "torch"
     return chosen_kernels("auto", torch.device(device).type)
 

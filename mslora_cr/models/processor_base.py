@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -20,15 +20,18 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from mslora_cr.data.chat import render
 from mslora_cr.data.chat_template_inputs import ChatTemplateInputs
 from mslora_cr.data.features import FeatureCache
+from mslora_cr.models.base_check import check_model, check_processor
 from mslora_cr.models.base_model import Tower
-from mslora_cr.models.language import language_linears, language_model
+from mslora_cr.models.image_encoder import ProjectedEncoder
+from mslora_cr.models.language import beside_language
 from mslora_cr.models.layout import ModelError, check_report, from_pretrained
+from mslora_cr.models.logits import take_logits_to_keep
+from mslora_cr.utils.strict_json import read_object
 
 SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
@@ -73,39 +76,26 @@ def load_with_processor(path: Path, options: dict[str, Any], device: torch.devic
         model.to(device)
     model.requires_grad_(False)
     model.eval()
-    if not language_linears(model):
-        raise ModelError(f"{path}: {type(model).__name__} has no linear layers in its language model's decoder layers")
+    check_model(path, model)
+    check_processor(path, processor, end_ids(model, processor))
+    take_logits_to_keep(model)
     return ProcessorBase(model, processor)
-
-
-def beside_language(model: PreTrainedModel) -> list[str]:
-    """The modules that stand beside the language model, which keep their dtype when its layers are quantised."""
-    language, inside = language_model(model), model.get_submodule("model")
-    outside = [f"model.{name}" for name, module in inside.named_children() if module is not language]
-    return [*outside, *(name for name, _ in model.named_children() if name != "model")]
 
 
 def load_processor(path: Path) -> Any:
     """The processor of a model's folder, with images by Pillow, which are the same whatever else is installed.
 
-    No video is shown to a model here, so a processor of videos, which would need torchvision, is left out.
+    Its class is the one that the folder's files name, as for `AutoProcessor`, or transformers' for the model's type.
+    Models see no video and hear no sound here, so stand-ins with the folder's settings take those parts' places.
 
     Raises:
-        ModelError: the folder holds none, or it has no chat template.
+        ModelError: the folder holds none, it needs a package that is not installed, or it has no chat template.
     """
     try:
-        config = AutoConfig.from_pretrained(path, **SAFE)
-        kind = PROCESSOR_MAPPING[type(config)]
+        kind = _processor_class(path)
         settings, rest = kind.get_processor_dict(path, **SAFE)
-        parts = {
-            "tokenizer": lambda: AutoTokenizer.from_pretrained(path, **SAFE),
-            "image_processor": lambda: AutoImageProcessor.from_pretrained(path, backend="pil", **SAFE),
-            "video_processor": BaseVideoProcessor,
-        }
-        wanted = kind.get_attributes()
-        if unknown := sorted(set(wanted) - parts.keys()):
-            raise ModelError(f"{path}: {kind.__name__} needs {', '.join(unknown)}, which is not supported")
-        processor = _without_video(kind).from_args_and_dict([parts[name]() for name in wanted], settings, **rest)
+        parts = [_part(name, path, settings) for name in kind.get_attributes()]
+        processor = _without_video(kind).from_args_and_dict(parts, settings, **rest)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         if isinstance(error, ModelError):
             raise
@@ -117,23 +107,55 @@ def load_processor(path: Path) -> Any:
     return processor
 
 
+def _processor_class(path: Path) -> Any:
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        file = path / name
+        named = read_object(file).get("processor_class") if file.is_file() else None
+        if isinstance(named, str):
+            kind = processor_class_from_name(named)
+            if kind is None:
+                raise ModelError(f"{file}: processor_class is {named[:80]!r}, which transformers does not have")
+            return kind
+    config = AutoConfig.from_pretrained(path, **SAFE)
+    if type(config) not in PROCESSOR_MAPPING:
+        raise ModelError(f"{path}: transformers has no processor for the model type {config.model_type}")
+    return PROCESSOR_MAPPING[type(config)]
+
+
+def _part(name: str, path: Path, settings: Mapping[str, Any]) -> Any:
+    """One of the objects that a processor is made of."""
+    if name == "image_processor":
+        return AutoImageProcessor.from_pretrained(path, backend="pil", **SAFE)
+    if name.endswith("tokenizer"):
+        return AutoTokenizer.from_pretrained(path / name if (path / name).is_dir() else path, **SAFE)
+    own = settings.get(name)
+    file = path / f"{name.removesuffix('_processor')}_preprocessor_config.json"
+    if not isinstance(own, Mapping) and file.is_file():
+        own = read_object(file)
+    stand_in = BaseVideoProcessor()
+    for key, value in (own if isinstance(own, Mapping) else {}).items():
+        setattr(stand_in, key, value)
+    return stand_in
+
+
 def _refuse(path: Path, error: Exception) -> NoReturn:
-    raise ModelError(f"{path}: the model's processor cannot be loaded ({error or type(error).__name__})") from None
+    missing = re.search(r"[Tt]orchvision", str(error)) and isinstance(error, ImportError)
+    why = "it needs torchvision: pip install torchvision" if missing else " ".join(str(error).split())[:200]
+    raise ModelError(f"{path}: the model's processor cannot be loaded ({why or type(error).__name__})") from None
 
 
-class _NoVideo:
-    """Lets a processor be made without a processor of videos."""
+class _UsedPartsAlone:
+    """Lets a processor be made with stand-ins for its parts for video and sound."""
 
     def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
-        if name == "video_processor":
-            return type(argument)
+        if type(argument) is BaseVideoProcessor:
+            return BaseVideoProcessor
         return cast(Any, super()).check_argument_for_proper_class(name, argument)
 
 
 def _without_video(kind: type[ProcessorMixin]) -> Any:
-    if "video_processor" not in kind.get_attributes():
-        return kind
-    return type(kind.__name__, (_NoVideo, kind), {"__module__": kind.__module__})
+    """The processor's class, which also takes stand-ins for video and sound."""
+    return type(kind.__name__, (_UsedPartsAlone, kind), {"__module__": kind.__module__})
 
 
 def end_ids(model: PreTrainedModel, processor: Any) -> tuple[int, ...]:
@@ -159,58 +181,3 @@ def empty_model_of(path: Path) -> PreTrainedModel:
         return empty_model(AutoConfig.from_pretrained(path, **SAFE))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{path}: config.json describes no model ({error or type(error).__name__})") from None
-
-
-class _ReadingError(Exception):
-    """Carries what a language model is about to read out of the model around it."""
-
-    def __init__(self, embeddings: Tensor) -> None:
-        super().__init__()
-        self.embeddings = embeddings
-
-
-class ProjectedEncoder:
-    """An image as the language model is given it: the mean of the embeddings at its positions, behind tower and
-    projector. Found by handing a prompt of images alone to the model, and stopping it before its language model."""
-
-    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
-        self._model, self._processor = model, processor
-        self._language = language_model(model)
-
-    @property
-    def width(self) -> int:
-        return int(self._model.get_input_embeddings().weight.shape[1])
-
-    @property
-    def modules(self) -> Sequence[nn.Module]:
-        inside = self._model.get_submodule("model")
-        around: list[nn.Module] = [module for module in inside.children() if module is not self._language]
-        around += [nn.ParameterList(inside.parameters(recurse=False)), self._model.get_input_embeddings()]
-        return [module for module in around if list(module.parameters())]
-
-    @torch.no_grad()
-    def features(self, images: Sequence[Any], device: torch.device) -> Tensor:
-        features = torch.zeros(len(images), self.width)
-        for row, own in enumerate(images):
-            if own:
-                features[row] = self._of(own, device)
-        return features
-
-    def _of(self, images: Sequence[Any], device: torch.device) -> Tensor:
-        text = render(self._processor, [{"role": "user", "content": [{"type": "image"}] * len(images)}])
-        dtype = self._model.get_input_embeddings().weight.dtype
-        inputs = self._processor(text=[text], images=[list(images)], return_tensors="pt").to(device, dtype)
-        ids = inputs["input_ids"]
-        handle = self._language.register_forward_pre_hook(_stop, with_kwargs=True)
-        try:
-            self._model(**inputs, use_cache=False)
-        except _ReadingError as read:
-            here = torch.isin(ids, torch.tensor(self._processor.image_token_ids, device=ids.device))
-            return read.embeddings[here].float().mean(0).cpu()
-        finally:
-            handle.remove()
-        raise ModelError(f"{type(self._model).__name__}: its language model reads no embeddings")
-
-
-def _stop(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-    raise _ReadingError(named["inputs_embeds"])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mslora_cr.models.base_model import BaseModel
-from mslora_cr.models.layout import ModelError, has_processor
+from mslora_cr.models.family import family_of
+from mslora_cr.models.language import adapter_targets
+from mslora_cr.models.layout import ModelError
 from mslora_cr.models.llava_med import LlavaMed
-from mslora_cr.models.processor_base import SAFE
+from mslora_cr.models.processor_base import SAFE, empty_model_of
 from mslora_cr.models.transformers_layout import portable_processor, save_transformers_layout
 
 PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
@@ -44,13 +46,25 @@ def writer_of(base: BaseModel, path: Path) -> Callable[[Path], None]:
     return write
 
 
+def exported_targets(path: Path, names: Iterable[str]) -> list[str] | None:
+    """The names of a bank's layers, where PEFT would rewrite a pattern of them; None for most models.
+
+    Raises:
+        ModelError: the folder's configuration cannot be read.
+    """
+    if not family_of(path).own_template:
+        return None
+    targets = adapter_targets(empty_model_of(path), names)
+    return targets if isinstance(targets, list) else None
+
+
 def class_of(path: Path) -> tuple[str, str]:
     """The class that transformers loads an exported model as, and the module that it is in.
 
     Raises:
         ModelError: the folder's configuration cannot be read.
     """
-    if not has_processor(path):
+    if not family_of(path).own_template:
         return LLAVA_MED_CLASS
     try:
         kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(AutoConfig.from_pretrained(path, **SAFE))]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from transformers import CLIPVisionConfig, LlavaConfig
 
+from mslora_cr.models.family import family_of
 from mslora_cr.models.language import language_linears
-from mslora_cr.models.layout import has_processor, llava_config, read_config
+from mslora_cr.models.layout import llava_config, read_config
 from mslora_cr.models.processor_base import empty_model_of
 
 
@@ -18,7 +19,7 @@ def language_linear_shapes(path: Path) -> dict[str, tuple[int, int]]:
         ModelError: the folder holds no base model.
     """
     config = read_config(path)
-    if has_processor(path):
+    if family_of(path).own_template:
         linears = language_linears(empty_model_of(path))
         return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     if config["model_type"] == "llava":

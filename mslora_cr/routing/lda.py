@@ -123,7 +123,7 @@ class Router:
         variances = pooled.diagonal()
         covariance = (1 - SHRINKAGE) * pooled + torch.diag(SHRINKAGE * variances + RIDGE * variances.mean() + 1e-12)
         means = torch.stack([task.mean for task in tasks]).double()
-        self._weights = torch.cholesky_solve(means.T, torch.linalg.cholesky(covariance))
+        self._weights = torch.cholesky_solve(means.T, _cholesky(covariance))
         self._biases = -0.5 * (means.T * self._weights).sum(0)
 
     def route(self, features: Tensor) -> Tensor:
@@ -140,3 +140,14 @@ class Router:
 
     def _discriminants(self, features: Tensor) -> Tensor:
         return features.double() @ self._weights + self._biases
+
+
+def _cholesky(covariance: Tensor) -> Tensor:
+    """The factor of a covariance, with as much on its diagonal as it takes: where features hardly vary, what float32
+    rounds off their scatter can leave a negative eigenvalue."""
+    added = torch.finfo(torch.float32).eps
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    while failed:
+        factor, failed = torch.linalg.cholesky_ex(covariance + added * torch.eye(len(covariance), dtype=torch.double))
+        added *= 10
+    return factor

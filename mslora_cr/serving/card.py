@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.evaluation.results import Cell, Evaluation
-from mslora_cr.models.layout import has_processor
+from mslora_cr.models.family import Family, family_of
 from mslora_cr.models.save import class_of
 from mslora_cr.runs.entries import RunLedger
 from mslora_cr.statistics.intervals import CONFIDENCE
@@ -52,8 +52,8 @@ class Card:
         return class_of(Path(self.config.model.path))[0]
 
     @cached_property
-    def _has_processor(self) -> bool:
-        return has_processor(Path(self.config.model.path))
+    def _family(self) -> Family:
+        return family_of(Path(self.config.model.path))
 
     def text(self) -> str:
         """The whole `README.md`."""
@@ -66,7 +66,7 @@ class Card:
             "medical",
             "continual-learning",
             "mslora-cr",
-            *([] if self._has_processor else ["llava-med"]),
+            *self._family.tags,
             self.config.method.replace(":", "-"),
             *modalities,
         ]
@@ -157,7 +157,7 @@ print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_token
 
     def _asking(self, name: str) -> str:
         """The lines that make a question's inputs."""
-        if self._has_processor:
+        if self._family.own_template:
             return f"""image = Image.open("image.png").convert("RGB")
 content = [{{"type": "image", "image": image}}, {{"type": "text", "text": "Your question about {name}?"}}]
 asked = {{"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}}

@@ -14,7 +14,7 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.load import base_digest, load_base
-from mslora_cr.models.save import LLAVA_MED_CLASS, class_of, writer_of
+from mslora_cr.models.save import LLAVA_MED_CLASS, class_of, exported_targets, writer_of
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.serving.selection import RunBanks
 from mslora_cr.stream.import_export import export_chain
@@ -126,6 +126,8 @@ def _write_adapter(bank: Bank, folder: Path, base: str, model: Path) -> None:
     # By this, and only without a `task_type`, `AutoPeftModel` finds the base model's class: AutoModelForCausalLM, which
     # a task type would lead to, knows no images.
     kind, module = class_of(model)
+    if (named := exported_targets(model, bank.matrices)) is not None:
+        settings["target_modules"] = named
     if (kind, module) == LLAVA_MED_CLASS:
         settings |= {"target_modules": list(SUFFIXES), "exclude_modules": OTHERS}
     settings |= {"auto_mapping": {"base_model_class": kind, "parent_library": module}}

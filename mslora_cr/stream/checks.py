@@ -6,17 +6,24 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mslora_cr.config.schema import ConfigError, StreamConfig
+from mslora_cr.data.datasets import ConcatTrainDataset
 from mslora_cr.data.images import check_images, resolve_image
+from mslora_cr.data.input_processor import Collate
 from mslora_cr.data.lengths import count_cut, read_limit
 from mslora_cr.data.records import DataError, TrainingRecords, shown_images
 from mslora_cr.data.tasks import task_image_roots
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.distributed.deepspeed import zero_stage
 from mslora_cr.methods.base import Method, method_of
-from mslora_cr.models.layout import has_processor
+from mslora_cr.models.base_check import check_loss
+from mslora_cr.models.base_model import BaseModel
+from mslora_cr.models.family import family_of
 from mslora_cr.runs.ledger import Ledger, work_folder
 from mslora_cr.training.checkpoints import checkpoints
+from mslora_cr.training.inputs import loss_mask
 from mslora_cr.utils.workers import cores
 
 log = logging.getLogger(__name__)
@@ -78,7 +85,7 @@ def warn_of_cut_samples(config: StreamConfig, records: dict[str, TrainingRecords
     """Say of each task how many samples are longer than `data.max_length`, where training cuts them; of LLaVA-Med
     alone, whose lengths no image decides."""
     path = Path(config.model.path)
-    if has_processor(path):
+    if not family_of(path).fixed_image_length:
         return
     limit = read_limit(path, config.data.max_length)
     for name, part in records.items():
@@ -91,6 +98,24 @@ def warn_of_cut_samples(config: StreamConfig, records: dict[str, TrainingRecords
                 f"{len(part):,}",
                 f"{limit.max_length:,}",
             )
+
+
+def try_first_record(base: BaseModel, samples: ConcatTrainDataset, collator: Collate, device: torch.device) -> None:
+    """Read the first record as a step would, before any step.
+
+    Raises:
+        DataError: it cannot be prepared.
+        ModelError: the model cannot read it, or its loss is not that of the labels.
+    """
+    try:
+        batch = collator([samples[0]])
+    except ValueError as error:
+        raise DataError(f"{samples.place(0)}: {error}") from None
+    del batch["record_index"]
+    keep, targets = loss_mask(batch.pop("labels"))
+    if len(targets):
+        moved = {name: value.to(device) for name, value in batch.items()}
+        check_loss(base, moved, keep.to(device), targets.to(device))
 
 
 def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:

@@ -14,7 +14,8 @@ from mslora_cr.banks.kinds import kind_of
 from mslora_cr.banks.published import BASE_DIGEST, PUBLISHED_WEIGHTS, export_published
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.methods.base import Method, method_of
-from mslora_cr.models.layout import ModelError, has_processor, read_config
+from mslora_cr.models.family import family_of
+from mslora_cr.models.layout import ModelError, read_config
 from mslora_cr.models.load import base_digest
 from mslora_cr.models.shapes import language_linear_shapes
 from mslora_cr.runs.entries import LEDGER, Imported, RunLedger
@@ -154,7 +155,7 @@ def export_chain(banks: Mapping[str, Bank], config: StreamConfig, output: Path) 
     if not banks:
         raise BankError(f"no task of this run is trained yet in {config.run_dir}; train one first")
     base, digest = read_config(Path(config.model.path)), base_digest(config)
-    if has_processor(Path(config.model.path)):
+    if not family_of(Path(config.model.path)).published_banks:
         raise BankError(
             f"{config.model.path} is not LLaVA-Med, and published checkpoints hold banks of LLaVA-Med alone; use "
             "`mslora-cr export --format peft`"

@@ -13,7 +13,8 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from mslora_cr.banks.io import STATISTICS, TASK_STATE, save_bank
+from mslora_cr.banks.fit import check_fits
+from mslora_cr.banks.io import STATISTICS, TASK_STATE, load_bank, save_bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.collator import length_multiple
@@ -34,6 +35,8 @@ from mslora_cr.methods.base import Setup, method_of, needs_task
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.cached_tower import cached_tower
 from mslora_cr.models.describe import switched_off
+from mslora_cr.models.family import family_of
+from mslora_cr.models.language import language_linears
 from mslora_cr.models.load import base_digest, input_processor_of, kernels_of, load_base
 from mslora_cr.routing.fit import router_statistics
 from mslora_cr.routing.lda import TaskStatistics
@@ -45,6 +48,7 @@ from mslora_cr.stream.checks import (
     check_task_images,
     check_trainable,
     shared_facts,
+    try_first_record,
     warn_of_cut_samples,
 )
 from mslora_cr.stream.plan import banks_needed, frozen_tasks, previous_task, tasks_to_train
@@ -187,6 +191,8 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     stack.add_trainable(config.lora.rank, config.lora.alpha, config.lora.dropout, initial)
     setup = Setup(config, task, run.ledger, device)
     collator = input_processor_of(config, base).collator(length_multiple(device))
+    if family_of(Path(config.model.path)).own_template and not sharded:
+        try_first_record(base, samples, collator, device)
     probe = StartProbe(stack, samples, collator, config.seed, unmerged if config.lora.fold == "merge" else [])
     started = method.initial(setup, stack.trainable(), probe)
     if started is not None:
@@ -255,6 +261,7 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
     with writing(folder):
         extra = {TASK_STATE: kept, STATISTICS: router.tensors() if router else {}}
         digest = save_bank(bank, folder, config.lora.dropout, extra)
+    check_fits(load_bank(folder), language_linears(trainer.stack.base), trainer.stack.architecture)
     ledger.enter(
         config,
         task,

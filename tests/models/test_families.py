@@ -218,7 +218,7 @@ def test_batched_answers_are_those_of_one_by_one(family: str, trained: Folder, f
     assert routed["stages"][-1]["accuracy"] > 50
     ledger = json.loads((trained(family) / "checkpoints" / "tiny" / "ledger.json").read_text())
     for entry in ledger["tasks"].values():
-        assert entry["switched_off"] == ["cached image features", "shared openings of prompts", "Liger's kernels"]
+        assert entry["switched_off"] == ["cached image features", "recorded decoding", "Liger's kernels"]
         bank = json.loads((trained(family) / "checkpoints/tiny/banks/pathvqa/bank.json").read_text())
         told = {"architecture": type(loaded(folder, family).model).__name__, "digest": entry["model_digest"]}
         assert bank["base_model"] == told
@@ -272,7 +272,7 @@ def test_questions_about_several_images_of_other_sizes_are_answered_as_alone(
     together = base.model.generate(**batch, max_new_tokens=4, do_sample=False)[:, -4:].tolist()
     for prompt, images, row in zip(prompts, shown, together, strict=True):
         alone = input_processor.answering_batch([prompt], [images])
-        assert alone["input_ids"][0].tolist() == list(prompt.rest)
+        assert alone["input_ids"][0].tolist() == [*prompt.opening, *prompt.rest]
         assert base.model.generate(**alone, max_new_tokens=4, do_sample=False)[0, -4:].tolist() == row
 
 

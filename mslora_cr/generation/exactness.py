@@ -1,0 +1,148 @@
+"""Whether a model's answers behind shared openings are those of whole prompts: tried, not looked up.
+
+Three questions about two images are answered both ways, and the scores of every next token are compared. A model that
+cannot go on from kept keys and values with text alone, or only inexactly, answers whole prompts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mslora_cr.banks.per_sample import QuestionBanks
+from mslora_cr.data.chat import messages_of, render
+from mslora_cr.data.chat_template_inputs import ChatTemplateInputs
+from mslora_cr.data.input_processor import Prompt
+from mslora_cr.data.records import Turn
+from mslora_cr.distributed.comm import broadcast_object
+from mslora_cr.generation.batching import Group, Limits, grouped, in_waves
+from mslora_cr.generation.hf_decoder import PlainDecoder
+from mslora_cr.generation.model_prefix import ModelPrefixDecoder
+from mslora_cr.models.language import caches_keys_alone
+
+log = logging.getLogger(__name__)
+
+QUESTIONS = (
+    ("is this a cell?", 0),
+    ("what does the picture show, left or right of the lesion?", 0),
+    ("is it normal?", 1),
+)
+"""Each with the image that it is about."""
+NEW_TOKENS = 3
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Of scores, as a share of their spread, by the model's dtype; 16 bits round more."""
+TOLERANCE_16 = 0.1
+_known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def shares_exactly(model: nn.Module, inputs: ChatTemplateInputs, mixed: QuestionBanks | None = None) -> bool:
+    """Whether a model may answer behind shared openings; tried once for a model, and told to all ranks alike.
+
+    Args:
+        model: the base model, with banks in it or none.
+        inputs: what prepares its prompts.
+        mixed: the banks of each question, where they are not the same for all.
+    """
+    if model not in _known:
+        _known[model] = broadcast_object(_tried(model, inputs, mixed))
+    return _known[model]
+
+
+def _tried(model: Any, inputs: ChatTemplateInputs, mixed: QuestionBanks | None) -> bool:
+    if not caches_keys_alone(model):
+        return False
+    try:
+        with torch.random.fork_rng(devices=[]):
+            deviation = _deviation(model, inputs, _FirstBanks(mixed) if mixed is not None else None)
+    except Exception as error:
+        log.info("openings are not shared: %s cannot go on behind one (%s)", type(model).__name__, error)
+        return False
+    exact = deviation <= TOLERANCE.get(model.get_input_embeddings().weight.dtype, TOLERANCE_16)
+    if not exact:
+        log.info("openings are not shared: scores of %s deviate by %.2g", type(model).__name__, deviation)
+    return exact
+
+
+def _deviation(model: Any, inputs: ChatTemplateInputs, mixed: Any) -> float:
+    """The largest difference of a next token's scores, as a share of their spread."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((96, 64), (64, 80))
+    images = [_noise(size, generator) for size in sizes]
+    prompts = [_prompt(inputs, text, images[place], Path(f"image {place}")) for text, place in QUESTIONS]
+    if not all(prompt.opening and prompt.rest for prompt in prompts):
+        raise ValueError("prompts cannot be cut behind their image")
+    shown = [[images[place]] for _, place in QUESTIONS]
+    padding = inputs.tokenizer.pad_token_id
+    plain = PlainDecoder(model, prompts, [-1], padding, NEW_TOKENS, mixed)
+    decoder = ModelPrefixDecoder(model, prompts, [-1], padding, NEW_TOKENS, mixed)
+    worst = 0.0
+    [wave] = in_waves(_all_shared(prompts), prompts, Limits(len(prompts), NEW_TOKENS, 1 << 20))
+    first = [group.questions[0] for group in wave.groups]
+    with _scores(model) as together:
+        openings = decoder.read(wave, inputs.answering_batch([prompts[q] for q in first], [shown[q] for q in first]))
+        together.clear()
+        [batch] = wave.batches
+        found = dict(zip(batch, decoder.answer(openings, batch), strict=True))
+    for row, question in enumerate(batch):
+        with _scores(model) as alone:
+            whole = plain.inputs_on_device(inputs.answering_batch([prompts[question]], [shown[question]]))
+            [ids] = plain.answer(whole, [question])
+        for step in range(NEW_TOKENS):
+            ours, theirs = together[step][row], alone[step][0]
+            worst = max(worst, float((ours - theirs).abs().max() / theirs.std()))
+            if found[question][step] != ids[step]:
+                break
+    return worst
+
+
+def _all_shared(prompts: Sequence[Prompt]) -> list[Group]:
+    """Groups of one question are read as openings too, so that rows of different openings stand in one batch."""
+    groups = grouped(prompts, range(len(prompts)), lambda _: None)
+    return [
+        type(group)(
+            group.questions, len(prompts[group.questions[0]].opening), len(prompts[group.questions[0]].rest), False
+        )
+        for group in groups
+    ]
+
+
+def _prompt(inputs: ChatTemplateInputs, text: str, image: Image.Image, name: Path) -> Prompt:
+    question = Turn.model_validate({"from": "human", "value": text})
+    rendered = render(inputs.processor, messages_of([question], 1), to_answer=True)
+    opening, rest = inputs.split_ids(rendered, [image.size])
+    return Prompt(opening, rest, (name,), rendered)
+
+
+def _noise(size: tuple[int, int], generator: torch.Generator) -> Image.Image:
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+@contextmanager
+def _scores(model: Any) -> Iterator[list[Tensor]]:
+    """Inside, each pass leaves the scores behind its last position, (rows, vocabulary) float32."""
+    seen: list[Tensor] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, inputs, output: seen.append(output[:, -1].float()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+class _FirstBanks:
+    """Every question answered by the first one's banks."""
+
+    def __init__(self, mixed: QuestionBanks) -> None:
+        self._mixed = mixed
+
+    def choose(self, questions: Sequence[int]) -> None:
+        self._mixed.choose([0] * len(questions))

@@ -1,0 +1,172 @@
+"""Shared openings for any model whose own forward pass reads them.
+
+An opening is read by the model itself, images and all, so that windows, blocks of images that attend in both directions
+and features of several depths are its own business. What is kept is what its layers put into transformers' cache, and
+the position that the language model is handed next. Questions then go on with text alone, as `prefix_decoder` has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from mslora_cr.banks.per_sample import QuestionBanks
+from mslora_cr.data.chat_template_inputs import BY_POSITION
+from mslora_cr.data.input_processor import Prompt
+from mslora_cr.generation.batching import Wave
+from mslora_cr.generation.prefix_decoder import Decoder, Mask, Openings
+from mslora_cr.models.language import layer_types
+
+
+class _Ends:
+    """What `Decoder` asks of a tokenizer."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.eos_token_id, self.pad_token_id = -1, pad_token_id
+
+
+class ModelPrefixDecoder(Decoder):
+    """Answers questions with a model that comes with a processor of its own."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Prompt],
+        ends: Collection[int],
+        padding: int,
+        max_new_tokens: int,
+        mixed: QuestionBanks | None = None,
+    ) -> None:
+        """
+        Args:
+            model: with banks in it or none.
+            prompts: of all questions.
+            ends: ids that end an answer.
+            padding: the id that stands where a row has no token.
+            max_new_tokens: the longest answer.
+            mixed: the banks of each question, where they are not the same for all.
+        """
+        super().__init__(model, prompts, _Ends(padding), max_new_tokens, mixed)
+        self._ends = frozenset(ends)
+        self.steps = None  # what a graph may record is only known of LLaVA
+        config = self.model.config.get_text_config()
+        types = layer_types(self.model)
+        self.window = config.sliding_window if types == {"sliding_attention"} else None
+        self._by_type = config.sliding_window if len(types) > 1 else None
+
+    def positions_that_fit(self) -> int | None:
+        """As `Decoder.positions_that_fit`, by the configuration's sizes."""
+        if self.device.type != "cuda":
+            return None
+        text = self.model.config.get_text_config()
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        size = 2 * text.num_hidden_layers * text.num_key_value_heads * width * self.dtype.itemsize
+        return int(torch.cuda.mem_get_info(self.device)[0] / 4 / size)
+
+    @torch.inference_mode()
+    def read(self, wave: Wave, inputs: Mapping[str, Any]) -> Openings:
+        """Compute a wave's openings.
+
+        Args:
+            wave: openings that are held together.
+            inputs: `ChatTemplateInputs.answering_batch` of its groups' first questions, padded on the left.
+
+        Raises:
+            ValueError: the processor's ids of a whole batch are not those of its prompts.
+        """
+        first = [group.questions[0] for group in wave.groups]
+        self._choose(first)
+        cut = {name: self._moved(value) for name, value in self._openings_of(wave, first, inputs).items()}
+        visible, cache = cut["attention_mask"].bool(), DynamicCache()
+        with _handed_positions(self._language) as handed:
+            output = self.model(**self._model_inputs(cut, cache), logits_to_keep=1)
+        kept = [(layer.keys, layer.values) for layer in cache.layers]
+        following = handed[0].amax((0, 2)) + 1 if handed else visible.sum(1)
+        next_logits = output.logits[:, -1].float() if wave.whole else None
+        return Openings(wave, kept, visible, next_logits, following)
+
+    def _openings_of(self, wave: Wave, first: Sequence[int], inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs up to the openings' ends, padded on the left again."""
+        if wave.whole:
+            return dict(inputs)
+        shape, whole = inputs["input_ids"].shape, inputs["attention_mask"].sum(1).tolist()
+        behind = [len(self.prompts[question].rest) for question in first]
+        for row, question in enumerate(first):
+            if tuple(inputs["input_ids"][row, -behind[row] :].tolist()) != self.prompts[question].rest:
+                raise ValueError("the model's processor gives other ids to a question in a batch than alone")
+        lengths = [length - rest for length, rest in zip(whole, behind, strict=True)]
+        cut = dict(inputs)
+        for name, value in inputs.items():
+            if name in BY_POSITION and value.shape[:2] == shape:
+                rows = [
+                    value[row, shape[1] - behind[row] - lengths[row] : shape[1] - behind[row]]
+                    for row in range(len(first))
+                ]
+                cut[name] = _left_padded(rows, self.tokenizer.pad_token_id if name == "input_ids" else 0)
+        return cut
+
+    def _model_inputs(self, inputs: dict[str, Any], cache: DynamicCache) -> dict[str, Any]:
+        """What the model is called with, by its own preparation for generating, positions included."""
+        ids, model = inputs.pop("input_ids"), self.model
+        inputs.setdefault("position_ids", model._prepare_position_ids_for_generation(ids, dict(inputs)))
+        prepared = model.prepare_inputs_for_generation(
+            ids, past_key_values=cache, is_first_iteration=True, use_cache=True, **inputs
+        )
+        return dict(prepared)
+
+    def _moved(self, value: Tensor) -> Tensor:
+        return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+
+    def _branching(self, seen: Tensor, order: Tensor) -> Mask:
+        everything = super()._branching(seen, order)
+        if self._by_type is None or isinstance(everything, dict):
+            return everything
+        near = order[:, -seen.shape[1] :, None] - order[:, None] < self._by_type
+        return {"full_attention": everything, "sliding_attention": everything & near[:, None]}
+
+    def _newest(self, visible: Tensor) -> Mask:
+        seen = super()._newest(visible)
+        if self._by_type is None or isinstance(seen, dict):
+            return seen
+        order = visible.cumsum(1)
+        near = visible & (order > order[:, -1:] - self._by_type)
+        return {"full_attention": seen, "sliding_attention": near[:, None, None]}
+
+    def _causal(self, visible: Tensor, before: int, length: int) -> Mask:
+        seen = super()._causal(visible, before, length)
+        if self._by_type is None or isinstance(seen, dict):
+            return seen
+        order = visible.cumsum(1)
+        near = order[:, None] > order[:, before : before + length, None] - self._by_type
+        return {"full_attention": seen, "sliding_attention": seen & near[:, None]}
+
+
+@contextmanager
+def _handed_positions(language: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Inside, the language model's first call leaves its positions, (parts, rows, positions), if it is handed any."""
+    handed: list[Tensor] = []
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        positions = named.get("position_ids")
+        if positions is not None and not handed:
+            # Where positions have three parts, a fourth in front counts tokens for masks.
+            handed.append(positions[None] if positions.dim() == 2 else positions[-3:])
+
+    handle = language.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield handed
+    finally:
+        handle.remove()
+
+
+def _left_padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    length = max(map(len, rows))
+    padded = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), value)
+    for row, own in zip(padded, rows, strict=True):
+        row[length - len(own) :] = own
+    return padded

@@ -1,0 +1,91 @@
+"""Whether a folder can be a base model: everything that can be told before its weights are loaded."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel
+
+from mslora_cr.data.chat import messages_of, training_chat
+from mslora_cr.data.chat_template_inputs import ChatSample, ChatTemplateInputs
+from mslora_cr.data.prompts import IGNORE_INDEX
+from mslora_cr.data.records import Turn
+from mslora_cr.models.language import language_linears
+from mslora_cr.models.layout import ModelError, linear_name
+
+QUESTION, ANSWER = "is this a cell?", "yes it is"
+TURNS = ({"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER})
+SIZES = ((64, 48), (48, 64))
+
+
+def check_model(path: Path, model: PreTrainedModel) -> None:
+    """Refuse a model of a kind that cannot be trained here; its numbers are not looked at.
+
+    Raises:
+        ModelError: with the reason.
+    """
+    kind = type(model).__name__
+    if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
+        raise ModelError(f"{path}: {kind} reads questions with an encoder; a base model is a decoder that reads both")
+    pixels = inspect.signature(inspect.unwrap(type(model).forward)).parameters.get("pixel_values")
+    if pixels is not None and pixels.default is inspect.Parameter.empty:
+        raise ModelError(f"{path}: {kind} takes no question without an image, which records may have")
+    linears = language_linears(model)
+    if not linears:
+        raise ModelError(f"{path}: {kind} has no linear layers in its language model's decoder layers")
+    if odd := [name for name in linears if linear_name(name, exact=True) != name]:
+        raise ModelError(f"{path}: {kind} calls a layer {odd[0]}, under which no bank could be read again")
+
+
+def check_processor(path: Path, processor: Any, end_ids: tuple[int, ...]) -> None:
+    """Refuse a processor with which the tokens of answers are not found again, with one image, two, and none.
+
+    Raises:
+        ModelError: with the reason.
+    """
+    inputs = ChatTemplateInputs(processor, end_ids, max_length=1 << 20, all_images=True)
+    for images in (SIZES[:1], SIZES, ()):
+        turns = [Turn.model_validate(turn) for turn in TURNS]
+        try:
+            chat = training_chat(
+                processor,
+                messages_of(turns, len(images)),
+                processor.tokenizer.convert_ids_to_tokens(list(end_ids)),
+                processor.tokenizer.eos_token,
+            )
+            shown = [Image.new("RGB", size) for size in images]
+            labels = inputs.batch([ChatSample(index=0, text=chat.text, answers=chat.answers, images=shown)])["labels"]
+        except Exception as error:
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ModelError(f"{path}: a conversation about {len(images)} images cannot be prepared ({why})") from None
+        learned = processor.tokenizer.decode(labels[labels != IGNORE_INDEX], skip_special_tokens=True)
+        if ANSWER not in " ".join(learned.split()) or QUESTION in learned:
+            raise ModelError(f"{path}: of a conversation whose answer is {ANSWER!r}, {learned!r} would be learned")
+
+
+@torch.no_grad()
+def check_loss(base: Any, batch: dict[str, Any], keep: torch.Tensor, targets: torch.Tensor) -> None:
+    """Try a labelled batch on a loaded model: its loss must be the cross entropy of the logits that are kept.
+
+    Args:
+        batch: one record, without labels, on the model's device.
+        keep: (1, length) bool, the positions that predict a label.
+        targets: (kept,) int64.
+
+    Raises:
+        ModelError: the forward pass fails, or computes another loss.
+    """
+    kind = type(base.model).__name__
+    try:
+        output = base.model(**batch, logits_to_keep=keep, use_cache=False, labels=targets, shift_labels=targets)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(f"{kind} cannot read the first record ({' '.join(str(error).split())[:200]})") from None
+    wanted = torch.nn.functional.cross_entropy(output.logits.float().view(len(targets), -1), targets)
+    if not torch.allclose(output.loss.float(), wanted, rtol=1e-2, atol=1e-3):
+        raise ModelError(f"{kind} computes a loss of {output.loss:.4f} where the labels' is {wanted:.4f}")
