@@ -81,7 +81,8 @@ def check_loss(base: Any, batch: dict[str, Any], keep: torch.Tensor, targets: to
     """
     kind = type(base.model).__name__
     try:
-        output = base.model(**batch, logits_to_keep=keep, use_cache=False, labels=targets, shift_labels=targets)
+        with torch.random.fork_rng():  # dropout of the bank, which later steps must not notice
+            output = base.model(**batch, logits_to_keep=keep, use_cache=False, labels=targets, shift_labels=targets)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
