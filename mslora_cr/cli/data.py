@@ -11,6 +11,14 @@ from pathlib import Path
 
 from mslora_cr.cli.common import add_command, add_lock, announce
 from mslora_cr.cli.convert import add_convert
+from mslora_cr.cli.open_stream import (
+    OPEN_ARCHIVES,
+    OPEN_ROOT,
+    add_only,
+    add_open_download_arguments,
+    run_download_open,
+    run_prepare_open,
+)
 from mslora_cr.data.advice import missing_annotations
 from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.catalog import DataSet, catalog, data_set, unusual_modality
@@ -23,12 +31,14 @@ from mslora_cr.utils.files import write_json
 from mslora_cr.utils.workers import cores
 
 log = logging.getLogger(__name__)
+PUBLISHED_ROOT = Path("data/MSLoRA_CR")
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(catalog())}")
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(catalog())}, or open (the open stream)")
     parser.add_argument("--raw", type=Path, nargs="+", required=True, help="raw download: folders and archives")
-    parser.add_argument("--root", type=Path, default=Path("data/MSLoRA_CR"), help="data root (%(default)s)")
+    parser.add_argument("--root", type=Path, help=f"data root ({PUBLISHED_ROOT}; of the open stream {OPEN_ROOT})")
+    add_only(parser)
     parser.add_argument("--annotations", action="store_true", help="build train.json and test.jsonl from it")
     parser.add_argument(
         "--skip-missing",
@@ -48,13 +58,15 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """0: every image that the annotations name is in place; 1: some are missing or ambiguous."""
+    if args.name == "open":
+        return run_prepare_open(args)
     dataset = data_set(args.name)
     if args.skip_missing and not args.annotations:
         raise DataError("--skip-missing leaves rows out of the annotations that --annotations builds: give both")
     result = prepare(
         dataset,
         args.raw,
-        args.root,
+        args.root or PUBLISHED_ROOT,
         args.annotations,
         args.copy,
         _questions(args.question),
@@ -102,7 +114,12 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     action = add_command(
-        actions, "download", "download the published annotations from the Hugging Face Hub", "mslora-cr data download"
+        actions,
+        "download",
+        "download the published annotations from the Hugging Face Hub, or the open stream from public git repositories",
+        "mslora-cr data download",
+        "mslora-cr data download open                   # shows the licences",
+        "mslora-cr data download open --only VQA-RAD BCCD --accept CC0-1.0 MIT",
     )
     add_data_download_arguments(action)
     action.set_defaults(run=run_data_download)
@@ -112,6 +129,7 @@ def add_data(commands: argparse._SubParsersAction) -> None:
         "convert a source's raw download into the folder layout that training reads",
         "mslora-cr data prepare CXP --raw downloads/chest_xray.zip",
         "mslora-cr data prepare PCAM --raw downloads/pcam/ --annotations",
+        "mslora-cr data prepare open --raw downloads/open/",
     )
     add_prepare_arguments(action)
     action.set_defaults(run=run_prepare)
@@ -130,19 +148,25 @@ def add_data(commands: argparse._SubParsersAction) -> None:
 
 
 def add_data_download_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--root", type=Path, default=Path("data/MSLoRA_CR"), help="data root (%(default)s)")
+    add_open_download_arguments(parser)
+    parser.add_argument(
+        "--root", type=Path, help=f"where to ({PUBLISHED_ROOT}; archives of the open stream to {OPEN_ARCHIVES})"
+    )
     parser.add_argument("--revision", help="branch, tag or commit (main)")
     add_lock(parser)
 
 
 def run_data_download(args: argparse.Namespace) -> int:
     """0: every data set has its annotations; 1: some are not on the hub."""
-    announce(ANNOTATIONS, args.root)
-    download(ANNOTATIONS, args.root, args.revision, lock=args.lock, update=args.update)
+    if args.what == "open":
+        return run_download_open(args)
+    root = args.root or PUBLISHED_ROOT
+    announce(ANNOTATIONS, root)
+    download(ANNOTATIONS, root, args.revision, lock=args.lock, update=args.update)
     lacking = []
     print("Images come from their own sources; `mslora-cr data prepare NAME --raw PATH` puts them in place:")
     for entry in catalog().values():
-        here = [name for name in ("train.json", "test.jsonl") if (args.root / entry.folder / name).is_file()]
+        here = [name for name in ("train.json", "test.jsonl") if (root / entry.folder / name).is_file()]
         lacking += [entry.name] if len(here) < 2 else []
         print(f"  {entry.name}: {entry.title}, {entry.license}\n    {entry.source}\n    {entry.access}")
     if lacking:

@@ -197,11 +197,21 @@ def _slake_vqarad(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
             question = template.replace("{question}", slake.question)
             yield Row(split, number, f"Slake_images/{slake.img_name}", question, slake.answer, slake.answer_type)
     numbers: Counter[str] = Counter()
-    for rad in _rows(raw.find("VQA_RAD Dataset Public.json"), _VqaRadRow):
-        split = "test" if rad.phrase_type.startswith("test") else "train"
+    for split, rad in _vqa_rad(raw):
         numbers[split] += 1
         question = template.replace("{question}", rad.question)
         yield Row(split, numbers[split], f"VqaRad_images/{rad.image_name}", question, rad.answer, rad.answer_type)
+
+
+def _vqa_rad(raw: RawData) -> Iterator[tuple[Split, _VqaRadRow]]:
+    """VQA-RAD's rows with their side, from its own file or the two of github.com/Awenbocc/med-vqa."""
+    if raw.named("trainset.json"):
+        for split in SPLITS:
+            for row in _rows(raw.find(f"data/{split}set.json", f"{split}set.json"), _VqaRadRow):
+                yield split, row
+        return
+    for row in _rows(raw.find("VQA_RAD Dataset Public.json"), _VqaRadRow):
+        yield ("test" if row.phrase_type.startswith("test") else "train"), row
 
 
 # --- releases with labels -------------------------------------------------------

@@ -82,7 +82,7 @@ def prepare(
             # An image that is in place, perhaps by hand, is no longer ambiguous.
             result.ambiguous = {name: candidates for name, candidates in result.ambiguous.items() if name in targets}
             result.missing = [name for name in targets if name not in matches and name not in result.ambiguous]
-            _place({name: matches[name] for name in targets if name in matches}, targets, copy, progress)
+            place_files({name: matches[name] for name in targets if name in matches}, targets, copy, progress)
             result.placed = len(targets) - len(result.missing) - len(result.ambiguous)
         if skip_missing:
             gone = {*result.missing, *result.ambiguous}
@@ -188,7 +188,18 @@ def _likeness(name: PurePosixPath, file: RawFile) -> Likeness:
     return suffix, len(set(name.parts) & set(file.path.parts))
 
 
-def _place(matches: Mapping[str, RawFile], targets: Mapping[str, Path], copy: bool, progress: bool) -> None:
+def place_files(matches: Mapping[str, RawFile], targets: Mapping[str, Path], copy: bool, progress: bool) -> None:
+    """Link or copy raw files, and unpack those in archives.
+
+    Args:
+        matches: the raw file of each name.
+        targets: where each goes.
+        copy: copy loose files instead of linking them.
+        progress: show a bar.
+
+    Raises:
+        DataError: a file is too large for an image.
+    """
     packed: dict[RawFile, list[Path]] = {}
     with tqdm(total=len(matches), desc="images", unit="image", disable=not progress) as bar:
         for name, file in matches.items():

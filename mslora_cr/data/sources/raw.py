@@ -6,6 +6,7 @@ of it, or with links or devices, is refused before anything of it is read.
 
 from __future__ import annotations
 
+import hashlib
 import lzma
 import shutil
 import stat
@@ -207,6 +208,21 @@ def fingerprint(file: RawFile) -> tuple[object, ...]:
         while chunk := stream.read(1 << 20):
             checksum = zlib.crc32(chunk, checksum)
     return file.size, checksum
+
+
+def blob_ids(files: Sequence[RawFile]) -> dict[RawFile, str]:
+    """The id that git gives to the content of each file: SHA-1 with a header."""
+    members: dict[Path, dict[str, RawFile]] = defaultdict(dict)
+    for file in files:
+        members[file.container][file.member] = file
+    ids = {}
+    for container, wanted in members.items():
+        with _reading(container):
+            for member, stream in _streams(container, set(wanted)):
+                content = Bounded(stream, container, MAX_TABLE_BYTES).read()
+                header = b"blob %d\0" % len(content)
+                ids[wanted[member]] = hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
+    return ids
 
 
 def extract(wanted: Mapping[RawFile, Sequence[Path]], done: Callable[[], object] = lambda: None) -> None:

@@ -1,0 +1,50 @@
+"""The data sets of the open stream: where each comes from, what it asks, what is wrong with it. From `catalog.yaml`."""
+
+from functools import cache
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from mslora_cr.utils.errors import DataError, nearest
+
+
+class OpenSource(BaseModel):
+    """One entry; the fields are explained at the top of `catalog.yaml`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    title: str
+    repository: str
+    commit: str
+    content: str
+    license: str
+    commercial: bool
+    source: str
+    modality: str
+    unit: str
+    faults: str
+    wordings: dict[str, tuple[str, ...]]
+
+
+@cache
+def open_sources() -> dict[str, OpenSource]:
+    """The sources by name, in the order of the stream."""
+    entries = yaml.safe_load(Path(__file__).with_name("catalog.yaml").read_text(encoding="utf-8"))
+    return {name: OpenSource(name=name, **entry) for name, entry in entries.items()}
+
+
+def chosen_sources(names: list[str] | None) -> list[OpenSource]:
+    """The sources of these names; all without any.
+
+    Raises:
+        DataError: there is none of a name; says the nearest one.
+    """
+    known = open_sources()
+    for name in names or []:
+        if name not in known:
+            raise DataError(
+                f"--only {name}: no data set of the open stream{nearest(name, known)}; it has {', '.join(known)}"
+            )
+    return [source for name, source in known.items() if not names or name in names]

@@ -1,0 +1,178 @@
+"""`mslora-cr data prepare open --raw PATH`: repositories of the open stream become data sets that training reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mslora_cr.data.open.catalog import OpenSource
+from mslora_cr.data.open.layouts import Asked, Labelled, labelled
+from mslora_cr.data.records import IMAGE, DataError
+from mslora_cr.data.sources.prepare import place_files
+from mslora_cr.data.sources.raw import RawData, RawFile, fingerprint
+from mslora_cr.utils.files import hidden_folder, replacing_folder, write_json
+
+TEST_SHARE = 0.2
+CORRECTED = {"VQA-RAD": "VQA-RAD-by-image", "CXP": "CXP-by-patient"}
+"""Sources whose own split shares pictures or patients, and what the split that does not is called."""
+REPORT = "prepared.json"
+Row = tuple[str, Labelled, Asked, str]
+"""Side, picture, question, and whose it is."""
+
+
+@dataclass
+class PreparedSet:
+    """A data set that was written: rows and images on each side, and what both sides share."""
+
+    name: str
+    rows: Counter[str] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)
+    shared_images: int = 0
+    shared_groups: int = 0
+    test_rows_of_shared: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """What `prepared.json` holds."""
+        sides = {side: {"rows": self.rows[side], "images": self.images[side]} for side in ("train", "test")}
+        shared = {"images": self.shared_images, "groups": self.shared_groups, "test_rows": self.test_rows_of_shared}
+        return {**sides, "on_both_sides": shared}
+
+
+def prepare_open(
+    sources: Sequence[OpenSource], raw: Sequence[Path], root: Path, copy: bool = False, progress: bool = False
+) -> tuple[list[PreparedSet], list[OpenSource]]:
+    """Write a data set below `root` for each source that the raw download has; two where its own split is at fault.
+
+    Args:
+        sources: of the catalogue.
+        raw: clones and archives of the repositories, or folders that hold several.
+        root: of the data sets; a folder that an earlier call wrote is replaced.
+        copy: copy pictures instead of linking them.
+        progress: show a bar.
+
+    Returns:
+        What was written, and the sources that are not there.
+
+    Raises:
+        DataError: none is there, labels are malformed, or a folder holds something else.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    written: list[PreparedSet] = []
+    missing: list[OpenSource] = []
+    with hidden_folder(root / "open") as work, RawData(raw, work) as data:
+        for source in sources:
+            pictures = list(labelled(source.name, data))
+            if not pictures:
+                missing.append(source)
+                continue
+            groups = _groups(pictures)
+            has_sides = all(_has_side(picture) for picture in pictures)
+            if has_sides:
+                rows = _as_published(pictures, groups)
+                written.append(_write(root / source.name, source, rows, copy, progress))
+            if not has_sides or source.name in CORRECTED:
+                rows = _drawn(source, pictures, groups)
+                name = CORRECTED.get(source.name, source.name)
+                written.append(_write(root / name, source, rows, copy, progress))
+    if not written:
+        raise DataError(
+            f"{', '.join(map(str, raw))}: nothing of the open stream there; give clones or archives of "
+            f"{', '.join(source.repository for source in sources)}"
+        )
+    return written, missing
+
+
+def wording(source: OpenSource, image: str, asked: Asked) -> str:
+    """A question in one of its wordings, always the same one for a picture: by the SHA-256 of its name and the kind."""
+    choices = source.wordings[asked.kind]
+    number = int(hashlib.sha256(f"{image} {asked.kind}".encode()).hexdigest()[:8], 16)
+    return choices[number % len(choices)].format_map(asked.words)
+
+
+def on_test_side(source: str, group: str) -> bool:
+    """Whether a group is drawn for testing: the first 32 bits of the SHA-256 of `SOURCE/GROUP` as a fraction."""
+    return int(hashlib.sha256(f"{source}/{group}".encode()).hexdigest()[:8], 16) < TEST_SHARE * 2**32
+
+
+def _has_side(picture: Labelled) -> bool:
+    return picture.split is not None or all(asked.split is not None for asked in picture.questions)
+
+
+def _groups(pictures: Sequence[Labelled]) -> list[str]:
+    """Whose each picture is: what the source names, else the picture itself, with its copies under other names."""
+    first: dict[tuple[object, ...], str] = {}
+    return [picture.group or first.setdefault(fingerprint(picture.file), picture.name) for picture in pictures]
+
+
+def _as_published(pictures: Sequence[Labelled], groups: Sequence[str]) -> Iterator[Row]:
+    for picture, group in zip(pictures, groups, strict=True):
+        for asked in picture.questions:
+            yield asked.split or picture.split or "train", picture, asked, group
+
+
+def _drawn(source: OpenSource, pictures: Sequence[Labelled], groups: Sequence[str]) -> Iterator[Row]:
+    for picture, group in zip(pictures, groups, strict=True):
+        side = "test" if on_test_side(source.name, group) else "train"
+        for asked in picture.questions:
+            yield side, picture, asked, group
+
+
+def _write(folder: Path, source: OpenSource, rows: Iterator[Row], copy: bool, progress: bool) -> PreparedSet:
+    if folder.exists() and not (folder / REPORT).is_file() and any(folder.iterdir()):
+        raise DataError(
+            f"{folder}: already there, and not from data prepare open; choose another --root or move it away"
+        )
+    prepared, matches = PreparedSet(folder.name), dict[str, RawFile]()
+    sides: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    names: dict[str, set[str]] = {"train": set(), "test": set()}
+    owners: dict[str, list[str]] = {"train": [], "test": []}
+    for side, picture, asked, group in rows:
+        name = f"images/{picture.name}"
+        matches[name] = picture.file
+        names[side].add(name)
+        owners[side].append(group)
+        number = len(sides[side]) if asked.id is None else asked.id
+        question = wording(source, picture.name, asked)
+        if side == "train":
+            sides[side].append(_training(number, name, question, asked))
+        else:
+            sides[side].append(_testing(number, name, question, picture, asked, group))
+    for side, records in sides.items():
+        if not records:
+            raise DataError(
+                f"{folder.name}: the {side} side is empty; the raw download holds a part of the source alone"
+            )
+    prepared.rows.update({side: len(records) for side, records in sides.items()})
+    prepared.images.update({side: len(found) for side, found in names.items()})
+    prepared.shared_images = len(names["train"] & names["test"])
+    shared = set(owners["train"]) & set(owners["test"])
+    prepared.shared_groups, prepared.test_rows_of_shared = len(shared), sum(owner in shared for owner in owners["test"])
+    with replacing_folder(folder) as staging:
+        write_json(staging / "train.json", sides["train"])
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in sides["test"])
+        (staging / "test.jsonl").write_text("".join(lines), encoding="utf-8")
+        place_files(matches, {name: staging / name for name in matches}, copy, progress)
+        write_json(staging / REPORT, {"repository": source.repository, "unit": source.unit, **prepared.summary()})
+    return prepared
+
+
+def _training(number: int, image: str, question: str, asked: Asked) -> dict[str, Any]:
+    turns = [{"from": "human", "value": f"{IMAGE}\n{question}"}, {"from": "gpt", "value": asked.answer}]
+    return {"id": str(number), "image": image, "conversations": turns}
+
+
+def _testing(number: int, image: str, question: str, picture: Labelled, asked: Asked, group: str) -> dict[str, Any]:
+    record = {
+        "question_id": number,
+        "image": image,
+        "text": question,
+        "gt": asked.answer,
+        "answer_type": asked.answer_type,
+    }
+    attributes = {"question": asked.kind, **picture.attributes, **asked.attributes}
+    return {**record, "patient": group, "attributes": attributes}
