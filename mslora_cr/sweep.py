@@ -109,9 +109,9 @@ def plan_sweep(
     for method, (number, tasks), seed in itertools.product(
         chosen, enumerate(drawn), dict.fromkeys(seeds or [base.seed])
     ):
-        own = [override for override in overrides if sections[override] not in of_methods - {method}]
+        of_method = [override for override in overrides if sections[override] not in of_methods - {method}]
         settings = [f"run={method}-order{number}-seed{seed}", f"method={chosen[method]}", f"seed={seed}"]
-        everything = [*own, *places, *settings, f"tasks=[{','.join(tasks)}]"]
+        everything = [*of_method, *places, *settings, f"tasks=[{','.join(tasks)}]"]
         config = load_config(config_file, everything)
         if config.evaluation.banks_by == "routed" and not needs_task(config):
             config = load_config(config_file, [*everything, "evaluation.banks_by=prefix"])
@@ -170,7 +170,7 @@ def describe(runs: Sequence[SweepRun], places: Sequence[str | None]) -> str:
     methods = dict.fromkeys(run.method for run in runs)
     orders = {run.order: [task.name for task in run.config.tasks] for run in runs}
     seeds = dict.fromkeys(run.seed for run in runs)
-    where = "CPU" if places[0] is None else f"GPU {', '.join(str(place) for place in dict.fromkeys(places))}"
+    where = "CPU" if places[0] is None else f"GPU {', '.join(str(device) for device in dict.fromkeys(places))}"
     lines = [
         f"{len(runs)} runs = {len(methods)} methods × {len(orders)} orders × {len(seeds)} seeds, {len(places)} at once "
         f"({where})",
@@ -212,8 +212,8 @@ def _run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None], root: Pat
     threads = max(1, cores() // len(places))
     context = multiprocessing.get_context("spawn")
     free = context.Queue()
-    for place in places:
-        free.put(place)
+    for device in places:
+        free.put(device)
     failed: dict[str, str] = {}
     outcomes: dict[str, dict[str, Any]] = {}
     with (
@@ -253,9 +253,9 @@ def _settle(free: Any, threads: int, methods: frozenset[str]) -> None:
     end_with_parent()
     for method in methods:
         name_method(method)
-    place = free.get()
-    if place is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place
+    device = free.get()
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
     torch.set_num_threads(threads)
 
 
@@ -284,7 +284,7 @@ def _output_into(path: Path) -> Iterator[None]:
     """Let everything that this process prints, libraries included, go into a file."""
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
+    saved = os.dup(1), os.dup(2)
     with append_to(path) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -293,7 +293,7 @@ def _output_into(path: Path) -> Iterator[None]:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            for descriptor, old in zip((1, 2), kept, strict=True):
+            for descriptor, old in zip((1, 2), saved, strict=True):
                 os.dup2(old, descriptor)
                 os.close(old)
 
@@ -303,7 +303,7 @@ def _output_into(path: Path) -> Iterator[None]:
 
 def _turn(runs: Sequence[SweepRun]) -> Callable[[SweepRun], tuple[int, int]]:
     """When a run comes: by the place of its seed, then its order."""
-    places = {seed: place for place, seed in enumerate(dict.fromkeys(run.seed for run in runs))}
+    places = {seed: position for position, seed in enumerate(dict.fromkeys(run.seed for run in runs))}
     return lambda run: (places[run.seed], run.order)
 
 
@@ -311,13 +311,13 @@ def _write(runs: Sequence[SweepRun], outcomes: Mapping[str, dict[str, Any]], roo
     """Write `sweep.json` of the runs that are finished, in the order of the plan."""
     finished = [run for run in runs if run.name in outcomes]
     orders = {run.order: [task.name for task in run.config.tasks] for run in finished}
-    known = [outcomes[run.name] for run in finished]
+    finished_outcomes = [outcomes[run.name] for run in finished]
     result = SweepResult.model_validate(
         {
             "orders": {str(number): tasks for number, tasks in sorted(orders.items())},
             "seeds": sorted({run.seed for run in finished}),
-            "metrics": {key: summarize(known, key) for key in METRICS},
-            "runs": known,
+            "metrics": {key: summarize(finished_outcomes, key) for key in METRICS},
+            "runs": finished_outcomes,
             "environment": environment(),
         }
     )

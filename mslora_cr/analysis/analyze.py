@@ -105,8 +105,8 @@ def _similarity(banks: Sequence[Bank]) -> UpdateCosines:
     by_layer, by_module = by_place({name: update_cosines(name, banks) for name in names})
     return UpdateCosines(
         banks=[bank.name for bank in banks],
-        by_layer={place: values.tolist() for place, values in by_layer.items()},
-        by_module={place: values.tolist() for place, values in by_module.items()},
+        by_layer={layer: values.tolist() for layer, values in by_layer.items()},
+        by_module={layer: values.tolist() for layer, values in by_module.items()},
     )
 
 
@@ -119,8 +119,8 @@ def _ranks(banks: Mapping[str, Bank]) -> dict[str, EffectiveRank]:
         effective[name] = EffectiveRank(
             rank=bank.rank,
             mean=float(torch.stack(list(ranks.values())).mean()),
-            by_layer={place: float(value) for place, value in by_layer.items()},
-            by_module={place: float(value) for place, value in by_module.items()},
+            by_layer={layer: float(value) for layer, value in by_layer.items()},
+            by_module={layer: float(value) for layer, value in by_module.items()},
         )
     return effective
 
@@ -177,20 +177,20 @@ def _dropped(
     """
     rows = []
     whole: dict[str, tuple[tuple[int, ...], Any]] = {}
-    for (task, banks), own in zip(variants, parts, strict=True):
+    for (task, banks), part in zip(variants, parts, strict=True):
         if task.name not in whole:
-            whole[task.name] = (banks, own)
+            whole[task.name] = (banks, part)
             continue
         [dropped] = set(whole[task.name][0]) - set(banks)
-        difference = whole[task.name][1] - own
+        difference = whole[task.name][1] - part
         change = paired_change([paired_task(difference, groups[task.name], is_binary(np.abs(difference)))])
         rows.append(
             Dropped(
                 task=task.name,
                 dropped=names[dropped],
-                questions=len(own),
+                questions=len(part),
                 with_all=100 * float(whole[task.name][1].mean()),
-                without=100 * float(own.mean()),
+                without=100 * float(part.mean()),
                 contribution=100 * float(difference.mean()),
                 interval=change.ends,
                 changed=change.gained + change.lost,
@@ -233,16 +233,18 @@ def _changed(results_dir: Path) -> list[Change]:
     if aware is None:
         return changes
     for task in aware.tasks:
-        own, last = aware.own_cell(task), aware.last_cell(task)
-        if own and last and own.stage != last.stage:
+        learned, last = aware.own_cell(task), aware.last_cell(task)
+        if learned and last and learned.stage != last.stage:
             changes.append(
-                _change(task, "own stage", "last stage", (results_dir, aware, own), (results_dir, aware, last))
+                _change(task, "own stage", "last stage", (results_dir, aware, learned), (results_dir, aware, last))
             )
         guessed = agnostic.last_cell(task) if agnostic else None
         if agnostic and last and guessed and guessed.questions == last.questions:
-            place = results_dir / ROUTED
+            routed_folder = results_dir / ROUTED
             changes.append(
-                _change(task, "task-aware", "task-agnostic", (results_dir, aware, last), (place, agnostic, guessed))
+                _change(
+                    task, "task-aware", "task-agnostic", (results_dir, aware, last), (routed_folder, agnostic, guessed)
+                )
             )
     return changes
 

@@ -114,13 +114,13 @@ def _scored(path: Path) -> AnsweredTask:
 
 
 def _groups(path: Path, answers: Sequence[AnswerRecord]) -> np.ndarray:
-    own = answer_groups(answers)
+    groups_of_answers = answer_groups(answers)
     try:
         table = read_scores(path.with_name(SCORES))
     except DataError:
-        return own
+        return groups_of_answers
     same = table.ids == [str(answer.question_id) for answer in answers]
-    return table.groups if same else own
+    return table.groups if same else groups_of_answers
 
 
 def _cell(label: str, run: Evaluation, task: str, at: Stage) -> Cell:

@@ -38,8 +38,8 @@ def scale_parts(model: nn.Module, adapter: str, magnitudes: Mapping[str, Tensor]
     """Let an adapter's parts be scaled by magnitudes, by linear layer."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            own = magnitudes[name.removeprefix(PEFT_PREFIX)]
-            module.lora_A[adapter] = ScaledParts(module.lora_A[adapter], own)
+            magnitude = magnitudes[name.removeprefix(PEFT_PREFIX)]
+            module.lora_A[adapter] = ScaledParts(module.lora_A[adapter], magnitude)
 
 
 def magnitudes_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
@@ -72,8 +72,8 @@ def coupled(directions: Bank, magnitudes: Mapping[str, Tensor], new: Bank) -> Ba
     """One plain bank, of their ranks' sum and the new one's scaling: directions times magnitudes, and the new bank."""
     matrices = {}
     for name, (a, b) in new.matrices.items():
-        known, unit = directions.matrices[name]
-        own = magnitudes[name].repeat_interleave(len(known) // len(magnitudes[name]))
-        matrices[name] = (torch.cat([known, a]), torch.cat([unit * (own / new.scaling), b], dim=1))
+        normed, unit = directions.matrices[name]
+        magnitude = magnitudes[name].repeat_interleave(len(normed) // len(magnitudes[name]))
+        matrices[name] = (torch.cat([normed, a]), torch.cat([unit * (magnitude / new.scaling), b], dim=1))
     rank = directions.rank + new.rank
     return replace(new, rank=rank, alpha=new.scaling * rank, matrices=matrices)

@@ -19,10 +19,10 @@ def check_fits(bank: Bank, linears: Mapping[str, nn.Linear], architecture: str) 
     Raises:
         BankError: the bank was trained on another architecture, or its layers or their sizes are others.
     """
-    told = bank.metadata.get("base_model")
-    if isinstance(told, Mapping) and told.get("architecture") not in (None, architecture):
+    trained_on = bank.metadata.get("base_model")
+    if isinstance(trained_on, Mapping) and trained_on.get("architecture") not in (None, architecture):
         raise BankError(
-            f"bank {bank.name!r} was trained on {told['architecture']}, and the base model is {architecture}"
+            f"bank {bank.name!r} was trained on {trained_on['architecture']}, and the base model is {architecture}"
         )
     if set(bank.matrices) != set(linears):
         odd = sorted(set(bank.matrices) ^ set(linears))

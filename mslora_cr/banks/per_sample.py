@@ -75,12 +75,12 @@ class PerSampleAdapters:
     def _add(self, name: str, linear: nn.Linear) -> RemovableHandle | None:
         if ".experts." in name:
             raise BankError(f"{name} sees tokens of several questions mixed, so that each cannot have its own bank")
-        present = tuple(place for place, bank in enumerate(self._banks) if bank.matrices[name][1].any())
+        present = tuple(index for index, bank in enumerate(self._banks) if bank.matrices[name][1].any())
         if not present:
             return None
-        ranks = torch.tensor([self._banks[place].rank for place in present])
+        ranks = torch.tensor([self._banks[index].rank for index in present])
         self._columns[present] = torch.repeat_interleave(torch.tensor(present), ranks)
-        pair = concatenated(name, [self._banks[place] for place in present])
+        pair = concatenated(name, [self._banks[index] for index in present])
         a, b = (matrix.to(linear.weight.device, self._dtype) for matrix in pair)
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:

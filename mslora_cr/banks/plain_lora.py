@@ -50,7 +50,7 @@ def check_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
         if key in _FREE:
             continue
         if key in ("peft_type", "init_lora_weights"):
-            plain = any(value is known or (isinstance(value, str) and value == known) for known in _PLAIN[key])
+            plain = any(value is allowed or (isinstance(value, str) and value == allowed) for allowed in _PLAIN[key])
         else:
             plain = not value or value in _PLAIN.get(key, ())
         if not plain:

@@ -60,7 +60,7 @@ def load_tensors(path: Path) -> Any:
         ) from None
 
 
-def published_bank(place: Path, name: str, rank: int, alpha: float, stored: Mapping[Any, Any]) -> Bank:
+def published_bank(path: Path, name: str, rank: int, alpha: float, stored: Mapping[Any, Any]) -> Bank:
     """A bank from tensors under the published keys; `place` is named in errors.
 
     Raises:
@@ -72,12 +72,12 @@ def published_bank(place: Path, name: str, rank: int, alpha: float, stored: Mapp
         match = _PUBLISHED_KEY.fullmatch(str(key))
         module = linear_name(match[1]) if match else None
         if match is None or module is None or not isinstance(tensor, Tensor):
-            raise BankError(f"{place}: {visible(str(key)[:200])} is not a matrix of a published bank")
+            raise BankError(f"{path}: {visible(str(key)[:200])} is not a matrix of a published bank")
         halves.setdefault(module, {})[match[3]] = tensor
         tasks.add(int(match[2]))
     if len(tasks) > 1:
-        raise BankError(f"{place}: holds the banks of {len(tasks)} tasks, {sorted(tasks)}; a file of one is needed")
-    return assemble_bank(place, name, rank, alpha, halves, {})
+        raise BankError(f"{path}: holds the banks of {len(tasks)} tasks, {sorted(tasks)}; a file of one is needed")
+    return assemble_bank(path, name, rank, alpha, halves, {})
 
 
 def export_published(

@@ -98,8 +98,8 @@ def bank_similarity(weights: Mapping[str, Path]) -> Similarity:
         raise BankError(f"a bank cannot be read: {error}") from None
     shapes = {name: _shapes(file) for name, file in files.items()}
     first = next(iter(shapes.values()))
-    for name, own in shapes.items():
-        if own != first:
+    for name, shape in shapes.items():
+        if shape != first:
             raise BankError(f"{weights[name]} does not hold matrices of the same names and shapes as the first bank's")
     total = torch.zeros(len(files), len(files), dtype=torch.float64)
     for key in first:

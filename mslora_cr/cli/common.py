@@ -33,8 +33,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
-        known = re.findall(r"[\w-]+", choice[2]) if choice else []
-        super().error(message + (nearest(choice[1], known) if choice else ""))
+        choices = re.findall(r"[\w-]+", choice[2]) if choice else []
+        super().error(message + (nearest(choice[1], choices) if choice else ""))
 
 
 def examples(*lines: str) -> str:

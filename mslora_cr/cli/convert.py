@@ -102,8 +102,8 @@ def run_convert(args: argparse.Namespace) -> int:
         )
     for reason, places in converted.left_out.items():
         print(f"left out, {reason}: {len(places):,}")
-        for place in places[:5]:
-            print(f"  {place}")
+        for row in places[:5]:
+            print(f"  {row}")
     if converted.train:
         name = args.output.name
         print(

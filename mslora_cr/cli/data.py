@@ -221,14 +221,14 @@ def _to_check(target: Path, only: Sequence[str]) -> tuple[Path, list[DataSet] | 
     for name in only:
         if name not in names:
             raise DataError(f"--only {name}: no task of {target}{nearest(name, names)}; it has {', '.join(names)}")
-    own = []
+    configured = []
     for task in config.stream:
         if close := unusual_modality(task.modality):
             log.warning("%s: modality %r is none of the catalogue's; is %r meant?", task.name, task.modality, close)
         published = config.datasets[task.name].published
         rows = catalog()[published].test_rows if published in catalog() else None
-        own.append(OwnDataSet(task.name, task.folder, tuple(task.image_folders), rows))
-    return Path(config.data.root), [dataset for dataset in own if not only or dataset.name in only]
+        configured.append(OwnDataSet(task.name, task.folder, tuple(task.image_folders), rows))
+    return Path(config.data.root), [dataset for dataset in configured if not only or dataset.name in only]
 
 
 def run_check(args: argparse.Namespace) -> int:

@@ -136,8 +136,8 @@ def _results_folder(target: Path) -> Path:
     answer files alone stands for itself."""
     from mslora_cr.analysis.answered import has_answers
 
-    known = (target / "evaluation.json").is_file() or has_answers(target)
-    return target if known else run_config(target).results_run_dir
+    has_results = (target / "evaluation.json").is_file() or has_answers(target)
+    return target if has_results else run_config(target).results_run_dir
 
 
 def _run_folder(target: Path) -> Path | None:

@@ -43,7 +43,7 @@ def note_consent(
     if not isinstance(method, str) or not OUTSIDE.fullmatch(method):
         return
     foreign = _foreign_folders(raw)
-    source = next((place for place, (_, content) in enumerate(files) if "method" in content), None)
+    source = next((index for index, (_, content) in enumerate(files) if "method" in content), None)
     by_file = source is not None and not (of_run and source == 0) and not foreign_place(files[source][0], foreign)
     if by_file or any(override.startswith("method=") for override in overrides):
         _check_module(method, foreign)
@@ -76,4 +76,4 @@ def _foreign_folders(raw: Mapping[str, Any]) -> list[Path]:
     sections = {key: value for key, value in raw.items() if isinstance(value, Mapping)}
     named = [raw.get("output_dir"), raw.get("results_dir")]
     named += [sections.get(key, {}).get(inner) for key, inner in (("data", "root"), ("model", "path"))]
-    return [Path(place).expanduser() for place in named if isinstance(place, str) and place]
+    return [Path(path).expanduser() for path in named if isinstance(path, str) and path]

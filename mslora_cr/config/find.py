@@ -47,7 +47,7 @@ def find_run(target: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
 
 def _run_folders() -> list[Path]:
     places = [*RUN_FOLDERS.glob("*/config.yaml"), *RUN_FOLDERS.glob("*/*/config.yaml")]
-    return sorted(place.parent for place in places)
+    return sorted(path.parent for path in places)
 
 
 def _of_folder(folder: Path, overrides: Sequence[str]) -> StreamConfig:

@@ -93,10 +93,10 @@ def _former_defaults(config: StreamConfig, raw: Mapping[str, Any]) -> dict[str, 
             return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or no configuration of this method
         return {}
-    kept = {key: value for key, value in method.former_defaults.items() if value is not None}
-    told = ", ".join(f"{method.name}.{key}={value}" for key, value in kept.items())
-    log.warning("%s goes on with %s, as it was begun; a new run has another default", config.run_dir, told)
-    return {**raw, method.name: {**given, **kept}}
+    values = {key: value for key, value in method.former_defaults.items() if value is not None}
+    assignments = ", ".join(f"{method.name}.{key}={value}" for key, value in values.items())
+    log.warning("%s goes on with %s, as it was begun; a new run has another default", config.run_dir, assignments)
+    return {**raw, method.name: {**given, **values}}
 
 
 @cache
@@ -209,7 +209,7 @@ def _task_named(raw: dict[str, Any], name: str) -> dict[str, Any]:
 def _explain(item: Any, raw: Mapping[str, Any]) -> str:
     """One validation error in a line: where, what, and the nearest key that exists. A task goes by its name."""
     location = [str(part) for part in item["loc"] if part != "[key]"]  # so pydantic marks a key as what is wrong
-    known = _known_keys(location[:-1], raw) if item["type"] == "extra_forbidden" else []
+    valid = _known_keys(location[:-1], raw) if item["type"] == "extra_forbidden" else []
     named = location.copy()
     if location[:1] == ["method_section"]:
         named[0] = _method_name(raw)
@@ -218,7 +218,7 @@ def _explain(item: Any, raw: Mapping[str, Any]) -> str:
         named[1] = name if isinstance(name, str) else location[1]
     where = visible(".".join(named))[:200]
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key{nearest(location[-1], known)}"
+        return f"{where}: unknown key{nearest(location[-1], valid)}"
     if item["type"] == "missing":
         return f"{where}: required, but not given"
     message = _fault(item)

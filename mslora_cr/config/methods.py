@@ -63,9 +63,9 @@ def load_method(name: str) -> MethodSettings:
     if name in method_names():
         return _own(importlib.import_module(f"{PACKAGE}.{name}"), base)()
     if not OUTSIDE.fullmatch(name):
-        known = method_names()
+        valid = method_names()
         raise ValueError(
-            f"unknown method {name!r}{nearest(name, known)}; there are {', '.join(known)}, and module:Class for a "
+            f"unknown method {name!r}{nearest(name, valid)}; there are {', '.join(valid)}, and module:Class for a "
             "class outside the package"
         )
     check_consent(name)

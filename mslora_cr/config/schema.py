@@ -234,9 +234,11 @@ class StreamConfig(Section):
         except ValueError:  # the field says so
             return {key: value for key, value in raw.items() if key not in others}
         if method is None:
-            own = [key for key, value in raw.items() if key not in cls.model_fields and isinstance(value, Mapping)][:1]
-            known = {key: value for key, value in raw.items() if key not in own}
-            return {**known, "method_section": {"written": {key: raw[key] for key in own}}}
+            method_keys = [
+                key for key, value in raw.items() if key not in cls.model_fields and isinstance(value, Mapping)
+            ][:1]
+            settings = {key: value for key, value in raw.items() if key not in method_keys}
+            return {**settings, "method_section": {"written": {key: raw[key] for key in method_keys}}}
         if method.name in cls.model_fields:
             raise ValueError(f"method {chosen}: its name, {method.name!r}, is a key of every configuration; rename it")
         for other in sorted(others - {method.name}):
@@ -338,8 +340,8 @@ class StreamConfig(Section):
         """
         tasks = self.tasks if last is None or self._all_at_once else self.tasks[: last.index + 1]
         fields = self.model_dump(mode="json", exclude={"run", "output_dir", "results_dir", "evaluation", "datasets"})
-        for place, key in (field.split(".") for field in UNDECIDING_FIELDS):
-            del fields[place][key]
+        for section, key in (field.split(".") for field in UNDECIDING_FIELDS):
+            del fields[section][key]
         fields["model"]["kernels"] = chosen_kernels(self.model.kernels, self.model.device)
         if fields["model"]["kernels"] == "torch":  # as every bank was trained before there was a choice
             del fields["model"]["kernels"]

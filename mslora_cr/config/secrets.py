@@ -16,7 +16,7 @@ _VALUES = re.compile(
 """Keys of the Hugging Face Hub, GitHub, OpenAI and AWS, private keys, and an address with a password."""
 
 
-def check_values(node: Any, place: str = "") -> None:
+def check_values(node: Any, key_path: str = "") -> None:
     """Refuse secrets, and texts with a NUL character, which no path and no name may hold.
 
     Raises:
@@ -24,22 +24,22 @@ def check_values(node: Any, place: str = "") -> None:
     """
     if isinstance(node, Mapping):
         for key, value in node.items():
-            inner = f"{place}.{key}" if place else str(key)
+            inner = f"{key_path}.{key}" if key_path else str(key)
             if value not in (None, "") and isinstance(value, str) and _NAMES.fullmatch(str(key)):
                 raise _secret(inner)
             check_values(value, inner)
     elif isinstance(node, list | tuple | set):
         for position, value in enumerate(node):
-            check_values(value, f"{place}.{position}")
+            check_values(value, f"{key_path}.{position}")
     elif isinstance(node, str):
         if "\0" in node:
-            raise ConfigError(f"{place}: holds a NUL character")
+            raise ConfigError(f"{key_path}: holds a NUL character")
         if _VALUES.search(node):
-            raise _secret(place)
+            raise _secret(key_path)
 
 
-def _secret(place: str) -> ConfigError:
+def _secret(key_path: str) -> ConfigError:
     return ConfigError(
-        f"{place}: looks like a secret, and a configuration is saved with the run; remove it here, and put it into the "
-        "environment (HF_TOKEN for the Hugging Face Hub, WANDB_API_KEY for W&B)"
+        f"{key_path}: looks like a secret, and a configuration is saved with the run; remove it here, and put it into "
+        "the environment (HF_TOKEN for the Hugging Face Hub, WANDB_API_KEY for W&B)"
     )

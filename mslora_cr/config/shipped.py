@@ -46,9 +46,9 @@ def find_deepspeed(given: str) -> Path:
 
 def _existing(path: Path, shipped: dict[str, Path], kind: str) -> Path:
     if not path.exists():
-        known = f"the package's own are {', '.join(shipped)}"
+        hint = f"the package's own are {', '.join(shipped)}"
         raise ConfigError(
             f"{path}: cannot be read (there is no such file, nor a {kind} of that name"
-            f"{nearest(path.stem, shipped)}; {known})"
+            f"{nearest(path.stem, shipped)}; {hint})"
         )
     return path

@@ -77,10 +77,10 @@ def trust_method(method: str) -> Path:
     if not files:
         raise UserError(f"--trust-method {method}: {module} is no file, so it cannot be trusted by its digest")
     check_place(method, files, ())
-    place = trust_file()
-    known = TrustedMethods.read_if_there(place) or TrustedMethods()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    TrustedMethods(methods={**known.methods, method: _digest(files)}).write(place)
+    path = trust_file()
+    trusted = TrustedMethods.read_if_there(path) or TrustedMethods()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    TrustedMethods(methods={**trusted.methods, method: _digest(files)}).write(path)
     return files[-1]
 
 
@@ -122,9 +122,9 @@ def check_place(method: str, files: Sequence[Path], foreign: Iterable[Path]) -> 
         UntrustedMethodError: names the file and the folder.
     """
     for file in files:
-        if (place := foreign_place(file, foreign)) is not None:
+        if (folder := foreign_place(file, foreign)) is not None:
             raise UntrustedMethodError(
-                f"method {method}: {file} lies in {place}, a folder for runs, results, data or models, which may come "
+                f"method {method}: {file} lies in {folder}, a folder for runs, results, data or models, which may come "
                 "from others. No code is imported from there; move the module to another folder"
             )
 
@@ -133,7 +133,7 @@ def foreign_place(file: Path, foreign: Iterable[Path] = ()) -> Path | None:
     """The folder of runs, results, data or models that a file lies in, by its path or behind its links; None if it
     lies in none. A folder that holds the working directory too tells nothing apart, unless it is a run folder."""
     here = Path.cwd().resolve()
-    places = [place.resolve() for place in (*map(here.joinpath, FOREIGN_FOLDERS), *foreign)]
+    places = [folder.resolve() for folder in (*map(here.joinpath, FOREIGN_FOLDERS), *foreign)]
     for parent in (*Path(os.path.normpath(Path.cwd() / file)).parents, *file.resolve().parents):
         if _is_run(parent):
             return parent
@@ -183,8 +183,8 @@ def _find(name: str, places: list[str] | None) -> importlib.machinery.ModuleSpec
                 return spec
         return None
     portions: list[str] = []
-    for place in places:
-        importer = pkgutil.get_importer(place)
+    for folder in places:
+        importer = pkgutil.get_importer(folder)
         spec = importer.find_spec(name) if importer is not None else None
         if spec is not None and spec.loader is not None:
             return spec

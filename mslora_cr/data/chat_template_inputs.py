@@ -220,7 +220,7 @@ class ChatTemplateInputs:
         """What the processor makes of a batch; `images` of each text."""
         inputs = self.processor(
             text=list(texts),
-            images=[list(own) for own in images] if any(images) else None,
+            images=[list(of_prompt) for of_prompt in images] if any(images) else None,
             add_special_tokens=self._adds_special(texts[0]),
             padding=True,
             padding_side=padding_side,

@@ -78,5 +78,5 @@ def _padded(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
 
 def _stacked_pixels(samples: Sequence[Sample]) -> dict[str, Tensor]:
     # Without the empty ones of text-only samples: those have the shape of pixels, also next to cached features.
-    shown = [sample["pixel_values"] for sample in samples if len(sample["pixel_values"])]
-    return {"pixel_values": torch.cat(shown)} if shown else {}
+    pixels = [sample["pixel_values"] for sample in samples if len(sample["pixel_values"])]
+    return {"pixel_values": torch.cat(pixels)} if pixels else {}

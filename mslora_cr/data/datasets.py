@@ -71,8 +71,8 @@ class ConcatTrainDataset(ConcatDataset[Any]):
         """Where a sample's record is, for errors."""
         part = bisect_right(self.cumulative_sizes, index)
         records = self.parts[part].records
-        place = records.place(index - ([0, *self.cumulative_sizes][part]))
-        return place if len(self.parts) == 1 else f"{records.path}: {place}"
+        location = records.place(index - ([0, *self.cumulative_sizes][part]))
+        return location if len(self.parts) == 1 else f"{records.path}: {location}"
 
 
 class EvalDataset:

@@ -50,12 +50,12 @@ class FeatureCache:
         Raises:
             DataError: there are none, or their file is damaged.
         """
-        place = self.place(image)
+        path = self.place(image)
         try:
-            return load_file(check_regular(place))[_NAME]
+            return load_file(check_regular(path))[_NAME]
         except (OSError, SafetensorError, KeyError) as error:
             raise DataError(
-                f"{image}: no features in {place} ({error}); remove that file if it exists and start again, and do "
+                f"{image}: no features in {path} ({error}); remove that file if it exists and start again, and do "
                 "not change images while a run reads them"
             ) from None
 
@@ -73,13 +73,13 @@ class FeatureCache:
             encode: pixels (n, 3, height, width), float32 → features (n, positions, width), on any device.
         """
         places = {self.place(image): image for image in dict.fromkeys(images)}
-        missing = [(place, image) for place, image in places.items() if not place.is_file()]
+        missing = [(path, image) for path, image in places.items() if not path.is_file()]
         loader = DataLoader(_Pixels([image for _, image in missing], processor), batch_size=_BATCH, num_workers=workers)
-        remaining: Iterator[Path] = iter([place for place, _ in missing])
+        remaining: Iterator[Path] = iter([path for path, _ in missing])
         with progress_bar(desc="image features", total=len(missing), unit="image", disable=not progress) as bar:
             for pixels in loader:
-                for place, features in zip(islice(remaining, len(pixels)), encode(pixels).cpu(), strict=True):
-                    _write(place, save({_NAME: features.contiguous()}))
+                for path, features in zip(islice(remaining, len(pixels)), encode(pixels).cpu(), strict=True):
+                    _write(path, save({_NAME: features.contiguous()}))
                 bar.update(len(pixels))
 
 
@@ -103,9 +103,9 @@ class _Pixels(Dataset[Tensor]):
         return preprocess(load_image(self.images[index]), self.processor)
 
 
-def _write(place: Path, content: bytes) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(place, shared=True) as partial:
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, shared=True) as partial:
         partial.write_bytes(content)
 
 

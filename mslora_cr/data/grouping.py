@@ -71,12 +71,12 @@ def _drawn(
     taken: Counter[Hashable] = Counter()
     drawn: set[str] = set()
     names = list(waiting)
-    needs = [(-1.0, place) for place in range(len(names))]  # a heap: equal needs in the order that the seed drew
+    needs = [(-1.0, index) for index in range(len(names))]  # a heap: equal needs in the order that the seed drew
     while taken.total() < rows and needs:
-        need, place = heapq.heappop(needs)
-        answer = names[place]
+        need, index = heapq.heappop(needs)
+        answer = names[index]
         if need < (now := taken[answer] / wanted[answer] - 1):
-            heapq.heappush(needs, (now, place))
+            heapq.heappush(needs, (now, index))
         elif waiting[answer]:
             queue = waiting[answer]
             candidates = [queue.popleft() for _ in range(min(LOOKED_AT, len(queue)))]
@@ -86,7 +86,7 @@ def _drawn(
                 queue.extendleft(group for group in reversed(candidates) if group != best)
                 drawn.add(best)
                 taken += held[best]
-            heapq.heappush(needs, (taken[answer] / wanted[answer] - 1, place))
+            heapq.heappush(needs, (taken[answer] / wanted[answer] - 1, index))
     return drawn
 
 

@@ -87,7 +87,7 @@ def paths_of(names: Sequence[Sequence[str]], roots: Sequence[Path]) -> list[Path
     Raises:
         DataError: one is missing or outside its root.
     """
-    return [resolve_image(name, roots) for name in dict.fromkeys(name for shown in names for name in shown)]
+    return [resolve_image(name, roots) for name in dict.fromkeys(name for of_record in names for name in of_record)]
 
 
 def load_image(path: Path) -> Image.Image:
@@ -233,11 +233,11 @@ def inspect_images(paths: Iterable[Path], workers: int, progress: bool, cache: P
     found good before (same path, size and modification time) are not decoded again, and newly good ones are
     added as they are found, so that an interrupted run resumes where it stopped.
     """
-    known = _read_marks(cache)
+    marks = _read_marks(cache)
     inspected = _Found([], [])
     total = len(paths) if isinstance(paths, Sequence) else None
     with tqdm(total=total, desc="images", unit="image", disable=not progress) as bar:
-        pending = _new_images(enumerate(paths), known, bar)
+        pending = _new_images(enumerate(paths), marks, bar)
         with worker_pool(workers) as pool:
             for good, some in _bounded(pool, iter(lambda: list(islice(pending, _CHUNK)), []), 4 * workers):
                 inspected.bad.extend(some.bad)
@@ -282,9 +282,9 @@ def _check_chunk(chunk: list[_Numbered]) -> _Checked:
     return good, findings
 
 
-def _new_images(paths: Iterable[_Numbered], known: set[bytes], bar: tqdm) -> Iterator[_Numbered]:
+def _new_images(paths: Iterable[_Numbered], marks: set[bytes], bar: tqdm) -> Iterator[_Numbered]:
     for number, path in paths:
-        if known and _mark(path) in known:
+        if marks and _mark(path) in marks:
             bar.update()
         else:
             yield number, path

@@ -101,7 +101,7 @@ class LlavaMedInputs:
 
     def answering_batch(self, prompts: Sequence[Prompt], images: Sequence[Tensor]) -> dict[str, Tensor]:
         """`pixel_values`, the images of all prompts one after another; nothing where there are none."""
-        pixels = [own for own in images if len(own)]
+        pixels = [of_prompt for of_prompt in images if len(of_prompt)]
         return {"pixel_values": torch.cat(pixels)} if pixels else {}
 
     def asked(self, earlier: Sequence[Turn], question: str, images: Tensor) -> tuple[list[int], dict[str, Tensor]]:

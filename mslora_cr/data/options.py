@@ -40,7 +40,7 @@ def rotated(options: Mapping[str, str], by: int) -> dict[str, str]:
         by: `1` gives the first letter the last text.
     """
     texts = list(options.values())
-    return {letter: texts[(place - by) % len(texts)] for place, letter in enumerate(options)}
+    return {letter: texts[(index - by) % len(texts)] for index, letter in enumerate(options)}
 
 
 def letter_of(truth: str, options: Mapping[str, str]) -> str | None:

@@ -102,11 +102,11 @@ def _attributes(value: Any) -> Any:
         return {}
     if not isinstance(value, Mapping):
         raise ValueError("should be an object of texts and numbers")
-    known = {name: held for name, held in value.items() if held is not None}
-    for name, held in known.items():
+    present = {name: held for name, held in value.items() if held is not None}
+    for name, held in present.items():
         if isinstance(held, bool) or not isinstance(held, str | int | float):
             raise ValueError(f"should hold texts and numbers alone, but {shorten(name)} is neither")
-    return known
+    return present
 
 
 Identifier = Annotated[int | str, PlainValidator(_identifier)]
@@ -133,10 +133,10 @@ class _Record(BaseModel):
 @lru_cache(1024)
 def _misspelt(model: type[BaseModel], names: tuple[str, ...]) -> tuple[str, str] | None:
     """The first name that is close to that of a field that is absent, with the field's name."""
-    known = {name for key, field in model.model_fields.items() for name in (key, field.alias or key)}
+    valid = {name for key, field in model.model_fields.items() for name in (key, field.alias or key)}
     absent = [field.alias or key for key, field in model.model_fields.items() if not {key, field.alias} & {*names}]
     for name in names:
-        if name not in known and (close := get_close_matches(name, absent, n=1, cutoff=0.85)):
+        if name not in valid and (close := get_close_matches(name, absent, n=1, cutoff=0.85)):
             return name, close[0]
     return None
 
@@ -228,9 +228,9 @@ class _Records(Sequence[Record], Generic[Record]):
         hasher = hashlib.sha256()
         try:
             with check_regular(self.path).open("rb") as file:
-                for start, end, place, value in self._items(file, hasher):
+                for start, end, location, value in self._items(file, hasher):
                     try:
-                        self._check(value, place)
+                        self._check(value, location)
                     except DataError as error:
                         self._note(error)
                         continue
@@ -255,14 +255,14 @@ class _Records(Sequence[Record], Generic[Record]):
             raise problem
         self._problems.append(str(problem))
 
-    def _check(self, value: Any, place: str) -> Record:
+    def _check(self, value: Any, location: str) -> Record:
         if not isinstance(value, dict):
-            raise DataError(f"{self.path}: {place}: expected an object ({{…}}), found {shorten(value)}")
+            raise DataError(f"{self.path}: {location}: expected an object ({{…}}), found {shorten(value)}")
         try:
             return self._model.model_validate(value)
         except ValidationError as error:
             problem = first_problem(error) if self._problems is None else "; ".join(problems_in(error))
-            raise DataError(f"{self.path}: {place}: {problem}{other_record(value)}") from None
+            raise DataError(f"{self.path}: {location}: {problem}{other_record(value)}") from None
 
     def _read(self, file: BinaryIO, index: int) -> Record:
         file.seek(self._starts[index])
@@ -318,10 +318,10 @@ class TrainingRecords(_Records[TrainingRecord]):
     def _items(self, file: BinaryIO, hasher: "hashlib._Hash") -> Iterator[Item]:
         return ListReader(self.path, file, hasher).items()
 
-    def _check(self, value: Any, place: str) -> TrainingRecord:
-        record = super()._check(value, place)
+    def _check(self, value: Any, location: str) -> TrainingRecord:
+        record = super()._check(value, location)
         if problem := _misplaced_mark(record):
-            raise DataError(f"{self.path}: {place}: {problem}")
+            raise DataError(f"{self.path}: {location}: {problem}")
         return record
 
     def place(self, index: int) -> str:
@@ -352,25 +352,27 @@ class TestRecords(_Records[TestRecord]):
             number += 1
             if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
                 raise DataError(f"{self.path}: line {number}: {TOO_LONG}")
-            place, end = f"line {number}", start + len(line)
+            location, end = f"line {number}", start + len(line)
             if start == 0 and line.startswith(codecs.BOM_UTF8):  # programs on Windows put one before UTF-8
                 start, line = len(codecs.BOM_UTF8), line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 try:
-                    value = self._decode(line, place)
+                    value = self._decode(line, location)
                 except DataError as error:
                     self._note(error)
                 else:
-                    yield start, end, place, value
+                    yield start, end, location, value
             start = end
 
-    def _decode(self, line: bytes, place: str) -> Any:
+    def _decode(self, line: bytes, location: str) -> Any:
         if line.lstrip().startswith(b"["):
-            raise DataError(f"{self.path}: {place}: expected an object ({{…}}) on each line, found the start of a list")
+            raise DataError(
+                f"{self.path}: {location}: expected an object ({{…}}) on each line, found the start of a list"
+            )
         try:
             return STRICT_JSON.decode(line.decode())
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.path}: {place}: {explain_json(error)}") from None
+            raise DataError(f"{self.path}: {location}: {explain_json(error)}") from None
 
     def place(self, index: int) -> str:
         with self.path.open("rb") as file:

@@ -71,9 +71,9 @@ def start_process_group(use_gpu: bool, timeout_seconds: float = TIMEOUT_SECONDS)
 def _store_of_this_attempt(purpose: str, timeout: timedelta = STORE_TIMEOUT) -> PrefixStore:
     """A connection to the run's store, apart from those of other purposes, and from what earlier attempts left there:
     under `torchrun --max-restarts` one store serves all attempts, and has the addresses of processes that are gone."""
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"mslora_cr/{attempt}/{purpose}", TCPStore(*place, is_master=False, timeout=timeout))
+    return PrefixStore(f"mslora_cr/{attempt}/{purpose}", TCPStore(*address, is_master=False, timeout=timeout))
 
 
 def run_on_rank0(work: Callable[[], None]) -> None:

@@ -64,8 +64,8 @@ def answer_questions(
     unanswered = [index for index in range(len(samples)) if index not in answered]
     groups = grouped(prompts, unanswered, banks, most=max(1, -(-len(unanswered) // world_size())))
     tokenizer = samples.input_processor.tokenizer
-    own = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
-    waves = in_waves(shared_out(groups, world_size(), limits.new_tokens)[rank()], prompts, own)
+    fitting = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
+    waves = in_waves(shared_out(groups, world_size(), limits.new_tokens)[rank()], prompts, fitting)
     mine: dict[int, str] = {}
     started = time.monotonic()
     with (
@@ -179,8 +179,8 @@ def answer_once(
     stamp = None
     if rank() == 0:
         stamp = read_stamp(folder, fingerprint)
-        for place, count in (parts or {folder: questions}).items():
-            stamp = stamp if stamp and answers_are_whole(place, fingerprint, count) else None
+        for target, count in (parts or {folder: questions}).items():
+            stamp = stamp if stamp and answers_are_whole(target, fingerprint, count) else None
     stamp = broadcast_object(stamp)
     if stamp is not None:
         return stamp

@@ -42,8 +42,8 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
     answering = method.stages(learned, len(config.tasks))
     for task in config.stream:
         number, places = task.index + 1, {}
-        own = method.banks(number, number, config.evaluation.banks_by)
-        places[tuple(own)] = config.results_run_dir / task.name
+        numbers = method.banks(number, number, config.evaluation.banks_by)
+        places[tuple(numbers)] = config.results_run_dir / task.name
         for stage in stages_of(task, stages, config):
             banks = tuple(method.banks(number, stage, config.evaluation.banks_by)) if stage else ()
             if stage not in (0, *answering) or not set(banks) <= set(learned):
@@ -55,5 +55,5 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
 
 def stages_of(task: Task, stages: Stages, config: StreamConfig) -> Sequence[int]:
     """The stages at which a task is to be answered."""
-    own, last = task.index + 1, len(config.tasks)
-    return {"own": [own], "final": [last], "seen": range(own, last + 1), "all": range(last + 1)}[stages]
+    first, last = task.index + 1, len(config.tasks)
+    return {"own": [first], "final": [last], "seen": range(first, last + 1), "all": range(last + 1)}[stages]

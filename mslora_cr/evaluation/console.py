@@ -25,8 +25,8 @@ def score_table(evaluation: Evaluation, results_dir: Path) -> str:
     """
     rows = []
     for task in evaluation.tasks:
-        own, last = evaluation.own_cell(task), evaluation.last_cell(task)
-        for cell in (own, last if last != own else None):
+        learned, last = evaluation.own_cell(task), evaluation.last_cell(task)
+        for cell in (learned, last if last != learned else None):
             if cell is not None:
                 scores = [number(cell.metrics.get(name)) for name in COLUMNS]
                 rows.append([task, cell.stage, cell.rows, *scores])
@@ -34,12 +34,14 @@ def score_table(evaluation: Evaluation, results_dir: Path) -> str:
     for name, title in COLUMNS.items():
         if (matrix := evaluation.matrix(name)) is not None:
             figures = matrix.summary()
-            known = [f"{words} {value:.1f}" for key, words in FIGURES.items() if (value := figures[key]) is not None]
+            available = [
+                f"{words} {value:.1f}" for key, words in FIGURES.items() if (value := figures[key]) is not None
+            ]
             if (change := figures[CHANGE]) is not None and matrix.last > 1:
                 found = evaluation.matrix_intervals(results_dir, name).figures[CHANGE]
                 ends = bracketed(found.ends, found.changed, found.precision)
-                known.append(f"backward transfer {number(change)}{ends}")
-            lines.append(f"{title}: {', '.join(known)}")
+                available.append(f"backward transfer {number(change)}{ends}")
+            lines.append(f"{title}: {', '.join(available)}")
     return "\n".join(lines)
 
 

@@ -118,8 +118,8 @@ class _Asker:
             try:
                 self._chat.ask_each(missing, lambda index: self._body(self.records[index]), self._place, note)
             except UserError as error:
-                kept = f"{len(answered)} of {total} answers to {self.task.name} are kept; the same command goes on"
-                raise type(error)(f"{error}. {kept}") from None
+                progress = f"{len(answered)} of {total} answers to {self.task.name} are kept; the same command goes on"
+                raise type(error)(f"{error}. {progress}") from None
         publish(self.records, answered, folder / ANSWERS, self.model, self.fingerprint)
         return {"seconds": round(time.monotonic() - started, 3)}
 
@@ -127,8 +127,8 @@ class _Asker:
         return f"the question on {self.records.place(index)} of {self.records.path}"
 
     def _body(self, record: TestRecord) -> Body:
-        shown = shown_images(record, self.config.data.images == "all")
-        content: list[Body] = [{"type": "image_url", "image_url": {"url": self._data_url(name)}} for name in shown]
+        images = shown_images(record, self.config.data.images == "all")
+        content: list[Body] = [{"type": "image_url", "image_url": {"url": self._data_url(name)}} for name in images]
         content.append({"type": "text", "text": question_text(record.question, 0)})
         return {
             "model": self.model,

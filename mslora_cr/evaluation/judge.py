@@ -130,8 +130,8 @@ def _question(row: AnswerRecord) -> _Question:
 def _replies(path: Path, endpoint: Endpoint, questions: Sequence[_Question]) -> dict[_Question, str]:
     """The judge's reply to every question, from the file as far as it has them."""
     keys = {question: question.key(endpoint.model) for question in questions}
-    known = read_verdicts(path)
-    missing = [question for question in questions if keys[question] not in known]
+    verdicts = read_verdicts(path)
+    missing = [question for question in questions if keys[question] not in verdicts]
     with (
         append_to(path) as file,
         Chat(endpoint) as chat,
@@ -146,7 +146,7 @@ def _replies(path: Path, endpoint: Endpoint, questions: Sequence[_Question]) -> 
             key = keys[missing[index]]
             file.write(_line(key, reply, missing[index], endpoint.model))
             file.flush()
-            known[key] = reply
+            verdicts[key] = reply
             bar.update()
 
         try:
@@ -157,16 +157,16 @@ def _replies(path: Path, endpoint: Endpoint, questions: Sequence[_Question]) -> 
                 note,
             )
         except UserError as error:
-            kept = sum(key in known for key in keys.values())
+            already = sum(key in verdicts for key in keys.values())
             raise type(error)(
-                f"{error}. {kept} of {len(questions)} verdicts are kept; the same command goes on"
+                f"{error}. {already} of {len(questions)} verdicts are kept; the same command goes on"
             ) from None
-    return {question: known[key] for question, key in keys.items()}
+    return {question: verdicts[key] for question, key in keys.items()}
 
 
 def read_verdicts(path: Path) -> dict[str, str]:
     """Replies by key. A line that a kill cut short, or that was changed since, is passed over and asked again."""
-    known: dict[str, str] = {}
+    verdicts: dict[str, str] = {}
     damaged = 0
     for line in path.read_bytes().split(b"\n") if path.is_file() else ():
         if not line:
@@ -178,12 +178,12 @@ def read_verdicts(path: Path) -> dict[str, str]:
         except (UserError, KeyError, TypeError):
             whole = False
         if whole:
-            known[row["key"]] = row["reply"]
+            verdicts[row["key"]] = row["reply"]
         else:
             damaged += 1
     if damaged:
         log.warning("%s: %d verdicts are damaged; they are asked again", path, damaged)
-    return known
+    return verdicts
 
 
 def _line(key: str, reply: str, question: _Question, judge: str) -> bytes:
@@ -194,12 +194,12 @@ def _line(key: str, reply: str, question: _Question, judge: str) -> bytes:
 
 
 def _body(question: _Question, judge: str) -> Body:
-    shown = {"question": question.question, "reference": question.truth, "answer": question.answer}
+    content = {"question": question.question, "reference": question.truth, "answer": question.answer}
     return {
         "model": judge,
         "messages": [
             {"role": "system", "content": PROMPT},
-            {"role": "user", "content": json.dumps(shown, ensure_ascii=False)},
+            {"role": "user", "content": json.dumps(content, ensure_ascii=False)},
         ],
         "max_tokens": LONGEST_REPLY,
         "temperature": 0,
@@ -228,9 +228,9 @@ def _cells(
         groups = read_scores((results_dir / cell.answers).with_name(SCORES)).groups[opened]
         verdicts = [verdict_of(replies[_question(row)]) for row in _opened(rows)]
         counts = Counter(verdicts)
-        known = np.array([verdict is not None for verdict in verdicts], dtype=bool)
+        judged = np.array([verdict is not None for verdict in verdicts], dtype=bool)
         worth = np.array([WORTH[verdict] for verdict in verdicts if verdict is not None], dtype=np.float64)
-        ends = percent(score_interval([estimate(worth, groups[known])])) if len(worth) else None
+        ends = percent(score_interval([estimate(worth, groups[judged])])) if len(worth) else None
         cells.append(
             JudgedCell(
                 task=cell.task,

@@ -126,7 +126,7 @@ class Chat:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _ask(self, body: Body, place: str) -> str | None:
+    def _ask(self, body: Body, label: str) -> str | None:
         """The answer; None if everything ends meanwhile."""
         endpoint, problem = self._endpoint, ""
         for attempt in range(endpoint.attempts):
@@ -149,7 +149,7 @@ class Chat:
                     self._stopped.wait(min(float(response.headers["Retry-After"]), LONGEST_PAUSE))
             else:
                 raise EndpointError(
-                    f"{self._url}: the server refuses {place} (HTTP {response.status_code}: {response.text[:300]!r})"
+                    f"{self._url}: the server refuses {label} (HTTP {response.status_code}: {response.text[:300]!r})"
                 )
         raise EndpointError(
             f"{self._url}: no answer from {body['model']} in {endpoint.attempts} attempts (last: {problem}); see "

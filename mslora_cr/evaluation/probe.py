@@ -59,19 +59,19 @@ def check_held_out(config: StreamConfig, dataset: str) -> Task:
         raise ConfigError(f"--probe: unknown data set {dataset!r}{nearest(dataset, config.datasets)}")
     if dataset in [task.name for task in config.tasks]:
         raise ConfigError(f"--probe: {dataset} is a task of this stream; name a data set that none of them trains")
-    known = config.datasets[dataset].model_dump(include={"modality", "folder", "image_folders"})
+    settings = config.datasets[dataset].model_dump(include={"modality", "folder", "image_folders"})
     # What training would need of it is never read.
-    return Task(index=len(config.tasks), name=dataset, epochs=1.0, batch_size=1, learning_rate=1.0, **known)
+    return Task(index=len(config.tasks), name=dataset, epochs=1.0, batch_size=1, learning_rate=1.0, **settings)
 
 
 def _evaluate(config: StreamConfig, task: Task, banks: Mapping[str, Bank] | None) -> Path:
     chain = dict(banks) if banks is not None else finished_banks(config)
-    by_number = {known.index + 1: chain[known.name] for known in config.stream if known.name in chain}
+    by_number = {measured.index + 1: chain[measured.name] for measured in config.stream if measured.name in chain}
     records = test_records(config, task)
     wanted = _cells(config, task, by_number)
     banks_of = {cell.stage: [by_number[number] for number in cell.banks] for cell in wanted}
-    known = list(by_number.values())
-    session = EvaluationSession(config, known, {task.name: records}, cached_images=True, switches=True)
+    measured = list(by_number.values())
+    session = EvaluationSession(config, measured, {task.name: records}, cached_images=True, switches=True)
     fingerprints = {
         stage: session.fingerprint(answering, questions=records.digest, fold=config.lora.fold)
         for stage, answering in banks_of.items()

@@ -71,13 +71,13 @@ class Evaluation(StateFile):
     def matrix(self, metric: str) -> TaskStageMatrix | None:
         """The task × stage matrix of a metric, over the evaluated tasks that have it; None without such."""
         scores = {(cell.task, cell.stage): cell.metrics[metric] for cell in self.cells if metric in cell.metrics}
-        tasks = tuple(task for task in self.tasks if any(task == known for known, _ in scores))
+        tasks = tuple(task for task in self.tasks if any(task == scored for scored, _ in scores))
         return TaskStageMatrix(self.tasks, tasks, scores) if tasks else None
 
     def own_cell(self, task: str) -> Cell | None:
         """A task's cell at its own stage."""
-        own = self.tasks.index(task) + 1
-        return next((cell for cell in self.cells if (cell.task, cell.stage) == (task, own)), None)
+        stage = self.tasks.index(task) + 1
+        return next((cell for cell in self.cells if (cell.task, cell.stage) == (task, stage)), None)
 
     def last_cell(self, task: str) -> Cell | None:
         """A task's cell after the last stage."""
@@ -100,11 +100,11 @@ class Evaluation(StateFile):
             DataError: the scores of a cell are gone.
         """
         places = {(cell.task, cell.stage): (results_dir / cell.answers).with_name(SCORES) for cell in self.cells}
-        tables = {place: read_scores(place) for place in set(places.values())}
+        tables = {path: read_scores(path) for path in set(places.values())}
         by_metric = []
         for metric in metrics:
-            columns = {place: column_of(table, metric) for place, table in tables.items()}
-            by_metric.append({key: columns[place] for key, place in places.items() if len(columns[place].scores)})
+            columns = {path: column_of(table, metric) for path, table in tables.items()}
+            by_metric.append({key: columns[path] for key, path in places.items() if len(columns[path].scores)})
         return by_metric
 
     def matrix_intervals(self, results_dir: Path, metric: str) -> MatrixIntervals:
@@ -141,8 +141,8 @@ class Evaluation(StateFile):
 def column_of(table: ScoreTable, metric: str) -> Column:
     """The questions of a table that have a metric; none where it is not there."""
     scores = table.columns.get(metric, np.full(len(table.ids), np.nan))
-    known = ~np.isnan(scores)
-    return Column(scores[known], table.groups[known])
+    scored = ~np.isnan(scores)
+    return Column(scores[scored], table.groups[scored])
 
 
 def read_evaluation(results_dir: Path) -> Evaluation | None:

@@ -89,9 +89,9 @@ def _evaluate_routed(config: StreamConfig, stages: Stages, banks: Mapping[str, B
     folder = config.results_run_dir / ROUTED
     if rank() == 0:
         order = [(task.name, stage) for task in config.stream for stage in tasks_at if (task.name, stage) in rows]
-        kept = write_summary(config, folder / EVALUATION, [rows[key] for key in order], routed.possible(folder))
-        ways = {cell.stage: cell.fingerprint for cell in kept.cells}
-        stamps = (read_stamp(folder / f"stage-{stage}", ways[stage]) for stage in kept.stages)
+        cells = write_summary(config, folder / EVALUATION, [rows[key] for key in order], routed.possible(folder))
+        ways = {cell.stage: cell.fingerprint for cell in cells.cells}
+        stamps = (read_stamp(folder / f"stage-{stage}", ways[stage]) for stage in cells.stages)
         routings = tuple(stamp.routing for stamp in stamps if stamp and stamp.routing)
         Routing(stages=routings).write(folder / ROUTING)
     barrier()
@@ -187,16 +187,16 @@ class _Routed:
     def _confusion(self, stage: int, tasks: Sequence[Task], routes: Mapping[str, Sequence[int]]) -> StageRouting:
         """How many questions of each task were taken for each learned one, and how many of learned tasks rightly."""
         counts = {task.name: tuple(np.bincount(routes[task.name], minlength=stage).tolist()) for task in tasks}
-        known = [task for task in tasks if task.index < stage]
-        right = np.array([float(route == task.index) for task in known for route in routes[task.name]])
-        groups = [f"{task.name}: {group}" for task in known for _, group in question_places(self._records[task.name])]
+        learned = [task for task in tasks if task.index < stage]
+        right = np.array([float(route == task.index) for task in learned for route in routes[task.name]])
+        groups = [f"{task.name}: {group}" for task in learned for _, group in question_places(self._records[task.name])]
         return StageRouting(
             stage=stage,
             learned=tuple(bank.name for bank in self.banks[:stage]),
             confusion=counts,
             questions=len(right),
-            accuracy=100 * float(right.mean()) if known else None,
-            interval=percent(score_interval([estimate(right, group_numbers(groups))])) if known else None,
+            accuracy=100 * float(right.mean()) if learned else None,
+            interval=percent(score_interval([estimate(right, group_numbers(groups))])) if learned else None,
         )
 
     def _router(self, stage: int) -> TaskRouter:

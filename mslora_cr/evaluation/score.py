@@ -137,8 +137,8 @@ def metrics_of(scores: Scores, groups: intervals.Groups) -> Metrics:
     ends, estimates = {}, {}
     for name in metrics:
         column = np.array(scores.columns[name], dtype=np.float64)
-        known = ~np.isnan(column)
-        estimates[name] = estimate(column[known], groups[known])
+        scored = ~np.isnan(column)
+        estimates[name] = estimate(column[scored], groups[scored])
         ends[name] = percent(score_interval([estimates[name]]))
     opened = np.array([row.ngrams is not None for row in scores.rows], dtype=bool)
     if opened.any():
@@ -154,8 +154,8 @@ def metrics_of(scores: Scores, groups: intervals.Groups) -> Metrics:
         empty_truths=sum(not row.reference for row in scores.rows),
         rows=len(scores.rows),
         groups=len(np.unique(groups)),
-        freedom={name: known.freedom for name, known in estimates.items()},
-        largest_cluster={name: known.largest for name, known in estimates.items()},
+        freedom={name: scored.freedom for name, scored in estimates.items()},
+        largest_cluster={name: scored.largest for name, scored in estimates.items()},
         open=scores.open,
         closed=scores.closed,
     )
@@ -183,7 +183,7 @@ def read_scores(path: Path) -> ScoreTable:
 def group_numbers(labels: Sequence[str]) -> intervals.Groups:
     """Equal labels → equal numbers, in the order in which they come; each empty label a number of its own."""
     numbers: dict[str | int, int] = {}
-    of_each = [numbers.setdefault(label or place, len(numbers)) for place, label in enumerate(labels)]
+    of_each = [numbers.setdefault(label or index, len(numbers)) for index, label in enumerate(labels)]
     return np.array(of_each, dtype=np.int64)
 
 
@@ -217,25 +217,25 @@ def _first(image: Any) -> str:
     return str(names[0]) if names and names[0] is not None else ""
 
 
-def _parse(line: bytes, place: str) -> AnswerRecord:
+def _parse(line: bytes, location: str) -> AnswerRecord:
     try:
         value = decode_json(line)
     except JsonError as error:
-        raise DataError(f"{place}: not a line of JSON in UTF-8: {error}") from None
+        raise DataError(f"{location}: not a line of JSON in UTF-8: {error}") from None
     if not isinstance(value, dict):
-        raise DataError(f"{place}: expected an object ({{…}}), found {type(value).__name__}")
+        raise DataError(f"{location}: expected an object ({{…}}), found {type(value).__name__}")
     try:
         return AnswerRecord.model_validate(value)
     except ValidationError as error:
-        raise DataError(f"{place}: {first_problem(error)}") from None
+        raise DataError(f"{location}: {first_problem(error)}") from None
 
 
 def _render_scores(records: Iterable[AnswerRecord], scores: Scores, places: Iterable[tuple[str, str]]) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(("question_id", "answer_type", *scores.columns, *PLACES))
-    for record, place, *row in zip(records, places, *scores.columns.values(), strict=True):
-        writer.writerow((record.question_id, record.answer_type, *row, *place))
+    for record, image, *row in zip(records, places, *scores.columns.values(), strict=True):
+        writer.writerow((record.question_id, record.answer_type, *row, *image))
     return text.getvalue()
 
 

@@ -141,5 +141,5 @@ class ConcatEvalDataset:
 
     def load_images(self, index: int) -> Any:
         """A question's images, as `EvalDataset.load_images`."""
-        part, own = self._places[index]
-        return part.load_images(own)
+        part, index_in_part = self._places[index]
+        return part.load_images(index_in_part)

@@ -119,7 +119,7 @@ def write_summary(
         places = "; ".join(f"{task} at stage {', '.join(stages)}" for task, stages in left_out.items())
         log.warning("%s: left out, because other banks, questions or settings gave the answers: %s", path, places)
     order = [task.name for task in config.tasks]
-    kept = [merged[place] for place in sorted(merged, key=lambda place: (order.index(place[0]), place[1]))]
+    cells = [merged[key] for key in sorted(merged, key=lambda key: (order.index(key[0]), key[1]))]
     summary = Evaluation(
         run=config.run,
         method=config.method,
@@ -127,8 +127,8 @@ def write_summary(
         tasks=tuple(order),
         modalities={task.name: task.modality for task in config.stream},
         published={task.name: config.datasets[task.name].published for task in config.tasks},
-        stages=tuple(sorted({row.stage for row in kept})),
-        cells=tuple(kept),
+        stages=tuple(sorted({row.stage for row in cells})),
+        cells=tuple(cells),
         environment=environment(),
     )
     summary.write(path)

@@ -89,12 +89,12 @@ class SharedCache(Cache):
 def membership(group: Sequence[int], openings: int) -> tuple[Tensor, Tensor]:
     """`place` and `members` of `SharedCache`, for the opening of each row."""
     members: list[list[int]] = [[] for _ in range(openings)]
-    place = []
+    positions = []
     for row, number in enumerate(group):
-        place.append(len(members[number]))
+        positions.append(len(members[number]))
         members[number].append(row)
     most = max(map(len, members))
-    return torch.tensor(place), torch.tensor([rows + [0] * (most - len(rows)) for rows in members])
+    return torch.tensor(positions), torch.tensor([rows + [0] * (most - len(rows)) for rows in members])
 
 
 def shared_attention(
@@ -130,8 +130,8 @@ def shared_attention(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.view(rows, query_heads, length, -1).masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype).view(*grouped.shape[:3], -1)
-    ours, own = weights.split([keys.shape[2], key.shape[2]], dim=-1)
-    output = shared.by_row(shared.by_opening(ours) @ values) + own @ value
+    ours, own_weights = weights.split([keys.shape[2], key.shape[2]], dim=-1)
+    output = shared.by_row(shared.by_opening(ours) @ values) + own_weights @ value
     return output.view(rows, query_heads, length, width).transpose(1, 2), None
 
 

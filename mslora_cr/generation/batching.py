@@ -59,7 +59,7 @@ class Wave:
     @property
     def openings(self) -> dict[int, int]:
         """The place of each question's opening in `groups`."""
-        return {question: place for place, group in enumerate(self.groups) for question in group.questions}
+        return {question: index for index, group in enumerate(self.groups) for question in group.questions}
 
 
 def grouped(

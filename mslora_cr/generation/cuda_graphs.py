@@ -48,8 +48,8 @@ class Shape:
     def rounded(self) -> Shape:
         """Powers of two, and positions by the `POSITIONS`."""
         rows, openings, members = (1 << (size - 1).bit_length() for size in (self.rows, self.openings, self.members))
-        before, own = (rounded_up(size, POSITIONS) for size in (self.before, self.own))
-        return Shape(rows, openings, members, before, own)
+        before, own_positions = (rounded_up(size, POSITIONS) for size in (self.before, self.own))
+        return Shape(rows, openings, members, before, own_positions)
 
     def holds(self, other: Shape) -> bool:
         return all(ours >= theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True))

@@ -42,7 +42,9 @@ class Rows:
         rows = torch.tensor(kept, device=self.ids.device)
         cache = self.cache
         group = cache.group[rows]
-        place, members = membership(group.tolist(), len(cache.members))
-        own = [(keys[rows], values[rows]) for keys, values in cache.own]
-        chosen = SharedCache(cache.openings, own, group, place.to(rows.device), members.to(rows.device), cache.slots)
+        positions, members = membership(group.tolist(), len(cache.members))
+        own_states = [(keys[rows], values[rows]) for keys, values in cache.own]
+        chosen = SharedCache(
+            cache.openings, own_states, group, positions.to(rows.device), members.to(rows.device), cache.slots
+        )
         return Rows(self.ids[rows], self.positions[rows], self.visible[rows], chosen)

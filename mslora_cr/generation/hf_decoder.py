@@ -127,7 +127,7 @@ class PlainDecoder:
         return value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)
 
     def _cut(self, ids: list[int]) -> list[int]:
-        stop = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
+        stop = next((index for index, token in enumerate(ids) if token in self._ends), len(ids))
         return ids[: stop + 1]
 
 

@@ -193,15 +193,17 @@ class Decoder:
             order = torch.cat([order, lengths + branches.depth], dim=1)
             seen = branches.seen(torch.cat([before, rest_visible], dim=1))
             positions = order[:, -length:] + (openings.next_positions[start:stop][index] - before.sum(1))[:, None]
-            kept = [(keys[start:stop], values[start:stop]) for keys, values in openings.keys_values]
-            own = [
+            opening_states = [(keys[start:stop], values[start:stop]) for keys, values in openings.keys_values]
+            own_states = [
                 (
                     keys.new_zeros(len(questions), keys.shape[1], length, keys.shape[3]),
                     values.new_zeros(len(questions), values.shape[1], length, values.shape[3]),
                 )
-                for keys, values in kept
+                for keys, values in opening_states
             ]
-            cache = SharedCache(kept, own, index, place, members, torch.arange(length, device=self.device))
+            cache = SharedCache(
+                opening_states, own_states, index, place, members, torch.arange(length, device=self.device)
+            )
             output = self.model(
                 input_ids=torch.cat([rest, branches.ids], dim=1),
                 attention_mask=self._branching(seen[:, -length:], order),
@@ -227,26 +229,26 @@ class Decoder:
         # The last new token's keys and values are never read.
         free = torch.zeros(len(questions), max(1, self.max_new_tokens - 1), dtype=torch.bool, device=self.device)
         visible = torch.cat([before, own_visible, free] if length else [before, free], dim=1)
-        kept = [(keys[start:stop], values[start:stop]) for keys, values in openings.keys_values]
+        opening_states = [(keys[start:stop], values[start:stop]) for keys, values in openings.keys_values]
         space = visible.shape[1] - before.shape[1]
-        own = [
+        own_states = [
             (
                 keys.new_zeros(len(questions), keys.shape[1], space, keys.shape[3]),
                 values.new_zeros(len(questions), values.shape[1], space, values.shape[3]),
             )
-            for keys, values in kept
+            for keys, values in opening_states
         ]
         slots = torch.arange(length, device=self.device)
         following = openings.next_positions[start:stop][index][:, None]
         if length:
-            cache = SharedCache(kept, own, index, place, members, slots)
+            cache = SharedCache(opening_states, own_states, index, place, members, slots)
             positions = (following + own_visible.cumsum(1) - 1).clamp(min=0)
             next_ids = self._forward(ids, positions, self._causal(visible, before.shape[1], length), cache)
             following = following + own_visible.sum(1, keepdim=True)
         else:
             assert openings.next_logits is not None
             next_ids = openings.next_logits[start:stop].argmax(-1)[index]
-        cache = SharedCache(kept, own, index, place, members, slots.new_tensor([length]))
+        cache = SharedCache(opening_states, own_states, index, place, members, slots.new_tensor([length]))
         return Rows(next_ids[:, None].clone(), following, visible, cache)
 
     def step(self, rows: Rows) -> None:

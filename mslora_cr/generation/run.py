@@ -103,8 +103,8 @@ def scored_batches(
     """
     inputs: DataLoader[Any] = DataLoader(_Inputs(samples, decoder.prompts, waves), batch_size=None, num_workers=workers)
     waiting = sum(len(wave.batches) for wave in waves)
-    for wave, own in zip(waves, inputs, strict=True):
-        openings = decoder.read(wave, own)
+    for wave, of_wave in zip(waves, inputs, strict=True):
+        openings = decoder.read(wave, of_wave)
         for batch in wave.batches:
             ids = decoder.answer(openings, batch, waiting)
             scores = None

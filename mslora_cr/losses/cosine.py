@@ -38,11 +38,11 @@ def cosine_terms(current: Tensor, frozen: Frozen) -> tuple[Tensor, Tensor]:
     squared = current.square().sum(1, keepdim=True)
     norms = (squared * frozen.squared).sqrt()
     product = torch.bmm(current.unsqueeze(1), frozen.matrices.transpose(1, 2)).squeeze(1)
-    known = norms > 0
-    cosine = torch.where(known, product / norms, 0.0)
+    nonzero = norms > 0
+    cosine = torch.where(nonzero, product / norms, 0.0)
     similarity = torch.exp(cosine - 1)
-    pull = torch.where(known, frozen.coefficients * similarity, 0.0)
-    across = torch.where(known, pull / norms, 0.0)
+    pull = torch.where(nonzero, frozen.coefficients * similarity, 0.0)
+    across = torch.where(nonzero, pull / norms, 0.0)
     along = torch.where(squared > 0, (pull * cosine).sum(1, keepdim=True) / squared, 0.0)
     gradient = along * current - torch.bmm(across.unsqueeze(1), frozen.matrices).squeeze(1)
     return similarity.sum(0), gradient

@@ -115,8 +115,8 @@ def diagonal_fisher(trainer: BankTrainer, samples: int, seed: int) -> dict[str, 
     for start in progress_bar(
         passes, desc="Fisher information", unit="sample", unit_scale=world_size(), disable=rank() != 0
     ):
-        own = start + rank()
+        index = start + rank()
         # Every rank takes part in every pass, if only with a sample that does not count.
-        for key, gradient in trainer.sample_gradients(chosen[min(own, count - 1)]).items():
-            total[key] = total.get(key, 0) + gradient.square() * (own < count)
+        for key, gradient in trainer.sample_gradients(chosen[min(index, count - 1)]).items():
+            total[key] = total.get(key, 0) + gradient.square() * (index < count)
     return {fisher_name(*key): all_reduce_sum(values / count).cpu() for key, values in total.items()}

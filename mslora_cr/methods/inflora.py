@@ -65,9 +65,9 @@ class Inflora(Method[InfloraSettings]):
 
     def initial(self, setup: Setup, start: Mapping[str, Pair], probe: StartProbe) -> dict[str, Pair]:
         settings, made = self.settings(setup.config), {}
-        for name, seen, known in self._known(setup, probe.inputs(settings.samples, settings.tokens)):
+        for name, seen, basis in self._known(setup, probe.inputs(settings.samples, settings.tokens)):
             a, b = start[name]
-            made[name] = (new_directions(seen, known, len(a)).T.cpu() / math.sqrt(3), torch.zeros_like(b, device="cpu"))
+            made[name] = (new_directions(seen, basis, len(a)).T.cpu() / math.sqrt(3), torch.zeros_like(b, device="cpu"))
         return made
 
     def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
@@ -75,42 +75,42 @@ class Inflora(Method[InfloraSettings]):
         settings = self.settings(setup.config)
         seen_now = trainer.layer_inputs(settings.samples, settings.tokens)
         return {
-            f"inputs.{name}": grown(known, seen, settings.threshold).cpu().contiguous()
-            for name, seen, known in self._known(setup, seen_now)
+            f"inputs.{name}": grown(basis, seen, settings.threshold).cpu().contiguous()
+            for name, seen, basis in self._known(setup, seen_now)
         }
 
     def _known(self, setup: Setup, inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Each layer with its inputs on the new task and the M of those before, which has no column at first."""
         state = setup.state_before()
         for name, seen in inputs.items():
-            known = state.get(f"inputs.{name}", torch.zeros(len(seen), 0))
-            yield name, seen.to(setup.device), known.to(setup.device)
+            basis = state.get(f"inputs.{name}", torch.zeros(len(seen), 0))
+            yield name, seen.to(setup.device), basis.to(setup.device)
 
 
-def outside(inputs: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+def outside(inputs: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Left singular vectors, (in, k), and values, (k,), of what inputs, (in, n), have outside the span of `known`'s
     orthonormal columns, (in, m)."""
     with ieee_float32():
-        rest = inputs - known @ (known.T @ inputs)
-        rest = rest - known @ (known.T @ rest)  # once more: rounding leaves some of it, which a small rest would show
+        rest = inputs - basis @ (basis.T @ inputs)
+        rest = rest - basis @ (basis.T @ rest)  # once more: rounding leaves some of it, which a small rest would show
     directions, energy, _ = torch.linalg.svd(rest, full_matrices=False)
     return directions, energy
 
 
-def new_directions(inputs: Tensor, known: Tensor, count: int) -> Tensor:
+def new_directions(inputs: Tensor, basis: Tensor, count: int) -> Tensor:
     """The first `count` directions, (in, count), of inputs outside what is known; zeros where there are fewer."""
-    directions, energy = outside(inputs, known)
+    directions, energy = outside(inputs, basis)
     there = energy > NOTHING * inputs.norm()
     padded = inputs.new_zeros(len(inputs), count)
     padded[:, : min(count, len(energy))] = (directions * there)[:, :count]
     return padded
 
 
-def grown(known: Tensor, inputs: Tensor, threshold: float) -> Tensor:
+def grown(basis: Tensor, inputs: Tensor, threshold: float) -> Tensor:
     """`known`, (in, m), with the fewest directions more that hold a share `threshold` of the inputs' energy ‖H‖_F²."""
-    directions, values = outside(inputs, known)
+    directions, values = outside(inputs, basis)
     energy = values.double().square()
     total = inputs.double().square().sum()
     held = total - energy.sum() + energy.cumsum(0)
     more = int((held < threshold * total).sum()) + 1 if total - energy.sum() < threshold * total else 0
-    return torch.cat([known, directions[:, :more]], dim=1)
+    return torch.cat([basis, directions[:, :more]], dim=1)

@@ -64,12 +64,12 @@ class Keeplora(Method[KeeploraSettings]):
 
     def initial(self, setup: Setup, start: Mapping[str, Pair], probe: StartProbe) -> dict[str, Pair]:
         settings = self.settings(setup.config)
-        known = self._before(setup) or self._principal(setup, probe.weights())
+        bases = self._before(setup) or self._principal(setup, probe.weights())
         generator = torch.Generator().manual_seed(setup.config.seed + setup.task.index)
         drawn = {name: torch.randn(a.shape, generator=generator) for name, (a, _) in start.items()}
         directions = gradient_directions(
             lambda bank: probe.gradients(bank, settings.samples),
-            {name: known[name].to(setup.device) for name in drawn},
+            {name: bases[name].to(setup.device) for name in drawn},
             {name: matrix.to(setup.device) for name, matrix in drawn.items()},
             {name: len(b) for name, (_, b) in start.items()},
             settings.iterations,
@@ -80,9 +80,9 @@ class Keeplora(Method[KeeploraSettings]):
         """M after this task: by layer, (in, directions)."""
         settings = self.settings(setup.config)
         seen = trainer.layer_inputs(settings.samples, settings.tokens)
-        known = self._before(setup) or self._principal(setup, trainer.stack.weights())
+        bases = self._before(setup) or self._principal(setup, trainer.stack.weights())
         return {
-            f"kept.{name}": grown(known[name].to(setup.device), inputs.to(setup.device), settings.threshold)
+            f"kept.{name}": grown(bases[name].to(setup.device), inputs.to(setup.device), settings.threshold)
             .cpu()
             .contiguous()
             for name, inputs in seen.items()
@@ -115,7 +115,7 @@ def principal_inputs(weight: Tensor, threshold: float) -> Tensor:
 
 def gradient_directions(
     gradients: Gradients,
-    known: Mapping[str, Tensor],
+    bases: Mapping[str, Tensor],
     drawn: Mapping[str, Tensor],
     outputs: Mapping[str, int],
     iterations: int,
@@ -123,23 +123,23 @@ def gradient_directions(
     """The first r right singular vectors of each layer's ``G (I - M Mᵀ)``, (r, in), by subspace iteration.
 
     Args:
-        known: M by layer, (in, m).
+        bases: M by layer, (in, m).
         drawn: where to start, (r, in) at random.
         outputs: of each layer.
     """
-    rows = {name: _outside(matrix, known[name]) for name, matrix in drawn.items()}
+    rows = {name: _outside(matrix, bases[name]) for name, matrix in drawn.items()}
     for _ in range(iterations):
         left = gradients({name: (a, a.new_zeros(outputs[name], len(a))) for name, a in rows.items()})
         columns = {name: torch.linalg.qr(left[name, 1].to(a.device)).Q for name, a in rows.items()}
         right = gradients({name: (torch.zeros_like(rows[name]), b) for name, b in columns.items()})
-        products = {name: _outside(right[name, 0].to(a.device), known[name]) for name, a in rows.items()}
+        products = {name: _outside(right[name, 0].to(a.device), bases[name]) for name, a in rows.items()}
         # Of Qᵀ G: its right singular vectors are those of Q Qᵀ G, as Q's columns are orthonormal.
         rows = {name: torch.linalg.svd(product, full_matrices=False).Vh for name, product in products.items()}
-    return {name: _outside(matrix, known[name]) for name, matrix in rows.items()}
+    return {name: _outside(matrix, bases[name]) for name, matrix in rows.items()}
 
 
-def _outside(matrix: Tensor, known: Tensor) -> Tensor:
+def _outside(matrix: Tensor, basis: Tensor) -> Tensor:
     """What rows, (r, in), have outside the span of `known`'s orthonormal columns, (in, m)."""
     with ieee_float32():
-        rest = matrix - (matrix @ known) @ known.T
-        return rest - (rest @ known) @ known.T
+        rest = matrix - (matrix @ basis) @ basis.T
+        return rest - (rest @ basis) @ basis.T

@@ -59,8 +59,8 @@ class Replay(Method[ReplaySettings]):
 
     def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
         """The buffer for the next task: by task, positions in its records, int64."""
-        own, *earlier = trainer.samples.counts
-        return self.choose(setup.config, setup.config.stream[: setup.task.index + 1], [*earlier, own])
+        of_task, *earlier = trainer.samples.counts
+        return self.choose(setup.config, setup.config.stream[: setup.task.index + 1], [*earlier, of_task])
 
     def choose(self, config: StreamConfig, tasks: Sequence[Task], counts: Sequence[int]) -> dict[str, Tensor]:
         """A balanced buffer of these tasks' samples; a remainder goes to the first ones."""

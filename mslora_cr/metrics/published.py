@@ -151,8 +151,8 @@ class Scores:
 
     @cached_property
     def _averages(self) -> dict[str, float]:
-        known = {name: [score for score in column if score is not None] for name, column in self.columns.items()}
-        return {name: fmean(scores) * 100 for name, scores in known.items() if scores}
+        defined = {name: [score for score in column if score is not None] for name, column in self.columns.items()}
+        return {name: fmean(scores) * 100 for name, scores in defined.items() if scores}
 
     @property
     def open(self) -> int:

@@ -87,4 +87,4 @@ def _digested_ranges(file: BinaryIO, size: int) -> list[tuple[int, int]]:
     header = 8 + int.from_bytes(file.read(8), "little") if file.name.endswith(".safetensors") else 0
     head = max(END_BYTES, min(header, WHOLE_BYTES))  # a length that no header has is not believed
     places = [size * (number + 1) // (BLOCKS + 1) for number in range(BLOCKS)]
-    return [(0, head), *((place, BLOCK_BYTES) for place in places), (size - END_BYTES, END_BYTES)]
+    return [(0, head), *((offset, BLOCK_BYTES) for offset in places), (size - END_BYTES, END_BYTES)]

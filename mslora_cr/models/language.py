@@ -49,9 +49,9 @@ def language_linears(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear]
     of the language model's decoder layers, without what chooses among experts (`routes`) and what PEFT renames
     (`renamed_by_peft`)."""
     base, language = model.get_base_model() if isinstance(model, PeftModel) else model, language_model(model)
-    [place] = [name for name, module in base.named_modules() if module is language]
+    [prefix] = [name for name, module in base.named_modules() if module is language]
     renamed, linears, adapted = renamed_by_peft(base), {}, ""
-    for name, module in language.named_modules(prefix=place):
+    for name, module in language.named_modules(prefix=prefix):
         if adapted and name.startswith(adapted):  # what PEFT put into the layer
             continue
         adapted = f"{name}." if isinstance(module, LoraLayer) else ""

@@ -85,18 +85,18 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_numbers(place: Path, config: Mapping[str, Any]) -> None:
+def check_numbers(file: Path, config: Mapping[str, Any]) -> None:
     """Refuse what no model has, before anything of that size is made."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            check_numbers(place, value)
+            check_numbers(file, value)
         elif isinstance(value, float) and not math.isfinite(value):
-            raise ModelError(f"{place}: {key} is {value}; expected a finite number")
+            raise ModelError(f"{file}: {key} is {value}; expected a finite number")
         elif key in _SIZES and value is not None:
             most = MOST_LAYERS if key == "num_hidden_layers" else MOST_WIDTH
             several = value if isinstance(value, list) and len(value) == 2 else [value]  # height and width
             if not all(isinstance(size, int) and 1 <= size <= most for size in several):
-                raise ModelError(f"{place}: {key} is {value!r}; expected a whole number from 1 to {most:,}")
+                raise ModelError(f"{file}: {key} is {value!r}; expected a whole number from 1 to {most:,}")
 
 
 def from_pretrained(
@@ -191,19 +191,19 @@ def published_linear_name(module: str) -> str:
     return "model.layers." + module.rpartition("language_model.layers.")[2]
 
 
-def linear_name(known: str, exact: bool = False) -> str | None:
+def linear_name(name: str, exact: bool = False) -> str | None:
     """transformers' name of a language-model linear layer, from the published one (the inverse of
     `published_linear_name`), that of an older transformers, or itself; None for any other name.
 
     Args:
-        known: the name in a file.
+        name: the name in a file.
         exact: the file was written by this program, with the model's own names.
     """
-    if exact and _OWN.fullmatch(known):
-        return known
-    match = _LAYER.fullmatch(known)
+    if exact and _OWN.fullmatch(name):
+        return name
+    match = _LAYER.fullmatch(name)
     if match is None:
-        return known if _OWN.fullmatch(known) else None
+        return name if _OWN.fullmatch(name) else None
     return f"model.language_model.layers.{match[1]}.{match[2]}" if match else None
 
 

@@ -160,8 +160,8 @@ def _without_video(kind: type[ProcessorMixin]) -> Any:
 
 def end_ids(model: PreTrainedModel, processor: Any) -> tuple[int, ...]:
     """The ids that end an answer: the model's own, and the tokenizer's."""
-    told = model.generation_config.eos_token_id if model.generation_config is not None else None
-    several = told if isinstance(told, list | tuple) else [told]
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    several = configured if isinstance(configured, list | tuple) else [configured]
     return tuple(dict.fromkeys(token for token in (*several, processor.tokenizer.eos_token_id) if token is not None))
 
 

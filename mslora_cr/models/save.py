@@ -39,8 +39,8 @@ def writer_of(base: BaseModel, path: Path) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         base.model.save_pretrained(folder)
         for file in sorted(path.iterdir()):
-            own = file.name in _WRITTEN or file.name.endswith(".index.json")
-            if file.suffix in PROCESSOR_FILES and file.is_file() and not own:
+            replaced = file.name in _WRITTEN or file.name.endswith(".index.json")
+            if file.suffix in PROCESSOR_FILES and file.is_file() and not replaced:
                 shutil.copyfile(file, folder / file.name)
 
     return write

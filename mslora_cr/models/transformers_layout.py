@@ -69,9 +69,9 @@ def save_transformers_layout(base: LlavaMed, processor: LlavaProcessor, folder: 
     processor.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)  # loaders that know no processor_config.json read this
     settings = folder / "tokenizer_config.json"
-    told = read_object(settings)
-    told["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows it by, too
-    settings.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    config = read_object(settings)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows it by, too
+    settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def portable_processor(base: LlavaMed) -> LlavaProcessor:
@@ -169,9 +169,9 @@ def _from_llama(folder: Path) -> FastTokenizer:
 
 
 def _image_processor(base: LlavaMed) -> LlavaImageProcessorPil:
-    own = base.image_processor
+    processor = base.image_processor
     keys = ("image_mean", "image_std", "size", "crop_size", "resample", "rescale_factor")
-    settings = own.to_dict()
+    settings = processor.to_dict()
     return LlavaImageProcessorPil(**{key: settings[key] for key in keys}, do_pad=True)
 
 

@@ -49,14 +49,14 @@ class TowerEncoder:
     @torch.no_grad()
     def features(self, images: Sequence[Tensor], device: torch.device) -> Tensor:
         """`images`: (images, 3, height, width) of each record."""
-        counts = [len(own) for own in images]
+        counts = [len(of_prompt) for of_prompt in images]
         features = torch.zeros(len(images), self.width)
         if any(counts):
             inputs = torch.cat(list(images)).to(device, next(self._tower.parameters()).dtype)
             patches = tower_features(self._tower, self._layer, inputs)[:, 1:].float().mean(1).cpu()
-            for row, own in enumerate(patches.split(counts)):
-                if len(own):
-                    features[row] = own.mean(0)
+            for row, of_prompt in enumerate(patches.split(counts)):
+                if len(of_prompt):
+                    features[row] = of_prompt.mean(0)
         return features
 
 

@@ -144,16 +144,16 @@ def _graded(records: Sequence[AnswerRecord], scores: Path) -> tuple[list[bool], 
 
 def _pictures(task: str, cell: Cell, scores: ScoreTable, config: StreamConfig) -> tuple[list[list[Path]], str | None]:
     """The files of each question's pictures, in the order of the questions; or in words why they are not known."""
-    place = config.task(task)
+    settings = config.task(task)
     root = Path(config.data.root)
-    names, problem = _image_names(root / place.folder / "test.jsonl", cell, scores, config)
+    names, problem = _image_names(root / settings.folder / "test.jsonl", cell, scores, config)
     if problem is not None:
         return [], problem
-    roots = image_roots(root, place.folder, place.image_folders)
-    known = {name: _found(name, roots) for name in dict.fromkeys(itertools.chain.from_iterable(names))}
-    lacking = sum(not paths for paths in known.values())
-    problem = f"{lacking} of {len(known)} images are missing below {root}" if lacking else None
-    return [[path for name in row for path in known[name]] for row in names], problem
+    roots = image_roots(root, settings.folder, settings.image_folders)
+    found = {name: _found(name, roots) for name in dict.fromkeys(itertools.chain.from_iterable(names))}
+    lacking = sum(not paths for paths in found.values())
+    problem = f"{lacking} of {len(found)} images are missing below {root}" if lacking else None
+    return [[path for name in row for path in found[name]] for row in names], problem
 
 
 def _image_names(
@@ -226,9 +226,9 @@ def _rows(task: TaskAnswers, places: dict[Path, int]) -> list[list[Any]]:
             )
             for answers in task.sets
         ]
-        shown = [places[path] for path in task.pictures[index] if path in places]
+        pictures = [places[path] for path in task.pictures[index] if path in places]
         closed = int(task.kinds[index] == "CLOSED")
-        rows.append([question, task.truths[index], closed, shown, list(given), which, int(index in sampled)])
+        rows.append([question, task.truths[index], closed, pictures, list(given), which, int(index in sampled)])
     return rows
 
 

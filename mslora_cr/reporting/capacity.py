@@ -44,14 +44,14 @@ def rendered_ranks(runs: Sequence[tuple[str, Path | None, Path]]) -> str:
     Args:
         runs: label, run folder where it is known, folder of results.
     """
-    known = {}
+    ranks = {}
     for label, run_dir, results_dir in runs:
         evaluation = read_evaluation(results_dir)
         rank = answering_rank(evaluation, RunLedger.read_if_there(run_dir / LEDGER)) if evaluation and run_dir else None
-        known[label] = rank
-    if all(rank is None for rank in known.values()):
+        ranks[label] = rank
+    if all(rank is None for rank in ranks.values()):
         return ""
-    listed = ", ".join(f"{label} {'–' if rank is None else rank}" for label, rank in known.items())
+    listed = ", ".join(f"{label} {'–' if rank is None else rank}" for label, rank in ranks.items())
     return f"Rank that answers after the last stage: {listed}; runs of different rank differ in capacity."
 
 

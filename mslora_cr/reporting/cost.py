@@ -29,10 +29,10 @@ def cost_of(evaluation: Evaluation, ledger: RunLedger | None) -> Cost:
     hours = [entry.device_hours for entry in entries.values()]
     last = [cell for cell in evaluation.cells if cell.stage == evaluation.stages[-1]]
     answering = [[sizes.get(bank) for bank in cell.banks] for cell in last]
-    known = [sum(size for size in own if size is not None) for own in answering if None not in own]
+    sums = [sum(size for size in own if size is not None) for own in answering if None not in own]
     return Cost(
         device_hours=sum(hour for hour in hours if hour is not None) if ledger and None not in hours else None,
-        parameters=max(known, default=0) if len(known) == len(last) else None,
+        parameters=max(sums, default=0) if len(sums) == len(last) else None,
     )
 
 
@@ -40,8 +40,8 @@ def mean_costs(runs: Sequence[Outcome]) -> dict[str, Cost]:
     """By method, the mean of its runs' device hours, and their parameters; None where a run does not know."""
     costs = {}
     for method in dict.fromkeys(run.method for run in runs):
-        own = [run for run in runs if run.method == method]
-        hours, sizes = [run.device_hours for run in own], [run.parameters for run in own]
+        of_method = [run for run in runs if run.method == method]
+        hours, sizes = [run.device_hours for run in of_method], [run.parameters for run in of_method]
         costs[method] = Cost(
             device_hours=fmean(hour for hour in hours if hour is not None) if None not in hours else None,
             parameters=max(size for size in sizes if size is not None) if None not in sizes else None,

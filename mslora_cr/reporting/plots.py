@@ -157,8 +157,8 @@ def _mark_tasks(ax: Axes, spans: Mapping[str, tuple[float, float]], named: bool)
         low, high = ax.get_ylim()
         ax.set_ylim(low, high + 0.15 * (high - low))  # room for the names
         for task, (start, end) in spans.items():
-            place = ((start + end) / 2, 0.97)
-            ax.annotate(task, place, xycoords=("data", "axes fraction"), ha="center", va="top", alpha=0.7)
+            position = ((start + end) / 2, 0.97)
+            ax.annotate(task, position, xycoords=("data", "axes fraction"), ha="center", va="top", alpha=0.7)
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -117,8 +117,8 @@ def _markdown(value: Any) -> Any:
 
 def _markdown_code(text: str) -> Markup:
     """Text as a span of code, in which nothing can be escaped."""
-    shown = " ".join(text.replace("`", "'").replace("|", "¦").split())
-    return Markup(f"`{shown}`")
+    cleaned = " ".join(text.replace("`", "'").replace("|", "¦").split())
+    return Markup(f"`{cleaned}`")
 
 
 def _markdown_block(text: str, language: str) -> Markup:

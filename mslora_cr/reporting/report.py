@@ -188,12 +188,12 @@ class ScoreRow(NamedTuple):
 
 
 def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -> list[ScoreRow]:
-    shown = _published_run(evaluation, published)
+    reference = _published_run(evaluation, published)
     rows = []
     for task in evaluation.tasks:
         cell = evaluation.own_cell(task)
-        comparable = shown is not None and _asked_as_published(evaluation, task)
-        theirs = shown.scores.get(evaluation.published[task] or "", {}) if shown and comparable else {}
+        comparable = reference is not None and _asked_as_published(evaluation, task)
+        theirs = reference.scores.get(evaluation.published[task] or "", {}) if reference and comparable else {}
         ours, spans = (cell.metrics, cell.intervals) if cell else ({}, {})
         rows.append(
             ScoreRow(

@@ -72,20 +72,20 @@ def read_run(run_dir: Path, results_dir: Path) -> RunRecord:
         StateError: a file is damaged, or of a later version.
     """
     evaluation, ledger = read_evaluation(results_dir), read_ledger(run_dir)
-    known = evaluation or ledger
-    if known is None:
+    source = evaluation or ledger
+    if source is None:
         raise ReportError(
             f"nothing to report: no {run_dir / 'ledger.json'} and no {results_dir / 'evaluation.json'}; "
             "train the run first, then evaluate it"
         )
-    tasks = tuple(known.tasks)
+    tasks = tuple(source.tasks)
     logs = {task: read_log(path) for task in tasks if (path := run_dir / "logs" / f"{task}.jsonl").is_file()}
     banks = {task: path for task in tasks if (path := run_dir / "banks" / task / BANK_WEIGHTS).is_file()}
     answers = _answer_files(evaluation, results_dir) if evaluation else {}
     config = run_dir / "config.yaml"
     return RunRecord(
-        name=known.run,
-        method=known.method,
+        name=source.run,
+        method=source.method,
         results_dir=results_dir,
         tasks=tasks,
         modalities=evaluation.modalities if evaluation else {},

@@ -30,8 +30,10 @@ def router_statistics(
     statistics = statistics_of(all_reduce_sum(extractor.gram(records, mine, roots, label)))
     if not examples:
         return statistics
-    kept = list(extractor.batches(records, sample_of(len(records), examples), roots, None))  # few: by every rank
-    return replace(statistics, examples=torch.cat(kept))
+    examples_features = list(
+        extractor.batches(records, sample_of(len(records), examples), roots, None)
+    )  # few: by every rank
+    return replace(statistics, examples=torch.cat(examples_features))
 
 
 def feature_extractor(config: StreamConfig, base: BaseModel) -> FeatureExtractor:

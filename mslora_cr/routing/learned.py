@@ -36,7 +36,7 @@ class LearnedRouter:
                 "fit-router CONFIG` makes them from the tasks' training records"
             )
         examples = torch.cat(kept).double()
-        labels = torch.cat([torch.full((len(part),), place) for place, part in enumerate(kept)])
+        labels = torch.cat([torch.full((len(part),), label) for label, part in enumerate(kept)])
         self._weights = torch.zeros(len(tasks), examples.shape[1], dtype=torch.float64, requires_grad=True)
         self._biases = torch.zeros(len(tasks), dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS(

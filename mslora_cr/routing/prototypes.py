@@ -40,7 +40,7 @@ class PrototypeRouter:
     def _similarities(self, features: Tensor) -> Tensor:
         parts = [self._pictures, features.shape[1] - self._pictures]
         cosines = [
-            torch.nn.functional.cosine_similarity(own[:, None], prototypes, dim=2)
-            for own, prototypes in zip(features.split(parts, 1), self._prototypes.split(parts, 1), strict=True)
+            torch.nn.functional.cosine_similarity(part[:, None], prototypes, dim=2)
+            for part, prototypes in zip(features.split(parts, 1), self._prototypes.split(parts, 1), strict=True)
         ]
         return torch.stack(cosines[1:] if self._words_alone else cosines).mean(0)

@@ -44,14 +44,14 @@ class Finished:
             name: len(entry.stream) - 1 if entry.stream else self._of_bank(name, METADATA, "index")
             for name, entry in finished.items()
         }
-        known = {name: place for name, place in places.items() if isinstance(place, int)}
-        moved = next((name for name, place in known.items() if place != stream[name].index), None)
+        positions = {name: position for name, position in places.items() if isinstance(position, int)}
+        moved = next((name for name, position in positions.items() if position != stream[name].index), None)
         if moved is None:
             return ""
-        there = sorted(known, key=lambda name: known[name])
-        here = sorted(known, key=lambda name: stream[name].index)
+        there = sorted(positions, key=lambda name: positions[name])
+        here = sorted(positions, key=lambda name: stream[name].index)
         if there == here:
-            return f"order: {moved!r} is task {known[moved] + 1} there, task {stream[moved].index + 1} here"
+            return f"order: {moved!r} is task {positions[moved] + 1} there, task {stream[moved].index + 1} here"
         return f"order: {', '.join(there)} there; {', '.join(here)} here"
 
     def _of_bank(self, task: str, file: str, key: str) -> Any:

@@ -67,7 +67,7 @@ class Ledger:
         changed = changed_settings(self.folder, config, begun[-1]) if begun and force else []
         changed += [f"the base model, on which {name!r} was trained" for name in self._other_bases(model_digest)]
         noted = self.content.forced
-        if changed and force and changed not in [list(known.changed) for known in noted]:
+        if changed and force and changed not in [list(note.changed) for note in noted]:
             noted = (*noted, Forced(when=_now(), finished=tuple(self.tasks), changed=tuple(changed)))
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -174,12 +174,12 @@ class Ledger:
             loaded.append(bank)
         return loaded
 
-    def enter(self, config: StreamConfig, task: Task, digest: str, **known: Any) -> None:
+    def enter(self, config: StreamConfig, task: Task, digest: str, **fields: Any) -> None:
         """Enter a task as finished, once its bank and what belongs to it are in their folder.
 
         Args:
             digest: SHA-256 of the bank's weights.
-            known: further fields of its `TaskEntry`.
+            fields: further fields of its `TaskEntry`.
         """
         entry = TaskEntry(
             digest=digest,
@@ -191,7 +191,7 @@ class Ledger:
             rank=config.lora.rank,
             processes=world_size(),
             parameters=bank_size(self.bank_folder(task.name)),
-            **known,
+            **fields,
         )
         self._write({"tasks": {**self.tasks, task.name: entry}})
 

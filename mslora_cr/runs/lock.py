@@ -76,11 +76,11 @@ def one_writer(folder: Path) -> Iterator[None]:
     if rank() != 0:
         yield
         return
-    place = folder.resolve()
-    made = [parent for parent in (place, *place.parents) if not parent.exists()]
-    place.mkdir(parents=True, exist_ok=True)
+    resolved = folder.resolve()
+    made = [parent for parent in (resolved, *resolved.parents) if not parent.exists()]
+    resolved.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(place):
+        with _locked(resolved):
             yield
     finally:
         for parent in made:

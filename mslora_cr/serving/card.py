@@ -193,8 +193,8 @@ inputs = processor(text=prompt, images=[image], add_special_tokens=False, return
     def _data(self) -> str:
         rows = []
         for task in self.config.stream:
-            known = catalog().get(task.name)
-            origin = (known.source, known.license) if known else ("the author's own", "ask the author")
+            entry = catalog().get(task.name)
+            origin = (entry.source, entry.license) if entry else ("the author's own", "ask the author")
             rows.append(f"| {_cell(_title(task.name))} | {task.modality} | {_cell(origin[0])} | {_cell(origin[1])} |")
         return "\n".join(
             [

@@ -109,14 +109,14 @@ def _merged(config: StreamConfig, output: Path, chosen: dict[str, list[Bank]], s
 def _adapters(
     config: StreamConfig, output: Path, chosen: dict[str, list[Bank]], stage: int, base: str | None
 ) -> Iterator[Path]:
-    weights, place = base_digest(config), output / BASE
-    if base is None and read_record(place).get("base_weights") != weights:
+    weights, base_folder = base_digest(config), output / BASE
+    if base is None and read_record(base_folder).get("base_weights") != weights:
         write = writer_of(_plain_base(config), Path(config.model.path))
-        yield _write_model(write, place, _record(config, weights, None, 0, []))
+        yield _write_model(write, base_folder, _record(config, weights, None, 0, []))
     for name, banks in chosen.items():
         folder = output / name
         with _replaced(folder) as staging:
-            _write_adapter(sum_banks(banks, name), staging, base or str(place.resolve()), Path(config.model.path))
+            _write_adapter(sum_banks(banks, name), staging, base or str(base_folder.resolve()), Path(config.model.path))
             write_json(staging / RECORD, _record(config, weights, name, stage, banks))
         yield folder
 

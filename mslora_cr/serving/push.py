@@ -62,9 +62,9 @@ def push(
         PushError: names are missing or wrong, or the hub refuses.
     """
     card = _card(config, repo, kind, task, stage, base)
-    with hidden_folder(config.run_dir / "push") as place:
-        whole = place / "repository"
-        for folder in export(config, place / "exported", kind, task, stage, card.base if kind == "peft" else None):
+    with hidden_folder(config.run_dir / "push") as staging:
+        whole = staging / "repository"
+        for folder in export(config, staging / "exported", kind, task, stage, card.base if kind == "peft" else None):
             target = whole / card.folders[folder.name]
             target.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(target)

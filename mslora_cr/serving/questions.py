@@ -61,15 +61,15 @@ def read_questions(source: str, images: Sequence[str]) -> list[Ask]:
     return [_read(line, f"{name}: line {number}", folder, images) for number, line in lines if line]
 
 
-def _read(line: str, place: str, folder: Path, images: Sequence[str]) -> Ask:
+def _read(line: str, location: str, folder: Path, images: Sequence[str]) -> Ask:
     if not line.startswith("{"):
         return Ask(line, tuple(images))
     try:
         fields = STRICT_JSON.decode(line)
         parsed = _Line.model_validate(fields)
     except ValidationError as error:
-        raise DataError(f"{place}: {first_problem(error)}") from None
+        raise DataError(f"{location}: {first_problem(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: {explain_json(error)}") from None
-    shown = [str(folder / image) for image in parsed.image] or list(images)
-    return Ask(parsed.question, tuple(shown), parsed.task, fields)
+        raise DataError(f"{location}: {explain_json(error)}") from None
+    pictures = [str(folder / image) for image in parsed.image] or list(images)
+    return Ask(parsed.question, tuple(pictures), parsed.task, fields)

@@ -69,7 +69,7 @@ class RunBanks:
             raise ConfigError(f"method {self.config.method} answers each task with banks of its own; name one: {names}")
         number = self.config.task(task).index + 1 if task is not None else 1
         by = "prefix" if self.config.evaluation.banks_by == "routed" else self.config.evaluation.banks_by
-        wanted = [self.config.stream[place - 1] for place in self.method.banks(number, stage, by)]
+        wanted = [self.config.stream[position - 1] for position in self.method.banks(number, stage, by)]
         return [self.bank(member) for member in wanted]
 
     def mixed(self, stage: int, likely: Mapping[str, float]) -> list[Bank]:

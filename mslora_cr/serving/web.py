@@ -103,18 +103,18 @@ class _Web:
         question, task = fields.get("question", "").strip(), fields.get("task") or None
         if not question:
             raise HTTPException(400, "type a question")
-        known: TestRecord | None = None
+        record: TestRecord | None = None
         picture: Image.Image
         if upload is not None:
             picture = open_image(first_picture(upload, Rendering()))
         elif "index" in fields:
             of = self.model.config.task(fields.get("of", "")).name
-            known = self._record(of, fields["index"])
-            picture = load_image(self._picture(of, known))
+            record = self._record(of, fields["index"])
+            picture = load_image(self._picture(of, record))
         else:
             raise HTTPException(400, "choose a picture")
-        if known is not None and known.text.strip() != question:
-            known = None  # the truth is that of another question
+        if record is not None and record.text.strip() != question:
+            record = None  # the truth is that of another question
         stages = sorted({_number(stage) for stage in fields.get("stages", "").split(",") if stage})
         with self._lock:
             answers = [self.model.ask(picture, question, task, stage) for stage in stages]
@@ -125,12 +125,12 @@ class _Web:
                     "task": answer.task if answer.stage else None,
                     "banks": answer.banks,
                     "text": answer.text,
-                    "score": _score(answer.text, known) if known else None,
+                    "score": _score(answer.text, record) if record else None,
                 }
                 for answer in answers
             ],
             "probabilities": next((answer.probabilities for answer in reversed(answers) if answer.probabilities), {}),
-            "truth": known.gt if known else None,
+            "truth": record.gt if record else None,
         }
 
     def _check_origin(self, request: Request) -> None:
@@ -146,10 +146,10 @@ class _Web:
         return test_records(self.model.config, self.model.config.task(task))
 
     def _record(self, task: str, index: str) -> TestRecord:
-        records, place = self._records(task), _number(index)
-        if place >= len(records):
+        records, number = self._records(task), _number(index)
+        if number >= len(records):
             raise HTTPException(404, f"{task} has {len(records)} questions")
-        return records[place]
+        return records[number]
 
     def _picture(self, task: str, record: TestRecord) -> Path:
         config = self.model.config
@@ -162,9 +162,9 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _score(text: str, known: TestRecord) -> str:
-    [row] = score_answers([_Answered(text, known.gt, known.answer_type)]).rows
-    if known.answer_type == "CLOSED":
+def _score(text: str, record: TestRecord) -> str:
+    [row] = score_answers([_Answered(text, record.gt, record.answer_type)]).rows
+    if record.answer_type == "CLOSED":
         return "right" if row.hit else "wrong"
     return f"F1 {100 * row.overlap.f1:.0f} %"
 

@@ -12,7 +12,8 @@ class PairedChange(NamedTuple):
 
     Attributes:
         ends: of its interval, in points.
-        gained, lost: questions whose score rose and fell.
+        gained: questions whose score rose.
+        lost: questions whose score fell.
         questions: in all.
         most_lost: one-sided upper bound, in percent, of the share of questions whose score falls.
         p: of the exact McNemar test.

@@ -31,8 +31,10 @@ class PairedTask(NamedTuple):
         total: their mean.
         losses: the share of questions whose score fell.
         binary: whether every score was 0 or 1.
-        gained, lost: questions whose score rose and fell.
-        risen, fallen: clusters whose sum rose and fell.
+        gained: questions whose score rose.
+        lost: questions whose score fell.
+        risen: clusters whose sum rose.
+        fallen: clusters whose sum fell.
         same: whether one answer file stands for both sides, so that there is no difference by construction.
     """
 

@@ -68,9 +68,9 @@ def combine_router(config: StreamConfig, name: str, folders: Sequence[Path]) -> 
     """
     task = config.task(name)
     places = [folder / "banks" / name if (folder / "banks" / name).is_dir() else folder for folder in folders]
-    for place in places:
-        check_base({name: place}, config, base_digest(config))
-    sites = [load_statistics(place) for place in places]
+    for path in places:
+        check_base({name: path}, config, base_digest(config))
+    sites = [load_statistics(path) for path in places]
     try:
         statistics = combine(sites)
     except ValueError as error:

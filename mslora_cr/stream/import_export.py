@@ -40,7 +40,7 @@ def load_chain(folder: Path, config: StreamConfig) -> dict[str, Bank]:
         BankError: there is no bank, a bank is missing while a later one is there, or one is of another rank or alpha.
     """
     places = _places(folder, config, whole=method_of(config).keeps_frozen_adapters)
-    banks = {name: _load(place, name, config) for name, place in places.items()}
+    banks = {name: _load(source, name, config) for name, source in places.items()}
     check_base(places, config, base_digest(config))
     return banks
 
@@ -54,40 +54,40 @@ def check_base(places: Mapping[str, Path], config: StreamConfig, base: str) -> N
     Args:
         base: the digest of the configuration's base model.
     """
-    for name, place in places.items():
-        known = _trained_on(place, name, config)
-        if known not in (None, base):
+    for name, source in places.items():
+        trained_on = _trained_on(source, name, config)
+        if trained_on not in (None, base):
             raise BankError(
-                f"{place}: was trained on a base model of other content than that in {config.model.path}, and only "
+                f"{source}: was trained on a base model of other content than that in {config.model.path}, and only "
                 "means something on its own; set model.path and model.vision_tower to those it was trained with"
             )
 
 
-def _trained_on(place: Path, name: str, config: StreamConfig) -> str | None:
+def _trained_on(source: Path, name: str, config: StreamConfig) -> str | None:
     """The digest of the base model that a stored bank was trained on; None where nothing tells it."""
     try:
-        if (place / PUBLISHED_WEIGHTS).is_file():
-            return read_object(place / "config.json").get(BASE_DIGEST)
-        path = place.parent.parent / LEDGER
+        if (source / PUBLISHED_WEIGHTS).is_file():
+            return read_object(source / "config.json").get(BASE_DIGEST)
+        path = source.parent.parent / LEDGER
         ledger = RunLedger.read_if_there(path)
-        trained = read_object(place / METADATA).get("base_model") if (place / METADATA).is_file() else None
+        trained = read_object(source / METADATA).get("base_model") if (source / METADATA).is_file() else None
         if ledger is None and isinstance(trained, dict) and isinstance(trained.get("digest"), str):
             return str(trained["digest"])
         if ledger is not None:
             entry = ledger.tasks.get(name)
-            if entry and entry.digest != file_digest(place / WEIGHTS):
-                raise BankError(f"{place / WEIGHTS} is not what {path} records; restore it")
+            if entry and entry.digest != file_digest(source / WEIGHTS):
+                raise BankError(f"{source / WEIGHTS} is not what {path} records; restore it")
             return entry.model_digest if entry else None
-        named = read_object(place / CONFIG).get("base_model_name_or_path")
+        named = read_object(source / CONFIG).get("base_model_name_or_path")
     except (BankError, StateError):
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise BankError(f"{place}: what it was trained on cannot be read ({error!r})") from None
+        raise BankError(f"{source}: what it was trained on cannot be read ({error!r})") from None
     if not isinstance(named, str) or not named or not Path(named).is_dir():
         return None
-    folder, own = Path(named), Path(config.model.path)
+    folder, configured = Path(named), Path(config.model.path)
     try:
-        if read_config(folder)["model_type"] != read_config(own)["model_type"]:
+        if read_config(folder)["model_type"] != read_config(configured)["model_type"]:
             return None  # the other layout: perhaps the same weights, converted
         return base_digest(config.model_copy(update={"model": config.model.model_copy(update={"path": named})}))
     except ModelError:
@@ -100,25 +100,25 @@ def _places(folder: Path, config: StreamConfig, whole: bool) -> dict[str, Path]:
     if not trained:
         raise BankError(f"{folder}: method {config.method} has no banks")
     places = {task.name: _place(folder, config, task) for task in trained}
-    known = {name: place for name, place in places.items() if place is not None}
-    if not known:
+    found = {name: source for name, source in places.items() if source is not None}
+    if not found:
         tried = _published_name(config, trained[0])
         raise BankError(f"{folder}: no bank of this stream; looked for {tried}/{PUBLISHED_WEIGHTS} and banks/NAME")
-    missing = next((task for task in trained[: len(known)] if task.name not in known), None)
+    missing = next((task for task in trained[: len(found)] if task.name not in found), None)
     if whole and missing is not None:
         raise BankError(
             f"{folder}: the chain has a gap: {_published_name(config, missing)} is missing, though "
-            f"{_published_name(config, config.task([*known][-1]))} is there"
+            f"{_published_name(config, config.task([*found][-1]))} is there"
         )
-    return known
+    return found
 
 
-def _load(place: Path, name: str, config: StreamConfig) -> Bank:
-    bank = load_bank(place)
+def _load(source: Path, name: str, config: StreamConfig) -> Bank:
+    bank = load_bank(source)
     rank, alpha = bank_shape(config, config.task(name))
     if (bank.rank, bank.alpha) != (rank, alpha):
         raise BankError(
-            f"{place}: rank {bank.rank} and alpha {bank.alpha:g}, but the configuration says rank {rank} and alpha "
+            f"{source}: rank {bank.rank} and alpha {bank.alpha:g}, but the configuration says rank {rank} and alpha "
             f"{alpha:g}; set lora.rank and lora.alpha"
         )
     return replace(bank, name=name)
@@ -185,7 +185,7 @@ def import_chain(folder: Path, config: StreamConfig) -> list[str]:
 def _import_chain(folder: Path, config: StreamConfig) -> list[str]:
     method, ledger = method_of(config), Ledger.read(config)
     places = _places(folder, config, whole=method.keeps_frozen_adapters or method.init_from_previous)
-    banks = {name: _load(place, name, config) for name, place in places.items()}
+    banks = {name: _load(source, name, config) for name, source in places.items()}
     shapes = language_linear_shapes(Path(config.model.path))
     model_digest = base_digest(config)
     check_base(places, config, model_digest)
@@ -199,25 +199,27 @@ def _import_chain(folder: Path, config: StreamConfig) -> list[str]:
     return missing
 
 
-def _check_usable(bank: Bank, place: Path, config: StreamConfig, shapes: Mapping[str, tuple[int, int]]) -> None:
+def _check_usable(bank: Bank, source: Path, config: StreamConfig, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Refuse what training, evaluation or analysis of the run would refuse once it is imported."""
     method = method_of(config)
-    own = {name: (b.shape[0], a.shape[1]) for name, (a, b) in bank.matrices.items()}
-    for name in sorted(own.keys() | shapes.keys()):
-        if own.get(name) != shapes.get(name):
-            here, there = (" × ".join(map(str, known.get(name) or ())) or "not there" for known in (own, shapes))
+    bank_shapes = {name: (b.shape[0], a.shape[1]) for name, (a, b) in bank.matrices.items()}
+    for name in sorted(bank_shapes.keys() | shapes.keys()):
+        if bank_shapes.get(name) != shapes.get(name):
+            here, there = (
+                " × ".join(map(str, shape_of.get(name) or ())) or "not there" for shape_of in (bank_shapes, shapes)
+            )
             raise BankError(
-                f"{place}: its layers are not those of the base model {config.model.path}: {name} is {here}, the "
+                f"{source}: its layers are not those of the base model {config.model.path}: {name} is {here}, the "
                 f"model's {there}"
             )
     kind = method.adapter(config)
     if not kind.holds(bank):
         raise BankError(
-            f"{place}: its bank is {kind_of(bank).description}, but method {config.method} trains {kind.description}"
+            f"{source}: its bank is {kind_of(bank).description}, but method {config.method} trains {kind.description}"
         )
-    if type(method).task_state is not Method.task_state and not (place / TASK_STATE).is_file():
+    if type(method).task_state is not Method.task_state and not (source / TASK_STATE).is_file():
         raise BankError(
-            f"{place}: method {config.method} keeps more of a task than its bank, so a bank alone cannot be imported; "
+            f"{source}: method {config.method} keeps more of a task than its bank, so a bank alone cannot be imported; "
             f"import from the run folder that trained it, which has {TASK_STATE}"
         )
 
@@ -226,9 +228,9 @@ def _is_there(bank: Bank, ledger: Ledger) -> bool:
     """Whether the run has this very bank; refuses another one of that task."""
     if not ledger.done(bank.name):
         return False
-    own = ledger.bank_folder(bank.name)
-    if load_bank(own).digest != bank.digest:
-        raise BankError(f"{own}: task {bank.name!r} is finished with another bank; import into another `run`")
+    folder = ledger.bank_folder(bank.name)
+    if load_bank(folder).digest != bank.digest:
+        raise BankError(f"{folder}: task {bank.name!r} is finished with another bank; import into another `run`")
     return True
 
 
@@ -238,7 +240,7 @@ def _enter(bank: Bank, place: Path, config: StreamConfig, ledger: Ledger) -> Non
     file = place / (PUBLISHED_WEIGHTS if (place / PUBLISHED_WEIGHTS).is_file() else WEIGHTS)
     source = {"path": str(file.resolve()), "sha256": file_digest(file)}
     # The source's, or what `bank fit-router` has put there before.
-    routers = [load_file(known / STATISTICS) for known in (place, folder) if (known / STATISTICS).is_file()]
+    routers = [load_file(origin / STATISTICS) for origin in (place, folder) if (origin / STATISTICS).is_file()]
     if method_of(config).router_examples(config):  # another method's keep no questions for this one's router
         routers = [statistics for statistics in routers if "examples" in statistics]
     extra = {STATISTICS: routers[0]} if routers else {}

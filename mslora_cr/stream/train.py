@@ -250,7 +250,7 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
     """Write a trained bank with what is kept beside it, and enter it in the ledger; to be called on every rank."""
     config, ledger = run.config, run.ledger
     mean_loss, padding = trainer.mean_loss(), trainer.padding()
-    kept = method_of(config).task_state(Setup(config, task, ledger, get_device(config.model.device)), trainer)
+    task_state = method_of(config).task_state(Setup(config, task, ledger, get_device(config.model.device)), trainer)
     metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
     metadata |= {"base_model": {"architecture": trainer.stack.architecture, "digest": run.model_digest}}
     bank = trainer.stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata, float32_value)
@@ -259,7 +259,7 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
         return
     folder = ledger.bank_folder(task.name)
     with writing(folder):
-        extra = {TASK_STATE: kept, STATISTICS: router.tensors() if router else {}}
+        extra = {TASK_STATE: task_state, STATISTICS: router.tensors() if router else {}}
         digest = save_bank(bank, folder, config.lora.dropout, extra)
     check_fits(load_bank(folder), language_linears(trainer.stack.base), trainer.stack.architecture)
     ledger.enter(

@@ -156,8 +156,8 @@ def _train_tower(base: LlavaMed, pixels: Tensor, seen: Seen, descent: _Descent) 
     classifiers = nn.ModuleList([nn.Linear(width, len(values)) for _, _, values in traits])
     targets = torch.tensor(
         [
-            [values.index(shown[name]) if kind == of else IGNORE_INDEX for of, name, values in traits]
-            for kind, shown in seen
+            [values.index(visible_traits[name]) if kind == of else IGNORE_INDEX for of, name, values in traits]
+            for kind, visible_traits in seen
         ]
     )
 
@@ -187,7 +187,7 @@ def _train_language(base: LlavaMed, pixels: Tensor, seen: Seen, descent: _Descen
     trained = nn.ModuleList([base.model.model.multi_modal_projector, language.layers, language.norm])
 
     def loss_of(places: NDArray[np.int64]) -> Tensor:
-        batch = collate([album[place][descent.rng.integers(len(album[place]))] for place in places])
+        batch = collate([album[index][descent.rng.integers(len(album[index]))] for index in places])
         del batch["record_index"]
         loss: Tensor = base.model(**batch).loss
         return loss

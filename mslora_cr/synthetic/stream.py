@@ -73,18 +73,18 @@ def _pathvqa(kind: str, traits: Traits) -> list[list[Question]]:
 def _slake_vqarad(kind: str, traits: Traits) -> list[list[Question]]:
     modality = _closed("Is this an X-ray or an MRI?", "X-Ray" if kind == "chest" else "MRI")
     if kind == "chest":
-        side, organ, place = traits["opacity"], "Lung", "Lung"
+        side, organ, site = traits["opacity"], "Lung", "Lung"
         closed = [
             _closed("Is the heart enlarged?", "Yes" if traits["heart"] == "enlarged" else "No"),
             _closed("Is the lung healthy?", "Yes" if side == "none" else "No"),
         ]
     else:
-        side, organ, place = traits["lesion"], "Brain", "Hemisphere"
+        side, organ, site = traits["lesion"], "Brain", "Hemisphere"
         closed = [
             _closed("Are the ventricles dilated?", "Yes" if traits["ventricles"] == "dilated" else "No"),
             _closed("Is the brain healthy?", "Yes" if side == "none" else "No"),
         ]
-    where = "No abnormality" if side == "none" else f"{side.title()} {place}"
+    where = "No abnormality" if side == "none" else f"{side.title()} {site}"
     return [
         [*closed, modality],
         [_open("Where is the abnormality?", where), _open("Which organ is shown in this image?", organ)],
@@ -302,4 +302,4 @@ def _draw_split(
         for group in task.questions(kind, traits):
             questions.append((image, group[rng.integers(len(group))]))
         bar.update()
-    return [questions[place] for place in rng.permutation(len(questions))]
+    return [questions[index] for index in rng.permutation(len(questions))]

@@ -37,15 +37,15 @@ class JsonLinesCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
+        checkpoints = []
         if self.path.is_file():
             for line in self.path.read_bytes().split(b"\n")[:-1]:
                 try:
-                    kept += [line] if decode_json(line)["step"] <= state.global_step else []
+                    checkpoints += [line] if decode_json(line)["step"] <= state.global_step else []
                 except (JsonError, LookupError, TypeError):
                     break  # the line that was being written when the run was killed
         with replacing(self.path) as partial:
-            partial.write_bytes(b"".join(line + b"\n" for line in kept))
+            partial.write_bytes(b"".join(line + b"\n" for line in checkpoints))
 
     def on_log(
         self,

@@ -120,7 +120,7 @@ def reading(checkpoint: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Name the place in what libraries raise when a disk is full or a folder cannot be written.
 
     Raises:
@@ -134,7 +134,7 @@ def writing(place: Path) -> Iterator[None]:
             raise
         reason = (str(error) or repr(error)).splitlines()[0]
         raise SaveError(
-            f"{place} cannot be written ({reason}). What was complete before is kept; the same command resumes from "
+            f"{folder} cannot be written ({reason}). What was complete before is kept; the same command resumes from "
             "there once there is space and permission"
         ) from error
 

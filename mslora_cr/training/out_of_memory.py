@@ -57,8 +57,8 @@ def least_layers(folder: Path, samples: int) -> int:
         NewerError: the note is of a later version.
     """
     notes = [LayersNote.read_if_whole(file) for file in sorted(folder.glob(f"{NOTE}*.json"))]
-    known = [note.recomputed_layers for note in notes if note is not None and samples >= note.samples]
-    return max(all_gather_object(max(known, default=0)))  # a shared file system may show other hosts an older state
+    noted = [note.recomputed_layers for note in notes if note is not None and samples >= note.samples]
+    return max(all_gather_object(max(noted, default=0)))  # a shared file system may show other hosts an older state
 
 
 @contextmanager

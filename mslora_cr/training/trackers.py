@@ -64,14 +64,14 @@ def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None
     if trainer.args.process_index != 0 or not used:
         yield
         return
-    known = TrackerRuns.read_if_whole(logs / TRACKERS) or TrackerRuns()
-    wandb_runs, mlflow_runs = dict(known.wandb), dict(known.mlflow)
+    runs = TrackerRuns.read_if_whole(logs / TRACKERS) or TrackerRuns()
+    wandb_runs, mlflow_runs = dict(runs.wandb), dict(runs.mlflow)
     if "tensorboard" in used:
         from torch.utils.tensorboard import SummaryWriter
 
         trainer.remove_callback(TensorBoardCallback)
-        place = str(logs / "tensorboard" / task)
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(place, purge_step=step + 1 if step else None)))
+        folder = str(logs / "tensorboard" / task)
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(folder, purge_step=step + 1 if step else None)))
     if "wandb" in used:
         import wandb
 
@@ -96,7 +96,7 @@ def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None
             mlflow.end_run()
 
 
-def _start_mlflow(known: str | None, name: str | None) -> str:
+def _start_mlflow(run_id: str | None, name: str | None) -> str:
     """Continue a run of MLflow, or start one where there is none or the server does not know it; gives its id.
 
     Raises:
@@ -105,11 +105,11 @@ def _start_mlflow(known: str | None, name: str | None) -> str:
     import mlflow
 
     try:
-        if known is not None:
+        if run_id is not None:
             with suppress(mlflow.MlflowException):
-                return str(mlflow.start_run(known).info.run_id)
+                return str(mlflow.start_run(run_id).info.run_id)
             log.warning(
-                "MLflow does not know the run %s, in which this task was logged before; a new one starts", known
+                "MLflow does not know the run %s, in which this task was logged before; a new one starts", run_id
             )
         return str(mlflow.start_run(run_name=name).info.run_id)
     except mlflow.MlflowException as error:

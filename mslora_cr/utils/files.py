@@ -101,12 +101,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def hidden_folder(place: Path) -> Iterator[Path]:
+def hidden_folder(target: Path) -> Iterator[Path]:
     """A new hidden folder beside `place`, which is removed after the block; what killed processes left of earlier ones
     is removed before."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(place)
-    with _hidden(place) as folder:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    with _hidden(target) as folder:
         folder.mkdir()
         try:
             yield folder

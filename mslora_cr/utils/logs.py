@@ -30,11 +30,11 @@ class Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = f"{self.PREFIX.get(record.levelno, '')}{self.format(record)}"
-        shown = visible(text)
+        escaped = visible(text)
         if bars := sys.modules.get("tqdm"):
-            bars.tqdm.write(shown, file=sys.stderr)
+            bars.tqdm.write(escaped, file=sys.stderr)
         else:
-            print(shown, file=sys.stderr)
+            print(escaped, file=sys.stderr)
         sys.stderr.flush()
 
 

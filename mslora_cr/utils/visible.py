@@ -16,8 +16,12 @@ _LONG = re.compile(rf"\S{{{MOST},}}")
 
 def visible(text: str) -> str:
     """The text with control characters, surrogates and marks of direction as escapes, and endless words cut."""
-    shown = text if text.isprintable() else "".join(mark if mark.isprintable() else _escaped(mark) for mark in text)
-    return _LONG.sub(lambda word: f"{word[0][: MOST // 2]}…{word[0][-20:]}", shown) if len(shown) > MOST else shown
+    printable = text if text.isprintable() else "".join(mark if mark.isprintable() else _escaped(mark) for mark in text)
+    return (
+        _LONG.sub(lambda word: f"{word[0][: MOST // 2]}…{word[0][-20:]}", printable)
+        if len(printable) > MOST
+        else printable
+    )
 
 
 def _escaped(mark: str) -> str:
@@ -71,9 +75,9 @@ def visible_results() -> Iterator[None]:
         NobodyReadsError: nobody reads it any more; what is printed afterwards goes nowhere.
     """
     stream = sys.stdout
-    shown = sys.stdout = _Visible(stream)
+    stream_shown = sys.stdout = _Visible(stream)
     try:
         yield
     finally:
         sys.stdout = stream
-        shown.flush()
+        stream_shown.flush()

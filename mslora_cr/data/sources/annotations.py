@@ -87,8 +87,8 @@ def annotation_rows(dataset: DataSet, raw: RawData, questions: Mapping[str, str]
 def _templates(dataset: DataSet, replaced: Mapping[str, str]) -> dict[str, str]:
     for key in replaced:
         if key not in dataset.questions:
-            known = ", ".join(dataset.questions)
-            raise DataError(f"{dataset.name}: no question {key!r}{nearest(key, dataset.questions)}; known: {known}")
+            keys = ", ".join(dataset.questions)
+            raise DataError(f"{dataset.name}: no question {key!r}{nearest(key, dataset.questions)}; known: {keys}")
     return {**dataset.questions, **replaced}
 
 
@@ -173,8 +173,8 @@ class _VqaRadRow(BaseModel):
 
 def _with_ending(name: str) -> str:
     """An image's name from an id, which in some copies of a release has its ending already."""
-    known = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
-    return name if PurePosixPath(name).suffix.lower() in known else f"{name}.jpg"
+    endings = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
+    return name if PurePosixPath(name).suffix.lower() in endings else f"{name}.jpg"
 
 
 def _pathvqa(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
@@ -242,9 +242,9 @@ def _ham(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
 
 
 def _cxp(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
-    place = re.compile(r"(?:^|/)(train|test)/(NORMAL|PNEUMONIA)/([^/]+\.(?i:jpeg|jpg|png))$")
+    pattern = re.compile(r"(?:^|/)(train|test)/(NORMAL|PNEUMONIA)/([^/]+\.(?i:jpeg|jpg|png))$")
     # Kaggle's archive holds the whole tree twice.
-    folders = sorted({match.groups() for file in raw.files if (match := place.search(str(file.path)))})
+    folders = sorted({match.groups() for file in raw.files if (match := pattern.search(str(file.path)))})
     numbers: Counter[str] = Counter()
     for folder, label, name in folders:
         split: Split = "train" if folder == "train" else "test"
@@ -281,11 +281,11 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 def _rows(file: RawFile, model: type[_Model]) -> Iterator[_Model]:
     """The objects of a JSON, JSONL or pickle file."""
-    for place, value in _lines(file) if file.path.suffix == ".jsonl" else _items(file):
+    for location, value in _lines(file) if file.path.suffix == ".jsonl" else _items(file):
         try:
             yield model.model_validate(value)
         except ValidationError as error:
-            raise DataError(f"{file.path}: {place}: {first_problem(error)}") from None
+            raise DataError(f"{file.path}: {location}: {first_problem(error)}") from None
 
 
 def _lines(file: RawFile) -> Iterator[tuple[str, Any]]:

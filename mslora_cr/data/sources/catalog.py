@@ -48,9 +48,9 @@ def catalog() -> dict[str, DataSet]:
 
 def unusual_modality(modality: str) -> str | None:
     """A modality of the catalogue that is close to one that it does not have, and so may be what was meant."""
-    known = {entry.modality for entry in catalog().values()}
-    close = difflib.get_close_matches(modality, known - {modality}, n=1, cutoff=0.8)
-    return close[0] if close and modality not in known else None
+    modalities = {entry.modality for entry in catalog().values()}
+    close = difflib.get_close_matches(modality, modalities - {modality}, n=1, cutoff=0.8)
+    return close[0] if close and modality not in modalities else None
 
 
 def data_set(name: str) -> DataSet:

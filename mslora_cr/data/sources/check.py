@@ -92,8 +92,8 @@ def _opened(kind: type[File], path: Path, report: Report) -> File | None:
         return None
     finally:
         if problems:
-            shown = [problem.removeprefix(f"{path.parent}/") for problem in problems]
-            report.problems.append(Problem("error", f"{path.name}: malformed records", len(shown), shown))
+            messages = [problem.removeprefix(f"{path.parent}/") for problem in problems]
+            report.problems.append(Problem("error", f"{path.name}: malformed records", len(messages), messages))
     return records if len(records) else None
 
 
@@ -113,21 +113,21 @@ def _check_training(
     answers: Counter[str] = Counter()
     all_answers = 0
     for index, record in enumerate(records):
-        place = f"{records.path.name}: {records.place(index)}"
+        location = f"{records.path.name}: {records.place(index)}"
         names.update(record.images)
         said = [turn.text.strip().lower() for turn in record.turns if turn.speaker == "gpt"]
         answers.update(answer for answer in said if 0 < len(answer) <= SHORT)
         all_answers += len(said)
         if "" in said:
-            empty.append(place)
+            empty.append(location)
         if any("\0" in turn.text for turn in record.turns):
-            nul.append(place)
+            nul.append(location)
         elif limit is not None:
             from mslora_cr.data.lengths import training_length  # imports transformers
 
             learned, length = training_length(limit, record.turns, int(bool(record.images)))
-            silent += [] if learned else [place]
-            long += [place] if length > limit.max_length else []
+            silent += [] if learned else [location]
+            long += [location] if length > limit.max_length else []
     report.train_rows = len(records)
     if nul:
         report.error("conversations with a NUL character, which cannot be encoded", nul)
@@ -150,18 +150,18 @@ def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, limit: Limi
     empty, long, nul = [], [], []
     ids: Counter[int | str] = Counter()
     for index, record in enumerate(records):
-        place = f"{records.path.name}: question {index}"
+        location = f"{records.path.name}: question {index}"
         ids[record.question_id] += 1
         names.update(record.images)
         types[record.answer_type] += 1
         if record.answer_type == "CLOSED":
             answers[record.gt.strip().lower()] += 1
         if says_nothing(record.gt):
-            empty.append(f"{place} (id {record.question_id}): {record.gt!r}")
+            empty.append(f"{location} (id {record.question_id}): {record.gt!r}")
         if "\0" in record.text:
-            nul.append(place)
+            nul.append(location)
         elif limit is not None and _prompt_length(limit, record.text) > limit.max_length:
-            long.append(place)
+            long.append(location)
     report.test_open, report.test_closed = types["OPEN"], types["CLOSED"]
     report.closed_answers = dict(answers.most_common(COMMONEST))
     expected = dataset.test_rows
@@ -197,12 +197,12 @@ def _images(names: Iterable[str], dataset: DataSet | OwnDataSet, file: str, repo
     images, unsafe = {}, []
     for name in names:
         try:
-            place = check_name(name)
+            path = check_name(name)
         except DataError as error:
             unsafe.append(str(error))
             continue
-        from_root = place.parts[0] == dataset.folder
-        images[str(place.relative_to(dataset.folder) if from_root else place)] = name
+        from_root = path.parts[0] == dataset.folder
+        images[str(path.relative_to(dataset.folder) if from_root else path)] = name
     if unsafe:
         report.error(f"{file}: image names that lead outside the data root", sorted(unsafe))
     return images
@@ -254,7 +254,7 @@ def _check_image_files(
             [f"{path}: {loss}" for path, loss in lossy],
         )
 
-    renamed = [str(path) for place, path in test_files.items() if place not in training and path in train_paths]
+    renamed = [str(path) for image, path in test_files.items() if image not in training and path in train_paths]
     copies = sorted({*renamed, *_copies(train_paths, test_paths, scan)})
     report.shared_contents = len(copies)
     if copies:
@@ -264,9 +264,9 @@ def _check_image_files(
 def _resolve(names: Names, roots: Sequence[Path], file: str, report: Report) -> dict[str, Path]:
     """The existing images, by their paths."""
     paths, missing = {}, []
-    for place, name in names.items():
+    for location, name in names.items():
         try:
-            paths[place] = resolve_image(name, roots)
+            paths[location] = resolve_image(name, roots)
         except DataError:
             missing.append(name)
     report.missing = (report.missing or 0) + len(missing)
@@ -284,8 +284,8 @@ def _copies(train: set[Path], test: set[Path], scan: Scan) -> list[str]:
         for paths, others in ((train, test), (test, train))
     ]
     with tqdm(total=sum(map(len, candidates)), desc="contents", unit="image", disable=not scan.progress) as bar:
-        known = {digest for _, digest in _digests(candidates[0], scan.workers, bar)}
-        return [str(path) for path, digest in _digests(candidates[1], scan.workers, bar) if digest in known]
+        digests = {digest for _, digest in _digests(candidates[0], scan.workers, bar)}
+        return [str(path) for path, digest in _digests(candidates[1], scan.workers, bar) if digest in digests]
 
 
 def _digests(paths: Sequence[Path], workers: int, bar: tqdm) -> Iterator[tuple[Path, bytes]]:

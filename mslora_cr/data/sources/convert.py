@@ -159,11 +159,11 @@ def convert_images(source: Path, output: Path, rendering: Rendering | None = Non
         staging = Path(folder) / output.name
         staging.mkdir()
         for path in tqdm(files, "images", unit="file", disable=not progress):
-            place = staging / path.relative_to(root)
-            place.parent.mkdir(parents=True, exist_ok=True)
+            target = staging / path.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 for suffix, data in pictures(path, None, rendering or Rendering(), converted.note(path)):
-                    place.with_name(place.name + suffix).write_bytes(data)
+                    target.with_name(target.name + suffix).write_bytes(data)
                     converted.images += 1
             except DataError as error:
                 converted.left_out["an image that cannot be read"].append(str(error))
@@ -183,8 +183,8 @@ def _usable(rows: Iterable[Row | tuple[str, str]], converted: Converted) -> Iter
     for row in rows:
         converted.rows += 1
         if not isinstance(row, Row):
-            reason, place = row
-            converted.left_out[reason].append(place)
+            reason, location = row
+            converted.left_out[reason].append(location)
         elif row.split == "validation":
             converted.left_out["of the validation split"].append(row.place)
         else:
@@ -238,10 +238,10 @@ class _Images:
             name = f"{IMAGES}/{stem}{suffix}"
             if (self._folder / name).exists():
                 name = f"{IMAGES}/{stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}{suffix}"
-            place = self._folder / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if not place.exists():
-                place.write_bytes(data)
+            target = self._folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                target.write_bytes(data)
                 self.count += 1
             names.append(name)
         return names

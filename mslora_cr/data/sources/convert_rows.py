@@ -93,7 +93,7 @@ def _table(path: Path, delimiter: str, columns: Columns, question: str | None) -
         raise DataError(f"{path}: not a table in UTF-8 ({error}); save it as CSV in UTF-8") from None
 
 
-def _known_columns(place: Path, names: Sequence[str], columns: Columns, question: str | None) -> Columns:
+def _known_columns(file: Path, names: Sequence[str], columns: Columns, question: str | None) -> Columns:
     wanted = {"--image": columns.image, "--answer": columns.answer, "--group": columns.group}
     wanted |= {"--split": columns.split, "--answer-type": columns.answer_type}
     if question is None:
@@ -102,14 +102,14 @@ def _known_columns(place: Path, names: Sequence[str], columns: Columns, question
         if name is not None and name not in names:
             hint = " or --ask TEXT, which asks the same of every image" if option == "--question" else ""
             raise DataError(
-                f"{place}: no column {name!r}{nearest(name, names)}; it has {', '.join(map(repr, names)) or 'none'}. "
+                f"{file}: no column {name!r}{nearest(name, names)}; it has {', '.join(map(repr, names)) or 'none'}. "
                 f"Name the column with {option}{hint}"
             )
     group = columns.group or next((name for name in PATIENT_COLUMNS if name in names), None)
     return replace(columns, group=group)
 
 
-def _row(place: str, values: Mapping[str, Any], columns: Columns, question: str | None) -> Row | Problem:
+def _row(location: str, values: Mapping[str, Any], columns: Columns, question: str | None) -> Row | Problem:
     def text(column: str | None) -> str:
         value = values.get(column) if column else None
         return "" if value is None else str(value).replace(IMAGE, "").strip()
@@ -117,16 +117,16 @@ def _row(place: str, values: Mapping[str, Any], columns: Columns, question: str 
     asking, answer = question or text(columns.question), text(columns.answer)
     images = _images(values.get(columns.image))
     if not images:
-        return "no image", place
+        return "no image", location
     if not asking or not answer:
-        return "no question" if not asking else "no answer", place
+        return "no question" if not asking else "no answer", location
     kind = text(columns.answer_type).upper() or None
     if kind not in (None, "OPEN", "CLOSED"):
-        return "an answer type that is neither open nor closed", place
+        return "an answer type that is neither open nor closed", location
     split = _split(text(columns.split)) if columns.split else None
     if split == "":
-        return f"a split called {text(columns.split)!r}", place
-    return Row(place, images, (("human", asking), ("gpt", answer)), split, text(columns.group) or None, kind)
+        return f"a split called {text(columns.split)!r}", location
+    return Row(location, images, (("human", asking), ("gpt", answer)), split, text(columns.group) or None, kind)
 
 
 def _split(name: str) -> str:
@@ -161,32 +161,32 @@ def _sharegpt(path: Path, columns: Columns) -> Iterator[Row | Problem]:
         yield _conversation(f"{path.name}: record {number}", item, columns)
 
 
-def _conversation(place: str, item: Any, columns: Columns) -> Row | Problem:
+def _conversation(location: str, item: Any, columns: Columns) -> Row | Problem:
     said = item.get("conversations", item.get("messages")) if isinstance(item, Mapping) else None
     if not isinstance(said, list):
-        return "no list of conversations", place
+        return "no list of conversations", location
     turns = []
     for turn in said:
         if not isinstance(turn, Mapping):
-            return "a turn that is no object", place
+            return "a turn that is no object", location
         speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if speaker == "system":
             continue
         if speaker not in SPEAKERS or not isinstance(text, str):
-            return "a turn without a known speaker and a text", place
+            return "a turn without a known speaker and a text", location
         turns.append((SPEAKERS[speaker], text.replace(IMAGE, "").strip()))
     if [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
-        return "turns that do not alternate from a question to an answer", place
+        return "turns that do not alternate from a question to an answer", location
     if not all(text for _, text in turns):
-        return "an empty turn", place
+        return "an empty turn", location
     images = _images(item.get(columns.image, item.get("images")))
     if not images:
-        return "no image", place
+        return "no image", location
     split = _split(str(item[columns.split])) if columns.split and columns.split in item else None
     if split == "":
-        return f"a split called {item[columns.split or '']!r}", place
+        return f"a split called {item[columns.split or '']!r}", location
     group = item.get(columns.group) if columns.group else None
-    return Row(place, images, tuple(turns), split, None if group is None else str(group))
+    return Row(location, images, tuple(turns), split, None if group is None else str(group))
 
 
 def _dataset_folder(folder: Path, columns: Columns, question: str | None) -> Iterator[Row | Problem]:
@@ -199,8 +199,10 @@ def _dataset_folder(folder: Path, columns: Columns, question: str | None) -> Ite
     if not files:
         raise DataError(f"{folder}: no .arrow or .parquet file; expected a folder that datasets' save_to_disk wrote")
     for file in files:
-        place = file.relative_to(folder)
-        named = [SPLITS[word] for part in place.parts for word in part.replace(".", "-").split("-") if word in SPLITS]
+        location = file.relative_to(folder)
+        named = [
+            SPLITS[word] for part in location.parts for word in part.replace(".", "-").split("-") if word in SPLITS
+        ]
         try:
             if file.suffix == ".parquet":
                 opened = parquet.ParquetFile(file)
@@ -213,7 +215,7 @@ def _dataset_folder(folder: Path, columns: Columns, question: str | None) -> Ite
             number = 0
             for batch in batches:
                 for values in batch.to_pylist():
-                    parsed = _row(f"{place}: row {number}", _named(values, labels), known, question)
+                    parsed = _row(f"{location}: row {number}", _named(values, labels), known, question)
                     number += 1
                     if isinstance(parsed, Row) and parsed.split is None and named:
                         parsed = replace(parsed, split=named[-1])

@@ -65,8 +65,11 @@ def dicom_frames(path: Path, frame: int | None, rendering: Rendering, note: Note
         source = pydicom.dcmread(path) if _is_deflated(path) else path  # pydicom inflates whole files alone
         decoded = iter_pixels(source, indices=list(numbers), correct_unused_bits=False)
         for number, values in zip(numbers, decoded, strict=True):
-            own = _of_frame(header, number)
-            yield (number if count > 1 else None), squared(_shown(own, values, rendering), *_spacing(own), note)
+            of_frame = _of_frame(header, number)
+            yield (
+                (number if count > 1 else None),
+                squared(_shown(of_frame, values, rendering), *_spacing(of_frame), note),
+            )
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except Exception as error:  # pydicom raises many kinds on damaged files
@@ -127,8 +130,8 @@ def _size(path: Path) -> int:
 
 def _of_frame(header: Dataset, number: int) -> Dataset:
     """The header with what the functional groups say of one frame at the top: its own before what all share."""
-    shared, own = header.get("SharedFunctionalGroupsSequence"), header.get("PerFrameFunctionalGroupsSequence")
-    groups = [*(shared or [])[:1], *(own or [])[number : number + 1]]
+    shared, per_frame = header.get("SharedFunctionalGroupsSequence"), header.get("PerFrameFunctionalGroupsSequence")
+    groups = [*(shared or [])[:1], *(per_frame or [])[number : number + 1]]
     if not groups:
         return header
     merged = copy.copy(header)
@@ -160,20 +163,20 @@ def _shown(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels:
     if values.ndim == 3:
         return _colour(header, values)
     stored, padding = _stored(header, values)
-    shown = _grey(header, stored, padding, rendering)
-    shown = 1 - shown if interpretation == "MONOCHROME1" else shown
-    shown = np.where(padding, 0.0, shown)
+    grey = _grey(header, stored, padding, rendering)
+    grey = 1 - grey if interpretation == "MONOCHROME1" else grey
+    grey = np.where(padding, 0.0, grey)
     if header.get("PixelPresentation") in ("COLOR", "MIXED") and "RedPaletteColorLookupTableDescriptor" in header:
         # Supplemental palette, PS3.3, C.7.6.19: values from the first mapped one on have colours, the others are grey.
         coloured = stored >= int(header.RedPaletteColorLookupTableDescriptor[1])
-        return np.where(coloured[..., None], _palette(header, stored), shown[..., None])
-    return shown
+        return np.where(coloured[..., None], _palette(header, stored), grey[..., None])
+    return grey
 
 
 def _wrapped(values: Pixels, bits: int, signed: bool) -> Pixels:
     """Integers of which `bits` bits are kept, read with or without a sign."""
-    kept = values.astype(np.int64) & ((1 << bits) - 1)
-    return kept - ((kept >> (bits - 1)) << bits) if signed else kept
+    stored_bits = values.astype(np.int64) & ((1 << bits) - 1)
+    return stored_bits - ((stored_bits >> (bits - 1)) << bits) if signed else stored_bits
 
 
 def _stored(header: Dataset, values: Pixels) -> tuple[Pixels, Pixels]:
@@ -214,10 +217,10 @@ def _grey(header: Dataset, stored: Pixels, padding: Pixels, rendering: Rendering
     if rendering.window:
         return windowed(values, *rendering.window)
     if header.get("VOILUTSequence"):
-        shown = apply_voi(values, header)
+        windowed_values = apply_voi(values, header)
         # Entries may have more bits than the descriptor says.
-        bits = max(int(header.VOILUTSequence[0].LUTDescriptor[2]), int(shown.max()).bit_length())
-        return shown / (2**bits - 1)
+        bits = max(int(header.VOILUTSequence[0].LUTDescriptor[2]), int(windowed_values.max()).bit_length())
+        return windowed_values / (2**bits - 1)
     if window := _window(header):
         return windowed(values, *window, header.get("VOILUTFunction") or "LINEAR")
     inside = values[~padding]

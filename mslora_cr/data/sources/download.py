@@ -92,8 +92,8 @@ def download(
     try:
         commit, files = _listing(asset, revision, endpoint)
         if lock and not update:
-            known = {file.name: (file.size, file.digest if len(file.digest) == 64 else "") for file in files}
-            check_upstream(lock, name, commit, known)
+            expected = {file.name: (file.size, file.digest if len(file.digest) == 64 else "") for file in files}
+            check_upstream(lock, name, commit, expected)
         in_place = _read_record(target)
         missing = [file for file in files if not _is_here(file, target, in_place)]
         record = {"repo": asset.repo, "kind": asset.kind, "revision": revision or "main", "commit": commit}

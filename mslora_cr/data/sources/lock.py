@@ -31,7 +31,10 @@ def locked_files(lock: Path, name: str) -> dict[str, Any] | None:
     try:
         entry = read_object(lock)["assets"].get(name)
         if entry is not None:
-            _ = entry["revision"], {file: (known["size"], known["sha256"]) for file, known in entry["files"].items()}
+            _ = (
+                entry["revision"],
+                {file: (file_entry["size"], file_entry["sha256"]) for file, file_entry in entry["files"].items()},
+            )
     except (JsonError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{lock}: not a lock file ({error!r}); restore it, or move it away to lock anew") from None
     return entry

@@ -44,17 +44,17 @@ def nifti_slices(path: Path, frame: int | None, rendering: Rendering, note: Note
     Raises:
         DataError: the file cannot be read or shown, with its name and the reason.
     """
-    values, spacing, own = _volume(path)
+    values, spacing, bounds = _volume(path)
     colour = values.ndim == 4
-    low, high = own or ((0.0, 255.0) if colour else percentile_range(values))
+    low, high = bounds or ((0.0, 255.0) if colour else percentile_range(values))
     for number in chosen_frames(values.shape[2], frame, rendering, path):
         cut = values[:, :, number].swapaxes(0, 1)[::-1, ::-1]
         if not colour:
             cut = np.nan_to_num(cut, nan=low, posinf=high, neginf=low)
         window = None if colour else rendering.window
-        shown = windowed(cut, *window, "LINEAR_EXACT") if window else stretched(cut, low, high)
+        grey = windowed(cut, *window, "LINEAR_EXACT") if window else stretched(cut, low, high)
         try:
-            yield number, squared(shown, spacing[1], spacing[0], note)
+            yield number, squared(grey, spacing[1], spacing[0], note)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
 
@@ -76,8 +76,8 @@ def _volume(path: Path) -> tuple[Pixels, tuple[float, float], tuple[float, float
         raise DataError(f"{path}: not a NIfTI volume ({type(error).__name__}: {error})") from None
     if values.dtype.names:
         values = np.stack([values[name] for name in ("R", "G", "B")], -1)
-    own = (low, high) if np.isfinite([low, high]).all() and high > low and values.ndim == 3 else None
-    return values, (float(zooms[0]), float(zooms[1])), own
+    bounds = (low, high) if np.isfinite([low, high]).all() and high > low and values.ndim == 3 else None
+    return values, (float(zooms[0]), float(zooms[1])), bounds
 
 
 def _check(path: Path, image: Any) -> None:

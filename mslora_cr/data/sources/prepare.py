@@ -114,12 +114,12 @@ def _named_images(dataset: DataSet, folder: Path) -> dict[str, str]:
         build = "or build them with --annotations" if dataset.questions else "they are on the hub only"
         raise DataError(f"{folder}: no train.json or test.jsonl; fetch them with `mslora-cr data download`; {build}")
     names = {}
-    for place, images, answer in _uses(folder):
+    for location, images, answer in _uses(folder):
         for name in images:
             try:
                 names[str(check_name(name))] = answer
             except DataError as error:
-                raise DataError(f"{place}: {error}") from None
+                raise DataError(f"{location}: {error}") from None
     return names
 
 

@@ -59,10 +59,10 @@ def _pages(path: Path, image: Image.Image, frame: int | None, rendering: Renderi
     if len(full) < count:
         note("pages of another size than the first (previews, labels) are left out")
     several = len(full) > 1 or frame is not None
-    for place in chosen_frames(len(full), frame, rendering, path):
-        image.seek(full[place])
+    for page in chosen_frames(len(full), frame, rendering, path):
+        image.seek(full[page])
         check_size(image, str(path))
-        yield (full[place] if several else None), _page(image, rendering, note)
+        yield (full[page] if several else None), _page(image, rendering, note)
 
 
 def _full_pages(image: Image.Image, count: int) -> list[int]:
@@ -98,8 +98,8 @@ def _deep(image: Image.Image, rendering: Rendering, note: Note) -> Pixels:
     negative = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
     values = np.asarray(image).astype(np.float64)
     if rendering.window:
-        shown = windowed(values, *rendering.window, "LINEAR_EXACT")
+        grey = windowed(values, *rendering.window, "LINEAR_EXACT")
     else:
         note("more than 8 bits, stretched between percentiles; --window CENTER WIDTH sets a range")
-        shown = stretched(np.nan_to_num(values), *percentile_range(values))
-    return 1 - shown if negative else shown
+        grey = stretched(np.nan_to_num(values), *percentile_range(values))
+    return 1 - grey if negative else grey

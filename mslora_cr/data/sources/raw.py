@@ -88,13 +88,13 @@ class RawData:
     def __enter__(self) -> RawData:
         shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed
         try:
-            for place in self.places:
-                if not place.is_dir() and not place.is_file():
-                    what = "neither a file nor a folder" if place.exists() else "no such file or folder"
-                    raise DataError(f"{place}: {what}")
-                if place.name.lower().endswith(_FOREIGN):
-                    raise DataError(f"{place}: archives of this kind are not read; unpack it and give the folder")
-                self._add(place, PurePosixPath(place.name) if place.is_file() else PurePosixPath())
+            for source in self.places:
+                if not source.is_dir() and not source.is_file():
+                    what = "neither a file nor a folder" if source.exists() else "no such file or folder"
+                    raise DataError(f"{source}: {what}")
+                if source.name.lower().endswith(_FOREIGN):
+                    raise DataError(f"{source}: archives of this kind are not read; unpack it and give the folder")
+                self._add(source, PurePosixPath(source.name) if source.is_file() else PurePosixPath())
         except BaseException:
             self.__exit__()
             raise
@@ -108,19 +108,19 @@ class RawData:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def _add(self, place: Path, path: PurePosixPath) -> None:
-        if place.is_dir():
-            if place.resolve() not in self._visited:  # a link may lead back up
-                self._visited.add(place.resolve())
-                for entry in sorted(place.iterdir()):
+    def _add(self, source: Path, path: PurePosixPath) -> None:
+        if source.is_dir():
+            if source.resolve() not in self._visited:  # a link may lead back up
+                self._visited.add(source.resolve())
+                for entry in sorted(source.iterdir()):
                     if not entry.name.startswith(".") and entry.name != "__MACOSX":
                         self._add(entry, path / entry.name)
-        elif not place.is_file():  # a FIFO would wait for ever
+        elif not source.is_file():  # a FIFO would wait for ever
             return
-        elif _is_archive(place.name):
-            self._add_archive(place, path)
+        elif _is_archive(source.name):
+            self._add_archive(source, path)
         else:
-            self.files.append(RawFile(path, place, size=place.stat().st_size))
+            self.files.append(RawFile(path, source, size=source.stat().st_size))
 
     def _add_archive(self, archive: Path, path: PurePosixPath, depth: int = 0) -> None:
         folder = path.parent / path.name.split(".")[0]
@@ -167,7 +167,7 @@ class RawData:
                 raise DataError(f"{suffix}: the raw data contains several different ones; keep one:{places}")
             if files:
                 return files[0]
-        places = ", ".join(str(place) for place in self.places)
+        places = ", ".join(str(source) for source in self.places)
         raise DataError(f"{' or '.join(suffixes)}: not found in {places}")
 
 
@@ -180,8 +180,8 @@ def alike(name: str) -> str:
 class Bounded:
     """A stream of unknown length, read up to a limit."""
 
-    def __init__(self, stream: IO[bytes] | GzipFile, place: Path, most: int = MOST_NESTED_BYTES) -> None:
-        self._stream, self._place, self._left = stream, place, most
+    def __init__(self, stream: IO[bytes] | GzipFile, archive: Path, most: int = MOST_NESTED_BYTES) -> None:
+        self._stream, self._place, self._left = stream, archive, most
 
     def read(self, size: int = -1, /) -> bytes:
         data = self._stream.read(size)
