@@ -48,6 +48,7 @@ class Converted:
         shared_groups: groups that the source's own split has on both sides.
         noted: how files were drawn, where it is worth knowing: by what is to be said, the files.
         several: how many rows have several pictures.
+        most_images: that a row has.
     """
 
     rows: int = 0
@@ -59,6 +60,7 @@ class Converted:
     shared_groups: list[str] = field(default_factory=list)
     noted: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     several: int = 0
+    most_images: int = 0
 
     def note(self, path: Path) -> Note:
         """What to call with how a file was drawn; each remark on it counts once."""
@@ -118,6 +120,7 @@ def convert(
         bar = tqdm(rows, "images", unit="row", disable=not progress)
         placed = [(row, names) for row in bar if (names := writer.place(row))]
         converted.images, converted.several = writer.count, sum(len(names) > 1 for _, names in placed)
+        converted.most_images = max((len(names) for _, names in placed), default=0)
         train, test = _parted(placed, split, converted)
         _write(staging, train, test, closed)
         converted.train, converted.test = len(train), len(test)
@@ -227,9 +230,10 @@ class _Images:
         frame = int(number) if mark and number.isdecimal() and len(number) < 10 else None
         relative = check_name(bare if frame is not None else name)
         path = self._root / relative
-        if not path.is_file():
+        if not path.is_file() and not path.is_dir():
             raise DataError(f"{path}: no such image")
-        return self._write(path, frame, str(relative.with_suffix("") if path.suffix != ".gz" else relative))
+        ends = path.is_file() and path.suffix != ".gz"
+        return self._write(path, frame, str(relative.with_suffix("") if ends else relative))
 
     def _write(self, path: Path, frame: int | None, stem: str) -> list[str]:
         """Write a file's pictures; `a/b.png` and `a/b.jpg` get different names."""

@@ -11,6 +11,7 @@ from mslora_cr.data.sources.dicom import dicom_frames, is_dicom
 from mslora_cr.data.sources.nifti import is_nifti, nifti_slices
 from mslora_cr.data.sources.raster import raster_pictures
 from mslora_cr.data.sources.rendering import Note, Rendering, as_png
+from mslora_cr.data.sources.series import series_slices
 from mslora_cr.utils.regular import check_regular
 
 
@@ -23,7 +24,7 @@ def pictures(
     stays as it is.
 
     Args:
-        path: of the file.
+        path: of the file, or of a folder with the slices of a DICOM series.
         frame: of a file of several frames, slices or pages, the one to take, from 0; None: as `rendering` says.
         rendering: how it is drawn.
         note: is told what is worth knowing of how it was drawn.
@@ -32,6 +33,9 @@ def pictures(
         DataError: the file cannot be read, or has no such frame.
     """
     try:
+        if path.is_dir():
+            yield from as_png(series_slices(path, frame, rendering, note))
+            return
         check_regular(path)
         if is_nifti(path):
             yield from as_png(nifti_slices(path, frame, rendering, note))

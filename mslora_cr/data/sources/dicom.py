@@ -12,7 +12,17 @@ import numpy as np
 
 from mslora_cr.data.images import MAX_PIXELS
 from mslora_cr.data.records import DataError
-from mslora_cr.data.sources.rendering import Frame, Note, Pixels, Rendering, chosen_frames, squared, stretched, windowed
+from mslora_cr.data.sources.rendering import (
+    Frame,
+    Note,
+    Pixels,
+    Rendering,
+    chosen_frames,
+    in_colours,
+    squared,
+    stretched,
+    windowed,
+)
 from mslora_cr.utils.regular import check_regular
 
 if TYPE_CHECKING:
@@ -158,6 +168,8 @@ def _spacing(header: Dataset) -> tuple[float, float]:
 def _shown(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels:
     """A frame as a screen shows it, in [0, 1]: (rows, columns), or (rows, columns, 3) in colour."""
     interpretation = header.PhotometricInterpretation
+    if rendering.ct_windows:
+        return _tomogram(header, values, rendering)
     if interpretation == "PALETTE COLOR":
         return _palette(header, _stored(header, values)[0])
     if values.ndim == 3:
@@ -171,6 +183,17 @@ def _shown(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels:
         coloured = stored >= int(header.RedPaletteColorLookupTableDescriptor[1])
         return np.where(coloured[..., None], _palette(header, stored), grey[..., None])
     return grey
+
+
+def _tomogram(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels:
+    """A frame of computed tomography under three windows, with padding as air is drawn: black."""
+    from pydicom.pixels import apply_modality_lut
+
+    if header.get("Modality") != "CT" or values.ndim != 2:
+        raise DataError(f"its modality is {header.get('Modality')!r}; windows in Hounsfield units are for CT alone")
+    stored, padding = _stored(header, values)
+    colours = in_colours(apply_modality_lut(stored, header), rendering.ct_windows)
+    return np.where(padding[..., None], 0.0, colours)
 
 
 def _wrapped(values: Pixels, bits: int, signed: bool) -> Pixels:

@@ -15,6 +15,7 @@ from mslora_cr.data.sources.rendering import (
     Pixels,
     Rendering,
     chosen_frames,
+    in_colours,
     percentile_range,
     squared,
     stretched,
@@ -51,12 +52,19 @@ def nifti_slices(path: Path, frame: int | None, rendering: Rendering, note: Note
         cut = values[:, :, number].swapaxes(0, 1)[::-1, ::-1]
         if not colour:
             cut = np.nan_to_num(cut, nan=low, posinf=high, neginf=low)
-        window = None if colour else rendering.window
-        grey = windowed(cut, *window, "LINEAR_EXACT") if window else stretched(cut, low, high)
+        grey = stretched(cut, low, high) if colour else _drawn(cut, rendering, low, high)
         try:
             yield number, squared(grey, spacing[1], spacing[0], note)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
+
+
+def _drawn(cut: Pixels, rendering: Rendering, low: float, high: float) -> Pixels:
+    if rendering.ct_windows:
+        return in_colours(cut, rendering.ct_windows)
+    if rendering.window:
+        return windowed(cut, *rendering.window, "LINEAR_EXACT")
+    return stretched(cut, low, high)
 
 
 def _volume(path: Path) -> tuple[Pixels, tuple[float, float], tuple[float, float] | None]:

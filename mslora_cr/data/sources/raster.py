@@ -40,6 +40,8 @@ def raster_pictures(path: Path, frame: int | None, rendering: Rendering, note: N
     Raises:
         DataError: the file cannot be read, or has no such page.
     """
+    if rendering.ct_windows:
+        raise DataError(f"{path}: neither DICOM nor NIfTI; windows in Hounsfield units are for CT alone")
     load_image(path)
     with Image.open(path, formats=FORMATS) as image:
         if page_count(image) > 1:
