@@ -5,26 +5,21 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
-import os
 import random
-import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import factorial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mslora_cr.config.load import load_config
 from mslora_cr.config.methods import load_method, method_names
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.config.trust import name_method, named_methods
-from mslora_cr.distributed.comm import get_device
+from mslora_cr.config.trust import named_methods
+from mslora_cr.distributed.pool import init_worker, output_into
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
@@ -41,10 +36,9 @@ from mslora_cr.runs.lock import one_writer
 from mslora_cr.statistics.sweep_summary import summarize
 from mslora_cr.stream import train as stream
 from mslora_cr.utils.errors import UserError
-from mslora_cr.utils.files import append_to
 from mslora_cr.utils.logs import set_up
 from mslora_cr.utils.progress import progress_bar
-from mslora_cr.utils.workers import cores, end_with_parent
+from mslora_cr.utils.workers import cores
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +97,7 @@ def plan_sweep(
     for section in sorted(of_methods & set(sections.values()) - chosen.keys()):
         raise ConfigError(f"{section}: belongs to method {section!r}, which is not in this sweep")
     base = load_config(config_file, [override for override in overrides if sections[override] not in of_methods])
-    places = [f"output_dir={base.run_dir}", f"results_dir={base.results_run_dir}"]
+    folders = [f"output_dir={base.run_dir}", f"results_dir={base.results_run_dir}"]
     drawn = task_orders([task.name for task in base.tasks], orders)
     runs = []
     for method, (number, tasks), seed in itertools.product(
@@ -111,7 +105,7 @@ def plan_sweep(
     ):
         of_method = [override for override in overrides if sections[override] not in of_methods - {method}]
         settings = [f"run={method}-order{number}-seed{seed}", f"method={chosen[method]}", f"seed={seed}"]
-        everything = [*of_method, *places, *settings, f"tasks=[{','.join(tasks)}]"]
+        everything = [*of_method, *folders, *settings, f"tasks=[{','.join(tasks)}]"]
         config = load_config(config_file, everything)
         if config.evaluation.banks_by == "routed" and not needs_task(config):
             config = load_config(config_file, [*everything, "evaluation.banks_by=prefix"])
@@ -156,24 +150,15 @@ def task_orders(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
     return orders
 
 
-def slots(device: str, jobs: int | None = None) -> list[str | None]:
-    """What runs side by side: a GPU each (by `CUDA_VISIBLE_DEVICES`), or, on the CPU (None), a share of the cores."""
-    if get_device(device).type == "cpu":
-        return [None] * (jobs or cores())
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    return [gpus[number % len(gpus)] for number in range(jobs or len(gpus))]
-
-
-def describe(runs: Sequence[SweepRun], places: Sequence[str | None]) -> str:
+def describe(runs: Sequence[SweepRun], devices: Sequence[str | None]) -> str:
     """The plan, for people: what is run, in how many steps, where, and what is done already."""
     methods = dict.fromkeys(run.method for run in runs)
     orders = {run.order: [task.name for task in run.config.tasks] for run in runs}
     seeds = dict.fromkeys(run.seed for run in runs)
-    where = "CPU" if places[0] is None else f"GPU {', '.join(str(device) for device in dict.fromkeys(places))}"
+    where = "CPU" if devices[0] is None else f"GPU {', '.join(str(device) for device in dict.fromkeys(devices))}"
     lines = [
-        f"{len(runs)} runs = {len(methods)} methods × {len(orders)} orders × {len(seeds)} seeds, {len(places)} at once "
-        f"({where})",
+        f"{len(runs)} runs = {len(methods)} methods × {len(orders)} orders × {len(seeds)} seeds, "
+        f"{len(devices)} at once ({where})",
         f"methods  {', '.join(methods)}",
         *(f"order {number}  {' → '.join(tasks)}" for number, tasks in orders.items()),
         f"seeds    {', '.join(map(str, seeds))}",
@@ -190,8 +175,8 @@ def describe(runs: Sequence[SweepRun], places: Sequence[str | None]) -> str:
     return "\n".join(lines)
 
 
-def run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None]) -> Path:
-    """Train and evaluate every run that is not done yet, as many at once as there are places, and write the report.
+def run_sweep(runs: Sequence[SweepRun], devices: Sequence[str | None]) -> Path:
+    """Train and evaluate every run that is not done yet, as many at once as there are devices, and write the report.
 
     What a run prints goes into `sweep.log` in its results folder. A run that fails does not stop the others, and one
     that is cut leaves `sweep.json` of the runs that are finished; they come seed by seed, all methods of one first.
@@ -205,23 +190,23 @@ def run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None]) -> Path:
     """
     root = runs[0].config.results_run_dir.parent
     with one_writer(root):
-        return _run_sweep(runs, places, root)
+        return _run_sweep(runs, devices, root)
 
 
-def _run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None], root: Path) -> Path:
-    threads = max(1, cores() // len(places))
+def _run_sweep(runs: Sequence[SweepRun], devices: Sequence[str | None], root: Path) -> Path:
+    threads = max(1, cores() // len(devices))
     context = multiprocessing.get_context("spawn")
     free = context.Queue()
-    for device in places:
+    for device in devices:
         free.put(device)
     failed: dict[str, str] = {}
     outcomes: dict[str, dict[str, Any]] = {}
     with (
-        ProcessPoolExecutor(len(places), context, _settle, (free, threads, named_methods())) as pool,
+        ProcessPoolExecutor(len(devices), context, init_worker, (free, threads, named_methods())) as pool,
         progress_bar(desc="sweep", total=len(runs), unit="run") as bar,
     ):
         # All methods of a seed and order before the next one: what a cut sweep leaves can be compared in pairs.
-        waiting = {pool.submit(_run, run.config): run for run in sorted(runs, key=_turn(runs))}
+        waiting = {pool.submit(_run, run.config): run for run in sorted(runs, key=_run_order(runs))}
         try:
             for done in as_completed(waiting):
                 error = done.exception()
@@ -248,23 +233,12 @@ def _run_sweep(runs: Sequence[SweepRun], places: Sequence[str | None], root: Pat
     return page
 
 
-def _settle(free: Any, threads: int, methods: frozenset[str]) -> None:
-    """Give a worker its GPU or its share of the cores, and let it end with the process that started it."""
-    end_with_parent()
-    for method in methods:
-        name_method(method)
-    device = free.get()
-    if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device
-    torch.set_num_threads(threads)
-
-
 def _run(config: StreamConfig) -> None:
     """Train and evaluate one run, in a worker; its output goes into a file."""
     folder = config.results_run_dir
     folder.mkdir(parents=True, exist_ok=True)
     set_up()
-    with _output_into(folder / "sweep.log"):
+    with output_into(folder / "sweep.log"):
         try:
             stream.train(config)
             if config.evaluation.banks_by == "routed":
@@ -279,32 +253,13 @@ def _run(config: StreamConfig) -> None:
             raise UserError(repr(error)) from None
 
 
-@contextmanager
-def _output_into(path: Path) -> Iterator[None]:
-    """Let everything that this process prints, libraries included, go into a file."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with append_to(path) as file:
-        for descriptor in (1, 2):
-            os.dup2(file.fileno(), descriptor)
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for descriptor, old in zip((1, 2), saved, strict=True):
-                os.dup2(old, descriptor)
-                os.close(old)
-
-
 # --- results --------------------------------------------------------------------------------------------------------
 
 
-def _turn(runs: Sequence[SweepRun]) -> Callable[[SweepRun], tuple[int, int]]:
+def _run_order(runs: Sequence[SweepRun]) -> Callable[[SweepRun], tuple[int, int]]:
     """When a run comes: by the place of its seed, then its order."""
-    places = {seed: position for position, seed in enumerate(dict.fromkeys(run.seed for run in runs))}
-    return lambda run: (places[run.seed], run.order)
+    positions = {seed: position for position, seed in enumerate(dict.fromkeys(run.seed for run in runs))}
+    return lambda run: (positions[run.seed], run.order)
 
 
 def _write(runs: Sequence[SweepRun], outcomes: Mapping[str, dict[str, Any]], root: Path) -> None:

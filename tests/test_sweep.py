@@ -14,6 +14,7 @@ from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.methods import method_names
 from mslora_cr.config.schema import ConfigError
+from mslora_cr.distributed import pool
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.reporting.cost import cost_of
 from mslora_cr.reporting.sweep_page import write_sweep_page
@@ -213,15 +214,15 @@ def test_a_gpu_for_each_run(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert sweep.slots("auto", jobs) == expected
-    assert sweep.slots("cpu", 2) == [None, None]
+    assert pool.devices("auto", jobs) == expected
+    assert pool.devices("cpu", 2) == [None, None]
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert sweep.slots("auto", 1) == [None]
+    assert pool.devices("auto", 1) == [None]
     with pytest.raises(UserError, match=r"model\.device is cuda"):
-        sweep.slots("cuda", 1)
+        pool.devices("cuda", 1)
 
 
 def test_a_cost_that_the_ledger_does_not_know_is_not_guessed() -> None:

@@ -36,12 +36,13 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
 def _sweep(args: argparse.Namespace) -> int:
     quieten()
     from mslora_cr import sweep
+    from mslora_cr.distributed import pool
 
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {args.jobs}")
     runs = sweep.plan_sweep(args.config, args.overrides, args.methods, args.orders, args.seeds)
-    places = sweep.slots(runs[0].config.model.device, args.jobs)
-    print(sweep.describe(runs, places), flush=True)
+    devices = pool.devices(runs[0].config.model.device, args.jobs)
+    print(sweep.describe(runs, devices), flush=True)
     if not args.dry_run:
-        print(f"report: {sweep.run_sweep(runs, places)}")
+        print(f"report: {sweep.run_sweep(runs, devices)}")
     return 0

@@ -1,0 +1,56 @@
+"""Work in parallel processes, each with a device or a share of the cores of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mslora_cr.config.trust import name_method
+from mslora_cr.distributed.comm import get_device
+from mslora_cr.utils.files import append_to
+from mslora_cr.utils.workers import cores, end_with_parent
+
+
+def devices(device: str, jobs: int | None = None) -> list[str | None]:
+    """What runs side by side: a GPU each (by `CUDA_VISIBLE_DEVICES`), or, on the CPU (None), a share of the cores."""
+    if get_device(device).type == "cpu":
+        return [None] * (jobs or cores())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    return [gpus[number % len(gpus)] for number in range(jobs or len(gpus))]
+
+
+def init_worker(free: Any, threads: int, methods: Collection[str]) -> None:
+    """Give a worker its GPU or its share of the cores, and let it end with the process that started it."""
+    end_with_parent()
+    for method in methods:
+        name_method(method)
+    device = free.get()
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def output_into(path: Path) -> Iterator[None]:
+    """Let everything that this process prints, libraries included, go into a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    originals = os.dup(1), os.dup(2)
+    with append_to(path) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, old in zip((1, 2), originals, strict=True):
+                os.dup2(old, descriptor)
+                os.close(old)
