@@ -5,20 +5,18 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
-import random
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from math import factorial
 from pathlib import Path
 from typing import Any
 
 from mslora_cr.config.load import load_config
 from mslora_cr.config.methods import load_method, method_names
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.config.trust import named_methods
+from mslora_cr.config.trust import name_method, named_methods
 from mslora_cr.distributed.pool import init_worker, output_into
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.results import read_evaluation
@@ -35,6 +33,7 @@ from mslora_cr.runs.environment import environment
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.statistics.sweep_summary import summarize
 from mslora_cr.stream import train as stream
+from mslora_cr.stream.orders import task_orders
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.logs import set_up
 from mslora_cr.utils.progress import progress_bar
@@ -129,25 +128,6 @@ def _by_name(methods: Sequence[str]) -> dict[str, str]:
         if paths.setdefault(name, method) != method:
             raise ConfigError(f"--methods: {paths[name]} and {method} are both named {name!r}")
     return paths
-
-
-def task_orders(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
-    """So many different orders of the tasks, the one given first.
-
-    Raises:
-        ConfigError: there are fewer.
-    """
-    if not 1 <= count <= factorial(len(tasks)):
-        raise ConfigError(
-            f"--orders: {len(tasks)} tasks have {factorial(len(tasks))} orders; {count} is not among them"
-        )
-    orders = [tuple(tasks)]
-    generator = random.Random(0)
-    while len(orders) < count:
-        drawn = tuple(generator.sample(tasks, len(tasks)))
-        if drawn not in orders:
-            orders.append(drawn)
-    return orders
 
 
 def describe(runs: Sequence[SweepRun], devices: Sequence[str | None]) -> str:

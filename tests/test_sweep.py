@@ -21,7 +21,8 @@ from mslora_cr.reporting.sweep_page import write_sweep_page
 from mslora_cr.reporting.sweep_result import SweepResult
 from mslora_cr.runs.entries import RunLedger, TaskEntry
 from mslora_cr.statistics.sweep_summary import summarize
-from mslora_cr.sweep import plan_sweep, task_orders
+from mslora_cr.stream.orders import task_orders
+from mslora_cr.sweep import plan_sweep
 from mslora_cr.utils.errors import UserError
 from tests.conftest import once, write_config
 from tests.helpers.report_run import Page

@@ -23,6 +23,7 @@ from mslora_cr.cli.release import add_release
 from mslora_cr.cli.report import add_analyze, add_compare, add_report
 from mslora_cr.cli.sweep import add_sweep
 from mslora_cr.cli.train import add_train
+from mslora_cr.cli.tune import add_tune
 from mslora_cr.cli.web import add_web
 from mslora_cr.config.trust import trust_method
 from mslora_cr.utils.errors import UserError
@@ -122,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_analyze(commands)
     add_release(commands)
     add_sweep(commands)
+    add_tune(commands)
     add_config_command(commands)
     add_ask(commands)
     add_web(commands)

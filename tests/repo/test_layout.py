@@ -27,6 +27,7 @@ ROOMS = (
     "evaluation",
     "analysis",
     "release",
+    "tuning",
     "reporting",
     "serving",
     "sweep",

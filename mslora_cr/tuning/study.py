@@ -1,0 +1,325 @@
+"""A tuning: trials of a configuration on validation questions, chosen task by task or over other streams.
+
+The causal protocol (the default) never looks ahead. Values for the whole stream are chosen on its first tasks and fixed
+from then on (Chaudhry et al., "Efficient Lifelong Learning with A-GEM", ICLR 2019). Values of a later task are chosen
+on that task's own validation questions when it is learned. With `--seeds`, whole streams are trained instead, of seeds
+and orders that are not reported.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from mslora_cr.config.load import load_config
+from mslora_cr.config.schema import ConfigError, StreamConfig
+from mslora_cr.config.trust import named_methods
+from mslora_cr.distributed.pool import init_worker, output_into
+from mslora_cr.evaluation.evaluate import evaluate
+from mslora_cr.evaluation.results import required_evaluation
+from mslora_cr.evaluation.routed import evaluate_routed
+from mslora_cr.evaluation.schemas import ROUTED
+from mslora_cr.runs.lock import one_writer
+from mslora_cr.stream.orders import task_orders
+from mslora_cr.stream.train import train
+from mslora_cr.tuning.space import PER_TASK, Space
+from mslora_cr.tuning.validation_root import SHARE, make_validation_root
+from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.files import write_text
+from mslora_cr.utils.logs import set_up
+from mslora_cr.utils.progress import progress_bar
+from mslora_cr.utils.workers import cores
+
+log = logging.getLogger(__name__)
+
+FOLDER = "tune"
+"""The folder of a tuning in the run folder; the run itself is not touched."""
+JOURNAL = "journal.log"
+BEST = "best.yaml"
+METRIC = "exact match score"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a tuning does.
+
+    Attributes:
+        config_file: The configuration that is tuned.
+        overrides: For every trial.
+        space: What is tried.
+        trials: The budget of each study: so many trials are finished or pruned.
+        first: How many tasks the values of the whole stream are chosen on.
+        seeds: Seeds of whole streams; given, they replace the causal protocol.
+        orders: How many orders of the tasks those streams have, the file's own left out.
+        metric: By its name in `metrics.json`, to be maximized.
+        share: Of the training records, for validation, where a data set has no `val.jsonl`.
+    """
+
+    config_file: Path
+    overrides: tuple[str, ...]
+    space: Space
+    trials: int
+    first: int = 2
+    seeds: tuple[int, ...] = ()
+    orders: int = 1
+    metric: str = METRIC
+    share: float = SHARE
+
+    @property
+    def config(self) -> StreamConfig:
+        return load_config(self.config_file, self.overrides)
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_dir / FOLDER
+
+
+@dataclass(frozen=True)
+class StudyPart:
+    """One study of a tuning.
+
+    Attributes:
+        name: Its name in the journal.
+        tasks: The tasks of the trials' streams, in order.
+        scored: Those whose mean validation score is maximized.
+        keys: The keys that are tried.
+        chain: A run folder whose tasks are learned already; None: from the base.
+        seeds: Each trial is the mean over these; empty: the configuration's own.
+    """
+
+    name: str
+    tasks: tuple[tuple[str, ...], ...]
+    scored: int
+    keys: tuple[str, ...]
+    fixed: tuple[str, ...]
+    chain: Path | None = None
+    seeds: tuple[int, ...] = ()
+
+
+def tune(plan: Plan, devices: Sequence[str | None]) -> Path:
+    """Run every trial that the budget still has, and write the best configuration.
+
+    Args:
+        plan: What to do. The same plan resumes a tuning that was stopped.
+        devices: As `pool.devices` gives them; so many trials run at once.
+
+    Returns:
+        The file of the best configuration.
+
+    Raises:
+        ConfigError: The space has a key that the configuration does not, or there are fewer tasks than `first`.
+        DataError: A task has no validation questions.
+        UserError: Every trial of a study failed.
+        LockedError: Another tuning writes there.
+    """
+    config = plan.config
+    if not plan.seeds and len(config.tasks) < plan.first:
+        raise ConfigError(f"--first {plan.first}: the stream has {len(config.tasks)} tasks")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with one_writer(plan.folder):
+        make_validation_root(config, plan.folder / "data", plan.share)
+        chosen = _streams(plan, devices) if plan.seeds else _causal(plan, devices)
+    return _write_best(plan, chosen)
+
+
+def studies(folder: Path) -> dict[str, list[FrozenTrial]]:
+    """The trials of a tuning, by study."""
+    storage = _storage(folder)
+    return {study.study_name: storage.get_all_trials(study._study_id) for study in storage.get_all_studies()}
+
+
+def best_trial(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """The best finished trial; of equal ones the earliest."""
+    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return max(finished, key=lambda trial: (trial.value, -trial.number), default=None)
+
+
+def _causal(plan: Plan, devices: Sequence[str | None]) -> dict[str, Any]:
+    """Choose the stream's values on its first tasks, then each later task's values on that task."""
+    names = [task.name for task in plan.config.tasks]
+    everything = (*plan.space.stream, *(PER_TASK + key for key in plan.space.task))
+    part = StudyPart("first", (tuple(names[: plan.first]),), plan.first, everything, ())
+    best = _optimize(plan, part, devices)
+    chosen = {key: value for key, value in best.params.items() if not key.startswith(PER_TASK)}
+    for name in names[: plan.first]:
+        chosen |= {_of_task(key, name): best.params[key] for key in best.params if key.startswith(PER_TASK)}
+    chain = _trial_folder(plan, part, best)
+    for number in range(plan.first, len(names) if plan.space.task else plan.first):
+        name, fixed = names[number], tuple(f"{key}={value}" for key, value in chosen.items())
+        keys = tuple(PER_TASK + key for key in plan.space.task)
+        part = StudyPart(f"{number + 1}-{name}", (tuple(names[: number + 1]),), 1, keys, fixed, chain)
+        best = _optimize(plan, part, devices)
+        chosen |= {_of_task(key, name): value for key, value in best.params.items()}
+        chain = _trial_folder(plan, part, best)
+    return chosen
+
+
+def _streams(plan: Plan, devices: Sequence[str | None]) -> dict[str, Any]:
+    """Choose all values over whole streams of other seeds and orders."""
+    names = [task.name for task in plan.config.tasks]
+    orders = tuple(task_orders(names, plan.orders + 1)[1:])
+    part = StudyPart("streams", orders, len(names), tuple(plan.space.distributions), (), seeds=plan.seeds)
+    return dict(_optimize(plan, part, devices).params)
+
+
+def _optimize(plan: Plan, part: StudyPart, devices: Sequence[str | None]) -> FrozenTrial:
+    """Run what the budget of a study still has, side by side; the best trial."""
+    storage = _storage(plan.folder)
+    study = optuna.create_study(storage=storage, study_name=part.name, direction="maximize", load_if_exists=True)
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # of a launch that was killed: its folder resumes
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params, skip_if_exists=True)
+    done = sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in study.get_trials())
+    context = multiprocessing.get_context("spawn")
+    free = context.Queue()
+    for device in devices:
+        free.put(device)
+    threads = max(1, cores() // len(devices))
+    with (
+        ProcessPoolExecutor(len(devices), context, init_worker, (free, threads, named_methods())) as pool,
+        progress_bar(desc=part.name, total=plan.trials, initial=done, unit="trial") as bar,
+    ):
+        waiting = [pool.submit(_run_trial, plan, part) for _ in range(max(0, plan.trials - done))]
+        try:
+            for future in as_completed(waiting):
+                if error := future.result():
+                    log.warning("%s: a trial failed: %s", part.name, error)
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    best = best_trial(study.get_trials())
+    if best is None:
+        raise UserError(f"{part.name}: no trial finished; see the logs in {plan.folder / part.name}")
+    return best
+
+
+def _run_trial(plan: Plan, part: StudyPart) -> str | None:
+    """One trial, in a worker; returns what went wrong."""
+    set_up()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = _storage(plan.folder)
+    # Seeded by the number of trials so far: one trial at a time draws the same values in any number of launches.
+    begun = len(optuna.load_study(storage=storage, study_name=part.name).get_trials())
+    study = optuna.load_study(
+        storage=storage, study_name=part.name, sampler=optuna.samplers.TPESampler(seed=begun), pruner=_pruner()
+    )
+    trial = study.ask({key: plan.space.distributions[key] for key in part.keys})
+    folder = _trial_folder(plan, part, trial)
+    folder.mkdir(parents=True, exist_ok=True)
+    with output_into(folder / "trial.log"):
+        try:
+            score = _score(plan, part, trial)
+        except optuna.TrialPruned:
+            study.tell(trial, state=TrialState.PRUNED)
+        except Exception as error:  # one bad choice of values must not end the others
+            study.tell(trial, state=TrialState.FAIL)
+            return str(error)
+        else:
+            study.tell(trial, score)
+    return None
+
+
+def _score(plan: Plan, part: StudyPart, trial: Trial) -> float:
+    """Train a trial's streams task by task; the mean validation score of the tasks that count.
+
+    Raises:
+        optuna.TrialPruned: The trial is worse than the median of the others so far.
+    """
+    scores, step = [], 0
+    for number, order in enumerate(part.tasks):
+        for seed in part.seeds or (None,):
+            config = _trial_config(plan, part, trial, order, number, seed)
+            if part.chain is not None and not config.run_dir.exists():
+                shutil.copytree(part.chain / "stream-0", config.run_dir)
+            for name in order[-part.scored :]:
+                train(config, only=(name,))
+                scores.append(_validation_score(config, name, plan.metric))
+                trial.report(sum(scores) / len(scores), step)
+                step += 1
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+            if part.scored > 1:  # what is kept of all of them, rather than what each reached
+                scores[-part.scored :] = [_validation_score(config, name, plan.metric, last=True) for name in order]
+    return sum(scores) / len(scores)
+
+
+def _validation_score(config: StreamConfig, task: str, metric: str, last: bool = False) -> float:
+    """A task's score on its validation questions, in percent: at its own stage, or after the last."""
+    if config.evaluation.banks_by == "routed":
+        evaluate_routed(config, "seen")
+        folder = config.results_run_dir / ROUTED
+    else:
+        evaluate(config, "final" if last else "own", None if last else task)
+        folder = config.results_run_dir
+    evaluation = required_evaluation(folder)
+    cell = evaluation.last_cell(task) if last else evaluation.own_cell(task)
+    if cell is None or metric not in cell.metrics:
+        there = ", ".join(cell.metrics) if cell else "none"
+        raise UserError(f"{task} has no {metric!r} on its validation questions; there are {there}")
+    return cell.metrics[metric]
+
+
+def _trial_config(
+    plan: Plan, part: StudyPart, trial: Trial, order: Sequence[str], number: int, seed: int | None
+) -> StreamConfig:
+    folder = _trial_folder(plan, part, trial)
+    name = f"stream-{number}" if seed is None else f"stream-{number}-seed{seed}"
+    newest = order[-1]
+    values = [
+        f"{_of_task(key, newest) if part.chain is not None and key.startswith(PER_TASK) else key}={value}"
+        for key, value in trial.params.items()
+    ]
+    places = [f"run={name}", f"output_dir={folder}", f"results_dir={folder / 'results'}"]
+    of_seed = [] if seed is None else [f"seed={seed}"]
+    root = f"data.root={plan.folder / 'data'}"
+    tasks = f"tasks=[{','.join(order)}]"
+    fixed = [item for item in part.fixed if not item.startswith("tasks.") or item.split(".")[1] in order]
+    return load_config(plan.config_file, [*plan.overrides, tasks, *fixed, *values, *places, *of_seed, root])
+
+
+def _trial_folder(plan: Plan, part: StudyPart, trial: Trial | FrozenTrial) -> Path:
+    """By the values that are tried, so that a trial that was killed resumes where it was."""
+    values = "-".join(str(value).replace("/", "_") for _, value in sorted(trial.params.items()))
+    return plan.folder / part.name / values[:150]
+
+
+def _write_best(plan: Plan, chosen: Mapping[str, Any]) -> Path:
+    """Write the chosen values as a configuration of its own: every key, so that nothing else is needed to train it."""
+    overrides = [*plan.overrides, *(f"{key}={value}" for key, value in chosen.items())]
+    config = load_config(plan.config_file, overrides)
+    content = config.model_dump(mode="json")
+    content["run"] = f"{config.run}-tuned"
+    protocol = f"seeds {list(plan.seeds)}, {plan.orders} other orders" if plan.seeds else f"causal, first {plan.first}"
+    header = (
+        f"# Chosen by `mslora-cr tune` on validation questions ({plan.metric}; {protocol}; "
+        f"{plan.trials} trials a study).\n"
+    )
+    path = plan.folder / BEST
+    write_text(path, header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    return path
+
+
+def _of_task(key: str, task: str) -> str:
+    return f"tasks.{task}.{key.removeprefix(PER_TASK)}"
+
+
+def _storage(folder: Path) -> JournalStorage:
+    folder.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+
+
+def _pruner() -> optuna.pruners.BasePruner:
+    return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
