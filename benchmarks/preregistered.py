@@ -24,7 +24,7 @@ from mslora_cr.reporting.sweep_result import RESULT, SweepResult
 from mslora_cr.statistics.interval import span
 from mslora_cr.statistics.intervals import estimate_of, mean_interval
 from mslora_cr.statistics.significance import flip_test, holm
-from mslora_cr.sweep import SweepRun, describe, run_sweep, slots
+from mslora_cr.sweep import SweepRun, describe, run_sweep
 from mslora_cr.utils.files import write_text
 
 SEEDS = range(1, 31)
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         parser.error("--seeds: name at least two; one has no spread")
     if args.found is None:
         runs = plan(args.config, args.overrides, args.seeds)
-        places = slots(runs[0].config.model.device, args.jobs)
+        places = devices(runs[0].config.model.device, args.jobs)
         print(describe(runs[:1], places).splitlines()[-3], f"{len(runs)} runs", sep="\n", flush=True)
         args.found = [run_sweep(runs, places).with_name(RESULT)]
     rows = results(joined([SweepResult.read(path) for path in args.found]))
