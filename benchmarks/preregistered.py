@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from mslora_cr.config.load import load_config
+from mslora_cr.distributed.pool import devices
 from mslora_cr.reporting.sweep_result import RESULT, SweepResult
 from mslora_cr.statistics.interval import span
 from mslora_cr.statistics.intervals import estimate_of, mean_interval
@@ -81,9 +82,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         parser.error("--seeds: name at least two; one has no spread")
     if args.found is None:
         runs = plan(args.config, args.overrides, args.seeds)
-        places = devices(runs[0].config.model.device, args.jobs)
-        print(describe(runs[:1], places).splitlines()[-3], f"{len(runs)} runs", sep="\n", flush=True)
-        args.found = [run_sweep(runs, places).with_name(RESULT)]
+        used = devices(runs[0].config.model.device, args.jobs)
+        print(describe(runs[:1], used).splitlines()[-3], f"{len(runs)} runs", sep="\n", flush=True)
+        args.found = [run_sweep(runs, used).with_name(RESULT)]
     rows = results(joined([SweepResult.read(path) for path in args.found]))
     write_text(args.found[0].with_name("tests.json"), json.dumps(rows, indent=2) + "\n")
     print(render(rows))
