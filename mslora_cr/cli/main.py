@@ -16,9 +16,8 @@ from mslora_cr.cli.config import add_config_command
 from mslora_cr.cli.data import add_data
 from mslora_cr.cli.demo import add_demo
 from mslora_cr.cli.evaluate import add_evaluate, add_score
-from mslora_cr.cli.export import add_export
+from mslora_cr.cli.export import add_export, add_push
 from mslora_cr.cli.model import add_model
-from mslora_cr.cli.push import add_push
 from mslora_cr.cli.release import add_release
 from mslora_cr.cli.report import add_analyze, add_compare, add_report
 from mslora_cr.cli.sweep import add_sweep
