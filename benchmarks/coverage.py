@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import gammaln, xlogy
+from scipy.special import gammaln, ndtr, xlogy
 from tabulate import tabulate
 
+from mslora_cr.metrics.closed import Figure, confusion, confusion_figures
+from mslora_cr.metrics.discrimination import auroc
 from mslora_cr.statistics.intervals import (
     Groups,
     Interval,
@@ -117,6 +119,10 @@ def settings() -> dict[str, Trial]:
                 found[f"tasks of {sizes}, {lost:.0%} lost{more}"] = _unequal_tasks(sizes, 0.0, lost, cluster)
             found[f"tasks of {sizes}, 3 % gained and lost{more}"] = _unequal_tasks(sizes, 0.03, 0.03, cluster)
     found["seven tasks of 80, 5 % gained and lost"] = _unequal_tasks((80,) * 7, 0.05, 0.05, 1)
+    for questions in QUESTIONS:
+        for more, groups in _groups(questions).items():
+            for prevalence in (0.05, 0.5):
+                found[f"yes or no, {questions}{more}, {prevalence:.0%} yes"] = _yes_or_no(groups, prevalence)
     others = {"near one": _near_one, "tasks as a sample": _tasks_as_a_sample, "six runs": _runs}
     return found | others
 
@@ -283,6 +289,32 @@ def _two_systems(questions: int, groups: Groups) -> Trial:
             "p of the difference": p_value(float(one.mean()), flipped_means(one, groups, FLIPS)) < LEVEL,
             "p over four tasks": p_value(overall, np.mean(flipped, axis=0)) < LEVEL,
         }
+
+    return trial
+
+
+def _yes_or_no(groups: Groups, prevalence: float) -> Trial:
+    """Sensitivity 0.8 and specificity 0.9; probabilities that differ by 1.5 standard deviations. An interval that is not
+    shown, since a class has too few questions or images, counts as neither."""
+    truth = {
+        "sensitivity": 0.8,
+        "specificity": 0.9,
+        "PPV": 0.8 * prevalence / (0.8 * prevalence + 0.1 * (1 - prevalence)),
+        "NPV": 0.9 * (1 - prevalence) / (0.9 * (1 - prevalence) + 0.2 * prevalence),
+        "balanced accuracy": 0.85,
+    }
+
+    def trial(generator: np.random.Generator) -> Mapping[str, bool]:
+        yes = generator.random(len(groups)) < prevalence
+        right = answers(generator, groups, 0.8) * yes + answers(generator, groups, 0.9) * ~yes
+        said = ["yes" if one == bool(hit) else "no" for one, hit in zip(yes, right, strict=True)]
+        known = confusion_figures(confusion(said, [["yes"] if one else ["no"] for one in yes], groups))
+        common = generator.normal(size=int(groups.max()) + 1)[groups]
+        scores = 1.5 * yes + CORRELATION**0.5 * common + (1 - CORRELATION) ** 0.5 * generator.normal(size=len(yes))
+        area = auroc(yes, scores, groups) if yes.any() else Figure(0.0, None)
+        shown = {name: known[name].ends for name in truth if name in known} | {"AUROC": area.ends}
+        wanted = truth | {"AUROC": float(ndtr(1.5 / 2**0.5))}
+        return {name: _covers(ends, wanted[name]) for name, ends in shown.items() if ends is not None}
 
     return trial
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from mslora_cr.evaluation.clinical_file import CLINICAL, Clinical
 from mslora_cr.evaluation.results import Evaluation
 from mslora_cr.statistics.interval import bracketed
 
 COLUMNS = {"close accuracy": "closed", "f1 score": "F1, open", "exact match score": "exact"}
 """Title by name in `metrics.json`."""
-ALIGNED = ("left", "right", "right", "right", "right", "right")
+ALIGNED = ("left", "right", "right", "right", "right", "right", "left")
 FIGURES = {"own_stage_average": "own stage", "final_average": "final average", "forgetting": "forgetting"}
 CHANGE = "backward_transfer"
 
@@ -29,8 +30,15 @@ def score_table(evaluation: Evaluation, results_dir: Path) -> str:
         for cell in (learned, last if last != learned else None):
             if cell is not None:
                 scores = [number(cell.metrics.get(name)) for name in COLUMNS]
-                rows.append([task, cell.stage, cell.rows, *scores])
-    lines = [tabulate(rows, ["task", "stage", "questions", *COLUMNS.values()], disable_numparse=True, colalign=ALIGNED)]
+                rows.append([task, cell.stage, cell.rows, *scores, guessing_of(results_dir / cell.answers)])
+    lines = [
+        tabulate(
+            rows,
+            ["task", "stage", "questions", *COLUMNS.values(), "closed, against guessing"],
+            disable_numparse=True,
+            colalign=ALIGNED,
+        )
+    ]
     for name, title in COLUMNS.items():
         if (matrix := evaluation.matrix(name)) is not None:
             figures = matrix.summary()
@@ -43,6 +51,12 @@ def score_table(evaluation: Evaluation, results_dir: Path) -> str:
                 available.append(f"backward transfer {number(change)}{ends}")
             lines.append(f"{title}: {', '.join(available)}")
     return "\n".join(lines)
+
+
+def guessing_of(answers: Path) -> str:
+    """What guessing makes of a cell's closed score; empty where the score is above it, or an earlier version scored."""
+    found = Clinical.read_if_there(answers.with_name(CLINICAL))
+    return found.closed.guessing.in_words() if found and found.closed else ""
 
 
 def number(value: float | None, digits: int = 1) -> str:

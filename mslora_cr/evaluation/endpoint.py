@@ -15,6 +15,7 @@ from mslora_cr.data.prompts import question_text
 from mslora_cr.data.records import DataError, TestRecord, TestRecords, shown_images
 from mslora_cr.data.tasks import task_folder, task_image_roots, test_records
 from mslora_cr.evaluation.answer_files import answer_once, fingerprint_of, journal_line, publish, read_journals
+from mslora_cr.evaluation.clinical import task_frequencies
 from mslora_cr.evaluation.openai_client import Body, Chat, Endpoint, folder_name
 from mslora_cr.evaluation.results import EVALUATION
 from mslora_cr.evaluation.schemas import ANSWERS
@@ -62,7 +63,8 @@ def _evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | Non
             asker = _Asker(served, endpoint, chat, task, records[task.name])
             folder = served.results_run_dir / task.name
             stamp = answer_once(folder, asker.fingerprint, len(asker.records), partial(asker.answer, folder))
-            scores, root = score_file(folder / ANSWERS, folder, asker.records), served.results_run_dir
+            known, root = task_frequencies(config, task), served.results_run_dir
+            scores = score_file(folder / ANSWERS, folder, asker.records, training=known)
             rows.append(cell_row(task, stage, [asker.model], folder, root, stamp, asker.records, scores))
             possible[task.name, stage] = [asker.fingerprint]
     for task in config.stream:  # tasks of an earlier call stay if their answers would be the same

@@ -12,6 +12,7 @@ from mslora_cr.distributed.comm import barrier, rank
 from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.answer_files import answer_once
 from mslora_cr.evaluation.cells import PlannedCell, Stages, cells
+from mslora_cr.evaluation.clinical import task_frequencies
 from mslora_cr.evaluation.results import EVALUATION, Cell
 from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import score_file
@@ -106,6 +107,8 @@ def answer_cell(
     if rank() != 0:
         return None
     if folder not in scored:
-        scored[folder] = score_file(folder / ANSWERS, folder, records)
+        scored[folder] = score_file(
+            folder / ANSWERS, folder, records, training=task_frequencies(session.config, cell.task)
+        )
     names, root = [bank.name for bank in banks], session.config.results_run_dir
     return cell_row(cell.task, cell.stage, names, folder, root, stamp, records, scored[folder])

@@ -22,6 +22,7 @@ from mslora_cr.distributed.comm import all_gather_object, barrier, rank, world_s
 from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.answer_files import answer_once, read_stamp, write_stamp
 from mslora_cr.evaluation.cells import CellKey, Stages, stages_of
+from mslora_cr.evaluation.clinical import task_frequencies
 from mslora_cr.evaluation.results import EVALUATION, Cell
 from mslora_cr.evaluation.schemas import ANSWERS, ROUTED, ROUTING, Routing, StageRouting
 from mslora_cr.evaluation.score import group_numbers, question_places, score_file
@@ -145,7 +146,12 @@ class _Routed:
         names = [bank.name for bank in self.banks[:stage]]
         rows = {}
         for task in tasks:
-            scores = score_file(folders[task.name] / ANSWERS, folders[task.name], self._records[task.name])
+            scores = score_file(
+                folders[task.name] / ANSWERS,
+                folders[task.name],
+                self._records[task.name],
+                training=task_frequencies(self.config, task),
+            )
             rows[task.name, stage] = cell_row(
                 task, stage, names, folders[task.name], root, stamp, self._records[task.name], scores
             )

@@ -14,7 +14,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from tabulate import tabulate
 
 from mslora_cr.data.records import AnswerType, DataError, TestRecord
+from mslora_cr.evaluation.clinical import asked_answers, clinical_of
+from mslora_cr.evaluation.clinical_file import CLINICAL
 from mslora_cr.evaluation.schemas import METRICS_FILE, Metrics
+from mslora_cr.metrics.guessing import Frequencies
 from mslora_cr.metrics.published import Scores, score_answers
 from mslora_cr.metrics.words import bleu_influence, corpus_bleu
 from mslora_cr.statistics import intervals
@@ -81,8 +84,15 @@ def read_answers(path: Path) -> list[AnswerRecord]:
     return [_parse(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def score_file(answers: Path, output: Path, questions: Sequence[TestRecord] | None = None, workers: int = 1) -> Scores:
-    """Score the file `answers`; `metrics.txt`, `metrics.json`, `scores.csv`, `hit.csv`, `not_hit.csv` go to `output`.
+def score_file(
+    answers: Path,
+    output: Path,
+    questions: Sequence[TestRecord] | None = None,
+    workers: int = 1,
+    training: Frequencies | None = None,
+) -> Scores:
+    """Score the file `answers`; `metrics.txt`, `metrics.json`, `clinical.json`, `scores.csv`, `hit.csv` and
+    `not_hit.csv` go to `output`.
 
     `scores.csv` has each answer's score in each metric, in [0, 1], and the question's image. `hit.csv` and
     `not_hit.csv` part the answers row by row, also where question ids repeat. Each file appears whole or not at all: it
@@ -92,6 +102,7 @@ def score_file(answers: Path, output: Path, questions: Sequence[TestRecord] | No
         questions: what was asked, in the answers' order: says which questions are about one image or patient. Without
             it the answers' own `image` and `patient` say so, if they have them.
         workers: processes that share the answers of a large file.
+        training: how often each answer follows each question in training, which says what guessing gives.
 
     Raises:
         DataError: as `read_answers`, or there are more or fewer questions than answers.
@@ -103,6 +114,8 @@ def score_file(answers: Path, output: Path, questions: Sequence[TestRecord] | No
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "metrics.txt", render_metrics(scores))
     metrics_of(scores, groups).write(output / METRICS_FILE)
+    said = [(row.prompt, str(row.text), str(row.gt), row.answer_type == "CLOSED") for row in records]
+    clinical_of(asked_answers(said, questions), groups, training).write(output / CLINICAL)
     write_text(output / SCORES, _render_scores(records, scores, places))
     for name, wanted in (("hit.csv", True), ("not_hit.csv", False)):
         chosen = (record for record, row in zip(records, scores.rows, strict=True) if row.hit is wanted)

@@ -1,0 +1,203 @@
+"""Closed questions as a clinical reader asks of them: which class was said, and recall, precision and agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mslora_cr.data.options import letter_of
+from mslora_cr.metrics.published import normalize_answer
+from mslora_cr.statistics.interval import Interval
+from mslora_cr.statistics.intervals import Groups, Scores, estimate, score_interval
+from mslora_cr.statistics.linearised import bounded_interval
+
+FEWEST = 10
+"""The least questions of each class for an interval of what rests on it: with fewer, simulated intervals do not cover as
+often as they say (`python -m benchmarks.coverage`)."""
+FEWEST_SHARED = 20
+"""The least images (of one size) for an interval of a share, where questions share images: with ten it is too wide."""
+YES, NO = "yes", "no"
+
+Classes = NDArray[np.int64]
+"""By question, the place of a class in a list of classes; one more than the last place is `no answer of the set`."""
+
+
+class Figure(NamedTuple):
+    """A measured value and the ends of its interval; None where it has none."""
+
+    value: float
+    ends: Interval | None
+
+
+class Confusion(NamedTuple):
+    """Answers to closed questions.
+
+    Attributes:
+        names: of the classes, which are the true answers.
+        truth: (questions,), the true class.
+        said: (questions,), the class that was said.
+        groups: (questions,).
+    """
+
+    names: tuple[str, ...]
+    truth: Classes
+    said: Classes
+    groups: Groups
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """(classes, classes + 1): true class × said class; answers of no class stand in the last column."""
+        size = len(self.names)
+        flat = np.bincount(self.truth * (size + 1) + self.said, minlength=size * (size + 1))
+        return flat.reshape(size, size + 1)
+
+    @property
+    def right(self) -> Scores:
+        return (self.truth == self.said).astype(np.float64)
+
+
+def confusion(
+    answers: Sequence[str],
+    truths: Sequence[Sequence[str]],
+    groups: Groups,
+    options: Sequence[Mapping[str, str]] | None = None,
+) -> Confusion:
+    """Which class each answer says.
+
+    An answer says a class if both are equal once normalised as the published evaluation does; a question with options
+    is answered by letter or text; and an answer that begins with yes or no, and does not say the other, says it. A
+    class is never looked for inside an answer: `no pneumonia` is not `pneumonia`. Where several truths are accepted,
+    the one that was said is the true one.
+
+    Args:
+        answers: by question.
+        truths: by question, all accepted answers.
+        groups: (questions,).
+        options: by question, by letter; empty where it has none.
+    """
+    offered = options or [{}] * len(answers)
+    accepted = [[_class(truth, own) for truth in every] for every, own in zip(truths, offered, strict=True)]
+    said = [_class(answer, own) for answer, own in zip(answers, offered, strict=True)]
+    true = [one if one in every else every[0] for one, every in zip(said, accepted, strict=True)]
+    names = tuple(sorted(set(true), key=lambda name: (name != NO, name != YES, name)))
+    if set(names) <= {YES, NO}:
+        names = (NO, YES)
+        said = [_yes_or_no(answer, one) for answer, one in zip(answers, said, strict=True)]
+    places = {name: place for place, name in enumerate(names)}
+    return Confusion(
+        names,
+        truth=np.array([places[name] for name in true], dtype=np.int64),
+        said=np.array([places.get(name, len(names)) for name in said], dtype=np.int64),
+        groups=groups,
+    )
+
+
+def _class(answer: str, options: Mapping[str, str]) -> str:
+    letter = letter_of(answer, options) if options else None
+    return normalize_answer((options[letter] if letter else answer).lower()) or answer.strip().lower()
+
+
+def _yes_or_no(answer: str, said: str) -> str:
+    words = said.split()
+    first = words[0] if words else ""
+    other = {YES: NO, NO: YES}.get(first)
+    return first if other is not None and other not in words else said
+
+
+def confusion_figures(known: Confusion) -> dict[str, Figure]:
+    """Accuracy, balanced accuracy, macro F1 and Matthews' correlation, by scikit-learn; of yes-or-no questions also
+    sensitivity, specificity, PPV and NPV, with yes as the positive class.
+
+    Balanced accuracy, F1 and Matthews' correlation have intervals by linearisation (`bounded_interval`), the shares
+    Wilson's; both respect images and patients. Where a class has fewer than `FEWEST` questions, what rests on it has
+    none. Sources: Brodersen et al., "The Balanced Accuracy and Its Posterior Distribution", ICPR 2010; Gorodkin,
+    "Comparing Two K-Category Assignments by a K-Category Correlation Coefficient", Computational Biology and Chemistry
+    2004; Maier-Hein et al., "Metrics Reloaded", Nature Methods 2024.
+    """
+    from sklearn.metrics import f1_score, matthews_corrcoef, recall_score
+
+    labels = list(range(len(known.names)))
+    asked = [label for label in labels if (known.truth == label).any()]
+    enough = min(int((known.truth == label).sum()) for label in labels) >= FEWEST
+    found = {"accuracy": _share(known.right, known.groups)}
+    scores = {
+        "balanced accuracy": recall_score(known.truth, known.said, labels=asked, average="macro", zero_division=0),
+        "macro F1": f1_score(known.truth, known.said, labels=asked, average="macro", zero_division=0),
+        "Matthews' correlation": matthews_corrcoef(known.truth, known.said),
+    }
+    lowest = {"Matthews' correlation": -1.0}
+    for name, value in scores.items():
+        low = lowest.get(name, 0.0)
+        ends = _linearised(known, _FUNCTIONS[name], float(value), low) if enough and len(asked) > 1 else None
+        found[name] = Figure(float(value), ends)
+    if known.names == (NO, YES):
+        for name, (column, of) in _SHARES.items():
+            where = (known.truth if of == "truth" else known.said) == column
+            if where.any():
+                figure = _share(known.right[where], known.groups[where])
+                found[name] = figure if enough else figure._replace(ends=None)
+    return found
+
+
+_SHARES = {"sensitivity": (1, "truth"), "specificity": (0, "truth"), "PPV": (1, "said"), "NPV": (0, "said")}
+
+
+def class_figures(known: Confusion) -> dict[str, tuple[Figure | None, Figure | None]]:
+    """By class, recall and precision; None where it was never true or never said."""
+    return {
+        name: (_part(known, known.truth == place), _part(known, known.said == place))
+        for place, name in enumerate(known.names)
+    }
+
+
+def _part(known: Confusion, where: NDArray[np.bool_]) -> Figure | None:
+    return _share(known.right[where], known.groups[where]) if where.any() else None
+
+
+def _share(right: Scores, groups: Groups) -> Figure:
+    known = estimate(right, groups)
+    enough = known.groups == known.questions or known.effective >= FEWEST_SHARED
+    return Figure(known.mean, score_interval([known]) if enough and known.questions >= FEWEST else None)
+
+
+# --- intervals of what is no mean -------------------------------------------------------------------------------------
+
+
+def _balanced(counts: Scores) -> Scores:
+    return (_diagonal(counts) / counts.sum(axis=-1)).mean(axis=-1)
+
+
+def _macro_f1(counts: Scores) -> Scores:
+    said = counts[..., : counts.shape[-2]].sum(axis=-2)
+    return (2 * _diagonal(counts) / (counts.sum(axis=-1) + said)).mean(axis=-1)
+
+
+def _matthews(counts: Scores) -> Scores:
+    total, true, said = counts.sum(axis=(-1, -2)), counts.sum(axis=-1), counts.sum(axis=-2)
+    agreed = _diagonal(counts).sum(axis=-1) * total - (true * said[..., : true.shape[-1]]).sum(axis=-1)
+    spread = (total**2 - np.square(true).sum(axis=-1)) * (total**2 - np.square(said).sum(axis=-1))
+    return np.where(spread > 0, agreed / np.sqrt(np.where(spread > 0, spread, 1.0)), 0.0)
+
+
+def _diagonal(counts: Scores) -> Scores:
+    return np.diagonal(counts, axis1=-2, axis2=-1)
+
+
+_FUNCTIONS: dict[str, Callable[[Scores], Scores]] = {
+    "balanced accuracy": _balanced,
+    "macro F1": _macro_f1,
+    "Matthews' correlation": _matthews,
+}
+
+
+def _linearised(known: Confusion, function: Callable[[Scores], Scores], value: float, low: float) -> Interval | None:
+    counts = known.counts.astype(np.float64)
+    step = 1e-4
+    moved = step * np.eye(counts.size).reshape(-1, *counts.shape)
+    slopes = (function(counts + moved) - function(counts)) / step
+    cells = known.truth * counts.shape[1] + known.said
+    smallest = int(counts.sum(axis=1).min())
+    return bounded_interval(value, slopes[cells] * len(cells), known.groups, (low, 1.0), smallest - 1)

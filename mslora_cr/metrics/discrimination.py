@@ -1,0 +1,85 @@
+"""How well probabilities tell classes apart: AUROC and average precision, one class against the rest."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mslora_cr.metrics.closed import FEWEST, Figure
+from mslora_cr.statistics.intervals import Groups, Scores
+from mslora_cr.statistics.linearised import logit_interval
+
+PARTS = 50
+"""Most parts of a jackknife."""
+
+
+def auroc(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> Figure:
+    """The area under the ROC curve, with Obuchowski's variance of clustered data on the logit scale.
+
+    Where every question is a cluster of its own it is DeLong's variance. Sources: Obuchowski, "Nonparametric Analysis
+    of Clustered ROC Curve Data", Biometrics 1997; DeLong et al., Biometrics 1988.
+
+    Args:
+        positive: (questions,), both kinds among them.
+        scores: (questions,), higher where positive is likelier.
+        groups: (questions,).
+    """
+    from sklearn.metrics import roc_auc_score
+
+    value = float(roc_auc_score(positive, scores))
+    fewest = min(int(positive.sum()), int((~positive).sum()))
+    clusters = min(len(np.unique(groups[positive])), len(np.unique(groups[~positive])))
+    if fewest < FEWEST or clusters < 2:
+        return Figure(value, None)
+    return Figure(value, logit_interval(value, obuchowski_error(positive, scores, groups), (0.0, 1.0), clusters - 1))
+
+
+def obuchowski_error(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> float:
+    """The standard error of an area under the ROC curve: ``S10/m + S01/n + 2 S11/(m n)``, with S the sums over clusters
+    of what its m positive and n negative questions contribute."""
+    yes, no = scores[positive], scores[~positive]
+    below, above = _beaten(yes, no), 1 - _beaten(no, yes)
+    value = below.mean()
+    size = int(groups.max()) + 1
+    of_yes = np.bincount(groups[positive], below - value, size)
+    of_no = np.bincount(groups[~positive], above - value, size)
+    with_yes, with_no = len(np.unique(groups[positive])), len(np.unique(groups[~positive]))
+    clusters = len(np.unique(groups))
+    yes_spread = with_yes / ((with_yes - 1) * len(yes)) * np.square(of_yes).sum()
+    no_spread = with_no / ((with_no - 1) * len(no)) * np.square(of_no).sum()
+    shared = clusters / (clusters - 1) * (of_yes * of_no).sum()
+    variance = yes_spread / len(yes) + no_spread / len(no) + 2 * shared / (len(yes) * len(no))
+    return float(max(variance, 0.0) ** 0.5)
+
+
+def _beaten(ours: Scores, theirs: Scores) -> Scores:
+    """The share of theirs that each of ours exceeds; a tie counts half."""
+    ranked = np.sort(theirs)
+    return (np.searchsorted(ranked, ours, "left") + np.searchsorted(ranked, ours, "right")) / (2 * len(ranked))
+
+
+def average_precision(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> Figure:
+    """The area under the precision–recall curve, with a delete-a-group jackknife over clusters on the logit scale.
+
+    Source: Kott, "The Delete-a-Group Jackknife", Journal of Official Statistics 2001.
+
+    Args:
+        positive: (questions,), at least one of them.
+        scores: (questions,), higher where positive is likelier.
+        groups: (questions,).
+    """
+    from sklearn.metrics import average_precision_score
+
+    value = float(average_precision_score(positive, scores))
+    clusters = np.unique(groups, return_inverse=True)[1]
+    with_yes = len(np.unique(groups[positive]))
+    parts = min(PARTS, int(clusters.max()) + 1)
+    if min(int(positive.sum()), int((~positive).sum())) < FEWEST or with_yes < 2:
+        return Figure(value, None)
+    part = (np.random.default_rng(0).permutation(int(clusters.max()) + 1) % parts)[clusters]
+    rests = [part != number for number in range(parts)]
+    if not all(positive[rest].any() for rest in rests):
+        return Figure(value, None)
+    without = np.array([average_precision_score(positive[rest], scores[rest]) for rest in rests])
+    error = float(((parts - 1) / parts * np.square(without - without.mean()).sum()) ** 0.5)
+    return Figure(value, logit_interval(value, error, (0.0, 1.0), min(parts, with_yes) - 1))

@@ -1,0 +1,69 @@
+"""What guessing gives: the most frequent training answer to the same question, and the best constant in hindsight."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from mslora_cr.data.records import TrainingRecord
+from mslora_cr.metrics.published import normalize_answer
+from mslora_cr.metrics.words import says
+
+Frequencies = Mapping[str, Counter[str]]
+"""By question, as `question_key` spells it, how often each answer is given."""
+
+
+class Guesses(NamedTuple):
+    """Constant answers.
+
+    Attributes:
+        answers: by question asked, the guess; None where no guess is known.
+        unseen: how many of the questions asked do not occur in training.
+    """
+
+    answers: list[str | None]
+    unseen: int
+
+
+def question_key(question: str) -> str:
+    """A question without case, spacing and the marker of an image: the same words are the same question."""
+    return " ".join(question.replace("<image>", " ").split()).casefold()
+
+
+def training_answers(records: Iterable[TrainingRecord]) -> Frequencies:
+    """How often each answer follows each question in training records."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        for asked, given in zip(record.turns[::2], record.turns[1::2], strict=False):
+            found[question_key(asked.text)][given.text.strip()] += 1
+    return found
+
+
+def majority_guesses(questions: Sequence[str], training: Frequencies) -> Guesses:
+    """The most frequent training answer to the same question; to a question that training does not have, the most
+    frequent answer of all questions asked that it has."""
+    keys = [question_key(question) for question in questions]
+    overall: Counter[str] = Counter()
+    for key in set(keys):
+        overall.update(training.get(key, {}))
+    fallback = _commonest(overall)
+    found = [_commonest(training[key]) if training.get(key) else fallback for key in keys]
+    return Guesses(found, sum(key not in training for key in keys))
+
+
+def hindsight_guesses(questions: Sequence[str], truths: Sequence[str]) -> list[str]:
+    """The constant answer to each question that would have been right most often."""
+    by_question: dict[str, Counter[str]] = defaultdict(Counter)
+    for question, truth in zip(questions, truths, strict=True):
+        by_question[question_key(question)][truth.strip()] += 1
+    return [_commonest(by_question[question_key(question)]) or "" for question in questions]
+
+
+def gives(answer: str, truth: str) -> bool:
+    """Whether a closed answer gives the truth in whole words, as whole-word accuracy counts it."""
+    return says(answer, truth, normalize_answer(answer.lower()), normalize_answer(truth.lower()))
+
+
+def _commonest(answers: Counter[str]) -> str | None:
+    return max(answers, key=lambda answer: (answers[answer], answer)) if answers else None

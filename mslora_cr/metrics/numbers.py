@@ -1,0 +1,71 @@
+"""Answers that are counts: how far off they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mslora_cr.metrics.closed import Figure
+from mslora_cr.statistics.intervals import Groups, estimate, mean_interval, score_interval
+
+_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
+_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+FEWEST = 10
+
+
+class CountFigures(NamedTuple):
+    """Answers to questions whose truths are whole numbers.
+
+    Attributes:
+        questions: how many there are.
+        unparsed: answers without a number.
+        error: mean absolute error of the others, with Student's t interval.
+        exact: the share of all that is exactly right.
+    """
+
+    questions: int
+    unparsed: int
+    error: Figure | None
+    exact: Figure
+
+
+def number_in(text: str) -> float | None:
+    """The first number of a text, in digits or, up to twelve, in words; None where there is none."""
+    for word in re.findall(r"[+-]?\d+(?:\.\d+)?|[a-z]+", text.lower()):
+        if word in _WORDS:
+            return float(_WORDS.index(word))
+        if _NUMBER.fullmatch(word):
+            return float(word)
+    return None
+
+
+def is_count(truth: str) -> bool:
+    """Whether a true answer is a whole number and nothing else."""
+    return re.fullmatch(r"\s*\+?\d{1,9}\s*", truth) is not None or truth.strip().lower() in _WORDS
+
+
+def count_figures(answers: Sequence[str], truths: Sequence[str], groups: Groups) -> CountFigures:
+    """Mean absolute error and exact share.
+
+    Args:
+        answers: by question.
+        truths: by question, each a whole number (`is_count`).
+        groups: (questions,).
+    """
+    said = np.array([value if (value := number_in(answer)) is not None else np.nan for answer in answers])
+    true = np.array([number_in(truth) for truth in truths], dtype=np.float64)
+    known = ~np.isnan(said)
+    right = estimate((said == true).astype(np.float64), groups)
+    error = None
+    if known.any():
+        off = np.abs(said - true)[known]
+        largest = float(off.max()) or 1.0
+        mean = estimate(off / largest, groups[known])
+        low, high = mean_interval(mean)
+        shown = mean.questions >= FEWEST and mean.variance > 0
+        error = Figure(largest * mean.mean, (largest * max(0.0, low), largest * high) if shown else None)
+    ends = score_interval([right]) if right.questions >= FEWEST else None
+    return CountFigures(len(answers), int((~known).sum()), error, Figure(right.mean, ends))

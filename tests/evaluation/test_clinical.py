@@ -1,0 +1,77 @@
+"""`clinical.json` and what the console says of guessing."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mslora_cr.data.records import TrainingRecords
+from mslora_cr.evaluation.clinical import asked_answers, clinical_of, training_frequencies
+from mslora_cr.evaluation.clinical_file import CLINICAL, Clinical
+from mslora_cr.evaluation.score import score_file
+from mslora_cr.metrics.guessing import question_key, training_answers
+from mslora_cr.statistics.intervals import independent
+
+CELL, COUNT = "Is there a white blood cell?", "How many cells are there?"
+
+
+def test_a_model_that_always_says_yes_is_not_above_guessing() -> None:
+    """58 of 60 are yes: 96.7 % is what the most frequent training answer gives, and the specificity is 0."""
+    rows = [(CELL, "yes", "yes" if number < 58 else "no", True) for number in range(60)]
+    training = {question_key(CELL): Counter({"yes": 90, "no": 10})}
+    found = clinical_of(asked_answers(rows, None), independent(60), training)
+    assert found.closed is not None and found.closed == found.by_question[0].model_copy(update={"question": None})
+    assert found.closed.figures["specificity"].value == 0 and found.closed.figures["sensitivity"].value == 1
+    assert found.closed.figures["specificity"].interval is None, "two questions"
+    guessing = found.closed.guessing
+    assert (guessing.score, guessing.majority, guessing.hindsight) == pytest.approx((58 / 60,) * 3)
+    assert not guessing.above and guessing.in_words() == "always says yes: not above 96.7 % by guessing"
+
+
+def test_a_model_above_guessing_is_not_marked() -> None:
+    rows = [(CELL, "yes" if number % 2 else "no", "yes" if number % 2 else "no", True) for number in range(60)]
+    found = clinical_of(asked_answers(rows, None), independent(60), {question_key(CELL): Counter({"yes": 9})})
+    assert found.closed is not None and found.closed.guessing.above and found.closed.guessing.in_words() == ""
+    assert found.closed.guessing.gain == pytest.approx(50) and found.closed.guessing.majority == 0.5
+
+
+def test_the_best_constant_in_hindsight_stands_in_for_training_that_is_not_there() -> None:
+    rows = [(CELL, "yes", "yes", True)] * 12
+    found = clinical_of(asked_answers(rows, None), independent(12))
+    assert found.closed is not None and found.closed.guessing.majority is None
+    assert found.closed.guessing.in_words() == "always says yes: not above 100.0 % by guessing"
+
+
+def test_probabilities_give_areas_and_counts_give_errors() -> None:
+    random = np.random.default_rng(2)
+    yes = random.random(60) < 0.5
+    chances = np.clip(0.4 * yes + 0.6 * random.random(60), 0.01, 0.99)
+    rows = [(CELL, "yes" if p >= 0.5 else "no", "yes" if one else "no", True) for one, p in zip(yes, chances, strict=True)]
+    rows += [(COUNT, "3 cells", "4", False)] * 12
+    known = [{"yes": float(p), "no": 1 - float(p)} for p in chances]
+    found = clinical_of(asked_answers(rows, None, [*known, *[None] * 12]), independent(72))
+    assert found.closed is not None
+    area = found.closed.figures["AUROC"]
+    assert area.interval is not None and area.interval[0] < area.value < area.interval[1]
+    assert found.counts is not None and found.counts.questions == 12 and found.counts.exact.value == 0
+    assert found.counts.mean_absolute_error is not None and found.counts.mean_absolute_error.value == 1
+
+
+def test_scoring_writes_the_file_and_training_records_say_what_is_frequent(tmp_path: Path) -> None:
+    rows = [{"question_id": n, "prompt": CELL, "text": "yes", "gt": "yes" if n < 9 else "no"} for n in range(12)]
+    answers = tmp_path / "answer-file.jsonl"
+    answers.write_text("".join(json.dumps(row | {"answer_type": "CLOSED"}) + "\n" for row in rows))
+    said = [{"from": "human", "value": f"<image>\n{CELL}"}, {"from": "gpt", "value": "No"}]
+    train = tmp_path / "train.json"
+    train.write_text(json.dumps([{"id": 1, "image": "a.png", "conversations": said}]))
+    assert training_answers(TrainingRecords(train)) == {question_key(CELL): Counter({"No": 1})}
+    assert training_frequencies(tmp_path / "none.json") is None
+    score_file(answers, tmp_path, training=training_frequencies(train))
+    found = Clinical.read(tmp_path / CLINICAL)
+    assert found.closed is not None and found.closed.confusion == ((0, 3, 0), (0, 9, 0))
+    assert found.closed.guessing.majority == 0.25 and found.closed.guessing.above
+    score_file(answers, tmp_path)
+    again = Clinical.read(tmp_path / CLINICAL)
+    assert again.closed is not None and again.closed.guessing.majority is None
