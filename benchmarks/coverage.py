@@ -294,7 +294,8 @@ def _two_systems(questions: int, groups: Groups) -> Trial:
 
 
 def _yes_or_no(groups: Groups, prevalence: float) -> Trial:
-    """Sensitivity 0.8 and specificity 0.9; probabilities that differ by 1.5 standard deviations. An interval that is not
+    """Sensitivity 0.8 and specificity 0.9; probabilities that differ by 1.5 standard deviations. An interval that is
+    not
     shown, since a class has too few questions or images, counts as neither."""
     truth = {
         "sensitivity": 0.8,

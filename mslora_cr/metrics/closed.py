@@ -15,7 +15,8 @@ from mslora_cr.statistics.intervals import Groups, Scores, estimate, score_inter
 from mslora_cr.statistics.linearised import bounded_interval
 
 FEWEST = 10
-"""The least questions of each class for an interval of what rests on it: with fewer, simulated intervals do not cover as
+"""The least questions of each class for an interval of what rests on it: with fewer, simulated intervals do not cover
+as
 often as they say (`python -m benchmarks.coverage`)."""
 FEWEST_SHARED = 20
 """The least images (of one size) for an interval of a share, where questions share images: with ten it is too wide."""
@@ -53,6 +54,11 @@ class Confusion(NamedTuple):
         size = len(self.names)
         flat = np.bincount(self.truth * (size + 1) + self.said, minlength=size * (size + 1))
         return flat.reshape(size, size + 1)
+
+    @property
+    def varies(self) -> bool:
+        """Whether there is more than one class among truths and answers; without, they cannot correlate."""
+        return len({*self.truth.tolist(), *self.said.tolist()}) > 1
 
     @property
     def right(self) -> Scores:
@@ -126,7 +132,7 @@ def confusion_figures(known: Confusion) -> dict[str, Figure]:
     scores = {
         "balanced accuracy": recall_score(known.truth, known.said, labels=asked, average="macro", zero_division=0),
         "macro F1": f1_score(known.truth, known.said, labels=asked, average="macro", zero_division=0),
-        "Matthews' correlation": matthews_corrcoef(known.truth, known.said),
+        "Matthews' correlation": matthews_corrcoef(known.truth, known.said) if known.varies else 0.0,
     }
     lowest = {"Matthews' correlation": -1.0}
     for name, value in scores.items():
