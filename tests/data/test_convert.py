@@ -12,9 +12,9 @@ from PIL import Image
 
 from mslora_cr.cli.main import main
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
+from mslora_cr.data.rows.read import Columns
 from mslora_cr.data.sources.convert import Split, convert, convert_images
 from mslora_cr.data.sources.convert_images import pictures
-from mslora_cr.data.sources.convert_rows import Columns
 from mslora_cr.data.sources.rendering import Rendering, windowed
 from tests.helpers.real_data import DICOM, SKIMAGE, STARDIST, TEST_DATA, real
 

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from mslora_cr.data.images import check_name
 from mslora_cr.data.records import IMAGE, DataError
+from mslora_cr.data.rows.read import CLOSED_ANSWERS, Columns, Row, read_rows
 from mslora_cr.data.sources.convert_images import pictures
-from mslora_cr.data.sources.convert_rows import CLOSED_ANSWERS, Columns, Row, read_rows
 from mslora_cr.data.sources.dicom import is_dicom
 from mslora_cr.data.sources.nifti import is_nifti
 from mslora_cr.data.sources.rendering import Note, Rendering
