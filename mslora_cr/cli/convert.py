@@ -11,13 +11,18 @@ from mslora_cr.cli.common import add_command, count, positive
 
 log = logging.getLogger(__name__)
 
+MOST_LOST = 0.5
+"""The share of rows left out from which on the command fails, so that a script notices."""
+
 
 def add_convert(actions: argparse._SubParsersAction) -> None:
     parser = add_command(
         actions,
         "convert",
-        "convert your own data into the folder layout that training reads: a table (CSV, TSV), ShareGPT conversations, "
-        "a folder that Hugging Face datasets saved, or DICOM and NIfTI files alone, which become PNG",
+        "convert your own data into the folder layout that training reads: a table (CSV, TSV; VLMEvalKit's too), "
+        "ShareGPT conversations or lists of questions (JSON; OmniMedVQA's too), a folder that Hugging Face datasets "
+        "saved, images in folders named by class, boxes of PASCAL-VOC or COCO, or DICOM and NIfTI files alone, which "
+        "become PNG",
         "mslora-cr data convert findings.csv --images scans/ --group patient --output data/Findings",
         "mslora-cr data convert labels.csv --ask 'Which lesion is it?' --answer label --closed --output data/Skin",
         "mslora-cr data convert chats.json --output data/Chats",
@@ -31,11 +36,25 @@ def add_convert(actions: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--group",
         metavar="COLUMN",
-        help="column that keeps rows on one side of the split (default: patient, patient_id, subject or subject_id, if "
-        "there is one; else rows that share an image stay together)",
+        help="column that keeps rows on one side of the split (default: patient, patient_id, subject or subject_id, "
+        "however written, if there is one; else DICOM's PatientID; rows that share an image always stay together)",
     )
-    parser.add_argument("--split", metavar="COLUMN", help="column that says train or test; others are left out")
+    parser.add_argument("--split", metavar="COLUMN", help="column that says train, validation or test")
     parser.add_argument("--answer-type", metavar="COLUMN", help="column that says open or closed")
+    parser.add_argument(
+        "--attributes",
+        metavar="COLUMN",
+        nargs="+",
+        default=[],
+        help="columns with what is known of patient and image, such as sex, age and site: scores are given by group",
+    )
+    parser.add_argument(
+        "--options",
+        metavar="COLUMN",
+        nargs="+",
+        default=[],
+        help="columns with an option each, or one column with all, as a list or between | or ; (default: A, B, C, …)",
+    )
     parser.add_argument("--ask", metavar="TEXT", help="ask this of every image, instead of a question column")
     parser.add_argument(
         "--closed", action="store_true", help="all questions are closed (default: those answered yes or no)"
@@ -70,6 +89,7 @@ def _share(text: str) -> float:
 
 
 def run_convert(args: argparse.Namespace) -> int:
+    """0: converted; 1: converted, but most rows are left out."""
     from mslora_cr.data.rows.read import Columns
     from mslora_cr.data.sources.convert import Split, convert, convert_images, holds_questions
     from mslora_cr.data.sources.rendering import Rendering
@@ -77,15 +97,26 @@ def run_convert(args: argparse.Namespace) -> int:
     rendering = Rendering(tuple(args.window) if args.window else None, args.frames)
     progress = sys.stderr.isatty()
     if holds_questions(args.source):
-        columns = Columns(args.image, args.question, args.answer, args.group, args.split, args.answer_type)
+        columns = Columns(
+            args.image,
+            args.question,
+            args.answer,
+            args.group,
+            args.split,
+            args.answer_type,
+            tuple(args.attributes),
+            tuple(args.options),
+        )
         split = Split(args.test_share, args.seed)
         converted = convert(
             args.source, args.output, columns, args.ask, args.images, rendering, split, args.closed, progress
         )
+        validation = f"{converted.validation:,} for validation, " if converted.validation else ""
         print(
-            f"{converted.rows:,} rows: {converted.train:,} for training, {converted.test:,} for testing, "
+            f"{converted.rows:,} rows: {converted.train:,} for training, {validation}{converted.test:,} for testing, "
             f"by {converted.grouped_by}"
         )
+        print(f"split: {converted.split_by}")
     else:
         converted = convert_images(args.source, args.output, rendering, progress)
         print(f"{converted.rows:,} files")
@@ -100,10 +131,15 @@ def run_convert(args: argparse.Namespace) -> int:
             f"{converted.several:,} rows have several images. The model is shown the first of them alone unless the "
             "configuration has data.images: all; --frames 1 keeps the middle one of each file"
         )
-    for reason, places in converted.left_out.items():
-        print(f"left out, {reason}: {len(places):,}")
-        for row in places[:5]:
-            print(f"  {row}")
+    for remark in converted.remarks:
+        log.warning("%s", remark)
+    if converted.without_patient:
+        print(f"rows without a patient, kept together by image: {_of(converted.without_patient, converted.rows)}")
+    for what, reasons in (("left out", converted.left_out), ("left out of rows that stay", converted.left_out_parts)):
+        for reason, places in reasons.items():
+            print(f"{what}, {reason}: {_of(len(places), converted.rows)}")
+            for place in places[:5]:
+                print(f"  {place}")
     if converted.train:
         name = args.output.name
         print(
@@ -113,4 +149,12 @@ def run_convert(args: argparse.Namespace) -> int:
             f"  tasks: [{{name: {name}, epochs: 3, batch_size: 16, learning_rate: 2e-4}}]\n"
             f"Next: mslora-cr data check CONFIG"
         )
+    if converted.train and converted.lost > MOST_LOST:
+        log.warning("%.0f %% of the rows are left out; see the reasons above", 100 * converted.lost)
+        return 1
     return 0
+
+
+def _of(count: int, rows: int) -> str:
+    """A count with its share; files that are no rows have none."""
+    return f"{count:,} ({count / rows:.1%})" if count <= rows else f"{count:,}"

@@ -163,7 +163,9 @@ def test_rows_that_share_an_image_stay_together_and_a_split_of_the_source_is_kep
     parts += [("1.png", "c?", "x", "val"), ("1.png", "d?", "x", "spare"), ("2.png", "e?", "x", "train")]
     found = convert(table(tmp_path / "parts.csv", parts), tmp_path / "b", Columns(split="part"))
     assert (found.train, found.test, found.shared_groups) == (2, 1, ["images/0.png"])
-    assert set(found.left_out) == {"of the validation split", "a split called 'spare'"}
+    assert set(found.left_out) == {"a split called 'spare'"}
+    [validation] = TestRecords(tmp_path / "b" / "val.jsonl")
+    assert (validation.text, validation.gt, found.validation) == ("c?", "x", 1)
     with pytest.raises(DataError, match="the test side is empty: 1 rows of 1 groups"):
         convert(table(tmp_path / "one.csv", parts[:2]), tmp_path / "c")
 
@@ -257,7 +259,7 @@ def test_the_pages_commands_convert_and_check_real_images(tmp_path, tiny_model):
     blocks = page_blocks()
     assert "mslora-cr train" in blocks[-1] and len(blocks) == 4
     said = run_page(tmp_path, tiny_model, blocks[:3])
-    assert "19 rows: 14 for training, 5 for testing, by patient" in said
+    assert "19 rows: 15 for training, 4 for testing, by patient\n" in said
     assert "0 errors; written to" in said
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from tests.conftest import GOLDEN
 from tests.fuzz import hostile
+from tests.fuzz.conversions import convert_datasets, convert_folders, convert_lists, convert_tables
 
 KEPT = Path(__file__).parents[1] / "fixtures" / "run_0_1_0"
 Surface = Callable[[Path, Random], list[str]]
@@ -250,5 +251,9 @@ SURFACES: dict[str, tuple[Surface, int]] = {
     "answers": (answers, 25),
     "state": (state, 12),
     "special_files": (special_files, 25),
+    "convert_tables": (convert_tables, 25),
+    "convert_lists": (convert_lists, 30),
+    "convert_datasets": (convert_datasets, 30),
+    "convert_folders": (convert_folders, 15),
 }
 """Every surface with how many inputs of it `make test` tries."""

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from mslora_cr.data.images import check_name
+from mslora_cr.data.answer_kinds import answer_kinds
+from mslora_cr.data.grouping import connected, drawn_groups
+from mslora_cr.data.options import letter_of, with_options
 from mslora_cr.data.records import IMAGE, DataError
-from mslora_cr.data.rows.read import CLOSED_ANSWERS, Columns, Row, read_rows
+from mslora_cr.data.rows import read
+from mslora_cr.data.rows.read import read_rows
+from mslora_cr.data.rows.row import Columns, Problem, Row
+from mslora_cr.data.rows.walk import files_below
 from mslora_cr.data.sources.convert_images import pictures
 from mslora_cr.data.sources.dicom import is_dicom
 from mslora_cr.data.sources.nifti import is_nifti
+from mslora_cr.data.sources.placing import IMAGES, PSEUDONYM, ImagePlacer
 from mslora_cr.data.sources.rendering import Note, Rendering
 from mslora_cr.utils.files import replace_folder, write_json
+from mslora_cr.utils.strict_json import JsonError, read_object
 
 REPORT = "convert.json"
 EXAMPLES = 5
 """How many rows are named for each reason to leave rows out."""
-IMAGES = "images"
+SIDES = {"train": "train.json", "validation": "val.jsonl", "test": "test.jsonl"}
+OURS = {*SIDES.values(), REPORT, IMAGES}
+CLOSED_ANSWERS = frozenset({"yes", "no"})
 
 
 @dataclass(frozen=True)
@@ -44,23 +51,30 @@ class Converted:
 
     Attributes:
         grouped_by: what keeps rows on one side of the split.
+        split_by: how rows came to their sides: "the source", or how they were drawn.
+        without_patient: rows that name no patient although others do.
         left_out: by reason, the rows (the first few by name).
-        shared_groups: groups that the source's own split has on both sides.
+        left_out_parts: by reason, the rows of which a part is left out.
+        shared_groups: groups that the source's own split has on several sides.
         noted: how files were drawn, where it is worth knowing: by what is to be said, the files.
+        remarks: what is worth knowing of the source as a whole.
         several: how many rows have several pictures.
-        most_images: that a row has.
     """
 
     rows: int = 0
     train: int = 0
+    validation: int = 0
     test: int = 0
     images: int = 0
     grouped_by: str = "image"
+    split_by: str = "the source"
+    without_patient: int = 0
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    left_out_parts: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     shared_groups: list[str] = field(default_factory=list)
     noted: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    remarks: list[str] = field(default_factory=list)
     several: int = 0
-    most_images: int = 0
 
     def note(self, path: Path) -> Note:
         """What to call with how a file was drawn; each remark on it counts once."""
@@ -71,16 +85,31 @@ class Converted:
 
         return add
 
+    def remark(self, text: str) -> None:
+        """Keep a remark, once."""
+        if text not in self.remarks:
+            self.remarks.append(text)
+
+    @property
+    def lost(self) -> float:
+        """The share of the rows that are left out."""
+        return (self.rows - self.train - self.validation - self.test) / max(self.rows, 1)
+
     def summary(self) -> dict[str, Any]:
         """What `convert.json` holds."""
-        left_out, noted = (
+        left_out, parts, noted = (
             {reason: {"count": len(places), "examples": places[:EXAMPLES]} for reason, places in kind.items()}
-            for kind in (self.left_out, self.noted)
+            for kind in (self.left_out, self.left_out_parts, self.noted)
         )
-        counts = {"rows": self.rows, "train": self.train, "test": self.test, "images": self.images}
+        counts = {name: getattr(self, name) for name in ("rows", "train", "validation", "test", "images")}
         shared = {"count": len(self.shared_groups), "examples": self.shared_groups[:EXAMPLES]}
-        found = {"groups_on_both_sides": shared, "left_out": left_out, "noted": noted}
-        return {**counts, "rows_with_several_images": self.several, "grouped_by": self.grouped_by, **found}
+        found = {"groups_on_both_sides": shared, "left_out": left_out, "left_out_parts": parts, "noted": noted}
+        split = {"grouped_by": self.grouped_by, "split_by": self.split_by, "rows_without_patient": self.without_patient}
+        return {**counts, "rows_with_several_images": self.several, **split, **found, "remarks": self.remarks}
+
+
+Placed = tuple[Row, list[str]]
+"""A row, without its images, and their names in the data set's folder."""
 
 
 def convert(
@@ -94,37 +123,42 @@ def convert(
     closed: bool = False,
     progress: bool = False,
 ) -> Converted:
-    """Write `train.json`, `test.jsonl`, `images/` and `convert.json` of a data set into a folder, whole or not at all.
+    """Write a data set into a folder, whole or not at all: `train.json`, `test.jsonl`, `val.jsonl` where the source has
+    validation rows, `images/` and `convert.json`.
 
     Args:
+        source: a file or a folder that `read_rows` reads.
         output: the data set's folder; one that an earlier call made is replaced.
+        columns: which column of a table holds what.
         question: asked of every image, where no column holds a question.
         image_root: where image names start; the source's folder if not given.
+        rendering: how images are drawn.
+        split: of rows without a split of their own.
         closed: whether all questions are closed; else those are whose answer is yes or no, and those that a column
             says.
+        progress: whether a bar is shown.
 
     Raises:
         DataError: the source cannot be read, nothing of it can be used, one side of the split is empty, or the output
             folder is not from an earlier call.
     """
     columns, rendering, split = columns or Columns(), rendering or Rendering(), split or Split()
-    _check_output(output)
+    root = image_root or (source if source.is_dir() else source.parent)
+    _check_output(output, source, root)
     converted = Converted()
-    rows = list(_usable(read_rows(source, columns, question), converted))
-    converted.grouped_by = (columns.group or "patient") if any(row.group for row in rows) else "image"
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         staging = Path(folder) / output.name
         (staging / IMAGES).mkdir(parents=True)
-        writer = _Images(image_root or (source if source.is_dir() else source.parent), staging, rendering, converted)
-        bar = tqdm(rows, "images", unit="row", disable=not progress)
-        placed = [(row, names) for row in bar if (names := writer.place(row))]
-        converted.images, converted.several = writer.count, sum(len(names) > 1 for _, names in placed)
-        converted.most_images = max((len(names) for _, names in placed), default=0)
-        train, test = _parted(placed, split, converted)
-        _write(staging, train, test, closed)
-        converted.train, converted.test = len(train), len(test)
-        later = [row.place for row, _ in test if len(row.turns) > 2]
+        placer = ImagePlacer(root, staging, rendering, converted.note)
+        rows = tqdm(read_rows(source, columns, question, converted.remark), "rows", unit="row", disable=not progress)
+        placed = list(_placed(rows, placer, converted))
+        converted.images, converted.several = placer.count, sum(len(names) > 1 for _, names in placed)
+        _describe_groups(placed, columns, converted)
+        sides = _parted(placed, split, converted)
+        _write(staging, sides, closed)
+        converted.train, converted.validation, converted.test = (len(sides[name]) for name in SIDES)
+        later = [row.place for name in ("test", "validation") for row, _ in sides[name] if len(row.turns) > 2]
         if later:
             converted.left_out["the later questions of a conversation on the test side"] = later
         write_json(staging / REPORT, {"source": str(source), **converted.summary()})
@@ -133,16 +167,14 @@ def convert(
 
 
 def holds_questions(source: Path) -> bool:
-    """Whether a source has questions, and not images alone.
+    """Whether a source has questions or labels, and not images alone.
 
     Raises:
         DataError: there is no such file or folder.
     """
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
-    if source.is_dir():
-        return any(any(source.rglob(pattern)) for pattern in ("*.arrow", "*.parquet"))
-    return not (is_dicom(source) or is_nifti(source))
+    return read.holds_questions(source) if source.is_dir() else not (is_dicom(source) or is_nifti(source))
 
 
 def convert_images(source: Path, output: Path, rendering: Rendering | None = None, progress: bool = False) -> Converted:
@@ -151,22 +183,25 @@ def convert_images(source: Path, output: Path, rendering: Rendering | None = Non
     Raises:
         DataError: there is none, or the output folder is not from an earlier call.
     """
-    _check_output(output)
-    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-    files = [path for path in files if is_dicom(path) or is_nifti(path)]
+    _check_output(output, source, source.parent)
+    found = files_below(source) if source.is_dir() else [source]
+    files = [path for path in found if is_dicom(path) or is_nifti(path)]
     if not files:
         raise DataError(f"{source}: no DICOM or NIfTI file there")
     converted, root = Converted(rows=len(files)), source if source.is_dir() else source.parent
+    others = sorted({*found} - {*files})
+    if others:
+        converted.left_out["a file that is neither DICOM nor NIfTI"] = [str(path) for path in others]
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         staging = Path(folder) / output.name
         staging.mkdir()
         for path in tqdm(files, "images", unit="file", disable=not progress):
-            target = staging / path.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
+            place = staging / path.relative_to(root)
+            place.parent.mkdir(parents=True, exist_ok=True)
             try:
                 for suffix, data in pictures(path, None, rendering or Rendering(), converted.note(path)):
-                    target.with_name(target.name + suffix).write_bytes(data)
+                    place.with_name(place.name + suffix).write_bytes(data)
                     converted.images += 1
             except DataError as error:
                 converted.left_out["an image that cannot be read"].append(str(error))
@@ -177,150 +212,159 @@ def convert_images(source: Path, output: Path, rendering: Rendering | None = Non
     return converted
 
 
-def _check_output(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / REPORT).is_file())):
+def _check_output(output: Path, source: Path, root: Path) -> None:
+    """A folder of an earlier call is replaced; nothing else is, and no place that holds what is being read."""
+    if output.is_symlink():
+        raise DataError(f"{output}: a link, and nothing is written through links; name the folder itself")
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not _is_ours(output))):
         raise DataError(f"{output}: already there, and not from data convert; choose another --output or move it away")
+    place = output.resolve()
+    for other in (source.resolve(), root.resolve(), Path.cwd()):
+        if other.is_relative_to(place):
+            raise DataError(f"{output}: holds {other}, and would be replaced as a whole; choose another --output")
+    if source.is_dir() and place.is_relative_to(source.resolve()):
+        raise DataError(f"{output}: lies in {source}, which is read; choose an --output beside it")
 
 
-def _usable(rows: Iterable[Row | tuple[str, str]], converted: Converted) -> Iterator[Row]:
+def _is_ours(folder: Path) -> bool:
+    """Whether an earlier call made a folder, and nothing was put into it since."""
+    try:
+        report = read_object(folder / REPORT)
+    except JsonError:
+        return False
+    return "left_out" in report and (not report.get("train") or {entry.name for entry in folder.iterdir()} <= OURS)
+
+
+def _placed(rows: Iterable[Row | Problem], placer: ImagePlacer, converted: Converted) -> Iterator[Placed]:
+    """Every row that can be used, its images written. Those that cannot are counted."""
     for row in rows:
         converted.rows += 1
         if not isinstance(row, Row):
-            reason, location = row
-            converted.left_out[reason].append(location)
-        elif row.split == "validation":
-            converted.left_out["of the validation split"].append(row.place)
-        else:
-            yield row
+            reason, place = row
+            converted.left_out[reason].append(place)
+            continue
+        if not _is_text(row):
+            converted.left_out["half of a surrogate pair, which is no text"].append(row.place)
+            continue
+        if row.options and letter_of(row.turns[1][1], row.options) is None:
+            converted.left_out["a true answer that is none of the options"].append(row.place)
+            continue
+        try:
+            names = placer.place(row)
+        except DataError as error:
+            converted.left_out["an image that is missing or cannot be read"].append(f"{row.place}: {error}")
+            continue
+        if not names:
+            converted.left_out["no image"].append(row.place)
+            continue
+        for reason in row.dropped:
+            converted.left_out_parts[reason].append(row.place)
+        yield replace(row, images=(), group=row.group or placer.patient(row)), names
 
 
-class _Images:
-    """Writes the images of rows into a data set's folder, each once, and names them."""
-
-    def __init__(self, root: Path, folder: Path, rendering: Rendering, converted: Converted) -> None:
-        self._root, self._folder, self._rendering, self._converted = root, folder, rendering, converted
-        self._names: dict[str, list[str]] = {}
-        self.count = 0
-
-    def place(self, row: Row) -> list[str]:
-        """The names of a row's images below the data set's folder; none if one cannot be used, which is noted."""
-        names = []
-        for image in row.images:
-            try:
-                names += self._placed(image)
-            except DataError as error:
-                self._converted.left_out["an image that is missing or cannot be read"].append(f"{row.place}: {error}")
-                return []
-        return names
-
-    def _placed(self, image: str | bytes) -> list[str]:
-        key = image if isinstance(image, str) else hashlib.sha256(image).hexdigest()[:24]
-        if key not in self._names:
-            self._names[key] = self._write_bytes(key, image) if isinstance(image, bytes) else self._write_file(image)
-        return self._names[key]
-
-    def _write_bytes(self, key: str, image: bytes) -> list[str]:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / key
-            path.write_bytes(image)
-            return self._write(path, None, key)
-
-    def _write_file(self, name: str) -> list[str]:
-        bare, mark, number = name.rpartition("#")
-        frame = int(number) if mark and number.isdecimal() and len(number) < 10 else None
-        relative = check_name(bare if frame is not None else name)
-        path = self._root / relative
-        if not path.is_file() and not path.is_dir():
-            raise DataError(f"{path}: no such image")
-        ends = path.is_file() and path.suffix != ".gz"
-        return self._write(path, frame, str(relative.with_suffix("") if ends else relative))
-
-    def _write(self, path: Path, frame: int | None, stem: str) -> list[str]:
-        """Write a file's pictures; `a/b.png` and `a/b.jpg` get different names."""
-        names = []
-        for suffix, data in pictures(path, frame, self._rendering, self._converted.note(path)):
-            name = f"{IMAGES}/{stem}{suffix}"
-            if (self._folder / name).exists():
-                name = f"{IMAGES}/{stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}{suffix}"
-            target = self._folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
-                target.write_bytes(data)
-                self.count += 1
-            names.append(name)
-        return names
+def _is_text(row: Row) -> bool:
+    """Whether UTF-8 can spell all that a row says."""
+    try:
+        json.dumps([row.turns, row.group, dict(row.attributes), dict(row.options)], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-Placed = tuple[Row, list[str]]
+def _describe_groups(placed: Sequence[Placed], columns: Columns, converted: Converted) -> None:
+    groups = [row.group for row, _ in placed if row.group]
+    if groups:
+        by_header = all(group.startswith(PSEUDONYM) for group in groups)
+        converted.grouped_by = columns.group or ("patient, as DICOM headers name them" if by_header else "patient")
+        converted.without_patient = len(placed) - len(groups)
 
 
-def _parted(rows: Sequence[Placed], split: Split, converted: Converted) -> tuple[list[Placed], list[Placed]]:
-    """Training and test rows: as the source says, the others by groups."""
+def _parted(rows: Sequence[Placed], split: Split, converted: Converted) -> dict[str, list[Placed]]:
+    """The rows of each side: as the source says, the others by groups."""
     if not rows:
         reasons = "; ".join(
             f"{len(places)} rows: {reason}, {places[0]}" for reason, places in converted.left_out.items()
         )
         raise DataError(f"no row can be used{': ' if reasons else ''}{reasons}")
-    groups = _groups(rows)
-    free: dict[str, int] = defaultdict(int)
-    for group, (row, _) in zip(groups, rows, strict=True):
-        if row.split is None:
-            free[group] += 1
-    wanted, names = split.test_share * sum(free.values()), sorted(free)
-    random.Random(split.seed).shuffle(names)
-    drawn: set[str] = set()
-    for name in names[1:]:  # one group stays for training
-        if sum(free[group] for group in drawn) < wanted:
-            drawn.add(name)
-    sides: dict[str, list[Placed]] = {"train": [], "test": []}
-    seen: dict[str, set[str]] = {"train": set(), "test": set()}
+    groups = connected([_keys(row, names) for row, names in rows])
+    free = [(group, row.turns[1][1].lower()) for group, (row, _) in zip(groups, rows, strict=True) if not row.split]
+    drawn = drawn_groups([group for group, _ in free], [answer for _, answer in free], split.test_share, split.seed)
+    if free:
+        drawn_by = f"drawn by {converted.grouped_by}, seed {split.seed}"
+        of = f"{len(free):,} rows without one are " if len(free) < len(rows) else ""
+        converted.split_by = f"no split in the source: {of}{drawn_by}"
+    sides: dict[str, list[Placed]] = {name: [] for name in SIDES}
+    seen: dict[str, set[str]] = {name: set() for name in SIDES}
     for group, placed in zip(groups, rows, strict=True):
         side = placed[0].split or ("test" if group in drawn else "train")
         sides[side].append(placed)
         seen[side].add(group)
-    converted.shared_groups = sorted(seen["train"] & seen["test"])
-    for side, members in sides.items():
-        if not members:
+    counts = Counter(group for members in seen.values() for group in members)
+    converted.shared_groups = sorted(group.partition(" ")[2] for group, count in counts.items() if count > 1)
+    for side in ("train", "test"):
+        if not sides[side]:
+            others = ", ".join(f"{len(members)} {name}" for name, members in sides.items() if members)
             raise DataError(
-                f"the {side} side is empty: {len(rows)} rows of {len(set(groups))} groups (by {converted.grouped_by}). "
-                "Give more images or patients, or name the column with the split (--split)"
+                f"the {side} side is empty: {len(rows)} rows of {len(set(groups))} groups (by {converted.grouped_by}; "
+                f"{others}). Give more images or patients, or name the column with the split (--split)"
             )
-    return sides["train"], sides["test"]
+    return sides
 
 
-def _groups(rows: Sequence[Placed]) -> list[str]:
-    """The group of each row: what the source names, else the row's images, with every row that shares one of them."""
-    parents: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parents.setdefault(name, name) != name:
-            name = parents[name]
-        return name
-
-    for row, names in rows:
-        keys = [f"group {row.group}"] if row.group is not None else []
-        first, *others = [*keys, *(f"image {name}" for name in names)]
-        for other in others:
-            parents[root(other)] = root(first)
-    return [root(f"image {names[0]}").partition(" ")[2] for _, names in rows]
+def _keys(row: Row, names: Sequence[str]) -> list[str]:
+    """What keeps a row with others."""
+    return [*([f"patient {row.group}"] if row.group else []), *(f"image {name}" for name in names)]
 
 
-def _write(folder: Path, train: Sequence[Placed], test: Sequence[Placed], closed: bool) -> None:
-    conversations = [
-        {
-            "id": str(number),
-            "image": names[0] if len(names) == 1 else names,
-            "conversations": [
-                {"from": speaker, "value": f"{IMAGE}\n{text}" if turn == 0 else text}
-                for turn, (speaker, text) in enumerate(row.turns)
-            ],
-        }
-        for number, (row, names) in enumerate(train)
+def _write(folder: Path, sides: dict[str, list[Placed]], closed: bool) -> None:
+    write_json(
+        folder / SIDES["train"], [_conversation(number, *placed) for number, placed in enumerate(sides["train"])]
+    )
+    everything = [row for members in sides.values() for row, _ in members]
+    types = [_answer_type(row, closed) for row in everything]
+    turns = [(row.turns[0][1], row.turns[1][1]) for row in everything]
+    kinds = answer_kinds([q for q, _ in turns], [a for _, a in turns], [kind == "CLOSED" for kind in types])
+    start = len(sides["train"])
+    for side in ("validation", "test"):
+        with_kinds = zip(sides[side], types[start:], kinds[start:], strict=False)
+        start += len(sides[side])
+        if not sides[side]:
+            continue
+        with (folder / SIDES[side]).open("w", encoding="utf-8", newline="\n") as file:
+            for number, ((row, names), answer_type, kind) in enumerate(with_kinds):
+                line = {**_question(number, row, names), "answer_type": answer_type, "answer_kind": kind, **_known(row)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _answer_type(row: Row, closed: bool) -> str:
+    answer = row.turns[1][1].strip(" .").lower()
+    return row.answer_type or ("CLOSED" if closed or row.options or answer in CLOSED_ANSWERS else "OPEN")
+
+
+def _conversation(number: int, row: Row, names: list[str]) -> dict[str, Any]:
+    turns = [
+        {"from": speaker, "value": f"{IMAGE}\n{with_options(text, row.options)}" if turn == 0 else text}
+        for turn, (speaker, text) in enumerate(row.turns)
     ]
-    write_json(folder / "train.json", conversations)
-    with (folder / "test.jsonl").open("w", encoding="utf-8") as file:
-        for number, (row, names) in enumerate(test):
-            (_, question), (_, answer) = row.turns[:2]
-            kind = row.answer_type or ("CLOSED" if closed or answer.strip(" .").lower() in CLOSED_ANSWERS else "OPEN")
-            line = {"question_id": number, "image": names[0] if len(names) == 1 else names, "text": question}
-            file.write(json.dumps({**line, "gt": answer, "answer_type": kind}, ensure_ascii=False) + "\n")
+    turns[1]["value"] = _truth(row)
+    return {"id": str(number), "image": _one_or_all(names), "conversations": turns, **_known(row)}
+
+
+def _question(number: int, row: Row, names: list[str]) -> dict[str, Any]:
+    line = {"question_id": number, "image": _one_or_all(names), "text": row.turns[0][1], "gt": _truth(row)}
+    return {**line, **({"options": dict(row.options)} if row.options else {})}
+
+
+def _truth(row: Row) -> str:
+    """The answer to the first question: the letter, where there are options."""
+    return letter_of(row.turns[1][1], row.options) or row.turns[1][1]
+
+
+def _one_or_all(names: list[str]) -> str | list[str]:
+    return names[0] if len(names) == 1 else names
+
+
+def _known(row: Row) -> dict[str, Any]:
+    """What is known of patient and image, in training and in testing."""
+    patient = {"patient": row.group} if row.group else {}
+    return {**patient, **({"attributes": dict(row.attributes)} if row.attributes else {})}

@@ -1,0 +1,248 @@
+"""What Hugging Face `datasets` wrote: folders of Arrow or Parquet files. Only the columns that are needed are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mslora_cr.data.records import DataError
+from mslora_cr.data.rows.row import (
+    MAX_IMAGE_BYTES,
+    SPLITS,
+    Columns,
+    Problem,
+    Remark,
+    Row,
+    known_columns,
+    table_row,
+)
+from mslora_cr.data.rows.walk import files_below
+from mslora_cr.utils.errors import shorten
+from mslora_cr.utils.regular import check_regular
+from mslora_cr.utils.strict_json import JsonError, decode_json
+
+if TYPE_CHECKING:
+    import pyarrow
+
+ENDINGS = (".arrow", ".parquet")
+ROWS_AT_ONCE = 64
+MOST_ROWS = 3_000_000
+"""Of one file."""
+MOST_GROUP_BYTES = 1 << 30
+"""Of a Parquet row group, unpacked: it is what has to be held at once."""
+MOST_ITEMS = 1_000
+"""In a list of one row, such as its images."""
+
+
+def dataset_files(folder: Path) -> list[Path]:
+    """The files of a data set below a folder, but not what `map` and `filter` leave."""
+    return [file for file in files_below(folder) if file.suffix in ENDINGS and not file.name.startswith("cache-")]
+
+
+def read_dataset_folder(
+    folder: Path, columns: Columns, question: str | None, remark: Remark
+) -> Iterator[Row | Problem]:
+    """The rows of a data set; a split is known by the names of files and folders.
+
+    Raises:
+        DataError: there is no such file, one cannot be read or lacks a column, or only some name a split.
+    """
+    import pyarrow
+
+    files = dataset_files(folder)
+    if not files:
+        raise DataError(f"{folder}: no .arrow or .parquet file; expected a folder that datasets' save_to_disk wrote")
+    splits = {file: split_in(file.relative_to(folder)) for file in files}
+    if not columns.split and len({*splits.values()}) > 1 and None in splits.values():
+        odd = next(file for file, split in splits.items() if split is None)
+        raise DataError(f"{odd}: its name tells no split, unlike those of other files beside it; move or rename it")
+    for file, split in splits.items():
+        try:
+            for row in _file_rows(file, str(file.relative_to(folder)), columns, question, remark):
+                named = isinstance(row, Row) and row.split is None and split is not None
+                yield replace(row, split=split) if named and isinstance(row, Row) else row
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{file}: cannot be read ({shorten(str(error))})") from None
+
+
+def split_in(path: Path) -> str | None:
+    """The split that a path names, as `datasets` finds it: a word between `-`, `_`, `.`, spaces or folders."""
+    words = path.as_posix().casefold()
+    for mark in "-_. /":
+        words = words.replace(mark, "\n")
+    named = [SPLITS[word] for word in words.split("\n") if word in SPLITS]
+    return named[-1] if named else None
+
+
+def _file_rows(
+    file: Path, place: str, columns: Columns, question: str | None, remark: Remark
+) -> Iterator[Row | Problem]:
+    schema, batches, count = _opened(file)
+    _check_count(file, count)
+    known = known_columns(file, schema.names, columns, question, remark)
+    needed = [known.image, known.answer, known.group, known.split, known.answer_type, *known.attributes, *known.options]
+    needed += [] if question else [known.question, "hint" if "hint" in schema.names else None]
+    names = list(dict.fromkeys(name for name in needed if name))
+    for name in names:
+        _check_type(file, name, schema.field(name).type)
+    labels, whole = _labels(file, schema), _whole_columns(file, names, schema)
+    number = 0
+    for batch in batches(names):
+        _check_count(file, number + batch.num_rows)
+        for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+            for values in _values(batch.slice(start, ROWS_AT_ONCE), file):
+                where = f"{place}: row {number}"
+                number += 1
+                yield (
+                    table_row(where, _worded(values, labels, whole), known, question)
+                    if isinstance(values, dict)
+                    else (values, where)
+                )
+
+
+def _check_count(file: Path, count: int) -> None:
+    if count > MOST_ROWS:
+        raise DataError(f"{file}: more than {MOST_ROWS:,} rows ({count:,}); write it as several files")
+
+
+def _opened(file: Path) -> tuple[pyarrow.Schema, Any, int]:
+    """Schema, batches of some columns, and the number of rows where the file tells it."""
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    check_regular(file)
+    if file.suffix == ".arrow":
+        source = pyarrow.memory_map(str(file))
+        magic = source.read(6) == b"ARROW1"
+        source.seek(0)
+        reader = ipc.open_file(source) if magic else ipc.open_stream(source)
+        stream = (reader.get_batch(number) for number in range(reader.num_record_batches)) if magic else reader
+        return reader.schema, lambda names: (batch.select(names) for batch in stream), 0
+    opened = parquet.ParquetFile(file)
+
+    def batches(names: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
+        _check_groups(file, opened.metadata, names)
+        return opened.iter_batches(ROWS_AT_ONCE, columns=names, use_threads=False)
+
+    return opened.schema_arrow, batches, opened.metadata.num_rows
+
+
+def _check_groups(file: Path, metadata: Any, names: Sequence[str]) -> None:
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        parts = (group.column(place) for place in range(group.num_columns))
+        size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in names)
+        if size > MOST_GROUP_BYTES:
+            raise DataError(
+                f"{file}: row group {number} unpacks to {size:,} bytes, more than {MOST_GROUP_BYTES:,}; write it with "
+                "smaller row groups"
+            )
+
+
+def _check_type(file: Path, name: str, kind: Any) -> None:
+    """A column holds texts, numbers, dates, bytes, images, or lists of these; nothing nested deeper.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    inner = [kind.field(place).type for place in range(kind.num_fields)] if types.is_struct(kind) else [kind]
+    if any(types.is_nested(part) for part in inner):
+        raise DataError(f"{file}: column {shorten(name)} is nested too deeply ({shorten(str(kind))})")
+
+
+def _values(batch: pyarrow.RecordBatch, file: Path) -> list[dict[str, Any] | str]:
+    """The rows of a batch; where Python has no value for one (a date before year 1, bytes that are no text), why."""
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if (size := _largest(column)) > MAX_IMAGE_BYTES:
+            raise DataError(f"{file}: column {shorten(name)} holds a value of {size:,} bytes, too large for a picture")
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError, TypeError):
+        return [_one(batch.slice(place, 1)) for place in range(batch.num_rows)]
+
+
+def _one(batch: pyarrow.RecordBatch) -> dict[str, Any] | str:
+    try:
+        [values] = batch.to_pylist()
+    except UnicodeDecodeError:
+        return "a text that is not UTF-8"
+    except (ValueError, OverflowError, TypeError):
+        return "a value that Python cannot hold, such as a date before the year 1"
+    return dict(values)
+
+
+def _largest(column: Any) -> int:
+    """The bytes of the largest text or picture of a column, lists counted by their items."""
+    from pyarrow import compute, types
+
+    kind = column.type
+    if types.is_dictionary(kind):
+        return _largest(column.dictionary)
+    if types.is_struct(kind):
+        return max((_largest(column.field(place)) for place in range(kind.num_fields)), default=0)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        most = compute.max(compute.list_value_length(column)).as_py() or 0
+        return MAX_IMAGE_BYTES + 1 if most > MOST_ITEMS else _largest(column.flatten())
+    if any(test(kind) for test in (types.is_binary, types.is_large_binary, types.is_string, types.is_large_string)):
+        return compute.max(compute.binary_length(column)).as_py() or 0
+    return 0
+
+
+def _whole_columns(file: Path, names: Sequence[str], schema: pyarrow.Schema) -> set[str]:
+    """Columns of floating point whose values are all whole: numbers with gaps, which are written as 2.0."""
+    from pyarrow import types
+
+    floats = [name for name in names if types.is_floating(schema.field(name).type)]
+    if not floats:
+        return set()
+    whole = set(floats)
+    _, batches, _ = _opened(file)
+    for batch in batches(floats):
+        for name in tuple(whole):
+            values = batch.column(batch.schema.get_field_index(name)).to_numpy(zero_copy_only=False)
+            finite = values[values == values]
+            if not (finite == finite.round()).all() or (abs(finite) > 2**53).any():
+                whole.discard(name)
+    return whole
+
+
+def _labels(file: Path, schema: pyarrow.Schema) -> dict[str, list[str]]:
+    """The names of classes that columns hold the numbers of, from the note that `datasets` leaves in the schema.
+
+    Raises:
+        DataError: the note has names that are no list of texts.
+    """
+    try:
+        note = decode_json((schema.metadata or {}).get(b"huggingface", b"{}"))
+    except JsonError as error:
+        raise DataError(f"{file}: the note of datasets in its schema is {error}") from None
+    for key in ("info", "features"):
+        note = note.get(key, {}) if isinstance(note, Mapping) else {}
+    if not isinstance(note, Mapping):
+        return {}
+    kinds = {name: kind["names"] for name, kind in note.items() if isinstance(kind, Mapping) and kind.get("names")}
+    for name, names in kinds.items():
+        if not isinstance(names, list) or not all(isinstance(text, str) for text in names):
+            raise DataError(f"{file}: the names of the classes of column {shorten(name)} are not a list of texts")
+    return kinds
+
+
+def _worded(values: dict[str, Any], labels: Mapping[str, list[str]], whole: set[str]) -> dict[str, Any]:
+    """Numbers of classes as their names (-1, which stands for none, as nothing), and whole numbers as such."""
+    for name, names in labels.items():
+        number = values.get(name)
+        if isinstance(number, int):
+            values[name] = names[number] if 0 <= number < len(names) else None
+    for name in whole:
+        number = values.get(name)
+        if isinstance(number, float) and number == number:
+            values[name] = int(number)
+    return values

@@ -1,0 +1,151 @@
+"""Conversations in ShareGPT's form, and other lists of JSON objects: rows of a table, OmniMedVQA's questions."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mslora_cr.data.json_list import MAX_RECORD_BYTES, TOO_LONG, ListReader
+from mslora_cr.data.records import IMAGE, DataError
+from mslora_cr.data.rows.row import (
+    Columns,
+    Problem,
+    Remark,
+    Row,
+    UnusableError,
+    attribute,
+    images_of,
+    known_columns,
+    options_of,
+    patient_column,
+    said,
+    split_of,
+    table_row,
+)
+from mslora_cr.utils.regular import check_regular
+from mslora_cr.utils.strict_json import STRICT_JSON, explain_json
+
+SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+OMNIMED = frozenset({"image_path", "question", "gt_answer", "option_A"})
+OMNIMED_ATTRIBUTES = ("dataset", "modality_type", "question_type")
+SYSTEM = "a system text, for which the published template has no place"
+
+
+def read_json_rows(path: Path, columns: Columns, question: str | None, remark: Remark) -> Iterator[Row | Problem]:
+    """The records of a .json list or of .jsonl lines, whichever of the known forms each has.
+
+    Raises:
+        DataError: it cannot be read, or is no such file.
+    """
+    try:
+        with check_regular(path).open("rb") as file:
+            items = _lines(path, file) if path.suffix.lower() == ".jsonl" else _elements(path, file)
+            for number, item in enumerate(items):
+                place = f"{path.name}: record {number}"
+                try:
+                    yield _record(path, place, item, columns, question, remark)
+                except UnusableError as error:
+                    yield str(error), place
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _elements(path: Path, file: BinaryIO) -> Iterator[Any]:
+    for *_, value in ListReader(path, file, hashlib.sha256()).items():
+        yield value
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[Any]:
+    """What each line holds. A line ends at a line feed alone: a text may have other separators of its own."""
+    number = 0
+    while line := file.readline(MAX_RECORD_BYTES + 1):
+        number += 1
+        if len(line) > MAX_RECORD_BYTES:
+            raise DataError(f"{path}: line {number}: {TOO_LONG}")
+        if not line.strip():
+            continue
+        try:
+            yield STRICT_JSON.decode(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: line {number}: {explain_json(error)}") from None
+
+
+def _record(path: Path, place: str, item: Any, columns: Columns, question: str | None, remark: Remark) -> Row | Problem:
+    if not isinstance(item, Mapping):
+        return "a record that is no object", place
+    if item.keys() >= OMNIMED:
+        return _omnimed(place, item)
+    said_here = item.get("conversations", item.get("messages"))
+    if said_here is None and columns.answer in item and (question or columns.question in item):
+        known = known_columns(path, [str(name) for name in item], columns, question, remark)
+        return table_row(place, item, known, question)
+    return _conversation(place, item, said_here, columns, remark)
+
+
+def _omnimed(place: str, item: Mapping[str, Any]) -> Row | Problem:
+    """A question of OmniMedVQA: the true answer is the text of an option."""
+    options = options_of([[item[key]] for key in sorted(item) if key.startswith("option_")])
+    known = {name: value for name in OMNIMED_ATTRIBUTES if (value := attribute(item.get(name))) is not None}
+    turns = (("human", said(item["question"], "a question")), ("gpt", said(item["gt_answer"], "an answer")))
+    if not all(text for _, text in turns):
+        return "an empty turn", place
+    return Row(place, images_of(item["image_path"]), turns, answer_type="CLOSED", attributes=known, options=options)
+
+
+def _conversation(
+    place: str, item: Mapping[str, Any], said_here: Any, columns: Columns, remark: Remark
+) -> Row | Problem:
+    if not isinstance(said_here, list):
+        return "no list of conversations", place
+    turns, dropped, marks = [], set(), []
+    if isinstance(item.get("system"), str) and item["system"].strip():
+        dropped.add(SYSTEM)
+    for turn in said_here:
+        if not isinstance(turn, Mapping):
+            return "a turn that is no object", place
+        speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if speaker == "system":
+            dropped.add(SYSTEM)
+            continue
+        if not isinstance(speaker, str) or speaker not in SPEAKERS or not isinstance(text, str):
+            return "a turn without a known speaker and a text", place
+        marks.append(text)
+        turns.append((SPEAKERS[speaker], text.replace(IMAGE, "").strip()))
+    if [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
+        return "turns that do not alternate from a question to an answer", place
+    if not all(text for _, text in turns):
+        return "an empty turn", place
+    if any(IMAGE in text for text in marks[1:]):
+        return "a picture that is shown with a later turn: all pictures stand before the first question here", place
+    if _inside(marks[0]):
+        dropped.add("the place of pictures inside a question: they are all shown before it")
+    row = Row(
+        place, images_of(item.get(columns.image, item.get("images"))), tuple(turns), dropped=tuple(sorted(dropped))
+    )
+    return _completed(row, item, columns, remark) if row.images else ("no image", place)
+
+
+def _inside(question: str) -> bool:
+    """Whether a picture is marked between words, or behind them among others."""
+    around = [part.strip() for part in question.split(IMAGE)]
+    return any(around[1:-1]) or bool(around[0] and around[-1] and len(around) > 1)
+
+
+def _completed(row: Row, item: Mapping[str, Any], columns: Columns, remark: Remark) -> Row:
+    """With what stands beside the conversation: split, patient, attributes."""
+    split = split_of(said(item[columns.split], "a split")) if columns.split and columns.split in item else None
+    column = columns.group or patient_column([str(name) for name in item], remark)
+    group = said(item.get(column), "a patient").strip() if column else ""
+    known = {name: value for name in columns.attributes if (value := attribute(item.get(name))) is not None}
+    return replace(row, split=split, group=group or None, attributes=known)
+
+
+def opening_key(path: Path) -> str:
+    """The first character of a JSON file that is no space: `[` for a list, `{` for an object."""
+    with check_regular(path).open("rb") as file:
+        start = file.read(1 << 16)
+    return io.BytesIO(start).read().decode("utf-8-sig", errors="replace").lstrip()[:1]

@@ -1,0 +1,303 @@
+"""A question about images as it was found, the columns that it is found in, and what a value says."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import datetime
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from mslora_cr.data.options import lettered
+from mslora_cr.data.records import IMAGE, DataError
+from mslora_cr.utils.errors import nearest, shorten
+
+SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing", "eval"), "test")
+SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
+"""What a split is called → what it is here."""
+PATIENTS = frozenset({"patient", "patientid", "subject", "subjectid"})
+"""Columns that say whose an image is, where no other is given; without case, spaces, dots, dashes and underscores."""
+PERHAPS_PATIENTS = ("patient", "subject", "case", "study", "participant", "mrn")
+"""A column whose name begins or ends with one of these may say whose an image is."""
+LETTERS = "ABCDEFGHIJ"
+MOST_NAME = 1_000
+"""Characters in the name of an image; what is longer is something else."""
+MAX_IMAGE_BYTES = 64 << 20
+_DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
+_BASE64 = ("iVBOR", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0A", "Qk")
+"""How PNG, JPEG, GIF, WebP, TIFF and BMP begin in base64."""
+_SHORTEST_BASE64 = 64
+_NO_TEXT: tuple[tuple[Any, str], ...] = (
+    ((list, tuple), "a list"),
+    (Mapping, "an object"),
+    (bytes, "bytes"),
+    ((datetime.date, datetime.time, datetime.timedelta), "a date or a time"),
+)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a table holds what; None: it has none, or for `group` one of `PATIENTS`.
+
+    Attributes:
+        attributes: columns that become a question's attributes, under their own names.
+        options: columns with an option each, or one column with all of them.
+    """
+
+    image: str = "image"
+    question: str | None = "question"
+    answer: str = "answer"
+    group: str | None = None
+    split: str | None = None
+    answer_type: str | None = None
+    attributes: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A conversation about images, as it was found.
+
+    Attributes:
+        place: where, in words.
+        images: names, or the bytes of image files.
+        turns: (speaker, text), alternating, the first of them human.
+        split: train, test or validation, where the source says so.
+        group: whose images these are; rows of one group stay on one side of the split.
+        answer_type: `OPEN`, `CLOSED`, or None: by its answer.
+        attributes: what is known of patient and image.
+        options: by letter, the answers that the question offers.
+        dropped: parts of the row that are left out although the row is not, each by a reason.
+    """
+
+    place: str
+    images: tuple[str | bytes, ...]
+    turns: tuple[tuple[str, str], ...]
+    split: str | None = None
+    group: str | None = None
+    answer_type: str | None = None
+    attributes: Mapping[str, str | int | float] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+
+
+Problem = tuple[str, str]
+"""Why a row is left out, and where it stands."""
+Remark = Callable[[str], None]
+"""Is told what is worth knowing of a source as a whole."""
+
+
+class UnusableError(ValueError):
+    """A value that cannot be used; the message is the reason for which its row is left out."""
+
+
+def plain(name: str) -> str:
+    """A column's name without case, spaces and marks: `Patient ID` and `patient_id` are alike."""
+    return re.sub(r"[\s._-]+", "", name).casefold()
+
+
+def known_columns(place: Path, names: Sequence[str], columns: Columns, question: str | None, remark: Remark) -> Columns:
+    """The columns by the names that a table gives them.
+
+    Raises:
+        DataError: the table lacks one, has two of a name, or several that could be meant.
+    """
+    if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+        raise DataError(f"{place}: two columns are called {shorten(twice[0])}; give each a name of its own")
+
+    def column(name: str | None, key: str) -> str | None:
+        return _column(place, names, name, key) if name else None
+
+    known = Columns(
+        image=_column(place, names, columns.image, "image"),
+        question=None if question else column(columns.question, "question"),
+        answer=_column(place, names, columns.answer, "answer"),
+        group=column(columns.group, "group"),
+        split=column(columns.split, "split"),
+        answer_type=column(columns.answer_type, "answer_type"),
+        attributes=tuple(_column(place, names, name, "attributes") for name in columns.attributes),
+        options=tuple(_column(place, names, name, "options") for name in columns.options),
+    )
+    if not known.options:
+        known = replace(known, options=_lettered_columns(names))
+    return known if known.group else replace(known, group=patient_column(names, remark))
+
+
+def _column(place: Path, names: Sequence[str], name: str, key: str) -> str:
+    alike = [other for other in names if plain(other) == plain(name)]
+    if name in names:
+        return name
+    if len(alike) == 1:
+        return alike[0]
+    option = "--" + key.replace("_", "-")
+    if alike:
+        raise DataError(f"{place}: columns {', '.join(map(repr, alike))} could be meant; name one with {option}")
+    hint = " or --ask TEXT, which asks the same of every image" if key == "question" else ""
+    shown = ", ".join(shorten(other) for other in names[:40]) or "none"
+    raise DataError(
+        f"{place}: no column {name!r}{nearest(name, names)}; it has {shown}. Name the column with {option}{hint}"
+    )
+
+
+def _lettered_columns(names: Sequence[str]) -> tuple[str, ...]:
+    """Columns A, B, C, … with an option each, as VLMEvalKit's tables have them; none unless there are two at least."""
+    found = []
+    for letter in LETTERS:
+        if letter not in names:
+            break
+        found.append(letter)
+    return tuple(found) if len(found) > 1 else ()
+
+
+def patient_column(names: Iterable[str], remark: Remark = lambda text: None) -> str | None:
+    """The column that says whose an image is; one that only may is remarked upon."""
+    names = list(names)
+    if found := next((name for name in names if plain(name) in PATIENTS), None):
+        return found
+    likely = [
+        name for name in names if plain(name).startswith(PERHAPS_PATIENTS) or plain(name).endswith(PERHAPS_PATIENTS)
+    ]
+    if likely:
+        remark(
+            f"column {shorten(likely[0])} may say whose an image is, but is not used. If it does, name it with --group "
+            "so that no patient is in training and in testing"
+        )
+    return None
+
+
+def table_row(place: str, values: Mapping[str, Any], columns: Columns, question: str | None) -> Row | Problem:
+    """One row of a table, whatever the table was read from."""
+    try:
+        return _table_row(place, values, columns, question)
+    except UnusableError as error:
+        return str(error), place
+
+
+def _table_row(place: str, values: Mapping[str, Any], columns: Columns, question: str | None) -> Row | Problem:
+    def text(column: str | None, what: str) -> str:
+        return said(values.get(column) if column else None, what).replace(IMAGE, "").strip()
+
+    images = images_of(values.get(columns.image))
+    if not images:
+        return "no image", place
+    asking = question or text(columns.question, "a question")
+    answer = text(columns.answer, "an answer")
+    if not asking or not answer:
+        return "no question" if not asking else "no answer", place
+    kind = text(columns.answer_type, "an answer type").upper() or None
+    if kind not in (None, "OPEN", "CLOSED"):
+        return "an answer type that is neither open nor closed", place
+    split = split_of(text(columns.split, "a split")) if columns.split else None
+    if "hint" in values and not question and (hint := said(values["hint"], "a hint").strip()):
+        asking = f"{hint}\n{asking}"
+    options = options_of([values.get(name) for name in columns.options])
+    known = {name: value for name in columns.attributes if (value := attribute(values.get(name))) is not None}
+    group = text(columns.group, "a patient") or None
+    return Row(place, images, (("human", asking), ("gpt", answer)), split, group, kind, known, options)
+
+
+def split_of(name: str) -> str:
+    """train, test or validation.
+
+    Raises:
+        UnusableError: it is called something else.
+    """
+    if found := SPLITS.get(name.strip().casefold()):
+        return found
+    raise UnusableError(f"a split called {shorten(name)}")
+
+
+def said(value: Any, what: str) -> str:
+    """What a value of a table says; nothing where it is missing (null, NaN, NaT).
+
+    Raises:
+        UnusableError: it is neither a text nor a number.
+    """
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    if value is None or (isinstance(value, float | Decimal) and math.isnan(value)) or type(value).__name__ == "NaTType":
+        return ""
+    if isinstance(value, str | bool | int | float | Decimal):
+        return str(value)
+    raise UnusableError(
+        f"{what} that is {next((word for kind, word in _NO_TEXT if isinstance(value, kind)), 'no text')}"
+    )
+
+
+def attribute(value: Any) -> str | int | float | None:
+    """An attribute's value; None where nothing is known."""
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int) and abs(value) < 2**63:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    text = said(value, "an attribute").strip()
+    return _number(text) if re.fullmatch(r"-?\d{1,15}(\.\d{1,15})?", text) else text or None
+
+
+def _number(text: str) -> int | float:
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+def options_of(values: Sequence[Any]) -> dict[str, str]:
+    """The options of a row: a column each, or one column with a list or with texts between `|` or `;`."""
+    if len(values) == 1 and isinstance(values[0], str):
+        values = re.split(r"[|;]", values[0])
+    elif len(values) == 1 and isinstance(values[0], list | tuple):
+        values = values[0]
+    texts = [text for value in values if (text := said(value, "an option").strip())]
+    if not texts:
+        return {}
+    try:
+        return lettered(texts)
+    except ValueError as error:
+        raise UnusableError(f"options: {error}") from None
+
+
+def images_of(value: Any) -> tuple[str | bytes, ...]:
+    """A name, bytes, a picture in base64, what `datasets` makes of an image ({bytes, path}), or a list of these.
+
+    Raises:
+        UnusableError: it is nested, too large, or none of these.
+    """
+    if isinstance(value, list | tuple):
+        if any(isinstance(item, list | tuple) for item in value):
+            raise UnusableError("images in lists of lists")
+        return tuple(image for item in value for image in images_of(item))
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ()
+    if isinstance(value, str):
+        value = decoded(value.strip())
+    if isinstance(value, str) and len(value) > MOST_NAME:
+        raise UnusableError(f"an image whose name has more than {MOST_NAME:,} characters and is no picture in base64")
+    if isinstance(value, bytes) and len(value) > MAX_IMAGE_BYTES:
+        raise UnusableError(f"an image of more than {MAX_IMAGE_BYTES >> 20} MB")
+    if not isinstance(value, str | bytes):
+        raise UnusableError("an image that is neither a name nor a picture")
+    return (value,) if value else ()
+
+
+def decoded(text: str) -> str | bytes:
+    """The bytes of a picture in base64; any other text as it is.
+
+    Raises:
+        UnusableError: it begins as a picture in base64 and is damaged.
+    """
+    body = text[match.end() :] if (match := _DATA_URL.match(text)) else text
+    if not match and (len(text) < _SHORTEST_BASE64 or not text.startswith(_BASE64) or "." in text):
+        return text
+    try:
+        return base64.b64decode("".join(body.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise UnusableError("an image in base64 that is damaged") from None

@@ -1,0 +1,58 @@
+"""The files below a folder, through links too."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path, PurePath
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every regular file below a folder, in order. Linked folders are followed, each folder once: a link may lead back
+    up. Hidden files and folders are passed over, and what macOS leaves in archives."""
+    return sorted(_files(folder, set()))
+
+
+def _files(folder: Path, seen: set[str]) -> Iterator[Path]:
+    place = os.path.realpath(folder)
+    if place in seen:
+        return
+    seen.add(place)
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:  # no right to look into it
+        return
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            continue
+        if entry.is_dir():
+            yield from _files(entry, seen)
+        elif entry.is_file():
+            yield entry
+
+
+def find_file(root: Path, name: PurePath) -> Path:
+    """A file below a folder; where there is none of that name, one whose name is the same in another Unicode form, as
+    macOS writes letters with accents."""
+    path = root / name
+    if str(name).isascii() or path.is_file():
+        return path
+    place = root
+    for part in name.parts:
+        place = place / (part if (place / part).exists() else _listing(place).get(_form(part), part))
+    return place
+
+
+def _form(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+@lru_cache(64)
+def _listing(folder: Path) -> dict[str, str]:
+    """By their composed form, the names in a folder."""
+    try:
+        return {_form(entry.name): entry.name for entry in folder.iterdir()}
+    except OSError:
+        return {}

@@ -1,0 +1,117 @@
+"""The images of rows, drawn and written into a data set's folder, each once."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mslora_cr.data.images import check_name
+from mslora_cr.data.records import DataError
+from mslora_cr.data.rows.row import Row
+from mslora_cr.data.rows.walk import find_file
+from mslora_cr.data.sources.convert_images import pictures
+from mslora_cr.data.sources.dicom import is_dicom
+from mslora_cr.data.sources.rendering import Note, Rendering
+from mslora_cr.utils.errors import shorten
+
+IMAGES = "images"
+MOST_DIGITS = 9
+PSEUDONYM = "dicom-"
+"""How a pseudonym begins: no name or number of a patient is copied from a header."""
+_SAME = ({".jpg", ".jpeg"}, {".tif", ".tiff"})
+"""Endings that name one format: a file keeps its own."""
+
+
+@dataclass
+class ImagePlacer:
+    """Writes images below a data set's folder and names them.
+
+    Attributes:
+        root: where names start.
+        folder: the data set's folder.
+        rendering: how images are drawn.
+        note: gives what to call with how a file was drawn.
+        count: files written.
+        patients: by the name of a DICOM file, a pseudonym of whose it is, as far as its header says.
+    """
+
+    root: Path
+    folder: Path
+    rendering: Rendering
+    note: Callable[[Path], Note]
+    count: int = 0
+    patients: dict[str, str] = field(default_factory=dict)
+    _names: dict[str, list[str]] = field(default_factory=dict)
+
+    def place(self, row: Row) -> list[str]:
+        """The names of a row's images below the data set's folder.
+
+        Raises:
+            DataError: one is missing or cannot be read.
+        """
+        return [name for image in row.images for name in self._placed(image)]
+
+    def patient(self, row: Row) -> str | None:
+        """Whose the row's placed images are, by the headers of DICOM files."""
+        return next(
+            (self.patients[image] for image in row.images if isinstance(image, str) and image in self.patients), None
+        )
+
+    def _placed(self, image: str | bytes) -> list[str]:
+        key = image if isinstance(image, str) else hashlib.sha256(image).hexdigest()[:24]
+        if key not in self._names:
+            self._names[key] = self._write_bytes(key, image) if isinstance(image, bytes) else self._write_file(image)
+        return self._names[key]
+
+    def _write_bytes(self, key: str, image: bytes) -> list[str]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / key
+            path.write_bytes(image)
+            return self._write(path, None, key)
+
+    def _write_file(self, name: str) -> list[str]:
+        bare, mark, number = name.rpartition("#")
+        frame = int(number) if mark and number.isascii() and number.isdecimal() and len(number) <= MOST_DIGITS else None
+        relative = check_name(bare if frame is not None else name)
+        path = find_file(self.root, relative)
+        try:
+            there = path.is_file()
+        except OSError as error:  # a name that no file can have
+            raise DataError(f"{shorten(str(path))}: no such image ({error.strerror})") from None
+        if not there:
+            raise DataError(f"{path}: no such image")
+        if is_dicom(path) and (patient := _patient(path)):
+            self.patients[name] = patient
+        return self._write(path, frame, str(relative.with_suffix("") if path.suffix != ".gz" else relative))
+
+    def _write(self, path: Path, frame: int | None, stem: str) -> list[str]:
+        """Write a file's pictures; `a/b.png` and `a/b.jpg` get different names."""
+        names = []
+        for suffix, data in pictures(path, frame, self.rendering, self.note(path)):
+            ending = path.suffix if any({path.suffix.lower(), suffix} <= alike for alike in _SAME) else suffix
+            name = f"{IMAGES}/{stem}{ending}"
+            if (self.folder / name).exists():
+                name = f"{IMAGES}/{stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}{ending}"
+            place = self.folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if not place.exists():
+                place.write_bytes(data)
+                self.count += 1
+            names.append(name)
+        return names
+
+
+def _patient(path: Path) -> str | None:
+    """A pseudonym of the patient of a DICOM file, or of the study where no patient is named; None: neither is."""
+    import pydicom
+
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID", "StudyInstanceUID"])
+        named = [str(header.get(key) or "").strip() for key in ("PatientID", "StudyInstanceUID")]
+    except Exception:  # pydicom raises many kinds on damaged files, whose pixels are then refused with a reason
+        return None
+    found = next((f"{kind} {name}" for kind, name in zip(("patient", "study"), named, strict=True) if name), None)
+    return f"{PSEUDONYM}{hashlib.sha256(found.encode(errors='replace')).hexdigest()[:12]}" if found else None
