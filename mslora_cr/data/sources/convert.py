@@ -264,8 +264,9 @@ def _placed(rows: Iterable[Row | Problem], placer: ImagePlacer, converted: Conve
 
 def _is_text(row: Row) -> bool:
     """Whether UTF-8 can spell all that a row says."""
+    names = [image for image in row.images if isinstance(image, str)]
     try:
-        json.dumps([row.turns, row.group, dict(row.attributes), dict(row.options)], ensure_ascii=False).encode()
+        json.dumps([names, row.turns, row.group, dict(row.attributes), dict(row.options)], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return False
     return True
