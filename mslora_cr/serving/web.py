@@ -83,13 +83,21 @@ class _Web:
     def image(self, request: Request) -> Response:
         """A test question's picture, decoded and written anew: no file is handed out as it is."""
         task = self._task(request)
-        file = io.BytesIO()
-        picture = load_image(self._picture(task, self._record(task, request.query_params.get("index", ""))))
-        picture.thumbnail((640, 640))
-        picture.save(file, "PNG")
-        return Response(file.getvalue(), media_type="image/png")
+        return _preview(load_image(self._picture(task, self._record(task, request.query_params.get("index", "")))))
+
+    async def preview(self, request: Request) -> Response:
+        """An uploaded picture as the model will see it: browsers show no DICOM."""
+        upload, _ = await self._form(request)
+        if upload is None:
+            raise HTTPException(400, "choose a picture")
+        return _preview(await run_in_threadpool(_uploaded, upload))
 
     async def ask(self, request: Request) -> Response:
+        upload, fields = await self._form(request)
+        return JSONResponse(await run_in_threadpool(self._answer, upload, fields))
+
+    async def _form(self, request: Request) -> tuple[bytes | None, dict[str, str]]:
+        """The picture and the fields of a form."""
         self._check_origin(request)
         async with request.form(max_files=1, max_fields=20, max_part_size=MOST_BYTES) as form:
             upload = form.get("image")
@@ -97,7 +105,7 @@ class _Web:
             fields = {key: value for key, value in form.multi_items() if isinstance(value, str)}
         if picture is not None and len(picture) > MOST_BYTES:
             raise HTTPException(413, f"a picture may have {MOST_BYTES >> 20} MiB")
-        return JSONResponse(await run_in_threadpool(self._answer, picture, fields))
+        return picture, fields
 
     def _answer(self, upload: bytes | None, fields: dict[str, str]) -> dict[str, Any]:
         question, task = fields.get("question", "").strip(), fields.get("task") or None
@@ -106,7 +114,7 @@ class _Web:
         record: TestRecord | None = None
         picture: Image.Image
         if upload is not None:
-            picture = open_image(first_picture(upload, Rendering()))
+            picture = _uploaded(upload)
         elif "index" in fields:
             of = self.model.config.task(fields.get("of", "")).name
             record = self._record(of, fields["index"])
@@ -156,6 +164,18 @@ class _Web:
         return resolve_image(record.images[0], task_image_roots(config, config.task(task)))
 
 
+def _uploaded(content: bytes) -> Image.Image:
+    """The picture of a file as `data convert` draws it."""
+    return open_image(first_picture(content, Rendering()))
+
+
+def _preview(picture: Image.Image) -> Response:
+    file = io.BytesIO()
+    picture.thumbnail((640, 640))
+    picture.save(file, "PNG")
+    return Response(file.getvalue(), media_type="image/png")
+
+
 def _number(text: str) -> int:
     if not text.isdecimal() or len(text) > 9:
         raise HTTPException(400, f"{text[:40]!r} is no number")
@@ -179,7 +199,7 @@ def make_app(model: AnsweringModel, hosts: Sequence[str]) -> Starlette:
     pages = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
     routes = [Route(path, _file(PAGE / name)) for path, name in pages.items()]
     routes += [Route("/api/run", web.run), Route("/api/questions", web.questions), Route("/api/image", web.image)]
-    routes += [Route("/api/ask", web.ask, methods=["POST"])]
+    routes += [Route("/api/ask", web.ask, methods=["POST"]), Route("/api/preview", web.preview, methods=["POST"])]
     return Starlette(
         routes=routes,
         middleware=[Middleware(_Headers), Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.datasets import ConcatTrainDataset
-from mslora_cr.data.images import check_images, resolve_image
+from mslora_cr.data.images import check_images, image_size, load_image, resolve_image
 from mslora_cr.data.input_processor import Collate
 from mslora_cr.data.lengths import count_cut, read_limit
 from mslora_cr.data.records import DataError, TrainingRecords, shown_images
@@ -116,6 +118,36 @@ def try_first_record(base: BaseModel, samples: ConcatTrainDataset, collator: Col
     if len(targets):
         moved = {name: value.to(device) for name, value in batch.items()}
         check_loss(base, moved, keep.to(device), targets.to(device))
+
+
+LARGE_PIXELS = 2_000_000
+"""Pictures of more on average take longer to decode than a small step takes to compute."""
+SAMPLED = 32
+"""How many pictures of a task are measured."""
+
+
+def warn_of_large_images(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
+    """Say of each task whose pictures are large how long it takes to decode one, and what to do about it."""
+    if config.data.cache_image_features:
+        return
+    for name, part in records.items():
+        roots = task_image_roots(config, config.task(name))
+        chosen = [part[index] for index in range(0, len(part), max(1, len(part) // SAMPLED))]
+        names = dict.fromkeys(image for record in chosen for image in shown_images(record, config.data.images == "all"))
+        paths = [resolve_image(image, roots) for image in list(names)[:SAMPLED]]
+        pixels = [math.prod(image_size(path)) for path in paths]
+        if not pixels or sum(pixels) / len(pixels) < LARGE_PIXELS:
+            continue
+        begun = time.perf_counter()
+        load_image(paths[len(paths) // 2])
+        log.warning(
+            "%s: its pictures have %.1f megapixels on average, and one takes %.2f s to decode, at every step of every "
+            "epoch. data.cache_image_features: FOLDER keeps what the vision tower makes of them; for base models "
+            "without that, store them smaller",
+            name,
+            sum(pixels) / len(pixels) / 1e6,
+            time.perf_counter() - begun,
+        )
 
 
 def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:

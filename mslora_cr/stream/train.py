@@ -50,6 +50,7 @@ from mslora_cr.stream.checks import (
     shared_facts,
     try_first_record,
     warn_of_cut_samples,
+    warn_of_large_images,
 )
 from mslora_cr.stream.plan import banks_needed, frozen_tasks, previous_task, tasks_to_train
 from mslora_cr.stream.recorded import record_answering
@@ -126,6 +127,7 @@ def _train(config: StreamConfig, fields: dict[str, Any], only: Sequence[str], fo
         ledger.check_same_configuration(config, model_digest, force)  # in a moment; images may take minutes
         check_task_images(config, records)
         warn_of_cut_samples(config, records)
+        warn_of_large_images(config, records)
         ledger.open(config, model_digest, force)
 
     run_on_rank0(prepare)

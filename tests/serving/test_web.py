@@ -1,5 +1,6 @@
 """`mslora-cr web`: the page in a real browser, and what the server refuses."""
 
+import io
 import json
 import shutil
 import socket
@@ -198,3 +199,8 @@ def test_a_dicom_file_is_answered_like_the_picture_that_convert_makes_of_it(clie
     ]
     assert [response.status_code for response in sent] == [200, 200]
     assert sent[0].json() == sent[1].json()
+    seen = client.post("/api/preview", files={"image": path.read_bytes()})
+    with Image.open(io.BytesIO(seen.content)) as picture:
+        assert seen.headers["content-type"] == "image/png" and picture.size == (16, 48)
+    assert client.post("/api/preview", files={"image": b"none"}).status_code == 400
+    assert client.post("/api/preview", headers={"origin": "http://evil.example"}).status_code == 403

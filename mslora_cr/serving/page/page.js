@@ -30,10 +30,20 @@ function show(source, name) {
   at("figure").hidden = false;
 }
 
-function take(file) {
+async function take(file) {
   upload = file;
   picked = null;
   show(URL.createObjectURL(file), file.name);
+  const form = new FormData();
+  form.append("image", file, "picture");  // its name stays here
+  try {  // what the model will see: upright, and DICOM too
+    const response = await fetch("api/preview", { method: "POST", body: form });
+    if (!response.ok) throw new Error((await response.json()).error || response.statusText);
+    const picture = await response.blob();
+    if (upload === file) show(URL.createObjectURL(picture), file.name);
+  } catch (error) {
+    if (upload === file) tell(error.message, true);
+  }
 }
 
 async function list() {
