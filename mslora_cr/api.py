@@ -1,4 +1,4 @@
-"""What `import mslora_cr` offers. Each name is loaded when it is first used, so the import itself is light."""
+"""The public interface behind `import mslora_cr`. Each name is loaded on first use, so the import itself is light."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def evaluate(run: Run, stages: Stages | None = None, task: str | None = None, ov
 
 
 def read_results(run: Run) -> Results:
-    """What an evaluation left, as tables.
+    """Read the results of an evaluated run as tables.
 
     Raises:
         ReportError: the run is not evaluated.

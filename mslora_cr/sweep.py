@@ -113,7 +113,7 @@ def plan_sweep(
 
 
 def _by_name(methods: Sequence[str]) -> dict[str, str]:
-    """What `method:` takes, by the method's own name.
+    """Values for `method:`, by the method's own name.
 
     Raises:
         ConfigError: there is no such method, or two of them have one name.

@@ -1,4 +1,4 @@
-"""What explains a run's result: how its banks lie to each other, how many directions they use, what each of them adds
+"""Explains a run's result: similarity and effective rank of its banks, and what each of them adds
 to the answers, and which answers changed. Everything goes into `analysis.json`, which the report shows."""
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: in
 def _dropped(
     names: Sequence[str], variants: Sequence[Variant], parts: Sequence[Any], groups: Mapping[str, Groups]
 ) -> list[Dropped]:
-    """What each bank adds to each task, from the scores of every variant; a task's first variant has all its banks.
+    """The contribution of each bank to each task, from the scores of every variant; the first variant has all banks.
 
     Args:
         groups: by task, the clusters of its questions.

@@ -1,4 +1,4 @@
-"""What a run answered, question by question: from its results folder, or from a folder of answer files alone."""
+"""A run's answers, question by question, read from its results folder or from a folder of answer files alone."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def sum_banks(banks: Sequence[Bank], name: str) -> Bank:
 
 
 def describe(bank: Bank) -> dict[str, Any]:
-    """What a bank is, for people: rank, layers, parameters, and the norm of its update ``alpha / rank · B A``."""
+    """A description of a bank: rank, layers, parameters, and the norm of its update ``alpha / rank · B A``."""
     norms = {name: bank.scaling * product_norm(a.double(), b.double()).item() for name, (a, b) in bank.matrices.items()}
     largest = max(norms, key=lambda name: norms[name])
     return {

@@ -1,4 +1,4 @@
-"""Whether a bank is for a model."""
+"""Checks that a bank fits a model."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class PlainLora:
 
     @property
     def description(self) -> str:
-        """What a bank of this kind is, in words."""
+        """A description of a bank of this kind."""
         return "plain LoRA"
 
     def holds(self, bank: Bank) -> bool:
@@ -51,7 +51,7 @@ class PlainLora:
         """
 
     def extra_parameters(self, model: nn.Module, adapter: str, frozen: str) -> list[nn.Parameter]:
-        """What is trained besides A and B."""
+        """The trained parameters besides A and B."""
         return []
 
     def load(self, model: nn.Module, adapter: str, bank: Bank) -> None:
@@ -76,7 +76,7 @@ class PlainLora:
         return matrices, routers
 
     def extra_state(self, model: nn.Module, frozen: str, gather_fn: GatherFn) -> dict[str, Tensor]:
-        """What is trained and is no part of the bank that `read` gives; a checkpoint inside a task holds it."""
+        """Trained tensors that are not part of the bank that `read` returns; a checkpoint inside a task holds them."""
         return {}
 
     def load_extra_state(self, model: nn.Module, frozen: str, state: Mapping[str, Tensor]) -> None:

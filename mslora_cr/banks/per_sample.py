@@ -49,7 +49,7 @@ class PerSampleAdapters:
 
     @contextmanager
     def answering(self, weights: Tensor) -> Iterator[QuestionBanks]:
-        """What gives questions their banks, inside; outside no row has any, and a forward pass is an error.
+        """Assigns banks to the rows of a batch within the block; outside it a forward pass is an error.
 
         Args:
             weights: how much of each bank answers each question, (questions, banks).

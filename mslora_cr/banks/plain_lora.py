@@ -1,4 +1,4 @@
-"""Which of PEFT's adapters are plain LoRA over an unchanged base, and so can be a bank.
+"""Checks whether a PEFT adapter is plain LoRA over an unchanged base model, and so can be a bank.
 
 What is accepted is a short list. An adapter's tensors do not tell what it does: their meaning depends on
 `adapter_config.json`, and every release of PEFT adds keys to it.

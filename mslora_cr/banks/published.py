@@ -38,7 +38,7 @@ def load_published(folder: Path) -> Bank:
 
 
 def load_tensors(path: Path) -> Any:
-    """What `torch.save` has written, if that is tensors, containers and numbers; no code in it is run.
+    """Read a file of `torch.save` that holds tensors, containers and numbers only; no code in it is run.
 
     Raises:
         BankError: it is damaged, or would load more than that.

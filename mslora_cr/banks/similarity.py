@@ -1,4 +1,4 @@
-"""How banks lie to each other, and how many directions each of them uses: from their factors alone."""
+"""Similarity and effective rank of banks, computed from their factors alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands share: how they are declared, the configuration they name, and a quiet console."""
+"""Code that the commands share: declaring them, loading the configuration they name, setting up the console."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `mslora-cr ask` writes, and its conversation without a question."""
+"""The output of `mslora-cr ask`, and its conversation on a terminal."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def converse(
 
 
 def answered_by(answer: Answer) -> str:
-    """Who answered, and how sure the router was, in a line."""
+    """One line: the banks that answered, and the router's probabilities."""
     banks = f"banks {'+'.join(answer.banks)}" if answer.banks else "the base model, no bank"
     if not answer.probabilities:
         return banks

@@ -27,7 +27,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "mslora-cr evaluate demo --banks-by routed     # task ID not given",
         "mslora-cr evaluate finetune_mslora_cr_ortho --banks checkpoints     # published ones",
         "mslora-cr evaluate CONFIG --endpoint http://127.0.0.1:8000/v1 --model '{task}'     # a served model",
-        "mslora-cr evaluate CONFIG --probe DATASET     # what the base loses of what no task trains",
+        "mslora-cr evaluate CONFIG --probe DATASET     # forgetting on a held-out data set",
         "mslora-cr evaluate demo --judge http://127.0.0.1:8000/v1 --judge-model NAME",
     )
     add_config(parser)
@@ -65,7 +65,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--probe",
         metavar="DATASET",
-        help="then answer a data set that no task trains, by the base and at every stage, and show what is lost of it; "
+        help="then evaluate the base model and every stage on a held-out data set, and show the loss; "
         "results go to probe/",
     )
     parser.add_argument(

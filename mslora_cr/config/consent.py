@@ -1,4 +1,4 @@
-"""Whether a configuration may name a method outside the package: one of the user's may, one of a run folder may not."""
+"""Decides whether a configuration may name a method outside the package: the user's may, a run folder's may not."""
 
 from __future__ import annotations
 

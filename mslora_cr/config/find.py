@@ -1,4 +1,4 @@
-"""The configuration of a run from whatever names the run: its YAML file, its run folder, or its name."""
+"""Finds the configuration of a run from its YAML file, its run folder, or its name."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def layers(given: str | Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def read_layers(given: str | Path) -> dict[str, Any]:
-    """What a file and those that it extends say together; nothing is checked but that they are plain YAML."""
+    """Merge a file with those that it extends; only plain YAML is checked."""
     return _merged(layers(given))
 
 
@@ -194,7 +194,7 @@ def _targets(raw: dict[str, Any], parents: list[str], override: str) -> list[dic
 
 
 def _tasks(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What may be a task in a file that is not validated yet."""
+    """Entries under `tasks` in a file that is not validated yet."""
     tasks = raw.get("tasks")
     return [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
 
@@ -226,7 +226,7 @@ def _explain(item: Any, raw: Mapping[str, Any]) -> str:
 
 
 def _fault(item: Any) -> str:
-    """What is wrong with a value, which is shown, shortened."""
+    """Describe the error of a value, with the value shortened."""
     if item["type"] == "value_error":  # our own, or a library's, which says all
         return item["msg"].removeprefix("Value error, ")
     value = item["input"]
@@ -243,7 +243,7 @@ def _fault(item: Any) -> str:
 
 
 def _method_name(raw: Mapping[str, Any]) -> str:
-    """Of the chosen method, which is valid."""
+    """The settings of the chosen method, validated."""
     method = if_trusted(raw.get("method", StreamConfig.model_fields["method"].default))
     return method.name if method else "method_section"
 

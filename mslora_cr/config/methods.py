@@ -1,4 +1,4 @@
-"""From the name that `method:` chooses to the method: the one place where the configuration reaches up.
+"""Resolves `method:` to a class. The only module of this room that imports from a higher one.
 
 A name is that of a file in `mslora_cr/methods`, imported when it is asked for: nothing is registered by hand, and
 `--help` imports none. `module:Class` names a class outside the package; its module is imported, hence run, only with
@@ -29,7 +29,7 @@ OUTSIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 class MethodSettings(Protocol):
-    """What the configuration needs to know of a method; `mslora_cr.methods.base.Method` has the meanings."""
+    """The part of a method that the configuration uses; `mslora_cr.methods.base.Method` has the meanings."""
 
     name: str
     section: type[BaseModel] | None

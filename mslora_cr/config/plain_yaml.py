@@ -1,4 +1,4 @@
-"""YAML from outside: plain values, no repeated keys, and never more work than a configuration is worth."""
+"""Reads YAML from outside: plain values only, no repeated keys, within bounds of size and depth."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _check_size(root: yaml.Node) -> None:
 
 
 def read_plain_yaml(path: Path) -> Any:
-    """What a YAML file holds.
+    """Read a YAML file.
 
     Raises:
         OSError: it cannot be read.
@@ -92,7 +92,7 @@ def read_plain_yaml(path: Path) -> Any:
 
 
 def plain_yaml(text: str) -> Any:
-    """What a YAML text holds.
+    """Read a YAML text.
 
     Raises:
         ValueError: it is not plain YAML, or nested or expanded beyond `MOST_LEVELS` and `MOST_NODES`.

@@ -85,7 +85,8 @@ class ModelConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """A process takes its own GPU among those that CUDA_VISIBLE_DEVICES names; `auto`: the CPU where there is none."""
     kernels: Literal["auto", "liger", "torch"] = "auto"
-    """What computes norms, rotations and activations in training; `auto`: Liger on a GPU where it is installed."""
+    """The library that computes norms, rotations and activations in training; `auto`: Liger on a GPU where it is
+    installed."""
 
 
 class DataConfig(Section):

@@ -1,4 +1,4 @@
-"""A configuration is saved with its run and shared with it, so no secret may be in it."""
+"""Refuses secrets in a configuration, which is saved and shared with its run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configurations that the package ships, which go by their names wherever a file is expected."""
+"""The configurations that the package ships; their names are accepted wherever a file is expected."""
 
 from __future__ import annotations
 

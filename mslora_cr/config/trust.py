@@ -51,7 +51,7 @@ def name_method(method: str) -> None:
 
 
 def named_methods() -> frozenset[str]:
-    """What the user has named so far, for the worker processes of this one."""
+    """The methods that the user has named so far, for worker processes."""
     return frozenset(_named)
 
 

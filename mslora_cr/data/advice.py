@@ -1,4 +1,4 @@
-"""What people usually have where this project's files are expected, and what to do about it."""
+"""Advice for common mistakes: files in the format of another program, or under another name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FORMATS = "docs/how-to/data.md has the formats"
 
 
 def missing_annotations(path: Path) -> str:
-    """What to do about a `train.json` or `test.jsonl` that is not there; empty where nothing is known."""
+    """Advice for a missing `train.json` or `test.jsonl`; empty where there is none."""
     folder = path.parent
     if not folder.is_dir():
         return (
@@ -26,7 +26,7 @@ def missing_annotations(path: Path) -> str:
 
 
 def other_record(value: Mapping[str, Any]) -> str:
-    """What to do about a record in the form of another program."""
+    """Advice for a record in another program's format."""
     turns = value.get("conversations", value.get("messages", value.get("conversation")))
     first = turns[0] if isinstance(turns, list) and turns else None
     if isinstance(first, Mapping) and ("role" in first or "content" in first):

@@ -20,7 +20,7 @@ class Chat(NamedTuple):
 
     text: str
     answers: tuple[Span, ...]
-    """What is learned: each answer up to and with the token that ends it, and nothing behind that."""
+    """Mark the trained tokens: each answer up to and including the token that ends it."""
 
 
 def messages_of(turns: Sequence[Turn], images: int) -> list[Message]:

@@ -217,7 +217,7 @@ class ChatTemplateInputs:
     def _processed(
         self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], padding_side: str, **options: Any
     ) -> dict[str, Any]:
-        """What the processor makes of a batch; `images` of each text."""
+        """Run the processor on a batch; `images` has the images of each text."""
         inputs = self.processor(
             text=list(texts),
             images=[list(of_prompt) for of_prompt in images] if any(images) else None,
@@ -259,7 +259,7 @@ class ChatTemplateInputs:
 
     @cached_property
     def image_token(self) -> str:
-        """What the chat template writes for an image.
+        """The text that the chat template writes for an image.
 
         Raises:
             ValueError: neither processor nor tokenizer names one.

@@ -202,7 +202,7 @@ def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image
 
 
 def preprocess(image: Image.Image, processor: Any) -> "torch.Tensor":
-    """What the vision tower reads: float32, (3, height, width).
+    """The vision tower's input: float32, (3, height, width).
 
     The image is padded with the processor's mean colour, `int(255 * mean)` per channel, and then handed to
     `processor`: a CLIP image processor on the PIL backend, which resizes, crops, rescales and normalises.

@@ -24,7 +24,7 @@ Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a question is answered from, cut behind its last image where openings are shared."""
+    """A question's prompt, split after its last image where openings are shared."""
 
     opening: tuple[int, ...]
     """Ids up to the last image's patches, them included; none without an image. Equal ones are one object."""
@@ -89,7 +89,7 @@ class InputProcessor(Protocol):
         ...
 
     def prompt(self, record: TestRecord, roots: Sequence[Path], /) -> Prompt:
-        """What a question is answered from; no image is decoded."""
+        """A question's prompt; no image is decoded."""
         ...
 
     def answer_ids(self, question: str, images: int, answer: str, /) -> tuple[int, ...]:
@@ -110,7 +110,7 @@ class InputProcessor(Protocol):
         ...
 
     def answering_batch(self, prompts: Sequence[Prompt], images: Sequence[Any], /) -> dict[str, Tensor]:
-        """What a decoder takes besides the prompts' ids.
+        """The inputs of a decoder besides the prompts' ids.
 
         Args:
             images: those of each, as `load_images` gives them.

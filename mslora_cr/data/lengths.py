@@ -1,4 +1,4 @@
-"""How many positions samples take, measured without the model: with its tokenizer and its number of patches."""
+"""Measures how many positions samples take, without loading the model: from its tokenizer and number of patches."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read_limit(model: Path, max_length: int) -> Limit:
         config = read_object(model / "config.json")
         if config.get("model_type") != "llava_mistral" and (model / "processor_config.json").is_file():
             raise DataError(
-                f"{model}: how long samples are is only told for LLaVA-Med; leave --model out, and training names the "
+                f"{model}: sample lengths are known only for LLaVA-Med; leave --model out, and training names the "
                 "records that do not fit"
             )
         tower = config.get("vision_config")

@@ -1,4 +1,4 @@
-"""Answers that a question offers: their letters, and how the prompt shows them."""
+"""Multiple-choice options of a question: their letters, and their text in the prompt."""
 
 from __future__ import annotations
 

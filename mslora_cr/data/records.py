@@ -186,7 +186,7 @@ class TestRecord(_Record):
 
     @property
     def question(self) -> str:
-        """What the model is asked: the text, and below it the options where there are some."""
+        """The question as the model reads it: the text, followed by the options if there are any."""
         return with_options(self.text, self.options)
 
     @model_validator(mode="after")
@@ -206,7 +206,7 @@ def shown_images(record: TrainingRecord | TestRecord, all_images: bool) -> tuple
 
 
 class _Records(Sequence[Record], Generic[Record]):
-    """What both kinds of file share.
+    """Code that both kinds of file share.
 
     Attributes:
         path: the file.

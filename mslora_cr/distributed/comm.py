@@ -1,4 +1,4 @@
-"""What several processes need: one group, one error, the same facts."""
+"""Collectives for the processes of a run: one process group, one error message, equal facts on every rank."""
 
 from __future__ import annotations
 

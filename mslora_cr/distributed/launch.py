@@ -1,4 +1,4 @@
-"""The processes of a run: they start together, and the first error of any is shown and ends all of them."""
+"""Starts the processes of a run together; the first error of any process is printed and ends all of them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ from mslora_cr.utils.workers import cores, end_with_parent
 
 
 def devices(device: str, jobs: int | None = None) -> list[str | None]:
-    """What runs side by side: a GPU each (by `CUDA_VISIBLE_DEVICES`), or, on the CPU (None), a share of the cores."""
+    """Devices of parallel runs: one GPU each (by `CUDA_VISIBLE_DEVICES`), or, on the CPU (None), a share of the
+    cores."""
     if get_device(device).type == "cpu":
         return [None] * (jobs or cores())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -205,7 +205,7 @@ def write_stamp(folder: Path, fingerprint: str, rows: int, noted: Mapping[str, A
 
 
 def read_stamp(folder: Path, fingerprint: str) -> Stamp | None:
-    """What is noted of a folder's answers, if they were made from the same; a damaged stamp counts as none.
+    """The stamp of a folder's answers if its fingerprint matches; a damaged stamp counts as none.
 
     Raises:
         NewerError: it is of a later version.

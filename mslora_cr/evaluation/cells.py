@@ -1,4 +1,4 @@
-"""The cells of the task × stage matrix: which task is answered at which stage, by which banks, and where."""
+"""Cells of the task × stage matrix: the task, the stage, the banks that answer, and the folder of the answers."""
 
 from __future__ import annotations
 

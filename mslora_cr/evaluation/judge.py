@@ -1,4 +1,4 @@
-"""Verdicts of a served language model on open answers, kept apart from the scores that are computed.
+"""Verdicts of a served language model on open answers, stored apart from the computed scores.
 
 A verdict is a model's opinion: another judge, or another version of one, gives another. So verdicts go into files of
 their own, below the judge's name, and into no other score.
@@ -82,7 +82,7 @@ class Judged(StateFile):
 
 
 class _Question(NamedTuple):
-    """What a verdict is about, and so what it is found again by."""
+    """The key under which a verdict is stored and found again."""
 
     question: str
     truth: str

@@ -1,4 +1,4 @@
-"""A served model: any server that speaks OpenAI's chat completions, asked several things at once, through faults."""
+"""A client for servers that speak OpenAI's chat completions: concurrent requests, retried after faults."""
 
 from __future__ import annotations
 

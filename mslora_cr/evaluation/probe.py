@@ -1,4 +1,4 @@
-"""What a stream does to abilities that none of its tasks trains: a held-out data set, answered at every stage."""
+"""Forgetting on a held-out data set, which is answered at every stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`probe/DATASET/probe.json`, typed, and its table. Apart from `probe`, so that who reads it need load no model."""
+"""`probe/DATASET/probe.json`, typed, and its table. Separate from `probe`, so that reading it loads no model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MEASURED = {"close accuracy": "closed", "f1 score": "F1, open", "exact match sco
 
 
 class Loss(Part):
-    """What a metric lost against the base: both scores in percent, the loss in points, positive where the base is
-    better, and its interval, paired by question.
+    """The loss of a metric against the base model: both scores in percent, the loss in points, positive where the base
+    is better, and its interval, paired by question.
 
     `changed` of the `questions` have another score, and `change` says what that is worth. Version 0.1.0 noted none of
     the three, and no interval where fewer than five had changed."""
@@ -37,7 +37,7 @@ class Loss(Part):
 
     @property
     def note(self) -> str:
-        """What stands beside the interval."""
+        """Remarks shown beside the interval."""
         return self.change.text if self.change else counted(self.changed, self.questions)
 
 
@@ -60,7 +60,7 @@ class Probe(StateFile):
 
 
 def read_probes(results_dir: Path) -> list[Probe]:
-    """What is known of held-out data sets, in the order of their names.
+    """The results on held-out data sets, in the order of their names.
 
     Raises:
         StateError: one is damaged, or of a later version.

@@ -1,4 +1,4 @@
-"""What an evaluation leaves on disk, typed: `evaluation.json`, and what is read off it."""
+"""The result of an evaluation on disk: `evaluation.json`, typed, and the figures computed from it."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ class _Routed:
         return self._features[task.name]
 
     def fingerprint(self, stage: int, tasks: Sequence[Task]) -> str:
-        """What decides the answers at a stage."""
+        """The fingerprint of the answers at a stage."""
         return self._session.fingerprint(
             self.banks[:stage],
             method=self.config.method,

@@ -55,7 +55,7 @@ class Metrics(StateFile):
 
 
 class StageRouting(Part):
-    """What the router took the questions for after a stage.
+    """The router's decisions after a stage.
 
     Attributes:
         learned: the tasks it knows.
@@ -105,7 +105,7 @@ class Stamp(StateFile):
 
 
 class PairedNote(Part):
-    """What stands beside the interval of a paired difference.
+    """Remarks shown beside the interval of a paired difference.
 
     Attributes:
         gained: questions whose score rose.
@@ -175,12 +175,12 @@ class Dropped(Part):
 
     @property
     def note(self) -> str:
-        """What stands beside the interval."""
+        """Remarks shown beside the interval."""
         return self.change.text if self.change else counted(self.changed, self.questions)
 
 
 class Contribution(Part):
-    """What each bank adds to each task. `score` says in words what is averaged."""
+    """The contribution of each bank to each task. `score` names the averaged metric."""
 
     banks_by: str
     score: str
@@ -231,8 +231,9 @@ class ComparedRun(Part):
 
 
 class BetweenTasks(Part):
-    """What the tasks say of tasks like them: Student's t of their differences in points, and the sign test of how many
-    were won and lost. `interval` and `p` are None of one task alone, the interval also of differences all equal."""
+    """The tasks as a sample of tasks like them: Student's t of their differences in points, and the sign test of how
+    many were won and lost. `interval` and `p` are None of one task alone, the interval also of differences all
+    equal."""
 
     tasks: int
     interval: Interval | None
@@ -274,12 +275,12 @@ class PairedTest(Part):
 
     @property
     def note(self) -> str:
-        """What stands beside the interval of the difference."""
+        """Remarks shown beside the interval of the difference."""
         return self.change.text if self.change else counted(self.changed, self.questions, "differ")
 
 
 class Comparison(StateFile):
-    """What `mslora-cr compare --output` writes: how it was computed, the runs, and the tests by metric."""
+    """The file of `mslora-cr compare --output`: how it was computed, the runs, and the tests by metric."""
 
     MEND: ClassVar[str] = "`mslora-cr compare` writes it again"
 

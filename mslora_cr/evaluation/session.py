@@ -1,4 +1,4 @@
-"""What the evaluations of a run share: the base model with the banks that answer, and what decides the answers."""
+"""The state that the evaluations of a run share: the base model with its banks, and the fingerprint of the answers."""
 
 from __future__ import annotations
 

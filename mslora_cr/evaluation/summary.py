@@ -46,7 +46,7 @@ def decoding(config: StreamConfig) -> Decoding:
 
 
 def fingerprint_fields(config: StreamConfig) -> dict[str, Any]:
-    """What decides answers, whoever gives them; reads some of the base model's weights."""
+    """The fingerprint of answers; reads some of the base model's weights."""
     return {
         "model": config.model.model_dump(exclude={"device", "path", "kernels"}),
         "weights": base_digest(config),

@@ -42,7 +42,7 @@ class Results:
         ]
 
     def summary(self, metric: str = "close accuracy") -> dict[str, float | None]:
-        """What is read off the task × stage matrix of a metric, in percent; None where cells are missing."""
+        """The figures of a metric's task × stage matrix, in percent; None where cells are missing."""
         matrix = self.evaluation.matrix(metric)
         return dict(matrix.summary()) if matrix else {}
 

@@ -1,4 +1,4 @@
-"""Which questions are answered from one opening, and which are answered at once.
+"""Groups questions that share an opening, and batches the groups.
 
 In the prompt template images come before the question. Questions about the same images, answered by the same banks,
 share everything up to the last image: its keys and values are computed once.
@@ -25,7 +25,7 @@ class Limits:
     questions: int
     new_tokens: int
     positions: int
-    """Of keys and values that are held at once."""
+    """The most keys and values held at once."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def shared_out(groups: Sequence[Group], ranks: int, new_tokens: int) -> list[lis
 
 
 def in_waves(groups: Collection[Group], prompts: Sequence[Prompt], limits: Limits) -> list[Wave]:
-    """What is computed together, in its order: what takes the most memory first, so that what does not fit fails at
-    once; neighbours are alike, so that padding is least."""
+    """Waves in the order in which they are computed: those that take the most memory first, so that one that does not
+    fit fails at once; neighbours are alike, so that padding is least."""
     waves = []
     for whole in (False, True):
         current: list[Group] = []

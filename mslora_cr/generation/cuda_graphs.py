@@ -166,7 +166,7 @@ class StaticSteps:
 
         Args:
             waiting: batches that are still to be answered, this one included.
-            choose: is told how many rows a step has.
+            choose: called with the number of rows of a step.
         """
         shape = Shape.of(rows)
         if self._static is None or not self._static.shape.holds(shape):

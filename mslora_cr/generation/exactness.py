@@ -1,4 +1,4 @@
-"""Whether a model's answers behind shared openings are those of whole prompts: tried, not looked up.
+"""Tests whether a model gives the same answers from shared openings as from whole prompts.
 
 Three questions about two images are answered both ways, and the scores of every next token are compared. A model that
 cannot go on from kept keys and values with text alone, or only inexactly, answers whole prompts.

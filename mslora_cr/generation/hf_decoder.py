@@ -79,7 +79,7 @@ class PlainDecoder:
         Args:
             inputs: as `read` gives them.
             waiting: batches that are still to be answered; this decoder keeps nothing from one to the next.
-            on_token: is told the new ids of one question, alone in its wave, as they come.
+            on_token: called with each new token id of a question that is alone in its wave.
         """
         if self.mixed is not None:
             self.mixed.choose(questions)

@@ -24,7 +24,7 @@ from mslora_cr.models.language import layer_types
 
 
 class _Ends:
-    """What `Decoder` asks of a tokenizer."""
+    """The tokenizer interface that `Decoder` uses."""
 
     def __init__(self, pad_token_id: int) -> None:
         self.eos_token_id, self.pad_token_id = -1, pad_token_id
@@ -111,7 +111,7 @@ class ModelPrefixDecoder(Decoder):
         return cut
 
     def _model_inputs(self, inputs: dict[str, Any], cache: DynamicCache) -> dict[str, Any]:
-        """What the model is called with, by its own preparation for generating, positions included."""
+        """The model's inputs, from its own preparation for generation, positions included."""
         ids, model = inputs.pop("input_ids"), self.model
         inputs.setdefault("position_ids", model._prepare_position_ids_for_generation(ids, dict(inputs)))
         prepared = model.prepare_inputs_for_generation(

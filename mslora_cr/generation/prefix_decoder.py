@@ -30,11 +30,11 @@ LOGITS = 1 << 26
 Mask = Tensor | dict[str, Tensor]
 """What positions see, (rows, 1, new positions, all positions) bool; or that by a layer's type."""
 OnToken = Callable[[int, int], None]
-"""Is told a question and its next id."""
+"""Called with a question and its next token id."""
 
 
 class Ends(Protocol):
-    """What decoding needs of a tokenizer."""
+    """The tokenizer interface that decoding uses."""
 
     @property
     def eos_token_id(self) -> int: ...
@@ -44,7 +44,7 @@ class Ends(Protocol):
 
 @dataclass(frozen=True)
 class Openings:
-    """What was read of a wave's openings."""
+    """The keys and values of a wave's openings."""
 
     wave: Wave
     keys_values: list[KeysValues]
@@ -134,7 +134,7 @@ class Decoder:
 
         Args:
             waiting: batches that are still to be answered, this one included.
-            on_token: is told each question's new ids as they come.
+            on_token: called with each question's new token ids.
         """
         with sharing(self._language):
             self._choose(questions)

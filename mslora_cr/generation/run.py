@@ -31,7 +31,8 @@ class Decoding:
     workers: int = 0
 
     def limits(self, prompts: Sequence[Prompt]) -> Limits:
-        """What may be held at once: what the longest `batch_size` whole prompts and their answers would take."""
+        """The most positions held at once: as many as the longest `batch_size` whole prompts and their answers would
+        take."""
         longest = max(map(len, prompts), default=0)
         return Limits(self.batch_size, self.max_new_tokens, self.batch_size * (longest + self.max_new_tokens))
 
@@ -51,7 +52,7 @@ class ScoredBatch(NamedTuple):
 
 
 class Questions(Protocol):
-    """What is answered: the questions of a task's file, or of several."""
+    """The questions to answer, from one task's file or from several."""
 
     @property
     def input_processor(self) -> InputProcessor: ...
@@ -116,7 +117,7 @@ def scored_batches(
 
 
 class _Inputs(Dataset[Any]):
-    """What a decoder reads of each wave, images decoded, each once."""
+    """The decoder's inputs of each wave; each image is decoded once."""
 
     def __init__(self, samples: Questions, prompts: Sequence[Prompt], waves: Sequence[Wave]) -> None:
         self.samples, self.prompts, self.waves = samples, prompts, waves

@@ -1,4 +1,4 @@
-"""What may join the cross entropy: the interface, and the two penalties between banks, batched and once per update."""
+"""The published penalties between banks, batched and computed once per update."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class PenaltyTerms(NamedTuple):
     orthogonality: Tensor
     """Σ_k ‖M_k M_kᵀ - I‖_F², a scalar."""
     gradient: Tensor
-    """Of the weighted sum of both terms, of the matrices' shape."""
+    """The gradient of the weighted sum of both terms, in the matrices' shape."""
 
 
 def penalty_terms(

@@ -1,4 +1,4 @@
-"""What may join the cross entropy: the interface of a penalty, of a distillation, and of their weights."""
+"""Interfaces of the terms that join the cross entropy: penalties, distillation, and their weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PenaltyStep(NamedTuple):
     gradients: dict[Key, Tensor]
     """Its gradient, matrix by matrix, float32."""
     logged: dict[str, Tensor]
-    """What the log shows: terms before weighting, and their weights."""
+    """Values for the log: terms before weighting, and their weights."""
 
 
 class Penalty:
@@ -46,7 +46,7 @@ class Penalty:
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint inside the task must hold, tensors and plain values."""
+        """State that a checkpoint inside the task must hold: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a method is: which banks and samples take part, what joins the cross entropy, what is kept for later tasks.
+"""The interface of a method: which banks and samples take part, what joins the loss, what is stored for later tasks.
 
 Reading a configuration imports its method's file, so this one imports nothing heavy.
 """
@@ -32,7 +32,7 @@ Settings = TypeVar("Settings", bound=Section)
 
 @dataclass(frozen=True)
 class Setup:
-    """What a task's training starts from."""
+    """The state from which a task's training starts."""
 
     config: StreamConfig
     task: Task
@@ -42,7 +42,7 @@ class Setup:
     """Where the trainable bank is."""
 
     def state_before(self) -> dict[str, Tensor]:
-        """What the method kept of the task before this one, on the CPU; empty for a first task."""
+        """The previous task's state, on the CPU; empty for a first task."""
         before = self.config.stream[: self.task.index][-1:]
         return self.ledger.task_state(before[0].name) if before else {}
 
@@ -56,7 +56,7 @@ class Method(Generic[Settings]):
     # --- what the configuration reads ---
 
     name: ClassVar[str]
-    """Of the method; a file of the package has it too. Lower-case letters, digits and _."""
+    """The method's name, which is also that of its file in the package. Lower-case letters, digits and _."""
     section: ClassVar[type[Section] | None] = None
     """The method's hyper-parameters and their defaults, in a section of the method's name; none by default."""
     former_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
@@ -86,7 +86,7 @@ class Method(Generic[Settings]):
     """A task's bank starts as a copy of the one before it, and the last one answers alone."""
 
     def trained(self, config: StreamConfig) -> list[Task]:
-        """What gets a bank, in order: every task."""
+        """The tasks that get a bank, in order: by default every task."""
         return config.stream
 
     def stages(self, learned: Sequence[int], tasks: int) -> Sequence[int]:
@@ -129,7 +129,7 @@ class Method(Generic[Settings]):
     likeliest task."""
 
     def router(self, config: StreamConfig, tasks: Sequence[TaskStatistics], pictures: int) -> TaskRouter:
-        """What tells the tasks of a stage apart; streaming linear discriminant analysis by default.
+        """The router over the tasks of a stage; streaming linear discriminant analysis by default.
 
         Args:
             pictures: how many of the features, the first ones, are the picture's.
@@ -139,11 +139,11 @@ class Method(Generic[Settings]):
         return Router(tasks)
 
     def router_settings(self, config: StreamConfig) -> dict[str, Any]:
-        """What of the configuration decides who answers, for the answers' fingerprint."""
+        """The settings that decide which banks answer, for the answers' fingerprint."""
         return {}
 
     def router_examples(self, config: StreamConfig) -> int:
-        """Of how many questions of a task the features are kept for its router."""
+        """The number of questions of a task whose features are stored for its router."""
         return 0
 
     def mixed(self, config: StreamConfig, banks: Sequence[Bank]) -> tuple[list[Bank], list[Bank]]:
@@ -156,7 +156,7 @@ class Method(Generic[Settings]):
     """Which matrices of a bank are trained, 0 for A and 1 for B; the others stay as they start."""
 
     def initial(self, setup: Setup, start: Mapping[str, Pair], probe: StartProbe) -> dict[str, Pair] | None:
-        """What the bank starts as instead, by linear layer, on the CPU; None to leave it. Called on every rank.
+        """The bank's initial matrices by linear layer, on the CPU; None keeps the default. Called on every rank.
 
         Args:
             start: A and B as they would start.
@@ -200,12 +200,12 @@ class Method(Generic[Settings]):
     # --- what is kept ---
 
     def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
-        """What is saved beside a trained bank for the tasks after it. Called on every rank."""
+        """The task state, saved beside a trained bank for the tasks after it. Called on every rank."""
         return {}
 
 
 class AnsweringMethod(Protocol):
-    """What a method says about answers: all that reading and exporting a run needs of it."""
+    """The part of a method that decides answers; reading and exporting a run need no more."""
 
     def stages(self, learned: Sequence[int], tasks: int) -> Sequence[int]:
         """As `Method.stages`."""

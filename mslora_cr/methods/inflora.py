@@ -30,7 +30,7 @@ class InfloraSettings(Section):
     threshold: Annotated[PositiveNumber, Field(lt=1)] = 0.95
     """ε, the share of the energy of a task's inputs that its directions hold."""
     samples: PositiveInt = 64
-    """Of a task, whose inputs are looked at."""
+    """The number of samples of a task whose inputs are used."""
     tokens: PositiveInt = 16
     """Of each of them."""
 

@@ -32,11 +32,12 @@ class KeeploraSettings(Section):
     threshold: Annotated[PositiveNumber, Field(lt=1)] = 0.95
     """ε_f, the share of the energy of a task's inputs that its directions hold."""
     samples: PositiveInt = 64
-    """Of a task, whose gradients and inputs are looked at."""
+    """The number of samples of a task whose gradients and inputs are used."""
     tokens: PositiveInt = 16
-    """Of each of them, whose inputs are looked at."""
+    """The number of tokens of each sample whose inputs are used."""
     iterations: PositiveInt = 2
-    """Of the subspace iteration that finds the gradient's directions; each takes two passes over the samples."""
+    """The iterations of the subspace iteration that finds the gradient's directions; each takes two passes over the
+    samples."""
 
 
 class Keeplora(Method[KeeploraSettings]):
@@ -139,7 +140,7 @@ def gradient_directions(
 
 
 def _outside(matrix: Tensor, basis: Tensor) -> Tensor:
-    """What rows, (r, in), have outside the span of `known`'s orthonormal columns, (in, m)."""
+    """The part of rows, (r, in), outside the span of `known`'s orthonormal columns, (in, m)."""
     with ieee_float32():
         rest = matrix - (matrix @ basis) @ basis.T
         return rest - (rest @ basis) @ basis.T

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class MrLoraSettings(Section):
-    """From what MR-LoRA's router learns."""
+    """Settings of MR-LoRA's router."""
 
     examples: PositiveInt = 20
     """Questions whose features are kept of each task."""

@@ -25,11 +25,11 @@ class OloraSettings(Section):
     A list has a weight for each task of the stream."""
 
     lambda_1: NotNegative | list[NotNegative] | None = None
-    """Of Σ |A_old A_newᵀ|, whatever the size of the model; the published scripts set 0.5."""
+    """The weight of Σ |A_old A_newᵀ|, whatever the size of the model; the published scripts set 0.5."""
     lambda_2: NotNegative | list[NotNegative] = 0.0
-    """Of the new bank's norm."""
+    """The weight of the new bank's norm."""
     relative: PositiveNumber | None = None
-    """In place of λ₁: what the first term weighs between banks as they are initialised, whatever rank, width and
+    """Replaces λ₁: the size of the first term between banks as they are initialised, whatever rank, width and
     number of banks; λ₁ is this over `fresh_overlap`. 3 where `lambda_1` is not given either."""
 
     @model_validator(mode="before")
@@ -44,7 +44,7 @@ class OloraSettings(Section):
         return {key: value for key, value in write(self).items() if value is not None}
 
     def lambda_1_of(self, task: Task, frozen: Sequence[Bank]) -> float:
-        """Of the first term, which a task without frozen banks has not."""
+        """The weight of the first term, which a task without frozen banks lacks."""
         if self.lambda_1 is not None:
             return _of(self.lambda_1, task)
         assert self.relative is not None

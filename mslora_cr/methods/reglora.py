@@ -22,7 +22,7 @@ class RegloraSettings(Section):
     strength: NotNegative = 2500.0
     """λ."""
     share: Annotated[PositiveNumber, Field(le=1)] = 0.02
-    """Of the entries of a layer's update, those of largest absolute value, that are key elements of a task."""
+    """The share of a layer's entries, those of largest absolute update, that are key elements of a task."""
 
 
 class Reglora(Method[RegloraSettings]):

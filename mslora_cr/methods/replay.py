@@ -23,7 +23,7 @@ class ReplaySettings(Section):
     buffer_size: PositiveInt = 1000
     """Samples, over all earlier tasks together."""
     share: Annotated[PositiveNumber, Field(lt=1)] = 0.5
-    """Of each batch, from the second task on."""
+    """The share of each batch that old samples take, from the second task on."""
 
 
 class Replay(Method[ReplaySettings]):

@@ -73,7 +73,7 @@ _REWRITTEN = _NUMBERS | _CONTRACTIONS
 
 
 class ScorableAnswer(Protocol):
-    """What is scored; `text` and `gt` may be anything that JSON holds and are read as `str` prints them."""
+    """An answer to score; `text` and `gt` may be any JSON value and are read as `str` prints them."""
 
     @property
     def text(self) -> object: ...

@@ -1,4 +1,4 @@
-"""Metrics that count words of any script, which the published evaluation has not: overlap of reports, whole-word closed
+"""Metrics that count words of any script and that the published evaluation lacks: overlap of reports, whole-word closed
 accuracy, and corpus BLEU."""
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def says(prediction: str, reference: str, normal_prediction: str, normal_referen
 
 
 def ngram_counts(prediction: str, reference: str) -> NgramCounts:
-    """What corpus BLEU needs to know of an answer, its words parted at spaces."""
+    """The counts of an answer for corpus BLEU, with words split at spaces."""
     said, expected = prediction.split(), reference.split()
     shared, total = [], []
     for order in range(1, BLEU_ORDER + 1):

@@ -1,4 +1,4 @@
-"""Whether a folder can be a base model: everything that can be told before its weights are loaded."""
+"""Checks whether a folder can be a base model, before its weights are loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the rest of the program needs to know of a base model, whichever it is.
+"""The interface to a base model that the rest of the program uses.
 
 `llava_med.LlavaMed` is LLaVA-Med, in the published protocol; `processor_base.ProcessorBase` is any model that
 transformers loads with a processor.
@@ -20,7 +20,7 @@ from mslora_cr.data.input_processor import InputProcessor
 
 
 class ImageEncoder(Protocol):
-    """What a router sees of images: numbers that no bank changes."""
+    """Image features for a router, which no bank changes."""
 
     @property
     def width(self) -> int: ...
@@ -43,7 +43,7 @@ class Tower:
     """A vision tower that works apart from its model, so that its features can be kept."""
 
     layer: int
-    """Whose hidden states the projector reads."""
+    """The layer whose hidden states the projector reads."""
     image_processor: Any
 
 

@@ -1,4 +1,4 @@
-"""What a base model is to a run, told without loading its weights: layers, positions, memory, and what is off."""
+"""Describes a base model without loading its weights: adapted layers, image positions, memory, unused features."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RANK, GPUS = 64, 8
 
 
 def switched_off(path: Path, model: PreTrainedModel) -> tuple[str, ...]:
-    """What speeds up LLaVA-Med and is not used with this model; the ledger notes it.
+    """Optimisations of LLaVA-Med that are not used with this model; the ledger records them.
 
     Raises:
         ModelError: the folder's configuration cannot be read.
@@ -39,7 +39,7 @@ def switched_off(path: Path, model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def described(path: Path, parameters: int, rank: int = RANK) -> dict[str, Any]:
-    """What `model inspect` and a plan say of a base model.
+    """The description of a base model in `model inspect` and in a plan.
 
     Args:
         parameters: of the whole model.
@@ -71,7 +71,7 @@ def described(path: Path, parameters: int, rank: int = RANK) -> dict[str, Any]:
 
 
 def summary(path: Path) -> list[str]:
-    """What a plan says of a base model that has a processor of its own; nothing of LLaVA-Med.
+    """The lines of a plan about a base model with its own processor; none for LLaVA-Med.
 
     Raises:
         ModelError: the folder holds no base model.

@@ -1,4 +1,4 @@
-"""What tells one base model from another, in well under a second for 15 GB."""
+"""The digest that identifies a base model; it takes well under a second for 15 GB."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SETTINGS = (
 
 
 def weights_digest(path: Path, vision_tower: str = "config") -> str:
-    """What tells one base model from another: a SHA-256, in hexadecimal, in well under a second for 15 GB.
+    """The digest that identifies a base model: a SHA-256, in hexadecimal; it takes well under a second for 15 GB.
 
     It covers the model's folder and that of the vision tower that `load` would take with this `vision_tower`:
     configurations, tokenizer and index in full; of the weights, every file's name and size, and all bytes of a file of

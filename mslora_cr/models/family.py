@@ -1,4 +1,4 @@
-"""What can be done with a base model: capabilities of its family, told by its folder alone."""
+"""The capabilities of a base model's family, read from its folder alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Family:
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """What a model card says of the base besides its name."""
+        """The text of a model card about the base model, besides its name."""
         return () if self.own_template else ("llava-med",)
 
 

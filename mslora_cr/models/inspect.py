@@ -1,4 +1,4 @@
-"""What a base model's folder holds, and how the two vision towers that it names differ.
+"""Lists the contents of a base model's folder, and compares the two vision towers that it names.
 
 LLaVA-Med's shards carry a tower of their own, while the published code silently loads the one that `mm_vision_tower`
 names. Whether that matters is a question to be answered by looking: per-tensor largest difference.

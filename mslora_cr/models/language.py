@@ -97,7 +97,7 @@ def linears_pattern(names: Iterable[str]) -> str:
 
 
 def adapter_targets(model: PreTrainedModel, names: Iterable[str]) -> str | list[str]:
-    """What tells PEFT to adapt these layers and no other: a pattern, or their names where it would rewrite a pattern.
+    """PEFT's `target_modules` for exactly these layers: a pattern, or their names where PEFT would rewrite a pattern.
 
     Args:
         names: as `language_linears` has them.

@@ -113,7 +113,7 @@ def load(
 
 
 def loading_options(dtype: torch.dtype, quantization: str | None, device: torch.device | str) -> dict[str, Any]:
-    """What `from_pretrained` is told besides the place.
+    """Keyword arguments for `from_pretrained`.
 
     The method and its settings are those of QLoRA (Dettmers et al., 2023) and LLM.int8 (Dettmers et al., 2022).
     """

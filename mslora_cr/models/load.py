@@ -62,7 +62,8 @@ def load_base(
 
 
 def kernels_of(config: StreamConfig) -> Literal["liger", "torch"]:
-    """What computes the small operations in training: `auto` is PyTorch where Liger has nothing for the model.
+    """The library that computes the small operations in training: `auto` is PyTorch where Liger does not support the
+    model.
 
     Raises:
         ModelError: the base model's configuration cannot be read.
@@ -75,8 +76,9 @@ def kernels_of(config: StreamConfig) -> Literal["liger", "torch"]:
 
 
 def answering_kernels(config: StreamConfig, device: torch.device | str) -> Literal["liger", "torch"]:
-    """What computes a model's small operations when it answers: as in training, but in float32, where answers are to be
-    those of every machine, PyTorch; and PyTorch where Liger cannot run, whatever trained the banks."""
+    """The library that computes a model's small operations while it answers: as in training, but in float32, where
+    answers are to be those of every machine, PyTorch; and PyTorch where Liger cannot run, whatever trained the
+    banks."""
     path = Path(config.model.path)
     if config.model.dtype == "float32" or config.model.kernels == "torch" or not family_of(path).liger:
         return "torch"
@@ -84,7 +86,7 @@ def answering_kernels(config: StreamConfig, device: torch.device | str) -> Liter
 
 
 def base_digest(config: StreamConfig) -> str:
-    """What tells the configuration's base model, its vision tower included, from another; reads some of its weights."""
+    """The digest of the configuration's base model, its vision tower included; reads some of its weights."""
     return weights_digest(Path(config.model.path), config.model.vision_tower)
 
 

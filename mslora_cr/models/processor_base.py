@@ -62,7 +62,7 @@ def load_with_processor(path: Path, options: dict[str, Any], device: torch.devic
     """A base model, frozen and in evaluation mode, from a folder in transformers' layout.
 
     Args:
-        options: what `from_pretrained` is told besides the place.
+        options: keyword arguments for `from_pretrained`.
 
     Raises:
         ModelError: the folder lacks something, or holds something else; it is named.

@@ -24,7 +24,7 @@ LLAVA_MED_CLASS = ("LlavaForConditionalGeneration", "transformers.models.llava.m
 
 
 def writer_of(base: BaseModel, path: Path) -> Callable[[Path], None]:
-    """What writes the model as it then is, with all that feeds it, into an empty folder.
+    """Return a function that writes the current model and its processor into an empty folder.
 
     Args:
         path: the folder that the model was read from. Its processor's files are copied as they are.

@@ -1,4 +1,4 @@
-"""What a base model's layers will be, from its configuration alone."""
+"""The shapes of a base model's layers, from its configuration alone."""
 
 from __future__ import annotations
 

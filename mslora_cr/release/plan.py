@@ -25,7 +25,7 @@ class _Section(BaseModel):
 
 
 class TaskRule(_Section):
-    """What differs for one task.
+    """Settings that differ for one task.
 
     Attributes:
         margin: The tolerated loss, in points; None: the plan's.
@@ -35,7 +35,7 @@ class TaskRule(_Section):
 
 
 class NewTask(_Section):
-    """What the task that the update adds must show.
+    """Requirements for the task that the update adds.
 
     Attributes:
         least_score: The score, in percent, that its one-sided lower bound must reach.

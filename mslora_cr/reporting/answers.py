@@ -187,7 +187,7 @@ def _found(name: str, roots: Sequence[Path]) -> list[Path]:
 def browser_data(
     tasks: Sequence[TaskAnswers], colors: dict[str, str], thumbnails: dict[Path, str], last: int
 ) -> dict[str, Any]:
-    """What the page's script shows, as JSON holds it; equal answers of a question are written once.
+    """The data of the page's script, as JSON; equal answers of a question are written once.
 
     Args:
         thumbnails: what an `img` loads, by picture.
@@ -233,7 +233,8 @@ def _rows(task: TaskAnswers, places: dict[Path, int]) -> list[list[Any]]:
 
 
 def confusions(task: TaskAnswers, answers: AnswerSet) -> tuple[list[str], dict[str, list[int]]]:
-    """Of each truth of the closed questions (rows), how many answers said which truth (columns).
+    """Confusion table: for each truth of the closed questions (rows), the number of answers by predicted truth
+    (columns).
 
     A right answer counts as its truth, a wrong one as the truth that it equals once normalised, or as `OTHER`.
 

@@ -1,4 +1,4 @@
-"""How much a method answers with: the rank of what is added to the base's weights, which grows where banks add up."""
+"""The capacity that answers: the rank of the update to the base weights, which grows where banks add up."""
 
 from __future__ import annotations
 

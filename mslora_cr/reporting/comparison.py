@@ -1,4 +1,4 @@
-"""The page that sets several runs of one stream side by side."""
+"""The page that compares several runs of one stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run costs: time of devices in training, and numbers that answer next to the base's."""
+"""The cost of a run: device hours of training, and parameters of the banks that answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Cost(NamedTuple):
 
 
 def cost_of(evaluation: Evaluation, ledger: RunLedger | None) -> Cost:
-    """What a run has cost, from its ledger.
+    """The cost of a run, from its ledger.
 
     A bank that was trained is counted, whoever answers; where a router or a method mixes banks, all that it may take.
     """

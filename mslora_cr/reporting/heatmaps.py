@@ -92,7 +92,8 @@ def similarity_map(similarity: Similarity) -> HeatMap:
 
 
 def confusion_map(stage: StageRouting) -> HeatMap:
-    """Of each task's questions (rows), the share in percent that were taken for each learned task; counts in small."""
+    """Routing table: for each task's questions (rows), the percentage assigned to each learned task; counts in small
+    print."""
     rows = {
         task: [
             HeatCell(f"{100 * count / sum(counts):.1f}", str(count), count / sum(counts)) if count else HeatCell()
@@ -137,7 +138,7 @@ def cosine_map(title: str, banks: Sequence[str], places: Mapping[str, Sequence[S
 
 
 def contribution_map(rows: Sequence[Dropped]) -> HeatMap:
-    """What each task (rows) loses, in points, without each bank (columns); losses are tinted, intervals in small."""
+    """Loss of each task (rows), in points, without each bank (columns); losses are tinted, intervals in small print."""
     banks = list(dict.fromkeys(row.dropped for row in rows))
     tasks: dict[str, dict[str, HeatCell]] = {}
     for row in rows:

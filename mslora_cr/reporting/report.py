@@ -68,7 +68,7 @@ def write_report(
 
 
 def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str, Any]:
-    """What the templates show."""
+    """The context of the templates."""
     modalities, colors = _modality_colors(run), _task_colors(run)
     evaluation, ledger = run.evaluation, run.ledger
     matrices = {key: evaluation.matrix(name) for key, name in METRICS.items()} if evaluation else {}
@@ -208,7 +208,7 @@ def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -
 
 
 def _routing(run: RunRecord) -> dict[str, Any]:
-    """What the router did after the last stage that was evaluated, and what task-agnostic answers cost."""
+    """The router's decisions after the last evaluated stage, and the cost of task-agnostic answers."""
     assert run.routing is not None
     last = run.routing.stages[-1]
     context: dict[str, Any] = {"last": last, "stages": run.routing.stages, "map": confusion_map(last)}

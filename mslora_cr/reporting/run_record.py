@@ -1,4 +1,4 @@
-"""What a run left on disk, read for its report: evaluation, ledger, logs, banks, answers."""
+"""A run's files, read for its report: evaluation, ledger, logs, banks, answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pages share: the metrics that they show, under which titles, and the colours of runs and modalities."""
+"""Settings that the pages share: metrics and their titles, colours of runs and modalities."""
 
 METRICS = {"closed": "close accuracy", "f1": "f1 score", "exact": "exact match score"}
 """Name in `published_scores.yaml` → name in `metrics.json`; the first that a run has is its headline."""

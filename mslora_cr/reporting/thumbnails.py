@@ -27,7 +27,7 @@ BATCH = 64
 
 
 def thumbnails(pictures: Sequence[Path], page_folder: Path) -> tuple[dict[Path, str], list[str]]:
-    """What a page in `page_folder` loads for each picture, and which pictures could not be read.
+    """The sources that a page in `page_folder` loads for each picture, and the pictures that could not be read.
 
     Up to `MOST_INSIDE` pictures become data URLs. More go to `report-images/` next to the page, under a name made from
     the picture's path, size and time of change, so that the next report makes only the new ones; others there are

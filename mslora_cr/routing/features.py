@@ -1,4 +1,4 @@
-"""Which task a question belongs to, by its picture and its words: discriminant analysis, learned task by task.
+"""Features of pictures and questions, from which a router tells the tasks apart.
 
 A task leaves behind how many records it had, the mean of their features and their scatter about it; no picture is
 kept. A router over any number of tasks is made from those statistics alone, so a task learned later changes nothing
@@ -95,7 +95,7 @@ class FeatureExtractor:
     def gram(
         self, records: TrainingRecords, indices: Sequence[int], roots: Sequence[Path], label: str | None
     ) -> Tensor:
-        """What `statistics_of` takes; those of parts of a task's records add up. Arguments: as `batches`."""
+        """The input of `statistics_of`; those of parts of a task's records add up. Arguments: as `batches`."""
         total = torch.zeros(self.features + 1, self.features + 1, dtype=torch.float64)
         for batch in self.batches(records, indices, roots, label):
             wide = torch.nn.functional.pad(batch.double(), (0, 1), value=1.0)

@@ -19,7 +19,7 @@ from mslora_cr.routing.lda import TaskStatistics, statistics_of
 def router_statistics(
     config: StreamConfig, task: Task, records: TrainingRecords, base: BaseModel, examples: int = 0
 ) -> TaskStatistics:
-    """What a router needs to know of a task, from a pass over its training records that all ranks share.
+    """A task's router statistics, from a pass over its training records that all ranks share.
 
     Args:
         examples: of how many records the features are kept.

@@ -28,7 +28,7 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class TaskStatistics:
-    """What a task leaves for the router.
+    """A task's statistics for the router.
 
     Attributes:
         count: records.
@@ -94,7 +94,7 @@ def combine(parts: Sequence[TaskStatistics]) -> TaskStatistics:
 
 
 def load_statistics(bank_folder: Path) -> TaskStatistics:
-    """What was saved with a bank.
+    """Read the statistics saved with a bank.
 
     Raises:
         BankError: nothing readable was found.

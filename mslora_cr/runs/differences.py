@@ -1,4 +1,4 @@
-"""What sets the finished tasks of a run folder apart from those that a configuration would train."""
+"""Differences between the finished tasks of a run folder and those that a configuration would train."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class Finished:
         return f"order: {', '.join(there)} there; {', '.join(here)} here"
 
     def _of_bank(self, task: str, file: str, key: str) -> Any:
-        """What a file of a bank says, where the ledger of version 0.1.0 does not."""
+        """The value in a bank's file, for ledgers of version 0.1.0, which lack it."""
         try:
             return read_object(self.folder / "banks" / task / file).get(key)
         except JsonError:
             return None
 
     def difference(self, config: StreamConfig) -> str:
-        """In which settings the finished tasks differ; empty if in none.
+        """The settings in which the finished tasks differ; empty if none.
 
         Raises:
             KeyError: one of them is not in the stream, which `fixed_difference` finds.
@@ -80,8 +80,8 @@ class Finished:
 
 
 def changed_settings(folder: Path, config: StreamConfig, task: Task) -> list[str]:
-    """What decides a task's bank and differs from the configuration saved in a run folder: `key: old there, new here`,
-    the order of tasks first."""
+    """The settings that decide a task's bank and differ from the configuration saved in a run folder: `key: old there,
+    new here`, the order of tasks first."""
     try:
         saved = StreamConfig.model_validate(read_plain_yaml(folder / CONFIG))
         last = saved.stream[task.index] if task.index < len(saved.stream) else None

@@ -1,4 +1,4 @@
-"""`ledger.json`, typed. Apart from `ledger`, so that who reads it need not load PyTorch."""
+"""`ledger.json`, typed. Separate from `ledger`, so that reading it does not import PyTorch."""
 
 from __future__ import annotations
 
@@ -115,5 +115,5 @@ class RunLedger(StateFile):
 
     @property
     def seconds(self) -> float:
-        """What training all tasks took."""
+        """The training time of all tasks."""
         return sum(entry.seconds for entry in self.tasks.values())

@@ -1,4 +1,4 @@
-"""What made a result: package versions, git commit, hardware; and that all hosts of a run have the same."""
+"""The environment of a result: package versions, git commit, hardware; a check that all hosts have the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("mslora-cr", "torch", "transformers", "peft", "accelerate", "deepspe
 
 
 def environment() -> dict[str, Any]:
-    """What made a result: package versions, git commit of the code, hardware."""
+    """The environment of a result: package versions, git commit of the code, hardware."""
     return {"versions": versions(), "git": _git(), "hardware": _hardware()}
 
 

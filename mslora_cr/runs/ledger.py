@@ -137,12 +137,12 @@ class Ledger:
         return True
 
     def task_state(self, task: str) -> dict[str, Tensor]:
-        """What the method kept of a finished task; empty if that is nothing, or the task is not finished."""
+        """The task state of a finished task; empty if there is none, or the task is not finished."""
         entry = self.tasks.get(task)
         return load_file(check_regular(self.bank_folder(task) / TASK_STATE)) if entry and entry.memory_digest else {}
 
     def statistics(self, task: str) -> TaskStatistics:
-        """What a router needs to know of a task, from the file beside its bank.
+        """A task's router statistics, from the file beside its bank.
 
         Raises:
             BankError: it is not there, or not what is recorded.

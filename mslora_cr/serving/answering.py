@@ -192,7 +192,7 @@ class AnsweringModel:
 
 
 class _Streamer:
-    """Is handed the answer's ids as they come; tells the text that is new since the last one."""
+    """Called with the answer's ids as they are generated; passes on the text that is new since the last call."""
 
     def __init__(self, tokenizer: TextTokenizer, tell: Callable[[str], None]) -> None:
         self._tokenizer, self._tell = tokenizer, tell

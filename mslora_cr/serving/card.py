@@ -25,7 +25,7 @@ SECRET = ("token", "key", "secret", "password")
 
 @dataclass(frozen=True)
 class Card:
-    """What a card tells of.
+    """The content of a model card.
 
     Attributes:
         config: of the run.
@@ -107,7 +107,7 @@ class Card:
         ]
 
     def _cells(self) -> dict[str, Cell]:
-        """What is known of the very banks that are uploaded, by task."""
+        """The ledger's entries of the uploaded banks, by task."""
         cells: dict[str, Cell] = {}
         for cell in self.evaluation.cells if self.evaluation else ():
             banks = self.banks.get(cell.task, self.banks.get("model"))

@@ -1,4 +1,4 @@
-"""A run's banks for programs that are not this one: PEFT adapters, merged models, published checkpoints."""
+"""Exports a run's banks for other programs: PEFT adapters, merged models, published checkpoints."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _record(config: StreamConfig, weights: str, task: str | None, stage: int, ba
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What an exported folder was made from; empty if it is none."""
+    """The stamp of an exported folder; empty if it has none."""
     path = folder / RECORD
     return read_object(path) if path.is_file() else {}
 

@@ -1,4 +1,4 @@
-"""Adapters or merged models to the Hugging Face hub, with a model card."""
+"""Uploads adapters or merged models to the Hugging Face hub, with a model card."""
 
 from __future__ import annotations
 

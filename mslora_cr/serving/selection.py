@@ -1,4 +1,4 @@
-"""Which banks of a run answer a task at a stage."""
+"""Selects the banks of a run that answer a task at a stage."""
 
 from __future__ import annotations
 

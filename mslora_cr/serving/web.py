@@ -50,7 +50,7 @@ class _Answered(NamedTuple):
 
 
 class _Web:
-    """What the page requests. One question is answered at a time: there is one model."""
+    """The page's requests. There is one model, so it answers one question at a time."""
 
     def __init__(self, model: AnsweringModel) -> None:
         self.model, self._lock = model, Lock()

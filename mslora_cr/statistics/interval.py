@@ -45,7 +45,7 @@ class PairedChange(NamedTuple):
 
 
 def precision(freedom: float, largest: float) -> str:
-    """What an interval rests on, as text."""
+    """The basis of an interval, as text."""
     return f"{freedom:.0f} degrees of freedom, largest cluster {100 * largest:.1f} %"
 
 

@@ -1,4 +1,4 @@
-"""The task × stage matrix of a stream, and what continual learning reads off it.
+"""The task × stage matrix of a stream, and the figures of continual learning computed from it.
 
 ``R[i,k]`` is the score of task i after stage k, in percent: the model that has learned the first k tasks of
 the stream. Stages and tasks count from 1, so task i is learned at stage i; T is the last stage, and stage 0 is
@@ -167,7 +167,7 @@ class TaskStageMatrix:
         return self._sum(self.backward_weights(self._before_last()))
 
     def backward_weights(self, tasks: Sequence[str]) -> Weights:
-        """Of the backward transfer of some tasks before the last stage."""
+        """The interval of the backward transfer of some tasks before the last stage."""
         gained = {(task, self.last): 1 / len(tasks) for task in tasks}
         return gained | {(task, self.learned_at(task)): -1 / len(tasks) for task in tasks}
 

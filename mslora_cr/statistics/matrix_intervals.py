@@ -1,4 +1,4 @@
-"""The uncertainty of what is read off a task × stage matrix, from the scores of its questions."""
+"""Intervals of the figures of a task × stage matrix, from the scores of its questions."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _uncertainty(
 def _difference(
     weights: Weights, columns: Mapping[tuple[str, int], Column], answers: Mapping[tuple[str, int], str]
 ) -> Uncertainty:
-    """Of a difference of stages; of no task at all it is 0 for certain."""
+    """The interval of a difference of stages; without any task it is exactly 0."""
     tasks: list[PairedTask] = []
     shares: list[float] = []
     for cells in _by_task(weights).values():
@@ -142,8 +142,8 @@ def _values(weights: Weights, columns: Mapping[tuple[str, int], Column]) -> tupl
 
 
 def coarsest(groups: list[Groups]) -> Groups:
-    """Of several accounts of the same questions' clusters the one with the fewest: scores that an earlier version wrote
-    know of none."""
+    """Of several groupings of the same questions, the one with the fewest clusters: scores that an earlier version
+    wrote know of none."""
     return min(groups, key=lambda numbers: int(numbers.max()))
 
 

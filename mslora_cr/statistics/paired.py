@@ -25,7 +25,7 @@ from mslora_cr.statistics.significance import sign_test
 
 
 class PairedTask(NamedTuple):
-    """What is seen of one task's differences.
+    """The observed differences of one task.
 
     Attributes:
         total: their mean.

@@ -1,4 +1,4 @@
-"""What is checked before the first step, so that no hour is spent on what cannot end well."""
+"""Pre-flight checks: fail before training starts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def shared_facts(
     fields: dict[str, Any],
     model_digest: str,
 ) -> dict[str, Any]:
-    """What all ranks of a run must find alike, wherever they run."""
+    """Facts that must be equal on all ranks of a run."""
     return {
         "the configuration": config.training_digest(),
         "training.deepspeed": zero_stage(fields.get("deepspeed")),

@@ -1,4 +1,4 @@
-"""What training will do: tasks, batches, steps. Loads no weights."""
+"""The plan of a training run: tasks, batches, steps. Loads no weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mslora_cr.training.arguments import batch_shape, update_steps
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """What training a task will do."""
+    """The plan for training a task."""
 
     task: str
     modality: str

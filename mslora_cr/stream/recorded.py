@@ -1,4 +1,4 @@
-"""Which banks answer, as the run folder has it: enough to read and export a run without its method's code."""
+"""The banks that answer, as recorded in the run folder: enough to read and export a run without its method's code."""
 
 from __future__ import annotations
 

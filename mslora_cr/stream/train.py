@@ -68,7 +68,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StreamRun:
-    """What the tasks of one launch share."""
+    """State that the tasks of one launch share."""
 
     config: StreamConfig
     fields: dict[str, Any]
@@ -227,7 +227,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
 
 
 def _say_where_it_starts(task: Task, trainer: BankTrainer, left: Sequence[Path]) -> None:
-    """What the console shows of a task: where it resumes, and from then on our own progress, not transformers'."""
+    """Console output of a task: the step at which it resumes, then our own progress instead of transformers'."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if left and rank() == 0:

@@ -1,4 +1,4 @@
-"""What the tiny LLaVA-Med has seen before the stream begins.
+"""Pretrains the tiny LLaVA-Med of the embedded stream.
 
 Drawn pictures of every kind, described in plain visual words by someone who sees shapes and knows no medicine. The
 stream's pictures, questions and answers play no part in it.

@@ -34,7 +34,7 @@ class Question:
 
 @dataclass(frozen=True)
 class SyntheticTask:
-    """One task: where its files lie, which kinds of picture it holds, what is asked about each of them.
+    """One task: the folders of its files, its kinds of picture, the questions about each of them.
 
     ``questions`` returns groups; one question of every group is asked per picture.
     """

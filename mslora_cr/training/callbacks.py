@@ -1,4 +1,4 @@
-"""What joins the Trainer at its public hooks."""
+"""Callbacks of the Trainer."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Launch(StateFile):
         return cls.model_validate(facts)
 
     def input_digests(self) -> dict[str, str]:
-        """Of what decides the bank, by its name in words; what is not known is left out."""
+        """The settings that decide the bank, by name in words; unknown ones are left out."""
         return self.model_dump(
             by_alias=True, exclude_none=True, include={"configuration", "base_model", "training_records"}
         )

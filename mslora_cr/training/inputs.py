@@ -1,4 +1,5 @@
-"""Which positions of a batch predict a label, and what the linear layers under a bank see, for methods that keep it."""
+"""Positions of a batch that predict a label, and inputs of the linear layers under a bank, for methods that store
+them."""
 
 from __future__ import annotations
 

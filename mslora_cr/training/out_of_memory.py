@@ -1,4 +1,4 @@
-"""What a run does when memory runs out in a step that cannot be made again.
+"""Handles running out of memory in a step that cannot be repeated.
 
 One of several processes, and any under DeepSpeed, cannot repeat its pass: the others wait in the middle of theirs. So
 the run ends, after a note beside the task's checkpoints that more layers are to be recomputed, and the next launch
@@ -43,7 +43,7 @@ class LayersNote(StateFile):
 
     recomputed_layers: int = Field(ge=1)
     samples: int = Field(ge=1)
-    """In a device's batch then: it says nothing of smaller ones."""
+    """The number of samples in a device's batch at that time; the note does not apply to smaller batches."""
 
 
 def least_layers(folder: Path, samples: int) -> int:

@@ -1,4 +1,4 @@
-"""What a method can learn of a task before it trains: what the layers see, and where its samples pull the weights."""
+"""A method's view of a task before training: inputs of the layers, and gradients of the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which decoder layers' activations are recomputed in the backward pass (gradient checkpointing), and which are kept.
+"""Chooses the decoder layers whose activations are recomputed in the backward pass (gradient checkpointing).
 
 Recomputing a layer costs its forward pass once more and changes no number, so only as many are recomputed as memory
 asks for: the first ones, of a number that is given, or found from what a step takes before the first one is made.
@@ -34,11 +34,11 @@ class Memory(NamedTuple):
     """Bytes on one device."""
 
     peak: int
-    """Of forward and backward pass with every layer recomputed."""
+    """The peak of a forward and backward pass with every layer recomputed, in bytes."""
     layer: int
-    """What keeping one layer's activations adds."""
+    """The bytes that one layer's stored activations add."""
     room: int
-    """What this process can have in all."""
+    """The bytes that this process can use in all."""
 
 
 def layers_to_recompute(layers: int, memory: Memory, reserved: int) -> int:
@@ -81,7 +81,7 @@ class Recomputation(TrainerCallback):
         forward: Callable[[], AbstractContextManager[Tensor]],
         backward: Callable[[Tensor], object],
     ) -> Memory:
-        """What a forward and backward pass takes of a GPU's memory. Moves no number, random ones neither.
+        """Measure the GPU memory of a forward and backward pass. Changes no parameter and no random state.
 
         Args:
             forward: gives the loss of the largest batch, to be used inside the context.

@@ -1,4 +1,4 @@
-"""Settings that transformers accepts and its Trainer refuses once the model is loaded are tried out beforehand."""
+"""Tries out settings that transformers accepts but its Trainer refuses once the model is loaded."""
 
 from __future__ import annotations
 

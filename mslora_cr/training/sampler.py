@@ -29,7 +29,7 @@ class SampleOrder:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Of the samples, in positions; no image is decoded to learn them."""
+        """The samples' lengths in positions; no image is decoded for them."""
         return self._samples.lengths()
 
     @property

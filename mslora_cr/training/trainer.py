@@ -233,7 +233,7 @@ class BankTrainer(Trainer):
             return self._gradients(loss)
 
     def _gradients(self, loss: Tensor) -> dict[Key, Tensor]:
-        """Of the trainable matrices, float32, left in no parameter."""
+        """Gradients of the trainable matrices, float32; no parameter keeps one."""
         gradients = torch.autograd.grad(loss, list(self._learning.values()))
         reshard(self)
         return {key: gradient.float() for key, gradient in zip(self._learning, gradients, strict=True)}
@@ -263,7 +263,8 @@ class BankTrainer(Trainer):
         self.recomputation.decide(run, device, longest, self._gradients, trained, apart)
 
     def layer_inputs(self, samples: int, tokens: int) -> dict[str, Tensor]:
-        """What the linear layers see of the task's samples now; as `training.inputs.layer_inputs`."""
+        """Inputs of the linear layers for the task's samples, with the current weights; as
+        `training.inputs.layer_inputs`."""
 
         def batch_of(index: int) -> dict[str, Tensor]:
             batch = self._prepare_inputs(self.data_collator([self.samples[index]]))

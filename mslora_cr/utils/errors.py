@@ -1,4 +1,4 @@
-"""The one base of errors that a user can mend, and the words that their messages share."""
+"""The base class of errors that a user can fix, and phrases that their messages share."""
 
 from __future__ import annotations
 

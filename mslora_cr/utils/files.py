@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, follow no links, and have no name that can be guessed before."""
+"""Writes files and folders atomically, through unpredictable temporary names, never through a link."""
 
 from __future__ import annotations
 

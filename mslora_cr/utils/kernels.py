@@ -1,4 +1,4 @@
-"""Which library's kernels training uses."""
+"""Chooses the library whose kernels training uses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 
 def chosen_kernels(setting: Literal["auto", "liger", "torch"], device: str) -> Literal["liger", "torch"]:
-    """What `model.kernels` comes to on this machine: `auto` is Liger where there is a GPU to use, and the package.
+    """Resolve `model.kernels` on this machine: `auto` is Liger where there is a GPU to use, and the package.
 
     Args:
         device: `model.device`.

@@ -1,4 +1,4 @@
-"""What the commands say while they work: on standard error, once however many processes a launcher started.
+"""Logging of the commands: to standard error, from one process of a launch only.
 
 Results go to standard output. A library's user sets up `logging` as in any program: the loggers are below `mslora_cr`.
 """

@@ -1,4 +1,4 @@
-"""Full float32 also where `training.tf32` rounds the model's products."""
+"""Computes in full float32 even where `training.tf32` rounds the model's products."""
 
 from __future__ import annotations
 

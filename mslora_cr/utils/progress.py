@@ -1,4 +1,4 @@
-"""Progress for whoever watches: a bar in a terminal, and elsewhere a line now and then."""
+"""Progress: a bar in a terminal, a line every half minute elsewhere."""
 
 from __future__ import annotations
 

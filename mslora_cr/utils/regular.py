@@ -1,4 +1,4 @@
-"""Only regular files are opened: a FIFO would wait for a writer for ever, and a device may have no end."""
+"""Opens regular files only: a FIFO would wait for a writer for ever, and a device may have no end."""
 
 from __future__ import annotations
 

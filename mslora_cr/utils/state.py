@@ -30,12 +30,12 @@ class Part(BaseModel):
 
 
 class StateFile(Part):
-    """What a JSON file holds. A field added later has a default, so that files without it are still read."""
+    """The content of a JSON file. A field added later has a default, so that files without it are still read."""
 
     VERSION: ClassVar[int] = 1
     """Rises when a reader of the version before would misread the file."""
     MEND: ClassVar[str]
-    """What to do about a damaged one."""
+    """Advice for a damaged file."""
 
     version: int = Field(default=1, ge=1)
     """Version 0.1.0 of the package wrote none."""

@@ -1,4 +1,4 @@
-"""The one reader of JSON: what a key means twice, NaN, and numbers without end are refused alike everywhere."""
+"""The one JSON reader; it refuses repeated keys, NaN and numbers that are too large."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ STRICT_JSON = json.JSONDecoder(
 
 
 def explain_json(error: Exception) -> str:
-    """What is wrong with a text that was to be JSON."""
+    """Describe the error in a text that is not valid JSON."""
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON: {error.msg}, near {error.doc[max(error.pos - 20, 0) : error.pos + 20]!r}"
     if isinstance(error, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""What files hold is shown, never obeyed: terminals act on control characters, and some marks reorder the text."""
+"""Escapes control characters and direction marks of text from files before it is printed."""
 
 from __future__ import annotations
 

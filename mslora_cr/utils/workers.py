@@ -1,4 +1,4 @@
-"""Worker processes: how many fit this machine, and that they do not outlive the process that started them."""
+"""Worker processes: their number on this machine, and their end with the process that started them."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def check_accepted(
 
 
 def licence_name(source: OpenSource) -> str:
-    """What a licence is called on the command line: its first word."""
+    """A licence's name on the command line: its first word."""
     return source.license.split()[0]
 
 

@@ -45,7 +45,7 @@ class Asked(NamedTuple):
     answer: str
     answer_type: AnswerType
     words: Mapping[str, str] = MappingProxyType({})
-    """What stands for `{…}` in the wordings."""
+    """Values for `{…}` in the wordings."""
     attributes: Mapping[str, str | float] = MappingProxyType({})
     """Of the question alone."""
     id: int | None = None

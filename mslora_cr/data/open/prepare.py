@@ -37,7 +37,7 @@ class PreparedSet:
     test_rows_of_shared: int = 0
 
     def summary(self) -> dict[str, Any]:
-        """What `prepared.json` holds."""
+        """The content of `prepared.json`."""
         sides = {side: {"rows": self.rows[side], "images": self.images[side]} for side in ("train", "test")}
         shared = {"images": self.shared_images, "groups": self.shared_groups, "test_rows": self.test_rows_of_shared}
         return {**sides, "on_both_sides": shared}

@@ -289,7 +289,7 @@ def _rows(file: RawFile, model: type[_Model]) -> Iterator[_Model]:
 
 
 def _lines(file: RawFile) -> Iterator[tuple[str, Any]]:
-    """What each line of a JSONL file holds, after its place in words; blank ones are skipped."""
+    """The value of each line of a JSONL file, with its location in words; blank lines are skipped."""
     for number, line in enumerate(_text(file).split("\n"), 1):
         if line.strip():
             try:
@@ -300,7 +300,7 @@ def _lines(file: RawFile) -> Iterator[tuple[str, Any]]:
 
 
 def _items(file: RawFile) -> Iterator[tuple[str, Any]]:
-    """What the list in a JSON or pickle file holds, each after its place in words."""
+    """The items of the list in a JSON or pickle file, each with its location in words."""
     values = _load(file)
     if not isinstance(values, list):
         raise DataError(f"{file.path}: expected a list, found {type(values).__name__}")

@@ -1,4 +1,4 @@
-"""`mslora-cr data check ROOT`: everything about the data that would otherwise cost an hour to find out.
+"""`mslora-cr data check ROOT`: checks the data before training starts.
 
 Errors would stop a run or spoil it; warnings are worth knowing. Memory is bounded by the image names and the short
 answers of one data set, whatever the annotations hold.
@@ -98,7 +98,7 @@ def _opened(kind: type[File], path: Path, report: Report) -> File | None:
 
 
 def _advice(path: Path) -> str:
-    """What to do where a file is missing, and others in its folder could be made into it."""
+    """Advice for a missing file that other files in its folder could be converted into."""
     tables = sorted(file for file in path.parent.glob("*") if file.suffix in CONVERTIBLE)
     others = [] if path.exists() else [file.name for file in tables if file.name not in OUR_FILES]
     return f"; `mslora-cr data convert {path.parent / others[0]} --output FOLDER` may make it" if others else ""

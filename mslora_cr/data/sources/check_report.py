@@ -1,4 +1,4 @@
-"""What a check of the data found: counts and problems of each data set, and the table that shows them."""
+"""The result of a data check: counts and problems of each data set, and a table of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Share:
 
 @dataclass
 class Report:
-    """What was found about one data set; `None` where nothing could be checked."""
+    """The result of checking one data set; `None` where nothing could be checked."""
 
     name: str
     train_rows: int | None = None

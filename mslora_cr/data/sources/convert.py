@@ -1,4 +1,4 @@
-"""`mslora-cr data convert`: people's own tables, conversations and image files into the layout that training reads."""
+"""`mslora-cr data convert`: converts tables, conversations and image files into the layout that training reads."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Split:
 
 @dataclass
 class Converted:
-    """What a conversion made and left out.
+    """The result of a conversion: what it wrote and what it left out.
 
     Attributes:
         grouped_by: what keeps rows on one side of the split.
@@ -77,7 +77,7 @@ class Converted:
     several: int = 0
 
     def note(self, path: Path) -> Note:
-        """What to call with how a file was drawn; each remark on it counts once."""
+        """A callback for remarks on how a file was drawn; each remark counts once."""
 
         def add(text: str) -> None:
             if self.noted[text][-1:] != [str(path)]:
@@ -96,7 +96,7 @@ class Converted:
         return (self.rows - self.train - self.validation - self.test) / max(self.rows, 1)
 
     def summary(self) -> dict[str, Any]:
-        """What `convert.json` holds."""
+        """The content of `convert.json`."""
         left_out, parts, noted = (
             {reason: {"count": len(places), "examples": places[:EXAMPLES]} for reason, places in kind.items()}
             for kind in (self.left_out, self.left_out_parts, self.noted)

@@ -27,7 +27,7 @@ def pictures(
         path: of the file, or of a folder with the slices of a DICOM series.
         frame: of a file of several frames, slices or pages, the one to take, from 0; None: as `rendering` says.
         rendering: how it is drawn.
-        note: is told what is worth knowing of how it was drawn.
+        note: called with remarks on how the image was drawn.
 
     Raises:
         DataError: the file cannot be read, or has no such frame.

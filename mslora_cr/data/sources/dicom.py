@@ -60,7 +60,7 @@ def dicom_frames(path: Path, frame: int | None, rendering: Rendering, note: Note
         path: of the file.
         frame: as in `chosen_frames`.
         rendering: a window that replaces the file's own, and how many frames.
-        note: is told of pixels that are not square.
+        note: called with a remark if pixels are not square.
 
     Raises:
         DataError: the file cannot be read or shown, with its name and the reason.

@@ -1,4 +1,4 @@
-"""`mslora-cr data download` and `mslora-cr model download`: what the Hugging Face hub holds for this project.
+"""`mslora-cr data download` and `mslora-cr model download`: download the project's files from the Hugging Face hub.
 
 An interrupted download resumes where it stopped. `download.json` next to the files records the exact
 commit. Another endpoint is named with the environment variable HF_ENDPOINT.

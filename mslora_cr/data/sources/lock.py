@@ -1,4 +1,4 @@
-"""What was downloaded once is what is downloaded ever after: a lock file of revisions, sizes and digests.
+"""A lock file of revisions, sizes and digests, so that later downloads get the same files as the first.
 
 The first download of an asset enters every file of it; later ones, on any machine that has the lock file, are held
 against it. A project commits it next to its configurations.

@@ -40,7 +40,7 @@ def nifti_slices(path: Path, frame: int | None, rendering: Rendering, note: Note
         path: of the volume.
         frame: as in `chosen_frames`.
         rendering: a window that replaces the file's own range, and how many slices.
-        note: is told of voxels that are not square within a slice.
+        note: called with a remark if voxels are not square within a slice.
 
     Raises:
         DataError: the file cannot be read or shown, with its name and the reason.
@@ -89,7 +89,7 @@ def _volume(path: Path) -> tuple[Pixels, tuple[float, float], tuple[float, float
 
 
 def _check(path: Path, image: Any) -> None:
-    """What can be said before a voxel is read."""
+    """Check the header before any voxel is read."""
     shape = image.shape
     if len(shape) < 3 or any(length != 1 for length in shape[3:]):
         raise DataError(f"{path}: a volume of shape {shape}; expected three dimensions")

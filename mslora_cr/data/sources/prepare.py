@@ -28,7 +28,7 @@ MAX_IMAGE_BYTES = 256 << 20
 
 @dataclass
 class Prepared:
-    """What was done for a data set. `missing` and `ambiguous` (with the candidates) were not placed."""
+    """The result of preparing a data set. `missing` and `ambiguous` images (with the candidates) were not placed."""
 
     placed: int = 0
     present: int = 0

@@ -35,7 +35,7 @@ def raster_pictures(path: Path, frame: int | None, rendering: Rendering, note: N
         path: of a file in one of `images.FORMATS`.
         frame: the page, from 0; None: all, or as many as `rendering` says.
         rendering: a window for images of more than 8 bits, and how many pages.
-        note: is told of everything that is not copied as it is.
+        note: called with a remark on every image that is not copied unchanged.
 
     Raises:
         DataError: the file cannot be read, or has no such page.

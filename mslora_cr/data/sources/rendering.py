@@ -128,7 +128,7 @@ def squared(values: Pixels, vertical: float, horizontal: float, note: Note) -> P
         values: (rows, columns) or (rows, columns, 3), in [0, 1].
         vertical: distance of rows, in any unit.
         horizontal: distance of columns, in the same unit.
-        note: is told of a resize.
+        note: called with a remark on a resize.
 
     Raises:
         DataError: the picture would have more than `MAX_PIXELS` pixels.
