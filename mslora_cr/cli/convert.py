@@ -10,6 +10,12 @@ from pathlib import Path
 from mslora_cr.cli.common import add_command, count, positive
 
 log = logging.getLogger(__name__)
+MEDGEMMA_IMAGE = 260
+"""Positions of an image: 256 of its tower, one mark on either side, and one empty line before and after."""
+MEDGEMMA_POSITIONS = 131_072
+"""Of a whole prompt."""
+TEXT_POSITIONS = 512
+"""Left for the question and the answer."""
 
 MOST_LOST = 0.5
 """The share of rows left out from which on the command fails, so that a script notices."""
@@ -68,6 +74,12 @@ def add_convert(actions: argparse._SubParsersAction) -> None:
         "own, else its whole range)",
     )
     parser.add_argument(
+        "--ct-windows",
+        choices=("medgemma",),
+        help="three windows of CT as red, green and blue, as MedGemma was trained (widths and levels 2250/-100, 350/40 "
+        "and 80/40), and at most 85 slices unless --frames says otherwise",
+    )
+    parser.add_argument(
         "--frames",
         type=positive,
         metavar="N",
@@ -90,11 +102,16 @@ def _share(text: str) -> float:
 
 def run_convert(args: argparse.Namespace) -> int:
     """0: converted; 1: converted, but most rows are left out."""
+    from mslora_cr.data.records import DataError
     from mslora_cr.data.rows.read import Columns
     from mslora_cr.data.sources.convert import Split, convert, convert_images, holds_questions
-    from mslora_cr.data.sources.rendering import Rendering
+    from mslora_cr.data.sources.rendering import MEDGEMMA_FRAMES, MEDGEMMA_WINDOWS, Rendering
 
+    if args.ct_windows and args.window:
+        raise DataError("--ct-windows sets three windows: leave --window out")
     rendering = Rendering(tuple(args.window) if args.window else None, args.frames)
+    if args.ct_windows:
+        rendering = Rendering(None, args.frames or MEDGEMMA_FRAMES, MEDGEMMA_WINDOWS)
     progress = sys.stderr.isatty()
     if holds_questions(args.source):
         columns = Columns(
@@ -131,6 +148,14 @@ def run_convert(args: argparse.Namespace) -> int:
             f"{converted.several:,} rows have several images. The model is shown the first of them alone unless the "
             "configuration has data.images: all; --frames 1 keeps the middle one of each file"
         )
+    positions = MEDGEMMA_IMAGE * converted.most_images if args.ct_windows else 0
+    if positions:
+        print(
+            f"up to {converted.most_images} images a row: {positions:,} positions of MedGemma, at {MEDGEMMA_IMAGE} an "
+            f"image, before the question; it has {MEDGEMMA_POSITIONS:,}"
+        )
+        if positions > MEDGEMMA_POSITIONS - TEXT_POSITIONS:
+            log.warning("more images than MedGemma has positions for: choose fewer with --frames")
     for remark in converted.remarks:
         log.warning("%s", remark)
     if converted.without_patient:
@@ -142,9 +167,10 @@ def run_convert(args: argparse.Namespace) -> int:
                 print(f"  {place}")
     if converted.train:
         name = args.output.name
+        length = f", max_length: {positions + TEXT_POSITIONS}" if positions else ""
         print(
             f"\nIn a configuration:\n"
-            f"  data: {{root: {args.output.parent}{', images: all' if converted.several else ''}}}\n"
+            f"  data: {{root: {args.output.parent}{', images: all' if converted.several else ''}{length}}}\n"
             f"  datasets: {{{name}: {{modality: MODALITY, folder: {name}}}}}\n"
             f"  tasks: [{{name: {name}, epochs: 3, batch_size: 16, learning_rate: 2e-4}}]\n"
             f"Next: mslora-cr data check CONFIG"

@@ -59,6 +59,7 @@ class Converted:
         noted: how files were drawn, where it is worth knowing: by what is to be said, the files.
         remarks: what is worth knowing of the source as a whole.
         several: how many rows have several pictures.
+        most_images: that a row has.
     """
 
     rows: int = 0
@@ -75,6 +76,7 @@ class Converted:
     noted: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     remarks: list[str] = field(default_factory=list)
     several: int = 0
+    most_images: int = 0
 
     def note(self, path: Path) -> Note:
         """A callback for remarks on how a file was drawn; each remark counts once."""
@@ -154,6 +156,7 @@ def convert(
         rows = tqdm(read_rows(source, columns, question, converted.remark), "rows", unit="row", disable=not progress)
         placed = list(_placed(rows, placer, converted))
         converted.images, converted.several = placer.count, sum(len(names) > 1 for _, names in placed)
+        converted.most_images = max((len(names) for _, names in placed), default=0)
         _describe_groups(placed, columns, converted)
         sides = _parted(placed, split, converted)
         _write(staging, sides, closed)

@@ -11,7 +11,7 @@ from pathlib import Path
 from mslora_cr.data.images import check_name
 from mslora_cr.data.records import DataError
 from mslora_cr.data.rows.row import Row
-from mslora_cr.data.rows.walk import find_file
+from mslora_cr.data.rows.walk import files_below, find_file
 from mslora_cr.data.sources.convert_images import pictures
 from mslora_cr.data.sources.dicom import is_dicom
 from mslora_cr.data.sources.rendering import Note, Rendering
@@ -78,14 +78,16 @@ class ImagePlacer:
         relative = check_name(bare if frame is not None else name)
         path = find_file(self.root, relative)
         try:
-            there = path.is_file()
+            there = path.is_file() or path.is_dir()  # a folder is a series of DICOM files
         except OSError as error:  # a name that no file can have
             raise DataError(f"{shorten(str(path))}: no such image ({error.strerror})") from None
         if not there:
             raise DataError(f"{path}: no such image")
-        if is_dicom(path) and (patient := _patient(path)):
+        one = next((file for file in files_below(path) if is_dicom(file)), path) if path.is_dir() else path
+        if is_dicom(one) and (patient := _patient(one)):
             self.patients[name] = patient
-        return self._write(path, frame, str(relative.with_suffix("") if path.suffix != ".gz" else relative))
+        ends = path.is_file() and path.suffix != ".gz"
+        return self._write(path, frame, str(relative.with_suffix("") if ends else relative))
 
     def _write(self, path: Path, frame: int | None, stem: str) -> list[str]:
         """Write a file's pictures; `a/b.png` and `a/b.jpg` get different names."""
