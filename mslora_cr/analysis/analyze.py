@@ -18,7 +18,7 @@ from mslora_cr.data.records import sample_of
 from mslora_cr.data.tasks import test_records
 from mslora_cr.distributed.comm import assert_same_on_all_ranks, barrier, rank
 from mslora_cr.distributed.launch import start_processes
-from mslora_cr.evaluation.answer_files import answer_once
+from mslora_cr.evaluation.answer_files import Origin, answer_once
 from mslora_cr.evaluation.results import Cell, Evaluation, read_evaluation
 from mslora_cr.evaluation.schemas import (
     ANALYSIS,
@@ -151,11 +151,13 @@ def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: in
     chosen = [banks for task, banks in variants for _ in range(len(subsets[task.name]))]
     folder, tasks = config.results_run_dir / "analysis", [task for task, _ in variants]
 
+    origin = Origin(fingerprint)
+
     def answer() -> dict[str, float]:
         weights = whole_banks(chosen, len(session.banks))
-        return session.answer_mixed(tasks, weights, folder, fingerprint, "each bank left out")
+        return session.answer_mixed(tasks, weights, folder, origin, "each bank left out")
 
-    answer_once(folder, fingerprint, len(chosen), answer)
+    answer_once(folder, origin, len(chosen), answer)
     scores = np.array([_score(row) for row in score_answers(read_answers(folder / ANSWERS)).rows])
     places = {name: question_places(part) for name, part in subsets.items()}
     groups = {name: group_numbers([group for _, group in part]) for name, part in places.items()}

@@ -142,6 +142,8 @@ class EvaluationConfig(Section):
 
     max_new_tokens: PositiveInt = 100
     batch_size: PositiveInt = 16
+    probabilities: bool = True
+    """Score each answer, and each candidate of a closed question: `probabilities.jsonl` beside the answers."""
     banks_by: Literal["prefix", "all", "routed"] = "prefix"
     """Banks that answer task i at stage k: `prefix` takes 1..min(i, k) (published), `all` takes 1..k, `routed` takes
     `prefix`'s of the task that the router takes a question for."""

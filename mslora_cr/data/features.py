@@ -8,10 +8,8 @@ killed, leave whole files or none. A bfloat16 file of LLaVA-Med's tower, 577 × 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mslora_cr.data.image_digests import image_file_digest
 from mslora_cr.data.images import load_image, preprocess
 from mslora_cr.data.records import DataError
-from mslora_cr.utils.files import file_digest, replacing
+from mslora_cr.utils.files import replacing
 from mslora_cr.utils.progress import progress_bar
 from mslora_cr.utils.regular import check_regular
 
@@ -40,8 +39,7 @@ class FeatureCache:
 
     def place(self, image: Path) -> Path:
         """Where the features of an image file belong, whether or not they exist."""
-        status = image.stat()
-        digest = _digest(os.fspath(image), status.st_size, status.st_mtime_ns)
+        digest = image_file_digest(image)
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def load(self, image: Path) -> Tensor:
@@ -81,15 +79,6 @@ class FeatureCache:
                 for path, features in zip(islice(remaining, len(pixels)), encode(pixels).cpu(), strict=True):
                     _write(path, save({_NAME: features.contiguous()}))
                 bar.update(len(pixels))
-
-
-@lru_cache(maxsize=1 << 20)
-def _digest(image: str, size: int, mtime_ns: int) -> str:
-    """SHA-256 of an image file, which is read again only where its size or modification time is another.
-
-    Remembered in this process and in data loader workers forked from it; some hundred bytes an image.
-    """
-    return file_digest(Path(image))
 
 
 class _Pixels(Dataset[Tensor]):

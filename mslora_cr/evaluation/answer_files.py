@@ -6,18 +6,28 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
 
 from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.collator import in_batches, padding_share
 from mslora_cr.data.records import TestRecord
 from mslora_cr.distributed.comm import all_gather_object, barrier, broadcast_object, rank, world_size
+from mslora_cr.evaluation.probabilities import (
+    PROBABILITIES,
+    AnswerProbability,
+    candidate_answers,
+    continuations_of,
+    probability_of,
+    write_probabilities,
+)
 from mslora_cr.evaluation.schemas import ANSWERS, STAMP, Stamp
 from mslora_cr.generation.batching import grouped, in_waves, padding_of, shared_out
-from mslora_cr.generation.run import Decoding, Questions, answered_batches, decoder_of
+from mslora_cr.generation.run import Decoding, Questions, decoder_of, scored_batches
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import append_to, file_digest, replacing
 from mslora_cr.utils.progress import progress_bar
@@ -27,12 +37,86 @@ from mslora_cr.utils.strict_json import decode_json
 log = logging.getLogger(__name__)
 
 
+class Answered(NamedTuple):
+    """An answer, and what is known of how it came about; nothing is where an earlier version answered."""
+
+    text: str
+    probability: AnswerProbability | None = None
+
+
+def journal_of(folder: Path, key: str, rank: int) -> Path:
+    """Where a rank keeps its answers."""
+    return folder / f".answers-{key[:16]}-{rank}.jsonl"
+
+
+def journal_line(index: int, answer: Answered, key: str) -> bytes:
+    """An answer as a rank's journal keeps it, with a check that it is still this one when it is read."""
+    known = {} if answer.probability is None else {"known": answer.probability.model_dump(exclude_defaults=True)}
+    facts = f"{key}/{index}/{answer.text}" + (f"/{json.dumps(known)}" if known else "")
+    check = hashlib.sha256(facts.encode(errors="backslashreplace")).hexdigest()[:16]
+    return json.dumps({"index": index, "text": answer.text, **known, "check": check}).encode() + b"\n"
+
+
+def read_journals(folder: Path, key: str) -> dict[int, Answered]:
+    """Answers given so far under this key, by any rank. A line that a kill cut short is removed, one that was
+    changed since is passed over, so that its question is asked again.
+
+    For the first rank alone; it also removes journals of other keys.
+    """
+    answered: dict[int, Answered] = {}
+    changed = 0
+    for journal in sorted(folder.glob(".answers-*.jsonl")):
+        if not journal.name.startswith(f".answers-{key[:16]}-"):
+            journal.unlink()
+            continue
+        lines = check_regular(journal).read_bytes().split(b"\n")
+        if lines[-1]:  # without a line break at its end: cut short, and the next line would join it
+            with replacing(journal) as partial:
+                partial.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
+        for line in lines[:-1]:
+            try:
+                row = decode_json(line)
+                known = AnswerProbability.model_validate(row["known"]) if "known" in row else None
+                index, answer = row["index"], Answered(row["text"], known)
+                whole = journal_line(index, answer, key) == line + b"\n"
+            except (UserError, KeyError, TypeError, ValidationError):
+                whole = False
+            if whole:
+                answered[index] = answer
+            else:
+                changed += 1
+    if changed:
+        log.warning("%s: %d answers of a stopped run are damaged; they are asked again", folder, changed)
+    return answered
+
+
+class Origin(NamedTuple):
+    """What decides answers.
+
+    Attributes:
+        fingerprint: digest of banks, base model, questions and settings.
+        images: digest of the image files that are shown; None where it is not known, as of earlier versions' answers.
+    """
+
+    fingerprint: str
+    images: str | None = None
+
+    @property
+    def journal(self) -> str:
+        """What answers that are not yet published are kept under."""
+        return self.fingerprint if self.images is None else fingerprint_of(self._asdict())
+
+    def gave(self, fingerprint: str, images: str | None) -> bool:
+        """Whether answers of this fingerprint and these images are its own; images that were not noted pass."""
+        return fingerprint == self.fingerprint and images in (None, self.images)
+
+
 def answer_questions(
     model: Any,
     samples: Questions,
     folder: Path,
     decoding: Decoding,
-    fingerprint: str,
+    origin: Origin,
     label: str,
     mixed: QuestionBanks | None = None,
 ) -> dict[str, float]:
@@ -43,8 +127,7 @@ def answer_questions(
 
     Args:
         folder: where the answer file goes.
-        fingerprint: says what decides the answers (banks, questions, limits); answers given under another one are
-            thrown away.
+        origin: what decides the answers; those that another one gave are thrown away.
         label: what the progress bar says.
         mixed: the banks of each question, where they are not the same for all.
 
@@ -52,30 +135,35 @@ def answer_questions(
         The seconds that answering took in this call, and the share of padding among the positions of the prompts that
         were computed, and what it would be for whole prompts in the questions' own order.
     """
-    target = folder / ANSWERS
     folder.mkdir(parents=True, exist_ok=True)
-    journal = folder / f".answers-{fingerprint[:16]}-{rank()}.jsonl"
     # One rank reads, before any writes again: all must see the same questions as answered.
-    answered = broadcast_object(read_journals(folder, fingerprint) if rank() == 0 else {})
-    decoder = decoder_of(samples.input_processor, model, samples.prompts(), decoding.max_new_tokens, mixed)
+    answered = broadcast_object(read_journals(folder, origin.journal) if rank() == 0 else {})
+    processor, records = samples.input_processor, list(samples.records)
+    decoder = decoder_of(processor, model, samples.prompts(), decoding.max_new_tokens, mixed)
     prompts = decoder.prompts
     banks = mixed.of if mixed is not None else _the_same
     limits = decoding.limits(prompts)
     unanswered = [index for index in range(len(samples)) if index not in answered]
     groups = grouped(prompts, unanswered, banks, most=max(1, -(-len(unanswered) // world_size())))
-    tokenizer = samples.input_processor.tokenizer
-    fitting = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
-    waves = in_waves(shared_out(groups, world_size(), limits.new_tokens)[rank()], prompts, fitting)
-    mine: dict[int, str] = {}
+    candidates = candidate_answers(records) if decoding.probabilities else [()] * len(records)
+    wanted = continuations_of(records, processor, candidates) if decoding.probabilities else None
+    own = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
+    waves = in_waves(shared_out(groups, world_size(), limits.new_tokens)[rank()], prompts, own)
+    mine: dict[int, Answered] = {}
     started = time.monotonic()
     with (
-        append_to(journal) as file,
+        append_to(journal_of(folder, origin.journal, rank())) as file,
         progress_bar(desc=label, total=len(samples), initial=len(answered), unit="answer", disable=rank() != 0) as bar,
     ):
-        for batch, ids in answered_batches(decoder, samples, waves, decoding.workers):
-            texts = tokenizer.decode(ids)
-            given = dict(zip(batch, texts, strict=True))
-            file.writelines(journal_line(index, text, fingerprint) for index, text in given.items())
+        for batch in scored_batches(decoder, samples, waves, wanted, decoding.workers):
+            texts = processor.tokenizer.decode(batch.ids)
+            scores: Sequence[Any] = batch.scores or [None] * len(texts)
+            known = [
+                probability_of(ids, processor.end_ids, candidates[index], score)
+                for index, ids, score in zip(batch.questions, batch.ids, scores, strict=True)
+            ]
+            given = dict(zip(batch.questions, map(Answered, texts, known), strict=True))
+            file.writelines(journal_line(index, answer, origin.journal) for index, answer in given.items())
             file.flush()
             mine |= given
             bar.update(min(len(given) * world_size(), len(samples) - bar.n))
@@ -85,7 +173,7 @@ def answer_questions(
     seconds = time.monotonic() - started
     if rank() == 0:
         assert len(answered) == len(samples), f"{len(samples) - len(answered)} questions have no answer"
-        publish(samples.records, answered, target, decoding.model_id, fingerprint)
+        publish(records, answered, folder, decoding.model_id, origin.fingerprint)
     barrier()
     every = range(len(samples))
     return {
@@ -99,54 +187,22 @@ def _the_same(question: int) -> None:
     """The banks of any question, where all have the same."""
 
 
-def journal_line(index: int, text: str, fingerprint: str) -> bytes:
-    """An answer as a rank's journal keeps it, with a check that it is still this one when it is read."""
-    check = hashlib.sha256(f"{fingerprint}/{index}/{text}".encode(errors="backslashreplace")).hexdigest()[:16]
-    return json.dumps({"index": index, "text": text, "check": check}).encode() + b"\n"
-
-
-def read_journals(folder: Path, fingerprint: str) -> dict[int, str]:
-    """Answers given so far under this fingerprint, by any rank. A line that a kill cut short is removed, one that was
-    changed since is passed over, so that its question is asked again.
-
-    For the first rank alone; it also removes journals of other fingerprints.
-    """
-    answered: dict[int, str] = {}
-    changed = 0
-    for journal in sorted(folder.glob(".answers-*.jsonl")):
-        if not journal.name.startswith(f".answers-{fingerprint[:16]}-"):
-            journal.unlink()
-            continue
-        lines = check_regular(journal).read_bytes().split(b"\n")
-        if lines[-1]:  # without a line break at its end: cut short, and the next line would join it
-            with replacing(journal) as partial:
-                partial.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
-        for line in lines[:-1]:
-            try:
-                row = decode_json(line)
-                index, text = row["index"], row["text"]
-                whole = journal_line(index, text, fingerprint) == line + b"\n"
-            except (UserError, KeyError, TypeError):
-                whole = False
-            if whole:
-                answered[index] = text
-            else:
-                changed += 1
-    if changed:
-        log.warning("%s: %d answers of a stopped run are damaged; they are asked again", folder, changed)
-    return answered
-
-
 def publish(
-    records: Iterable[TestRecord], answered: Mapping[int, str], target: Path, model_id: str, fingerprint: str
+    records: Sequence[TestRecord], answered: Mapping[int, Answered], folder: Path, model_id: str, fingerprint: str
 ) -> None:
-    """Write an answer file in the questions' order; `answered` has an answer for each."""
-    with replacing(target) as partial, partial.open("w", encoding="utf-8") as file:
+    """Write an answer file in the questions' order, and what is known of the answers beside it.
+
+    Args:
+        answered: an answer to each question.
+    """
+    known = {index: answer.probability for index, answer in answered.items()}
+    write_probabilities(folder / PROBABILITIES, records, known)
+    with replacing(folder / ANSWERS) as partial, partial.open("w", encoding="utf-8") as file:
         for index, record in enumerate(records):
             row: dict[str, Any] = {
                 "question_id": record.question_id,
                 "prompt": record.text,
-                "text": answered[index],
+                "text": answered[index].text,
                 "gt": record.gt,
                 "answer_type": record.answer_type,
                 "answer_id": hashlib.sha256(f"{fingerprint}/{index}".encode()).hexdigest()[:22],
@@ -158,7 +214,7 @@ def publish(
 
 def answer_once(
     folder: Path,
-    fingerprint: str,
+    origin: Origin,
     questions: int,
     answer: Callable[[], dict[str, Any]],
     parts: Mapping[Path, int] | None = None,
@@ -167,7 +223,7 @@ def answer_once(
     answered; to be called on every rank.
 
     Args:
-        fingerprint: of everything that decides the answers, alike on every rank.
+        origin: what decides the answers, alike on every rank.
         questions: how many answers there are to be.
         answer: writes them, and returns what else to note of them.
         parts: folders that share the answers, each with a stamp of its own that `answer` writes, and how many of the
@@ -178,9 +234,12 @@ def answer_once(
     """
     stamp = None
     if rank() == 0:
-        stamp = read_stamp(folder, fingerprint)
+        stamp = read_stamp(folder, origin.fingerprint)
+        if stamp and not origin.gave(stamp.fingerprint, stamp.images):
+            log.warning("%s: the images have changed since these questions were answered; they are asked again", folder)
+            stamp = None
         for target, count in (parts or {folder: questions}).items():
-            stamp = stamp if stamp and answers_are_whole(target, fingerprint, count) else None
+            stamp = stamp if stamp and answers_are_whole(target, origin.fingerprint, count) else None
     stamp = broadcast_object(stamp)
     if stamp is not None:
         return stamp
@@ -188,7 +247,7 @@ def answer_once(
         (folder / STAMP).unlink(missing_ok=True)  # it must never be beside answers that it does not describe
     noted = answer()
     if rank() == 0:
-        stamp = write_stamp(folder, fingerprint, questions, noted)
+        stamp = write_stamp(folder, origin.fingerprint, questions, {**noted, "images": origin.images})
         for journal in folder.glob(".answers-*.jsonl"):
             journal.unlink()
     barrier()

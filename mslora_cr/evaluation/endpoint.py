@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import time
+from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,24 @@ from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.prompts import question_text
 from mslora_cr.data.records import DataError, TestRecord, TestRecords, shown_images
 from mslora_cr.data.tasks import task_folder, task_image_roots, test_records
-from mslora_cr.evaluation.answer_files import answer_once, fingerprint_of, journal_line, publish, read_journals
+from mslora_cr.evaluation.answer_files import (
+    Answered,
+    Origin,
+    answer_once,
+    fingerprint_of,
+    journal_line,
+    journal_of,
+    publish,
+    read_journals,
+)
 from mslora_cr.evaluation.clinical import task_frequencies
-from mslora_cr.evaluation.openai_client import Body, Chat, Endpoint, folder_name
+from mslora_cr.evaluation.doubts import warn_of_doubts
+from mslora_cr.evaluation.openai_client import TOP_LOGPROBS, Body, Chat, Endpoint, EndpointError, Reply, folder_name
+from mslora_cr.evaluation.probabilities import AnswerProbability, candidate_answers
 from mslora_cr.evaluation.results import EVALUATION
 from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import score_file
-from mslora_cr.evaluation.summary import cell_row, write_summary
+from mslora_cr.evaluation.summary import cell_row, image_digests, write_summary
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import append_to
@@ -57,28 +70,32 @@ def _evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | Non
             "method": SERVED,
         }
     )
+    images = image_digests(config, records)
     stage, rows, possible = len(config.tasks), [], {}
     with Chat(endpoint) as chat:
         for task in tasks:
-            asker = _Asker(served, endpoint, chat, task, records[task.name])
+            origin = _origin(served, endpoint, task, records[task.name], images)
+            asker = _Asker(served, endpoint, chat, task, records[task.name], origin)
             folder = served.results_run_dir / task.name
-            stamp = answer_once(folder, asker.fingerprint, len(asker.records), partial(asker.answer, folder))
+            stamp = answer_once(folder, asker.origin, len(asker.records), partial(asker.answer, folder))
             known, root = task_frequencies(config, task), served.results_run_dir
             scores = score_file(folder / ANSWERS, folder, asker.records, training=known)
             rows.append(cell_row(task, stage, [asker.model], folder, root, stamp, asker.records, scores))
-            possible[task.name, stage] = [asker.fingerprint]
+            warn_of_doubts(rows[-1], config.evaluation.max_new_tokens)
+            possible[task.name, stage] = [asker.origin]
     for task in config.stream:  # tasks of an earlier call stay if their answers would be the same
         path = task_folder(config, task) / "test.jsonl"
         if task.name not in records and path.is_file():
-            fingerprint = _fingerprint(served, endpoint, task, TestRecords(path))
-            possible[task.name, stage] = [fingerprint]
+            possible[task.name, stage] = [_origin(served, endpoint, task, TestRecords(path), images)]
     path = served.results_run_dir / EVALUATION
     write_summary(served, path, rows, possible)
     return path
 
 
-def _fingerprint(config: StreamConfig, endpoint: Endpoint, task: Task, records: TestRecords) -> str:
-    return fingerprint_of(
+def _origin(
+    config: StreamConfig, endpoint: Endpoint, task: Task, records: TestRecords, images: Mapping[str, str]
+) -> Origin:
+    fingerprint = fingerprint_of(
         {
             "endpoint": endpoint.url.rstrip("/"),
             "model": endpoint.model.replace(TASK, task.name),
@@ -87,22 +104,31 @@ def _fingerprint(config: StreamConfig, endpoint: Endpoint, task: Task, records: 
             "max_new_tokens": config.evaluation.max_new_tokens,
         }
     )
+    return Origin(fingerprint, images.get(task.name))
 
 
 class _Asker:
     """Asks the questions of one task."""
 
-    def __init__(self, config: StreamConfig, endpoint: Endpoint, chat: Chat, task: Task, records: TestRecords) -> None:
-        self.config, self.task, self.records = config, task, records
+    def __init__(
+        self,
+        config: StreamConfig,
+        endpoint: Endpoint,
+        chat: Chat,
+        task: Task,
+        records: TestRecords,
+        origin: Origin,
+    ) -> None:
+        self.config, self.task, self.records, self.origin = config, task, records, origin
         self.model = endpoint.model.replace(TASK, task.name)
-        self.fingerprint = _fingerprint(config, endpoint, task, records)
+        self._candidates = candidate_answers(records)
         self._chat, self._roots = chat, task_image_roots(config, task)
 
     def answer(self, folder: Path) -> dict[str, Any]:
         """Answer every question that has no answer yet, and write the answer file."""
         folder.mkdir(parents=True, exist_ok=True)
-        answered = read_journals(folder, self.fingerprint)
-        journal = folder / f".answers-{self.fingerprint[:16]}-0.jsonl"
+        answered = read_journals(folder, self.origin.journal)
+        journal = journal_of(folder, self.origin.journal, 0)
         started, total = time.monotonic(), len(self.records)
         label = f"{self.task.name} from {self.model}"
         with (
@@ -110,20 +136,34 @@ class _Asker:
             progress_bar(desc=label, total=total, initial=len(answered), unit="answer") as bar,
         ):
 
-            def note(index: int, text: str) -> None:
-                file.write(journal_line(index, text, self.fingerprint))
+            def note(index: int, reply: Reply) -> None:
+                answer = Answered(reply.text, _probability(reply, self._candidates[index]))
+                file.write(journal_line(index, answer, self.origin.journal))
                 file.flush()
-                answered[index] = text
+                answered[index] = answer
                 bar.update()
 
             missing = [index for index in range(total) if index not in answered]
             try:
                 self._chat.ask_each(missing, lambda index: self._body(self.records[index]), self._place, note)
             except UserError as error:
-                progress = f"{len(answered)} of {total} answers to {self.task.name} are kept; the same command goes on"
-                raise type(error)(f"{error}. {progress}") from None
-        publish(self.records, answered, folder / ANSWERS, self.model, self.fingerprint)
-        return {"seconds": round(time.monotonic() - started, 3)}
+                kept = f"{len(answered)} of {total} answers to {self.task.name} are kept; the same command goes on"
+                raise type(error)(f"{error}. {kept}") from None
+        if not any(answer.text for answer in answered.values()):
+            journal.unlink()  # so that the same command asks again
+            raise EndpointError(self._nothing_said(answered))
+        publish(list(self.records), answered, folder, self.model, self.origin.fingerprint)
+        return {"seconds": round(time.monotonic() - started, 3), "greedy": self._chat.greedy}
+
+    def _nothing_said(self, answered: Mapping[int, Answered]) -> str:
+        reasons = Counter(of.probability.reason for of in answered.values() if of.probability is not None)
+        told = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+        limit = self.config.evaluation.max_new_tokens
+        return (
+            f"{self.model} gave no text in any of its {len(answered)} answers to {self.task.name} (finish_reason "
+            f"{told}). Where it is length, raise evaluation.max_new_tokens = {limit}: a model that reasons needs more; "
+            "content_filter and refusal say that the service does not answer such questions"
+        )
 
     def _place(self, index: int) -> str:
         return f"the question on {self.records.place(index)} of {self.records.path}"
@@ -137,6 +177,7 @@ class _Asker:
             "messages": [{"role": "user", "content": content}],
             "max_tokens": self.config.evaluation.max_new_tokens,
             "temperature": 0,
+            **({"logprobs": True, "top_logprobs": TOP_LOGPROBS} if self.config.evaluation.probabilities else {}),
         }
 
     def _data_url(self, name: str) -> str:
@@ -147,3 +188,20 @@ class _Asker:
         except DataError as error:
             raise DataError(f"{self.records.path}: {error}") from None
         return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _probability(reply: Reply, candidates: tuple[str, ...]) -> AnswerProbability:
+    """What a server tells of an answer: its tokens' log-probabilities, and the likeliest first tokens, among which a
+    candidate of one token may be."""
+    first = {token.strip().casefold(): logprob for token, logprob in reversed(list(reply.first.items()))}
+    known = tuple(first.get(candidate.casefold()) for candidate in candidates)
+    return AnswerProbability(
+        tokens=None if reply.logprobs is None else len(reply.logprobs),
+        finished=None if reply.reason is None else reply.reason != "length",
+        reason=reply.reason,
+        logprob=None if reply.logprobs is None else sum(reply.logprobs),
+        logprob_first=reply.logprobs[0] if reply.logprobs else None,
+        candidates=candidates,
+        logprobs=known,
+        lengths=tuple(1 for _ in candidates),
+    )

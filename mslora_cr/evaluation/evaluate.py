@@ -10,14 +10,15 @@ from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.tasks import test_records
 from mslora_cr.distributed.comm import barrier, rank
 from mslora_cr.distributed.launch import start_processes
-from mslora_cr.evaluation.answer_files import answer_once
+from mslora_cr.evaluation.answer_files import Origin, answer_once
 from mslora_cr.evaluation.cells import PlannedCell, Stages, cells
 from mslora_cr.evaluation.clinical import task_frequencies
+from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.results import EVALUATION, Cell
 from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.evaluation.session import EvaluationSession
-from mslora_cr.evaluation.summary import cell_row, question_digests, write_summary
+from mslora_cr.evaluation.summary import cell_row, image_digests, question_digests, write_summary
 from mslora_cr.metrics.published import Scores
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import finished_banks
@@ -60,17 +61,20 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
     records = {name: test_records(config, config.task(name)) for name in sorted(names)}
     switches = len({cell.banks for cell in wanted}) > 1
     session = EvaluationSession(config, list(by_number.values()), records, cached_images=True, switches=switches)
-    questions = question_digests(config, records)
-    fingerprints = {
-        cell.place: session.fingerprint(
-            [by_number[number] for number in cell.banks],
-            questions=questions.get(cell.task.name),  # of questions that are not there, it is no answer's fingerprint
-            fold=config.lora.fold,
+    questions, images = question_digests(config, records), image_digests(config, records)
+    origins = {
+        cell.place: Origin(
+            session.fingerprint(
+                [by_number[number] for number in cell.banks],
+                questions=questions.get(cell.task.name),  # of questions that are not there, no answer has this one
+                fold=config.lora.fold,
+            ),
+            images.get(cell.task.name),
         )
         for cell in cells(config, "all", learned)
     }
     facts = {
-        f"the questions, banks or settings of {cell.task.name} at stage {cell.stage}": fingerprints[cell.place]
+        f"the questions, banks or settings of {cell.task.name} at stage {cell.stage}": origins[cell.place]
         for cell in wanted
     }
     check_hosts(config.results_run_dir, facts)
@@ -78,20 +82,20 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
     scored: dict[Path, Scores] = {}
     rows = {
         cell.place: answer_cell(
-            session, cell, [by_number[number] for number in cell.banks], fingerprints[cell.place], scored
+            session, cell, [by_number[number] for number in cell.banks], origins[cell.place], scored
         )
         for cell in sorted(wanted, key=lambda cell: cell.banks)
     }
     path = config.results_run_dir / EVALUATION
     if rank() == 0:
-        possible = {place: [fingerprint] for place, fingerprint in fingerprints.items()}
+        possible = {place: [origin] for place, origin in origins.items()}
         write_summary(config, path, [row for cell in wanted if (row := rows[cell.place])], possible)
     barrier()
     return path
 
 
 def answer_cell(
-    session: EvaluationSession, cell: PlannedCell, banks: Sequence[Bank], fingerprint: str, scored: dict[Path, Scores]
+    session: EvaluationSession, cell: PlannedCell, banks: Sequence[Bank], origin: Origin, scored: dict[Path, Scores]
 ) -> Cell | None:
     """Answer and score a cell, unless that was done before; on the first rank its row of `evaluation.json`.
 
@@ -101,9 +105,9 @@ def answer_cell(
     folder, records = cell.folder, session.records[cell.task.name]
 
     def answer() -> dict[str, float]:
-        return session.answer_merged(cell.task, banks, folder, fingerprint)
+        return session.answer_merged(cell.task, banks, folder, origin)
 
-    stamp = answer_once(folder, fingerprint, len(records), answer)
+    stamp = answer_once(folder, origin, len(records), answer)
     if rank() != 0:
         return None
     if folder not in scored:
@@ -111,4 +115,6 @@ def answer_cell(
             folder / ANSWERS, folder, records, training=task_frequencies(session.config, cell.task)
         )
     names, root = [bank.name for bank in banks], session.config.results_run_dir
-    return cell_row(cell.task, cell.stage, names, folder, root, stamp, records, scored[folder])
+    row = cell_row(cell.task, cell.stage, names, folder, root, stamp, records, scored[folder])
+    warn_of_doubts(row, session.config.evaluation.max_new_tokens)
+    return row

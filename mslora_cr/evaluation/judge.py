@@ -18,9 +18,10 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
-from mslora_cr.evaluation.openai_client import Body, Chat, Endpoint, folder_name
+from mslora_cr.evaluation.openai_client import Body, Chat, Endpoint, Reply, folder_name
 from mslora_cr.evaluation.results import Evaluation, required_evaluation
 from mslora_cr.evaluation.score import SCORES, AnswerRecord, read_answers, read_scores
+from mslora_cr.metrics.thinking import without_thinking
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.statistics.interval import Interval, span
 from mslora_cr.statistics.intervals import estimate, percent, score_interval
@@ -142,11 +143,15 @@ def _replies(path: Path, endpoint: Endpoint, questions: Sequence[_Question]) -> 
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):  # a kill cut the last line short
             file.write(b"\n")
 
-        def note(index: int, reply: str) -> None:
-            key = keys[missing[index]]
-            file.write(_line(key, reply, missing[index], endpoint.model))
+        cut = 0
+
+        def note(index: int, reply: Reply) -> None:
+            nonlocal cut
+            key, text = keys[missing[index]], without_thinking(reply.text).strip()
+            file.write(_line(key, text, missing[index], endpoint.model))
             file.flush()
-            verdicts[key] = reply
+            verdicts[key] = text
+            cut += reply.reason == "length" and verdict_of(text) is None
             bar.update()
 
         try:
@@ -161,6 +166,15 @@ def _replies(path: Path, endpoint: Endpoint, questions: Sequence[_Question]) -> 
             raise type(error)(
                 f"{error}. {already} of {len(questions)} verdicts are kept; the same command goes on"
             ) from None
+    if cut:
+        log.warning(
+            "%d of %d verdicts of %s were cut off after %d tokens and count as unclear: take a judge that does not "
+            "think aloud",
+            cut,
+            len(missing),
+            endpoint.model,
+            LONGEST_REPLY,
+        )
     return {question: verdicts[key] for question, key in keys.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +11,20 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Event, Lock
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import httpx
 
 from mslora_cr.distributed.comm import world_size
 from mslora_cr.utils.errors import UserError
 
+log = logging.getLogger(__name__)
+
 Body = Mapping[str, Any]
+PASSING = (408, 409, 425, 429)
+"""Statuses of clients' errors that another attempt may mend."""
+TOP_LOGPROBS = 20
+"""The most that OpenAI's servers tell."""
 LONGEST_PAUSE = 30.0
 
 
@@ -83,6 +90,12 @@ class Chat:
         limits = httpx.Limits(max_connections=endpoint.concurrency)
         self._client = httpx.Client(timeout=endpoint.timeout, headers=headers, limits=limits)
         self._lock, self._stopped = Lock(), Event()
+        self._dialect = Dialect()
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every answer so far was asked for at temperature 0."""
+        return self._dialect.greedy
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +110,7 @@ class Chat:
         items: Sequence[int],
         body: Callable[[int], Body],
         place: Callable[[int], str],
-        note: Callable[[int, str], None],
+        note: Callable[[int, Reply], None],
     ) -> None:
         """Ask for every item, several at once.
 
@@ -126,30 +139,35 @@ class Chat:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _ask(self, body: Body, label: str) -> str | None:
+    def _ask(self, body: Body, label: str) -> Reply | None:
         """The answer; None if everything ends meanwhile."""
-        endpoint, problem = self._endpoint, ""
-        for attempt in range(endpoint.attempts):
+        endpoint, problem, attempt = self._endpoint, "", 0
+        while attempt < endpoint.attempts:
             pause = min(endpoint.pause * 2 ** (attempt - 1), LONGEST_PAUSE) if attempt else 0.0
             if self._stopped.wait(pause):
                 return None
+            sent = self._dialect.spelled(body)
+            attempt += 1
             try:
-                response = self._client.post(self._url, json=body)
+                response = self._client.post(self._url, json=sent)
             except httpx.TransportError as error:  # refused, timed out, broken off
                 problem = f"{type(error).__name__}: {error}".rstrip(": ")
                 continue
-            if response.is_success:
-                text = _text_of(response)
-                if text is not None:
-                    return text
+            failure = failure_of(response)
+            if failure is None:
+                reply = reply_of(response)
+                if reply is not None:
+                    return reply
                 problem = "an answer that is not a whole chat completion"
-            elif response.status_code == 429 or response.status_code >= 500:
-                problem = f"HTTP {response.status_code}"
+            elif failure.passes:
+                problem = f"HTTP {failure.status}"
                 if response.headers.get("Retry-After", "").isdecimal():
                     self._stopped.wait(min(float(response.headers["Retry-After"]), LONGEST_PAUSE))
+            elif self._dialect.learn(sent, failure):
+                attempt -= 1
             else:
                 raise EndpointError(
-                    f"{self._url}: the server refuses {label} (HTTP {response.status_code}: {response.text[:300]!r})"
+                    f"{self._url}: the server refuses {label} (HTTP {failure.status}: {failure.text[:300]!r})"
                 )
         raise EndpointError(
             f"{self._url}: no answer from {body['model']} in {endpoint.attempts} attempts (last: {problem}); see "
@@ -157,12 +175,126 @@ class Chat:
         )
 
 
-def _text_of(response: httpx.Response) -> str | None:
-    """The text of a chat completion; None if it is none."""
+class Reply(NamedTuple):
+    """A chat completion.
+
+    Attributes:
+        text: the answer, outer white space removed; empty where there is none.
+        reason: why the server stopped: its `finish_reason`, or "refusal".
+        logprobs: log-probabilities of the tokens; None where the server does not tell.
+        first: the likeliest first tokens and their log-probabilities, as far as the server tells.
+    """
+
+    text: str
+    reason: str | None = None
+    logprobs: tuple[float, ...] | None = None
+    first: Mapping[str, float] = {}
+
+
+class Failure(NamedTuple):
+    """Why there is no reply."""
+
+    status: int
+    text: str
+
+    @property
+    def passes(self) -> bool:
+        """Whether another attempt may succeed."""
+        return self.status in PASSING or self.status >= 500
+
+
+def failure_of(response: httpx.Response) -> Failure | None:
+    """What went wrong, also where a server says so inside a 200; None where nothing did."""
+    if not response.is_success:
+        return Failure(response.status_code, response.text)
     try:
-        content = response.json()["choices"][0]["message"]["content"]
+        content = response.json()
+    except (ValueError, RecursionError):
+        return None
+    error = content.get("error") if isinstance(content, dict) and not content.get("choices") else None
+    if not error:
+        return None
+    code = str(error.get("code")) if isinstance(error, dict) else ""
+    return Failure(int(code) if re.fullmatch("[45][0-9][0-9]", code) else 400, response.text)
+
+
+def reply_of(response: httpx.Response) -> Reply | None:
+    """The chat completion; None if it is none."""
+    try:
+        choice = response.json()["choices"][0]
+        message = choice["message"]
+        text = _text_of(message["content"])
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
+    if text is None:
+        return None
+    reason = "refusal" if message.get("refusal") else choice.get("finish_reason")
+    logprobs, first = _logprobs_of(choice.get("logprobs"))
+    return Reply(text.strip(), reason if isinstance(reason, str) else None, logprobs, first)
+
+
+def _text_of(content: Any) -> str | None:
+    """Of a message's content: a text, its parts, of which thinking is none of the answer, or nothing."""
     if content is None:  # a refusal, or nothing but reasoning
         return ""
-    return content.strip() if isinstance(content, str) else None
+    if isinstance(content, list):
+        parts = [part["text"] for part in content if part["type"] in _TEXTS]
+        return "".join(map(str, parts))
+    return content if isinstance(content, str) else None
+
+
+_TEXTS = ("text", "output_text")
+
+
+def _logprobs_of(told: Any) -> tuple[tuple[float, ...] | None, dict[str, float]]:
+    try:
+        tokens: Sequence[Any] = told["content"]
+        logprobs = tuple(float(token["logprob"]) for token in tokens)
+        likely = tokens[0].get("top_logprobs") or []
+        return logprobs, {str(token["token"]): float(token["logprob"]) for token in likely}
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return None, {}
+
+
+class Dialect:
+    """How a server spells the fields of a request, learned from what it refuses; for several threads."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._limit = "max_tokens"
+        self._left_out: set[str] = set()
+
+    @property
+    def greedy(self) -> bool:
+        return "temperature" not in self._left_out
+
+    def spelled(self, body: Body) -> dict[str, Any]:
+        """A request in the server's dialect."""
+        with self._lock:
+            sent = {key: value for key, value in body.items() if key not in self._left_out}
+            if "max_tokens" in sent:
+                sent[self._limit] = sent.pop("max_tokens")
+            return sent
+
+    def learn(self, sent: Body, failure: Failure) -> bool:
+        """Whether the same request may be sent again, spelled otherwise.
+
+        Args:
+            sent: what was refused, as it was spelled.
+        """
+        if failure.status not in (400, 422):
+            return False
+        with self._lock:
+            if "max_tokens" in sent and "max_tokens" in failure.text:
+                self._limit = "max_completion_tokens"
+            elif "temperature" in sent and "temperature" in failure.text:
+                self._leave_out("temperature")
+                log.warning("the server does not take temperature 0: its answers are not greedy")
+            elif "logprobs" in sent:
+                self._leave_out("logprobs", "top_logprobs")
+            else:
+                return False
+        return True
+
+    def _leave_out(self, *fields: str) -> None:
+        self._left_out.update(fields)

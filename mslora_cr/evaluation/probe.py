@@ -7,9 +7,13 @@ from pathlib import Path
 
 from mslora_cr.banks.bank import Bank
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
-from mslora_cr.data.tasks import test_records
+from mslora_cr.data.image_digests import images_digest
+from mslora_cr.data.images import paths_of
+from mslora_cr.data.records import shown_images
+from mslora_cr.data.tasks import task_image_roots, test_records
 from mslora_cr.distributed.comm import barrier, rank
 from mslora_cr.distributed.launch import start_processes
+from mslora_cr.evaluation.answer_files import Origin
 from mslora_cr.evaluation.cells import PlannedCell
 from mslora_cr.evaluation.evaluate import answer_cell
 from mslora_cr.evaluation.probe_result import MEASURED, PROBE, Loss, Probe
@@ -70,18 +74,18 @@ def _evaluate(config: StreamConfig, task: Task, banks: Mapping[str, Bank] | None
     records = test_records(config, task)
     wanted = _cells(config, task, by_number)
     banks_of = {cell.stage: [by_number[number] for number in cell.banks] for cell in wanted}
-    measured = list(by_number.values())
-    session = EvaluationSession(config, measured, {task.name: records}, cached_images=True, switches=True)
-    fingerprints = {
-        stage: session.fingerprint(answering, questions=records.digest, fold=config.lora.fold)
+    known = list(by_number.values())
+    session = EvaluationSession(config, known, {task.name: records}, cached_images=True, switches=True)
+    shown = [shown_images(record, config.data.images == "all") for record in records]
+    images = images_digest(paths_of(shown, task_image_roots(config, task)))
+    origins = {
+        stage: Origin(session.fingerprint(answering, questions=records.digest, fold=config.lora.fold), images)
         for stage, answering in banks_of.items()
     }
-    facts = {
-        f"the questions, banks or settings of {task.name} at stage {stage}": of for stage, of in fingerprints.items()
-    }
+    facts = {f"the questions, banks or settings of {task.name} at stage {stage}": of for stage, of in origins.items()}
     check_hosts(config.results_run_dir, facts)
     scored: dict[Path, Scores] = {}
-    rows = [answer_cell(session, cell, banks_of[cell.stage], fingerprints[cell.stage], scored) for cell in wanted]
+    rows = [answer_cell(session, cell, banks_of[cell.stage], origins[cell.stage], scored) for cell in wanted]
     path = config.results_run_dir / PROBE / task.name / f"{PROBE}.json"
     if rank() == 0:
         cells = tuple(row for row in rows if row is not None)

@@ -27,8 +27,10 @@ class Cell(Part):
 
     `intervals` has the ends of each metric's interval, `freedom` its degrees of freedom and `largest_cluster` the share
     of the largest cluster, which earlier versions did not note, `questions` the digest of the file asked from, `sha256`
-    and `scores_sha256` those of the answers that were scored and of their scores, which version 0.1.0 did not note. The
-    rest is from the answers' `Stamp`.
+    and `scores_sha256` those of the answers that were scored and of their scores, which version 0.1.0 did not note.
+    `unfinished` answers were cut at `evaluation.max_new_tokens`, `empty` ones have no text, `thinking` ones think
+    aloud first, which is not scored; `reasons` counts why a served model stopped, `greedy` is false where it did not
+    take temperature 0. Earlier versions noted none of the five. The rest is from the answers' `Stamp`.
     """
 
     task: str
@@ -43,6 +45,12 @@ class Cell(Part):
     padding_unsorted: float | None = None
     sha256: str | None = None
     scores_sha256: str | None = None
+    images: str | None = None
+    unfinished: int | None = None
+    empty: int | None = None
+    thinking: int | None = None
+    reasons: dict[str, int] | None = None
+    greedy: bool | None = None
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     freedom: dict[str, float] = Field(default_factory=dict)

@@ -20,14 +20,16 @@ from mslora_cr.data.records import TestRecords
 from mslora_cr.data.tasks import task_image_roots, test_records
 from mslora_cr.distributed.comm import all_gather_object, barrier, rank, world_size
 from mslora_cr.distributed.launch import start_processes
-from mslora_cr.evaluation.answer_files import answer_once, read_stamp, write_stamp
+from mslora_cr.evaluation.answer_files import Origin, answer_once, fingerprint_of, read_stamp, write_stamp
 from mslora_cr.evaluation.cells import CellKey, Stages, stages_of
 from mslora_cr.evaluation.clinical import task_frequencies
+from mslora_cr.evaluation.doubts import warn_of_doubts
+from mslora_cr.evaluation.probabilities import PROBABILITIES
 from mslora_cr.evaluation.results import EVALUATION, Cell
 from mslora_cr.evaluation.schemas import ANSWERS, ROUTED, ROUTING, Routing, StageRouting
 from mslora_cr.evaluation.score import group_numbers, question_places, score_file
 from mslora_cr.evaluation.session import EvaluationSession
-from mslora_cr.evaluation.summary import cell_row, question_digests, write_summary
+from mslora_cr.evaluation.summary import cell_row, image_digests, question_digests, write_summary
 from mslora_cr.methods.base import method_of, needs_task
 from mslora_cr.routing.fit import feature_extractor
 from mslora_cr.routing.lda import TaskRouter, TaskStatistics
@@ -35,7 +37,7 @@ from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import Ledger, finished_banks
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.statistics.intervals import estimate, percent, score_interval
-from mslora_cr.utils.files import replacing
+from mslora_cr.utils.files import replacing, write_text
 from mslora_cr.utils.regular import check_regular
 
 
@@ -80,7 +82,7 @@ def _evaluate_routed(config: StreamConfig, stages: Stages, banks: Mapping[str, B
     ledger = Ledger.read(config)
     routed = _Routed(config, chain, [ledger.statistics(task.name) for task in learned[: max(tasks_at)]], records)
     facts = {
-        f"the questions, banks or settings at stage {stage}": routed.fingerprint(stage, tasks)
+        f"the questions, banks or settings at stage {stage}": routed.origin(stage, tasks)
         for stage, tasks in tasks_at.items()
     }
     check_hosts(config.results_run_dir, facts)
@@ -119,6 +121,7 @@ class _Routed:
         self.statistics = statistics
         self._session = EvaluationSession(config, self.banks, records)
         self._records, self._question_digests = records, question_digests(config, records)
+        self._image_digests = image_digests(config, records)
         self._routers = list(_router_digests(statistics))
         self._features: dict[str, Tensor] = {}
 
@@ -131,14 +134,14 @@ class _Routed:
         """
         root = self.config.results_run_dir / ROUTED
         together = root / f"stage-{stage}"
-        fingerprint = self.fingerprint(stage, tasks)
+        origin = self.origin(stage, tasks)
         folders = {task.name: root / task.name / f"stage-{stage}" for task in tasks}
         counts = {folder: len(self._records[name]) for name, folder in folders.items()}
         stamp = answer_once(
             together,
-            fingerprint,
+            origin,
             sum(counts.values()),
-            lambda: self._answer(stage, tasks, together, folders, fingerprint),
+            lambda: self._answer(stage, tasks, together, folders, origin),
             counts,
         )
         if rank() != 0:
@@ -155,19 +158,20 @@ class _Routed:
             rows[task.name, stage] = cell_row(
                 task, stage, names, folders[task.name], root, stamp, self._records[task.name], scores
             )
+            warn_of_doubts(rows[task.name, stage], self.config.evaluation.max_new_tokens)
         return rows
 
     def _answer(
-        self, stage: int, tasks: Sequence[Task], together: Path, folders: Mapping[str, Path], fingerprint: str
+        self, stage: int, tasks: Sequence[Task], together: Path, folders: Mapping[str, Path], origin: Origin
     ) -> dict[str, Any]:
         router = self._router(stage)
         routes = {task.name: router.route(self._features_of(task)).tolist() for task in tasks}
         mixes = method_of(self.config).mixes_banks
         banks, weights = self._mix(stage, tasks, router) if mixes else self._choose(stage, tasks, routes)
         label = f"{len(tasks)} tasks mixed, routed among {stage}"
-        padding = self._session.answer_mixed(tasks, weights, together, fingerprint, label, banks)
+        padding = self._session.answer_mixed(tasks, weights, together, origin, label, banks)
         if rank() == 0:
-            self._part(tasks, together, folders, routes, fingerprint)
+            self._part(tasks, together, folders, routes, origin.fingerprint)
         return {**padding, "routing": self._confusion(stage, tasks, routes)}
 
     def _part(
@@ -179,16 +183,23 @@ class _Routed:
         fingerprint: str,
     ) -> None:
         """Give each task its share of the answers, each noting the task it was taken for."""
+        probabilities = together / PROBABILITIES
+        known = probabilities.read_text(encoding="utf-8").splitlines(keepends=True) if probabilities.is_file() else []
         with check_regular(together / ANSWERS).open(encoding="utf-8") as lines:
             for task in tasks:
                 folder = folders[task.name]
                 folder.mkdir(parents=True, exist_ok=True)
+                own, known = known[: len(routes[task.name])], known[len(routes[task.name]) :]
+                (folder / PROBABILITIES).unlink(missing_ok=True)
+                if own:
+                    write_text(folder / PROBABILITIES, "".join(own))
                 with replacing(folder / ANSWERS) as partial, partial.open("w", encoding="utf-8") as file:
                     for route in routes[task.name]:
                         answer = {**json.loads(next(lines)), "metadata": {"routed_to": self.banks[route].name}}
                         file.write(json.dumps(answer, ensure_ascii=False) + "\n")
                 write_stamp(folder, fingerprint, len(routes[task.name]))
         (together / ANSWERS).unlink()
+        probabilities.unlink(missing_ok=True)
 
     def _confusion(self, stage: int, tasks: Sequence[Task], routes: Mapping[str, Sequence[int]]) -> StageRouting:
         """How many questions of each task were taken for each learned one, and how many of learned tasks rightly."""
@@ -239,25 +250,26 @@ class _Routed:
             self._features[task.name] = features
         return self._features[task.name]
 
-    def fingerprint(self, stage: int, tasks: Sequence[Task]) -> str:
-        """The fingerprint of the answers at a stage."""
-        return self._session.fingerprint(
+    def origin(self, stage: int, tasks: Sequence[Task]) -> Origin:
+        """What decides the answers at a stage."""
+        fingerprint = self._session.fingerprint(
             self.banks[:stage],
             method=self.config.method,
             router=self._routers[stage - 1],
             questions=[self._question_digests.get(task.name) for task in tasks],
             **method_of(self.config).router_settings(self.config),
         )
+        return Origin(fingerprint, fingerprint_of({task.name: self._image_digests.get(task.name) for task in tasks}))
 
-    def possible(self, root: Path) -> dict[CellKey, set[str]]:
+    def possible(self, root: Path) -> dict[CellKey, set[Origin]]:
         """As `write_summary` takes it: the questions of a stage are mixed with those of the tasks learned by then, or
         of all. Only for stages whose entry of `routing.json` is there, and of these answers."""
-        fingerprints: dict[CellKey, set[str]] = {}
+        origins: dict[CellKey, set[Origin]] = {}
         for stage in range(1, len(self.banks) + 1):
-            ways = {self.fingerprint(stage, tasks) for tasks in (self.config.stream[:stage], self.config.stream)}
-            if any(read_stamp(root / f"stage-{stage}", way) for way in ways):
-                fingerprints |= {(task.name, stage): ways for task in self.config.stream}
-        return fingerprints
+            ways = {self.origin(stage, tasks) for tasks in (self.config.stream[:stage], self.config.stream)}
+            if any(read_stamp(root / f"stage-{stage}", way.fingerprint) for way in ways):
+                origins |= {(task.name, stage): ways for task in self.config.stream}
+        return origins
 
 
 def _router_digests(statistics: Sequence[TaskStatistics]) -> Iterator[str]:

@@ -91,6 +91,8 @@ class Stamp(StateFile):
         routing: in `routed/stage-K`, what the router did.
         sha256: digest of the answer file; None in files of version 0.1.0.
         rows: number of answers; None in files of version 0.1.0.
+        images: digest of the images that were shown; None in files of earlier versions.
+        greedy: whether a server took temperature 0; None where no server was asked.
     """
 
     MEND: ClassVar[str] = "remove it; the same command answers these questions again"
@@ -102,6 +104,8 @@ class Stamp(StateFile):
     routing: StageRouting | None = None
     sha256: str | None = None
     rows: int | None = None
+    images: str | None = None
+    greedy: bool | None = None
 
 
 class PairedNote(Part):

@@ -18,7 +18,7 @@ from mslora_cr.data.input_processor import InputProcessor, Prompt
 from mslora_cr.data.records import TestRecord, TestRecords
 from mslora_cr.data.tasks import task_image_roots
 from mslora_cr.distributed.comm import get_device
-from mslora_cr.evaluation.answer_files import answer_questions, fingerprint_of
+from mslora_cr.evaluation.answer_files import Origin, answer_questions, fingerprint_of
 from mslora_cr.evaluation.summary import decoding, fingerprint_fields
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.cached_tower import CachedTower, cached_tower
@@ -77,7 +77,7 @@ class EvaluationSession:
         self._beside = self._beside or (banks, PerSampleAdapters(self.base.model, banks))
         return self._beside[1]
 
-    def answer_merged(self, task: Task, banks: Sequence[Bank], folder: Path, fingerprint: str) -> dict[str, float]:
+    def answer_merged(self, task: Task, banks: Sequence[Bank], folder: Path, origin: Origin) -> dict[str, float]:
         """Answer a task's questions with some banks; returns as `answer_questions`."""
         names = [bank.name for bank in banks]
         if self._merged != names:
@@ -87,14 +87,14 @@ class EvaluationSession:
             self._stack.model.eval()
             self._merged = names
         samples, label = self._questions(task), f"{task.name} with {'+'.join(names) or 'no bank'}"
-        return answer_questions(self._stack.model, samples, folder, decoding(self.config), fingerprint, label)
+        return answer_questions(self._stack.model, samples, folder, decoding(self.config), origin, label)
 
     def answer_mixed(
         self,
         tasks: Sequence[Task],
         weights: Tensor,
         folder: Path,
-        fingerprint: str,
+        origin: Origin,
         label: str,
         banks: Sequence[Bank] | None = None,
     ) -> dict[str, float]:
@@ -107,7 +107,7 @@ class EvaluationSession:
         """
         samples = ConcatEvalDataset([self._questions(task) for task in tasks])
         with self._adapters(self.banks if banks is None else banks).answering(weights) as mixed:
-            return answer_questions(self.base.model, samples, folder, decoding(self.config), fingerprint, label, mixed)
+            return answer_questions(self.base.model, samples, folder, decoding(self.config), origin, label, mixed)
 
     def _questions(self, task: Task) -> EvalDataset:
         records, roots = self.records[task.name], task_image_roots(self.config, task)

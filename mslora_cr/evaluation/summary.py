@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.data.records import TestRecords
-from mslora_cr.data.tasks import task_folder
-from mslora_cr.evaluation.answer_files import answers_are_whole
+from mslora_cr.data.image_digests import images_digest
+from mslora_cr.data.images import paths_of
+from mslora_cr.data.records import DataError, TestRecords, shown_images
+from mslora_cr.data.tasks import task_folder, task_image_roots
+from mslora_cr.evaluation.answer_files import Origin, answers_are_whole
 from mslora_cr.evaluation.cells import CellKey
+from mslora_cr.evaluation.doubts import doubts_of
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.evaluation.schemas import ANSWERS, Stamp
 from mslora_cr.evaluation.score import SCORES, group_numbers, metrics_of, question_places
@@ -36,12 +39,35 @@ def question_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -
     return others | {name: opened.digest for name, opened in records.items()}
 
 
+def image_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -> dict[str, str]:
+    """Digest of the images that the questions of each task show, of every task whose test file and images are there.
+
+    Args:
+        records: by task, the files that are open; they are not read again.
+
+    Raises:
+        DataError: an image of an open file is missing.
+    """
+    digests = {}
+    for task in config.stream:
+        opened = records.get(task.name)
+        try:
+            of = opened if opened is not None else TestRecords(task_folder(config, task) / "test.jsonl")
+            shown = [shown_images(record, config.data.images == "all") for record in of]
+            digests[task.name] = images_digest(paths_of(shown, task_image_roots(config, task)))
+        except DataError:
+            if opened is not None:
+                raise
+    return digests
+
+
 def decoding(config: StreamConfig) -> Decoding:
     return Decoding(
         max_new_tokens=config.evaluation.max_new_tokens,
         batch_size=config.evaluation.batch_size,
         model_id=Path(config.model.path).name,
         workers=int(config.training.get("dataloader_num_workers", 0)),
+        probabilities=config.evaluation.probabilities,
     )
 
 
@@ -85,6 +111,9 @@ def cell_row(
         padding_unsorted=stamp.padding_unsorted,
         sha256=file_digest(folder / ANSWERS),
         scores_sha256=file_digest(folder / SCORES),
+        images=stamp.images,
+        greedy=stamp.greedy,
+        **doubts_of(folder),
         metrics=measured.metrics,
         intervals=measured.intervals,
         freedom=measured.freedom,
@@ -93,7 +122,7 @@ def cell_row(
 
 
 def write_summary(
-    config: StreamConfig, path: Path, rows: Sequence[Cell], possible: Mapping[CellKey, Collection[str]]
+    config: StreamConfig, path: Path, rows: Sequence[Cell], possible: Mapping[CellKey, Collection[Origin]]
 ) -> Evaluation:
     """Merge this call's cells into `evaluation.json`, task by task and stage by stage; returns what it now contains.
 
@@ -102,7 +131,7 @@ def write_summary(
     again. Cells that are left out are named.
 
     Args:
-        possible: the fingerprints that answers to a cell can have with these banks, questions and settings.
+        possible: what can decide answers to a cell with these banks, questions and settings.
     """
     old = Evaluation.read_if_whole(path)
     merged = {row.place: row for row in rows}
@@ -111,13 +140,16 @@ def write_summary(
         if row.place in merged:
             continue
         folder = (path.parent / row.answers).parent
-        if row.fingerprint in possible.get(row.place, ()) and answers_are_whole(folder, row.fingerprint, row.rows):
+        same = any(origin.gave(row.fingerprint, row.images) for origin in possible.get(row.place, ()))
+        if same and answers_are_whole(folder, row.fingerprint, row.rows):
             merged[row.place] = row
         else:
             left_out[row.task].append(str(row.stage))
     if left_out:
         places = "; ".join(f"{task} at stage {', '.join(stages)}" for task, stages in left_out.items())
-        log.warning("%s: left out, because other banks, questions or settings gave the answers: %s", path, places)
+        log.warning(
+            "%s: left out, because other banks, questions, images or settings gave the answers: %s", path, places
+        )
     order = [task.name for task in config.tasks]
     cells = [merged[key] for key in sorted(merged, key=lambda key: (order.index(key[0]), key[1]))]
     summary = Evaluation(

@@ -29,6 +29,8 @@ class Decoding:
     batch_size: int
     model_id: str
     workers: int = 0
+    probabilities: bool = True
+    """Whether answers and the candidates of closed questions are scored as well."""
 
     def limits(self, prompts: Sequence[Prompt]) -> Limits:
         """The most positions held at once: as many as the longest `batch_size` whole prompts and their answers would

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, Protocol
 from nltk.translate.bleu_score import sentence_bleu
 
 from mslora_cr.data.records import AnswerType
-from mslora_cr.metrics.words import NgramCounts, ngram_counts, report_overlap, says
+from mslora_cr.metrics.thinking import without_thinking
+from mslora_cr.metrics.words import NgramCounts, ngram_counts, number_words, report_overlap, says
 
 HIT_RECALL = 0.5
 """An open answer with more than this recall counts as a hit in `hit.csv`; it enters no score."""
@@ -211,7 +212,7 @@ def score_answers(answers: Iterable[ScorableAnswer]) -> Scores:
 
 def _score_row(answer: ScorableAnswer) -> RowScore:
     """Score one answer; a leading or embedded `assistant:` of the chat format is dropped from its text."""
-    said = str(answer.text).lower().replace("assistant:", "").strip()
+    said = without_thinking(str(answer.text)).lower().replace("assistant:", "").strip()
     prediction = normalize_answer(said)
     reference = normalize_answer(str(answer.gt).lower())
     # The published code normalises a second time before it counts words, and so does token_f1: that matters
@@ -228,8 +229,16 @@ def _score_row(answer: ScorableAnswer) -> RowScore:
         bleu=None if closed else _remembered(_bleu, prediction, reference),
         added=None if closed else _remembered(report_overlap, said, str(answer.gt)),
         ngrams=None if closed else _remembered(ngram_counts, prediction, reference),
-        said=says(said, str(answer.gt), prediction, reference) if closed else None,
+        said=_says(said, str(answer.gt), prediction, reference) if closed else None,
     )
+
+
+def _says(said: str, truth: str, prediction: str, reference: str) -> bool:
+    """As `says`, where each number is one word: the published normalisation cuts them at their marks."""
+    written = [number_words(said), number_words(truth.lower())]
+    if written != [said, truth.lower()]:
+        prediction, reference = map(normalize_answer, written)
+    return says(said, truth, prediction, reference)
 
 
 def _remembered(score: Callable[[str, str], tuple[float, ...]], prediction: str, reference: str) -> Any:

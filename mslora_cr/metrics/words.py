@@ -17,6 +17,8 @@ NgramCounts = tuple[int, ...]
 """Of an answer: its n-grams that the truth has, for n = 1..4; its n-grams; its words; the truth's words."""
 
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
+_NUMBER = re.compile(r"(?<![\w.,])(?P<sign>[-+\u2212]?)(?P<digits>\d+(?:[.,]\d+)*)(?!\w)")
+_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
     (0x1000, 0x109F),  # Burmese
@@ -50,6 +52,20 @@ def words(text: str) -> list[str]:
         else:
             spaced.append(" ")
     return "".join(spaced).split() or lowered.split()
+
+
+def number_words(text: str) -> str:
+    """A text in which every number with a sign, a point or a comma is one word of letters and digits.
+
+    So 5 is no part of 3.5, 25 none of 0.25, and 5 is not -5; 1,000 is 1000, and 2,5 is 2.5.
+    """
+    return _NUMBER.sub(_one_word, text)
+
+
+def _one_word(number: re.Match[str]) -> str:
+    digits = number["digits"]
+    digits = digits.replace(",", "") if _THOUSANDS.fullmatch(digits) else digits.replace(",", ".")
+    return ("minus" if number["sign"] in ("-", "\u2212") else "") + digits.replace(".", "point")
 
 
 def report_overlap(prediction: str, reference: str) -> tuple[float, float, float]:

@@ -16,6 +16,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -76,10 +77,21 @@ def load_with_processor(path: Path, options: dict[str, Any], device: torch.devic
         model.to(device)
     model.requires_grad_(False)
     model.eval()
+    model.generation_config = greedy_settings(model)
     check_model(path, model)
     check_processor(path, processor, end_ids(model, processor))
     take_logits_to_keep(model)
     return ProcessorBase(model, processor)
+
+
+def greedy_settings(model: PreTrainedModel) -> GenerationConfig:
+    """A model's generation settings without what would make greedy decoding take another token than the likeliest.
+
+    A folder's `generation_config.json` may hold penalties, suppressed or forced tokens, or a least length; `generate`
+    applies them wherever it is not told otherwise, and servers do so with an exported folder's. The ids of tokens stay.
+    """
+    own = model.generation_config or GenerationConfig()
+    return GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
 
 
 def load_processor(path: Path) -> Any:

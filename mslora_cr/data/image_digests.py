@@ -1,0 +1,39 @@
+"""Digests of image files: other images behind the same names change what was asked or learned."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from mslora_cr.data.records import sample_of
+from mslora_cr.utils.files import file_digest
+
+
+def image_file_digest(image: Path) -> str:
+    """SHA-256 of an image file, which is read again only where its size or modification time is another."""
+    status = image.stat()
+    return _digest(os.fspath(image), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 20)
+def _digest(image: str, size: int, mtime_ns: int) -> str:
+    """Remembered in this process and in data loader workers forked from it; some hundred bytes an image."""
+    return file_digest(Path(image))
+
+
+def images_digest(images: Iterable[Path], most: int | None = None) -> str:
+    """SHA-256 over the sizes of some image files, in their order, and over their contents.
+
+    Args:
+        most: read the contents of this many files at most, the same ones at every call.
+    """
+    files = list(images)
+    sizes = [image.stat().st_size for image in files]
+    read = range(len(files)) if most is None else sample_of(len(files), most)
+    digest = hashlib.sha256(repr(sizes).encode())
+    for place in read:
+        digest.update(image_file_digest(files[place]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,199 @@
+"""How likely a model finds its answers, and each answer of a closed set: `probabilities.jsonl` beside the answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mslora_cr.data.input_processor import InputProcessor
+from mslora_cr.data.records import DataError, TestRecord
+from mslora_cr.generation.branches import Continuations
+from mslora_cr.utils.errors import first_problem
+from mslora_cr.utils.files import replacing
+from mslora_cr.utils.regular import check_regular
+from mslora_cr.utils.strict_json import JsonError, decode_json
+
+PROBABILITIES = "probabilities.jsonl"
+MOST_CANDIDATES = 32
+"""A question with more different truths than this has no closed set of answers."""
+_OPPOSITE = {"yes": "no", "no": "yes"}
+
+
+class AnswerProbability(BaseModel):
+    """What is known of how an answer came about; None where it is not known.
+
+    Attributes:
+        tokens: how many the answer has, the end token included.
+        finished: whether the model ended the answer; false: the limit on new tokens did.
+        reason: why a served model stopped, in its words.
+        logprob: log-probability of the answer, ``Σ_t log p(token t)``. logprob_first: of its first token.
+        candidates: the answers of the question's closed set; empty where it has none.
+        logprobs: of each candidate, ``Σ_t log softmax(logits_t)[c_t]`` behind the same question, its end token
+            included. lengths: tokens of each. None where a server did not tell.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    tokens: int | None = None
+    finished: bool | None = None
+    reason: str | None = None
+    logprob: float | None = None
+    logprob_first: float | None = None
+    candidates: tuple[str, ...] = ()
+    logprobs: tuple[float | None, ...] = ()
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def logprob_mean(self) -> float | None:
+        return None if self.logprob is None or not self.tokens else self.logprob / self.tokens
+
+    def probabilities(self, normalized: bool = False) -> tuple[float, ...] | None:
+        """``p_k = exp(l_k) / Σ_j exp(l_j)`` over the candidates; None where one of them is not known.
+
+        Args:
+            normalized: by length: ``l_k / |c_k|`` in place of ``l_k``.
+        """
+        scores = self._scores(normalized)
+        if not scores:
+            return None
+        highest = max(scores)
+        weights = [math.exp(score - highest) for score in scores]
+        return tuple(weight / sum(weights) for weight in weights)
+
+    @property
+    def share(self) -> float | None:
+        """Probability of all candidates together, ``Σ_k exp(l_k)``: near 0 where the question was not understood."""
+        scores = self._scores(False)
+        return sum(map(math.exp, scores)) if scores else None
+
+    def _scores(self, normalized: bool) -> list[float]:
+        if any(score is None for score in self.logprobs):
+            return []
+        lengths = self.lengths if normalized else [1] * len(self.logprobs)
+        return [score / length for score, length in zip(self.logprobs, lengths, strict=True) if score is not None]
+
+    def row(self, question_id: int | str) -> dict[str, Any]:
+        """A line of `probabilities.jsonl`, with what follows from the rest worked out."""
+        return {
+            "question_id": question_id,
+            **self.model_dump(),
+            "logprob_mean": self.logprob_mean,
+            "p": self.probabilities(),
+            "p_normalized": self.probabilities(normalized=True),
+            "share": self.share,
+        }
+
+
+def candidate_answers(records: Iterable[TestRecord]) -> list[tuple[str, ...]]:
+    """The closed set of answers of each question, in alphabetical order; empty where it has none.
+
+    A question with options has those, as letters where its truth is one. CLOSED questions of one text share a set:
+    their different truths, each in its most frequent spelling. A set of "yes" or "no" alone gets the other. One truth
+    alone, and more than `MOST_CANDIDATES`, are no set.
+    """
+    asked = list(records)
+    truths: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in asked:
+        if record.answer_type == "CLOSED":
+            truths[_same(record.text)][record.gt.strip()] += 1
+    sets = {text: _closed_set(found) for text, found in truths.items()}
+    return [
+        _offered(record) or (sets[_same(record.text)] if record.answer_type == "CLOSED" else ()) for record in asked
+    ]
+
+
+def _offered(record: TestRecord) -> tuple[str, ...]:
+    letters = tuple(record.options)
+    return letters if record.gt in letters else tuple(record.options.values())
+
+
+def _same(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _closed_set(truths: Counter[str]) -> tuple[str, ...]:
+    spellings: dict[str, str] = {}
+    for truth, _ in sorted(truths.items(), key=lambda item: (-item[1], item[0])):
+        spellings.setdefault(truth.casefold(), truth)
+    spellings.pop("", None)
+    for word in list(spellings):
+        if (other := _OPPOSITE.get(word)) is not None and len(spellings) == 1:
+            spellings[other] = other.capitalize() if spellings[word][0].isupper() else other
+    if not 2 <= len(spellings) <= MOST_CANDIDATES:
+        return ()
+    return tuple(spellings[key] for key in sorted(spellings))
+
+
+def continuations_of(
+    records: Iterable[TestRecord], processor: InputProcessor, candidates: Sequence[tuple[str, ...]]
+) -> Callable[[int, Sequence[int]], Continuations]:
+    """What is scored behind each question: the answer that it got, then its candidates."""
+    asked = list(records)
+
+    def continuations(question: int, ids: Sequence[int]) -> Continuations:
+        record = asked[question]
+        images = len(processor.image_names(record))
+        return [ids, *(processor.answer_ids(record.question, images, answer) for answer in candidates[question])]
+
+    return continuations
+
+
+def probability_of(
+    ids: Sequence[int], ends: Sequence[int], candidates: tuple[str, ...], scores: Sequence[Sequence[float]] | None
+) -> AnswerProbability:
+    """Of an answer's ids and what was scored behind its question, as `continuations_of` orders it."""
+    finished = ids[-1] in ends
+    if scores is None:
+        return AnswerProbability(tokens=len(ids), finished=finished)
+    own, *others = scores
+    return AnswerProbability(
+        tokens=len(ids),
+        finished=finished,
+        logprob=round(sum(own), 6),
+        logprob_first=round(own[0], 6),
+        candidates=candidates,
+        logprobs=tuple(round(sum(score), 6) for score in others),
+        lengths=tuple(map(len, others)),
+    )
+
+
+def write_probabilities(
+    path: Path, records: Iterable[TestRecord], known: Mapping[int, AnswerProbability | None]
+) -> None:
+    """Write the file, a line for each question; no file where nothing is known of any."""
+    path.unlink(missing_ok=True)
+    if any(value is not None for value in known.values()):
+        rows = ((known.get(place) or AnswerProbability()).row(of.question_id) for place, of in enumerate(records))
+        write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines, whole or not at all."""
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_probabilities(path: Path) -> list[AnswerProbability]:
+    """The probabilities beside an answer file, in the questions' order; none where there is no file.
+
+    Raises:
+        DataError: a line is malformed; the message names file and line.
+    """
+    if not path.is_file():
+        return []
+    found = []
+    for number, line in enumerate(check_regular(path).read_bytes().split(b"\n"), 1):
+        if line.strip():
+            try:
+                found.append(AnswerProbability.model_validate(decode_json(line)))
+            except ValidationError as error:
+                raise DataError(f"{path}: line {number}: {first_problem(error)}") from None
+            except JsonError as error:
+                raise DataError(f"{path}: line {number}: {error}") from None
+    return found
