@@ -9,7 +9,8 @@ The second takes the tasks for a sample. The third has every task that scores an
 closed accuracy and exact match, as if both runs had been asked different questions (Newcombe, "Interval Estimation for
 the Difference Between Independent Proportions", Statistics in Medicine 1998, method 10). They were asked the same ones,
 so the true interval is narrower, as far as both are right at the same questions. `pathvqa` is left out of these two:
-its scores, to the last digit, and its answer file are the same in all runs. With answers, a test by question follows.
+its scores, to the last digit, and its answer file are the same in all runs. With answers, what the closed
+accuracies hide and tests by question follow.
 """
 
 from __future__ import annotations
@@ -24,17 +25,21 @@ from tabulate import tabulate
 
 from mslora_cr.analysis.compare import compare, render_comparison
 from mslora_cr.data.sources.catalog import TestRows, catalog
+from mslora_cr.evaluation.clinical import asked_answers, clinical_of
+from mslora_cr.evaluation.clinical_file import ClosedMeasured, Measured
 from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import answer_groups, metrics_of, read_answers, render_metrics
 from mslora_cr.metrics.published import score_answers
 from mslora_cr.reporting.render import chance
 from mslora_cr.reporting.run_record import PublishedRun, load_published_scores
 from mslora_cr.reporting.style import METRICS, TITLES
-from mslora_cr.statistics.interval import Interval, span
+from mslora_cr.statistics.interval import Interval, bracketed, span
 from mslora_cr.statistics.intervals import Estimate, estimate_of, mean_interval, percent, score_interval
 from mslora_cr.statistics.significance import holm, sign_test, t_test
 
 BASELINE, SHARED = "each", "pathvqa"
+CLASSES = 8
+"""Most classes of a task whose recall is shown, the most frequent ones."""
 Scores = Mapping[str, Mapping[str, float]]
 """By task and metric, in percent."""
 
@@ -71,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         row["p"], row["p (Holm)"] = chance(row["p"]), chance(adjusted)
     print("\n" + tabulate(tasks, headers="keys", tablefmt="github", disable_numparse=True))
     if args.answers:
+        hidden = [row for run in runs.values() for row in hidden_by(run, args.answers)]
+        print("\n" + tabulate(hidden, headers="keys", tablefmt="github", disable_numparse=True))
         folders = {kind: args.answers / run.run for kind, run in runs.items() if (args.answers / run.run).is_dir()}
         print("\n" + render_comparison(compare(folders, "own")))
     return scores + rows + tasks
@@ -97,6 +104,39 @@ def _scores(run: PublishedRun, task: str, count: TestRows, folder: Path | None) 
         span_of = f" [{span(ends[metric])}]" if metric in ends else ""
         row[title] = "–" if value is None else f"{value:.2f}{span_of}"
     return row | {"recomputed": known}
+
+
+def hidden_by(run: PublishedRun, answers: Path) -> list[dict[str, Any]]:
+    """By task with closed questions: what its accuracy hides, from the answer files of a run that are there."""
+    rows = []
+    for task in run.scores:
+        path = answers / run.run / task / ANSWERS
+        if not path.is_file():
+            continue
+        records = read_answers(path)
+        said = [(row.prompt, str(row.text), str(row.gt), row.answer_type == "CLOSED") for row in records]
+        closed = clinical_of(asked_answers(said, None), answer_groups(records)).closed
+        if closed is not None:
+            rows.append({"run": run.title, "task": task} | _hidden(closed))
+    return rows
+
+
+def _hidden(closed: ClosedMeasured) -> dict[str, str]:
+    figures = {name: _shown(closed.figures.get(name)) for name in ("accuracy", "balanced accuracy")}
+    by_class = sorted(closed.by_class, key=lambda one: -one.questions)[:CLASSES]
+    shown = [f"{one.name} {_shown(one.recall)}" for one in by_class]
+    guessing = f"{100 * closed.guessing.hindsight:.1f}"
+    return {
+        **figures,
+        "constant answer by question": guessing if closed.guessing.above else f"{guessing} (not above)",
+        "recall": "; ".join(shown),
+    }
+
+
+def _shown(figure: Measured | None) -> str:
+    if figure is None:
+        return "–"
+    return f"{100 * figure.value:.1f}{bracketed(percent(figure.interval) if figure.interval else None)}"
 
 
 def score_ends(score: float, questions: int) -> Interval:

@@ -21,6 +21,8 @@ often as they say (`python -m benchmarks.coverage`)."""
 FEWEST_SHARED = 20
 """The least images (of one size) for an interval of a share, where questions share images: with ten it is too wide."""
 YES, NO = "yes", "no"
+NEGATIVE = {NO, "normal", "negative", "benign", "absent", "healthy"}
+"""Of two classes the one of these names is the negative one."""
 
 Classes = NDArray[np.int64]
 """By question, the place of a class in a list of classes; one more than the last place is `no answer of the set`."""
@@ -56,6 +58,11 @@ class Confusion(NamedTuple):
         return flat.reshape(size, size + 1)
 
     @property
+    def has_positive(self) -> bool:
+        """Whether there are two classes, a negative and a positive one, in this order."""
+        return len(self.names) == 2 and [name in NEGATIVE for name in self.names] == [True, False]
+
+    @property
     def varies(self) -> bool:
         """Whether there is more than one class among truths and answers; without, they cannot correlate."""
         return len({*self.truth.tolist(), *self.said.tolist()}) > 1
@@ -88,7 +95,7 @@ def confusion(
     accepted = [[_class(truth, own) for truth in every] for every, own in zip(truths, offered, strict=True)]
     said = [_class(answer, own) for answer, own in zip(answers, offered, strict=True)]
     true = [one if one in every else every[0] for one, every in zip(said, accepted, strict=True)]
-    names = tuple(sorted(set(true), key=lambda name: (name != NO, name != YES, name)))
+    names = tuple(sorted(set(true), key=lambda name: (name not in NEGATIVE, name)))
     if set(names) <= {YES, NO}:
         names = (NO, YES)
         said = [_yes_or_no(answer, one) for answer, one in zip(answers, said, strict=True)]
@@ -114,8 +121,8 @@ def _yes_or_no(answer: str, said: str) -> str:
 
 
 def confusion_figures(known: Confusion) -> dict[str, Figure]:
-    """Accuracy, balanced accuracy, macro F1 and Matthews' correlation, by scikit-learn; of yes-or-no questions also
-    sensitivity, specificity, PPV and NPV, with yes as the positive class.
+    """Accuracy, balanced accuracy, macro F1 and Matthews' correlation, by scikit-learn; where one of two
+    classes is negative (`NEGATIVE`) also sensitivity, specificity, PPV and NPV.
 
     Balanced accuracy, F1 and Matthews' correlation have intervals by linearisation (`bounded_interval`), the shares
     Wilson's; both respect images and patients. Where a class has fewer than `FEWEST` questions, what rests on it has
@@ -139,7 +146,7 @@ def confusion_figures(known: Confusion) -> dict[str, Figure]:
         low = lowest.get(name, 0.0)
         ends = _linearised(known, _FUNCTIONS[name], float(value), low) if enough and len(asked) > 1 else None
         found[name] = Figure(float(value), ends)
-    if known.names == (NO, YES):
+    if known.has_positive:
         for name, (column, of) in _SHARES.items():
             where = (known.truth if of == "truth" else known.said) == column
             if where.any():

@@ -83,6 +83,7 @@ def test_metrics_json_is_full_precision(tmp_path):
         assert 1 < high - low < 20  # of some 100 questions
     assert (found["confidence"], found["groups"]) == (0.95, 240)  # no answer names an image
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "clinical.json",
         "hit.csv",
         "metrics.json",
         "metrics.txt",
