@@ -10,6 +10,8 @@ from mslora_cr.data.records import TrainingRecord
 from mslora_cr.metrics.published import normalize_answer
 from mslora_cr.metrics.words import says
 
+FEWEST = 10
+"""Questions of one text from which on it has a constant answer of its own in hindsight."""
 Frequencies = Mapping[str, Counter[str]]
 """By question, as `question_key` spells it, how often each answer is given."""
 
@@ -53,11 +55,17 @@ def majority_guesses(questions: Sequence[str], training: Frequencies) -> Guesses
 
 
 def hindsight_guesses(questions: Sequence[str], truths: Sequence[str]) -> list[str]:
-    """The constant answer to each question that would have been right most often."""
+    """The constant answer to each question that would have been right most often.
+
+    Questions asked fewer than `FEWEST` times share one constant: the best answer to a question asked once is no guess.
+    """
+    keys = [question_key(question) for question in questions]
+    asked = Counter(keys)
+    shared = [key if asked[key] >= FEWEST else "" for key in keys]
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
-    for question, truth in zip(questions, truths, strict=True):
-        by_question[question_key(question)][truth.strip()] += 1
-    return [_commonest(by_question[question_key(question)]) or "" for question in questions]
+    for key, truth in zip(shared, truths, strict=True):
+        by_question[key][truth.strip().lower()] += 1
+    return [_commonest(by_question[key]) or "" for key in shared]
 
 
 def gives(answer: str, truth: str) -> bool:

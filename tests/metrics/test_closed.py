@@ -141,7 +141,8 @@ def test_what_guessing_gives() -> None:
     asked = ["<image>\nIs there  a MASS?", "Is it CT?", "Is it MR?"]
     guesses = majority_guesses(asked, counted)
     assert guesses == (["no", "yes", "yes"], 1)
-    assert hindsight_guesses(["a?", "a?", "a?", "b?"], ["no", "no", "yes", "yes"]) == ["no", "no", "no", "yes"]
+    asked, truths = ["a?"] * 12 + ["b?", "c?", "d?"], ["no"] * 7 + ["yes"] * 5 + ["yes", "Yes", "no"]
+    assert hindsight_guesses(asked, truths) == ["no"] * 12 + ["yes"] * 3, "questions asked once share a constant"
 
 
 def test_counts() -> None:

@@ -1,0 +1,70 @@
+"""What a number of questions and patients can show: widths of intervals and differences that a test would find."""
+
+from __future__ import annotations
+
+from scipy.special import ndtri
+
+from mslora_cr.statistics.intervals import CONFIDENCE
+
+CORRELATION = 0.2
+"""Intra-class correlation of one patient's questions where nothing is known."""
+POWER = 0.8
+
+
+def design_effect(questions: int, patients: int, correlation: float = CORRELATION) -> float:
+    """How many times as large a variance is because patients have several questions: ``1 + (m - 1) ρ``.
+
+    Source: Kish, Survey Sampling, 1965.
+
+    Args:
+        questions: in all.
+        patients: who share them; at least one.
+        correlation: ρ, between questions of one patient.
+    """
+    return 1 + max(questions / patients - 1, 0.0) * correlation
+
+
+def share_half_width(share: float, questions: int, effect: float = 1.0) -> float:
+    """Half the width of Wilson's interval of a share, such as a sensitivity of so many positive questions.
+
+    Args:
+        share: expected.
+        questions: that carry it, at least one.
+        effect: `design_effect`.
+    """
+    number, z = questions / effect, _z()
+    return float(z / (1 + z**2 / number) * (share * (1 - share) / number + z**2 / (4 * number**2)) ** 0.5)
+
+
+def auroc_half_width(area: float, positives: int, negatives: int, effect: float = 1.0) -> float:
+    """Half the width of the normal interval of an area under the ROC curve.
+
+    Source: Hanley and McNeil, "The Meaning and Use of the Area under a Receiver Operating Characteristic (ROC) Curve",
+    Radiology 1982.
+
+    Args:
+        area: expected.
+        positives: questions whose truth is the class, at least one.
+        negatives: the others, at least one.
+        effect: `design_effect`.
+    """
+    ones, others = positives / effect, negatives / effect
+    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = (area * (1 - area) + (ones - 1) * (q1 - area**2) + (others - 1) * (q2 - area**2)) / (ones * others)
+    return float(_z() * variance**0.5)
+
+
+def detectable_difference(questions: int, changed: float, effect: float = 1.0, power: float = POWER) -> float:
+    """The smallest paired difference that a two-sided test at 5 % finds: ``(z_{α/2} + z_β) √(s / n)``.
+
+    Args:
+        questions: that both sides answer, at least one.
+        changed: s, the share whose score changes.
+        effect: `design_effect`.
+        power: the chance of finding it.
+    """
+    return float((_z() + ndtri(power)) * (changed * effect / questions) ** 0.5)
+
+
+def _z() -> float:
+    return float(ndtri((1 + CONFIDENCE) / 2))

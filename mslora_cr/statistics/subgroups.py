@@ -1,0 +1,130 @@
+"""Scores by group of patients: the worst group, the largest gap, and whether chance could have made them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from mslora_cr.statistics.interval import Interval
+from mslora_cr.statistics.intervals import SAMPLES, SEED, Groups, Scores, estimate, resampled_sums, score_interval
+from mslora_cr.statistics.significance import holm
+
+FEWEST_PATIENTS = 10
+"""Groups of fewer patients (or images, where no patient is known) are counted, not scored."""
+BANDS = 4
+"""Bands of a number, such as an age, each with as many patients."""
+MOST_VALUES = 8
+"""Numbers with more different values than this are cut into bands."""
+
+
+class GroupScore(NamedTuple):
+    """A group of patients.
+
+    Attributes:
+        questions: about them.
+        patients: how many there are.
+        score: mean over questions; None of too few patients.
+        ends: of its interval.
+        p: that the group scores like all others, by permutation, adjusted by Holm's method; None where labels differ
+            within a patient.
+    """
+
+    questions: int
+    patients: int
+    score: float | None
+    ends: Interval | None
+    p: float | None
+
+
+class Subgroups(NamedTuple):
+    """Scores by the values of an attribute.
+
+    Attributes:
+        groups: by value.
+        worst: the scored group with the lowest score; None where fewer than two are scored.
+        gap: the largest score less the lowest.
+        gap_ends: by resampling of patients; the gap of groups that do not differ is above 0 too.
+    """
+
+    groups: dict[str, GroupScore]
+    worst: str | None
+    gap: float | None
+    gap_ends: Interval | None
+
+
+def banded(values: Sequence[str | int | float | None]) -> list[str | None]:
+    """Values as names of groups; numbers of more than `MOST_VALUES` kinds as bands of equally many."""
+    known = [value for value in values if isinstance(value, int | float)]
+    if len(set(known)) <= MOST_VALUES or len(known) < sum(value is not None for value in values):
+        return [None if value is None else str(value) for value in values]
+    edges = np.unique(np.quantile(known, np.linspace(0, 1, BANDS + 1)[1:-1]))
+    names = [f"up to {edges[0]:g}", *(f"above {edge:g}" for edge in edges)]
+    names[1:-1] = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
+    return [None if value is None else names[int(np.searchsorted(edges, float(value)))] for value in values]
+
+
+def subgroups(scores: Scores, patients: Groups, labels: Sequence[str]) -> Subgroups:
+    """Scores by label.
+
+    Args:
+        scores: (questions,), in [0, 1].
+        patients: (questions,), by question the number of its patient or image.
+        labels: (questions,), by question its group.
+    """
+    names, own = np.unique(np.asarray(labels, dtype=object).astype(str), return_inverse=True)
+    clusters = np.unique(patients, return_inverse=True)[1]
+    counts = [len(np.unique(clusters[own == place])) for place in range(len(names))]
+    scored = [place for place, count in enumerate(counts) if count >= FEWEST_PATIENTS]
+    p = _permuted(scores, clusters, own, scored)
+    groups = {}
+    for place, name in enumerate(names):
+        where = own == place
+        known = estimate(scores[where], patients[where]) if place in scored else None
+        groups[str(name)] = GroupScore(
+            questions=int(where.sum()),
+            patients=counts[place],
+            score=known.mean if known else None,
+            ends=score_interval([known]) if known else None,
+            p=p.get(place),
+        )
+    if len(scored) < 2:
+        return Subgroups(groups, None, None, None)
+    means = {place: float(scores[own == place].mean()) for place in scored}
+    worst = min(means, key=lambda place: means[place])
+    gap = max(means.values()) - means[worst]
+    return Subgroups(groups, str(names[worst]), gap, _gap_interval(scores, clusters, own, scored))
+
+
+def _gap_interval(scores: Scores, clusters: Groups, own: Groups, scored: Sequence[int]) -> Interval:
+    columns = [values for place in scored for values in (scores * (own == place), (own == place).astype(np.float64))]
+    sums = resampled_sums(np.column_stack(columns), clusters)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = sums[:, ::2] / sums[:, 1::2]
+    gaps = np.nanmax(means, axis=1) - np.nanmin(means, axis=1)
+    low, high = np.percentile(gaps, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _permuted(scores: Scores, clusters: Groups, own: Groups, scored: Sequence[int]) -> dict[int, float]:
+    """By group, the p-value of its distance from all others under permuted labels of patients, adjusted for the groups;
+    nothing where labels differ within a patient, or fewer than two groups are scored."""
+    count = int(clusters.max()) + 1
+    label = np.zeros(count, dtype=np.int64)
+    label[clusters] = own
+    if (label[clusters] != own).any() or len(scored) < 2:
+        return {}
+    sums, sizes = np.bincount(clusters, scores, count), np.bincount(clusters, minlength=count)
+
+    def distances(labels: Groups) -> Scores:
+        inside = [(sums[labels == place].sum(), sizes[labels == place].sum()) for place in scored]
+        total, asked = sums.sum(), sizes.sum()
+        return np.array([abs(hit / n - (total - hit) / max(asked - n, 1)) for hit, n in inside])
+
+    seen = distances(label)
+    generator = np.random.default_rng(SEED)
+    beyond = sum((distances(generator.permutation(label)) >= seen - 1e-12).astype(int) for _ in range(SAMPLES))
+    raw = [(1 + int(more)) / (1 + SAMPLES) for more in np.atleast_1d(beyond)]
+    return dict(zip(scored, holm(raw), strict=True))
