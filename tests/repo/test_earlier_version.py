@@ -54,5 +54,25 @@ def test_its_results_are_read_and_its_answers_are_not_asked_again(
     assert main(["compare", "results/kept", "results/kept/routed"]) == 0
     assert "pathvqa" in capsys.readouterr().out
     assert main(["report", "run.yaml"]) == 0
-    page = Path("results/kept/report.md").read_text(encoding="utf-8")
-    assert "pathvqa" in page and "PCAM" in page
+    earlier = json.loads((MADE / "results" / "kept" / "evaluation.json").read_text())
+    rows = score_rows(Path("results/kept/report.md"))
+    assert list(rows) == earlier["tasks"]
+    for stage, task in enumerate(earlier["tasks"], start=1):
+        [cell] = [cell for cell in earlier["cells"] if (cell["task"], cell["stage"]) == (task, stage)]
+        assert rows[task]["questions"] == str(cell["rows"])
+        for column, metric in (
+            ("closed accuracy", "close accuracy"),
+            ("F1", "f1 score"),
+            ("exact match", "exact match score"),
+        ):
+            score = cell["metrics"].get(metric)
+            assert rows[task][column].split()[0] == ("–" if score is None else f"{score:.2f}")
+
+
+def score_rows(report: Path) -> dict[str, dict[str, str]]:
+    """The rows of the table of scores, by task and column."""
+    section = report.read_text(encoding="utf-8").partition("## Scores\n")[2].partition("\n## ")[0]
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")
+    ]
+    return {row[0]: dict(zip(table[0], row, strict=True)) for row in table[2:]}
