@@ -59,7 +59,7 @@ def train(run: Run, task: str | None = None, overrides: Sequence[str] = (), forc
     Args:
         task: only this one.
         overrides: `key.path=value`, as on the command line.
-        force: go on in a run folder that another configuration made.
+        force: continue in a run folder that another configuration made.
 
     Raises:
         ConfigError, DataError, ModelError, BankError: before anything is trained.

@@ -142,7 +142,11 @@ def quieten() -> None:
 
 def add_lock(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--lock", type=Path, default=LOCK, metavar="FILE", help="digests that downloads are held against (%(default)s)"
+        "--lock",
+        type=Path,
+        default=LOCK,
+        metavar="FILE",
+        help="digests with which downloads are compared (%(default)s)",
     )
     parser.add_argument("--update", action="store_true", help="take what changed upstream, and lock that")
 

@@ -85,7 +85,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         gone = len(result.missing) + len(result.ambiguous) + len(result.unreadable)
         print(f"left out: {gone} images that are missing, ambiguous or unreadable, {result.rows['unavailable']} rows")
         if gone:
-            print("Scores on what is left cannot be compared with those of the whole data set.")
+            print("Scores on the remaining rows cannot be compared with those of the whole data set.")
         for name in result.unreadable[:20]:
             print(f"  unreadable: {name}")
         return 0

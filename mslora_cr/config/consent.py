@@ -59,8 +59,8 @@ def note_consent(
 
 @cache
 def _warn(refusal: str) -> None:
-    """Say once in a process what is not imported."""
-    log.warning("%s. What does not need its code goes on", refusal)
+    """Warn once per process about a method that is not imported."""
+    log.warning("%s. Commands that do not need its code still work", refusal)
 
 
 def _check_module(method: str, foreign: Sequence[Path]) -> None:

@@ -95,7 +95,7 @@ def _former_defaults(config: StreamConfig, raw: Mapping[str, Any]) -> dict[str, 
         return {}
     values = {key: value for key, value in method.former_defaults.items() if value is not None}
     assignments = ", ".join(f"{method.name}.{key}={value}" for key, value in values.items())
-    log.warning("%s goes on with %s, as it was begun; a new run has another default", config.run_dir, assignments)
+    log.warning("%s continues with %s, as it began; a new run has another default", config.run_dir, assignments)
     return {**raw, method.name: {**given, **values}}
 
 
@@ -303,7 +303,7 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
             raise ConfigError(f"training.save_strategy is {value!r}; choose one of {', '.join(SAVE_STRATEGIES)}")
         if key == "save_total_limit" and (checked[key] is None or checked[key] < 1):
             raise ConfigError(
-                f"training.save_total_limit is {value!r}: give how many checkpoints inside a task are kept, at least 1"
+                f"training.save_total_limit is {value!r}: give the number of checkpoints to keep, at least 1"
             )
         if isinstance(checked[key], float) and not math.isfinite(checked[key]):
             raise ConfigError(f"training.{key}: should be a finite number, found {value!r}")

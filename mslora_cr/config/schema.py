@@ -37,7 +37,7 @@ CATALOGUE = Path(__file__).with_name("catalog.yaml")
 
 
 class ConfigError(UserError):
-    """The configuration is wrong; the message says where and how to mend it."""
+    """The configuration is wrong; the message says where and how to fix it."""
 
 
 def as_number(value: Any) -> Any:
@@ -202,7 +202,7 @@ class StreamConfig(Section):
     training: dict[str, Any] = {}
     """Fields of transformers' TrainingArguments; those that other keys set, or that would do nothing here, are refused.
     `gradient_checkpointing` is `true`, `false`, how many decoder layers are recomputed in the backward pass, or `auto`:
-    as many as a GPU's memory asks for; should it run out all the same, the same command goes on with more."""
+    as many as a GPU's memory asks for; if it still runs out, the same command continues with more."""
     evaluation: EvaluationConfig = EvaluationConfig()
     datasets: dict[Name, DatasetConfig]
     """The published data sets, from the package's catalogue, and those that the file adds."""

@@ -147,7 +147,7 @@ class _Asker:
             try:
                 self._chat.ask_each(missing, lambda index: self._body(self.records[index]), self._place, note)
             except UserError as error:
-                kept = f"{len(answered)} of {total} answers to {self.task.name} are kept; the same command goes on"
+                kept = f"{len(answered)} of {total} answers to {self.task.name} are stored; the same command resumes"
                 raise type(error)(f"{error}. {kept}") from None
         if not any(answer.text for answer in answered.values()):
             journal.unlink()  # so that the same command asks again

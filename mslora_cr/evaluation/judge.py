@@ -164,7 +164,7 @@ def _replies(path: Path, endpoint: Endpoint, questions: Sequence[_Question]) -> 
         except UserError as error:
             already = sum(key in verdicts for key in keys.values())
             raise type(error)(
-                f"{error}. {already} of {len(questions)} verdicts are kept; the same command goes on"
+                f"{error}. {already} of {len(questions)} verdicts are stored; the same command resumes"
             ) from None
     if cut:
         log.warning(

@@ -42,7 +42,7 @@ class Loss(Part):
 
 
 class Probe(StateFile):
-    """`probe/DATASET/probe.json`: a held-out data set at every stage, 0 being the base, and what is lost of it."""
+    """`probe/DATASET/probe.json`: a held-out data set at every stage, 0 being the base model, and the loss."""
 
     MEND: ClassVar[str] = "remove it; `mslora-cr evaluate CONFIG --probe DATASET` writes it again from the answers"
 
@@ -73,7 +73,7 @@ def probe_table(probe: Probe) -> str:
     rows = [
         [row.stage, MEASURED[row.metric], f"{row.base:.1f}", f"{row.score:.1f}", _lost(row)] for row in probe.losses
     ]
-    title = f"{probe.dataset}, which no task trains, {probe.cells[0].rows} questions"
+    title = f"{probe.dataset}, a held-out data set, {probe.cells[0].rows} questions"
     headers = ["stage", "score", "base", "at the stage", "lost"]
     return f"{title}\n{tabulate(rows, headers, disable_numparse=True)}" if rows else f"{title}: the base alone answers"
 

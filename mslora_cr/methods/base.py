@@ -75,7 +75,7 @@ class Method(Generic[Settings]):
         """Refuse what no single key shows to be wrong; called when a configuration is read.
 
         Raises:
-            ValueError: with key, what is wrong, and how to mend it.
+            ValueError: with the key, the error, and how to fix it.
         """
 
     # --- which banks ---

@@ -47,7 +47,7 @@ def load_base(
     """The base model as the configuration asks for it.
 
     Args:
-        kernels: what computes the small operations, as `kernels_of` gives it; None: what answers are computed with.
+        kernels: the library of the small operations, from `kernels_of`; None: the one used for answers.
     """
     base = load_model(
         Path(config.model.path),

@@ -43,7 +43,7 @@ def export(
     stage: int | None = None,
     base: str | None = None,
 ) -> Iterator[Path]:
-    """Write what answers each task, or the one named, after a stage; yields each folder once it is written whole.
+    """Write the banks that answer each task, or one task, after a stage; yields each folder once it is written whole.
 
     Args:
         output: parent of the folders. A folder of an earlier export is replaced, the base model's is kept if it is of

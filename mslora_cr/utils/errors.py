@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong; the message says what, where, and how to mend it."""
+    """An error in the user's input; the message says what is wrong, where, and how to fix it."""
 
 
 class DataError(UserError):

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class StateError(UserError):
-    """A file that the package wrote is damaged or foreign; the message names it and how to mend that."""
+    """A file that the package wrote is damaged or foreign; the message names it and says how to fix that."""
 
 
 class NewerError(StateError):

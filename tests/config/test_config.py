@@ -308,9 +308,9 @@ def test_training_takes_any_field_of_transformers(tmp_path: Path) -> None:
         ({"save_on_each_node": True}, "all nodes write to one shared folder"),
         ({"logging_nan_inf_filter": True}, "a loss that is not finite stops training"),
         ({"length_column_name": "size"}, "lengths are counted from the records"),
-        ({"save_total_limit": 0}, "training.save_total_limit is 0: give how many"),
-        ({"save_total_limit": -1}, "training.save_total_limit is -1: give how many"),
-        ({"save_total_limit": None}, "training.save_total_limit is None: give how many"),
+        ({"save_total_limit": 0}, "training.save_total_limit is 0: give the number"),
+        ({"save_total_limit": -1}, "training.save_total_limit is -1: give the number"),
+        ({"save_total_limit": None}, "training.save_total_limit is None: give the number"),
         ({"save_steps": "often"}, "training.save_steps: should be a number, found 'often'"),
         ({"bf16": "maybe"}, "training.bf16: should be true or false, found 'maybe'"),
     ],
@@ -368,7 +368,7 @@ def test_a_run_folder_goes_on_with_the_defaults_it_was_begun_with(
     saved.write_text(yaml.safe_dump(former.model_dump(mode="json")), encoding="utf-8")
     found = load_config(path)
     assert found == former and found.training_digest() == former.training_digest()
-    assert f"{former.run_dir} goes on with olora.lambda_1=0.5" in caplog.text
+    assert f"{former.run_dir} continues with olora.lambda_1=0.5" in caplog.text
     assert load_config(path, ["olora.lambda_2=0.1"]).model_dump()["olora"] == {"lambda_1": 0.5, "lambda_2": 0.1}
     assert load_config(path, ["olora.relative=20"]).model_dump()["olora"] == {"lambda_2": 0.0, "relative": 20.0}
     assert load_config(path, ["run=another"]).model_dump()["olora"] == relative

@@ -84,7 +84,7 @@ def test_what_is_asked_is_the_picture_and_the_question(
 def test_a_server_that_is_gone_ends_it_and_nothing_is_asked_twice(server: Server, config: StreamConfig) -> None:
     server.left = 3
     with pytest.raises(
-        EndpointError, match=r"no answer from llava in 3 attempts .* 3 of 8 answers to pathvqa are kept"
+        EndpointError, match=r"no answer from llava in 3 attempts .* 3 of 8 answers to pathvqa are stored"
     ):
         evaluate_endpoint(config, endpoint(server, attempts=3))
     server.left = 10**9

@@ -85,7 +85,7 @@ def test_verdicts_are_kept_by_what_was_judged_and_by_whom(
     server: Server, results: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.left = 2
-    with pytest.raises(EndpointError, match=r"no answer from judge in 2 attempts .* 2 of \d+ verdicts are kept"):
+    with pytest.raises(EndpointError, match=r"no answer from judge in 2 attempts .* 2 of \d+ verdicts are stored"):
         judge(results, endpoint(server, attempts=2))
     cache = results / "judged" / "judge" / "verdicts.jsonl"
     first, second = cache.read_bytes().splitlines()

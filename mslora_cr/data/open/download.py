@@ -72,7 +72,7 @@ def download_open(
         source: of the catalogue.
         folder: of the archives.
         endpoint: github.com, or a mirror of it.
-        lock: the lock file that the archive is held against, or entered in at the first time.
+        lock: the lock file; the first download enters the archive, later ones are compared with it.
         update: enter the archive in place of the one that is locked.
         progress: show a bar.
 

@@ -81,7 +81,7 @@ def download(
     start from the beginning.
 
     Args:
-        lock: the lock file that the files are held against, or entered in at the first time.
+        lock: the lock file; the first download enters the files, later ones are compared with it.
         update: enter what is there now in place of what is locked.
 
     Raises:
