@@ -67,12 +67,13 @@ def _ask(args: argparse.Namespace) -> int:
     stage = stage_of(args, config)
     quieten()
     from mslora_cr.serving.answering import AnsweringModel
-    from mslora_cr.serving.questions import Ask, read_questions
+    from mslora_cr.serving.questions import Ask, check_asked, read_questions
 
     # Before the model is loaded, so that a mistake is named at once.
     questions = (
         read_questions(source, args.image) if source else [Ask(text, tuple(args.image)) for text in args.question]
     )
+    check_asked(questions, args.image)
     model = AnsweringModel(config, args.task, stage)
     if not questions and not source:
         converse(model, args.image, sys.stdin, args.max_new_tokens)

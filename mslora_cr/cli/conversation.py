@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mslora_cr.data.records import DataError
@@ -34,7 +35,10 @@ def converse(
         if words[:1] == ["/quit"]:
             break
         if words[:1] == ["/image"] and words[1:]:
-            seen, history = words[1:], []
+            if missing := [name for name in words[1:] if not Path(name).is_file()]:
+                aside(f"error: {missing[0]}: there is no such image file; the pictures stay")
+            else:
+                seen, history = words[1:], []
         elif words == ["/new"]:
             history = []
         elif words and words[0].startswith("/"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -111,6 +112,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             path = evaluate(config, args.stages or "own", args.task, banks)
         if rank() == 0:
             _show_scores(path)
+            _show_routing(path)
         if args.probe:
             probe = evaluate_probe(config, args.probe, banks)
     if rank() == 0:
@@ -128,13 +130,27 @@ def _show_scores(path: Path) -> None:
     print(f"\n{score_table(required_evaluation(path.parent), path.parent)}\n\nresults: {path.parent}", flush=True)
 
 
+def _show_routing(path: Path) -> None:
+    """Print how often the router knew the task, where one chose the banks."""
+    from mslora_cr.evaluation.schemas import ROUTED, ROUTING, Routing
+    from mslora_cr.statistics.interval import bracketed
+
+    if path.parent.name != ROUTED:
+        return
+    for stage in Routing.read(path.parent / ROUTING).stages:
+        if stage.accuracy is not None:
+            ends = f" {bracketed(stage.interval)}" if stage.interval else ""
+            known = f"{stage.accuracy:.1f} %{ends} of {stage.questions} questions"
+            print(f"routing accuracy after task {stage.stage}: {known}")
+
+
 def _show_next(path: Path, args: argparse.Namespace) -> None:
     """Have the answers of an `evaluation.json` judged, where that is asked for, and say what to run next."""
     if args.judge:
         from mslora_cr.evaluation.judge import Judged, judge, judged_table
 
         print(f"\n{judged_table(Judged.read(judge(path.parent, _judge_of(args))))}\n")
-    log.info("next: mslora-cr report %s", args.config)
+    log.info("next: mslora-cr report %s", shlex.join([str(args.config), *args.overrides]))
 
 
 def _judge_of(args: argparse.Namespace) -> Endpoint:
@@ -185,12 +201,14 @@ def add_score(commands: argparse._SubParsersAction) -> None:
 
 def _score(args: argparse.Namespace) -> int:
     from mslora_cr.data.records import TestRecords
+    from mslora_cr.evaluation.console import headline
     from mslora_cr.evaluation.score import render_metrics, score_file
     from mslora_cr.utils.workers import cores
 
     questions = TestRecords(args.questions) if args.questions else None
     scores = score_file(args.answers, args.output, questions, cores())
-    print(render_metrics(scores))
+    print(headline(scores))
+    print(f"\nas published ({args.output / 'metrics.txt'}):\n{render_metrics(scores)}")
     if empty := [str(number) for number, row in enumerate(scores.rows, 1) if not row.reference]:
         listed = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
         log.warning(

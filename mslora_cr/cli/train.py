@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def _train(args: argparse.Namespace) -> int:
     with abort_together():
         if not args.dry_run:
             stream.train(config, only=args.task, force=args.force)
-            log.info("next: mslora-cr evaluate %s", args.config)
+            log.info("next: mslora-cr evaluate %s", shlex.join([str(args.config), *args.overrides]))
         elif rank() == 0:
             _print_plan(config, args.task, args.force)
     return 0

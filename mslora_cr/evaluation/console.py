@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from mslora_cr.evaluation.clinical_file import CLINICAL, Clinical
 from mslora_cr.evaluation.results import Evaluation
+from mslora_cr.metrics.published import Scores
 from mslora_cr.statistics.interval import bracketed
 
 COLUMNS = {"close accuracy": "closed", "f1 score": "F1, open", "exact match score": "exact"}
@@ -57,6 +58,20 @@ def guessing_of(answers: Path) -> str:
     """What guessing makes of a cell's closed score; empty where the score is above it, or an earlier version scored."""
     found = Clinical.read_if_there(answers.with_name(CLINICAL))
     return found.closed.guessing.in_words() if found and found.closed else ""
+
+
+def headline(scores: Scores) -> str:
+    """What counts first of a file of answers, in percent: a closed answer is right only where it is the truth alone."""
+    closed = [row for row in scores.rows if row.answer_type == "CLOSED"]
+    lines = []
+    if closed:
+        exact = 100 * sum(row.exact for row in closed) / len(closed)
+        lines.append(["exact choice, closed", number(exact)])
+        lines.append(["whole words, closed", number(scores.added.get("whole-word accuracy"))])
+        lines.append(["letters found, closed (published)", number(scores.metrics.get("close accuracy"))])
+    if "f1 score" in scores.metrics:
+        lines.append(["F1, open (published)", number(scores.metrics["f1 score"])])
+    return tabulate(lines, ["score", "%"], disable_numparse=True, colalign=("left", "right")) if lines else "no answers"
 
 
 def number(value: float | None, digits: int = 1) -> str:

@@ -115,6 +115,8 @@ class AnsweringModel:
             DataError: a picture cannot be read, or prompt and answer would pass `data.max_length`.
         """
         new_tokens = self.config.evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if not question.strip():
+            raise DataError("the question is empty; type what the model is to answer")
         if new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {new_tokens}; an answer has at least 1")
         images = self._process(images)

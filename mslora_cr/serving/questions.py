@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from mslora_cr.serving.answering import Answer
 from mslora_cr.utils.errors import first_problem
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import STRICT_JSON, explain_json
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,26 @@ def read_questions(source: str, images: Sequence[str]) -> list[Ask]:
     folder = Path() if source == "-" else Path(source).parent
     lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
     return [_read(line, f"{name}: line {number}", folder, images) for number, line in lines if line]
+
+
+def check_asked(questions: Sequence[Ask], images: Sequence[str]) -> None:
+    """Name before the model is loaded what cannot be asked, and what is asked without an image.
+
+    Args:
+        questions: the questions; none where a conversation follows.
+        images: what a conversation begins with.
+
+    Raises:
+        DataError: a question is empty, or an image is no file.
+    """
+    for ask in questions:
+        if not ask.question.strip():
+            raise DataError("a question is empty; type what the model is to answer")
+    for image in dict.fromkeys([*images, *(image for ask in questions for image in ask.images)]):
+        if not Path(image).is_file():
+            raise DataError(f"{image}: there is no such image file")
+    if alone := sum(not ask.images for ask in questions):
+        log.warning("%d of %d questions are asked without an image; give one with --image", alone, len(questions))
 
 
 def _read(line: str, location: str, folder: Path, images: Sequence[str]) -> Ask:

@@ -32,6 +32,8 @@ from mslora_cr.utils.errors import UserError
 PAGE = Path(__file__).with_name("page")
 MOST_BYTES = 32 << 20
 """Of an uploaded picture."""
+LARGEST_SIDE = 640
+"""Pixels of a picture as the page shows it."""
 MOST_LISTED = 200
 """Test questions that one search shows."""
 HEADERS = {
@@ -83,7 +85,10 @@ class _Web:
     def image(self, request: Request) -> Response:
         """A test question's picture, decoded and written anew: no file is handed out as it is."""
         task = self._task(request)
-        return _preview(load_image(self._picture(task, self._record(task, request.query_params.get("index", "")))))
+        side = min(LARGEST_SIDE, max(1, _number(request.query_params.get("size", str(LARGEST_SIDE)))))
+        return _preview(
+            load_image(self._picture(task, self._record(task, request.query_params.get("index", "")))), side
+        )
 
     async def preview(self, request: Request) -> Response:
         """An uploaded picture as the model will see it: browsers show no DICOM."""
@@ -169,9 +174,9 @@ def _uploaded(content: bytes) -> Image.Image:
     return open_image(first_picture(content, Rendering()))
 
 
-def _preview(picture: Image.Image) -> Response:
+def _preview(picture: Image.Image, side: int = LARGEST_SIDE) -> Response:
     file = io.BytesIO()
-    picture.thumbnail((640, 640))
+    picture.thumbnail((side, side))
     picture.save(file, "PNG")
     return Response(file.getvalue(), media_type="image/png")
 

@@ -104,9 +104,10 @@ def test_from_upload_to_answer_in_a_browser(address: str, model: mslora_cr.Answe
         asked()
         assert find("#status").text == "done"
         own = [model.ask(picture, MARKUP, stage=stage) for stage in range(4)]
+        names = [task.name for task in model.config.stream]
         assert texts(".answer .text") == [answer.text or "(no words)" for answer in own]
         assert any("<img src=x onerror" in answer.text for answer in own)
-        assert texts(".answer h2") == ["base model", "after 1 task", "after 2 tasks", "after 3 tasks"]
+        assert texts(".answer h2") == ["base model", *(f"after {stage}: {name}" for stage, name in enumerate(names, 1))]
         likeliest, share = next(iter(own[3].probabilities.items()))
         assert texts("#probabilities div")[0] == f"{likeliest} {100 * share:.1f} %"
         assert find("#name").text == HOSTILE and not find("#truth").is_displayed()
@@ -124,12 +125,19 @@ def test_from_upload_to_answer_in_a_browser(address: str, model: mslora_cr.Answe
         assert find("#truth").text == f"Truth: {question['gt']}" and set(texts(".score")) <= {"right", "wrong"}
         assert len(texts(".score")) == 4
         find("#question").send_keys(" Really?")
+        # Nothing of an earlier answer stands beside another question.
+        assert not texts(".answer") and not find("#truth").is_displayed() and find("#status").text == ""
+        asked()
+        assert texts(".answer")
+        find("#questions li button").click()  # nor beside another picture
+        assert not texts(".answer") and not find("#router").is_displayed() and find("#status").text == ""
+        find("#question").send_keys(" Really?")
         asked()
         assert not find("#truth").is_displayed() and not texts(".score")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
         find("#question").clear()
         asked()
-        assert find("#status").text == "type a question"
+        assert find("#status").text == "type a question" and not texts(".answer")  # nor below an error
     finally:
         browser.quit()
 

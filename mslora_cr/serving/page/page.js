@@ -7,7 +7,7 @@ const make = (tag, text, className) => {
   if (className) element.className = className;
   return element;
 };
-let run, upload = null, picked = null, shown = null, listing = 0;
+let run, upload = null, picked = null, shown = null, listing = 0, asked = 0;
 
 async function get(path, options) {
   const response = await fetch(path, options);
@@ -30,7 +30,20 @@ function show(source, name) {
   at("figure").hidden = false;
 }
 
+// An answer belongs to the picture and question it was given to: it is never shown beside others, nor below an error.
+// What is still being answered is dropped when it comes.
+function forget() {
+  asked += 1;
+  at("answers").replaceChildren();
+  at("truth").hidden = true;
+  at("truth").textContent = "";
+  likely({});
+  tell("");
+  at("ask").disabled = false;
+}
+
 async function take(file) {
+  forget();
   upload = file;
   picked = null;
   show(URL.createObjectURL(file), file.name);
@@ -53,10 +66,16 @@ async function list() {
     const found = await get("api/questions?" + query);
     if (mine !== listing) return;  // a later search has been asked for
     at("questions").replaceChildren(...found.questions.map((row) => {
-      const item = make("li"), button = make("button", row.question);
+      const item = make("li"), button = make("button"), small = make("img");
+      small.loading = "lazy";
+      small.alt = "";
+      small.src = "api/image?" + new URLSearchParams({ task: of, index: row.index, size: 48 });
+      button.append(small, make("span", row.question));
       button.type = "button";
       button.addEventListener("click", () => {
+        forget();
         upload = null;
+        at("file").value = "";  // so that the same file can be chosen again
         picked = { of, index: row.index };
         at("question").value = row.question;
         show("api/image?" + new URLSearchParams({ task: of, index: row.index }), `${of}, question ${row.index + 1}`);
@@ -71,9 +90,13 @@ async function list() {
   }
 }
 
+function stageName(stage) {
+  return stage ? `after ${stage}: ${run.tasks[stage - 1]}` : "base model";
+}
+
 function card(answer) {
   const box = make("div", undefined, "answer");
-  box.append(make("h2", answer.stage ? `after ${answer.stage} task${answer.stage > 1 ? "s" : ""}` : "base model"));
+  box.append(make("h2", stageName(answer.stage)));
   box.append(make("p", answer.text || "(no words)", "text"));
   if (answer.score) {
     box.append(make("p", answer.score, "quiet score"));
@@ -102,19 +125,22 @@ async function ask() {
   form.append("question", at("question").value);
   form.append("task", at("task").value);
   form.append("stages", [...document.querySelectorAll("#stages input:checked")].map((box) => box.value).join(","));
+  forget();
+  const mine = asked;
   at("ask").disabled = true;
   tell("answering…");
   try {
     const found = await get("api/ask", { method: "POST", body: form });
+    if (mine !== asked) return;
     at("answers").replaceChildren(...found.answers.map(card));
     likely(found.probabilities);
     at("truth").hidden = found.truth === null;
     at("truth").textContent = found.truth === null ? "" : `Truth: ${found.truth}`;
     tell("done");
   } catch (error) {
-    tell(error.message, true);
+    if (mine === asked) tell(error.message, true);
   } finally {
-    at("ask").disabled = false;
+    if (mine === asked) at("ask").disabled = false;
   }
 }
 
@@ -134,7 +160,7 @@ async function start() {
     box.type = "checkbox";
     box.value = stage;
     box.checked = stage === 0 || stage === last;
-    label.append(box, stage ? ` after ${stage}` : " base model");
+    label.append(box, ` ${stageName(stage)}`);
     at("stages").append(label);
   }
   at("file").addEventListener("change", () => at("file").files[0] && take(at("file").files[0]));
@@ -149,6 +175,8 @@ async function start() {
   at("of").addEventListener("change", list);
   at("search").addEventListener("input", list);
   at("ask").addEventListener("click", ask);
+  at("question").addEventListener("input", forget);
+  for (const id of ["task", "stages"]) at(id).addEventListener("change", forget);
   document.body.dataset.ready = "yes";
 }
 
