@@ -1,0 +1,151 @@
+"""Calibration of probabilities, and what abstaining costs and saves. Pure functions of arrays."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+
+Floats = NDArray[np.float64]
+
+BINS = 10
+
+
+class BrierParts(NamedTuple):
+    """``score = reliability - resolution + uncertainty``."""
+
+    score: float
+    reliability: float
+    resolution: float
+    uncertainty: float
+
+
+def brier_decomposition(probabilities: Floats, outcomes: Floats) -> BrierParts:
+    """The Brier score and its parts over the distinct forecasts.
+
+    Source: Murphy, "A new vector partition of the probability score", Journal of Applied Meteorology 1973.
+
+    Args:
+        probabilities: (questions,) of the outcome 1.
+        outcomes: (questions,) 0 or 1.
+    """
+    _, forecast = np.unique(probabilities, return_inverse=True)
+    counts = np.bincount(forecast)
+    means = np.bincount(forecast, outcomes) / counts
+    issued = np.bincount(forecast, probabilities) / counts
+    base, weights = outcomes.mean(), counts / len(outcomes)
+    return BrierParts(
+        score=float(np.mean((probabilities - outcomes) ** 2)),
+        reliability=float(weights @ (issued - means) ** 2),
+        resolution=float(weights @ (means - base) ** 2),
+        uncertainty=float(base * (1 - base)),
+    )
+
+
+class ReliabilityBin(NamedTuple):
+    """A bin of a reliability diagram: mean confidence, share of right answers, number of questions."""
+
+    confidence: float
+    accuracy: float
+    questions: int
+
+
+def reliability_bins(confidence: Floats, right: Floats, bins: int = BINS) -> list[ReliabilityBin]:
+    """Bins of equal mass, in the order of confidence; ties keep the questions' order.
+
+    Args:
+        confidence: (questions,) the probability of the answer that was given.
+        right: (questions,) 1 where that answer is right, else 0.
+        bins: how many; none is empty, so that there are fewer where there are fewer questions.
+    """
+    parts = np.array_split(np.argsort(confidence, kind="stable"), bins)
+    return [
+        ReliabilityBin(float(confidence[part].mean()), float(right[part].mean()), len(part))
+        for part in parts
+        if len(part)
+    ]
+
+
+def expected_calibration_error(confidence: Floats, right: Floats, bins: int = BINS) -> float:
+    """``Σ_b n_b/n |accuracy_b - confidence_b|`` over bins of equal mass.
+
+    Source: Nguyen and O'Connor, "Posterior calibration and exploratory analysis for natural language processing
+    models", EMNLP 2015. Arguments: as `reliability_bins`.
+    """
+    parts = reliability_bins(confidence, right, bins)
+    return sum(part.questions * abs(part.accuracy - part.confidence) for part in parts) / len(confidence)
+
+
+def risk_coverage(confidence: Floats, right: Floats) -> Floats:
+    """(questions,) the share of wrong answers among the k surest, for k = 1, …, n; ties keep the questions' order.
+
+    Source: El-Yaniv and Wiener, "On the foundations of noise-free selective classification", JMLR 2010. Arguments: as
+    `reliability_bins`. The area under the curve is its mean.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    return np.cumsum(1 - right[order]) / np.arange(1, len(right) + 1)
+
+
+def accuracy_at_coverage(confidence: Floats, right: Floats, coverage: float) -> float:
+    """The share of right answers among the surest ``ceil(coverage · n)``. Arguments: as `reliability_bins`."""
+    answered = max(1, math.ceil(round(coverage * len(right), 9)))
+    return float(1 - risk_coverage(confidence, right)[answered - 1])
+
+
+def risk_threshold(confidence: Floats, right: Floats, risk: float) -> float | None:
+    """The least confidence from which to answer, so that at most a share `risk` of all questions is answered wrongly.
+
+    Conformal risk control: the least t with ``n/(n+1) · R(t) + 1/(n+1) <= risk``, R(t) the share of the n questions
+    that are wrong with confidence t or more. In expectation the guarantee holds for a question that is exchangeable
+    with them. Source: Angelopoulos, Bates, Fisch, Lei and Schuster, "Conformal risk control", ICLR 2024.
+
+    Args:
+        confidence: (questions,) of validation questions, one of each patient, that nothing was fitted on.
+        right: (questions,) 1 where the answer is right, else 0.
+        risk: the wanted bound, between 0 and 1.
+
+    Returns:
+        The threshold; infinity where nothing may be answered; None where so few questions allow no such bound.
+    """
+    count = len(right)
+    if 1 / (count + 1) > risk:
+        return None
+    order = np.argsort(-confidence, kind="stable")
+    wrong = np.cumsum(1 - right[order])
+    allowed = (wrong + 1) / (count + 1) <= risk + 1e-12
+    sure = confidence[order]
+    # A threshold takes all questions of one confidence or none.
+    last = np.append(sure[1:] != sure[:-1], True)
+    thresholds = sure[allowed & last]
+    return float(thresholds.min()) if len(thresholds) else math.inf
+
+
+def fitted_temperature(scores: list[Floats], truths: list[int]) -> float:
+    """T > 0 that minimises the log loss of ``softmax(scores / T)``; 1 changes nothing.
+
+    Source: Guo, Pleiss, Sun and Weinberger, "On calibration of modern neural networks", ICML 2017.
+
+    Args:
+        scores: of each validation question, the candidates' log-likelihoods.
+        truths: of each, the place of the right candidate.
+    """
+
+    def loss(log_temperature: float) -> float:
+        scaled = [score / math.exp(log_temperature) for score in scores]
+        return float(
+            np.mean([np.logaddexp.reduce(score) - score[truth] for score, truth in zip(scaled, truths, strict=True)])
+        )
+
+    return math.exp(minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x)
+
+
+def conformal_p_value(calibration: Floats, score: float) -> float:
+    """``(1 + #{calibration >= score}) / (n + 1)``: how unusual a score is among those of held-out questions.
+
+    Source: Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005. A question that is exchangeable
+    with them gets a value of p or less with probability of at most p.
+    """
+    return float((1 + np.count_nonzero(calibration >= score)) / (len(calibration) + 1))
