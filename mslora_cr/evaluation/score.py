@@ -46,6 +46,13 @@ def _identifier(value: Any) -> Any:
     return value
 
 
+def _scalar(value: Any) -> Any:
+    """A list scored as Python spells it, or null read as the word None, would count right answers as wrong."""
+    if value is None or isinstance(value, list | dict):
+        raise ValueError("should be one text or number; give each of several true answers a line of its own")
+    return value
+
+
 class AnswerRecord(BaseModel):
     """One line of an answer file; fields that scoring does not need are ignored."""
 
@@ -54,7 +61,7 @@ class AnswerRecord(BaseModel):
     question_id: Annotated[int | str, BeforeValidator(_identifier)]
     prompt: str
     text: Any
-    gt: Any
+    gt: Annotated[Any, BeforeValidator(_scalar)]
     answer_type: AnswerType
     image: Any = None
     patient: Any = None

@@ -504,6 +504,9 @@ def test_ham_keeps_the_images_of_a_lesion_together(file, separator, tmp_path):
     lesions = [{int(row[0][5:]) // 2 for row in rows} for rows in (train, test)]
     assert not lesions[0] & lesions[1] and len(lesions[0] | lesions[1]) == 40
     assert {row[3] for row in test} <= {"nv", "mel"}
+    records = list(TestRecords(tmp_path / "root" / "HAM" / "test.jsonl"))
+    assert {record.patient for record in records} == {f"HAM_{number:07}" for number in lesions[1]}
+    assert {tuple(record.attributes.items()) for record in records} == {(("age", 80),)}
     assert red(tmp_path / "root", "HAM", "images/ISIC_0000041.jpg") == 41
 
 
@@ -641,6 +644,8 @@ MALFORMED = {
         "lesion_id,image_id,dx\na,b,c\na\n",
         "line 3: too few columns",
     ),
+    "long row": ("HAM", "HAM10000_metadata.csv", "lesion_id,image_id,dx\na,b,c, d\n", "line 2: too many columns"),
+    "twice": ("HAM", "HAM10000_metadata.csv", "lesion_id,image_id,dx,dx\na,b,c,d\n", "two columns are called dx"),
     "encoding": ("HAM", "HAM10000_metadata.csv", b"\xff\xfe", "not UTF-8"),
     "field": (
         "pathvqa",

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from mslora_cr.data.records import AnswerType, DataError, Text
+from mslora_cr.data.rows.row import attribute
 from mslora_cr.data.sources.catalog import DataSet
 from mslora_cr.data.sources.pcam import image_name, read_labels
 from mslora_cr.data.sources.raw import RawData, RawFile, read
@@ -41,6 +42,8 @@ class Row(NamedTuple):
     question: str
     answer: str
     answer_type: AnswerType
+    patient: str | None = None
+    attributes: Mapping[str, str | int | float] = {}
 
 
 def build_annotations(
@@ -118,7 +121,7 @@ def _training_record(row: Row) -> dict[str, Any]:
         {"from": "human", "value": f"<image>\n{row.question.strip()}"},
         {"from": "gpt", "value": row.answer.strip()},
     ]
-    return {"id": row.id, "image": row.image, "conversations": turns}
+    return {"id": row.id, "image": row.image, "conversations": turns, **_known(row)}
 
 
 def _test_record(row: Row) -> dict[str, Any]:
@@ -129,7 +132,14 @@ def _test_record(row: Row) -> dict[str, Any]:
         "text": question,
         "gt": answer,
         "answer_type": row.answer_type,
+        **_known(row),
     }
+
+
+def _known(row: Row) -> dict[str, Any]:
+    """What a release knows of patient and image."""
+    patient = {"patient": row.patient} if row.patient else {}
+    return {**patient, **({"attributes": dict(row.attributes)} if row.attributes else {})}
 
 
 # --- releases with questions and answers ----------------------------------------
@@ -233,12 +243,29 @@ def _fitzpatrick(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
         )
 
 
+HAM_ATTRIBUTES = {"age": "age", "sex": "sex", "localization": "localisation"}
+"""Columns of the metadata → names of attributes; a value of `unknown` is left out."""
+
+
 def _ham(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
     file = raw.find("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")
-    for row in _table(file, ("lesion_id", "image_id", "dx")):
+    for row in _table(file, ("lesion_id", "image_id", "dx"), tuple(HAM_ATTRIBUTES)):
         # By lesion, so that no lesion is seen both in training and in the test.
         split, image = _split_by_hash(row["lesion_id"]), f"images/{_with_ending(row['image_id'])}"
-        yield Row(split, row["image_id"], image, questions["label"], row["dx"], "CLOSED")
+        yield Row(
+            split,
+            row["image_id"],
+            image,
+            questions["label"],
+            row["dx"],
+            "CLOSED",
+            row["lesion_id"],
+            {
+                name: value
+                for column, name in HAM_ATTRIBUTES.items()
+                if (value := attribute(row.get(column))) not in (None, "unknown")
+            },
+        )
 
 
 def _cxp(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
@@ -248,7 +275,10 @@ def _cxp(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
     numbers: Counter[str] = Counter()
     for folder, label, name in folders:
         split: Split = "train" if folder == "train" else "test"
-        yield Row(split, numbers[folder], f"{folder}/{label}/{name}", questions["label"], label.lower(), "CLOSED")
+        person = re.match(r"person\d+(?=_)", name)
+        patient = f"{label.lower()} {person[0]}" if person else None
+        image = f"{folder}/{label}/{name}"
+        yield Row(split, numbers[folder], image, questions["label"], label.lower(), "CLOSED", patient)
         numbers[folder] += 1
 
 
@@ -334,18 +364,22 @@ def _text(file: RawFile) -> str:
         raise DataError(f"{file.path}: not UTF-8 text") from None
 
 
-def _table(file: RawFile, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    """Rows of a table separated by commas or tabs, with the columns that are needed."""
+def _table(file: RawFile, columns: tuple[str, ...], more: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
+    """Rows of a table separated by commas or tabs, with the columns that are needed, and others where there are any."""
     text = _text(file)
     header = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ",")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ",", strict=True)
     try:
-        lacking = [column for column in columns if column not in (reader.fieldnames or ())]
-        if lacking:
+        names = list(reader.fieldnames or ())
+        if lacking := [column for column in columns if column not in names]:
             raise DataError(f"{file.path}: line 1: no column {', '.join(lacking)}")
+        if twice := [column for column in (*columns, *more) if names.count(column) > 1]:
+            raise DataError(f"{file.path}: line 1: two columns are called {twice[0]}")
         for row in reader:
             if any(row[column] is None for column in columns):
                 raise DataError(f"{file.path}: line {reader.line_num}: too few columns")
-            yield {column: row[column] for column in columns}
+            if any(extra.strip() for extra in row.get(None, ())):
+                raise DataError(f"{file.path}: line {reader.line_num}: too many columns; quote a field with commas")
+            yield {column: row[column] for column in (*columns, *more) if row.get(column) is not None}
     except csv.Error as error:  # such as a quote that is never closed, which makes one field of the rest
         raise DataError(f"{file.path}: line {reader.reader.line_num}: {error}") from None

@@ -1,0 +1,88 @@
+"""Answers to questions with options: the letter, the letter with its text, or the text. What fits none is counted."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from mslora_cr.data.options import letter_of
+
+Status = Literal["parsed", "unparsed", "ambiguous"]
+_OPENING = re.compile(r"^\W*(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is)?\W*)?", re.IGNORECASE)
+
+
+class Choice(NamedTuple):
+    """What an answer chose.
+
+    Attributes:
+        status: `ambiguous` where it names several options.
+        letter: the option's, where it is parsed.
+    """
+
+    status: Status
+    letter: str | None = None
+
+
+def parse_choice(answer: str, options: Mapping[str, str]) -> Choice:
+    """The option that an answer chooses.
+
+    In this order: the whole answer is a letter or the text of one option; it opens with a letter, marked as one
+    (`B.`, `(B)`, `B: …`), and names no other so; exactly one letter is marked anywhere; exactly one option's text
+    stands in it as whole words (a text inside another option's text does not count).
+
+    Args:
+        answer: as it was given.
+        options: texts by capital letter.
+    """
+    said = _OPENING.sub("", answer.strip(), count=1).strip()
+    for text in (answer, said):
+        if letter := letter_of(text.rstrip(".!"), options):
+            return Choice("parsed", letter)
+    letters = "".join(options)
+    opening = re.match(rf"\(?([{letters}])(?:[.):,]|\s*$|\s+-)", said)
+    marked = {*re.findall(rf"(?<!\w)\(?([{letters}])[.):](?!\w)", answer), *([opening[1]] if opening else [])}
+    if marked:
+        return Choice("parsed", marked.pop()) if len(marked) == 1 else Choice("ambiguous")
+    return _by_text(answer, options)
+
+
+def _by_text(answer: str, options: Mapping[str, str]) -> Choice:
+    found = {letter: _places(text, answer) for letter, text in options.items()}
+    outer = {letter for letter, places in found.items() if any(not _inside(place, found, letter) for place in places)}
+    if len(outer) == 1:
+        return Choice("parsed", outer.pop())
+    return Choice("ambiguous" if outer else "unparsed")
+
+
+def _places(text: str, answer: str) -> list[tuple[int, int]]:
+    pattern = rf"(?<!\w){re.escape(text.strip())}(?!\w)"
+    return [match.span() for match in re.finditer(pattern, answer, re.IGNORECASE)]
+
+
+def _inside(place: tuple[int, int], found: Mapping[str, Sequence[tuple[int, int]]], letter: str) -> bool:
+    """Whether a longer text of another option covers a place."""
+    start, end = place
+    return any(
+        first <= start and end <= last and last - first > end - start
+        for other, places in found.items()
+        if other != letter
+        for first, last in places
+    )
+
+
+def is_right(choice: Choice, truths: Sequence[str], options: Mapping[str, str]) -> bool:
+    """Whether the chosen option is one that is accepted."""
+    return choice.letter is not None and choice.letter in {letter_of(truth, options) for truth in truths}
+
+
+def circular(rotations: Sequence[bool]) -> bool:
+    """Whether a question is right in a circular evaluation (MMBench): in every rotation of its options."""
+    return bool(rotations) and all(rotations)
+
+
+def counts_of(choices: Sequence[Choice]) -> dict[Status, int]:
+    """How many answers were parsed, were not, and named several options."""
+    counts = Counter(choice.status for choice in choices)
+    return {"parsed": counts["parsed"], "unparsed": counts["unparsed"], "ambiguous": counts["ambiguous"]}
