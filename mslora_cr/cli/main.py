@@ -28,6 +28,7 @@ from mslora_cr.config.trust import trust_method
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.logs import NORMAL, set_up
 from mslora_cr.utils.visible import NobodyReadsError, visible_results
+from mslora_cr.utils.waiting import wait_passively
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 1 on an error that the user can fix, reported in a few lines, 130 on Ctrl-C, 141 if
     nobody reads its output any more, as in `… | head`."""
+    wait_passively()
     try:
         with visible_results():
             return _run(argv)
