@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,9 +30,12 @@ def replacing(path: Path, shared: bool = False, flush: bool = True) -> Iterator[
     if not shared:
         _remove_leftovers(path)
     with _hidden(path) as partial:
-        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
         try:
             yield partial
+            partial.chmod(mode)  # libraries may have put a file of their own mode there
             if flush:
                 _flush(partial)
             partial.replace(path)
@@ -115,9 +119,14 @@ def hidden_folder(target: Path) -> Iterator[Path]:
 
 
 def replace_folder(staging: Path, folder: Path) -> None:
-    """Flush a finished folder to disk and give it its name; an older one of that name goes last."""
+    """Flush a finished folder to disk and give it its name; an older one of that name goes last.
+
+    Its files get the mode that the umask gives, as the folder did: safetensors makes files that only their owner reads.
+    """
+    mode = stat.S_IMODE(staging.stat().st_mode) & 0o666
     for file in sorted(staging.rglob("*")):
-        if file.is_file():
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
             _flush(file)
     _remove_leftovers(folder)
     with _hidden(folder) as old:

@@ -5,8 +5,10 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from mslora_cr.utils.files import append_to, hidden_folder, replacing, resumable
+from mslora_cr.utils.files import append_to, hidden_folder, replacing, replacing_folder, resumable
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -54,6 +56,21 @@ def test_rights_follow_the_umask(mask: int, tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_rights_follow_the_umask_whatever_the_library_gives(mask: int, tmp_path: Path) -> None:
+    """safetensors makes files that only their owner reads."""
+    before = os.umask(mask)
+    try:
+        with replacing_folder(tmp_path / "bank") as folder:
+            save_file({"a": torch.zeros(1)}, folder / "adapter.safetensors")
+        with replacing(tmp_path / "router.safetensors") as partial:
+            save_file({"a": torch.zeros(1)}, partial)
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "bank" / "adapter.safetensors", tmp_path / "router.safetensors"):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
 
 
 def test_a_name_may_be_as_long_as_names_are(tmp_path: Path) -> None:
