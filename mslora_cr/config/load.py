@@ -36,6 +36,8 @@ SAVE_STRATEGIES = ("steps", "epoch", "no")
 """When checkpoints may be written; transformers also has `best`, which needs evaluations that there are none of."""
 WORDS_WITH_NO = ("save_strategy", "logging_strategy")
 """Fields of `training` whose values are words, one of them no."""
+MOST_LAYERS = 100
+"""Of a configuration: files that extend each other."""
 EXPECTED = {
     "model_type": "should be a section of keys",
     "dict_type": "should be a section of keys",
@@ -115,9 +117,13 @@ def layers(given: str | Path) -> list[tuple[Path, dict[str, Any]]]:
     """
     files: list[tuple[Path, dict[str, Any]]] = []
     path = find_config(given)
+    read: set[Path] = set()
     while True:
-        if path.resolve() in {earlier.resolve() for earlier, _ in files}:
+        if path.resolve() in read:
             raise ConfigError(f"{path}: `extends` leads back to this file")
+        if len(files) == MOST_LAYERS:
+            raise ConfigError(f"{path}: {given} extends more than {MOST_LAYERS} files; merge some of them")
+        read.add(path.resolve())
         content = _read_mapping(path)
         parent = content.pop("extends", None)
         files.append((path, content))

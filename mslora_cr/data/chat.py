@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -42,6 +43,10 @@ def messages_of(turns: Sequence[Turn], images: int) -> list[Message]:
     ]
 
 
+DATE = datetime(2024, 7, 26)
+"""What a template is given that asks for today's date: a bank is asked with the prompts that it was trained with."""
+
+
 def render(processor: Any, messages: Sequence[Message], to_answer: bool = False) -> str:
     """The text of some messages; `to_answer`: up to where the assistant's next answer begins.
 
@@ -49,7 +54,9 @@ def render(processor: Any, messages: Sequence[Message], to_answer: bool = False)
         ValueError: the template has no place for them.
     """
     try:
-        text: str = processor.apply_chat_template(list(messages), add_generation_prompt=to_answer, tokenize=False)
+        text: str = processor.apply_chat_template(
+            list(messages), add_generation_prompt=to_answer, tokenize=False, strftime_now=DATE.strftime
+        )
     except TemplateError as error:  # templates raise it to refuse roles in another order
         raise ValueError(f"the model's chat template refuses the conversation: {error}") from None
     return text

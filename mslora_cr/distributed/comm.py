@@ -25,7 +25,7 @@ class DistributedError(UserError):
 
 def rank() -> int:
     """This process's number among those that a launcher started; 0 without one."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
 def world_size() -> int:

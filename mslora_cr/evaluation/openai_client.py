@@ -28,6 +28,15 @@ TOP_LOGPROBS = 20
 LONGEST_PAUSE = 30.0
 
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
+PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+
+
+def proxy_variables() -> str:
+    """The variables of the environment that name a proxy, in either spelling."""
+    return ", ".join(name for name in (*PROXIES, *map(str.lower, PROXIES)) if os.environ.get(name))
+
+
 class EndpointError(UserError):
     """A served model does not answer; what it has answered is kept."""
 
@@ -88,7 +97,15 @@ class Chat:
         self._endpoint, self._url = endpoint, f"{endpoint.url.rstrip('/')}/chat/completions"
         headers = {"Authorization": f"Bearer {os.environ[endpoint.key]}"} if os.environ.get(endpoint.key) else {}
         limits = httpx.Limits(max_connections=endpoint.concurrency)
-        self._client = httpx.Client(timeout=endpoint.timeout, headers=headers, limits=limits)
+        local = httpx.URL(endpoint.url).host in LOCAL  # no proxy reaches this machine's own servers
+        self._proxies = "" if local else proxy_variables()
+        try:
+            self._client = httpx.Client(timeout=endpoint.timeout, headers=headers, limits=limits, trust_env=not local)
+        except (ValueError, ImportError) as error:
+            raise EndpointError(
+                f"{endpoint.option}: the environment names a proxy that cannot be used ({self._proxies}): {error}. "
+                "Unset that variable, or put the server's host into NO_PROXY"
+            ) from None
         self._lock, self._stopped = Lock(), Event()
         self._dialect = Dialect()
 
@@ -152,6 +169,7 @@ class Chat:
                 response = self._client.post(self._url, json=sent)
             except httpx.TransportError as error:  # refused, timed out, broken off
                 problem = f"{type(error).__name__}: {error}".rstrip(": ")
+                problem += f", through the proxy of {self._proxies}" if self._proxies else ""
                 continue
             failure = failure_of(response)
             if failure is None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar
+import math
+from pathlib import Path, PurePath
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mslora_cr.evaluation.score import SCORES, ScoreTable, read_scores
 from mslora_cr.statistics.matrix import TaskStageMatrix
 from mslora_cr.statistics.matrix_intervals import Column, MatrixIntervals, matrix_intervals
-from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.errors import UserError, shorten
 from mslora_cr.utils.files import file_digest
 from mslora_cr.utils.state import Part, StateFile
 
@@ -75,6 +76,32 @@ class Evaluation(StateFile):
     stages: tuple[int, ...]
     cells: tuple[Cell, ...]
     environment: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _check_contents(self) -> Self:
+        """Whether the parts fit together: the file may have been edited."""
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("tasks: expected the stream's tasks, each once")
+        for name, of_tasks in (("modalities", self.modalities), ("published", self.published)):
+            if missing := [task for task in self.tasks if task not in of_tasks]:
+                raise ValueError(f"{name}: there is nothing of task {shorten(missing[0])}")
+        places = [cell.place for cell in self.cells]
+        if sorted({stage for _, stage in places}) != list(self.stages):
+            raise ValueError(f"stages: {shorten(list(self.stages))} are not those of the cells")
+        if len(set(places)) < len(places):
+            raise ValueError("cells: a task stands twice at one stage")
+        for number, cell in enumerate(self.cells):
+            self._check_cell(number, cell)
+        return self
+
+    def _check_cell(self, number: int, cell: Cell) -> None:
+        if cell.task not in self.tasks or not 0 <= cell.stage <= len(self.tasks):
+            raise ValueError(f"cells[{number}]: task {shorten(cell.task)} at stage {cell.stage} is outside the matrix")
+        if PurePath(cell.answers).is_absolute() or ".." in PurePath(cell.answers).parts or "\0" in cell.answers:
+            raise ValueError(f"cells[{number}].answers: {shorten(cell.answers)} leads out of the results folder")
+        figures = [*cell.metrics.values(), *(end for ends in cell.intervals.values() for end in ends)]
+        if cell.rows < 0 or not all(map(math.isfinite, figures)):
+            raise ValueError(f"cells[{number}]: rows and figures of task {shorten(cell.task)} are no results")
 
     def matrix(self, metric: str) -> TaskStageMatrix | None:
         """The task × stage matrix of a metric, over the evaluated tasks that have it; None without such."""

@@ -6,9 +6,9 @@ comparison's file.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mslora_cr.statistics.interval import Interval, PairedChange, counted
 from mslora_cr.utils.state import Part, StateFile
@@ -70,6 +70,12 @@ class StageRouting(Part):
     questions: int
     accuracy: float | None
     interval: Interval | None
+
+    @model_validator(mode="after")
+    def _check_confusion(self) -> Self:
+        if any(len(row) != len(self.learned) for row in self.confusion.values()):
+            raise ValueError(f"confusion: each row has a number for each of the {len(self.learned)} learned tasks")
+        return self
 
 
 class Routing(StateFile):
@@ -149,6 +155,14 @@ class UpdateCosines(Part):
     banks: list[str]
     by_layer: dict[str, Matrix]
     by_module: dict[str, Matrix]
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> Self:
+        count = len(self.banks)
+        for matrix in (*self.by_layer.values(), *self.by_module.values()):
+            if [len(row) for row in matrix] != [count] * count:
+                raise ValueError(f"similarity: each matrix has a row and a column for each of the {count} banks")
+        return self
 
 
 class EffectiveRank(Part):

@@ -96,7 +96,7 @@ def read_run(run_dir: Path, results_dir: Path) -> RunRecord:
         logs=logs,
         banks=banks,
         answers=answers,
-        config=config.read_text(encoding="utf-8") if config.is_file() else None,
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         missing=_missing(tasks, evaluation, ledger, logs, banks, answers),
     )
 

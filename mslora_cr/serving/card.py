@@ -127,8 +127,17 @@ class Card:
 {what} of [MSLoRA-CR](https://github.com/VentusAislant/MSLoRA_CR), continual learning of biomedical imaging tasks, one
 LoRA bank per task over `{self.base}`. Method `{self.config.method}`, a stream of {len(self.config.tasks)} tasks:
 {", ".join(_cell(task.name) for task in self.config.stream)}.
-
+{self._quantised()}
 {tasks}"""
+
+    def _quantised(self) -> str:
+        """What the base was in training, where the uploaded one is another."""
+        if not self.config.model.quantization:
+            return ""
+        return (
+            f"\nThe banks were trained beside a {self.config.model.quantization} base; with the base in "
+            f"{self.config.model.dtype} answers differ, and scores must be measured again.\n"
+        )
 
     def _loading(self) -> str:
         name, folder = next(iter(self.folders.items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,6 +21,8 @@ from mslora_cr.serving.selection import RunBanks
 from mslora_cr.stream.import_export import export_chain
 from mslora_cr.utils.files import replacing_folder, write_json
 from mslora_cr.utils.strict_json import read_object
+
+log = logging.getLogger(__name__)
 
 Format = Literal["peft", "merged", "published"]
 RECORD = "export.json"
@@ -61,6 +64,13 @@ def export(
         yield from export_chain(finished_banks(config), config, output)
         return
     chosen, stage = plan_export(config, kind, task, stage)
+    if config.model.quantization:
+        log.warning(
+            "the banks were trained beside a %s base, and what is exported has, or names, the base in %s: answers "
+            "differ, so evaluate again without model.quantization",
+            config.model.quantization,
+            config.model.dtype,
+        )
     if kind == "merged":
         yield from _merged(config, output, chosen, stage)
     else:
@@ -157,6 +167,7 @@ def _record(config: StreamConfig, weights: str, task: str | None, stage: int, ba
         "rank": sum(bank.rank for bank in banks),
         "base_weights": weights,
         "version": __version__,
+        **({"trained_beside": f"the base in {quantization}"} if (quantization := config.model.quantization) else {}),
     }
 
 

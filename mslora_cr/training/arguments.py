@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +17,14 @@ from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.distributed.comm import world_size
 from mslora_cr.runs.ledger import work_folder
 from mslora_cr.training.rehearsal import rehearse
+from mslora_cr.training.trackers import check_trackers
+
+log = logging.getLogger(__name__)
+
+LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
+"""How the names of variables begin that `accelerate launch` sets from its user's own configuration."""
+UNSET = ("", "0", "no", "none", "false")
+"""Values that change nothing."""
 
 
 def training_arguments(
@@ -27,6 +38,7 @@ def training_arguments(
     Raises:
         ConfigError: transformers refuses them, or checkpointing is to re-enter.
     """
+    ignore_launcher_settings()
     per_device, accumulation = batch_shape(task, fields)
     chosen = {
         "logging_steps": 10,
@@ -62,6 +74,7 @@ def training_arguments(
             callback()  # refuses where its package is missing; otherwise the Trainer would, with the model loaded
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"training: {error}") from None
+    check_trackers(args.report_to)
     rehearse(args)
     args._n_gpu = min(args.n_gpu, 1)  # on several, a process without a launcher would split batches by DataParallel
     if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -75,6 +88,20 @@ def training_arguments(
             "use group_by_length, or random (the default)"
         )
     return args
+
+
+def ignore_launcher_settings() -> None:
+    """Drop accelerate's settings from the environment, where a shell or `accelerate launch` put them: precision,
+    compilation, sharding and plugins are the configuration's alone."""
+    dropped = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(LAUNCHER_SETTINGS)}
+    given = [f"{name}={value}" for name, value in sorted(dropped.items()) if value.lower() not in UNSET]
+    _say_ignored(", ".join(given))
+
+
+@cache
+def _say_ignored(given: str) -> None:
+    if given:
+        log.warning("the environment has %s, which is ignored: the configuration's `training` decides", given)
 
 
 def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:

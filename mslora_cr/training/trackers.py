@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import netrc
 import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 from pydantic import Field
 from transformers import Trainer, TrainerCallback
@@ -47,6 +49,35 @@ def reads_checkpoints(callbacks: Iterable[TrainerCallback]) -> bool:
             if not name or os.environ.get(name, "").upper() in values:
                 return True
     return False
+
+
+def check_trackers(report_to: Iterable[str]) -> None:
+    """See that W&B knows who reports to it, before anything is loaded.
+
+    Raises:
+        ConfigError: it has no key, and is to be online.
+    """
+    if "wandb" not in report_to:
+        return
+    mode = os.environ.get("WANDB_MODE", "online")
+    disabled = os.environ.get("WANDB_DISABLED", "").upper() in ENV_VARS_TRUE_VALUES
+    if disabled or mode in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
+        return
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    if not _in_netrc(host):
+        raise ConfigError(
+            f"training.report_to: W&B has no key for {host}; log in with `wandb login`, set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline to keep the metrics on this machine"
+        )
+
+
+def _in_netrc(host: str) -> bool:
+    """Whether `wandb login` has left a key."""
+    file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        return netrc.netrc(str(file)).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 @contextmanager

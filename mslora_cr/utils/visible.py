@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -34,7 +35,7 @@ class NobodyReadsError(BrokenPipeError):
 
 def is_first_rank() -> bool:
     """Whether this is the first of the processes that a launcher started, or there is no launcher."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 class _Visible:
@@ -69,12 +70,15 @@ def _reader_of(stream: TextIO) -> Iterator[None]:
 
 @contextmanager
 def visible_results() -> Iterator[None]:
-    """Inside, whatever is printed to standard output is `visible`, and printed once under a launcher.
+    """Inside, whatever is printed to standard output is `visible`, and printed once under a launcher. What its encoding
+    cannot write is escaped, as on standard error.
 
     Raises:
         NobodyReadsError: nobody reads it any more; what is printed afterwards goes nowhere.
     """
     stream = sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
     stream_shown = sys.stdout = _Visible(stream)
     try:
         yield

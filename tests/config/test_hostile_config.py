@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mslora_cr.cli.main import main
-from mslora_cr.config.load import load_config, training_fields
+from mslora_cr.config.load import MOST_LAYERS, load_config, read_layers, training_fields
 from mslora_cr.config.schema import ConfigError
 from mslora_cr.training.arguments import training_arguments
 from tests.conftest import ConfigWriter
@@ -122,3 +122,12 @@ def test_a_fifo_and_a_byte_order_mark(tmp_path: Path, config_file: ConfigWriter)
     before = load_config(path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert load_config(path) == before
+
+
+def test_a_chain_of_files_that_extend_each_other_has_an_end(tmp_path: Path) -> None:
+    for number in range(MOST_LAYERS):
+        (tmp_path / f"{number}.yaml").write_text(f"extends: {number + 1}.yaml\n")
+    (tmp_path / f"{MOST_LAYERS}.yaml").write_text("run: last\n")
+    with pytest.raises(ConfigError, match=f"extends more than {MOST_LAYERS} files"):
+        read_layers(tmp_path / "0.yaml")
+    assert read_layers(tmp_path / "1.yaml") == {"run": "last"}

@@ -1,5 +1,6 @@
 """Control characters from files never reach the terminal."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mslora_cr.cli.main import main
-from mslora_cr.utils.visible import visible
+from mslora_cr.utils.visible import visible, visible_results
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,12 @@ warnings.warn("a file \\x1b]0;title\\x07 of another package")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "other: You are using a model of type \\x1b[2Jevil\\u202e\n" in done.stderr
     assert "a file \\x1b]0;title\\x07 of another" in done.stderr and "\x1b" not in done.stderr
+
+
+def test_what_a_console_cannot_write_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    with visible_results():
+        print("4 × 1 – done")
+    sys.stdout.flush()
+    assert written.getvalue() == b"4 \\xd7 1 \\u2013 done\n"
