@@ -45,6 +45,15 @@ def messages_of(turns: Sequence[Turn], images: int) -> list[Message]:
 
 DATE = datetime(2024, 7, 26)
 """What a template is given that asks for today's date: a bank is asked with the prompts that it was trained with."""
+_DIRECTIVES = "aAbBdHIjmMpSuUwyYZ"
+
+
+def dated(template: str) -> str:
+    """A chat template whose `strftime_now`, if it has one, writes `DATE` on every day, in exports too."""
+    if "strftime_now" not in template:
+        return template
+    filters = "".join(f"|replace('%{name}', '{DATE.strftime(f'%{name}')}')" for name in _DIRECTIVES)
+    return f"{{% macro strftime_now(form) %}}{{{{ form{filters} }}}}{{% endmacro %}}{template}"
 
 
 def render(processor: Any, messages: Sequence[Message], to_answer: bool = False) -> str:
@@ -54,9 +63,7 @@ def render(processor: Any, messages: Sequence[Message], to_answer: bool = False)
         ValueError: the template has no place for them.
     """
     try:
-        text: str = processor.apply_chat_template(
-            list(messages), add_generation_prompt=to_answer, tokenize=False, strftime_now=DATE.strftime
-        )
+        text: str = processor.apply_chat_template(list(messages), add_generation_prompt=to_answer, tokenize=False)
     except TemplateError as error:  # templates raise it to refuse roles in another order
         raise ValueError(f"the model's chat template refuses the conversation: {error}") from None
     return text

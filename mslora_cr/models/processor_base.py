@@ -24,6 +24,7 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from mslora_cr.data.chat import dated
 from mslora_cr.data.chat_template_inputs import ChatTemplateInputs
 from mslora_cr.data.features import FeatureCache
 from mslora_cr.models.base_check import check_model, check_processor
@@ -116,6 +117,8 @@ def load_processor(path: Path) -> Any:
         raise ModelError(f"{path}: the processor has no chat template; take the model's instruction-tuned version")
     if processor.chat_template is None:
         processor.chat_template = processor.tokenizer.chat_template
+    if isinstance(processor.chat_template, str):
+        processor.chat_template = dated(processor.chat_template)
     return processor
 
 
