@@ -54,6 +54,5 @@ def is_dicom(path: Path) -> bool:
 
 
 DICOM = (
-    "a DICOM file, whose pixels only mean something with a window: convert it to an 8-bit PNG first, for instance with "
-    "pydicom's apply_voi_lut"
+    "a DICOM file, whose pixels only mean something with a window: `mslora-cr data convert` draws it as a viewer does"
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.data.images import decode_image, load_image
+from mslora_cr.data.images import decode_image, load_image, washed_out
 from mslora_cr.data.input_processor import TextTokenizer
 from mslora_cr.data.prompts import Message
 from mslora_cr.data.records import DataError
@@ -26,6 +27,7 @@ from mslora_cr.runs.ledger import Ledger, finished_banks
 from mslora_cr.serving.alone import answer_alone
 from mslora_cr.serving.selection import RunBanks
 
+log = logging.getLogger(__name__)
 ImageSource = str | Path | bytes | Image.Image
 """A picture's file, its encoded bytes, or the picture itself."""
 Exchange = tuple[str, str]
@@ -217,7 +219,7 @@ class _Streamer:
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """A picture as RGB, as `load_image` decodes it.
+    """A picture as RGB, as `load_image` decodes it; says where a viewer shows a file otherwise.
 
     Raises:
         DataError: it cannot be read.
@@ -226,4 +228,7 @@ def open_image(source: ImageSource) -> Image.Image:
         return source.convert("RGB")
     if isinstance(source, bytes):
         return decode_image(io.BytesIO(source), f"an image of {len(source):,} bytes")
-    return load_image(Path(source))
+    path = Path(source)
+    if remark := washed_out(path):
+        log.warning("%s: %s; `mslora-cr data convert` writes what a viewer shows", path, remark)
+    return load_image(path)

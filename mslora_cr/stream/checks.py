@@ -12,7 +12,7 @@ import torch
 
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.datasets import ConcatTrainDataset
-from mslora_cr.data.images import check_images, image_size, load_image, resolve_image
+from mslora_cr.data.images import image_size, inspect_images, load_image, resolve_image
 from mslora_cr.data.input_processor import Collate
 from mslora_cr.data.lengths import count_cut, read_limit
 from mslora_cr.data.records import DataError, TrainingRecords, shown_images
@@ -168,7 +168,18 @@ def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords])
     if not config.data.check_images or not paths:
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    bad = check_images(list(paths), cores(), progress=True, cache=config.run_dir / "images-checked.bin")
+    found = inspect_images(list(paths), cores(), progress=True, cache=config.run_dir / "images-checked.bin")
+    if found.washed_out:
+        path, remark = found.washed_out[0]
+        log.warning(
+            "%s of %s images are shown to the model otherwise than a viewer shows them, such as %s: %s. `mslora-cr "
+            "data check` names them all, `mslora-cr data convert` writes them as a viewer shows them",
+            f"{len(found.washed_out):,}",
+            f"{len(paths):,}",
+            path,
+            remark,
+        )
+    bad = found.bad
     if bad:
         listed = ((path, problem, *paths[path]) for path, problem in bad[:10])
         lines = [f"{part.path}: {part.place(index)}: {path}: {problem}" for path, problem, part, index in listed]

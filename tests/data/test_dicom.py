@@ -179,3 +179,22 @@ def test_one_picture_of_a_file_of_any_kind(tmp_path):
     assert middle[0, 0] == pytest.approx(100, abs=1)
     with pytest.raises(DataError, match="an image of 5 bytes: not a readable image"):
         first_picture(b"hello", Rendering())
+
+
+def test_a_slope_alone_and_a_frames_own_table_are_applied(tmp_path):
+    values = np.array([[0, 50, 100]], np.uint16)
+    window = {"WindowCenter": 100, "WindowWidth": 200, "VOILUTFunction": "LINEAR_EXACT"}
+    assert one(dicom(values, RescaleSlope=2, **window), tmp_path / "a.dcm").tolist() == [[0, 128, 255]]
+    table = item(LUTDescriptor=[101, 0, 8], LUTData=[255 - number for number in range(101)])
+    table["LUTData"].VR = "US"
+    groups = [item(FrameVOILUTSequence=[item(VOILUTSequence=[table])])]
+    enhanced = dicom(values, WindowCenter=5, WindowWidth=1, PerFrameFunctionalGroupsSequence=groups)
+    assert one(enhanced, tmp_path / "b.dcm").tolist() == [[255, 205, 155]]
+
+
+def test_floating_point_pixels_have_padding_of_their_own(tmp_path):
+    data = dicom(np.zeros((1, 3), np.uint32), stored=32)
+    del data.PixelData, data.BitsStored, data.HighBit, data.PixelRepresentation
+    data.FloatPixelData = np.array([[-999, 0, 4]], np.float32).tobytes()
+    data.FloatPixelPaddingValue = -999.0
+    assert one(data, tmp_path / "a.dcm").tolist() == [[0, 0, 255]]

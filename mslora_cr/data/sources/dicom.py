@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 MAX_INFLATED = 1 << 30
 """Bytes of a file in a deflated transfer syntax, once it is inflated."""
 FUNCTIONAL_GROUPS = {
-    "PixelValueTransformationSequence": ("RescaleIntercept", "RescaleSlope"),
-    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction"),
+    "PixelValueTransformationSequence": ("RescaleIntercept", "RescaleSlope", "ModalityLUTSequence"),
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
     "PixelMeasuresSequence": ("PixelSpacing",),
 }
 """Where an enhanced file keeps what others have at the top (PS3.3, C.7.6.16), for all frames or for each."""
 REPLACED = {"PixelValueTransformationSequence": "ModalityLUTSequence", "FrameVOILUTSequence": "VOILUTSequence"}
 """Which table at the top a functional group stands instead of."""
+PADDING = ("Pixel", "FloatPixel", "DoubleFloatPixel")
+"""How the names of padding values begin, by the type of the pixels."""
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
 """Vertical and horizontal size of a pixel, the first that a file has."""
 
@@ -187,12 +189,10 @@ def _shown(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels:
 
 def _tomogram(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels:
     """A frame of computed tomography under three windows, with padding as air is drawn: black."""
-    from pydicom.pixels import apply_modality_lut
-
     if header.get("Modality") != "CT" or values.ndim != 2:
         raise DataError(f"its modality is {header.get('Modality')!r}; windows in Hounsfield units are for CT alone")
     stored, padding = _stored(header, values)
-    colours = in_colours(apply_modality_lut(stored, header), rendering.ct_windows)
+    colours = in_colours(_rescaled(header, stored), rendering.ct_windows)
     return np.where(padding[..., None], 0.0, colours)
 
 
@@ -211,7 +211,7 @@ def _stored(header: Dataset, values: Pixels) -> tuple[Pixels, Pixels]:
         header: of the frame.
         values: (rows, columns), whole cells of `BitsAllocated` bits, or floating point.
     """
-    limits = [header.get(key) for key in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    limits = [header.get(f"{kind}{key}") for kind in PADDING for key in ("PaddingValue", "PaddingRangeLimit")]
     bounds = np.array([limit for limit in limits if limit is not None])
     if values.dtype.kind == "f":
         return values, _between(values, bounds) | ~np.isfinite(values)
@@ -232,11 +232,23 @@ def _between(values: Pixels, bounds: Pixels) -> Pixels:
     return (values >= bounds.min()) & (values <= bounds.max())
 
 
+def _rescaled(header: Dataset, stored: Pixels) -> Pixels:
+    """Stored values in the units of the modality; a slope or intercept alone does as well as both."""
+    from pydicom.pixels import apply_modality_lut
+
+    if header.get("ModalityLUTSequence"):
+        return apply_modality_lut(stored, header)
+    slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
+    if slope is None and intercept is None:
+        return stored
+    return stored * float(1 if slope is None else slope) + float(intercept or 0)
+
+
 def _grey(header: Dataset, stored: Pixels, padding: Pixels, rendering: Rendering) -> Pixels:
     """Stored values, rescaled and under a window or table; else stretched over their range without the padding."""
-    from pydicom.pixels import apply_modality_lut, apply_voi
+    from pydicom.pixels import apply_voi
 
-    values = apply_modality_lut(stored, header)
+    values = _rescaled(header, stored)
     if rendering.window:
         return windowed(values, *rendering.window)
     if header.get("VOILUTSequence"):
