@@ -44,6 +44,7 @@ from mslora_cr.models.language import language_linears
 from mslora_cr.models.layout import save_llava_layout
 from mslora_cr.runs.environment import environment
 from mslora_cr.serving.alone import answer_alone
+from mslora_cr.training.objective import Objective
 from mslora_cr.training.trainer import BankTrainer, loss_mask
 
 TOWER = "clip-vit-large-patch14-336"
@@ -185,7 +186,7 @@ def _trainer(stack: BankStack, frozen: Sequence[Bank], device: torch.device, fol
             report_to="none",
         ),
         bank_shape=(RANK, RANK),
-        penalty=WeightedPenalties(terms, RegularizationConfig()),
+        objective=Objective(WeightedPenalties(terms, RegularizationConfig())),
     )
     trainer.create_optimizer_and_scheduler(num_training_steps=10**6)
     trainer.current_gradient_accumulation_steps = 1

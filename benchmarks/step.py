@@ -47,6 +47,7 @@ from mslora_cr.losses.penalty import PenaltyStep
 from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.models.kernels import use_kernels
 from mslora_cr.models.language import language_linears
+from mslora_cr.training.objective import Objective
 from mslora_cr.training.trainer import BankTrainer, loss_mask
 from mslora_cr.utils.kernels import chosen_kernels
 
@@ -184,7 +185,7 @@ def _ours(
             report_to="none",
         ),
         bank_shape=(setting.size.rank, setting.size.rank),
-        penalty=_penalties(setting, banks[:-1]) if variant.penalties else None,
+        objective=Objective(_penalties(setting, banks[:-1]) if variant.penalties else None),
     )
     if setting.args.checkpointing != variant.other_recomputation:
         stack.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -192,7 +193,7 @@ def _ours(
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.current_gradient_accumulation_steps = 1
     if taken is not None:
-        penalty = trainer.penalty
+        penalty = trainer.objective.penalty
         assert penalty is not None
         compute = penalty.step
 

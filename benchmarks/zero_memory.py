@@ -49,6 +49,7 @@ from mslora_cr.distributed.launch import abort_together, start_process_group
 from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.models.language import language_linears
+from mslora_cr.training.objective import Objective
 from mslora_cr.training.trainer import BankTrainer
 
 STAGES = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3, "ZeRO-3, offloaded": 4}
@@ -192,7 +193,7 @@ def train_and_look(size: Size, stage: int, task: int, folder: Path) -> None:
         collator=TrainingCollator(0),
         args=args,
         bank_shape=(size.rank, size.rank),
-        penalty=penalty,
+        objective=Objective(penalty),
     )
     peaks = Peaks(trainer, stage)
     trainer.add_callback(peaks)
@@ -235,7 +236,7 @@ class Peaks(TrainerCallback):
     def __init__(self, trainer: BankTrainer, stage: int) -> None:
         names = ("weights", "gathered at once", "gradients", "optimizer", "frozen banks", "penalty gradient")
         self.bytes = dict.fromkeys(names, 0)
-        self.bytes["frozen banks"] = trainer.penalty.frozen_bytes if trainer.penalty else 0
+        self.bytes["frozen banks"] = trainer.objective.frozen_bytes
         self._trainer, self._stage = trainer, stage
         self._parameters = list(trainer.model.parameters())
 

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from mslora_cr.losses.penalty import Distillation, Pair, Penalty
     from mslora_cr.routing.lda import TaskRouter, TaskStatistics
     from mslora_cr.runs.ledger import Ledger
-    from mslora_cr.training.probe import StartProbe
-    from mslora_cr.training.trainer import BankTrainer
+    from mslora_cr.training.passes import Passes
 
 Settings = TypeVar("Settings", bound=Section)
 
@@ -52,6 +51,12 @@ class Method(Generic[Settings]):
 
     By default a method trains one bank per task, from the base alone, on cross entropy.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for flag, hook in (("has_penalty", "penalty"), ("has_task_state", "task_state")):
+            if hook in vars(cls) and not getattr(cls, flag):
+                raise TypeError(f"{cls.__name__} overrides `{hook}`, so it must set `{flag} = True`")
 
     # --- what the configuration reads ---
 
@@ -155,12 +160,13 @@ class Method(Generic[Settings]):
     trained_halves: ClassVar[tuple[int, ...]] = (0, 1)
     """Which matrices of a bank are trained, 0 for A and 1 for B; the others stay as they start."""
 
-    def initial(self, setup: Setup, start: Mapping[str, Pair], probe: StartProbe) -> dict[str, Pair] | None:
+    def initial(self, setup: Setup, start: Mapping[str, Pair], passes: Passes) -> dict[str, Pair] | None:
         """The bank's initial matrices by linear layer, on the CPU; None keeps the default. Called on every rank.
 
         Args:
+            setup: of the task.
             start: A and B as they would start.
-            probe: passes of the task's samples, for what the layers see and for gradients; to be used on every rank.
+            passes: of the task's samples, for what the layers see and for gradients.
         """
         return None
 
@@ -185,8 +191,11 @@ class Method(Generic[Settings]):
         """Whether anything joins the cross entropy of this task."""
         return False
 
+    has_penalty: ClassVar[bool] = False
+    """A `penalty` joins the cross entropy of the tasks that the method `regularizes`."""
+
     def penalty(self, setup: Setup, frozen: Sequence[Bank]) -> Penalty | None:
-        """A term of the bank's matrices, once per update; asked for if the method `regularizes` the task.
+        """A term of the bank's matrices, once per update, where the method `regularizes` the task and `has_penalty`.
 
         Args:
             frozen: the frozen banks that take part.
@@ -199,8 +208,16 @@ class Method(Generic[Settings]):
 
     # --- what is kept ---
 
-    def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
-        """The task state, saved beside a trained bank for the tasks after it. Called on every rank."""
+    has_task_state: ClassVar[bool] = False
+    """Something is kept of each task for those after it: `task_state`."""
+
+    def task_state(self, setup: Setup, passes: Passes) -> dict[str, Tensor]:
+        """The task state, saved beside a trained bank for the tasks after it, if `has_task_state`. Called on every rank.
+
+        Args:
+            setup: of the task.
+            passes: of the task's samples through the model with the trained bank.
+        """
         return {}
 
 

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from mslora_cr.banks.bank import Bank
 from mslora_cr.config.schema import PositiveInt, PositiveNumber, Section, StreamConfig, Task
-from mslora_cr.distributed.comm import all_reduce_sum, rank, world_size
 from mslora_cr.losses.penalty import Key, Pair, Penalty, PenaltyStep
 from mslora_cr.methods.base import Method, Setup
-from mslora_cr.utils.progress import progress_bar
 
 if TYPE_CHECKING:
-    from mslora_cr.training.trainer import BankTrainer
+    from mslora_cr.training.passes import Passes
 
 
 class EwcSettings(Section):
@@ -46,6 +44,8 @@ class Ewc(Method[EwcSettings]):
     name = "ewc"
     section = EwcSettings
     init_from_previous = True
+    has_penalty = True
+    has_task_state = True
 
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
         return task.index > 0
@@ -56,9 +56,12 @@ class Ewc(Method[EwcSettings]):
         banks = ((setup.ledger.banks(setup.config, [task])[0], setup.ledger.task_state(task.name)) for task in anchors)
         return EwcPenalty(banks, settings.strength * (settings.decay if settings.mode == "online" else 1), setup.device)
 
-    def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
+    def task_state(self, setup: Setup, passes: Passes) -> dict[str, Tensor]:
+        """The diagonal of the empirical Fisher information: squared gradients of single samples, averaged."""
         settings = self.settings(setup.config)
-        fisher = diagonal_fisher(trainer, settings.fisher_batches * setup.task.batch_size, setup.config.seed)
+        samples = settings.fisher_batches * setup.task.batch_size
+        squares = passes.mean_over_samples(torch.square, samples, label="Fisher information")
+        fisher = {fisher_name(*key): values for key, values in squares.items()}
         if settings.mode == "online" and setup.task.index:
             before = setup.ledger.task_state(setup.config.stream[setup.task.index - 1].name)
             fisher = {name: settings.decay * before[name] + values for name, values in fisher.items()}
@@ -99,24 +102,3 @@ class EwcPenalty(Penalty):
 
 def fisher_name(module: str, half: int) -> str:
     return f"fisher.{module}.{'AB'[half]}"
-
-
-def diagonal_fisher(trainer: BankTrainer, samples: int, seed: int) -> dict[str, Tensor]:
-    """The empirical Fisher information's diagonal: squared gradients of single samples, averaged, on the CPU.
-
-    Args:
-        samples: how many to take at most, chosen by the seed; ranks share them.
-    """
-    count = min(samples, len(trainer.samples))
-    chosen = torch.randperm(len(trainer.samples), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    total: dict[Key, Tensor] = {}
-    trainer.stack.model.eval()
-    passes = range(0, count, world_size())
-    for start in progress_bar(
-        passes, desc="Fisher information", unit="sample", unit_scale=world_size(), disable=rank() != 0
-    ):
-        index = start + rank()
-        # Every rank takes part in every pass, if only with a sample that does not count.
-        for key, gradient in trainer.sample_gradients(chosen[min(index, count - 1)]).items():
-            total[key] = total.get(key, 0) + gradient.square() * (index < count)
-    return {fisher_name(*key): all_reduce_sum(values / count).cpu() for key, values in total.items()}

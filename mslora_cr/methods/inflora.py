@@ -16,8 +16,7 @@ from mslora_cr.utils.precision import ieee_float32
 
 if TYPE_CHECKING:
     from mslora_cr.losses.penalty import Pair
-    from mslora_cr.training.probe import StartProbe
-    from mslora_cr.training.trainer import BankTrainer
+    from mslora_cr.training.passes import Passes
 
 
 NOTHING = 1e-5
@@ -54,6 +53,7 @@ class Inflora(Method[InfloraSettings]):
     banks_by = "all"
     keeps_frozen_adapters = True
     trained_halves = (1,)
+    has_task_state = True
 
     def check(self, config: StreamConfig) -> None:
         settings = self.settings(config)
@@ -63,17 +63,17 @@ class Inflora(Method[InfloraSettings]):
                 f"lora.rank {config.lora.rank}"
             )
 
-    def initial(self, setup: Setup, start: Mapping[str, Pair], probe: StartProbe) -> dict[str, Pair]:
+    def initial(self, setup: Setup, start: Mapping[str, Pair], passes: Passes) -> dict[str, Pair]:
         settings, made = self.settings(setup.config), {}
-        for name, seen, basis in self._known(setup, probe.inputs(settings.samples, settings.tokens)):
+        for name, seen, basis in self._known(setup, passes.layer_inputs(settings.samples, settings.tokens)):
             a, b = start[name]
             made[name] = (new_directions(seen, basis, len(a)).T.cpu() / math.sqrt(3), torch.zeros_like(b, device="cpu"))
         return made
 
-    def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
+    def task_state(self, setup: Setup, passes: Passes) -> dict[str, Tensor]:
         """M after this task: by layer, (in, directions)."""
         settings = self.settings(setup.config)
-        seen_now = trainer.layer_inputs(settings.samples, settings.tokens)
+        seen_now = passes.layer_inputs(settings.samples, settings.tokens)
         return {
             f"inputs.{name}": grown(basis, seen, settings.threshold).cpu().contiguous()
             for name, seen, basis in self._known(setup, seen_now)

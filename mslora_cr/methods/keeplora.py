@@ -17,8 +17,7 @@ from mslora_cr.utils.precision import ieee_float32
 
 if TYPE_CHECKING:
     from mslora_cr.losses.penalty import Key, Pair
-    from mslora_cr.training.probe import StartProbe
-    from mslora_cr.training.trainer import BankTrainer
+    from mslora_cr.training.passes import Passes
 
 Gradients = Callable[[Mapping[str, "Pair"]], "dict[Key, Tensor]"]
 """A bank → the gradient of each of its matrices there."""
@@ -58,18 +57,19 @@ class Keeplora(Method[KeeploraSettings]):
     banks_by = "all"
     keeps_frozen_adapters = True
     trained_halves = (1,)
+    has_task_state = True
 
     def check(self, config: StreamConfig) -> None:
         if config.model.quantization is not None:
             raise ValueError("model.quantization: keeplora reads the directions of the base's weights; leave it out")
 
-    def initial(self, setup: Setup, start: Mapping[str, Pair], probe: StartProbe) -> dict[str, Pair]:
+    def initial(self, setup: Setup, start: Mapping[str, Pair], passes: Passes) -> dict[str, Pair]:
         settings = self.settings(setup.config)
-        bases = self._before(setup) or self._principal(setup, probe.weights())
+        bases = self._before(setup) or self._principal(setup, passes.weights())
         generator = torch.Generator().manual_seed(setup.config.seed + setup.task.index)
         drawn = {name: torch.randn(a.shape, generator=generator) for name, (a, _) in start.items()}
         directions = gradient_directions(
-            lambda bank: probe.gradients(bank, settings.samples),
+            lambda bank: passes.gradients_at(bank, settings.samples),
             {name: bases[name].to(setup.device) for name in drawn},
             {name: matrix.to(setup.device) for name, matrix in drawn.items()},
             {name: len(b) for name, (_, b) in start.items()},
@@ -77,11 +77,11 @@ class Keeplora(Method[KeeploraSettings]):
         )
         return {name: (directions[name].cpu(), torch.zeros(b.shape)) for name, (_, b) in start.items()}
 
-    def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
+    def task_state(self, setup: Setup, passes: Passes) -> dict[str, Tensor]:
         """M after this task: by layer, (in, directions)."""
         settings = self.settings(setup.config)
-        seen = trainer.layer_inputs(settings.samples, settings.tokens)
-        bases = self._before(setup) or self._principal(setup, trainer.stack.weights())
+        seen = passes.layer_inputs(settings.samples, settings.tokens)
+        bases = self._before(setup) or self._principal(setup, passes.weights())
         return {
             f"kept.{name}": grown(bases[name].to(setup.device), inputs.to(setup.device), settings.threshold)
             .cpu()

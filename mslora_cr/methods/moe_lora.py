@@ -14,7 +14,7 @@ from mslora_cr.methods.base import Method, Setup
 if TYPE_CHECKING:
     from mslora_cr.banks.kinds import Experts
     from mslora_cr.losses.penalty import Pair
-    from mslora_cr.training.probe import StartProbe
+    from mslora_cr.training.passes import Passes
 
 SOURCE_DEVIATION = 0.01
 """Of A's entries, in the source."""
@@ -52,7 +52,7 @@ class MoeLora(Method[MoeLoraSettings]):
         if config.lora.rank % experts:
             raise ValueError(f"moe_lora.experts: {experts} does not divide lora.rank {config.lora.rank}")
 
-    def initial(self, setup: Setup, start: Mapping[str, Pair], probe: StartProbe) -> dict[str, Pair] | None:
+    def initial(self, setup: Setup, start: Mapping[str, Pair], passes: Passes) -> dict[str, Pair] | None:
         if setup.task.index or self.settings(setup.config).initialization == "peft":
             return None
         generator = torch.Generator().manual_seed(setup.config.seed)

@@ -29,6 +29,7 @@ class MsloraCr(Method):
 
     name = "mslora_cr"
     keeps_frozen_adapters = True
+    has_penalty = True
 
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
         return task.index > 0 and (config.regularization.alpha != 0 or config.regularization.beta != 0)

@@ -73,6 +73,7 @@ class Olora(Method[OloraSettings]):
     section = OloraSettings
     banks_by = "all"
     keeps_frozen_adapters = True
+    has_penalty = True
     former_defaults = MappingProxyType({"lambda_1": 0.5, "relative": None})
 
     def check(self, config: StreamConfig) -> None:

@@ -40,6 +40,7 @@ class Reglora(Method[RegloraSettings]):
     section = RegloraSettings
     banks_by = "all"
     keeps_frozen_adapters = True
+    has_penalty = True
 
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
         return task.index > 0 and self.settings(config).strength > 0

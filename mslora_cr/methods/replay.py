@@ -14,7 +14,7 @@ from mslora_cr.methods.base import Method, Setup, sample_schedule
 
 if TYPE_CHECKING:
     from mslora_cr.runs.ledger import Ledger
-    from mslora_cr.training.trainer import BankTrainer
+    from mslora_cr.training.passes import Passes
 
 
 class ReplaySettings(Section):
@@ -38,6 +38,7 @@ class Replay(Method[ReplaySettings]):
     name = "replay"
     section = ReplaySettings
     init_from_previous = True
+    has_task_state = True
 
     def check(self, config: StreamConfig) -> None:
         for task in config.tasks:
@@ -57,9 +58,9 @@ class Replay(Method[ReplaySettings]):
         old = torch.cat([buffer[source.name] + start for source, start in zip(earlier, starts, strict=False)])
         return mix(old, counts[0], task, settings.share, config.seed)
 
-    def task_state(self, setup: Setup, trainer: BankTrainer) -> dict[str, Tensor]:
+    def task_state(self, setup: Setup, passes: Passes) -> dict[str, Tensor]:
         """The buffer for the next task: by task, positions in its records, int64."""
-        of_task, *earlier = trainer.samples.counts
+        of_task, *earlier = passes.sample_counts
         return self.choose(setup.config, setup.config.stream[: setup.task.index + 1], [*earlier, of_task])
 
     def choose(self, config: StreamConfig, tasks: Sequence[Task], counts: Sequence[int]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from mslora_cr.data.records import DataError, TrainingRecords, shown_images
 from mslora_cr.data.tasks import task_image_roots
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.distributed.deepspeed import zero_stage
-from mslora_cr.methods.base import Method, method_of
+from mslora_cr.methods.base import method_of
 from mslora_cr.models.base_check import check_loss
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.family import family_of
@@ -43,8 +43,11 @@ def check_trainable(config: StreamConfig, fields: dict[str, Any]) -> None:
     if config.model.kernels == "liger" and get_device(config.model.device).type != "cuda":
         raise ConfigError("model.kernels: liger needs a GPU; set it to auto, or to torch")
     method = method_of(config)
-    penalised = type(method).penalty is not Method.penalty
-    if fields.get("fp16") and penalised and any(method.regularizes(config, task) for task in method.trained(config)):
+    if (
+        fields.get("fp16")
+        and method.has_penalty
+        and any(method.regularizes(config, task) for task in method.trained(config))
+    ):
         raise ConfigError(
             "training.fp16 scales the loss, so that a penalty's gradient, which is added behind it, would all but "
             f"vanish; use training.bf16, or a method without a penalty instead of {config.method}"

@@ -13,7 +13,7 @@ from mslora_cr.banks.io import CONFIG, METADATA, STATISTICS, TASK_STATE, WEIGHTS
 from mslora_cr.banks.kinds import kind_of
 from mslora_cr.banks.published import BASE_DIGEST, PUBLISHED_WEIGHTS, export_published
 from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.methods.base import Method, method_of
+from mslora_cr.methods.base import method_of
 from mslora_cr.models.family import family_of
 from mslora_cr.models.layout import ModelError, read_config
 from mslora_cr.models.load import base_digest
@@ -217,7 +217,7 @@ def _check_usable(bank: Bank, source: Path, config: StreamConfig, shapes: Mappin
         raise BankError(
             f"{source}: its bank is {kind_of(bank).description}, but method {config.method} trains {kind.description}"
         )
-    if type(method).task_state is not Method.task_state and not (source / TASK_STATE).is_file():
+    if method.has_task_state and not (source / TASK_STATE).is_file():
         raise BankError(
             f"{source}: method {config.method} keeps more of a task than its bank, so a bank alone cannot be imported; "
             f"import from the run folder that trained it, which has {TASK_STATE}"
@@ -244,7 +244,7 @@ def _enter(bank: Bank, place: Path, config: StreamConfig, ledger: Ledger) -> Non
     if method_of(config).router_examples(config):  # another method's keep no questions for this one's router
         routers = [statistics for statistics in routers if "examples" in statistics]
     extra = {STATISTICS: routers[0]} if routers else {}
-    if type(method_of(config)).task_state is not Method.task_state:
+    if method_of(config).has_task_state:
         extra[TASK_STATE] = load_file(check_regular(place / TASK_STATE))
     described = {**bank.metadata, "modality": task.modality, "index": task.index, "imported": source}
     digest = save_bank(replace(bank, metadata=described), folder, config.lora.dropout, extra)

@@ -19,6 +19,7 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.collator import length_multiple
 from mslora_cr.data.datasets import ConcatTrainDataset, TrainDataset
+from mslora_cr.data.input_processor import Collate
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.data.tasks import task_image_roots, training_records
 from mslora_cr.distributed.comm import broadcast_object, get_device, rank
@@ -57,7 +58,8 @@ from mslora_cr.stream.recorded import record_answering
 from mslora_cr.training.arguments import training_arguments
 from mslora_cr.training.callbacks import ConsoleCallback, JsonLinesCallback
 from mslora_cr.training.checkpoints import check_same_launch, checkpoints, reading, writing
-from mslora_cr.training.probe import StartProbe
+from mslora_cr.training.objective import Objective
+from mslora_cr.training.passes import Passes
 from mslora_cr.training.trackers import tracked
 from mslora_cr.training.trainer import BankTrainer
 from mslora_cr.utils.progress import progress_bar
@@ -181,29 +183,10 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     if needs_task(config):
         router = router_statistics(config, task, run.records[task.name], base, method.router_examples(config))
     samples = training_samples(run, task, base)
-    frozen = run.ledger.banks(config, frozen_tasks(config, task))
-    stack = BankStack(base.model, config.lora.fold, kind=method.adapter(config))
-    # ZeRO-3 gives each rank its part of the first one's weights. The others' are the file's pages, which all ranks of a
-    # host share until one writes to them.
-    unmerged = frozen if sharded and rank() else []
-    stack.set_frozen(frozen, merge=not unmerged)
-    previous = run.ledger.banks(config, previous_task(config, task))
-    initial = stack.continue_from(previous[0]) if previous else None
-    set_seed(config.seed + task.index)
-    stack.add_trainable(config.lora.rank, config.lora.alpha, config.lora.dropout, initial)
-    setup = Setup(config, task, run.ledger, device)
     collator = input_processor_of(config, base).collator(length_multiple(device))
+    stack, objective = prepare_bank(run, task, base, samples, collator)
     if family_of(Path(config.model.path)).own_template and not sharded:
         try_first_record(base, samples, collator, device)
-    probe = StartProbe(stack, samples, collator, config.seed, unmerged if config.lora.fold == "merge" else [])
-    started = method.initial(setup, stack.trainable(), probe)
-    if started is not None:
-        stack.load_trainable(replace(stack.snapshot(task.name, config.lora.rank, config.lora.alpha), matrices=started))
-    stack.train_only(method.trained_halves)
-    regularizes = method.regularizes(config, task)
-    penalty = method.penalty(setup, frozen) if regularizes else None
-    # Merged into the model and held by the penalty; on the host they would be a copy per process.
-    del frozen, unmerged, probe
     order = method.order(config, task, samples.counts, run.ledger)
     args = training_arguments(config, task, run.fields, order is not None)
     if sharded:
@@ -216,14 +199,43 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
         bank_shape=(config.lora.rank, config.lora.alpha),
         input_digests=run.input_digests(task),
         order=order,
-        penalty=penalty,
-        distillation=method.distillation(setup) if regularizes else None,
+        objective=objective,
         callbacks=[ConsoleCallback(task.name), JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
         checkpointing=run.fields.get("gradient_checkpointing", False),
     )
     if rank() == 0:
         log.info("%s: banks' layers: %s; kernels: %s", task.name, stack.layer, kernels)
     return trainer, router
+
+
+def prepare_bank(
+    run: StreamRun, task: Task, base: BaseModel, samples: ConcatTrainDataset, collator: Collate
+) -> tuple[BankStack, Objective]:
+    """The base with its frozen banks and the task's own as it starts, and what joins the cross entropy."""
+    config, method = run.config, method_of(run.config)
+    rank_and_alpha = config.lora.rank, config.lora.alpha
+    setup = Setup(config, task, run.ledger, get_device(config.model.device))
+    # Merged into the model and held by the penalty; kept on the host they would be a copy per process.
+    frozen = run.ledger.banks(config, frozen_tasks(config, task))
+    # ZeRO-3 gives each rank its part of the first one's weights. The others' are the file's pages, which all ranks of a
+    # host share until one writes to them.
+    unmerged = frozen if zero_stage(run.fields.get("deepspeed")) == 3 and rank() else []
+    stack = BankStack(base.model, config.lora.fold, kind=method.adapter(config))
+    stack.set_frozen(frozen, merge=not unmerged)
+    previous = run.ledger.banks(config, previous_task(config, task))
+    initial = stack.continue_from(previous[0]) if previous else None
+    set_seed(config.seed + task.index)
+    stack.add_trainable(*rank_and_alpha, config.lora.dropout, initial)
+    still_to_merge = unmerged if config.lora.fold == "merge" else []
+    passes = Passes(stack, samples, collator, config.seed, unmerged=still_to_merge)
+    matrices = method.initial(setup, stack.trainable(), passes)
+    if matrices is not None:
+        stack.load_trainable(replace(stack.snapshot(task.name, *rank_and_alpha), matrices=matrices))
+    stack.train_only(method.trained_halves)
+    if not method.regularizes(config, task):
+        return stack, Objective()
+    penalty = method.penalty(setup, frozen) if method.has_penalty else None
+    return stack, Objective(penalty, method.distillation(setup))
 
 
 def _say_where_it_starts(task: Task, trainer: BankTrainer, left: Sequence[Path]) -> None:
@@ -252,7 +264,8 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
     """Write a trained bank with what is kept beside it, and enter it in the ledger; to be called on every rank."""
     config, ledger = run.config, run.ledger
     mean_loss, padding = trainer.mean_loss(), trainer.padding()
-    task_state = method_of(config).task_state(Setup(config, task, ledger, get_device(config.model.device)), trainer)
+    method, setup = method_of(config), Setup(config, task, ledger, get_device(config.model.device))
+    task_state = method.task_state(setup, trainer.passes) if method.has_task_state else {}
     metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
     metadata |= {"base_model": {"architecture": trainer.stack.architecture, "digest": run.model_digest}}
     bank = trainer.stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata, float32_value)
@@ -279,8 +292,8 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
         bank_layer=trainer.stack.layer,
         kernels=kernels_of(config),
         recomputed_layers=trainer.recomputation.count,
-        frozen_bank_bytes=trainer.penalty.frozen_bytes if trainer.penalty else 0,
-        weights=trainer.penalty.weights if trainer.penalty else None,
+        frozen_bank_bytes=trainer.objective.frozen_bytes,
+        weights=trainer.objective.weights,
     )
     record_answering(config, ledger)
     log.info(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from mslora_cr.banks.stack import TRAINABLE, BankStack
 from mslora_cr.data.datasets import ConcatTrainDataset
 from mslora_cr.data.input_processor import Collate
 from mslora_cr.distributed.comm import barrier, broadcast_object
-from mslora_cr.distributed.deepspeed import float32_value, gather_params, reshard
-from mslora_cr.losses.penalty import Distillation, Key, Penalty, penalty_hook
+from mslora_cr.distributed.deepspeed import float32_value, reshard
 from mslora_cr.models.language import decoder_layers, last_mlp
 from mslora_cr.models.sparse_mlp import SparseMLP
 from mslora_cr.training.callbacks import TowerOutsideGraph
@@ -39,27 +37,19 @@ from mslora_cr.training.checkpoints import (
     reading,
     writing,
 )
-from mslora_cr.training.inputs import layer_inputs, loss_mask
+from mslora_cr.training.inputs import loss_mask
+from mslora_cr.training.objective import NonFiniteLossError, Objective
 from mslora_cr.training.out_of_memory import least_layers, noting_more_layers
+from mslora_cr.training.passes import Passes
 from mslora_cr.training.recomputation import Recomputation, Setting
 from mslora_cr.training.sampler import FixedOrderSampler, SampleOrder
 from mslora_cr.training.trackers import reads_checkpoints
-from mslora_cr.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-class NonFiniteLossError(UserError):
-    """The loss is NaN or infinite; the message names the records of the batch."""
-
-
 class BankTrainer(Trainer):
-    """Trains the trainable bank of a `BankStack`.
-
-    The penalty's gradient joins each matrix's own in a tensor hook, in the last backward pass before an update. The
-    hook sees whole matrices under DDP and every ZeRO stage, an update gets the gradient once whatever the
-    accumulation, and averaging over ranks leaves it unchanged.
-    """
+    """Trains the trainable bank of a `BankStack`."""
 
     def __init__(
         self,
@@ -70,8 +60,7 @@ class BankTrainer(Trainer):
         bank_shape: tuple[int, float],
         input_digests: Mapping[str, str] | None = None,
         order: Sequence[int] | None = None,
-        penalty: Penalty | None = None,
-        distillation: Distillation | None = None,
+        objective: Objective | None = None,
         callbacks: list[TrainerCallback] | None = None,
         checkpointing: Setting = False,
     ) -> None:
@@ -81,8 +70,7 @@ class BankTrainer(Trainer):
             input_digests: digests of what decides the bank, noted in its checkpoints.
             order: positions of the samples, with repetitions, in the order in which to visit them; otherwise each
                 epoch shuffles them all.
-            penalty: what joins the cross entropy once per update, if anything.
-            distillation: what joins it in every micro-batch, if anything.
+            objective: what joins the cross entropy; nothing by default.
             checkpointing: which decoder layers' activations are recomputed; `args.gradient_checkpointing` must be true
                 unless it is none.
         """
@@ -101,25 +89,28 @@ class BankTrainer(Trainer):
         self.order = SampleOrder(samples, args, order)
         self.bank_shape = bank_shape
         self.input_digests = dict(input_digests or {})
-        self.penalty = penalty
-        self.distillation = distillation
+        self.objective = objective or Objective()
+        self.objective.attach(stack)
         self._staging = broadcast_object(f"{STAGING}-{secrets.token_hex(8)}")
         self._publisher = Publisher(Path(args.output_dir), args.save_total_limit or 1)
         self._sparse_mlp = SparseMLP(last_mlp(stack.base))
-        self._pending: dict[Key, Tensor] = {}
         self._micro_batch: dict[str, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
         self._logged_from = 0
         self._loss_sum = torch.zeros((), device=args.device)
         self._positions = torch.zeros(2, dtype=torch.int64, device=args.device)  # with a token, and all
         self._started = time.monotonic()
-        self._trainable = stack.trainable()
         self._parameters = stack.trainable_parameters()
-        matrices = {(name, half): matrix for name, pair in self._trainable.items() for half, matrix in enumerate(pair)}
-        self._learning = {key: matrix for key, matrix in matrices.items() if matrix.requires_grad}
-        if penalty is not None:
-            for key, parameter in self._learning.items():
-                parameter.register_hook(penalty_hook(self._pending, key))
+        self.passes = Passes(
+            stack,
+            samples,
+            collator,
+            args.seed,
+            to_device=self._prepare_inputs,
+            autocast=self.compute_loss_context_manager,
+            sparse_mlp=self._sparse_mlp,
+            release=lambda: reshard(self),
+        )
 
     # --- one step ---
 
@@ -150,7 +141,7 @@ class BankTrainer(Trainer):
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         inputs = {**inputs, "logits_to_keep": keep, "use_cache": False}
         # Before the student: ZeRO-3 wants nothing between a forward pass and its backward pass.
-        teacher = self._logits_without_bank(model, inputs) if self.distillation else None
+        teacher = self._logits_without_bank(model, inputs) if self.objective.distillation else None
         loss, outputs = super().compute_loss(
             model,
             {**inputs, "labels": targets, "shift_labels": targets},
@@ -158,13 +149,13 @@ class BankTrainer(Trainer):
             num_items_in_batch=num_items_in_batch,
         )
         self._micro_batch = {"ce": loss.detach()}
-        if self.distillation is not None:
+        if (distillation := self.objective.distillation) is not None:
             assert teacher is not None and num_items_in_batch is not None, "distillation is for training alone"
             # Averaged over tokens as the cross entropy is: over all ranks and micro-batches of an update.
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            distilled = self.distillation.term(outputs.logits, teacher).sum() * ranks / num_items_in_batch
+            distilled = distillation.term(outputs.logits, teacher).sum() * ranks / num_items_in_batch
             self._micro_batch["distillation"] = distilled.detach()
-            loss = loss + self.distillation.weight * distilled
+            loss = loss + distillation.weight * distilled
         if not torch.isfinite(loss):
             places = "\n  ".join(self.samples.place(index) for index in records.tolist() if index < len(self.samples))
             raise NonFiniteLossError(
@@ -194,61 +185,20 @@ class BankTrainer(Trainer):
             return step(model, dict(inputs), num_items_in_batch)
 
         alone = self.args.world_size == 1 and not self.is_deepspeed_enabled
-        with self._penalized() as penalty, self._sparse_mlp.masked(loss_mask(inputs["labels"])[0]):
+        with self._penalized() as (penalty, terms), self._sparse_mlp.masked(loss_mask(inputs["labels"])[0]):
             loss = self.recomputation.retrying(self._parameters, micro_batch) if alone else micro_batch()
-        for name, value in self._micro_batch.items():
+        for name, value in [*terms.items(), *self._micro_batch.items()]:
             self._log_term(name, value)
         total = loss if penalty is None else loss + penalty.to(loss.dtype)
         self._loss_sum += total.detach()
         return total
 
-    @contextmanager
-    def _penalized(self) -> Iterator[Tensor | None]:
-        """In the last micro-batch of an update, the penalty at the current matrices. The hooks add its gradient to a
-        backward pass inside, and to none outside."""
-        if self.penalty is None or not self.accelerator.sync_gradients:
-            yield None
-            return
-        with gather_params(itertools.chain.from_iterable(self._trainable.values())), torch.no_grad():
-            step = self.penalty.step(self._trainable, self._get_learning_rate())
-        if not torch.isfinite(step.value):
-            raise NonFiniteLossError(
-                f"{self.args.run_name}: the penalty at step {self.state.global_step + 1} is {step.value.item()}; "
-                "nothing was updated. Lower its weights or the learning rate."
-            )
-        for name, value in step.logged.items():
-            self._log_term(name, value)
-        self._pending.update(step.gradients)
-        try:
-            yield step.value
-        finally:
-            self._pending.clear()
-
-    def sample_gradients(self, index: int) -> dict[Key, Tensor]:
-        """The gradient of one sample's cross entropy, summed over its answer's tokens, float32; moves nothing.
-
-        On every rank for a sample of its own, and for each as often: under ZeRO-3 all ranks share each pass.
-        """
-        with self._summed_loss([index]) as loss:
-            return self._gradients(loss)
-
-    def _gradients(self, loss: Tensor) -> dict[Key, Tensor]:
-        """Gradients of the trainable matrices, float32; no parameter keeps one."""
-        gradients = torch.autograd.grad(loss, list(self._learning.values()))
-        reshard(self)
-        return {key: gradient.float() for key, gradient in zip(self._learning, gradients, strict=True)}
-
-    @contextmanager
-    def _summed_loss(self, indices: Sequence[int]) -> Iterator[Tensor]:
-        """The cross entropy of samples, summed over their answers' tokens, outside the Trainer's own steps. Its
-        backward pass belongs inside."""
-        batch = self._prepare_inputs(self.data_collator([self.samples[index] for index in indices]))
-        del batch["record_index"]
-        keep, targets = loss_mask(batch.pop("labels"))
-        with self._sparse_mlp.masked(keep):
-            with self.compute_loss_context_manager():
-                output = self.stack.model(**batch, logits_to_keep=keep, use_cache=False)
-            yield nn.functional.cross_entropy(output.logits.float(), targets, reduction="sum")
+    def _penalized(self) -> AbstractContextManager[tuple[Tensor | None, Mapping[str, Tensor]]]:
+        """In the last micro-batch of an update, the penalty and its terms; nothing in the others."""
+        if not self.accelerator.sync_gradients:
+            return nullcontext((None, {}))
+        where = f"{self.args.run_name}: the penalty at step {self.state.global_step + 1}"
+        return self.objective.penalized(self._get_learning_rate(), where)
 
     def _decide_recomputation(self) -> None:
         """Once, before the first step, from a pass over the longest samples; the same on every rank."""
@@ -256,25 +206,11 @@ class BankTrainer(Trainer):
         def longest() -> AbstractContextManager[Tensor]:
             by_length = sorted(range(len(self.samples)), key=self.order.lengths.__getitem__)
             self.model.train()
-            return self._summed_loss(by_length[-self.args.train_batch_size :])
+            return self.passes.summed_loss(by_length[-self.args.train_batch_size :])
 
         trained = sum(parameter.numel() for parameter in self._parameters)
         run, device, apart = str(self.args.run_name), self.args.device, not self.is_deepspeed_enabled
-        self.recomputation.decide(run, device, longest, self._gradients, trained, apart)
-
-    def layer_inputs(self, samples: int, tokens: int) -> dict[str, Tensor]:
-        """Inputs of the linear layers for the task's samples, with the current weights; as
-        `training.inputs.layer_inputs`."""
-
-        def batch_of(index: int) -> dict[str, Tensor]:
-            batch = self._prepare_inputs(self.data_collator([self.samples[index]]))
-            return {name: value for name, value in batch.items() if name not in ("record_index", "labels")}
-
-        count = len(self.samples)
-        with self.compute_loss_context_manager():
-            inputs = layer_inputs(self.stack.model, batch_of, count, samples, tokens, self.args.seed)
-        reshard(self)
-        return inputs
+        self.recomputation.decide(run, device, longest, self.passes.gradients, trained, apart)
 
     # --- the order of samples ---
 
@@ -359,7 +295,7 @@ class BankTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             save_bank(bank, folder / BANK_FOLDER, beside=beside)
             state = {
-                "penalty": self.penalty.state_dict() if self.penalty else {},
+                "penalty": self.objective.state_dict(),
                 "loss_sum": loss_sum,
                 "positions": positions,
                 "seconds": self.seconds,
@@ -388,8 +324,7 @@ class BankTrainer(Trainer):
     def _load_own_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state = torch.load(Path(checkpoint) / STATE, map_location="cpu", weights_only=True)
-            if self.penalty:
-                self.penalty.load_state_dict(state["penalty"])
+            self.objective.load_state_dict(state["penalty"])
             self._loss_sum = state["loss_sum"].to(self._loss_sum.device)
             if self.args.process_index == 0:  # they are summed over ranks
                 self._positions = state["positions"].to(self._positions.device)

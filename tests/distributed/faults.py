@@ -14,7 +14,7 @@ import torch
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.distributed import comm as distributed
 from mslora_cr.distributed.comm import rank
-from mslora_cr.training import trainer
+from mslora_cr.training import objective
 from mslora_cr.training.checkpoints import STAGING
 from mslora_cr.training.recomputation import Recomputation
 from mslora_cr.training.trainer import BankTrainer
@@ -27,7 +27,7 @@ FILE_BYTES = 20_000
 def penalty_without_gradient() -> None:
     """The published mistake: under ZeRO-3 the penalties' gradient reaches no parameter."""
 
-    trainer.penalty_hook = lambda pending, key: lambda gradient: gradient
+    objective.penalty_hook = lambda pending, key: lambda gradient: gradient
 
 
 def at_step(number: int, on_rank: int, act: Callable[[], None]) -> None:

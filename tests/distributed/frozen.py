@@ -68,7 +68,7 @@ def frozen_tensors(trainer: BankTrainer) -> dict[str, Tensor]:
         if not parameter.requires_grad:
             with gather_params([parameter]):
                 found[name] = parameter.detach().clone()
-    for group in trainer.penalty._terms._groups:  # type: ignore[union-attr]
+    for group in trainer.objective.penalty._terms._groups:  # type: ignore[union-attr]
         for (module, half), banks in zip(group.keys, group.frozen, strict=True):
             found.update({f"penalty.{place}.{module}.{half}": bank for place, bank in enumerate(banks)})
     return found

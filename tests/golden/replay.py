@@ -42,6 +42,7 @@ from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.models import llava_med
 from mslora_cr.models.layout import linear_name
+from mslora_cr.training.objective import Objective
 from mslora_cr.training.trainer import BankTrainer, loss_mask
 
 PIXELS, BASE_LOSS, LOGITS, PENALTIES = 1e-5, 1e-5, 1e-4, 1e-5
@@ -239,7 +240,7 @@ class Replay:
                 collator=TrainingCollator(self.input_processor.tokenizer.pad_token_id),
                 args=args,
                 bank_shape=(self.training["rank"], self.training["lora_alpha"]),
-                penalty=WeightedPenalties(penalties, weights) if penalties else None,
+                objective=Objective(WeightedPenalties(penalties, weights) if penalties else None),
                 callbacks=[CompareGradients(self, stack, number)],
             )
             batches: Any = DataLoader(self.samples, batch_sampler=self.batches, collate_fn=trainer.data_collator)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mslora_cr.cli.main import main
-from mslora_cr.training import trainer as trainer_module
+from mslora_cr.training import objective as objective_module
 from mslora_cr.training.out_of_memory import NOTE, LayersNote, least_layers
 from mslora_cr.training.recomputation import Memory, layers_to_recompute
 from mslora_cr.training.trainer import BankTrainer
@@ -70,7 +70,7 @@ def test_a_step_that_runs_out_of_memory_is_made_again_exactly(
     """In the middle of a backward pass, with dropout, accumulation, and a learnable weight."""
     accumulated = ("training.per_device_train_batch_size=2", "tasks=[pathvqa, slake-vqarad]")
     plain = trained(*accumulated, "training.gradient_checkpointing=false")
-    hook, calls = trainer_module.penalty_hook, 0
+    hook, calls = objective_module.penalty_hook, 0
 
     def deadly(pending: Any, key: Any) -> Any:
         add = hook(pending, key)
@@ -84,7 +84,7 @@ def test_a_step_that_runs_out_of_memory_is_made_again_exactly(
 
         return called
 
-    monkeypatch.setattr(trainer_module, "penalty_hook", deadly)
+    monkeypatch.setattr(objective_module, "penalty_hook", deadly)
     ours = trained(*accumulated, "training.gradient_checkpointing=auto")
     assert calls > fails
     assert "memory ran out; the activations of 1 decoder layers are recomputed from here on" in capsys.readouterr().err

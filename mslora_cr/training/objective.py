@@ -1,0 +1,95 @@
+"""What a task minimises besides the cross entropy: a penalty once per update, a distillation in every micro-batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.distributed.deepspeed import gather_params
+from mslora_cr.losses.penalty import Distillation, Key, Penalty, penalty_hook
+from mslora_cr.utils.errors import UserError
+
+
+class NonFiniteLossError(UserError):
+    """The loss is NaN or infinite; the message names the records of the batch."""
+
+
+class Objective:
+    """The terms that a method adds to the cross entropy.
+
+    The penalty's gradient joins each matrix's own in a tensor hook, in the last backward pass before an update. The
+    hook sees whole matrices under DDP and every ZeRO stage, an update gets the gradient once whatever the
+    accumulation, and averaging over ranks leaves it unchanged.
+    """
+
+    def __init__(self, penalty: Penalty | None = None, distillation: Distillation | None = None) -> None:
+        """
+        Args:
+            penalty: a term of the bank's matrices.
+            distillation: a term of the logits with and without the bank.
+        """
+        self.penalty, self.distillation = penalty, distillation
+        self._trainable: Mapping[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._pending: dict[Key, Tensor] = {}
+
+    def attach(self, stack: BankStack) -> None:
+        """Let the penalty's gradient join those of the trainable bank's matrices that learn."""
+        self._trainable = stack.trainable()
+        matrices = {(name, half): matrix for name, pair in self._trainable.items() for half, matrix in enumerate(pair)}
+        for key, matrix in matrices.items():
+            if self.penalty is not None and matrix.requires_grad:
+                matrix.register_hook(penalty_hook(self._pending, key))
+
+    @contextmanager
+    def penalized(self, learning_rate: float, where: str) -> Iterator[tuple[Tensor | None, Mapping[str, Tensor]]]:
+        """Inside, a backward pass adds the penalty's gradient at the current matrices; outside, none does.
+
+        Args:
+            learning_rate: of this update.
+            where: the run and step, for the message.
+
+        Yields:
+            The penalty's value, None without one, and its terms for the log.
+
+        Raises:
+            NonFiniteLossError: the penalty is NaN or infinite.
+        """
+        if self.penalty is None:
+            yield None, {}
+            return
+        with gather_params(itertools.chain.from_iterable(self._trainable.values())), torch.no_grad():
+            step = self.penalty.step(self._trainable, learning_rate)
+        if not torch.isfinite(step.value):
+            raise NonFiniteLossError(
+                f"{where} is {step.value.item()}; nothing was updated. Lower its weights or the learning rate."
+            )
+        self._pending.update(step.gradients)
+        try:
+            yield step.value, step.logged
+        finally:
+            self._pending.clear()
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Memory that the penalty holds of earlier banks."""
+        return self.penalty.frozen_bytes if self.penalty else 0
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """The penalty's weights as they are now; None without a penalty."""
+        return self.penalty.weights if self.penalty else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint inside the task must hold."""
+        return self.penalty.state_dict() if self.penalty else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint's `state_dict`."""
+        if self.penalty:
+            self.penalty.load_state_dict(state)

@@ -1,0 +1,182 @@
+"""Forward and backward passes of a task's samples outside the Trainer's steps, for methods and measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mslora_cr.banks.bank import Bank
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.data.datasets import ConcatTrainDataset
+from mslora_cr.data.input_processor import Collate
+from mslora_cr.distributed.comm import all_reduce_sum, rank, world_size
+from mslora_cr.losses.penalty import Key, Pair
+from mslora_cr.models.sparse_mlp import SparseMLP
+from mslora_cr.training.inputs import layer_inputs, loss_mask
+from mslora_cr.utils.progress import progress_bar
+
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+class Passes:
+    """Passes of a task's training samples through the model as it is, frozen banks included, that move nothing.
+
+    Every method of this class is to be called on every rank, and gives the same on any number of processes.
+    """
+
+    def __init__(
+        self,
+        stack: BankStack,
+        samples: ConcatTrainDataset,
+        collator: Collate,
+        seed: int,
+        to_device: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        autocast: Context = nullcontext,
+        sparse_mlp: SparseMLP | None = None,
+        release: Callable[[], None] = lambda: None,
+        unmerged: Sequence[Bank] = (),
+    ) -> None:
+        """
+        Args:
+            stack: the model, with the trainable bank on top.
+            samples: the task's.
+            collator: makes a batch of samples.
+            seed: chooses the samples that are looked at.
+            to_device: brings a batch where the model is; by default where its first parameter is.
+            autocast: the context of a forward pass.
+            sparse_mlp: the last MLP, where it may leave positions without a label out.
+            release: called after a pass; shards what it has gathered.
+            unmerged: banks that the base's weights do not hold yet, and must for a pass.
+        """
+        self._stack, self._samples, self._collator, self._seed = stack, samples, collator, seed
+        self._to_device = to_device or self._to_base
+        self._autocast, self._sparse_mlp, self._release = autocast, sparse_mlp, release
+        self._unmerged = unmerged
+
+    @property
+    def sample_counts(self) -> list[int]:
+        """How many samples each of the method's `sources` has."""
+        return self._samples.counts
+
+    def layer_inputs(self, samples: int, tokens: int) -> dict[str, Tensor]:
+        """What each linear layer sees of the samples; `training.inputs.layer_inputs`.
+
+        Args:
+            samples: how many to take at most.
+            tokens: positions of each, at most.
+
+        Returns:
+            Linear layer's name → (in, samples · tokens), float32, on the CPU.
+        """
+        self._merge()
+
+        def batch_of(index: int) -> dict[str, Tensor]:
+            batch = self._batch([index])
+            return {name: value for name, value in batch.items() if name != "labels"}
+
+        with self._autocast():
+            inputs = layer_inputs(self._stack.model, batch_of, len(self._samples), samples, tokens, self._seed)
+        self._release()
+        return inputs
+
+    def mean_over_samples(self, of: Callable[[Tensor], Tensor], samples: int, label: str) -> dict[Key, Tensor]:
+        """The mean of a function of single samples' gradients, on the CPU; ranks share the samples.
+
+        Args:
+            of: a matrix's gradient of one sample's cross entropy, summed over its answer's tokens → a tensor.
+            samples: how many to take at most.
+            label: of the progress bar.
+        """
+        chosen = self._chosen(samples)
+        count, total = len(chosen), dict[Key, Tensor]()
+        self._stack.model.eval()
+        passes = range(0, count, world_size())
+        for start in progress_bar(passes, desc=label, unit="sample", unit_scale=world_size(), disable=rank() != 0):
+            mine = start + rank()
+            # Every rank takes part in every pass, if only with a sample that does not count.
+            with self.summed_loss([chosen[min(mine, count - 1)]]) as loss:
+                gradients = self.gradients(loss)
+            for key, gradient in gradients.items():
+                total[key] = total.get(key, 0) + of(gradient) * (mine < count)
+        return {key: all_reduce_sum(values / count).cpu() for key, values in total.items()}
+
+    def gradients_at(self, bank: Mapping[str, Pair], samples: int) -> dict[Key, Tensor]:
+        """The gradient of the mean cross entropy over answers' tokens, float32, at a bank, which is then forgotten.
+
+        Ranks do not share the samples: their sums would differ in rounding, and what is made from them much more.
+
+        Args:
+            bank: A and B by linear layer.
+            samples: how many to take at most.
+        """
+        self._merge()
+        pairs = self._stack.trainable()
+        before = {name: (a.detach().cpu().clone(), b.detach().cpu().clone()) for name, (a, b) in pairs.items()}
+        totals = {key: torch.zeros_like(matrix, dtype=torch.float32) for key, matrix in self._learning().items()}
+        tokens = 0
+        self._load(bank)
+        self._stack.model.eval()
+        for index in self._chosen(samples):
+            with self._summed([index]) as (loss, count):
+                for key, gradient in self.gradients(loss).items():
+                    totals[key] += gradient
+            tokens += count
+        self._load(before)
+        return {key: total / max(tokens, 1) for key, total in totals.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Each linear layer's own weight, (out, in), with what is merged into it."""
+        self._merge()
+        return self._stack.weights()
+
+    @contextmanager
+    def summed_loss(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """The cross entropy of samples, summed over their answers' tokens. Its backward pass belongs inside."""
+        with self._summed(indices) as (loss, _):
+            yield loss
+
+    @contextmanager
+    def _summed(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
+        """The summed cross entropy, and of how many tokens."""
+        batch = self._batch(indices)
+        keep, targets = loss_mask(batch.pop("labels"))
+        with self._sparse_mlp.masked(keep) if self._sparse_mlp else nullcontext():
+            with self._autocast():
+                output = self._stack.model(**batch, logits_to_keep=keep, use_cache=False)
+            yield nn.functional.cross_entropy(output.logits.float(), targets, reduction="sum"), len(targets)
+
+    def gradients(self, loss: Tensor) -> dict[Key, Tensor]:
+        """Of the matrices that learn, float32, left in no parameter."""
+        learning = self._learning()
+        gradients = torch.autograd.grad(loss, list(learning.values()))
+        self._release()
+        return {key: gradient.float() for key, gradient in zip(learning, gradients, strict=True)}
+
+    def _learning(self) -> dict[Key, nn.Parameter]:
+        pairs = self._stack.trainable().items()
+        matrices = {(name, half): matrix for name, pair in pairs for half, matrix in enumerate(pair)}
+        return {key: matrix for key, matrix in matrices.items() if matrix.requires_grad}
+
+    def _chosen(self, samples: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self._seed)
+        return torch.randperm(len(self._samples), generator=generator)[:samples].tolist()
+
+    def _batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        batch = self._to_device(self._collator([self._samples[index] for index in indices]))
+        del batch["record_index"]
+        return batch
+
+    def _to_base(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.to(self._stack.base.device) for name, value in batch.items()}
+
+    def _merge(self) -> None:
+        if self._unmerged:
+            self._stack.merge(self._unmerged)
+        self._unmerged = ()
+
+    def _load(self, bank: Mapping[str, Pair]) -> None:
+        self._stack.load_trainable(Bank("probe", 1, 1.0, dict(bank)))
