@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mslora_cr.data.chat import Chat, Span, messages_of, render, training_chat
 from mslora_cr.data.images import image_size, load_image, paths_of, resolve_image
-from mslora_cr.data.input_processor import Collate, Prompt
+from mslora_cr.data.input_processor import Collate, LabelCount, Prompt
 from mslora_cr.data.prompts import IGNORE_INDEX, Message, Turn
 from mslora_cr.data.records import IMAGE, TestRecord, TestRecords, TrainingRecord, TrainingRecords, shown_images
 
@@ -107,6 +107,15 @@ class ChatTemplateInputs:
         opening, rest = self.split_ids(self._chat(record).text, sizes)
         self._check_cut(opening, rest)
         return min(len(opening) + len(rest), self.max_length)
+
+    def count_labels(self, record: TrainingRecord, roots: Sequence[Path]) -> LabelCount:
+        chat = self._chat(record)
+        sizes = [image_size(resolve_image(name, roots)) for name in self.image_names(record)]
+        opening, rest = self.split_ids(chat.text, sizes)
+        self._check_cut(opening, rest)
+        ids = [*opening, *rest]
+        labels = self._learned(ChatSample(index=0, text=chat.text, answers=chat.answers, images=[]), ids)
+        return LabelCount(len(labels), sum(position < self.max_length for position in labels), len(ids))
 
     def padding_sample(self, sample: ChatSample, index: int) -> ChatSample:
         return {**sample, "index": index, "answers": ()}

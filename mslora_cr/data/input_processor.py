@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 from torch import Tensor
@@ -35,6 +35,17 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.opening) + len(self.rest)
+
+
+class LabelCount(NamedTuple):
+    """Of one training sample, in positions."""
+
+    labels: int
+    """Before it is cut at `max_length`; 0 where the template cannot hold the conversation."""
+    learned: int
+    """Those that are left after the cut."""
+    length: int
+    """Before it is cut, images included."""
 
 
 class TextTokenizer(Protocol):
@@ -78,6 +89,10 @@ class InputProcessor(Protocol):
 
     def length(self, record: TrainingRecord, roots: Sequence[Path], /) -> int:
         """Positions of its sample, images included; none is decoded."""
+        ...
+
+    def count_labels(self, record: TrainingRecord, roots: Sequence[Path], /) -> LabelCount:
+        """How many labels its sample has, before and after it is cut; no image is decoded."""
         ...
 
     def padding_sample(self, sample: Any, index: int, /) -> Any:

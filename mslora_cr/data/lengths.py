@@ -1,12 +1,13 @@
-"""Measures how many positions samples take, without loading the model: from its tokenizer and number of patches."""
+"""Measures how many positions samples take, and how much of them is learned, without loading the model's weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mslora_cr.data.images import tower_folder
+from mslora_cr.data.input_processor import InputProcessor
 from mslora_cr.data.prompts import (
     IGNORE_INDEX,
     IMAGE_INDEX,
@@ -15,12 +16,16 @@ from mslora_cr.data.prompts import (
     encode_prompt,
     generation_prompt,
 )
-from mslora_cr.data.records import DataError, TrainingRecords, shown_images
+from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.data.tokenizer import Tokenizer
 from mslora_cr.utils.strict_json import read_object
 
 CLIP_PATCHES = 576
 """Of CLIP ViT-L/14 at 336 pixels, assumed where the model's own tower is not available."""
+
+
+PLACES = 3
+"""How many places a message names."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +78,54 @@ def _expanded(ids: Sequence[int], limit: Limit) -> int:
     return len(ids) + ids.count(IMAGE_INDEX) * (limit.patches - 1)
 
 
-def count_cut(limit: Limit, records: TrainingRecords, all_images: bool) -> int:
-    """How many samples end beyond the limit, where training cuts them.
+@dataclass
+class LearnedCounts:
+    """Of a task's samples. Each list holds indices of records."""
 
-    A text has no more pieces than its record has bytes in the file, so that only long records are encoded.
+    samples: int = 0
+    unlabelled: list[int] = field(default_factory=list)
+    """The template cannot hold them: they add nothing to the loss."""
+    cut: list[int] = field(default_factory=list)
+    """Longer than `data.max_length`, but some of the answer is left."""
+    lost: list[int] = field(default_factory=list)
+    """Cut before the first token of their answer."""
+
+    @property
+    def learned(self) -> int:
+        """How many samples have a label to learn."""
+        return self.samples - len(self.unlabelled) - len(self.lost)
+
+
+def count_learned(
+    records: TrainingRecords, roots: Sequence[Path], input_processor: InputProcessor, max_length: int
+) -> LearnedCounts:
+    """Count what training will learn of some records; no image is decoded.
 
     Args:
-        all_images: all images of a record are shown, not its first alone.
+        records: of a task.
+        roots: where its images are.
+        input_processor: of the base model.
+        max_length: `data.max_length`, in positions.
 
     Raises:
-        DataError: a text of these cannot be encoded.
+        DataError: a record cannot be encoded, or is cut through an image; says where.
     """
-    room = 0 if all_images else limit.max_length - limit.patches
-    count = 0
-    for index, size in enumerate(records.sizes()):
-        if size > room:
-            record = records[index]
-            images = len(shown_images(record, all_images))
-            try:
-                count += training_length(limit, record.turns, images)[1] > limit.max_length
-            except ValueError as error:
-                raise DataError(f"{records.path}: {records.place(index)}: {error}") from None
-    return count
+    counts = LearnedCounts(len(records))
+    for index, record in enumerate(records):
+        try:
+            all_labels, learned, length = input_processor.count_labels(record, roots)
+        except ValueError as error:
+            raise DataError(f"{records.path}: {records.place(index)}: {error}") from None
+        if not all_labels:
+            counts.unlabelled.append(index)
+        elif not learned:
+            counts.lost.append(index)
+        elif length > max_length:
+            counts.cut.append(index)
+    return counts
+
+
+def places(records: TrainingRecords, indices: Sequence[int]) -> str:
+    """The first places of some records, for a message."""
+    more = f" and {len(indices) - PLACES:,} more" if len(indices) > PLACES else ""
+    return ", ".join(records.place(index) for index in indices[:PLACES]) + more

@@ -14,7 +14,7 @@ from torch import Tensor
 from mslora_cr.data.collator import Sample, TrainingCollator
 from mslora_cr.data.features import FeatureCache
 from mslora_cr.data.images import load_image, paths_of, preprocess, resolve_image
-from mslora_cr.data.input_processor import Collate, Prompt
+from mslora_cr.data.input_processor import Collate, LabelCount, Prompt
 from mslora_cr.data.prompts import (
     IGNORE_INDEX,
     Encoded,
@@ -79,6 +79,14 @@ class LlavaMedInputs:
 
     def length(self, record: TrainingRecord, roots: Sequence[Path]) -> int:
         return len(self._encode(record).input_ids)
+
+    def count_labels(self, record: TrainingRecord, roots: Sequence[Path]) -> LabelCount:
+        images = len(self.image_names(record))
+        encoded = encode_conversation(self.tokenizer, record.turns, images)
+        labels, learned = (
+            sum(label != IGNORE_INDEX for label in each.labels) for each in (encoded, self.expand(encoded))
+        )
+        return LabelCount(labels, learned, len(encoded.input_ids) + images * (self.patches - 1))
 
     def padding_sample(self, sample: Sample, index: int) -> Sample:
         return {**sample, "index": index, "labels": [IGNORE_INDEX] * len(sample["labels"])}

@@ -212,7 +212,7 @@ class Method(Generic[Settings]):
     """Something is kept of each task for those after it: `task_state`."""
 
     def task_state(self, setup: Setup, passes: Passes) -> dict[str, Tensor]:
-        """The task state, saved beside a trained bank for the tasks after it, if `has_task_state`. Called on every rank.
+        """What is saved beside a trained bank for later tasks, if `has_task_state`. Called on every rank.
 
         Args:
             setup: of the task.

@@ -8,7 +8,11 @@ from typing import Literal
 import torch
 
 from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.chat_template_inputs import ChatTemplateInputs
 from mslora_cr.data.input_processor import InputProcessor
+from mslora_cr.data.lengths import read_limit
+from mslora_cr.data.llava_med_inputs import LlavaMedInputs
+from mslora_cr.data.prompts import IMAGE_INDEX
 from mslora_cr.models import llava_med
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.cached_tower import CachedTower
@@ -16,7 +20,7 @@ from mslora_cr.models.digest import weights_digest
 from mslora_cr.models.family import family_of
 from mslora_cr.models.kernels import use_kernels
 from mslora_cr.models.layout import ModelError
-from mslora_cr.models.processor_base import load_with_processor
+from mslora_cr.models.processor_base import end_ids_of, load_processor, load_with_processor
 from mslora_cr.utils.kernels import chosen_kernels
 
 
@@ -88,6 +92,21 @@ def answering_kernels(config: StreamConfig, device: torch.device | str) -> Liter
 def base_digest(config: StreamConfig) -> str:
     """The digest of the configuration's base model, its vision tower included; reads some of its weights."""
     return weights_digest(Path(config.model.path), config.model.vision_tower)
+
+
+def input_processor_without_weights(config: StreamConfig) -> InputProcessor:
+    """The input preparation of the configuration's base model, to encode texts and measure samples, not to decode
+    images.
+
+    Raises:
+        ModelError: the processor cannot be read. DataError: LLaVA-Med's tokenizer or config.json cannot be read.
+    """
+    path, all_images = Path(config.model.path), config.data.images == "all"
+    if family_of(path).own_template:
+        processor = load_processor(path)
+        return ChatTemplateInputs(processor, end_ids_of(path, processor), config.data.max_length, all_images)
+    limit = read_limit(path, config.data.max_length)
+    return LlavaMedInputs(limit.tokenizer, None, IMAGE_INDEX, limit.patches, limit.max_length, all_images)
 
 
 def input_processor_of(config: StreamConfig, base: BaseModel, tower: CachedTower | None = None) -> InputProcessor:

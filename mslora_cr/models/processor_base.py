@@ -175,9 +175,22 @@ def _without_video(kind: type[ProcessorMixin]) -> Any:
 
 def end_ids(model: PreTrainedModel, processor: Any) -> tuple[int, ...]:
     """The ids that end an answer: the model's own, and the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    several = configured if isinstance(configured, list | tuple) else [configured]
+    return _end_ids(model.generation_config, processor)
+
+
+def _end_ids(generation_config: GenerationConfig | None, processor: Any) -> tuple[int, ...]:
+    ends = generation_config.eos_token_id if generation_config is not None else None
+    several = ends if isinstance(ends, list | tuple) else [ends]
     return tuple(dict.fromkeys(token for token in (*several, processor.tokenizer.eos_token_id) if token is not None))
+
+
+def end_ids_of(path: Path, processor: Any) -> tuple[int, ...]:
+    """As `end_ids`, from a model's folder alone."""
+    try:
+        generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    except OSError:  # most of the older folders have no generation_config.json
+        generation_config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, **SAFE))
+    return _end_ids(generation_config, processor)
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.datasets import ConcatTrainDataset
 from mslora_cr.data.images import image_size, inspect_images, load_image, resolve_image
 from mslora_cr.data.input_processor import Collate
-from mslora_cr.data.lengths import count_cut, read_limit
+from mslora_cr.data.lengths import LearnedCounts, count_learned, places
 from mslora_cr.data.records import DataError, TrainingRecords, shown_images
 from mslora_cr.data.tasks import task_image_roots
 from mslora_cr.distributed.comm import get_device
@@ -22,7 +23,7 @@ from mslora_cr.distributed.deepspeed import zero_stage
 from mslora_cr.methods.base import method_of
 from mslora_cr.models.base_check import check_loss
 from mslora_cr.models.base_model import BaseModel
-from mslora_cr.models.family import family_of
+from mslora_cr.models.load import input_processor_without_weights
 from mslora_cr.runs.ledger import Ledger, work_folder
 from mslora_cr.training.checkpoints import checkpoints
 from mslora_cr.training.inputs import loss_mask
@@ -86,23 +87,45 @@ def check_records_unchanged(ledger: Ledger, records: dict[str, TrainingRecords])
             raise DataError(f"{part.path} has changed since {name!r} was trained on it; restore it to continue")
 
 
-def warn_of_cut_samples(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
-    """Say of each task how many samples are longer than `data.max_length`, where training cuts them; of LLaVA-Med
-    alone, whose lengths no image decides."""
-    path = Path(config.model.path)
-    if not family_of(path).fixed_image_length:
-        return
-    limit = read_limit(path, config.data.max_length)
+def check_labels(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
+    """Warn of samples without a label and of answers that are cut; refuse a task of which nothing is learned.
+
+    Raises:
+        DataError: no sample of a task has a label; or a record cannot be encoded.
+        ModelError: the base model's tokenizer or processor cannot be read.
+    """
+    input_processor, max_length = input_processor_without_weights(config), config.data.max_length
     for name, part in records.items():
-        if cut := count_cut(limit, part, config.data.images == "all"):
-            log.warning(
-                "%s: %s of %s training samples are longer than data.max_length = %s positions, so that their end is "
-                "cut off; a larger data.max_length keeps it, and takes memory",
-                name,
-                f"{cut:,}",
-                f"{len(part):,}",
-                f"{limit.max_length:,}",
-            )
+        counts = count_learned(part, task_image_roots(config, config.task(name)), input_processor, max_length)
+        found = [message for message in _label_messages(part, counts, max_length) if message]
+        if not counts.learned:
+            raise DataError(f"{part.path}: no sample has a label, so training would learn nothing: {'; '.join(found)}")
+        for message in found:
+            log.warning("%s: %s", name, message)
+
+
+def _label_messages(records: TrainingRecords, counts: LearnedCounts, max_length: int) -> Iterator[str]:
+    """What is not learned, for people."""
+
+    def share(indices: Sequence[int]) -> str:
+        return f"{len(indices):,} of {counts.samples:,} training samples ({len(indices) / counts.samples:.1%})"
+
+    if counts.unlabelled:
+        yield (
+            f"{share(counts.unlabelled)} add nothing to the loss, as the template cannot hold them: "
+            f"{places(records, counts.unlabelled)}. An answer that spells out a control token, such as `</s>` at its "
+            "end, or turns that do not alternate are the usual cause; take them out of the records"
+        )
+    if counts.lost:
+        yield (
+            f"{share(counts.lost)} lose their whole answer, which begins behind data.max_length = {max_length:,} "
+            f"positions: {places(records, counts.lost)}. A larger data.max_length keeps it, and takes memory"
+        )
+    if counts.cut:
+        yield (
+            f"{share(counts.cut)} are longer than data.max_length = {max_length:,} positions, so that their end is cut "
+            "off; a larger data.max_length keeps it, and takes memory"
+        )
 
 
 def try_first_record(base: BaseModel, samples: ConcatTrainDataset, collator: Collate, device: torch.device) -> None:

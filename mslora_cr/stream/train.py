@@ -45,12 +45,12 @@ from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import Ledger, work_folder
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.stream.checks import (
+    check_labels,
     check_records_unchanged,
     check_task_images,
     check_trainable,
     shared_facts,
     try_first_record,
-    warn_of_cut_samples,
     warn_of_large_images,
 )
 from mslora_cr.stream.plan import banks_needed, frozen_tasks, previous_task, tasks_to_train
@@ -128,7 +128,7 @@ def _train(config: StreamConfig, fields: dict[str, Any], only: Sequence[str], fo
     def prepare() -> None:
         ledger.check_same_configuration(config, model_digest, force)  # in a moment; images may take minutes
         check_task_images(config, records)
-        warn_of_cut_samples(config, records)
+        check_labels(config, records)
         warn_of_large_images(config, records)
         ledger.open(config, model_digest, force)
 

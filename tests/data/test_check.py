@@ -12,13 +12,15 @@ from PIL import Image
 
 from mslora_cr.cli.data import add_check_arguments, run_check
 from mslora_cr.config.schema import StreamConfig
-from mslora_cr.data.lengths import count_cut, read_limit, training_length
+from mslora_cr.data.lengths import count_learned, read_limit, training_length
+from mslora_cr.data.llava_med_inputs import LlavaMedInputs
+from mslora_cr.data.prompts import IMAGE_INDEX
 from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.data.sources import check_report as module
 from mslora_cr.data.sources.catalog import data_set
 from mslora_cr.data.sources.check import Scan, check
 from mslora_cr.data.sources.check_report import Report, Share, table
-from mslora_cr.stream.checks import warn_of_cut_samples
+from mslora_cr.stream.checks import check_labels
 from tests.data.test_images import picture
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_a" / "llava_med_tiny"
@@ -250,7 +252,6 @@ def test_samples_that_would_be_cut_off(root):
 @pytest.mark.parametrize("all_images", [False, True])
 @pytest.mark.parametrize("max_length", [30, 40, 50, 80, 2048])
 def test_training_counts_the_samples_that_it_cuts(all_images, max_length, tmp_path):
-    """Also where short records are not encoded: the truth is the length of every sample."""
     texts = ["", "word", "word " * 20, "é病" * 9, '"\\\n' * 9, "😀" * 9]
     records = [
         training(id=i, image=["a", "b"][: 1 + i % 2], conversations=[TURNS[0], {"from": "gpt", "value": text}])
@@ -261,17 +262,45 @@ def test_training_counts_the_samples_that_it_cuts(all_images, max_length, tmp_pa
         opened = TrainingRecords(tmp_path / "train.json")
         limit = read_limit(GOLDEN, max_length)
         lengths = [training_length(limit, r.turns, len(r.images) if all_images else 1)[1] for r in opened]
-        assert count_cut(limit, opened, all_images) == sum(length > max_length for length in lengths)
+        inputs = LlavaMedInputs(limit.tokenizer, None, IMAGE_INDEX, limit.patches, max_length, all_images)
+        try:
+            counts = count_learned(opened, [], inputs, max_length)
+        except DataError as error:
+            assert max_length == 30 and all_images and "past data.max_length = 30" in str(error)
+            continue
+        assert len(counts.cut) + len(counts.lost) == sum(length > max_length for length in lengths)
 
 
 def test_training_says_once_how_many_samples_it_cuts(tiny_settings, caplog):
-    config = StreamConfig.model_validate({**tiny_settings, "data": {**tiny_settings["data"], "max_length": 25}})
+    config = StreamConfig.model_validate({**tiny_settings, "data": {**tiny_settings["data"], "max_length": 32}})
     records = {"pathvqa": TrainingRecords(Path(config.data.root) / "PathVQA" / "train.json")}
     with caplog.at_level("WARNING", "mslora_cr"):
-        warn_of_cut_samples(config, records)
+        check_labels(config, records)
     # Libraries that are imported meanwhile have messages of their own.
-    [message] = [record.getMessage() for record in caplog.records if record.name.startswith("mslora_cr")]
-    assert re.match(r"pathvqa: \d+ of 16 training samples are longer than data.max_length = 25 positions", message)
+    lost, cut = [record.getMessage() for record in caplog.records if record.name.startswith("mslora_cr")]
+    assert lost.startswith("pathvqa: 4 of 16 training samples (25.0%) lose their whole answer")
+    assert cut.startswith("pathvqa: 12 of 16 training samples (75.0%) are longer than data.max_length = 32 positions")
+
+
+def test_training_on_nothing_is_refused_and_on_less_is_said(tiny_settings, tmp_path, caplog):
+    """Of four records one ends in the template's own `</s>`; then all do."""
+    shutil.copytree(tiny_settings["data"]["root"], tmp_path / "data")
+    config = StreamConfig.model_validate({**tiny_settings, "data": {"root": str(tmp_path / "data")}})
+    file = tmp_path / "data" / "PathVQA" / "train.json"
+    rows = json.loads(file.read_text())[:4]
+    rows[1]["conversations"][-1]["value"] += "</s>"
+    file.write_text(json.dumps(rows))
+    with caplog.at_level("WARNING", "mslora_cr"):
+        check_labels(config, {"pathvqa": TrainingRecords(file)})
+    assert "1 of 4 training samples (25.0%) add nothing to the loss" in caplog.text
+    assert "the template cannot hold them: record 1. An answer that spells out a control token, such as `</s>`" in (
+        caplog.text
+    )
+    for row in rows:
+        row["conversations"][-1]["value"] = "yes</s>"
+    file.write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"train.json: no sample has a label.*4 of 4 training samples \(100.0%\)"):
+        check_labels(config, {"pathvqa": TrainingRecords(file)})
 
 
 def test_texts_that_cannot_be_encoded(root):

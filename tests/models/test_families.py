@@ -103,6 +103,8 @@ def test_ids_labels_and_loss_are_those_of_the_processor(family: str, folder: Fol
         assert batch["input_ids"][row][real].tolist() == wanted
         assert input_processor.length(record, [tmp_path]) == len(wanted)
         labels = batch["labels"][row]
+        learned = int((labels != IGNORE_INDEX).sum())
+        assert input_processor.count_labels(record, [tmp_path]) == (learned, learned, len(wanted))
         said = processor.tokenizer.decode(labels[labels != IGNORE_INDEX], skip_special_tokens=True)
         assert said.replace(" ", "") == "".join(t.text for t in record.turns if t.speaker == "gpt").replace(" ", "")
         masked = theirs["assistant_masks"][0].tolist() + ([1] if ended else [])
@@ -283,6 +285,11 @@ def test_what_a_model_would_misread_is_refused(folder: Folder, tmp_path: Path) -
     wide = picture(tmp_path, 110, 45)
     cut = conversation([wide], "is this a cell?", "no " * 30)
     assert input_processor.length(cut, [tmp_path]) == 40  # the answer's end
+    counted, batch = (
+        input_processor.count_labels(cut, [tmp_path]),
+        input_processor.batch([input_processor.sample(0, cut, [tmp_path])]),
+    )
+    assert counted.learned == (batch["labels"] != IGNORE_INDEX).sum() < counted.labels and counted.length > 40
     with pytest.raises(ValueError, match=r"an image ends past data\.max_length = 40, of \d+ positions"):
         input_processor.length(conversation([wide] * 3, "is this a cell?", "no"), [tmp_path])
 
