@@ -70,8 +70,19 @@ def save_transformers_layout(base: LlavaMed, processor: LlavaProcessor, folder: 
     processor.image_processor.save_pretrained(folder)  # loaders that know no processor_config.json read this
     settings = folder / "tokenizer_config.json"
     config = read_object(settings)
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows it by, too
+    # As transformers 4 knows them, too: the class's name, special tokens by their role, and no third input.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["extra_special_tokens"] = {"image_token": processor.image_token}
+    config["model_input_names"] = ["input_ids", "attention_mask"]
     settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _drop_image_processor(folder / "processor_config.json")
+
+
+def _drop_image_processor(path: Path) -> None:
+    """Leave out what preprocessor_config.json has: transformers 4.51 takes no settings of parts here."""
+    settings = read_object(path)
+    settings.pop("image_processor", None)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def portable_processor(base: LlavaMed) -> LlavaProcessor:
@@ -189,6 +200,7 @@ def _save_config(base: LlavaMed, folder: Path) -> None:
     base.model.config.save_pretrained(folder)
     path = folder / "config.json"
     config: dict[str, Any] = read_object(path)
+    config["architectures"] = [type(base.model).__name__]  # only `save_pretrained` of a model adds them
     config["image_seq_length"] = base.patches
     config["vision_config"].pop("_name_or_path", None)  # a path of the machine that wrote it
     text = config["text_config"]

@@ -15,7 +15,7 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.load import base_digest, load_base
-from mslora_cr.models.save import LLAVA_MED_CLASS, class_of, exported_targets, writer_of
+from mslora_cr.models.save import class_of, exported_targets, writer_of
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.serving.selection import RunBanks
 from mslora_cr.stream.import_export import export_chain
@@ -31,9 +31,6 @@ BASE = "base"
 """The exported base model's folder, next to the adapters."""
 ALL = "model"
 """The folder of a model that answers every task."""
-SUFFIXES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-OTHERS = r".*(vision_tower|multi_modal_projector).*"
-"""Together the linear layers of LLaVA's language model, without a regular expression that not every loader reads."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""
 
@@ -136,10 +133,10 @@ def _write_adapter(bank: Bank, folder: Path, base: str, model: Path) -> None:
     # By this, and only without a `task_type`, `AutoPeftModel` finds the base model's class: AutoModelForCausalLM, which
     # a task type would lead to, knows no images.
     kind, module = class_of(model)
+    # Without names, `target_modules` is an expression that only transformers 4.52 and newer match: under an older one,
+    # which names layers otherwise, PEFT refuses the adapter instead of leaving it at zero.
     if (named := exported_targets(model, bank.matrices)) is not None:
         settings["target_modules"] = named
-    if (kind, module) == LLAVA_MED_CLASS:
-        settings |= {"target_modules": list(SUFFIXES), "exclude_modules": OTHERS}
     settings |= {"auto_mapping": {"base_model_class": kind, "parent_library": module}}
     write_adapter(bank, folder, changed=settings)
 

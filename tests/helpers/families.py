@@ -311,9 +311,14 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
 
 def make(family: str, folder: Path) -> None:
     """Write a model of a family, always the same, with its processor."""
+    write(FAMILIES[family], folder)
+
+
+def write(build: Callable[[], tuple[Any, Any]], folder: Path) -> None:
+    """Write what a function makes, always the same: a model and its processor."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, processor = FAMILIES[family]()
+        model, processor = build()
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
