@@ -1,6 +1,6 @@
 """What each type that `AutoModelForImageTextToText` maps is to this program, for the installed transformers.
 
-    python -m benchmarks.families                    # the table of docs/reference/base-models.md
+    python -m benchmarks.families                    # a table in Markdown, a type a row
     python -m benchmarks.families gemma4 florence2   # these types alone
 
 Types with a builder in `tests/helpers` are tried with a tiny random model and its processor: it is loaded, its labels

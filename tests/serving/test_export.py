@@ -68,6 +68,11 @@ def golden_cases(golden_run: Path, tmp_path: Path) -> Cases:
     """Every third golden question, of the models and the adapters that are exported here."""
     for kind in ("peft", "merged"):
         assert main(["export", str(golden_run), "--output", str(tmp_path / kind), "--format", kind]) == 0
+    for folder in ("peft/base", "merged/pathvqa"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["architectures"] == ["LlavaForConditionalGeneration"]  # vLLM and llama.cpp serve by it
+        tokenizer = json.loads((tmp_path / folder / "tokenizer_config.json").read_text())
+        assert isinstance(tokenizer["extra_special_tokens"], dict), "as transformers 4 reads it"
     names = ["pathvqa", "slake-vqarad", "derm", "PCAM"]
     cases, wanted = [], []
     for question in golden_questions()[::5]:
