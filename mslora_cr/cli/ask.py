@@ -12,6 +12,7 @@ from mslora_cr.cli.common import (
     add_release_option,
     count,
     positive,
+    probability,
     quieten,
     run_config,
     stage_of,
@@ -55,12 +56,20 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
     )
     add_release_option(parser)
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the run's)")
+    parser.add_argument(
+        "--abstain-below",
+        type=probability,
+        metavar="P",
+        help="give no answer whose tokens together are less probable than this, between 0 and 1",
+    )
     parser.set_defaults(run=_ask)
 
 
 def _ask(args: argparse.Namespace) -> int:
     if args.questions and args.question:
         raise UserError("give questions on the command line or in a file, not both")
+    if args.abstain_below is not None and not (args.question or args.questions) and sys.stdin.isatty():
+        raise UserError("--abstain-below is for questions, not for a conversation; add the question")
     config = run_config(args.target, args.overrides)
     piped = not args.question and not args.questions and not sys.stdin.isatty()
     source = "-" if piped else args.questions
@@ -80,11 +89,20 @@ def _ask(args: argparse.Namespace) -> int:
     for ask in questions:
         if len(questions) > 1 and not ask.json:
             aside(f"# {ask.question}")
-        tell = None if ask.json else write
-        answer = model.ask(ask.images, ask.question, ask.task, max_new_tokens=args.max_new_tokens, on_text=tell)
+        tell = None if ask.json or args.abstain_below is not None else write
+        answer = model.ask(
+            ask.images,
+            ask.question,
+            ask.task,
+            max_new_tokens=args.max_new_tokens,
+            on_text=tell,
+            abstain_below=args.abstain_below,
+        )
         if ask.json:
             print(ask.line(answer), flush=True)
         else:
+            if args.abstain_below is not None:
+                write("(no answer: the model is not sure enough)" if answer.abstained else answer.text)
             print(flush=True)
             aside(f"# {answered_by(answer)}")
     return 0

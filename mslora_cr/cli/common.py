@@ -99,6 +99,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def probability(text: str) -> float:
+    """A number between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
 def run_config(target: Path, overrides: Sequence[str] = ()) -> StreamConfig:
     """The configuration of a run, given by itself, by its run folder or by the run's name; as `find_run`."""
     from mslora_cr.config.find import find_run

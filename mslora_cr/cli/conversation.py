@@ -58,11 +58,12 @@ def converse(
 
 def answered_by(answer: Answer) -> str:
     """One line: the banks that answered, and the router's probabilities."""
+    sure = "" if answer.confidence is None else f"; probability of the answer {answer.confidence:.1%}"
     banks = f"banks {'+'.join(answer.banks)}" if answer.banks else "the base model, no bank"
     if not answer.probabilities:
-        return banks
+        return f"{banks}{sure}"
     likely = ", ".join(f"{task} {share:.1%}" for task, share in list(answer.probabilities.items())[:3])
-    return f"taken for {answer.task}: {likely}; {banks}"
+    return f"taken for {answer.task}: {likely}; {banks}{sure}"
 
 
 def write(text: str) -> None:

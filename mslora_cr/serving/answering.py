@@ -24,7 +24,7 @@ from mslora_cr.models.load import input_processor_of, load_base
 from mslora_cr.routing.fit import feature_extractor
 from mslora_cr.routing.lda import TaskRouter, TaskStatistics
 from mslora_cr.runs.ledger import Ledger, finished_banks
-from mslora_cr.serving.alone import answer_alone
+from mslora_cr.serving.alone import answer_and_probability
 from mslora_cr.serving.selection import RunBanks
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ class Answer:
         stage: the stage of the stream that answered; 0 is the base model alone.
         banks: names of the banks that answered; empty for the base model alone.
         probabilities: the router's probabilities by task; empty if the task was given.
+        confidence: probability of the answer's tokens behind the question.
+        abstained: whether that is below what was asked for: then the text is not to be used as an answer.
     """
 
     text: str
@@ -53,6 +55,8 @@ class Answer:
     stage: int
     banks: tuple[str, ...]
     probabilities: dict[str, float]
+    confidence: float | None = None
+    abstained: bool = False
 
 
 class AnsweringModel:
@@ -100,6 +104,7 @@ class AnsweringModel:
         history: Sequence[Exchange] = (),
         max_new_tokens: int | None = None,
         on_text: Callable[[str], None] | None = None,
+        abstain_below: float | None = None,
     ) -> Answer:
         """Answer a question greedily, as `evaluate` does.
 
@@ -111,6 +116,7 @@ class AnsweringModel:
             history: earlier questions about the same pictures, with their answers.
             max_new_tokens: replaces `evaluation.max_new_tokens`; at least 1.
             on_text: called with each new piece of the answer's text.
+            abstain_below: the least probability of the answer's tokens with which it counts as an answer.
 
         Raises:
             ConfigError, BankError: the task or stage cannot answer, or the answer may have no token.
@@ -131,11 +137,14 @@ class AnsweringModel:
         tokenizer = self._input_processor.tokenizer
         streamer = _Streamer(tokenizer, on_text) if on_text else None
         tell = streamer.put if streamer else None
-        ids = answer_alone(self._input_processor, self._stack.model, ids, inputs, new_tokens, tell)
+        ids, confidence = answer_and_probability(
+            self._input_processor, self._stack.model, ids, inputs, new_tokens, tell
+        )
         if streamer:
             streamer.end()
         [text] = tokenizer.decode([ids])
-        return Answer(text, tuple(ids), task, stage, names, likely)
+        abstained = abstain_below is not None and confidence < abstain_below
+        return Answer(text, tuple(ids), task, stage, names, likely, confidence, abstained)
 
     def route(
         self, images: ImageSource | Sequence[ImageSource], question: str, stage: int | None = None

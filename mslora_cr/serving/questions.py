@@ -32,9 +32,16 @@ class Ask:
 
     def line(self, answer: Answer) -> str:
         """The question's own line with the answer added."""
-        result = {"answer": answer.text, "task": answer.task, "stage": answer.stage, "banks": list(answer.banks)}
+        result = {
+            "answer": None if answer.abstained else answer.text,
+            "task": answer.task,
+            "stage": answer.stage,
+            "banks": list(answer.banks),
+        }
         likely = {"probabilities": answer.probabilities} if answer.probabilities else {}
-        return json.dumps({**(self.json or {}), **result, **likely}, ensure_ascii=False)
+        sure: dict[str, object] = {} if answer.confidence is None else {"confidence": answer.confidence}
+        sure |= {"abstained": True} if answer.abstained else {}
+        return json.dumps({**(self.json or {}), **result, **likely, **sure}, ensure_ascii=False)
 
 
 class _Line(BaseModel):

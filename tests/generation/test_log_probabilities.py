@@ -1,6 +1,7 @@
 """Log-probabilities of answers and candidates are those that a forward pass over each whole text gives. In float32."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mslora_cr.generation.run import decoder_of, scored_batches
 from mslora_cr.models.language import language_linears
 from mslora_cr.models.llava_med import LlavaMed, load
 from mslora_cr.models.load import load_model
+from mslora_cr.serving.alone import answer_and_probability
 from tests.conftest import GOLDEN, first_in_make_test
 from tests.helpers.families import FAMILIES, make
 
@@ -111,6 +113,14 @@ def test_each_row_is_scored_with_its_own_banks(base: LlavaMed, tmp_path: Path) -
                 assert scores == pytest.approx(brute_force(base, samples, question, tokens), abs=TOLERANCE)
     finally:
         adapters.remove()
+
+
+def test_an_answer_alone_comes_with_its_probability(base: LlavaMed, tmp_path: Path) -> None:
+    prepare = LlavaMedInputs(base.tokenizer, base.image_processor, base.image_token_id, base.patches)
+    samples = EvalDataset(asked(tmp_path, repeats=0), [GOLDEN], prepare)
+    ids, inputs = prepare.asked([], QUESTIONS[0], samples.load_images(0))
+    answer, confidence = answer_and_probability(prepare, base.model, ids, inputs, NEW_TOKENS)
+    assert confidence == pytest.approx(math.exp(sum(brute_force(base, samples, 0, answer))), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", first_in_make_test(*FAMILIES))
