@@ -47,8 +47,10 @@ def routers_of(model: nn.Module, adapter: str) -> dict[str, nn.Linear]:
 
 @torch.no_grad()
 def copy_routers(model: nn.Module, adapter: str, routers: Mapping[str, Tensor]) -> None:
-    own = routers_of(model, adapter)
-    if {name: router.weight.shape for name, router in own.items()} != {name: r.shape for name, r in routers.items()}:
+    adapter_routers = routers_of(model, adapter)
+    if {name: router.weight.shape for name, router in adapter_routers.items()} != {
+        name: r.shape for name, r in routers.items()
+    }:
         raise BankError("a mixture can only continue one with as many experts, and plain LoRA only plain LoRA")
-    for name, router in own.items():
+    for name, router in adapter_routers.items():
         router.weight.copy_(routers[name])

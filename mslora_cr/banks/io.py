@@ -60,9 +60,9 @@ def save_bank(
         )
     with replacing_folder(folder) as staging:
         write_adapter(bank, staging, dropout)
-        for name, kept in (beside or {}).items():
-            if kept:
-                save_file(dict(kept), staging / name)
+        for name, beside_tensors in (beside or {}).items():
+            if beside_tensors:
+                save_file(dict(beside_tensors), staging / name)
         digest = file_digest(staging / WEIGHTS)
         described = {**bank.metadata, "name": bank.name, "rank": bank.rank, "alpha": bank.alpha, "sha256": digest}
         write_json(staging / METADATA, described)

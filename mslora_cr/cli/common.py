@@ -41,13 +41,15 @@ def examples(*lines: str) -> str:
     return "examples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def add_command(commands: argparse._SubParsersAction, name: str, help: str, *shown: str) -> argparse.ArgumentParser:
+def add_command(
+    commands: argparse._SubParsersAction, name: str, help: str, *example_lines: str
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         allow_abbrev=False,
         help=help,
         description=help[0].upper() + help[1:] + ".",
-        epilog=examples(*shown),
+        epilog=examples(*example_lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     speech = parser.add_mutually_exclusive_group()

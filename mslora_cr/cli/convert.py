@@ -163,8 +163,8 @@ def run_convert(args: argparse.Namespace) -> int:
     for what, reasons in (("left out", converted.left_out), ("left out of rows that stay", converted.left_out_parts)):
         for reason, places in reasons.items():
             print(f"{what}, {reason}: {_of(len(places), converted.rows)}")
-            for place in places[:5]:
-                print(f"  {place}")
+            for row in places[:5]:
+                print(f"  {row}")
     if converted.train:
         name = args.output.name
         length = f", max_length: {positions + TEXT_POSITIONS}" if positions else ""

@@ -270,8 +270,8 @@ class StreamConfig(Section):
     @model_serializer(mode="wrap")
     def _name_section(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         if isinstance(self.method_section, UnreadSection):
-            known = {key: value for key, value in write(self).items() if key != "method_section"}
-            return {**known, **self.method_section.written}
+            plain = {key: value for key, value in write(self).items() if key != "method_section"}
+            return {**plain, **self.method_section.written}
         name = load_method(self.method).name
         written = {name if key == "method_section" else key: value for key, value in write(self).items()}
         return {key: value for key, value in written.items() if key != name or value is not None}

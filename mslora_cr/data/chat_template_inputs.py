@@ -260,7 +260,7 @@ class ChatTemplateInputs:
 
     def _behind_images(self, text: str) -> tuple[int, ...]:
         ids = self._tokenized(text)["input_ids"]
-        last = max((place for place, token in enumerate(ids) if token == self._image_id), default=len(ids) - 1)
+        last = max((index for index, token in enumerate(ids) if token == self._image_id), default=len(ids) - 1)
         return tuple(ids[last + 1 :])
 
     def _tokenized(self, text: str, **options: Any) -> Any:
@@ -310,19 +310,19 @@ def aligned(text: Sequence[int], ids: Sequence[int], image: int | None) -> Itera
     The parts between placeholders keep their ids and order: the first starts `ids`, the last ends it, and each part
     between is looked for behind the one before. Nothing is yielded from where a part is not found.
     """
-    ends = [place for place, token in enumerate(text) if token == image]
-    starts, behind = [0, *(place + 1 for place in ends)], 0
+    ends = [start_of_part for start_of_part, token in enumerate(text) if token == image]
+    starts, behind = [0, *(start_of_part + 1 for start_of_part in ends)], 0
     for start, stop in zip(starts, [*ends, len(text)], strict=True):
         part = list(text[start:stop])
         ending = stop == len(text)
-        place = len(ids) - len(part) if ending else _found(ids, part, behind) if start else 0
+        start_of_part = len(ids) - len(part) if ending else _found(ids, part, behind) if start else 0
         whole = start > 0 or not ending or len(part) == len(ids)
-        if not whole or place < behind or list(ids[place : place + len(part)]) != part:
+        if not whole or start_of_part < behind or list(ids[start_of_part : start_of_part + len(part)]) != part:
             return
-        yield from zip(range(start, stop), range(place, place + len(part)), strict=True)
-        behind = place + len(part)
+        yield from zip(range(start, stop), range(start_of_part, start_of_part + len(part)), strict=True)
+        behind = start_of_part + len(part)
 
 
 def _found(ids: Sequence[int], part: list[int], behind: int) -> int:
     """The first place of a part, -1 without any."""
-    return next((place for place in range(behind, len(ids)) if list(ids[place : place + len(part)]) == part), -1)
+    return next((start for start in range(behind, len(ids)) if list(ids[start : start + len(part)]) == part), -1)

@@ -147,8 +147,10 @@ class _Asker:
             try:
                 self._chat.ask_each(missing, lambda index: self._body(self.records[index]), self._place, note)
             except UserError as error:
-                kept = f"{len(answered)} of {total} answers to {self.task.name} are stored; the same command resumes"
-                raise type(error)(f"{error}. {kept}") from None
+                progress = (
+                    f"{len(answered)} of {total} answers to {self.task.name} are stored; the same command resumes"
+                )
+                raise type(error)(f"{error}. {progress}") from None
         if not any(answer.text for answer in answered.values()):
             journal.unlink()  # so that the same command asks again
             raise EndpointError(self._nothing_said(answered))
@@ -157,12 +159,12 @@ class _Asker:
 
     def _nothing_said(self, answered: Mapping[int, Answered]) -> str:
         reasons = Counter(of.probability.reason for of in answered.values() if of.probability is not None)
-        told = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+        counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
         limit = self.config.evaluation.max_new_tokens
         return (
             f"{self.model} gave no text in any of its {len(answered)} answers to {self.task.name} (finish_reason "
-            f"{told}). Where it is length, raise evaluation.max_new_tokens = {limit}: a model that reasons needs more; "
-            "content_filter and refusal say that the service does not answer such questions"
+            f"{counts}). Where it is length, raise evaluation.max_new_tokens = {limit}: a model that reasons needs "
+            "more; content_filter and refusal say that the service does not answer such questions"
         )
 
     def _place(self, index: int) -> str:

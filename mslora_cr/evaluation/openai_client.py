@@ -264,9 +264,9 @@ def _text_of(content: Any) -> str | None:
 _TEXTS = ("text", "output_text")
 
 
-def _logprobs_of(told: Any) -> tuple[tuple[float, ...] | None, dict[str, float]]:
+def _logprobs_of(reply: Any) -> tuple[tuple[float, ...] | None, dict[str, float]]:
     try:
-        tokens: Sequence[Any] = told["content"]
+        tokens: Sequence[Any] = reply["content"]
         logprobs = tuple(float(token["logprob"]) for token in tokens)
         likely = tokens[0].get("top_logprobs") or []
         return logprobs, {str(token["token"]): float(token["logprob"]) for token in likely}

@@ -32,10 +32,12 @@ class AnswerProbability(BaseModel):
         tokens: how many the answer has, the end token included.
         finished: whether the model ended the answer; false: the limit on new tokens did.
         reason: why a served model stopped, in its words.
-        logprob: log-probability of the answer, ``Σ_t log p(token t)``. logprob_first: of its first token.
+        logprob: log-probability of the answer, ``Σ_t log p(token t)``.
+        logprob_first: of its first token.
         candidates: the answers of the question's closed set; empty where it has none.
         logprobs: of each candidate, ``Σ_t log softmax(logits_t)[c_t]`` behind the same question, its end token
-            included. lengths: tokens of each. None where a server did not tell.
+            included.
+        lengths: tokens of each. None where a server did not tell.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -151,12 +153,12 @@ def probability_of(
     finished = ids[-1] in ends
     if scores is None:
         return AnswerProbability(tokens=len(ids), finished=finished)
-    own, *others = scores
+    first, *others = scores
     return AnswerProbability(
         tokens=len(ids),
         finished=finished,
-        logprob=round(sum(own), 6),
-        logprob_first=round(own[0], 6),
+        logprob=round(sum(first), 6),
+        logprob_first=round(first[0], 6),
         candidates=candidates,
         logprobs=tuple(round(sum(score), 6) for score in others),
         lengths=tuple(map(len, others)),

@@ -154,8 +154,8 @@ class Evaluation(StateFile):
             return MatrixIntervals({}, {}, {})
         [columns] = self.scores(results_dir, metric)
         answers = {(cell.task, cell.stage): cell.answers for cell in self.cells}
-        for place in matrix.scores.keys() - columns.keys():
-            scores = (results_dir / answers[place]).with_name(SCORES)
+        for position in matrix.scores.keys() - columns.keys():
+            scores = (results_dir / answers[position]).with_name(SCORES)
             raise ReportError(f"{scores} has no {metric}, though {EVALUATION} gives one; evaluate that run again")
         return matrix_intervals(matrix, columns, answers)
 

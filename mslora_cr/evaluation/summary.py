@@ -53,8 +53,8 @@ def image_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -> d
         opened = records.get(task.name)
         try:
             of = opened if opened is not None else TestRecords(task_folder(config, task) / "test.jsonl")
-            shown = [shown_images(record, config.data.images == "all") for record in of]
-            digests[task.name] = images_digest(paths_of(shown, task_image_roots(config, task)))
+            images = [shown_images(record, config.data.images == "all") for record in of]
+            digests[task.name] = images_digest(paths_of(images, task_image_roots(config, task)))
         except DataError:
             if opened is not None:
                 raise

@@ -63,14 +63,16 @@ class Results:
         rows = []
         for number, answer in enumerate(answers):
             scores = {metric: float(column[number]) for metric, column in columns.items()}
-            known = {
+            stage_columns = {
                 "question_id": answer.question_id,
                 "question": answer.prompt,
                 "answer": answer.text,
                 "truth": answer.gt,
                 "answer_type": answer.answer_type,
             }
-            rows.append(known | {metric: None if np.isnan(score) else score for metric, score in scores.items()})
+            rows.append(
+                stage_columns | {metric: None if np.isnan(score) else score for metric, score in scores.items()}
+            )
         return rows
 
     def _cell(self, task: str, stage: int | None) -> Cell:

@@ -76,10 +76,10 @@ def _deviation(model: Any, inputs: ChatTemplateInputs, mixed: Any) -> float:
     generator = torch.Generator().manual_seed(0)
     sizes = ((96, 64), (64, 80))
     images = [_noise(size, generator) for size in sizes]
-    prompts = [_prompt(inputs, text, images[place], Path(f"image {place}")) for text, place in QUESTIONS]
+    prompts = [_prompt(inputs, text, images[index], Path(f"image {index}")) for text, index in QUESTIONS]
     if not all(prompt.opening and prompt.rest for prompt in prompts):
         raise ValueError("prompts cannot be cut behind their image")
-    shown = [[images[place]] for _, place in QUESTIONS]
+    pictures = [[images[index]] for _, index in QUESTIONS]
     padding = inputs.tokenizer.pad_token_id
     plain = PlainDecoder(model, prompts, [-1], padding, NEW_TOKENS, mixed)
     decoder = ModelPrefixDecoder(model, prompts, [-1], padding, NEW_TOKENS, mixed)
@@ -87,13 +87,13 @@ def _deviation(model: Any, inputs: ChatTemplateInputs, mixed: Any) -> float:
     [wave] = in_waves(_all_shared(prompts), prompts, Limits(len(prompts), NEW_TOKENS, 1 << 20))
     first = [group.questions[0] for group in wave.groups]
     with _scores(model) as together:
-        openings = decoder.read(wave, inputs.answering_batch([prompts[q] for q in first], [shown[q] for q in first]))
+        openings = decoder.read(wave, inputs.answering_batch([prompts[q] for q in first], [pictures[q] for q in first]))
         together.clear()
         [batch] = wave.batches
         found = dict(zip(batch, decoder.answer(openings, batch), strict=True))
     for row, question in enumerate(batch):
         with _scores(model) as alone:
-            whole = plain.inputs_on_device(inputs.answering_batch([prompts[question]], [shown[question]]))
+            whole = plain.inputs_on_device(inputs.answering_batch([prompts[question]], [pictures[question]]))
             [ids] = plain.answer(whole, [question])
         for step in range(NEW_TOKENS):
             ours, theirs = together[step][row], alone[step][0]

@@ -85,10 +85,10 @@ class ModelPrefixDecoder(Decoder):
         visible, cache = cut["attention_mask"].bool(), DynamicCache()
         with _handed_positions(self._language) as handed:
             output = self.model(**self._model_inputs(cut, cache), logits_to_keep=1)
-        kept = [(layer.keys, layer.values) for layer in cache.layers]
+        keys_values = [(layer.keys, layer.values) for layer in cache.layers]
         following = handed[0].amax((0, 2)) + 1 if handed else visible.sum(1)
         next_logits = output.logits[:, -1].float() if wave.whole else None
-        return Openings(wave, kept, visible, next_logits, following)
+        return Openings(wave, keys_values, visible, next_logits, following)
 
     def _openings_of(self, wave: Wave, first: Sequence[int], inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs up to the openings' ends, padded on the left again."""
@@ -167,6 +167,6 @@ def _handed_positions(language: PreTrainedModel) -> Iterator[list[Tensor]]:
 def _left_padded(rows: Sequence[Tensor], value: int) -> Tensor:
     length = max(map(len, rows))
     padded = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), value)
-    for row, own in zip(padded, rows, strict=True):
-        row[length - len(own) :] = own
+    for row, ids in zip(padded, rows, strict=True):
+        row[length - len(ids) :] = ids
     return padded

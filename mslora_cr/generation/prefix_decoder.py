@@ -123,8 +123,8 @@ class Decoder:
             logits_to_keep=1,
         )
         next_logits = output.logits[:, -1].float() if wave.whole else None
-        kept = [(layer.keys, layer.values) for layer in cache.layers]
-        return Openings(wave, kept, visible, next_logits, visible.sum(1))
+        keys_values = [(layer.keys, layer.values) for layer in cache.layers]
+        return Openings(wave, keys_values, visible, next_logits, visible.sum(1))
 
     @torch.inference_mode()
     def answer(
@@ -175,8 +175,8 @@ class Decoder:
         self._choose(questions)
         places = [openings.wave.openings[question] for question in questions]
         start, stop = places[0], places[-1] + 1
-        group = [place - start for place in places]
-        place, members = (part.to(self.device) for part in membership(group, stop - start))
+        group = [row_positions - start for row_positions in places]
+        row_positions, members = (part.to(self.device) for part in membership(group, stop - start))
         index = torch.tensor(group, device=self.device)
         before = openings.visible[start:stop][index]
         rest, rest_visible = self._padded([] if openings.wave.whole else [self.prompts[q].rest for q in questions])
@@ -202,7 +202,7 @@ class Decoder:
                 for keys, values in opening_states
             ]
             cache = SharedCache(
-                opening_states, own_states, index, place, members, torch.arange(length, device=self.device)
+                opening_states, own_states, index, row_positions, members, torch.arange(length, device=self.device)
             )
             output = self.model(
                 input_ids=torch.cat([rest, branches.ids], dim=1),
@@ -220,8 +220,8 @@ class Decoder:
         """Compute what stands behind the openings, and the first new token."""
         places = [openings.wave.openings[question] for question in questions]
         start, stop = places[0], places[-1] + 1  # a batch's questions are in the order of the openings
-        group = [place - start for place in places]
-        place, members = (part.to(self.device) for part in membership(group, stop - start))
+        group = [row_positions - start for row_positions in places]
+        row_positions, members = (part.to(self.device) for part in membership(group, stop - start))
         index = torch.tensor(group, device=self.device)
         before = openings.visible[start:stop][index]
         ids, own_visible = self._padded([] if openings.wave.whole else [self.prompts[q].rest for q in questions])
@@ -241,14 +241,14 @@ class Decoder:
         slots = torch.arange(length, device=self.device)
         following = openings.next_positions[start:stop][index][:, None]
         if length:
-            cache = SharedCache(opening_states, own_states, index, place, members, slots)
+            cache = SharedCache(opening_states, own_states, index, row_positions, members, slots)
             positions = (following + own_visible.cumsum(1) - 1).clamp(min=0)
             next_ids = self._forward(ids, positions, self._causal(visible, before.shape[1], length), cache)
             following = following + own_visible.sum(1, keepdim=True)
         else:
             assert openings.next_logits is not None
             next_ids = openings.next_logits[start:stop].argmax(-1)[index]
-        cache = SharedCache(opening_states, own_states, index, place, members, slots.new_tensor([length]))
+        cache = SharedCache(opening_states, own_states, index, row_positions, members, slots.new_tensor([length]))
         return Rows(next_ids[:, None].clone(), following, visible, cache)
 
     def step(self, rows: Rows) -> None:

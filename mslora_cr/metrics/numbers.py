@@ -57,15 +57,15 @@ def count_figures(answers: Sequence[str], truths: Sequence[str], groups: Groups)
     """
     said = np.array([value if (value := number_in(answer)) is not None else np.nan for answer in answers])
     true = np.array([number_in(truth) for truth in truths], dtype=np.float64)
-    known = ~np.isnan(said)
+    numeric = ~np.isnan(said)
     right = estimate((said == true).astype(np.float64), groups)
     error = None
-    if known.any():
-        off = np.abs(said - true)[known]
+    if numeric.any():
+        off = np.abs(said - true)[numeric]
         largest = float(off.max()) or 1.0
-        mean = estimate(off / largest, groups[known])
+        mean = estimate(off / largest, groups[numeric])
         low, high = mean_interval(mean)
-        shown = mean.questions >= FEWEST and mean.variance > 0
-        error = Figure(largest * mean.mean, (largest * max(0.0, low), largest * high) if shown else None)
+        has_interval = mean.questions >= FEWEST and mean.variance > 0
+        error = Figure(largest * mean.mean, (largest * max(0.0, low), largest * high) if has_interval else None)
     ends = score_interval([right]) if right.questions >= FEWEST else None
-    return CountFigures(len(answers), int((~known).sum()), error, Figure(right.mean, ends))
+    return CountFigures(len(answers), int((~numeric).sum()), error, Figure(right.mean, ends))

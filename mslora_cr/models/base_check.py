@@ -57,8 +57,10 @@ def check_processor(path: Path, processor: Any, end_ids: tuple[int, ...]) -> Non
                 processor.tokenizer.convert_ids_to_tokens(list(end_ids)),
                 processor.tokenizer.eos_token,
             )
-            shown = [Image.new("RGB", size) for size in images]
-            labels = inputs.batch([ChatSample(index=0, text=chat.text, answers=chat.answers, images=shown)])["labels"]
+            pictures = [Image.new("RGB", size) for size in images]
+            labels = inputs.batch([ChatSample(index=0, text=chat.text, answers=chat.answers, images=pictures)])[
+                "labels"
+            ]
         except Exception as error:
             why = " ".join(str(error).split())[:200] or type(error).__name__
             raise ModelError(f"{path}: a conversation about {len(images)} images cannot be prepared ({why})") from None

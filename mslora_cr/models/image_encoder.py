@@ -54,9 +54,9 @@ class ProjectedEncoder:
             ModelError: the language model is handed nothing that comes from images.
         """
         features = torch.zeros(len(images), self.width)
-        for row, own in enumerate(images):
-            if own:
-                features[row] = self._of(own, device)
+        for row, of_prompt in enumerate(images):
+            if of_prompt:
+                features[row] = self._of(of_prompt, device)
         return features
 
     def _of(self, images: Sequence[Any], device: torch.device) -> Tensor:

@@ -85,21 +85,21 @@ def _pieces(path: Path) -> int | str:
         return str(error)
 
 
-def _towers(path: Path, config: dict[str, Any], own: dict[str, tuple[Path, str]]) -> dict[str, Any]:
+def _towers(path: Path, config: dict[str, Any], in_shards: dict[str, tuple[Path, str]]) -> dict[str, Any]:
     named = config.get("mm_vision_tower")
-    comparison: dict[str, Any] = {"named": named, "tensors_in_shards": len(own)}
-    if named is None or not own:
+    comparison: dict[str, Any] = {"named": named, "tensors_in_shards": len(in_shards)}
+    if named is None or not in_shards:
         return comparison | {"compared": False, "why": "there is only one tower"}
     try:
         theirs = load_named_tower(path, config).state_dict()
     except ModelError as error:
         return comparison | {"compared": False, "why": str(error)}
     differences: dict[str, float | str] = {}
-    for name in sorted(own.keys() | theirs.keys()):
-        if name not in own or name not in theirs:
-            differences[name] = "only in the shards" if name in own else "only in the named tower"
+    for name in sorted(in_shards.keys() | theirs.keys()):
+        if name not in in_shards or name not in theirs:
+            differences[name] = "only in the shards" if name in in_shards else "only in the named tower"
             continue
-        file, stored = own[name]
+        file, stored = in_shards[name]
         with safe_open(file, framework="pt") as opened:
             mine = opened.get_tensor(stored)
         if mine.shape != theirs[name].shape:

@@ -33,8 +33,8 @@ def language_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 def beside_language(model: PreTrainedModel) -> list[str]:
     """The modules that stand beside the language model, by name: tower, projector, `lm_head`."""
-    [place] = [name for name, module in model.named_modules() if module is language_model(model)]
-    path = place.split(".")
+    [prefix] = [name for name, module in model.named_modules() if module is language_model(model)]
+    path = prefix.split(".")
     owners = [".".join(path[:depth]) for depth in range(len(path))]
     return [
         f"{owner}.{name}".lstrip(".")

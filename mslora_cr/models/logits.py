@@ -42,10 +42,13 @@ def take_logits_to_keep(model: PreTrainedModel) -> None:
             output["loss"] = ForCausalLMLoss(output.logits, labels, output.logits.shape[-1], **of_loss)
         return output
 
-    own, added = inspect.signature(plain), inspect.signature(forward, follow_wrapped=False).parameters["logits_to_keep"]
-    parameters = [*own.parameters.values(), *([] if added.name in own.parameters else [added])]
+    signature, added = (
+        inspect.signature(plain),
+        inspect.signature(forward, follow_wrapped=False).parameters["logits_to_keep"],
+    )
+    parameters = [*signature.parameters.values(), *([] if added.name in signature.parameters else [added])]
     parameters.sort(key=lambda parameter: parameter.kind)
-    vars(forward)["__signature__"] = own.replace(parameters=parameters)
+    vars(forward)["__signature__"] = signature.replace(parameters=parameters)
     model.forward = forward
 
 

@@ -91,8 +91,10 @@ def greedy_settings(model: PreTrainedModel) -> GenerationConfig:
     A folder's `generation_config.json` may hold penalties, suppressed or forced tokens, or a least length; `generate`
     applies them wherever it is not told otherwise, and servers do so with an exported folder's. The ids of tokens stay.
     """
-    own = model.generation_config or GenerationConfig()
-    return GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+    defaults = model.generation_config or GenerationConfig()
+    return GenerationConfig(
+        bos_token_id=defaults.bos_token_id, eos_token_id=defaults.eos_token_id, pad_token_id=defaults.pad_token_id
+    )
 
 
 def load_processor(path: Path) -> Any:
@@ -143,12 +145,12 @@ def _part(name: str, path: Path, settings: Mapping[str, Any]) -> Any:
         return AutoImageProcessor.from_pretrained(path, backend="pil", **SAFE)
     if name.endswith("tokenizer"):
         return AutoTokenizer.from_pretrained(path / name if (path / name).is_dir() else path, **SAFE)
-    own = settings.get(name)
+    part_settings = settings.get(name)
     file = path / f"{name.removesuffix('_processor')}_preprocessor_config.json"
-    if not isinstance(own, Mapping) and file.is_file():
-        own = read_object(file)
+    if not isinstance(part_settings, Mapping) and file.is_file():
+        part_settings = read_object(file)
     stand_in = BaseVideoProcessor()
-    for key, value in (own if isinstance(own, Mapping) else {}).items():
+    for key, value in (part_settings if isinstance(part_settings, Mapping) else {}).items():
         setattr(stand_in, key, value)
     return stand_in
 

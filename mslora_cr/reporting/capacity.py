@@ -23,9 +23,9 @@ def answering_rank(evaluation: Evaluation, ledger: RunLedger | None) -> int | No
     ranks = bank_ranks(method, ledger)
     totals = []
     for cell in evaluation.cells:
-        own = [ranks.get(bank) for bank in _answering(evaluation, method, cell)]
+        of_banks = [ranks.get(bank) for bank in _answering(evaluation, method, cell)]
         if cell.stage == evaluation.stages[-1]:
-            totals.append(None if None in own else sum(rank for rank in own if rank is not None))
+            totals.append(None if None in of_banks else sum(rank for rank in of_banks if rank is not None))
     return None if None in totals else max((rank for rank in totals if rank is not None), default=None)
 
 

@@ -29,7 +29,7 @@ def cost_of(evaluation: Evaluation, ledger: RunLedger | None) -> Cost:
     hours = [entry.device_hours for entry in entries.values()]
     last = [cell for cell in evaluation.cells if cell.stage == evaluation.stages[-1]]
     answering = [[sizes.get(bank) for bank in cell.banks] for cell in last]
-    sums = [sum(size for size in own if size is not None) for own in answering if None not in own]
+    sums = [sum(size for size in of_cell if size is not None) for of_cell in answering if None not in of_cell]
     return Cost(
         device_hours=sum(hour for hour in hours if hour is not None) if ledger and None not in hours else None,
         parameters=max(sums, default=0) if len(sums) == len(last) else None,

@@ -29,14 +29,14 @@ class LearnedRouter:
         Raises:
             BankError: a task has none: its statistics are another method's.
         """
-        kept = [task.examples for task in tasks if task.examples is not None]
-        if len(kept) < len(tasks):
+        task_examples = [task.examples for task in tasks if task.examples is not None]
+        if len(task_examples) < len(tasks):
             raise BankError(
                 "router statistics without the questions that a learned router is trained on; `mslora-cr bank "
                 "fit-router CONFIG` makes them from the tasks' training records"
             )
-        examples = torch.cat(kept).double()
-        labels = torch.cat([torch.full((len(part),), label) for label, part in enumerate(kept)])
+        examples = torch.cat(task_examples).double()
+        labels = torch.cat([torch.full((len(part),), label) for label, part in enumerate(task_examples)])
         self._weights = torch.zeros(len(tasks), examples.shape[1], dtype=torch.float64, requires_grad=True)
         self._biases = torch.zeros(len(tasks), dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS(

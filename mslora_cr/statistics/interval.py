@@ -56,8 +56,8 @@ def counted(changed: int | None, questions: int | None, verb: str = "changed") -
 
 def bracketed(ends: Interval | None, *notes: str) -> str:
     """An interval in brackets, with what is to be said of it; empty where nothing is known."""
-    known = "; ".join(text for text in (span(ends), *notes) if text)
-    return f" [{known}]" if known else ""
+    remarks = "; ".join(text for text in (span(ends), *notes) if text)
+    return f" [{remarks}]" if remarks else ""
 
 
 def span(ends: Interval | None, digits: int = 1) -> str:

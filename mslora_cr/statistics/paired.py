@@ -90,10 +90,10 @@ def paired_change(tasks: Sequence[PairedTask], weights: Sequence[float] = (1.0,)
     questions = sum(task.total.questions for task in tasks)
     if not seen:
         return PairedChange((0.0, 0.0), 0, 0, questions, 0.0, 1.0, None, None)
-    own = [weight for task, weight in zip(tasks, weights, strict=True) if not task.same]
-    total = weighted_sum([task.total for task in seen], own)
+    own_weights = [weight for task, weight in zip(tasks, weights, strict=True) if not task.same]
+    total = weighted_sum([task.total for task in seen], own_weights)
     mean, low, high = total.mean, 0.0, 0.0
-    for task, weight in zip(seen, own, strict=True):
+    for task, weight in zip(seen, own_weights, strict=True):
         ends = difference_interval(task.total, task.binary)
         low += (weight * (task.total.mean - ends[0])) ** 2
         high += (weight * (ends[1] - task.total.mean)) ** 2

@@ -35,17 +35,17 @@ def summarize(outcomes: Sequence[Mapping[str, Any]], metric: str) -> dict[str, d
         rows = [outcome for outcome in outcomes if outcome["method"] == method and metric in outcome["figures"]]
         figures = [name for name in rows[0]["figures"][metric] if name != "final"] if rows else []
         for figure in figures:
-            own = {(row["order"], row["seed"]): row["figures"][metric][figure] for row in rows}
-            known: Runs = {key: value for key, value in own.items() if value is not None}
-            if known:
-                values.setdefault(method, {})[figure] = known
+            by_run = {(row["order"], row["seed"]): row["figures"][metric][figure] for row in rows}
+            defined: Runs = {key: value for key, value in by_run.items() if value is not None}
+            if defined:
+                values.setdefault(method, {})[figure] = defined
     for method, figures_of in values.items():
         spreads[method] = {}
-        for figure, known in figures_of.items():
-            paired = _paired(known, values.get(OURS, {}).get(figure, {}))
-            spreads[method][figure] = {**_spread(known), "against": _against(paired) if paired else None}
+        for figure, defined in figures_of.items():
+            paired = _paired(defined, values.get(OURS, {}).get(figure, {}))
+            spreads[method][figure] = {**_spread(defined), "against": _against(paired) if paired else None}
     for figure in {figure for figures_of in spreads.values() for figure in figures_of}:
-        tests = [own[figure]["against"] for method, own in spreads.items() if method != OURS and figure in own]
+        tests = [by_run[figure]["against"] for method, by_run in spreads.items() if method != OURS and figure in by_run]
         family = [test for test in tests if test is not None and test["p"] is not None]
         for test, adjusted in zip(family, holm([test["p"] for test in family]), strict=True):
             test["p_adjusted"] = adjusted

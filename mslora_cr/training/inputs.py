@@ -55,16 +55,16 @@ def layer_inputs(
     collected = {name: torch.zeros(len(chosen), tokens, layer.in_features) for name, layer in layers.items()}
     model.eval()
     for start in range(0, len(chosen), world_size()):
-        own = start + rank()
-        index = chosen[min(own, len(chosen) - 1)]
+        first = start + rank()
+        index = chosen[min(first, len(chosen) - 1)]
         batch = batch_of(index)
         generator = torch.Generator().manual_seed(seed + index)
         positions = torch.randperm(batch["input_ids"].shape[1], generator=generator)[:tokens]
         with _recorded(layers, positions) as seen:
             model(**batch, logits_to_keep=1, use_cache=False)
-        if own < len(chosen):
+        if first < len(chosen):
             for name, inputs in seen.items():
-                collected[name][own, : len(positions)] = inputs
+                collected[name][first, : len(positions)] = inputs
     return {name: all_reduce_sum(inputs).flatten(0, 1).T for name, inputs in collected.items()}
 
 

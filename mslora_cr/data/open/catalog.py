@@ -41,10 +41,10 @@ def chosen_sources(names: list[str] | None) -> list[OpenSource]:
     Raises:
         DataError: there is none of a name; says the nearest one.
     """
-    known = open_sources()
+    sources = open_sources()
     for name in names or []:
-        if name not in known:
+        if name not in sources:
             raise DataError(
-                f"--only {name}: no data set of the open stream{nearest(name, known)}; it has {', '.join(known)}"
+                f"--only {name}: no data set of the open stream{nearest(name, sources)}; it has {', '.join(sources)}"
             )
-    return [source for name, source in known.items() if not names or name in names]
+    return [source for name, source in sources.items() if not names or name in names]

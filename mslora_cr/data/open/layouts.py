@@ -193,8 +193,10 @@ def _ham(files: Files) -> Iterator[Labelled]:
             Asked("diagnosis", DIAGNOSES[kind], "OPEN"),
             Asked("malignant", "yes" if kind in MALIGNANT else "no", "CLOSED"),
         ]
-        known = {"sex": row["sex"], "localisation": row["localization"], "diagnosis": DIAGNOSES[kind]}
-        about: dict[str, str | float] = {key: value for key, value in known.items() if value and value != "unknown"}
+        attributes = {"sex": row["sex"], "localisation": row["localization"], "diagnosis": DIAGNOSES[kind]}
+        about: dict[str, str | float] = {
+            key: value for key, value in attributes.items() if value and value != "unknown"
+        }
         if row["age"]:
             about["age"] = float(row["age"])
         if name in boxes:
@@ -256,9 +258,9 @@ def _nuclei(files: Files) -> Iterator[Labelled]:
         count = masks[match[2]]
         if match[3] != "images" or not count:
             continue
-        place = next((index for index, most in enumerate(UPPER) if count <= most), len(UPPER))
+        band = next((index for index, most in enumerate(UPPER) if count <= most), len(UPPER))
         questions = [
-            Asked("range", RANGES[place], "CLOSED", {"ranges": ", ".join(RANGES[:-1]) + f" or {RANGES[-1]}"}),
+            Asked("range", RANGES[band], "CLOSED", {"ranges": ", ".join(RANGES[:-1]) + f" or {RANGES[-1]}"}),
             Asked("many", "yes" if count > MANY else "no", "CLOSED", {"most": str(MANY)}),
         ]
         yield Labelled(file, f"{match[2]}.png", None, None, {"nuclei": float(count)}, questions)

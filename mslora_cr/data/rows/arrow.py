@@ -134,7 +134,7 @@ def _opened(file: Path) -> tuple[pyarrow.Schema, Any, int]:
 def _check_groups(file: Path, metadata: Any, names: Sequence[str]) -> None:
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        parts = (group.column(place) for place in range(group.num_columns))
+        parts = (group.column(index) for index in range(group.num_columns))
         size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in names)
         if size > MOST_GROUP_BYTES:
             raise DataError(
@@ -153,7 +153,7 @@ def _check_type(file: Path, name: str, kind: Any) -> None:
 
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         kind = kind.value_type
-    inner = [kind.field(place).type for place in range(kind.num_fields)] if types.is_struct(kind) else [kind]
+    inner = [kind.field(index).type for index in range(kind.num_fields)] if types.is_struct(kind) else [kind]
     if any(types.is_nested(part) for part in inner):
         raise DataError(f"{file}: column {shorten(name)} is nested too deeply ({shorten(str(kind))})")
 
@@ -166,7 +166,7 @@ def _values(batch: pyarrow.RecordBatch, file: Path) -> list[dict[str, Any] | str
     try:
         return list(batch.to_pylist())
     except (ValueError, OverflowError, TypeError):
-        return [_one(batch.slice(place, 1)) for place in range(batch.num_rows)]
+        return [_one(batch.slice(index, 1)) for index in range(batch.num_rows)]
 
 
 def _one(batch: pyarrow.RecordBatch) -> dict[str, Any] | str:
@@ -187,7 +187,7 @@ def _largest(column: Any) -> int:
     if types.is_dictionary(kind):
         return _largest(column.dictionary)
     if types.is_struct(kind):
-        return max((_largest(column.field(place)) for place in range(kind.num_fields)), default=0)
+        return max((_largest(column.field(index)) for index in range(kind.num_fields)), default=0)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         most = compute.max(compute.list_value_length(column)).as_py() or 0
         return MAX_IMAGE_BYTES + 1 if most > MOST_ITEMS else _largest(column.flatten())

@@ -16,10 +16,10 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path, seen: set[str]) -> Iterator[Path]:
-    place = os.path.realpath(folder)
-    if place in seen:
+    resolved = os.path.realpath(folder)
+    if resolved in seen:
         return
-    seen.add(place)
+    seen.add(resolved)
     try:
         entries = sorted(folder.iterdir())
     except OSError:  # no right to look into it
@@ -39,10 +39,10 @@ def find_file(root: Path, name: PurePath) -> Path:
     path = root / name
     if str(name).isascii() or path.is_file():
         return path
-    place = root
+    folder = root
     for part in name.parts:
-        place = place / (part if (place / part).exists() else _listing(place).get(_form(part), part))
-    return place
+        folder = folder / (part if (folder / part).exists() else _listing(folder).get(_form(part), part))
+    return folder
 
 
 def _form(name: str) -> str:

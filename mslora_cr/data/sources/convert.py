@@ -200,11 +200,11 @@ def convert_images(source: Path, output: Path, rendering: Rendering | None = Non
         staging = Path(folder) / output.name
         staging.mkdir()
         for path in tqdm(files, "images", unit="file", disable=not progress):
-            place = staging / path.relative_to(root)
-            place.parent.mkdir(parents=True, exist_ok=True)
+            target = staging / path.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 for suffix, data in pictures(path, None, rendering or Rendering(), converted.note(path)):
-                    place.with_name(place.name + suffix).write_bytes(data)
+                    target.with_name(target.name + suffix).write_bytes(data)
                     converted.images += 1
             except DataError as error:
                 converted.left_out["an image that cannot be read"].append(str(error))
@@ -221,11 +221,11 @@ def _check_output(output: Path, source: Path, root: Path) -> None:
         raise DataError(f"{output}: a link, and nothing is written through links; name the folder itself")
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not _is_ours(output))):
         raise DataError(f"{output}: already there, and not from data convert; choose another --output or move it away")
-    place = output.resolve()
+    resolved = output.resolve()
     for other in (source.resolve(), root.resolve(), Path.cwd()):
-        if other.is_relative_to(place):
+        if other.is_relative_to(resolved):
             raise DataError(f"{output}: holds {other}, and would be replaced as a whole; choose another --output")
-    if source.is_dir() and place.is_relative_to(source.resolve()):
+    if source.is_dir() and resolved.is_relative_to(source.resolve()):
         raise DataError(f"{output}: lies in {source}, which is read; choose an --output beside it")
 
 

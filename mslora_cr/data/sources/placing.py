@@ -97,10 +97,10 @@ class ImagePlacer:
             name = f"{IMAGES}/{stem}{ending}"
             if (self.folder / name).exists():
                 name = f"{IMAGES}/{stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}{ending}"
-            place = self.folder / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if not place.exists():
-                place.write_bytes(data)
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                target.write_bytes(data)
                 self.count += 1
             names.append(name)
         return names
