@@ -81,18 +81,18 @@ def add_bank(commands: argparse._SubParsersAction) -> None:
 def _export(args: argparse.Namespace) -> int:
     config = config_of(args)
     from mslora_cr.runs.ledger import finished_banks
-    from mslora_cr.stream.import_export import export_chain
+    from mslora_cr.stream.import_export import export_banks
 
-    for folder in export_chain(finished_banks(config), config, args.output):
+    for folder in export_banks(finished_banks(config), config, args.output):
         print(folder)
     return 0
 
 
 def _import(args: argparse.Namespace) -> int:
     config = config_of(args)
-    from mslora_cr.stream.import_export import import_chain
+    from mslora_cr.stream.import_export import import_banks
 
-    imported = import_chain(args.source, config)
+    imported = import_banks(args.source, config)
     done = f"imported {', '.join(imported)}" if imported else "nothing to import, every bank is already there"
     print(f"{config.run_dir}: {done}")
     return 0

@@ -100,12 +100,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     from mslora_cr.evaluation.probe import check_held_out, evaluate_probe
     from mslora_cr.evaluation.probe_result import Probe, probe_table
     from mslora_cr.evaluation.routed import evaluate_routed
-    from mslora_cr.stream.import_export import load_chain
+    from mslora_cr.stream.import_export import load_banks
 
     if args.probe:
         check_held_out(config, args.probe)
     with abort_together():
-        banks = load_chain(args.banks, config) if args.banks else None
+        banks = load_banks(args.banks, config) if args.banks else None
         if config.evaluation.banks_by == "routed":
             path = evaluate_routed(config, args.stages or "final", banks)
         else:

@@ -18,7 +18,7 @@ from mslora_cr.models.load import base_digest, load_base
 from mslora_cr.models.save import class_of, exported_targets, writer_of
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.serving.selection import RunBanks
-from mslora_cr.stream.import_export import export_chain
+from mslora_cr.stream.import_export import export_banks
 from mslora_cr.utils.files import replacing_folder, write_json
 from mslora_cr.utils.strict_json import read_object
 
@@ -58,7 +58,7 @@ def export(
     if kind == "published":
         if task is not None or stage is not None:
             raise ConfigError("a published run holds the banks of all tasks; leave --task and --stage out")
-        yield from export_chain(finished_banks(config), config, output)
+        yield from export_banks(finished_banks(config), config, output)
         return
     chosen, stage = plan_export(config, kind, task, stage)
     if config.model.quantization:

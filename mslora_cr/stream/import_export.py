@@ -30,11 +30,11 @@ from mslora_cr.utils.strict_json import read_object
 _SPELLINGS = ("finetune_lora_MSLoRA", "finetune_MSLoRA")
 
 
-def load_chain(folder: Path, config: StreamConfig) -> dict[str, Bank]:
+def load_banks(folder: Path, config: StreamConfig) -> dict[str, Bank]:
     """The banks of the configuration's tasks, by task, from a folder that holds them.
 
     The folder is a published run, a folder of published runs (either spelling of the run's name), or a run folder of
-    this project. The chain may end before the stream does.
+    this project. The banks may end before the stream does.
 
     Raises:
         BankError: there is no bank, a bank is missing while a later one is there, or one is of another rank or alpha.
@@ -126,8 +126,8 @@ def _load(source: Path, name: str, config: StreamConfig) -> Bank:
 
 def _published_name(config: StreamConfig, task: Task) -> str:
     """A task's folder in a published run: the names of the tasks learned by then, or its own for independent banks."""
-    chain = config.stream[: task.index + 1] if builds_on_earlier(config) else [task]
-    return "_".join(member.name for member in chain)
+    members = config.stream[: task.index + 1] if builds_on_earlier(config) else [task]
+    return "_".join(member.name for member in members)
 
 
 def _place(folder: Path, config: StreamConfig, task: Task) -> Path | None:
@@ -145,7 +145,7 @@ def _place(folder: Path, config: StreamConfig, task: Task) -> Path | None:
     return None
 
 
-def export_chain(banks: Mapping[str, Bank], config: StreamConfig, output: Path) -> Iterator[Path]:
+def export_banks(banks: Mapping[str, Bank], config: StreamConfig, output: Path) -> Iterator[Path]:
     """Write banks as a published run below `output`; yields each folder once it is written.
 
     Raises:
@@ -167,22 +167,22 @@ def export_chain(banks: Mapping[str, Bank], config: StreamConfig, output: Path) 
             yield folder
 
 
-def import_chain(folder: Path, config: StreamConfig) -> list[str]:
-    """Make the banks of a folder that `load_chain` reads finished tasks of the configuration's run, so that training
+def import_banks(folder: Path, config: StreamConfig) -> list[str]:
+    """Make the banks of a folder that `load_banks` reads finished tasks of the configuration's run, so that training
     goes on after them and whatever reads the run folder finds them; returns the tasks that were not there yet.
 
     Raises:
-        BankError: as `load_chain`; the banks are of another base model, or others than the method's; a task is there
+        BankError: as `load_banks`; the banks are of another base model, or others than the method's; a task is there
             with another bank; or the method keeps more of a task than its bank, and that is not there. Nothing is
             written then.
         ConfigError: another configuration made the run folder.
         ModelError: the base model cannot be read. LockedError: another launch writes to the run folder.
     """
     with one_writer(config.run_dir):
-        return _import_chain(folder, config)
+        return _import_banks(folder, config)
 
 
-def _import_chain(folder: Path, config: StreamConfig) -> list[str]:
+def _import_banks(folder: Path, config: StreamConfig) -> list[str]:
     method, ledger = method_of(config), Ledger.read(config)
     places = _places(folder, config, whole=method.keeps_frozen_adapters or method.init_from_previous)
     banks = {name: _load(source, name, config) for name, source in places.items()}

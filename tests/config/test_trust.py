@@ -181,7 +181,7 @@ def test_a_method_is_trusted_once_until_it_changes(
     _forget(monkeypatch)
     assert main(dry_run) == 0
     assert list(TrustedMethods.read(trust_file()).methods) == ["owned:Mine"]
-    (own / "owned.py").write_text(OWN + "    accumulates = False\n")
+    (own / "owned.py").write_text(OWN + "    mixes_banks = False\n")
     _forget(monkeypatch)
     capsys.readouterr()
     assert main(dry_run) == 1
