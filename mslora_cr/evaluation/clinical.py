@@ -14,10 +14,12 @@ from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.records import DataError, TestRecord, TrainingRecords
 from mslora_cr.data.tasks import task_folder
 from mslora_cr.evaluation.clinical_file import (
+    AttributeMeasured,
     ClassMeasured,
     Clinical,
     ClosedMeasured,
     CountsMeasured,
+    GroupMeasured,
     Guessing,
     Measured,
 )
@@ -33,8 +35,10 @@ from mslora_cr.metrics.guessing import (
 )
 from mslora_cr.metrics.numbers import count_figures, is_count
 from mslora_cr.metrics.published import normalize_answer
+from mslora_cr.statistics.association import cramers_v
 from mslora_cr.statistics.intervals import CONFIDENCE, Groups, Scores
 from mslora_cr.statistics.paired import paired_change, paired_task
+from mslora_cr.statistics.subgroups import GroupScore, banded, subgroups
 
 FEWEST = 10
 """Questions of one text from which on it has an entry of its own."""
@@ -53,6 +57,7 @@ class AskedAnswer(NamedTuple):
         options: by letter; empty where it offers none.
         kind: of the answer, where somebody says so.
         probabilities: of each candidate, by its text; None where they are not known.
+        attributes: of patient and picture, by name.
     """
 
     question: str
@@ -62,6 +67,7 @@ class AskedAnswer(NamedTuple):
     options: Mapping[str, str]
     kind: str | None
     probabilities: Mapping[str, float] | None
+    attributes: Mapping[str, str | int | float]
 
 
 def training_frequencies(path: Path) -> Frequencies | None:
@@ -101,11 +107,20 @@ def asked_answers(
     known = probabilities or [None] * len(answers)
     if records is None:
         return [
-            AskedAnswer(question, answer, (truth,), closed, {}, None, chances)
+            AskedAnswer(question, answer, (truth,), closed, {}, None, chances, {})
             for (question, answer, truth, closed), chances in zip(answers, known, strict=True)
         ]
     return [
-        AskedAnswer(record.text, answer, record.truths, closed, record.options, record.answer_kind, chances)
+        AskedAnswer(
+            record.text,
+            answer,
+            record.truths,
+            closed,
+            record.options,
+            record.answer_kind,
+            chances,
+            record.attributes,
+        )
         for (_, answer, _, closed), record, chances in zip(answers, records, known, strict=True)
     ]
 
@@ -137,6 +152,7 @@ def clinical_of(asked: Sequence[AskedAnswer], groups: Groups, training: Frequenc
         ),
         texts_left_out=len(texts) - len(frequent),
         counts=_counts(asked, counted, groups) if counted else None,
+        subgroups=_subgroups([asked[place] for place in closed], groups[closed]) if closed else {},
     )
 
 
@@ -239,6 +255,33 @@ def _right(chosen: Sequence[AskedAnswer], answers: Sequence[str]) -> Scores:
     """Which answers give an accepted truth, (questions,)."""
     right = [any(gives(answer, truth) for truth in one.truths) for one, answer in zip(chosen, answers, strict=True)]
     return np.array(right, dtype=np.float64)
+
+
+def _subgroups(chosen: Sequence[AskedAnswer], groups: Groups) -> dict[str, AttributeMeasured]:
+    """Closed questions by attribute, in the order in which attributes come; constant ones are left out."""
+    right = _right(chosen, [one.answer for one in chosen])
+    found = {}
+    for name in dict.fromkeys(name for one in chosen for name in one.attributes):
+        labels = banded([one.attributes.get(name) for one in chosen])
+        known = [place for place, label in enumerate(labels) if label is not None]
+        own = [label for label in labels if label is not None]
+        if len(set(own)) > 1:
+            truths = [normalize_answer(chosen[place].truths[0].lower()) for place in known]
+            scored = subgroups(right[known], groups[known], own)
+            association = cramers_v(own, truths, groups[known])
+            found[name] = AttributeMeasured(
+                groups={value: _group(group) for value, group in scored.groups.items()},
+                worst=scored.worst,
+                gap=None if scored.gap is None else Measured(value=scored.gap, interval=scored.gap_ends),
+                association=Measured(value=association.value, interval=association.ends),
+                missing=len(chosen) - len(known),
+            )
+    return found
+
+
+def _group(group: GroupScore) -> GroupMeasured:
+    score = None if group.score is None else Measured(value=group.score, interval=group.ends)
+    return GroupMeasured(questions=group.questions, patients=group.patients, score=score, p=group.p)
 
 
 def _counts(asked: Sequence[AskedAnswer], places: Sequence[int], groups: Groups) -> CountsMeasured:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import Field
+
 from mslora_cr.statistics.interval import Interval
 from mslora_cr.utils.state import Part, StateFile
 
@@ -103,10 +105,39 @@ class CountsMeasured(Part):
     exact: Measured
 
 
+class GroupMeasured(Part):
+    """Closed questions about one group of patients; a score only from ten patients on. `p` is that of a permutation of
+    patients' labels, adjusted by Holm's method; null where labels differ within a patient."""
+
+    questions: int
+    patients: int
+    score: Measured | None
+    p: float | None
+
+
+class AttributeMeasured(Part):
+    """Closed questions by the values of an attribute.
+
+    Attributes:
+        groups: by value, or by band of a number.
+        worst: the scored group with the lowest score; null where fewer than two are scored.
+        gap: the largest score less the lowest, with an interval by resampling of patients.
+        association: Cramér's V of attribute and true answer: near 1, the attribute alone predicts the answer.
+        missing: questions whose records do not have the attribute.
+    """
+
+    groups: dict[str, GroupMeasured]
+    worst: str | None
+    gap: Measured | None
+    association: Measured
+    missing: int
+
+
 class Clinical(StateFile):
     """`clinical.json`: closed questions of a file together and by text, and counts; null where there are none.
 
     Attributes:
+        subgroups: of the closed questions, by attribute.
         texts_left_out: how many question texts with fewer than ten questions have no entry of their own.
     """
 
@@ -117,3 +148,4 @@ class Clinical(StateFile):
     by_question: tuple[ClosedMeasured, ...]
     texts_left_out: int
     counts: CountsMeasured | None
+    subgroups: dict[str, AttributeMeasured] = Field(default_factory=dict)

@@ -19,6 +19,7 @@ from mslora_cr.evaluation.schemas import ROUTED, Analysis
 from mslora_cr.evaluation.score import read_answers
 from mslora_cr.reporting.answers import browsed_answers, browser_data
 from mslora_cr.reporting.capacity import answering_rank, bank_ranks, method_named
+from mslora_cr.reporting.clinical_cards import clinical_cards
 from mslora_cr.reporting.examples import pick_examples
 from mslora_cr.reporting.heatmaps import (
     answer_maps,
@@ -91,6 +92,7 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
         "published": _published_run(evaluation, published) if evaluation else None,
         "scores": _score_rows(evaluation, published) if evaluation else [],
         "added": ADDED_TITLES,
+        "clinical": clinical_cards(evaluation, run.results_dir) if evaluation else [],
         "summaries": [
             (TITLES[key], len(matrix.tasks), matrix.summary(), spans[key].figures) for key, matrix in present.items()
         ],

@@ -1,0 +1,52 @@
+"""Cards of closed questions in the report."""
+
+from pathlib import Path
+
+import pytest
+
+from mslora_cr.data.records import TestRecord
+from mslora_cr.evaluation.clinical import asked_answers, clinical_of
+from mslora_cr.evaluation.clinical_file import CLINICAL, Clinical
+from mslora_cr.reporting.clinical_cards import _card
+from mslora_cr.reporting.report import write_report
+from mslora_cr.statistics.intervals import independent
+from tests.helpers.report_run import Page, make_run
+
+QUESTION = "Is there pneumonia?"
+
+
+def test_the_report_says_what_guessing_gives_and_lists_the_classes(tmp_path: Path) -> None:
+    run_dir, results_dir = make_run(tmp_path, "seq", "sequential", ("pathvqa", "derm"), right=lambda task, stage: 18)
+    page = write_report(run_dir, results_dir)
+    shown, markdown = Page(page).text, page.with_suffix(".md").read_text(encoding="utf-8")
+    for text in (shown, markdown):
+        assert "Closed questions as a clinician reads them" in text and "by guessing (the best constant answer" in text
+    assert "| class | questions | said | recall | precision |" in markdown
+    for found in results_dir.rglob(CLINICAL):
+        found.unlink()
+    assert "Closed questions as a clinician" not in Page(write_report(run_dir, results_dir)).text, "of earlier versions"
+
+
+def test_groups_of_patients_have_scores_gap_and_association() -> None:
+    """View AP goes with the answer; of twelve patients over sixty the model misses every second one."""
+    records, rows = [], []
+    for number in range(48):
+        old, yes = number % 4 == 0, number % 2 == 0
+        line = {"question_id": number, "image": f"{number}.png", "text": QUESTION, "gt": "yes" if yes else "no"}
+        about = {"view": "AP" if yes else "PA", "sex": "F" if old else "M"} if number else {"sex": "F"}
+        records.append(TestRecord.model_validate(line | {"answer_type": "CLOSED", "attributes": about}))
+        rows.append((QUESTION, "no" if old and number % 8 == 0 else line["gt"], line["gt"], True))
+    found = clinical_of(asked_answers(rows, records), independent(48))
+    view, sex = found.subgroups["view"], found.subgroups["sex"]
+    assert view.association.value == pytest.approx(1.0) and view.missing == 1
+    assert sex.worst == "F" and sex.gap is not None and sex.gap.value == pytest.approx(0.5)
+    assert sex.groups["F"].p is not None and sex.groups["F"].p < 0.01
+    assert Clinical.model_validate_json(found.model_dump_json()) == found
+    assert found.closed is not None
+    card = _card("cxp", 2, found, found.closed)
+    line, groups = card.attributes["sex"]
+    assert line.startswith("largest gap 50.0 [") and "worst: F" in line
+    assert [row[:3] for row in groups] == [["F", "12", "12"], ["M", "36", "36"]]
+    assert card.enough.startswith(
+        "48 questions of 48 images or patients, design effect 1.0: the rarest class, 24 questions"
+    )
