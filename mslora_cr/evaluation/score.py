@@ -33,6 +33,8 @@ SCORES = "scores.csv"
 PLACES = ("image", "group")
 """The last columns of `scores.csv`: the question's image, and what it shares with the questions that it is not
 independent of, its patient or else its image. Empty where that is not known."""
+PROBABILITIES_FILE = "probabilities.jsonl"
+"""Beside answers that come with probabilities (`evaluation.probabilities`)."""
 CORPUS_BLEU = "corpus bleu"
 """BLEU of all open answers at once; no answer has a score in it."""
 BATCH = 1000
@@ -122,12 +124,27 @@ def score_file(
     write_text(output / "metrics.txt", render_metrics(scores))
     metrics_of(scores, groups).write(output / METRICS_FILE)
     said = [(row.prompt, str(row.text), str(row.gt), row.answer_type == "CLOSED") for row in records]
-    clinical_of(asked_answers(said, questions), groups, training).write(output / CLINICAL)
+    asked = asked_answers(said, questions, _probabilities(answers.with_name(PROBABILITIES_FILE), len(records)))
+    clinical_of(asked, groups, training).write(output / CLINICAL)
     write_text(output / SCORES, _render_scores(records, scores, places))
     for name, wanted in (("hit.csv", True), ("not_hit.csv", False)):
         chosen = (record for record, row in zip(records, scores.rows, strict=True) if row.hit is wanted)
         write_text(output / name, _render_csv(chosen))
     return scores
+
+
+def _probabilities(path: Path, questions: int) -> list[dict[str, float] | None] | None:
+    """By question, the probability of each candidate answer; None where no file says so of these questions."""
+    if not path.is_file():
+        return None
+    # Reading them needs torch, which scoring an answer file alone does without.
+    from mslora_cr.evaluation.probabilities import read_probabilities
+
+    known = read_probabilities(path)
+    if len(known) != questions:
+        return None
+    chances = [(row.candidates, row.probabilities()) for row in known]
+    return [dict(zip(names, values, strict=True)) if names and values else None for names, values in chances]
 
 
 def _score(records: Sequence[AnswerRecord], workers: int) -> Scores:

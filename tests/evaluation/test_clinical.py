@@ -75,6 +75,10 @@ def test_scoring_writes_the_file_and_training_records_say_what_is_frequent(tmp_p
     assert found.closed is not None and found.closed.confusion == ((0, 3, 0), (0, 9, 0))
     guessing = found.closed.guessing
     assert guessing.majority == 0.25 and guessing.gain == 50 and not guessing.above, "twelve questions are few"
+    likely = [-0.1 if number < 9 else -2.0 for number in range(12)]
+    chances = [{"candidates": ["yes", "no"], "logprobs": [one, -1.0], "lengths": [1, 1]} for one in likely]
+    (tmp_path / "probabilities.jsonl").write_text("".join(json.dumps(one) + "\n" for one in chances))
     score_file(answers, tmp_path)
     again = Clinical.read(tmp_path / CLINICAL)
     assert again.closed is not None and again.closed.guessing.majority is None
+    assert again.closed.figures["AUROC"].value == 1, "probabilities beside the answers are read"
