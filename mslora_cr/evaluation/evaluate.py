@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.data.tasks import test_records
+from mslora_cr.data.sources.leaks import tell
+from mslora_cr.data.tasks import task_folder, test_records
 from mslora_cr.distributed.comm import barrier, rank
 from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.answer_files import Origin, answer_once
@@ -59,6 +60,8 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
     by_number = {task.index + 1: chain[task.name] for task in config.stream if task.name in chain}
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
     records = {name: test_records(config, config.task(name)) for name in sorted(names)}
+    for name, opened in records.items():
+        tell(name, task_folder(config, config.task(name)), opened.digest)
     switches = len({cell.banks for cell in wanted}) > 1
     session = EvaluationSession(config, list(by_number.values()), records, cached_images=True, switches=switches)
     questions, images = question_digests(config, records), image_digests(config, records)

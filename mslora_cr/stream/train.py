@@ -21,7 +21,8 @@ from mslora_cr.data.collator import length_multiple
 from mslora_cr.data.datasets import ConcatTrainDataset, TrainDataset
 from mslora_cr.data.input_processor import Collate
 from mslora_cr.data.records import TrainingRecords
-from mslora_cr.data.tasks import task_image_roots, training_records
+from mslora_cr.data.sources.leaks import tell
+from mslora_cr.data.tasks import task_folder, task_image_roots, training_records
 from mslora_cr.distributed.comm import broadcast_object, get_device, rank
 from mslora_cr.distributed.deepspeed import (
     float32_value,
@@ -116,6 +117,7 @@ def _train(config: StreamConfig, fields: dict[str, Any], only: Sequence[str], fo
     for source in (source for task in pending for source in method_of(config).sources(config, task)):
         if source.name not in records:
             records[source.name] = training_records(config, source)
+            tell(source.name, task_folder(config, source), records[source.name].digest)
     check_records_unchanged(ledger, records)
     if only:
         needed = {earlier.name: earlier for task in pending for earlier in banks_needed(config, task)}

@@ -15,7 +15,7 @@ from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.lengths import count_learned, read_limit, training_length
 from mslora_cr.data.llava_med_inputs import LlavaMedInputs
 from mslora_cr.data.prompts import IMAGE_INDEX
-from mslora_cr.data.records import DataError, TrainingRecords
+from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 from mslora_cr.data.sources import check_report as module
 from mslora_cr.data.sources.catalog import data_set
 from mslora_cr.data.sources.check import Scan, check
@@ -439,3 +439,35 @@ def test_the_tasks_of_a_configuration_are_checked(root, tmp_path, capsys):
     assert "question ids that repeat" in problem["message"]
     with pytest.raises(DataError, match=r"--only mine: no task of .*run\.yaml; did you mean 'Mine'\?"):
         run_check(arguments(*words, "--only", "mine"))
+
+
+def test_the_same_question_about_the_same_image_with_other_answers(tmp_path):
+    root = write(tmp_path, [training()], [question(), question(gt="no", text="is  IT?"), question(gt=["no", "Yes"])])
+    [problem] = [problem for problem in look(root).problems if "about the same image with different" in problem.message]
+    assert problem.count == 1 and "question 1, and test.jsonl: question 0" in problem.examples[0]
+
+
+def test_a_question_that_is_always_answered_alike(tmp_path):
+    rows = [question(f"images/{i}.png", "yes", text="A cell?") for i in range(20)]
+    rows += [question(f"images/{i}.png", ("yes", "no")[i % 2], text="A plate?") for i in range(20)]
+    found = [
+        problem for problem in look(write(tmp_path, [training()], rows)).problems if "nearly always" in problem.message
+    ]
+    assert [problem.examples for problem in found] == [["'a cell?': 'yes', 20 of 20 times"]]
+
+
+def test_what_is_in_training_and_in_testing_is_remembered_and_told(tmp_path, caplog):
+    from mslora_cr.data.sources import leaks
+
+    rows = [question("images/train0.png"), question("images/new.png", patient="p"), question("images/other.png")]
+    root = write(tmp_path, [training(image="images/train0.png", patient="p")], rows)
+    look(root)
+    [folder] = [path.parent for path in root.rglob("leaks.json")]
+    opened = TestRecords(folder / "test.jsonl")
+    leaks.tell.cache_clear()
+    leaks.tell("mine", folder, opened.digest)
+    assert "2 of 3 test questions are about what is trained on, too (1 images, 1 patients)" in caplog.text
+    assert leaks.remembered(folder, "0" * 64) is None
+    write(tmp_path, [training(image="images/train0.png")], [question("images/new.png")])
+    look(root)
+    assert not (folder / "leaks.json").exists()

@@ -22,6 +22,14 @@ from mslora_cr.data.images import check_name, image_roots, inspect_images, resol
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 from mslora_cr.data.sources.catalog import DataSet, TestRows
 from mslora_cr.data.sources.check_report import Problem, Report, Share
+from mslora_cr.data.sources.leaks import Leaks, remember
+from mslora_cr.data.sources.question_checks import (
+    check_questions,
+    questions_about,
+    shared_patients,
+    test_questions,
+    training_questions,
+)
 
 if TYPE_CHECKING:
     from mslora_cr.data.lengths import Limit
@@ -72,11 +80,43 @@ def check(dataset: DataSet | OwnDataSet, root: Path, limit: Limit | None = None,
     test = _opened(TestRecords, folder / "test.jsonl", report)
     train_images = _check_training(training, dataset, limit, report) if training else {}
     test_images = _check_test(test, dataset, limit, report) if test else {}
+    if training:
+        check_questions(training_questions(training), "training", report)
+    if test:
+        check_questions(test_questions(test), "test", report)
     if training and test:
         _check_overlap(train_images, test_images, report)
+    copies: set[str] = set()
     if scan is not None:
-        _check_image_files(dataset, root, train_images, test_images, scan, report)
+        copies = _check_image_files(dataset, root, train_images, test_images, scan, report)
+    if training and test:
+        _remember_leaks(
+            folder, training, test, {test_images[name] for name in train_images.keys() & test_images} | copies, report
+        )
     return report
+
+
+def _remember_leaks(
+    folder: Path, training: TrainingRecords, test: TestRecords, names: set[str], report: Report
+) -> None:
+    """Report on patients in both files, and keep what they have in common beside the data.
+
+    Args:
+        names: test images, as the file names them, that are trained on too.
+    """
+    patients = shared_patients(training, test)
+    if patients:
+        report.warning("patients in both the training and the test file", sorted(patients))
+    leaks = Leaks(
+        train=training.digest,
+        test=test.digest,
+        images=report.shared_images or 0,
+        contents=report.shared_contents,
+        patients=len(patients),
+        questions=questions_about(test, names, patients) if names or patients else 0,
+        test_questions=len(test),
+    )
+    remember(folder, leaks)
 
 
 File = TypeVar("File", TrainingRecords, TestRecords)
@@ -230,7 +270,8 @@ def _count_long(long: list[str], limit: Limit | None, report: Report) -> None:
 
 def _check_image_files(
     dataset: DataSet | OwnDataSet, root: Path, training: Names, test: Names, scan: Scan, report: Report
-) -> None:
+) -> set[str]:
+    """Report on the files, and give the test images, as the file names them, that are copies of training images."""
     for name in dataset.image_folders:
         if not (root / dataset.folder / name).is_dir():
             report.error(f"{root / dataset.folder / name}: no such folder")
@@ -259,6 +300,8 @@ def _check_image_files(
     report.shared_contents = len(copies)
     if copies:
         report.warning("test images that are, under another name, also training images", copies)
+    copied = set(copies)
+    return {test[name] for name, path in test_files.items() if str(path) in copied}
 
 
 def _resolve(names: Names, roots: Sequence[Path], file: str, report: Report) -> dict[str, Path]:

@@ -1,0 +1,81 @@
+"""What `data check` found in both training and testing, kept beside the data and told by whatever uses it."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mslora_cr.utils.files import write_json
+from mslora_cr.utils.strict_json import JsonError, read_object
+
+log = logging.getLogger(__name__)
+LEAKS = "leaks.json"
+
+
+class Leaks(BaseModel):
+    """What the training and the test file of a data set have in common.
+
+    Attributes:
+        train: sha256 of `train.json`, in hexadecimal.
+        test: sha256 of `test.jsonl`.
+        images: that both files name.
+        contents: test images with the bytes of a training image of another name; None: image files were not read.
+        patients: that both files name.
+        questions: test questions about any of these.
+        test_questions: in all.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    train: str
+    test: str
+    images: int
+    contents: int | None
+    patients: int
+    questions: int
+    test_questions: int
+
+    @property
+    def found(self) -> bool:
+        """Whether there is anything in common."""
+        return bool(self.images or self.contents or self.patients)
+
+    def sentence(self) -> str:
+        """What a reader of scores has to know."""
+        parts = ((self.images, "images"), (self.contents or 0, "copied images"), (self.patients, "patients"))
+        shared = ", ".join(f"{count:,} {what}" for count, what in parts if count)
+        return (
+            f"{self.questions:,} of {self.test_questions:,} test questions are about what is trained on, too "
+            f"({shared}): their scores are too high"
+        )
+
+
+def remember(folder: Path, leaks: Leaks) -> None:
+    """Keep them beside the data, or take away what was kept if nothing is found. A folder that cannot be written to is
+    said."""
+    try:
+        if leaks.found:
+            write_json(folder / LEAKS, leaks.model_dump())
+        else:
+            (folder / LEAKS).unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s: what is in training and in testing cannot be kept there (%s)", folder, error.strerror or error)
+
+
+def remembered(folder: Path, digest: str) -> Leaks | None:
+    """What was found in the training or test file of this digest; None if nothing was, or the files have changed."""
+    try:
+        leaks = Leaks.model_validate(read_object(folder / LEAKS))
+    except (JsonError, ValidationError):
+        return None
+    return leaks if digest in (leaks.train, leaks.test) and leaks.found else None
+
+
+@cache
+def tell(name: str, folder: Path, digest: str) -> None:
+    """Warn once of what `data check` found in a data set."""
+    if leaks := remembered(folder, digest):
+        log.warning("%s: data check found that %s", name, leaks.sentence())

@@ -1,0 +1,91 @@
+"""Checks of questions one by one: asked twice with other answers, always answered alike, about patients trained on."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from mslora_cr.data.records import TestRecords, TrainingRecords
+from mslora_cr.data.sources.check_report import Report
+from mslora_cr.data.validation import question_of
+
+ONE_SIDED = 0.95
+FEWEST = 10
+"""How often a question is asked before it is remarked that its answer is always the same."""
+MOST_SHOWN = 60
+
+
+class Asked(NamedTuple):
+    """A question with its true answers, in plain form."""
+
+    location: str
+    images: tuple[str, ...]
+    text: str
+    truths: frozenset[str]
+    closed: bool
+
+
+def plain(text: str) -> str:
+    """Without case and further spaces."""
+    return " ".join(text.casefold().split())
+
+
+def test_questions(records: TestRecords) -> Iterator[Asked]:
+    """The questions of a test file."""
+    for index, record in enumerate(records):
+        truths = frozenset(map(plain, record.truths))
+        location = f"{records.path.name}: question {index}"
+        yield Asked(location, record.images, plain(record.question), truths, record.answer_type == "CLOSED")
+
+
+def training_questions(records: TrainingRecords) -> Iterator[Asked]:
+    """The first questions of a training file."""
+    for index, record in enumerate(records):
+        if question := question_of(record):
+            truths, closed = frozenset([plain(question.gt)]), question.answer_type == "CLOSED"
+            yield Asked(
+                f"{records.path.name}: {records.place(index)}", record.images, plain(question.text), truths, closed
+            )
+
+
+def check_questions(questions: Iterable[Asked], what: str, report: Report) -> None:
+    """Warn of questions about the same images whose true answers have nothing in common, and of those that are always
+    answered alike.
+
+    Args:
+        questions: of one file.
+        what: `test` or `training`.
+        report: takes the warnings.
+    """
+    first: dict[int, tuple[frozenset[str], str]] = {}
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    contradicting = []
+    for asked in questions:
+        truths, location = first.setdefault(hash((asked.images, asked.text)), (asked.truths, asked.location))
+        if not truths & asked.truths:
+            said = " and ".join(sorted([*truths, *asked.truths])[:4])[:MOST_SHOWN]
+            contradicting.append(f"{asked.location}, and {location}: {asked.text[:MOST_SHOWN]!r}, {said}")
+        if asked.closed:
+            answers[asked.text].update(asked.truths)
+    if contradicting:
+        report.warning(f"{what} questions about the same image with different answers", contradicting)
+    one_sided = [
+        f"{text[:MOST_SHOWN]!r}: {answer[:MOST_SHOWN]!r}, {count} of {found.total()} times"
+        for text, found in answers.items()
+        for answer, count in found.most_common(1)
+        if found.total() >= FEWEST and count / found.total() >= ONE_SIDED
+    ]
+    if one_sided and len(answers) > 1:  # of one question alone the whole set's balance tells it
+        report.warning(f"closed {what} questions that nearly always have the same answer", one_sided)
+
+
+def shared_patients(training: TrainingRecords, test: TestRecords) -> set[str]:
+    """Patients that both files name."""
+    trained = {str(record.patient) for record in training if record.patient is not None}
+    return trained and trained & {str(record.patient) for record in test if record.patient is not None}
+
+
+def questions_about(test: TestRecords, images: set[str], patients: set[str]) -> int:
+    """How many test questions show one of some images, or are about one of some patients."""
+    return sum(bool(images & {*record.images} or str(record.patient) in patients) for record in test)
