@@ -367,3 +367,10 @@ def test_banks_of_the_second_task(method: Any, at_stage_3: Any, at_stage_1: list
     assert isinstance(loaded, Method) and loaded.name == method
     assert loaded.banks(2, 3, banks_by) == expected
     assert loaded.banks(2, 1, banks_by) == at_stage_1
+
+
+@pytest.mark.parametrize(("hook", "flag"), [("penalty", "has_penalty"), ("task_state", "has_task_state")])
+def test_a_hook_without_its_flag_is_refused_where_the_class_is_made(hook: str, flag: str) -> None:
+    with pytest.raises(TypeError, match=f"Silent overrides `{hook}`, so it must set `{flag} = True`"):
+        type("Silent", (Method,), {"name": "silent", hook: lambda self, *_: None})
+    assert getattr(type("Declared", (Method,), {"name": "declared", flag: True, hook: lambda self, *_: None}), flag)
