@@ -37,7 +37,7 @@ def test_every_shipped_run_has_its_two_scripts() -> None:
         assert f"finetune_{run}.sh" in scripts
         assert f"eval_{run}.sh" in scripts
     every = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-    others = ["published", "families", "demo", "sweep", "medgemma", *(set(FAMILIES) - {"idefics3"})]
+    others = ["published", "families", "open", "demo", "sweep", "medgemma", *(set(FAMILIES) - {"idefics3"})]
     assert every == sorted(f"{name}.yaml" for name in [*(f"finetune_{run}" for run in RUNS), *others])
 
 
