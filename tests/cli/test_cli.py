@@ -168,6 +168,14 @@ def test_the_plan_of_some_tasks(trained_config: Path, capsys: pytest.CaptureFixt
     assert "unknown task 'bogus'" in capsys.readouterr().err
 
 
+def test_the_plan_prints_the_data_sets_of_its_tasks_alone(
+    trained_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dry_run(trained_config, "tasks=[PCAM, slake-vqarad]", "run=other") == 0
+    printed = yaml.safe_load(capsys.readouterr().out.partition("run folder:")[0])
+    assert set(printed["datasets"]) == {"PCAM", "slake-vqarad"}
+
+
 def test_one_rank_prints_the_plan(
     trained_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
