@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from mslora_cr.cli.common import CONFIG_HELP, add_command
@@ -40,10 +41,18 @@ def add_config_command(commands: argparse._SubParsersAction) -> None:
         "copy",
         "copy a configuration to change it, and the files that it extends",
         "mslora-cr config copy finetune_mslora_cr_ortho",
+        "mslora-cr config copy finetune_mslora_cr_ortho my.yaml",
         "mslora-cr config copy zero3 deepspeed/",
     )
     action.add_argument("name", metavar="NAME", help="one of `mslora-cr config list`")
-    action.add_argument("folder", metavar="DIR", type=Path, nargs="?", default=Path(), help="where to (%(default)s)")
+    action.add_argument(
+        "target",
+        metavar="DIR|FILE",
+        type=Path,
+        nargs="?",
+        default=Path(),
+        help="where to (%(default)s): a folder, or a file such as my.yaml; the files that it extends go beside it",
+    )
     action.set_defaults(run=_copy)
 
 
@@ -80,12 +89,27 @@ def _copy(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.name}: no configuration of that name{nearest(args.name, shipped)}")
     source = shipped[args.name]
     files = [path for path, _ in layers(source)] if source.suffix == ".yaml" else [source]
-    targets = {args.folder / file.name: file for file in files}
+    targets = _targets(source, files, args.target)
     for target, file in targets.items():
-        if target.exists() and target.read_bytes() != file.read_bytes():
+        if target.exists() and (target.is_dir() or target.read_bytes() != file.read_bytes()):
             raise ConfigError(f"{target}: is there already, with other content; choose another folder")
-    args.folder.mkdir(parents=True, exist_ok=True)
     for target, file in targets.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, file.read_text(encoding="utf-8"))
         print(target)
     return 0
+
+
+def _targets(source: Path, files: Sequence[Path], target: Path) -> dict[Path, Path]:
+    """Where each file goes: into a folder, or `source` to the file that `target` names and the others beside it.
+
+    Raises:
+        ConfigError: `target` has the name of a file that `source` extends.
+    """
+    endings = (".yaml", ".yml") if source.suffix == ".yaml" else (source.suffix,)
+    if target.suffix not in endings or target.is_dir():
+        return {target / file.name: file for file in files}
+    others = {target.parent / file.name: file for file in files if file != source}
+    if target in others:
+        raise ConfigError(f"{target}: {source.stem} extends a file of this name; choose another")
+    return {target: source, **others}

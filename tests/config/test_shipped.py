@@ -79,6 +79,21 @@ def test_config_lists_shows_and_copies(
     assert "zero5: no configuration of that name; did you mean 'zero" in capsys.readouterr().err
 
 
+def test_a_configuration_is_copied_to_a_file_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["config", "copy", "finetune_lora_each", "own/my.yaml"]) == 0
+    assert {path.name for path in (tmp_path / "own").iterdir()} == {"my.yaml", "published.yaml"}
+    assert load_config("own/my.yaml") == load_config("finetune_lora_each")
+    assert main(["config", "copy", "zero1", "my.json"]) == 0
+    assert (tmp_path / "my.json").read_text() == (DEFAULTS / "deepspeed" / "zero1.json").read_text()
+    capsys.readouterr()
+    assert main(["config", "copy", "finetune_lora_each", "published.yaml"]) == 1
+    assert "finetune_lora_each extends a file of this name" in capsys.readouterr().err
+    assert not (tmp_path / "published.yaml").exists()
+
+
 @pytest.fixture(scope="session")
 def installed(shared_tmp: Path) -> Path:
     """The folder of an environment that has the wheel; this one's libraries are on its path, the clone is not."""
