@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mslora_cr.data.advice import DICOM, is_dicom
 from mslora_cr.data.records import DataError
 from mslora_cr.utils.files import append_to
+from mslora_cr.utils.progress import progress_bar
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.workers import worker_pool
 
@@ -236,7 +237,7 @@ def inspect_images(paths: Iterable[Path], workers: int, progress: bool, cache: P
     marks = _read_marks(cache)
     inspected = _Found([], [])
     total = len(paths) if isinstance(paths, Sequence) else None
-    with tqdm(total=total, desc="images", unit="image", disable=not progress) as bar:
+    with progress_bar(total=total, desc="images", unit="image", disable=not progress) as bar:
         pending = _new_images(enumerate(paths), marks, bar)
         with worker_pool(workers) as pool:
             for good, some in _bounded(pool, iter(lambda: list(islice(pending, _CHUNK)), []), 4 * workers):

@@ -32,5 +32,12 @@ def progress_bar(*args: Any, **options: Any) -> tqdm:
     """A `tqdm` bar in a terminal; without one, lines with the time left, at most one each `SECONDS`."""
     if sys.stderr.isatty():
         return tqdm(*args, **options)
-    lines = {"bar_format": LINE, "mininterval": SECONDS, "maxinterval": SECONDS, "delay": SECONDS, "file": _Lines()}
+    lines = {
+        "position": 0,  # at another, as it gives to a bar inside a bar, tqdm moves the cursor
+        "bar_format": LINE,
+        "mininterval": SECONDS,
+        "maxinterval": SECONDS,
+        "delay": SECONDS,
+        "file": _Lines(),
+    }
     return tqdm(*args, **{**lines, **options})

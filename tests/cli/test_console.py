@@ -1,12 +1,15 @@
 """What a command shows of its progress and its end."""
 
+import logging
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mslora_cr.cli.main import main
+from mslora_cr.data.images import inspect_images
 from mslora_cr.utils import progress as module
 from mslora_cr.utils.progress import progress_bar
 
@@ -23,6 +26,21 @@ def test_without_a_terminal_there_are_lines_now_and_then(
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("slow: 3 of 3 in 00:0") and len(lines) == len(set(lines))
     assert all(re.fullmatch(r"slow: \d of 3 in [\d:]+, \S+ left", line) for line in lines)
+
+
+def test_a_log_file_holds_no_code_of_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "SECONDS", 0.0)
+    for _ in progress_bar(range(2), desc="outer", unit="task"):
+        with progress_bar(range(2), desc="inner", unit="step") as bar:
+            for _ in bar:
+                logging.getLogger("mslora_cr").warning("between")
+    Image.new("L", (8, 8)).save(tmp_path / "one.png")
+    inspect_images([tmp_path / "one.png"], workers=1, progress=True)
+    said = capsys.readouterr().err
+    assert "outer: 2 of 2" in said and "inner: 2 of 2" in said and "images: 1 of 1" in said
+    assert not set(said) & {"\r", "\x1b"}
 
 
 def test_training_and_evaluation_end_with_what_was_made(
