@@ -1,7 +1,4 @@
-"""A bank on disk and in memory: save, load; the published `cl_lora.bin` in and out.
-
-A bank is one PEFT LoRA adapter over every linear layer of the language model.
-"""
+"""Save a bank as PEFT's LoRA adapter and load it again, or load a published `cl_lora.bin` (`published.py`)."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from mslora_cr.utils.logs import QUIET, VERBOSE
 log = logging.getLogger(__name__)
 
 EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
-EXTRAS |= {"scipy": "eval", "rouge_score": "eval", "deepspeed": "train", "h5py": "data", "bitsandbytes": "quantization"}
+EXTRAS |= {"scipy": "eval", "deepspeed": "train", "h5py": "data", "bitsandbytes": "quantization"}
 EXTRAS |= {"liger_kernel": "gpu", "optuna": "tune"}
 EXTRAS |= {"pydicom": "data", "nibabel": "data", "pyarrow": "data"}
 EXTRAS |= {"starlette": "web", "uvicorn": "web", "multipart": "web", "python_multipart": "web"}

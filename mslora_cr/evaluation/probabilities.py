@@ -26,18 +26,18 @@ _OPPOSITE = {"yes": "no", "no": "yes"}
 
 
 class AnswerProbability(BaseModel):
-    """What is known of how an answer came about; None where it is not known.
+    """How likely an answer was and how it ended. A field is None where that is unknown.
 
     Attributes:
-        tokens: how many the answer has, the end token included.
-        finished: whether the model ended the answer; false: the limit on new tokens did.
-        reason: why a served model stopped, in its words.
-        logprob: log-probability of the answer, ``Σ_t log p(token t)``.
-        logprob_first: of its first token.
-        candidates: the answers of the question's closed set; empty where it has none.
-        logprobs: of each candidate, ``Σ_t log softmax(logits_t)[c_t]`` behind the same question, its end token
-            included.
-        lengths: tokens of each. None where a server did not tell.
+        tokens: Number of the answer's tokens, the end token included.
+        finished: Whether the model ended the answer. False if it reached the limit on new tokens.
+        reason: Why a served model stopped, in its words.
+        logprob: Log-probability of the answer, ``Σ_t log p(token t)``.
+        logprob_first: Log-probability of the answer's first token.
+        candidates: The answers of the question's closed set; empty where it has none.
+        logprobs: Log-likelihood of each candidate after the same question, ``Σ_t log softmax(logits_t)[c_t]``, the end
+            token included; None for a candidate that a server did not report.
+        lengths: Number of each candidate's tokens, the end token included; 1 each for a served model.
     """
 
     model_config = ConfigDict(frozen=True)

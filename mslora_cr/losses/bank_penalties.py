@@ -1,4 +1,4 @@
-"""The published penalties between banks, batched and computed once per update."""
+"""The penalties between banks, the published ones or the one by cosine, computed in groups once per update."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ TERMS = {"alpha": "contrastive", "beta": "orthogonality"}
 class MsloraCr(Method):
     """``CE + α Σ_{i<t} (1 - s_i if same modality else s_i) + β (1/L) Σ ‖A Aᵀ - I‖² + ‖Bᵀ B - I‖²``
 
-    with ``s_i = (1/K) Σ_k exp(-‖W_t^k - W_i^k‖_F)``; the formulas in full are in `losses.py`. A weight of 0 removes
-    its term, -1 makes it learnable. As published, the first task's loss is cross entropy alone.
+    with ``s_i = (1/K) Σ_k exp(-‖W_t^k - W_i^k‖_F)``; `losses/contrastive.py` computes both terms. A weight of 0
+    removes its term, -1 makes it learnable. As published, the first task's loss is cross entropy alone.
 
     Source: Zhang et al., "Contrastive Regularization over LoRA for Multimodal Biomedical Image Incremental Learning",
     ACM MM 2025.

@@ -1,4 +1,4 @@
-"""LLaVA-Med on disk → transformers' `LlavaForConditionalGeneration`. The only file that knows LLaVA's names.
+"""Load LLaVA-Med as transformers' `LlavaForConditionalGeneration`; `layout.py` maps the names.
 
 LLaVA-Med v1.5 is stored as `model_type: llava_mistral`, which transformers does not know. The weights map one to one
 onto transformers' LLaVA (Mistral text model, CLIP tower, two-layer GELU projector), so no model code is needed here.

@@ -19,7 +19,8 @@ from mslora_cr.utils.strict_json import JsonError, decode_json
 
 PUBLISHED_SCORES = Path(__file__).with_name("published_scores.yaml")
 BANK_WEIGHTS = "adapter_model.safetensors"
-"""`banks.WEIGHTS`, named again: to import that loads PEFT and transformers, which triples a report's start."""
+"""Equal to `WEIGHTS` in `banks/io.py`. Importing that module would load PEFT and transformers and triple the start of a
+report."""
 
 
 class PublishedRun(Part):

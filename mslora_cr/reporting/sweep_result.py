@@ -14,7 +14,7 @@ RESULT = "sweep.json"
 
 class Against(Part):
     """The paired difference to MSLoRA-CR at the same order and seed: its mean, standard deviation and pairs, and what
-    they say, as `over_runs.summarize` explains. Version 0.1.0 wrote the first three alone."""
+    they say, as `sweep_summary.summarize` explains. Version 0.1.0 wrote the first three alone."""
 
     mean: float
     deviation: float | None
@@ -27,7 +27,7 @@ class Against(Part):
 
 
 class Spread(Part):
-    """A figure of a method over its runs; `over_runs.summarize` explains the fields."""
+    """A figure of a method over its runs; `sweep_summary.summarize` explains the fields."""
 
     runs: int
     mean: float

@@ -1,10 +1,6 @@
-"""Features of pictures and questions, from which a router tells the tasks apart.
+"""Features of images and questions, from which a router (`lda.py`, `learned.py`, `prototypes.py`) tells tasks apart.
 
-A task leaves behind how many records it had, the mean of their features and their scatter about it; no picture is
-kept. A router over any number of tasks is made from those statistics alone, so a task learned later changes nothing
-that earlier ones left. Features are the frozen vision tower's and the frozen word embeddings', so they are the same at
-every stage. Source: streaming linear discriminant analysis, Hayes and Kanan, "Lifelong Machine Learning with Deep
-Streaming Linear Discriminant Analysis", CVPR workshops 2020.
+They come from the frozen vision tower and the frozen word embeddings, so they are the same at every stage.
 """
 
 from __future__ import annotations

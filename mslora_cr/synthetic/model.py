@@ -51,8 +51,9 @@ _TEXT: dict[str, Any] = {
 def make_tiny_llava_med(directory: Path, seed: int = 0, pretrain_steps: int = 500, progress: bool = True) -> None:
     """Write ``directory/llava_med_tiny`` and, next to it, the CLIP tower that its configuration names.
 
-    The weights, random at first, see ``pretrain_steps`` batches in each half of `tiny_pretraining.pretrain`; with 0
-    they stay random. A complete model made with the same arguments is left unchanged, one made with others is replaced.
+    The weights are random at first; then `pretraining.pretrain` trains each half for ``pretrain_steps`` batches. With
+    0 they stay random. A complete model made with the same arguments is left unchanged; one made with others is
+    replaced.
 
     Raises:
         DataError: ``directory`` holds something else.

@@ -1,8 +1,8 @@
 """The embedded stream: eight small biomedical tasks, drawn and worded here, in the tree of the published data.
 
-Tasks, folders, modalities and kinds of answers are those of the published stream; the pictures come from
-`synthetic_images`. Train and test share no picture, and neither a file's name, its dimensions, its length nor
-its place in the records says anything about the answer.
+Tasks, folders, modalities and kinds of answers are those of the published stream; the images come from
+`synthetic/images.py`. Train and test share no image, and neither a file's name, its dimensions, its length nor its
+place in the records says anything about the answer.
 """
 
 import json
