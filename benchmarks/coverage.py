@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import gammaln, ndtr, xlogy
+from scipy.special import gammaln, ndtr, ndtri, xlogy
 from tabulate import tabulate
 
-from mslora_cr.metrics.closed import Figure, confusion, confusion_figures
-from mslora_cr.metrics.discrimination import auroc
+from mslora_cr.metrics.closed import confusion, confusion_figures
+from mslora_cr.metrics.discrimination import auroc, average_precision
 from mslora_cr.statistics.intervals import (
     Groups,
     Interval,
@@ -52,6 +52,8 @@ from mslora_cr.statistics.significance import flip_test, flipped_means, p_value,
 TASKS, QUESTIONS = (4, 8), (80, 600)
 CLUSTER, CORRELATION = 8, 0.2
 REDRAWN = 0.08
+SEPARATION = 1.5
+"""Of positive and negative questions' scores, in standard deviations."""
 FLIPS = 1000
 """Fewer than `compare` takes: a rate of rejections needs no small p."""
 LEVEL = 0.05
@@ -294,16 +296,12 @@ def _two_systems(questions: int, groups: Groups) -> Trial:
 
 
 def _yes_or_no(groups: Groups, prevalence: float) -> Trial:
-    """Sensitivity 0.8 and specificity 0.9; probabilities that differ by 1.5 standard deviations. An interval that is
-    not
-    shown, since a class has too few questions or images, counts as neither."""
-    truth = {
-        "sensitivity": 0.8,
-        "specificity": 0.9,
-        "PPV": 0.8 * prevalence / (0.8 * prevalence + 0.1 * (1 - prevalence)),
-        "NPV": 0.9 * (1 - prevalence) / (0.9 * (1 - prevalence) + 0.2 * prevalence),
-        "balanced accuracy": 0.85,
-    }
+    """Sensitivity 0.8 and specificity 0.9; scores of the classes are 1.5 standard deviations apart.
+
+    An interval that is not shown, since a class has too few questions or images, counts as neither.
+    """
+    truth = _true_figures(prevalence)
+    areas = {"AUROC": float(ndtr(SEPARATION / 2**0.5)), "average precision": _true_average_precision(prevalence)}
 
     def trial(generator: np.random.Generator) -> Mapping[str, bool]:
         yes = generator.random(len(groups)) < prevalence
@@ -311,13 +309,41 @@ def _yes_or_no(groups: Groups, prevalence: float) -> Trial:
         said = ["yes" if one == bool(hit) else "no" for one, hit in zip(yes, right, strict=True)]
         known = confusion_figures(confusion(said, [["yes"] if one else ["no"] for one in yes], groups))
         common = generator.normal(size=int(groups.max()) + 1)[groups]
-        scores = 1.5 * yes + CORRELATION**0.5 * common + (1 - CORRELATION) ** 0.5 * generator.normal(size=len(yes))
-        area = auroc(yes, scores, groups) if yes.any() else Figure(0.0, None)
-        shown = {name: known[name].ends for name in truth if name in known} | {"AUROC": area.ends}
-        wanted = truth | {"AUROC": float(ndtr(1.5 / 2**0.5))}
-        return {name: _covers(ends, wanted[name]) for name, ends in shown.items() if ends is not None}
+        alone = generator.normal(size=len(yes))
+        scores = SEPARATION * yes + CORRELATION**0.5 * common + (1 - CORRELATION) ** 0.5 * alone
+        if yes.any():
+            known |= {"AUROC": auroc(yes, scores, groups), "average precision": average_precision(yes, scores, groups)}
+        return {
+            name: _covers(known[name].ends, value)
+            for name, value in (truth | areas).items()
+            if name in known and known[name].ends is not None
+        }
 
     return trial
+
+
+def _true_figures(prevalence: float) -> dict[str, float]:
+    """What infinitely many questions give at sensitivity 0.8 and specificity 0.9."""
+    hits, misses = 0.8 * prevalence, 0.2 * prevalence
+    alarms, rejections = 0.1 * (1 - prevalence), 0.9 * (1 - prevalence)
+    margins = (hits + misses) * (hits + alarms) * (rejections + alarms) * (rejections + misses)
+    of_yes, of_no = (2 * right / (2 * right + misses + alarms) for right in (hits, rejections))
+    return {
+        "sensitivity": 0.8,
+        "specificity": 0.9,
+        "PPV": hits / (hits + alarms),
+        "NPV": rejections / (rejections + misses),
+        "balanced accuracy": 0.85,
+        "macro F1": (of_yes + of_no) / 2,
+        "Matthews' correlation": (hits * rejections - alarms * misses) / margins**0.5,
+    }
+
+
+def _true_average_precision(prevalence: float) -> float:
+    """The mean precision over the thresholds that the positive questions' scores set, by the midpoint rule."""
+    recall = (np.arange(100_000) + 0.5) / 100_000
+    alarms = ndtr(-SEPARATION - ndtri(1 - recall))
+    return float(np.mean(prevalence * recall / (prevalence * recall + (1 - prevalence) * alarms)))
 
 
 def _near_one(generator: np.random.Generator) -> Mapping[str, bool]:
