@@ -18,10 +18,10 @@ from mslora_cr.data.rows.row import (
     known_columns,
     table_row,
 )
-from mslora_cr.data.rows.walk import files_below
 from mslora_cr.utils.errors import shorten
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import JsonError, decode_json
+from mslora_cr.utils.walk import files_below
 
 if TYPE_CHECKING:
     import pyarrow

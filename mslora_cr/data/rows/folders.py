@@ -18,10 +18,10 @@ from xml.etree import ElementTree
 from mslora_cr.data.records import DataError
 from mslora_cr.data.rows.arrow import split_in
 from mslora_cr.data.rows.row import Problem, Row, UnusableError, said, split_of
-from mslora_cr.data.rows.walk import files_below
 from mslora_cr.utils.errors import shorten
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import JsonError, decode_json
+from mslora_cr.utils.walk import files_below
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".dcm", ".dicom")
 FEW_CLASSES = 6

@@ -19,7 +19,6 @@ from mslora_cr.data.records import IMAGE, DataError
 from mslora_cr.data.rows import read
 from mslora_cr.data.rows.read import read_rows
 from mslora_cr.data.rows.row import Columns, Problem, Row
-from mslora_cr.data.rows.walk import files_below
 from mslora_cr.data.sources.convert_images import pictures
 from mslora_cr.data.sources.dicom import is_dicom
 from mslora_cr.data.sources.nifti import is_nifti
@@ -27,6 +26,7 @@ from mslora_cr.data.sources.placing import IMAGES, PSEUDONYM, ImagePlacer
 from mslora_cr.data.sources.rendering import Note, Rendering
 from mslora_cr.utils.files import replace_folder, write_json
 from mslora_cr.utils.strict_json import JsonError, read_object
+from mslora_cr.utils.walk import files_below
 
 REPORT = "convert.json"
 EXAMPLES = 5

@@ -11,11 +11,11 @@ from pathlib import Path
 from mslora_cr.data.images import check_name
 from mslora_cr.data.records import DataError
 from mslora_cr.data.rows.row import Row
-from mslora_cr.data.rows.walk import files_below, find_file
 from mslora_cr.data.sources.convert_images import pictures
 from mslora_cr.data.sources.dicom import is_dicom
 from mslora_cr.data.sources.rendering import Note, Rendering
 from mslora_cr.utils.errors import shorten
+from mslora_cr.utils.walk import files_below, find_file
 
 IMAGES = "images"
 MOST_DIGITS = 9
