@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -16,6 +16,7 @@ from mslora_cr.data.records import DataError
 from mslora_cr.utils.files import append_to
 from mslora_cr.utils.progress import progress_bar
 from mslora_cr.utils.regular import check_regular
+from mslora_cr.utils.walk import find_file
 from mslora_cr.utils.workers import worker_pool
 
 if TYPE_CHECKING:  # torch is slow to import, and the processes that only check images never need it
@@ -65,18 +66,25 @@ def check_name(name: str) -> PurePosixPath:
 
 
 def resolve_image(name: str, roots: Sequence[Path]) -> Path:
-    """The first existing `root/name`. Folders that the user linked into a root are followed.
+    """The first existing `root/name`; where there is none, the first whose name is the same in another Unicode form.
+    Folders that the user linked into a root are followed.
 
     Raises:
         DataError: the name could lead outside the roots (`check_name`), or no root has such a file.
     """
     relative = check_name(name)
     candidates = [root / relative for root in roots]
-    for candidate in candidates:
+    for candidate in chain(candidates, _other_forms(relative, roots)):
         if candidate.is_file():
             return candidate
     places = "".join(f"\n  {candidate}" for candidate in candidates)
     raise DataError(f"image {name!r} is missing; looked for{places}")
+
+
+def _other_forms(name: PurePosixPath, roots: Sequence[Path]) -> Iterator[Path]:
+    """Where `name` would lie below each root, in the Unicode form in which folders there write it."""
+    if not str(name).isascii():
+        yield from (find_file(root, name) for root in roots)
 
 
 def paths_of(names: Sequence[Sequence[str]], roots: Sequence[Path]) -> list[Path]:

@@ -41,18 +41,28 @@ def find_file(root: Path, name: PurePath) -> Path:
         return path
     folder = root
     for part in name.parts:
-        folder = folder / (part if (folder / part).exists() else _listing(folder).get(_form(part), part))
+        if not (folder / part).exists():
+            part = _listing(folder, _changed(folder)).get(composed(part), part)
+        folder = folder / part
     return folder
 
 
-def _form(name: str) -> str:
+def composed(name: str) -> str:
+    """The same for names that differ in their Unicode form: macOS writes a letter with an accent as two characters."""
     return unicodedata.normalize("NFC", name)
 
 
-@lru_cache(64)
-def _listing(folder: Path) -> dict[str, str]:
-    """By their composed form, the names in a folder."""
+def _changed(folder: Path) -> int:
     try:
-        return {_form(entry.name): entry.name for entry in folder.iterdir()}
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache(64)
+def _listing(folder: Path, _changed: int) -> dict[str, str]:
+    """By their composed form, the names in a folder as it was when it last changed."""
+    try:
+        return {composed(entry.name): entry.name for entry in folder.iterdir()}
     except OSError:
         return {}

@@ -1,5 +1,6 @@
 import os
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -81,6 +82,17 @@ def test_a_linked_image_folder_is_followed(tmp_path):
     (tmp_path / "root" / "Task").mkdir(parents=True)
     (tmp_path / "root" / "Task" / "images").symlink_to(target.parent)
     assert resolve_image("images/a.png", image_roots(tmp_path / "root", "Task")).read_bytes() == target.read_bytes()
+
+
+def test_a_name_in_another_unicode_form_is_found(tmp_path):
+    short, long = (unicodedata.normalize(form, "œdème/aplasía.png") for form in ("NFC", "NFD"))
+    roots = image_roots(tmp_path, "task")
+    with pytest.raises(DataError, match="is missing"):
+        resolve_image(short, roots)
+    placed = picture(tmp_path / "task" / long)
+    assert resolve_image(short, roots) == resolve_image(long, roots) == placed
+    exact = picture(tmp_path / short)
+    assert resolve_image(short, roots) == exact  # a name as it is written comes first
 
 
 def test_a_missing_image_is_reported_with_every_place(tmp_path):

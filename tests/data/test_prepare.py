@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -99,6 +100,20 @@ def test_images_are_matched_by_their_longest_suffix_and_linked(tmp_path):
     again = run("pathvqa", raw, root)
     assert (again.placed, again.present, again.missing) == (0, 3, ["images/b/z.png"])
     assert everything(root) == before
+
+
+def test_names_in_another_unicode_form_are_matched(tmp_path):
+    raw, root = tmp_path / "raw", tmp_path / "root"
+    names = [f"images/{folder}/é.png" for folder in ("œdème", "aplasía")]
+    for i, name in enumerate(names):
+        put(raw / unicodedata.normalize("NFD", name), png(i))
+    annotate(root / "PathVQA", names[:1], names[1:])
+    assert run("pathvqa", raw, root).placed == 2
+    assert [red(root, "pathvqa", name) for name in names] == [0, 1]
+    shutil.rmtree(root / "PathVQA" / "images")
+    shutil.copytree(raw / "images", root / "PathVQA" / "images")  # as a Mac unpacks them
+    again = run("pathvqa", raw, root)
+    assert (again.placed, again.present, again.missing) == (0, 2, [])
 
 
 def test_links_in_the_raw_data_are_followed_once(tmp_path):

@@ -21,6 +21,7 @@ from mslora_cr.data.sources.catalog import DataSet
 from mslora_cr.data.sources.pcam import export_images, has_arrays
 from mslora_cr.data.sources.raw import RawData, RawFile, alike, extract, fingerprint
 from mslora_cr.utils.files import hidden_folder
+from mslora_cr.utils.walk import composed
 from mslora_cr.utils.workers import cores
 
 MAX_IMAGE_BYTES = 256 << 20
@@ -137,12 +138,19 @@ def _targets(names: Iterable[str], dataset: DataSet, data_root: Path) -> dict[st
     roots = image_roots(data_root, dataset.folder, dataset.image_folders)
     targets = {}
     for name in names:
-        if not any((root / name).is_file() for root in roots):
+        if not _in_place(name, roots):
             from_root = PurePosixPath(name).parts[0] == dataset.folder
             targets[name] = (data_root if from_root else data_root / dataset.folder) / name
     for parent in {target.parent for target in targets.values()}:
         _check_inside(parent, data_root)
     return targets
+
+
+def _in_place(name: str, roots: Sequence[Path]) -> bool:
+    try:
+        return bool(resolve_image(name, roots))
+    except DataError:
+        return False
 
 
 def _check_inside(folder: Path, data_root: Path) -> None:
@@ -182,7 +190,7 @@ def _match(dataset: DataSet, names: Sequence[str], data: RawData, result: Prepar
 def _likeness(name: PurePosixPath, file: RawFile) -> Likeness:
     """The length of the common path suffix; then how many folders are shared anywhere (`test/person1.jpeg` is
     `test/NORMAL/person1.jpeg` rather than `train/NORMAL/person1.jpeg`)."""
-    ours, theirs = (reversed([*path.parts[:-1], alike(path.name)]) for path in (name, file.path))
+    ours, theirs = (reversed([*map(composed, path.parts[:-1]), alike(path.name)]) for path in (name, file.path))
     pairs = zip(ours, theirs, strict=False)
     suffix = next((i for i, (our, their) in enumerate(pairs) if our != their), len(name.parts))
     return suffix, len(set(name.parts) & set(file.path.parts))

@@ -25,6 +25,7 @@ from typing import IO
 from mslora_cr.data.images import check_name
 from mslora_cr.data.records import DataError
 from mslora_cr.utils.files import replacing
+from mslora_cr.utils.walk import composed
 
 MAX_TABLE_BYTES = 512 << 20  # annotations and metadata are read whole
 MOST_NESTED_BYTES, MOST_NESTED, MOST_DEPTH = 64 << 30, 1_000, 4
@@ -101,7 +102,7 @@ class RawData:
         for file in self.files:
             for name in {file.path.name, alike(file.path.name)}:
                 self._by_name[name].append(file)
-                for folder in set(file.path.parts[:-1]):
+                for folder in {composed(part) for part in file.path.parts[:-1]}:
                     self._by_folder[folder, name].append(file)
         return self
 
@@ -151,6 +152,7 @@ class RawData:
 
     def named_below(self, folder: str, name: str) -> list[RawFile]:
         """As `named`, anywhere below a folder of the name `folder`."""
+        folder = composed(folder)
         return self._by_folder.get((folder, name)) or self._by_folder.get((folder, alike(name)), [])
 
     def find(self, *suffixes: str) -> RawFile:
@@ -172,8 +174,9 @@ class RawData:
 
 
 def alike(name: str) -> str:
-    """The same for names that differ in case, or in how the ending of one format is written (`.JPEG`, `.jpg`)."""
-    path = PurePosixPath(name.casefold())
+    """The same for names that differ in case, in their Unicode form, or in how the ending of one format is written
+    (`.JPEG`, `.jpg`)."""
+    path = PurePosixPath(composed(name.casefold()))
     return path.stem + _SUFFIXES.get(path.suffix, path.suffix)
 
 
