@@ -33,6 +33,8 @@ SCORES = "scores.csv"
 PLACES = ("image", "group")
 """The last columns of `scores.csv`: the question's image, and what it shares with the questions that it is not
 independent of, its patient or else its image. Empty where that is not known."""
+PATIENT = "patient "
+"""What a group begins with that is a patient."""
 PROBABILITIES_FILE = "probabilities.jsonl"
 """Beside answers that come with probabilities (`evaluation.probabilities`)."""
 CORPUS_BLEU = "corpus bleu"
@@ -71,12 +73,13 @@ class AnswerRecord(BaseModel):
 
 class ScoreTable(NamedTuple):
     """`scores.csv`: the questions' ids in order, by metric their scores in [0, 1], NaN where there is none, the number
-    of each question's cluster, and its image's name, empty where that is not known."""
+    of each question's cluster, and its image's name and patient, empty where they are not known."""
 
     ids: list[str]
     columns: dict[str, intervals.Scores]
     groups: intervals.Groups
     images: Sequence[str] = ()
+    patients: Sequence[str] = ()
 
 
 def read_answers(path: Path) -> list[AnswerRecord]:
@@ -214,7 +217,12 @@ def read_scores(path: Path) -> ScoreTable:
         values = {name: np.array([float(score or "nan") for score in column]) for name, column in columns.items()}
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise DataError(f"{path}: no scores of answers ({error}); evaluate or score them again") from None
-    return ScoreTable([*ids], values, group_numbers(groups if groups is not None else [""] * len(ids)), [*images])
+    labels = [""] * len(ids) if groups is None else [*groups]
+    patients = [
+        label.removeprefix(PATIENT) if label.startswith(PATIENT) and label != image else ""
+        for label, image in zip(labels, images, strict=True)
+    ]
+    return ScoreTable([*ids], values, group_numbers(labels), [*images], patients)
 
 
 def group_numbers(labels: Sequence[str]) -> intervals.Groups:
@@ -246,7 +254,7 @@ def question_places(questions: Iterable[TestRecord]) -> list[tuple[str, str]]:
 
 
 def _place(image: str, patient: Any) -> tuple[str, str]:
-    return image, image if patient is None else f"patient {patient}"
+    return image, image if patient is None else f"{PATIENT}{patient}"
 
 
 def _first(image: Any) -> str:

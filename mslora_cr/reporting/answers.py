@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,20 @@ class AnswerSet:
     scores: Sequence[float]
 
 
+class QuestionKeys(NamedTuple):
+    """What joins a question to the reader's own tables; empty where it is not known.
+
+    Attributes:
+        id: its `question_id`.
+        image: the name of its first image.
+        patient: whose image that is.
+    """
+
+    id: str
+    image: str = ""
+    patient: str = ""
+
+
 @dataclass(frozen=True)
 class TaskAnswers:
     """The questions of a task with their truths and kinds (`OPEN` or `CLOSED`), its answer sets by stage, and by
@@ -46,6 +60,7 @@ class TaskAnswers:
 
     Attributes:
         own: the number of the stage that learned the task.
+        keys: by question, its id, image and patient.
     """
 
     task: str
@@ -55,6 +70,7 @@ class TaskAnswers:
     kinds: Sequence[str]
     sets: Sequence[AnswerSet]
     pictures: Sequence[Sequence[Path]]
+    keys: Sequence[QuestionKeys]
 
     def at(self, stage: int) -> AnswerSet | None:
         """The answers at a stage, if it was evaluated."""
@@ -92,7 +108,7 @@ def browsed_answers(evaluation: Evaluation, results_dir: Path, config: StreamCon
         pictures, problem = _pictures(task, cells[-1], table, config) if config else ([], None)
         if problem:
             browsed.missing.append(f"no pictures of {task}: {problem}")
-        browsed.tasks.append(_task_answers(evaluation, task, cells, results_dir, pictures))
+        browsed.tasks.append(_task_answers(evaluation, task, cells, results_dir, pictures, table))
     return browsed
 
 
@@ -102,6 +118,7 @@ def _task_answers(
     cells: Sequence[Cell],
     results_dir: Path,
     pictures: Sequence[Sequence[Path]],
+    table: ScoreTable,
 ) -> TaskAnswers:
     stages: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
@@ -121,7 +138,18 @@ def _task_answers(
         kinds=[record.answer_type for record in records],
         sets=sets,
         pictures=pictures if len(pictures) == len(records) else [()] * len(records),
+        keys=_keys(records, table),
     )
+
+
+def _keys(records: Sequence[AnswerRecord], table: ScoreTable) -> list[QuestionKeys]:
+    """By question, its keys, as far as the scores name them."""
+    images = table.images if len(table.images) == len(records) else [""] * len(records)
+    patients = table.patients if len(table.patients) == len(records) else [""] * len(records)
+    return [
+        QuestionKeys(str(record.question_id), image, patient)
+        for record, image, patient in zip(records, images, patients, strict=True)
+    ]
 
 
 def _texts(records: Iterable[AnswerRecord]) -> list[str]:
@@ -205,6 +233,7 @@ def browser_data(
                 "own": task.own,
                 "sets": [{"stages": given.stages, "banks": given.banks} for given in task.sets],
                 "rows": _rows(task, places),
+                "keys": task.keys,
             }
             for task in tasks
         ],

@@ -94,7 +94,7 @@ def test_metrics_json_is_full_precision(tmp_path):
 
 def test_scores_by_question_give_the_averages(tmp_path):
     scores = score_file(GOLDEN / "mixed.answers.jsonl", tmp_path)
-    ids, columns, groups, _ = read_scores(tmp_path / "scores.csv")
+    ids, columns, groups, *_ = read_scores(tmp_path / "scores.csv")
     assert len(set(groups)) == len(ids)
     assert ids == [str(answer.question_id) for answer in read_answers(GOLDEN / "mixed.answers.jsonl")]
     averages = {name: 100 * np.nanmean(column) for name, column in columns.items()}
@@ -134,7 +134,7 @@ def test_the_command_takes_the_questions(tmp_path):
 
 def test_scores_of_an_earlier_version_are_read(tmp_path):
     (tmp_path / "scores.csv").write_text("question_id,answer_type,f1 score\n1,OPEN,0.5\n1,CLOSED,\n")
-    ids, columns, groups, _ = read_scores(tmp_path / "scores.csv")
+    ids, columns, groups, *_ = read_scores(tmp_path / "scores.csv")
     assert (ids, list(columns), groups.tolist()) == (["1", "1"], ["f1 score"], [0, 1])
 
 

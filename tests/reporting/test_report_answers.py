@@ -15,7 +15,7 @@ from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.records import DataError, TestRecords
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.score import score_file
-from mslora_cr.reporting import thumbnails
+from mslora_cr.reporting import render, thumbnails
 from mslora_cr.reporting.answers import OTHER, browsed_answers, confusions
 from mslora_cr.reporting.heatmaps import answer_maps
 from mslora_cr.reporting.report import write_report
@@ -23,6 +23,7 @@ from tests.helpers.report_run import MODALITIES, Page, make_run
 
 TASKS = ("pathvqa", "slake-vqarad")
 HOSTILE = "</script><!--<script><img src=x onerror=\"document.title='owned'\">"
+NODE = shutil.which("node")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -196,6 +197,46 @@ def test_published_scores_stand_beside_the_published_questions_only(tmp_path):
     path.write_text(json.dumps(evaluation))
     page = Page(write_report(run_dir, results_dir))
     assert "published" not in page.text.lower()
+
+
+def test_the_answers_name_what_joins_them(tmp_path):
+    run_dir, results_dir = make_run(tmp_path, "own", tasks=("derm",), stages="own")
+    answers = results_dir / "derm" / "answer-file.jsonl"
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    lines[0] |= {"question_id": "q7", "image": "images/a.png", "patient": "P 1"}
+    lines[1] |= {"image": "patient 2/b.png"}
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    score_file(answers, answers.parent)
+    [task] = Page(write_report(run_dir, results_dir)).data["tasks"]
+    assert task["keys"][:3] == [["q7", "images/a.png", "P 1"], ["1", "patient 2/b.png", ""], ["2", "", ""]]
+
+
+@pytest.mark.skipif(NODE is None, reason="needs Node")
+def test_saved_tables_have_keys_and_no_dashes():
+    def ran(script, function, given):
+        source = (render.TEMPLATES / script).read_text(encoding="utf-8")
+        code = re.search(rf"function {function}\(.*?\n}}\n", source, re.DOTALL)[0]
+        code += f"const Node = {{ TEXT_NODE: 3 }}; console.log(JSON.stringify({function}({given})))"
+        return json.loads(subprocess.run([NODE, "-e", code], capture_output=True, check=True, timeout=60).stdout)
+
+    entry = {"task": {"name": "derm", "keys": [["q7", "a.png", ""]]}, "row": ["Is it?", "–", 1], "index": 0}
+    header, row = ran("browser.js", "csvRows", json.dumps([{"entry": entry, "answer": ["no", 0, 0]}]))
+    assert dict(zip(header, row, strict=True)) == {
+        "task": "derm",
+        "row": 0,
+        "question_id": "q7",
+        "image": "a.png",
+        "patient": "",
+        "answer_type": "CLOSED",
+        "question": "Is it?",
+        "truth": "–",
+        "answer": "no",
+        "right": 0,
+        "score": 0,
+        "fate": "",
+    }
+    cells = [{"colSpan": 1, "textContent": text, "dataset": {}} for text in ("derm", " – ", "3")]
+    assert ran("page.js", "tableRows", json.dumps({"rows": [{"cells": cells}]})) == [["derm", "", "3"]]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")

@@ -183,12 +183,17 @@ form.addEventListener("input", () => {
 });
 form.addEventListener("submit", (event) => event.preventDefault());
 more.addEventListener("click", showMore);
-document.getElementById("save").addEventListener("click", () => {
-  const rows = found.map(({ entry: { task, row, index, fate }, answer }) => [
-    task.name, index, row[2] ? "CLOSED" : "OPEN", row[0], row[1], answer[0], answer[1], answer[2], fate ?? "",
+
+// One row an answer, with what joins it to other tables; what is not known is an empty cell.
+function csvRows(answers) {
+  const rows = answers.map(({ entry: { task, row, index, fate }, answer }) => [
+    task.name, index, ...task.keys[index], row[2] ? "CLOSED" : "OPEN", row[0], row[1], answer[0], answer[1], answer[2], fate ?? "",
   ]);
-  saveCsv(`${document.title} answers`, [
-    ["task", "row", "answer_type", "question", "truth", "answer", "right", "score", "fate"], ...rows,
-  ]);
-});
+  return [
+    ["task", "row", "question_id", "image", "patient", "answer_type", "question", "truth", "answer", "right", "score", "fate"],
+    ...rows,
+  ];
+}
+
+document.getElementById("save").addEventListener("click", () => saveCsv(`${document.title} answers`, csvRows(found)));
 refresh();

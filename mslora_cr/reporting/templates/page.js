@@ -17,7 +17,7 @@ function saveCsv(name, rows) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
-// A table's cells; a column with intervals is followed by their ends, and by how many answers changed.
+// A table's cells, empty where the page has a dash for no value; a column with intervals is followed by their ends, and by how many answers changed.
 function tableRows(table) {
   const rows = [...table.rows].map((row) => [...row.cells].flatMap((cell) => Array(cell.colSpan).fill(cell)));
   const more = rows[0].map((_, column) =>
@@ -26,7 +26,7 @@ function tableRows(table) {
     row.flatMap((cell, column) => {
       const text = (cell.firstChild?.nodeType === Node.TEXT_NODE && cell.querySelector("small")
         ? cell.firstChild.textContent : cell.textContent).trim();
-      return [text, ...more[column].map((key) => (number === 0 ? `${text} ${key}` : cell.dataset[key] ?? ""))];
+      return [text === "–" ? "" : text, ...more[column].map((key) => (number === 0 ? `${text} ${key}` : cell.dataset[key] ?? ""))];
     }),
   );
 }
