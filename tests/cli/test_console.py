@@ -50,8 +50,10 @@ def test_training_and_evaluation_end_with_what_was_made(
     assert main(command) == 0
     captured = capsys.readouterr()
     said = captured.out + captured.err
-    assert re.search(r"task +stage +questions +exact +closed, letters found +F1, open\n", said)
-    assert re.search(r"pathvqa +1 +8 +\d+\.\d +\d+\.\d +\d+\.\d\n", said)
+    assert re.search(
+        r"task +stage +questions +exact +closed, letters found +F1, open +closed, against guessing\n", said
+    )
+    assert re.search(r"pathvqa +1 +8 +\d+\.\d +\d+\.\d +\d+\.\d( .*)?\n", said)
     assert re.search(r"closed, letters found: own stage \d+\.\d\n", said)
     assert f"next: mslora-cr report {trained_config}" in said
     assert "\r" not in said  # no bar where nobody watches
