@@ -21,6 +21,7 @@ from mslora_cr.metrics.guessing import Frequencies
 from mslora_cr.metrics.published import Scores, score_answers
 from mslora_cr.metrics.words import bleu_influence, corpus_bleu
 from mslora_cr.statistics import intervals
+from mslora_cr.statistics.interval import Interval
 from mslora_cr.statistics.intervals import estimate, percent, percentile_interval, resampled_sums, score_interval
 from mslora_cr.utils.errors import first_problem
 from mslora_cr.utils.files import write_text
@@ -184,9 +185,8 @@ def metrics_of(scores: Scores, groups: intervals.Groups) -> Metrics:
     if opened.any():
         counts = np.array([row.ngrams for row in scores.rows if row.ngrams is not None], dtype=np.float64)
         metrics[CORPUS_BLEU] = 100 * float(corpus_bleu(counts.sum(axis=0, keepdims=True))[0])
-        replicates = corpus_bleu(resampled_sums(counts, groups[opened]))
         estimates[CORPUS_BLEU] = estimate(bleu_influence(counts), groups[opened])
-        ends[CORPUS_BLEU] = percent(percentile_interval(replicates, estimates[CORPUS_BLEU].freedom + 1))
+        ends[CORPUS_BLEU] = percent(_bleu_interval(counts, groups[opened], estimates[CORPUS_BLEU].freedom))
     return Metrics(
         metrics=metrics,
         intervals=ends,
@@ -199,6 +199,21 @@ def metrics_of(scores: Scores, groups: intervals.Groups) -> Metrics:
         open=scores.open,
         closed=scores.closed,
     )
+
+
+def _bleu_interval(counts: intervals.Scores, groups: intervals.Groups, freedom: float) -> Interval:
+    """The interval of corpus BLEU: of resamplings, or, where these are all alike and would give it no width (no answer
+    shares four words with its truth, or all are right), that of any score which every answer has.
+
+    Args:
+        counts: by answer, its n-gram counts.
+        groups: by answer, the number of its cluster.
+        freedom: degrees of freedom.
+    """
+    replicates = corpus_bleu(resampled_sums(counts, groups))
+    if np.ptp(replicates) < intervals.NONE:
+        return score_interval([estimate(np.full(len(counts), replicates[0]), groups)])
+    return percentile_interval(replicates, freedom + 1)
 
 
 def read_scores(path: Path) -> ScoreTable:

@@ -105,6 +105,17 @@ def test_scores_by_question_give_the_averages(tmp_path):
         read_scores(tmp_path / "none.csv")
 
 
+@pytest.mark.parametrize("text", ["nothing of it", "mild cardiomegaly without effusion"])
+def test_a_corpus_that_is_all_wrong_or_all_right_has_the_interval_of_the_other_scores(tmp_path, text):
+    line = LINE | {"answer_type": "OPEN", "gt": "mild cardiomegaly without effusion", "text": text}
+    score_file(write(tmp_path / "a.jsonl", *[line] * 12), tmp_path)
+    known = json.loads((tmp_path / "metrics.json").read_text())
+    assert known["metrics"]["corpus bleu"] == pytest.approx(known["metrics"]["recall"])
+    assert known["intervals"]["corpus bleu"] == pytest.approx(known["intervals"]["recall"])
+    low, high = known["intervals"]["corpus bleu"]
+    assert high - low > 10
+
+
 def test_questions_about_one_image_are_one_cluster(tmp_path):
     answers = write(tmp_path / "a.jsonl", *[LINE | {"text": text} for text in ("Left", "Left", "Right", "Right")])
     images = ["a.png", "a.png", ["b.png", "c.png"], "b.png"]
