@@ -13,6 +13,7 @@ from mslora_cr.analysis.compare import compare
 from mslora_cr.banks.similarity import Similarity, bank_similarity
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.catalog import catalog
+from mslora_cr.data.sources.leaks import sentences
 from mslora_cr.evaluation.probe_result import MEASURED, read_probes
 from mslora_cr.evaluation.results import Evaluation, ReportError
 from mslora_cr.evaluation.schemas import ROUTED, Analysis
@@ -54,7 +55,8 @@ def write_report(
     their thumbnails go to `report-images/` beside the page.
 
     Args:
-        config: says where the images of the questions are; a report without it has no pictures.
+        config: says where the images of the questions are; a report without it has no pictures, and does not say what
+            `data check` found in both training and testing.
 
     Raises:
         ReportError: there is neither a ledger nor an evaluation, or a file of the run is malformed.
@@ -63,6 +65,7 @@ def write_report(
     run = read_run(run_dir, results_dir)
     with one_writer(results_dir):
         context = _context(run, load_published_scores(published_scores)) | _answers(run, config)
+        context["leaks"] = _leaks(run, config)
         for name in ("report.html", "report.md"):
             render(name, results_dir / name, context)
     return results_dir / "report.html"
@@ -137,6 +140,13 @@ def _answers(run: RunRecord, config: StreamConfig | None) -> dict[str, Any]:
         "confusions": maps,
         "missing": run.missing + browsed.missing + damaged,
     }
+
+
+def _leaks(run: RunRecord, config: StreamConfig | None) -> dict[str, str]:
+    """By task, what `data check` found in both training and testing."""
+    if run.evaluation is None or config is None:
+        return {}
+    return sentences(config, {cell.task: cell.questions for cell in run.evaluation.cells})
 
 
 def _task_colors(run: RunRecord) -> dict[str, str]:

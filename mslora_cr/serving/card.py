@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.catalog import catalog
+from mslora_cr.data.sources.leaks import sentences
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.models.family import Family, family_of
 from mslora_cr.models.save import class_of
@@ -20,6 +21,8 @@ from mslora_cr.runs.entries import RunLedger
 from mslora_cr.statistics.intervals import CONFIDENCE
 
 Uploaded = Literal["peft", "merged"]
+OVERLAP = {"precision": "word-overlap precision", "recall": "word-overlap recall"}
+"""What the card calls these metrics of `metrics.json`, which are no figures of a diagnosis."""
 SECRET = ("token", "key", "secret", "password")
 
 
@@ -92,8 +95,8 @@ class Card:
                 dataset_type=task,
                 dataset_name=_title(task),
                 dataset_split="test",
-                metric_type=metric.replace(" ", "_"),
-                metric_name=metric,
+                metric_type=OVERLAP.get(metric, metric).replace(" ", "_"),
+                metric_name=OVERLAP.get(metric, metric),
                 metric_value=round(value, 2),
                 metric_args={
                     "confidence": CONFIDENCE,
@@ -181,11 +184,12 @@ inputs = processor(text=prompt, images=[image], add_special_tokens=False, return
         if not cells:
             return "## Scores\n\nThese banks have not been evaluated with this project."
         rows = [
-            f"| {_cell(task)} | {cell.rows} | {metric} | {value:.2f} | {cell.intervals[metric][0]:.2f} to "
-            f"{cell.intervals[metric][1]:.2f} |"
+            f"| {_cell(task)} | {cell.rows} | {OVERLAP.get(metric, metric)} | {value:.2f} | "
+            f"{cell.intervals[metric][0]:.2f} to {cell.intervals[metric][1]:.2f} |"
             for task, cell in cells.items()
             for metric, value in cell.metrics.items()
         ]
+        leaks = sentences(self.config, {task: cell.questions for task, cell in cells.items()})
         return "\n".join(
             [
                 "## Scores",
@@ -196,6 +200,10 @@ inputs = processor(text=prompt, images=[image], add_special_tokens=False, return
                 "| task | questions | metric | score | interval |",
                 "| --- | --- | --- | --- | --- |",
                 *rows,
+                "",
+                "Word-overlap precision and recall are the shares of an open answer's words, and of its truth's, that "
+                "the two have in common: neither the positive predictive value nor the sensitivity of a diagnosis.",
+                *(f"\n**{_cell(task)}**: the data check found that {found}." for task, found in leaks.items()),
             ]
         )
 

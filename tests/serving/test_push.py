@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ import yaml
 
 import mslora_cr
 from mslora_cr.cli.main import main
+from mslora_cr.data.sources.leaks import Leaks, remember
+from mslora_cr.data.tasks import test_records as records_of
+from mslora_cr.serving.card import OVERLAP
 from mslora_cr.serving.push import PushError, push
 from tests.helpers.hub import Hub, serving
 
@@ -35,6 +40,11 @@ def head(card: str) -> dict[str, Any]:
 def test_adapters_go_to_a_private_repository_with_their_card(hub: Hub, trained_config: Path, tmp_path: Path) -> None:
     config = mslora_cr.load_config(trained_config, [f"results_dir={tmp_path}"])
     results = mslora_cr.evaluate(config)
+    copied = shutil.copytree(config.data.root, tmp_path / "data")
+    config = mslora_cr.load_config(trained_config, [f"results_dir={tmp_path}", f"data.root={copied}"])
+    opened = records_of(config, config.task("PCAM"))
+    leaks = Leaks(train="", test=opened.digest, images=1, contents=0, patients=0, questions=2, test_questions=8)
+    remember(opened.path.parent, leaks)
     address = push(config, REPO, base=BASE, endpoint=hub.url)
     assert address == f"{hub.url}/{REPO}" and hub.private == {f"models/{REPO}"}
     files = hub.repos[f"models/{REPO}"]
@@ -54,7 +64,10 @@ def test_adapters_go_to_a_private_repository_with_their_card(hub: Hub, trained_c
         for result in index["results"]
         for metric in result["metrics"]
     }
-    scores = {(row["task"], row["metric"]): row for row in results.scores()}
+    scores = {(row["task"], OVERLAP.get(row["metric"], row["metric"])): row for row in results.scores()}
+    assert ("pathvqa", "word-overlap recall") in rows and "nor the sensitivity of a diagnosis" in card
+    assert "**PCAM**: the data check found that 2 of 8 test questions" in card and "**pathvqa**" not in card
+    assert not re.search(r"\| (precision|recall) \|", card)
     assert rows.keys() == scores.keys()
     for key, metric in rows.items():
         assert metric["value"] == pytest.approx(scores[key]["score"], abs=0.01)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.tasks import task_folder
 from mslora_cr.utils.files import write_json
 from mslora_cr.utils.strict_json import JsonError, read_object
 
@@ -72,6 +75,18 @@ def remembered(folder: Path, digest: str) -> Leaks | None:
     except (JsonError, ValidationError):
         return None
     return leaks if digest in (leaks.train, leaks.test) and leaks.found else None
+
+
+def sentences(config: StreamConfig, digests: Mapping[str, str]) -> dict[str, str]:
+    """By task, what was found in its data.
+
+    Args:
+        config: says where the data are; a task that it does not have is passed over.
+        digests: by task, that of the training or test file.
+    """
+    folders = {task.name: task_folder(config, task) for task in config.stream if task.name in digests}
+    found = {name: remembered(folder, digests[name]) for name, folder in folders.items()}
+    return {name: leaks.sentence() for name, leaks in found.items() if leaks}
 
 
 @cache
