@@ -79,7 +79,7 @@ def test_every_answer_is_in_the_page_with_its_picture_before_and_after(tmp_path)
     first = page.data["tasks"][0]
     assert [(found["stages"], found["banks"]) for found in first["sets"]] == [([1], "1"), ([2], "2")]
     question, truth, closed, pictures, answers, which, _ = first["rows"][15]
-    assert "Confusions of closed answers" in page.text
+    assert "Confusions of closed answers" in page.text and "truth ↓ answer →" in page.text
     assert (question, truth) == ("What about <b>pathvqa</b> | no 15?", "Mild cardiomegaly, no effusion.")
     assert [answers[place][1] for place in which] == [1, 0]  # right when learned, forgotten at the end
     assert closed == 0 and pictures == [3]
@@ -149,6 +149,24 @@ def test_pictures_are_those_that_the_scores_name(tmp_path):
     scores.write_text(scores.read_text().replace("recall", "another"))
     with pytest.raises(DataError, match=r"scores\.csv: has no recall; score the answers again"):
         write_report(*run, config)
+
+
+def test_what_is_in_training_and_testing_is_said_beside_the_scores(tmp_path):
+    run = make_run(tmp_path, "seq", "sequential", TASKS, right=forgets)
+    config = with_pictures(tmp_path, run, side=8)
+    for task in TASKS:
+        digest = TestRecords(tmp_path / "data" / task / "test.jsonl").digest
+        shared = {"images": 3, "contents": None, "patients": 0, "questions": 12, "test_questions": 40}
+        (tmp_path / "data" / task / "leaks.json").write_text(json.dumps({"train": "0" * 64, "test": digest, **shared}))
+    (tmp_path / "data" / "slake-vqarad" / "test.jsonl").write_text("")  # what was found is of the questions asked
+    page = Page(write_report(*run, config))
+    words = "12 of 40 test questions are about what is trained on, too (3 images): their scores are too high"
+    assert f"pathvqa: {words}" in page.text and f"slake-vqarad: {words}" in page.text
+    assert f"- **pathvqa**: {words}" in (run[1] / "report.md").read_text()
+    leaks = tmp_path / "data" / "pathvqa" / "leaks.json"
+    leaks.write_text(leaks.read_text().replace('"test": "', '"test": "0'))
+    assert f"pathvqa: {words}" not in Page(write_report(*run, config)).text  # of a file that was not asked from
+    assert "trained on" not in Page(write_report(*run)).text
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -256,7 +274,7 @@ def test_a_browser_shows_the_answers_and_runs_nothing_of_the_data(tmp_path):
     assert re.search(r'id="count"[^>]*>20 of 80 questions: 8 wrong, 12 right<', seen)
     assert seen.count('<article class="answer') == 20
     assert seen.count('<img loading="lazy"') == 20
-    assert "forgotten: right when learned, wrong at the end (8)" in seen
+    assert "forgotten: right, then wrong (8)" in seen
     assert "&lt;img src=x onerror" in seen
     assert seen.count('class="csv"') == seen.count("<table class=") - seen.count('<table class="pairs"')
     assert 'data-tip="95 %:' in seen and "<td title" not in seen

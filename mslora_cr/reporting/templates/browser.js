@@ -27,8 +27,7 @@ function fateOf(task, row) {
 }
 
 const FATES = {
-  kept: "right when learned and at the end", forgotten: "right when learned, wrong at the end",
-  gained: "wrong when learned, right at the end", never: "wrong when learned and at the end",
+  kept: "right, then right", forgotten: "right, then wrong", gained: "wrong, then right", never: "wrong, then wrong",
 };
 
 const entries = data.tasks.flatMap((task) =>
