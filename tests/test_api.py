@@ -327,6 +327,7 @@ def test_the_quickstart_notebook_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cells = json.loads(NOTEBOOK.read_text())["cells"]
+    assert "pip install jupyterlab" in "".join(cells[0]["source"])
     codes = [cell for cell in cells if cell["cell_type"] == "code"]
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in codes)
     monkeypatch.chdir(tmp_path)
