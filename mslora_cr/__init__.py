@@ -9,6 +9,7 @@ Every name below is loaded on first use, so `import mslora_cr` imports no torch.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
+        # PEFT imports bitsandbytes, which warns where a processor could use an optional kernel that is not installed.
+        logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
         return getattr(import_module("mslora_cr.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

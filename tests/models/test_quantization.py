@@ -1,6 +1,7 @@
 """A base in 4 or 8 bits: bitsandbytes' kernels run on the CPU, too, so a whole run is trained and evaluated here."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,28 @@ def test_zero_3_is_refused(
     options = ["model.quantization=4bit", "training.deepspeed=configs/deepspeed/zero3.json"]
     assert main(["train", str(config_file()), *options]) == 1
     assert "ZeRO-3 cannot shard a quantised base" in capsys.readouterr().err
+
+
+PROCESSOR_WITH_BFLOAT16 = """
+import ctypes
+found = ctypes.CDLL.__getattr__
+ctypes.CDLL.__getattr__ = lambda self, name: (lambda: True) if name == "has_avx512bf16_cpu" else found(self, name)
+"""
+"""bitsandbytes then looks for an optional kernel, as it does on a processor with AVX-512 and bfloat16."""
+
+
+@pytest.mark.parametrize(
+    ("opening", "warns"),
+    [
+        pytest.param("", True, marks=pytest.mark.long, id="by itself"),
+        pytest.param("import mslora_cr; mslora_cr.load", False, id="interface"),
+        pytest.param("from mslora_cr.utils.logs import set_up; set_up()", False, marks=pytest.mark.long, id="commands"),
+    ],
+)
+def test_an_optional_kernel_of_bitsandbytes_is_not_missed(opening: str, warns: bool) -> None:
+    code = f"{PROCESSOR_WITH_BFLOAT16}{opening}\nimport bitsandbytes"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ("gemm_4bit_forward" in done.stderr) == warns, done.stderr
 
 
 def test_without_bitsandbytes_the_extra_is_named(
