@@ -92,10 +92,12 @@ def test_markdown_shows_everything_as_text(tmp_path):
         path.write_text(json.dumps(content))
     (run_dir / "logs" / "derm.jsonl").rename(run_dir / "logs" / "other.jsonl")
     (run_dir / "config.yaml").write_text("run: x\nnote: |\n````\n# out\n")
-    context = _context(read_run(run_dir, results_dir), {}) | {"browser": None, "confusions": [], "missing": [hostile]}
+    context = _context(read_run(run_dir, results_dir), {})
+    context |= {"browser": None, "confusions": [], "missing": [hostile], "leaks": {"derm": hostile}}
     render("report.md", tmp_path / "report.md", context)
     text = (tmp_path / "report.md").read_text()
     assert "- \\<img src=x\\> \\# \\`head\\` \\[a\\](b)\n" in text
+    assert "- **derm**: \\<img src=x\\> \\# \\`head\\` \\[a\\](b)\n" in text
     assert "Method `<img src=x> # 'head' [a](b)`, a stream" in text
     assert "`````yaml\nrun: x\nnote: |\n````\n# out\n`````\n" in text
     assert not re.search(r"^# out|^# \W", text.partition("`````yaml")[0], re.MULTILINE)
@@ -110,10 +112,8 @@ def test_forgetting_of_a_sequential_run(tmp_path):
     run_dir, results_dir = make_run(tmp_path, "seq", "sequential", tasks, right=right)
     page = Page(write_report(run_dir, results_dir))
     told = score_table(read_evaluation(results_dir), results_dir)
-    assert (
-        "closed: own stage 90.0, final average 70.0, forgetting 30.0, backward transfer -30.0 [-46.6 to -12.7; 12 of 40 changed"
-        in told
-    )
+    transfer = "backward transfer -30.0 [-46.6 to -12.7; 12 of 40 changed"
+    assert f"closed, letters found: own stage 90.0, final average 70.0, forgetting 30.0, {transfer}" in told
     assert f"Final average closed accuracy {(50 + 70 + 90) / 3:.1f} %" in page.text
     assert re.search(r"Backward transfer -30.0 points -46.6 to -12.7; .* Forgetting 30.0, no interval", page.text)
     assert "by construction" not in page.text
