@@ -68,17 +68,17 @@ def analyze(config: StreamConfig, others: Sequence[StreamConfig] = (), questions
 
 
 def _analyze(config: StreamConfig, others: Sequence[StreamConfig], questions: int) -> Path:
-    chain = _banks_of(config)
-    check_hosts(config.results_run_dir, {"the banks": [bank.digest for bank in chain.values()]})
+    banks = _banks_of(config)
+    check_hosts(config.results_run_dir, {"the banks": [bank.digest for bank in banks.values()]})
     runs = {run.run: run for run in (config, *others)}
     if len(runs) <= len(others):  # names repeat
         runs = {str(run.run_dir): run for run in (config, *others)}
-    summed = not any(bank.depends_on_input for bank in chain.values())  # such a bank takes part whole or not at all
+    summed = not any(bank.depends_on_input for bank in banks.values())  # such a bank takes part whole or not at all
     analysis = Analysis(
         run=config.run,
-        similarity=_similarity(list(chain.values())),
+        similarity=_similarity(list(banks.values())),
         effective_rank={label: _ranks(_banks_of(run)) for label, run in runs.items()},
-        contribution=_contribution(config, chain, questions) if questions and summed else None,
+        contribution=_contribution(config, banks, questions) if questions and summed else None,
         changed=_changed(config.results_run_dir),
     )
     path = config.results_run_dir / ANALYSIS
@@ -129,18 +129,18 @@ def _ranks(banks: Mapping[str, Bank]) -> dict[str, EffectiveRank]:
 
 
 Variant = tuple[Task, tuple[int, ...]]
-"""A task, and the places of the banks that answer it."""
+"""A task, and the positions of the banks that answer it."""
 
 
-def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: int) -> Contribution:
+def _contribution(config: StreamConfig, learned: Mapping[str, Bank], questions: int) -> Contribution:
     """Every learned task answered with its banks, and again with each of them left out.
 
     A question's score is its hit if it is closed, its F1 if it is open.
     """
-    variants = _variants(config, chain)
+    variants = _variants(config, learned)
     records = {task.name: test_records(config, task) for task, _ in variants}
     subsets = {name: part.thinned(questions) for name, part in records.items()}
-    session = EvaluationSession(config, list(chain.values()), subsets)
+    session = EvaluationSession(config, list(learned.values()), subsets)
     fingerprint = session.fingerprint(
         session.banks,
         rows=[(task.name, banks) for task, banks in variants],
@@ -159,13 +159,13 @@ def _contribution(config: StreamConfig, chain: Mapping[str, Bank], questions: in
 
     answer_once(folder, origin, len(chosen), answer)
     scores = np.array([_score(row) for row in score_answers(read_answers(folder / ANSWERS)).rows])
-    places = {name: question_places(part) for name, part in subsets.items()}
-    groups = {name: group_numbers([group for _, group in part]) for name, part in places.items()}
+    keys = {name: question_places(part) for name, part in subsets.items()}
+    groups = {name: group_numbers([group for _, group in part]) for name, part in keys.items()}
     parts = np.split(scores, np.cumsum([len(subsets[task.name]) for task, _ in variants])[:-1])
     return Contribution(
         banks_by=_banks_by(config),
         score="hit of closed questions, F1 of open ones",
-        rows=_dropped(list(chain), variants, parts, groups),
+        rows=_dropped(list(learned), variants, parts, groups),
     )
 
 
@@ -206,9 +206,9 @@ def _banks_by(config: StreamConfig) -> str:
     return "all" if config.evaluation.banks_by == "all" else "prefix"
 
 
-def _variants(config: StreamConfig, chain: Mapping[str, Bank]) -> list[Variant]:
-    """Each learned task with the places in `chain` of the banks that answer it, then with each of them left out."""
-    method, names, variants = answering_method(config), list(chain), []
+def _variants(config: StreamConfig, by_task: Mapping[str, Bank]) -> list[Variant]:
+    """Each learned task with the positions in `by_task` of the banks that answer it, then with each bank left out."""
+    method, names, variants = answering_method(config), list(by_task), []
     learned = [config.task(name).index + 1 for name in names]
     stage = max(method.stages(learned, len(config.tasks)))
     for task in config.stream[:stage]:

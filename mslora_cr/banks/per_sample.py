@@ -98,8 +98,8 @@ class PerSampleAdapters:
 def whole_banks(banks: Sequence[Sequence[int]], count: int) -> Tensor:
     """Weights, (questions, count): for each question 1 for the places of the banks that answer it, else 0."""
     weights = torch.zeros(len(banks), count)
-    for row, places in zip(weights, banks, strict=True):
-        row[list(places)] = 1
+    for row, columns in zip(weights, banks, strict=True):
+        row[list(columns)] = 1
     return weights
 
 

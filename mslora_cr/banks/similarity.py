@@ -70,7 +70,7 @@ def by_place(values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
         layers.setdefault(match[1], []).append(value)
         modules.setdefault(match[2], []).append(value)
     by_layer, by_module = (
-        {module: torch.stack(values).mean(0) for module, values in places.items()} for places in (layers, modules)
+        {module: torch.stack(values).mean(0) for module, values in grouped.items()} for grouped in (layers, modules)
     )
     return by_layer, by_module
 

@@ -88,14 +88,14 @@ class BankStack:
         """Add banks that fit to the base's weights, and nothing else; for `set_frozen` that has left it."""
         if not banks and not self._pristine:
             return
-        place = _place_for_copies([linear.weight for linear in self._linears.values()])
+        device = _place_for_copies([linear.weight for linear in self._linears.values()])
         for name, linear in self._linears.items():
             weight = linear.weight
             if not weight.is_floating_point():
                 raise BankError("a quantised base cannot be merged into; set lora.fold=concatenate")
             if self._pristine is not None:
                 if name not in self._pristine:
-                    self._pristine[name] = weight.detach().to(place, copy=True)
+                    self._pristine[name] = weight.detach().to(device, copy=True)
                 weight = self._pristine[name]
             total = weight.to(linear.weight.device, torch.float32, copy=True)
             if banks:

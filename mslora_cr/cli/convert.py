@@ -161,9 +161,9 @@ def run_convert(args: argparse.Namespace) -> int:
     if converted.without_patient:
         print(f"rows without a patient, kept together by image: {_of(converted.without_patient, converted.rows)}")
     for what, reasons in (("left out", converted.left_out), ("left out of rows that stay", converted.left_out_parts)):
-        for reason, places in reasons.items():
-            print(f"{what}, {reason}: {_of(len(places), converted.rows)}")
-            for row in places[:5]:
+        for reason, rows in reasons.items():
+            print(f"{what}, {reason}: {_of(len(rows), converted.rows)}")
+            for row in rows[:5]:
                 print(f"  {row}")
     if converted.train:
         name = args.output.name

@@ -140,8 +140,8 @@ def _show_routing(path: Path) -> None:
     for stage in Routing.read(path.parent / ROUTING).stages:
         if stage.accuracy is not None:
             ends = f" {bracketed(stage.interval)}" if stage.interval else ""
-            known = f"{stage.accuracy:.1f} %{ends} of {stage.questions} questions"
-            print(f"routing accuracy after task {stage.stage}: {known}")
+            accuracy = f"{stage.accuracy:.1f} %{ends} of {stage.questions} questions"
+            print(f"routing accuracy after task {stage.stage}: {accuracy}")
 
 
 def _show_next(path: Path, args: argparse.Namespace) -> None:

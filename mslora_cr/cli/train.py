@@ -75,10 +75,10 @@ def _print_plan(config: StreamConfig, only: Sequence[str], force: bool) -> None:
     done = {item.task for item in plans if item.done}
     plans = [item for item in plans if item.task in chosen]
     named = {task.name for task in config.tasks}
-    shown = config.model_copy(
+    trimmed = config.model_copy(
         update={"datasets": {name: one for name, one in config.datasets.items() if name in named}}
     )
-    print(yaml.safe_dump(shown.model_dump(mode="json"), sort_keys=False))
+    print(yaml.safe_dump(trimmed.model_dump(mode="json"), sort_keys=False))
     print(f"run folder: {config.run_dir}\ntrainable parameters per bank: {trainable:,}")
     print("".join(f"{line}\n" for line in summary(Path(config.model.path))))
     print(

@@ -46,18 +46,18 @@ def find_run(target: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
 
 
 def _run_folders() -> list[Path]:
-    places = [*RUN_FOLDERS.glob("*/config.yaml"), *RUN_FOLDERS.glob("*/*/config.yaml")]
-    return sorted(path.parent for path in places)
+    files = [*RUN_FOLDERS.glob("*/config.yaml"), *RUN_FOLDERS.glob("*/*/config.yaml")]
+    return sorted(path.parent for path in files)
 
 
 def _of_folder(folder: Path, overrides: Sequence[str]) -> StreamConfig:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: no config.yaml there; give a configuration or a run folder")
-    config, place = load_config(folder / "config.yaml", overrides, of_run=True), folder.resolve()
-    if config.run_dir.resolve() != place:
+    config, run_dir = load_config(folder / "config.yaml", overrides, of_run=True), folder.resolve()
+    if config.run_dir.resolve() != run_dir:
         raise ConfigError(
             f"{folder}: its config.yaml is that of the run folder {config.run_dir.resolve()}. Move it back there, run "
-            f"this where the run was trained, or give a configuration with run: {place.name} and output_dir: "
-            f"{place.parent}"
+            f"this where the run was trained, or give a configuration with run: {run_dir.name} and output_dir: "
+            f"{run_dir.parent}"
         )
     return config

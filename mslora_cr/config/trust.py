@@ -133,11 +133,11 @@ def foreign_place(file: Path, foreign: Iterable[Path] = ()) -> Path | None:
     """The folder of runs, results, data or models that a file lies in, by its path or behind its links; None if it
     lies in none. A folder that holds the working directory too tells nothing apart, unless it is a run folder."""
     here = Path.cwd().resolve()
-    places = [folder.resolve() for folder in (*map(here.joinpath, FOREIGN_FOLDERS), *foreign)]
+    distrusted = [folder.resolve() for folder in (*map(here.joinpath, FOREIGN_FOLDERS), *foreign)]
     for parent in (*Path(os.path.normpath(Path.cwd() / file)).parents, *file.resolve().parents):
         if _is_run(parent):
             return parent
-        if parent in places and not here.is_relative_to(parent):
+        if parent in distrusted and not here.is_relative_to(parent):
             return parent
     return None
 
@@ -156,34 +156,34 @@ def module_files(name: str) -> list[Path]:
         ModuleNotFoundError: there is no such module; with the name of the part that is not there.
     """
     files: list[Path] = []
-    places: list[str] | None = None
+    search_path: list[str] | None = None
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):
         part = ".".join(parts[:depth])
-        spec = _find(part, places)
+        spec = _find(part, search_path)
         if spec is None or (depth < len(parts) and spec.submodule_search_locations is None):
             raise ModuleNotFoundError(f"No module named {part!r}", name=part)
-        places = list(spec.submodule_search_locations or [])
+        search_path = list(spec.submodule_search_locations or [])
         if spec.has_location and spec.origin:
             files.append(Path(spec.origin))
     return files
 
 
-def _find(name: str, places: list[str] | None) -> importlib.machinery.ModuleSpec | None:
+def _find(name: str, search_path: list[str] | None) -> importlib.machinery.ModuleSpec | None:
     """As the import system looks for a module, which would import its packages on the way.
 
     Args:
-        places: the folders of its package; None for a module at the top.
+        search_path: the folders of its package; None for a module at the top.
     """
-    if places is None:
+    if search_path is None:
         if str(Path.cwd()) not in sys.path:  # where methods are imported from, last
-            places = [*sys.path, str(Path.cwd())]
+            search_path = [*sys.path, str(Path.cwd())]
         for finder in sys.meta_path:
-            if (spec := finder.find_spec(name, places)) is not None:
+            if (spec := finder.find_spec(name, search_path)) is not None:
                 return spec
         return None
     portions: list[str] = []
-    for folder in places:
+    for folder in search_path:
         importer = pkgutil.get_importer(folder)
         spec = importer.find_spec(name) if importer is not None else None
         if spec is not None and spec.loader is not None:

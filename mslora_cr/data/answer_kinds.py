@@ -32,7 +32,7 @@ def answer_kinds(questions: Sequence[str], answers: Sequence[str], closed: Seque
     for question, answer, chosen in zip(questions, answers, closed, strict=True):
         if not chosen:
             by_question[_plain(question)].append(answer.strip())
-    kinds = {question: _kind(found) for question, found in by_question.items()}
+    kinds = {question: _kind(texts) for question, texts in by_question.items()}
     return ["choice" if chosen else kinds[_plain(question)] for question, chosen in zip(questions, closed, strict=True)]
 
 

@@ -241,8 +241,8 @@ class ChatTemplateInputs:
     def split_ids(self, text: str, sizes: Sequence[Size]) -> SplitIds:
         """Ids of a text with images of these sizes, as the processor gives them: up to the last image with all that
         stands for it, and behind it. Blank images stand in; all of it is behind where it cannot be cut."""
-        if (places := text.count(self.image_token)) != len(sizes):
-            raise ValueError(f"the model's chat template has {places} places for {len(sizes)} images")
+        if (placeholders := text.count(self.image_token)) != len(sizes):
+            raise ValueError(f"the model's chat template has {placeholders} places for {len(sizes)} images")
         if not sizes:
             return (), self._whole(text, sizes)
         rest = self._behind_images(text)
@@ -274,7 +274,7 @@ class ChatTemplateInputs:
             ValueError: neither processor nor tokenizer names one.
         """
         owners = (self.processor, self.processor.tokenizer)
-        token = next((found for owner in owners if (found := getattr(owner, "image_token", None))), None)
+        token = next((candidate for owner in owners if (candidate := getattr(owner, "image_token", None))), None)
         if token is None:
             raise ValueError(f"{type(self.processor).__name__} names no token that stands for an image")
         return str(token)

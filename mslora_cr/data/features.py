@@ -70,8 +70,8 @@ class FeatureCache:
         Args:
             encode: pixels (n, 3, height, width), float32 → features (n, positions, width), on any device.
         """
-        places = {self.place(image): image for image in dict.fromkeys(images)}
-        missing = [(path, image) for path, image in places.items() if not path.is_file()]
+        by_path = {self.place(image): image for image in dict.fromkeys(images)}
+        missing = [(path, image) for path, image in by_path.items() if not path.is_file()]
         loader = DataLoader(_Pixels([image for _, image in missing], processor), batch_size=_BATCH, num_workers=workers)
         remaining: Iterator[Path] = iter([path for path, _ in missing])
         with progress_bar(desc="image features", total=len(missing), unit="image", disable=not progress) as bar:

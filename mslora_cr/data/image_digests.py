@@ -34,6 +34,6 @@ def images_digest(images: Iterable[Path], most: int | None = None) -> str:
     sizes = [image.stat().st_size for image in files]
     read = range(len(files)) if most is None else sample_of(len(files), most)
     digest = hashlib.sha256(repr(sizes).encode())
-    for place in read:
-        digest.update(image_file_digest(files[place]).encode())
+    for position in read:
+        digest.update(image_file_digest(files[position]).encode())
     return digest.hexdigest()

@@ -77,8 +77,8 @@ def resolve_image(name: str, roots: Sequence[Path]) -> Path:
     for candidate in chain(candidates, _other_forms(relative, roots)):
         if candidate.is_file():
             return candidate
-    places = "".join(f"\n  {candidate}" for candidate in candidates)
-    raise DataError(f"image {name!r} is missing; looked for{places}")
+    lines = "".join(f"\n  {candidate}" for candidate in candidates)
+    raise DataError(f"image {name!r} is missing; looked for{lines}")
 
 
 def _other_forms(name: PurePosixPath, roots: Sequence[Path]) -> Iterator[Path]:

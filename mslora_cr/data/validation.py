@@ -40,16 +40,16 @@ def validation_split(records: TrainingRecords, share: float, seed: int) -> Valid
     """
     if not 0 < share < 1:
         raise ValueError(f"a share of {share} for validation is not between 0 and 1")
-    places, keys, answers = [], [], []
+    indices, keys, answers = [], [], []
     for index, record in enumerate(records):
         if record.images and question_of(record):
             patient = [] if record.patient is None else [f"patient {record.patient}"]
-            places.append(index)
+            indices.append(index)
             keys.append([*patient, *(f"image {name}" for name in record.images)])
             answers.append(_first_answer(record).strip().lower())
     groups = connected(keys)
     drawn = drawn_groups(groups, answers, share, seed)
-    held_out = [index for index, group in zip(places, groups, strict=True) if group in drawn]
+    held_out = [index for index, group in zip(indices, groups, strict=True) if group in drawn]
     chosen = set(held_out)
     questions = [question for index in held_out if (question := question_of(records[index]))]
     return ValidationSplit([index for index in range(len(records)) if index not in chosen], held_out, questions)

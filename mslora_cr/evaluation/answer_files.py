@@ -51,10 +51,10 @@ def journal_of(folder: Path, key: str, rank: int) -> Path:
 
 def journal_line(index: int, answer: Answered, key: str) -> bytes:
     """An answer as a rank's journal keeps it, with a check that it is still this one when it is read."""
-    known = {} if answer.probability is None else {"known": answer.probability.model_dump(exclude_defaults=True)}
-    facts = f"{key}/{index}/{answer.text}" + (f"/{json.dumps(known)}" if known else "")
+    probability = {} if answer.probability is None else {"known": answer.probability.model_dump(exclude_defaults=True)}
+    facts = f"{key}/{index}/{answer.text}" + (f"/{json.dumps(probability)}" if probability else "")
     check = hashlib.sha256(facts.encode(errors="backslashreplace")).hexdigest()[:16]
-    return json.dumps({"index": index, "text": answer.text, **known, "check": check}).encode() + b"\n"
+    return json.dumps({"index": index, "text": answer.text, **probability, "check": check}).encode() + b"\n"
 
 
 def read_journals(folder: Path, key: str) -> dict[int, Answered]:
@@ -76,8 +76,8 @@ def read_journals(folder: Path, key: str) -> dict[int, Answered]:
         for line in lines[:-1]:
             try:
                 row = decode_json(line)
-                known = AnswerProbability.model_validate(row["known"]) if "known" in row else None
-                index, answer = row["index"], Answered(row["text"], known)
+                probability = AnswerProbability.model_validate(row["known"]) if "known" in row else None
+                index, answer = row["index"], Answered(row["text"], probability)
                 whole = journal_line(index, answer, key) == line + b"\n"
             except (UserError, KeyError, TypeError, ValidationError):
                 whole = False
@@ -147,8 +147,8 @@ def answer_questions(
     groups = grouped(prompts, unanswered, banks, most=max(1, -(-len(unanswered) // world_size())))
     candidates = candidate_answers(records) if decoding.probabilities else [()] * len(records)
     wanted = continuations_of(records, processor, candidates) if decoding.probabilities else None
-    own = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
-    waves = in_waves(shared_out(groups, world_size(), limits.new_tokens)[rank()], prompts, own)
+    fitting = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
+    waves = in_waves(shared_out(groups, world_size(), limits.new_tokens)[rank()], prompts, fitting)
     mine: dict[int, Answered] = {}
     started = time.monotonic()
     with (
@@ -158,11 +158,11 @@ def answer_questions(
         for batch in scored_batches(decoder, samples, waves, wanted, decoding.workers):
             texts = processor.tokenizer.decode(batch.ids)
             scores: Sequence[Any] = batch.scores or [None] * len(texts)
-            known = [
+            probabilities = [
                 probability_of(ids, processor.end_ids, candidates[index], score)
                 for index, ids, score in zip(batch.questions, batch.ids, scores, strict=True)
             ]
-            given = dict(zip(batch.questions, map(Answered, texts, known), strict=True))
+            given = dict(zip(batch.questions, map(Answered, texts, probabilities), strict=True))
             file.writelines(journal_line(index, answer, origin.journal) for index, answer in given.items())
             file.flush()
             mine |= given
@@ -195,8 +195,8 @@ def publish(
     Args:
         answered: an answer to each question.
     """
-    known = {index: answer.probability for index, answer in answered.items()}
-    write_probabilities(folder / PROBABILITIES, records, known)
+    probabilities = {index: answer.probability for index, answer in answered.items()}
+    write_probabilities(folder / PROBABILITIES, records, probabilities)
     with replacing(folder / ANSWERS) as partial, partial.open("w", encoding="utf-8") as file:
         for index, record in enumerate(records):
             row: dict[str, Any] = {

@@ -41,14 +41,14 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
     method, planned = method_of(config), []
     answering = method.stages(learned, len(config.tasks))
     for task in config.stream:
-        number, places = task.index + 1, {}
+        number, folders = task.index + 1, {}
         numbers = method.banks(number, number, config.evaluation.banks_by)
-        places[tuple(numbers)] = config.results_run_dir / task.name
+        folders[tuple(numbers)] = config.results_run_dir / task.name
         for stage in stages_of(task, stages, config):
             banks = tuple(method.banks(number, stage, config.evaluation.banks_by)) if stage else ()
             if stage not in (0, *answering) or not set(banks) <= set(learned):
                 continue
-            folder = places.setdefault(banks, config.results_run_dir / task.name / f"stage-{stage}")
+            folder = folders.setdefault(banks, config.results_run_dir / task.name / f"stage-{stage}")
             planned.append(PlannedCell(task, stage, banks, folder))
     return planned
 

@@ -104,11 +104,11 @@ def asked_answers(
         records: what was asked, in the same order; None where the answers alone are known.
         probabilities: by question, of each candidate.
     """
-    known = probabilities or [None] * len(answers)
+    by_answer = probabilities or [None] * len(answers)
     if records is None:
         return [
             AskedAnswer(question, answer, (truth,), closed, {}, None, chances, {})
-            for (question, answer, truth, closed), chances in zip(answers, known, strict=True)
+            for (question, answer, truth, closed), chances in zip(answers, by_answer, strict=True)
         ]
     return [
         AskedAnswer(
@@ -121,7 +121,7 @@ def asked_answers(
             chances,
             record.attributes,
         )
-        for (_, answer, _, closed), record, chances in zip(answers, records, known, strict=True)
+        for (_, answer, _, closed), record, chances in zip(answers, records, by_answer, strict=True)
     ]
 
 
@@ -133,88 +133,90 @@ def clinical_of(asked: Sequence[AskedAnswer], groups: Groups, training: Frequenc
         groups: (questions,), by question the number of its image or patient.
         training: how often each answer follows each question in training.
     """
-    closed = [place for place, one in enumerate(asked) if one.closed and one.kind in (None, "choice")]
+    closed = [index for index, one in enumerate(asked) if one.closed and one.kind in (None, "choice")]
     texts: dict[str, list[int]] = {}
-    for place in closed:
-        texts.setdefault(question_key(asked[place].question), []).append(place)
+    for index in closed:
+        texts.setdefault(question_key(asked[index].question), []).append(index)
     counted = [
-        place
-        for place, one in enumerate(asked)
+        index
+        for index, one in enumerate(asked)
         if one.kind in (None, "number") and not one.options and is_count(one.truths[0])
     ]
-    frequent = [places for places in texts.values() if len(places) >= FEWEST]
+    frequent = [indices for indices in texts.values() if len(indices) >= FEWEST]
     return Clinical(
         confidence=CONFIDENCE,
         closed=_closed(asked, closed, groups, training, None) if closed else None,
         by_question=tuple(
-            _closed(asked, places, groups, training, asked[places[0]].question)
-            for places in sorted(frequent, key=len, reverse=True)
+            _closed(asked, indices, groups, training, asked[indices[0]].question)
+            for indices in sorted(frequent, key=len, reverse=True)
         ),
         texts_left_out=len(texts) - len(frequent),
         counts=_counts(asked, counted, groups) if counted else None,
-        subgroups=_subgroups([asked[place] for place in closed], groups[closed]) if closed else {},
+        subgroups=_subgroups([asked[index] for index in closed], groups[closed]) if closed else {},
     )
 
 
 def _closed(
     asked: Sequence[AskedAnswer],
-    places: Sequence[int],
+    indices: Sequence[int],
     groups: Groups,
     training: Frequencies | None,
     question: str | None,
 ) -> ClosedMeasured:
-    chosen = [asked[place] for place in places]
-    own = np.unique(groups[list(places)], return_inverse=True)[1]
-    known = confusion([one.answer for one in chosen], [one.truths for one in chosen], own, [o.options for o in chosen])
-    chances = _chances(chosen, known)
-    areas = _areas(known, chances) if chances is not None else {}
-    figures = {name: _measured(figure) for name, figure in confusion_figures(known).items()}
-    by_class = class_figures(known)
-    counts = known.counts
+    chosen = [asked[index] for index in indices]
+    clusters = np.unique(groups[list(indices)], return_inverse=True)[1]
+    table = confusion(
+        [one.answer for one in chosen], [one.truths for one in chosen], clusters, [o.options for o in chosen]
+    )
+    chances = _chances(chosen, table)
+    areas = _areas(table, chances) if chances is not None else {}
+    figures = {name: _measured(figure) for name, figure in confusion_figures(table).items()}
+    by_class = class_figures(table)
+    counts = table.counts
     return ClosedMeasured(
         question=question,
         questions=len(chosen),
-        groups=int(own.max()) + 1,
-        classes=known.names,
+        groups=int(clusters.max()) + 1,
+        classes=table.names,
         confusion=tuple(tuple(int(count) for count in row) for row in counts),
         figures=figures | _macro(areas),
         by_class=tuple(
             ClassMeasured(
                 name=name,
-                questions=int(counts[place].sum()),
-                said=int(counts[:, place].sum()),
+                questions=int(counts[index].sum()),
+                said=int(counts[:, index].sum()),
                 recall=_measured(recall) if recall else None,
                 precision=_measured(precision) if precision else None,
                 auroc=areas[name][0] if name in areas else None,
                 average_precision=areas[name][1] if name in areas else None,
             )
-            for place, (name, (recall, precision)) in enumerate(by_class.items())
+            for index, (name, (recall, precision)) in enumerate(by_class.items())
         ),
-        guessing=_guessing(chosen, own, training),
+        guessing=_guessing(chosen, clusters, training),
     )
 
 
-def _chances(chosen: Sequence[AskedAnswer], known: Confusion) -> Scores | None:
+def _chances(chosen: Sequence[AskedAnswer], table: Confusion) -> Scores | None:
     """(questions, classes), the probability of each class; None where one question's are not known."""
     rows = []
     for one in chosen:
         if one.probabilities is None:
             return None
         named = {normalize_answer(text.lower()) or text.lower(): p for text, p in one.probabilities.items()}
-        rows.append([named.get(name, 0.0) for name in known.names])
+        rows.append([named.get(name, 0.0) for name in table.names])
     return np.array(rows)
 
 
-def _areas(known: Confusion, chances: Scores) -> dict[str, tuple[Measured, Measured]]:
+def _areas(table: Confusion, chances: Scores) -> dict[str, tuple[Measured, Measured]]:
     """By class, AUROC and average precision against the rest, where there are questions of both."""
-    found = {}
-    for place, name in enumerate(known.names):
-        positive = known.truth == place
+    areas = {}
+    for column, name in enumerate(table.names):
+        positive = table.truth == column
         if positive.any() and not positive.all():
-            area = auroc(positive, chances[:, place], known.groups)
-            precision = average_precision(positive, chances[:, place], known.groups)
-            found[name] = _measured(area), _measured(precision)
-    return found
+            area = auroc(positive, chances[:, column], table.groups)
+            precision = average_precision(positive, chances[:, column], table.groups)
+            areas[name] = _measured(area), _measured(precision)
+    return areas
 
 
 def _macro(areas: Mapping[str, tuple[Measured, Measured]]) -> dict[str, Measured]:
@@ -260,23 +262,23 @@ def _right(chosen: Sequence[AskedAnswer], answers: Sequence[str]) -> Scores:
 def _subgroups(chosen: Sequence[AskedAnswer], groups: Groups) -> dict[str, AttributeMeasured]:
     """Closed questions by attribute, in the order in which attributes come; constant ones are left out."""
     right = _right(chosen, [one.answer for one in chosen])
-    found = {}
+    measured = {}
     for name in dict.fromkeys(name for one in chosen for name in one.attributes):
         labels = banded([one.attributes.get(name) for one in chosen])
-        known = [place for place, label in enumerate(labels) if label is not None]
-        own = [label for label in labels if label is not None]
-        if len(set(own)) > 1:
-            truths = [normalize_answer(chosen[place].truths[0].lower()) for place in known]
-            scored = subgroups(right[known], groups[known], own)
-            association = cramers_v(own, truths, groups[known])
-            found[name] = AttributeMeasured(
+        labelled = [index for index, label in enumerate(labels) if label is not None]
+        values = [label for label in labels if label is not None]
+        if len(set(values)) > 1:
+            truths = [normalize_answer(chosen[index].truths[0].lower()) for index in labelled]
+            scored = subgroups(right[labelled], groups[labelled], values)
+            association = cramers_v(values, truths, groups[labelled])
+            measured[name] = AttributeMeasured(
                 groups={value: _group(group) for value, group in scored.groups.items()},
                 worst=scored.worst,
                 gap=None if scored.gap is None else Measured(value=scored.gap, interval=scored.gap_ends),
                 association=Measured(value=association.value, interval=association.ends),
-                missing=len(chosen) - len(known),
+                missing=len(chosen) - len(labelled),
             )
-    return found
+    return measured
 
 
 def _group(group: GroupScore) -> GroupMeasured:
@@ -284,15 +286,15 @@ def _group(group: GroupScore) -> GroupMeasured:
     return GroupMeasured(questions=group.questions, patients=group.patients, score=score, p=group.p)
 
 
-def _counts(asked: Sequence[AskedAnswer], places: Sequence[int], groups: Groups) -> CountsMeasured:
-    chosen = [asked[place] for place in places]
-    own = np.unique(groups[list(places)], return_inverse=True)[1]
-    found = count_figures([one.answer for one in chosen], [one.truths[0] for one in chosen], own)
+def _counts(asked: Sequence[AskedAnswer], indices: Sequence[int], groups: Groups) -> CountsMeasured:
+    chosen = [asked[index] for index in indices]
+    clusters = np.unique(groups[list(indices)], return_inverse=True)[1]
+    figures = count_figures([one.answer for one in chosen], [one.truths[0] for one in chosen], clusters)
     return CountsMeasured(
-        questions=found.questions,
-        unparsed=found.unparsed,
-        mean_absolute_error=_measured(found.error) if found.error else None,
-        exact=_measured(found.exact),
+        questions=figures.questions,
+        unparsed=figures.unparsed,
+        mean_absolute_error=_measured(figures.error) if figures.error else None,
+        exact=_measured(figures.exact),
     )
 
 

@@ -47,8 +47,8 @@ def score_table(evaluation: Evaluation, results_dir: Path) -> str:
                 f"{words} {value:.1f}" for key, words in FIGURES.items() if (value := figures[key]) is not None
             ]
             if (change := figures[CHANGE]) is not None and matrix.last > 1:
-                found = evaluation.matrix_intervals(results_dir, name).figures[CHANGE]
-                ends = bracketed(found.ends, found.changed, found.precision)
+                figure = evaluation.matrix_intervals(results_dir, name).figures[CHANGE]
+                ends = bracketed(figure.ends, figure.changed, figure.precision)
                 available.append(f"backward transfer {number(change)}{ends}")
             lines.append(f"{title}: {', '.join(available)}")
     return "\n".join(lines)
@@ -56,8 +56,8 @@ def score_table(evaluation: Evaluation, results_dir: Path) -> str:
 
 def guessing_of(answers: Path) -> str:
     """What guessing makes of a cell's closed score; empty where the score is above it, or an earlier version scored."""
-    found = Clinical.read_if_there(answers.with_name(CLINICAL))
-    return found.closed.guessing.in_words() if found and found.closed else ""
+    clinical = Clinical.read_if_there(answers.with_name(CLINICAL))
+    return clinical.closed.guessing.in_words() if clinical and clinical.closed else ""
 
 
 def headline(scores: Scores) -> str:

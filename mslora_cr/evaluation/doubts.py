@@ -22,9 +22,9 @@ WORTH_A_WARNING = 0.05
 def doubts_of(folder: Path) -> dict[str, Any]:
     """`Cell`'s counts of the answers in a folder."""
     answers = [str(row.text) for row in read_answers(folder / ANSWERS)]
-    known = read_probabilities(folder / PROBABILITIES)
-    finished = [of.finished for of in known if of.finished is not None]
-    reasons = Counter(of.reason for of in known if of.reason not in (None, "stop"))
+    probabilities = read_probabilities(folder / PROBABILITIES)
+    finished = [of.finished for of in probabilities if of.finished is not None]
+    reasons = Counter(of.reason for of in probabilities if of.reason not in (None, "stop"))
     return {
         "unfinished": finished.count(False) if finished else None,
         "empty": sum(not answer.strip() for answer in answers),
@@ -39,19 +39,19 @@ def doubts_in_words(cell: Cell, max_new_tokens: int | None = None) -> list[str]:
     Args:
         max_new_tokens: the limit that cut them, where it is known.
     """
-    found = []
+    doubts = []
     limit = "evaluation.max_new_tokens" + (f" = {max_new_tokens}" if max_new_tokens else "")
     if cell.unfinished and cell.unfinished >= WORTH_A_WARNING * cell.rows:
         share = f"{cell.unfinished} of {cell.rows} answers ({100 * cell.unfinished / cell.rows:.0f} %)"
-        found.append(f"{share} were cut off at {limit}, and are scored as they stand; raise it")
+        doubts.append(f"{share} were cut off at {limit}, and are scored as they stand; raise it")
     if cell.empty:
         why = ", ".join(f"{reason}: {count}" for reason, count in (cell.reasons or {}).items())
-        found.append(f"{cell.empty} of {cell.rows} answers are empty{f' (finish_reason {why})' if why else ''}")
+        doubts.append(f"{cell.empty} of {cell.rows} answers are empty{f' (finish_reason {why})' if why else ''}")
     if cell.greedy is False:
-        found.append("the server does not take temperature 0, so that its answers are not greedy")
+        doubts.append("the server does not take temperature 0, so that its answers are not greedy")
     if cell.thinking:
-        found.append(f"{cell.thinking} of {cell.rows} answers think aloud first, which is not scored")
-    return found
+        doubts.append(f"{cell.thinking} of {cell.rows} answers think aloud first, which is not scored")
+    return doubts
 
 
 def warn_of_doubts(cell: Cell, max_new_tokens: int) -> None:

@@ -78,8 +78,8 @@ def _evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | Non
             asker = _Asker(served, endpoint, chat, task, records[task.name], origin)
             folder = served.results_run_dir / task.name
             stamp = answer_once(folder, asker.origin, len(asker.records), partial(asker.answer, folder))
-            known, root = task_frequencies(config, task), served.results_run_dir
-            scores = score_file(folder / ANSWERS, folder, asker.records, training=known)
+            training, root = task_frequencies(config, task), served.results_run_dir
+            scores = score_file(folder / ANSWERS, folder, asker.records, training=training)
             rows.append(cell_row(task, stage, [asker.model], folder, root, stamp, asker.records, scores))
             warn_of_doubts(rows[-1], config.evaluation.max_new_tokens)
             possible[task.name, stage] = [asker.origin]
@@ -196,7 +196,7 @@ def _probability(reply: Reply, candidates: tuple[str, ...]) -> AnswerProbability
     """What a server tells of an answer: its tokens' log-probabilities, and the likeliest first tokens, among which a
     candidate of one token may be."""
     first = {token.strip().casefold(): logprob for token, logprob in reversed(list(reply.first.items()))}
-    known = tuple(first.get(candidate.casefold()) for candidate in candidates)
+    logprobs = tuple(first.get(candidate.casefold()) for candidate in candidates)
     return AnswerProbability(
         tokens=None if reply.logprobs is None else len(reply.logprobs),
         finished=None if reply.reason is None else reply.reason != "length",
@@ -204,6 +204,6 @@ def _probability(reply: Reply, candidates: tuple[str, ...]) -> AnswerProbability
         logprob=None if reply.logprobs is None else sum(reply.logprobs),
         logprob_first=reply.logprobs[0] if reply.logprobs else None,
         candidates=candidates,
-        logprobs=known,
+        logprobs=logprobs,
         lengths=tuple(1 for _ in candidates),
     )

@@ -48,8 +48,8 @@ def evaluate(
 
 
 def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Mapping[str, Bank] | None) -> Path:
-    chain = dict(banks) if banks is not None else finished_banks(config)
-    learned = [task.index + 1 for task in config.stream if task.name in chain]
+    by_task = dict(banks) if banks is not None else finished_banks(config)
+    learned = [task.index + 1 for task in config.stream if task.name in by_task]
     wanted = [cell for cell in cells(config, stages, learned) if only in (None, cell.task.name)]
     if only is not None:
         config.task(only)
@@ -57,7 +57,7 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
         raise BankError(f"no task of this run is trained yet in {config.run_dir}; train one first")
     if not wanted:
         raise BankError(f"the banks in {config.run_dir} do not reach the requested stages ({stages}); train the rest")
-    by_number = {task.index + 1: chain[task.name] for task in config.stream if task.name in chain}
+    by_number = {task.index + 1: by_task[task.name] for task in config.stream if task.name in by_task}
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
     records = {name: test_records(config, config.task(name)) for name in sorted(names)}
     for name, opened in records.items():
@@ -91,7 +91,7 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
     }
     path = config.results_run_dir / EVALUATION
     if rank() == 0:
-        possible = {place: [origin] for place, origin in origins.items()}
+        possible = {folder: [origin] for folder, origin in origins.items()}
         write_summary(config, path, [row for cell in wanted if (row := rows[cell.place])], possible)
     barrier()
     return path

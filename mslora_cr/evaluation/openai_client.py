@@ -126,14 +126,14 @@ class Chat:
         self,
         items: Sequence[int],
         body: Callable[[int], Body],
-        place: Callable[[int], str],
+        locate: Callable[[int], str],
         note: Callable[[int, Reply], None],
     ) -> None:
         """Ask for every item, several at once.
 
         Args:
             body: of an item's request.
-            place: an item in words, for messages.
+            locate: an item in words, for messages.
             note: takes each answer as soon as it is there, one at a time.
 
         Raises:
@@ -141,7 +141,7 @@ class Chat:
         """
 
         def settle(item: int) -> None:
-            answer = self._ask(body(item), place(item))
+            answer = self._ask(body(item), locate(item))
             if answer is not None:
                 with self._lock:
                     note(item, answer)

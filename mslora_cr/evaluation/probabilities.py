@@ -104,7 +104,7 @@ def candidate_answers(records: Iterable[TestRecord]) -> list[tuple[str, ...]]:
     for record in asked:
         if record.answer_type == "CLOSED":
             truths[_same(record.text)][record.gt.strip()] += 1
-    sets = {text: _closed_set(found) for text, found in truths.items()}
+    sets = {text: _closed_set(spellings) for text, spellings in truths.items()}
     return [
         _offered(record) or (sets[_same(record.text)] if record.answer_type == "CLOSED" else ()) for record in asked
     ]
@@ -166,12 +166,14 @@ def probability_of(
 
 
 def write_probabilities(
-    path: Path, records: Iterable[TestRecord], known: Mapping[int, AnswerProbability | None]
+    path: Path, records: Iterable[TestRecord], probabilities: Mapping[int, AnswerProbability | None]
 ) -> None:
     """Write the file, a line for each question; no file where nothing is known of any."""
     path.unlink(missing_ok=True)
-    if any(value is not None for value in known.values()):
-        rows = ((known.get(place) or AnswerProbability()).row(of.question_id) for place, of in enumerate(records))
+    if any(value is not None for value in probabilities.values()):
+        rows = (
+            (probabilities.get(number) or AnswerProbability()).row(of.question_id) for number, of in enumerate(records)
+        )
         write_rows(path, rows)
 
 
@@ -189,13 +191,13 @@ def read_probabilities(path: Path) -> list[AnswerProbability]:
     """
     if not path.is_file():
         return []
-    found = []
+    probabilities = []
     for number, line in enumerate(check_regular(path).read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
-                found.append(AnswerProbability.model_validate(decode_json(line)))
+                probabilities.append(AnswerProbability.model_validate(decode_json(line)))
             except ValidationError as error:
                 raise DataError(f"{path}: line {number}: {first_problem(error)}") from None
             except JsonError as error:
                 raise DataError(f"{path}: line {number}: {error}") from None
-    return found
+    return probabilities

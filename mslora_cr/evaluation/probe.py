@@ -69,15 +69,15 @@ def check_held_out(config: StreamConfig, dataset: str) -> Task:
 
 
 def _evaluate(config: StreamConfig, task: Task, banks: Mapping[str, Bank] | None) -> Path:
-    chain = dict(banks) if banks is not None else finished_banks(config)
-    by_number = {measured.index + 1: chain[measured.name] for measured in config.stream if measured.name in chain}
+    by_task = dict(banks) if banks is not None else finished_banks(config)
+    by_number = {measured.index + 1: by_task[measured.name] for measured in config.stream if measured.name in by_task}
     records = test_records(config, task)
     wanted = _cells(config, task, by_number)
     banks_of = {cell.stage: [by_number[number] for number in cell.banks] for cell in wanted}
-    known = list(by_number.values())
-    session = EvaluationSession(config, known, {task.name: records}, cached_images=True, switches=True)
-    shown = [shown_images(record, config.data.images == "all") for record in records]
-    images = images_digest(paths_of(shown, task_image_roots(config, task)))
+    learned = list(by_number.values())
+    session = EvaluationSession(config, learned, {task.name: records}, cached_images=True, switches=True)
+    image_names = [shown_images(record, config.data.images == "all") for record in records]
+    images = images_digest(paths_of(image_names, task_image_roots(config, task)))
     origins = {
         stage: Origin(session.fingerprint(answering, questions=records.digest, fold=config.lora.fold), images)
         for stage, answering in banks_of.items()
@@ -105,12 +105,12 @@ def _evaluate(config: StreamConfig, task: Task, banks: Mapping[str, Bank] | None
 def _cells(config: StreamConfig, task: Task, learned: Mapping[int, Bank]) -> list[PlannedCell]:
     """The base and every stage that can answer. Stages that the same banks answer share one folder."""
     method, folder = method_of(config), config.results_run_dir / PROBE / task.name
-    places: dict[tuple[int, ...], Path] = {}
+    folders: dict[tuple[int, ...], Path] = {}
     planned = []
     for stage in (0, *method.stages(sorted(learned), len(config.tasks))):
         banks = tuple(method.banks(stage, stage, config.evaluation.banks_by)) if stage else ()
         if set(banks) <= set(learned):
-            planned.append(PlannedCell(task, stage, banks, places.setdefault(banks, folder / f"stage-{stage}")))
+            planned.append(PlannedCell(task, stage, banks, folders.setdefault(banks, folder / f"stage-{stage}")))
     return planned
 
 

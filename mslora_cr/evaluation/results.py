@@ -85,10 +85,10 @@ class Evaluation(StateFile):
         for name, of_tasks in (("modalities", self.modalities), ("published", self.published)):
             if missing := [task for task in self.tasks if task not in of_tasks]:
                 raise ValueError(f"{name}: there is nothing of task {shorten(missing[0])}")
-        places = [cell.place for cell in self.cells]
-        if sorted({stage for _, stage in places}) != list(self.stages):
+        coordinates = [cell.place for cell in self.cells]
+        if sorted({stage for _, stage in coordinates}) != list(self.stages):
             raise ValueError(f"stages: {shorten(list(self.stages))} are not those of the cells")
-        if len(set(places)) < len(places):
+        if len(set(coordinates)) < len(coordinates):
             raise ValueError("cells: a task stands twice at one stage")
         for number, cell in enumerate(self.cells):
             self._check_cell(number, cell)
@@ -123,10 +123,10 @@ class Evaluation(StateFile):
         are others."""
         if not set(cell.banks) <= set(self.tasks):
             return ", ".join(cell.banks)
-        places = sorted(self.tasks.index(bank) + 1 for bank in cell.banks)
-        if len(places) > 1 and places == list(range(places[0], places[-1] + 1)):
-            return f"{places[0]}–{places[-1]}"
-        return ", ".join(map(str, places)) or "none"
+        numbers = sorted(self.tasks.index(bank) + 1 for bank in cell.banks)
+        if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+            return f"{numbers[0]}–{numbers[-1]}"
+        return ", ".join(map(str, numbers)) or "none"
 
     def scores(self, results_dir: Path, *metrics: str) -> list[dict[tuple[str, int], Column]]:
         """For each metric, by task and stage, the questions that have it, in their order.
@@ -134,12 +134,12 @@ class Evaluation(StateFile):
         Raises:
             DataError: the scores of a cell are gone.
         """
-        places = {(cell.task, cell.stage): (results_dir / cell.answers).with_name(SCORES) for cell in self.cells}
-        tables = {path: read_scores(path) for path in set(places.values())}
+        files = {(cell.task, cell.stage): (results_dir / cell.answers).with_name(SCORES) for cell in self.cells}
+        tables = {path: read_scores(path) for path in set(files.values())}
         by_metric = []
         for metric in metrics:
             columns = {path: column_of(table, metric) for path, table in tables.items()}
-            by_metric.append({key: columns[path] for key, path in places.items() if len(columns[path].scores)})
+            by_metric.append({key: columns[path] for key, path in files.items() if len(columns[path].scores)})
         return by_metric
 
     def matrix_intervals(self, results_dir: Path, metric: str) -> MatrixIntervals:

@@ -67,12 +67,12 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
 
 
 def _evaluate_routed(config: StreamConfig, stages: Stages, banks: Mapping[str, Bank] | None) -> Path:
-    chain = dict(banks) if banks is not None else finished_banks(config)
-    learned = [task for task in config.stream if task.name in chain]
+    by_task = dict(banks) if banks is not None else finished_banks(config)
+    learned = [task for task in config.stream if task.name in by_task]
     tasks_at = {
         stage: [task for task in config.stream if stage in stages_of(task, stages, config)]
         for stage in range(1, len(config.tasks) + 1)
-        if len(learned) >= stage and learned[stage - 1].index == stage - 1  # the chain is whole up to here
+        if len(learned) >= stage and learned[stage - 1].index == stage - 1  # no bank is missing up to here
     }
     tasks_at = {stage: tasks for stage, tasks in tasks_at.items() if tasks}
     if not tasks_at:
@@ -80,7 +80,7 @@ def _evaluate_routed(config: StreamConfig, stages: Stages, banks: Mapping[str, B
     names = {task.name for tasks in tasks_at.values() for task in tasks}
     records = {name: test_records(config, config.task(name)) for name in sorted(names)}
     ledger = Ledger.read(config)
-    routed = _Routed(config, chain, [ledger.statistics(task.name) for task in learned[: max(tasks_at)]], records)
+    routed = _Routed(config, by_task, [ledger.statistics(task.name) for task in learned[: max(tasks_at)]], records)
     facts = {
         f"the questions, banks or settings at stage {stage}": routed.origin(stage, tasks)
         for stage, tasks in tasks_at.items()
@@ -107,7 +107,7 @@ class _Routed:
     def __init__(
         self,
         config: StreamConfig,
-        chain: Mapping[str, Bank],
+        banks: Mapping[str, Bank],
         statistics: Sequence[TaskStatistics],
         records: Mapping[str, TestRecords],
     ) -> None:
@@ -117,7 +117,7 @@ class _Routed:
             records: the questions of those that are asked.
         """
         self.config = config
-        self.banks = [chain[task.name] for task in config.stream[: len(statistics)]]
+        self.banks = [banks[task.name] for task in config.stream[: len(statistics)]]
         self.statistics = statistics
         self._session = EvaluationSession(config, self.banks, records)
         self._records, self._question_digests = records, question_digests(config, records)
@@ -184,15 +184,15 @@ class _Routed:
     ) -> None:
         """Give each task its share of the answers, each noting the task it was taken for."""
         probabilities = together / PROBABILITIES
-        known = probabilities.read_text(encoding="utf-8").splitlines(keepends=True) if probabilities.is_file() else []
+        rows = probabilities.read_text(encoding="utf-8").splitlines(keepends=True) if probabilities.is_file() else []
         with check_regular(together / ANSWERS).open(encoding="utf-8") as lines:
             for task in tasks:
                 folder = folders[task.name]
                 folder.mkdir(parents=True, exist_ok=True)
-                own, known = known[: len(routes[task.name])], known[len(routes[task.name]) :]
+                of_task, rows = rows[: len(routes[task.name])], rows[len(routes[task.name]) :]
                 (folder / PROBABILITIES).unlink(missing_ok=True)
-                if own:
-                    write_text(folder / PROBABILITIES, "".join(own))
+                if of_task:
+                    write_text(folder / PROBABILITIES, "".join(of_task))
                 with replacing(folder / ANSWERS) as partial, partial.open("w", encoding="utf-8") as file:
                     for route in routes[task.name]:
                         answer = {**json.loads(next(lines)), "metadata": {"routed_to": self.banks[route].name}}
@@ -243,9 +243,9 @@ class _Routed:
             mine = range(len(records))[rank() :: world_size()]
             label = f"{task.name}, for the router" if rank() == 0 else None
             roots = task_image_roots(self.config, task)
-            own = torch.cat([torch.empty(0, extractor.features), *extractor.batches(records, mine, roots, label)])
+            local = torch.cat([torch.empty(0, extractor.features), *extractor.batches(records, mine, roots, label)])
             features = torch.empty(len(records), extractor.features)
-            for other, part in enumerate(all_gather_object(own)):
+            for other, part in enumerate(all_gather_object(local)):
                 features[other :: world_size()] = part
             self._features[task.name] = features
         return self._features[task.name]

@@ -121,16 +121,16 @@ def score_file(
         DataError: as `read_answers`, or there are more or fewer questions than answers.
     """
     records = read_answers(answers)
-    places = _places(answers, records, questions)
+    keys = _places(answers, records, questions)
     scores = _score(records, workers)
-    groups = group_numbers([group for _, group in places])
+    groups = group_numbers([group for _, group in keys])
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "metrics.txt", render_metrics(scores))
     metrics_of(scores, groups).write(output / METRICS_FILE)
     said = [(row.prompt, str(row.text), str(row.gt), row.answer_type == "CLOSED") for row in records]
     asked = asked_answers(said, questions, _probabilities(answers.with_name(PROBABILITIES_FILE), len(records)))
     clinical_of(asked, groups, training).write(output / CLINICAL)
-    write_text(output / SCORES, _render_scores(records, scores, places))
+    write_text(output / SCORES, _render_scores(records, scores, keys))
     for name, wanted in (("hit.csv", True), ("not_hit.csv", False)):
         chosen = (record for record, row in zip(records, scores.rows, strict=True) if row.hit is wanted)
         write_text(output / name, _render_csv(chosen))
@@ -144,10 +144,10 @@ def _probabilities(path: Path, questions: int) -> list[dict[str, float] | None] 
     # Reading them needs torch, which scoring an answer file alone does without.
     from mslora_cr.evaluation.probabilities import read_probabilities
 
-    known = read_probabilities(path)
-    if len(known) != questions:
+    rows = read_probabilities(path)
+    if len(rows) != questions:
         return None
-    chances = [(row.candidates, row.probabilities()) for row in known]
+    chances = [(row.candidates, row.probabilities()) for row in rows]
     return [dict(zip(names, values, strict=True)) if names and values else None for names, values in chances]
 
 
@@ -290,11 +290,11 @@ def _parse(line: bytes, location: str) -> AnswerRecord:
         raise DataError(f"{location}: {first_problem(error)}") from None
 
 
-def _render_scores(records: Iterable[AnswerRecord], scores: Scores, places: Iterable[tuple[str, str]]) -> str:
+def _render_scores(records: Iterable[AnswerRecord], scores: Scores, keys: Iterable[tuple[str, str]]) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(("question_id", "answer_type", *scores.columns, *PLACES))
-    for record, image, *row in zip(records, places, *scores.columns.values(), strict=True):
+    for record, image, *row in zip(records, keys, *scores.columns.values(), strict=True):
         writer.writerow((record.question_id, record.answer_type, *row, *image))
     return text.getvalue()
 

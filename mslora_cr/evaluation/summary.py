@@ -146,9 +146,9 @@ def write_summary(
         else:
             left_out[row.task].append(str(row.stage))
     if left_out:
-        places = "; ".join(f"{task} at stage {', '.join(stages)}" for task, stages in left_out.items())
+        listing = "; ".join(f"{task} at stage {', '.join(stages)}" for task, stages in left_out.items())
         log.warning(
-            "%s: left out, because other banks, questions, images or settings gave the answers: %s", path, places
+            "%s: left out, because other banks, questions, images or settings gave the answers: %s", path, listing
         )
     order = [task.name for task in config.tasks]
     cells = [merged[key] for key in sorted(merged, key=lambda key: (order.index(key[0]), key[1]))]

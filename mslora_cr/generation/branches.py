@@ -65,13 +65,13 @@ class Branches:
             logits: (rows, 1 + positions, vocabulary) float32, those behind the prompt first.
         """
         normalizers = logits.logsumexp(-1)
-        found = []
+        gathered = []
         for row, several in enumerate(continuations):
             start, scores = 1, []
             for tokens in several:
-                places = torch.tensor([0, *range(start, start + len(tokens) - 1)], device=logits.device)
+                positions = torch.tensor([0, *range(start, start + len(tokens) - 1)], device=logits.device)
                 chosen = torch.tensor(list(tokens), device=logits.device)
-                scores.append((logits[row, places, chosen] - normalizers[row, places]).tolist())
+                scores.append((logits[row, positions, chosen] - normalizers[row, positions]).tolist())
                 start += len(tokens) - 1
-            found.append(scores)
-        return found
+            gathered.append(scores)
+        return gathered

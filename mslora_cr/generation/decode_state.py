@@ -37,9 +37,9 @@ class Rows:
         """Positions of the openings."""
         return self.visible.shape[1] - self.own
 
-    def select(self, kept: Sequence[int]) -> Rows:
+    def select(self, indices: Sequence[int]) -> Rows:
         """Some of the rows; the openings stay as they are."""
-        rows = torch.tensor(kept, device=self.ids.device)
+        rows = torch.tensor(indices, device=self.ids.device)
         cache = self.cache
         group = cache.group[rows]
         positions, members = membership(group.tolist(), len(cache.members))

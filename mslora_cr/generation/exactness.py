@@ -90,7 +90,7 @@ def _deviation(model: Any, inputs: ChatTemplateInputs, mixed: Any) -> float:
         openings = decoder.read(wave, inputs.answering_batch([prompts[q] for q in first], [pictures[q] for q in first]))
         together.clear()
         [batch] = wave.batches
-        found = dict(zip(batch, decoder.answer(openings, batch), strict=True))
+        answers = dict(zip(batch, decoder.answer(openings, batch), strict=True))
     for row, question in enumerate(batch):
         with _scores(model) as alone:
             whole = plain.inputs_on_device(inputs.answering_batch([prompts[question]], [pictures[question]]))
@@ -98,7 +98,7 @@ def _deviation(model: Any, inputs: ChatTemplateInputs, mixed: Any) -> float:
         for step in range(NEW_TOKENS):
             ours, theirs = together[step][row], alone[step][0]
             worst = max(worst, float((ours - theirs).abs().max() / theirs.std()))
-            if found[question][step] != ids[step]:
+            if answers[question][step] != ids[step]:
                 break
     return worst
 

@@ -100,7 +100,7 @@ class PlainDecoder:
         positions = self._positions(inputs["input_ids"], dict(inputs))
         prompt = self.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
         mask = inputs["attention_mask"]
-        found: list[list[list[float]]] = [[] for _ in questions]
+        scores_of: list[list[list[float]]] = [[] for _ in questions]
         for number in range(max(map(len, continuations))):
             rows = [row[number : number + 1] or [row[0]] for row in continuations]
             branches = Branches.of(rows, self._settings.pad_token_id, self._device)
@@ -115,8 +115,8 @@ class PlainDecoder:
                 logits = torch.cat([logits, output.logits.float()], dim=1)
             for row, scores in enumerate(branches.gather(logits, rows)):
                 if number < len(continuations[row]):
-                    found[row] += scores
-        return found
+                    scores_of[row] += scores
+        return scores_of
 
     def _positions(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         """As `generate` counts them: a model may have several for each token, and keep what it counted of images."""

@@ -153,11 +153,13 @@ class Decoder:
             questions: of one of the wave's batches.
             continuations: of each question, any number of token sequences; an empty one is refused.
         """
-        found: list[list[list[float]]] = []
+        log_probabilities: list[list[list[float]]] = []
         with sharing(self._language):
             for part in self._scoring_batches(openings, questions, continuations):
-                found += self._score(openings, [questions[row] for row in part], [continuations[row] for row in part])
-        return found
+                log_probabilities += self._score(
+                    openings, [questions[row] for row in part], [continuations[row] for row in part]
+                )
+        return log_probabilities
 
     def _scoring_batches(
         self, openings: Openings, questions: Sequence[int], continuations: Sequence[Continuations]
@@ -173,9 +175,9 @@ class Decoder:
         self, openings: Openings, questions: Sequence[int], continuations: Sequence[Continuations]
     ) -> list[list[list[float]]]:
         self._choose(questions)
-        places = [openings.wave.openings[question] for question in questions]
-        start, stop = places[0], places[-1] + 1
-        group = [row_positions - start for row_positions in places]
+        rows = [openings.wave.openings[question] for question in questions]
+        start, stop = rows[0], rows[-1] + 1
+        group = [row_positions - start for row_positions in rows]
         row_positions, members = (part.to(self.device) for part in membership(group, stop - start))
         index = torch.tensor(group, device=self.device)
         before = openings.visible[start:stop][index]
@@ -218,9 +220,9 @@ class Decoder:
 
     def _begin(self, openings: Openings, questions: Sequence[int]) -> Rows:
         """Compute what stands behind the openings, and the first new token."""
-        places = [openings.wave.openings[question] for question in questions]
-        start, stop = places[0], places[-1] + 1  # a batch's questions are in the order of the openings
-        group = [row_positions - start for row_positions in places]
+        rows = [openings.wave.openings[question] for question in questions]
+        start, stop = rows[0], rows[-1] + 1  # a batch's questions are in the order of the openings
+        group = [row_positions - start for row_positions in rows]
         row_positions, members = (part.to(self.device) for part in membership(group, stop - start))
         index = torch.tensor(group, device=self.device)
         before = openings.visible[start:stop][index]

@@ -61,7 +61,7 @@ class RegloraPenalty(Penalty):
 
     @property
     def frozen_bytes(self) -> int:
-        return sum(places.nbytes for places in self._keys.values())
+        return sum(keys.nbytes for keys in self._keys.values())
 
     def step(self, trainable: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
         means, gradients = [], dict[Key, Tensor]()

@@ -92,18 +92,18 @@ def confusion(
         options: by question, by letter; empty where it has none.
     """
     offered = options or [{}] * len(answers)
-    accepted = [[_class(truth, own) for truth in every] for every, own in zip(truths, offered, strict=True)]
-    said = [_class(answer, own) for answer, own in zip(answers, offered, strict=True)]
+    accepted = [[_class(truth, choices) for truth in every] for every, choices in zip(truths, offered, strict=True)]
+    said = [_class(answer, choices) for answer, choices in zip(answers, offered, strict=True)]
     true = [one if one in every else every[0] for one, every in zip(said, accepted, strict=True)]
     names = tuple(sorted(set(true), key=lambda name: (name not in NEGATIVE, name)))
     if set(names) <= {YES, NO}:
         names = (NO, YES)
         said = [_yes_or_no(answer, one) for answer, one in zip(answers, said, strict=True)]
-    places = {name: place for place, name in enumerate(names)}
+    columns = {name: column for column, name in enumerate(names)}
     return Confusion(
         names,
-        truth=np.array([places[name] for name in true], dtype=np.int64),
-        said=np.array([places.get(name, len(names)) for name in said], dtype=np.int64),
+        truth=np.array([columns[name] for name in true], dtype=np.int64),
+        said=np.array([columns.get(name, len(names)) for name in said], dtype=np.int64),
         groups=groups,
     )
 
@@ -120,7 +120,7 @@ def _yes_or_no(answer: str, said: str) -> str:
     return first if other is not None and other not in words else said
 
 
-def confusion_figures(known: Confusion) -> dict[str, Figure]:
+def confusion_figures(table: Confusion) -> dict[str, Figure]:
     """Accuracy, balanced accuracy, macro F1 and Matthews' correlation, by scikit-learn; where one of two
     classes is negative (`NEGATIVE`) also sensitivity, specificity, PPV and NPV.
 
@@ -132,48 +132,48 @@ def confusion_figures(known: Confusion) -> dict[str, Figure]:
     """
     from sklearn.metrics import f1_score, matthews_corrcoef, recall_score
 
-    labels = list(range(len(known.names)))
-    asked = [label for label in labels if (known.truth == label).any()]
-    enough = min(int((known.truth == label).sum()) for label in labels) >= FEWEST
-    found = {"accuracy": _share(known.right, known.groups)}
+    labels = list(range(len(table.names)))
+    asked = [label for label in labels if (table.truth == label).any()]
+    enough = min(int((table.truth == label).sum()) for label in labels) >= FEWEST
+    figures = {"accuracy": _share(table.right, table.groups)}
     scores = {
-        "balanced accuracy": recall_score(known.truth, known.said, labels=asked, average="macro", zero_division=0),
-        "macro F1": f1_score(known.truth, known.said, labels=asked, average="macro", zero_division=0),
-        "Matthews' correlation": matthews_corrcoef(known.truth, known.said) if known.varies else 0.0,
+        "balanced accuracy": recall_score(table.truth, table.said, labels=asked, average="macro", zero_division=0),
+        "macro F1": f1_score(table.truth, table.said, labels=asked, average="macro", zero_division=0),
+        "Matthews' correlation": matthews_corrcoef(table.truth, table.said) if table.varies else 0.0,
     }
     lowest = {"Matthews' correlation": -1.0}
     for name, value in scores.items():
         low = lowest.get(name, 0.0)
-        ends = _linearised(known, _FUNCTIONS[name], float(value), low) if enough and len(asked) > 1 else None
-        found[name] = Figure(float(value), ends)
-    if known.has_positive:
+        ends = _linearised(table, _FUNCTIONS[name], float(value), low) if enough and len(asked) > 1 else None
+        figures[name] = Figure(float(value), ends)
+    if table.has_positive:
         for name, (column, of) in _SHARES.items():
-            where = (known.truth if of == "truth" else known.said) == column
+            where = (table.truth if of == "truth" else table.said) == column
             if where.any():
-                figure = _share(known.right[where], known.groups[where])
-                found[name] = figure if enough else figure._replace(ends=None)
-    return found
+                figure = _share(table.right[where], table.groups[where])
+                figures[name] = figure if enough else figure._replace(ends=None)
+    return figures
 
 
 _SHARES = {"sensitivity": (1, "truth"), "specificity": (0, "truth"), "PPV": (1, "said"), "NPV": (0, "said")}
 
 
-def class_figures(known: Confusion) -> dict[str, tuple[Figure | None, Figure | None]]:
+def class_figures(table: Confusion) -> dict[str, tuple[Figure | None, Figure | None]]:
     """By class, recall and precision; None where it was never true or never said."""
     return {
-        name: (_part(known, known.truth == place), _part(known, known.said == place))
-        for place, name in enumerate(known.names)
+        name: (_part(table, table.truth == column), _part(table, table.said == column))
+        for column, name in enumerate(table.names)
     }
 
 
-def _part(known: Confusion, where: NDArray[np.bool_]) -> Figure | None:
-    return _share(known.right[where], known.groups[where]) if where.any() else None
+def _part(table: Confusion, where: NDArray[np.bool_]) -> Figure | None:
+    return _share(table.right[where], table.groups[where]) if where.any() else None
 
 
 def _share(right: Scores, groups: Groups) -> Figure:
-    known = estimate(right, groups)
-    enough = known.groups == known.questions or known.effective >= FEWEST_SHARED
-    return Figure(known.mean, score_interval([known]) if enough and known.questions >= FEWEST else None)
+    share = estimate(right, groups)
+    enough = share.groups == share.questions or share.effective >= FEWEST_SHARED
+    return Figure(share.mean, score_interval([share]) if enough and share.questions >= FEWEST else None)
 
 
 # --- intervals of what is no mean -------------------------------------------------------------------------------------
@@ -206,11 +206,11 @@ _FUNCTIONS: dict[str, Callable[[Scores], Scores]] = {
 }
 
 
-def _linearised(known: Confusion, function: Callable[[Scores], Scores], value: float, low: float) -> Interval | None:
-    counts = known.counts.astype(np.float64)
+def _linearised(table: Confusion, function: Callable[[Scores], Scores], value: float, low: float) -> Interval | None:
+    counts = table.counts.astype(np.float64)
     step = 1e-4
     moved = step * np.eye(counts.size).reshape(-1, *counts.shape)
     slopes = (function(counts + moved) - function(counts)) / step
-    cells = known.truth * counts.shape[1] + known.said
+    cells = table.truth * counts.shape[1] + table.said
     smallest = int(counts.sum(axis=1).min())
-    return bounded_interval(value, slopes[cells] * len(cells), known.groups, (low, 1.0), smallest - 1)
+    return bounded_interval(value, slopes[cells] * len(cells), table.groups, (low, 1.0), smallest - 1)

@@ -35,11 +35,11 @@ def question_key(question: str) -> str:
 
 def training_answers(records: Iterable[TrainingRecord]) -> Frequencies:
     """How often each answer follows each question in training records."""
-    found: dict[str, Counter[str]] = defaultdict(Counter)
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         for asked, given in zip(record.turns[::2], record.turns[1::2], strict=False):
-            found[question_key(asked.text)][given.text.strip()] += 1
-    return found
+            answers[question_key(asked.text)][given.text.strip()] += 1
+    return answers
 
 
 def majority_guesses(questions: Sequence[str], training: Frequencies) -> Guesses:
@@ -50,8 +50,8 @@ def majority_guesses(questions: Sequence[str], training: Frequencies) -> Guesses
     for key in set(keys):
         overall.update(training.get(key, {}))
     fallback = _commonest(overall)
-    found = [_commonest(training[key]) if training.get(key) else fallback for key in keys]
-    return Guesses(found, sum(key not in training for key in keys))
+    guesses = [_commonest(training[key]) if training.get(key) else fallback for key in keys]
+    return Guesses(guesses, sum(key not in training for key in keys))
 
 
 def hindsight_guesses(questions: Sequence[str], truths: Sequence[str]) -> list[str]:

@@ -49,8 +49,10 @@ def parse_choice(answer: str, options: Mapping[str, str]) -> Choice:
 
 
 def _by_text(answer: str, options: Mapping[str, str]) -> Choice:
-    found = {letter: _places(text, answer) for letter, text in options.items()}
-    outer = {letter for letter, places in found.items() if any(not _inside(place, found, letter) for place in places)}
+    spans = {letter: _places(text, answer) for letter, text in options.items()}
+    outer = {
+        letter for letter, of_letter in spans.items() if any(not _inside(span, spans, letter) for span in of_letter)
+    }
     if len(outer) == 1:
         return Choice("parsed", outer.pop())
     return Choice("ambiguous" if outer else "unparsed")
@@ -61,14 +63,14 @@ def _places(text: str, answer: str) -> list[tuple[int, int]]:
     return [match.span() for match in re.finditer(pattern, answer, re.IGNORECASE)]
 
 
-def _inside(place: tuple[int, int], found: Mapping[str, Sequence[tuple[int, int]]], letter: str) -> bool:
+def _inside(span: tuple[int, int], spans: Mapping[str, Sequence[tuple[int, int]]], letter: str) -> bool:
     """Whether a longer text of another option covers a place."""
-    start, end = place
+    start, end = span
     return any(
         first <= start and end <= last and last - first > end - start
-        for other, places in found.items()
+        for other, of_other in spans.items()
         if other != letter
-        for first, last in places
+        for first, last in of_other
     )
 
 

@@ -95,13 +95,13 @@ def lcs_length(one: Sequence[str], other: Sequence[str]) -> int:
     A row of the usual table is kept as the bits of one number. Source: Hyyrö, "Bit-parallel LCS-length computation
     revisited", AWOCA 2004.
     """
-    places: dict[str, int] = {}
+    masks: dict[str, int] = {}
     for position, word in enumerate(one):
-        places[word] = places.get(word, 0) | 1 << position
+        masks[word] = masks.get(word, 0) | 1 << position
     full = (1 << len(one)) - 1
     row = full
     for word in other:
-        matched = row & places.get(word, 0)
+        matched = row & masks.get(word, 0)
         row = ((row + matched) | (row - matched)) & full
     return len(one) - row.bit_count()
 

@@ -86,5 +86,5 @@ def _digested_ranges(file: BinaryIO, size: int) -> list[tuple[int, int]]:
         return [(0, size)]
     header = 8 + int.from_bytes(file.read(8), "little") if file.name.endswith(".safetensors") else 0
     head = max(END_BYTES, min(header, WHOLE_BYTES))  # a length that no header has is not believed
-    places = [size * (number + 1) // (BLOCKS + 1) for number in range(BLOCKS)]
-    return [(0, head), *((offset, BLOCK_BYTES) for offset in places), (size - END_BYTES, END_BYTES)]
+    offsets = [size * (number + 1) // (BLOCKS + 1) for number in range(BLOCKS)]
+    return [(0, head), *((offset, BLOCK_BYTES) for offset in offsets), (size - END_BYTES, END_BYTES)]

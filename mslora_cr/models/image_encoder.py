@@ -76,14 +76,14 @@ class ProjectedEncoder:
         embeddings, states = arguments.get("inputs_embeds"), arguments.get("cross_attention_states")
         if embeddings is not None:
             placeholders = (embeddings != self._model.get_input_embeddings()(ids)).any(-1)
-            found = embeddings[placeholders]
+            features = embeddings[placeholders]
         else:
-            found = states.flatten(0, -2) if isinstance(states, Tensor) else torch.empty(0)
-        if not len(found) or found.shape[-1] != self.width:
+            features = states.flatten(0, -2) if isinstance(states, Tensor) else torch.empty(0)
+        if not len(features) or features.shape[-1] != self.width:
             raise ModelError(
                 f"{type(self._model).__name__}: its language model reads images in a way that is not known"
             )
-        return found.float().mean(0).cpu()
+        return features.float().mean(0).cpu()
 
 
 def _stop(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:

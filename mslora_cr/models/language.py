@@ -22,13 +22,13 @@ _NUMBERED = re.compile(r"(.+\.layers)\.(\d+)\.(.+)")
 def language_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The decoder that reads text and images: not the vision tower, nor what projects its features, nor `lm_head`."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = base.get_decoder()
-    while not hasattr(found, "layers"):
-        inner = next((getattr(found, name) for name in _INNER if hasattr(found, name)), None)
+    module = base.get_decoder()
+    while not hasattr(module, "layers"):
+        inner = next((getattr(module, name) for name in _INNER if hasattr(module, name)), None)
         if inner is None:
             break
-        found = inner
-    return cast(PreTrainedModel, found)
+        module = inner
+    return cast(PreTrainedModel, module)
 
 
 def beside_language(model: PreTrainedModel) -> list[str]:
@@ -89,9 +89,9 @@ def linears_pattern(names: Iterable[str]) -> str:
         names: as `language_linears` has them.
     """
     parts = [match for name in names if (match := _NUMBERED.fullmatch(name))]
-    places = sorted({match[1].removeprefix("model.") for match in parts})
+    parents = sorted({match[1].removeprefix("model.") for match in parts})
     kinds = sorted({match[3] for match in parts})
-    pattern = rf".*({'|'.join(map(re.escape, places))})\.\d+\.({'|'.join(map(re.escape, kinds))})"
+    pattern = rf".*({'|'.join(map(re.escape, parents))})\.\d+\.({'|'.join(map(re.escape, kinds))})"
     plain = re.compile(LANGUAGE_LINEARS)
     return LANGUAGE_LINEARS if parts and all(plain.fullmatch(match[0]) for match in parts) else pattern
 

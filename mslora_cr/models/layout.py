@@ -211,7 +211,7 @@ def shard_tensors(
     path: Path, expected: Mapping[str, tuple[int, ...]], already: set[str], own_tower: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """Every wanted tensor of the shards under transformers' name, after all names and shapes have been checked."""
-    places: dict[str, tuple[Path, str]] = {}
+    locations: dict[str, tuple[Path, str]] = {}
     unexpected, misshapen = [], []
     for file in shard_files(path):
         for stored, shape in _header(file).items():
@@ -223,10 +223,10 @@ def shard_tensors(
             elif shape != expected[name]:
                 misshapen.append(f"{stored} {list(shape)} instead of {list(expected[name])}")
             else:
-                places[name] = (file, stored)
-    _check_names(path, set(expected) - set(places) - already, set(unexpected), misshapen)
+                locations[name] = (file, stored)
+    _check_names(path, set(expected) - set(locations) - already, set(unexpected), misshapen)
     opened: dict[Path, Any] = {}
-    for name, (file, stored) in places.items():
+    for name, (file, stored) in locations.items():
         if file not in opened:
             opened[file] = safe_open(file, framework="pt")
         yield name, opened[file].get_tensor(stored)

@@ -110,8 +110,8 @@ def _newest(plan: Plan, evaluation: Evaluation, folder: Path, task: str, level: 
         column = _column(plan, folder, cell)
         required = plan.new_task.least_score / 100
         # The score less a constant: its lower bound exceeds zero where that of the score exceeds what is required.
-        found = non_inferiority(column.scores - required, column.groups, 0.0, level, binary=False)
-        yield _test(plan, "new task", task, found, None, float(column.scores.mean()), 0.0, level)
+        comparison = non_inferiority(column.scores - required, column.groups, 0.0, level, binary=False)
+        yield _test(plan, "new task", task, comparison, None, float(column.scores.mean()), 0.0, level)
     if plan.new_task.better_than_base:
         base = next((cell for cell in evaluation.cells if cell.place == (task, 0)), None)
         if base is None:
@@ -121,10 +121,10 @@ def _newest(plan: Plan, evaluation: Evaluation, folder: Path, task: str, level: 
 
 def _probe(plan: Plan, results_dir: Path, name: str, level: float) -> GateTest:
     folder = results_dir / PROBE / name
-    found = Probe.read_if_there(folder / f"{PROBE}.json")
-    if found is None:
+    probe = Probe.read_if_there(folder / f"{PROBE}.json")
+    if probe is None:
         raise ReportError(f"the plan names the probe {name}; run `mslora-cr evaluate CONFIG --probe {name}`")
-    base, last = found.cells[0], found.cells[-1]
+    base, last = probe.cells[0], probe.cells[-1]
     return _paired(plan, "probe", name, folder, base, last, plan.probes[name], level)
 
 
@@ -143,22 +143,22 @@ def _paired(
     columns = [_column(plan, folder, cell) for cell in (before, after)]
     values = columns[1].scores - columns[0].scores
     binary = all(is_binary(column.scores) for column in columns)
-    found = non_inferiority(values, coarsest([column.groups for column in columns]), margin / 100, level, binary)
+    comparison = non_inferiority(values, coarsest([column.groups for column in columns]), margin / 100, level, binary)
     scores = [float(column.scores.mean()) for column in columns]
-    return _test(plan, what, name, found, scores[0], scores[1], -margin, level)
+    return _test(plan, what, name, comparison, scores[0], scores[1], -margin, level)
 
 
 def _test(
     plan: Plan,
     what: Literal["earlier task", "new task", "probe"],
     name: str,
-    found: NonInferiority,
+    comparison: NonInferiority,
     reference: float | None,
     score: float,
     required: float,
     level: float,
 ) -> GateTest:
-    outcome, reason = _outcome(plan, found, required, what)
+    outcome, reason = _outcome(plan, comparison, required, what)
     return GateTest(
         what=what,
         name=name,
@@ -167,30 +167,30 @@ def _test(
         required=required,
         reference=None if reference is None else 100 * reference,
         score=100 * score,
-        difference=100 * found.difference,
-        bound=100 * found.bound,
+        difference=100 * comparison.difference,
+        bound=100 * comparison.bound,
         level=level,
-        p=found.p,
-        questions=found.questions,
-        groups=found.groups,
-        gained=found.gained,
-        lost=found.lost,
-        needed=found.needed,
+        p=comparison.p,
+        questions=comparison.questions,
+        groups=comparison.groups,
+        gained=comparison.gained,
+        lost=comparison.lost,
+        needed=comparison.needed,
     )
 
 
-def _outcome(plan: Plan, found: NonInferiority, required: float, what: str) -> tuple[Outcome, str]:
+def _outcome(plan: Plan, comparison: NonInferiority, required: float, what: str) -> tuple[Outcome, str]:
     """The outcome of a test and why: it passes by its p-value; at or beyond what is required no number of patients
     would help, so it fails; between the two it is open."""
     limit = f"{required:+.1f} points" if what != "new task" else "what is required"
-    if found.groups < plan.least_patients:
-        return "hold", f"{found.groups} independent patients or images; the plan asks for {plan.least_patients}"
-    if 100 * found.bound > required:
-        return "pass", f"the lower bound {100 * found.bound:+.2f} is above {limit}"
-    if found.needed is None:
-        return "fail", f"the difference {100 * found.difference:+.2f} is not above {limit}"
-    more = max(1, found.needed - found.groups)
-    return "hold", f"the lower bound {100 * found.bound:+.2f} is not above {limit}; about {more:,} more would tell"
+    if comparison.groups < plan.least_patients:
+        return "hold", f"{comparison.groups} independent patients or images; the plan asks for {plan.least_patients}"
+    if 100 * comparison.bound > required:
+        return "pass", f"the lower bound {100 * comparison.bound:+.2f} is above {limit}"
+    if comparison.needed is None:
+        return "fail", f"the difference {100 * comparison.difference:+.2f} is not above {limit}"
+    more = max(1, comparison.needed - comparison.groups)
+    return "hold", f"the lower bound {100 * comparison.bound:+.2f} is not above {limit}; about {more:,} more would tell"
 
 
 def _column(plan: Plan, folder: Path, cell: Cell) -> Column:

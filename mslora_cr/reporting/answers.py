@@ -178,10 +178,10 @@ def _pictures(task: str, cell: Cell, scores: ScoreTable, config: StreamConfig) -
     if problem is not None:
         return [], problem
     roots = image_roots(root, settings.folder, settings.image_folders)
-    found = {name: _found(name, roots) for name in dict.fromkeys(itertools.chain.from_iterable(names))}
-    lacking = sum(not paths for paths in found.values())
-    problem = f"{lacking} of {len(found)} images are missing below {root}" if lacking else None
-    return [[path for name in row for path in found[name]] for row in names], problem
+    paths_of = {name: _found(name, roots) for name in dict.fromkeys(itertools.chain.from_iterable(names))}
+    lacking = sum(not paths for paths in paths_of.values())
+    problem = f"{lacking} of {len(paths_of)} images are missing below {root}" if lacking else None
+    return [[path for name in row for path in paths_of[name]] for row in names], problem
 
 
 def _image_names(
@@ -222,7 +222,7 @@ def browser_data(
         last: the last stage of the stream.
     """
     used = dict.fromkeys(path for task in tasks for paths in task.pictures for path in paths if path in thumbnails)
-    places = {path: index for index, path in enumerate(used)}
+    numbers = {path: index for index, path in enumerate(used)}
     return {
         "last": last,
         "thumbnails": [thumbnails[path] for path in used],
@@ -232,7 +232,7 @@ def browser_data(
                 "color": colors.get(task.task),
                 "own": task.own,
                 "sets": [{"stages": given.stages, "banks": given.banks} for given in task.sets],
-                "rows": _rows(task, places),
+                "rows": _rows(task, numbers),
                 "keys": task.keys,
             }
             for task in tasks
@@ -240,7 +240,7 @@ def browser_data(
     }
 
 
-def _rows(task: TaskAnswers, places: dict[Path, int]) -> list[list[Any]]:
+def _rows(task: TaskAnswers, numbers: dict[Path, int]) -> list[list[Any]]:
     """By question: text, truth, whether it is closed, pictures, [answer, right, score] of each different answer, which
     of those each set gave, and whether the browser shows it at first."""
     hits = task.learned.hits
@@ -255,7 +255,7 @@ def _rows(task: TaskAnswers, places: dict[Path, int]) -> list[list[Any]]:
             )
             for answers in task.sets
         ]
-        pictures = [places[path] for path in task.pictures[index] if path in places]
+        pictures = [numbers[path] for path in task.pictures[index] if path in numbers]
         closed = int(task.kinds[index] == "CLOSED")
         rows.append([question, task.truths[index], closed, pictures, list(given), which, int(index in sampled)])
     return rows

@@ -46,13 +46,13 @@ def clinical_cards(evaluation: Evaluation, results_dir: Path) -> list[ClinicalCa
     cards = []
     for task in evaluation.tasks:
         cell = evaluation.last_cell(task) or evaluation.own_cell(task)
-        found = Clinical.read_if_there((results_dir / cell.answers).with_name(CLINICAL)) if cell else None
-        if cell is not None and found is not None and found.closed is not None:
-            cards.append(_card(task, cell.stage, found, found.closed))
+        clinical = Clinical.read_if_there((results_dir / cell.answers).with_name(CLINICAL)) if cell else None
+        if cell is not None and clinical is not None and clinical.closed is not None:
+            cards.append(_card(task, cell.stage, clinical, clinical.closed))
     return cards
 
 
-def _card(task: str, stage: int, found: Clinical, closed: ClosedMeasured) -> ClinicalCard:
+def _card(task: str, stage: int, clinical: Clinical, closed: ClosedMeasured) -> ClinicalCard:
     guessing = closed.guessing
     constants = {"the most frequent training answer": guessing.majority, "the best constant answer": guessing.hindsight}
     given = ", ".join(f"{name} {100 * share:.1f} %" for name, share in constants.items() if share is not None)
@@ -69,9 +69,9 @@ def _card(task: str, stage: int, found: Clinical, closed: ClosedMeasured) -> Cli
         ],
         texts=[
             [one.question or "", str(one.questions), shown(one.figures["balanced accuracy"]), one.guessing.in_words()]
-            for one in found.by_question
+            for one in clinical.by_question
         ],
-        attributes={name: (_gap(known), _groups(known)) for name, known in found.subgroups.items()},
+        attributes={name: (_gap(attribute), _groups(attribute)) for name, attribute in clinical.subgroups.items()},
         enough=_enough(closed),
     )
 
@@ -84,17 +84,17 @@ def shown(figure: Measured | None) -> str:
     return f"{100 * figure.value:.1f}{bracketed(ends)}"
 
 
-def _gap(known: AttributeMeasured) -> str:
-    missing = f"; {known.missing} questions do not have it" if known.missing else ""
-    association = f"Cramér's V with the true answer {known.association.value:.2f}"
-    ends = known.association.interval
+def _gap(attribute: AttributeMeasured) -> str:
+    missing = f"; {attribute.missing} questions do not have it" if attribute.missing else ""
+    association = f"Cramér's V with the true answer {attribute.association.value:.2f}"
+    ends = attribute.association.interval
     association += f" [{ends[0]:.2f} to {ends[1]:.2f}]" if ends else ""
-    if known.gap is None:
+    if attribute.gap is None:
         return f"too few patients to compare groups; {association}{missing}"
-    return f"largest gap {shown(known.gap)} points, worst: {known.worst}; {association}{missing}"
+    return f"largest gap {shown(attribute.gap)} points, worst: {attribute.worst}; {association}{missing}"
 
 
-def _groups(known: AttributeMeasured) -> list[list[str]]:
+def _groups(attribute: AttributeMeasured) -> list[list[str]]:
     return [
         [
             value,
@@ -103,7 +103,7 @@ def _groups(known: AttributeMeasured) -> list[list[str]]:
             shown(group.score) if group.score else "counted only",
             "–" if group.p is None else f"{group.p:.3f}",
         ]
-        for value, group in known.groups.items()
+        for value, group in attribute.groups.items()
     ]
 
 

@@ -122,19 +122,19 @@ def answer_maps(task: TaskAnswers, last: int) -> list[HeatMap]:
     return maps
 
 
-def cosine_map(title: str, banks: Sequence[str], places: Mapping[str, Sequence[Sequence[float]]]) -> HeatMap:
+def cosine_map(title: str, banks: Sequence[str], rows_of: Mapping[str, Sequence[Sequence[float]]]) -> HeatMap:
     """Cosines of every two banks' updates (rows) by place (columns), tinted by their size over the largest."""
     pairs = [(one, two) for two in range(len(banks)) for one in range(two)]
-    largest = max((abs(values[one][two]) for values in places.values() for one, two in pairs), default=0.0) or 1.0
+    largest = max((abs(values[one][two]) for values in rows_of.values() for one, two in pairs), default=0.0) or 1.0
     rows = {
         f"{banks[one]} · {banks[two]}": [
             HeatCell(f"{value:.2f}", "", abs(value) / largest)
-            for values in places.values()
+            for values in rows_of.values()
             for value in [values[one][two]]
         ]
         for one, two in pairs
     }
-    return HeatMap(title, list(places), rows)
+    return HeatMap(title, list(rows_of), rows)
 
 
 def contribution_map(rows: Sequence[Dropped]) -> HeatMap:

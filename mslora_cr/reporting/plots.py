@@ -50,8 +50,8 @@ Log = Sequence[Mapping[str, float]]
 
 def logged_terms(logs: Mapping[str, Log]) -> list[str]:
     """The terms of the loss in logs by task: those with a title, in its order, then others, at most `MAX_OTHERS`."""
-    found = {name for log in logs.values() for entry in log for name in entry} - NO_TERMS
-    return [*(term for term in TERMS if term in found), *sorted(found - TERMS.keys())[:MAX_OTHERS]]
+    names = {name for log in logs.values() for entry in log for name in entry} - NO_TERMS
+    return [*(term for term in TERMS if term in names), *sorted(names - TERMS.keys())[:MAX_OTHERS]]
 
 
 def loss_curves(logs: Mapping[str, Log], colors: Mapping[str, str]) -> str | None:

@@ -30,9 +30,9 @@ def chain_table(records: Sequence[ReleaseRecord]) -> str:
     """A line for each record; the live release is marked."""
     if not records:
         return "no record yet; `mslora-cr release PLAN RUN` makes the first"
-    live = records[-1].serves
+    serving = records[-1].serves
     rows = [
-        [one.number, "live" if one.number == live else "", one.kind, one.verdict, one.stage, one.when, one.by]
+        [one.number, "live" if one.number == serving else "", one.kind, one.verdict, one.stage, one.when, one.by]
         for one in records
     ]
     return tabulate(rows, ["record", "", "kind", "verdict", "stage", "when", "by"], disable_numparse=True)

@@ -234,9 +234,9 @@ def _routing(run: RunRecord) -> dict[str, Any]:
 def _analysis(analysis: Analysis) -> dict[str, Any]:
     """`analysis.json`, and its tables."""
     cosines, contribution = analysis.similarity, analysis.contribution
-    places = {"By decoder layer": cosines.by_layer, "By module": cosines.by_module}
+    by_title = {"By decoder layer": cosines.by_layer, "By module": cosines.by_module}
     return {
-        "cosines": [cosine_map(title, cosines.banks, values) for title, values in places.items()],
+        "cosines": [cosine_map(title, cosines.banks, values) for title, values in by_title.items()],
         "ranks": rank_map(analysis.effective_rank),
         "contribution": contribution,
         "contribution_map": contribution_map(contribution.rows) if contribution else None,

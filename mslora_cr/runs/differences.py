@@ -40,11 +40,11 @@ class Finished:
             rank = entry.rank or self._of_bank(name, ADAPTER_CONFIG, "r")
             if rank not in (None, config.lora.rank):
                 return f"lora.rank: {rank} there, {config.lora.rank} here"
-        places = {
+        entries = {
             name: len(entry.stream) - 1 if entry.stream else self._of_bank(name, METADATA, "index")
             for name, entry in finished.items()
         }
-        positions = {name: position for name, position in places.items() if isinstance(position, int)}
+        positions = {name: position for name, position in entries.items() if isinstance(position, int)}
         moved = next((name for name, position in positions.items() if position != stream[name].index), None)
         if moved is None:
             return ""

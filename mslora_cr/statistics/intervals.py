@@ -68,15 +68,22 @@ def estimate(values: Scores, groups: Groups) -> Estimate:
     if np.count_nonzero(np.bincount(groups)) == 1:
         return _estimate(mean, square, count, ClusterVariance(1.0, 1.0, 1, 1.0, 1.0))
     errors = values - mean
-    known = cluster_variance(errors, groups)
-    if known.variance < NONE:
-        known = known._replace(variance=float(np.square(errors).sum()) / (count * (count - 1)))
-    return _estimate(mean, square, count, known)
+    clustered = cluster_variance(errors, groups)
+    if clustered.variance < NONE:
+        clustered = clustered._replace(variance=float(np.square(errors).sum()) / (count * (count - 1)))
+    return _estimate(mean, square, count, clustered)
 
 
-def _estimate(mean: float, square: float, questions: int, known: ClusterVariance) -> Estimate:
+def _estimate(mean: float, square: float, questions: int, clustered: ClusterVariance) -> Estimate:
     return Estimate(
-        mean, square, known.variance, known.freedom, known.clusters, questions, known.effective, known.largest
+        mean,
+        square,
+        clustered.variance,
+        clustered.freedom,
+        clustered.clusters,
+        questions,
+        clustered.effective,
+        clustered.largest,
     )
 
 

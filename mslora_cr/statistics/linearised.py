@@ -26,8 +26,8 @@ def bounded_interval(
     largest = float(np.abs(influence).max())
     if largest < NONE:
         return None
-    known = estimate(influence / largest, groups)
-    return logit_interval(value, largest * known.variance**0.5, bounds, min(known.freedom, most_freedom))
+    mean = estimate(influence / largest, groups)
+    return logit_interval(value, largest * mean.variance**0.5, bounds, min(mean.freedom, most_freedom))
 
 
 def logit_interval(value: float, error: float, bounds: Interval, freedom: float) -> Interval | None:

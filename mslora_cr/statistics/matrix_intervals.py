@@ -69,13 +69,13 @@ def matrix_intervals(
     Raises:
         DataError: a task has scores of more questions at one stage than at another.
     """
-    known = {figure for figure, value in matrix.summary().items() if value is not None}
+    defined = {figure for figure, value in matrix.summary().items() if value is not None}
     stages = [stage for stage, _ in matrix.stage_averages()]
     return MatrixIntervals(
         figures={
             figure: _uncertainty(weights, columns, answers)
             for figure, weights in matrix.linear().items()
-            if figure in known
+            if figure in defined
         },
         transfer={task: _uncertainty(matrix.backward_weights([task]), columns, answers) for task in matrix.transfer()},
         stages={stage: _average(*_parts(matrix.stage_weights(stage), columns)) for stage in stages},

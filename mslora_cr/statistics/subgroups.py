@@ -57,10 +57,10 @@ class Subgroups(NamedTuple):
 
 def banded(values: Sequence[str | int | float | None]) -> list[str | None]:
     """Values as names of groups; numbers of more than `MOST_VALUES` kinds as bands of equally many."""
-    known = [value for value in values if isinstance(value, int | float)]
-    if len(set(known)) <= MOST_VALUES or len(known) < sum(value is not None for value in values):
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if len(set(numbers)) <= MOST_VALUES or len(numbers) < sum(value is not None for value in values):
         return [None if value is None else str(value) for value in values]
-    edges = np.unique(np.quantile(known, np.linspace(0, 1, BANDS + 1)[1:-1]))
+    edges = np.unique(np.quantile(numbers, np.linspace(0, 1, BANDS + 1)[1:-1]))
     names = [f"up to {edges[0]:g}", *(f"above {edge:g}" for edge in edges)]
     names[1:-1] = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
     return [None if value is None else names[int(np.searchsorted(edges, float(value)))] for value in values]
@@ -74,32 +74,36 @@ def subgroups(scores: Scores, patients: Groups, labels: Sequence[str]) -> Subgro
         patients: (questions,), by question the number of its patient or image.
         labels: (questions,), by question its group.
     """
-    names, own = np.unique(np.asarray(labels, dtype=object).astype(str), return_inverse=True)
+    names, subgroup = np.unique(np.asarray(labels, dtype=object).astype(str), return_inverse=True)
     clusters = np.unique(patients, return_inverse=True)[1]
-    counts = [len(np.unique(clusters[own == place])) for place in range(len(names))]
-    scored = [place for place, count in enumerate(counts) if count >= FEWEST_PATIENTS]
-    p = _permuted(scores, clusters, own, scored)
+    counts = [len(np.unique(clusters[subgroup == number])) for number in range(len(names))]
+    scored = [number for number, count in enumerate(counts) if count >= FEWEST_PATIENTS]
+    p = _permuted(scores, clusters, subgroup, scored)
     groups = {}
-    for place, name in enumerate(names):
-        where = own == place
-        known = estimate(scores[where], patients[where]) if place in scored else None
+    for number, name in enumerate(names):
+        where = subgroup == number
+        estimated = estimate(scores[where], patients[where]) if number in scored else None
         groups[str(name)] = GroupScore(
             questions=int(where.sum()),
-            patients=counts[place],
-            score=known.mean if known else None,
-            ends=score_interval([known]) if known else None,
-            p=p.get(place),
+            patients=counts[number],
+            score=estimated.mean if estimated else None,
+            ends=score_interval([estimated]) if estimated else None,
+            p=p.get(number),
         )
     if len(scored) < 2:
         return Subgroups(groups, None, None, None)
-    means = {place: float(scores[own == place].mean()) for place in scored}
-    worst = min(means, key=lambda place: means[place])
+    means = {number: float(scores[subgroup == number].mean()) for number in scored}
+    worst = min(means, key=lambda number: means[number])
     gap = max(means.values()) - means[worst]
-    return Subgroups(groups, str(names[worst]), gap, _gap_interval(scores, clusters, own, scored))
+    return Subgroups(groups, str(names[worst]), gap, _gap_interval(scores, clusters, subgroup, scored))
 
 
-def _gap_interval(scores: Scores, clusters: Groups, own: Groups, scored: Sequence[int]) -> Interval:
-    columns = [values for place in scored for values in (scores * (own == place), (own == place).astype(np.float64))]
+def _gap_interval(scores: Scores, clusters: Groups, subgroup: Groups, scored: Sequence[int]) -> Interval:
+    columns = [
+        values
+        for number in scored
+        for values in (scores * (subgroup == number), (subgroup == number).astype(np.float64))
+    ]
     sums = resampled_sums(np.column_stack(columns), clusters)
     with np.errstate(invalid="ignore", divide="ignore"):
         means = sums[:, ::2] / sums[:, 1::2]
@@ -108,18 +112,18 @@ def _gap_interval(scores: Scores, clusters: Groups, own: Groups, scored: Sequenc
     return float(low), float(high)
 
 
-def _permuted(scores: Scores, clusters: Groups, own: Groups, scored: Sequence[int]) -> dict[int, float]:
+def _permuted(scores: Scores, clusters: Groups, subgroup: Groups, scored: Sequence[int]) -> dict[int, float]:
     """By group, the p-value of its distance from all others under permuted labels of patients, adjusted for the groups;
     nothing where labels differ within a patient, or fewer than two groups are scored."""
     count = int(clusters.max()) + 1
     label = np.zeros(count, dtype=np.int64)
-    label[clusters] = own
-    if (label[clusters] != own).any() or len(scored) < 2:
+    label[clusters] = subgroup
+    if (label[clusters] != subgroup).any() or len(scored) < 2:
         return {}
     sums, sizes = np.bincount(clusters, scores, count), np.bincount(clusters, minlength=count)
 
     def distances(labels: Groups) -> Scores:
-        inside = [(sums[labels == place].sum(), sizes[labels == place].sum()) for place in scored]
+        inside = [(sums[labels == number].sum(), sizes[labels == number].sum()) for number in scored]
         total, asked = sums.sum(), sizes.sum()
         return np.array([abs(hit / n - (total - hit) / max(asked - n, 1)) for hit, n in inside])
 

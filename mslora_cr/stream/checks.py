@@ -97,10 +97,12 @@ def check_labels(config: StreamConfig, records: dict[str, TrainingRecords]) -> N
     input_processor, max_length = input_processor_without_weights(config), config.data.max_length
     for name, part in records.items():
         counts = count_learned(part, task_image_roots(config, config.task(name)), input_processor, max_length)
-        found = [message for message in _label_messages(part, counts, max_length) if message]
+        messages = [message for message in _label_messages(part, counts, max_length) if message]
         if not counts.learned:
-            raise DataError(f"{part.path}: no sample has a label, so training would learn nothing: {'; '.join(found)}")
-        for message in found:
+            raise DataError(
+                f"{part.path}: no sample has a label, so training would learn nothing: {'; '.join(messages)}"
+            )
+        for message in messages:
             log.warning("%s: %s", name, message)
 
 
@@ -194,18 +196,18 @@ def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords])
     if not config.data.check_images or not paths:
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    found = inspect_images(list(paths), cores(), progress=True, cache=config.run_dir / "images-checked.bin")
-    if found.washed_out:
-        path, remark = found.washed_out[0]
+    inspected = inspect_images(list(paths), cores(), progress=True, cache=config.run_dir / "images-checked.bin")
+    if inspected.washed_out:
+        path, remark = inspected.washed_out[0]
         log.warning(
             "%s of %s images are shown to the model otherwise than a viewer shows them, such as %s: %s. `mslora-cr "
             "data check` names them all, `mslora-cr data convert` writes them as a viewer shows them",
-            f"{len(found.washed_out):,}",
+            f"{len(inspected.washed_out):,}",
             f"{len(paths):,}",
             path,
             remark,
         )
-    bad = found.bad
+    bad = inspected.bad
     if bad:
         listed = ((path, problem, *paths[path]) for path, problem in bad[:10])
         lines = [f"{part.path}: {part.place(index)}: {path}: {problem}" for path, problem, part, index in listed]

@@ -67,10 +67,10 @@ def combine_router(config: StreamConfig, name: str, folders: Sequence[Path]) -> 
         LockedError: Another launch writes to the run folder.
     """
     task = config.task(name)
-    places = [folder / "banks" / name if (folder / "banks" / name).is_dir() else folder for folder in folders]
-    for path in places:
+    paths = [folder / "banks" / name if (folder / "banks" / name).is_dir() else folder for folder in folders]
+    for path in paths:
         check_base({name: path}, config, base_digest(config))
-    sites = [load_statistics(path) for path in places]
+    sites = [load_statistics(path) for path in paths]
     try:
         statistics = combine(sites)
     except ValueError as error:

@@ -39,13 +39,13 @@ def load_banks(folder: Path, config: StreamConfig) -> dict[str, Bank]:
     Raises:
         BankError: there is no bank, a bank is missing while a later one is there, or one is of another rank or alpha.
     """
-    places = _places(folder, config, whole=method_of(config).keeps_frozen_adapters)
-    banks = {name: _load(source, name, config) for name, source in places.items()}
-    check_base(places, config, base_digest(config))
+    sources = _places(folder, config, whole=method_of(config).keeps_frozen_adapters)
+    banks = {name: _load(source, name, config) for name, source in sources.items()}
+    check_base(sources, config, base_digest(config))
     return banks
 
 
-def check_base(places: Mapping[str, Path], config: StreamConfig, base: str) -> None:
+def check_base(sources: Mapping[str, Path], config: StreamConfig, base: str) -> None:
     """Refuse banks that are known to have been trained on another base model than the configuration's.
 
     What knows it is the ledger of a run folder, which has the digest of the weights, the `config.json` of an exported
@@ -54,7 +54,7 @@ def check_base(places: Mapping[str, Path], config: StreamConfig, base: str) -> N
     Args:
         base: the digest of the configuration's base model.
     """
-    for name, source in places.items():
+    for name, source in sources.items():
         trained_on = _trained_on(source, name, config)
         if trained_on not in (None, base):
             raise BankError(
@@ -99,18 +99,18 @@ def _places(folder: Path, config: StreamConfig, whole: bool) -> dict[str, Path]:
     trained = method_of(config).trained(config)
     if not trained:
         raise BankError(f"{folder}: method {config.method} has no banks")
-    places = {task.name: _place(folder, config, task) for task in trained}
-    found = {name: source for name, source in places.items() if source is not None}
-    if not found:
+    candidates = {task.name: _place(folder, config, task) for task in trained}
+    sources = {name: source for name, source in candidates.items() if source is not None}
+    if not sources:
         tried = _published_name(config, trained[0])
         raise BankError(f"{folder}: no bank of this stream; looked for {tried}/{PUBLISHED_WEIGHTS} and banks/NAME")
-    missing = next((task for task in trained[: len(found)] if task.name not in found), None)
+    missing = next((task for task in trained[: len(sources)] if task.name not in sources), None)
     if whole and missing is not None:
         raise BankError(
-            f"{folder}: the chain has a gap: {_published_name(config, missing)} is missing, though "
-            f"{_published_name(config, config.task([*found][-1]))} is there"
+            f"{folder}: the sequence of banks has a gap: {_published_name(config, missing)} is missing, though "
+            f"{_published_name(config, config.task([*sources][-1]))} is there"
         )
-    return found
+    return sources
 
 
 def _load(source: Path, name: str, config: StreamConfig) -> Bank:
@@ -184,18 +184,18 @@ def import_banks(folder: Path, config: StreamConfig) -> list[str]:
 
 def _import_banks(folder: Path, config: StreamConfig) -> list[str]:
     method, ledger = method_of(config), Ledger.read(config)
-    places = _places(folder, config, whole=method.keeps_frozen_adapters or method.init_from_previous)
-    banks = {name: _load(source, name, config) for name, source in places.items()}
+    sources = _places(folder, config, whole=method.keeps_frozen_adapters or method.init_from_previous)
+    banks = {name: _load(source, name, config) for name, source in sources.items()}
     shapes = language_linear_shapes(Path(config.model.path))
     model_digest = base_digest(config)
-    check_base(places, config, model_digest)
+    check_base(sources, config, model_digest)
     for name, bank in banks.items():
-        _check_usable(bank, places[name], config, shapes)
+        _check_usable(bank, sources[name], config, shapes)
     missing = [name for name in banks if not _is_there(banks[name], ledger)]
     ledger.check_same_configuration(config, model_digest, force=False, advice="Import into another `run`")
     ledger.open(config, model_digest, force=False)
     for name in missing:
-        _enter(banks[name], places[name], config, ledger)
+        _enter(banks[name], sources[name], config, ledger)
     return missing
 
 
@@ -234,18 +234,18 @@ def _is_there(bank: Bank, ledger: Ledger) -> bool:
     return True
 
 
-def _enter(bank: Bank, place: Path, config: StreamConfig, ledger: Ledger) -> None:
+def _enter(bank: Bank, bank_folder: Path, config: StreamConfig, ledger: Ledger) -> None:
     """Save a bank in the run folder and enter it in the ledger. How it was trained is not known there."""
     task, folder = config.task(bank.name), ledger.bank_folder(bank.name)
-    file = place / (PUBLISHED_WEIGHTS if (place / PUBLISHED_WEIGHTS).is_file() else WEIGHTS)
+    file = bank_folder / (PUBLISHED_WEIGHTS if (bank_folder / PUBLISHED_WEIGHTS).is_file() else WEIGHTS)
     source = {"path": str(file.resolve()), "sha256": file_digest(file)}
     # The source's, or what `bank fit-router` has put there before.
-    routers = [load_file(origin / STATISTICS) for origin in (place, folder) if (origin / STATISTICS).is_file()]
+    routers = [load_file(origin / STATISTICS) for origin in (bank_folder, folder) if (origin / STATISTICS).is_file()]
     if method_of(config).router_examples(config):  # another method's keep no questions for this one's router
         routers = [statistics for statistics in routers if "examples" in statistics]
     extra = {STATISTICS: routers[0]} if routers else {}
     if method_of(config).has_task_state:
-        extra[TASK_STATE] = load_file(check_regular(place / TASK_STATE))
+        extra[TASK_STATE] = load_file(check_regular(bank_folder / TASK_STATE))
     described = {**bank.metadata, "modality": task.modality, "index": task.index, "imported": source}
     digest = save_bank(replace(bank, metadata=described), folder, config.lora.dropout, extra)
     imported = Imported(path=source["path"], sha256=source["sha256"])

@@ -50,31 +50,31 @@ def builds_on_earlier(config: StreamConfig) -> bool:
     method = answering_method(config)
     if isinstance(method, Method):
         return method.keeps_frozen_adapters or method.init_from_previous
-    places = range(1, len(config.tasks) + 1)
-    stages = method.stages(places, len(places))
-    return any(method.banks(task, stage, "prefix") != [task] for task in places for stage in stages if task <= stage)
+    numbers = range(1, len(config.tasks) + 1)
+    stages = method.stages(numbers, len(numbers))
+    return any(method.banks(task, stage, "prefix") != [task] for task in numbers for stage in stages if task <= stage)
 
 
 def record_answering(config: StreamConfig, ledger: Ledger) -> None:
     """Note in the ledger which banks answer, if the method is outside the package."""
     if not OUTSIDE.fullmatch(config.method):
         return
-    method, places = method_of(config), range(1, len(config.tasks) + 1)
+    method, numbers = method_of(config), range(1, len(config.tasks) + 1)
     learned = [task.index + 1 for task in config.stream if task.name in ledger.tasks]
     tables = {
-        by: tuple(tuple(tuple(method.banks(task, stage, by)) for task in places) for stage in places)
+        by: tuple(tuple(tuple(method.banks(task, stage, by)) for task in numbers) for stage in numbers)
         for by in ("prefix", "all")
     }
-    ledger.note_answering(Answering(stages=tuple(method.stages(learned, len(places))), **tables))
+    ledger.note_answering(Answering(stages=tuple(method.stages(learned, len(numbers))), **tables))
 
 
 def _fits(record: Answering, tasks: int) -> bool:
     """Whether a record is one of a stream of this many tasks: ledgers come from elsewhere."""
-    places = range(1, tasks + 1)
+    allowed = range(1, tasks + 1)
     rows = [row for table in (record.prefix, record.all) for row in table]
     numbers = [number for row in rows for banks in row for number in banks]
     return (
         len(record.prefix) == len(record.all) == tasks
         and all(len(row) == tasks for row in rows)
-        and all(number in places for number in (*numbers, *record.stages))
+        and all(number in allowed for number in (*numbers, *record.stages))
     )

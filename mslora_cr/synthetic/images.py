@@ -96,8 +96,8 @@ def _chest(traits: Traits, rng: np.random.Generator, width: int, height: int) ->
 def _brain(traits: Traits, rng: np.random.Generator, width: int, height: int) -> Image.Image:
     x, y = _grid(width, height, rng)
     skull, inside = _blob(x, y, (0, 0), (0.78, 0.92), 0.06), _blob(x, y, (0, 0), (0.66, 0.8), 0.08)
-    folds = _clouds(width, height, rng, cells=14)
-    picture = 0.75 * (skull - inside) + inside * (0.42 + 0.12 * folds)
+    gyri = _clouds(width, height, rng, cells=14)
+    picture = 0.75 * (skull - inside) + inside * (0.42 + 0.12 * gyri)
     size = 0.24 if traits["ventricles"] == "dilated" else 0.09
     for side in _SIDE.values():
         picture -= 0.38 * _blob(x, y, (side * (0.05 + size * 0.7), -0.02), (size, 0.14 + size), 0.3)

@@ -161,13 +161,13 @@ def _train_tower(base: LlavaMed, pixels: Tensor, seen: Seen, descent: _Descent) 
         ]
     )
 
-    def loss_of(places: NDArray[np.int64]) -> Tensor:
-        features = tower(pixels[places], output_hidden_states=True).hidden_states[layer][:, 1:].mean(1)
+    def loss_of(indices: NDArray[np.int64]) -> Tensor:
+        features = tower(pixels[indices], output_hidden_states=True).hidden_states[layer][:, 1:].mean(1)
         losses = [
             nn.functional.cross_entropy(classifier(features), target, reduction="sum")
-            for classifier, target in zip(classifiers, targets[places].T, strict=True)
+            for classifier, target in zip(classifiers, targets[indices].T, strict=True)
         ]
-        return torch.stack(losses).sum() / len(places)
+        return torch.stack(losses).sum() / len(indices)
 
     descent.run([*tower.parameters(), *classifiers.parameters()], loss_of)
     tower.requires_grad_(False)
@@ -186,8 +186,8 @@ def _train_language(base: LlavaMed, pixels: Tensor, seen: Seen, descent: _Descen
     language = base.model.model.language_model
     trained = nn.ModuleList([base.model.model.multi_modal_projector, language.layers, language.norm])
 
-    def loss_of(places: NDArray[np.int64]) -> Tensor:
-        batch = collate([album[index][descent.rng.integers(len(album[index]))] for index in places])
+    def loss_of(indices: NDArray[np.int64]) -> Tensor:
+        batch = collate([album[index][descent.rng.integers(len(album[index]))] for index in indices])
         del batch["record_index"]
         loss: Tensor = base.model(**batch).loss
         return loss

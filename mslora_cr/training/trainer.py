@@ -157,11 +157,13 @@ class BankTrainer(Trainer):
             self._micro_batch["distillation"] = distilled.detach()
             loss = loss + distillation.weight * distilled
         if not torch.isfinite(loss):
-            places = "\n  ".join(self.samples.place(index) for index in records.tolist() if index < len(self.samples))
+            locations = "\n  ".join(
+                self.samples.place(index) for index in records.tolist() if index < len(self.samples)
+            )
             raise NonFiniteLossError(
                 f"{self.args.run_name}: the loss at step {self.state.global_step + 1} is {loss.item()}; nothing was "
                 f"updated. The batch:\n"
-                f"  {places}\nA lower learning rate or training.bf16 instead of fp16 usually helps."
+                f"  {locations}\nA lower learning rate or training.bf16 instead of fp16 usually helps."
             )
         return (loss, outputs) if return_outputs else loss
 

@@ -155,14 +155,14 @@ def _causal(plan: Plan, devices: Sequence[str | None]) -> dict[str, Any]:
     chosen = {key: value for key, value in best.params.items() if not key.startswith(PER_TASK)}
     for name in names[: plan.first]:
         chosen |= {_of_task(key, name): best.params[key] for key in best.params if key.startswith(PER_TASK)}
-    chain = _trial_folder(plan, part, best)
+    trained = _trial_folder(plan, part, best)
     for number in range(plan.first, len(names) if plan.space.task else plan.first):
         name, fixed = names[number], tuple(f"{key}={value}" for key, value in chosen.items())
         keys = tuple(PER_TASK + key for key in plan.space.task)
-        part = StudyPart(f"{number + 1}-{name}", (tuple(names[: number + 1]),), 1, keys, fixed, chain)
+        part = StudyPart(f"{number + 1}-{name}", (tuple(names[: number + 1]),), 1, keys, fixed, trained)
         best = _optimize(plan, part, devices)
         chosen |= {_of_task(key, name): value for key, value in best.params.items()}
-        chain = _trial_folder(plan, part, best)
+        trained = _trial_folder(plan, part, best)
     return chosen
 
 
@@ -282,12 +282,12 @@ def _trial_config(
         f"{_of_task(key, newest) if part.chain is not None and key.startswith(PER_TASK) else key}={value}"
         for key, value in trial.params.items()
     ]
-    places = [f"run={name}", f"output_dir={folder}", f"results_dir={folder / 'results'}"]
+    folders = [f"run={name}", f"output_dir={folder}", f"results_dir={folder / 'results'}"]
     of_seed = [] if seed is None else [f"seed={seed}"]
     root = f"data.root={plan.folder / 'data'}"
     tasks = f"tasks=[{','.join(order)}]"
     fixed = [item for item in part.fixed if not item.startswith("tasks.") or item.split(".")[1] in order]
-    return load_config(plan.config_file, [*plan.overrides, tasks, *fixed, *values, *places, *of_seed, root])
+    return load_config(plan.config_file, [*plan.overrides, tasks, *fixed, *values, *folders, *of_seed, root])
 
 
 def _trial_folder(plan: Plan, part: StudyPart, trial: Trial | FrozenTrial) -> Path:

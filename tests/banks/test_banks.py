@@ -25,7 +25,7 @@ from mslora_cr.models.llava_med import LlavaMed, load
 from tests.conftest import GOLDEN, ConfigWriter
 
 CHAIN = ["pathvqa", "pathvqa_slake-vqarad", "pathvqa_slake-vqarad_derm", "pathvqa_slake-vqarad_derm_PCAM"]
-FOLDS = ("merge", "concatenate")
+MERGE_MODES = ("merge", "concatenate")
 
 
 def golden_bank(number: int) -> Bank:
@@ -69,22 +69,22 @@ def test_both_folds_equal_the_unfolded_sum(count: int, tmp_path: Path) -> None:
     banks = [golden_bank(number) for number in range(count)]
     expected = unfolded(banks, tmp_path)
     assert (expected - logits(golden_base().model)).abs().max() > 1e-2  # the banks do something
-    for fold in FOLDS:
-        stack = BankStack(golden_base().model, fold)
+    for merge_mode in MERGE_MODES:
+        stack = BankStack(golden_base().model, merge_mode)
         stack.set_frozen(banks)
         torch.testing.assert_close(logits(stack.model), expected, rtol=0, atol=1e-5)
         # In training the last bank is live, on top of the others folded.
-        stack = BankStack(golden_base().model, fold)
+        stack = BankStack(golden_base().model, merge_mode)
         stack.set_frozen(banks[:-1])
         stack.add_trainable(banks[-1].rank, banks[-1].alpha, initial=banks[-1])
         torch.testing.assert_close(logits(stack.model.eval()), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("fold", FOLDS)
-def test_freezing_again_starts_from_the_pristine_base(fold: str) -> None:
+@pytest.mark.parametrize("merge_mode", MERGE_MODES)
+def test_freezing_again_starts_from_the_pristine_base(merge_mode: str) -> None:
     """Any banks after any others, and none: what was folded before leaves no trace, not even of rounding."""
     banks = [golden_bank(number) for number in range(4)]
-    stack = BankStack(golden_base().model, fold, reuse=True)
+    stack = BankStack(golden_base().model, merge_mode, reuse=True)
     base = logits(stack.model)
     seen = {}
     for chosen in [(0, 1, 2, 3), (0,), (), (2,), (0, 1, 2, 3), ()]:
@@ -114,12 +114,12 @@ LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("merge_mode", MERGE_MODES)
 @pytest.mark.parametrize("earlier", [0, 1, 3])
-def test_exactly_the_live_bank_is_trainable(fold: str, earlier: int) -> None:
+def test_exactly_the_live_bank_is_trainable(merge_mode: str, earlier: int) -> None:
     base = golden_base().model
     assert not [name for name, parameter in base.named_parameters() if parameter.requires_grad]
-    stack = BankStack(base, fold)
+    stack = BankStack(base, merge_mode)
     stack.set_frozen([golden_bank(number) for number in range(earlier)])
     assert not [name for name, parameter in stack.model.named_parameters() if parameter.requires_grad]
     stack.add_trainable(4, 8)
@@ -137,9 +137,9 @@ def test_exactly_the_live_bank_is_trainable(fold: str, earlier: int) -> None:
     )  # the stage before is where training starts
 
 
-@pytest.mark.parametrize("fold", FOLDS)
-def test_only_the_live_bank_moves(fold: str) -> None:
-    stack = BankStack(golden_base().model, fold)
+@pytest.mark.parametrize("merge_mode", MERGE_MODES)
+def test_only_the_live_bank_moves(merge_mode: str) -> None:
+    stack = BankStack(golden_base().model, merge_mode)
     stack.set_frozen([golden_bank(0), golden_bank(1)])
     stack.add_trainable(4, 8, initial=None)
     before = {name: parameter.detach().clone() for name, parameter in stack.model.named_parameters()}
@@ -286,24 +286,24 @@ def test_a_routed_layer_is_the_weighted_sum_of_its_experts_and_so_is_its_gradien
     torch.testing.assert_close(layer.router.weight.grad, router.grad)
 
 
-@pytest.mark.parametrize("fold", FOLDS)
-def test_a_mixture_answers_as_it_was_trained_and_comes_back_as_it_was(fold: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("merge_mode", MERGE_MODES)
+def test_a_mixture_answers_as_it_was_trained_and_comes_back_as_it_was(merge_mode: str, tmp_path: Path) -> None:
     bank = routed_bank()
     save_bank(bank, tmp_path / "bank")
     again = load_bank(tmp_path / "bank")
     assert same_matrices(again, bank) and again.experts == 2
     assert all(torch.equal(again.routers[name], router) for name, router in bank.routers.items())
-    trainable = BankStack(golden_base().model, fold, kind=Experts(2))
+    trainable = BankStack(golden_base().model, merge_mode, kind=Experts(2))
     trainable.add_trainable(bank.rank, bank.alpha, initial=bank)
     expected = logits(trainable.model.eval())
-    frozen = BankStack(golden_base().model, fold, reuse=True)
+    frozen = BankStack(golden_base().model, merge_mode, reuse=True)
     frozen.set_frozen([again])
     torch.testing.assert_close(logits(frozen.model.eval()), expected, rtol=0, atol=1e-5)
     assert not [name for name, parameter in frozen.model.named_parameters() if parameter.requires_grad]
     snapshot = trainable.snapshot("copy", bank.rank, bank.alpha)
     assert same_matrices(snapshot, bank) and snapshot.routers.keys() == bank.routers.keys()
     # Other banks afterwards, and none, leave no trace of it.
-    plain = BankStack(golden_base().model, fold)
+    plain = BankStack(golden_base().model, merge_mode)
     plain.set_frozen([golden_bank(1)])
     frozen.set_frozen([golden_bank(1)])
     torch.testing.assert_close(logits(frozen.model.eval()), logits(plain.model), rtol=0, atol=0)
@@ -339,9 +339,9 @@ def test_what_a_mixture_cannot_do_is_refused(tmp_path: Path) -> None:
         load_bank(tmp_path / "three")
 
 
-@pytest.mark.parametrize("fold", FOLDS)
-def test_the_live_bank_can_be_switched_off_alone(fold: str) -> None:
-    stack = BankStack(golden_base().model, fold)
+@pytest.mark.parametrize("merge_mode", MERGE_MODES)
+def test_the_live_bank_can_be_switched_off_alone(merge_mode: str) -> None:
+    stack = BankStack(golden_base().model, merge_mode)
     stack.set_frozen([golden_bank(0)])
     expected = logits(stack.model)
     stack.add_trainable(4, 8, initial=golden_bank(1))

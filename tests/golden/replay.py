@@ -48,7 +48,7 @@ from mslora_cr.training.trainer import BankTrainer, loss_mask
 PIXELS, BASE_LOSS, LOGITS, PENALTIES = 1e-5, 1e-5, 1e-4, 1e-5
 GRADIENTS, TRAINING_LOSS, FINAL_BANKS, EXACT = 1e-4, 5e-5, 2e-4, 0.0
 
-FOLDS = ("merge", "concatenate")
+MERGE_MODES = ("merge", "concatenate")
 
 
 @dataclass
@@ -345,7 +345,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder in the format of tests/golden/tiny_a")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
     parser.add_argument(
-        "--fold", choices=FOLDS, nargs="+", default=FOLDS, help="how frozen banks join (default: %(default)s)"
+        "--fold",
+        choices=MERGE_MODES,
+        nargs="+",
+        default=MERGE_MODES,
+        help="how frozen banks join (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     logging.disable_progress_bar()

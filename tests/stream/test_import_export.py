@@ -227,7 +227,7 @@ def test_a_chain_with_a_hole_is_not_imported(
 ) -> None:
     shutil.rmtree(published / RUN / CHAIN[1])
     assert take(published, f"method={method}") == 1
-    assert "the chain has a gap" in capsys.readouterr().err
+    assert "the sequence of banks has a gap" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
@@ -347,7 +347,7 @@ def test_a_hole_is_refused(evaluate: Evaluate, published: Path, capsys: pytest.C
     shutil.rmtree(published / RUN / CHAIN[1])
     assert evaluate(published) == 1
     message = capsys.readouterr().err
-    assert f"the chain has a gap: {CHAIN[1]} is missing, though {CHAIN[3]} is there" in message
+    assert f"the sequence of banks has a gap: {CHAIN[1]} is missing, though {CHAIN[3]} is there" in message
 
 
 def test_another_rank_is_refused(evaluate: Evaluate, published: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,15 +93,15 @@ def download_open(
     return archive
 
 
-def content_digest(source: OpenSource, places: Sequence[Path], work: Path) -> str:
+def content_digest(source: OpenSource, sources: Sequence[Path], work: Path) -> str:
     """SHA-256 of the ids and paths of the files that a source uses, as `content` in the catalogue.
 
     Args:
         source: of the catalogue.
-        places: clones or archives.
+        sources: clones or archives.
         work: a folder for archives inside archives.
     """
-    with RawData(places, work) as raw:
+    with RawData(sources, work) as raw:
         files = [(path, file) for path, _, file in used_files(source.name, raw)]
         ids = blob_ids([file for _, file in files])
     return hashlib.sha256("".join(f"{ids[file]} {path}\n" for path, file in files).encode()).hexdigest()

@@ -92,14 +92,16 @@ def used_files(source: str, raw: RawData) -> list[tuple[str, re.Match[str], RawF
         DataError: two places hold the same path with other contents.
     """
     pattern = re.compile(rf"(?:^|/)({USED[source]})$")
-    found: dict[str, tuple[re.Match[str], RawFile]] = {}
+    by_path: dict[str, tuple[re.Match[str], RawFile]] = {}
     for file in raw.files:
         if match := pattern.search(str(file.path)):
             path = match[1]
-            if path in found and (found[path][1].size, file.size) != (file.size, found[path][1].size):
-                raise DataError(f"{source}: both {found[path][1].path} and {file.path} may be {path}; give one of them")
-            found[path] = match, file
-    return [(path, *found[path]) for path in sorted(found)]
+            if path in by_path and (by_path[path][1].size, file.size) != (file.size, by_path[path][1].size):
+                raise DataError(
+                    f"{source}: both {by_path[path][1].path} and {file.path} may be {path}; give one of them"
+                )
+            by_path[path] = match, file
+    return [(path, *by_path[path]) for path in sorted(by_path)]
 
 
 def labelled(source: str, raw: RawData) -> Iterator[Labelled]:

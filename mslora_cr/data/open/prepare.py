@@ -148,7 +148,7 @@ def _write(folder: Path, source: OpenSource, rows: Iterator[Row], copy: bool, pr
                 f"{folder.name}: the {side} side is empty; the raw download holds a part of the source alone"
             )
     prepared.rows.update({side: len(records) for side, records in sides.items()})
-    prepared.images.update({side: len(found) for side, found in names.items()})
+    prepared.images.update({side: len(of_side) for side, of_side in names.items()})
     prepared.shared_images = len(names["train"] & names["test"])
     shared = set(owners["train"]) & set(owners["test"])
     prepared.shared_groups, prepared.test_rows_of_shared = len(shared), sum(owner in shared for owner in owners["test"])

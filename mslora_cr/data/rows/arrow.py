@@ -79,13 +79,21 @@ def split_in(path: Path) -> str | None:
 
 
 def _file_rows(
-    file: Path, place: str, columns: Columns, question: str | None, remark: Remark
+    file: Path, location: str, columns: Columns, question: str | None, remark: Remark
 ) -> Iterator[Row | Problem]:
     schema, batches, count = _opened(file)
     _check_count(file, count)
-    known = known_columns(file, schema.names, columns, question, remark)
-    needed = [known.image, known.answer, known.group, known.split, known.answer_type, *known.attributes, *known.options]
-    needed += [] if question else [known.question, "hint" if "hint" in schema.names else None]
+    matched = known_columns(file, schema.names, columns, question, remark)
+    needed = [
+        matched.image,
+        matched.answer,
+        matched.group,
+        matched.split,
+        matched.answer_type,
+        *matched.attributes,
+        *matched.options,
+    ]
+    needed += [] if question else [matched.question, "hint" if "hint" in schema.names else None]
     names = list(dict.fromkeys(name for name in needed if name))
     for name in names:
         _check_type(file, name, schema.field(name).type)
@@ -95,10 +103,10 @@ def _file_rows(
         _check_count(file, number + batch.num_rows)
         for start in range(0, batch.num_rows, ROWS_AT_ONCE):
             for values in _values(batch.slice(start, ROWS_AT_ONCE), file):
-                where = f"{place}: row {number}"
+                where = f"{location}: row {number}"
                 number += 1
                 yield (
-                    table_row(where, _worded(values, labels, whole), known, question)
+                    table_row(where, _worded(values, labels, whole), matched, question)
                     if isinstance(values, dict)
                     else (values, where)
                 )

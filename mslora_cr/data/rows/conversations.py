@@ -45,11 +45,11 @@ def read_json_rows(path: Path, columns: Columns, question: str | None, remark: R
         with check_regular(path).open("rb") as file:
             items = _lines(path, file) if path.suffix.lower() == ".jsonl" else _elements(path, file)
             for number, item in enumerate(items):
-                place = f"{path.name}: record {number}"
+                location = f"{path.name}: record {number}"
                 try:
-                    yield _record(path, place, item, columns, question, remark)
+                    yield _record(path, location, item, columns, question, remark)
                 except UnusableError as error:
-                    yield str(error), place
+                    yield str(error), location
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -74,59 +74,63 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[Any]:
             raise DataError(f"{path}: line {number}: {explain_json(error)}") from None
 
 
-def _record(path: Path, place: str, item: Any, columns: Columns, question: str | None, remark: Remark) -> Row | Problem:
+def _record(
+    path: Path, location: str, item: Any, columns: Columns, question: str | None, remark: Remark
+) -> Row | Problem:
     if not isinstance(item, Mapping):
-        return "a record that is no object", place
+        return "a record that is no object", location
     if item.keys() >= OMNIMED:
-        return _omnimed(place, item)
+        return _omnimed(location, item)
     said_here = item.get("conversations", item.get("messages"))
     if said_here is None and columns.answer in item and (question or columns.question in item):
-        known = known_columns(path, [str(name) for name in item], columns, question, remark)
-        return table_row(place, item, known, question)
-    return _conversation(place, item, said_here, columns, remark)
+        matched = known_columns(path, [str(name) for name in item], columns, question, remark)
+        return table_row(location, item, matched, question)
+    return _conversation(location, item, said_here, columns, remark)
 
 
-def _omnimed(place: str, item: Mapping[str, Any]) -> Row | Problem:
+def _omnimed(location: str, item: Mapping[str, Any]) -> Row | Problem:
     """A question of OmniMedVQA: the true answer is the text of an option."""
     options = options_of([[item[key]] for key in sorted(item) if key.startswith("option_")])
-    known = {name: value for name in OMNIMED_ATTRIBUTES if (value := attribute(item.get(name))) is not None}
+    attributes = {name: value for name in OMNIMED_ATTRIBUTES if (value := attribute(item.get(name))) is not None}
     turns = (("human", said(item["question"], "a question")), ("gpt", said(item["gt_answer"], "an answer")))
     if not all(text for _, text in turns):
-        return "an empty turn", place
-    return Row(place, images_of(item["image_path"]), turns, answer_type="CLOSED", attributes=known, options=options)
+        return "an empty turn", location
+    return Row(
+        location, images_of(item["image_path"]), turns, answer_type="CLOSED", attributes=attributes, options=options
+    )
 
 
 def _conversation(
-    place: str, item: Mapping[str, Any], said_here: Any, columns: Columns, remark: Remark
+    location: str, item: Mapping[str, Any], said_here: Any, columns: Columns, remark: Remark
 ) -> Row | Problem:
     if not isinstance(said_here, list):
-        return "no list of conversations", place
+        return "no list of conversations", location
     turns, dropped, marks = [], set(), []
     if isinstance(item.get("system"), str) and item["system"].strip():
         dropped.add(SYSTEM)
     for turn in said_here:
         if not isinstance(turn, Mapping):
-            return "a turn that is no object", place
+            return "a turn that is no object", location
         speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if speaker == "system":
             dropped.add(SYSTEM)
             continue
         if not isinstance(speaker, str) or speaker not in SPEAKERS or not isinstance(text, str):
-            return "a turn without a known speaker and a text", place
+            return "a turn without a known speaker and a text", location
         marks.append(text)
         turns.append((SPEAKERS[speaker], text.replace(IMAGE, "").strip()))
     if [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
-        return "turns that do not alternate from a question to an answer", place
+        return "turns that do not alternate from a question to an answer", location
     if not all(text for _, text in turns):
-        return "an empty turn", place
+        return "an empty turn", location
     if any(IMAGE in text for text in marks[1:]):
-        return "a picture that is shown with a later turn: all pictures stand before the first question here", place
+        return "a picture that is shown with a later turn: all pictures stand before the first question here", location
     if _inside(marks[0]):
         dropped.add("the place of pictures inside a question: they are all shown before it")
     row = Row(
-        place, images_of(item.get(columns.image, item.get("images"))), tuple(turns), dropped=tuple(sorted(dropped))
+        location, images_of(item.get(columns.image, item.get("images"))), tuple(turns), dropped=tuple(sorted(dropped))
     )
-    return _completed(row, item, columns, remark) if row.images else ("no image", place)
+    return _completed(row, item, columns, remark) if row.images else ("no image", location)
 
 
 def _inside(question: str) -> bool:
@@ -140,8 +144,8 @@ def _completed(row: Row, item: Mapping[str, Any], columns: Columns, remark: Rema
     split = split_of(said(item[columns.split], "a split")) if columns.split and columns.split in item else None
     column = columns.group or patient_column([str(name) for name in item], remark)
     group = said(item.get(column), "a patient").strip() if column else ""
-    known = {name: value for name in columns.attributes if (value := attribute(item.get(name))) is not None}
-    return replace(row, split=split, group=group or None, attributes=known)
+    attributes = {name: value for name in columns.attributes if (value := attribute(item.get(name))) is not None}
+    return replace(row, split=split, group=group or None, attributes=attributes)
 
 
 def opening_key(path: Path) -> str:

@@ -47,9 +47,9 @@ def class_folders(folder: Path) -> dict[Path, str]:
     """By image, its class: the name of the folder that it is in; empty where images are not sorted by folders."""
     images = [path for path in files_below(folder) if path.suffix.lower() in ENDINGS and path.parent != folder]
     classes = {path: path.parent.name for path in images}
-    found = set(classes.values())
-    sides = {split_in(Path(name)) for name in found} - {None}
-    return classes if 2 <= len(found) <= MOST_CLASSES and not sides else {}
+    names = set(classes.values())
+    sides = {split_in(Path(name)) for name in names} - {None}
+    return classes if 2 <= len(names) <= MOST_CLASSES and not sides else {}
 
 
 def read_class_folders(folder: Path, question: str | None) -> Iterator[Row | Problem]:
@@ -58,10 +58,10 @@ def read_class_folders(folder: Path, question: str | None) -> Iterator[Row | Pro
     names = {name: name.replace("_", " ").strip().lower() for name in sorted(set(classes.values()))}
     asked = question or CLASS_QUESTION.format(classes=", ".join(names.values()))
     for path, name in classes.items():
-        place = path.relative_to(folder)
-        above = place.parent.parent
+        relative = path.relative_to(folder)
+        above = relative.parent.parent
         turns = (("human", asked), ("gpt", names[name]))
-        yield Row(str(place), (place.as_posix(),), turns, split_in(above), answer_type="CLOSED")
+        yield Row(str(relative), (relative.as_posix(),), turns, split_in(above), answer_type="CLOSED")
 
 
 def voc_files(folder: Path) -> list[Path]:
@@ -79,17 +79,17 @@ def read_voc(folder: Path) -> Iterator[Row | Problem]:
     splits, images = _image_sets(folder), _by_stem(folder)
     boxed: list[Boxed] = []
     for path in voc_files(folder):
-        place = str(path.relative_to(folder))
+        location = str(path.relative_to(folder))
         try:
             name, classes = _read_annotation(path)
         except (ElementTree.ParseError, UnusableError, LookupError, ValueError) as error:
-            yield f"an annotation that cannot be read ({shorten(str(error))})", place
+            yield f"an annotation that cannot be read ({shorten(str(error))})", location
             continue
         image = images.get(Path(name).stem, images.get(path.stem))
         if image is None:
-            yield "no image of the name that the annotation gives", place
+            yield "no image of the name that the annotation gives", location
         else:
-            boxed.append(Boxed(place, image, splits.get(path.stem) or split_in(path.relative_to(folder)), classes))
+            boxed.append(Boxed(location, image, splits.get(path.stem) or split_in(path.relative_to(folder)), classes))
     yield from _asked(boxed)
 
 
@@ -155,7 +155,7 @@ def read_coco(path: Path) -> Iterator[Row | Problem]:
             yield "a box of an unknown image or category", f"{path.name}: image {shorten(image)}"
     split = split_in(Path(path.name))
     boxed = [
-        Boxed(f"{path.name}: image {shorten(key)}", str(files[key]), split, found) for key, found in classes.items()
+        Boxed(f"{path.name}: image {shorten(key)}", str(files[key]), split, labels) for key, labels in classes.items()
     ]
     yield from _asked(boxed)
 
@@ -169,11 +169,11 @@ def _pairs(items: Any, key: str, value: str) -> Iterator[tuple[Any, Any]]:
 
 def _asked(boxed: Sequence[Boxed]) -> Iterator[Row]:
     """The questions about each image, by the rule at the top of this file."""
-    known = sorted({name for image in boxed for name in image.classes})
+    classes = sorted({name for image in boxed for name in image.classes})
     for image in boxed:
         counts = Counter(image.classes)
-        absent = [name for name in known if name not in counts]
-        if len(known) > FEW_CLASSES:  # in an order that depends on the image alone
+        absent = [name for name in classes if name not in counts]
+        if len(classes) > FEW_CLASSES:  # in an order that depends on the image alone
             absent.sort(key=lambda name: hashlib.sha256(f"{image.image} {name}".encode()).digest())
             absent = absent[: max(len(counts), 1)]
         for name in sorted([*counts, *absent]):

@@ -101,34 +101,34 @@ def plain(name: str) -> str:
     return re.sub(r"[\s._-]+", "", name).casefold()
 
 
-def known_columns(place: Path, names: Sequence[str], columns: Columns, question: str | None, remark: Remark) -> Columns:
+def known_columns(path: Path, names: Sequence[str], columns: Columns, question: str | None, remark: Remark) -> Columns:
     """The columns by the names that a table gives them.
 
     Raises:
         DataError: the table lacks one, has two of a name, or several that could be meant.
     """
     if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
-        raise DataError(f"{place}: two columns are called {shorten(twice[0])}; give each a name of its own")
+        raise DataError(f"{path}: two columns are called {shorten(twice[0])}; give each a name of its own")
 
     def column(name: str | None, key: str) -> str | None:
-        return _column(place, names, name, key) if name else None
+        return _column(path, names, name, key) if name else None
 
-    known = Columns(
-        image=_column(place, names, columns.image, "image"),
+    matched = Columns(
+        image=_column(path, names, columns.image, "image"),
         question=None if question else column(columns.question, "question"),
-        answer=_column(place, names, columns.answer, "answer"),
+        answer=_column(path, names, columns.answer, "answer"),
         group=column(columns.group, "group"),
         split=column(columns.split, "split"),
         answer_type=column(columns.answer_type, "answer_type"),
-        attributes=tuple(_column(place, names, name, "attributes") for name in columns.attributes),
-        options=tuple(_column(place, names, name, "options") for name in columns.options),
+        attributes=tuple(_column(path, names, name, "attributes") for name in columns.attributes),
+        options=tuple(_column(path, names, name, "options") for name in columns.options),
     )
-    if not known.options:
-        known = replace(known, options=_lettered_columns(names))
-    return known if known.group else replace(known, group=patient_column(names, remark))
+    if not matched.options:
+        matched = replace(matched, options=_lettered_columns(names))
+    return matched if matched.group else replace(matched, group=patient_column(names, remark))
 
 
-def _column(place: Path, names: Sequence[str], name: str, key: str) -> str:
+def _column(path: Path, names: Sequence[str], name: str, key: str) -> str:
     alike = [other for other in names if plain(other) == plain(name)]
     if name in names:
         return name
@@ -136,29 +136,29 @@ def _column(place: Path, names: Sequence[str], name: str, key: str) -> str:
         return alike[0]
     option = "--" + key.replace("_", "-")
     if alike:
-        raise DataError(f"{place}: columns {', '.join(map(repr, alike))} could be meant; name one with {option}")
+        raise DataError(f"{path}: columns {', '.join(map(repr, alike))} could be meant; name one with {option}")
     hint = " or --ask TEXT, which asks the same of every image" if key == "question" else ""
-    shown = ", ".join(shorten(other) for other in names[:40]) or "none"
+    listing = ", ".join(shorten(other) for other in names[:40]) or "none"
     raise DataError(
-        f"{place}: no column {name!r}{nearest(name, names)}; it has {shown}. Name the column with {option}{hint}"
+        f"{path}: no column {name!r}{nearest(name, names)}; it has {listing}. Name the column with {option}{hint}"
     )
 
 
 def _lettered_columns(names: Sequence[str]) -> tuple[str, ...]:
     """Columns A, B, C, … with an option each, as VLMEvalKit's tables have them; none unless there are two at least."""
-    found = []
+    letters = []
     for letter in LETTERS:
         if letter not in names:
             break
-        found.append(letter)
-    return tuple(found) if len(found) > 1 else ()
+        letters.append(letter)
+    return tuple(letters) if len(letters) > 1 else ()
 
 
 def patient_column(names: Iterable[str], remark: Remark = lambda text: None) -> str | None:
     """The column that says whose an image is; one that only may is remarked upon."""
     names = list(names)
-    if found := next((name for name in names if plain(name) in PATIENTS), None):
-        return found
+    if column := next((name for name in names if plain(name) in PATIENTS), None):
+        return column
     likely = [
         name for name in names if plain(name).startswith(PERHAPS_PATIENTS) or plain(name).endswith(PERHAPS_PATIENTS)
     ]
@@ -170,35 +170,35 @@ def patient_column(names: Iterable[str], remark: Remark = lambda text: None) -> 
     return None
 
 
-def table_row(place: str, values: Mapping[str, Any], columns: Columns, question: str | None) -> Row | Problem:
+def table_row(location: str, values: Mapping[str, Any], columns: Columns, question: str | None) -> Row | Problem:
     """One row of a table, whatever the table was read from."""
     try:
-        return _table_row(place, values, columns, question)
+        return _table_row(location, values, columns, question)
     except UnusableError as error:
-        return str(error), place
+        return str(error), location
 
 
-def _table_row(place: str, values: Mapping[str, Any], columns: Columns, question: str | None) -> Row | Problem:
+def _table_row(location: str, values: Mapping[str, Any], columns: Columns, question: str | None) -> Row | Problem:
     def text(column: str | None, what: str) -> str:
         return said(values.get(column) if column else None, what).replace(IMAGE, "").strip()
 
     images = images_of(values.get(columns.image))
     if not images:
-        return "no image", place
+        return "no image", location
     asking = question or text(columns.question, "a question")
     answer = text(columns.answer, "an answer")
     if not asking or not answer:
-        return "no question" if not asking else "no answer", place
+        return "no question" if not asking else "no answer", location
     kind = text(columns.answer_type, "an answer type").upper() or None
     if kind not in (None, "OPEN", "CLOSED"):
-        return "an answer type that is neither open nor closed", place
+        return "an answer type that is neither open nor closed", location
     split = split_of(text(columns.split, "a split")) if columns.split else None
     if "hint" in values and not question and (hint := said(values["hint"], "a hint").strip()):
         asking = f"{hint}\n{asking}"
     options = options_of([values.get(name) for name in columns.options])
-    known = {name: value for name in columns.attributes if (value := attribute(values.get(name))) is not None}
+    attributes = {name: value for name in columns.attributes if (value := attribute(values.get(name))) is not None}
     group = text(columns.group, "a patient") or None
-    return Row(place, images, (("human", asking), ("gpt", answer)), split, group, kind, known, options)
+    return Row(location, images, (("human", asking), ("gpt", answer)), split, group, kind, attributes, options)
 
 
 def split_of(name: str) -> str:
@@ -207,8 +207,8 @@ def split_of(name: str) -> str:
     Raises:
         UnusableError: it is called something else.
     """
-    if found := SPLITS.get(name.strip().casefold()):
-        return found
+    if split := SPLITS.get(name.strip().casefold()):
+        return split
     raise UnusableError(f"a split called {shorten(name)}")
 
 

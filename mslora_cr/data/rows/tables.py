@@ -49,16 +49,16 @@ def read_table(path: Path, columns: Columns, question: str | None, remark: Remar
         with path.open(newline="", encoding=encoding) as file:
             lines = table_lines(file, path, "\t" if path.suffix.lower() == ".tsv" else ",", remark)
             names = next(lines).fields
-            known = known_columns(path, names, columns, question, remark)
+            matched = known_columns(path, names, columns, question, remark)
             pictures: dict[str, str] = {}
             for line in lines:
-                place = f"{path.name}: line {line.number}"
+                location = f"{path.name}: line {line.number}"
                 if line.problem:
-                    yield line.problem, place
+                    yield line.problem, location
                     continue
                 values: dict[str, Any] = dict(zip(names, line.fields, strict=True))
-                _refer(values, known.image, pictures)
-                yield table_row(place, values, known, question)
+                _refer(values, matched.image, pictures)
+                yield table_row(location, values, matched, question)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError:

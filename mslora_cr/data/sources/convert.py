@@ -100,14 +100,14 @@ class Converted:
     def summary(self) -> dict[str, Any]:
         """The content of `convert.json`."""
         left_out, parts, noted = (
-            {reason: {"count": len(places), "examples": places[:EXAMPLES]} for reason, places in kind.items()}
+            {reason: {"count": len(rows), "examples": rows[:EXAMPLES]} for reason, rows in kind.items()}
             for kind in (self.left_out, self.left_out_parts, self.noted)
         )
         counts = {name: getattr(self, name) for name in ("rows", "train", "validation", "test", "images")}
         shared = {"count": len(self.shared_groups), "examples": self.shared_groups[:EXAMPLES]}
-        found = {"groups_on_both_sides": shared, "left_out": left_out, "left_out_parts": parts, "noted": noted}
+        problems = {"groups_on_both_sides": shared, "left_out": left_out, "left_out_parts": parts, "noted": noted}
         split = {"grouped_by": self.grouped_by, "split_by": self.split_by, "rows_without_patient": self.without_patient}
-        return {**counts, "rows_with_several_images": self.several, **split, **found, "remarks": self.remarks}
+        return {**counts, "rows_with_several_images": self.several, **split, **problems, "remarks": self.remarks}
 
 
 Placed = tuple[Row, list[str]]
@@ -187,12 +187,12 @@ def convert_images(source: Path, output: Path, rendering: Rendering | None = Non
         DataError: there is none, or the output folder is not from an earlier call.
     """
     _check_output(output, source, source.parent)
-    found = files_below(source) if source.is_dir() else [source]
-    files = [path for path in found if is_dicom(path) or is_nifti(path)]
+    candidates = files_below(source) if source.is_dir() else [source]
+    files = [path for path in candidates if is_dicom(path) or is_nifti(path)]
     if not files:
         raise DataError(f"{source}: no DICOM or NIfTI file there")
     converted, root = Converted(rows=len(files)), source if source.is_dir() else source.parent
-    others = sorted({*found} - {*files})
+    others = sorted({*candidates} - {*files})
     if others:
         converted.left_out["a file that is neither DICOM nor NIfTI"] = [str(path) for path in others]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -243,8 +243,8 @@ def _placed(rows: Iterable[Row | Problem], placer: ImagePlacer, converted: Conve
     for row in rows:
         converted.rows += 1
         if not isinstance(row, Row):
-            reason, place = row
-            converted.left_out[reason].append(place)
+            reason, location = row
+            converted.left_out[reason].append(location)
             continue
         if not _is_text(row):
             converted.left_out["half of a surrogate pair, which is no text"].append(row.place)
@@ -287,7 +287,7 @@ def _parted(rows: Sequence[Placed], split: Split, converted: Converted) -> dict[
     """The rows of each side: as the source says, the others by groups."""
     if not rows:
         reasons = "; ".join(
-            f"{len(places)} rows: {reason}, {places[0]}" for reason, places in converted.left_out.items()
+            f"{len(skipped)} rows: {reason}, {skipped[0]}" for reason, skipped in converted.left_out.items()
         )
         raise DataError(f"no row can be used{': ' if reasons else ''}{reasons}")
     groups = connected([_keys(row, names) for row, names in rows])

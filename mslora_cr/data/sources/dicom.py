@@ -265,10 +265,12 @@ def _grey(header: Dataset, stored: Pixels, padding: Pixels, rendering: Rendering
 
 def _window(header: Dataset) -> tuple[float, float] | None:
     """The file's first window: several are alternatives."""
-    found = [np.atleast_1d(header[key].value) for key in ("WindowCenter", "WindowWidth") if header.get(key) is not None]
-    if len(found) != 2 or not all(len(values) for values in found):
+    settings = [
+        np.atleast_1d(header[key].value) for key in ("WindowCenter", "WindowWidth") if header.get(key) is not None
+    ]
+    if len(settings) != 2 or not all(len(values) for values in settings):
         return None
-    center, width = (float(values[0]) for values in found)
+    center, width = (float(values[0]) for values in settings)
     return center, width
 
 

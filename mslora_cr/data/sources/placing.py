@@ -115,5 +115,5 @@ def _patient(path: Path) -> str | None:
         named = [str(header.get(key) or "").strip() for key in ("PatientID", "StudyInstanceUID")]
     except Exception:  # pydicom raises many kinds on damaged files, whose pixels are then refused with a reason
         return None
-    found = next((f"{kind} {name}" for kind, name in zip(("patient", "study"), named, strict=True) if name), None)
-    return f"{PSEUDONYM}{hashlib.sha256(found.encode(errors='replace')).hexdigest()[:12]}" if found else None
+    identifier = next((f"{kind} {name}" for kind, name in zip(("patient", "study"), named, strict=True) if name), None)
+    return f"{PSEUDONYM}{hashlib.sha256(identifier.encode(errors='replace')).hexdigest()[:12]}" if identifier else None

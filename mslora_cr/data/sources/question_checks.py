@@ -71,10 +71,10 @@ def check_questions(questions: Iterable[Asked], what: str, report: Report) -> No
     if contradicting:
         report.warning(f"{what} questions about the same image with different answers", contradicting)
     one_sided = [
-        f"{text[:MOST_SHOWN]!r}: {answer[:MOST_SHOWN]!r}, {count} of {found.total()} times"
-        for text, found in answers.items()
-        for answer, count in found.most_common(1)
-        if found.total() >= FEWEST and count / found.total() >= ONE_SIDED
+        f"{text[:MOST_SHOWN]!r}: {answer[:MOST_SHOWN]!r}, {count} of {counter.total()} times"
+        for text, counter in answers.items()
+        for answer, count in counter.most_common(1)
+        if counter.total() >= FEWEST and count / counter.total() >= ONE_SIDED
     ]
     if one_sided and len(answers) > 1:  # of one question alone the whole set's balance tells it
         report.warning(f"closed {what} questions that nearly always have the same answer", one_sided)

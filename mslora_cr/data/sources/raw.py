@@ -78,8 +78,8 @@ class RawData:
         DataError: a place does not exist, an archive is damaged or unsafe.
     """
 
-    def __init__(self, places: Sequence[Path], work: Path):
-        self.places, self.work = places, work
+    def __init__(self, sources: Sequence[Path], work: Path):
+        self.places, self.work = sources, work
         self.files: list[RawFile] = []
         self._by_name: dict[str, list[RawFile]] = defaultdict(list)
         self._by_folder: dict[tuple[str, str], list[RawFile]] = defaultdict(list)
@@ -165,12 +165,12 @@ class RawData:
             parts = PurePosixPath(suffix).parts
             files = [file for file in self.named(parts[-1]) if file.path.parts[-len(parts) :] == parts]
             if len({fingerprint(file) for file in files}) > 1:
-                places = "".join(f"\n  {file.path}" for file in files)
-                raise DataError(f"{suffix}: the raw data contains several different ones; keep one:{places}")
+                listing = "".join(f"\n  {file.path}" for file in files)
+                raise DataError(f"{suffix}: the raw data contains several different ones; keep one:{listing}")
             if files:
                 return files[0]
-        places = ", ".join(str(source) for source in self.places)
-        raise DataError(f"{' or '.join(suffixes)}: not found in {places}")
+        listing = ", ".join(str(source) for source in self.places)
+        raise DataError(f"{' or '.join(suffixes)}: not found in {listing}")
 
 
 def alike(name: str) -> str:
