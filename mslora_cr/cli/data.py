@@ -39,7 +39,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", type=Path, nargs="+", required=True, help="raw download: folders and archives")
     parser.add_argument("--root", type=Path, help=f"data root ({PUBLISHED_ROOT}; of the open stream {OPEN_ROOT})")
     add_only(parser)
-    parser.add_argument("--annotations", action="store_true", help="build train.json and test.jsonl from it")
+    parser.add_argument("--annotations", action="store_true", help="build train.json, test.jsonl and val.jsonl from it")
     parser.add_argument(
         "--skip-missing",
         action="store_true",
@@ -75,7 +75,10 @@ def run_prepare(args: argparse.Namespace) -> int:
     )
     if result.rows is not None:
         left_out = f"; {result.rows['empty']} rows without question or answer left out" if result.rows["empty"] else ""
-        print(f"annotations: {result.rows['train']} training rows, {result.rows['test']} test rows{left_out}")
+        validation = f", {rows} validation rows" if (rows := result.rows.get("validation")) else ""
+        print(
+            f"annotations: {result.rows['train']} training rows, {result.rows['test']} test rows{validation}{left_out}"
+        )
     print(f"{dataset.name}: {result.placed} images placed, {result.present} already present")
     for name in result.missing[:20]:
         print(f"  missing: {name}")

@@ -416,6 +416,31 @@ def test_pathvqa(suffix, tmp_path):
     ]
 
 
+def validation_of(root: Path, dataset: str) -> list[tuple[str, str, str]]:
+    return [(r.images[0], r.gt, r.answer_type) for r in TestRecords(root / data_set(dataset).folder / "val.jsonl")]
+
+
+def test_pathvqa_keeps_its_validation_split(tmp_path):
+    raw, root = tmp_path / "raw", tmp_path / "root"
+    rows = {**QAS, "val": [{"image": "val_0001", "question": "Is it?", "answer": "no"}]}
+    for split, content in QAS.items():
+        put(raw / f"qas/{split}/{split}_qa.json", json.dumps(content))
+    run("pathvqa", raw, root, annotations=True)
+    before = everything(root)
+    assert not (root / "PathVQA/val.jsonl").exists()
+    for split, content in rows.items():
+        put(raw / f"qas/{split}/{split}_qa.json", json.dumps(content))
+        put(raw / f"images/{split}/{split}_0001.jpg", png(1))
+    result = run("pathvqa", raw, root, annotations=True)
+    assert result.rows == {"train": 1, "test": 2, "validation": 1, "empty": 1}
+    assert result.placed == 3 and not result.missing
+    assert validation_of(root, "pathvqa") == [("images/val/val_0001.jpg", "no", "CLOSED")]
+    assert before.items() <= everything(root).items()  # training and test records are what they were
+    put(root / "PathVQA/val.jsonl", "{}")
+    with pytest.raises(DataError, match=r"val.jsonl: differs from what would be built"):
+        run("pathvqa", raw, root, annotations=True)
+
+
 def test_lines_end_at_newlines_only_and_blank_ones_are_skipped(tmp_path):
     """Other characters that some take for line breaks may stand in a text."""
     question = "What\u2028is\u0085it?"
@@ -458,7 +483,8 @@ def test_slake_and_vqarad_are_two_downloads(tmp_path):
     files = {
         "Slake1.0/train.json": json.dumps([slake(0), slake(1, "zh")]).encode(),
         "Slake1.0/test.json": json.dumps([slake(2, "zh"), slake(3)]).encode(),
-        **{f"Slake1.0/imgs/xmlab{i}/source.jpg": png(i) for i in range(4)},
+        "Slake1.0/validate.json": json.dumps([slake(4)]).encode(),
+        **{f"Slake1.0/imgs/xmlab{i}/source.jpg": png(i) for i in range(5)},
     }
     first = zip_of(tmp_path / "Slake1.0.zip", files)
     second = tmp_path / "osfstorage"
@@ -472,7 +498,8 @@ def test_slake_and_vqarad_are_two_downloads(tmp_path):
         put(second / f"VQA_RAD Image Folder/synpic{i}.jpg", png(10 + i))
     root = tmp_path / "root"
     result = run("slake-vqarad", [first, second], root, annotations=True)
-    assert result.rows == {"train": 2, "test": 3} and not result.missing
+    assert result.rows == {"train": 2, "test": 3, "validation": 1} and not result.missing
+    assert validation_of(root, "slake-vqarad") == [("Slake_images/xmlab4/source.jpg", "CT", "OPEN")]
     train, test = read_back(root, "slake-vqarad")
     assert [(row[0], row[1]) for row in train] == [
         (1, "Slake_images/xmlab0/source.jpg"),
@@ -541,11 +568,13 @@ def test_cxp_reads_kaggles_doubled_archive_once(tmp_path):
     assert red(tmp_path / "root", "CXP", "test/PNEUMONIA/p2.jpeg") == 32
 
 
-def pcam(folder: Path, rows: int = 600, packed: bool = False) -> dict[str, np.ndarray]:
+def pcam(
+    folder: Path, rows: int = 600, packed: bool = False, splits: tuple[str, ...] = ("train", "test")
+) -> dict[str, np.ndarray]:
     h5py = pytest.importorskip("h5py")
     folder.mkdir(parents=True)
     labels = {}
-    for seed, split in enumerate(("train", "test")):
+    for seed, split in enumerate(splits):
         random = np.random.default_rng(seed)
         patches = random.integers(0, 256, (rows, 8, 8, 3), dtype=np.uint8)
         labels[split] = random.integers(0, 2, (rows, 1, 1, 1), dtype=np.uint8)
@@ -582,6 +611,15 @@ def reword(folder: Path, positive: str, negative: str) -> None:
     for name in ("train.json", "test.jsonl"):
         text = (folder / name).read_text().replace('"Positive"', json.dumps(positive))
         (folder / name).write_text(text.replace('"Negative"', json.dumps(negative)))
+
+
+def test_pcam_keeps_its_validation_split(tmp_path):
+    labels = pcam(tmp_path / "raw", rows=20, splits=("train", "test", "valid"))
+    result = run("PCAM", tmp_path / "raw", tmp_path / "root", annotations=True)
+    assert (result.rows, result.placed) == ({"train": 20, "test": 20, "validation": 20}, 60)
+    rows = validation_of(tmp_path / "root", "PCAM")
+    assert [answer == "Positive" for _, answer, _ in rows] == list(labels["valid"].ravel() == 1)
+    assert rows[7][0] == "valid/000007.png" and (tmp_path / "root/PCam/valid/000007.png").is_file()
 
 
 @pytest.mark.parametrize("words", [("yes", "no"), ("Tumor.", "Normal."), ("abnormal ", "\nnormal"), ("no", "yes")])

@@ -1,4 +1,4 @@
-"""`train.json` and `test.jsonl` from what a raw release holds itself: questions and answers, or labels.
+"""`train.json`, `test.jsonl` and, where there is a validation split, `val.jsonl`, from what a raw release holds.
 
 One function per data set walks the release and yields rows; the questions about labels are the catalogue's
 own words, or the user's. `slake-vqarad` is two releases, one after the other, as published.
@@ -15,7 +15,7 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
@@ -23,13 +23,13 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 from mslora_cr.data.records import AnswerType, DataError, Text
 from mslora_cr.data.rows.row import attribute
 from mslora_cr.data.sources.catalog import DataSet
-from mslora_cr.data.sources.pcam import image_name, read_labels
-from mslora_cr.data.sources.raw import RawData, RawFile, read
+from mslora_cr.data.sources.pcam import has_split, image_name, read_labels
+from mslora_cr.data.sources.raw import RawData, RawFile, read, with_ending
 from mslora_cr.utils.errors import first_problem, nearest
-from mslora_cr.utils.files import replacing
+from mslora_cr.utils.files import replacing, write_text
 from mslora_cr.utils.strict_json import STRICT_JSON, explain_json
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 
@@ -53,7 +53,8 @@ def build_annotations(
     questions: Mapping[str, str] | None = None,
     unavailable: Collection[str] = (),
 ) -> Counter[str]:
-    """Write `folder/train.json` and `folder/test.jsonl`; give the number of rows of each split.
+    """Write `folder/train.json`, `folder/test.jsonl` and, where the release has a validation split, `folder/val.jsonl`;
+    give the number of rows of each split.
 
     `questions` replaces templates of the catalogue, by their keys. Files that exist already are left
     alone if they say the same, and never overwritten otherwise. Rows without a question or an answer are left
@@ -66,7 +67,8 @@ def build_annotations(
     train, test = folder / "train.json", folder / "test.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(train) as new_train, replacing(test) as new_test:
-        counts = _write(rows, new_train, new_test, unavailable)
+        validation: list[str] = []
+        counts = _write(rows, new_train, new_test, validation, unavailable)
         if not (counts["train"] and counts["test"]):
             raise DataError(
                 f"{dataset.name}: the raw data give {counts['train']} training and {counts['test']} test rows"
@@ -74,6 +76,8 @@ def build_annotations(
         for new, old in ((new_train, train), (new_test, test)):
             if old.exists() and not filecmp.cmp(new, old, shallow=False):
                 raise DataError(f"{old}: differs from what would be built; move it away to rebuild it")
+        if validation:
+            _write_validation(folder / "val.jsonl", "".join(validation))
     return counts
 
 
@@ -95,8 +99,16 @@ def _templates(dataset: DataSet, replaced: Mapping[str, str]) -> dict[str, str]:
     return {**dataset.questions, **replaced}
 
 
-def _write(rows: Iterator[Row], train: Path, test: Path, unavailable: Collection[str]) -> Counter[str]:
-    """A record a line, written as the rows come."""
+def _write_validation(path: Path, text: str) -> None:
+    if path.exists() and path.read_bytes() != text.encode():
+        raise DataError(f"{path}: differs from what would be built; move it away to rebuild it")
+    write_text(path, text)
+
+
+def _write(
+    rows: Iterator[Row], train: Path, test: Path, validation: list[str], unavailable: Collection[str]
+) -> Counter[str]:
+    """A record a line, written as the rows come; the few of validation are collected."""
     counts: Counter[str] = Counter()
     with train.open("w", encoding="utf-8") as train_file, test.open("w", encoding="utf-8") as test_file:
         for row in rows:
@@ -110,7 +122,8 @@ def _write(rows: Iterator[Row], train: Path, test: Path, unavailable: Collection
                 train_file.write("[\n" if not counts["train"] else ",\n")
                 train_file.write(json.dumps(_training_record(row), ensure_ascii=False))
             else:
-                test_file.write(json.dumps(_test_record(row), ensure_ascii=False) + "\n")
+                write = test_file.write if row.split == "test" else validation.append
+                write(json.dumps(_test_record(row), ensure_ascii=False) + "\n")
             counts[row.split] += 1
         train_file.write("\n]\n")
     return counts
@@ -181,27 +194,29 @@ class _VqaRadRow(BaseModel):
     phrase_type: str
 
 
-def _with_ending(name: str) -> str:
-    """An image's name from an id, which in some copies of a release has its ending already."""
-    endings = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
-    return name if PurePosixPath(name).suffix.lower() in endings else f"{name}.jpg"
+def _sides(validation: str, given: bool) -> Iterator[tuple[Split, str]]:
+    """The splits with what a release calls them; validation where it is `given`."""
+    yield from zip(SPLITS, SPLITS, strict=True)
+    if given:
+        yield "validation", validation
 
 
 def _pathvqa(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
-    for split in SPLITS:
-        file = raw.find(*(f"qas/{split}/{split}_qa{suffix}" for suffix in (".pkl", ".json", ".jsonl")))
+    suffixes = (".pkl", ".json", ".jsonl")
+    for split, side in _sides("val", raw.has(*(f"qas/val/val_qa{suffix}" for suffix in suffixes))):
+        file = raw.find(*(f"qas/{side}/{side}_qa{suffix}" for suffix in suffixes))
         for index, row in enumerate(_rows(file, _PathVqaRow)):
-            name = _with_ending(row.image)
+            name = with_ending(row.image)
             closed = row.answer.strip().lower() in ("yes", "no")
             question = questions["question"].replace("{question}", row.question)
-            yield Row(split, index, f"images/{split}/{name}", question, row.answer, "CLOSED" if closed else "OPEN")
+            yield Row(split, index, f"images/{side}/{name}", question, row.answer, "CLOSED" if closed else "OPEN")
 
 
 def _slake_vqarad(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
     template = questions["question"]
-    for split in SPLITS:
+    for split, side in _sides("validate", raw.has("Slake1.0/validate.json", "validate.json")):
         english = (
-            row for row in _rows(raw.find(f"Slake1.0/{split}.json", f"{split}.json"), _SlakeRow) if row.q_lang == "en"
+            row for row in _rows(raw.find(f"Slake1.0/{side}.json", f"{side}.json"), _SlakeRow) if row.q_lang == "en"
         )
         for number, slake in enumerate(english, 1):
             question = template.replace("{question}", slake.question)
@@ -231,7 +246,7 @@ def _fitzpatrick(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
     columns = ("md5hash", "label", "three_partition_label")
     for row in _table(raw.find("fitzpatrick17k.csv"), columns):
         name, split = row["md5hash"], _split_by_hash(row["md5hash"])
-        image = f"images/{_with_ending(name)}"
+        image = f"images/{with_ending(name)}"
         yield Row(split, f"{name}-diagnosis", image, questions["diagnosis"], row["label"], "OPEN")
         yield Row(
             split,
@@ -251,7 +266,7 @@ def _ham(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
     file = raw.find("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")
     for row in _table(file, ("lesion_id", "image_id", "dx"), tuple(HAM_ATTRIBUTES)):
         # By lesion, so that no lesion is seen both in training and in the test.
-        split, image = _split_by_hash(row["lesion_id"]), f"images/{_with_ending(row['image_id'])}"
+        split, image = _split_by_hash(row["lesion_id"]), f"images/{with_ending(row['image_id'])}"
         yield Row(
             split,
             row["image_id"],
@@ -283,10 +298,10 @@ def _cxp(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
 
 
 def _pcam(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
-    for split in SPLITS:
-        for index, positive in enumerate(read_labels(raw, split)):
+    for split, side in _sides("valid", has_split(raw, "valid")):
+        for index, positive in enumerate(read_labels(raw, side)):
             answer = "Positive" if positive else "Negative"
-            yield Row(split, index, image_name(split, index), questions["label"], answer, "CLOSED")
+            yield Row(split, index, image_name(side, index), questions["label"], answer, "CLOSED")
 
 
 _BUILDERS: dict[str, Callable[[RawData, Mapping[str, str]], Iterator[Row]]] = {

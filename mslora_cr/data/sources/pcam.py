@@ -34,6 +34,12 @@ def has_arrays(raw: RawData) -> bool:
     return any(file.path.name.startswith("camelyonpatch_level_2_split_") for file in raw.files)
 
 
+def has_split(raw: RawData, split: str) -> bool:
+    """Whether both arrays of a split are there."""
+    names = (f"camelyonpatch_level_2_split_{split}_{which}.h5" for which in "xy")
+    return all(raw.has(name, f"{name}.gz") for name in names)
+
+
 def read_labels(raw: RawData, split: str) -> list[bool]:
     """The label of each row: is there tumor tissue in the centre of the patch?"""
     with _array(raw, split, "y") as array:

@@ -53,9 +53,9 @@ def prepare(
 ) -> Prepared:
     """Bring a data set's images from its raw download into `data_root`; safe to repeat.
 
-    Loose images are linked, or copied with `copy`; those in archives are unpacked. With
-    `annotations`, `train.json` and `test.jsonl` are built first (`questions`: templates that replace the
-    catalogue's). With `skip_missing` they are built last, without the rows of images that are missing, ambiguous or
+    Loose images are linked, or copied with `copy`; those in archives are unpacked. With `annotations`, `train.json`,
+    `test.jsonl` and, for a release's validation split, `val.jsonl` are built first (`questions`: templates that replace
+    the catalogue's). With `skip_missing` they are built last, without the rows of images that are missing, ambiguous or
     unreadable.
 
     Raises:
@@ -128,8 +128,10 @@ def _uses(folder: Path) -> Iterator[tuple[str, tuple[str, ...], str]]:
     training, test = TrainingRecords(folder / "train.json"), TestRecords(folder / "test.jsonl")
     for index, conversation in enumerate(training):
         yield f"{training.path}: record {index}", conversation.images, conversation.turns[-1].text
-    for index, question in enumerate(test):
-        yield f"{test.path}: question {index}", question.images, question.gt
+    validation = folder / "val.jsonl"
+    for records in (test, *([TestRecords(validation)] if validation.is_file() else [])):
+        for index, question in enumerate(records):
+            yield f"{records.path}: question {index}", question.images, question.gt
 
 
 def _targets(names: Iterable[str], dataset: DataSet, data_root: Path) -> dict[str, Path]:

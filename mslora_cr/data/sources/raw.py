@@ -155,6 +155,11 @@ class RawData:
         folder = composed(folder)
         return self._by_folder.get((folder, name)) or self._by_folder.get((folder, alike(name)), [])
 
+    def has(self, *suffixes: str) -> bool:
+        """Whether the path of some file ends with one of the suffixes."""
+        wanted = [PurePosixPath(suffix).parts for suffix in suffixes]
+        return any(file.path.parts[-len(parts) :] == parts for parts in wanted for file in self.named(parts[-1]))
+
     def find(self, *suffixes: str) -> RawFile:
         """The file whose path ends with one of the suffixes; the first suffix that fits counts.
 
@@ -171,6 +176,12 @@ class RawData:
                 return files[0]
         listing = ", ".join(str(source) for source in self.places)
         raise DataError(f"{' or '.join(suffixes)}: not found in {listing}")
+
+
+def with_ending(name: str) -> str:
+    """An image's name from an id, which in some copies of a release has its ending already."""
+    endings = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
+    return name if PurePosixPath(name).suffix.lower() in endings else f"{name}.jpg"
 
 
 def alike(name: str) -> str:
