@@ -15,6 +15,7 @@ from mslora_cr.data.records import DataError, TestRecord, TrainingRecords
 from mslora_cr.data.tasks import task_folder
 from mslora_cr.evaluation.clinical_file import (
     AttributeMeasured,
+    Calibration,
     ClassMeasured,
     Clinical,
     ClosedMeasured,
@@ -22,6 +23,12 @@ from mslora_cr.evaluation.clinical_file import (
     GroupMeasured,
     Guessing,
     Measured,
+)
+from mslora_cr.metrics.calibration import (
+    accuracy_at_coverage,
+    brier_decomposition,
+    expected_calibration_error,
+    risk_coverage,
 )
 from mslora_cr.metrics.closed import Confusion, Figure, class_figures, confusion, confusion_figures
 from mslora_cr.metrics.discrimination import auroc, average_precision
@@ -193,6 +200,25 @@ def _closed(
             for index, (name, (recall, precision)) in enumerate(by_class.items())
         ),
         guessing=_guessing(chosen, clusters, training),
+        calibration=None if chances is None else _calibration(table, chances),
+    )
+
+
+def _calibration(answered: Confusion, chances: Scores) -> Calibration:
+    """Calibration of the likeliest candidate; Brier's parts of the last of two classes (yes)."""
+    likeliest, confidence = chances.argmax(1), chances.max(1)
+    right = (likeliest == answered.truth).astype(np.float64)
+    binary = len(answered.names) == 2
+    parts = brier_decomposition(chances[:, 1], (answered.truth == 1).astype(np.float64)) if binary else None
+    return Calibration(
+        expected_error=expected_calibration_error(confidence, right),
+        brier=parts.score if parts else None,
+        reliability=parts.reliability if parts else None,
+        resolution=parts.resolution if parts else None,
+        uncertainty=parts.uncertainty if parts else None,
+        risk_coverage_area=float(risk_coverage(confidence, right).mean()),
+        accuracy_at_80=accuracy_at_coverage(confidence, right, 0.8),
+        accuracy_at_90=accuracy_at_coverage(confidence, right, 0.9),
     )
 
 

@@ -74,6 +74,30 @@ class Guessing(Part):
         return f"{always}not above {100 * reached:.1f} % by guessing"
 
 
+class Calibration(Part):
+    """How far the probabilities of the given answers can be trusted; shares, none of them with an interval.
+
+    Attributes:
+        expected_error: expected calibration error of the likeliest candidate, over ten bins of equal mass.
+        brier: the Brier score of the last of two classes; None where there are more than two.
+        reliability: its part that calibration would remove.
+        resolution: its part by which forecasts tell questions apart, which lowers the score.
+        uncertainty: its part that the base rate alone causes.
+        risk_coverage_area: the mean share of wrong answers among the surest, over all coverages.
+        accuracy_at_80: the share of right answers among the surest 80 %.
+        accuracy_at_90: the same among the surest 90 %.
+    """
+
+    expected_error: float
+    brier: float | None
+    reliability: float | None
+    resolution: float | None
+    uncertainty: float | None
+    risk_coverage_area: float
+    accuracy_at_80: float
+    accuracy_at_90: float
+
+
 class ClosedMeasured(Part):
     """Closed questions together, of a task or of one text.
 
@@ -83,6 +107,7 @@ class ClosedMeasured(Part):
         groups: how many images or patients.
         classes: the true answers.
         confusion: true class × said class; the last column holds answers of no class, which never count as right.
+        calibration: of the candidates' probabilities; None without them.
         figures: by name, as `metrics.closed.confusion_figures` and `metrics.discrimination` give them.
     """
 
@@ -94,6 +119,7 @@ class ClosedMeasured(Part):
     figures: dict[str, Measured]
     by_class: tuple[ClassMeasured, ...]
     guessing: Guessing
+    calibration: Calibration | None = None
 
 
 class CountsMeasured(Part):

@@ -61,6 +61,43 @@ def test_probabilities_give_areas_and_counts_give_errors() -> None:
     assert found.counts.mean_absolute_error is not None and found.counts.mean_absolute_error.value == 1
 
 
+def test_calibration_of_twenty_questions_worked_by_hand() -> None:
+    """Example: 20 questions of 9 patients. Bins of the expected calibration error are ten here."""
+    truth = [1] * 8 + [0] * 12
+    yes = [
+        0.95,
+        0.9,
+        0.85,
+        0.8,
+        0.7,
+        0.55,
+        0.4,
+        0.3,
+        0.75,
+        0.6,
+        0.45,
+        0.35,
+        0.35,
+        0.25,
+        0.2,
+        0.15,
+        0.1,
+        0.1,
+        0.05,
+        0.05,
+    ]
+    words = ("no", "yes")
+    rows = [(CELL, words[p > 0.5], words[y], True) for p, y in zip(yes, truth, strict=True)]
+    found = clinical_of(asked_answers(rows, None, [{"yes": p, "no": 1 - p} for p in yes]), independent(20))
+    assert found.closed is not None and found.closed.calibration is not None
+    figures = found.closed.calibration
+    assert figures.brier == pytest.approx(0.136875)
+    assert (figures.reliability, figures.resolution, figures.uncertainty) == pytest.approx((0.136875, 0.24, 0.24))
+    assert figures.risk_coverage_area == pytest.approx(0.073079, abs=1e-6)
+    assert (figures.accuracy_at_80, figures.accuracy_at_90) == pytest.approx((0.875, 0.77778), abs=1e-5)
+    assert 0 < figures.expected_error < 0.3
+
+
 def test_scoring_writes_the_file_and_training_records_say_what_is_frequent(tmp_path: Path) -> None:
     rows = [{"question_id": n, "prompt": CELL, "text": "yes", "gt": "yes" if n < 9 else "no"} for n in range(12)]
     answers = tmp_path / "answer-file.jsonl"
