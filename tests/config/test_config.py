@@ -424,7 +424,7 @@ def test_a_method_outside_the_package_that_is_none_is_refused(
     assert message.format(here=tmp_path) in error_of(write(tmp_path, method=method))
 
 
-LATER_DEFAULTS = ("auto", "frobenius")
+LATER_DEFAULTS = ("auto", "frobenius", True)
 """Of keys that the configuration did not have then, and that decide nothing at these values."""
 
 
@@ -451,7 +451,8 @@ def test_every_methods_configuration_is_what_it_was(tmp_path: Path) -> None:
         path = write_text(tmp_path, yaml.safe_dump({**settings, "method": method, "tasks": tasks, **section}))
         config = load_config(path)
         dumped = config.model_dump(mode="json")
-        assert (dumped["model"].pop("kernels"), dumped["regularization"].pop("distance")) == LATER_DEFAULTS
+        later = (("model", "kernels"), ("regularization", "distance"), ("evaluation", "probabilities"))
+        assert tuple(dumped[section].pop(name) for section, name in later) == LATER_DEFAULTS
         written = yaml.safe_dump(dumped, sort_keys=False).encode()
         assert expected == {
             "all": config.training_digest(),

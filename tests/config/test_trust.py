@@ -91,7 +91,7 @@ def test_what_needs_no_code_goes_on_without(words: list[str], here: Path) -> Non
 @pytest.mark.parametrize(
     "words",
     [
-        ["ask", "foreign", "--image", "x.png", "What?"],
+        ["ask", "foreign", "What?"],
         ["web", "foreign", "--port", "0"],
         ["evaluate", "checkpoints/foreign/config.yaml", "--stages", "all"],
         ["evaluate", "checkpoints/foreign/config.yaml", "--banks-by", "routed"],

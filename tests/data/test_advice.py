@@ -43,7 +43,7 @@ def test_what_is_beside_a_missing_file(tmp_path: Path) -> None:
 
 def test_a_dicom_file(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(bytes(128) + b"DICM" + bytes(100))
-    with pytest.raises(DataError, match=r"a DICOM file.*convert it to an 8-bit PNG"):
+    with pytest.raises(DataError, match=r"a DICOM file.*`mslora-cr data convert` draws it"):
         load_image(tmp_path / "a.png")
 
 

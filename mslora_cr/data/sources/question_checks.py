@@ -58,13 +58,16 @@ def check_questions(questions: Iterable[Asked], what: str, report: Report) -> No
         what: `test` or `training`.
         report: takes the warnings.
     """
-    first: dict[int, tuple[frozenset[str], str]] = {}
+    first: dict[int, tuple[frozenset[int], str, str]] = {}  # of long answers no more than a hash and a beginning
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     contradicting = []
     for asked in questions:
-        truths, location = first.setdefault(hash((asked.images, asked.text)), (asked.truths, asked.location))
-        if not truths & asked.truths:
-            said = " and ".join(sorted([*truths, *asked.truths])[:4])[:MOST_SHOWN]
+        truths, said = frozenset(map(hash, asked.truths)), " or ".join(sorted(asked.truths))[:MOST_SHOWN]
+        earlier, said_first, location = first.setdefault(
+            hash((asked.images, asked.text)), (truths, said, asked.location)
+        )
+        if not truths & earlier:
+            said = " and ".join(sorted([said_first, said]))[:MOST_SHOWN]
             contradicting.append(f"{asked.location}, and {location}: {asked.text[:MOST_SHOWN]!r}, {said}")
         if asked.closed:
             answers[asked.text].update(asked.truths)
