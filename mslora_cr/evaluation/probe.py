@@ -8,9 +8,7 @@ from pathlib import Path
 from mslora_cr.banks.bank import Bank
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.image_digests import images_digest
-from mslora_cr.data.images import paths_of
-from mslora_cr.data.records import shown_images
-from mslora_cr.data.tasks import task_image_roots, test_records
+from mslora_cr.data.tasks import asked_images, test_records
 from mslora_cr.distributed.comm import barrier, rank
 from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.answer_files import Origin
@@ -76,8 +74,7 @@ def _evaluate(config: StreamConfig, task: Task, banks: Mapping[str, Bank] | None
     banks_of = {cell.stage: [by_number[number] for number in cell.banks] for cell in wanted}
     learned = list(by_number.values())
     session = EvaluationSession(config, learned, {task.name: records}, cached_images=True, switches=True)
-    image_names = [shown_images(record, config.data.images == "all") for record in records]
-    images = images_digest(paths_of(image_names, task_image_roots(config, task)))
+    images = images_digest(asked_images(config, task, records))
     origins = {
         stage: Origin(session.fingerprint(answering, questions=records.digest, fold=config.lora.fold), images)
         for stage, answering in banks_of.items()

@@ -10,9 +10,8 @@ from typing import Any
 
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.image_digests import images_digest
-from mslora_cr.data.images import paths_of
-from mslora_cr.data.records import DataError, TestRecords, shown_images
-from mslora_cr.data.tasks import task_folder, task_image_roots
+from mslora_cr.data.records import DataError, TestRecords
+from mslora_cr.data.tasks import asked_images, task_folder
 from mslora_cr.evaluation.answer_files import Origin, answers_are_whole
 from mslora_cr.evaluation.cells import CellKey
 from mslora_cr.evaluation.doubts import doubts_of
@@ -53,8 +52,7 @@ def image_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -> d
         opened = records.get(task.name)
         try:
             of = opened if opened is not None else TestRecords(task_folder(config, task) / "test.jsonl")
-            images = [shown_images(record, config.data.images == "all") for record in of]
-            digests[task.name] = images_digest(paths_of(images, task_image_roots(config, task)))
+            digests[task.name] = images_digest(asked_images(config, task, of))
         except DataError:
             if opened is not None:
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import ClassVar, Self
@@ -9,7 +10,7 @@ from typing import ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mslora_cr.utils.errors import UserError, first_problem, shorten
-from mslora_cr.utils.files import write_json
+from mslora_cr.utils.files import write_text
 from mslora_cr.utils.strict_json import JsonError, decode_json, read_bytes
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,9 @@ class StateFile(Part):
             return None
 
     def write(self, path: Path) -> None:
-        """Write it, whole or not at all. Fields that were never given are left out."""
+        """Write it, whole or not at all. Fields that were never given are left out; half a surrogate pair, which no
+        strict reader of JSON takes back, is written as a question mark."""
         given = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
-        write_json(path, {"version": self.VERSION} | {key: value for key, value in given.items() if key != "version"})
+        content = {"version": self.VERSION} | {key: value for key, value in given.items() if key != "version"}
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_text(path, text.encode("utf-8", errors="replace").decode("utf-8"))

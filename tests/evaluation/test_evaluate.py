@@ -18,6 +18,7 @@ from mslora_cr.data.tasks import task_folder
 from mslora_cr.evaluation import answer_files
 from mslora_cr.evaluation import evaluate as evaluate_module
 from mslora_cr.evaluation import session as session_module
+from mslora_cr.evaluation.answer_files import Origin
 from mslora_cr.evaluation.cells import cells
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.generation.prefix_decoder import Decoder
@@ -37,7 +38,7 @@ def test_after_a_swap_that_failed_half_way_an_evaluation_folds_anew(
     session = session_module.EvaluationSession(config, list(known.values()), records, switches=True)
 
     def weights(name: str) -> list[torch.Tensor]:
-        session.answer_merged(task, [known["pathvqa"]], tmp_path / name, name)
+        session.answer_merged(task, [known["pathvqa"]], tmp_path / name, Origin(name))
         return [weight.clone() for weight in session.base.model.state_dict().values()]
 
     before, folded = weights("before"), []
@@ -51,7 +52,7 @@ def test_after_a_swap_that_failed_half_way_an_evaluation_folds_anew(
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(torch.Tensor, "addmm_", failing)
-        session.answer_merged(task, list(known.values()), tmp_path / "failed", "failed")
+        session.answer_merged(task, list(known.values()), tmp_path / "failed", Origin("failed"))
     assert all(map(torch.equal, before, weights("after")))
 
 
@@ -187,7 +188,9 @@ def test_switching_the_stage_loads_nothing_again(results: Results, monkeypatch: 
 def test_answers_of_several_stages_are_scored_once(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     scored = []
     score = evaluate_module.score_file
-    monkeypatch.setattr(evaluate_module, "score_file", lambda *args: scored.append(args[1]) or score(*args))
+    monkeypatch.setattr(
+        evaluate_module, "score_file", lambda *args, **options: scored.append(args[1]) or score(*args, **options)
+    )
     summary = results.evaluate("--stages", "all")
     assert len(summary["cells"]) == 12
     assert len(scored) == len(set(scored)) == 2 + 3 + 4

@@ -351,14 +351,16 @@ def edited_data(tiny_data: Path, folder: Path, edit: Callable[[int, dict[str, An
     return folder
 
 
-def test_a_batch_that_is_masked_whole_moves_nothing(retrain: Retrain, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_batch_that_is_masked_whole_has_no_loss(retrain: Retrain, tiny_data: Path, tmp_path: Path) -> None:
+    """A task of which nothing at all is learned is refused before its first step; half of the batches may be empty."""
+
     def spoil(index: int, record: dict[str, Any]) -> None:
-        record["conversations"][1]["value"] = "an answer with [/INST] inside"
+        if index % 2:
+            record["conversations"][1]["value"] = "an answer with [/INST] inside"
 
     root = edited_data(tiny_data, tmp_path / "data", spoil)
-    tensors, rows = retrain(f"data.root={root}", task="pathvqa")
-    assert [row["loss"] for row in rows] == [0.0] * 4
-    assert not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+    _, rows = retrain(f"data.root={root}", "tasks.pathvqa.batch_size=1", task="pathvqa")
+    assert 2 * sum(row["loss"] == 0.0 for row in rows) == len(rows)
 
 
 def test_records_without_an_image_train_among_others(retrain: Retrain, tiny_data: Path, tmp_path: Path) -> None:
