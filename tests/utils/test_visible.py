@@ -49,6 +49,8 @@ def test_results_are_printed_once_under_a_launcher(
 ) -> None:
     assert main(["config", "list"]) == 0 and capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
+    assert main(["config", "list"]) == 0 and capsys.readouterr().out, "a leftover of a launcher that is gone"
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["config", "list"]) == 0 and not capsys.readouterr().out
 
 
