@@ -236,7 +236,8 @@ def test_a_cost_that_the_ledger_does_not_know_is_not_guessed() -> None:
         Cell(**cell, task=task, banks=banks, metrics={}, intervals={})
         for task, banks in (("a", ("a",)), ("b", ("a", "b")))
     ]
-    known = {"run": "r", "method": "mslora_cr", "tasks": ("a", "b"), "modalities": {}, "published": {}, "stages": (2,)}
+    of_both = {"modalities": {"a": "x", "b": "x"}, "published": {"a": None, "b": None}}
+    known = {"run": "r", "method": "mslora_cr", "tasks": ("a", "b"), "stages": (2,), **of_both}
     evaluation = Evaluation(**known, banks_by="prefix", cells=tuple(cells), environment={})
     for second, wanted in ((imported, (2.0, 22)), (TaskEntry(**entry, seconds=5.0), (None, None))):
         assert cost_of(evaluation, RunLedger(run="r", method="", tasks={"a": trained, "b": second})) == wanted

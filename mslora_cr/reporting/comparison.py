@@ -30,8 +30,7 @@ def write_comparison(runs: Sequence[tuple[str, Path | None, Path]], output: Path
         output: the page to write.
 
     Raises:
-        ReportError: a run is not evaluated, has nothing in common with the others, or a file of it is
-        malformed.
+        ReportError: a run is not evaluated, has nothing in common with the others, or a file of it is malformed.
     """
     colors = {label: PALETTE[index % len(PALETTE)] for index, (label, _, _) in enumerate(runs)}
     evaluations = {label: required_evaluation(results_dir) for label, _, results_dir in runs}

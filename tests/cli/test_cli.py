@@ -180,6 +180,7 @@ def test_one_rank_prints_the_plan(
     trained_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert dry_run(trained_config) == 0
     assert capsys.readouterr().out == ""
 

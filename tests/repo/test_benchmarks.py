@@ -279,6 +279,7 @@ def test_every_benchmark_is_tried() -> None:
         "__init__",
         "all",
         "coverage",
+        "families",
         "penalty_ratio",
         "preregistered",
         "published",
