@@ -261,7 +261,7 @@ class Peaks(TrainerCallback):
 
     def _look_at_gradients(self) -> None:
         self._note("gradients", self._own_gradients())
-        self._note("penalty gradient", storages(self._trainer._pending))
+        self._note("penalty gradient", storages(self._trainer.objective._pending))
 
     def _look(self) -> None:
         """When the optimizer is about to step, with all gradients there."""
