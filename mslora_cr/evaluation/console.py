@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from mslora_cr.evaluation.clinical_file import CLINICAL, Clinical
+from mslora_cr.clinical.file import CLINICAL, Clinical
 from mslora_cr.evaluation.results import Evaluation
 from mslora_cr.metrics.published import Scores
 from mslora_cr.statistics.interval import bracketed

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mslora_cr.clinical.measure import task_frequencies
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.prompts import question_text
@@ -26,7 +27,6 @@ from mslora_cr.evaluation.answer_files import (
     publish,
     read_journals,
 )
-from mslora_cr.evaluation.clinical import task_frequencies
 from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.openai_client import TOP_LOGPROBS, Body, Chat, Endpoint, EndpointError, Reply, folder_name
 from mslora_cr.evaluation.probabilities import AnswerProbability, candidate_answers

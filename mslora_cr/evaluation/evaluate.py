@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mslora_cr.banks.bank import Bank, BankError
+from mslora_cr.clinical.measure import task_frequencies
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.sources.leaks import tell
 from mslora_cr.data.tasks import task_folder, test_records
@@ -13,7 +14,6 @@ from mslora_cr.distributed.comm import barrier, rank
 from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.answer_files import Origin, answer_once
 from mslora_cr.evaluation.cells import PlannedCell, Stages, cells
-from mslora_cr.evaluation.clinical import task_frequencies
 from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.results import EVALUATION, Cell
 from mslora_cr.evaluation.schemas import ANSWERS

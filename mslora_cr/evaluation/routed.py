@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.per_sample import whole_banks
+from mslora_cr.clinical.measure import task_frequencies
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.records import TestRecords
 from mslora_cr.data.tasks import task_image_roots, test_records
@@ -22,7 +23,6 @@ from mslora_cr.distributed.comm import all_gather_object, barrier, rank, world_s
 from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.answer_files import Origin, answer_once, fingerprint_of, read_stamp, write_stamp
 from mslora_cr.evaluation.cells import CellKey, Stages, stages_of
-from mslora_cr.evaluation.clinical import task_frequencies
 from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.probabilities import PROBABILITIES
 from mslora_cr.evaluation.results import EVALUATION, Cell

@@ -13,9 +13,9 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from tabulate import tabulate
 
+from mslora_cr.clinical.file import CLINICAL
+from mslora_cr.clinical.measure import asked_answers, clinical_of
 from mslora_cr.data.records import AnswerType, DataError, TestRecord
-from mslora_cr.evaluation.clinical import asked_answers, clinical_of
-from mslora_cr.evaluation.clinical_file import CLINICAL
 from mslora_cr.evaluation.schemas import METRICS_FILE, Metrics
 from mslora_cr.metrics.guessing import Frequencies
 from mslora_cr.metrics.published import Scores, score_answers

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from mslora_cr.evaluation.clinical_file import CLINICAL, AttributeMeasured, Clinical, ClosedMeasured, Measured
+from mslora_cr.clinical.file import CLINICAL, AttributeMeasured, Clinical, ClosedMeasured, Measured
 from mslora_cr.evaluation.results import Evaluation
 from mslora_cr.statistics.interval import bracketed
 from mslora_cr.statistics.sample_size import design_effect, detectable_difference, share_half_width

@@ -14,6 +14,7 @@ ROOMS = (
     "statistics",
     "data",
     "metrics",
+    "clinical",
     "models",
     "banks",
     "generation",

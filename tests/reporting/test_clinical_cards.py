@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from mslora_cr.clinical.file import CLINICAL, Clinical
+from mslora_cr.clinical.measure import asked_answers, clinical_of
 from mslora_cr.data.records import TestRecord
-from mslora_cr.evaluation.clinical import asked_answers, clinical_of
-from mslora_cr.evaluation.clinical_file import CLINICAL, Clinical
 from mslora_cr.reporting.clinical_cards import _card
 from mslora_cr.reporting.report import write_report
 from mslora_cr.statistics.intervals import independent

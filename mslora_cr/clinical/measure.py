@@ -10,10 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.data.records import DataError, TestRecord, TrainingRecords
-from mslora_cr.data.tasks import task_folder
-from mslora_cr.evaluation.clinical_file import (
+from mslora_cr.clinical.file import (
     AttributeMeasured,
     Calibration,
     ClassMeasured,
@@ -24,6 +21,9 @@ from mslora_cr.evaluation.clinical_file import (
     Guessing,
     Measured,
 )
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.records import DataError, TestRecord, TrainingRecords
+from mslora_cr.data.tasks import task_folder
 from mslora_cr.metrics.calibration import (
     accuracy_at_coverage,
     brier_decomposition,

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mslora_cr.clinical.file import CLINICAL, Clinical
+from mslora_cr.clinical.measure import asked_answers, clinical_of, training_frequencies
 from mslora_cr.data.records import TrainingRecords
-from mslora_cr.evaluation.clinical import asked_answers, clinical_of, training_frequencies
-from mslora_cr.evaluation.clinical_file import CLINICAL, Clinical
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.metrics.guessing import question_key, training_answers
 from mslora_cr.statistics.intervals import independent
