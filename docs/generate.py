@@ -68,7 +68,7 @@ def nested(field: FieldInfo) -> type[BaseModel] | None:
 def default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True)
+    value = field.get_default(call_default_factory=True, validated_data={})
     return "a section" if isinstance(value, BaseModel) else f"`{value}`"
 
 

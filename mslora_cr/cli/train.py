@@ -68,8 +68,10 @@ def _print_plan(config: StreamConfig, only: Sequence[str], force: bool) -> None:
     import yaml
 
     from mslora_cr.models.describe import summary
+    from mslora_cr.runs.differences import with_former_defaults
     from mslora_cr.stream.plan import plan, tasks_to_train
 
+    config = with_former_defaults(config)
     chosen = [task.name for task in tasks_to_train(config, only)]
     plans, trainable = plan(config)
     done = {item.task for item in plans if item.done}

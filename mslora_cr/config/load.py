@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from pydantic import ConfigDict, ValidationError
 
 from mslora_cr.config.consent import note_consent
 from mslora_cr.config.derived import DERIVED_TRAINING_FIELDS
-from mslora_cr.config.methods import if_trusted, load_method
+from mslora_cr.config.methods import if_trusted
 from mslora_cr.config.plain_yaml import plain_yaml, read_plain_yaml
 from mslora_cr.config.schema import (
     CATALOGUE,
@@ -31,7 +30,6 @@ from mslora_cr.config.shipped import find_config, find_deepspeed
 from mslora_cr.utils.errors import nearest, shorten
 from mslora_cr.utils.visible import visible
 
-log = logging.getLogger(__name__)
 SAVE_STRATEGIES = ("steps", "epoch", "no")
 """When checkpoints may be written; transformers also has `best`, which needs evaluations that there are none of."""
 WORDS_WITH_NO = ("save_strategy", "logging_strategy")
@@ -73,32 +71,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), of_run: bool = 
     check_values(raw)
     note_consent(raw, files, overrides, of_run)
     try:
-        config = StreamConfig.model_validate(raw)
-        former = _former_defaults(config, raw) if config.knows_method else {}
-        return StreamConfig.model_validate(former) if former else config
+        return StreamConfig.model_validate(raw)
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply") from None
     except ValidationError as error:
         raise ConfigError(f"{path}: " + "; ".join(_explain(item, raw) for item in error.errors())) from None
-
-
-def _former_defaults(config: StreamConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with hyper-parameters as they were before their defaults changed, if it sets none of them and
-    its run folder was begun with those; empty otherwise."""
-    method = load_method(config.method)
-    given = raw.get(method.name) or {}
-    if not method.former_defaults or any(given.get(key) is not None for key in method.former_defaults):
-        return {}
-    try:
-        begun = read_plain_yaml(config.run_dir / "config.yaml")[method.name]
-        if any(begun.get(key) != value for key, value in method.former_defaults.items()):
-            return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or no configuration of this method
-        return {}
-    values = {key: value for key, value in method.former_defaults.items() if value is not None}
-    assignments = ", ".join(f"{method.name}.{key}={value}" for key, value in values.items())
-    log.warning("%s continues with %s, as it began; a new run has another default", config.run_dir, assignments)
-    return {**raw, method.name: {**given, **values}}
 
 
 @cache

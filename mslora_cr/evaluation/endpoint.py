@@ -30,10 +30,9 @@ from mslora_cr.evaluation.answer_files import (
 from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.openai_client import TOP_LOGPROBS, Body, Chat, Endpoint, EndpointError, Reply, folder_name
 from mslora_cr.evaluation.probabilities import AnswerProbability, candidate_answers
-from mslora_cr.evaluation.results import EVALUATION
 from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import score_file
-from mslora_cr.evaluation.summary import cell_row, image_digests, write_summary
+from mslora_cr.evaluation.summary import ResultsTarget, cell_row, image_digests, write_summary
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import append_to
@@ -63,33 +62,27 @@ def evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None
 def _evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None) -> Path:
     tasks = [config.task(only)] if only else config.stream
     records = {task.name: test_records(config, task) for task in tasks}
-    served = config.model_copy(
-        update={
-            "run": folder_name(endpoint.model),
-            "results_dir": str(config.results_run_dir / SERVED),
-            "method": SERVED,
-        }
-    )
+    name = folder_name(endpoint.model)
+    target = ResultsTarget(config.results_run_dir / SERVED / name, run=name, method=SERVED)
     images = image_digests(config, records)
     stage, rows, possible = len(config.tasks), [], {}
     with Chat(endpoint) as chat:
         for task in tasks:
-            origin = _origin(served, endpoint, task, records[task.name], images)
-            asker = _Asker(served, endpoint, chat, task, records[task.name], origin)
-            folder = served.results_run_dir / task.name
+            origin = _origin(config, endpoint, task, records[task.name], images)
+            asker = _Asker(config, endpoint, chat, task, records[task.name], origin)
+            folder = target.folder / task.name
             stamp = answer_once(folder, asker.origin, len(asker.records), partial(asker.answer, folder))
-            training, root = task_frequencies(config, task), served.results_run_dir
+            training = task_frequencies(config, task)
             scores = score_file(folder / ANSWERS, folder, asker.records, training=training)
-            rows.append(cell_row(task, stage, [asker.model], folder, root, stamp, asker.records, scores))
+            rows.append(cell_row(task, stage, [asker.model], folder, target.folder, stamp, asker.records, scores))
             warn_of_doubts(rows[-1], config.evaluation.max_new_tokens)
             possible[task.name, stage] = [asker.origin]
     for task in config.stream:  # tasks of an earlier call stay if their answers would be the same
         path = task_folder(config, task) / "test.jsonl"
         if task.name not in records and path.is_file():
-            possible[task.name, stage] = [_origin(served, endpoint, task, TestRecords(path), images)]
-    path = served.results_run_dir / EVALUATION
-    write_summary(served, path, rows, possible)
-    return path
+            possible[task.name, stage] = [_origin(config, endpoint, task, TestRecords(path), images)]
+    write_summary(config, target, rows, possible)
+    return target.path
 
 
 def _origin(

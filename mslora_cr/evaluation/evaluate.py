@@ -15,11 +15,11 @@ from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.answer_files import Origin, answer_once
 from mslora_cr.evaluation.cells import PlannedCell, Stages, cells
 from mslora_cr.evaluation.doubts import warn_of_doubts
-from mslora_cr.evaluation.results import EVALUATION, Cell
+from mslora_cr.evaluation.results import Cell
 from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.evaluation.session import EvaluationSession
-from mslora_cr.evaluation.summary import cell_row, image_digests, question_digests, write_summary
+from mslora_cr.evaluation.summary import ResultsTarget, cell_row, image_digests, question_digests, write_summary
 from mslora_cr.metrics.published import Scores
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import finished_banks
@@ -89,12 +89,12 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
         )
         for cell in sorted(wanted, key=lambda cell: cell.banks)
     }
-    path = config.results_run_dir / EVALUATION
+    target = ResultsTarget.of_run(config)
     if rank() == 0:
         possible = {folder: [origin] for folder, origin in origins.items()}
-        write_summary(config, path, [row for cell in wanted if (row := rows[cell.place])], possible)
+        write_summary(config, target, [row for cell in wanted if (row := rows[cell.place])], possible)
     barrier()
-    return path
+    return target.path
 
 
 def answer_cell(

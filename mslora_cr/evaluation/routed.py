@@ -25,11 +25,11 @@ from mslora_cr.evaluation.answer_files import Origin, answer_once, fingerprint_o
 from mslora_cr.evaluation.cells import CellKey, Stages, stages_of
 from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.probabilities import PROBABILITIES
-from mslora_cr.evaluation.results import EVALUATION, Cell
+from mslora_cr.evaluation.results import Cell
 from mslora_cr.evaluation.schemas import ANSWERS, ROUTED, ROUTING, Routing, StageRouting
 from mslora_cr.evaluation.score import group_numbers, question_places, score_file
 from mslora_cr.evaluation.session import EvaluationSession
-from mslora_cr.evaluation.summary import cell_row, image_digests, question_digests, write_summary
+from mslora_cr.evaluation.summary import ResultsTarget, cell_row, image_digests, question_digests, write_summary
 from mslora_cr.methods.base import method_of, needs_task
 from mslora_cr.routing.fit import feature_extractor
 from mslora_cr.routing.lda import TaskRouter, TaskStatistics
@@ -90,15 +90,16 @@ def _evaluate_routed(config: StreamConfig, stages: Stages, banks: Mapping[str, B
     for stage, tasks in tasks_at.items():
         rows |= routed.answer(stage, tasks)
     folder = config.results_run_dir / ROUTED
+    target = ResultsTarget.of_run(config, folder)
     if rank() == 0:
         order = [(task.name, stage) for task in config.stream for stage in tasks_at if (task.name, stage) in rows]
-        cells = write_summary(config, folder / EVALUATION, [rows[key] for key in order], routed.possible(folder))
+        cells = write_summary(config, target, [rows[key] for key in order], routed.possible(folder))
         ways = {cell.stage: cell.fingerprint for cell in cells.cells}
         stamps = (read_stamp(folder / f"stage-{stage}", ways[stage]) for stage in cells.stages)
         routings = tuple(stamp.routing for stamp in stamps if stamp and stamp.routing)
         Routing(stages=routings).write(folder / ROUTING)
     barrier()
-    return folder / EVALUATION
+    return target.path
 
 
 class _Routed:

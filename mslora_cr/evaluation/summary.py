@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mslora_cr.data.tasks import asked_images, task_folder
 from mslora_cr.evaluation.answer_files import Origin, answers_are_whole
 from mslora_cr.evaluation.cells import CellKey
 from mslora_cr.evaluation.doubts import doubts_of
-from mslora_cr.evaluation.results import Cell, Evaluation
+from mslora_cr.evaluation.results import EVALUATION, Cell, Evaluation
 from mslora_cr.evaluation.schemas import ANSWERS, Stamp
 from mslora_cr.evaluation.score import SCORES, group_numbers, metrics_of, question_places
 from mslora_cr.generation.run import Decoding
@@ -25,6 +26,30 @@ from mslora_cr.runs.environment import environment
 from mslora_cr.utils.files import file_digest
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResultsTarget:
+    """The results folder of one model, and the names under which its scores are listed.
+
+    Attributes:
+        folder: The results folder.
+        run: The name of the run, or of the served model.
+        method: The method that trained the banks, or `served`.
+    """
+
+    folder: Path
+    run: str
+    method: str
+
+    @classmethod
+    def of_run(cls, config: StreamConfig, folder: Path | None = None) -> ResultsTarget:
+        """The results folder of a configuration's own run, or another folder below it."""
+        return cls(folder or config.results_run_dir, config.run, config.method)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / EVALUATION
 
 
 def question_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -> dict[str, str]:
@@ -120,7 +145,7 @@ def cell_row(
 
 
 def write_summary(
-    config: StreamConfig, path: Path, rows: Sequence[Cell], possible: Mapping[CellKey, Collection[Origin]]
+    config: StreamConfig, target: ResultsTarget, rows: Sequence[Cell], possible: Mapping[CellKey, Collection[Origin]]
 ) -> Evaluation:
     """Merge this call's cells into `evaluation.json`, task by task and stage by stage; returns what it now contains.
 
@@ -131,13 +156,13 @@ def write_summary(
     Args:
         possible: what can decide answers to a cell with these banks, questions and settings.
     """
-    old = Evaluation.read_if_whole(path)
+    old = Evaluation.read_if_whole(target.path)
     merged = {row.place: row for row in rows}
     left_out: dict[str, list[str]] = defaultdict(list)
     for row in old.cells if old else ():
         if row.place in merged:
             continue
-        folder = (path.parent / row.answers).parent
+        folder = (target.folder / row.answers).parent
         same = any(origin.gave(row.fingerprint, row.images) for origin in possible.get(row.place, ()))
         if same and answers_are_whole(folder, row.fingerprint, row.rows):
             merged[row.place] = row
@@ -146,13 +171,15 @@ def write_summary(
     if left_out:
         listing = "; ".join(f"{task} at stage {', '.join(stages)}" for task, stages in left_out.items())
         log.warning(
-            "%s: left out, because other banks, questions, images or settings gave the answers: %s", path, listing
+            "%s: left out, because other banks, questions, images or settings gave the answers: %s",
+            target.path,
+            listing,
         )
     order = [task.name for task in config.tasks]
     cells = [merged[key] for key in sorted(merged, key=lambda key: (order.index(key[0]), key[1]))]
     summary = Evaluation(
-        run=config.run,
-        method=config.method,
+        run=target.run,
+        method=target.method,
         banks_by=config.evaluation.banks_by,
         tasks=tuple(order),
         modalities={task.name: task.modality for task in config.stream},
@@ -161,5 +188,5 @@ def write_summary(
         cells=tuple(cells),
         environment=environment(),
     )
-    summary.write(path)
+    summary.write(target.path)
     return summary

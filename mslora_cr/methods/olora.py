@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from mslora_cr.banks.bank import Bank
@@ -28,16 +28,18 @@ class OloraSettings(Section):
     """The weight of Σ |A_old A_newᵀ|, whatever the size of the model; the published scripts set 0.5."""
     lambda_2: NotNegative | list[NotNegative] = 0.0
     """The weight of the new bank's norm."""
-    relative: PositiveNumber | None = None
+    relative: PositiveNumber | None = Field(
+        default_factory=lambda given: RELATIVE if given.get("lambda_1") is None else None
+    )
     """Replaces λ₁: the size of the first term between banks as they are initialised, whatever rank, width and
     number of banks; λ₁ is this over `fresh_overlap`. 3 where `lambda_1` is not given either."""
 
     @model_validator(mode="before")
     @classmethod
-    def _one_of_two(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and given.get("lambda_1") is None and given.get("relative") is None:
-            return {**given, "relative": RELATIVE}
-        return given
+    def _null_is_not_given(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {key: value for key, value in given.items() if value is not None or key not in ("lambda_1", "relative")}
 
     @model_serializer(mode="wrap")
     def _only_what_is_set(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

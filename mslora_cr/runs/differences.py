@@ -1,21 +1,48 @@
-"""Differences between the finished tasks of a run folder and those that a configuration would train."""
+"""Compares a run folder with a configuration: defaults it began with, settings its finished tasks differ in."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mslora_cr.banks.io import CONFIG as ADAPTER_CONFIG
 from mslora_cr.banks.io import METADATA
+from mslora_cr.config.methods import load_method
 from mslora_cr.config.plain_yaml import read_plain_yaml
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.runs.entries import RunLedger
 from mslora_cr.utils.strict_json import JsonError, read_object
 
+log = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 SHOWN = 6
 """Changed settings that a refusal names."""
+
+
+def with_former_defaults(config: StreamConfig) -> StreamConfig:
+    """The configuration with which a run folder continues.
+
+    A method's defaults may have changed since the folder was begun (`Method.former_defaults`). The old ones hold there
+    as long as the configuration sets none of them.
+    """
+    settings = config.method_section
+    former = load_method(config.method).former_defaults if config.knows_method else {}
+    if settings is None or not former or settings.model_fields_set & former.keys():
+        return config
+    name = load_method(config.method).name
+    try:
+        begun = read_plain_yaml(config.run_dir / CONFIG)[name]
+        if any(begun.get(key) != value for key, value in former.items()):
+            return config
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or no configuration of this method
+        return config
+    values = {key: value for key, value in former.items() if value is not None}
+    assignments = ", ".join(f"{name}.{key}={value}" for key, value in values.items())
+    log.warning("%s continues with %s, as it began; a new run has another default", config.run_dir, assignments)
+    section = type(settings).model_validate({**settings.model_dump(exclude=set(former)), **values})
+    return config.model_copy(update={"method_section": section})
 
 
 @dataclass(frozen=True)

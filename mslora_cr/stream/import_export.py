@@ -18,6 +18,7 @@ from mslora_cr.models.family import family_of
 from mslora_cr.models.layout import ModelError, read_config
 from mslora_cr.models.load import base_digest
 from mslora_cr.models.shapes import language_linear_shapes
+from mslora_cr.runs.differences import with_former_defaults
 from mslora_cr.runs.entries import LEDGER, Imported, RunLedger
 from mslora_cr.runs.ledger import Ledger, bank_shape
 from mslora_cr.runs.lock import one_writer
@@ -179,7 +180,7 @@ def import_banks(folder: Path, config: StreamConfig) -> list[str]:
         ModelError: the base model cannot be read. LockedError: another launch writes to the run folder.
     """
     with one_writer(config.run_dir):
-        return _import_banks(folder, config)
+        return _import_banks(folder, with_former_defaults(config))
 
 
 def _import_banks(folder: Path, config: StreamConfig) -> list[str]:

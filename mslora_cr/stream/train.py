@@ -42,6 +42,7 @@ from mslora_cr.models.language import language_linears
 from mslora_cr.models.load import base_digest, input_processor_of, kernels_of, load_base
 from mslora_cr.routing.fit import router_statistics
 from mslora_cr.routing.lda import TaskStatistics
+from mslora_cr.runs.differences import with_former_defaults
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import Ledger, work_folder
 from mslora_cr.runs.lock import one_writer
@@ -101,6 +102,7 @@ def train(config: StreamConfig, only: Sequence[str] = (), force: bool = False) -
         ConfigError, DataError, ModelError, BankError, StateError, LockedError: with what is wrong, where, and how to
             mend it.
     """
+    config = with_former_defaults(config)
     fields = start_processes(config)
     check_trainable(config, fields)
     with one_writer(config.run_dir):

@@ -354,31 +354,6 @@ def test_a_method_brings_its_section_and_what_its_source_answers_with(tmp_path: 
     assert "olora" not in plain.model_dump() and plain.evaluation.banks_by == "prefix"
 
 
-def test_a_run_folder_goes_on_with_the_defaults_it_was_begun_with(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """O-LoRA's λ₁ was 0.5. Its run folder's own configuration says so in full; what a configuration sets comes first."""
-    places = {"output_dir": str(tmp_path), "method": "olora"}
-    path = write(tmp_path, **places)
-    relative = {"lambda_2": 0.0, "relative": 3.0}
-    assert load_config(path).model_dump()["olora"] == relative and not caplog.messages
-    former = load_config(path, ["olora.lambda_1=0.5"])
-    former.run_dir.mkdir()
-    saved = former.run_dir / "config.yaml"
-    saved.write_text(yaml.safe_dump(former.model_dump(mode="json")), encoding="utf-8")
-    found = load_config(path)
-    assert found == former and found.training_digest() == former.training_digest()
-    assert f"{former.run_dir} continues with olora.lambda_1=0.5" in caplog.text
-    assert load_config(path, ["olora.lambda_2=0.1"]).model_dump()["olora"] == {"lambda_1": 0.5, "lambda_2": 0.1}
-    assert load_config(path, ["olora.relative=20"]).model_dump()["olora"] == {"lambda_2": 0.0, "relative": 20.0}
-    assert load_config(path, ["run=another"]).model_dump()["olora"] == relative
-    for other in ("olora: {lambda_2: 0.0, relative: 3.0}", "ewc: {strength: 1}", "olora: 3", "- olora", "{"):
-        saved.write_text(other, encoding="utf-8")
-        assert load_config(path).model_dump()["olora"] == relative, other
-    saved.write_text(yaml.safe_dump(load_config(path).model_dump(mode="json")), encoding="utf-8")
-    assert load_config(saved) == load_config(path)  # as commands that take a run folder read it
-
-
 def test_sections_of_other_methods_and_unknown_hyper_parameters_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, olora={"lambda_1": 0.5})
     assert "olora: belongs to method 'olora', but this run's method is 'mslora_cr'" in error_of(path)
