@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-import multiprocessing
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 
 from mslora_cr.config.load import load_config
 from mslora_cr.config.methods import load_method, method_names
+from mslora_cr.config.run_files import EVALUATION
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.config.trust import name_method, named_methods
-from mslora_cr.distributed.pool import init_worker, output_into
+from mslora_cr.config.trust import name_method
+from mslora_cr.distributed.pool import output_into, worker_pool
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
@@ -37,7 +37,6 @@ from mslora_cr.stream.orders import task_orders
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.logs import set_up
 from mslora_cr.utils.progress import progress_bar
-from mslora_cr.utils.workers import cores
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +147,7 @@ def describe(runs: Sequence[SweepRun], devices: Sequence[str | None]) -> str:
     width = max(len(run.name) for run in runs)
     for run in runs:
         ledger = read_ledger(run.config.run_dir)
-        evaluated = " and evaluated" if (run.results / "evaluation.json").is_file() else ""
+        evaluated = " and evaluated" if (run.results / EVALUATION).is_file() else ""
         trained = len(method_of(run.config).trained(run.config))
         learned = f"{len(ledger.tasks)} of {trained} tasks learned{evaluated}" if ledger else "to do"
         lines.append(f"  {run.name:<{width}}  {learned}")
@@ -170,47 +169,39 @@ def run_sweep(runs: Sequence[SweepRun], devices: Sequence[str | None]) -> Path:
     """
     root = runs[0].config.results_run_dir.parent
     with one_writer(root):
-        return _run_sweep(runs, devices, root)
-
-
-def _run_sweep(runs: Sequence[SweepRun], devices: Sequence[str | None], root: Path) -> Path:
-    threads = max(1, cores() // len(devices))
-    context = multiprocessing.get_context("spawn")
-    free = context.Queue()
-    for device in devices:
-        free.put(device)
-    failed: dict[str, str] = {}
-    outcomes: dict[str, dict[str, Any]] = {}
-    with (
-        ProcessPoolExecutor(len(devices), context, init_worker, (free, threads, named_methods())) as pool,
-        progress_bar(desc="sweep", total=len(runs), unit="run") as bar,
-    ):
-        # All methods of a seed and order before the next one: what a cut sweep leaves can be compared in pairs.
-        waiting = {pool.submit(_run, run.config): run for run in sorted(runs, key=_run_order(runs))}
-        try:
-            for done in as_completed(waiting):
-                error = done.exception()
-                if isinstance(error, BrokenProcessPool):
-                    raise UserError(
-                        "a process of the sweep died (out of memory?); the same command resumes with what is missing, "
-                        "and --jobs 1 needs the least memory"
-                    ) from None
-                run = waiting[done]
-                if error is not None:
-                    failed[run.name] = str(error)
-                else:
-                    outcomes[run.name] = _outcome(run)
-                    _write(runs, outcomes, root)  # after every run, so that a sweep that is cut leaves what it has
-                bar.set_postfix_str(run.name)
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    page = write_sweep_page(SweepResult.read(root / RESULT), root) if outcomes else None
+        outcomes, failed = _run_all(runs, devices, root)
+        page = write_sweep_page(SweepResult.read(root / RESULT), root) if outcomes else None
     if failed or page is None:
         lines = "\n  ".join(f"{name}: {error} ({root / name / 'sweep.log'})" for name, error in failed.items())
         raise UserError(f"{len(failed)} of {len(runs)} runs failed; the same command retries them\n  {lines}")
     return page
+
+
+def _run_all(
+    runs: Sequence[SweepRun], devices: Sequence[str | None], root: Path
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The figures of the runs that ended well, and the errors of the others, both by name."""
+    failed: dict[str, str] = {}
+    outcomes: dict[str, dict[str, Any]] = {}
+    with worker_pool(devices) as pool, progress_bar(desc="sweep", total=len(runs), unit="run") as bar:
+        # All methods of a seed and order before the next one: what a cut sweep leaves can be compared in pairs.
+        waiting = {pool.submit(_run, run.config): run for run in sorted(runs, key=_run_order(runs))}
+        for done in as_completed(waiting):
+            error = done.exception()
+            if isinstance(error, BrokenProcessPool):
+                raise UserError(
+                    "a process of the sweep died (out of memory?); the same command resumes with what is missing, "
+                    "and --jobs 1 needs the least memory"
+                ) from None
+            run = waiting[done]
+            if error is not None:
+                failed[run.name] = str(error)
+            else:
+                outcomes[run.name] = _outcome(run)
+                _write(runs, outcomes, root)  # after every run, so that a sweep that is cut leaves what it has
+            bar.set_postfix_str(run.name)
+            bar.update()
+    return outcomes, failed
 
 
 def _run(config: StreamConfig) -> None:

@@ -17,7 +17,6 @@ from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.records import sample_of
 from mslora_cr.data.tasks import test_records
 from mslora_cr.distributed.comm import assert_same_on_all_ranks, barrier, rank
-from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.answer_files import Origin, answer_once
 from mslora_cr.evaluation.results import Cell, Evaluation, read_evaluation
 from mslora_cr.evaluation.schemas import (
@@ -38,7 +37,7 @@ from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.metrics.published import RowScore, score_answers
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import finished_banks
-from mslora_cr.runs.lock import one_writer
+from mslora_cr.runs.lock import launch
 from mslora_cr.statistics.intervals import Groups
 from mslora_cr.statistics.matrix_intervals import is_binary
 from mslora_cr.statistics.paired import paired_change, paired_task
@@ -62,31 +61,26 @@ def analyze(config: StreamConfig, others: Sequence[StreamConfig] = (), questions
         BankError: a run has no banks. ModelError, DataError: something cannot be read. LockedError: another launch
             writes to the results folder.
     """
-    start_processes(config)
-    with one_writer(config.results_run_dir):
-        return _analyze(config, others, questions)
-
-
-def _analyze(config: StreamConfig, others: Sequence[StreamConfig], questions: int) -> Path:
-    banks = _banks_of(config)
-    check_hosts(config.results_run_dir, {"the banks": [bank.digest for bank in banks.values()]})
-    runs = {run.run: run for run in (config, *others)}
-    if len(runs) <= len(others):  # names repeat
-        runs = {str(run.run_dir): run for run in (config, *others)}
-    summed = not any(bank.depends_on_input for bank in banks.values())  # such a bank takes part whole or not at all
-    analysis = Analysis(
-        run=config.run,
-        similarity=_similarity(list(banks.values())),
-        effective_rank={label: _ranks(_banks_of(run)) for label, run in runs.items()},
-        contribution=_contribution(config, banks, questions) if questions and summed else None,
-        changed=_changed(config.results_run_dir),
-    )
-    path = config.results_run_dir / ANALYSIS
-    if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        analysis.write(path)
-    barrier()
-    return path
+    with launch(config, config.results_run_dir):
+        banks = _banks_of(config)
+        check_hosts(config.results_run_dir, {"the banks": [bank.digest for bank in banks.values()]})
+        runs = {run.run: run for run in (config, *others)}
+        if len(runs) <= len(others):  # names repeat
+            runs = {str(run.run_dir): run for run in (config, *others)}
+        summed = not any(bank.depends_on_input for bank in banks.values())  # such a bank takes part whole or not at all
+        analysis = Analysis(
+            run=config.run,
+            similarity=_similarity(list(banks.values())),
+            effective_rank={label: _ranks(_banks_of(run)) for label, run in runs.items()},
+            contribution=_contribution(config, banks, questions) if questions and summed else None,
+            changed=_changed(config.results_run_dir),
+        )
+        path = config.results_run_dir / ANALYSIS
+        if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            analysis.write(path)
+        barrier()
+        return path
 
 
 def _banks_of(config: StreamConfig) -> dict[str, Bank]:

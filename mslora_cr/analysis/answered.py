@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from mslora_cr.config.run_files import EVALUATION
 from mslora_cr.data.records import DataError
 from mslora_cr.evaluation.results import Cell, Evaluation, ReportError, column_of, required_evaluation
 from mslora_cr.evaluation.schemas import ANSWERS
@@ -76,7 +77,7 @@ class Answered(NamedTuple):
 
 def has_answers(folder: Path) -> bool:
     """Whether a folder holds answer files alone, in the published layout `TASK/answer-file.jsonl`."""
-    return not (folder / "evaluation.json").is_file() and any(folder.glob(f"*/{ANSWERS}"))
+    return not (folder / EVALUATION).is_file() and any(folder.glob(f"*/{ANSWERS}"))
 
 
 def answered_run(label: str, folder: Path, at: Stage) -> Answered:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mslora_cr.banks.bank import Bank, BankError, assemble_bank, check_shape
 from mslora_cr.banks.plain_lora import WRITTEN, check_plain_lora, check_targets
 from mslora_cr.banks.published import PUBLISHED_WEIGHTS, load_published
+from mslora_cr.config.run_files import BANK_WEIGHTS
 from mslora_cr.models.language import linears_pattern
 from mslora_cr.models.layout import linear_name
 from mslora_cr.utils.files import file_digest, replacing_folder, write_json, write_text
@@ -24,7 +25,7 @@ from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import read_object
 from mslora_cr.utils.visible import visible
 
-WEIGHTS, CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "bank.json"
+CONFIG, METADATA = "adapter_config.json", "bank.json"
 TASK_STATE = "memory.safetensors"
 """What a method keeps of a task beside its bank."""
 STATISTICS = "router.safetensors"
@@ -60,7 +61,7 @@ def save_bank(
         for name, beside_tensors in (beside or {}).items():
             if beside_tensors:
                 save_file(dict(beside_tensors), staging / name)
-        digest = file_digest(staging / WEIGHTS)
+        digest = file_digest(staging / BANK_WEIGHTS)
         described = {**bank.metadata, "name": bank.name, "rank": bank.rank, "alpha": bank.alpha, "sha256": digest}
         write_json(staging / METADATA, described)
     return digest
@@ -77,7 +78,7 @@ def write_adapter(bank: Bank, folder: Path, dropout: float = 0.0, changed: Mappi
     settings = {**{key: settings[key] for key in sorted(WRITTEN)}, "peft_type": "LORA", **(changed or {})}
     # Escaped, as PEFT writes it: a base model's path may be in any script.
     write_text(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
-    save_file(_named(bank), folder / WEIGHTS, {"format": "pt"})
+    save_file(_named(bank), folder / BANK_WEIGHTS, {"format": "pt"})
 
 
 def _named(bank: Bank) -> dict[str, Tensor]:
@@ -103,11 +104,11 @@ def load_bank(path: Path) -> Bank:
     try:
         config = read_object(path / CONFIG)
         rank, alpha = check_shape(config["r"], config["lora_alpha"])
-        tensors = load_file(check_regular(path / WEIGHTS))
+        tensors = load_file(check_regular(path / BANK_WEIGHTS))
         metadata = read_object(path / METADATA) if (path / METADATA).is_file() else {}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecursionError) as error:
         raise BankError(
-            f"{path}: no bank; expected {CONFIG} and {WEIGHTS}, or {PUBLISHED_WEIGHTS} ({error!r})"
+            f"{path}: no bank; expected {CONFIG} and {BANK_WEIGHTS}, or {PUBLISHED_WEIGHTS} ({error!r})"
         ) from None
     check_plain_lora(path, config)
     halves: dict[str, dict[str, Tensor]] = {}
@@ -117,10 +118,11 @@ def load_bank(path: Path) -> Bank:
         module = linear_name(match[1], exact="base_model" in metadata) if match else None
         if match is None or module is None:
             raise BankError(
-                f"{path}/{WEIGHTS}: {visible(key[:200])} is not a LoRA matrix of a linear layer of the language model"
+                f"{path}/{BANK_WEIGHTS}: {visible(key[:200])} is not a LoRA matrix of a linear layer of the language "
+                "model"
             )
         if match[2] in halves.setdefault(module, {}):
-            raise BankError(f"{path}/{WEIGHTS}: has the matrices of {module} twice, under different names")
+            raise BankError(f"{path}/{BANK_WEIGHTS}: has the matrices of {module} twice, under different names")
         halves[module][match[2]] = tensor
         layers[match[1]] = module
     check_targets(path, config, layers.items())
@@ -130,7 +132,7 @@ def load_bank(path: Path) -> Bank:
 
 def bank_size(folder: Path) -> int:
     """How many numbers a saved bank has, from its file's header."""
-    with safe_open(folder / WEIGHTS, "pt") as file:
+    with safe_open(folder / BANK_WEIGHTS, "pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 

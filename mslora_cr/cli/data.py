@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, add_lock, announce
+from mslora_cr.cli.common import add_command, add_lock, announce, positive
 from mslora_cr.cli.convert import add_convert
 from mslora_cr.cli.open_stream import (
     OPEN_ARCHIVES,
@@ -177,12 +177,6 @@ def run_data_download(args: argparse.Namespace) -> int:
     return 1 if lacking else 0
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
-
-
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "root",
@@ -196,10 +190,10 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="check only these data sets")
     parser.add_argument("--model", type=Path, help="model folder; also reports samples that would be truncated")
     parser.add_argument(
-        "--max-length", type=_positive, default=2048, help="with --model: positions per sample (%(default)s)"
+        "--max-length", type=positive, default=2048, help="with --model: positions per sample (%(default)s)"
     )
     parser.add_argument("--no-images", action="store_true", help="check only the annotations")
-    parser.add_argument("--workers", type=_positive, default=cores(), help="processes that decode images (%(default)s)")
+    parser.add_argument("--workers", type=positive, default=cores(), help="processes that decode images (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("results/data-check.json"), help="report (%(default)s)")
 
 

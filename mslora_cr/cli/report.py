@@ -135,8 +135,9 @@ def _results_folder(target: Path) -> Path:
     """The results folder of a run, given by its configuration, its run folder or that folder itself; a folder of
     answer files alone stands for itself."""
     from mslora_cr.analysis.answered import has_answers
+    from mslora_cr.config.run_files import EVALUATION
 
-    has_results = (target / "evaluation.json").is_file() or has_answers(target)
+    has_results = (target / EVALUATION).is_file() or has_answers(target)
     return target if has_results else run_config(target).results_run_dir
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mslora_cr.config.load import load_config
+from mslora_cr.config.run_files import CONFIG
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.config.shipped import configurations
 from mslora_cr.utils.errors import nearest
@@ -29,7 +30,7 @@ def find_run(target: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
     path = Path(target)
     if path.is_dir():
         return _of_folder(path, overrides)
-    if not path.exists() and (RUN_FOLDERS / path / "config.yaml").is_file():
+    if not path.exists() and (RUN_FOLDERS / path / CONFIG).is_file():
         return _of_folder(RUN_FOLDERS / path, overrides)
     if path.exists() or path.name != str(target) or path.suffix:
         return load_config(path, overrides)
@@ -51,9 +52,9 @@ def _run_folders() -> list[Path]:
 
 
 def _of_folder(folder: Path, overrides: Sequence[str]) -> StreamConfig:
-    if not (folder / "config.yaml").is_file():
+    if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: no config.yaml there; give a configuration or a run folder")
-    config, run_dir = load_config(folder / "config.yaml", overrides, of_run=True), folder.resolve()
+    config, run_dir = load_config(folder / CONFIG, overrides, of_run=True), folder.resolve()
     if config.run_dir.resolve() != run_dir:
         raise ConfigError(
             f"{folder}: its config.yaml is that of the run folder {config.run_dir.resolve()}. Move it back there, run "

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from mslora_cr.config.run_files import CONFIG, EVALUATION, LEDGER
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.state import StateFile
@@ -144,9 +145,9 @@ def foreign_place(file: Path, foreign: Iterable[Path] = ()) -> Path | None:
 
 def _is_run(folder: Path) -> bool:
     """Whether a folder is a run's, or that of its results."""
-    if (folder / "ledger.json").exists() or (folder / "evaluation.json").exists():
+    if (folder / LEDGER).exists() or (folder / EVALUATION).exists():
         return True
-    return (folder / "config.yaml").exists() and (folder / "banks").is_dir()
+    return (folder / CONFIG).exists() and (folder / "banks").is_dir()
 
 
 def module_files(name: str) -> list[Path]:

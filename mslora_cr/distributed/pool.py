@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mslora_cr.config.trust import name_method
+from mslora_cr.config.trust import name_method, named_methods
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.utils.files import append_to
 from mslora_cr.utils.workers import cores, end_with_parent
@@ -27,7 +29,27 @@ def devices(device: str, jobs: int | None = None) -> list[str | None]:
     return [gpus[number % len(gpus)] for number in range(jobs or len(gpus))]
 
 
-def init_worker(free: Any, threads: int, methods: Collection[str]) -> None:
+@contextmanager
+def worker_pool(devices: Sequence[str | None]) -> Iterator[ProcessPoolExecutor]:
+    """New processes, one for each device. An error in the block cancels the work that has not begun.
+
+    Args:
+        devices: As `devices` gives them.
+    """
+    context = multiprocessing.get_context("spawn")
+    free = context.Queue()
+    for device in devices:
+        free.put(device)
+    threads = max(1, cores() // len(devices))
+    with ProcessPoolExecutor(len(devices), context, _init_worker, (free, threads, named_methods())) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _init_worker(free: Any, threads: int, methods: Collection[str]) -> None:
     """Give a worker its GPU or its share of the cores, and let it end with the process that started it."""
     end_with_parent()
     for method in methods:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from pydantic import ValidationError
 
 from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.collator import in_batches, padding_share
@@ -28,11 +27,10 @@ from mslora_cr.evaluation.probabilities import (
 from mslora_cr.evaluation.schemas import ANSWERS, STAMP, Stamp
 from mslora_cr.generation.batching import grouped, in_waves, padding_of, shared_out
 from mslora_cr.generation.run import Decoding, Questions, decoder_of, scored_batches
-from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import append_to, file_digest, replacing
+from mslora_cr.utils.journal import line_check, read_journal
 from mslora_cr.utils.progress import progress_bar
 from mslora_cr.utils.regular import check_regular
-from mslora_cr.utils.strict_json import decode_json
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +51,12 @@ def journal_line(index: int, answer: Answered, key: str) -> bytes:
     """An answer as a rank's journal keeps it, with a check that it is still this one when it is read."""
     probability = {} if answer.probability is None else {"known": answer.probability.model_dump(exclude_defaults=True)}
     facts = f"{key}/{index}/{answer.text}" + (f"/{json.dumps(probability)}" if probability else "")
-    check = hashlib.sha256(facts.encode(errors="backslashreplace")).hexdigest()[:16]
-    return json.dumps({"index": index, "text": answer.text, **probability, "check": check}).encode() + b"\n"
+    return json.dumps({"index": index, "text": answer.text, **probability, "check": line_check(facts)}).encode() + b"\n"
+
+
+def _of_line(row: dict[str, Any]) -> tuple[int, Answered]:
+    probability = AnswerProbability.model_validate(row["known"]) if "known" in row else None
+    return operator.index(row["index"]), Answered(row["text"], probability)
 
 
 def read_journals(folder: Path, key: str) -> dict[int, Answered]:
@@ -73,18 +75,9 @@ def read_journals(folder: Path, key: str) -> dict[int, Answered]:
         if lines[-1]:  # without a line break at its end: cut short, and the next line would join it
             with replacing(journal) as partial:
                 partial.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
-        for line in lines[:-1]:
-            try:
-                row = decode_json(line)
-                probability = AnswerProbability.model_validate(row["known"]) if "known" in row else None
-                index, answer = row["index"], Answered(row["text"], probability)
-                whole = journal_line(index, answer, key) == line + b"\n"
-            except (UserError, KeyError, TypeError, ValidationError):
-                whole = False
-            if whole:
-                answered[index] = answer
-            else:
-                changed += 1
+        entries, damaged = read_journal(journal, _of_line, lambda entry: journal_line(*entry, key))
+        answered |= dict(entries)
+        changed += damaged
     if changed:
         log.warning("%s: %d answers of a stopped run are damaged; they are asked again", folder, changed)
     return answered

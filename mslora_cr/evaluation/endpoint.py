@@ -56,33 +56,29 @@ def evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None
     """
     endpoint.check()
     with one_writer(config.results_run_dir):
-        return _evaluate_endpoint(config, endpoint, only)
-
-
-def _evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None) -> Path:
-    tasks = [config.task(only)] if only else config.stream
-    records = {task.name: test_records(config, task) for task in tasks}
-    name = folder_name(endpoint.model)
-    target = ResultsTarget(config.results_run_dir / SERVED / name, run=name, method=SERVED)
-    images = image_digests(config, records)
-    stage, rows, possible = len(config.tasks), [], {}
-    with Chat(endpoint) as chat:
-        for task in tasks:
-            origin = _origin(config, endpoint, task, records[task.name], images)
-            asker = _Asker(config, endpoint, chat, task, records[task.name], origin)
-            folder = target.folder / task.name
-            stamp = answer_once(folder, asker.origin, len(asker.records), partial(asker.answer, folder))
-            training = task_frequencies(config, task)
-            scores = score_file(folder / ANSWERS, folder, asker.records, training=training)
-            rows.append(cell_row(task, stage, [asker.model], folder, target.folder, stamp, asker.records, scores))
-            warn_of_doubts(rows[-1], config.evaluation.max_new_tokens)
-            possible[task.name, stage] = [asker.origin]
-    for task in config.stream:  # tasks of an earlier call stay if their answers would be the same
-        path = task_folder(config, task) / "test.jsonl"
-        if task.name not in records and path.is_file():
-            possible[task.name, stage] = [_origin(config, endpoint, task, TestRecords(path), images)]
-    write_summary(config, target, rows, possible)
-    return target.path
+        tasks = [config.task(only)] if only else config.stream
+        records = {task.name: test_records(config, task) for task in tasks}
+        name = folder_name(endpoint.model)
+        target = ResultsTarget(config.results_run_dir / SERVED / name, run=name, method=SERVED)
+        images = image_digests(config, records)
+        stage, rows, possible = len(config.tasks), [], {}
+        with Chat(endpoint) as chat:
+            for task in tasks:
+                origin = _origin(config, endpoint, task, records[task.name], images)
+                asker = _Asker(config, endpoint, chat, task, records[task.name], origin)
+                folder = target.folder / task.name
+                stamp = answer_once(folder, asker.origin, len(asker.records), partial(asker.answer, folder))
+                training = task_frequencies(config, task)
+                scores = score_file(folder / ANSWERS, folder, asker.records, training=training)
+                rows.append(cell_row(task, stage, [asker.model], folder, target.folder, stamp, asker.records, scores))
+                warn_of_doubts(rows[-1], config.evaluation.max_new_tokens)
+                possible[task.name, stage] = [asker.origin]
+        for task in config.stream:  # tasks of an earlier call stay if their answers would be the same
+            path = task_folder(config, task) / "test.jsonl"
+            if task.name not in records and path.is_file():
+                possible[task.name, stage] = [_origin(config, endpoint, task, TestRecords(path), images)]
+        write_summary(config, target, rows, possible)
+        return target.path
 
 
 def _origin(

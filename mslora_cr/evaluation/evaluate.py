@@ -11,7 +11,6 @@ from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.sources.leaks import tell
 from mslora_cr.data.tasks import task_folder, test_records
 from mslora_cr.distributed.comm import barrier, rank
-from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.answer_files import Origin, answer_once
 from mslora_cr.evaluation.cells import PlannedCell, Stages, cells
 from mslora_cr.evaluation.doubts import warn_of_doubts
@@ -23,7 +22,7 @@ from mslora_cr.evaluation.summary import ResultsTarget, cell_row, image_digests,
 from mslora_cr.metrics.published import Scores
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import finished_banks
-from mslora_cr.runs.lock import one_writer
+from mslora_cr.runs.lock import launch
 
 
 def evaluate(
@@ -42,14 +41,20 @@ def evaluate(
     """
     if config.evaluation.banks_by == "routed":
         raise ConfigError("evaluation.banks_by is routed, which evaluate_routed answers")
-    start_processes(config)
-    with one_writer(config.results_run_dir):
-        return _evaluate(config, stages, only, banks)
+    with launch(config, config.results_run_dir):
+        by_task = dict(banks) if banks is not None else finished_banks(config)
+        by_number = {task.index + 1: by_task[task.name] for task in config.stream if task.name in by_task}
+        wanted = _wanted_cells(config, stages, only, list(by_number))
+        return _answer_cells(config, wanted, by_number)
 
 
-def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Mapping[str, Bank] | None) -> Path:
-    by_task = dict(banks) if banks is not None else finished_banks(config)
-    learned = [task.index + 1 for task in config.stream if task.name in by_task]
+def _wanted_cells(config: StreamConfig, stages: Stages, only: str | None, learned: Sequence[int]) -> list[PlannedCell]:
+    """The cells that are asked for.
+
+    Raises:
+        ConfigError: There is no task `only`.
+        BankError: No bank is there, or none of a stage that is asked for.
+    """
     wanted = [cell for cell in cells(config, stages, learned) if only in (None, cell.task.name)]
     if only is not None:
         config.task(only)
@@ -57,7 +62,11 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
         raise BankError(f"no task of this run is trained yet in {config.run_dir}; train one first")
     if not wanted:
         raise BankError(f"the banks in {config.run_dir} do not reach the requested stages ({stages}); train the rest")
-    by_number = {task.index + 1: by_task[task.name] for task in config.stream if task.name in by_task}
+    return wanted
+
+
+def _answer_cells(config: StreamConfig, wanted: Sequence[PlannedCell], by_number: Mapping[int, Bank]) -> Path:
+    """Answer and score cells with the banks by task number; returns the path of `evaluation.json`."""
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
     records = {name: test_records(config, config.task(name)) for name in sorted(names)}
     for name, opened in records.items():
@@ -74,7 +83,7 @@ def _evaluate(config: StreamConfig, stages: Stages, only: str | None, banks: Map
             ),
             images.get(cell.task.name),
         )
-        for cell in cells(config, "all", learned)
+        for cell in cells(config, "all", list(by_number))
     }
     facts = {
         f"the questions, banks or settings of {cell.task.name} at stage {cell.stage}": origins[cell.place]

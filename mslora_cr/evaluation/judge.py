@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from tabulate import tabulate
@@ -27,9 +27,9 @@ from mslora_cr.statistics.interval import Interval, span
 from mslora_cr.statistics.intervals import estimate, percent, score_interval
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import append_to
+from mslora_cr.utils.journal import line_check, read_journal
 from mslora_cr.utils.progress import progress_bar
 from mslora_cr.utils.state import Part, StateFile
-from mslora_cr.utils.strict_json import decode_json
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,24 @@ class _Question(NamedTuple):
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+class _Verdict(NamedTuple):
+    """A judge's reply to a question, as the journal keeps it."""
+
+    key: str
+    judge: str
+    question: _Question
+    reply: str
+
+    @classmethod
+    def of_line(cls, row: dict[str, Any]) -> _Verdict:
+        return cls(str(row["key"]), row["judge"], _Question(row["question"], row["truth"], row["answer"]), row["reply"])
+
+    def line(self) -> bytes:
+        facts = {"key": self.key, "judge": self.judge, **self.question._asdict()}
+        row = {**facts, "reply": self.reply, "verdict": verdict_of(self.reply)}
+        return json.dumps({**row, "check": line_check(json.dumps(row))}).encode() + b"\n"
+
+
 def judge(results_dir: Path, endpoint: Endpoint) -> Path:
     """Let a served model judge the open answers of an evaluated run; returns the path of `judged.json`, below `judged/`
     of the results folder.
@@ -148,7 +166,7 @@ def _replies(path: Path, endpoint: Endpoint, questions: Sequence[_Question]) -> 
         def note(index: int, reply: Reply) -> None:
             nonlocal cut
             key, text = keys[missing[index]], without_thinking(reply.text).strip()
-            file.write(_line(key, text, missing[index], endpoint.model))
+            file.write(_Verdict(key, endpoint.model, missing[index], text).line())
             file.flush()
             verdicts[key] = text
             cut += reply.reason == "length" and verdict_of(text) is None
@@ -179,32 +197,13 @@ def _replies(path: Path, endpoint: Endpoint, questions: Sequence[_Question]) -> 
 
 
 def read_verdicts(path: Path) -> dict[str, str]:
-    """Replies by key. A line that a kill cut short, or that was changed since, is passed over and asked again."""
-    verdicts: dict[str, str] = {}
-    damaged = 0
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
-        if not line:
-            continue
-        try:
-            row = decode_json(line)
-            question = _Question(row["question"], row["truth"], row["answer"])
-            whole = _line(row["key"], row["reply"], question, row["judge"]) == line + b"\n"
-        except (UserError, KeyError, TypeError):
-            whole = False
-        if whole:
-            verdicts[row["key"]] = row["reply"]
-        else:
-            damaged += 1
+    """Replies by key. Damaged lines are passed over, so that their questions are asked again."""
+    if not path.is_file():
+        return {}
+    verdicts, damaged = read_journal(path, _Verdict.of_line, _Verdict.line)
     if damaged:
         log.warning("%s: %d verdicts are damaged; they are asked again", path, damaged)
-    return verdicts
-
-
-def _line(key: str, reply: str, question: _Question, judge: str) -> bytes:
-    """A verdict as it is kept, with a check that it is still this one when it is read."""
-    row = {"key": key, "judge": judge, **question._asdict(), "reply": reply, "verdict": verdict_of(reply)}
-    check = hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]
-    return json.dumps({**row, "check": check}).encode() + b"\n"
+    return {verdict.key: verdict.reply for verdict in verdicts}
 
 
 def _body(question: _Question, judge: str) -> Body:

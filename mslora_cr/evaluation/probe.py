@@ -10,7 +10,6 @@ from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.image_digests import images_digest
 from mslora_cr.data.tasks import asked_images, test_records
 from mslora_cr.distributed.comm import barrier, rank
-from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.answer_files import Origin
 from mslora_cr.evaluation.cells import PlannedCell
 from mslora_cr.evaluation.evaluate import answer_cell
@@ -23,7 +22,7 @@ from mslora_cr.methods.base import method_of
 from mslora_cr.metrics.published import Scores
 from mslora_cr.runs.environment import check_hosts, environment
 from mslora_cr.runs.ledger import finished_banks
-from mslora_cr.runs.lock import one_writer
+from mslora_cr.runs.lock import launch
 from mslora_cr.statistics.matrix_intervals import Column, is_binary
 from mslora_cr.statistics.paired import paired_change, paired_task
 from mslora_cr.utils.errors import nearest
@@ -44,9 +43,40 @@ def evaluate_probe(config: StreamConfig, dataset: str, banks: Mapping[str, Bank]
         DataError, ModelError, BankError, LockedError: as `evaluate`.
     """
     task = check_held_out(config, dataset)
-    start_processes(config)
-    with one_writer(config.results_run_dir):
-        return _evaluate(config, task, banks)
+    with launch(config, config.results_run_dir):
+        by_task = dict(banks) if banks is not None else finished_banks(config)
+        by_number = {one.index + 1: by_task[one.name] for one in config.stream if one.name in by_task}
+        records = test_records(config, task)
+        wanted = _cells(config, task, by_number)
+        banks_of = {cell.stage: [by_number[number] for number in cell.banks] for cell in wanted}
+        learned = list(by_number.values())
+        session = EvaluationSession(config, learned, {task.name: records}, cached_images=True, switches=True)
+        images = images_digest(asked_images(config, task, records))
+        origins = {
+            stage: Origin(session.fingerprint(answering, questions=records.digest, fold=config.lora.fold), images)
+            for stage, answering in banks_of.items()
+        }
+        facts = {
+            f"the questions, banks or settings of {task.name} at stage {stage}": origin
+            for stage, origin in origins.items()
+        }
+        check_hosts(config.results_run_dir, facts)
+        scored: dict[Path, Scores] = {}
+        rows = [answer_cell(session, cell, banks_of[cell.stage], origins[cell.stage], scored) for cell in wanted]
+        path = config.results_run_dir / PROBE / task.name / f"{PROBE}.json"
+        if rank() == 0:
+            cells = tuple(row for row in rows if row is not None)
+            Probe(
+                run=config.run,
+                method=config.method,
+                banks_by=config.evaluation.banks_by,
+                dataset=task.name,
+                cells=cells,
+                losses=tuple(_losses(config.results_run_dir, cells)),
+                environment=environment(),
+            ).write(path)
+        barrier()
+        return path
 
 
 def check_held_out(config: StreamConfig, dataset: str) -> Task:
@@ -64,39 +94,6 @@ def check_held_out(config: StreamConfig, dataset: str) -> Task:
     settings = config.datasets[dataset].model_dump(include={"modality", "folder", "image_folders"})
     # What training would need of it is never read.
     return Task(index=len(config.tasks), name=dataset, epochs=1.0, batch_size=1, learning_rate=1.0, **settings)
-
-
-def _evaluate(config: StreamConfig, task: Task, banks: Mapping[str, Bank] | None) -> Path:
-    by_task = dict(banks) if banks is not None else finished_banks(config)
-    by_number = {measured.index + 1: by_task[measured.name] for measured in config.stream if measured.name in by_task}
-    records = test_records(config, task)
-    wanted = _cells(config, task, by_number)
-    banks_of = {cell.stage: [by_number[number] for number in cell.banks] for cell in wanted}
-    learned = list(by_number.values())
-    session = EvaluationSession(config, learned, {task.name: records}, cached_images=True, switches=True)
-    images = images_digest(asked_images(config, task, records))
-    origins = {
-        stage: Origin(session.fingerprint(answering, questions=records.digest, fold=config.lora.fold), images)
-        for stage, answering in banks_of.items()
-    }
-    facts = {f"the questions, banks or settings of {task.name} at stage {stage}": of for stage, of in origins.items()}
-    check_hosts(config.results_run_dir, facts)
-    scored: dict[Path, Scores] = {}
-    rows = [answer_cell(session, cell, banks_of[cell.stage], origins[cell.stage], scored) for cell in wanted]
-    path = config.results_run_dir / PROBE / task.name / f"{PROBE}.json"
-    if rank() == 0:
-        cells = tuple(row for row in rows if row is not None)
-        Probe(
-            run=config.run,
-            method=config.method,
-            banks_by=config.evaluation.banks_by,
-            dataset=task.name,
-            cells=cells,
-            losses=tuple(_losses(config.results_run_dir, cells)),
-            environment=environment(),
-        ).write(path)
-    barrier()
-    return path
 
 
 def _cells(config: StreamConfig, task: Task, learned: Mapping[int, Bank]) -> list[PlannedCell]:

@@ -9,14 +9,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from mslora_cr.config.run_files import EVALUATION
 from mslora_cr.evaluation.score import SCORES, ScoreTable, read_scores
 from mslora_cr.statistics.matrix import TaskStageMatrix
 from mslora_cr.statistics.matrix_intervals import Column, MatrixIntervals, matrix_intervals
 from mslora_cr.utils.errors import UserError, shorten
 from mslora_cr.utils.files import file_digest
 from mslora_cr.utils.state import Part, StateFile
-
-EVALUATION = "evaluation.json"
 
 
 class ReportError(UserError):
@@ -204,5 +203,5 @@ def required_evaluation(results_dir: Path) -> Evaluation:
     """
     evaluation = read_evaluation(results_dir)
     if evaluation is None:
-        raise ReportError(f"there is no {results_dir / 'evaluation.json'}; evaluate that run first")
+        raise ReportError(f"there is no {results_dir / EVALUATION}; evaluate that run first")
     return evaluation

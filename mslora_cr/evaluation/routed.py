@@ -20,7 +20,6 @@ from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.records import TestRecords
 from mslora_cr.data.tasks import task_image_roots, test_records
 from mslora_cr.distributed.comm import all_gather_object, barrier, rank, world_size
-from mslora_cr.distributed.launch import start_processes
 from mslora_cr.evaluation.answer_files import Origin, answer_once, fingerprint_of, read_stamp, write_stamp
 from mslora_cr.evaluation.cells import CellKey, Stages, stages_of
 from mslora_cr.evaluation.doubts import warn_of_doubts
@@ -35,7 +34,7 @@ from mslora_cr.routing.fit import feature_extractor
 from mslora_cr.routing.lda import TaskRouter, TaskStatistics
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import Ledger, finished_banks
-from mslora_cr.runs.lock import one_writer
+from mslora_cr.runs.lock import launch
 from mslora_cr.statistics.intervals import estimate, percent, score_interval
 from mslora_cr.utils.files import replacing, write_text
 from mslora_cr.utils.regular import check_regular
@@ -61,14 +60,18 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
         )
     if stages == "own":
         raise ConfigError("routed questions of all tasks are answered together; use --stages final, seen or all")
-    start_processes(config)
-    with one_writer(config.results_run_dir):
-        return _evaluate_routed(config, stages, banks)
+    with launch(config, config.results_run_dir):
+        by_task = dict(banks) if banks is not None else finished_banks(config)
+        learned = [task for task in config.stream if task.name in by_task]
+        return _answer_stages(config, by_task, learned, _tasks_at(config, stages, learned))
 
 
-def _evaluate_routed(config: StreamConfig, stages: Stages, banks: Mapping[str, Bank] | None) -> Path:
-    by_task = dict(banks) if banks is not None else finished_banks(config)
-    learned = [task for task in config.stream if task.name in by_task]
+def _tasks_at(config: StreamConfig, stages: Stages, learned: Sequence[Task]) -> dict[int, list[Task]]:
+    """The tasks that are answered, by stage.
+
+    Raises:
+        BankError: No stage can be answered.
+    """
     tasks_at = {
         stage: [task for task in config.stream if stage in stages_of(task, stages, config)]
         for stage in range(1, len(config.tasks) + 1)
@@ -77,6 +80,16 @@ def _evaluate_routed(config: StreamConfig, stages: Stages, banks: Mapping[str, B
     tasks_at = {stage: tasks for stage, tasks in tasks_at.items() if tasks}
     if not tasks_at:
         raise BankError(f"no stage of this run can be answered from the banks in {config.run_dir}")
+    return tasks_at
+
+
+def _answer_stages(
+    config: StreamConfig,
+    by_task: Mapping[str, Bank],
+    learned: Sequence[Task],
+    tasks_at: Mapping[int, Sequence[Task]],
+) -> Path:
+    """Answer and score the stages; returns the path of `evaluation.json`."""
     names = {task.name for tasks in tasks_at.values() for task in tasks}
     records = {name: test_records(config, config.task(name)) for name in sorted(names)}
     ledger = Ledger.read(config)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mslora_cr.config.run_files import EVALUATION
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.image_digests import images_digest
 from mslora_cr.data.records import DataError, TestRecords
@@ -16,7 +17,7 @@ from mslora_cr.data.tasks import asked_images, task_folder
 from mslora_cr.evaluation.answer_files import Origin, answers_are_whole
 from mslora_cr.evaluation.cells import CellKey
 from mslora_cr.evaluation.doubts import doubts_of
-from mslora_cr.evaluation.results import EVALUATION, Cell, Evaluation
+from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.evaluation.schemas import ANSWERS, Stamp
 from mslora_cr.evaluation.score import SCORES, group_numbers, metrics_of, question_places
 from mslora_cr.generation.run import Decoding

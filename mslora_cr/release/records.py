@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mslora_cr.banks.io import WEIGHTS
+from mslora_cr.config.run_files import BANK_WEIGHTS
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.evaluation.results import required_evaluation
 from mslora_cr.evaluation.schemas import ROUTED
@@ -123,54 +123,51 @@ def decide(plan_path: Path, config: StreamConfig) -> ReleaseRecord:
         ReportError: The run is not evaluated as the plan needs it.
     """
     with one_writer(config.run_dir):
-        return _decide(plan_path, config)
-
-
-def _decide(plan_path: Path, config: StreamConfig) -> ReleaseRecord:
-    ledger = Ledger.read(config)
-    plan = read_plan(plan_path, [task.name for task in config.stream])
-    registration = registration_of(plan_path, ledger)
-    if registration is None:
-        raise ReleaseError(
-            f"{plan_path} is not registered for {config.run_dir}, or was changed since; before the next task is "
-            f"trained, run `mslora-cr release register {plan_path} {config.run_dir}`"
+        ledger = Ledger.read(config)
+        plan = read_plan(plan_path, [task.name for task in config.stream])
+        registration = registration_of(plan_path, ledger)
+        if registration is None:
+            raise ReleaseError(
+                f"{plan_path} is not registered for {config.run_dir}, or was changed since; before the next task is "
+                f"trained, run `mslora-cr release register {plan_path} {config.run_dir}`"
+            )
+        records = records_of(config.run_dir)
+        results = config.results_run_dir / ROUTED if plan.routed else config.results_run_dir
+        evaluation = required_evaluation(results)
+        banks = _banks(ledger, evaluation.tasks)
+        for record in records:
+            if record.kind == "gate" and (record.banks, record.plan_digest) == (banks, registration.digest):
+                return record
+        candidate = 1 + sum(record.kind == "gate" for record in records)
+        tests = gate_tests(plan, results, spent(plan.level, candidate))
+        verdict = verdict_of(tests)
+        reasons = [f"{test.name}: {test.reason}" for test in tests if test.outcome != "pass"]
+        if evaluation.tasks[-1] in registration.finished:
+            verdict = "hold" if verdict == "release" else verdict
+            reasons.append(f"the plan was registered {registration.when}, after {evaluation.tasks[-1]} was trained")
+        return _append(
+            config.run_dir,
+            records,
+            ReleaseRecord(
+                **_head(records, config),
+                kind="gate",
+                verdict=verdict,
+                serves=len(records) + 1 if verdict == "release" else _serving(records),
+                stage=len(evaluation.tasks),
+                reasons=tuple(reasons),
+                plan=registration.text,
+                plan_digest=registration.digest,
+                registered=registration.when,
+                level=spent(plan.level, candidate),
+                candidate=candidate,
+                tests=tuple(tests),
+                banks=banks,
+                base=ledger.tasks[evaluation.tasks[-1]].model_digest,
+                data={cell.task: cell.questions for cell in evaluation.cells},
+                training_data={name: ledger.tasks[name].records_digest for name in evaluation.tasks},
+                environment=environment(),
+            ),
         )
-    records = records_of(config.run_dir)
-    results = config.results_run_dir / ROUTED if plan.routed else config.results_run_dir
-    evaluation = required_evaluation(results)
-    banks = _banks(ledger, evaluation.tasks)
-    for record in records:
-        if record.kind == "gate" and (record.banks, record.plan_digest) == (banks, registration.digest):
-            return record
-    candidate = 1 + sum(record.kind == "gate" for record in records)
-    tests = gate_tests(plan, results, spent(plan.level, candidate))
-    verdict, reasons = verdict_of(tests), [f"{test.name}: {test.reason}" for test in tests if test.outcome != "pass"]
-    if evaluation.tasks[-1] in registration.finished:
-        verdict = "hold" if verdict == "release" else verdict
-        reasons.append(f"the plan was registered {registration.when}, after {evaluation.tasks[-1]} was trained")
-    return _append(
-        config.run_dir,
-        records,
-        ReleaseRecord(
-            **_head(records, config),
-            kind="gate",
-            verdict=verdict,
-            serves=len(records) + 1 if verdict == "release" else _serving(records),
-            stage=len(evaluation.tasks),
-            reasons=tuple(reasons),
-            plan=registration.text,
-            plan_digest=registration.digest,
-            registered=registration.when,
-            level=spent(plan.level, candidate),
-            candidate=candidate,
-            tests=tuple(tests),
-            banks=banks,
-            base=ledger.tasks[evaluation.tasks[-1]].model_digest,
-            data={cell.task: cell.questions for cell in evaluation.cells},
-            training_data={name: ledger.tasks[name].records_digest for name in evaluation.tasks},
-            environment=environment(),
-        ),
-    )
 
 
 def rollback(config: StreamConfig, number: int) -> ReleaseRecord:
@@ -180,27 +177,23 @@ def rollback(config: StreamConfig, number: int) -> ReleaseRecord:
         ReleaseError: There is no such release, its banks are gone, or it is live already.
     """
     with one_writer(config.run_dir):
-        return _rollback(config, number)
-
-
-def _rollback(config: StreamConfig, number: int) -> ReleaseRecord:
-    records = records_of(config.run_dir)
-    target = released(config, number)
-    if _serving(records) == number:
-        raise ReleaseError(f"release {number} of {config.run} is live already")
-    return _append(
-        config.run_dir,
-        records,
-        ReleaseRecord(
-            **_head(records, config),
-            kind="rollback",
-            verdict="release",
-            serves=number,
-            stage=target.stage,
-            banks=target.banks,
-            base=target.base,
-        ),
-    )
+        records = records_of(config.run_dir)
+        target = released(config, number)
+        if _serving(records) == number:
+            raise ReleaseError(f"release {number} of {config.run} is live already")
+        return _append(
+            config.run_dir,
+            records,
+            ReleaseRecord(
+                **_head(records, config),
+                kind="rollback",
+                verdict="release",
+                serves=number,
+                stage=target.stage,
+                banks=target.banks,
+                base=target.base,
+            ),
+        )
 
 
 def released(config: StreamConfig, number: int) -> ReleaseRecord:
@@ -216,7 +209,7 @@ def released(config: StreamConfig, number: int) -> ReleaseRecord:
         raise ReleaseError(f"{config.run} has no release {number}; there are {there or 'none'}")
     ledger = Ledger.read(config)
     for task, digest in record.banks.items():
-        file = ledger.bank_folder(task) / WEIGHTS
+        file = ledger.bank_folder(task) / BANK_WEIGHTS
         if not file.is_file() or file_digest(file) != digest:
             raise ReleaseError(f"{file} is not the bank of release {number}; restore it, or release anew")
     return record

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import cast
 
 from mslora_cr.config.methods import load_method
+from mslora_cr.config.run_files import LEDGER
 from mslora_cr.evaluation.results import Cell, Evaluation, read_evaluation
 from mslora_cr.methods.base import Method
-from mslora_cr.runs.entries import LEDGER, RunLedger
+from mslora_cr.runs.entries import RunLedger
 
 
 def answering_rank(evaluation: Evaluation, ledger: RunLedger | None) -> int | None:

@@ -10,17 +10,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mslora_cr.config.run_files import BANK_WEIGHTS, CONFIG, EVALUATION, LEDGER
 from mslora_cr.evaluation.results import Evaluation, ReportError, read_evaluation
 from mslora_cr.evaluation.schemas import ANALYSIS, ROUTED, ROUTING, Analysis, Routing
-from mslora_cr.runs.entries import LEDGER, RunLedger
+from mslora_cr.runs.entries import RunLedger
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.state import Part
 from mslora_cr.utils.strict_json import JsonError, decode_json
 
 PUBLISHED_SCORES = Path(__file__).with_name("published_scores.yaml")
-BANK_WEIGHTS = "adapter_model.safetensors"
-"""Equal to `WEIGHTS` in `banks/io.py`. Importing that module would load PEFT and transformers and triple the start of a
-report."""
 
 
 class PublishedRun(Part):
@@ -76,14 +74,14 @@ def read_run(run_dir: Path, results_dir: Path) -> RunRecord:
     source = evaluation or ledger
     if source is None:
         raise ReportError(
-            f"nothing to report: no {run_dir / 'ledger.json'} and no {results_dir / 'evaluation.json'}; "
+            f"nothing to report: no {run_dir / LEDGER} and no {results_dir / EVALUATION}; "
             "train the run first, then evaluate it"
         )
     tasks = tuple(source.tasks)
     logs = {task: read_log(path) for task in tasks if (path := run_dir / "logs" / f"{task}.jsonl").is_file()}
     banks = {task: path for task in tasks if (path := run_dir / "banks" / task / BANK_WEIGHTS).is_file()}
     answers = _answer_files(evaluation, results_dir) if evaluation else {}
-    config = run_dir / "config.yaml"
+    config = run_dir / CONFIG
     return RunRecord(
         name=source.run,
         method=source.method,

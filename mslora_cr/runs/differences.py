@@ -11,12 +11,12 @@ from mslora_cr.banks.io import CONFIG as ADAPTER_CONFIG
 from mslora_cr.banks.io import METADATA
 from mslora_cr.config.methods import load_method
 from mslora_cr.config.plain_yaml import read_plain_yaml
+from mslora_cr.config.run_files import CONFIG
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.runs.entries import RunLedger
 from mslora_cr.utils.strict_json import JsonError, read_object
 
 log = logging.getLogger(__name__)
-CONFIG = "config.yaml"
 SHOWN = 6
 """Changed settings that a refusal names."""
 

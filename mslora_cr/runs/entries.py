@@ -8,8 +8,6 @@ from pydantic import ConfigDict, Field
 
 from mslora_cr.utils.state import Part, StateFile
 
-LEDGER = "ledger.json"
-
 
 class Imported(Part):
     """The file that an imported bank was read from."""

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
-from mslora_cr.banks.io import STATISTICS, TASK_STATE, WEIGHTS, bank_size, load_bank
+from mslora_cr.banks.io import STATISTICS, TASK_STATE, bank_size, load_bank
 from mslora_cr.config.methods import load_method
+from mslora_cr.config.run_files import BANK_WEIGHTS, CONFIG, LEDGER
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.distributed.comm import broadcast_object, world_size
 from mslora_cr.routing.lda import TaskStatistics, load_statistics
-from mslora_cr.runs.differences import CONFIG, Finished, changed_settings
-from mslora_cr.runs.entries import LEDGER, Answering, Forced, RunLedger, TaskEntry
+from mslora_cr.runs.differences import Finished, changed_settings
+from mslora_cr.runs.entries import Answering, Forced, RunLedger, TaskEntry
 from mslora_cr.runs.environment import environment
 from mslora_cr.utils.files import file_digest, write_text
 from mslora_cr.utils.regular import check_regular
@@ -123,7 +124,7 @@ class Ledger:
         entry = self.tasks.get(task)
         if entry is None:
             return False
-        recorded = {WEIGHTS: entry.digest, TASK_STATE: entry.memory_digest}
+        recorded = {BANK_WEIGHTS: entry.digest, TASK_STATE: entry.memory_digest}
         for name, digest in recorded.items():
             file = self.bank_folder(task) / name
             if digest is None or (str(file), digest) in self._verified:

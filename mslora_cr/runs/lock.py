@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from mslora_cr.config.schema import StreamConfig
 from mslora_cr.distributed.comm import rank
+from mslora_cr.distributed.launch import start_processes
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.state import StateError, StateFile
 
@@ -86,6 +88,22 @@ def one_writer(folder: Path) -> Iterator[None]:
         for parent in made:
             with suppress(OSError):  # something is in it now
                 parent.rmdir()
+
+
+@contextmanager
+def launch(config: StreamConfig, folder: Path) -> Iterator[dict[str, Any]]:
+    """Start this launch's processes, and let no other launch write to a folder until the block ends.
+
+    Yields:
+        The `training` section, checked.
+
+    Raises:
+        ConfigError: That section is wrong.
+        LockedError: Another launch writes to the folder.
+    """
+    fields = start_processes(config)
+    with one_writer(folder):
+        yield fields
 
 
 @contextmanager

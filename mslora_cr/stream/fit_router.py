@@ -12,14 +12,13 @@ from mslora_cr.banks.io import STATISTICS
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.tasks import training_records
 from mslora_cr.distributed.comm import barrier, get_device, rank
-from mslora_cr.distributed.launch import start_processes
 from mslora_cr.methods.base import method_of
 from mslora_cr.models.load import base_digest, load_base
 from mslora_cr.routing.fit import router_statistics
 from mslora_cr.routing.lda import TaskStatistics, combine, load_statistics
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import Ledger
-from mslora_cr.runs.lock import one_writer
+from mslora_cr.runs.lock import launch, one_writer
 from mslora_cr.stream.import_export import check_base
 from mslora_cr.utils.files import replacing
 
@@ -31,23 +30,18 @@ def fit_router(config: StreamConfig, only: str | None = None) -> list[Path]:
     Raises:
         DataError, ModelError, ConfigError: something cannot be read. LockedError: another launch writes there.
     """
-    start_processes(config)
-    with one_writer(config.run_dir):
-        return _fit_router(config, only)
-
-
-def _fit_router(config: StreamConfig, only: str | None) -> list[Path]:
-    tasks = [config.task(only)] if only else config.stream
-    records = {task.name: training_records(config, task) for task in tasks}
-    check_hosts(config.run_dir, {"the training records": {name: part.digest for name, part in records.items()}})
-    base = load_base(config, get_device(config.model.device))
-    ledger, paths = Ledger.read(config), []
-    examples = method_of(config).router_examples(config)
-    for task in tasks:
-        statistics = router_statistics(config, task, records[task.name], base, examples)
-        paths.append(_save(ledger, task, statistics))
-    barrier()
-    return paths
+    with launch(config, config.run_dir):
+        tasks = [config.task(only)] if only else config.stream
+        records = {task.name: training_records(config, task) for task in tasks}
+        check_hosts(config.run_dir, {"the training records": {name: part.digest for name, part in records.items()}})
+        base = load_base(config, get_device(config.model.device))
+        ledger, paths = Ledger.read(config), []
+        examples = method_of(config).router_examples(config)
+        for task in tasks:
+            statistics = router_statistics(config, task, records[task.name], base, examples)
+            paths.append(_save(ledger, task, statistics))
+        barrier()
+        return paths
 
 
 def combine_router(config: StreamConfig, name: str, folders: Sequence[Path]) -> Path:

@@ -9,9 +9,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from mslora_cr.banks.bank import Bank, BankError
-from mslora_cr.banks.io import CONFIG, METADATA, STATISTICS, TASK_STATE, WEIGHTS, load_bank, save_bank
+from mslora_cr.banks.io import CONFIG, METADATA, STATISTICS, TASK_STATE, load_bank, save_bank
 from mslora_cr.banks.kinds import kind_of
 from mslora_cr.banks.published import BASE_DIGEST, PUBLISHED_WEIGHTS, export_published
+from mslora_cr.config.run_files import BANK_WEIGHTS, LEDGER
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.methods.base import method_of
 from mslora_cr.models.family import family_of
@@ -19,7 +20,7 @@ from mslora_cr.models.layout import ModelError, read_config
 from mslora_cr.models.load import base_digest
 from mslora_cr.models.shapes import language_linear_shapes
 from mslora_cr.runs.differences import with_former_defaults
-from mslora_cr.runs.entries import LEDGER, Imported, RunLedger
+from mslora_cr.runs.entries import Imported, RunLedger
 from mslora_cr.runs.ledger import Ledger, bank_shape
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.stream.recorded import builds_on_earlier, record_answering
@@ -76,8 +77,8 @@ def _trained_on(source: Path, name: str, config: StreamConfig) -> str | None:
             return str(trained["digest"])
         if ledger is not None:
             entry = ledger.tasks.get(name)
-            if entry and entry.digest != file_digest(source / WEIGHTS):
-                raise BankError(f"{source / WEIGHTS} is not what {path} records; restore it")
+            if entry and entry.digest != file_digest(source / BANK_WEIGHTS):
+                raise BankError(f"{source / BANK_WEIGHTS} is not what {path} records; restore it")
             return entry.model_digest if entry else None
         named = read_object(source / CONFIG).get("base_model_name_or_path")
     except (BankError, StateError):
@@ -141,7 +142,7 @@ def _place(folder: Path, config: StreamConfig, task: Task) -> Path | None:
     for root in roots:
         if (root / _published_name(config, task) / PUBLISHED_WEIGHTS).is_file():
             return root / _published_name(config, task)
-        if (root / "banks" / task.name / WEIGHTS).is_file():
+        if (root / "banks" / task.name / BANK_WEIGHTS).is_file():
             return root / "banks" / task.name
     return None
 
@@ -179,25 +180,22 @@ def import_banks(folder: Path, config: StreamConfig) -> list[str]:
         ConfigError: another configuration made the run folder.
         ModelError: the base model cannot be read. LockedError: another launch writes to the run folder.
     """
+    config = with_former_defaults(config)
     with one_writer(config.run_dir):
-        return _import_banks(folder, with_former_defaults(config))
-
-
-def _import_banks(folder: Path, config: StreamConfig) -> list[str]:
-    method, ledger = method_of(config), Ledger.read(config)
-    sources = _places(folder, config, whole=method.keeps_frozen_adapters or method.init_from_previous)
-    banks = {name: _load(source, name, config) for name, source in sources.items()}
-    shapes = language_linear_shapes(Path(config.model.path))
-    model_digest = base_digest(config)
-    check_base(sources, config, model_digest)
-    for name, bank in banks.items():
-        _check_usable(bank, sources[name], config, shapes)
-    missing = [name for name in banks if not _is_there(banks[name], ledger)]
-    ledger.check_same_configuration(config, model_digest, force=False, advice="Import into another `run`")
-    ledger.open(config, model_digest, force=False)
-    for name in missing:
-        _enter(banks[name], sources[name], config, ledger)
-    return missing
+        method, ledger = method_of(config), Ledger.read(config)
+        sources = _places(folder, config, whole=method.keeps_frozen_adapters or method.init_from_previous)
+        banks = {name: _load(source, name, config) for name, source in sources.items()}
+        shapes = language_linear_shapes(Path(config.model.path))
+        model_digest = base_digest(config)
+        check_base(sources, config, model_digest)
+        for name, bank in banks.items():
+            _check_usable(bank, sources[name], config, shapes)
+        missing = [name for name in banks if not _is_there(banks[name], ledger)]
+        ledger.check_same_configuration(config, model_digest, force=False, advice="Import into another `run`")
+        ledger.open(config, model_digest, force=False)
+        for name in missing:
+            _enter(banks[name], sources[name], config, ledger)
+        return missing
 
 
 def _check_usable(bank: Bank, source: Path, config: StreamConfig, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -238,7 +236,7 @@ def _is_there(bank: Bank, ledger: Ledger) -> bool:
 def _enter(bank: Bank, bank_folder: Path, config: StreamConfig, ledger: Ledger) -> None:
     """Save a bank in the run folder and enter it in the ledger. How it was trained is not known there."""
     task, folder = config.task(bank.name), ledger.bank_folder(bank.name)
-    file = bank_folder / (PUBLISHED_WEIGHTS if (bank_folder / PUBLISHED_WEIGHTS).is_file() else WEIGHTS)
+    file = bank_folder / (PUBLISHED_WEIGHTS if (bank_folder / PUBLISHED_WEIGHTS).is_file() else BANK_WEIGHTS)
     source = {"path": str(file.resolve()), "sha256": file_digest(file)}
     # The source's, or what `bank fit-router` has put there before.
     routers = [load_file(origin / STATISTICS) for origin in (bank_folder, folder) if (origin / STATISTICS).is_file()]

@@ -32,7 +32,7 @@ from mslora_cr.distributed.deepspeed import (
     release_trainer,
     zero_stage,
 )
-from mslora_cr.distributed.launch import run_on_rank0, start_processes
+from mslora_cr.distributed.launch import run_on_rank0
 from mslora_cr.methods.base import Setup, method_of, needs_task
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.cached_tower import cached_tower
@@ -45,7 +45,7 @@ from mslora_cr.routing.lda import TaskStatistics
 from mslora_cr.runs.differences import with_former_defaults
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import Ledger, work_folder
-from mslora_cr.runs.lock import one_writer
+from mslora_cr.runs.lock import launch
 from mslora_cr.stream.checks import (
     check_labels,
     check_records_unchanged,
@@ -103,25 +103,42 @@ def train(config: StreamConfig, only: Sequence[str] = (), force: bool = False) -
             mend it.
     """
     config = with_former_defaults(config)
-    fields = start_processes(config)
-    check_trainable(config, fields)
-    with one_writer(config.run_dir):
-        _train(config, fields, only, force)
+    with launch(config, config.run_dir) as fields:
+        check_trainable(config, fields)
+        if zero_stage(fields.get("deepspeed")):
+            prepare_deepspeed(get_device(config.model.device).type == "cuda")
+        tasks = tasks_to_train(config, only)
+        ledger = Ledger.read(config)
+        pending = [task for task in tasks if not ledger.done(task.name)]
+        run = _open_run(config, fields, ledger, pending, alone=bool(only), force=force)
+        if not tasks and rank() == 0:
+            log.info("%s trains nothing; evaluate it directly", config.method)
+        bar = progress_bar(tasks, desc="stream", unit="task", disable=rank() != 0)
+        for task in bar:
+            bar.set_postfix_str(task.name, refresh=False)
+            if task in pending:
+                train_task(run, task)
+            elif rank() == 0:
+                # What a run leaves that is killed right after the ledger.
+                shutil.rmtree(work_folder(config.run_dir, task.name), ignore_errors=True)
+                log.info("%s: already done, skipped", task.name)
 
 
-def _train(config: StreamConfig, fields: dict[str, Any], only: Sequence[str], force: bool) -> None:
-    if zero_stage(fields.get("deepspeed")):
-        prepare_deepspeed(get_device(config.model.device).type == "cuda")
-    tasks = tasks_to_train(config, only)
-    ledger = Ledger.read(config)
-    pending = [task for task in tasks if not ledger.done(task.name)]
+def _open_run(
+    config: StreamConfig, fields: dict[str, Any], ledger: Ledger, pending: Sequence[Task], alone: bool, force: bool
+) -> StreamRun:
+    """Check everything that the pending tasks need, and make the run folder this configuration's.
+
+    Args:
+        alone: The tasks were named one by one, so banks before them may be missing.
+    """
     records = {}
     for source in (source for task in pending for source in method_of(config).sources(config, task)):
         if source.name not in records:
             records[source.name] = training_records(config, source)
             tell(source.name, task_folder(config, source), records[source.name].digest)
     check_records_unchanged(ledger, records)
-    if only:
+    if alone:
         needed = {earlier.name: earlier for task in pending for earlier in banks_needed(config, task)}
         ledger.banks(config, [earlier for earlier in needed.values() if earlier not in pending])
     for task in pending:  # only validated here: DeepSpeed must not know of a task before its model is built
@@ -137,18 +154,7 @@ def _train(config: StreamConfig, fields: dict[str, Any], only: Sequence[str], fo
         ledger.open(config, model_digest, force)
 
     run_on_rank0(prepare)
-    if not tasks and rank() == 0:
-        log.info("%s trains nothing; evaluate it directly", config.method)
-    run = StreamRun(config, fields, ledger, records, model_digest, force)
-    bar = progress_bar(tasks, desc="stream", unit="task", disable=rank() != 0)
-    for task in bar:
-        bar.set_postfix_str(task.name, refresh=False)
-        if task in pending:
-            train_task(run, task)
-        elif rank() == 0:
-            # What a run leaves that is killed right after the ledger.
-            shutil.rmtree(work_folder(config.run_dir, task.name), ignore_errors=True)
-            log.info("%s: already done, skipped", task.name)
+    return StreamRun(config, fields, ledger, records, model_digest, force)
 
 
 def train_task(run: StreamRun, task: Task) -> None:

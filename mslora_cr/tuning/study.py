@@ -9,10 +9,9 @@ and orders that are not reported.
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.config.trust import named_methods
-from mslora_cr.distributed.pool import init_worker, output_into
+from mslora_cr.distributed.pool import output_into, worker_pool
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.results import required_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
@@ -40,7 +38,6 @@ from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import write_text
 from mslora_cr.utils.logs import set_up
 from mslora_cr.utils.progress import progress_bar
-from mslora_cr.utils.workers import cores
 
 log = logging.getLogger(__name__)
 
@@ -182,24 +179,15 @@ def _optimize(plan: Plan, part: StudyPart, devices: Sequence[str | None]) -> Fro
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params, skip_if_exists=True)
     done = sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in study.get_trials())
-    context = multiprocessing.get_context("spawn")
-    free = context.Queue()
-    for device in devices:
-        free.put(device)
-    threads = max(1, cores() // len(devices))
     with (
-        ProcessPoolExecutor(len(devices), context, init_worker, (free, threads, named_methods())) as pool,
+        worker_pool(devices) as pool,
         progress_bar(desc=part.name, total=plan.trials, initial=done, unit="trial") as bar,
     ):
         waiting = [pool.submit(_run_trial, plan, part) for _ in range(max(0, plan.trials - done))]
-        try:
-            for future in as_completed(waiting):
-                if error := future.result():
-                    log.warning("%s: a trial failed: %s", part.name, error)
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(waiting):
+            if error := future.result():
+                log.warning("%s: a trial failed: %s", part.name, error)
+            bar.update()
     best = best_trial(study.get_trials())
     if best is None:
         raise UserError(f"{part.name}: no trial finished; see the logs in {plan.folder / part.name}")

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from mslora_cr.banks.bank import BankError
-from mslora_cr.banks.io import WEIGHTS
 from mslora_cr.banks.similarity import Similarity, bank_similarity
 from mslora_cr.data.records import DataError
 from mslora_cr.evaluation.console import score_table
@@ -21,7 +20,7 @@ from mslora_cr.reporting.examples import pick_examples
 from mslora_cr.reporting.heatmaps import similarity_map
 from mslora_cr.reporting.render import chance, render
 from mslora_cr.reporting.report import _context, write_report
-from mslora_cr.reporting.run_record import BANK_WEIGHTS, load_published_scores, read_log, read_run
+from mslora_cr.reporting.run_record import load_published_scores, read_log, read_run
 from mslora_cr.statistics.intervals import difference_interval, estimate, independent, percent
 from mslora_cr.utils.state import StateError
 from tests.helpers.report_run import CLOSED_ONLY, MODALITIES, OPEN_ONLY, Page, answer_lines, make_run
@@ -359,7 +358,3 @@ def test_examples_are_right_and_wrong_and_repeatable():
     assert all(score_answers([answers[0]]).rows[0].hit for _ in examples)
     assert [example.hit for example in pick_examples(answers[:15])] == [True, True]
     assert pick_examples([]) == []
-
-
-def test_a_banks_file_has_one_name():
-    assert BANK_WEIGHTS == WEIGHTS

@@ -1,0 +1,10 @@
+"""Names of files in run folders and results folders that several rooms look for."""
+
+CONFIG = "config.yaml"
+"""The resolved configuration of a run."""
+LEDGER = "ledger.json"
+"""Finished tasks, and what they were trained from."""
+BANK_WEIGHTS = "adapter_model.safetensors"
+"""The matrices of a bank in its folder, as PEFT names them."""
+EVALUATION = "evaluation.json"
+"""The task × stage matrix in a results folder."""
