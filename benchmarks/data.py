@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 "features from the cache": lambda: cache.load(png),
             }
         )
-        space = cache.place(png).stat().st_size
+        space = cache.path_of(png).stat().st_size
     return finish(
         setting,
         seconds,

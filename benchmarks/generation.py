@@ -28,7 +28,7 @@ from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.data.input_processor import Prompt
 from mslora_cr.generation.batching import Limits, grouped, in_waves
-from mslora_cr.generation.prefix_decoder import Decoder
+from mslora_cr.generation.prefix_decoder import Decoder, Stopping
 from mslora_cr.models.kernels import use_kernels
 from mslora_cr.utils.kernels import chosen_kernels
 
@@ -169,7 +169,7 @@ def answered(
         shown: the images of some questions.
     """
     limits = Limits(batch, new_tokens, batch * (max(map(len, prompts)) + new_tokens))
-    decoder = Decoder(model, prompts, ids, new_tokens)
+    decoder = Decoder(model, prompts, Stopping.of(ids, new_tokens))
     waves = in_waves(grouped(prompts, range(len(prompts)), lambda _: None), prompts, limits)
     waiting = sum(len(wave.batches) for wave in waves)
     answers: Answers = {}

@@ -32,7 +32,7 @@ from mslora_cr.evaluation.schemas import (
     PairedNote,
     UpdateCosines,
 )
-from mslora_cr.evaluation.score import group_numbers, question_places, read_answers
+from mslora_cr.evaluation.score import group_numbers, question_groups, read_answers
 from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.metrics.published import RowScore, score_answers
 from mslora_cr.runs.environment import check_hosts
@@ -153,7 +153,7 @@ def _contribution(config: StreamConfig, learned: Mapping[str, Bank], questions: 
 
     answer_once(folder, origin, len(chosen), answer)
     scores = np.array([_score(row) for row in score_answers(read_answers(folder / ANSWERS)).rows])
-    keys = {name: question_places(part) for name, part in subsets.items()}
+    keys = {name: question_groups(part) for name, part in subsets.items()}
     groups = {name: group_numbers([group for _, group in part]) for name, part in keys.items()}
     parts = np.split(scores, np.cumsum([len(subsets[task.name]) for task, _ in variants])[:-1])
     return Contribution(

@@ -165,4 +165,4 @@ def add_lock(parser: argparse.ArgumentParser) -> None:
 
 
 def announce(asset: Asset, folder: Path) -> None:
-    log.info("%s -> %s (licence: %s)", asset.repo, folder / asset.place, asset.license)
+    log.info("%s -> %s (licence: %s)", asset.repo, folder / asset.subfolder, asset.license)

@@ -61,7 +61,7 @@ def load_method(name: str) -> MethodSettings:
     """
     base = importlib.import_module(f"{PACKAGE}.{BASE}").Method
     if name in method_names():
-        return _own(importlib.import_module(f"{PACKAGE}.{name}"), base)()
+        return _method_class(importlib.import_module(f"{PACKAGE}.{name}"), base)()
     if not OUTSIDE.fullmatch(name):
         valid = method_names()
         raise ValueError(
@@ -95,7 +95,7 @@ def if_trusted(name: str) -> MethodSettings | None:
         return None
 
 
-def _own(module: ModuleType, base: type) -> type:
+def _method_class(module: ModuleType, base: type) -> type:
     """The one method that a file of the package defines."""
     classes = [
         kind

@@ -315,7 +315,7 @@ def aligned(text: Sequence[int], ids: Sequence[int], image: int | None) -> Itera
     for start, stop in zip(starts, [*ends, len(text)], strict=True):
         part = list(text[start:stop])
         ending = stop == len(text)
-        start_of_part = len(ids) - len(part) if ending else _found(ids, part, behind) if start else 0
+        start_of_part = len(ids) - len(part) if ending else _index_of(ids, part, behind) if start else 0
         whole = start > 0 or not ending or len(part) == len(ids)
         if not whole or start_of_part < behind or list(ids[start_of_part : start_of_part + len(part)]) != part:
             return
@@ -323,6 +323,6 @@ def aligned(text: Sequence[int], ids: Sequence[int], image: int | None) -> Itera
         behind = start_of_part + len(part)
 
 
-def _found(ids: Sequence[int], part: list[int], behind: int) -> int:
+def _index_of(ids: Sequence[int], part: list[int], behind: int) -> int:
     """The first place of a part, -1 without any."""
     return next((start for start in range(behind, len(ids)) if list(ids[start : start + len(part)]) == part), -1)

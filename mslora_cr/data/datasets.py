@@ -40,7 +40,7 @@ class TrainDataset(Dataset[Any]):
         return counted
 
     def _at(self, index: int, error: ValueError) -> DataError:
-        return DataError(f"{self.records.path}: {self.records.place(index)}: {error}")
+        return DataError(f"{self.records.path}: {self.records.location(index)}: {error}")
 
 
 class ConcatTrainDataset(ConcatDataset[Any]):
@@ -67,11 +67,11 @@ class ConcatTrainDataset(ConcatDataset[Any]):
         """Positions of every sample, as `TrainDataset.lengths`."""
         return [length for part in self.parts for length in part.lengths()]
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """Where a sample's record is, for errors."""
         part = bisect_right(self.cumulative_sizes, index)
         records = self.parts[part].records
-        location = records.place(index - ([0, *self.cumulative_sizes][part]))
+        location = records.location(index - ([0, *self.cumulative_sizes][part]))
         return location if len(self.parts) == 1 else f"{records.path}: {location}"
 
 
@@ -113,4 +113,4 @@ class EvalDataset:
             raise self._at(index, error) from None
 
     def _at(self, index: int, error: ValueError) -> DataError:
-        return DataError(f"{self.records.path}: {self.records.place(index)}: {error}")
+        return DataError(f"{self.records.path}: {self.records.location(index)}: {error}")

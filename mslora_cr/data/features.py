@@ -37,7 +37,7 @@ class FeatureCache:
 
     folder: Path
 
-    def place(self, image: Path) -> Path:
+    def path_of(self, image: Path) -> Path:
         """Where the features of an image file belong, whether or not they exist."""
         digest = image_file_digest(image)
         return self.folder / digest[:2] / f"{digest}.safetensors"
@@ -48,7 +48,7 @@ class FeatureCache:
         Raises:
             DataError: there are none, or their file is damaged.
         """
-        path = self.place(image)
+        path = self.path_of(image)
         try:
             return load_file(check_regular(path))[_NAME]
         except (OSError, SafetensorError, KeyError) as error:
@@ -70,7 +70,7 @@ class FeatureCache:
         Args:
             encode: pixels (n, 3, height, width), float32 → features (n, positions, width), on any device.
         """
-        by_path = {self.place(image): image for image in dict.fromkeys(images)}
+        by_path = {self.path_of(image): image for image in dict.fromkeys(images)}
         missing = [(path, image) for path, image in by_path.items() if not path.is_file()]
         loader = DataLoader(_Pixels([image for _, image in missing], processor), batch_size=_BATCH, num_workers=workers)
         remaining: Iterator[Path] = iter([path for path, _ in missing])

@@ -24,7 +24,7 @@ CLIP_PATCHES = 576
 """Of CLIP ViT-L/14 at 336 pixels, assumed where the model's own tower is not available."""
 
 
-PLACES = 3
+MOST_LOCATIONS = 3
 """How many places a message names."""
 
 
@@ -115,7 +115,7 @@ def count_learned(
         try:
             all_labels, learned, length = input_processor.count_labels(record, roots)
         except ValueError as error:
-            raise DataError(f"{records.path}: {records.place(index)}: {error}") from None
+            raise DataError(f"{records.path}: {records.location(index)}: {error}") from None
         if not all_labels:
             counts.unlabelled.append(index)
         elif not learned:
@@ -125,7 +125,7 @@ def count_learned(
     return counts
 
 
-def places(records: TrainingRecords, indices: Sequence[int]) -> str:
+def locations(records: TrainingRecords, indices: Sequence[int]) -> str:
     """The first places of some records, for a message."""
-    more = f" and {len(indices) - PLACES:,} more" if len(indices) > PLACES else ""
-    return ", ".join(records.place(index) for index in indices[:PLACES]) + more
+    more = f" and {len(indices) - MOST_LOCATIONS:,} more" if len(indices) > MOST_LOCATIONS else ""
+    return ", ".join(records.location(index) for index in indices[:MOST_LOCATIONS]) + more

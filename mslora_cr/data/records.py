@@ -247,7 +247,7 @@ class _Records(Sequence[Record], Generic[Record]):
     def _items(self, file: BinaryIO, hasher: "hashlib._Hash") -> Iterator[Item]: ...
 
     @abstractmethod
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """Where record `index` is in the file, in words, for messages."""
 
     def _note(self, problem: DataError) -> None:
@@ -271,7 +271,7 @@ class _Records(Sequence[Record], Generic[Record]):
             return self._model.model_validate(STRICT_JSON.decode(data.decode()))
         except ValueError as error:  # it was valid when the file was opened
             problem = "the file changed since it was opened"
-            raise DataError(f"{self.path}: {self.place(index)}: {problem}") from error
+            raise DataError(f"{self.path}: {self.location(index)}: {problem}") from error
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -324,7 +324,7 @@ class TrainingRecords(_Records[TrainingRecord]):
             raise DataError(f"{self.path}: {location}: {problem}")
         return record
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return f"record {index}"
 
 
@@ -374,7 +374,7 @@ class TestRecords(_Records[TestRecord]):
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: {location}: {explain_json(error)}") from None
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         with self.path.open("rb") as file:
             before = file.read(self._starts[index])
         return f"line {before.count(10) + 1}"  # 10: the newline byte

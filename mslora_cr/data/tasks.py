@@ -49,5 +49,5 @@ def asked_images(config: StreamConfig, task: Task, records: TestRecords) -> list
                 try:
                     paths[name] = resolve_image(name, roots)
                 except DataError as error:
-                    raise DataError(f"{records.path}: {records.place(index)}: {error}") from None
+                    raise DataError(f"{records.path}: {records.location(index)}: {error}") from None
     return list(paths.values())

@@ -28,7 +28,7 @@ class PlannedCell:
     folder: Path
 
     @property
-    def place(self) -> CellKey:
+    def key(self) -> CellKey:
         return self.task.name, self.stage
 
 

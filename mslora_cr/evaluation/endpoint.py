@@ -134,7 +134,7 @@ class _Asker:
 
             missing = [index for index in range(total) if index not in answered]
             try:
-                self._chat.ask_each(missing, lambda index: self._body(self.records[index]), self._place, note)
+                self._chat.ask_each(missing, lambda index: self._body(self.records[index]), self._location, note)
             except UserError as error:
                 progress = (
                     f"{len(answered)} of {total} answers to {self.task.name} are stored; the same command resumes"
@@ -156,8 +156,8 @@ class _Asker:
             "more; content_filter and refusal say that the service does not answer such questions"
         )
 
-    def _place(self, index: int) -> str:
-        return f"the question on {self.records.place(index)} of {self.records.path}"
+    def _location(self, index: int) -> str:
+        return f"the question on {self.records.location(index)} of {self.records.path}"
 
     def _body(self, record: TestRecord) -> Body:
         images = shown_images(record, self.config.data.images == "all")

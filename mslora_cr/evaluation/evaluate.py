@@ -75,7 +75,7 @@ def _answer_cells(config: StreamConfig, wanted: Sequence[PlannedCell], by_number
     session = EvaluationSession(config, list(by_number.values()), records, cached_images=True, switches=switches)
     questions, images = question_digests(config, records), image_digests(config, records)
     origins = {
-        cell.place: Origin(
+        cell.key: Origin(
             session.fingerprint(
                 [by_number[number] for number in cell.banks],
                 questions=questions.get(cell.task.name),  # of questions that are not there, no answer has this one
@@ -86,22 +86,20 @@ def _answer_cells(config: StreamConfig, wanted: Sequence[PlannedCell], by_number
         for cell in cells(config, "all", list(by_number))
     }
     facts = {
-        f"the questions, banks or settings of {cell.task.name} at stage {cell.stage}": origins[cell.place]
+        f"the questions, banks or settings of {cell.task.name} at stage {cell.stage}": origins[cell.key]
         for cell in wanted
     }
     check_hosts(config.results_run_dir, facts)
     # Cells that the same banks answer are adjacent, so that a stage is merged once.
     scored: dict[Path, Scores] = {}
     rows = {
-        cell.place: answer_cell(
-            session, cell, [by_number[number] for number in cell.banks], origins[cell.place], scored
-        )
+        cell.key: answer_cell(session, cell, [by_number[number] for number in cell.banks], origins[cell.key], scored)
         for cell in sorted(wanted, key=lambda cell: cell.banks)
     }
     target = ResultsTarget.of_run(config)
     if rank() == 0:
         possible = {folder: [origin] for folder, origin in origins.items()}
-        write_summary(config, target, [row for cell in wanted if (row := rows[cell.place])], possible)
+        write_summary(config, target, [row for cell in wanted if (row := rows[cell.key])], possible)
     barrier()
     return target.path
 

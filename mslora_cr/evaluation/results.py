@@ -57,7 +57,7 @@ class Cell(Part):
     largest_cluster: dict[str, float] = Field(default_factory=dict)
 
     @property
-    def place(self) -> tuple[str, int]:
+    def key(self) -> tuple[str, int]:
         return self.task, self.stage
 
 
@@ -84,7 +84,7 @@ class Evaluation(StateFile):
         for name, of_tasks in (("modalities", self.modalities), ("published", self.published)):
             if missing := [task for task in self.tasks if task not in of_tasks]:
                 raise ValueError(f"{name}: there is nothing of task {shorten(missing[0])}")
-        coordinates = [cell.place for cell in self.cells]
+        coordinates = [cell.key for cell in self.cells]
         if sorted({stage for _, stage in coordinates}) != list(self.stages):
             raise ValueError(f"stages: {shorten(list(self.stages))} are not those of the cells")
         if len(set(coordinates)) < len(coordinates):

@@ -26,7 +26,7 @@ from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.probabilities import PROBABILITIES
 from mslora_cr.evaluation.results import Cell
 from mslora_cr.evaluation.schemas import ANSWERS, ROUTED, ROUTING, Routing, StageRouting
-from mslora_cr.evaluation.score import group_numbers, question_places, score_file
+from mslora_cr.evaluation.score import group_numbers, question_groups, score_file
 from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.evaluation.summary import ResultsTarget, cell_row, image_digests, question_digests, write_summary
 from mslora_cr.methods.base import method_of, needs_task
@@ -220,7 +220,7 @@ class _Routed:
         counts = {task.name: tuple(np.bincount(routes[task.name], minlength=stage).tolist()) for task in tasks}
         learned = [task for task in tasks if task.index < stage]
         right = np.array([float(route == task.index) for task in learned for route in routes[task.name]])
-        groups = [f"{task.name}: {group}" for task in learned for _, group in question_places(self._records[task.name])]
+        groups = [f"{task.name}: {group}" for task in learned for _, group in question_groups(self._records[task.name])]
         return StageRouting(
             stage=stage,
             learned=tuple(bank.name for bank in self.banks[:stage]),

@@ -31,7 +31,7 @@ from mslora_cr.utils.strict_json import JsonError, decode_json
 from mslora_cr.utils.workers import worker_pool
 
 SCORES = "scores.csv"
-PLACES = ("image", "group")
+IMAGE_AND_GROUP = ("image", "group")
 """The last columns of `scores.csv`: the question's image, and what it shares with the questions that it is not
 independent of, its patient or else its image. Empty where that is not known."""
 PATIENT = "patient "
@@ -121,7 +121,7 @@ def score_file(
         DataError: as `read_answers`, or there are more or fewer questions than answers.
     """
     records = read_answers(answers)
-    keys = _places(answers, records, questions)
+    keys = _answer_groups(answers, records, questions)
     scores = _score(records, workers)
     groups = group_numbers([group for _, group in keys])
     output.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def _bleu_interval(counts: intervals.Scores, groups: intervals.Groups, freedom: 
 
 
 def read_scores(path: Path) -> ScoreTable:
-    """`scores.csv`, also as earlier versions wrote it, without `PLACES`: then every question is a cluster of its own.
+    """`scores.csv`. Earlier versions wrote no `IMAGE_AND_GROUP`: every question is then a cluster of its own.
 
     Raises:
         DataError: it is missing or not such a file.
@@ -247,28 +247,28 @@ def group_numbers(labels: Sequence[str]) -> intervals.Groups:
     return np.array(of_each, dtype=np.int64)
 
 
-def _places(
+def _answer_groups(
     answers: Path, records: Sequence[AnswerRecord], questions: Sequence[TestRecord] | None
 ) -> list[tuple[str, str]]:
-    """By answer, its `PLACES`."""
+    """By answer, its `IMAGE_AND_GROUP`."""
     if questions is None:
-        return [_place(_first(record.image), record.patient) for record in records]
+        return [_image_and_group(_first(record.image), record.patient) for record in records]
     if len(questions) != len(records):
         raise DataError(f"{answers}: has {len(records)} answers to {len(questions)} questions; answer them again")
-    return question_places(questions)
+    return question_groups(questions)
 
 
 def answer_groups(records: Iterable[AnswerRecord]) -> intervals.Groups:
     """By answer, the number of its cluster, as far as the answers themselves name images or patients."""
-    return group_numbers([_place(_first(record.image), record.patient)[1] for record in records])
+    return group_numbers([_image_and_group(_first(record.image), record.patient)[1] for record in records])
 
 
-def question_places(questions: Iterable[TestRecord]) -> list[tuple[str, str]]:
-    """By question, its `PLACES`."""
-    return [_place(question.images[0], question.patient) for question in questions]
+def question_groups(questions: Iterable[TestRecord]) -> list[tuple[str, str]]:
+    """By question, its `IMAGE_AND_GROUP`."""
+    return [_image_and_group(question.images[0], question.patient) for question in questions]
 
 
-def _place(image: str, patient: Any) -> tuple[str, str]:
+def _image_and_group(image: str, patient: Any) -> tuple[str, str]:
     return image, image if patient is None else f"{PATIENT}{patient}"
 
 
@@ -293,7 +293,7 @@ def _parse(line: bytes, location: str) -> AnswerRecord:
 def _render_scores(records: Iterable[AnswerRecord], scores: Scores, keys: Iterable[tuple[str, str]]) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(("question_id", "answer_type", *scores.columns, *PLACES))
+    writer.writerow(("question_id", "answer_type", *scores.columns, *IMAGE_AND_GROUP))
     for record, image, *row in zip(records, keys, *scores.columns.values(), strict=True):
         writer.writerow((record.question_id, record.answer_type, *row, *image))
     return text.getvalue()

@@ -19,7 +19,7 @@ from mslora_cr.evaluation.cells import CellKey
 from mslora_cr.evaluation.doubts import doubts_of
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.evaluation.schemas import ANSWERS, Stamp
-from mslora_cr.evaluation.score import SCORES, group_numbers, metrics_of, question_places
+from mslora_cr.evaluation.score import SCORES, group_numbers, metrics_of, question_groups
 from mslora_cr.generation.run import Decoding
 from mslora_cr.metrics.published import Scores
 from mslora_cr.models.load import base_digest
@@ -120,7 +120,7 @@ def cell_row(
     Args:
         stamp: of the launch that answered: fingerprint, seconds and share of padding.
     """
-    measured = metrics_of(scores, group_numbers([group for _, group in question_places(records)]))
+    measured = metrics_of(scores, group_numbers([group for _, group in question_groups(records)]))
     assert stamp.seconds is not None, "only a part of routed answers has none"
     return Cell(
         task=task.name,
@@ -158,15 +158,15 @@ def write_summary(
         possible: what can decide answers to a cell with these banks, questions and settings.
     """
     old = Evaluation.read_if_whole(target.path)
-    merged = {row.place: row for row in rows}
+    merged = {row.key: row for row in rows}
     left_out: dict[str, list[str]] = defaultdict(list)
     for row in old.cells if old else ():
-        if row.place in merged:
+        if row.key in merged:
             continue
         folder = (target.folder / row.answers).parent
-        same = any(origin.gave(row.fingerprint, row.images) for origin in possible.get(row.place, ()))
+        same = any(origin.gave(row.fingerprint, row.images) for origin in possible.get(row.key, ()))
         if same and answers_are_whole(folder, row.fingerprint, row.rows):
-            merged[row.place] = row
+            merged[row.key] = row
         else:
             left_out[row.task].append(str(row.stage))
     if left_out:

@@ -1,4 +1,4 @@
-"""Attention of many rows over prompts' openings that several of them share, and over what each row has of its own.
+"""Attention of many rows over prompts' openings that several of them share, and over each row's own suffix.
 
 Keys and values of an opening (an image and what stands before it) are held once, whatever the number of questions about
 it, and are neither copied nor repeated for the heads that share them (grouped-query attention, Ainslie et al. 2023).
@@ -24,8 +24,8 @@ KeysValues = tuple[Tensor, Tensor]
 """Of one decoder layer, (rows or openings, heads, positions, width) each."""
 
 
-class _OwnLayer(CacheLayerMixin):
-    """One layer's keys and values that are a row's own, in a buffer that never grows."""
+class _SuffixLayer(CacheLayerMixin):
+    """One layer's keys and values of the rows' suffixes, in a buffer that never grows."""
 
     def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         super().__init__()
@@ -53,28 +53,29 @@ class _OwnLayer(CacheLayerMixin):
 
 
 class SharedCache(Cache):
-    """Keys and values of openings, and of what each row adds to its opening.
+    """Keys and values of openings, and of each row's suffix: what it adds to its opening.
 
     Attributes:
         openings: of every layer, (openings, heads, positions, width).
         group: (rows,) the opening of each row.
-        place: (rows,) which of its opening's rows each row is.
+        index_in_group: (rows,) which of its opening's rows each row is.
         members: (openings, most rows of one) the rows of each opening, filled up with row 0.
-        slots: (new positions,) where the next keys and values go in a row's own buffer; changed in place.
+        suffixes: of every layer, (rows, heads, positions, width).
+        slots: (new positions,) where the next keys and values go in a row's suffix; changed in place.
     """
 
     def __init__(
         self,
         openings: Sequence[KeysValues],
-        own: Sequence[KeysValues],
+        suffixes: Sequence[KeysValues],
         group: Tensor,
-        place: Tensor,
+        index_in_group: Tensor,
         members: Tensor,
         slots: Tensor,
     ) -> None:
-        self.openings, self.group, self.place, self.members = openings, group, place, members
-        self.own, self.slots = own, slots
-        super().__init__(layers=[_OwnLayer(keys, values, slots) for keys, values in own])
+        self.openings, self.group, self.index_in_group, self.members = openings, group, index_in_group, members
+        self.suffixes, self.slots = suffixes, slots
+        super().__init__(layers=[_SuffixLayer(keys, values, slots) for keys, values in suffixes])
 
     def by_opening(self, rows: Tensor) -> Tensor:
         """(rows, heads, n, width) → (openings, heads, most rows of one · n, width)."""
@@ -83,11 +84,11 @@ class SharedCache(Cache):
     def by_row(self, values: Tensor) -> Tensor:
         """The inverse of `by_opening`."""
         parts = values.unflatten(2, (self.members.shape[1], -1))
-        return parts[self.group, :, self.place]
+        return parts[self.group, :, self.index_in_group]
 
 
 def membership(group: Sequence[int], openings: int) -> tuple[Tensor, Tensor]:
-    """`place` and `members` of `SharedCache`, for the opening of each row."""
+    """`index_in_group` and `members` of `SharedCache`, for the opening of each row."""
     members: list[list[int]] = [[] for _ in range(openings)]
     positions = []
     for row, number in enumerate(group):
@@ -108,13 +109,13 @@ def shared_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(q · [K_opening, K_own] · scaling) [V_opening, V_own], the softmax in float32 as transformers' own.
+    """softmax(q · [K_opening, K_suffix] · scaling) [V_opening, V_suffix], the softmax in float32 as transformers' own.
 
     Args:
         query: (rows, query heads, new positions, width).
-        key: (rows, heads, own positions, width).
+        key: (rows, heads, suffix positions, width).
         value: as `key`.
-        attention_mask: (rows, 1, new positions, opening's + own positions) bool, true where a position is seen.
+        attention_mask: (rows, 1, new positions, opening's + suffix positions) bool, true where a position is seen.
         shared: openings, and who shares them.
         softcap: what scores are squeezed into, as in Gemma 2 (`softcap · tanh(score / softcap)`).
 
@@ -130,8 +131,8 @@ def shared_attention(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.view(rows, query_heads, length, -1).masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype).view(*grouped.shape[:3], -1)
-    ours, own_weights = weights.split([keys.shape[2], key.shape[2]], dim=-1)
-    output = shared.by_row(shared.by_opening(ours) @ values) + own_weights @ value
+    on_opening_weights, on_suffix_weights = weights.split([keys.shape[2], key.shape[2]], dim=-1)
+    output = shared.by_row(shared.by_opening(on_opening_weights) @ values) + on_suffix_weights @ value
     return output.view(rows, query_heads, length, width).transpose(1, 2), None
 
 

@@ -37,19 +37,19 @@ class Shape:
     """The most rows of an opening."""
     before: int
     """Positions of openings."""
-    own: int
-    """Positions of a row's own."""
+    suffix: int
+    """Positions of a row's suffix."""
 
     @classmethod
     def of(cls, rows: Rows) -> Shape:
         openings, members = rows.cache.members.shape
-        return cls(len(rows.ids), openings, members, rows.before, rows.own)
+        return cls(len(rows.ids), openings, members, rows.before, rows.suffix)
 
     def rounded(self) -> Shape:
         """Powers of two, and positions by the `POSITIONS`."""
         rows, openings, members = (1 << (size - 1).bit_length() for size in (self.rows, self.openings, self.members))
-        before, own_positions = (rounded_up(size, POSITIONS) for size in (self.before, self.own))
-        return Shape(rows, openings, members, before, own_positions)
+        before, suffix = (rounded_up(size, POSITIONS) for size in (self.before, self.suffix))
+        return Shape(rows, openings, members, before, suffix)
 
     def holds(self, other: Shape) -> bool:
         return all(ours >= theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True))
@@ -73,7 +73,7 @@ class StaticRows:
         self.rows = Rows(
             ids=indices(shape.rows, 1),
             positions=indices(shape.rows, 1),
-            visible=torch.zeros(shape.rows, shape.before + shape.own, dtype=torch.bool, device=device),
+            visible=torch.zeros(shape.rows, shape.before + shape.suffix, dtype=torch.bool, device=device),
             cache=SharedCache(
                 [
                     (
@@ -84,10 +84,10 @@ class StaticRows:
                 ],
                 [
                     (
-                        keys.new_zeros(shape.rows, keys.shape[1], shape.own, keys.shape[3]),
-                        values.new_zeros(shape.rows, values.shape[1], shape.own, values.shape[3]),
+                        keys.new_zeros(shape.rows, keys.shape[1], shape.suffix, keys.shape[3]),
+                        values.new_zeros(shape.rows, values.shape[1], shape.suffix, values.shape[3]),
                     )
-                    for keys, values in cache.own
+                    for keys, values in cache.suffixes
                 ],
                 indices(shape.rows),
                 indices(shape.rows),
@@ -120,21 +120,21 @@ class StaticRows:
             (self.rows.ids, rows.ids),
             (self.rows.positions, rows.positions),
             (ours.group, theirs.group),
-            (ours.place, theirs.place),
+            (ours.index_in_group, theirs.index_in_group),
         ):
             buffer.zero_()
             buffer[:count] = tensor
         self.rows.visible.zero_()
-        self.rows.visible[:count, start : self.shape.before + rows.own] = rows.visible
+        self.rows.visible[:count, start : self.shape.before + rows.suffix] = rows.visible
         ours.members.zero_()
         ours.members[:openings, :members] = theirs.members
         ours.slots.copy_(theirs.slots)
         for buffers, tensors in zip(ours.openings, theirs.openings, strict=True):
             for buffer, tensor in zip(buffers, tensors, strict=True):
                 buffer[:openings, :, start:] = tensor
-        for buffers, tensors in zip(ours.own, theirs.own, strict=True):
+        for buffers, tensors in zip(ours.suffixes, theirs.suffixes, strict=True):
             for buffer, tensor in zip(buffers, tensors, strict=True):
-                buffer[:count, :, : rows.own] = tensor
+                buffer[:count, :, : rows.suffix] = tensor
 
     def step(self, step: Step) -> None:
         """Replay the recorded step, or take it anew."""

@@ -17,8 +17,8 @@ class Rows:
 
     Attributes:
         ids: (rows, 1) int64, the newest token.
-        positions: (rows, 1) int64, its place in the row.
-        visible: (rows, opening's + own positions) bool.
+        positions: (rows, 1) int64, its position in the row.
+        visible: (rows, opening's + suffix positions) bool.
         cache: keys and values; its `slots` is where the newest token's go.
     """
 
@@ -28,14 +28,14 @@ class Rows:
     cache: SharedCache
 
     @property
-    def own(self) -> int:
-        """Positions of a row's own."""
-        return int(self.cache.own[0][0].shape[2])
+    def suffix(self) -> int:
+        """Positions of a row's suffix."""
+        return int(self.cache.suffixes[0][0].shape[2])
 
     @property
     def before(self) -> int:
         """Positions of the openings."""
-        return self.visible.shape[1] - self.own
+        return self.visible.shape[1] - self.suffix
 
     def select(self, indices: Sequence[int]) -> Rows:
         """Some of the rows; the openings stay as they are."""
@@ -43,8 +43,8 @@ class Rows:
         cache = self.cache
         group = cache.group[rows]
         positions, members = membership(group.tolist(), len(cache.members))
-        own_states = [(keys[rows], values[rows]) for keys, values in cache.own]
+        suffixes = [(keys[rows], values[rows]) for keys, values in cache.suffixes]
         chosen = SharedCache(
-            cache.openings, own_states, group, positions.to(rows.device), members.to(rows.device), cache.slots
+            cache.openings, suffixes, group, positions.to(rows.device), members.to(rows.device), cache.slots
         )
         return Rows(self.ids[rows], self.positions[rows], self.visible[rows], chosen)

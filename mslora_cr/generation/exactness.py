@@ -26,6 +26,7 @@ from mslora_cr.distributed.comm import broadcast_object
 from mslora_cr.generation.batching import Group, Limits, grouped, in_waves
 from mslora_cr.generation.hf_decoder import PlainDecoder
 from mslora_cr.generation.model_prefix import ModelPrefixDecoder
+from mslora_cr.generation.prefix_decoder import Stopping
 from mslora_cr.models.language import caches_keys_alone
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ NEW_TOKENS = 3
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Of scores, as a share of their spread, by the model's dtype; 16 bits round more."""
 TOLERANCE_16 = 0.1
-_known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_exact_of: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def shares_exactly(model: nn.Module, inputs: ChatTemplateInputs, mixed: QuestionBanks | None = None) -> bool:
@@ -51,9 +52,9 @@ def shares_exactly(model: nn.Module, inputs: ChatTemplateInputs, mixed: Question
         inputs: what prepares its prompts.
         mixed: the banks of each question, where they are not the same for all.
     """
-    if model not in _known:
-        _known[model] = broadcast_object(_tried(model, inputs, mixed))
-    return _known[model]
+    if model not in _exact_of:
+        _exact_of[model] = broadcast_object(_tried(model, inputs, mixed))
+    return _exact_of[model]
 
 
 def _tried(model: Any, inputs: ChatTemplateInputs, mixed: QuestionBanks | None) -> bool:
@@ -80,9 +81,9 @@ def _deviation(model: Any, inputs: ChatTemplateInputs, mixed: Any) -> float:
     if not all(prompt.opening and prompt.rest for prompt in prompts):
         raise ValueError("prompts cannot be cut behind their image")
     pictures = [[images[index]] for _, index in QUESTIONS]
-    padding = inputs.tokenizer.pad_token_id
-    plain = PlainDecoder(model, prompts, [-1], padding, NEW_TOKENS, mixed)
-    decoder = ModelPrefixDecoder(model, prompts, [-1], padding, NEW_TOKENS, mixed)
+    never = Stopping(frozenset([-1]), inputs.tokenizer.pad_token_id, NEW_TOKENS)
+    plain = PlainDecoder(model, prompts, never, mixed)
+    decoder = ModelPrefixDecoder(model, prompts, never, mixed)
     worst = 0.0
     [wave] = in_waves(_all_shared(prompts), prompts, Limits(len(prompts), NEW_TOKENS, 1 << 20))
     first = [group.questions[0] for group in wave.groups]

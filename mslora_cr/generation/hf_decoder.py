@@ -18,36 +18,29 @@ from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.input_processor import Prompt
 from mslora_cr.generation.batching import Wave
 from mslora_cr.generation.branches import Branches, Continuations
-from mslora_cr.generation.prefix_decoder import OnToken
+from mslora_cr.generation.prefix_decoder import OnToken, Stopping
 
 
 class PlainDecoder:
-    """Answers questions with a model, whole prompts at a time; the same methods as `decoding.Decoder`."""
+    """Answers questions with a model, whole prompts at a time; the same methods as `prefix_decoder.Decoder`."""
 
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
         prompts: Sequence[Prompt],
-        ends: Sequence[int],
-        padding: int,
-        max_new_tokens: int,
+        stopping: Stopping,
         mixed: QuestionBanks | None = None,
     ) -> None:
-        """
-        Args:
-            model: with banks in it or none.
-            prompts: of all questions.
-            ends: ids that end an answer.
-            padding: the id that fills up what has ended.
-            mixed: the banks of each question, where they are not the same for all.
-        """
         self.model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.prompts = [replace(prompt, opening=(), rest=prompt.opening + prompt.rest) for prompt in prompts]
         self.mixed = mixed
-        self._ends, self._device = frozenset(ends), self.model.get_input_embeddings().weight.device
+        self._stopping, self._device = stopping, self.model.get_input_embeddings().weight.device
         self._dtype = self.model.get_input_embeddings().weight.dtype
         self._settings = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(ends), pad_token_id=padding
+            do_sample=False,
+            max_new_tokens=stopping.max_new_tokens,
+            eos_token_id=sorted(stopping.end_ids),
+            pad_token_id=stopping.padding,
         )
 
     def positions_that_fit(self) -> int | None:
@@ -103,7 +96,7 @@ class PlainDecoder:
         scores_of: list[list[list[float]]] = [[] for _ in questions]
         for number in range(max(map(len, continuations))):
             rows = [row[number : number + 1] or [row[0]] for row in continuations]
-            branches = Branches.of(rows, self._settings.pad_token_id, self._device)
+            branches = Branches.of(rows, self._stopping.padding, self._device)
             logits = prompt.logits[:, -1:].float()
             if branches.ids.shape[1]:
                 before = {
@@ -127,7 +120,7 @@ class PlainDecoder:
         return value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)
 
     def _cut(self, ids: list[int]) -> list[int]:
-        stop = next((index for index, token in enumerate(ids) if token in self._ends), len(ids))
+        stop = next((index for index, token in enumerate(ids) if token in self._stopping.end_ids), len(ids))
         return ids[: stop + 1]
 
 

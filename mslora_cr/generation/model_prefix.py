@@ -7,7 +7,7 @@ the position that the language model is handed next. Questions then go on with t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,40 +19,17 @@ from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.chat_template_inputs import BY_POSITION
 from mslora_cr.data.input_processor import Prompt
 from mslora_cr.generation.batching import Wave
-from mslora_cr.generation.prefix_decoder import Decoder, Mask, Openings
+from mslora_cr.generation.prefix_decoder import Decoder, Mask, Openings, Stopping
 from mslora_cr.models.language import layer_types
-
-
-class _Ends:
-    """The tokenizer interface that `Decoder` uses."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.eos_token_id, self.pad_token_id = -1, pad_token_id
 
 
 class ModelPrefixDecoder(Decoder):
     """Answers questions with a model that comes with a processor of its own."""
 
     def __init__(
-        self,
-        model: Any,
-        prompts: Sequence[Prompt],
-        ends: Collection[int],
-        padding: int,
-        max_new_tokens: int,
-        mixed: QuestionBanks | None = None,
+        self, model: Any, prompts: Sequence[Prompt], stopping: Stopping, mixed: QuestionBanks | None = None
     ) -> None:
-        """
-        Args:
-            model: with banks in it or none.
-            prompts: of all questions.
-            ends: ids that end an answer.
-            padding: the id that stands where a row has no token.
-            max_new_tokens: the longest answer.
-            mixed: the banks of each question, where they are not the same for all.
-        """
-        super().__init__(model, prompts, _Ends(padding), max_new_tokens, mixed)
-        self._ends = frozenset(ends)
+        super().__init__(model, prompts, stopping, mixed)
         self.steps = None  # what a graph may record is only known of LLaVA
         config = self.model.config.get_text_config()
         types = layer_types(self.model)
@@ -107,7 +84,7 @@ class ModelPrefixDecoder(Decoder):
                     value[row, shape[1] - behind[row] - lengths[row] : shape[1] - behind[row]]
                     for row in range(len(first))
                 ]
-                cut[name] = _left_padded(rows, self.tokenizer.pad_token_id if name == "input_ids" else 0)
+                cut[name] = _left_padded(rows, self.stopping.padding if name == "input_ids" else 0)
         return cut
 
     def _model_inputs(self, inputs: dict[str, Any], cache: DynamicCache) -> dict[str, Any]:

@@ -43,6 +43,26 @@ class Ends(Protocol):
 
 
 @dataclass(frozen=True)
+class Stopping:
+    """When an answer ends.
+
+    Attributes:
+        end_ids: Token ids that end an answer.
+        padding: The token id that fills up rows.
+        max_new_tokens: The length of the longest answer.
+    """
+
+    end_ids: frozenset[int]
+    padding: int
+    max_new_tokens: int
+
+    @classmethod
+    def of(cls, tokenizer: Ends, max_new_tokens: int) -> Stopping:
+        """An answer ends with the tokenizer's end of text."""
+        return cls(frozenset([tokenizer.eos_token_id]), tokenizer.pad_token_id, max_new_tokens)
+
+
+@dataclass(frozen=True)
 class Openings:
     """The keys and values of a wave's openings."""
 
@@ -63,20 +83,18 @@ class Decoder:
         self,
         model: PreTrainedModel | PeftModel,
         prompts: Sequence[Prompt],
-        tokenizer: Ends,
-        max_new_tokens: int,
+        stopping: Stopping,
         mixed: QuestionBanks | None = None,
     ) -> None:
         """
         Args:
             model: LLaVA, with banks in it or none.
-            prompts: of all questions.
-            mixed: the banks of each question, where they are not the same for all.
+            prompts: Those of all questions.
+            stopping: When an answer ends.
+            mixed: The banks of each question, where they are not the same for all.
         """
         self.model: LlavaForConditionalGeneration = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.prompts, self.tokenizer, self.max_new_tokens = prompts, tokenizer, max_new_tokens
-        self.mixed = mixed
-        self._ends = frozenset([tokenizer.eos_token_id])
+        self.prompts, self.stopping, self.mixed = prompts, stopping, mixed
         self._language = language_model(self.model)
         weight = self.model.get_input_embeddings().weight
         self.device: torch.device = weight.device
@@ -184,7 +202,7 @@ class Decoder:
         rest, rest_visible = self._padded([] if openings.wave.whole else [self.prompts[q].rest for q in questions])
         if openings.wave.whole:
             rest, rest_visible = rest.new_empty(len(questions), 0), rest_visible.new_empty(len(questions), 0)
-        branches = Branches.of(continuations, self.tokenizer.pad_token_id, self.device)
+        branches = Branches.of(continuations, self.stopping.padding, self.device)
         length = rest.shape[1] + branches.ids.shape[1]
         logits = []
         if openings.next_logits is not None:
@@ -196,7 +214,7 @@ class Decoder:
             seen = branches.seen(torch.cat([before, rest_visible], dim=1))
             positions = order[:, -length:] + (openings.next_positions[start:stop][index] - before.sum(1))[:, None]
             opening_states = [(keys[start:stop], values[start:stop]) for keys, values in openings.keys_values]
-            own_states = [
+            suffixes = [
                 (
                     keys.new_zeros(len(questions), keys.shape[1], length, keys.shape[3]),
                     values.new_zeros(len(questions), values.shape[1], length, values.shape[3]),
@@ -204,7 +222,7 @@ class Decoder:
                 for keys, values in opening_states
             ]
             cache = SharedCache(
-                opening_states, own_states, index, row_positions, members, torch.arange(length, device=self.device)
+                opening_states, suffixes, index, row_positions, members, torch.arange(length, device=self.device)
             )
             output = self.model(
                 input_ids=torch.cat([rest, branches.ids], dim=1),
@@ -226,14 +244,16 @@ class Decoder:
         row_positions, members = (part.to(self.device) for part in membership(group, stop - start))
         index = torch.tensor(group, device=self.device)
         before = openings.visible[start:stop][index]
-        ids, own_visible = self._padded([] if openings.wave.whole else [self.prompts[q].rest for q in questions])
+        ids, suffix_visible = self._padded([] if openings.wave.whole else [self.prompts[q].rest for q in questions])
         length = ids.shape[1]
         # The last new token's keys and values are never read.
-        free = torch.zeros(len(questions), max(1, self.max_new_tokens - 1), dtype=torch.bool, device=self.device)
-        visible = torch.cat([before, own_visible, free] if length else [before, free], dim=1)
+        free = torch.zeros(
+            len(questions), max(1, self.stopping.max_new_tokens - 1), dtype=torch.bool, device=self.device
+        )
+        visible = torch.cat([before, suffix_visible, free] if length else [before, free], dim=1)
         opening_states = [(keys[start:stop], values[start:stop]) for keys, values in openings.keys_values]
         space = visible.shape[1] - before.shape[1]
-        own_states = [
+        suffixes = [
             (
                 keys.new_zeros(len(questions), keys.shape[1], space, keys.shape[3]),
                 values.new_zeros(len(questions), values.shape[1], space, values.shape[3]),
@@ -243,14 +263,14 @@ class Decoder:
         slots = torch.arange(length, device=self.device)
         following = openings.next_positions[start:stop][index][:, None]
         if length:
-            cache = SharedCache(opening_states, own_states, index, row_positions, members, slots)
-            positions = (following + own_visible.cumsum(1) - 1).clamp(min=0)
+            cache = SharedCache(opening_states, suffixes, index, row_positions, members, slots)
+            positions = (following + suffix_visible.cumsum(1) - 1).clamp(min=0)
             next_ids = self._forward(ids, positions, self._causal(visible, before.shape[1], length), cache)
-            following = following + own_visible.sum(1, keepdim=True)
+            following = following + suffix_visible.sum(1, keepdim=True)
         else:
             assert openings.next_logits is not None
             next_ids = openings.next_logits[start:stop].argmax(-1)[index]
-        cache = SharedCache(opening_states, own_states, index, row_positions, members, slots.new_tensor([length]))
+        cache = SharedCache(opening_states, suffixes, index, row_positions, members, slots.new_tensor([length]))
         return Rows(next_ids[:, None].clone(), following, visible, cache)
 
     def step(self, rows: Rows) -> None:
@@ -290,7 +310,7 @@ class Decoder:
             self.step(rows)
 
     def _ended(self, answer: Sequence[int]) -> bool:
-        return len(answer) == self.max_new_tokens or (bool(answer) and answer[-1] in self._ends)
+        return len(answer) == self.stopping.max_new_tokens or (bool(answer) and answer[-1] in self.stopping.end_ids)
 
     def _choose(self, questions: Sequence[int]) -> None:
         """The rows that are computed next are these questions'."""
@@ -337,7 +357,7 @@ class Decoder:
     def _padded(self, texts: Sequence[Sequence[int]], multiple: int = 1) -> tuple[Tensor, Tensor]:
         """Ids padded on the left, and where they are none of padding; (texts, longest, rounded up) each."""
         length = rounded_up(max(map(len, texts), default=0), multiple)
-        ids = [[self.tokenizer.pad_token_id] * (length - len(text)) + list(text) for text in texts]
+        ids = [[self.stopping.padding] * (length - len(text)) + list(text) for text in texts]
         real = [[False] * (length - len(text)) + [True] * len(text) for text in texts]
         shape = (len(texts), length)
         return (

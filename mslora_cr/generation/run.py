@@ -18,7 +18,7 @@ from mslora_cr.generation.branches import Continuations
 from mslora_cr.generation.exactness import shares_exactly
 from mslora_cr.generation.hf_decoder import PlainDecoder
 from mslora_cr.generation.model_prefix import ModelPrefixDecoder
-from mslora_cr.generation.prefix_decoder import Decoder
+from mslora_cr.generation.prefix_decoder import Decoder, Stopping
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ def decoder_of(
     """What answers questions with a model: behind shared openings where some are shared, and the model's scores are
     then those of whole prompts."""
     if input_processor.shares_openings:
-        return Decoder(model, prompts, input_processor.tokenizer, max_new_tokens, mixed)
+        return Decoder(model, prompts, Stopping.of(input_processor.tokenizer, max_new_tokens), mixed)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     shared = len({(prompt.images, prompt.opening) for prompt in prompts}) < len(prompts)
     exact = shared and isinstance(input_processor, ChatTemplateInputs) and shares_exactly(base, input_processor, mixed)
     kind = ModelPrefixDecoder if exact else PlainDecoder
     padding = input_processor.tokenizer.pad_token_id
-    return kind(model, prompts, input_processor.end_ids, padding, max_new_tokens, mixed)
+    return kind(model, prompts, Stopping(frozenset(input_processor.end_ids), padding, max_new_tokens), mixed)
 
 
 def answered_batches(

@@ -65,7 +65,7 @@ class Inflora(Method[InfloraSettings]):
 
     def initial(self, setup: Setup, start: Mapping[str, Pair], passes: Passes) -> dict[str, Pair]:
         settings, made = self.settings(setup.config), {}
-        for name, seen, basis in self._known(setup, passes.layer_inputs(settings.samples, settings.tokens)):
+        for name, seen, basis in self._inputs_and_bases(setup, passes.layer_inputs(settings.samples, settings.tokens)):
             a, b = start[name]
             made[name] = (new_directions(seen, basis, len(a)).T.cpu() / math.sqrt(3), torch.zeros_like(b, device="cpu"))
         return made
@@ -76,10 +76,10 @@ class Inflora(Method[InfloraSettings]):
         seen_now = passes.layer_inputs(settings.samples, settings.tokens)
         return {
             f"inputs.{name}": grown(basis, seen, settings.threshold).cpu().contiguous()
-            for name, seen, basis in self._known(setup, seen_now)
+            for name, seen, basis in self._inputs_and_bases(setup, seen_now)
         }
 
-    def _known(self, setup: Setup, inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def _inputs_and_bases(self, setup: Setup, inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Each layer with its inputs on the new task and the M of those before, which has no column at first."""
         state = setup.state_before()
         for name, seen in inputs.items():
@@ -88,7 +88,7 @@ class Inflora(Method[InfloraSettings]):
 
 
 def outside(inputs: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors, (in, k), and values, (k,), of what inputs, (in, n), have outside the span of `known`'s
+    """Left singular vectors, (in, k), and values, (k,), of what inputs, (in, n), have outside the span of `basis`'s
     orthonormal columns, (in, m)."""
     with ieee_float32():
         rest = inputs - basis @ (basis.T @ inputs)
@@ -98,7 +98,7 @@ def outside(inputs: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def new_directions(inputs: Tensor, basis: Tensor, count: int) -> Tensor:
-    """The first `count` directions, (in, count), of inputs outside what is known; zeros where there are fewer."""
+    """The first `count` directions, (in, count), of inputs outside `basis`; zeros where there are fewer."""
     directions, energy = outside(inputs, basis)
     there = energy > NOTHING * inputs.norm()
     padded = inputs.new_zeros(len(inputs), count)
@@ -107,7 +107,7 @@ def new_directions(inputs: Tensor, basis: Tensor, count: int) -> Tensor:
 
 
 def grown(basis: Tensor, inputs: Tensor, threshold: float) -> Tensor:
-    """`known`, (in, m), with the fewest directions more that hold a share `threshold` of the inputs' energy ‖H‖_F²."""
+    """`basis`, (in, m), with the fewest directions more that hold a share `threshold` of the inputs' energy ‖H‖_F²."""
     directions, values = outside(inputs, basis)
     energy = values.double().square()
     total = inputs.double().square().sum()

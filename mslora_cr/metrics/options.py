@@ -49,7 +49,7 @@ def parse_choice(answer: str, options: Mapping[str, str]) -> Choice:
 
 
 def _by_text(answer: str, options: Mapping[str, str]) -> Choice:
-    spans = {letter: _places(text, answer) for letter, text in options.items()}
+    spans = {letter: _spans(text, answer) for letter, text in options.items()}
     outer = {
         letter for letter, of_letter in spans.items() if any(not _inside(span, spans, letter) for span in of_letter)
     }
@@ -58,7 +58,7 @@ def _by_text(answer: str, options: Mapping[str, str]) -> Choice:
     return Choice("ambiguous" if outer else "unparsed")
 
 
-def _places(text: str, answer: str) -> list[tuple[int, int]]:
+def _spans(text: str, answer: str) -> list[tuple[int, int]]:
     pattern = rf"(?<!\w){re.escape(text.strip())}(?!\w)"
     return [match.span() for match in re.finditer(pattern, answer, re.IGNORECASE)]
 

@@ -33,7 +33,9 @@ def take_logits_to_keep(model: PreTrainedModel) -> None:
     @functools.wraps(plain)
     def forward(*args: Any, logits_to_keep: Tensor | int = 0, labels: Tensor | None = None, **options: Any) -> Any:
         of_loss = {name: options.pop(name) for name in ("shift_labels", "num_items_in_batch") if name in options}
-        handle = head.register_forward_pre_hook(lambda _, inputs: (_kept(inputs[0], logits_to_keep), *inputs[1:]))
+        handle = head.register_forward_pre_hook(
+            lambda _, inputs: (_last_positions(inputs[0], logits_to_keep), *inputs[1:])
+        )
         try:
             output = plain(*args, **options)
         finally:
@@ -52,5 +54,5 @@ def take_logits_to_keep(model: PreTrainedModel) -> None:
     model.forward = forward
 
 
-def _kept(hidden: Tensor, keep: Tensor | int) -> Tensor:
+def _last_positions(hidden: Tensor, keep: Tensor | int) -> Tensor:
     return hidden[:, -keep:] if isinstance(keep, int) and keep else hidden if isinstance(keep, int) else hidden[keep]

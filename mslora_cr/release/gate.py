@@ -113,7 +113,7 @@ def _newest(plan: Plan, evaluation: Evaluation, folder: Path, task: str, level: 
         comparison = non_inferiority(column.scores - required, column.groups, 0.0, level, binary=False)
         yield _test(plan, "new task", task, comparison, None, float(column.scores.mean()), 0.0, level)
     if plan.new_task.better_than_base:
-        base = next((cell for cell in evaluation.cells if cell.place == (task, 0)), None)
+        base = next((cell for cell in evaluation.cells if cell.key == (task, 0)), None)
         if base is None:
             raise ReportError(f"{task} is not answered by the base model; run `mslora-cr evaluate CONFIG --stages all`")
         yield _paired(plan, "new task", task, folder, base, cell, 0.0, level)

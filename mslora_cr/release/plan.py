@@ -133,7 +133,7 @@ def register(path: Path, ledger: Ledger, tasks: Sequence[str]) -> Registration:
         when=datetime.now(UTC).isoformat(timespec="seconds"),
         finished=tuple(ledger.tasks),
     )
-    target = _place(ledger, registration.digest)
+    target = _registration_path(ledger, registration.digest)
     target.parent.mkdir(parents=True, exist_ok=True)
     registration.write(target)
     return registration
@@ -145,8 +145,8 @@ def registration_of(path: Path, ledger: Ledger) -> Registration | None:
     Raises:
         StateError: The registration is damaged.
     """
-    return Registration.read_if_there(_place(ledger, hashlib.sha256(path.read_bytes()).hexdigest()))
+    return Registration.read_if_there(_registration_path(ledger, hashlib.sha256(path.read_bytes()).hexdigest()))
 
 
-def _place(ledger: Ledger, digest: str) -> Path:
+def _registration_path(ledger: Ledger, digest: str) -> Path:
     return ledger.folder / PLANS / f"{digest[:16]}.json"

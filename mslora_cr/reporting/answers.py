@@ -59,12 +59,12 @@ class TaskAnswers:
     question the files of its pictures, none where they are not known.
 
     Attributes:
-        own: the number of the stage that learned the task.
+        learned_at: the number of the stage that learned the task.
         keys: by question, its id, image and patient.
     """
 
     task: str
-    own: int
+    learned_at: int
     questions: Sequence[str]
     truths: Sequence[str]
     kinds: Sequence[str]
@@ -79,7 +79,7 @@ class TaskAnswers:
     @property
     def learned(self) -> AnswerSet:
         """The answers at the task's own stage, or else at the last one that was evaluated."""
-        return self.at(self.own) or self.sets[-1]
+        return self.at(self.learned_at) or self.sets[-1]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _task_answers(
         sets.append(AnswerSet(numbers, evaluation.bank_numbers(shared[0]), _texts(records), hits, scores))
     return TaskAnswers(
         task=task,
-        own=evaluation.tasks.index(task) + 1,
+        learned_at=evaluation.tasks.index(task) + 1,
         questions=[record.prompt for record in records],
         truths=[str(record.gt) for record in records],
         kinds=[record.answer_type for record in records],
@@ -178,7 +178,7 @@ def _pictures(task: str, cell: Cell, scores: ScoreTable, config: StreamConfig) -
     if problem is not None:
         return [], problem
     roots = image_roots(root, settings.folder, settings.image_folders)
-    paths_of = {name: _found(name, roots) for name in dict.fromkeys(itertools.chain.from_iterable(names))}
+    paths_of = {name: _resolved(name, roots) for name in dict.fromkeys(itertools.chain.from_iterable(names))}
     lacking = sum(not paths for paths in paths_of.values())
     problem = f"{lacking} of {len(paths_of)} images are missing below {root}" if lacking else None
     return [[path for name in row for path in paths_of[name]] for row in names], problem
@@ -205,7 +205,7 @@ def _image_names(
     return (scored, None) if any(scored) else ([], problem)
 
 
-def _found(name: str, roots: Sequence[Path]) -> list[Path]:
+def _resolved(name: str, roots: Sequence[Path]) -> list[Path]:
     try:
         return [resolve_image(name, roots)]
     except DataError:
@@ -230,7 +230,7 @@ def browser_data(
             {
                 "name": task.task,
                 "color": colors.get(task.task),
-                "own": task.own,
+                "learned_at": task.learned_at,
                 "sets": [{"stages": given.stages, "banks": given.banks} for given in task.sets],
                 "rows": _rows(task, numbers),
                 "keys": task.keys,

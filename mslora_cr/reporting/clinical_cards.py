@@ -62,13 +62,18 @@ def _card(task: str, stage: int, clinical: Clinical, closed: ClosedMeasured) -> 
         stage=stage,
         guessing=f"{verdict} ({given})",
         marked=not guessing.above,
-        figures={name: shown(figure) for name, figure in closed.figures.items()},
+        figures={name: figure_text(figure) for name, figure in closed.figures.items()},
         classes=[
-            [one.name, str(one.questions), str(one.said), shown(one.recall), shown(one.precision)]
+            [one.name, str(one.questions), str(one.said), figure_text(one.recall), figure_text(one.precision)]
             for one in closed.by_class
         ],
         texts=[
-            [one.question or "", str(one.questions), shown(one.figures["balanced accuracy"]), one.guessing.in_words()]
+            [
+                one.question or "",
+                str(one.questions),
+                figure_text(one.figures["balanced accuracy"]),
+                one.guessing.in_words(),
+            ]
             for one in clinical.by_question
         ],
         attributes={name: (_gap(attribute), _groups(attribute)) for name, attribute in clinical.subgroups.items()},
@@ -76,7 +81,7 @@ def _card(task: str, stage: int, clinical: Clinical, closed: ClosedMeasured) -> 
     )
 
 
-def shown(figure: Measured | None) -> str:
+def figure_text(figure: Measured | None) -> str:
     """A share in percent with its interval; a dash where there is none."""
     if figure is None:
         return "–"
@@ -91,7 +96,7 @@ def _gap(attribute: AttributeMeasured) -> str:
     association += f" [{ends[0]:.2f} to {ends[1]:.2f}]" if ends else ""
     if attribute.gap is None:
         return f"too few patients to compare groups; {association}{missing}"
-    return f"largest gap {shown(attribute.gap)} points, worst: {attribute.worst}; {association}{missing}"
+    return f"largest gap {figure_text(attribute.gap)} points, worst: {attribute.worst}; {association}{missing}"
 
 
 def _groups(attribute: AttributeMeasured) -> list[list[str]]:
@@ -100,7 +105,7 @@ def _groups(attribute: AttributeMeasured) -> list[list[str]]:
             value,
             str(group.questions),
             str(group.patients),
-            shown(group.score) if group.score else "counted only",
+            figure_text(group.score) if group.score else "counted only",
             "–" if group.p is None else f"{group.p:.3f}",
         ]
         for value, group in attribute.groups.items()

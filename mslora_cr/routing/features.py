@@ -52,7 +52,7 @@ class _FeatureDataset(Dataset[tuple[Any, list[int]]]):
         try:
             images = self.input_processor.load_images(self.input_processor.image_names(record), self.roots)
         except ValueError as error:
-            raise DataError(f"{self.records.path}: {self.records.place(index)}: {error}") from None
+            raise DataError(f"{self.records.path}: {self.records.location(index)}: {error}") from None
         return images, self.input_processor.tokenizer.encode(question_text(text, 0))
 
 

@@ -210,7 +210,7 @@ class _Streamer:
     def __init__(self, tokenizer: TextTokenizer, tell: Callable[[str], None]) -> None:
         self._tokenizer, self._tell = tokenizer, tell
         self._ids: list[int] = []
-        self._told = ""
+        self._streamed = ""
 
     def put(self, question: int, token: int) -> None:
         self._ids.append(token)
@@ -221,10 +221,10 @@ class _Streamer:
 
     def _show(self, whole: bool) -> None:
         [text] = self._tokenizer.decode([self._ids])
-        if text.startswith(self._told) and (whole or not text.endswith("\ufffd")):  # half of a character: wait
-            if text != self._told:
-                self._tell(text[len(self._told) :])
-            self._told = text
+        if text.startswith(self._streamed) and (whole or not text.endswith("\ufffd")):  # half of a character: wait
+            if text != self._streamed:
+                self._tell(text[len(self._streamed) :])
+            self._streamed = text
 
 
 def open_image(source: ImageSource) -> Image.Image:

@@ -15,7 +15,7 @@ from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.datasets import ConcatTrainDataset
 from mslora_cr.data.images import image_size, inspect_images, load_image, resolve_image
 from mslora_cr.data.input_processor import Collate
-from mslora_cr.data.lengths import LearnedCounts, count_learned, places
+from mslora_cr.data.lengths import LearnedCounts, count_learned, locations
 from mslora_cr.data.records import DataError, TrainingRecords, shown_images
 from mslora_cr.data.tasks import task_image_roots
 from mslora_cr.distributed.comm import get_device
@@ -115,13 +115,13 @@ def _label_messages(records: TrainingRecords, counts: LearnedCounts, max_length:
     if counts.unlabelled:
         yield (
             f"{share(counts.unlabelled)} add nothing to the loss, as the template cannot hold them: "
-            f"{places(records, counts.unlabelled)}. An answer that spells out a control token, such as `</s>` at its "
-            "end, or turns that do not alternate are the usual cause; take them out of the records"
+            f"{locations(records, counts.unlabelled)}. An answer that spells out a control token, such as `</s>` at "
+            "its end, or turns that do not alternate are the usual cause; take them out of the records"
         )
     if counts.lost:
         yield (
             f"{share(counts.lost)} lose their whole answer, which begins behind data.max_length = {max_length:,} "
-            f"positions: {places(records, counts.lost)}. A larger data.max_length keeps it, and takes memory"
+            f"positions: {locations(records, counts.lost)}. A larger data.max_length keeps it, and takes memory"
         )
     if counts.cut:
         yield (
@@ -140,7 +140,7 @@ def try_first_record(base: BaseModel, samples: ConcatTrainDataset, collator: Col
     try:
         batch = collator([samples[0]])
     except ValueError as error:
-        raise DataError(f"{samples.place(0)}: {error}") from None
+        raise DataError(f"{samples.location(0)}: {error}") from None
     del batch["record_index"]
     keep, targets = loss_mask(batch.pop("labels"))
     if len(targets):
@@ -192,7 +192,7 @@ def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords])
                 try:
                     paths.setdefault(resolve_image(name, roots), (part, index))
                 except DataError as error:
-                    raise DataError(f"{part.path}: {part.place(index)}: {error}") from None
+                    raise DataError(f"{part.path}: {part.location(index)}: {error}") from None
     if not config.data.check_images or not paths:
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -210,5 +210,5 @@ def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords])
     bad = inspected.bad
     if bad:
         listed = ((path, problem, *paths[path]) for path, problem in bad[:10])
-        lines = [f"{part.path}: {part.place(index)}: {path}: {problem}" for path, problem, part, index in listed]
+        lines = [f"{part.path}: {part.location(index)}: {path}: {problem}" for path, problem, part, index in listed]
         raise DataError(f"{len(bad)} of {len(paths)} images cannot be read\n  " + "\n  ".join(lines))

@@ -41,7 +41,7 @@ def load_banks(folder: Path, config: StreamConfig) -> dict[str, Bank]:
     Raises:
         BankError: there is no bank, a bank is missing while a later one is there, or one is of another rank or alpha.
     """
-    sources = _places(folder, config, whole=method_of(config).keeps_frozen_adapters)
+    sources = _bank_folders(folder, config, whole=method_of(config).keeps_frozen_adapters)
     banks = {name: _load(source, name, config) for name, source in sources.items()}
     check_base(sources, config, base_digest(config))
     return banks
@@ -96,12 +96,12 @@ def _trained_on(source: Path, name: str, config: StreamConfig) -> str | None:
         return None
 
 
-def _places(folder: Path, config: StreamConfig, whole: bool) -> dict[str, Path]:
+def _bank_folders(folder: Path, config: StreamConfig, whole: bool) -> dict[str, Path]:
     """The folders of the banks, by task; `whole`: from the first task on, without a hole."""
     trained = method_of(config).trained(config)
     if not trained:
         raise BankError(f"{folder}: method {config.method} has no banks")
-    candidates = {task.name: _place(folder, config, task) for task in trained}
+    candidates = {task.name: _bank_folder(folder, config, task) for task in trained}
     sources = {name: source for name, source in candidates.items() if source is not None}
     if not sources:
         tried = _published_name(config, trained[0])
@@ -132,7 +132,7 @@ def _published_name(config: StreamConfig, task: Task) -> str:
     return "_".join(member.name for member in members)
 
 
-def _place(folder: Path, config: StreamConfig, task: Task) -> Path | None:
+def _bank_folder(folder: Path, config: StreamConfig, task: Task) -> Path | None:
     roots = [folder, folder / config.run]
     for ours, theirs in (_SPELLINGS, _SPELLINGS[::-1]):
         if config.run.startswith(ours):
@@ -183,7 +183,7 @@ def import_banks(folder: Path, config: StreamConfig) -> list[str]:
     config = with_former_defaults(config)
     with one_writer(config.run_dir):
         method, ledger = method_of(config), Ledger.read(config)
-        sources = _places(folder, config, whole=method.keeps_frozen_adapters or method.init_from_previous)
+        sources = _bank_folders(folder, config, whole=method.keeps_frozen_adapters or method.init_from_previous)
         banks = {name: _load(source, name, config) for name, source in sources.items()}
         shapes = language_linear_shapes(Path(config.model.path))
         model_digest = base_digest(config)

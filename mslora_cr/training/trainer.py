@@ -158,7 +158,7 @@ class BankTrainer(Trainer):
             loss = loss + distillation.weight * distilled
         if not torch.isfinite(loss):
             locations = "\n  ".join(
-                self.samples.place(index) for index in records.tolist() if index < len(self.samples)
+                self.samples.location(index) for index in records.tolist() if index < len(self.samples)
             )
             raise NonFiniteLossError(
                 f"{self.args.run_name}: the loss at step {self.state.global_step + 1} is {loss.item()}; nothing was "

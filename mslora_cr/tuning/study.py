@@ -92,7 +92,7 @@ class StudyPart:
         tasks: The tasks of the trials' streams, in order.
         scored: Those whose mean validation score is maximized.
         keys: The keys that are tried.
-        chain: A run folder whose tasks are learned already; None: from the base.
+        learned: A run folder whose tasks are learned already; None: from the base.
         seeds: Each trial is the mean over these; empty: the configuration's own.
     """
 
@@ -101,7 +101,7 @@ class StudyPart:
     scored: int
     keys: tuple[str, ...]
     fixed: tuple[str, ...]
-    chain: Path | None = None
+    learned: Path | None = None
     seeds: tuple[int, ...] = ()
 
 
@@ -230,8 +230,8 @@ def _score(plan: Plan, part: StudyPart, trial: Trial) -> float:
     for number, order in enumerate(part.tasks):
         for seed in part.seeds or (None,):
             config = _trial_config(plan, part, trial, order, number, seed)
-            if part.chain is not None and not config.run_dir.exists():
-                shutil.copytree(part.chain / "stream-0", config.run_dir)
+            if part.learned is not None and not config.run_dir.exists():
+                shutil.copytree(part.learned / "stream-0", config.run_dir)
             for name in order[-part.scored :]:
                 train(config, only=(name,))
                 scores.append(_validation_score(config, name, plan.metric))
@@ -267,7 +267,7 @@ def _trial_config(
     name = f"stream-{number}" if seed is None else f"stream-{number}-seed{seed}"
     newest = order[-1]
     values = [
-        f"{_of_task(key, newest) if part.chain is not None and key.startswith(PER_TASK) else key}={value}"
+        f"{_of_task(key, newest) if part.learned is not None and key.startswith(PER_TASK) else key}={value}"
         for key, value in trial.params.items()
     ]
     folders = [f"run={name}", f"output_dir={folder}", f"results_dir={folder / 'results'}"]

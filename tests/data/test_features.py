@@ -99,7 +99,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     path = image(tmp_path / "a.png", 10)
     cache = FeatureCache(tmp_path / "cache")
     fill(cache.folder, [path])
-    cache.place(path).write_bytes(cache.place(path).read_bytes()[:-4])
+    cache.path_of(path).write_bytes(cache.path_of(path).read_bytes()[:-4])
     with pytest.raises(DataError, match="remove that file"):
         cache.load(path)
 
@@ -125,7 +125,7 @@ def test_whoever_may_read_new_files_may_read_a_shared_cache(tmp_path: Path) -> N
         fill(cache.folder, [path])
     finally:
         os.umask(before)
-    assert stat.S_IMODE(cache.place(path).stat().st_mode) == 0o644
+    assert stat.S_IMODE(cache.path_of(path).stat().st_mode) == 0o644
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

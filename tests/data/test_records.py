@@ -75,7 +75,7 @@ def test_questions_are_read_line_by_line(tmp_path):
     opened = TestRecords(write(tmp_path / "test.jsonl", content))
     assert [record.images for record in opened] == [("a.png",), ("a", "b"), ("a.png",)]
     assert opened[2].text == "é" and opened[2].answer_type == "CLOSED"
-    assert [opened.place(i) for i in range(3)] == ["line 1", "line 2", "line 5"]
+    assert [opened.location(i) for i in range(3)] == ["line 1", "line 2", "line 5"]
     assert opened.digest == hashlib.sha256(opened.path.read_bytes()).hexdigest()
 
 
@@ -100,7 +100,7 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
     for text in (content, content.replace(b"\n", b"", 1)):
         questions = TestRecords(write(tmp_path / "test.jsonl", text))
         assert [questions[index].text for index in range(2)] == [QUESTION["text"], "é"]
-        assert [questions.place(index)[-1] for index in range(2)] == (["2", "3"] if text is content else ["1", "2"])
+        assert [questions.location(index)[-1] for index in range(2)] == (["2", "3"] if text is content else ["1", "2"])
         assert questions.digest == hashlib.sha256(text).hexdigest()
 
 

@@ -255,7 +255,7 @@ def test_a_file_without_a_split_beside_others_with_one(tmp_path: Path) -> None:
     for name in ("Train_00000", "eval-1", "dev.0"):
         folder = arrow(tmp_path / "x" / f"{name}.parquet", columns)
     rows = [row for row in read_rows(folder, Columns(), None) if isinstance(row, Row)]
-    assert {row.place.split(":")[0]: row.split for row in rows} == {
+    assert {row.location.split(":")[0]: row.split for row in rows} == {
         "Train_00000.parquet": "train",
         "eval-1.parquet": "test",
         "dev.0.parquet": "validation",

@@ -17,7 +17,7 @@ from mslora_cr.data.llava_med_inputs import LlavaMedInputs
 from mslora_cr.data.records import TestRecords
 from mslora_cr.generation.batching import Group, Limits, grouped, in_waves, padding_of, shared_out
 from mslora_cr.generation.cuda_graphs import Shape, StaticRows, StaticSteps
-from mslora_cr.generation.prefix_decoder import Decoder
+from mslora_cr.generation.prefix_decoder import Decoder, Stopping
 from mslora_cr.generation.run import answered_batches
 from mslora_cr.models.language import language_linears
 from mslora_cr.models.llava_med import LlavaMed, load
@@ -103,7 +103,7 @@ def shared(
     steps: StaticSteps | None = None,
 ) -> list[list[int]]:
     prompts = questions.prompts()
-    decoder = Decoder(base.model, prompts, ends, NEW_TOKENS, mixed)
+    decoder = Decoder(base.model, prompts, Stopping.of(ends, NEW_TOKENS), mixed)
     decoder.steps = steps
     banks = mixed.of if mixed is not None else lambda _: ()
     waves = in_waves(grouped(prompts, range(len(prompts)), banks), prompts, limits)
@@ -187,7 +187,7 @@ def test_buffers_are_made_only_where_enough_batches_wait(
     base: LlavaMed, questions: EvalDataset, made: list[Shape]
 ) -> None:
     prompts = questions.prompts()
-    decoder = Decoder(base.model, prompts, Ends(-1), NEW_TOKENS)
+    decoder = Decoder(base.model, prompts, Stopping.of(Ends(-1), NEW_TOKENS))
     decoder.steps = StaticSteps(record=False)
     [wave] = in_waves(grouped(prompts, [0, 1], lambda _: None), prompts, Limits(1, NEW_TOKENS, 1))
     openings = decoder.read(wave, {"pixel_values": questions.load_images(0)})

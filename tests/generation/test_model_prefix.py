@@ -13,6 +13,7 @@ from mslora_cr.generation import exactness
 from mslora_cr.generation.batching import Limits, grouped, in_waves
 from mslora_cr.generation.hf_decoder import PlainDecoder
 from mslora_cr.generation.model_prefix import ModelPrefixDecoder
+from mslora_cr.generation.prefix_decoder import Stopping
 from mslora_cr.generation.run import decoder_of
 from mslora_cr.models.load import load_model
 from mslora_cr.models.processor_base import ProcessorBase
@@ -66,7 +67,7 @@ def test_ids_and_scores_are_those_of_whole_prompts(
     prompts = [inputs.prompt(record, [tmp_path]) for record in records]
     shown = [inputs.load_images(record.images, [tmp_path]) for record in records]
     padding = inputs.tokenizer.pad_token_id
-    plain = PlainDecoder(base.model, prompts, inputs.end_ids, padding, NEW_TOKENS)
+    plain = PlainDecoder(base.model, prompts, Stopping(frozenset(inputs.end_ids), padding, NEW_TOKENS))
     continuations = [[(5, 6), (7,)], [(8,)]]
     wanted, scores = [], []
     for number, prompt in enumerate(prompts):

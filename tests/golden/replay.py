@@ -36,7 +36,7 @@ from mslora_cr.data.llava_med_inputs import LlavaMedInputs
 from mslora_cr.data.prompts import encode_conversation, encode_prompt, generation_prompt
 from mslora_cr.data.records import TestRecords, TrainingRecords
 from mslora_cr.generation.batching import Limits, grouped, in_waves
-from mslora_cr.generation.prefix_decoder import Decoder
+from mslora_cr.generation.prefix_decoder import Decoder, Stopping
 from mslora_cr.generation.run import answered_batches
 from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
@@ -311,7 +311,7 @@ class Replay:
     def decode(self, model: Any, questions: EvalDataset, indices: Sequence[int], limit: int) -> Iterator[list[int]]:
         prompts = questions.prompts()
         waves = in_waves(grouped(prompts, indices, lambda _: None), prompts, Limits(8, limit, 8192))
-        decoder = Decoder(model, prompts, self.input_processor.tokenizer, limit)
+        decoder = Decoder(model, prompts, Stopping.of(self.input_processor.tokenizer, limit))
         answers: dict[int, list[int]] = {}
         for batch, ids in answered_batches(decoder, questions, waves):
             answers.update(zip(batch, ids, strict=True))

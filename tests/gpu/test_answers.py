@@ -14,7 +14,7 @@ from mslora_cr.data.datasets import EvalDataset
 from mslora_cr.data.llava_med_inputs import LlavaMedInputs
 from mslora_cr.data.records import TestRecords
 from mslora_cr.generation.batching import Limits, grouped, in_waves
-from mslora_cr.generation.prefix_decoder import Decoder
+from mslora_cr.generation.prefix_decoder import Decoder, Stopping
 from mslora_cr.generation.run import answered_batches
 from mslora_cr.models.language import language_linears
 from mslora_cr.models.llava_med import LlavaMed, load
@@ -84,7 +84,7 @@ def test_recorded_steps_give_the_cpus_ids(how: str, tmp_path: Path) -> None:
             stack.set_frozen(chain)
             model = stack.model.eval()
         prompts = asked.prompts()
-        decoder = Decoder(model, prompts, Ends(), NEW_TOKENS, mixed)
+        decoder = Decoder(model, prompts, Stopping.of(Ends(), NEW_TOKENS), mixed)
         assert (decoder.steps is not None) == (device == "cuda")
         groups = grouped(prompts, range(len(asked)), mixed.of if mixed else lambda _: ())
         found: dict[int, list[int]] = {}
@@ -100,7 +100,7 @@ def test_a_few_questions_are_not_worth_recording(tmp_path: Path) -> None:
     base = load(GOLDEN / "llava_med_tiny", dtype=torch.float32, device="cuda")
     asked = questions(base, tmp_path)
     prompts = asked.prompts()
-    decoder = Decoder(base.model, prompts, Ends(), NEW_TOKENS)
+    decoder = Decoder(base.model, prompts, Stopping.of(Ends(), NEW_TOKENS))
     waves = in_waves(grouped(prompts, [0, 1], lambda _: ()), prompts, Limits(4, NEW_TOKENS, 480))
     assert len(list(answered_batches(decoder, asked, waves))) == 1
     assert decoder.steps is not None and decoder.steps.replayed == 0

@@ -72,7 +72,7 @@ def test_every_answer_is_in_the_page_with_its_picture_before_and_after(tmp_path)
     path = write_report(*run, config)
     page = Page(path)
     assert page.data["last"] == 2
-    assert [(task["name"], task["own"], len(task["rows"])) for task in page.data["tasks"]] == [
+    assert [(task["name"], task["learned_at"], len(task["rows"])) for task in page.data["tasks"]] == [
         ("pathvqa", 1, 40),
         ("slake-vqarad", 2, 40),
     ]

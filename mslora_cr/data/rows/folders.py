@@ -37,7 +37,7 @@ COUNT_QUESTION = "How many objects of the kind {name} are in the image?"
 class Boxed:
     """An image with the classes of its boxes, each as often as it has boxes."""
 
-    place: str
+    location: str
     image: str
     split: str | None
     classes: Sequence[str]
@@ -185,4 +185,4 @@ def _asked(boxed: Sequence[Boxed]) -> Iterator[Row]:
 
 def _row(image: Boxed, question: str, answer: str, answer_type: str) -> Row:
     turns = (("human", question), ("gpt", said(answer, "an answer")))
-    return Row(image.place, (image.image,), turns, image.split, answer_type=answer_type)
+    return Row(image.location, (image.image,), turns, image.split, answer_type=answer_type)

@@ -64,7 +64,7 @@ class Row:
     """A conversation about images, as it was found.
 
     Attributes:
-        place: where, in words.
+        location: where, in words.
         images: names, or the bytes of image files.
         turns: (speaker, text), alternating, the first of them human.
         split: train, test or validation, where the source says so.
@@ -75,7 +75,7 @@ class Row:
         dropped: parts of the row that are left out although the row is not, each by a reason.
     """
 
-    place: str
+    location: str
     images: tuple[str | bytes, ...]
     turns: tuple[tuple[str, str], ...]
     split: str | None = None

@@ -134,7 +134,7 @@ def _training_record(row: Row) -> dict[str, Any]:
         {"from": "human", "value": f"<image>\n{row.question.strip()}"},
         {"from": "gpt", "value": row.answer.strip()},
     ]
-    return {"id": row.id, "image": row.image, "conversations": turns, **_known(row)}
+    return {"id": row.id, "image": row.image, "conversations": turns, **_optional_fields(row)}
 
 
 def _test_record(row: Row) -> dict[str, Any]:
@@ -145,11 +145,11 @@ def _test_record(row: Row) -> dict[str, Any]:
         "text": question,
         "gt": answer,
         "answer_type": row.answer_type,
-        **_known(row),
+        **_optional_fields(row),
     }
 
 
-def _known(row: Row) -> dict[str, Any]:
+def _optional_fields(row: Row) -> dict[str, Any]:
     """What a release knows of patient and image."""
     patient = {"patient": row.patient} if row.patient else {}
     return {**patient, **({"attributes": dict(row.attributes)} if row.attributes else {})}

@@ -153,7 +153,7 @@ def _check_training(
     answers: Counter[str] = Counter()
     all_answers = 0
     for index, record in enumerate(records):
-        location = f"{records.path.name}: {records.place(index)}"
+        location = f"{records.path.name}: {records.location(index)}"
         names.update(record.images)
         said = [turn.text.strip().lower() for turn in record.turns if turn.speaker == "gpt"]
         answers.update(answer for answer in said if 0 < len(answer) <= SHORT)

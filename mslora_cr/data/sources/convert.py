@@ -161,7 +161,7 @@ def convert(
         sides = _parted(placed, split, converted)
         _write(staging, sides, closed)
         converted.train, converted.validation, converted.test = (len(sides[name]) for name in SIDES)
-        later = [row.place for name in ("test", "validation") for row, _ in sides[name] if len(row.turns) > 2]
+        later = [row.location for name in ("test", "validation") for row, _ in sides[name] if len(row.turns) > 2]
         if later:
             converted.left_out["the later questions of a conversation on the test side"] = later
         write_json(staging / REPORT, {"source": str(source), **converted.summary()})
@@ -247,21 +247,21 @@ def _placed(rows: Iterable[Row | Problem], placer: ImagePlacer, converted: Conve
             converted.left_out[reason].append(location)
             continue
         if not _is_text(row):
-            converted.left_out["half of a surrogate pair, which is no text"].append(row.place)
+            converted.left_out["half of a surrogate pair, which is no text"].append(row.location)
             continue
         if row.options and letter_of(row.turns[1][1], row.options) is None:
-            converted.left_out["a true answer that is none of the options"].append(row.place)
+            converted.left_out["a true answer that is none of the options"].append(row.location)
             continue
         try:
             names = placer.place(row)
         except DataError as error:
-            converted.left_out["an image that is missing or cannot be read"].append(f"{row.place}: {error}")
+            converted.left_out["an image that is missing or cannot be read"].append(f"{row.location}: {error}")
             continue
         if not names:
-            converted.left_out["no image"].append(row.place)
+            converted.left_out["no image"].append(row.location)
             continue
         for reason in row.dropped:
-            converted.left_out_parts[reason].append(row.place)
+            converted.left_out_parts[reason].append(row.location)
         yield replace(row, images=(), group=row.group or placer.patient(row)), names
 
 
@@ -336,7 +336,12 @@ def _write(folder: Path, sides: dict[str, list[Placed]], closed: bool) -> None:
             continue
         with (folder / SIDES[side]).open("w", encoding="utf-8", newline="\n") as file:
             for number, ((row, names), answer_type, kind) in enumerate(with_kinds):
-                line = {**_question(number, row, names), "answer_type": answer_type, "answer_kind": kind, **_known(row)}
+                line = {
+                    **_question(number, row, names),
+                    "answer_type": answer_type,
+                    "answer_kind": kind,
+                    **_optional_fields(row),
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -351,7 +356,7 @@ def _conversation(number: int, row: Row, names: list[str]) -> dict[str, Any]:
         for turn, (speaker, text) in enumerate(row.turns)
     ]
     turns[1]["value"] = _truth(row)
-    return {"id": str(number), "image": _one_or_all(names), "conversations": turns, **_known(row)}
+    return {"id": str(number), "image": _one_or_all(names), "conversations": turns, **_optional_fields(row)}
 
 
 def _question(number: int, row: Row, names: list[str]) -> dict[str, Any]:
@@ -368,7 +373,7 @@ def _one_or_all(names: list[str]) -> str | list[str]:
     return names[0] if len(names) == 1 else names
 
 
-def _known(row: Row) -> dict[str, Any]:
+def _optional_fields(row: Row) -> dict[str, Any]:
     """What is known of patient and image, in training and in testing."""
     patient = {"patient": row.group} if row.group else {}
     return {**patient, **({"attributes": dict(row.attributes)} if row.attributes else {})}

@@ -80,7 +80,7 @@ def dicom_frames(path: Path, frame: int | None, rendering: Rendering, note: Note
             of_frame = _of_frame(header, number)
             yield (
                 (number if count > 1 else None),
-                squared(_shown(of_frame, values, rendering), *_spacing(of_frame), note),
+                squared(_to_display(of_frame, values, rendering), *_spacing(of_frame), note),
             )
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
@@ -167,7 +167,7 @@ def _spacing(header: Dataset) -> tuple[float, float]:
     return 1.0, 1.0
 
 
-def _shown(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels:
+def _to_display(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels:
     """A frame as a screen shows it, in [0, 1]: (rows, columns), or (rows, columns, 3) in colour."""
     interpretation = header.PhotometricInterpretation
     if rendering.ct_windows:

@@ -31,7 +31,7 @@ class Asset:
     kind: str
     """`model` or `dataset`, as the hub calls it."""
     patterns: tuple[str, ...]
-    place: str
+    subfolder: str
     """Where it goes below the folder that was asked for."""
     license: str
 
@@ -75,7 +75,7 @@ def download(
     lock: Path | None = None,
     update: bool = False,
 ) -> Path:
-    """Fetch an asset into `folder / asset.place`; give that place. Files already there are not fetched again.
+    """Fetch an asset into `folder / asset.subfolder`, and return that path. Files already there are not fetched again.
 
     An interrupted file resumes in its middle, also after a kill; with `snapshot_download` it would
     start from the beginning.
@@ -88,7 +88,7 @@ def download(
         DataError: no access, no such repository or revision, a broken connection, a damaged file, one in the way
             that another source put there, or one that is not as locked.
     """
-    target, name = folder / asset.place, f"{asset.kind}s/{asset.repo}"
+    target, name = folder / asset.subfolder, f"{asset.kind}s/{asset.repo}"
     try:
         commit, files = _listing(asset, revision, endpoint)
         if lock and not update:

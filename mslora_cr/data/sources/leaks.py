@@ -42,7 +42,7 @@ class Leaks(BaseModel):
     test_questions: int
 
     @property
-    def found(self) -> bool:
+    def any(self) -> bool:
         """Whether there is anything in common."""
         return bool(self.images or self.contents or self.patients)
 
@@ -60,7 +60,7 @@ def remember(folder: Path, leaks: Leaks) -> None:
     """Keep them beside the data, or take away what was kept if nothing is found. A folder that cannot be written to is
     said."""
     try:
-        if leaks.found:
+        if leaks.any:
             write_json(folder / LEAKS, leaks.model_dump())
         else:
             (folder / LEAKS).unlink(missing_ok=True)
@@ -74,7 +74,7 @@ def remembered(folder: Path, digest: str) -> Leaks | None:
         leaks = Leaks.model_validate(read_object(folder / LEAKS))
     except (JsonError, ValidationError):
         return None
-    return leaks if digest in (leaks.train, leaks.test) and leaks.found else None
+    return leaks if digest in (leaks.train, leaks.test) and leaks.any else None
 
 
 def sentences(config: StreamConfig, digests: Mapping[str, str]) -> dict[str, str]:
@@ -85,8 +85,8 @@ def sentences(config: StreamConfig, digests: Mapping[str, str]) -> dict[str, str
         digests: by task, that of the training or test file.
     """
     folders = {task.name: task_folder(config, task) for task in config.stream if task.name in digests}
-    found = {name: remembered(folder, digests[name]) for name, folder in folders.items()}
-    return {name: leaks.sentence() for name, leaks in found.items() if leaks}
+    by_task = {name: remembered(folder, digests[name]) for name, folder in folders.items()}
+    return {name: leaks.sentence() for name, leaks in by_task.items() if leaks}
 
 
 @cache

@@ -45,7 +45,7 @@ def training_questions(records: TrainingRecords) -> Iterator[Asked]:
         if question := question_of(record):
             truths, closed = frozenset([plain(question.gt)]), question.answer_type == "CLOSED"
             yield Asked(
-                f"{records.path.name}: {records.place(index)}", record.images, plain(question.text), truths, closed
+                f"{records.path.name}: {records.location(index)}", record.images, plain(question.text), truths, closed
             )
 
 

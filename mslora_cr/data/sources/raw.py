@@ -79,7 +79,7 @@ class RawData:
     """
 
     def __init__(self, sources: Sequence[Path], work: Path):
-        self.places, self.work = sources, work
+        self.sources, self.work = sources, work
         self.files: list[RawFile] = []
         self._by_name: dict[str, list[RawFile]] = defaultdict(list)
         self._by_folder: dict[tuple[str, str], list[RawFile]] = defaultdict(list)
@@ -89,7 +89,7 @@ class RawData:
     def __enter__(self) -> RawData:
         shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed
         try:
-            for source in self.places:
+            for source in self.sources:
                 if not source.is_dir() and not source.is_file():
                     what = "neither a file nor a folder" if source.exists() else "no such file or folder"
                     raise DataError(f"{source}: {what}")
@@ -174,7 +174,7 @@ class RawData:
                 raise DataError(f"{suffix}: the raw data contains several different ones; keep one:{listing}")
             if files:
                 return files[0]
-        listing = ", ".join(str(source) for source in self.places)
+        listing = ", ".join(str(source) for source in self.sources)
         raise DataError(f"{' or '.join(suffixes)}: not found in {listing}")
 
 

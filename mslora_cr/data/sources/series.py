@@ -55,10 +55,10 @@ def _sorted_slices(folder: Path) -> list[Path]:
     several = next((path for path, header in headers if int(header.get("NumberOfFrames") or 1) > 1), None)
     if several:
         raise DataError(f"{several}: has several frames; name the file itself")
-    return [path for _, _, path in sorted((*_place(header), path) for path, header in headers)]
+    return [path for _, _, path in sorted((*_slice_order(header), path) for path, header in headers)]
 
 
-def _place(header: Dataset) -> tuple[float, float]:
+def _slice_order(header: Dataset) -> tuple[float, float]:
     """Where a slice lies along the normal of its plane, in mm, and its number in the series."""
     position, orientation = header.get("ImagePositionPatient"), header.get("ImageOrientationPatient")
     number = float(header.get("InstanceNumber") or 0)

@@ -20,7 +20,7 @@ const setAt = (task, stage) => {
 
 // What became of an answer between its task's own stage and the last one; null where either was not evaluated.
 function fateOf(task, row) {
-  const [own, last] = [setAt(task, task.own), setAt(task, data.last)];
+  const [own, last] = [setAt(task, task.learned_at), setAt(task, data.last)];
   if (own === null || last === null) return null;
   const [before, after] = [own, last].map((set) => row[4][row[5][set]][1]);
   return before ? (after ? "kept" : "forgotten") : after ? "gained" : "never";
@@ -39,7 +39,7 @@ const entries = data.tasks.flatMap((task) =>
 
 function answerAt(entry, stage) {
   const { task, row } = entry;
-  const learned = setAt(task, task.own) ?? task.sets.length - 1;
+  const learned = setAt(task, task.learned_at) ?? task.sets.length - 1;
   const set = stage === "own" ? learned : setAt(task, Number(stage));
   return set === null ? null : row[4][row[5][set]];
 }
@@ -87,14 +87,14 @@ function ranges(numbers) {
 function stagesLabel(task, stages) {
   const label = `${stages.length > 1 ? "Stages" : "Stage"} ${ranges(stages)}`;
   if (stages.includes(0) && stages.length === 1) return "Base model (stage 0)";
-  if (Math.max(...stages) < task.own) return `${label}, before it was learned`;
-  return stages.includes(task.own) ? `${label}, learned at ${task.own}` : `${label}, later`;
+  if (Math.max(...stages) < task.learned_at) return `${label}, before it was learned`;
+  return stages.includes(task.learned_at) ? `${label}, learned at ${task.learned_at}` : `${label}, later`;
 }
 
 // Before the task was learned, when it was, and at the end; what was said at other stages is folded away.
 function shownStages(task) {
   const stages = task.sets.flatMap((set) => set.stages).sort((a, b) => a - b);
-  return [stages.filter((stage) => stage < task.own).at(-1), task.own, stages.at(-1)];
+  return [stages.filter((stage) => stage < task.learned_at).at(-1), task.learned_at, stages.at(-1)];
 }
 
 function card({ entry, answer }) {
