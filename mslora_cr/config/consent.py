@@ -1,4 +1,4 @@
-"""Decides whether a configuration may name a method outside the package: the user's may, a run folder's may not."""
+"""Decides whether a configuration may name a method outside the package: a user's may, a run folder's may not."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def note_consent(
     overrides: Sequence[str],
     of_run: bool,
 ) -> None:
-    """Note the method of a configuration as named by the user, if an override or a file of theirs names it.
+    """Note that the user named the method of a configuration, if one of their overrides or files names it.
 
     Args:
-        raw: what the files and overrides say together.
-        files: the file and those that it extends, each with its content.
+        raw: The content of all files and overrides together.
+        files: The file and those that it extends, each with its content.
         overrides: `key.path=value`, from the user.
-        of_run: the first file was found in a run folder.
+        of_run: The first file comes from a run folder.
 
     Raises:
-        UntrustedMethodError: the user named or trusts the method, and its module lies where files from elsewhere are
-            put.
+        UntrustedMethodError: The user named or trusts the method, but its module lies in a folder for files from
+            elsewhere.
     """
     method = raw.get("method")
     if not isinstance(method, str) or not OUTSIDE.fullmatch(method):
@@ -67,7 +67,7 @@ def _check_module(method: str, foreign: Sequence[Path]) -> None:
     try:
         files = module_files(method.partition(":")[0])
     except ModuleNotFoundError:
-        return  # the import says so
+        return  # The import reports it.
     check_place(method, files, foreign)
 
 

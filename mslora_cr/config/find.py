@@ -12,20 +12,20 @@ from mslora_cr.config.shipped import configurations
 from mslora_cr.utils.errors import nearest
 
 RUN_FOLDERS = Path("checkpoints")
-"""Where runs are looked for by name: `output_dir` of a configuration that sets none."""
+"""The default of `output_dir`, where runs are looked for by name."""
 
 
 def find_run(target: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
-    """The configuration of a run.
+    """Find the configuration of a run.
 
     Args:
-        target: a YAML file; a run folder, which may be given from `checkpoints/` on; a run's name, looked for in
+        target: A YAML file; a run folder, whose path may start below `checkpoints/`; the name of a run, looked for in
             `checkpoints/` and one folder below it; or the name of a shipped configuration.
-        overrides: as `load_config`.
+        overrides: As for `load_config`.
 
     Raises:
-        ConfigError: there is no such run, several have that name, or the folder's configuration belongs to another
-            one, which would be read in its place.
+        ConfigError: There is no such run, several runs have that name, or the folder's configuration describes another
+            run folder, which would be read instead.
     """
     path = Path(target)
     if path.is_dir():
@@ -57,7 +57,7 @@ def _of_folder(folder: Path, overrides: Sequence[str]) -> StreamConfig:
     config, run_dir = load_config(folder / CONFIG, overrides, of_run=True), folder.resolve()
     if config.run_dir.resolve() != run_dir:
         raise ConfigError(
-            f"{folder}: its config.yaml is that of the run folder {config.run_dir.resolve()}. Move it back there, run "
+            f"{folder}: its config.yaml describes the run folder {config.run_dir.resolve()}. Move it back there, run "
             f"this where the run was trained, or give a configuration with run: {run_dir.name} and output_dir: "
             f"{run_dir.parent}"
         )

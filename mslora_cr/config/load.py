@@ -265,7 +265,7 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
     checked = {}
     for key, value in config.training.items():
         if key in DERIVED_TRAINING_FIELDS:
-            raise ConfigError(f"training.{key} is not set here; use {DERIVED_TRAINING_FIELDS[key]}")
+            raise ConfigError(f"training.{key} cannot be set: {DERIVED_TRAINING_FIELDS[key]}")
         if key not in names:
             raise ConfigError(f"training.{key}: unknown key{nearest(key, names - set(DERIVED_TRAINING_FIELDS))}")
         if value is False and key in WORDS_WITH_NO:

@@ -1,7 +1,7 @@
 """The configuration of a run: one YAML file, read strictly.
 
-A file may start from another with `extends: other.yaml`; every value can be overridden with `key.path=value`.
-Unknown keys are refused with the nearest known one, whatever can be derived is computed here and nowhere else.
+A file may start from another with `extends: other.yaml`; every value can be overridden with `key.path=value`. Unknown
+keys are refused with the nearest known one. What can be derived is computed here and nowhere else.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ CATALOGUE = Path(__file__).with_name("catalog.yaml")
 
 
 class ConfigError(UserError):
-    """The configuration is wrong; the message says where and how to fix it."""
+    """The configuration is wrong. The message says where and how to fix it."""
 
 
 def as_number(value: Any) -> Any:
-    """YAML 1.1 reads `2e-4` as a string, because it has no dot; read it as the number it is."""
+    """Read `2e-4` as a number: YAML 1.1 reads it as a string, because it has no dot."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -56,7 +56,7 @@ NotNegative = Annotated[Number, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 PathStr = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A file or folder; a leading `~` is the home folder, which a shell would not expand behind `key=`."""
+"""A file or folder. A leading `~` means the home folder, which a shell does not expand after `key=`."""
 
 
 class Section(BaseModel):
@@ -66,10 +66,10 @@ class Section(BaseModel):
 
 
 class UnreadSection(Section):
-    """The section of a method whose module may not be imported (`trust`): as it is written, unchecked."""
+    """The section of a method whose module may not be imported (`trust`), as written and unchecked."""
 
     written: dict[str, Any] = {}
-    """By the method's own name; empty if it has no section."""
+    """The section, under the method's own name; empty if there is none."""
 
 
 class ModelConfig(Section):
@@ -77,15 +77,16 @@ class ModelConfig(Section):
 
     path: PathStr
     vision_tower: PathStr = "config"
-    """`config` (the tower that the base's `mm_vision_tower` names), `checkpoint` (the shards' own), or a path."""
+    """`config` (the tower that the base model's `mm_vision_tower` names), `checkpoint` (that of the weight files), or a
+    path."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["4bit", "8bit"] | None = None
-    """Store the language model's linear layers in 4 or 8 bits (bitsandbytes); they compute in `dtype`."""
+    """Store the language model's linear layers in 4 or 8 bits (bitsandbytes). Computation uses `dtype`."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """A process takes its own GPU among those that CUDA_VISIBLE_DEVICES names; `auto`: the CPU where there is none."""
+    """Each process takes its own GPU among those in CUDA_VISIBLE_DEVICES. `auto` falls back to the CPU."""
     kernels: Literal["auto", "liger", "torch"] = "auto"
-    """The library that computes norms, rotations and activations in training; `auto`: Liger on a GPU where it is
+    """The library that computes norms, rotations and activations in training. `auto` takes Liger on a GPU if it is
     installed."""
 
 
@@ -94,14 +95,14 @@ class DataConfig(Section):
 
     root: PathStr
     images: Literal["first", "all"] = "first"
-    """Which images of a record with a list of them are shown: the published evaluation takes the first."""
+    """Which images of a record with several are used. The published evaluation takes the first."""
     max_length: PositiveInt = 2048
-    """Positions per sample, image patches included; longer samples are cut at the end."""
+    """Positions per sample, image patches included. Longer samples are cut at the end."""
     check_images: bool = True
-    """Decode every image once before the first step; images found good are remembered in the run folder."""
+    """Decode every image once before the first step. The run folder remembers which images are good."""
     cache_image_features: PathStr | None = None
-    """A folder where the frozen tower's features are kept, 1.2 MB per image in bfloat16; none: computed at every step.
-    It pays where images repeat over questions and epochs and the tower or the disk is slow."""
+    """A folder that caches the frozen tower's features, 1.2 MB per image in bfloat16. Without it, they are computed at
+    every step. A cache pays off if images repeat over questions and epochs and the tower or the disk is slow."""
 
 
 class LoraSettings(Section):
@@ -111,22 +112,23 @@ class LoraSettings(Section):
     alpha: PositiveNumber = 64.0
     dropout: Annotated[NotNegative, Field(lt=1)] = 0.0
     fold: Literal["merge", "concatenate"] = "merge"
-    """`merge` adds frozen banks to the base weights; `concatenate` keeps one frozen adapter of rank r·(t-1), and is the
-    default with `model.quantization`: a quantised base is never merged into."""
+    """`merge` adds frozen banks to the base weights. `concatenate` keeps one frozen adapter of rank r·(t-1); it is the
+    default with `model.quantization`, because banks are never merged into a quantised base."""
 
 
 class RegularizationConfig(Section):
-    """Weights of the two penalties; -1 makes a weight learnable as exp(a), a starting at -4.6."""
+    """Weights of the two penalties. -1 makes a weight learnable as exp(a), with a starting at -4.6."""
 
     alpha: Number = 0.1
     beta: Number = 0.01
     distance: Literal["frobenius", "cosine"] = "frobenius"
-    """How alike two banks' matrices are in the contrastive term: `frobenius` is exp(-‖W - P‖), as published;
+    """The similarity of two banks' matrices in the contrastive term: `frobenius` is exp(-‖W - P‖), as published;
     `cosine` is exp(cos(W, P) - 1), which does not vanish at high ranks and is not the published term."""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """How earlier banks are held for the penalties, whose arithmetic is float32: 4 or 2 bytes per number."""
+    """The dtype of earlier banks for the penalties: 4 or 2 bytes per number. The arithmetic is float32."""
     frozen_device: Literal["model", "cpu"] = "model"
-    """Where they are held: on the model's device, or in pinned CPU memory, from which a GPU reads them once a step."""
+    """Where earlier banks are kept: on the model's device, or in pinned CPU memory, from which a GPU reads them once a
+    step."""
 
     @model_validator(mode="after")
     def _check(self) -> RegularizationConfig:
@@ -138,15 +140,16 @@ class RegularizationConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Greedy generation and what is answered."""
+    """Greedy generation, and which banks answer."""
 
     max_new_tokens: PositiveInt = 100
     batch_size: PositiveInt = 16
     probabilities: bool = True
-    """Score each answer, and each candidate of a closed question: `probabilities.jsonl` beside the answers."""
+    """Score each answer, and each candidate answer of a closed question. `probabilities.jsonl` beside the answers has
+    the scores."""
     banks_by: Literal["prefix", "all", "routed"] = "prefix"
     """Banks that answer task i at stage k: `prefix` takes 1..min(i, k) (published), `all` takes 1..k, `routed` takes
-    `prefix`'s of the task that the router takes a question for."""
+    the `prefix` banks of the task that the router predicts."""
 
 
 class DatasetConfig(Section):
@@ -156,7 +159,7 @@ class DatasetConfig(Section):
     folder: str
     image_folders: list[str] = []
     published: str | None = None
-    """The published task whose scores reports show next to this one's."""
+    """The published task whose scores reports show beside this data set's."""
 
 
 class TaskConfig(Section):
@@ -170,7 +173,7 @@ class TaskConfig(Section):
 
 
 class Task(Section):
-    """A task with its data set, as the program uses it."""
+    """A task together with its data set."""
 
     index: int
     name: str
@@ -183,7 +186,7 @@ class Task(Section):
 
 
 class StreamConfig(Section):
-    """A whole run. Read it with `load_config`."""
+    """The configuration of a whole run. Read it with `load_config`."""
 
     run: Name
     method: Annotated[str, AfterValidator(check_method)] = "mslora_cr"
@@ -191,18 +194,19 @@ class StreamConfig(Section):
     output_dir: PathStr = "checkpoints"
     results_dir: PathStr = "results"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
-    """A task's own is this plus its place in the stream, and NumPy takes none from 2**32 on."""
+    """The seed of a task is this plus the task's index in the stream; NumPy accepts none from 2**32 on."""
     model: ModelConfig
     data: DataConfig
     lora: LoraSettings = LoraSettings()
     regularization: RegularizationConfig = RegularizationConfig()
-    """Read by `mslora_cr` alone; the published configurations share it."""
+    """The penalties of `mslora_cr`. Other methods ignore them; the published configurations share the section."""
     method_section: SerializeAsAny[Section] | None = None
-    """The method's own section. In files and dumps its key is the method's name; `Method.settings` types it."""
+    """The method's own section. Its key in files and dumps is the method's name; `Method.settings` gives it a type."""
     training: dict[str, Any] = {}
-    """Fields of transformers' TrainingArguments; those that other keys set, or that would do nothing here, are refused.
-    `gradient_checkpointing` is `true`, `false`, how many decoder layers are recomputed in the backward pass, or `auto`:
-    as many as a GPU's memory asks for; if it still runs out, the same command continues with more."""
+    """Fields of transformers' TrainingArguments. Fields that other keys set, or that would have no effect here, are
+    refused. `gradient_checkpointing` is `true`, `false`, the number of decoder layers to recompute in the backward
+    pass, or `auto`: as many as a GPU's memory requires. If memory still runs out, the same command continues with
+    more."""
     evaluation: EvaluationConfig = EvaluationConfig()
     datasets: dict[Name, DatasetConfig]
     """The published data sets, from the package's catalogue, and those that the file adds."""
@@ -225,7 +229,7 @@ class StreamConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _settle_method(cls, raw: Any) -> Any:
-        """Fill in the chosen method's section and what its source answers with; refuse other methods' sections."""
+        """Fill in the chosen method's section and its default `banks_by`; refuse sections of other methods."""
         if not isinstance(raw, Mapping):
             return raw
         if "method_section" in raw:
@@ -234,7 +238,7 @@ class StreamConfig(Section):
         chosen = raw.get("method", cls.model_fields["method"].default)
         try:
             method = if_trusted(str(chosen))
-        except ValueError:  # the field says so
+        except ValueError:  # The validation of the field reports it.
             return {key: value for key, value in raw.items() if key not in others}
         if method is None:
             method_keys = [
@@ -298,7 +302,7 @@ class StreamConfig(Section):
 
     @property
     def knows_method(self) -> bool:
-        """Whether the method's code could be read; if not, the run can be read and exported, and not be trained."""
+        """Whether the method's code could be read. If not, the run can be read and exported, but not trained."""
         return not isinstance(self.method_section, UnreadSection)
 
     @property
@@ -325,7 +329,7 @@ class StreamConfig(Section):
         """The task of that name.
 
         Raises:
-            ConfigError: there is none; names the nearest one.
+            ConfigError: There is none; the message names the nearest one.
         """
         for task in self.stream:
             if task.name == name:
@@ -334,24 +338,29 @@ class StreamConfig(Section):
         raise ConfigError(f"unknown task {name!r}{nearest(name, names)}; the stream has {', '.join(names)}")
 
     def same_modality(self, task: Task) -> list[bool]:
-        """For each earlier task of the stream: does it share this task's modality?"""
+        """For each earlier task of the stream, whether it has the same modality."""
         return [earlier.modality == task.modality for earlier in self.stream[: task.index]]
 
     def fingerprint_fields(self, last: Task | None = None) -> dict[str, Any]:
-        """Everything in this configuration that decides what the banks up to a task's become, the last one's if none
-        is given: no places, no speed, no evaluation, no later task, unless the method trains on all at once.
+        """Everything in this configuration that decides the banks up to a task.
+
+        Paths, speed and evaluation do not decide them, nor do later tasks, unless the method trains on all tasks at
+        once.
+
+        Args:
+            last: The task; by default the last one.
         """
         tasks = self.tasks if last is None or self._all_at_once else self.tasks[: last.index + 1]
         fields = self.model_dump(mode="json", exclude={"run", "output_dir", "results_dir", "evaluation", "datasets"})
         for section, key in (field.split(".") for field in UNDECIDING_FIELDS):
             del fields[section][key]
         fields["model"]["kernels"] = chosen_kernels(self.model.kernels, self.model.device)
-        if fields["model"]["kernels"] == "torch":  # as every bank was trained before there was a choice
+        if fields["model"]["kernels"] == "torch":  # Every bank was trained with it before there was a choice.
             del fields["model"]["kernels"]
         for key in UNDECIDING_TRAINING_FIELDS:
             fields["training"].pop(key, None)
         if self.regularization.distance == "frobenius":
-            del fields["regularization"]["distance"]  # digests of before there was a choice hold
+            del fields["regularization"]["distance"]  # This keeps the digests from before there was a choice.
         modalities = {task.name: self.datasets[task.name].modality for task in tasks}
         return {**fields, "tasks": [task.model_dump(mode="json") for task in tasks], "modalities": modalities}
 
@@ -368,7 +377,8 @@ UNDECIDING_FIELDS = frozenset(
     {"model.path", "model.device", "data.root", "data.check_images", "data.cache_image_features"}
     | {"regularization.frozen_device"}
 )
-"""Settings that say where or how fast, not what the banks become: of base model and records, the ledger has digests."""
+"""Settings that say where or how fast, but do not change the banks. The ledger has digests of the base model and the
+records."""
 
 UNDECIDING_TRAINING_FIELDS = frozenset(
     {"save_steps", "save_total_limit", "save_strategy", "logging_steps", "report_to", "disable_tqdm"}
@@ -376,4 +386,4 @@ UNDECIDING_TRAINING_FIELDS = frozenset(
     | {"deepspeed", "ddp_timeout"}
     | {"per_device_train_batch_size", "gradient_checkpointing", "gradient_checkpointing_kwargs"}
 )
-"""Fields of `training` that may differ when a run is continued: they change no weight by more than rounding."""
+"""Fields of `training` that may differ when a run continues: they change weights by no more than rounding."""

@@ -17,10 +17,10 @@ _VALUES = re.compile(
 
 
 def check_values(node: Any, key_path: str = "") -> None:
-    """Refuse secrets, and texts with a NUL character, which no path and no name may hold.
+    """Refuse secrets, and texts with a NUL character, which no path or name may contain.
 
     Raises:
-        ConfigError: names the key, and never shows the value.
+        ConfigError: The message names the key, but never shows the value.
     """
     if isinstance(node, Mapping):
         for key, value in node.items():
@@ -33,7 +33,7 @@ def check_values(node: Any, key_path: str = "") -> None:
             check_values(value, f"{key_path}.{position}")
     elif isinstance(node, str):
         if "\0" in node:
-            raise ConfigError(f"{key_path}: holds a NUL character")
+            raise ConfigError(f"{key_path}: contains a NUL character")
         if _VALUES.search(node):
             raise _secret(key_path)
 

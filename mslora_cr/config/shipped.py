@@ -1,4 +1,4 @@
-"""The configurations that the package ships; their names are accepted wherever a file is expected."""
+"""The configurations that the package ships. Their names are accepted wherever a file is expected."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def deepspeed_configurations() -> dict[str, Path]:
 
 
 def find_config(given: str | Path, folder: Path = Path()) -> Path:
-    """The file of that path, or the shipped one of that name; a file that is there goes first.
+    """The file at that path, or the shipped configuration of that name. An existing file takes precedence.
 
     Args:
-        folder: the folder that a relative path starts from.
+        given: A path or a name.
+        folder: The folder that a relative path starts from.
 
     Raises:
-        ConfigError: there is neither; names the nearest.
+        ConfigError: There is neither; the message names the nearest one.
     """
     path = folder / given
     shipped = configurations()

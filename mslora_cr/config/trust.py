@@ -1,7 +1,7 @@
 """Consent to methods outside the package: importing a module runs it, and a run folder may come from anybody.
 
-A module is imported only if the user named it, on the command line or in a configuration of theirs, or trusted it by
-name before. What a run folder says names nothing.
+A module is imported only if the user named it, on the command line or in a configuration of their own, or trusted it by
+name before. A run folder gives no consent.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _named: set[str] = set()
 
 
 class UntrustedMethodError(UserError):
-    """A method outside the package would have to be imported, and the user has neither named nor trusted it."""
+    """A method outside the package would have to be imported, but the user has neither named nor trusted it."""
 
 
 class TrustedMethods(StateFile):
-    """The user's own list: the digest of each trusted module, by `module:Class`."""
+    """The user's list of trusted methods: the digest of each module, by `module:Class`."""
 
     MEND: ClassVar[str] = "remove it, and trust methods again with --trust-method"
 
@@ -41,13 +41,13 @@ class TrustedMethods(StateFile):
 
 
 def trust_file() -> Path:
-    """Where the user's list is: `mslora-cr/trusted-methods.json` in `XDG_CONFIG_HOME`, or in `~/.config`."""
+    """The path of the user's list: `mslora-cr/trusted-methods.json` in `XDG_CONFIG_HOME`, or in `~/.config`."""
     base = os.environ.get("XDG_CONFIG_HOME")
     return Path(base or Path.home() / ".config") / "mslora-cr" / "trusted-methods.json"
 
 
 def name_method(method: str) -> None:
-    """Note that the user has named a method, which may be imported by this process from now on."""
+    """Note that the user named a method; this process may now import it."""
     _named.add(method)
 
 
@@ -57,13 +57,13 @@ def named_methods() -> frozenset[str]:
 
 
 def trust_method(method: str) -> Path:
-    """Trust `module:Class` in this and all later commands, as long as its module stays as it is; imports nothing.
+    """Trust `module:Class` in this and all later commands, as long as its module does not change; import nothing.
 
     Returns:
-        The file that was noted.
+        The file that was hashed.
 
     Raises:
-        UserError: there is no such module, or it lies where files from elsewhere are put.
+        UserError: There is no such module, or it lies in a folder for files from elsewhere.
     """
     module, separator, name = method.partition(":")
     if not separator or not all(part.isidentifier() for part in (*module.split("."), name)):
@@ -89,10 +89,10 @@ def check_consent(method: str) -> None:
     """Refuse to import a method that the user has neither named nor trusted.
 
     Raises:
-        UntrustedMethodError: says how to allow it.
+        UntrustedMethodError: The message says how to allow it.
     """
     module = method.partition(":")[0]
-    if method in _named or module in sys.modules:  # what is imported already runs nothing
+    if method in _named or module in sys.modules:  # An imported module runs nothing again.
         return
     trusted = TrustedMethods.read_if_there(trust_file())
     digest = trusted.methods.get(method) if trusted else None
@@ -104,7 +104,7 @@ def check_consent(method: str) -> None:
     try:
         files = module_files(module)
     except ModuleNotFoundError:
-        return  # the import says so
+        return  # The import reports it.
     if _digest(files) != digest:
         raise UntrustedMethodError(
             f"method {method}: {files[-1] if files else module} has changed since it was trusted, so it is not "
@@ -113,14 +113,15 @@ def check_consent(method: str) -> None:
 
 
 def check_place(method: str, files: Sequence[Path], foreign: Iterable[Path]) -> None:
-    """Refuse a module that lies where files from elsewhere are put, whoever named it.
+    """Refuse a module that lies in a folder for files from elsewhere, whoever named it.
 
     Args:
-        files: what importing the module would run.
-        foreign: further folders of such files than `FOREIGN_FOLDERS`.
+        method: `module:Class`.
+        files: The files that importing the module would run.
+        foreign: Further folders beside `FOREIGN_FOLDERS`.
 
     Raises:
-        UntrustedMethodError: names the file and the folder.
+        UntrustedMethodError: The message names the file and the folder.
     """
     for file in files:
         if (folder := foreign_place(file, foreign)) is not None:
@@ -131,8 +132,11 @@ def check_place(method: str, files: Sequence[Path], foreign: Iterable[Path]) -> 
 
 
 def foreign_place(file: Path, foreign: Iterable[Path] = ()) -> Path | None:
-    """The folder of runs, results, data or models that a file lies in, by its path or behind its links; None if it
-    lies in none. A folder that holds the working directory too tells nothing apart, unless it is a run folder."""
+    """The folder of runs, results, data or models in which a file lies, by its path or through links; None if there is
+    none.
+
+    A folder that also contains the working directory does not count, unless it is a run folder.
+    """
     here = Path.cwd().resolve()
     distrusted = [folder.resolve() for folder in (*map(here.joinpath, FOREIGN_FOLDERS), *foreign)]
     for parent in (*Path(os.path.normpath(Path.cwd() / file)).parents, *file.resolve().parents):
@@ -144,17 +148,17 @@ def foreign_place(file: Path, foreign: Iterable[Path] = ()) -> Path | None:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, or that of its results."""
+    """Whether a folder is a run folder or a results folder."""
     if (folder / LEDGER).exists() or (folder / EVALUATION).exists():
         return True
     return (folder / CONFIG).exists() and (folder / "banks").is_dir()
 
 
 def module_files(name: str) -> list[Path]:
-    """The files that importing a module would run, those of its packages first; imports nothing.
+    """The files that importing a module would run, those of its packages first; nothing is imported.
 
     Raises:
-        ModuleNotFoundError: there is no such module; with the name of the part that is not there.
+        ModuleNotFoundError: There is no such module; the error names the missing part.
     """
     files: list[Path] = []
     search_path: list[str] | None = None
@@ -171,13 +175,13 @@ def module_files(name: str) -> list[Path]:
 
 
 def _find(name: str, search_path: list[str] | None) -> importlib.machinery.ModuleSpec | None:
-    """As the import system looks for a module, which would import its packages on the way.
+    """Find a module as the import system does, but without importing its packages.
 
     Args:
-        search_path: the folders of its package; None for a module at the top.
+        search_path: The folders of its package; None for a top-level module.
     """
     if search_path is None:
-        if str(Path.cwd()) not in sys.path:  # where methods are imported from, last
+        if str(Path.cwd()) not in sys.path:  # Methods are imported from here last.
             search_path = [*sys.path, str(Path.cwd())]
         for finder in sys.meta_path:
             if (spec := finder.find_spec(name, search_path)) is not None:
@@ -198,7 +202,7 @@ def _find(name: str, search_path: list[str] | None) -> importlib.machinery.Modul
 
 
 def _digest(files: Sequence[Path]) -> str:
-    """SHA-256 of what importing a module runs; of a package, all of its Python files."""
+    """SHA-256 of what importing a module runs; for a package, of all its Python files."""
     last = files[-1] if files else None
     whole = sorted(last.parent.rglob("*.py")) if last is not None and last.stem == "__init__" else []
     digest = hashlib.sha256()

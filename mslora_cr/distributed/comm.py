@@ -16,11 +16,11 @@ from mslora_cr.config.schema import ConfigError
 from mslora_cr.utils.errors import UserError
 
 SHARED_FOLDER_SECONDS = 60
-"""How late a shared file system may show one host what another has written."""
+"""The longest delay with which a shared file system shows one host what another has written."""
 
 
 class DistributedError(UserError):
-    """The processes of a run do not fit together."""
+    """The processes of a run do not match."""
 
 
 def rank() -> int:
@@ -34,18 +34,18 @@ def world_size() -> int:
 
 
 def get_device(setting: str) -> torch.device:
-    """Where this process's model goes.
+    """The device of this process's model.
 
     Args:
-        setting: `model.device`; `auto` is this process's own GPU, or the CPU where there is none.
+        setting: `model.device`. `auto` means this process's own GPU, or the CPU without a GPU.
 
     Raises:
-        ConfigError: there is no GPU, and one is asked for.
+        ConfigError: A GPU was asked for, but there is none.
     """
     available = torch.cuda.is_available()
     if setting == "cuda" and not available:
         raise ConfigError(
-            "model.device is cuda, and PyTorch sees no GPU; check nvidia-smi, CUDA_VISIBLE_DEVICES and that "
+            "model.device is cuda, but PyTorch sees no GPU; check nvidia-smi, CUDA_VISIBLE_DEVICES and that "
             "torch.version.cuda is not None, or set model.device=auto"
         )
     if setting == "cpu" or not available:
@@ -54,7 +54,7 @@ def get_device(setting: str) -> torch.device:
 
 
 def barrier() -> None:
-    """Let every rank arrive here before any continues."""
+    """Wait until every rank has arrived here."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
@@ -86,10 +86,10 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def assert_same_on_all_ranks(facts: Mapping[str, Any]) -> None:
-    """Let every rank see that all ranks have the same facts.
+    """Check that all ranks have the same facts; every rank learns the result.
 
     Raises:
-        DistributedError: on every rank; names the first fact that differs, and where.
+        DistributedError: On every rank. The message names the first fact that differs, and where.
     """
     everyone = all_gather_object(dict(facts))
     for name in facts:
@@ -102,10 +102,10 @@ def assert_same_on_all_ranks(facts: Mapping[str, Any]) -> None:
 
 
 def assert_shared_fs(folder: Path) -> None:
-    """Let every rank see that a folder is one and the same wherever ranks run.
+    """Check that a folder is the same one on every rank.
 
     Raises:
-        DistributedError: on every rank; the first rank's mark does not appear on another.
+        DistributedError: On every rank, if the first rank's mark does not appear on another.
     """
     if not torch.distributed.is_initialized():
         return

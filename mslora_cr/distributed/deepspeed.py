@@ -1,6 +1,6 @@
-"""DeepSpeed: its configuration, its process group, ZeRO's sharded parameters, and what it keeps for the whole process.
+"""DeepSpeed: its configuration, its process group, ZeRO's sharded parameters, and its global state.
 
-The only file that imports DeepSpeed.
+Only this file imports DeepSpeed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mslora_cr.utils.strict_json import JsonError, read_object
 
 
 def zero_stage(deepspeed_config: str | Mapping[str, Any] | None) -> int:
-    """The ZeRO stage that `training.deepspeed` asks for; 0 without one.
+    """The ZeRO stage that `training.deepspeed` asks for; 0 without it.
 
     Raises:
-        DistributedError: the file cannot be read, or no launcher has started this process.
+        DistributedError: The file cannot be read, or no launcher started this process.
     """
     if deepspeed_config is None:
         return 0
@@ -49,8 +49,8 @@ def zero_stage(deepspeed_config: str | Mapping[str, Any] | None) -> int:
 def prepare_deepspeed(use_gpu: bool) -> None:
     """Let DeepSpeed join the process group.
 
-    On the CPU it would compile a shared-memory collective first, which needs a compiler, adds up in another order than
-    gloo, and blocks every later run if it is killed meanwhile.
+    On the CPU it would first compile a shared-memory collective, which needs a compiler, sums in another order than
+    gloo, and blocks every later run if it is killed.
     """
     import deepspeed
 
@@ -67,12 +67,13 @@ def partition(
     device: torch.device,
     external: Mapping[nn.Module, Sequence[nn.Parameter]],
 ) -> None:
-    """Share a model's parameters among the ranks one by one (ZeRO-3), so that no GPU ever holds all of them.
+    """Partition a model's parameters over the ranks one by one (ZeRO-3), so that no GPU ever holds all of them.
 
     Args:
-        model: on the CPU.
-        device: where this rank computes; buffers, which are not shared, go there whole.
-        external: for modules that read parameters of modules that they do not call, those parameters.
+        model: The model, on the CPU.
+        config: DeepSpeed's configuration.
+        device: Where this rank computes. Buffers are not partitioned and go there whole.
+        external: Parameters that a module reads from modules which it does not call, by module.
     """
     import deepspeed
 
@@ -87,7 +88,8 @@ def partition(
 
 @contextmanager
 def gather_params(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Inside, parameters that ZeRO-3 has sharded are whole, on every rank, to be read; others are so anyway."""
+    """Gather parameters that ZeRO-3 has sharded, on every rank, to be read inside the block. Other parameters are whole
+    anyway."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not sharded:
         yield
@@ -99,10 +101,11 @@ def gather_params(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 def float32_value(parameter: Tensor) -> Tensor:
-    """A bank's parameter whole, as the optimizer holds it, float32; one that is not trained, as the model does. To be
-    called on every rank.
+    """The full value of a bank's parameter in float32, as the optimizer holds it; for a frozen one, as the model holds
+    it.
 
-    DeepSpeed in bfloat16 or float16 trains a float32 copy and rounds it into the model at every step.
+    Call it on every rank. With bfloat16 or float16, DeepSpeed trains a float32 copy and rounds it into the model at
+    every step.
     """
     if not parameter.requires_grad:
         with gather_params([parameter]):
@@ -115,15 +118,15 @@ def float32_value(parameter: Tensor) -> Tensor:
 
 
 def reshard(trainer: Trainer) -> None:
-    """Shard what a backward pass that the engine did not start has left whole: ZeRO-3 alone leaves anything."""
+    """Shard again what a backward pass outside the engine has left whole; only ZeRO-3 leaves anything."""
     if trainer.is_deepspeed_enabled:
         trainer.model_wrapped.empty_partition_cache()
 
 
 def release_trainer(trainer: Trainer) -> None:
-    """Take apart what a trainer has left in the process, so that the next task's starts as in a fresh one.
+    """Remove what a trainer has left in the process, so that the next task's trainer starts as in a fresh one.
 
-    It and its model are parts of reference cycles: once nothing else refers to them, `free_memory` frees them.
+    The trainer and its model are parts of reference cycles: `free_memory` frees them once nothing else refers to them.
     """
     if trainer.is_deepspeed_enabled:
         trainer.model_wrapped.destroy()
@@ -141,12 +144,12 @@ def free_memory() -> None:
 
 
 def _forget_in_zero3() -> None:
-    """Empty what ZeRO-3 keeps for the whole process: it would hold every task's model, as long as the process lives."""
+    """Clear ZeRO-3's process-wide state, which would otherwise hold every task's model as long as the process lives."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     FWD_MODULE_STACK.clear()
-    # A decorated method caches its results for every module that it was ever given.
+    # A decorated method caches its results for every module that it was ever called with.
     for method in filter(inspect.isfunction, vars(PartitionedParameterCoordinator).values()):
         for inner in inspect.getclosurevars(method).nonlocals.values():
             if hasattr(inner, "cache_clear"):

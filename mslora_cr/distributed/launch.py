@@ -1,4 +1,4 @@
-"""Starts the processes of a run together; the first error of any process is printed and ends all of them."""
+"""Starts the processes of a run together. The first error of any process is printed and ends all of them."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from mslora_cr.utils.errors import UserError
 log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 1800
-"""The longest that a rank waits for another one that is alive, unless `training.ddp_timeout` says otherwise."""
+"""The longest wait of a rank for another live one, unless `training.ddp_timeout` is set."""
 SILENCE_SECONDS = 120
-"""After so long without a sign of life a rank counts as lost, with its host; sooner if `ddp_timeout` is shorter."""
+"""A rank without a sign of life for so long counts as lost, with its host; sooner if `ddp_timeout` is shorter."""
 STORE_TIMEOUT = timedelta(seconds=300)
-"""TCPStore's own."""
+"""The timeout of the TCPStore itself."""
 WATCH_SECONDS = 1
-"""How often a rank looks whether its launcher and the others are still there."""
+"""The interval at which a rank checks its launcher and the other ranks."""
 GRACE_SECONDS = 5
-"""What a rank that fails has to say why, before the others end."""
+"""The time that a failing rank has to report why, before the others end."""
 
 
 def start_processes(config: StreamConfig) -> dict[str, Any]:
     """Join the processes that a launcher started, and return the checked `training` section.
 
     Raises:
-        ConfigError: that section is wrong.
+        ConfigError: That section is wrong.
     """
     fields = training_fields(config)
     use_gpu = get_device(config.model.device).type == "cuda"
@@ -49,13 +49,13 @@ def start_processes(config: StreamConfig) -> dict[str, Any]:
 
 
 def start_process_group(use_gpu: bool, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-    """Join the processes that a launcher started; nothing in a run of one process."""
+    """Join the processes that a launcher started; do nothing in a run of one process."""
     if world_size() == 1 or torch.distributed.is_initialized():
         return
     if use_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would otherwise use an available GPU
+        os.environ["DS_ACCELERATOR"] = "cpu"  # Otherwise DeepSpeed would use an available GPU.
     backend, timeout = "nccl" if use_gpu else "gloo", timedelta(seconds=timeout_seconds)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = _store_of_this_attempt("ranks", timeout)
@@ -69,8 +69,10 @@ def start_process_group(use_gpu: bool, timeout_seconds: float = TIMEOUT_SECONDS)
 
 
 def _store_of_this_attempt(purpose: str, timeout: timedelta = STORE_TIMEOUT) -> PrefixStore:
-    """A connection to the run's store, apart from those of other purposes, and from what earlier attempts left there:
-    under `torchrun --max-restarts` one store serves all attempts, and has the addresses of processes that are gone."""
+    """Connect to the run's store under a prefix for this purpose and this attempt.
+
+    Under `torchrun --max-restarts` one store serves all attempts, and holds addresses of processes that are gone.
+    """
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"mslora_cr/{attempt}/{purpose}", TCPStore(*address, is_master=False, timeout=timeout))
@@ -81,7 +83,7 @@ def run_on_rank0(work: Callable[[], None]) -> None:
     if _peers is None:
         work()
         return
-    barrier()  # the store's key below is then the same for all
+    barrier()  # All ranks then use the same key below.
     finished = "first_rank_is_done"
     if rank() == 0:
         work()
@@ -95,10 +97,10 @@ def run_on_rank0(work: Callable[[], None]) -> None:
 
 @contextmanager
 def abort_together() -> Iterator[None]:
-    """Around the work of each process that a launcher started: the first error of any is shown, and all of them end.
+    """Wrap the work of each process of a launch: the first error of any process is shown, and all of them end.
 
-    Nothing in a run of one process. A rank whose partner has ended sees its connection break; that the launcher has
-    ended, or another host does not answer, is noticed by a thread.
+    In a run of one process this does nothing. A rank whose partner ended sees its connection break; a thread notices
+    that the launcher ended or another host does not answer.
     """
     if world_size() == 1:
         yield
@@ -109,7 +111,7 @@ def abort_together() -> Iterator[None]:
         barrier()
     except BaseException as error:
         if lost_a_process(error):
-            time.sleep(3 * WATCH_SECONDS)  # if that was the launcher's end, the thread says so and stops here
+            time.sleep(3 * WATCH_SECONDS)  # If the launcher ended, the thread reports it and stops this process here.
         if _first_to_fail():
             _show(error)
         _end_process(130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -120,7 +122,7 @@ def abort_together() -> Iterator[None]:
 
 
 class PeerMonitor:
-    """The other ranks, as seen through this rank's own connection to the run's store."""
+    """Watches the other ranks through this rank's own connection to the run's store."""
 
     def __init__(self, silence_seconds: float) -> None:
         self.store = _store_of_this_attempt("peers")
@@ -133,7 +135,7 @@ class PeerMonitor:
         self._listener.start()
 
     def _listen(self) -> None:
-        """Give signs of life, and listen for the next rank's: the ranks form a ring."""
+        """Send signs of life, and listen for those of the next rank: the ranks form a ring."""
         sign, last = 0, b""
         while not self._finished.wait(min(2.0, self._silence_seconds / 5)):
             try:
@@ -146,21 +148,21 @@ class PeerMonitor:
                     if word != last or word == b"finished":
                         last, self._heard = word, time.monotonic()
             except (RuntimeError, ValueError):
-                return  # the store has gone with its host: silence from now on
+                return  # The store is gone with its host: from now on there is silence.
 
     def silent(self) -> bool:
         return not self._finished.is_set() and time.monotonic() - self._heard > self._silence_seconds
 
     def first_to_fail(self) -> bool:
-        """Whether this rank's error is the first among all ranks', hence the one to show."""
+        """Whether this rank was the first to fail; only its error is shown."""
         try:
             return int(self.store.compare_set("failed", "", str(rank()))) == rank()
         except (RuntimeError, ValueError):
-            return True  # the host of the store is gone, and with it whoever could have shown an error
+            return True  # The host of the store is gone, and with it whoever could have shown an error.
 
     def finish(self) -> None:
         self._finished.set()
-        self._listener.join()  # a thread that is inside the store when Python ends would abort the process
+        self._listener.join()  # A thread inside the store would abort the process when Python ends.
         with suppress(RuntimeError, ValueError):
             self.store.set(f"alive/{rank()}", "finished")
 
@@ -170,7 +172,7 @@ _peers: PeerMonitor | None = None
 
 def _first_to_fail() -> bool:
     if _peers is None:
-        return os.environ.get("LOCAL_RANK", "0") == "0"  # before the ranks have met, once per host
+        return os.environ.get("LOCAL_RANK", "0") == "0"  # Before the ranks have met, each host shows the error once.
     return _peers.first_to_fail()
 
 
@@ -181,7 +183,7 @@ def _show(error: BaseException) -> None:
         message = f"error on rank {rank()}: {error}"
     elif lost_a_process(error):
         message = (
-            f"error on rank {rank()}: another process of this run has ended or does not answer, so all stop; the same "
+            f"error on rank {rank()}: another process of this run ended or does not answer, so all stop; the same "
             f"command resumes from the last checkpoint ({str(error).splitlines()[0]})"
         )
     else:
@@ -191,13 +193,13 @@ def _show(error: BaseException) -> None:
 
 
 def lost_a_process(error: BaseException) -> bool:
-    """Whether an error is what a rank sees when another one has ended or does not answer."""
+    """Whether an error is one that a rank sees when another rank ended or does not answer."""
     signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _launchers() -> list[int]:
-    """The processes without which this one must not continue: its parent, and DeepSpeed's runner above that."""
+    """The processes that this one depends on: its parent, and DeepSpeed's runner above it."""
     parent = os.getppid()
     with suppress(psutil.Error):
         process = psutil.Process(parent)
@@ -207,9 +209,9 @@ def _launchers() -> list[int]:
 
 
 def _watch(launchers: list[int]) -> None:
-    """End this process when its launcher has ended, or another rank has failed or is lost: nobody else would."""
+    """End this process when its launcher ended, or another rank failed or is lost; nobody else would."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    # Ranks on this host, as torchrun and as DeepSpeed's launcher say it.
+    # The ranks on this host, as torchrun and DeepSpeed's launcher tell them.
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size())))
     first_here = rank() - local_rank
     again = "so this run stops; the same command resumes from the last checkpoint"
@@ -217,15 +219,15 @@ def _watch(launchers: list[int]) -> None:
         time.sleep(WATCH_SECONDS)
         failed = None if _peers is None else _peers.failed
         if _launchers() != launchers:
-            if local_rank > 0:  # DeepSpeed's lower launcher would kill the first rank before it has said why
+            if local_rank > 0:  # DeepSpeed's inner launcher would kill the first rank before it can report why.
                 time.sleep(1.5 * WATCH_SECONDS)
-            _stop_for(f"the launcher has ended, {again}", show=local_rank == 0)
+            _stop_for(f"the launcher ended, {again}", show=local_rank == 0)
         elif failed not in (None, rank()):
             time.sleep(GRACE_SECONDS)
             elsewhere = failed not in range(first_here, first_here + here)
-            _stop_for(f"rank {failed} has failed, and its host shows why, {again}", show=elsewhere and local_rank == 0)
+            _stop_for(f"rank {failed} failed, and its host shows why, {again}", show=elsewhere and local_rank == 0)
         elif _peers is not None and _peers.silent():
-            lost = f"rank {_peers.neighbour} gives no sign of life, its host or the network is lost"
+            lost = f"rank {_peers.neighbour} gives no sign of life: its host or the network is lost"
             _stop_for(f"{lost}, {again}", show=True)
 
 
@@ -236,7 +238,7 @@ def _stop_for(reason: str, show: bool) -> None:
 
 
 def _end_process(status: int) -> None:
-    """Leave at once: an orderly end could wait for a collective that never finishes."""
+    """Exit at once: an orderly shutdown could wait for a collective that never finishes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

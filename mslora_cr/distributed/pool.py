@@ -20,7 +20,7 @@ from mslora_cr.utils.workers import cores, end_with_parent
 
 
 def devices(device: str, jobs: int | None = None) -> list[str | None]:
-    """Devices of parallel runs: one GPU each (by `CUDA_VISIBLE_DEVICES`), or, on the CPU (None), a share of the
+    """The devices of parallel runs: one GPU each, as `CUDA_VISIBLE_DEVICES` names it, or None for a share of the CPU
     cores."""
     if get_device(device).type == "cpu":
         return [None] * (jobs or cores())
@@ -50,7 +50,7 @@ def worker_pool(devices: Sequence[str | None]) -> Iterator[ProcessPoolExecutor]:
 
 
 def _init_worker(free: Any, threads: int, methods: Collection[str]) -> None:
-    """Give a worker its GPU or its share of the cores, and let it end with the process that started it."""
+    """Give a worker its GPU or its share of the cores, and end it with the process that started it."""
     end_with_parent()
     for method in methods:
         name_method(method)
@@ -62,7 +62,7 @@ def _init_worker(free: Any, threads: int, methods: Collection[str]) -> None:
 
 @contextmanager
 def output_into(path: Path) -> Iterator[None]:
-    """Let everything that this process prints, libraries included, go into a file."""
+    """Redirect everything that this process prints, libraries included, into a file."""
     sys.stdout.flush()
     sys.stderr.flush()
     originals = os.dup(1), os.dup(2)

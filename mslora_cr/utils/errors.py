@@ -1,4 +1,4 @@
-"""The base class of errors that a user can fix, and phrases that their messages share."""
+"""Base class of the errors that a user can fix, and phrases that their messages share."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 class UserError(ValueError):
-    """An error in the user's input; the message says what is wrong, where, and how to fix it."""
+    """An error in the user's input. The message says what is wrong, where, and how to fix it."""
 
 
 class DataError(UserError):
-    """Something is wrong with the user's data: the message says what, and where (file, record, field)."""
+    """The user's data are wrong. The message says what is wrong, and in which file, record and field."""
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
@@ -25,7 +25,7 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
 
 
 def shorten(value: Any) -> str:
-    """A value as a message shows it: on one line, without raw control characters, of a sensible length."""
+    """A value for a message: on one line, of a sensible length, without raw control characters."""
     try:
         text = repr(value)
     except RecursionError:
@@ -34,12 +34,12 @@ def shorten(value: Any) -> str:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first problem pydantic found: field, if it is one's, what was expected, what was found."""
+    """Describe the first problem that pydantic found: the field, what was expected, what was found."""
     return problems_in(error)[0]
 
 
 def problems_in(error: ValidationError) -> list[str]:
-    """Every problem pydantic found, as `first_problem` words it."""
+    """Describe every problem that pydantic found, worded as by `first_problem`."""
     return [_worded(problem) for problem in error.errors(include_url=False)]
 
 

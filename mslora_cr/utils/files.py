@@ -19,13 +19,14 @@ from mslora_cr.utils.regular import check_regular
 
 @contextmanager
 def replacing(path: Path, shared: bool = False, flush: bool = True) -> Iterator[Path]:
-    """A new hidden file next to `path`, to be written in the block; then it is flushed to disk and renamed to `path`.
+    """Yield a new hidden file beside `path`; after the block it is flushed to disk and renamed to `path`.
 
-    A block that fails leaves nothing. What a killed process leaves is removed when `path` is written again.
+    If the block fails, the hidden file is removed. What a killed process left is removed when `path` is written again.
 
     Args:
-        shared: the folder may hold thousands of such files, so it is not searched for what killed processes left.
-        flush: not where a file that a power cut empties is made again anyway.
+        path: The file to write.
+        shared: The folder may hold thousands of such files, so it is not searched for the remains of killed processes.
+        flush: Flush the file to disk. Leave it out where an emptied file is simply made again.
     """
     if not shared:
         _remove_leftovers(path)
@@ -35,7 +36,7 @@ def replacing(path: Path, shared: bool = False, flush: bool = True) -> Iterator[
         os.close(descriptor)
         try:
             yield partial
-            partial.chmod(mode)  # libraries may have put a file of their own mode there
+            partial.chmod(mode)  # A library may have given the file a mode of its own.
             if flush:
                 _flush(partial)
             partial.replace(path)
@@ -44,7 +45,8 @@ def replacing(path: Path, shared: bool = False, flush: bool = True) -> Iterator[
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8, whole or not at all. Half a surrogate pair, which UTF-8 cannot spell, is written as its escape."""
+    """Write a text as UTF-8, whole or not at all. Half a surrogate pair, which UTF-8 cannot encode, becomes its
+    escape."""
     with replacing(path) as partial:
         partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))
 
@@ -55,25 +57,28 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def append_to(path: Path) -> BinaryIO:
-    """A file, opened to add to its end; it is made if it is not there.
+    """Open a file to append to it; create it if it is missing.
 
     Raises:
-        UserError: it is a link.
-        OSError: it is no regular file, or cannot be written.
+        UserError: The path is a link.
+        OSError: The path is no regular file, or cannot be written.
     """
     if path.is_symlink():
-        raise UserError(f"{path} is a link, and nothing is written through links; remove it")
+        raise UserError(f"{path} is a link, and links are never written through; remove it")
     if path.exists():
         check_regular(path)
     return _appending(path, os.O_CREAT)
 
 
 def resumable(path: Path, content: str) -> BinaryIO:
-    """A hidden file beside `path`, opened to add to its end: what a killed process left of the same content, or a new
-    one, under a name that nobody can have made before.
+    """Open a hidden file beside `path` to append to it: one that a killed process left for the same content, or a new
+    one.
+
+    A new file has a name that nobody can have guessed.
 
     Args:
-        content: what tells the content from another that `path` could have, such as its digest.
+        path: The file that is being made.
+        content: Identifies the content, such as its digest.
     """
     prefix = f"{_prefix(path)}{content}-"
     for left in sorted(path.parent.iterdir()):
@@ -82,13 +87,13 @@ def resumable(path: Path, content: str) -> BinaryIO:
             status = os.fstat(file.fileno())
             if (status.st_nlink, status.st_uid) == (1, os.geteuid()):
                 return file
-            file.close()  # another name of a file that is not ours to write
+            file.close()  # Another name of a file that does not belong to us.
     new = path.with_name(f"{prefix}{secrets.token_hex(8)}.part")
     return _appending(new, os.O_CREAT | os.O_EXCL)
 
 
 def _appending(path: Path, flags: int) -> BinaryIO:
-    """A file opened to add to its end, but not through a link."""
+    """Open a file to append to it, but not through a link."""
 
     def opener(name: str, _: int) -> int:
         return os.open(name, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | flags, 0o666)
@@ -98,7 +103,7 @@ def _appending(path: Path, flags: int) -> BinaryIO:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """As `replacing`, for a folder: a new hidden one, to be filled in the block."""
+    """Yield a new hidden folder to fill, which takes the place of `folder` after the block; as `replacing`."""
     with hidden_folder(folder) as staging:
         yield staging
         replace_folder(staging, folder)
@@ -106,8 +111,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def hidden_folder(target: Path) -> Iterator[Path]:
-    """A new hidden folder beside `place`, which is removed after the block; what killed processes left of earlier ones
-    is removed before."""
+    """Yield a new hidden folder beside `target`, and remove it after the block. The remains of killed processes are
+    removed first."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     with _hidden(target) as folder:
@@ -119,9 +124,10 @@ def hidden_folder(target: Path) -> Iterator[Path]:
 
 
 def replace_folder(staging: Path, folder: Path) -> None:
-    """Flush a finished folder to disk and give it its name; an older one of that name goes last.
+    """Flush a finished folder to disk and give it its name; the folder that had this name is removed last.
 
-    Its files get the mode that the umask gives, as the folder did: safetensors makes files that only their owner reads.
+    Its files get the mode that the umask gives, as the folder did: safetensors makes files that only their owner can
+    read.
     """
     mode = stat.S_IMODE(staging.stat().st_mode) & 0o666
     for file in sorted(staging.rglob("*")):
@@ -142,12 +148,12 @@ def _flush(path: Path) -> None:
 
 
 _in_use: set[Path] = set()
-"""Hidden names of this process that are no leftovers."""
+"""Hidden names in use by this process: no remains."""
 
 
 @contextmanager
 def _hidden(path: Path) -> Iterator[Path]:
-    """A name next to `path` that nobody can have made, with the process that makes it."""
+    """Yield a name beside `path` that contains the process ID and that nobody can have guessed."""
     name = path.with_name(f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(8)}.tmp")
     _in_use.add(name)
     try:
@@ -161,7 +167,7 @@ def _prefix(path: Path) -> str:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what processes that are gone have left of earlier attempts to write `path`."""
+    """Remove what dead processes left when they tried to write `path`."""
     if not path.parent.is_dir():
         return
     for entry in path.parent.iterdir():

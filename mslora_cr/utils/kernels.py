@@ -7,15 +7,16 @@ from typing import Literal
 
 
 def chosen_kernels(setting: Literal["auto", "liger", "torch"], device: str) -> Literal["liger", "torch"]:
-    """Resolve `model.kernels` on this machine: `auto` is Liger where there is a GPU to use, and the package.
+    """Resolve `model.kernels` on this machine: `auto` means Liger if there is a GPU and the package is installed.
 
     Args:
+        setting: `model.kernels`.
         device: `model.device`.
     """
     if setting != "auto":
         return setting
     if device == "cpu" or importlib.util.find_spec("liger_kernel") is None:
         return "torch"
-    import torch  # not for --help
+    import torch  # torch is too slow to import for --help.
 
     return "liger" if torch.cuda.is_available() else "torch"

@@ -1,6 +1,7 @@
 """Logging of the commands: to standard error, from one process of a launch only.
 
-Results go to standard output. A library's user sets up `logging` as in any program: the loggers are below `mslora_cr`.
+Results go to standard output. Whoever uses the package as a library sets up `logging` as in any program; the loggers
+are below `mslora_cr`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ NORMAL, QUIET, VERBOSE = logging.INFO, logging.WARNING, logging.DEBUG
 
 
 class FirstRank(logging.Filter):
-    """Lets the first rank speak, and an error of any."""
+    """Passes messages of the first rank, and errors of every rank."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR or is_first_rank()
 
 
 class Console(logging.Handler):
-    """Writes a line to standard error; progress bars give way. Control characters from files are shown escaped."""
+    """Writes a line to standard error without disturbing progress bars, and escapes control characters."""
 
     PREFIX: ClassVar[dict[int, str]] = {logging.WARNING: "mslora-cr: warning: ", logging.ERROR: "mslora-cr: "}
 
@@ -39,7 +40,7 @@ class Console(logging.Handler):
 
 
 class VisibleRecord(logging.LogRecord):
-    """A message in which control characters are shown escaped, whoever writes it and whoever shows it."""
+    """Escapes control characters of a message, whichever handler shows it."""
 
     def getMessage(self) -> str:  # noqa: N802  (logging's own name)
         return visible(super().getMessage())
@@ -53,17 +54,18 @@ _formatted = warnings.formatwarning
 
 
 def set_up(level: int = NORMAL) -> None:
-    """Let the package's messages from a level on be shown; with `QUIET`, no progress bars either."""
+    """Show the package's messages from a level on; with `QUIET`, hide progress bars too."""
     logger = logging.getLogger("mslora_cr")
     console = Console()
     console.addFilter(FirstRank())
     logger.handlers = [console]
     logger.setLevel(level)
-    logger.propagate = False  # a library that configures the root logger would show each message again
+    logger.propagate = False  # If a library configured the root logger, each message would appear twice.
     if level >= QUIET:
-        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads this when it is imported.
     # transformers and others repeat names from files in their own messages.
     logging.setLogRecordFactory(VisibleRecord)
     warnings.formatwarning = _visible_warning
-    # It recommends more packages when PEFT looks for it, and float16 at every 8-bit layer of every forward pass.
+    # When PEFT looks for the package, it recommends further packages; and it recommends float16 at every 8-bit layer of
+    # every forward pass.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

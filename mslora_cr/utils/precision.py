@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def ieee_float32() -> Iterator[None]:
-    """Inside, products on a GPU are computed in full float32.
+    """Compute products on a GPU in full float32 inside the block.
 
-    For what is the small difference of large numbers, as a penalty is, and for what is computed once and kept, as
-    merged weights are.
+    Small differences of large numbers need it, such as penalties, and so does what is computed once and kept, such as
+    merged weights.
     """
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision

@@ -9,12 +9,12 @@ from typing import Any
 from tqdm import tqdm
 
 SECONDS = 30.0
-"""Between two lines, where there is no terminal; what is done sooner gets none."""
+"""Seconds between two lines where there is no terminal. Work that takes less time gets no line."""
 LINE = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} left{postfix}"
 
 
 class _Lines(io.TextIOBase):
-    """Makes lines of what tqdm draws over and over, as a log file wants it."""
+    """Turns what tqdm redraws again and again into lines for a log file."""
 
     def __init__(self) -> None:
         self._last = ""
@@ -29,11 +29,11 @@ class _Lines(io.TextIOBase):
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm:
-    """A `tqdm` bar in a terminal; without one, lines with the time left, at most one each `SECONDS`."""
+    """A `tqdm` bar in a terminal; elsewhere, lines with the time left, at most one in `SECONDS`."""
     if sys.stderr.isatty():
         return tqdm(*args, **options)
     lines = {
-        "position": 0,  # at another, as it gives to a bar inside a bar, tqdm moves the cursor
+        "position": 0,  # At any other position, such as that of a nested bar, tqdm moves the cursor.
         "bar_format": LINE,
         "mininterval": SECONDS,
         "maxinterval": SECONDS,

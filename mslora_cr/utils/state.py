@@ -1,4 +1,4 @@
-"""The JSON files that the package writes and reads again: each has one typed schema and a version."""
+"""JSON files that the package writes and reads again: each has one typed schema and a version."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 
 
 class StateError(UserError):
-    """A file that the package wrote is damaged or foreign; the message names it and says how to fix that."""
+    """A file that the package wrote is damaged or foreign. The message names it and says how to fix that."""
 
 
 class NewerError(StateError):
-    """A file is of a later version of the package."""
+    """A later version of the package wrote this file."""
 
 
 class Part(BaseModel):
@@ -31,21 +31,23 @@ class Part(BaseModel):
 
 
 class StateFile(Part):
-    """The content of a JSON file. A field added later has a default, so that files without it are still read."""
+    """The content of a JSON file. Fields added later have defaults, so that older files can still be read."""
 
     VERSION: ClassVar[int] = 1
-    """Rises when a reader of the version before would misread the file."""
+    """Increased whenever a reader of the previous version would misread the file."""
     MEND: ClassVar[str]
-    """Advice for a damaged file."""
+    """What to do with a damaged file; part of the error message."""
 
     version: int = Field(default=1, ge=1)
-    """Version 0.1.0 of the package wrote none."""
+    """The version of the format. Package version 0.1.0 wrote none."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """
+        """Read the file.
+
         Raises:
-            NewerError: it is of a later version. StateError: it is missing, damaged or no such file.
+            NewerError: A later version of the package wrote it.
+            StateError: It is missing, damaged or of another kind.
         """
         try:
             data = read_bytes(path)
@@ -68,27 +70,30 @@ class StateFile(Part):
 
     @classmethod
     def read_if_there(cls, path: Path) -> Self | None:
-        """As `read`, or None if there is no such file."""
+        """Read the file; return None if it is missing."""
         return cls.read(path) if path.exists() or path.is_symlink() else None
 
     @classmethod
     def read_if_whole(cls, path: Path) -> Self | None:
-        """As `read_if_there`, for a file that is made again without loss: None, with a warning, if it is damaged.
+        """Read a file that can be made again without loss; return None, with a warning, if it is damaged.
 
         Raises:
-            NewerError: it is of a later version.
+            NewerError: A later version of the package wrote it.
         """
         try:
             return cls.read_if_there(path)
         except NewerError:
             raise
         except StateError as error:
-            log.warning("%s. It is made again", error)
+            log.warning("%s. A new one is written", error)
             return None
 
     def write(self, path: Path) -> None:
-        """Write it, whole or not at all. Fields that were never given are left out; half a surrogate pair, which no
-        strict reader of JSON takes back, is written as a question mark."""
+        """Write the file, whole or not at all.
+
+        Fields that were never set are left out. Half a surrogate pair, which strict JSON readers reject, is written as
+        a question mark.
+        """
         given = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
         content = {"version": self.VERSION} | {key: value for key, value in given.items() if key != "version"}
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

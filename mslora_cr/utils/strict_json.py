@@ -1,4 +1,4 @@
-"""The one JSON reader; it refuses repeated keys, NaN and numbers that are too large."""
+"""The only JSON reader; it refuses repeated keys, NaN and numbers that are too large."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mslora_cr.utils.errors import UserError, shorten
 from mslora_cr.utils.regular import check_regular
 
 MAX_BYTES = 64 << 20
-"""Of a file that is read whole; no file of a run or a model's folder comes near it."""
+"""The largest file that is read whole; no file of a run or a model folder comes close."""
 MOST_DIGITS = 300
-"""Of a whole number; one of more would be infinite as a float."""
+"""The longest integer; a longer one would be infinite as a float."""
 
 
 class JsonError(UserError):
-    """A file is not the JSON that was expected; the message names it."""
+    """A file is not the JSON that was expected. The message names it."""
 
 
 def _reject_constant(name: str) -> NoReturn:
@@ -50,7 +50,7 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 STRICT_JSON = json.JSONDecoder(
     parse_constant=_reject_constant, parse_float=_finite, parse_int=_whole, object_pairs_hook=_distinct
 )
-"""Decodes JSON from outside: numbers are finite, keys are distinct, NaN and Infinity are refused."""
+"""Decodes JSON from outside: numbers must be finite and keys distinct; NaN and Infinity are refused."""
 
 
 def explain_json(error: Exception) -> str:
@@ -61,14 +61,14 @@ def explain_json(error: Exception) -> str:
         return "not UTF-8 text; save the file as UTF-8"
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return f"not acceptable JSON: {error}"  # a number of thousands of digits, NaN, Infinity, a key twice
+    return f"not acceptable JSON: {error}"  # An integer of thousands of digits, NaN, Infinity, or a repeated key.
 
 
 def decode_json(data: bytes) -> Any:
-    """JSON from bytes of UTF-8, a byte order mark or not.
+    """Decode JSON from UTF-8 bytes, with or without a byte order mark.
 
     Raises:
-        JsonError: says what is wrong, not where.
+        JsonError: The message says what is wrong, but not where.
     """
     try:
         return STRICT_JSON.decode(data.decode("utf-8-sig"))
@@ -77,24 +77,24 @@ def decode_json(data: bytes) -> Any:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file that is small by its nature, whole.
+    """Read a whole file that is small by its nature.
 
     Raises:
-        JsonError: it is not there, cannot be read, is no regular file, or is far too large.
+        JsonError: It is missing, unreadable, no regular file, or far too large.
     """
     try:
         if check_regular(path).stat().st_size > MAX_BYTES:
-            raise JsonError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so it is not such a file")
+            raise JsonError(f"{path}: larger than {MAX_BYTES >> 20} MiB, too large for a file of this kind")
         return path.read_bytes()
     except OSError as error:
         raise JsonError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
-        JsonError: names the file, and what is wrong.
+        JsonError: The message names the file and what is wrong.
     """
     try:
         return decode_json(read_bytes(path))
@@ -103,10 +103,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that holds one object.
+    """Read a JSON file that holds one object.
 
     Raises:
-        JsonError: as `read_json`; or it holds something else.
+        JsonError: As `read_json`; or the file holds something else.
     """
     content = read_json(path)
     if not isinstance(content, dict):

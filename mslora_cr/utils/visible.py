@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from typing import TextIO
 
 MOST = 1_000
-"""Characters without a space, such as a name's, of which more are not shown."""
+"""The longest run of characters without a space that is shown whole; no name needs more."""
 _LONG = re.compile(rf"\S{{{MOST},}}")
 
 
 def visible(text: str) -> str:
-    """The text with control characters, surrogates and marks of direction as escapes, and endless words cut."""
+    """Escape control characters, surrogates and direction marks, and shorten endless words."""
     printable = text if text.isprintable() else "".join(mark if mark.isprintable() else _escaped(mark) for mark in text)
     return (
         _LONG.sub(lambda word: f"{word[0][: MOST // 2]}…{word[0][-20:]}", printable)
@@ -39,7 +39,7 @@ def is_first_rank() -> bool:
 
 
 class _Visible:
-    """A stream that shows what the first rank writes to it, and is the stream otherwise."""
+    """Wraps a stream: escapes what the first rank writes, drops what other ranks write."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -60,21 +60,22 @@ class _Visible:
 
 @contextmanager
 def _reader_of(stream: TextIO) -> Iterator[None]:
-    """Tell a reader that has gone from every other broken pipe."""
+    """Distinguish a reader that has gone from every other broken pipe."""
     try:
         yield
     except BrokenPipeError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python would complain when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Otherwise Python would complain at exit.
         raise NobodyReadsError(*error.args) from None
 
 
 @contextmanager
 def visible_results() -> Iterator[None]:
-    """Inside, whatever is printed to standard output is `visible`, and printed once under a launcher. What its encoding
-    cannot write is escaped, as on standard error.
+    """Escape what is printed to standard output inside the block, and print it once under a launcher.
+
+    Characters that its encoding lacks are escaped, as on standard error.
 
     Raises:
-        NobodyReadsError: nobody reads it any more; what is printed afterwards goes nowhere.
+        NobodyReadsError: Nobody reads standard output any more; what is printed afterwards is dropped.
     """
     stream = sys.stdout
     if isinstance(stream, io.TextIOWrapper):

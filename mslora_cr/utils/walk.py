@@ -1,4 +1,4 @@
-"""The files below a folder, through links too."""
+"""Finds the files below a folder, through links too."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pathlib import Path, PurePath
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every regular file below a folder, in order. Linked folders are followed, each folder once: a link may lead back
-    up. Hidden files and folders are passed over, and what macOS leaves in archives."""
+    """Yield every regular file below a folder, in order.
+
+    Linked folders are followed, each folder once, since a link may lead back up. Hidden files and folders are skipped,
+    and so is what macOS leaves in archives.
+    """
     return sorted(_files(folder, set()))
 
 
@@ -22,7 +25,7 @@ def _files(folder: Path, seen: set[str]) -> Iterator[Path]:
     seen.add(resolved)
     try:
         entries = sorted(folder.iterdir())
-    except OSError:  # no right to look into it
+    except OSError:  # We may not read this folder.
         return
     for entry in entries:
         if entry.name.startswith(".") or entry.name == "__MACOSX":
@@ -34,8 +37,8 @@ def _files(folder: Path, seen: set[str]) -> Iterator[Path]:
 
 
 def find_file(root: Path, name: PurePath) -> Path:
-    """A file below a folder; where there is none of that name, one whose name is the same in another Unicode form, as
-    macOS writes letters with accents."""
+    """Find a file below a folder; if its name is missing, take one that is the same in another Unicode form, since
+    macOS decomposes accented letters."""
     path = root / name
     if str(name).isascii() or path.is_file():
         return path
@@ -48,7 +51,7 @@ def find_file(root: Path, name: PurePath) -> Path:
 
 
 def composed(name: str) -> str:
-    """The same for names that differ in their Unicode form: macOS writes a letter with an accent as two characters."""
+    """Find names that differ only in their Unicode form: macOS writes an accented letter as two characters."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -61,7 +64,7 @@ def _changed(folder: Path) -> int:
 
 @lru_cache(64)
 def _listing(folder: Path, _changed: int) -> dict[str, str]:
-    """By their composed form, the names in a folder as it was when it last changed."""
+    """The names in a folder by their composed form, as of the folder's last change."""
     try:
         return {composed(entry.name): entry.name for entry in folder.iterdir()}
     except OSError:

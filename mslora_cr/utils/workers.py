@@ -9,23 +9,23 @@ from concurrent.futures import ProcessPoolExecutor
 
 
 def cores() -> int:
-    """How many CPU cores this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
     """A pool of worker processes that end with this one."""
-    context = multiprocessing.get_context("spawn")  # forking a process that holds torch's threads may hang
+    context = multiprocessing.get_context("spawn")  # Forking a process that holds torch's threads may hang.
     return ProcessPoolExecutor(workers, context, end_with_parent)
 
 
 def end_with_parent() -> None:
-    """Let this worker end when its parent does, also when that is killed; an idle one would wait for work for ever."""
+    """End this worker when its parent ends, even if that is killed; otherwise an idle worker would wait forever."""
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
 def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
-    assert parent is not None, "only workers do this"
+    assert parent is not None, "only a worker process may call this"
     parent.join()
     os._exit(1)

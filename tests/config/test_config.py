@@ -332,7 +332,7 @@ def test_a_wrong_training_field_is_refused(training: dict[str, Any], message: st
 def test_the_trainers_own_evaluation_is_refused(key: str, tmp_path: Path) -> None:
     """There is none, so that its settings would be without effect; also where they hold their default."""
     default = next(field.default for field in dataclasses.fields(TrainingArguments) if field.name == key)
-    with pytest.raises(ConfigError, match=f"training.{key} is not set here; use nothing: `mslora-cr evaluate`"):
+    with pytest.raises(ConfigError, match=f"training.{key} cannot be set: `mslora-cr evaluate`"):
         fields(tmp_path, **{key: default})
 
 

@@ -30,8 +30,8 @@ from tests.conftest import ConfigWriter
             "dataloader_persistent_workers=true",
             "training.dataloader_…: persistent_workers option needs num_workers > 0",
         ),
-        ("eval_on_start=true", "training.eval_on_start is not set here"),
-        ("hub_model_id=some/where", "training.hub_model_id is not set here"),
+        ("eval_on_start=true", "training.eval_on_start cannot be set"),
+        ("hub_model_id=some/where", "training.hub_model_id cannot be set"),
     ],
 )
 def test_a_setting_that_is_wrong_by_itself_is_found_before_anything_is_read(
