@@ -1,4 +1,4 @@
-"""A bank, the LoRA adapter of one task, in memory, and the sum of several."""
+"""A bank, the LoRA adapter of one task, in memory; and the sum of several banks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class BankError(UserError):
 
 @dataclass(frozen=True)
 class Bank:
-    """A task's LoRA: float32 matrices on the CPU. Adds ``alpha / rank · B A`` to each linear layer's weight.
+    """A task's LoRA: float32 matrices on the CPU that add ``alpha / rank · B A`` to each linear layer's weight.
 
-    With routers it is a mixture of experts, equal slices of the rank: ``alpha / rank · B (g(x) ⊙ A x)``, each slice
-    times its expert's share in ``g(x) = softmax(router x)``. That depends on the input, so it cannot be merged.
+    With routers it is a mixture of experts, which are equal slices of the rank: ``alpha / rank · B (g(x) ⊙ A x)``,
+    where each slice is weighed by its expert's share in ``g(x) = softmax(router x)``. This depends on the input, so it
+    cannot be merged.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Bank:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All its numbers."""
+        """The number of its parameters."""
         return [*(matrix for pair in self.matrices.values() for matrix in pair), *self.routers.values()]
 
     @property
@@ -54,12 +55,12 @@ class Bank:
 
     @property
     def depends_on_input(self) -> bool:
-        """Whether its update differs from token to token, so that it is neither summed nor merged."""
+        """Whether its update depends on the input. Such a bank can be neither summed nor merged."""
         return bool(self.routers)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of its layers' names and its numbers."""
+        """SHA-256 of the names of its layers and its numbers."""
         digest = hashlib.sha256()
         for name in self.matrices:
             digest.update(name.encode())
@@ -69,7 +70,7 @@ class Bank:
 
 
 def check_shape(rank: Any, alpha: Any) -> tuple[int, float]:
-    """Rank and alpha, if they are those of a bank; else ValueError."""
+    """Rank and alpha, if they can be those of a bank; otherwise ValueError."""
     whole, number = type(rank) is int, type(alpha) in (int, float)
     if not whole or not 1 <= rank <= MOST_RANK or not number or not 0 < alpha <= MOST_ALPHA:
         raise ValueError(f"rank {str(rank)[:20]} and alpha {str(alpha)[:20]} are not those of a bank")
@@ -99,15 +100,15 @@ def assemble_bank(
     if not matrices:
         raise BankError(f"{path}: the bank is empty")
     if routers.keys() - matrices.keys() or (routers and len(routers) < len(matrices)):
-        raise BankError(f"{path}: some of its layers have a router, and some have none")
+        raise BankError(f"{path}: some of its layers have a router, but others have none")
     return Bank(name, rank, float(alpha), matrices, metadata, routers)
 
 
 def _numbers(path: Path, module: str, tensor: Tensor) -> Tensor:
-    """A stored matrix in float32; refused where it holds what no training gives."""
+    """A stored matrix in float32. Values that no training produces are refused."""
     if not tensor.is_floating_point() or tensor.layout != torch.strided:
         raise BankError(f"{path}: {module} has a matrix of {tensor.dtype}, not of floating-point numbers")
-    if tensor.untyped_storage().nbytes() < tensor.nbytes:  # a few bytes that pretend to be a huge matrix
+    if tensor.untyped_storage().nbytes() < tensor.nbytes:  # A few bytes can pretend to be a huge matrix.
         raise BankError(f"{path}: {module} has a matrix of more numbers than the file holds")
     numbers = tensor.float()
     if not numbers.isfinite().all():
@@ -123,20 +124,21 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def concatenated(name: str, banks: Iterable[Bank]) -> tuple[Tensor, Tensor]:
-    """Scaled A matrices on top of each other, B matrices side by side: B A is the sum of the banks' updates."""
+    """The scaled A matrices stacked, and the B matrices side by side: B A is the sum of the banks' updates."""
     pairs = [(bank.scaling * bank.matrices[name][0], bank.matrices[name][1]) for bank in banks]
     return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
 
 
 def sum_banks(banks: Sequence[Bank], name: str) -> Bank:
-    """The sum of several banks as one, of their ranks' sum: its update is the sum of their updates.
+    """The sum of several banks as one bank, whose rank is the sum of their ranks and whose update is the sum of their
+    updates.
 
     Args:
-        banks: at least one, over the same layers.
-        name: of the sum.
+        banks: At least one, over the same layers.
+        name: The name of the sum.
 
     Raises:
-        BankError: there is none, one has routers, or their layers differ.
+        BankError: There is no bank, one has routers, or their layers differ.
     """
     if not banks:
         raise BankError("no bank to sum; give at least one")
@@ -151,7 +153,7 @@ def sum_banks(banks: Sequence[Bank], name: str) -> Bank:
 
 
 def describe(bank: Bank) -> dict[str, Any]:
-    """A description of a bank: rank, layers, parameters, and the norm of its update ``alpha / rank · B A``."""
+    """Describe a bank: rank, layers, parameters, and the norm of its update ``alpha / rank · B A``."""
     norms = {name: bank.scaling * product_norm(a.double(), b.double()).item() for name, (a, b) in bank.matrices.items()}
     largest = max(norms, key=lambda name: norms[name])
     return {

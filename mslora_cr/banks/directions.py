@@ -1,4 +1,4 @@
-"""A bank taken apart into directions of unit length and their magnitudes, and magnitudes that are trained."""
+"""Splits a bank into directions of unit length and their magnitudes, and trains magnitudes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mslora_cr.banks.io import PEFT_PREFIX
 
 
 class ScaledParts(nn.Linear):
-    """PEFT's A of several updates side by side, each times a number of its own: ``m ⊙ A x``.
+    """PEFT's A of several updates side by side, each scaled by a magnitude: ``m ⊙ A x``.
 
-    The numbers belong to a module that is called, so that ZeRO-3 gathers them.
+    The magnitudes belong to a module that is called, so that ZeRO-3 gathers them.
     """
 
     def __init__(self, plain: nn.Linear, magnitudes: Tensor) -> None:
@@ -35,7 +35,7 @@ class ScaledParts(nn.Linear):
 
 
 def scale_parts(model: nn.Module, adapter: str, magnitudes: Mapping[str, Tensor]) -> None:
-    """Let an adapter's parts be scaled by magnitudes, by linear layer."""
+    """Scale an adapter's parts by magnitudes, by linear layer."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             magnitude = magnitudes[name.removeprefix(PEFT_PREFIX)]
@@ -43,7 +43,7 @@ def scale_parts(model: nn.Module, adapter: str, magnitudes: Mapping[str, Tensor]
 
 
 def magnitudes_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """By linear layer; empty for an adapter whose parts are not scaled."""
+    """The magnitudes by linear layer; empty for an adapter whose parts are not scaled."""
     return {
         name.removeprefix(PEFT_PREFIX): module.lora_A[adapter].magnitudes
         for name, module in model.named_modules()
@@ -54,9 +54,10 @@ def magnitudes_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def decoupled(bank: Bank, part: int) -> tuple[Bank, dict[str, Tensor]]:
-    """A bank's parts of a rank `part` as directions ``s B_i A_i / ‖s B_i A_i‖_F``, and by layer their norms, (parts,).
+    """A bank's parts, each of rank `part`, as directions ``s B_i A_i / ‖s B_i A_i‖_F``, and by layer their norms,
+    (parts,).
 
-    A norm's sign is lost, but not the part's: its direction is turned instead.
+    A norm has no sign, so a part with a negative magnitude gets the opposite direction.
     """
     matrices: Matrices = {}
     magnitudes = {}
@@ -69,7 +70,8 @@ def decoupled(bank: Bank, part: int) -> tuple[Bank, dict[str, Tensor]]:
 
 
 def coupled(directions: Bank, magnitudes: Mapping[str, Tensor], new: Bank) -> Bank:
-    """One plain bank, of their ranks' sum and the new one's scaling: directions times magnitudes, and the new bank."""
+    """One plain bank, the sum of directions times magnitudes and of the new bank. It has the new bank's scaling, and
+    its rank is the sum of the ranks."""
     matrices = {}
     for name, (a, b) in new.matrices.items():
         normed, unit = directions.matrices[name]

@@ -13,7 +13,7 @@ from mslora_cr.banks.io import PEFT_PREFIX
 
 
 class RoutedExperts(nn.Linear):
-    """PEFT's A of a mixture of experts: ``g(x) ⊙ A x``, so that B of it is the experts' weighted sum.
+    """PEFT's A of a mixture of experts: ``g(x) ⊙ A x``, so that B of it is the weighted sum of the experts.
 
     The router is a module of its own, so that ZeRO-3 gathers it when it is called.
     """
@@ -31,7 +31,8 @@ class RoutedExperts(nn.Linear):
 
 
 def route(model: nn.Module, adapter: str, experts: int) -> None:
-    """Turn an adapter into a mixture of experts, its routers uniform at random as PyTorch makes a linear layer."""
+    """Turn an adapter into a mixture of experts. Routers start uniformly at random, as PyTorch initialises a linear
+    layer."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.lora_A[adapter] = RoutedExperts(module.lora_A[adapter], experts)
@@ -51,6 +52,6 @@ def copy_routers(model: nn.Module, adapter: str, routers: Mapping[str, Tensor]) 
     if {name: router.weight.shape for name, router in adapter_routers.items()} != {
         name: r.shape for name, r in routers.items()
     }:
-        raise BankError("a mixture can only continue one with as many experts, and plain LoRA only plain LoRA")
+        raise BankError("a mixture can only continue a mixture with as many experts, and plain LoRA only plain LoRA")
     for name, router in adapter_routers.items():
         router.weight.copy_(routers[name])

@@ -10,19 +10,20 @@ from mslora_cr.banks.bank import Bank, BankError
 
 
 def check_fits(bank: Bank, linears: Mapping[str, nn.Linear], architecture: str) -> None:
-    """Refuse a bank of another family or size.
+    """Refuse a bank of another model family or size.
 
     Args:
-        linears: what banks adapt in the model.
-        architecture: the model's class.
+        bank: The bank.
+        linears: The layers that banks adapt in the model, by name.
+        architecture: The model's class.
 
     Raises:
-        BankError: the bank was trained on another architecture, or its layers or their sizes are others.
+        BankError: The bank was trained on another architecture, or its layers or their sizes differ.
     """
     trained_on = bank.metadata.get("base_model")
     if isinstance(trained_on, Mapping) and trained_on.get("architecture") not in (None, architecture):
         raise BankError(
-            f"bank {bank.name!r} was trained on {trained_on['architecture']}, and the base model is {architecture}"
+            f"bank {bank.name!r} was trained on {trained_on['architecture']}, but the base model is {architecture}"
         )
     if set(bank.matrices) != set(linears):
         odd = sorted(set(bank.matrices) ^ set(linears))

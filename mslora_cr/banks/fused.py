@@ -1,8 +1,8 @@
-"""A bank's layer as one operation: ``y = x Wᵀ + Σ scaling · (x Aᵀ) Bᵀ`` over the adapters next to a frozen W.
+"""A bank's layer as one operation: ``y = x Wᵀ + Σ scaling · (x Aᵀ) Bᵀ`` over the adapters beside a frozen W.
 
-PEFT's layer takes x to the adapter's dtype and autocast takes it back, scales the bank's output and adds it to the
-base's, each a pass over all positions, and saves several copies of x. Here x and x Aᵀ are saved once, B is scaled
-instead of the output, and the sum is part of the matrix product. In float32 the numbers are PEFT's up to rounding.
+PEFT's layer casts x to the adapter's dtype, which autocast reverts, scales the bank's output and adds it to the base's:
+each step is a pass over all positions, and several copies of x are saved. Here x and x Aᵀ are saved once, B is scaled
+instead of the output, and the sum is part of the matrix product. In float32 the result equals PEFT's up to rounding.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class FusedLinear(PeftLinear):
-    """PEFT's LoRA layer with another forward pass: same parameters, names and files.
+    """PEFT's LoRA layer with another forward pass; parameters, names and files are the same.
 
-    It falls back to PEFT's own forward pass where a term is not a plain product (dropout, routers), and where nothing
-    is trained and the adapters are held more exactly than the base, as in answering with concatenated banks.
+    PEFT's own forward pass runs if a term is not a plain product (dropout, routers), or if nothing is trained and the
+    adapters have a higher precision than the base, as in answering with concatenated banks.
     """
 
     shared: SharedInput
-    """The layers that read this one's input, itself among them; set by `fuse`."""
+    """The layers that read the same input, this one included; set by `fuse`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(…, in) → (…, out), in autocast's dtype where it is on, in the base weight's otherwise."""
+        """(…, in) → (…, out), in autocast's dtype if it is on, otherwise in the base weight's."""
         adapters = self.adapters
         dtype = self._compute_dtype(x)
         if args or kwargs or self.disable_adapters or self.merged or not adapters or not self.plain:
@@ -45,19 +45,19 @@ class FusedLinear(PeftLinear):
 
     @property
     def adapters(self) -> list[str]:
-        """The adapters that take part, in the order in which they are added; one that is scaled by zero does not, so
-        that without it the others' numbers are to the bit what they are alone."""
+        """The active adapters, in the order in which they were added. An adapter scaled by zero is left out, so that
+        the others' result is bit for bit the one without it."""
         return [name for name in self.active_adapters if name in self.lora_A and self.scaling[name]]
 
     @property
     def plain(self) -> bool:
-        """Whether the layer is nothing but a sum of products."""
+        """Whether the layer is a plain sum of products."""
         return self.base_layer.bias is None and all(
             type(a) is nn.Linear and isinstance(self.lora_dropout[name], nn.Identity) for name, a in self.lora_A.items()
         )
 
     def parameters_read(self) -> Iterator[nn.Parameter]:
-        """The parameters that the forward pass reads: of modules that it does not call, other layers' among them."""
+        """The parameters that the forward pass reads from modules that it does not call, other layers included."""
         yield self.base_layer.weight
         for layer in self.shared.layers:
             yield from (layer.lora_A[name].weight for name in layer.adapters)
@@ -69,31 +69,32 @@ class FusedLinear(PeftLinear):
 
 
 class SharedInput:
-    """The products x Aᵀ of all layers that read x, made at once by the first of them that is called."""
+    """The products x Aᵀ of all layers that read x, computed together by the first of them that is called."""
 
     def __init__(self, layers: Sequence[FusedLinear]) -> None:
         self.layers = list(layers)
         self._input: Tensor | None = None
         self._products: dict[int, Tensor] = {}
-        """By the layer's id; each is taken once, so that a layer that comes again makes new ones."""
+        """By the layer's id. Each product is taken once; a layer that is called again computes new ones."""
 
     @torch.no_grad()
     def product(self, layer: FusedLinear, x: Tensor) -> Tensor:
-        """x Aᵀ of a layer, (positions, Σ rank), for x of shape (…, in). No graph: the layer's backward knows A."""
+        """x Aᵀ of a layer, (positions, Σ rank), for x of shape (…, in). It has no graph: the layer's backward pass
+        knows A."""
         if id(layer) not in self._products or not self._is_input(x):
             matrices = [[each.lora_A[name].weight for name in each.adapters] for each in self.layers]
             stacked = _stacked([matrix for group in matrices for matrix in group], x.dtype)
             ranks = [sum(len(matrix) for matrix in group) for group in matrices]
             parts = (x.flatten(0, -2) @ stacked.T).split(ranks, dim=1)
             self._products = dict(zip(map(id, self.layers), parts, strict=True))
-            self._input = x  # held until all are taken, so that no other tensor can be in its place
+            self._input = x  # x is held until all products are taken, so that no other tensor can get its address.
         product = self._products.pop(id(layer))
         if not self._products:
             self._input = None
         return product
 
     def _is_input(self, x: Tensor) -> bool:
-        """The same numbers in the same place; ZeRO-3 gives each layer an alias of its own."""
+        """Whether both are the same memory; ZeRO-3 gives each layer an alias of its own."""
         held = self._input
         return held is not None and (held.data_ptr(), held.shape, held.stride(), held.dtype) == (
             x.data_ptr(),
@@ -107,7 +108,7 @@ class _BankLinear(torch.autograd.Function):
     """The layer's forward and backward pass.
 
     With ``g = scaling · dy B``: ``dx = dy W + g A``, ``dA = gᵀ x``, ``dB = scaling · dyᵀ (x Aᵀ)``. Parameters are kept
-    by reference, not as saved tensors: ZeRO-3 takes their numbers away after the forward pass and brings them back
+    by reference, not as saved tensors: ZeRO-3 releases their numbers after the forward pass and gathers them again
     before the backward pass.
     """
 
@@ -115,13 +116,13 @@ class _BankLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, product: Tensor, weight: Tensor, scalings: Sequence[float], *matrices: Tensor
     ) -> Tensor:
-        """
-        Args:
-            x: (…, in), in the dtype to compute in.
-            product: x Aᵀ, (positions, Σ rank).
-            weight: (out, in), frozen.
-            scalings: of each adapter.
-            matrices: each adapter's A, then each adapter's B.
+        """Args:
+        ctx: autograd's context.
+        x: (…, in), in the dtype to compute in.
+        product: x Aᵀ, (positions, Σ rank).
+        weight: (out, in), frozen.
+        scalings: One per adapter.
+        matrices: Each adapter's A, then each adapter's B.
         """
         rows = x.flatten(0, -2)
         ctx.save_for_backward(rows, product)
@@ -158,12 +159,12 @@ class _BankLinear(torch.autograd.Function):
 
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """A matrices on top of each other, (Σ rank, in)."""
+    """The A matrices stacked, (Σ rank, in)."""
     return _joined([matrix.to(dtype) for matrix in matrices], dim=0)
 
 
 def _scaled(matrices: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """B matrices side by side, (out, Σ rank), each times its scaling."""
+    """The B matrices side by side, (out, Σ rank), each times its scaling."""
     scaled = [b if scaling == 1 else b * scaling for b, scaling in zip(matrices, scalings, strict=True)]
     return _joined([b.to(dtype) for b in scaled], dim=1)
 
@@ -173,7 +174,7 @@ def _joined(matrices: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def fuse(model: nn.Module) -> None:
-    """Let the fused layers of a PEFT model know which of them read the same input."""
+    """Tell the fused layers of a PEFT model which of them read the same input."""
     for parent in model.modules():
         children = dict(parent.named_children())
         alone = {name: layer for name, layer in children.items() if isinstance(layer, FusedLinear)}
@@ -186,5 +187,5 @@ def fuse(model: nn.Module) -> None:
 
 
 def fused_layers(model: nn.Module) -> list[FusedLinear]:
-    """The layers that are one operation."""
+    """The layers that compute as one operation."""
     return [module for module in model.modules() if isinstance(module, FusedLinear) and module.plain]

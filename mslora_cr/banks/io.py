@@ -1,4 +1,4 @@
-"""Save a bank as PEFT's LoRA adapter and load it again, or load a published `cl_lora.bin` (`published.py`)."""
+"""Saves a bank as a PEFT LoRA adapter and loads it, or a published `cl_lora.bin` (`published.py`)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from mslora_cr.utils.visible import visible
 
 CONFIG, METADATA = "adapter_config.json", "bank.json"
 TASK_STATE = "memory.safetensors"
-"""What a method keeps of a task beside its bank."""
+"""A method's task state, beside the bank."""
 STATISTICS = "router.safetensors"
-"""What tells the task's questions from those of others."""
+"""The router's statistics of the task's questions."""
 ROUTER = "lora_router.weight"
 PEFT_PREFIX = "base_model.model."
 _KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B|router)(?:\.default)?\.weight")
@@ -43,10 +43,13 @@ def save_bank(
     The folder appears whole or not at all: it is written under a temporary name and renamed.
 
     Args:
-        beside: what else is kept of the task, by the name of its safetensors file; empty ones are not written.
+        bank: The bank.
+        folder: Its folder.
+        dropout: The dropout with which it was trained.
+        beside: Further tensors to store, by the name of their safetensors file; empty ones are not written.
 
     Raises:
-        BankError: some of its numbers are not finite; nothing is written then.
+        BankError: Some of its numbers are not finite; nothing is written then.
     """
     tensors = _named(bank)
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
@@ -68,21 +71,23 @@ def save_bank(
 
 
 def write_adapter(bank: Bank, folder: Path, dropout: float = 0.0, changed: Mapping[str, Any] | None = None) -> None:
-    """Write a bank's weights and settings into a folder that is there, as PEFT reads them.
+    """Write a bank's weights and settings into an existing folder, as PEFT reads them.
 
     Args:
-        changed: settings in place of those of a bank, or besides them.
+        bank: The bank.
+        folder: An existing folder.
+        changed: Settings that replace those of a bank, or add to them.
     """
     settings = lora_config(bank.matrices, bank.rank, bank.alpha, dropout).to_dict()
     # Keys that hold a default and are younger than PEFT 0.5 are left out.
     settings = {**{key: settings[key] for key in sorted(WRITTEN)}, "peft_type": "LORA", **(changed or {})}
-    # Escaped, as PEFT writes it: a base model's path may be in any script.
+    # Non-ASCII text is escaped, as PEFT does it: a base model's path may be in any script.
     write_text(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
     save_file(_named(bank), folder / BANK_WEIGHTS, {"format": "pt"})
 
 
 def _named(bank: Bank) -> dict[str, Tensor]:
-    """A bank's numbers, as PEFT names them."""
+    """A bank's numbers under PEFT's names."""
     tensors = {}
     for name, (a, b) in bank.matrices.items():
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.contiguous()
@@ -96,8 +101,8 @@ def load_bank(path: Path) -> Bank:
     """Read a bank: a PEFT adapter's folder, a published checkpoint's folder, or its `cl_lora.bin` itself.
 
     Raises:
-        BankError: nothing readable was found, or it is not plain LoRA over the language model's linear layers, under
-            the names that this, an older transformers or LLaVA gives them.
+        BankError: There is nothing readable, or it is not plain LoRA over the language model's linear layers, as this
+            transformers, an older one or LLaVA names them.
     """
     if path.name == PUBLISHED_WEIGHTS or (path / PUBLISHED_WEIGHTS).is_file():
         return load_published(path.parent if path.name == PUBLISHED_WEIGHTS else path)
@@ -122,7 +127,7 @@ def load_bank(path: Path) -> Bank:
                 "model"
             )
         if match[2] in halves.setdefault(module, {}):
-            raise BankError(f"{path}/{BANK_WEIGHTS}: has the matrices of {module} twice, under different names")
+            raise BankError(f"{path}/{BANK_WEIGHTS}: contains the matrices of {module} twice, under different names")
         halves[module][match[2]] = tensor
         layers[match[1]] = module
     check_targets(path, config, layers.items())
@@ -131,12 +136,12 @@ def load_bank(path: Path) -> Bank:
 
 
 def bank_size(folder: Path) -> int:
-    """How many numbers a saved bank has, from its file's header."""
+    """The number of parameters of a saved bank, from its file's header."""
     with safe_open(folder / BANK_WEIGHTS, "pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def lora_config(layers: Iterable[str], rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig:
-    """PEFT's configuration of a bank over these linear layers of the language model, and nothing else."""
+    """PEFT's configuration of a bank over exactly these linear layers of the language model."""
     targets = linears_pattern(layers)
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")

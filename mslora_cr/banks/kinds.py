@@ -1,7 +1,7 @@
-"""The kinds of adapters that a bank is trained as; a method chooses one.
+"""The kinds of adapters that can be trained as a bank; a method chooses one.
 
-`PlainLora` trains A and B of each linear layer. The other kinds train something beside them. A kind knows how its
-adapter is installed in a PEFT model, what of it is trained, how its numbers are read and written, and what is stored.
+`PlainLora` trains A and B of each linear layer. The other kinds train more. A kind installs its adapter in a PEFT
+model, says what is trained, reads and writes its numbers, and says what is stored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mslora_cr.banks.experts import copy_routers, route, routers_of
 from mslora_cr.banks.io import PEFT_PREFIX
 
 GatherFn = Callable[[Tensor], Tensor]
-"""A parameter → its whole value; under DeepSpeed the model holds a part or a rounded copy of it."""
+"""Returns the whole value of a parameter; under DeepSpeed the model holds a part or a rounded copy of it."""
 
 
 class PlainLora:
@@ -34,8 +34,8 @@ class PlainLora:
         return not bank.routers
 
     def frozen_part(self, previous: Bank) -> Bank | None:
-        """The bank to freeze beside the base where a task continues from the previous bank; None to train on from that
-        bank's own numbers."""
+        """The bank to freeze beside the base if a task continues from the previous bank; None if it trains that bank's
+        own numbers."""
         return None
 
     def install_frozen(self, model: nn.Module, frozen: str) -> None:
@@ -45,9 +45,9 @@ class PlainLora:
         """Turn PEFT's new LoRA into an adapter of this kind.
 
         Args:
-            model: the PEFT model.
-            adapter: the name of the new adapter.
-            frozen: the name of the adapter that holds frozen banks, where there is one.
+            model: The PEFT model.
+            adapter: The name of the new adapter.
+            frozen: The name of the adapter that holds frozen banks, if there is one.
         """
 
     def extra_parameters(self, model: nn.Module, adapter: str, frozen: str) -> list[nn.Parameter]:
@@ -58,7 +58,7 @@ class PlainLora:
         """Copy a bank's numbers into an adapter.
 
         Raises:
-            BankError: the bank is of another kind.
+            BankError: The bank is of another kind.
         """
         for name, layer in lora_layers(model):
             a, b = bank.matrices[name]
@@ -67,7 +67,7 @@ class PlainLora:
         copy_routers(model, adapter, bank.routers)
 
     def read(self, model: nn.Module, adapter: str, gather_fn: GatherFn) -> tuple[Matrices, dict[str, Tensor]]:
-        """A and B by linear layer, and routers where the kind has any: float32, on the CPU."""
+        """A and B by linear layer, and routers if the kind has any: float32, on the CPU."""
         matrices = {
             name: (_copied(layer.lora_A[adapter].weight, gather_fn), _copied(layer.lora_B[adapter].weight, gather_fn))
             for name, layer in lora_layers(model)
@@ -76,14 +76,14 @@ class PlainLora:
         return matrices, routers
 
     def extra_state(self, model: nn.Module, frozen: str, gather_fn: GatherFn) -> dict[str, Tensor]:
-        """Trained tensors that are not part of the bank that `read` returns; a checkpoint inside a task holds them."""
+        """Trained tensors that are not part of the bank that `read` returns; checkpoints inside a task store them."""
         return {}
 
     def load_extra_state(self, model: nn.Module, frozen: str, state: Mapping[str, Tensor]) -> None:
-        """Take up a checkpoint's `extra_state`."""
+        """Restore a checkpoint's `extra_state`."""
 
     def stored(self, bank: Bank, extra_state: Mapping[str, Tensor]) -> Bank:
-        """The bank that is stored of a task."""
+        """The bank that is stored for a task."""
         return bank
 
 
@@ -91,9 +91,8 @@ class Experts(PlainLora):
     """A mixture of LoRA experts: equal slices of the rank, weighed token by token by a trained router."""
 
     def __init__(self, experts: int) -> None:
-        """
-        Args:
-            experts: how many the mixture has; a divisor of the rank.
+        """Args:
+        experts: The number of experts; it divides the rank.
         """
         self._experts = experts
 
@@ -112,15 +111,14 @@ class Experts(PlainLora):
 
 
 class ScaledDirections(PlainLora):
-    """Earlier updates, frozen in direction with magnitudes that are trained, and a plain LoRA for the new task.
+    """Earlier updates with frozen directions and trained magnitudes, and a plain LoRA for the new task.
 
     All of them are stored together as one plain bank, whose rank grows with every task.
     """
 
     def __init__(self, rank: int) -> None:
-        """
-        Args:
-            rank: of each update.
+        """Args:
+        rank: The rank of each update.
         """
         self._rank = rank
         self._directions: Bank | None = None

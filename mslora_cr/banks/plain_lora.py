@@ -1,6 +1,6 @@
 """Checks whether a PEFT adapter is plain LoRA over an unchanged base model, and so can be a bank.
 
-What is accepted is a short list. An adapter's tensors do not tell what it does: their meaning depends on
+Only what is on a short list is accepted. An adapter's tensors do not show what it does: their meaning depends on
 `adapter_config.json`, and every release of PEFT adds keys to it.
 """
 
@@ -21,13 +21,14 @@ WRITTEN = (
     *("r", "target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "modules_to_save"),
     *("init_lora_weights", "layers_to_transform", "layers_pattern"),
 )
-"""The keys that PEFT 0.5 knows: releases from then on read a configuration of these, and a younger one need not be
-known to any. The keys that are left out hold their defaults."""
+"""The keys that PEFT 0.5 knows. Every later release reads a configuration of these keys; keys that are left out have
+their defaults."""
 _FREE = {
     *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
-"""Keys whose values do not change what the tensors mean; which layers they name is compared with the tensors."""
+"""Keys whose values do not change the meaning of the tensors. The layers that they name are compared with the
+tensors."""
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -35,16 +36,17 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
 }
-"""Values of other keys at which LoRA is plain, besides an empty one (null, false, "", [], {})."""
+"""Values of other keys at which LoRA is plain, besides empty ones (null, false, "", [], {})."""
 _BESIDE = ("non_lora_trainables.bin", "mm_projector.bin", "trainable_token_indices.safetensors")
-"""Files of other training scripts that hold what was trained in addition to the LoRA."""
+"""Files of other training scripts with weights that were trained beside the LoRA."""
 
 
 def check_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
-    """
+    """Check an adapter's folder.
+
     Raises:
-        BankError: `adapter_config.json` says that this is more or other than plain LoRA over an unchanged base, or has
-            a key that is not known with a value that is not empty; or more was trained than is read here.
+        BankError: By `adapter_config.json` this is not plain LoRA over an unchanged base, or an unknown key has a value
+            that is not empty; or weights were trained that are not read here.
     """
     for key, value in sorted(config.items()):
         if key in _FREE:
@@ -55,21 +57,23 @@ def check_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
             plain = not value or value in _PLAIN.get(key, ())
         if not plain:
             raise BankError(
-                f"{folder}: a bank is plain LoRA over the unchanged base model (`alpha / r · B A`), and the adapter's "
+                f"{folder}: a bank is plain LoRA over the unchanged base model (`alpha / r · B A`), but the adapter's "
                 f"configuration says {key}: {str(value)[:60]!r}, which only PEFT itself can honour"
             )
     for name in _BESIDE:
         if (folder / name).exists():
             raise BankError(
-                f"{folder}: {name} holds what was trained besides the LoRA matrices, and a bank has no place for it"
+                f"{folder}: {name} holds weights that were trained beside the LoRA matrices; a bank cannot store them"
             )
 
 
 def check_targets(folder: Path, config: Mapping[str, Any], modules: Iterable[tuple[str, str]]) -> None:
-    """Refuse matrices of layers that the configuration does not name, which PEFT would leave out.
+    """Refuse matrices of layers that the configuration does not name, since PEFT would leave them out.
 
     Args:
-        modules: the layers that there are matrices of, each under its name in the file and in the model.
+        folder: The adapter's folder.
+        config: Its configuration.
+        modules: The layers that have matrices, by their names in the file and in the model.
     """
     keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     try:

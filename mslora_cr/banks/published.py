@@ -1,4 +1,4 @@
-"""The published checkpoint of a bank, `cl_lora.bin` with `config.json`: read and written."""
+"""Reads and writes the published checkpoint of a bank, `cl_lora.bin` with `config.json`."""
 
 from __future__ import annotations
 
@@ -38,33 +38,41 @@ def load_published(folder: Path) -> Bank:
 
 
 def load_tensors(path: Path) -> Any:
-    """Read a file of `torch.save` that holds tensors, containers and numbers only; no code in it is run.
+    """Read a file of `torch.save` that holds only tensors, containers and numbers; no code in it is run.
 
     Raises:
-        BankError: it is damaged, or would load more than that.
+        BankError: The file is damaged, or contains more than that.
     """
     try:
         if zipfile.is_zipfile(check_regular(path)):
-            with zipfile.ZipFile(path) as archive:  # torch packs nothing; a member that expands is a bomb
+            with zipfile.ZipFile(path) as archive:  # torch does not compress; a member that expands is a bomb.
                 if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-                    raise ValueError("its members are packed")
+                    raise ValueError("its members are compressed")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BankError(f"{path}: no such file") from None
     except OSError as error:
         raise BankError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # a damaged pickle may raise nearly anything; torch's text advises to load it unsafely
+    # A damaged pickle may raise nearly anything, and torch's message advises unsafe loading.
+    except Exception as error:
         raise BankError(
-            f"{path}: not plain tensors, so it is not opened: it is damaged, or holds more than torch.save writes of a "
-            f"dictionary of tensors ({type(error).__name__})"
+            f"{path}: not plain tensors, so it is not opened: it is damaged, or contains more than torch.save writes for "
+            f"a dictionary of tensors ({type(error).__name__})"
         ) from None
 
 
 def published_bank(path: Path, name: str, rank: int, alpha: float, stored: Mapping[Any, Any]) -> Bank:
-    """A bank from tensors under the published keys; `place` is named in errors.
+    """A bank from tensors under the published keys.
+
+    Args:
+        path: The file, for messages.
+        name: The bank's name.
+        rank: Its rank.
+        alpha: Its alpha.
+        stored: The tensors by key.
 
     Raises:
-        BankError: a key or tensor is not of a published bank, or there are several banks.
+        BankError: A key or tensor is not one of a published bank, or there are several banks.
     """
     halves: dict[str, dict[str, Tensor]] = {}
     tasks = set()
@@ -76,7 +84,7 @@ def published_bank(path: Path, name: str, rank: int, alpha: float, stored: Mappi
         halves.setdefault(module, {})[match[3]] = tensor
         tasks.add(int(match[2]))
     if len(tasks) > 1:
-        raise BankError(f"{path}: holds the banks of {len(tasks)} tasks, {sorted(tasks)}; a file of one is needed")
+        raise BankError(f"{path}: contains the banks of {len(tasks)} tasks, {sorted(tasks)}; give a file of one bank")
     return assemble_bank(path, name, rank, alpha, halves, {})
 
 
@@ -86,12 +94,14 @@ def export_published(
     """Write a bank as the published code does: `cl_lora.bin` and `config.json`.
 
     Args:
-        index: the task's position in the stream, from 0; it is part of every key.
-        base_config: the base model's `config.json`, to which `mslora_cfg` is added.
-        base_digest: what tells the base model from another; an import on another one is refused.
+        bank: The bank.
+        folder: The folder to write.
+        index: The task's position in the stream, from 0; it is part of every key.
+        base_config: The base model's `config.json`, to which `mslora_cfg` is added.
+        base_digest: The digest of the base model; an import on another base model is refused.
 
     Raises:
-        BankError: the bank has routers, for which the published format has no place.
+        BankError: The bank has routers, which the published format cannot represent.
     """
     if bank.routers:
         raise BankError(f"bank {bank.name!r} is a mixture of experts, which the published format cannot represent")

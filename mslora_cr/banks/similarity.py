@@ -18,7 +18,8 @@ _PLACE = re.compile(r".*layers\.(\d+)\.\w+\.(\w+)")
 
 
 def effective_rank(a: Tensor, b: Tensor) -> float:
-    """``exp(-Σ p_i log p_i)``, p_i the singular values of B A over their sum: 1 to rank; 0 where B A is zero.
+    """``exp(-Σ p_i log p_i)``, where p_i are the singular values of B A over their sum: from 1 to the rank; 0 if B A is
+    zero.
 
     Source: Roy and Vetterli, "The Effective Rank: A Measure of Effective Dimensionality", EUSIPCO 2007. B A has the
     singular values of ``R_b R_aᵀ``, of shape (rank, rank), with ``B = Q_b R_b`` and ``Aᵀ = Q_a R_a``.
@@ -43,8 +44,8 @@ def effective_ranks(bank: Bank) -> dict[str, float]:
 def update_cosines(name: str, banks: Sequence[Bank]) -> Tensor:
     """``⟨B_t A_t, B_i A_i⟩ / (‖B_t A_t‖ ‖B_i A_i‖)`` of one linear layer for every two banks, (banks, banks).
 
-    1 where two banks change the layer alike, 0 where their changes are orthogonal or one changes nothing. The products
-    of factors, ``Σ (B_tᵀ B_i) ∘ (A_t A_iᵀ)``, are of the banks' ranks; no update is ever formed.
+    It is 1 if two banks change the layer alike, and 0 if their changes are orthogonal or one changes nothing. The
+    products of factors, ``Σ (B_tᵀ B_i) ∘ (A_t A_iᵀ)``, have the size of the ranks; no update is ever formed.
     """
     a = torch.cat([bank.matrices[name][0] for bank in banks]).double()
     b = torch.cat([bank.matrices[name][1] for bank in banks], dim=1).double()
@@ -60,7 +61,7 @@ def by_place(values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     """Means over the linear layers of each decoder layer, and over those of each module, in the model's order.
 
     Args:
-        values: by a linear layer's name in transformers' model.
+        values: By the name of a linear layer in transformers' model.
     """
     layers: dict[str, list[Tensor]] = {}
     modules: dict[str, list[Tensor]] = {}
@@ -76,7 +77,7 @@ def by_place(values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 
 class Similarity(NamedTuple):
-    """``values[t][i]``: how alike banks t and i are, in (0, 1]; symmetric, 1 on the diagonal."""
+    """``values[t][i]``: the similarity of banks t and i, in (0, 1]; symmetric, 1 on the diagonal."""
 
     banks: tuple[str, ...]
     values: list[list[float]]
@@ -85,12 +86,12 @@ class Similarity(NamedTuple):
 def bank_similarity(weights: Mapping[str, Path]) -> Similarity:
     """``s_ti = (1/K) Σ_k exp(-‖W_t^k - W_i^k‖_F)`` for every two banks t, i.
 
-    The K matrices W^k of a bank are A and B of each layer. Matrices are read one by one, so that banks of any
-    size fit. Source: Zhang et al., "Contrastive Regularization over LoRA for Multimodal Biomedical Image
-    Incremental Learning", ACM MM 2025.
+    The K matrices W^k of a bank are A and B of each layer. They are read one by one, so that banks of any size fit into
+    memory. Source: Zhang et al., "Contrastive Regularization over LoRA for Multimodal Biomedical Image Incremental
+    Learning", ACM MM 2025.
 
     Raises:
-        BankError: a bank cannot be read, or the banks do not hold the same matrices.
+        BankError: A bank cannot be read, or the banks do not hold the same matrices.
     """
     try:
         files = {name: safe_open(check_regular(path), framework="pt") for name, path in weights.items()}
@@ -100,7 +101,7 @@ def bank_similarity(weights: Mapping[str, Path]) -> Similarity:
     first = next(iter(shapes.values()))
     for name, shape in shapes.items():
         if shape != first:
-            raise BankError(f"{weights[name]} does not hold matrices of the same names and shapes as the first bank's")
+            raise BankError(f"{weights[name]} does not contain matrices of the same names and shapes as the first bank")
     total = torch.zeros(len(files), len(files), dtype=torch.float64)
     for key in first:
         stacked = torch.stack([file.get_tensor(key).double().flatten() for file in files.values()])
@@ -109,6 +110,6 @@ def bank_similarity(weights: Mapping[str, Path]) -> Similarity:
 
 
 def _shapes(file: safe_open) -> dict[str, list[int]]:
-    """Of A and B of each layer; a mixture's routers are left out."""
+    """A and B of each layer; a mixture's routers are left out."""
     keys = file.keys()
     return {key: file.get_slice(key).get_shape() for key in keys if not key.endswith(".lora_router.weight")}

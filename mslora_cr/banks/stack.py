@@ -1,7 +1,7 @@
-"""Banks in a model: frozen ones merged into the base, and a trainable one on top, in training.
+"""Banks in a model: frozen ones merged into the base, and in training a trainable one on top.
 
-A step costs the same however many frozen banks there are. They are either merged into the base weights, summed in
-float32 from the pristine base and rounded once, or concatenated into one frozen adapter.
+A step costs the same for any number of frozen banks. They are either merged into the base weights, summed in float32
+from the pristine base and rounded once, or concatenated into one frozen adapter.
 """
 
 from __future__ import annotations
@@ -26,28 +26,27 @@ from mslora_cr.models.language import adapter_targets, language_linears
 from mslora_cr.utils.precision import ieee_float32
 
 TRAINABLE, FROZEN = "live", "frozen"
-"""The adapters' names in the model. DeepSpeed writes them into checkpoints inside a task, so they stay as they are."""
+"""The adapters' names in the model. DeepSpeed writes them into checkpoints inside a task, so they must not change."""
 COPIES_SHARE = 0.4
-"""Of a GPU's free memory that pristine weights may take; answering needs the rest."""
+"""The share of a GPU's free memory that pristine weights may take; answering needs the rest."""
 
 
 class BankStack:
     """A base model with banks merged into it and, in training, one trainable bank on top.
 
     Attributes:
-        model: what to call: the base model itself, or the PEFT model around it.
-        base: the base model.
+        model: The model to call: the base model itself, or the PEFT model around it.
+        base: The base model.
     """
 
     def __init__(
         self, base: PreTrainedModel, merge_mode: str, reuse: bool = False, kind: PlainLora | None = None
     ) -> None:
-        """
-        Args:
-            base: the frozen base model.
-            merge_mode: `merge` or `concatenate`.
-            reuse: keep the pristine weights, so that `set_frozen` can be called again with other banks.
-            kind: of the trainable bank; plain LoRA by default.
+        """Args:
+        base: The frozen base model.
+        merge_mode: `merge` or `concatenate`.
+        reuse: Keep the pristine weights, so that `set_frozen` can be called again with other banks.
+        kind: The kind of the trainable bank; plain LoRA by default.
         """
         self.model: PreTrainedModel | PeftModel = base
         self.merge_mode = merge_mode
@@ -57,13 +56,14 @@ class BankStack:
         self._pristine: dict[str, Tensor] | None = {} if reuse and merge_mode == "merge" else None
 
     def set_frozen(self, banks: Sequence[Bank], merge: bool = True) -> None:
-        """Make exactly these the banks that take part, frozen.
+        """Make exactly these banks the active frozen ones.
 
         Args:
-            merge: false leaves the base's weights as they are, where those of another process will take their place.
+            banks: The banks.
+            merge: False leaves the base's weights unchanged, because another process's weights will replace them.
 
         Raises:
-            BankError: a bank does not fit the model.
+            BankError: A bank does not fit the model.
         """
         for bank in banks:
             self._check(bank)
@@ -85,14 +85,14 @@ class BankStack:
 
     @torch.no_grad()
     def merge(self, banks: Sequence[Bank]) -> None:
-        """Add banks that fit to the base's weights, and nothing else; for `set_frozen` that has left it."""
+        """Add banks that fit to the base's weights, and do nothing else; for a `set_frozen` with `merge=False`."""
         if not banks and not self._pristine:
             return
         device = _place_for_copies([linear.weight for linear in self._linears.values()])
         for name, linear in self._linears.items():
             weight = linear.weight
             if not weight.is_floating_point():
-                raise BankError("a quantised base cannot be merged into; set lora.fold=concatenate")
+                raise BankError("banks cannot be merged into a quantised base; set lora.fold=concatenate")
             if self._pristine is not None:
                 if name not in self._pristine:
                     self._pristine[name] = weight.detach().to(device, copy=True)
@@ -112,7 +112,7 @@ class BankStack:
             return
         try:
             self.model = self._with_frozen(banks)
-        except BaseException:  # out of memory: the next set begins from the base model alone
+        except BaseException:  # If memory ran out, the next set starts from the base model alone.
             for name, linear in self._linears.items():
                 self.base.set_submodule(name, linear)
             vars(self.base).pop("peft_config", None)
@@ -130,10 +130,11 @@ class BankStack:
         return model
 
     def continue_from(self, previous: Bank) -> Bank | None:
-        """Freeze what the kind keeps of the previous task's bank, and return what the trainable bank starts as, if any.
+        """Freeze what the kind keeps of the previous task's bank, and return the bank from which the trainable one
+        starts, if any.
 
         Raises:
-            BankError: the bank does not fit the model.
+            BankError: The bank does not fit the model.
         """
         self._check(previous)
         frozen = self._kind.frozen_part(previous)
@@ -157,23 +158,23 @@ class BankStack:
 
     @property
     def layer(self) -> str:
-        """How the banks' layers compute: `fused`, one operation each, or `peft`."""
+        """The implementation of the banks' layers: `fused`, one operation each, or `peft`."""
         return "fused" if fused_layers(self.model) else "peft"
 
     def external_parameters(self) -> dict[nn.Module, list[nn.Parameter]]:
-        """Layers that read parameters of modules that they do not call, and those parameters, for ZeRO-3."""
+        """For ZeRO-3: layers that read parameters of modules that they do not call, and those parameters."""
         return {layer: list(layer.parameters_read()) for layer in fused_layers(self.model)}
 
     def add_trainable(self, rank: int, alpha: float, dropout: float = 0.0, initial: Bank | None = None) -> None:
-        """Put the trainable bank on top: float32, A Kaiming-uniform and B zero unless `initial` is given.
+        """Put the trainable bank on top: float32, with A Kaiming-uniform and B zero unless `initial` is given.
 
         Afterwards its numbers are the only trainable parameters of the model.
 
         Args:
-            rank: of the bank.
-            alpha: of the bank.
-            dropout: probability, of the adapter's input.
-            initial: the bank whose numbers it starts with.
+            rank: The bank's rank.
+            alpha: The bank's alpha.
+            dropout: The dropout probability of the adapter's input.
+            initial: The bank whose numbers it starts with.
         """
         config = self._lora_config(rank, alpha, dropout)
         if isinstance(self.model, PeftModel):
@@ -192,10 +193,10 @@ class BankStack:
             raise BankError(f"PEFT does not adapt the layers that a bank holds in {self.architecture}; first {odd[0]}")
         unfrozen = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
         adapter = {id(parameter) for parameter in self.trainable_parameters()}
-        assert unfrozen == adapter, "something besides the new bank is trainable"
+        assert unfrozen == adapter, "parameters other than the new bank's are trainable"
 
     def weights(self) -> dict[str, Tensor]:
-        """The linear layers' own weights, (out, in), with what is merged into them."""
+        """The linear layers' own weights, (out, in), with the banks that are merged into them."""
         return {name: linear.weight for name, linear in self._linears.items()}
 
     def trainable(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -206,20 +207,20 @@ class BankStack:
         }
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained, beside A and B too."""
+        """Everything that is trained, beyond A and B too."""
         everything = itertools.chain.from_iterable(self.trainable().values())
         extra = self._kind.extra_parameters(self.model, TRAINABLE, FROZEN)
         return [parameter for parameter in [*everything, *extra] if parameter.requires_grad]
 
     def train_only(self, halves: Collection[int]) -> None:
-        """Let these matrices of the trainable bank learn, 0 for A and 1 for B, and keep the others as they are."""
+        """Train these matrices of the trainable bank, 0 for A and 1 for B, and freeze the others."""
         for pair in self.trainable().values():
             for half, parameter in enumerate(pair):
                 parameter.requires_grad_(half in halves)
 
     @contextmanager
     def trainable_off(self) -> Iterator[None]:
-        """Inside, the trainable bank adds nothing; frozen ones do.
+        """Switch the trainable bank off inside the block; frozen banks stay active.
 
         It is scaled by zero: every layer still runs, so ZeRO-3 gathers the same parameters in the same order.
         """
@@ -234,7 +235,7 @@ class BankStack:
 
     @torch.no_grad()
     def load_trainable(self, bank: Bank, extra_state: Mapping[str, Tensor] | None = None) -> None:
-        """Copy a bank's numbers into the trainable one, and a checkpoint's `extra_state` where there is any."""
+        """Copy a bank's numbers into the trainable one, and a checkpoint's `extra_state` if there is any."""
         self._kind.load(self.model, TRAINABLE, bank)
         self._kind.load_extra_state(self.model, FROZEN, extra_state or {})
 
@@ -246,33 +247,33 @@ class BankStack:
         metadata: dict[str, Any] | None = None,
         gather_fn: GatherFn = Tensor.detach,
     ) -> Bank:
-        """The trainable bank as it is now, copied to the CPU.
+        """Copy the trainable bank to the CPU.
 
         Args:
-            name: of the bank.
-            rank: of the bank.
-            alpha: of the bank.
-            metadata: what is noted in `bank.json`.
-            gather_fn: gives a parameter's whole value.
+            name: The bank's name.
+            rank: The bank's rank.
+            alpha: The bank's alpha.
+            metadata: The content of `bank.json`.
+            gather_fn: Returns a parameter's whole value.
         """
         matrices, routers = self._kind.read(self.model, TRAINABLE, gather_fn)
         return Bank(name, rank, alpha, matrices, metadata or {}, routers)
 
     def extra_state(self, gather_fn: GatherFn = Tensor.detach) -> dict[str, Tensor]:
-        """What is trained besides the bank of `snapshot`, float32 on the CPU; empty for most kinds.
+        """The trained tensors that are not part of `snapshot`, float32 on the CPU; empty for most kinds.
 
         Args:
-            gather_fn: gives a parameter's whole value.
+            gather_fn: Returns a parameter's whole value.
         """
         return self._kind.extra_state(self.model, FROZEN, gather_fn)
 
     def stored(self, bank: Bank, extra_state: Mapping[str, Tensor]) -> Bank:
-        """The bank to store of the task, from its `snapshot` and `extra_state`."""
+        """The bank to store for the task, from its `snapshot` and `extra_state`."""
         return self._kind.stored(bank, extra_state)
 
 
 def _place_for_copies(weights: Sequence[Tensor]) -> torch.device:
-    """Beside the weights where they take little of what is free there, else the CPU."""
+    """The device for copies: that of the weights if they take little of its free memory, otherwise the CPU."""
     device = weights[0].device
     if device.type != "cuda":
         return device
@@ -282,10 +283,10 @@ def _place_for_copies(weights: Sequence[Tensor]) -> torch.device:
 
 
 def merge_banks(model: PreTrainedModel, banks: Sequence[Bank]) -> None:
-    """Add the sum of banks to a base model's weights, in float32 with one rounding, for good.
+    """Add the sum of banks permanently to a base model's weights, in float32 with one rounding.
 
     Raises:
-        BankError: a bank does not fit the model, or is a mixture of experts, which depends on its input.
+        BankError: A bank does not fit the model, or is a mixture of experts, which depends on its input.
     """
     if any(bank.depends_on_input for bank in banks):
         raise BankError("a bank with routers depends on its input and cannot be merged into weights")

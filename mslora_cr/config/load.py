@@ -31,11 +31,12 @@ from mslora_cr.utils.errors import nearest, shorten
 from mslora_cr.utils.visible import visible
 
 SAVE_STRATEGIES = ("steps", "epoch", "no")
-"""When checkpoints may be written; transformers also has `best`, which needs evaluations that there are none of."""
+"""When checkpoints may be written. transformers also has `best`, which needs evaluations during training; there are
+none."""
 WORDS_WITH_NO = ("save_strategy", "logging_strategy")
-"""Fields of `training` whose values are words, one of them no."""
+"""Fields of `training` whose values are words, one of which is `no`."""
 MOST_LAYERS = 100
-"""Of a configuration: files that extend each other."""
+"""The most files that may extend each other."""
 EXPECTED = {
     "model_type": "should be a section of keys",
     "dict_type": "should be a section of keys",
@@ -47,22 +48,22 @@ EXPECTED = {
     "string_pattern_mismatch": "should be letters, digits and any of . _ + -, the first a letter or digit",
     "too_short": "should have at least one entry",
 }
-"""What pydantic's commonest types of error mean, in words for users; its own are used for the rest."""
+"""pydantic's commonest types of error, in words for users. Other types keep pydantic's own message."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), of_run: bool = False) -> StreamConfig:
     """Read a run's YAML file, or the shipped one of that name, and apply `key.path=value` overrides (values are YAML).
 
-    `tasks.pathvqa.epochs=1` names a task, `tasks.*.epochs=1` all of them, `tasks=[pathvqa,derm]` keeps those.
+    `tasks.pathvqa.epochs=1` changes one task, `tasks.*.epochs=1` all of them; `tasks=[pathvqa,derm]` keeps only these.
 
     Args:
-        path: the file, or the name of a shipped one.
-        overrides: in order; a later one of the same key wins.
-        of_run: the file was found in a run folder, so it names no method to import (`trust`).
+        path: The file, or the name of a shipped one.
+        overrides: Applied in order; a later one of the same key wins.
+        of_run: The file comes from a run folder, so it may not name a method to import (`trust`).
 
     Raises:
-        ConfigError: unreadable file, unsafe YAML, unknown key (with the nearest known one), wrong type, repeated or
-            unknown task, bad override.
+        ConfigError: Unreadable file, unsafe YAML, unknown key (with the nearest known one), wrong type, repeated or
+            unknown task, or bad override.
     """
     files = layers(path)
     raw = _merge({"datasets": copy.deepcopy(_catalogued_datasets())}, _merged(files))
@@ -80,17 +81,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), of_run: bool = 
 
 @cache
 def _catalogued_datasets() -> dict[str, Any]:
-    """Folder and modality of the published data sets, which the package's catalogue states."""
+    """Folder and modality of the published data sets, from the package's catalogue."""
     entries = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))
     fields = ("modality", "folder", "image_folders")
     return {name: {**{key: entry[key] for key in fields}, "published": name} for name, entry in entries.items()}
 
 
 def layers(given: str | Path) -> list[tuple[Path, dict[str, Any]]]:
-    """A file's mapping, that of the file that its `extends` names (relative to itself, or shipped), and so on.
+    """The content of a file, of the file that its `extends` names (relative to itself, or shipped), and so on.
 
     Raises:
-        ConfigError: a file cannot be read, is no mapping, or extends itself.
+        ConfigError: A file cannot be read, is no mapping, or extends itself.
     """
     files: list[tuple[Path, dict[str, Any]]] = []
     path = find_config(given)
@@ -112,7 +113,7 @@ def layers(given: str | Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def read_layers(given: str | Path) -> dict[str, Any]:
-    """Merge a file with those that it extends; only plain YAML is checked."""
+    """Merge a file with those that it extends, checking only that they are plain YAML."""
     return _merged(layers(given))
 
 
@@ -138,7 +139,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`: mappings are merged key by key, anything else is replaced."""
+    """Lay `above` over `below`: mappings are merged key by key, everything else is replaced."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
@@ -165,7 +166,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _targets(raw: dict[str, Any], parents: list[str], override: str) -> list[dict[str, Any]]:
-    """The mappings that an override's path leads to; missing ones are made, so that validation names them."""
+    """The mappings that an override's path leads to. Missing ones are created, so that validation names them."""
     if parents[:1] == ["tasks"] and len(parents) == 2:
         return _tasks(raw) if parents[1] == "*" else [_task_named(raw, parents[1])]
     node = raw
@@ -190,8 +191,9 @@ def _task_named(raw: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _explain(item: Any, raw: Mapping[str, Any]) -> str:
-    """One validation error in a line: where, what, and the nearest key that exists. A task goes by its name."""
-    location = [str(part) for part in item["loc"] if part != "[key]"]  # so pydantic marks a key as what is wrong
+    """Describe one validation error in a line: where, what, and the nearest known key. Tasks are named, not
+    numbered."""
+    location = [str(part) for part in item["loc"] if part != "[key]"]  # pydantic marks a wrong key in this way.
     valid = _known_keys(location[:-1], raw) if item["type"] == "extra_forbidden" else []
     named = location.copy()
     if location[:1] == ["method_section"]:
@@ -210,7 +212,7 @@ def _explain(item: Any, raw: Mapping[str, Any]) -> str:
 
 def _fault(item: Any) -> str:
     """Describe the error of a value, with the value shortened."""
-    if item["type"] == "value_error":  # our own, or a library's, which says all
+    if item["type"] == "value_error":  # Our own messages, and those of libraries, say everything.
         return item["msg"].removeprefix("Value error, ")
     value = item["input"]
     message = EXPECTED.get(item["type"].replace("parsing", "type")) or item["msg"].removeprefix("Input ")
@@ -218,7 +220,7 @@ def _fault(item: Any) -> str:
         word = "yes" if value else "no"
         return (
             f"{message}, found {str(value).lower()}: YAML reads a bare {word}, {'on' if value else 'off'} or "
-            f"{str(value).lower()} as that; if the word is meant, quote it, on the command line as '\"{word}\"'"
+            f"{str(value).lower()} as that; to mean the word, quote it, on the command line as '\"{word}\"'"
         )
     if item["type"] == "string_type" and not isinstance(value, list | dict | None):
         return f"{message}, found {reprlib.repr(value)}; quote it, on the command line as '\"{reprlib.repr(value)}\"'"
@@ -226,7 +228,7 @@ def _fault(item: Any) -> str:
 
 
 def _method_name(raw: Mapping[str, Any]) -> str:
-    """The settings of the chosen method, validated."""
+    """The name of the chosen method, for messages."""
     method = if_trusted(raw.get("method", StreamConfig.model_fields["method"].default))
     return method.name if method else "method_section"
 
@@ -249,7 +251,7 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
     """The `training` section, checked against the installed transformers' TrainingArguments.
 
     Raises:
-        ConfigError: a field that does not exist, is in `DERIVED_TRAINING_FIELDS`, or has the wrong type or value.
+        ConfigError: A field does not exist, is in `DERIVED_TRAINING_FIELDS`, or has the wrong type or value.
     """
     import dataclasses
     from typing import get_type_hints
@@ -269,7 +271,7 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
         if key not in names:
             raise ConfigError(f"training.{key}: unknown key{nearest(key, names - set(DERIVED_TRAINING_FIELDS))}")
         if value is False and key in WORDS_WITH_NO:
-            value = "no"  # what YAML makes of a bare no, as transformers' own pages spell it
+            value = "no"  # YAML turns a bare no, as transformers' documentation spells it, into false.
         if key == "lr_scheduler_kwargs" and isinstance(value, Mapping):
             value = {name: as_number(setting) for name, setting in value.items()}
         adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))

@@ -1,8 +1,8 @@
-"""Resolves `method:` to a class. The only module of this room that imports from a higher one.
+"""Resolves `method:` to a class. This is the only module of its room that imports from a higher one.
 
-A name is that of a file in `mslora_cr/methods`, imported when it is asked for: nothing is registered by hand, and
-`--help` imports none. `module:Class` names a class outside the package; its module is imported, hence run, only with
-the user's consent (`trust`).
+A name is that of a file in `mslora_cr/methods`, which is imported on demand: there is no registry, and `--help` imports
+no method. `module:Class` names a class outside the package; its module is imported, and so run, only with the user's
+consent (`trust`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mslora_cr.utils.errors import nearest
 
 PACKAGE = "mslora_cr.methods"
 BASE = "base"
-"""The module of `Method` itself, which is no method's."""
+"""The module of `Method` itself, which holds no method."""
 OUTSIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """`module:Class`, for a method outside the package."""
 
 
 class MethodSettings(Protocol):
-    """The part of a method that the configuration uses; `mslora_cr.methods.base.Method` has the meanings."""
+    """The part of a method that the configuration uses; `mslora_cr.methods.base.Method` documents it."""
 
     name: str
     section: type[BaseModel] | None
@@ -43,7 +43,7 @@ class MethodSettings(Protocol):
 
 
 def method_names() -> tuple[str, ...]:
-    """The methods of the package, in alphabetical order, from the names of its files; imports none."""
+    """The package's methods in alphabetical order, from the names of its files; nothing is imported."""
     folder = Path(__file__).parents[1] / "methods"
     return tuple(sorted(path.stem for path in folder.glob("[!_]*.py") if path.stem != BASE))
 
@@ -53,11 +53,11 @@ def load_method(name: str) -> MethodSettings:
     """The method of that name, a `mslora_cr.methods.base.Method`.
 
     Args:
-        name: a name of `method_names`, or `module:Class`, importable from the working directory or `sys.path`.
+        name: One of `method_names`, or `module:Class`, importable from the working directory or `sys.path`.
 
     Raises:
-        UntrustedMethodError: it is outside the package, and the user has neither named nor trusted it.
-        ValueError: there is no such method; says what was looked for, and where.
+        UntrustedMethodError: The method is outside the package, and the user has neither named nor trusted it.
+        ValueError: There is no such method; the message says what was looked for, and where.
     """
     base = importlib.import_module(f"{PACKAGE}.{BASE}").Method
     if name in method_names():
@@ -82,13 +82,14 @@ def load_method(name: str) -> MethodSettings:
 
 
 def check_method(name: str) -> str:
-    """The name, if there is a method of it, or one that may not be imported; ValueError as `load_method`."""
+    """Return the name if it is that of a method, or of one that may not be imported; otherwise ValueError as
+    `load_method`."""
     if_trusted(name)
     return name
 
 
 def if_trusted(name: str) -> MethodSettings | None:
-    """As `load_method`; None for a method outside the package that the user has neither named nor trusted."""
+    """As `load_method`, but None for a method outside the package that the user has neither named nor trusted."""
     try:
         return load_method(name)
     except UntrustedMethodError:
@@ -107,7 +108,7 @@ def _method_class(module: ModuleType, base: type) -> type:
 
 
 def _import_outside(name: str, module_name: str) -> ModuleType:
-    """Import a module; the working directory comes last, so that no file there takes a library's place."""
+    """Import a module. The working directory comes last in the search, so that no file there can shadow a library."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)

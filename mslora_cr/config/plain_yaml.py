@@ -1,4 +1,4 @@
-"""Reads YAML from outside: plain values only, no repeated keys, within bounds of size and depth."""
+"""Reads YAML from outside: plain values only, no repeated keys, limited in size and depth."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import yaml
 from mslora_cr.utils.regular import check_regular
 
 MOST_BYTES = 1 << 18
-"""Of a file: ten times what a run of a thousand tasks takes."""
+"""The largest file: ten times what a run of a thousand tasks takes."""
 MOST_NODES, MOST_LEVELS = 50_000, 100
-"""Of a document once its anchors are expanded: a few lines of nested anchors would make billions."""
+"""The largest document once its anchors are expanded; a few lines of nested anchors would otherwise make billions."""
 _OF_CONSTRUCTORS = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
-"""What PyYAML's constructors raise of nonsense behind a tag, such as `!!int ""`."""
+"""What PyYAML's constructors raise for nonsense after a tag, such as `!!int ""`."""
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Plain YAML whose mappings name each key once: YAML itself would silently keep the last."""
+    """Loads plain YAML whose mappings name each key once; YAML itself would silently keep the last."""
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
@@ -36,7 +36,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        value = super().construct_yaml_int(node)  # `59:59:59` is a number of base 60, of any length
+        value = super().construct_yaml_int(node)  # `59:59:59` is a number of base 60, of any length.
         if not -(2**63) <= value < 2**63:
             raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
         return value
@@ -46,7 +46,7 @@ _UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_yaml_
 
 
 def _check_size(root: yaml.Node) -> None:
-    """Refuse a document that is too large, too deep or endless once every alias stands for what it names."""
+    """Refuse a document that is too large, too deep or endless once its aliases are expanded."""
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
 
@@ -79,12 +79,12 @@ def read_plain_yaml(path: Path) -> Any:
     """Read a YAML file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is too large, not UTF-8, or not plain YAML.
+        OSError: It cannot be read.
+        ValueError: It is too large, not UTF-8, or not plain YAML.
     """
     size = check_regular(path).stat().st_size
     if size > MOST_BYTES:
-        raise ValueError(f"{size:,} bytes, and a configuration of more than {MOST_BYTES:,} is not read")
+        raise ValueError(f"{size:,} bytes; a configuration may have at most {MOST_BYTES:,}")
     try:
         return plain_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
@@ -95,7 +95,7 @@ def plain_yaml(text: str) -> Any:
     """Read a YAML text.
 
     Raises:
-        ValueError: it is not plain YAML, or nested or expanded beyond `MOST_LEVELS` and `MOST_NODES`.
+        ValueError: It is not plain YAML, or its nesting or expansion exceeds `MOST_LEVELS` or `MOST_NODES`.
     """
     if len(text) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES:,} characters")
@@ -106,4 +106,4 @@ def plain_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except _OF_CONSTRUCTORS as error:
-        raise ValueError(f"a value that is not what its tag or form says ({error})") from None
+        raise ValueError(f"a value that does not match its tag or form ({error})") from None

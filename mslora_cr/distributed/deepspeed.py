@@ -71,7 +71,7 @@ def partition(
 
     Args:
         model: The model, on the CPU.
-        config: DeepSpeed's configuration.
+        deepspeed_config: DeepSpeed's configuration.
         device: Where this rank computes. Buffers are not partitioned and go there whole.
         external: Parameters that a module reads from modules which it does not call, by module.
     """

@@ -1,4 +1,4 @@
-"""The penalties between banks, the published ones or the one by cosine, computed in groups once per update."""
+"""The penalties between banks, as published or by cosine, computed in groups once per update."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mslora_cr.losses.penalty import Key, Pair
 from mslora_cr.utils.precision import ieee_float32
 
 GROUP_BYTES = {"cpu": 32_000_000, "cuda": 256_000_000}
-"""Frozen float32 numbers that are worked on at once: on the CPU what its last cache may hold, on a GPU enough for its
-kernels to be few."""
+"""Frozen float32 numbers that are processed at once: on the CPU as many as its last cache can hold, on a GPU enough to
+keep the number of kernels small."""
 
 
 @dataclass(frozen=True)
 class _Group:
     """Matrices of one shape, all A or all B, with their frozen counterparts, (n, banks, rows · columns), and those'
-    squared norms; without any where the contrastive term is left out."""
+    squared norms. Without the contrastive term there are no counterparts."""
 
     keys: list[Key]
     frozen: Tensor | None = None
@@ -46,8 +46,8 @@ class BankTerms(NamedTuple):
 class BankPenalties:
     """The contrastive and the orthogonality term of one task.
 
-    Frozen banks are held once, for as long as the task trains: 4 bytes (float32) or 2 (bfloat16) × banks × parameters
-    of a bank. They are visited group by group, each small enough to be read from memory once per update.
+    Frozen banks are held once, as long as the task trains: 4 bytes (float32) or 2 (bfloat16) × banks × parameters of a
+    bank. They are processed in groups that are small enough to be read from memory once per update.
     """
 
     def __init__(
@@ -60,15 +60,14 @@ class BankPenalties:
         contrastive: bool = True,
         cosine: bool = False,
     ) -> None:
-        """
-        Args:
-            frozen: the earlier banks, at least one.
-            same_modality: for each, whether its modality is the task's own.
-            device: where the trainable bank is, and the penalties are computed.
-            frozen_dtype: how frozen banks are held; the arithmetic is float32 whatever it is.
-            frozen_device: where frozen banks are held, `device` if not given; the CPU's memory is pinned for a GPU.
-            contrastive: false leaves the contrastive term out, which then counts as zero; no frozen bank is held.
-            cosine: the contrastive term of `cosine_terms` in place of the published one.
+        """Args:
+        frozen: The earlier banks, at least one.
+        same_modality: For each, whether its modality is that of the task.
+        device: The device of the trainable bank, on which the penalties are computed.
+        frozen_dtype: The dtype in which frozen banks are held; the arithmetic is always float32.
+        frozen_device: Where frozen banks are held; `device` by default. CPU memory is pinned for a GPU.
+        contrastive: False leaves the contrastive term out; it counts as zero, and no frozen bank is held.
+        cosine: Use the contrastive term of `cosine_terms` instead of the published one.
         """
         assert frozen and len(frozen) == len(same_modality)
         self._device, self._dtype, self._contrastive, self._cosine = device, frozen_dtype, contrastive, cosine
@@ -106,7 +105,9 @@ class BankPenalties:
         """Values of both terms, and the gradient of ``alpha · contrastive + beta · orthogonality``.
 
         Args:
-            trainable: the trainable bank's matrices; computed in float32 whatever their dtype.
+            trainable: The trainable bank's matrices, of any dtype; computed in float32.
+            alpha: The contrastive term's weight.
+            beta: The orthogonality term's weight.
         """
         similarity_sum = torch.zeros(len(self._same), device=self._device)
         orthogonality = torch.as_tensor(self._frozen_orthogonality, device=self._device)
@@ -141,7 +142,7 @@ class BankPenalties:
 
 
 def _groups(bank: Bank, limit: int) -> list[list[Key]]:
-    """The matrices of a bank by role and shape, in groups of at most `limit` bytes in float32 (or one matrix)."""
+    """The matrices of a bank by role and shape, in groups of at most `limit` bytes in float32, or of one matrix."""
     shapes: dict[tuple[int, torch.Size], list[Key]] = {}
     for module, pair in bank.matrices.items():
         for half, matrix in enumerate(pair):

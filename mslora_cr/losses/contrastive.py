@@ -93,7 +93,8 @@ def penalty_terms(
 
 
 def _distances(current: Tensor, squared: Tensor, frozen: Frozen) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """‖W_k - P_ik‖, (n, banks), and the places (k, i) of pairs so near that only their difference is exact, if any."""
+    """‖W_k - P_ik‖, (n, banks), and the indices (k, i) of pairs so close that only their difference is exact, if
+    any."""
     n, banks, size = frozen.matrices.shape
     if current.shape != (n, size) or frozen.squared.shape != (n, banks) or frozen.coefficients.shape != (banks,):
         raise ValueError(
@@ -101,10 +102,10 @@ def _distances(current: Tensor, squared: Tensor, frozen: Frozen) -> tuple[Tensor
             f"{tuple(frozen.squared.shape)} and coefficients {tuple(frozen.coefficients.shape)} do not fit together"
         )
     scale = squared + frozen.squared
-    # A row times a matrix: the other way round, PyTorch's batched product on the CPU takes over ten times as long.
+    # A row times a matrix: in the other order, PyTorch's batched product on the CPU takes over ten times as long.
     across = frozen.matrices.transpose(1, 2)
     distances = torch.baddbmm(scale.unsqueeze(1), current.unsqueeze(1), across, alpha=-2).squeeze(1)
-    near = distances <= NEAR * scale  # also where both are zero
+    near = distances <= NEAR * scale  # This includes pairs that are both zero.
     if not near.any():
         return distances.sqrt_(), None
     rows, columns = near.nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""Interfaces of the terms that join the cross entropy: penalties, distillation, and their weights."""
+"""Interfaces of the terms that are added to the cross entropy: penalties, distillation, and their weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PenaltyStep(NamedTuple):
     """A penalty at the trainable bank's matrices."""
 
     value: Tensor
-    """A scalar; what joins the loss."""
+    """A scalar that is added to the loss."""
     gradients: dict[Key, Tensor]
     """Its gradient, matrix by matrix, float32."""
     logged: dict[str, Tensor]
@@ -32,25 +32,25 @@ class Penalty:
     """A term of the trainable bank alone. It needs no graph, so it is the same under DDP and every ZeRO stage."""
 
     def step(self, trainable: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
-        """Called once per optimizer step, with whole matrices; what the penalty itself learns moves here."""
+        """Called once per optimizer step with whole matrices; the penalty updates its own learned values here."""
         raise NotImplementedError
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weights as they are now, for the ledger."""
+        """The current weights, for the ledger."""
         return {}
 
     @property
     def frozen_bytes(self) -> int:
-        """Memory that what is kept of earlier banks takes, for the ledger."""
+        """The memory of earlier banks' data, for the ledger."""
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """State that a checkpoint inside the task must hold: tensors and plain values."""
+        """State for a checkpoint inside the task: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a checkpoint's `state_dict`."""
+        """Restore a checkpoint's `state_dict`."""
 
 
 class Distillation(NamedTuple):
@@ -77,7 +77,7 @@ class PenaltyWeight:
         return self._log.detach().exp().item() if self._fixed is None else self._fixed
 
     def update(self, penalty: Tensor, learning_rate: float) -> None:
-        """One step on ``exp(a) · penalty``; nothing for a fixed weight."""
+        """Take one step on ``exp(a) · penalty``; do nothing for a fixed weight."""
         if self._fixed is not None:
             return
         self._optimizer.param_groups[0]["lr"] = learning_rate
@@ -94,9 +94,9 @@ class PenaltyWeight:
 
 
 def penalty_hook(pending: dict[Key, Tensor], key: Key) -> Callable[[Tensor], Tensor]:
-    """Adds what is pending to a matrix's gradient.
+    """Adds the pending gradient to a matrix's gradient.
 
-    It must not know the trainer: PyTorch keeps a hook's references where the garbage collector does not look, and the
+    It must not refer to the trainer: the garbage collector does not see the references of PyTorch's hooks, and the
     trainer leads to the parameter, so the model would never be freed.
     """
 

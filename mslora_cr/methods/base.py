@@ -1,6 +1,7 @@
-"""The interface of a method: which banks and samples take part, what joins the loss, what is stored for later tasks.
+"""The interface of a method: which banks and samples take part, what is added to the loss, what is stored for later
+tasks.
 
-Reading a configuration imports its method's file, so this one imports nothing heavy.
+Reading a configuration imports its method's file, so this file imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Setup:
     ledger: Ledger
     """Opens the banks of finished tasks."""
     device: torch.device
-    """Where the trainable bank is."""
+    """The device of the trainable bank."""
 
     def state_before(self) -> dict[str, Tensor]:
         """The previous task's state, on the CPU; empty for a first task."""
@@ -47,9 +48,9 @@ class Setup:
 
 
 class Method(Generic[Settings]):
-    """A way to learn a stream; each is a subclass in a file of its own. Tasks and stages count from 1.
+    """A way to learn a stream. Each method is a subclass in a file of its own. Tasks and stages count from 1.
 
-    By default a method trains one bank per task, from the base alone, on cross entropy.
+    By default a method trains one bank per task, on the base alone, with cross entropy.
     """
 
     def __init_subclass__(cls) -> None:
@@ -61,48 +62,48 @@ class Method(Generic[Settings]):
     # --- what the configuration reads ---
 
     name: ClassVar[str]
-    """The method's name, which is also that of its file in the package. Lower-case letters, digits and _."""
+    """The method's name, which is also that of its file in the package: lower-case letters, digits and _."""
     section: ClassVar[type[Section] | None] = None
-    """The method's hyper-parameters and their defaults, in a section of the method's name; none by default."""
+    """The method's hyper-parameters and their defaults, in a section of the method's name; None if it has none."""
     former_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """Hyper-parameters of `section` whose defaults have changed, as they were. A run folder that was begun with them
-    goes on with them where a configuration sets none of them."""
+    """Earlier defaults of hyper-parameters of `section`. A run folder that began with them continues with them, unless
+    a configuration sets one of them."""
     banks_by: ClassVar[str] = "prefix"
-    """`evaluation.banks_by` where none is given: what the method's source answers with."""
+    """The default of `evaluation.banks_by`: what the method's source answers with."""
     all_at_once: ClassVar[bool] = False
-    """Its first bank is trained on every task of the stream."""
+    """Whether its first bank is trained on every task of the stream."""
 
     def settings(self, config: StreamConfig) -> Settings:
         """The method's section of a configuration."""
         return cast(Settings, config.method_section)
 
     def check(self, config: StreamConfig) -> None:
-        """Refuse what no single key shows to be wrong; called when a configuration is read.
+        """Refuse combinations of values that no single key shows to be wrong; called when a configuration is read.
 
         Raises:
-            ValueError: with the key, the error, and how to fix it.
+            ValueError: The message names the key, the error, and how to fix it.
         """
 
     # --- which banks ---
 
     keeps_frozen_adapters = False
-    """Earlier banks take part, frozen, while a task trains, and their sum answers."""
+    """Whether earlier banks are active and frozen while a task trains, and their sum answers."""
     init_from_previous = False
-    """A task's bank starts as a copy of the one before it, and the last one answers alone."""
+    """Whether a task's bank starts as a copy of the previous one, and the last bank answers alone."""
 
     def trained(self, config: StreamConfig) -> list[Task]:
         """The tasks that get a bank, in order: by default every task."""
         return config.stream
 
     def stages(self, learned: Sequence[int], tasks: int) -> Sequence[int]:
-        """The stages of a stream of this many tasks that can answer, given the banks of `learned`."""
+        """The stages that can answer, given the banks of the tasks `learned` in a stream of `tasks` tasks."""
         return learned
 
     def banks(self, task: int, stage: int, banks_by: str) -> list[int]:
         """The banks that answer a task at a stage.
 
-        Where banks are summed, `prefix` takes, as published, those up to the task's own that are learned by that
-        stage; `all` takes every bank that the stage has.
+        Where banks are summed, `prefix` takes, as published, those up to the task's own that are learned by that stage;
+        `all` takes every bank of the stage.
         """
         if self.init_from_previous:
             return [stage]
@@ -119,32 +120,34 @@ class Method(Generic[Settings]):
         return PlainLora()
 
     def bank_rank(self, rank: int, number: int) -> int:
-        """The rank of the stored bank of the task of this number, counted from 1.
+        """The rank of a task's stored bank.
 
         Args:
             rank: `lora.rank`.
-            number: of the task.
+            number: The task's number, from 1.
         """
         return rank
 
     # --- who answers a question whose task is not given ---
 
     mixes_banks: ClassVar[bool] = False
-    """It is answered by all banks of the stage, in shares of the router's probabilities, instead of by the banks of the
-    likeliest task."""
+    """Whether a question whose task is not given is answered by all banks of the stage, weighed by the router's
+    probabilities, instead of by the banks of the likeliest task."""
 
     def router(self, config: StreamConfig, tasks: Sequence[TaskStatistics], pictures: int) -> TaskRouter:
         """The router over the tasks of a stage; streaming linear discriminant analysis by default.
 
         Args:
-            pictures: how many of the features, the first ones, are the picture's.
+            config: The run.
+            tasks: The tasks' statistics.
+            pictures: The number of image features, which come first.
         """
         from mslora_cr.routing.lda import Router
 
         return Router(tasks)
 
     def router_settings(self, config: StreamConfig) -> dict[str, Any]:
-        """The settings that decide which banks answer, for the answers' fingerprint."""
+        """The settings that decide which banks answer; part of the answers' fingerprint."""
         return {}
 
     def router_examples(self, config: StreamConfig) -> int:
@@ -152,77 +155,82 @@ class Method(Generic[Settings]):
         return 0
 
     def mixed(self, config: StreamConfig, banks: Sequence[Bank]) -> tuple[list[Bank], list[Bank]]:
-        """The banks of a stage as they are mixed: those that take part whole, and one for each task, by its share."""
+        """The banks of a stage for mixing: those that always count fully, and one for each task, weighed by the task's
+        share."""
         return [], list(banks)
 
     # --- what a bank starts as ---
 
     trained_halves: ClassVar[tuple[int, ...]] = (0, 1)
-    """Which matrices of a bank are trained, 0 for A and 1 for B; the others stay as they start."""
+    """The matrices of a bank that are trained, 0 for A and 1 for B; the others keep their initial values."""
 
     def initial(self, setup: Setup, start: Mapping[str, Pair], passes: Passes) -> dict[str, Pair] | None:
         """The bank's initial matrices by linear layer, on the CPU; None keeps the default. Called on every rank.
 
         Args:
-            setup: of the task.
-            start: A and B as they would start.
-            passes: of the task's samples, for what the layers see and for gradients.
+            setup: The task's starting state.
+            start: The default initial A and B.
+            passes: Passes over the task's samples, for the layers' inputs and for gradients.
         """
         return None
 
     # --- which samples ---
 
     def sources(self, config: StreamConfig, task: Task) -> list[Task]:
-        """The tasks whose training samples are read while a task trains; their samples are counted through."""
+        """The tasks whose training samples are read for a task; their samples are numbered consecutively."""
         return [task]
 
     def order(self, config: StreamConfig, task: Task, counts: Sequence[int], ledger: Ledger) -> list[int] | None:
-        """Positions among the samples of `sources`, in the order of all visits; None to shuffle them every epoch.
+        """Positions among the samples of `sources`, in the order of all visits; None shuffles them every epoch.
 
         Args:
-            counts: how many samples each of `sources` has.
-            ledger: opens what was kept of tasks before; nothing of those that are not trained yet.
+            config: The run.
+            task: The task.
+            counts: The number of samples of each of `sources`.
+            ledger: Opens the stored state of earlier tasks; empty for those that are not trained yet.
         """
         return None
 
     # --- what joins the cross entropy ---
 
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
-        """Whether anything joins the cross entropy of this task."""
+        """Whether anything is added to the cross entropy of this task."""
         return False
 
     has_penalty: ClassVar[bool] = False
-    """A `penalty` joins the cross entropy of the tasks that the method `regularizes`."""
+    """Whether a `penalty` is added to the cross entropy of the tasks that the method `regularizes`."""
 
     def penalty(self, setup: Setup, frozen: Sequence[Bank]) -> Penalty | None:
-        """A term of the bank's matrices, once per update, where the method `regularizes` the task and `has_penalty`.
+        """A term of the bank's matrices, computed once per update, if the method `regularizes` the task and
+        `has_penalty`.
 
         Args:
-            frozen: the frozen banks that take part.
+            setup: The task's starting state.
+            frozen: The active frozen banks.
         """
         return None
 
     def distillation(self, setup: Setup) -> Distillation | None:
-        """A term of every micro-batch's logits; asked for if the method `regularizes` the task."""
+        """A term of every micro-batch's logits, if the method `regularizes` the task."""
         return None
 
     # --- what is kept ---
 
     has_task_state: ClassVar[bool] = False
-    """Something is kept of each task for those after it: `task_state`."""
+    """Whether the method stores a `task_state` of each task for later ones."""
 
     def task_state(self, setup: Setup, passes: Passes) -> dict[str, Tensor]:
-        """What is saved beside a trained bank for later tasks, if `has_task_state`. Called on every rank.
+        """The tensors to store beside a trained bank for later tasks, if `has_task_state`. Called on every rank.
 
         Args:
-            setup: of the task.
-            passes: of the task's samples through the model with the trained bank.
+            setup: The task's starting state.
+            passes: Passes over the task's samples through the model with the trained bank.
         """
         return {}
 
 
 class AnsweringMethod(Protocol):
-    """The part of a method that decides answers; reading and exporting a run need no more."""
+    """The part of a method that decides which banks answer; reading and exporting a run needs no more."""
 
     def stages(self, learned: Sequence[int], tasks: int) -> Sequence[int]:
         """As `Method.stages`."""
@@ -235,27 +243,27 @@ def method_of(config: StreamConfig) -> Method:
     """The method that a configuration chooses.
 
     Raises:
-        UntrustedMethodError: its code may not be imported, or could not be when the configuration was read.
+        UntrustedMethodError: Its code may not be imported, or could not be when the configuration was read.
     """
     if not config.knows_method:
         check_consent(config.method)
-        raise UntrustedMethodError(f"method {config.method}: read its configuration again, now that it is trusted")
+        raise UntrustedMethodError(f"method {config.method}: it is trusted now, so read its configuration again")
     return cast(Method, load_method(config.method))
 
 
 def needs_task(config: StreamConfig, method: AnsweringMethod | None = None) -> bool:
-    """Whether it matters which task a question belongs to: whether tasks are answered by different banks.
+    """Whether tasks are answered by different banks, so that it matters to which task a question belongs.
 
     Args:
-        config: the run.
-        method: what is known of its method; None: the method itself.
+        config: The run.
+        method: What is known of its method; by default the method itself.
     """
     method, last = method or method_of(config), len(config.tasks)
     return len({tuple(method.banks(task, last, "prefix")) for task in range(1, last + 1)}) > 1
 
 
 def sample_schedule(count: int, epochs: float, generator: torch.Generator) -> Tensor:
-    """Positions of ``round(count · epochs)`` visits: each epoch goes through all samples in an order of its own."""
+    """Positions of ``round(count · epochs)`` visits; each epoch goes through all samples in an order of its own."""
     import torch
 
     passes = [torch.randperm(count, generator=generator) for _ in range(math.ceil(epochs))]

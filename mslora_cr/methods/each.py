@@ -1,13 +1,13 @@
-"""One bank per task, each from the base alone: no task can disturb another, and none helps another."""
+"""One bank per task, each on the base alone: tasks neither disturb nor help each other."""
 
 from mslora_cr.methods.base import Method
 
 
 class Each(Method):
-    """Loss: cross entropy. Task t is answered by the base with bank t.
+    """Loss: cross entropy. The base with bank t answers task t.
 
-    Source: the data-specific LoRA that Zhang et al., "Contrastive Regularization over LoRA for Multimodal Biomedical
-    Image Incremental Learning", ACM MM 2025, compare with.
+    Source: the data-specific LoRA with which Zhang et al., "Contrastive Regularization over LoRA for Multimodal
+    Biomedical Image Incremental Learning", ACM MM 2025, compare.
     """
 
     name = "each"

@@ -1,4 +1,5 @@
-"""Elastic weight consolidation: one bank, trained on, held by springs where earlier tasks need it."""
+"""Elastic weight consolidation: one bank for the whole stream, held by quadratic penalties where earlier tasks need
+it."""
 
 from __future__ import annotations
 
@@ -19,16 +20,16 @@ if TYPE_CHECKING:
 
 
 class EwcSettings(Section):
-    """How hard elastic weight consolidation holds a bank, and how it learns where."""
+    """The strength of elastic weight consolidation, and how it estimates the Fisher information."""
 
     mode: Literal["online", "per_task"] = "online"
-    """One anchor, the last task's, with the Fisher information of all; or an anchor for every earlier task."""
+    """One anchor, the last task's, with the Fisher information of all tasks; or an anchor for every earlier task."""
     strength: PositiveNumber = 400.0
-    """λ."""
+    """λ, the weight of the penalty."""
     decay: Annotated[PositiveNumber, Field(le=1)] = 1.0
-    """γ, what an online anchor keeps of earlier Fisher information from task to task."""
+    """γ, the factor by which an online anchor's earlier Fisher information decays from task to task."""
     fisher_batches: PositiveInt = 16
-    """Batches of the task's size whose samples the Fisher information is averaged over."""
+    """The number of batches, of the task's size, over whose samples the Fisher information is averaged."""
 
 
 class Ewc(Method[EwcSettings]):

@@ -1,4 +1,4 @@
-"""HiDe-LLaVA: isolated banks, one fused bank in the lower layers, and in the last one all of them by likeness."""
+"""HiDe-LLaVA: isolated banks, fused into one in the lower layers and weighed by similarity in the last one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
 
 class HideLlavaSettings(Section):
-    """How HiDe-LLaVA weighs its banks; the published values."""
+    """How HiDe-LLaVA weighs its banks. The defaults are the published values."""
 
     temperature: PositiveNumber = 0.1
     """T of the softmax over similarities."""
     layers: Literal["last", "all"] = "last"
-    """Where banks are weighed: in the last decoder layer, the others fused, as published; or in all, as DISCO does."""
+    """Where banks are weighed: in the last decoder layer, with the others fused, as published; or in all layers, as in
+    DISCO."""
     similarity: Literal["both", "question"] = "both"
-    """Of which features: of picture and question, as published; or of the question alone, as DISCO's."""
+    """The features that are compared: of picture and question, as published; or of the question alone, as in DISCO."""
 
     @model_serializer(mode="wrap")
     def _as_before_there_was_a_choice(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -34,17 +35,17 @@ class HideLlavaSettings(Section):
 
 
 class HideLlava(Method[HideLlavaSettings]):
-    """Loss: cross entropy; each bank from the base alone. All banks of the stage answer a question x together.
+    """Loss: cross entropy; each bank is trained on the base alone. All banks of the stage answer a question x together.
 
-    ``ΔW = s Σ_t w_t(x) B_t A_t`` in the last decoder layer, ``ΔW = s (Σ_t B_t) (Σ_t A_t)`` in the others, with
-    ``w(x) = softmax(½ (cos(v(x), v_t) + cos(q(x), q_t)) / T)``, v and q the features of picture and question, v_t and
-    q_t their means over task t.
+    ``ΔW = s Σ_t w_t(x) B_t A_t`` in the last decoder layer, ``ΔW = s (Σ_t B_t) (Σ_t A_t)`` in the others, with ``w(x) =
+    softmax(½ (cos(v(x), v_t) + cos(q(x), q_t)) / T)``, where v and q are the features of picture and question, and v_t
+    and q_t their means over task t.
 
-    Sources: Guo et al., "HiDe-LLaVA: Hierarchical Decoupling for Continual Instruction Tuning of Multimodal Large
-    Language Model", ACL 2025, as its code computes them, T = 0.1. As Guo et al., "Federated Continual Instruction
-    Tuning", ICCV 2025 (DISCO), answer, its code: `layers: all`, `similarity: question` and T = 0.05, so that
-    ``w(x) = softmax(cos(q(x), q_t) / T)`` weighs the banks in every layer. Features are the frozen model's, where the
-    sources take CLIP's two towers.
+    Source: Guo et al., "HiDe-LLaVA: Hierarchical Decoupling for Continual Instruction Tuning of Multimodal Large
+    Language Model", ACL 2025, as its code computes them, T = 0.1. Guo et al., "Federated Continual Instruction Tuning",
+    ICCV 2025 (DISCO), answer, by their code, with `layers: all`, `similarity: question` and T = 0.05, so that ``w(x) =
+    softmax(cos(q(x), q_t) / T)`` weighs the banks in every layer. Features here are the frozen model's; the sources use
+    CLIP's two towers.
     """
 
     name = "hide_llava"
@@ -79,7 +80,7 @@ def decoder_layer(name: str) -> int:
 
 
 def fused(banks: Sequence[Bank]) -> Bank:
-    """One bank of their A matrices' sum and of their B matrices' sum."""
+    """One bank of the sum of their A matrices and the sum of their B matrices."""
     sums = {}
     for name in banks[0].matrices:
         halves = zip(*(bank.matrices[name] for bank in banks), strict=True)
@@ -89,7 +90,7 @@ def fused(banks: Sequence[Bank]) -> Bank:
 
 
 def only(bank: Bank, takes_part: Callable[[str], bool]) -> Bank:
-    """A bank that adds nothing to layers that do not take part; zeros there take no memory."""
+    """A bank that adds nothing to layers outside `layers`; zeros there take no memory."""
     pairs = {
         name: (a, b) if takes_part(name) else (a, torch.zeros(()).expand_as(b))
         for name, (a, b) in bank.matrices.items()

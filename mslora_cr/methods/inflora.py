@@ -1,4 +1,4 @@
-"""InfLoRA: a new bank that can only act where earlier tasks' inputs are not."""
+"""InfLoRA: a new bank that acts only outside the span of earlier tasks' inputs."""
 
 from __future__ import annotations
 
@@ -20,32 +20,34 @@ if TYPE_CHECKING:
 
 
 NOTHING = 1e-5
-"""Singular values below this share of the inputs' norm are rounding."""
+"""Singular values below this share of the inputs' norm count as rounding errors."""
 
 
 class InfloraSettings(Section):
-    """How well the inputs of earlier tasks are kept, and from how many of them they are known."""
+    """How precisely the inputs of earlier tasks are described, and from how many of them."""
 
     threshold: Annotated[PositiveNumber, Field(lt=1)] = 0.95
     """ε, the share of the energy of a task's inputs that its directions hold."""
     samples: PositiveInt = 64
     """The number of samples of a task whose inputs are used."""
     tokens: PositiveInt = 16
-    """Of each of them."""
+    """The number of tokens of each of them."""
 
 
 class Inflora(Method[InfloraSettings]):
-    """Loss: cross entropy of the base with banks 1..t; of bank t B alone is trained, and A is made before.
+    """Loss: cross entropy of the base with banks 1..t; of bank t only B is trained, and A is computed before.
 
-    ``A_t = U_rᵀ / √3`` with U_r the first r left singular vectors of ``(I - M Mᵀ) H``: H, (in, n), are a layer's inputs
-    on the new task, and M's columns an orthonormal basis of earlier tasks' inputs. So ``A_t M = 0``: what those inputs
-    lead to does not change. After the task M grows by the fewest left singular vectors of ``(I - M Mᵀ) H'`` with which
-    it holds ε of ‖H'‖_F², H' the inputs then (gradient projection memory). All banks are summed for every question.
+    ``A_t = U_rᵀ / √3``, where U_r are the first r left singular vectors of ``(I - M Mᵀ) H``. H, (in, n), are a layer's
+    inputs on the new task, and M's columns an orthonormal basis of earlier tasks' inputs. So ``A_t M = 0``: the layer's
+    output for those inputs does not change. After the task M grows by the fewest left singular vectors of ``(I - M Mᵀ)
+    H'`` with which it holds ε of ‖H'‖_F², where H' are the inputs at that time (gradient projection memory). All banks
+    are summed for every question.
 
     Source: Liang and Li, "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning", CVPR 2024; M as in
-    Saha et al., "Gradient Projection Memory for Continual Learning", ICLR 2021. √3 is the source's code's: rows are as
-    long as a Kaiming-uniform A's. Two things differ: H is a sample of tokens instead of all, as 14,336 inputs a layer
-    ask for, and ε is the same for every task, where the source lets it grow with t / T: a stream here may be extended.
+    Saha et al., "Gradient Projection Memory for Continual Learning", ICLR 2021. √3 comes from the source's code: it
+    makes rows as long as those of a Kaiming-uniform A. Two things differ. H is a sample of tokens instead of all of
+    them, because a layer may have 14,336 inputs. And ε is the same for every task, whereas the source lets it grow with
+    t / T: a stream here may be extended.
     """
 
     name = "inflora"
@@ -80,7 +82,7 @@ class Inflora(Method[InfloraSettings]):
         }
 
     def _inputs_and_bases(self, setup: Setup, inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Each layer with its inputs on the new task and the M of those before, which has no column at first."""
+        """Each layer with its inputs on the new task and M of the earlier tasks, which has no column at first."""
         state = setup.state_before()
         for name, seen in inputs.items():
             basis = state.get(f"inputs.{name}", torch.zeros(len(seen), 0))
@@ -88,17 +90,18 @@ class Inflora(Method[InfloraSettings]):
 
 
 def outside(inputs: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors, (in, k), and values, (k,), of what inputs, (in, n), have outside the span of `basis`'s
-    orthonormal columns, (in, m)."""
+    """Left singular vectors, (in, k), and singular values, (k,), of the part of the inputs, (in, n), outside the span
+    of `basis`'s orthonormal columns, (in, m)."""
     with ieee_float32():
         rest = inputs - basis @ (basis.T @ inputs)
-        rest = rest - basis @ (basis.T @ rest)  # once more: rounding leaves some of it, which a small rest would show
+        # The second pass removes what rounding has left; a small rest would show it.
+        rest = rest - basis @ (basis.T @ rest)
     directions, energy, _ = torch.linalg.svd(rest, full_matrices=False)
     return directions, energy
 
 
 def new_directions(inputs: Tensor, basis: Tensor, count: int) -> Tensor:
-    """The first `count` directions, (in, count), of inputs outside `basis`; zeros where there are fewer."""
+    """The first `count` directions, (in, count), of inputs outside `basis`; zeros if there are fewer."""
     directions, energy = outside(inputs, basis)
     there = energy > NOTHING * inputs.norm()
     padded = inputs.new_zeros(len(inputs), count)
@@ -107,7 +110,8 @@ def new_directions(inputs: Tensor, basis: Tensor, count: int) -> Tensor:
 
 
 def grown(basis: Tensor, inputs: Tensor, threshold: float) -> Tensor:
-    """`basis`, (in, m), with the fewest directions more that hold a share `threshold` of the inputs' energy ‖H‖_F²."""
+    """`basis`, (in, m), extended by the fewest directions with which it holds a share `threshold` of the inputs' energy
+    ‖H‖_F²."""
     directions, values = outside(inputs, basis)
     energy = values.double().square()
     total = inputs.double().square().sum()

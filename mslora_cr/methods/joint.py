@@ -1,4 +1,4 @@
-"""One bank on all tasks at once: the upper bound, which no stream reaches by luck alone."""
+"""One bank on all tasks at once: the upper bound."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class Joint(Method):
-    """Loss: cross entropy, on the shuffled union of all tasks' samples, each visited as often as in the stream.
+    """Loss: cross entropy on the shuffled union of all tasks' samples; each is visited as often as in the stream.
 
-    The bank is stored under the first task's name and trains with its batch size and learning rate. It answers every
-    task, so every stage is the same model.
+    The bank is stored under the first task's name and trains with that task's batch size and learning rate. It answers
+    every task, so every stage is the same model.
 
     Source: multi-task training; Caruana, "Multitask Learning", Machine Learning 28, 1997.
     """

@@ -1,4 +1,4 @@
-"""KeepLoRA: a new bank outside what the base model and earlier tasks use, along its own task's gradient."""
+"""KeepLoRA: a new bank outside the directions of the base model and earlier tasks, along its own task's gradient."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from mslora_cr.training.passes import Passes
 
 Gradients = Callable[[Mapping[str, "Pair"]], "dict[Key, Tensor]"]
-"""A bank → the gradient of each of its matrices there."""
+"""Maps a bank to the gradient of each of its matrices."""
 
 
 class KeeploraSettings(Section):
-    """How much of the base's and of earlier tasks' directions is kept, and from how much a task is known."""
+    """How many directions of the base and of earlier tasks are kept, and from how many samples."""
 
     weight_threshold: Annotated[PositiveNumber, Field(lt=1)] = 0.6
     """ε_w, the share of a weight's energy ‖W‖_F² that its principal directions hold; the published value."""
@@ -35,21 +35,22 @@ class KeeploraSettings(Section):
     tokens: PositiveInt = 16
     """The number of tokens of each sample whose inputs are used."""
     iterations: PositiveInt = 2
-    """The iterations of the subspace iteration that finds the gradient's directions; each takes two passes over the
+    """The iterations of the subspace iteration for the gradient's directions; each takes two passes over the
     samples."""
 
 
 class Keeplora(Method[KeeploraSettings]):
-    """Loss: cross entropy of the base with banks 1..t; of bank t B alone is trained, and A is made before.
+    """Loss: cross entropy of the base with banks 1..t; of bank t only B is trained, and A is computed before.
 
-    ``A_t = V_rᵀ`` with V_r the first r right singular vectors of ``G (I - M Mᵀ)``: G, (out, in), is the gradient of the
-    task's loss at a layer's weight before the task, and M's columns an orthonormal basis of the principal right
-    singular vectors of the base's weight and of the dominant inputs of earlier tasks. So ``A_t M = 0``. After the task
-    M grows as InfLoRA's. All banks are summed for every question.
+    ``A_t = V_rᵀ``, where V_r are the first r right singular vectors of ``G (I - M Mᵀ)``. G, (out, in), is the gradient
+    of the task's loss with respect to a layer's weight before the task. M's columns are an orthonormal basis of the
+    principal right singular vectors of the base's weight and of the dominant inputs of earlier tasks. So ``A_t M = 0``.
+    After the task M grows as in InfLoRA. All banks are summed for every question.
 
     Source: Luo et al., "KeepLoRA: Continual Learning with Residual Gradient Adaptation", ICLR 2026; ε_w = 0.6, frozen A
     and unscaled singular vectors as in its code. Here V_r comes from a subspace iteration on gradients of the bank's
-    own matrices, ``dL/dB = s G Aᵀ`` at B = 0 and ``dL/dA = s Bᵀ G`` at A = 0: G itself would be as large as the model.
+    own matrices, ``dL/dB = s G Aᵀ`` at B = 0 and ``dL/dA = s Bᵀ G`` at A = 0, because G itself would be as large as the
+    model.
     """
 
     name = "keeplora"
@@ -61,7 +62,10 @@ class Keeplora(Method[KeeploraSettings]):
 
     def check(self, config: StreamConfig) -> None:
         if config.model.quantization is not None:
-            raise ValueError("model.quantization: keeplora reads the directions of the base's weights; leave it out")
+            raise ValueError(
+                "model.quantization: keeplora reads the directions of the base's weights, which "
+                "quantisation hides; leave it out"
+            )
 
     def initial(self, setup: Setup, start: Mapping[str, Pair], passes: Passes) -> dict[str, Pair]:
         settings = self.settings(setup.config)
@@ -90,11 +94,11 @@ class Keeplora(Method[KeeploraSettings]):
         }
 
     def _before(self, setup: Setup) -> dict[str, Tensor]:
-        """M of the tasks before by layer, on the CPU; empty for a first task."""
+        """M of the earlier tasks by layer, on the CPU; empty for a first task."""
         return {name.removeprefix("kept."): basis for name, basis in setup.state_before().items()}
 
     def _principal(self, setup: Setup, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """M before a first task: the principal directions of the base's weights. Called on every rank."""
+        """M for a first task: the principal directions of the base's weights. Called on every rank."""
         principal = {}
         for name, weight in weights.items():
             with gather_params([weight]):
@@ -106,7 +110,8 @@ def principal_inputs(weight: Tensor, threshold: float) -> Tensor:
     """The first right singular vectors, (in, m), of a weight, (out, in): as many as hold less than a share `threshold`
     of its energy, and at least one."""
     wide, w = weight.shape[0] <= weight.shape[1], weight.double()
-    energy, vectors = torch.linalg.eigh(w @ w.T if wide else w.T @ w)  # of the smaller side, in rising order
+    # The eigenvalues of the smaller side, in ascending order.
+    energy, vectors = torch.linalg.eigh(w @ w.T if wide else w.T @ w)
     energy, vectors = energy.flip(0).clamp(min=0), vectors.flip(1)
     count = max(1, int((energy.cumsum(0) < threshold * energy.sum()).sum()))
     if not wide:
@@ -124,9 +129,11 @@ def gradient_directions(
     """The first r right singular vectors of each layer's ``G (I - M Mᵀ)``, (r, in), by subspace iteration.
 
     Args:
+        gradients: Maps a bank to its gradients.
         bases: M by layer, (in, m).
-        drawn: where to start, (r, in) at random.
-        outputs: of each layer.
+        drawn: Random starting vectors, (r, in).
+        outputs: The number of outputs of each layer.
+        iterations: How many iterations.
     """
     rows = {name: _outside(matrix, bases[name]) for name, matrix in drawn.items()}
     for _ in range(iterations):
@@ -134,13 +141,13 @@ def gradient_directions(
         columns = {name: torch.linalg.qr(left[name, 1].to(a.device)).Q for name, a in rows.items()}
         right = gradients({name: (torch.zeros_like(rows[name]), b) for name, b in columns.items()})
         products = {name: _outside(right[name, 0].to(a.device), bases[name]) for name, a in rows.items()}
-        # Of Qᵀ G: its right singular vectors are those of Q Qᵀ G, as Q's columns are orthonormal.
+        # These are the right singular vectors of Qᵀ G, and so of Q Qᵀ G, because Q's columns are orthonormal.
         rows = {name: torch.linalg.svd(product, full_matrices=False).Vh for name, product in products.items()}
     return {name: _outside(matrix, bases[name]) for name, matrix in rows.items()}
 
 
 def _outside(matrix: Tensor, basis: Tensor) -> Tensor:
-    """The part of rows, (r, in), outside the span of `known`'s orthonormal columns, (in, m)."""
+    """The part of rows, (r, in), outside the span of `basis`'s orthonormal columns, (in, m)."""
     with ieee_float32():
         rest = matrix - (matrix @ basis) @ basis.T
         return rest - (rest @ basis) @ basis.T

@@ -1,4 +1,4 @@
-"""Learning without Forgetting: the new bank must leave the answers of the model before it as they were."""
+"""Learning without Forgetting: the new bank must preserve the answers of the previous model."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from mslora_cr.methods.base import Method, Setup
 
 
 class LwfSettings(Section):
-    """Learning without Forgetting's distillation, with the published values."""
+    """Settings of the distillation. The defaults are the published values."""
 
     strength: PositiveNumber = 1.0
     """λ_o, the weight of the term."""
@@ -20,7 +20,7 @@ class LwfSettings(Section):
 class Lwf(Method[LwfSettings]):
     """``CE + λ · mean over answer tokens of -Σ_v p_v log q_v``, p = softmax(teacher / T), q = softmax(student / T).
 
-    The teacher is the same model with the new bank off, on the new task's own samples: nothing old is stored. The
+    The teacher is the same model with the new bank off, on the new task's own samples: no old sample is stored. The
     first task has no teacher. All banks are summed for every question.
 
     Source: Li and Hoiem, "Learning without Forgetting", TPAMI 2018: T = 2, λ_o = 1.

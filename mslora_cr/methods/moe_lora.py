@@ -1,4 +1,4 @@
-"""A mixture of LoRA experts: one bank, trained on, whose parts a router weighs token by token."""
+"""A mixture of LoRA experts: one bank for the whole stream, whose parts a router weighs token by token."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from mslora_cr.training.passes import Passes
 
 SOURCE_DEVIATION = 0.01
-"""Of A's entries, in the source."""
+"""The standard deviation of A's entries in the source."""
 
 
 class MoeLoraSettings(Section):
-    """How a mixture of LoRA experts shares a bank's rank."""
+    """How a mixture of LoRA experts divides a bank's rank."""
 
     experts: Annotated[int, Field(ge=2)] = 4
-    """E; each has rank / E. The source's scripts have 8."""
+    """E, the number of experts; each has rank / E. The source's scripts use 8."""
     initialization: Literal["peft", "source"] = "peft"
-    """A Kaiming-uniform as a plain bank's, or normal with a standard deviation of 0.01 as the source's."""
+    """The initial A: Kaiming-uniform, as in a plain bank, or normal with standard deviation 0.01, as in the source."""
 
     @model_serializer(mode="wrap")
     def _as_before_there_was_a_choice(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -36,8 +36,9 @@ class MoeLoraSettings(Section):
 class MoeLora(Method[MoeLoraSettings]):
     """Loss: cross entropy of ``y = W x + alpha/r Σ_e g_e(x) B_e A_e x`` with ``g(x) = softmax(R x)``.
 
-    Each linear layer has E experts of rank r/E and a router R of shape (E, in), all trained on from task to task, so a
-    bank has the numbers of a plain one and E · in more. `mslora_cr.banks.experts.RoutedExperts` computes it.
+    Each linear layer has E experts of rank r/E and a router R of shape (E, in), which all continue to train from task
+    to task. So a bank has the parameters of a plain one and E · in more. `mslora_cr.banks.experts.RoutedExperts`
+    computes it.
 
     Source: MoELoRA in Chen et al., "CoIN: A Benchmark of Continual Instruction Tuning for Multimodal Large Language
     Models", NeurIPS 2024.

@@ -1,4 +1,4 @@
-"""MR-LoRA: isolated banks, and a router that is itself learned from a few questions of each task."""
+"""MR-LoRA: isolated banks, and a router that is itself trained on a few questions of each task."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ class MrLoraSettings(Section):
     """Settings of MR-LoRA's router."""
 
     examples: PositiveInt = 20
-    """Questions whose features are kept of each task."""
+    """The number of questions of each task whose features are stored."""
     decay: PositiveNumber = 1e-3
-    """λ of the router's weights."""
+    """λ, the weight decay of the router."""
 
 
 class MrLora(Method[MrLoraSettings]):
-    """Loss: cross entropy; each bank from the base alone. A question goes to ``argmax_t p(t)``, whose bank answers.
+    """Loss: cross entropy; each bank is trained on the base alone. The bank of task ``argmax_t p(t)`` answers a
+    question.
 
-    After each task the router is trained anew on `examples` questions of every task so far:
-    ``min -mean log p(own task) + λ/2 ‖W‖²`` with ``p = softmax(W x + c)`` of a question's features x.
+    After each task the router is trained anew on `examples` questions of every task so far: ``min -mean log p(own task)
+    + λ/2 ‖W‖²`` with ``p = softmax(W x + c)`` of a question's features x.
 
     Source: Zhao et al., "MLLM-CL: Continual Learning for Multimodal Large Language Models", 2025: isolated banks, and a
-    router trained by cross entropy on a few kept samples of each task, which names one bank. There the router is the
-    model itself with a LoRA of its own, asked for the bank's letter; here it is a softmax layer on the frozen model's
-    features of picture and question, which costs no pass of the language model.
+    router trained by cross entropy on a few stored samples of each task, which names one bank. In the source the router
+    is the model itself, with a LoRA of its own, asked for the bank's letter. Here it is a softmax layer on the frozen
+    model's features of picture and question, which needs no pass of the language model.
     """
 
     name = "mr_lora"

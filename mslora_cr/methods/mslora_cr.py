@@ -14,7 +14,7 @@ from mslora_cr.losses.penalty import Pair, Penalty, PenaltyStep, PenaltyWeight
 from mslora_cr.methods.base import Method, Setup
 
 TERMS = {"alpha": "contrastive", "beta": "orthogonality"}
-"""What each weight weighs, as the log names it."""
+"""The term of each weight, as the log names it."""
 
 
 class MsloraCr(Method):
@@ -49,7 +49,7 @@ class MsloraCr(Method):
 
 
 class WeightedPenalties(Penalty):
-    """Both terms with their weights, which may be learnable. A term whose weight is 0 is neither added nor logged."""
+    """Both terms with their weights, which may be learnable. A term of weight 0 is neither added nor logged."""
 
     def __init__(self, terms: BankPenalties, settings: RegularizationConfig) -> None:
         self._terms = terms

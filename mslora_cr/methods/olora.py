@@ -1,4 +1,4 @@
-"""O-LoRA: a new bank whose input directions are kept apart from those of the frozen ones."""
+"""O-LoRA: a new bank whose input directions are kept apart from those of the frozen banks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from mslora_cr.losses.penalty import Key, Pair, Penalty, PenaltyStep
 from mslora_cr.methods.base import Method, Setup
 
 RELATIVE = 3.0
-"""ρ where neither weight of the first term is given."""
+"""ρ, if neither weight of the first term is given."""
 
 
 class OloraSettings(Section):
-    """Weights of O-LoRA's two terms. λ₁ is `lambda_1`, or follows from `relative`, which stands where neither is given.
-    A list has a weight for each task of the stream."""
+    """Weights of O-LoRA's two terms. λ₁ is either `lambda_1` or derived from `relative`, the default. A list has one
+    weight for each task of the stream."""
 
     lambda_1: NotNegative | list[NotNegative] | None = None
-    """The weight of Σ |A_old A_newᵀ|, whatever the size of the model; the published scripts set 0.5."""
+    """The weight of Σ |A_old A_newᵀ|, whatever the size of the model; the published scripts use 0.5."""
     lambda_2: NotNegative | list[NotNegative] = 0.0
     """The weight of the new bank's norm."""
     relative: PositiveNumber | None = Field(

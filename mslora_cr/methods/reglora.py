@@ -1,4 +1,4 @@
-"""RegLoRA: a new bank that leaves alone the entries of the weights that earlier tasks changed most."""
+"""RegLoRA: a new bank that spares the entries of the weights that earlier tasks changed most."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mslora_cr.utils.precision import ieee_float32
 
 
 class RegloraSettings(Section):
-    """Which entries RegLoRA protects, and how firmly; the published values."""
+    """Which entries RegLoRA protects, and how strongly. The defaults are the published values."""
 
     strength: NotNegative = 2500.0
-    """λ."""
+    """λ, the weight of the penalty."""
     share: Annotated[PositiveNumber, Field(le=1)] = 0.02
     """The share of a layer's entries, those of largest absolute update, that are key elements of a task."""
 
@@ -28,12 +28,13 @@ class RegloraSettings(Section):
 class Reglora(Method[RegloraSettings]):
     """``CE + λ (1/L) Σ_layers (1/|K|) Σ_{(j,k) in K} |B_t A_t|_jk``
 
-    K are a layer's key elements: of each earlier task i the `share` of entries of largest ``|B_i A_i|``, an entry that
-    is one of several tasks' counted as often. L is the number of layers. All banks are summed for every question.
+    K are a layer's key elements: the `share` of entries of largest ``|B_i A_i|`` of each earlier task i. An entry of
+    several tasks counts as often. L is the number of layers. All banks are summed for every question.
 
     Source: Chen et al., "SEFE: Superficial and Essential Forgetting Eliminator for Multimodal Continual Instruction
     Tuning", ICML 2025, as its code computes the term: means over entries and layers, of the product before LoRA's
-    scaling, λ = 2500, share 2 %. Its other part, rewriting training answers in several styles, is one of the data.
+    scaling, λ = 2500, share 2 %. Its other part, which rewrites training answers in several styles, changes the data
+    and is not included.
     """
 
     name = "reglora"
@@ -50,7 +51,7 @@ class Reglora(Method[RegloraSettings]):
 
 
 class RegloraPenalty(Penalty):
-    """Holds a layer's key elements as places in its flattened update, int32: 4 bytes each."""
+    """Stores a layer's key elements as indices into its flattened update, int32: 4 bytes each."""
 
     def __init__(self, frozen: Sequence[Bank], settings: RegloraSettings, device: torch.device) -> None:
         self._strength = settings.strength
@@ -79,7 +80,7 @@ class RegloraPenalty(Penalty):
 
 
 def key_elements(a: Tensor, b: Tensor, share: float, device: torch.device) -> Tensor:
-    """Places, (k,) int32, of the share of entries of largest absolute value in the flattened update B A, (out, in)."""
+    """Indices, (k,) int32, of the share of entries of largest absolute value in the flattened update B A, (out, in)."""
     with ieee_float32():
         update = (b.to(device) @ a.to(device)).abs().flatten()
     return update.topk(max(1, int(share * len(update)))).indices.int()

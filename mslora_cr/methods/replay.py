@@ -1,4 +1,4 @@
-"""Experience replay: one bank, trained on, with samples of earlier tasks in every batch."""
+"""Experience replay: one bank for the whole stream, with samples of earlier tasks in every batch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ if TYPE_CHECKING:
 
 
 class ReplaySettings(Section):
-    """How many earlier samples are kept, and how many of a batch they are."""
+    """How many earlier samples are kept, and their share of each batch."""
 
     buffer_size: PositiveInt = 1000
-    """Samples, over all earlier tasks together."""
+    """The number of samples kept, over all earlier tasks together."""
     share: Annotated[PositiveNumber, Field(lt=1)] = 0.5
-    """The share of each batch that old samples take, from the second task on."""
+    """The share of old samples in each batch, from the second task on."""
 
 
 class Replay(Method[ReplaySettings]):
     """Loss: cross entropy of batches of which a share, half as published, comes from a buffer of earlier samples.
 
-    The buffer holds at most `replay.buffer_size` samples, as many of each task. A task's are chosen at random by the
-    run's seed alone; when room is needed for a later task, the last chosen go. It is kept as positions in `train.json`.
+    The buffer holds at most `replay.buffer_size` samples, equally many of each task. A task's samples are chosen at
+    random, by the run's seed alone; when a later task needs room, the last chosen are dropped. The buffer is stored as
+    positions in `train.json`.
 
     Source: Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019.
     """
@@ -43,7 +44,9 @@ class Replay(Method[ReplaySettings]):
     def check(self, config: StreamConfig) -> None:
         for task in config.tasks:
             if task.batch_size == 1:
-                raise ValueError(f"tasks.{task.name}.batch_size: replay mixes new and old in a batch; use at least 2")
+                raise ValueError(
+                    f"tasks.{task.name}.batch_size: replay mixes new and old samples in a batch; use at least 2"
+                )
 
     def sources(self, config: StreamConfig, task: Task) -> list[Task]:
         return [task, *config.stream[: task.index]]
@@ -64,7 +67,7 @@ class Replay(Method[ReplaySettings]):
         return self.choose(setup.config, setup.config.stream[: setup.task.index + 1], [*earlier, of_task])
 
     def choose(self, config: StreamConfig, tasks: Sequence[Task], counts: Sequence[int]) -> dict[str, Tensor]:
-        """A balanced buffer of these tasks' samples; a remainder goes to the first ones."""
+        """A balanced buffer of these tasks' samples; the first tasks get the remainder."""
         share, rest = divmod(self.settings(config).buffer_size, len(tasks))
         chosen = {}
         for task, count in zip(tasks, counts, strict=True):
@@ -76,7 +79,7 @@ class Replay(Method[ReplaySettings]):
 def mix(old: Tensor, new: int, task: Task, share: float, seed: int) -> list[int]:
     """All visits of a task: its epochs over positions 0..new-1, with `share` of each batch drawn from `old`.
 
-    Draws go through the whole buffer, in an order of its own each time, before any sample comes again.
+    Draws go through the whole buffer, each time in a new order, before any sample is drawn again.
     """
     generator = torch.Generator().manual_seed(seed + task.index)
     replayed = min(max(round(share * task.batch_size), 1), task.batch_size - 1)

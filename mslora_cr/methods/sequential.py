@@ -1,4 +1,4 @@
-"""One bank, trained on from task to task: the lower bound, which forgets."""
+"""One bank that continues to train from task to task: the lower bound, which forgets."""
 
 from mslora_cr.methods.base import Method
 

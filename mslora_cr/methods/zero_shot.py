@@ -1,4 +1,4 @@
-"""The base model without any bank: what every method starts from."""
+"""The base model without any bank: the starting point of every method."""
 
 from collections.abc import Sequence
 

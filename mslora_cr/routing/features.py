@@ -1,4 +1,4 @@
-"""Features of images and questions, from which a router (`lda.py`, `learned.py`, `prototypes.py`) tells tasks apart.
+"""Features of images and questions by which a router (`lda.py`, `learned.py`, `prototypes.py`) tells tasks apart.
 
 They come from the frozen vision tower and the frozen word embeddings, so they are the same at every stage.
 """
@@ -20,9 +20,9 @@ from mslora_cr.models.base_model import BaseModel, moved
 from mslora_cr.utils.progress import progress_bar
 
 FIT_RECORDS = 2000
-"""Records of a task that are used, a sample of its file: more would not move its mean or scatter."""
+"""The most records of a task that are used, a sample of its file: more would not move its mean or scatter."""
 TEXT_FEATURES = 256
-"""Word embeddings wider than this are projected to as many features, at random but always alike, so that a task's
+"""Wider word embeddings are projected to this many features, by the same random matrix every time, so that a task's
 statistics stay small: Johnson and Lindenstrauss, 1984."""
 IMAGE_FEATURES = 1024
 """The same for pictures: as many as LLaVA-Med's tower has."""
@@ -31,7 +31,7 @@ BATCH_SIZE = 32
 
 
 class _FeatureDataset(Dataset[tuple[Any, list[int]]]):
-    """Pictures and question of some records, as the base model takes them and as token ids."""
+    """Pictures and questions of some records, as inputs of the base model and as token ids."""
 
     def __init__(
         self,
@@ -67,10 +67,11 @@ class FeatureExtractor:
     def __init__(
         self, base: BaseModel, input_processor: InputProcessor, device: torch.device, workers: int = 0
     ) -> None:
-        """
-        Args:
-            base: the frozen base model; what sees its pictures works on `device`, wherever the rest is.
-            workers: processes that decode pictures.
+        """Args:
+        base: The frozen base model. The part that reads pictures runs on `device`, wherever the rest is.
+        input_processor: Prepares the pictures.
+        device: The device to compute on.
+        workers: Processes that decode pictures.
         """
         self._input_processor, self._device, self._workers = input_processor, device, workers
         self._image_encoder = base.image_encoder
@@ -80,18 +81,18 @@ class FeatureExtractor:
 
     @property
     def features(self) -> int:
-        """How many."""
+        """The number of features."""
         return self.image_features + self._projection.shape[1]
 
     @property
     def image_features(self) -> int:
-        """How many of them, the first ones, are the picture's."""
+        """The number of image features, which come first."""
         return self._image_projection.shape[1]
 
     def gram(
         self, records: TrainingRecords, indices: Sequence[int], roots: Sequence[Path], label: str | None
     ) -> Tensor:
-        """The input of `statistics_of`; those of parts of a task's records add up. Arguments: as `batches`."""
+        """The input of `statistics_of`; the sums of parts of a task's records add up. Arguments as for `batches`."""
         total = torch.zeros(self.features + 1, self.features + 1, dtype=torch.float64)
         for batch in self.batches(records, indices, roots, label):
             wide = torch.nn.functional.pad(batch.double(), (0, 1), value=1.0)
@@ -109,10 +110,13 @@ class FeatureExtractor:
         """(up to BATCH_SIZE, features) float32 on the CPU, record after record.
 
         Args:
-            label: what the progress bar says; none is shown without.
+            records: The task's records.
+            indices: Which of them.
+            roots: The image folders.
+            label: The text of the progress bar; None shows no bar.
 
         Raises:
-            DataError: an image is missing or broken.
+            DataError: An image is missing or broken.
         """
         looked = _FeatureDataset(records, indices, roots, self._input_processor)
         loader = DataLoader(looked, batch_size=BATCH_SIZE, collate_fn=list, num_workers=self._workers)
@@ -126,10 +130,11 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def of_question(self, images: Any, question: str) -> Tensor:
-        """(1, features) of one question, as `batches` has it.
+        """(1, features) of one question, as in `batches`.
 
         Args:
-            images: the question's, as `InputProcessor.process_images` gives them.
+            question: The question.
+            images: Its images, as `InputProcessor.process_images` returns them.
         """
         with moved(self._image_encoder.modules, self._device):
             return self._features([(images, self._input_processor.tokenizer.encode(question_text(question, 0)))])
@@ -152,11 +157,11 @@ class FeatureExtractor:
 
 
 def _projection(width: int, most: int, seed: int) -> Tensor:
-    """(width, features): random where there are more than `most`, else nothing is changed."""
+    """A random projection (width, features) if there are more than `most`; otherwise None."""
     random = torch.Generator().manual_seed(seed)
     return torch.randn(width, most, generator=random) if width > most else torch.eye(width)
 
 
 def sampled_records(records: int) -> list[int]:
-    """The records of a task that the router learns from."""
+    """The records of a task from which the router learns."""
     return sample_of(records, FIT_RECORDS)

@@ -19,10 +19,14 @@ from mslora_cr.routing.lda import TaskStatistics, statistics_of
 def router_statistics(
     config: StreamConfig, task: Task, records: TrainingRecords, base: BaseModel, examples: int = 0
 ) -> TaskStatistics:
-    """A task's router statistics, from a pass over its training records that all ranks share.
+    """Compute a task's router statistics in a pass over its training records that all ranks share.
 
     Args:
-        examples: of how many records the features are kept.
+        config: The run.
+        task: The task.
+        records: Its training records.
+        base: The base model.
+        examples: The number of records whose features are stored.
     """
     extractor = feature_extractor(config, base)
     mine = sampled_records(len(records))[rank() :: world_size()]
@@ -32,7 +36,7 @@ def router_statistics(
         return statistics
     examples_features = list(
         extractor.batches(records, sample_of(len(records), examples), roots, None)
-    )  # few: by every rank
+    )  # They are few, so every rank computes them all.
     return replace(statistics, examples=torch.cat(examples_features))
 
 

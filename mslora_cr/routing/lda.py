@@ -1,4 +1,4 @@
-"""Linear discriminant analysis, learned task by task: a router over any number of tasks from statistics of each.
+"""Linear discriminant analysis, learned task by task: a router over any number of tasks from each task's statistics.
 
 Source: streaming linear discriminant analysis, Hayes and Kanan, "Lifelong Machine Learning with Deep Streaming Linear
 Discriminant Analysis", CVPR workshops 2020.
@@ -21,9 +21,9 @@ from mslora_cr.banks.io import STATISTICS
 from mslora_cr.utils.regular import check_regular
 
 SHRINKAGE = 0.1
-"""How far covariances between features are drawn to zero; their variances stay."""
+"""How far covariances between features are shrunk towards zero; their variances stay."""
 RIDGE = 1e-3
-"""Added to each variance, as a share of their mean: a feature that varies in no task has none."""
+"""Added to each variance, as a share of their mean, for features that vary in no task."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class TaskStatistics:
     """A task's statistics for the router.
 
     Attributes:
-        count: records.
-        mean: (features,).
-        scatter: (features, features), ``Σ (x - mean)(x - mean)ᵀ``; both float32.
-        examples: (examples, features) of some records, for a router that learns from them; None where none does.
+        count: The number of records.
+        mean: (features,) float32.
+        scatter: (features, features) float32, ``Σ (x - mean)(x - mean)ᵀ``.
+        examples: (examples, features) of some records, for a router that learns from them; None for other routers.
     """
 
     count: int
@@ -43,20 +43,20 @@ class TaskStatistics:
     examples: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a safetensors file."""
+        """The tensors for a safetensors file."""
         state = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
         return state if self.examples is None else {**state, "examples": self.examples}
 
 
 class TaskRouter(Protocol):
-    """Tells which task a question belongs to, by its features."""
+    """Predicts the task of a question from its features."""
 
     def route(self, features: Tensor) -> Tensor:
-        """The position of the likeliest task, (questions,) int64, from (questions, features)."""
+        """The index of the likeliest task, (questions,) int64, from (questions, features)."""
         ...
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """How likely each task is, (questions, tasks), from (questions, features)."""
+        """The probability of each task, (questions, tasks), from (questions, features)."""
         ...
 
 
@@ -68,20 +68,20 @@ def statistics_of(gram: Tensor) -> TaskStatistics:
 
 
 def combine(parts: Sequence[TaskStatistics]) -> TaskStatistics:
-    """The statistics of all records of several sites from each site's own: no record leaves its site.
+    """Combine the statistics of several sites into those of all records; no record leaves its site.
 
     The scatter about the common mean is ``Σ_i S_i + n_i (m_i - m)(m_i - m)ᵀ``. Source: Chan, Golub and LeVeque,
     "Algorithms for Computing the Sample Variance", The American Statistician 1983.
 
     Args:
-        parts: At least one, of equally many features.
+        parts: At least one, with equally many features.
 
     Raises:
-        ValueError: They are of different numbers of features.
+        ValueError: They have different numbers of features.
     """
     if len({len(part.mean) for part in parts}) > 1:
         widths = ", ".join(str(len(part.mean)) for part in parts)
-        raise ValueError(f"statistics of different numbers of features ({widths}) cannot be combined")
+        raise ValueError(f"statistics with different numbers of features ({widths}) cannot be combined")
     counts = torch.tensor([part.count for part in parts], dtype=torch.float64)
     means = torch.stack([part.mean for part in parts]).double()
     mean = counts @ means / counts.sum()
@@ -97,7 +97,7 @@ def load_statistics(bank_folder: Path) -> TaskStatistics:
     """Read the statistics saved with a bank.
 
     Raises:
-        BankError: nothing readable was found.
+        BankError: There is nothing readable.
     """
     path = bank_folder / STATISTICS
     try:
@@ -105,18 +105,17 @@ def load_statistics(bank_folder: Path) -> TaskStatistics:
         return TaskStatistics(int(stored["count"]), stored["mean"], stored["scatter"], stored.get("examples"))
     except (OSError, KeyError, SafetensorError) as error:
         raise BankError(
-            f"{path}: no usable router statistics ({error!r}); `mslora-cr bank fit-router CONFIG` makes it from "
+            f"{path}: no usable router statistics ({error!r}); `mslora-cr bank fit-router CONFIG` computes it from "
             "the task's training records"
         ) from None
 
 
 class Router:
-    """Linear discriminants over the tasks of some statistics, all tasks equally likely beforehand."""
+    """Linear discriminants over tasks, all of them equally likely a priori."""
 
     def __init__(self, tasks: Sequence[TaskStatistics]) -> None:
-        """
-        Args:
-            tasks: at least one, of equally many features.
+        """Args:
+        tasks: The tasks' statistics, at least one, with equally many features.
         """
         freedom = max(1, sum(task.count for task in tasks) - len(tasks))
         pooled = torch.stack([task.scatter for task in tasks]).double().sum(0) / freedom
@@ -127,14 +126,14 @@ class Router:
         self._biases = -0.5 * (means.T * self._weights).sum(0)
 
     def route(self, features: Tensor) -> Tensor:
-        """The position of the likeliest task, (questions,) int64, from (questions, features)."""
+        """The index of the likeliest task, (questions,) int64, from (questions, features)."""
         return self._discriminants(features).argmax(1)
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """How likely each task is, (questions, tasks) float64, from (questions, features).
+        """The probability of each task, (questions, tasks) float64, from (questions, features).
 
-        Under the model's own assumption, normal features of one covariance, the posterior is the discriminants'
-        softmax: Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", 2nd edition, section 4.3.
+        Under the model's assumption, normal features with one covariance, the posterior is the discriminants' softmax:
+        Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", 2nd edition, section 4.3.
         """
         return self._discriminants(features).softmax(1)
 
@@ -143,8 +142,8 @@ class Router:
 
 
 def _cholesky(covariance: Tensor) -> Tensor:
-    """The factor of a covariance, with as much on its diagonal as it takes: where features hardly vary, what float32
-    rounds off their scatter can leave a negative eigenvalue."""
+    """The Cholesky factor of a covariance, with enough added to its diagonal: if features hardly vary, the float32
+    rounding of their scatter can leave a negative eigenvalue."""
     added = torch.finfo(torch.float32).eps
     factor, failed = torch.linalg.cholesky_ex(covariance)
     while failed:

@@ -1,4 +1,4 @@
-"""A router that is trained: softmax regression on the features of a few questions kept of each task."""
+"""A trained router: softmax regression on the features of a few stored questions of each task."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from mslora_cr.banks.bank import BankError
 from mslora_cr.routing.lda import TaskStatistics
 
 STEPS = 500
-"""Of L-BFGS at most; it converges long before."""
+"""The most iterations of L-BFGS; it converges long before."""
 
 
 class LearnedRouter:
-    """``p = softmax(W x + c)``, W and c minimizing ``-mean log p(own task) + λ/2 ‖W‖²`` over the kept questions.
+    """``p = softmax(W x + c)``, where W and c minimize ``-mean log p(own task) + λ/2 ‖W‖²`` over the stored questions.
 
-    The loss is strictly convex in W, so what is learned does not depend on where it starts.
+    The loss is strictly convex in W, so the result does not depend on the starting point.
     """
 
     def __init__(self, tasks: Sequence[TaskStatistics], decay: float) -> None:
-        """
-        Args:
-            tasks: at least one, with examples.
+        """Args:
+            tasks: The tasks' statistics, at least one, with examples.
             decay: λ.
 
         Raises:
-            BankError: a task has none: its statistics are another method's.
+            BankError: A task has no examples: its statistics belong to another method.
         """
         task_examples = [task.examples for task in tasks if task.examples is not None]
         if len(task_examples) < len(tasks):
@@ -58,10 +57,10 @@ class LearnedRouter:
             optimizer.step(loss)
 
     def route(self, features: Tensor) -> Tensor:
-        """The position of the likeliest task, (questions,) int64, from (questions, features)."""
+        """The index of the likeliest task, (questions,) int64, from (questions, features)."""
         return self.probabilities(features).argmax(1)
 
     @torch.no_grad()
     def probabilities(self, features: Tensor) -> Tensor:
-        """(questions, tasks) float64, from (questions, features)."""
+        """The probability of each task, (questions, tasks) float64, from (questions, features)."""
         return (features.double() @ self._weights.T + self._biases).softmax(1)

@@ -1,4 +1,4 @@
-"""Routing by likeness to each task's prototype: the mean features of its pictures, and those of its questions."""
+"""Routing by similarity to each task's prototype: the mean features of its pictures, and those of its questions."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from mslora_cr.routing.lda import TaskStatistics
 
 
 class PrototypeRouter:
-    """``softmax(s / T)`` over tasks, s the mean of two cosines with a task's prototypes, or that of the words alone.
+    """``softmax(s / T)`` over tasks, where s is the mean of two cosines with a task's prototypes, or that of the words
+    alone.
 
     Source: Guo et al., "HiDe-LLaVA: Hierarchical Decoupling for Continual Instruction Tuning of Multimodal Large
-    Language Model", ACL 2025, on features of CLIP's two towers; here on this project's (`routing.features`).
+    Language Model", ACL 2025, on features of CLIP's two towers; here on the frozen base model's (`routing.features`).
     """
 
     def __init__(
         self, tasks: Sequence[TaskStatistics], pictures: int, temperature: float, words_alone: bool = False
     ) -> None:
-        """
-        Args:
-            tasks: at least one.
-            pictures: how many of the features, the first ones, are the picture's.
-            words_alone: the picture's have no say.
+        """Args:
+        tasks: The tasks' statistics, at least one.
+        pictures: The number of image features, which come first.
+        temperature: T.
+        words_alone: Ignore the picture's features.
         """
         self._prototypes, self._pictures = torch.stack([task.mean for task in tasks]), pictures
         self._temperature, self._words_alone = temperature, words_alone
 
     def route(self, features: Tensor) -> Tensor:
-        """The position of the task that is most alike, (questions,) int64, from (questions, features)."""
+        """The index of the most similar task, (questions,) int64, from (questions, features)."""
         return self._similarities(features).argmax(1)
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """(questions, tasks) float32, from (questions, features)."""
+        """The share of each task, (questions, tasks) float32, from (questions, features)."""
         return (self._similarities(features) / self._temperature).softmax(1)
 
     def _similarities(self, features: Tensor) -> Tensor:
