@@ -116,13 +116,14 @@ class _BankLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, product: Tensor, weight: Tensor, scalings: Sequence[float], *matrices: Tensor
     ) -> Tensor:
-        """Args:
-        ctx: autograd's context.
-        x: (…, in), in the dtype to compute in.
-        product: x Aᵀ, (positions, Σ rank).
-        weight: (out, in), frozen.
-        scalings: One per adapter.
-        matrices: Each adapter's A, then each adapter's B.
+        """
+        Args:
+            ctx: autograd's context.
+            x: (…, in), in the dtype to compute in.
+            product: x Aᵀ, (positions, Σ rank).
+            weight: (out, in), frozen.
+            scalings: One per adapter.
+            matrices: Each adapter's A, then each adapter's B.
         """
         rows = x.flatten(0, -2)
         ctx.save_for_backward(rows, product)

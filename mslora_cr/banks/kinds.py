@@ -91,8 +91,9 @@ class Experts(PlainLora):
     """A mixture of LoRA experts: equal slices of the rank, weighed token by token by a trained router."""
 
     def __init__(self, experts: int) -> None:
-        """Args:
-        experts: The number of experts; it divides the rank.
+        """
+        Args:
+            experts: The number of experts; it divides the rank.
         """
         self._experts = experts
 
@@ -117,8 +118,9 @@ class ScaledDirections(PlainLora):
     """
 
     def __init__(self, rank: int) -> None:
-        """Args:
-        rank: The rank of each update.
+        """
+        Args:
+            rank: The rank of each update.
         """
         self._rank = rank
         self._directions: Bank | None = None

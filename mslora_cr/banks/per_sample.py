@@ -26,12 +26,13 @@ class PerSampleAdapters:
     """
 
     def __init__(self, model: PreTrainedModel, banks: Sequence[Bank]) -> None:
-        """Args:
-            model: The base, without adapters and merged banks; `remove` restores it.
-            banks: At least one; rows weigh them in this order.
+        """
+        Args:
+                model: The base, without adapters and merged banks; `remove` restores it.
+                banks: At least one; rows weigh them in this order.
 
         Raises:
-            BankError: A bank has routers, so it cannot be summed; or it does not fit the model.
+                BankError: A bank has routers, so it cannot be summed; or it does not fit the model.
         """
         if any(bank.routers for bank in banks):
             raise BankError("a bank with routers cannot answer together with others")

@@ -56,8 +56,8 @@ def load_tensors(path: Path) -> Any:
     # A damaged pickle may raise nearly anything, and torch's message advises unsafe loading.
     except Exception as error:
         raise BankError(
-            f"{path}: not plain tensors, so it is not opened: it is damaged, or contains more than torch.save writes for "
-            f"a dictionary of tensors ({type(error).__name__})"
+            f"{path}: not plain tensors, so it is not opened: it is damaged, or contains more than torch.save writes "
+            f"for a dictionary of tensors ({type(error).__name__})"
         ) from None
 
 

@@ -42,11 +42,12 @@ class BankStack:
     def __init__(
         self, base: PreTrainedModel, merge_mode: str, reuse: bool = False, kind: PlainLora | None = None
     ) -> None:
-        """Args:
-        base: The frozen base model.
-        merge_mode: `merge` or `concatenate`.
-        reuse: Keep the pristine weights, so that `set_frozen` can be called again with other banks.
-        kind: The kind of the trainable bank; plain LoRA by default.
+        """
+        Args:
+            base: The frozen base model.
+            merge_mode: `merge` or `concatenate`.
+            reuse: Keep the pristine weights, so that `set_frozen` can be called again with other banks.
+            kind: The kind of the trainable bank; plain LoRA by default.
         """
         self.model: PreTrainedModel | PeftModel = base
         self.merge_mode = merge_mode

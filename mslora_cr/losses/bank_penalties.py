@@ -60,14 +60,15 @@ class BankPenalties:
         contrastive: bool = True,
         cosine: bool = False,
     ) -> None:
-        """Args:
-        frozen: The earlier banks, at least one.
-        same_modality: For each, whether its modality is that of the task.
-        device: The device of the trainable bank, on which the penalties are computed.
-        frozen_dtype: The dtype in which frozen banks are held; the arithmetic is always float32.
-        frozen_device: Where frozen banks are held; `device` by default. CPU memory is pinned for a GPU.
-        contrastive: False leaves the contrastive term out; it counts as zero, and no frozen bank is held.
-        cosine: Use the contrastive term of `cosine_terms` instead of the published one.
+        """
+        Args:
+            frozen: The earlier banks, at least one.
+            same_modality: For each, whether its modality is that of the task.
+            device: The device of the trainable bank, on which the penalties are computed.
+            frozen_dtype: The dtype in which frozen banks are held; the arithmetic is always float32.
+            frozen_device: Where frozen banks are held; `device` by default. CPU memory is pinned for a GPU.
+            contrastive: False leaves the contrastive term out; it counts as zero, and no frozen bank is held.
+            cosine: Use the contrastive term of `cosine_terms` instead of the published one.
         """
         assert frozen and len(frozen) == len(same_modality)
         self._device, self._dtype, self._contrastive, self._cosine = device, frozen_dtype, contrastive, cosine

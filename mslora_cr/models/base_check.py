@@ -23,14 +23,16 @@ SIZES = ((64, 48), (48, 64))
 
 
 def check_model(path: Path, model: PreTrainedModel) -> None:
-    """Refuse a model of a kind that cannot be trained here; its numbers are not looked at.
+    """Refuse a kind of model that cannot be trained here, without looking at its numbers.
 
     Raises:
-        ModelError: with the reason.
+        ModelError: With the reason.
     """
     kind = type(model).__name__
     if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
-        raise ModelError(f"{path}: {kind} reads questions with an encoder; a base model is a decoder that reads both")
+        raise ModelError(
+            f"{path}: {kind} reads questions with an encoder; a base model must be a decoder that reads both"
+        )
     pixels = inspect.signature(inspect.unwrap(type(model).forward)).parameters.get("pixel_values")
     if pixels is not None and pixels.default is inspect.Parameter.empty:
         raise ModelError(f"{path}: {kind} takes no question without an image, which records may have")
@@ -38,14 +40,14 @@ def check_model(path: Path, model: PreTrainedModel) -> None:
     if not linears:
         raise ModelError(f"{path}: {kind} has no linear layers in its language model's decoder layers")
     if odd := [name for name in linears if linear_name(name, exact=True) != name]:
-        raise ModelError(f"{path}: {kind} calls a layer {odd[0]}, under which no bank could be read again")
+        raise ModelError(f"{path}: {kind} names a layer {odd[0]}, and a bank with such a name could not be read again")
 
 
 def check_processor(path: Path, processor: Any, end_ids: tuple[int, ...]) -> None:
-    """Refuse a processor with which the tokens of answers are not found again, with one image, two, and none.
+    """Refuse a processor with which the tokens of answers cannot be located, with one image, with two, or with none.
 
     Raises:
-        ModelError: with the reason.
+        ModelError: With the reason.
     """
     inputs = ChatTemplateInputs(processor, end_ids, max_length=1 << 20, all_images=True)
     for images in (SIZES[:1], SIZES, ()):
@@ -66,7 +68,7 @@ def check_processor(path: Path, processor: Any, end_ids: tuple[int, ...]) -> Non
             raise ModelError(f"{path}: a conversation about {len(images)} images cannot be prepared ({why})") from None
         learned = processor.tokenizer.decode(labels[labels != IGNORE_INDEX], skip_special_tokens=True)
         if ANSWER not in " ".join(learned.split()) or QUESTION in learned:
-            raise ModelError(f"{path}: of a conversation whose answer is {ANSWER!r}, {learned!r} would be learned")
+            raise ModelError(f"{path}: in a conversation whose answer is {ANSWER!r}, {learned!r} would be learned")
 
 
 @torch.no_grad()
@@ -74,16 +76,18 @@ def check_loss(base: Any, batch: dict[str, Any], keep: torch.Tensor, targets: to
     """Try a labelled batch on a loaded model: its loss must be the cross entropy of the logits that are kept.
 
     Args:
-        batch: one record, without labels, on the model's device.
+        base: The model.
+        batch: One record, without labels, on the model's device.
         keep: (1, length) bool, the positions that predict a label.
         targets: (kept,) int64.
 
     Raises:
-        ModelError: the forward pass fails, or computes another loss.
+        ModelError: The forward pass fails, or computes another loss.
     """
     kind = type(base.model).__name__
     try:
-        with torch.random.fork_rng():  # dropout of the bank, which later steps must not notice
+        # The bank's dropout draws random numbers, and later steps must not change by that.
+        with torch.random.fork_rng():
             output = base.model(**batch, logits_to_keep=keep, use_cache=False, labels=targets, shift_labels=targets)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""The interface to a base model that the rest of the program uses.
+"""The interface of a base model for the rest of the program.
 
 `llava_med.LlavaMed` is LLaVA-Med, in the published protocol; `processor_base.ProcessorBase` is any model that
 transformers loads with a processor.
@@ -20,27 +20,27 @@ from mslora_cr.data.input_processor import InputProcessor
 
 
 class ImageEncoder(Protocol):
-    """Image features for a router, which no bank changes."""
+    """Computes image features for a router, which no bank changes."""
 
     @property
     def width(self) -> int: ...
     @property
     def modules(self) -> Sequence[nn.Module]:
-        """What computes them."""
+        """The modules that compute them."""
         ...
 
     def features(self, images: Sequence[Any], device: torch.device, /) -> Tensor:
-        """(records, width) float32 on the CPU, the mean over a record's images; zeros for a record without one.
+        """(records, width) float32 on the CPU: the mean over a record's images; zeros for a record without images.
 
         Args:
-            images: each record's, as `InputProcessor.process_images` gives them.
+            images: Each record's images, as `InputProcessor.process_images` returns them.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower that works apart from its model, so that its features can be kept."""
+    """A vision tower that works without its model, so that its features can be cached."""
 
     layer: int
     """The layer whose hidden states the projector reads."""
@@ -48,13 +48,13 @@ class Tower:
 
 
 class BaseModel(Protocol):
-    """A loaded base model, frozen, with what is needed to feed it."""
+    """A loaded base model, frozen, with everything that prepares its inputs."""
 
     @property
     def model(self) -> PreTrainedModel: ...
     @property
     def tower(self) -> Tower | None:
-        """None: features of this model's images cannot be kept."""
+        """The vision tower, or None if features of this model's images cannot be cached."""
         ...
 
     @property
@@ -62,13 +62,13 @@ class BaseModel(Protocol):
     def input_processor(
         self, max_length: int, all_images: bool, features: FeatureCache | None = None, /
     ) -> InputProcessor:
-        """Records → its inputs."""
+        """Prepares inputs from records."""
         ...
 
 
 @contextmanager
 def moved(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, the modules are on a device; afterwards where each was."""
+    """Move modules to a device inside the block, and afterwards back to where each was."""
     homes = [next(module.parameters()).device for module in modules]
     for module in modules:
         module.to(device)

@@ -1,4 +1,4 @@
-"""The vision tower apart from its model, for images whose features are kept in a folder."""
+"""The vision tower without its model, for images whose features are cached in a folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class CachedTower:
-    """The tower, taken out of its model, and the folder where its features are kept."""
+    """The tower, taken out of its model, and the folder that caches its features."""
 
     def __init__(self, folder: Path, model: Any, tower: Tower, device: torch.device) -> None:
         self._layer, self._processor = tower.layer, tower.image_processor
@@ -27,7 +27,7 @@ class CachedTower:
         self.cache = FeatureCache(folder / feature_key(self._tower, self._layer, self._processor))
 
     def fill(self, images: Sequence[Path], workers: int) -> None:
-        """See to it that every image has its features; the ranks share the work."""
+        """Compute the missing features of all images; the ranks share the work."""
         self._tower.to(self._device)
         self.cache.fill(images[rank() :: world_size()], self._processor, self._encode, workers, progress=rank() == 0)
         self._tower.to("cpu")
@@ -40,7 +40,8 @@ class CachedTower:
 
 
 def cached_tower(config: StreamConfig, base: BaseModel) -> CachedTower | None:
-    """The tower apart from its model, if `data.cache_image_features` asks for it and the model has one to take out."""
+    """The tower without its model, if `data.cache_image_features` asks for it and the model has one to take out;
+    otherwise None."""
     folder = config.data.cache_image_features
     if not folder:
         return None

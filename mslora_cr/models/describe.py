@@ -20,15 +20,15 @@ from mslora_cr.models.shapes import language_linear_shapes
 from mslora_cr.models.vision import tower_config, tower_source
 
 SIZES = ((224, 224), (448, 448), (1024, 768))
-"""Of images, by which a model is described whose images do not all take as many positions."""
+"""Image sizes that describe a model whose images take different numbers of positions."""
 RANK, GPUS = 64, 8
 
 
 def switched_off(path: Path, model: PreTrainedModel) -> tuple[str, ...]:
-    """Optimisations of LLaVA-Med that are not used with this model; the ledger records them.
+    """Optimisations of LLaVA-Med that this model does not use; the ledger records them.
 
     Raises:
-        ModelError: the folder's configuration cannot be read.
+        ModelError: The folder's configuration cannot be read.
     """
     if not family_of(path).own_template:
         return ()
@@ -39,19 +39,20 @@ def switched_off(path: Path, model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def described(path: Path, parameters: int, rank: int = RANK) -> dict[str, Any]:
-    """The description of a base model in `model inspect` and in a plan.
+    """Describe a base model, for `model inspect` and a plan.
 
     Args:
-        parameters: of the whole model.
-        rank: of the bank.
+        path: The model's folder.
+        parameters: The number of parameters of the whole model.
+        rank: The bank's rank.
 
     Returns:
-        `adapted` (linear layers by kind), `not_adapted` (parameters of fused experts, where there are any), `bank` (its
-        rank and parameters), `positions` (of an image of a size), `memory` (GB a GPU by ZeRO stage, as
+        `adapted` (linear layers by kind), `not_adapted` (parameters of fused experts, if there are any), `bank` (its
+        rank and parameters), `positions` (of an image of a given size), `memory` (GB per GPU by ZeRO stage, as
         `memory_by_stage`).
 
     Raises:
-        ModelError: the folder holds no base model.
+        ModelError: The folder contains no base model.
     """
     left_out: dict[str, Any] = {}
     if family_of(path).own_template:
@@ -74,7 +75,7 @@ def summary(path: Path) -> list[str]:
     """The lines of a plan about a base model with its own processor; none for LLaVA-Med.
 
     Raises:
-        ModelError: the folder holds no base model.
+        ModelError: The folder contains no base model.
     """
     if not family_of(path).own_template:
         return []
@@ -98,7 +99,7 @@ def _by_kind(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
 
 
 def positions(path: Path) -> dict[str, int | str]:
-    """How many positions of a prompt an image takes, by its width and height; or what keeps that from being told."""
+    """How many positions of a prompt an image takes, by its width and height; or why this is unknown."""
     if not family_of(path).own_template:
         config = read_config(path)
         try:
@@ -119,16 +120,16 @@ def positions(path: Path) -> dict[str, int | str]:
 
 
 def memory_by_stage(base: int, bank: int, gpus: int) -> dict[str, float]:
-    """GB of a GPU that a bank's training holds between steps, activations aside, in bfloat16.
+    """GB of a GPU that training a bank takes between steps, without activations, in bfloat16.
 
-    Two bytes a frozen number; of a trained one its copy, its gradient, and 12 bytes of float32 master and AdamW's two
-    moments, of which each stage shares out one thing more. Source: Rajbhandari et al., "ZeRO", 2020, section 3; DDP
-    keeps the bank and its gradient in float32.
+    A frozen number takes two bytes. A trained one takes its copy, its gradient, and 12 bytes of float32 master copy and
+    AdamW's two moments; each ZeRO stage partitions one of these more. Source: Rajbhandari et al., "ZeRO", 2020, section
+    3. DDP keeps the bank and its gradient in float32.
 
     Args:
-        base: number of parameters of the base model.
-        bank: number of parameters of a bank.
-        gpus: number of GPUs that share the training state.
+        base: The number of parameters of the base model.
+        bank: The number of parameters of a bank.
+        gpus: The number of GPUs that share the training state.
     """
     bytes_of = {
         "ddp": 2 * base + (4 + 4 + 8) * bank,

@@ -12,30 +12,31 @@ from mslora_cr.models.layout import CHAT_TEMPLATES, ModelError, indexed_files, r
 from mslora_cr.models.vision import tower_source
 
 WHOLE_BYTES, END_BYTES, BLOCK_BYTES, BLOCKS = 64 << 20, 1 << 20, 64 << 10, 16
-"""`weights_digest`: files up to the first are read whole; of larger ones, their two ends and blocks between them."""
+"""Sizes for `weights_digest`: files up to the first size are read whole; of larger ones, both ends and blocks between
+them."""
 _SETTINGS = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
-"""The small files that decide what a model does with a text and an image."""
+"""The small files that decide how a model treats text and images."""
 
 
 def weights_digest(path: Path, vision_tower: str = "config") -> str:
-    """The digest that identifies a base model: a SHA-256, in hexadecimal; it takes well under a second for 15 GB.
+    """The digest that identifies a base model: a SHA-256 in hexadecimal.
 
     It covers the model's folder and that of the vision tower that `load` would take with this `vision_tower`:
     configurations, tokenizer and index in full; of the weights, every file's name and size, and all bytes of a file of
     up to 64 MB. Of a larger file it covers the safetensors header (each tensor's name, dtype, shape and offset), the
-    first and the last MB, and 16 blocks of 64 KB, evenly spaced. Where the folders stand and what else is in them does
-    not matter.
+    first and the last MB, and 16 blocks of 64 KB, evenly spaced. Neither the folders' location nor other files in them
+    matter.
 
-    Weights of another size, dtype or sharding are noticed, and so are weights that were trained further as a whole,
-    even where they replace the old ones in place. Not noticed: a large file that differs only outside the blocks
-    (damage to a few bytes, or a few matrices that happen to lie between two blocks), and another revision of a tower on
-    the hub, of which only the name counts. This is no protection against forgery.
+    A change of size, dtype or sharding is noticed, and so is further training of all weights, even if they replace the
+    old ones in place. Two changes go unnoticed: a large file that differs only outside the blocks (a few damaged bytes,
+    or a few matrices that happen to lie between two blocks), and another revision of a tower on the hub, of which only
+    the name counts. The digest does not protect against forgery.
 
     Raises:
-        ModelError: a file is missing, or the configuration or an index is not one.
+        ModelError: A file is missing, or the configuration or an index is not one.
     """
     digest = hashlib.sha256()
     config = read_config(path)
@@ -50,7 +51,7 @@ def weights_digest(path: Path, vision_tower: str = "config") -> str:
     if not isinstance(tower, Path):
         digest.update(tower.encode())
         return digest.hexdigest()
-    own_tower = vision_tower == "checkpoint"  # the folder still tells the preprocessing
+    own_tower = vision_tower == "checkpoint"  # The folder still decides the preprocessing.
     _add_files(digest, [*_present(tower, *_SETTINGS), *([] if own_tower else _transformers_files(tower))])
     return digest.hexdigest()
 
@@ -60,7 +61,7 @@ def _present(folder: Path, *names: str) -> list[Path]:
 
 
 def _transformers_files(folder: Path) -> list[Path]:
-    """The files that transformers takes a folder's weights from, the index included."""
+    """The files from which transformers loads a folder's weights, index included."""
     single = ("model.safetensors", "pytorch_model.bin")
     for file in _present(folder, *(f"{name}{ending}" for name in single for ending in ("", ".index.json"))):
         return [file, *indexed_files(file)] if file.suffix == ".json" else [file]
@@ -85,6 +86,6 @@ def _digested_ranges(file: BinaryIO, size: int) -> list[tuple[int, int]]:
     if size <= WHOLE_BYTES:
         return [(0, size)]
     header = 8 + int.from_bytes(file.read(8), "little") if file.name.endswith(".safetensors") else 0
-    head = max(END_BYTES, min(header, WHOLE_BYTES))  # a length that no header has is not believed
+    head = max(END_BYTES, min(header, WHOLE_BYTES))  # No header is as long as that.
     offsets = [size * (number + 1) // (BLOCKS + 1) for number in range(BLOCKS)]
     return [(0, head), *((offset, BLOCK_BYTES) for offset in offsets), (size - END_BYTES, END_BYTES)]

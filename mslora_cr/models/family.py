@@ -14,36 +14,36 @@ class Family:
     """Capabilities of a base model's family."""
 
     own_template: bool
-    """The model is prompted by a processor and a chat template of its own; otherwise by LLaVA-Med's protocol."""
+    """Whether the model is prompted by its own processor and chat template; otherwise LLaVA-Med's protocol is used."""
 
     @property
     def fixed_image_length(self) -> bool:
-        """Every image takes equally many positions, so that lengths are known without looking at images."""
+        """Whether every image takes equally many positions, so that lengths are known without looking at images."""
         return not self.own_template
 
     @property
     def published_banks(self) -> bool:
-        """The published checkpoints' names of layers exist for it."""
+        """Whether its layers have names in the published checkpoints."""
         return not self.own_template
 
     @property
     def liger(self) -> bool:
-        """Liger's kernels are checked for its language model."""
+        """Whether Liger's kernels are tested with its language model."""
         return not self.own_template
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """The text of a model card about the base model, besides its name."""
+        """What a model card says about the base model, besides its name."""
         return () if self.own_template else ("llava-med",)
 
 
 def family_of(path: Path) -> Family:
     """The family of a base model's folder.
 
-    transformers' LLaVA is of either kind: LLaVA-Med converted, where no processor is in the folder, or another LLaVA.
+    transformers' LLaVA may be LLaVA-Med, converted, if the folder has no processor, or else another LLaVA.
 
     Raises:
-        ModelError: as `read_config`.
+        ModelError: As `read_config`.
     """
     model_type = read_config(path)["model_type"]
     return Family(own_template=_has_processor(path) if model_type == "llava" else model_type != LLAVA_MED)

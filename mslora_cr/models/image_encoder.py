@@ -1,4 +1,4 @@
-"""Images as a language model is given them, for any model with a processor: what a router tells tasks apart by."""
+"""Images as a language model receives them, for any model with a processor: features for a router."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mslora_cr.models.layout import ModelError
 
 
 class _ReadingError(Exception):
-    """Carries what a language model is about to read out of the model around it."""
+    """Raised to carry the language model's inputs out of the model around it."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         super().__init__()
@@ -23,10 +23,10 @@ class _ReadingError(Exception):
 
 
 class ProjectedEncoder:
-    """An image as the language model is given it: the mean of what tower and projector put in the place of its tokens'
-    own embeddings, or of the states that cross attention reads.
+    """An image as the language model receives it: the mean of what tower and projector put in place of its tokens' own
+    embeddings, or of the states that cross attention reads.
 
-    Found by handing a prompt of images alone to the model, and stopping it before its language model.
+    A forward pass of a prompt of images alone is stopped before the language model.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
@@ -39,7 +39,7 @@ class ProjectedEncoder:
 
     @property
     def modules(self) -> Sequence[nn.Module]:
-        """Everything beside the language model, and the embeddings of its tokens."""
+        """Everything except the language model, and the embeddings of its tokens."""
         around = [self._model.get_submodule(name) for name in beside_language(self._model)]
         owners = [module for module in self._model.modules() if self._language in module.children()]
         around += [nn.ParameterList(owner.parameters(recurse=False)) for owner in owners]
@@ -51,7 +51,7 @@ class ProjectedEncoder:
         """As `base_model.ImageEncoder.features`.
 
         Raises:
-            ModelError: the language model is handed nothing that comes from images.
+            ModelError: The language model receives nothing that comes from images.
         """
         features = torch.zeros(len(images), self.width)
         for row, of_prompt in enumerate(images):
@@ -70,7 +70,7 @@ class ProjectedEncoder:
             return self._mean(inputs["input_ids"], read.arguments)
         finally:
             handle.remove()
-        raise ModelError(f"{type(self._model).__name__}: its language model is not called by its forward pass")
+        raise ModelError(f"{type(self._model).__name__}: its forward pass does not call its language model")
 
     def _mean(self, ids: Tensor, arguments: dict[str, Any]) -> Tensor:
         embeddings, states = arguments.get("inputs_embeds"), arguments.get("cross_attention_states")
@@ -80,9 +80,7 @@ class ProjectedEncoder:
         else:
             features = states.flatten(0, -2) if isinstance(states, Tensor) else torch.empty(0)
         if not len(features) or features.shape[-1] != self.width:
-            raise ModelError(
-                f"{type(self._model).__name__}: its language model reads images in a way that is not known"
-            )
+            raise ModelError(f"{type(self._model).__name__}: its language model reads images in an unknown way")
         return features.float().mean(0).cpu()
 
 

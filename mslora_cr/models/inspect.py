@@ -1,7 +1,7 @@
 """Lists the contents of a base model's folder, and compares the two vision towers that it names.
 
-LLaVA-Med's shards carry a tower of their own, while the published code silently loads the one that `mm_vision_tower`
-names. Whether that matters is a question to be answered by looking: per-tensor largest difference.
+LLaVA-Med's shards contain a tower of their own, but the published code silently loads the one that `mm_vision_tower`
+names. The comparison shows whether that matters: the largest difference of each tensor.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def inspect(path: Path) -> dict[str, Any]:
 
     Returns:
         `layout`, `files` (bytes of each), `tensors`, `parameters`, `parameters_by_dtype`, `vocabulary` (rows of the
-        embedding, pieces of the tokenizer), `template`, what `described` tells, and of LLaVA-Med `towers`: the named
-        tower, and for each tensor of either the largest absolute difference, or what keeps them from being compared.
+        embedding, pieces of the tokenizer), `template`, the content of `described`, and for LLaVA-Med `towers`: the
+        named tower, and for each tensor of either the largest absolute difference, or why they cannot be compared.
 
     Raises:
-        ModelError: the folder is no base model.
+        ModelError: The folder contains no base model.
     """
     config = read_config(path)
     files = shard_files(path)
@@ -69,7 +69,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _header(file: Path) -> dict[str, tuple[str, int]]:
-    """Tensor → its dtype and how many numbers it holds."""
+    """The dtype and the number of elements of each tensor."""
     try:
         with safe_open(file, framework="pt") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118

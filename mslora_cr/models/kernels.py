@@ -1,7 +1,7 @@
 """Fused kernels for the language model's small operations: RMSNorm, rotary positions, SwiGLU.
 
-Liger Kernel (Hsu et al., 2024) does in one pass over the activations what PyTorch does in several. Its cross entropy
-and its LLaVA stay off: only labelled positions reach `lm_head` here.
+Liger Kernel (Hsu et al., 2024) makes one pass over the activations where PyTorch makes several. Its cross entropy and
+its LLaVA stay off, because only labelled positions reach `lm_head` here.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ _TORCH = {name: vars(modeling_mistral)[name] for name in ("MistralRMSNorm", "Mis
 
 
 def use_kernels(model: PreTrainedModel, kernels: Literal["liger", "torch"]) -> None:
-    """Let a newly loaded model compute with these kernels; other models of the process keep theirs.
+    """Let a newly loaded model compute with these kernels; other models of the process are not affected.
 
     Raises:
-        ModelError: the language model is of a kind that has none here.
+        ModelError: Liger has no kernels for this kind of language model.
         ModuleNotFoundError: Liger is not installed.
     """
     if kernels == "torch":
         return
     kind = model.config.get_text_config().model_type
     if kind != "mistral":
-        raise ModelError(f"model.kernels: liger is for a Mistral language model, and this is {kind}; set it to torch")
-    # It warns of each backend for other hardware that it could not import.
+        raise ModelError(f"model.kernels: liger supports Mistral language models, and this is {kind}; set it to torch")
+    # It warns about each backend for other hardware that it could not import.
     logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
     from liger_kernel.transformers import apply_liger_kernel_to_mistral, liger_rotary_pos_emb
 
     apply_liger_kernel_to_mistral(
-        rope=False,  # it would be replaced in the whole process
+        rope=False,  # Otherwise it would be replaced in the whole process.
         rms_norm=True,
         swiglu=True,
         cross_entropy=False,
         fused_linear_cross_entropy=False,
         model=model.get_decoder(),
     )
-    for name, module in _TORCH.items():  # models that are built later start as PyTorch's
+    for name, module in _TORCH.items():  # Models that are built later start with PyTorch's.
         setattr(modeling_mistral, name, module)
     rotating = _with_rotation(liger_rotary_pos_emb)
     for layer in model.get_decoder().layers:
@@ -52,7 +52,7 @@ def use_kernels(model: PreTrainedModel, kernels: Literal["liger", "torch"]) -> N
 
 
 def _with_rotation(rotate: Callable[..., Any]) -> type[MistralAttention]:
-    """Mistral's attention, whose `forward` finds another function where the original finds its module's rotation."""
+    """Mistral's attention with a `forward` that finds another rotation function than the module's."""
     forward = MistralAttention.forward
     ours = FunctionType(
         forward.__code__,

@@ -1,4 +1,4 @@
-"""The language model inside an image-text model, and what in it banks adapt: found in the model, not typed by hand."""
+"""The language model inside an image-text model, and the layers in it that banks adapt, found in the model itself."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from mslora_cr.models.layout import LANGUAGE_LINEARS
 
 _INNER = ("language_model", "text_model", "model", "decoder")
-"""Where a model keeps the one inside it."""
+"""Attributes under which models keep an inner model."""
 _NUMBERED = re.compile(r"(.+\.layers)\.(\d+)\.(.+)")
 
 
 def language_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The decoder that reads text and images: not the vision tower, nor what projects its features, nor `lm_head`."""
+    """The decoder that reads text and images, without the vision tower, the projector and `lm_head`."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     module = base.get_decoder()
     while not hasattr(module, "layers"):
@@ -32,7 +32,7 @@ def language_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def beside_language(model: PreTrainedModel) -> list[str]:
-    """The modules that stand beside the language model, by name: tower, projector, `lm_head`."""
+    """The modules beside the language model, by name: tower, projector, `lm_head`."""
     [prefix] = [name for name, module in model.named_modules() if module is language_model(model)]
     path = prefix.split(".")
     owners = [".".join(path[:depth]) for depth in range(len(path))]
@@ -45,14 +45,16 @@ def beside_language(model: PreTrainedModel) -> list[str]:
 
 
 def language_linears(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear]:
-    """The linear layers that banks adapt, by their name in transformers' model, with or without PEFT around them: all
-    of the language model's decoder layers, without what chooses among experts (`routes`) and what PEFT renames
-    (`renamed_by_peft`)."""
+    """The linear layers that banks adapt, by their name in transformers' model, with or without PEFT around them.
+
+    These are all linear layers of the language model's decoder layers, except those that choose among experts
+    (`routes`) and those that PEFT renames (`renamed_by_peft`).
+    """
     base, language = model.get_base_model() if isinstance(model, PeftModel) else model, language_model(model)
     [prefix] = [name for name, module in base.named_modules() if module is language]
     renamed, linears, adapted = renamed_by_peft(base), {}, ""
     for name, module in language.named_modules(prefix=prefix):
-        if adapted and name.startswith(adapted):  # what PEFT put into the layer
+        if adapted and name.startswith(adapted):  # PEFT added it to the layer.
             continue
         adapted = f"{name}." if isinstance(module, LoraLayer) else ""
         linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
@@ -70,14 +72,14 @@ def _routes(model: nn.Module, name: str) -> bool:
 
 
 def renamed_by_peft(model: nn.Module) -> frozenset[str]:
-    """Endings of layers that PEFT takes for those of experts which transformers 5 fuses into one parameter, so that it
-    would adapt the experts instead; empty for most models."""
+    """Endings of layers that PEFT mistakes for experts which transformers 5 fuses into one parameter, so that it would
+    adapt the experts instead; empty for most models."""
     kind = _MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", ""))
     return frozenset(_MOE_TARGET_MODULE_MAPPING.get(kind, ())) if kind else frozenset()
 
 
 def fused_experts(model: PreTrainedModel) -> list[str]:
-    """Parameters that hold all experts of a layer, by name; no bank adapts them."""
+    """Parameters that hold all experts of a layer, by name; banks do not adapt them."""
     named = language_model(model).named_parameters()
     return [name for name, parameter in named if parameter.dim() == 3 and "experts" in name]
 
@@ -86,7 +88,7 @@ def linears_pattern(names: Iterable[str]) -> str:
     """A full-match pattern of these layers and of no other layer of their models, for PEFT.
 
     Args:
-        names: as `language_linears` has them.
+        names: Names as in `language_linears`.
     """
     parts = [match for name in names if (match := _NUMBERED.fullmatch(name))]
     parents = sorted({match[1].removeprefix("model.") for match in parts})
@@ -97,21 +99,21 @@ def linears_pattern(names: Iterable[str]) -> str:
 
 
 def adapter_targets(model: PreTrainedModel, names: Iterable[str]) -> str | list[str]:
-    """PEFT's `target_modules` for exactly these layers: a pattern, or their names where PEFT would rewrite a pattern.
+    """PEFT's `target_modules` for exactly these layers: a pattern, or their names if PEFT would rewrite a pattern.
 
     Args:
-        names: as `language_linears` has them.
+        names: Names as in `language_linears`.
     """
     return sorted(names) if renamed_by_peft(model) else linears_pattern(names)
 
 
 def layer_types(model: PreTrainedModel) -> set[str]:
-    """The kinds of the language model's layers, as its configuration has them."""
+    """The kinds of the language model's layers, from its configuration."""
     return set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
 
 
 def caches_keys_alone(model: PreTrainedModel) -> bool:
-    """Whether every layer keeps keys and values of text alone: no recurrent state, no cross attention."""
+    """Whether every layer caches only keys and values of text: no recurrent state, no cross attention."""
     crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None)
     return layer_types(model) <= {"full_attention", "sliding_attention"} and not crossing
 
@@ -122,8 +124,8 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
 
 
 def last_mlp(model: PreTrainedModel) -> nn.Module | None:
-    """The MLP of the language model's last decoder layer, in which positions do not meet; None where it is not a plain
-    one, of linear layers alone."""
+    """The MLP of the language model's last decoder layer, which treats each position alone; None if it is not a plain
+    one of linear layers."""
     mlp = dict(decoder_layers(model)[-1].named_children()).get("mlp")
     if mlp is None:
         return None

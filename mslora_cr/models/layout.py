@@ -33,7 +33,7 @@ LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|m
 """Full-match pattern of the linear layers that a bank adapts in LLaVA-Med: all of the language model, nothing else."""
 MOST_LAYERS, MOST_WIDTH = 1_000, 10_000_000
 _OF_PICKLES = (pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, RecursionError)
-"""What `torch.load` raises of a damaged file."""
+"""What `torch.load` raises for a damaged file."""
 _SIZES = {"hidden_size", "mm_hidden_size", "intermediate_size", "vocab_size", "image_size", "patch_size"}
 _SIZES |= {"num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
 TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
@@ -48,24 +48,24 @@ _LAYER = re.compile(
     r"(?:model\.language_model|language_model\.model|language_model|model)\.layers\.(0|[1-9][0-9]{0,3})"
     r"\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
 )
-"""A linear layer of the language model in transformers 4.52 and newer, in older ones, and in LLaVA."""
+"""The name of a linear layer of the language model in transformers 4.52 and newer, in older ones, and in LLaVA."""
 _WORD, _NUMBER = r"[a-z][a-z0-9_]{0,40}", r"(?:0|[1-9][0-9]{0,3})"
 _OWN = re.compile(
     rf"(?:{_WORD}\.){{0,3}}(?:language_model|text_model|llm)\.(?:{_WORD}\.){{0,2}}layers\.{_NUMBER}"
     rf"(?:\.(?:{_WORD}|{_NUMBER})){{1,6}}"
 )
-"""The same in the models of transformers that have other layers, or call their language model otherwise."""
+"""The same in transformers' models with other layers, or with another name for their language model."""
 
 
 class ModelError(UserError):
-    """A base model's folder is missing something or holds something else; the message names it."""
+    """A base model's folder lacks something or contains something else. The message names it."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The folder's `config.json`, if it is LLaVA-Med's or that of an image-text model that transformers knows.
+    """The folder's `config.json`, if it describes LLaVA-Med or an image-text model that transformers knows.
 
     Raises:
-        ModelError: no such folder or file, or another architecture.
+        ModelError: There is no such folder or file, or it describes another architecture.
     """
     if not path.is_dir():
         raise ModelError(f"{path}: no such folder; set model.path to a LLaVA-Med v1.5 folder, or another model's")
@@ -86,7 +86,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_numbers(file: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what no model has, before anything of that size is made."""
+    """Refuse sizes that no model has, before anything of that size is allocated."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             check_numbers(file, value)
@@ -102,16 +102,20 @@ def check_numbers(file: Path, config: Mapping[str, Any]) -> None:
 def from_pretrained(
     kind: Any, source: str | Path, what: str, options: Mapping[str, Any], advice: str = ""
 ) -> tuple[Any, dict[str, Any]]:
-    """A model of one of transformers' classes, and the report of its loading; `what` it is and `advice` are for errors.
+    """Load a model of one of transformers' classes; return it with the report of its loading.
+
+    Args:
+        what: The kind of model, for messages.
+        advice: Advice for messages.
 
     Raises:
-        ModelError: it cannot be loaded, or its weights are a pickle that is damaged or holds more than tensors.
+        ModelError: It cannot be loaded, or its weights are a pickle that is damaged or contains more than tensors.
     """
     try:
         return kind.from_pretrained(source, ignore_mismatched_sizes=True, output_loading_info=True, **options)
-    except (*_OF_PICKLES, RuntimeError) as error:  # their text advises to load it all the same
+    except (*_OF_PICKLES, RuntimeError) as error:  # Their text advises loading it anyway.
         if not isinstance(error, pickle.UnpicklingError) and any(Path(source).glob("*.safetensors")):
-            raise  # no pickle was read: it is the device that complains
+            raise  # No pickle was read, so the device complains.
         raise ModelError(f"{source}: the weights of {what} are not plain tensors, so they are not opened") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{source}: {what} cannot be loaded ({error}){advice}") from None
@@ -210,7 +214,7 @@ def linear_name(name: str, exact: bool = False) -> str | None:
 def shard_tensors(
     path: Path, expected: Mapping[str, tuple[int, ...]], already: set[str], own_tower: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every wanted tensor of the shards under transformers' name, after all names and shapes have been checked."""
+    """Yield every wanted tensor of the shards under transformers' name, after checking all names and shapes."""
     locations: dict[str, tuple[Path, str]] = {}
     unexpected, misshapen = [], []
     for file in shard_files(path):
@@ -266,9 +270,10 @@ def save_llava_layout(state: Mapping[str, Tensor], config: Mapping[str, Any], di
     """Write tensors under transformers' names as a folder in LLaVA-Med's layout: config, shards and index.
 
     Args:
-        state: a LLaVA state dict under transformers' names, cast by the caller to the dtype to store.
-        config: the `config.json` to write (`model_type: llava_mistral`, …).
-        shards: files to spread the tensors over, by size.
+        state: A LLaVA state dict under transformers' names, in the dtype to store.
+        config: The `config.json` to write (`model_type: llava_mistral`, …).
+        directory: The folder to write.
+        shards: The number of files over which tensors are spread by size.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -281,7 +286,7 @@ def save_llava_layout(state: Mapping[str, Tensor], config: Mapping[str, Any], di
     weight_map = {}
     for number, names in enumerate(parts, 1):
         file = f"model-{number:05d}-of-{shards:05d}.safetensors"
-        # Cloned one shard at a time: tensors may be views of each other's memory, which safetensors refuses.
+        # Clone one shard at a time: tensors may be views of each other's memory, which safetensors refuses.
         save_file({_llava_name(name): state[name].clone() for name in names}, directory / file, {"format": "pt"})
         weight_map.update({_llava_name(name): file for name in names})
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

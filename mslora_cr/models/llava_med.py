@@ -1,8 +1,9 @@
-"""Load LLaVA-Med as transformers' `LlavaForConditionalGeneration`; `layout.py` maps the names.
+"""Loads LLaVA-Med as transformers' `LlavaForConditionalGeneration`; `layout.py` maps the names.
 
 LLaVA-Med v1.5 is stored as `model_type: llava_mistral`, which transformers does not know. The weights map one to one
 onto transformers' LLaVA (Mistral text model, CLIP tower, two-layer GELU projector), so no model code is needed here.
-The shards carry a vision tower of their own; the published code ignores it and loads the one `mm_vision_tower` names.
+The shards contain a vision tower of their own; the published code ignores it and loads the one that `mm_vision_tower`
+names.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from mslora_cr.models.layout import (
 from mslora_cr.models.vision import TowerEncoder, load_tower, tower_config, tower_source
 
 UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-"""What keeps its dtype beside a language model in 4 or 8 bits: a small part of the memory, and the most exact one."""
+"""Parts that keep their dtype beside a language model in 4 or 8 bits: they take little memory and need precision."""
 
 
 @dataclass
 class LlavaMed:
-    """A loaded base model with what is needed to feed it."""
+    """A loaded base model with everything that prepares its inputs."""
 
     model: LlavaForConditionalGeneration
     tokenizer: Tokenizer
@@ -52,7 +53,7 @@ class LlavaMed:
     image_token_id: int
     """The id that represents one image patch."""
     patches: int
-    """Image patches, hence positions, per image."""
+    """The number of image patches, hence of positions, per image."""
 
     @property
     def tower(self) -> Tower:
@@ -81,16 +82,18 @@ def load(
     """Load a base model, frozen and in evaluation mode, from LLaVA-Med's own layout or transformers' LLaVA layout.
 
     Args:
-        path: the model's folder.
+        path: The model's folder.
         vision_tower: `config` (what `mm_vision_tower` names: a folder relative to the config or to the working
-            directory, an absolute one, or a hub name), `checkpoint` (the tower inside the shards), or a folder or hub
-            name to use instead.
-        quantization: `4bit` (NF4 with quantised constants) or `8bit` (LLM.int8) for the language model's linear
-            layers, which compute in `dtype`; everything else keeps `dtype`. A layer is quantised as it is read, so
-            the device never holds the whole model.
+            directory, an absolute one, or a hub name), `checkpoint` (the tower inside the shards), or another folder or
+            hub name.
+        dtype: The dtype of the weights.
+        device: The device to load to.
+        quantization: `4bit` (NF4 with quantised constants) or `8bit` (LLM.int8) for the language model's linear layers,
+            which compute in `dtype`; everything else keeps `dtype`. A layer is quantised as it is read, so the device
+            never holds the whole model.
 
     Raises:
-        ModelError: a file or weight is missing, unexpected, or of another shape; all of them are named.
+        ModelError: A file or weight is missing, unexpected, or of another shape; the message names all of them.
         ModuleNotFoundError: `quantization` without bitsandbytes.
     """
     path = Path(path)
@@ -143,10 +146,10 @@ def _load_llava_layout(
     options: Mapping[str, Any],
     device: torch.device | str,
 ) -> LlavaForConditionalGeneration:
-    """Meta model first, then every tensor straight from its shard to the device: never two copies of the weights in
-    memory, nor all of them on the host for a GPU."""
+    """Build the model on the meta device, then move every tensor straight from its shard to the device: memory never
+    holds two copies of the weights, and the host never holds all of them for a GPU."""
     dtype = options["dtype"]
-    quantized = "quantization_config" in options  # as it goes to the device, by transformers
+    quantized = "quantization_config" in options  # transformers quantises them on the way to the device.
     own_tower = vision_tower == "checkpoint"
     tower = None if own_tower else load_tower(path, tower_source, dtype)
     vision_config = tower.config if tower is not None else tower_config(tower_source)

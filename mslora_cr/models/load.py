@@ -1,4 +1,4 @@
-"""A base model's folder, or a run's configuration → the base model, whichever it is."""
+"""Loads any base model from its folder or from a run's configuration."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def load_model(
     device: torch.device | str = "cpu",
     quantization: str | None = None,
 ) -> BaseModel:
-    """Load a base model, frozen and in evaluation mode. Arguments: as `llava_med.load`.
+    """Load a base model, frozen and in evaluation mode. The arguments are those of `llava_med.load`.
 
     Raises:
-        ModelError: as `llava_med.load`; or `vision_tower` is given for a model that has its tower in its weights.
+        ModelError: As `llava_med.load`; or `vision_tower` is set for a model whose tower is part of its weights.
     """
     if not family_of(path).own_template:
         return llava_med.load(path, vision_tower, dtype, attn_implementation, device, quantization)
@@ -48,10 +48,12 @@ def load_model(
 def load_base(
     config: StreamConfig, device: torch.device | str, kernels: Literal["liger", "torch"] | None = None
 ) -> BaseModel:
-    """The base model as the configuration asks for it.
+    """Load the base model of a configuration.
 
     Args:
-        kernels: the library of the small operations, from `kernels_of`; None: the one used for answers.
+        config: The configuration.
+        device: The device to load to.
+        kernels: The library of the small operations, from `kernels_of`; None takes the one for answering.
     """
     base = load_model(
         Path(config.model.path),
@@ -66,11 +68,11 @@ def load_base(
 
 
 def kernels_of(config: StreamConfig) -> Literal["liger", "torch"]:
-    """The library that computes the small operations in training: `auto` is PyTorch where Liger does not support the
+    """The library that computes the small operations in training: `auto` means PyTorch if Liger does not support the
     model.
 
     Raises:
-        ModelError: the base model's configuration cannot be read.
+        ModelError: The base model's configuration cannot be read.
     """
     chosen = chosen_kernels(config.model.kernels, config.model.device)
     path = Path(config.model.path)
@@ -80,9 +82,10 @@ def kernels_of(config: StreamConfig) -> Literal["liger", "torch"]:
 
 
 def answering_kernels(config: StreamConfig, device: torch.device | str) -> Literal["liger", "torch"]:
-    """The library that computes a model's small operations while it answers: as in training, but in float32, where
-    answers are to be those of every machine, PyTorch; and PyTorch where Liger cannot run, whatever trained the
-    banks."""
+    """The library that computes a model's small operations while it answers: that of training, with two exceptions.
+
+    In float32, where answers must be the same on every machine, and wherever Liger cannot run, it is PyTorch.
+    """
     path = Path(config.model.path)
     if config.model.dtype == "float32" or config.model.kernels == "torch" or not family_of(path).liger:
         return "torch"
@@ -95,11 +98,12 @@ def base_digest(config: StreamConfig) -> str:
 
 
 def input_processor_without_weights(config: StreamConfig) -> InputProcessor:
-    """The input preparation of the configuration's base model, to encode texts and measure samples, not to decode
+    """The input preparation of the configuration's base model, to encode texts and measure samples without decoding
     images.
 
     Raises:
-        ModelError: the processor cannot be read. DataError: LLaVA-Med's tokenizer or config.json cannot be read.
+        ModelError: The processor cannot be read.
+        DataError: LLaVA-Med's tokenizer or config.json cannot be read.
     """
     path, all_images = Path(config.model.path), config.data.images == "all"
     if family_of(path).own_template:

@@ -1,7 +1,7 @@
-"""The same forward pass for every model: `logits_to_keep`, and the loss of the logits that are kept.
+"""Gives every model the same forward pass: `logits_to_keep`, and the loss of the logits that are kept.
 
-Most models of transformers compute `lm_head` only where `logits_to_keep` says, and their loss by `loss_function`, which
-takes labels that are shifted already. The others get both here, so that nothing else has to ask.
+Most models of transformers compute `lm_head` only at the positions of `logits_to_keep`, and their loss with
+`loss_function`, which takes shifted labels. Models that lack either get it here, so that no other code needs to ask.
 """
 
 from __future__ import annotations

@@ -61,13 +61,15 @@ class ProcessorBase:
 
 
 def load_with_processor(path: Path, options: dict[str, Any], device: torch.device | str) -> ProcessorBase:
-    """A base model, frozen and in evaluation mode, from a folder in transformers' layout.
+    """Load a base model, frozen and in evaluation mode, from a folder in transformers' layout.
 
     Args:
-        options: keyword arguments for `from_pretrained`.
+        path: The model's folder.
+        device: The device to load to.
+        options: Keyword arguments for `from_pretrained`.
 
     Raises:
-        ModelError: the folder lacks something, or holds something else; it is named.
+        ModelError: The folder lacks something, or contains something else; the message names it.
     """
     processor = load_processor(path)
     if "quantization_config" in options:
@@ -86,10 +88,11 @@ def load_with_processor(path: Path, options: dict[str, Any], device: torch.devic
 
 
 def greedy_settings(model: PreTrainedModel) -> GenerationConfig:
-    """A model's generation settings without what would make greedy decoding take another token than the likeliest.
+    """A model's generation settings without those that would make greedy decoding choose another token than the
+    likeliest.
 
-    A folder's `generation_config.json` may hold penalties, suppressed or forced tokens, or a least length; `generate`
-    applies them wherever it is not told otherwise, and servers do so with an exported folder's. The ids of tokens stay.
+    A folder's `generation_config.json` may contain penalties, suppressed or forced tokens, or a minimum length.
+    `generate` applies them unless it is told otherwise, and servers do so with an exported folder. The token ids stay.
     """
     defaults = model.generation_config or GenerationConfig()
     return GenerationConfig(
@@ -98,13 +101,14 @@ def greedy_settings(model: PreTrainedModel) -> GenerationConfig:
 
 
 def load_processor(path: Path) -> Any:
-    """The processor of a model's folder, with images by Pillow, which are the same whatever else is installed.
+    """The processor of a model's folder, with images processed by Pillow, so that pixels do not depend on installed
+    packages.
 
-    Its class is the one that the folder's files name, as for `AutoProcessor`, or transformers' for the model's type.
-    Models see no video and hear no sound here, so stand-ins with the folder's settings take those parts' places.
+    Its class is the one that the folder's files name, as for `AutoProcessor`, or transformers' class for the model's
+    type. Models receive no video and no sound here, so stand-ins with the folder's settings replace those parts.
 
     Raises:
-        ModelError: the folder holds none, it needs a package that is not installed, or it has no chat template.
+        ModelError: The folder has none, it needs a package that is not installed, or it has no chat template.
     """
     try:
         kind = _processor_class(path)
@@ -140,7 +144,7 @@ def _processor_class(path: Path) -> Any:
 
 
 def _part(name: str, path: Path, settings: Mapping[str, Any]) -> Any:
-    """One of the objects that a processor is made of."""
+    """Load one of the objects that make up a processor."""
     if name == "image_processor":
         return AutoImageProcessor.from_pretrained(path, backend="pil", **SAFE)
     if name.endswith("tokenizer"):
@@ -162,7 +166,7 @@ def _refuse(path: Path, error: Exception) -> NoReturn:
 
 
 class _UsedPartsAlone:
-    """Lets a processor be made with stand-ins for its parts for video and sound."""
+    """Lets a processor be made with stand-ins for its video and sound parts."""
 
     def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
         if type(argument) is BaseVideoProcessor:
@@ -171,7 +175,7 @@ class _UsedPartsAlone:
 
 
 def _without_video(kind: type[ProcessorMixin]) -> Any:
-    """The processor's class, which also takes stand-ins for video and sound."""
+    """The processor's class, extended to take stand-ins for video and sound."""
     return type(kind.__name__, (_UsedPartsAlone, kind), {"__module__": kind.__module__})
 
 
@@ -196,16 +200,16 @@ def end_ids_of(path: Path, processor: Any) -> tuple[int, ...]:
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration, without numbers."""
+    """The model of a configuration, without weights."""
     with init_empty_weights(include_buffers=False):
         return cast(PreTrainedModel, AutoModelForImageTextToText.from_config(config, trust_remote_code=False))
 
 
 def empty_model_of(path: Path) -> PreTrainedModel:
-    """The model of a folder, without numbers.
+    """The model of a folder, without weights.
 
     Raises:
-        ModelError: the configuration is not one of an image-text model.
+        ModelError: The configuration does not describe an image-text model.
     """
     try:
         return empty_model(AutoConfig.from_pretrained(path, **SAFE))

@@ -1,4 +1,4 @@
-"""A base model → a folder that transformers, PEFT and vLLM load without this project."""
+"""Writes a base model as a folder that transformers, PEFT and vLLM load without this project."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mslora_cr.models.processor_base import SAFE, empty_model_of
 from mslora_cr.models.transformers_layout import portable_processor, save_transformers_layout
 
 PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
-"""How the names of files end that tokenizers, image processors and templates are in."""
+"""Endings of files that hold tokenizers, image processors and templates."""
 _WRITTEN = ("config.json", "generation_config.json", "export.json")
 LLAVA_MED_CLASS = ("LlavaForConditionalGeneration", "transformers.models.llava.modeling_llava")
 
@@ -27,7 +27,8 @@ def writer_of(base: BaseModel, path: Path) -> Callable[[Path], None]:
     """Return a function that writes the current model and its processor into an empty folder.
 
     Args:
-        path: the folder that the model was read from. Its processor's files are copied as they are.
+        base: The loaded model.
+        path: The folder from which the model was read. Its processor's files are copied as they are.
 
     Raises:
         ModelError: LLaVA-Med's tokenizer cannot be written so that it gives the same ids.
@@ -47,10 +48,10 @@ def writer_of(base: BaseModel, path: Path) -> Callable[[Path], None]:
 
 
 def exported_targets(path: Path, names: Iterable[str]) -> list[str] | None:
-    """The names of a bank's layers, where PEFT would rewrite a pattern of them; None for most models.
+    """The names of a bank's layers if PEFT would rewrite a pattern of them; None for most models.
 
     Raises:
-        ModelError: the folder's configuration cannot be read.
+        ModelError: The folder's configuration cannot be read.
     """
     if not family_of(path).own_template:
         return None
@@ -59,10 +60,10 @@ def exported_targets(path: Path, names: Iterable[str]) -> list[str] | None:
 
 
 def class_of(path: Path) -> tuple[str, str]:
-    """The class that transformers loads an exported model as, and the module that it is in.
+    """The class with which transformers loads an exported model, and its module.
 
     Raises:
-        ModelError: the folder's configuration cannot be read.
+        ModelError: The folder's configuration cannot be read.
     """
     if not family_of(path).own_template:
         return LLAVA_MED_CLASS

@@ -1,8 +1,8 @@
-"""The last decoder layer's MLP on those positions alone whose logits are asked for.
+"""Computes the last decoder layer's MLP only at positions whose logits are asked for.
 
-What that MLP makes of a position is read by that position's logits and by nothing else, so leaving the others out
-changes neither the loss nor a gradient. In training few of several hundred positions are labelled, which saves most of
-one layer: 2.5 % of the arithmetic of LLaVA-Med's linear layers.
+Only a position's own logits read its result of that MLP, so skipping other positions changes neither the loss nor a
+gradient. In training, few of several hundred positions are labelled, which saves most of one layer: 2.5 % of the
+arithmetic of LLaVA-Med's linear layers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 
 class SparseMLP:
-    """Hooks around an MLP, (batch, length, width) → the same shape, with zeros where nothing is kept."""
+    """Hooks around an MLP, (batch, length, width) → the same shape, with zeros at skipped positions."""
 
     def __init__(self, mlp: nn.Module | None) -> None:
         """
         Args:
-            mlp: None where a model's last one takes all positions together; nothing is left out then.
+            mlp: The MLP; None if a model's last one mixes positions, in which case nothing is skipped.
         """
         self._rows: Tensor | None = None
         self._shape = torch.Size()
@@ -31,8 +31,9 @@ class SparseMLP:
 
     @contextmanager
     def masked(self, keep: Tensor) -> Iterator[None]:
-        """Inside, leave out all positions but these; outside, none. The backward pass belongs inside too: gradient
-        checkpointing computes the MLP again there.
+        """Skip all positions but these inside the block.
+
+        The backward pass belongs inside too, because gradient checkpointing computes the MLP again.
 
         Args:
             keep: (batch, length) bool.

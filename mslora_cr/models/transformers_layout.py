@@ -1,8 +1,8 @@
-"""A loaded model → a folder that transformers, PEFT and vLLM load without this project.
+"""Writes a loaded LLaVA-Med as a folder that transformers, PEFT and vLLM load without this project.
 
-Weights under the names that every transformers since 4.36 and vLLM read, tokenizer, processor, chat template and
-generation settings. Where our own code tokenises with SentencePiece and expands images itself, the folder's tokenizer
-and processor give the same ids and the same pixels; that is checked when they are written.
+The folder has weights under names that every transformers since 4.36 and vLLM read, tokenizer, processor, chat template
+and generation settings. Our own code tokenises with SentencePiece and expands images itself; the folder's tokenizer and
+processor give the same ids and the same pixels, which is checked when they are written.
 """
 
 from __future__ import annotations
@@ -43,23 +43,24 @@ CHAT_TEMPLATE = (
     " {{ text | trim }} {{ eos_token }}"
     "{% else %}{{ raise_exception('the model knows the roles user and assistant only') }}{% endif %}{% endfor %}"
 )
-"""LLaVA-Med's Mistral-instruct template, as `data.prompts` has it; pictures stand in front of their message."""
+"""LLaVA-Med's Mistral-instruct template, as in `data.prompts`; images come before their message."""
 PROBES = ("Is this a cell?", "two  spaces,   three", "µm²: 1.5 × 10⁻³ α-SMA ✓ 細胞", " a\ttab\n\nand lines ", "")
-"""Questions by which the written tokenizer is compared with our own."""
+"""Questions on which the written tokenizer is compared with our own."""
 NAMES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("model.vision_tower.", "vision_tower.vision_model."),  # transformers 5 drops `vision_model`, vLLM needs it
+    ("model.vision_tower.", "vision_tower.vision_model."),  # transformers 5 drops `vision_model`, but vLLM needs it.
 )
 
 
 def save_transformers_layout(base: LlavaMed, processor: LlavaProcessor, folder: Path, shard_size: str = "5GB") -> None:
-    """Write a model and all that feeds it, as it is now: what is merged into its weights is part of them.
+    """Write a model with everything that prepares its inputs. Banks merged into its weights are written with them.
 
     Args:
-        processor: `portable_processor`'s.
-        folder: exists and is empty.
+        base: The model.
+        processor: The processor from `portable_processor`.
+        folder: An empty folder.
     """
     save_torch_state_dict(
         dict(_renamed(base.model.state_dict())), folder, max_shard_size=shard_size, metadata={"format": "pt"}
@@ -67,10 +68,10 @@ def save_transformers_layout(base: LlavaMed, processor: LlavaProcessor, folder: 
     _save_config(base, folder)
     base.model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)  # loaders that know no processor_config.json read this
+    processor.image_processor.save_pretrained(folder)  # Loaders that do not know processor_config.json read this.
     settings = folder / "tokenizer_config.json"
     config = read_object(settings)
-    # As transformers 4 knows them, too: the class's name, special tokens by their role, and no third input.
+    # transformers 4 knows them in this form: the class's name, special tokens by their role, and no third input.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["extra_special_tokens"] = {"image_token": processor.image_token}
     config["model_input_names"] = ["input_ids", "attention_mask"]
@@ -79,7 +80,7 @@ def save_transformers_layout(base: LlavaMed, processor: LlavaProcessor, folder: 
 
 
 def _drop_image_processor(path: Path) -> None:
-    """Leave out what preprocessor_config.json has: transformers 4.51 takes no settings of parts here."""
+    """Leave out what preprocessor_config.json contains: transformers 4.51 accepts no settings of parts here."""
     settings = read_object(path)
     settings.pop("image_processor", None)
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -97,18 +98,18 @@ def portable_processor(base: LlavaMed) -> LlavaProcessor:
         tokenizer=tokenizer,
         patch_size=base.model.config.vision_config.patch_size,
         vision_feature_select_strategy=base.model.config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # the tower's class position, which the strategy takes away again
+        num_additional_image_tokens=1,  # The tower's class position, which the strategy removes again.
         image_token=tokenizer.image_token,
         chat_template=CHAT_TEMPLATE.replace("IMAGE_TOKEN", tokenizer.image_token),
     )
 
 
 def portable_tokenizer(base: LlavaMed) -> PreTrainedTokenizerFast:
-    """A tokenizer for transformers alone. The image's piece is a special token under the id that it has: the
-    vocabulary keeps its length, and so do the model's embeddings.
+    """A tokenizer for transformers alone. The image's piece becomes a special token under its existing id, so that the
+    vocabulary, and with it the model's embeddings, keep their length.
 
     Raises:
-        ModelError: it would give other ids than ours.
+        ModelError: It would give other ids than ours.
     """
     ours = base.tokenizer
     source = ours.folder / "tokenizer.model"
@@ -127,7 +128,7 @@ def portable_tokenizer(base: LlavaMed) -> PreTrainedTokenizerFast:
         unk_token=fast.id_to_token(0),
         pad_token=fast.id_to_token(ours.pad_token_id),
         extra_special_tokens={"image_token": image},
-        padding_side="left",  # to generate by the batch
+        padding_side="left",  # Generation of a batch needs padding on the left.
         clean_up_tokenization_spaces=False,
         model_max_length=base.model.config.text_config.max_position_embeddings,
     )
@@ -149,10 +150,11 @@ def _check(tokenizer: PreTrainedTokenizerFast, base: LlavaMed, image: str) -> No
 
 
 def _from_sentencepiece(file: Path) -> FastTokenizer:
-    """SentencePiece's BPE merges the pair that makes the piece of highest score; merges are ranked like that here."""
+    """Merges for transformers' BPE. SentencePiece merges the pair that makes the piece of highest score, so merges are
+    ranked by score."""
     pieces = SentencePieceProcessor(model_file=str(file))
     vocabulary = {pieces.id_to_piece(number): number for number in range(len(pieces))}
-    # Not the tokens that stand for themselves: bytes, <unk>, <s>, </s> are never merged into.
+    # Tokens that stand for themselves are left out: bytes, <unk>, <s> and </s> are never results of a merge.
     merged = [
         number
         for number in range(len(pieces))
@@ -200,9 +202,10 @@ def _save_config(base: LlavaMed, folder: Path) -> None:
     base.model.config.save_pretrained(folder)
     path = folder / "config.json"
     config: dict[str, Any] = read_object(path)
-    config["architectures"] = [type(base.model).__name__]  # only `save_pretrained` of a model adds them
+    config["architectures"] = [type(base.model).__name__]  # Only `save_pretrained` of a model adds them.
     config["image_seq_length"] = base.patches
-    config["vision_config"].pop("_name_or_path", None)  # a path of the machine that wrote it
+    config["vision_config"].pop("_name_or_path", None)  # This is a path of the machine that wrote it.
     text = config["text_config"]
-    text["rope_theta"] = text["rope_parameters"]["rope_theta"]  # where transformers 4 looks; its default is another
+    # transformers 4 looks here; its default is another file.
+    text["rope_theta"] = text["rope_parameters"]["rope_theta"]
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

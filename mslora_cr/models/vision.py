@@ -1,4 +1,4 @@
-"""The vision tower: where it comes from, and its features apart from the model."""
+"""The vision tower: where to find it, and its features without the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mslora_cr.utils.strict_json import JsonError, read_object
 
 
 def detach_tower(model: LlavaForConditionalGeneration) -> nn.Module:
-    """Take the vision tower out of a model, which then takes its features (`tower_features`) where it took pixels."""
+    """Take the vision tower out of a model, which then accepts its features (`tower_features`) in place of pixels."""
     tower = model.model.vision_tower
     model.model.vision_tower = _GivenFeatures(model.config.vision_feature_layer)
     return tower
@@ -61,7 +61,7 @@ class TowerEncoder:
 
 
 class _GivenFeatures(nn.Module):
-    """Takes a tower's place: its input is already the features."""
+    """Replaces a tower: its input is already the features."""
 
     def __init__(self, layer: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class _GivenFeatures(nn.Module):
 
 
 def tower_source(path: Path, config: Mapping[str, Any], vision_tower: str) -> str | Path:
-    """The tower's folder, or its hub name where no folder of that name exists."""
+    """The tower's folder, or its hub name if there is no folder of that name."""
     name = vision_tower if vision_tower not in ("config", "checkpoint") else config.get("mm_vision_tower")
     if not isinstance(name, str) or not name:
         raise ModelError(f"{path}/config.json: mm_vision_tower is missing")
@@ -98,7 +98,7 @@ def load_named_tower(path: Path, config: Mapping[str, Any]) -> CLIPVisionModel:
 
 def tower_config(source: str | Path) -> CLIPVisionConfig:
     if isinstance(source, Path):
-        if not (source / "config.json").exists():  # transformers would take the default sizes
+        if not (source / "config.json").exists():  # Otherwise transformers would use the default sizes.
             raise ModelError(f"{source}: config.json is missing")
         try:
             check_numbers(source / "config.json", read_object(source / "config.json"))
@@ -119,5 +119,5 @@ def load_tower(path: Path, source: str | Path, dtype: torch.dtype) -> CLIPVision
         {"dtype": dtype},
         "; download it, or set model.vision_tower to its folder (or to `checkpoint` for the tower inside the shards)",
     )
-    check_report(source, report, unexpected=set())  # a full CLIP has a text model as well
+    check_report(source, report, unexpected=set())  # A full CLIP has a text model as well.
     return tower

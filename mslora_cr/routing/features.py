@@ -67,11 +67,12 @@ class FeatureExtractor:
     def __init__(
         self, base: BaseModel, input_processor: InputProcessor, device: torch.device, workers: int = 0
     ) -> None:
-        """Args:
-        base: The frozen base model. The part that reads pictures runs on `device`, wherever the rest is.
-        input_processor: Prepares the pictures.
-        device: The device to compute on.
-        workers: Processes that decode pictures.
+        """
+        Args:
+            base: The frozen base model. The part that reads pictures runs on `device`, wherever the rest is.
+            input_processor: Prepares the pictures.
+            device: The device to compute on.
+            workers: Processes that decode pictures.
         """
         self._input_processor, self._device, self._workers = input_processor, device, workers
         self._image_encoder = base.image_encoder

@@ -114,8 +114,9 @@ class Router:
     """Linear discriminants over tasks, all of them equally likely a priori."""
 
     def __init__(self, tasks: Sequence[TaskStatistics]) -> None:
-        """Args:
-        tasks: The tasks' statistics, at least one, with equally many features.
+        """
+        Args:
+            tasks: The tasks' statistics, at least one, with equally many features.
         """
         freedom = max(1, sum(task.count for task in tasks) - len(tasks))
         pooled = torch.stack([task.scatter for task in tasks]).double().sum(0) / freedom

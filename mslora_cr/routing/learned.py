@@ -21,12 +21,13 @@ class LearnedRouter:
     """
 
     def __init__(self, tasks: Sequence[TaskStatistics], decay: float) -> None:
-        """Args:
-            tasks: The tasks' statistics, at least one, with examples.
-            decay: λ.
+        """
+        Args:
+                tasks: The tasks' statistics, at least one, with examples.
+                decay: λ.
 
         Raises:
-            BankError: A task has no examples: its statistics belong to another method.
+                BankError: A task has no examples: its statistics belong to another method.
         """
         task_examples = [task.examples for task in tasks if task.examples is not None]
         if len(task_examples) < len(tasks):

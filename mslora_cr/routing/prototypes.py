@@ -21,11 +21,12 @@ class PrototypeRouter:
     def __init__(
         self, tasks: Sequence[TaskStatistics], pictures: int, temperature: float, words_alone: bool = False
     ) -> None:
-        """Args:
-        tasks: The tasks' statistics, at least one.
-        pictures: The number of image features, which come first.
-        temperature: T.
-        words_alone: Ignore the picture's features.
+        """
+        Args:
+            tasks: The tasks' statistics, at least one.
+            pictures: The number of image features, which come first.
+            temperature: T.
+            words_alone: Ignore the picture's features.
         """
         self._prototypes, self._pictures = torch.stack([task.mean for task in tasks]), pictures
         self._temperature, self._words_alone = temperature, words_alone

@@ -1,4 +1,4 @@
-"""Compares a run folder with a configuration: defaults it began with, settings its finished tasks differ in."""
+"""Compares a run folder with a configuration: former defaults, and settings in which its finished tasks differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mslora_cr.utils.strict_json import JsonError, read_object
 
 log = logging.getLogger(__name__)
 SHOWN = 6
-"""Changed settings that a refusal names."""
+"""The most changed settings that a refusal names."""
 
 
 def with_former_defaults(config: StreamConfig) -> StreamConfig:
@@ -36,7 +36,8 @@ def with_former_defaults(config: StreamConfig) -> StreamConfig:
         begun = read_plain_yaml(config.run_dir / CONFIG)[name]
         if any(begun.get(key) != value for key, value in former.items()):
             return config
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or no configuration of this method
+    # There is none yet, or it is no configuration of this method.
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return config
     values = {key: value for key, value in former.items() if value is not None}
     assignments = ", ".join(f"{name}.{key}={value}" for key, value in values.items())
@@ -53,8 +54,8 @@ class Finished:
     ledger: RunLedger
 
     def fixed_difference(self, config: StreamConfig) -> str:
-        """The first difference in what a finished task stays: its place in the stream, its method, its rank; empty if
-        there is none."""
+        """The first difference in what a finished task cannot change: its position in the stream, its method, its rank;
+        empty if there is none."""
         stream = {task.name: task for task in config.stream}
         finished = self.ledger.tasks
         gone = next((name for name in finished if name not in stream), None)
@@ -89,17 +90,18 @@ class Finished:
             return None
 
     def difference(self, config: StreamConfig) -> str:
-        """The settings in which the finished tasks differ; empty if none.
+        """The settings in which the finished tasks differ; empty if there are none.
 
         Raises:
-            KeyError: one of them is not in the stream, which `fixed_difference` finds.
+            KeyError: A finished task is not in the stream; `fixed_difference` finds that.
         """
-        for name, entry in reversed(self.ledger.tasks.items()):  # the last one's configuration holds the others'
+        # The last task's configuration includes those of the earlier ones.
+        for name, entry in reversed(self.ledger.tasks.items()):
             task = config.task(name)
             if entry.config_digest in (None, config.training_digest(task)):
                 continue
             changed = changed_settings(self.folder, config, task)
-            if not changed:  # a launch with --force has put its own settings into config.yaml
+            if not changed:  # A launch with --force has overwritten config.yaml.
                 forced = [change for launch in self.ledger.forced for change in launch.changed]
                 changed = [f"{name!r} was trained with other settings, by --force", *forced]
             return "; ".join(changed[:SHOWN])
@@ -107,14 +109,14 @@ class Finished:
 
 
 def changed_settings(folder: Path, config: StreamConfig, task: Task) -> list[str]:
-    """The settings that decide a task's bank and differ from the configuration saved in a run folder: `key: old there,
-    new here`, the order of tasks first."""
+    """The settings that decide a task's bank and differ from the run folder's saved configuration: `key: old there, new
+    here`, the order of tasks first."""
     try:
         saved = StreamConfig.model_validate(read_plain_yaml(folder / CONFIG))
         last = saved.stream[task.index] if task.index < len(saved.stream) else None
         old = saved.fingerprint_fields(last)
     except (OSError, ValueError):
-        return [f"its {CONFIG} is gone or damaged"]
+        return [f"its {CONFIG} is missing or damaged"]
     new = config.fingerprint_fields(task)
     changes = []
     orders = [[member["name"] for member in fields["tasks"]] for fields in (old, new)]

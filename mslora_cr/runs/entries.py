@@ -17,26 +17,26 @@ class Imported(Part):
 
 
 class TaskEntry(Part):
-    """A finished task. How an imported bank was trained is not known: no loss, no steps, no seconds.
+    """A finished task. How an imported bank was trained is unknown: it has no loss, no steps, no seconds.
 
     Attributes:
         digest: SHA-256 of the bank's weights.
-        memory_digest: SHA-256 of the task state; None where the method keeps none.
-        router_digest: SHA-256 of the router statistics; None where there are none.
-        records_digest: digest of the training records.
-        config_digest: digest of the configuration that decided the bank.
-        model_digest: digest of the base model's files.
+        memory_digest: SHA-256 of the task state; None if the method stores none.
+        router_digest: SHA-256 of the router statistics; None if there are none.
+        records_digest: Digest of the training records.
+        config_digest: Digest of the configuration that decided the bank.
+        model_digest: Digest of the base model's files.
         bank_layer: `fused` or `peft`.
         kernels: `liger` or `torch`.
-        recomputed_layers: number of decoder layers whose activations were recomputed.
-        switched_off: what is not used with this base model.
-        padding: shares of padded positions.
-        weights: of the penalties after the last step.
-        stream: the tasks up to this one, in order. Version 0.1.0 wrote neither this nor the next four.
-        method: the bank's method.
-        rank: the bank's rank.
-        processes: number of processes that trained the bank, each with a device of its own.
-        parameters: number of parameters of the bank.
+        recomputed_layers: The number of decoder layers whose activations were recomputed.
+        switched_off: Optimisations that this base model does not use.
+        padding: Shares of padded positions.
+        weights: Weights of the penalties after the last step.
+        stream: The tasks up to this one, in order. Version 0.1.0 wrote neither this nor the next four.
+        method: The bank's method.
+        rank: The bank's rank.
+        processes: The number of processes that trained the bank, each with a device of its own.
+        parameters: The number of parameters of the bank.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -67,19 +67,19 @@ class TaskEntry(Part):
 
     @property
     def device_hours(self) -> float | None:
-        """Time of training times devices, in hours; None where it is not known how many there were."""
+        """Training time times the number of devices, in hours; None if that number is unknown."""
         if not self.seconds:
             return 0.0
         return self.seconds * self.processes / 3600 if self.processes else None
 
 
 class Answering(Part):
-    """Which banks answer where the method is not of the package, so that a run can be read without the method's code.
+    """Which banks answer, for a method outside the package, so that a run can be read without the method's code.
 
     Attributes:
-        stages: those that can answer, from 1.
-        prefix: by stage and task of the stream, the places from 1 of the banks that answer by `prefix`.
-        all: the same by `all`.
+        stages: The stages that can answer, from 1.
+        prefix: By stage and task of the stream, the numbers, from 1, of the banks that answer by `prefix`.
+        all: The same by `all`.
     """
 
     stages: tuple[int, ...]
@@ -88,7 +88,7 @@ class Answering(Part):
 
 
 class Forced(Part):
-    """A launch with `--force` that went on with other settings: when, after which tasks, and what it changed."""
+    """A launch with `--force` that continued with other settings: when, after which tasks, and what it changed."""
 
     when: str
     finished: tuple[str, ...]
@@ -96,7 +96,7 @@ class Forced(Part):
 
 
 class RunLedger(StateFile):
-    """`ledger.json` of a run folder; everything but run and method is empty before the first launch."""
+    """`ledger.json` of a run folder. Before the first launch everything but run and method is empty."""
 
     MEND: ClassVar[str] = "restore it from a copy, or move the run folder away to start again"
     model_config = ConfigDict(extra="allow")

@@ -1,4 +1,4 @@
-"""The environment of a result: package versions, git commit, hardware; a check that all hosts have the same."""
+"""The environment of a result: package versions, git commit, hardware; and a check that all hosts have the same."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def _hardware() -> dict[str, Any]:
 
 
 def check_hosts(output: Path, facts: Mapping[str, Any]) -> None:
-    """Let every rank see that all ranks work on the same thing and write to the same folder.
+    """Check that all ranks work on the same inputs and write to the same folder; every rank learns the result.
 
     Raises:
-        DistributedError: on every rank; names what differs.
+        DistributedError: On every rank; the message names the difference.
     """
     assert_same_on_all_ranks({**facts, "the package versions": versions()})
     assert_shared_fs(output)

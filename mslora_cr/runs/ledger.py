@@ -1,4 +1,4 @@
-"""The run folder's ledger: what made the run, which tasks are done, and the digest of each bank."""
+"""The run folder's ledger: what decided the run, which tasks are done, and the digest of each bank."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mslora_cr.utils.regular import check_regular
 
 
 def work_folder(run: Path, task: str) -> Path:
-    """Where checkpoints inside a task are kept in a run folder until it is done."""
+    """The folder for checkpoints inside a task, until the task is done."""
     return run / "work" / task
 
 
@@ -38,14 +38,14 @@ class Ledger:
     folder: Path
     content: RunLedger
     _verified: set[tuple[str, str]] = field(default_factory=set)
-    """Files of banks, with their digests, that were found to be what is recorded: a bank is hashed once."""
+    """Bank files, with their digests, that match the ledger: each is hashed once."""
 
     @classmethod
     def read(cls, config: StreamConfig) -> Ledger:
-        """The ledger of a configuration's run folder, empty if there is none yet. Writes nothing.
+        """The ledger of a configuration's run folder; an empty one if there is none yet. Nothing is written.
 
         Raises:
-            StateError: `ledger.json` is damaged, or of a later version.
+            StateError: `ledger.json` is damaged, or a later version wrote it.
         """
         content = RunLedger.read_if_there(config.run_dir / LEDGER)
         return cls(config.run_dir, content or RunLedger(run=config.run, method=config.method, tasks={}))
@@ -56,10 +56,10 @@ class Ledger:
         return self.content.tasks
 
     def open(self, config: StreamConfig, model_digest: str, force: bool) -> None:
-        """Make the run folder this configuration's. What `force` lets pass is noted in the ledger.
+        """Make the run folder this configuration's, and note in the ledger which differences `force` allowed.
 
         Raises:
-            ConfigError: as `check_same_configuration`.
+            ConfigError: As `check_same_configuration`.
         """
         self.check_same_configuration(config, model_digest, force)
         begun = [
@@ -81,16 +81,19 @@ class Ledger:
         force: bool,
         advice: str = "Choose another `run`, or pass --force to continue with this one",
     ) -> None:
-        """Raise if finished tasks were trained otherwise. Writes nothing.
+        """Raise if finished tasks were trained otherwise; write nothing.
 
-        A stream may grow: tasks behind the finished ones are free.
+        A stream may grow: tasks after the finished ones are free.
 
         Args:
-            advice: what the user can do instead.
+            config: The configuration.
+            model_digest: The digest of its base model.
+            force: Allow differences that do not change finished tasks.
+            advice: What the user can do instead.
 
         Raises:
-            ConfigError: they have another order, rank or method here; or they were trained with other settings or on
-                another base model, and `force` is not given. What differs is named.
+            ConfigError: The finished tasks have another order, rank or method; or they were trained with other settings
+                or on another base model, and `force` is not given. The message names the difference.
         """
         finished = Finished(self.folder, self.content)
         if fixed := finished.fixed_difference(config):
@@ -119,7 +122,7 @@ class Ledger:
         """Whether a task is finished.
 
         Raises:
-            BankError: its bank is gone or not the one that was recorded.
+            BankError: Its bank is missing, or is not the recorded one.
         """
         entry = self.tasks.get(task)
         if entry is None:
@@ -146,7 +149,7 @@ class Ledger:
         """A task's router statistics, from the file beside its bank.
 
         Raises:
-            BankError: it is not there, or not what is recorded.
+            BankError: The file is missing, or is not the recorded one.
         """
         file = self.bank_folder(task) / STATISTICS
         statistics = load_statistics(file.parent)
@@ -161,8 +164,8 @@ class Ledger:
         """The finished banks of these tasks.
 
         Raises:
-            BankError: one is not finished, or of another rank than the configuration's, where the method's code is
-                there to tell its rank.
+            BankError: A task is not finished, or its bank has another rank than the configuration asks for, as far as
+                the method's code is there to tell.
         """
         loaded = []
         for task in tasks:
@@ -176,11 +179,13 @@ class Ledger:
         return loaded
 
     def enter(self, config: StreamConfig, task: Task, digest: str, **fields: Any) -> None:
-        """Enter a task as finished, once its bank and what belongs to it are in their folder.
+        """Enter a task as finished, once its bank and all that belongs to it are in their folder.
 
         Args:
+            config: The configuration.
+            task: The task.
             digest: SHA-256 of the bank's weights.
-            fields: further fields of its `TaskEntry`.
+            **fields: Further fields of its `TaskEntry`.
         """
         entry = TaskEntry(
             digest=digest,
@@ -197,17 +202,17 @@ class Ledger:
         self._write({"tasks": {**self.tasks, task.name: entry}})
 
     def note_answering(self, answering: Answering) -> None:
-        """Record which banks answer, for whoever reads the run without its method's code."""
+        """Record which banks answer, for readers without the method's code."""
         self._write({"answering": answering})
 
     def note_router(self, task: Task) -> None:
-        """Record a finished task's statistics, which were made anew; of another task nothing."""
+        """Record a finished task's new router statistics; do nothing for other tasks."""
         if task.name in self.tasks:
             entry = self.tasks[task.name].model_copy(update={"router_digest": self._digest(task, STATISTICS)})
             self._write({"tasks": {**self.tasks, task.name: entry}})
 
     def share(self) -> None:
-        """Let every rank have the first one's ledger: a shared file system may show other hosts an older one."""
+        """Give every rank the first rank's ledger: a shared file system may show other hosts an older one."""
         self.content = broadcast_object(self.content)
 
     def _digest(self, task: Task, name: str) -> str | None:

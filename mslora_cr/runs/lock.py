@@ -1,9 +1,9 @@
-"""One writer per folder, on all hosts that share it: a lock of the operating system, and a sign of life next to it.
+"""Allows one writer per folder, on all hosts that share it: a lock of the operating system, and a sign of life.
 
-The lock is POSIX's (`fcntl.lockf`): the kernel drops it when its process ends, however that ends; worker processes do
-not inherit it; over NFS it holds between hosts. Some file systems keep it to one host (Lustre without `flock`), or
-have none. For those the writer also says every few seconds that it lives: a folder whose lock is free but whose last
-writer was on another host is taken only after a minute without that.
+The lock is POSIX's (`fcntl.lockf`). The kernel releases it when its process ends in any way; worker processes do not
+inherit it; over NFS it holds between hosts. Some file systems limit it to one host (Lustre without `flock`), or have no
+locks. For those the writer also gives a sign of life every few seconds: a folder whose lock is free, but whose last
+writer was on another host, is taken only after a minute without one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LockedError(UserError):
 
 
 class Writer(StateFile):
-    """`.writer.json`: who writes to the folder. `boot` tells one start of a host from another; `beat` counts."""
+    """`.writer.json`: who writes to the folder. `boot` identifies one start of a host; `beat` counts."""
 
     MEND: ClassVar[str] = "remove it, if no process writes to this folder"
 
@@ -65,15 +65,16 @@ def _boot() -> str:
 
 
 _held: set[Path] = set()
-"""Folders that this process writes to: its own lock would not stop it."""
+"""Folders that this process writes to; its own lock would not stop it."""
 
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Inside, no other launch writes to this folder. All ranks of a launch are one writer: the first holds the lock.
+    """Keep other launches from writing to this folder inside the block. All ranks of a launch are one writer, and the
+    first rank holds the lock.
 
     Raises:
-        LockedError: another one does; names host, process and since when. Nothing is written then.
+        LockedError: Another launch writes there; the message names host, process and since when. Nothing was written.
     """
     if rank() != 0:
         yield
@@ -86,7 +87,7 @@ def one_writer(folder: Path) -> Iterator[None]:
             yield
     finally:
         for parent in made:
-            with suppress(OSError):  # something is in it now
+            with suppress(OSError):  # The folder is no longer empty.
                 parent.rmdir()
 
 
@@ -132,7 +133,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _take(folder: Path) -> int:
-    """The open lock file, locked; whoever ends removes it, so it may be another one than was opened."""
+    """Open and lock the lock file. Whoever ends removes it, so it may be another file than the one that was opened."""
     path = folder / LOCK
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -150,12 +151,12 @@ def _take(folder: Path) -> int:
 
 
 def _wait_for_silence(folder: Path) -> None:
-    """Where the last writer neither ended in order nor was on this host, see whether it still lives."""
+    """If the last writer was on another host and did not end in order, check whether it still lives."""
     last = _last_writer(folder)
-    if last is None or last.boot == _boot():  # this host's kernel knows: the lock was free
+    if last is None or last.boot == _boot():  # This host's kernel knows: the lock was free.
         return
     log.warning(
-        "%s: its last writer, process %d on %s, did not end in order; looking for a sign of life for %.0f s",
+        "%s: its last writer, process %d on %s, did not end in order; waiting %.0f s for a sign of life",
         folder,
         last.pid,
         last.host,
@@ -187,5 +188,5 @@ def _beat(folder: Path, writer: Writer, ended: threading.Event) -> None:
     beat = 0
     while not ended.wait(BEAT_SECONDS):
         beat += 1
-        with suppress(OSError):  # a full disk does not end the run here
+        with suppress(OSError):  # A full disk must not end the run here.
             writer.model_copy(update={"beat": beat}).write(folder / WRITER)

@@ -22,9 +22,9 @@ from mslora_cr.training.trackers import check_trackers
 log = logging.getLogger(__name__)
 
 LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
-"""How the names of variables begin that `accelerate launch` sets from its user's own configuration."""
+"""Prefixes of the variables that `accelerate launch` sets from its user's own configuration."""
 UNSET = ("", "0", "no", "none", "false")
-"""Values that change nothing."""
+"""Values that have no effect."""
 
 
 def training_arguments(
@@ -33,10 +33,14 @@ def training_arguments(
     """TrainingArguments of one task; starts the process group in a run of several processes.
 
     Args:
-        ordered: the method orders all visits of samples itself, so the Trainer takes them as they come, once.
+        config: The run.
+        task: The task.
+        fields: The checked `training` section.
+        ordered: Whether the method orders all visits of samples itself, so that the Trainer takes them once, in that
+            order.
 
     Raises:
-        ConfigError: transformers refuses them, or checkpointing is to re-enter.
+        ConfigError: transformers refuses them, or checkpointing would be reentrant.
     """
     ignore_launcher_settings()
     per_device, accumulation = batch_shape(task, fields)
@@ -47,10 +51,10 @@ def training_arguments(
         "report_to": "none",
         "optim": "adamw_torch",
         "max_grad_norm": 0.0,
-        "ddp_find_unused_parameters": False,  # every batch uses every matrix of the bank
+        "ddp_find_unused_parameters": False,  # Every batch uses every matrix of the bank.
         "run_name": f"{config.run}/{task.name}",
         **fields,
-        "gradient_checkpointing": bool(fields.get("gradient_checkpointing")),  # the trainer takes how many layers
+        "gradient_checkpointing": bool(fields.get("gradient_checkpointing")),  # The trainer takes the number of layers.
         "output_dir": str(work_folder(config.run_dir, task.name)),
         "num_train_epochs": 1.0 if ordered else task.epochs,
         "learning_rate": task.learning_rate,
@@ -60,7 +64,7 @@ def training_arguments(
         "use_cpu": config.model.device == "cpu" or not torch.cuda.is_available(),
         "remove_unused_columns": False,
         "label_names": ["labels"],
-        # The trainer checks every loss itself and stops; the Trainer would leave it out of the average.
+        # The trainer checks every loss itself and stops; transformers' Trainer would leave it out of the average.
         "logging_nan_inf_filter": False,
     }
     if ordered:
@@ -71,12 +75,13 @@ def training_arguments(
     try:
         args = TrainingArguments(**chosen)
         for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()  # refuses where its package is missing; otherwise the Trainer would, with the model loaded
+            callback()  # This refuses if a package is missing; otherwise the Trainer would, with the model loaded.
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"training: {error}") from None
     check_trackers(args.report_to)
     rehearse(args)
-    args._n_gpu = min(args.n_gpu, 1)  # on several, a process without a launcher would split batches by DataParallel
+    # On several GPUs, a process without a launcher would split batches by DataParallel.
+    args._n_gpu = min(args.n_gpu, 1)
     if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ConfigError(
             "training.gradient_checkpointing_kwargs.use_reentrant: true would run a backward pass through the "
@@ -91,8 +96,10 @@ def training_arguments(
 
 
 def ignore_launcher_settings() -> None:
-    """Drop accelerate's settings from the environment, where a shell or `accelerate launch` put them: precision,
-    compilation, sharding and plugins are the configuration's alone."""
+    """Drop accelerate's settings from the environment, where a shell or `accelerate launch` put them.
+
+    Precision, compilation, sharding and plugins belong to the configuration.
+    """
     dropped = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(LAUNCHER_SETTINGS)}
     given = [f"{name}={value}" for name, value in sorted(dropped.items()) if value.lower() not in UNSET]
     _say_ignored(", ".join(given))
@@ -101,7 +108,7 @@ def ignore_launcher_settings() -> None:
 @cache
 def _say_ignored(given: str) -> None:
     if given:
-        log.warning("the environment has %s, which is ignored: the configuration's `training` decides", given)
+        log.warning("the environment sets %s, which is ignored: the configuration's `training` decides", given)
 
 
 def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:
@@ -110,7 +117,7 @@ def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:
     `training.per_device_train_batch_size` is the most that a process may take at once.
 
     Raises:
-        ConfigError: the batch size cannot be shared by the processes, or no sample may be taken at once.
+        ConfigError: The processes cannot divide the batch size, or no sample may be taken at once.
     """
     share, rest = divmod(task.batch_size, world_size())
     if rest:
@@ -125,6 +132,6 @@ def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:
 
 
 def update_steps(records: int, epochs: float, per_device: int, accumulation: int) -> int:
-    """Optimizer steps of a task, as the Trainer counts them."""
+    """The optimizer steps of a task, as the Trainer counts them."""
     batches = math.ceil(records / (per_device * world_size()))
     return math.ceil(epochs * max(1, math.ceil(batches / accumulation)))

@@ -16,8 +16,8 @@ from mslora_cr.utils.strict_json import JsonError, decode_json
 class TowerOutsideGraph(TrainerCallback):
     """Keeps the vision tower out of the graph under gradient checkpointing.
 
-    transformers makes the output of every embedding require a gradient then, the tower's too, so the tower would be
-    recomputed and differentiated. Checkpointing without re-entry, the only one allowed here, needs none of that.
+    transformers then makes the output of every embedding require a gradient, the tower's too, so the tower would be
+    recomputed and differentiated. Non-reentrant checkpointing, the only kind allowed here, does not need that.
     """
 
     def on_train_begin(
@@ -27,13 +27,13 @@ class TowerOutsideGraph(TrainerCallback):
 
 
 class JsonLinesCallback(TrainerCallback):
-    """Writes every logged record of a task as a line of JSON; a resumed task continues its file."""
+    """Writes every logged record of a task as a line of JSON. A resumed task continues its file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Drop what a killed run logged after the checkpoint that this one starts from."""
+        """Drop what a killed run logged after the checkpoint from which this one starts."""
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ class JsonLinesCallback(TrainerCallback):
                 try:
                     checkpoints += [line] if decode_json(line)["step"] <= state.global_step else []
                 except (JsonError, LookupError, TypeError):
-                    break  # the line that was being written when the run was killed
+                    break  # This line was being written when the run was killed.
         with replacing(self.path) as partial:
             partial.write_bytes(b"".join(line + b"\n" for line in checkpoints))
 
@@ -61,9 +61,9 @@ class JsonLinesCallback(TrainerCallback):
 
 
 class ConsoleCallback(TrainerCallback):
-    """The steps of a task with its last loss, and the time left: a bar, or lines where there is no terminal.
+    """Shows the steps of a task with its last loss and the time left: a bar, or lines where there is no terminal.
 
-    It stands for transformers' own, which writes every logged record as a dictionary of texts.
+    It replaces transformers' own, which writes every logged record as a dictionary of texts.
     """
 
     def __init__(self, task: str) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints inside a task: where they are, what wrote them, and whether a run may resume from one."""
+"""Checkpoints inside a task: where they are, which launch wrote them, and whether a run may resume from one."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ STATE = "bank_trainer.pt"
 LAUNCH = "launch.json"
 BANK_FOLDER = "bank"
 EXTRA_STATE = "magnitudes.safetensors"
-"""What is trained besides the bank, in a checkpoint's bank folder, where the kind of adapter has any."""
+"""Trained tensors beside the bank, in a checkpoint's bank folder, for kinds of adapters that have any."""
 STAGING = ".saving"
-"""How the name of a checkpoint that is not yet whole begins."""
+"""The prefix of a checkpoint that is not complete."""
 
 
 _NO_DAMAGE = (torch.AcceleratorError, torch.OutOfMemoryError, StateError)
 
 
 class SaveError(UserError):
-    """Something cannot be written; what was complete before is kept."""
+    """A file cannot be written. Everything that was complete before is kept."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -62,26 +62,29 @@ class Launch(StateFile):
 
     @classmethod
     def of(cls, args: TrainingArguments, input_digests: Mapping[str, str]) -> Launch:
-        """The launch that this process is a part of."""
+        """The launch to which this process belongs."""
         facts = {"processes": args.world_size, "ZeRO stage": zero_stage(args.deepspeed), **input_digests}
         return cls.model_validate(facts)
 
     def input_digests(self) -> dict[str, str]:
-        """The settings that decide the bank, by name in words; unknown ones are left out."""
+        """The settings that decide the bank, by their names in messages; unknown ones are left out."""
         return self.model_dump(
             by_alias=True, exclude_none=True, include={"configuration", "base_model", "training_records"}
         )
 
 
 def check_same_launch(checkpoint: Path, args: TrainingArguments, input_digests: Mapping[str, str], force: bool) -> None:
-    """Raise unless this run is launched as the one that wrote a checkpoint inside a task, and of the same content.
+    """Raise unless this run is launched like the one that wrote a checkpoint inside a task, with the same inputs.
 
     Args:
-        force: another configuration is all right.
+        checkpoint: The checkpoint's folder.
+        args: This run's arguments.
+        input_digests: Digests of what decides the bank.
+        force: Allow another configuration.
 
     Raises:
-        DistributedError: another number of processes or ZeRO stage; between tasks both may change freely.
-        ConfigError: another configuration, base model or training records.
+        DistributedError: The number of processes or the ZeRO stage differs; between tasks both may change freely.
+        ConfigError: The configuration, base model or training records differ.
     """
     written = Launch.read(checkpoint / LAUNCH)
     again = f"remove {checkpoint.parent} to start this task again (finished tasks stay)"
@@ -105,14 +108,14 @@ def check_same_launch(checkpoint: Path, args: TrainingArguments, input_digests: 
 
 @contextmanager
 def reading(checkpoint: str | None) -> Iterator[None]:
-    """Name the checkpoint in what libraries raise when it is damaged.
+    """Name the checkpoint in errors of libraries that find it damaged.
 
     Raises:
-        StateError: instead of the library's own error.
+        StateError: In place of the library's error.
     """
     try:
         yield
-    except Exception as error:  # a damaged pickle may raise nearly anything
+    except Exception as error:  # A damaged pickle may raise nearly anything.
         if checkpoint is None or lost_a_process(error) or isinstance(error, _NO_DAMAGE):
             raise
         reason = (str(error) or repr(error)).splitlines()[0][:200]
@@ -121,10 +124,10 @@ def reading(checkpoint: str | None) -> Iterator[None]:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Name the place in what libraries raise when a disk is full or a folder cannot be written.
+    """Name the folder in errors of libraries when a disk is full or a folder cannot be written.
 
     Raises:
-        SaveError: instead of the library's own error.
+        SaveError: In place of the library's error.
     """
     try:
         yield
@@ -140,34 +143,37 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 class Publisher:
-    """Flushes written checkpoints to disk, gives them their names and drops older ones, in a thread of its own: until
-    one has its name, a run resumes from the one before."""
+    """Publishes written checkpoints in a thread: flushes them to disk, names them and drops older ones.
+
+    Until a checkpoint has its name, a run resumes from the one before.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         """
         Args:
-            folder: where checkpoints are.
-            keep: how many of them, at least one.
+            folder: The folder of the checkpoints.
+            keep: How many to keep, at least one.
         """
         self._folder, self._keep = folder, keep
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._last: Future[None] | None = None
 
     def publish(self, written: Path, at_once: bool) -> None:
-        """Begin to publish a folder that is named as a checkpoint, elsewhere on the same disk.
+        """Begin to publish a folder that bears a checkpoint's name, elsewhere on the same disk.
 
         Args:
-            at_once: return when it is published.
+            written: The folder.
+            at_once: Return only when it is published.
         """
         self._last = self._pool.submit(self._publish, written)
         if at_once:
             self.wait()
 
     def wait(self) -> None:
-        """Until the last one is published.
+        """Wait until the last checkpoint is published.
 
         Raises:
-            SaveError: it cannot be.
+            SaveError: It cannot be published.
         """
         if self._last is not None:
             self._last.result()
@@ -178,8 +184,8 @@ class Publisher:
         for old in checkpoints(self._folder)[: -self._keep]:
             try:
                 shutil.rmtree(old)
-            except OSError as error:  # on NFS, a file that somebody still reads
-                log.warning("%s is no longer needed and cannot be removed yet (%s)", old, error)
+            except OSError as error:  # On NFS, somebody may still read a file.
+                log.warning("%s is no longer needed, but cannot be removed yet (%s)", old, error)
 
     def __enter__(self) -> Publisher:
         return self

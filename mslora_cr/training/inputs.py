@@ -1,4 +1,4 @@
-"""Positions of a batch that predict a label, and inputs of the linear layers under a bank, for methods that store
+"""Positions of a batch that predict a label, and inputs of the linear layers that a bank adapts, for methods that store
 them."""
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from mslora_cr.distributed.comm import all_reduce_sum, rank, world_size
 
 
 def loss_mask(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Which positions predict a label, and the labels they predict.
+    """The positions that predict a label, and the labels they predict.
 
     Args:
         labels: (batch, length) int64, `IGNORE_INDEX` where there is none.
 
     Returns:
-        A (batch, length) bool mask of positions that predict a label, for `logits_to_keep`, and the labels
-        they predict, (kept,).
+        A (batch, length) bool mask of positions that predict a label, for `logits_to_keep`, and the labels they
+        predict, (kept,).
     """
     shifted = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
     keep = shifted != IGNORE_INDEX
@@ -35,20 +35,21 @@ def loss_mask(labels: Tensor) -> tuple[Tensor, Tensor]:
 def layer_inputs(
     model: nn.Module, batch_of: Callable[[int], dict[str, Any]], count: int, samples: int, tokens: int, seed: int
 ) -> dict[str, Tensor]:
-    """Inputs of every linear layer that a bank adapts, the model as it is, without dropout.
+    """Inputs of every linear layer that a bank adapts, in the current model, without dropout.
 
     The seed alone chooses samples and tokens, and ranks share the samples, so any number of processes gets the same
-    columns; under ZeRO-3 all of them take part in each pass. Call it on every rank.
+    columns. Under ZeRO-3 all ranks take part in each pass. Call it on every rank.
 
     Args:
-        model: with a bank on top.
-        batch_of: a sample's batch of one, on the model's device, from its position.
-        count: how many samples there are.
-        samples: how many to take at most.
-        tokens: positions of each, at most.
+        model: The model, with a bank on top.
+        batch_of: Maps a sample's position to its batch of one, on the model's device.
+        count: The number of samples.
+        samples: The most samples to take.
+        tokens: The most positions of each.
+        seed: Chooses samples and tokens.
 
     Returns:
-        Linear layer's name → (in, samples · tokens), float32, on the CPU; zeros where a sample has fewer tokens.
+        By linear layer's name (in, samples · tokens), float32, on the CPU; zeros if a sample has fewer tokens.
     """
     layers = {name.removeprefix(PEFT_PREFIX): m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
@@ -70,7 +71,8 @@ def layer_inputs(
 
 @contextmanager
 def _recorded(layers: dict[str, nn.Module], positions: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Inside, passes of one sample leave the layers' inputs at these positions, (positions, in), on the CPU."""
+    """Collect the layers' inputs at these positions, (positions, in), on the CPU, from passes of one sample inside the
+    block."""
     seen: dict[str, Tensor] = {}
 
     def record(name: str) -> Callable[..., None]:

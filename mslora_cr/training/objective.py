@@ -1,4 +1,4 @@
-"""What a task minimises besides the cross entropy: a penalty once per update, a distillation in every micro-batch."""
+"""What a task minimises beside the cross entropy: a penalty once per update, a distillation in every micro-batch."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class NonFiniteLossError(UserError):
 class Objective:
     """The terms that a method adds to the cross entropy.
 
-    The penalty's gradient joins each matrix's own in a tensor hook, in the last backward pass before an update. The
-    hook sees whole matrices under DDP and every ZeRO stage, an update gets the gradient once whatever the
-    accumulation, and averaging over ranks leaves it unchanged.
+    A tensor hook adds the penalty's gradient to each matrix's own, in the last backward pass before an update. The hook
+    sees whole matrices under DDP and every ZeRO stage; an update gets the gradient once, whatever the accumulation; and
+    averaging over ranks leaves it unchanged.
     """
 
     def __init__(self, penalty: Penalty | None = None, distillation: Distillation | None = None) -> None:
         """
         Args:
-            penalty: a term of the bank's matrices.
-            distillation: a term of the logits with and without the bank.
+            penalty: A term of the bank's matrices.
+            distillation: A term of the logits with and without the bank.
         """
         self.penalty, self.distillation = penalty, distillation
         self._trainable: Mapping[str, tuple[nn.Parameter, nn.Parameter]] = {}
         self._pending: dict[Key, Tensor] = {}
 
     def attach(self, stack: BankStack) -> None:
-        """Let the penalty's gradient join those of the trainable bank's matrices that learn."""
+        """Hook the trainable bank's trained matrices, so that the penalty's gradient is added to theirs."""
         self._trainable = stack.trainable()
         matrices = {(name, half): matrix for name, pair in self._trainable.items() for half, matrix in enumerate(pair)}
         for key, matrix in matrices.items():
@@ -48,17 +48,17 @@ class Objective:
 
     @contextmanager
     def penalized(self, learning_rate: float, where: str) -> Iterator[tuple[Tensor | None, Mapping[str, Tensor]]]:
-        """Inside, a backward pass adds the penalty's gradient at the current matrices; outside, none does.
+        """Add the penalty's gradient at the current matrices in backward passes inside the block.
 
         Args:
-            learning_rate: of this update.
-            where: the run and step, for the message.
+            learning_rate: That of this update.
+            where: The run and step, for the message.
 
         Yields:
             The penalty's value, None without one, and its terms for the log.
 
         Raises:
-            NonFiniteLossError: the penalty is NaN or infinite.
+            NonFiniteLossError: The penalty is NaN or infinite.
         """
         if self.penalty is None:
             yield None, {}
@@ -77,19 +77,19 @@ class Objective:
 
     @property
     def frozen_bytes(self) -> int:
-        """Memory that the penalty holds of earlier banks."""
+        """The memory that the penalty takes for earlier banks."""
         return self.penalty.frozen_bytes if self.penalty else 0
 
     @property
     def weights(self) -> dict[str, float] | None:
-        """The penalty's weights as they are now; None without a penalty."""
+        """The penalty's current weights; None without a penalty."""
         return self.penalty.weights if self.penalty else None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint inside the task must hold."""
+        """The state for a checkpoint inside the task."""
         return self.penalty.state_dict() if self.penalty else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a checkpoint's `state_dict`."""
+        """Restore a checkpoint's `state_dict`."""
         if self.penalty:
             self.penalty.load_state_dict(state)

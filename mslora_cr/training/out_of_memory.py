@@ -1,8 +1,8 @@
 """Handles running out of memory in a step that cannot be repeated.
 
-One of several processes, and any under DeepSpeed, cannot repeat its pass: the others wait in the middle of theirs. So
-the run ends, after a note beside the task's checkpoints that more layers are to be recomputed, and the next launch
-goes on from the last checkpoint with them.
+One of several processes, and any process under DeepSpeed, cannot repeat its pass: the others wait in the middle of
+theirs. So the run ends, after a note beside the task's checkpoints to recompute more layers, and the next launch
+continues from the last checkpoint with them.
 """
 
 from __future__ import annotations
@@ -23,57 +23,59 @@ from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.state import StateFile
 
 NOTE = "recomputation-"
-"""How the notes' names begin; each rank writes one of its own, so that none is written by two."""
+"""The prefix of the notes' names. Each rank writes one of its own, so that no file has two writers."""
 LAUNCHES_OF_RETREAT = 4
-"""After so many launches at most, all layers are recomputed: each loads the model again."""
+"""After this many launches, all layers are recomputed: each launch loads the model again."""
 LESS = (
-    "Less memory is needed with a smaller training.per_device_train_batch_size (more accumulation, the same update), "
+    "To need less memory, use a smaller training.per_device_train_batch_size (more accumulation, the same update), "
     "with training.deepspeed=zero3 on several GPUs, or with model.quantization=4bit"
 )
 
 
 class MemoryRanOutError(UserError):
-    """The device has too little memory for a step; the message says how the run goes on, or what needs less."""
+    """The device has too little memory for a step. The message says how the run continues, or what needs less
+    memory."""
 
 
 class LayersNote(StateFile):
-    """`recomputation-RANK.json` beside a task's checkpoints: memory ran out there with fewer layers recomputed."""
+    """`recomputation-RANK.json` beside a task's checkpoints: memory ran out with so few layers recomputed."""
 
     MEND: ClassVar[str] = "remove it; training.gradient_checkpointing: auto then decides from measured memory alone"
 
     recomputed_layers: int = Field(ge=1)
     samples: int = Field(ge=1)
-    """The number of samples in a device's batch at that time; the note does not apply to smaller batches."""
+    """The number of samples in a device's batch then; the note does not apply to smaller batches."""
 
 
 def least_layers(folder: Path, samples: int) -> int:
-    """How many layers must be recomputed, as far as earlier launches found out: the same on every rank.
+    """How many layers must be recomputed according to earlier launches; the same on every rank.
 
     Args:
-        folder: of the task's checkpoints.
-        samples: in a device's batch now.
+        folder: The folder of the task's checkpoints.
+        samples: The number of samples in a device's batch now.
 
     Raises:
-        NewerError: the note is of a later version.
+        NewerError: A later version wrote the note.
     """
     notes = [LayersNote.read_if_whole(file) for file in sorted(folder.glob(f"{NOTE}*.json"))]
     noted = [note.recomputed_layers for note in notes if note is not None and samples >= note.samples]
-    return max(all_gather_object(max(noted, default=0)))  # a shared file system may show other hosts an older state
+    return max(all_gather_object(max(noted, default=0)))  # A shared file system may show other hosts an older state.
 
 
 @contextmanager
 def noting_more_layers(trainer: Trainer, recomputation: Recomputation) -> Iterator[None]:
-    """Around a task's training: where memory runs out, say how it can go on, and note it for the next launch.
+    """Wrap a task's training: if memory runs out, say how it can continue, and note it for the next launch.
 
     Raises:
-        MemoryRanOutError: instead of PyTorch's error. SaveError: the note cannot be written.
+        MemoryRanOutError: In place of PyTorch's error.
+        SaveError: The note cannot be written.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         folder, layers, count = Path(trainer.args.output_dir), recomputation.layers, recomputation.count
         left = checkpoints(folder)
-        onward = f"goes on from {left[-1]}" if left else "begins this task again"
+        onward = f"continues from {left[-1]}" if left else "starts this task again"
         reason = (str(error) or repr(error)).splitlines()[0][:200]
         where = f"{trainer.args.run_name}: memory ran out at step {trainer.state.global_step + 1}"
         if count == layers:

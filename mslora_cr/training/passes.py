@@ -1,4 +1,4 @@
-"""Forward and backward passes of a task's samples outside the Trainer's steps, for methods and measurements."""
+"""Forward and backward passes over a task's samples outside the Trainer's steps, for methods and measurements."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 
 class Passes:
-    """Passes of a task's training samples through the model as it is, frozen banks included, that move nothing.
+    """Passes over a task's training samples through the current model, frozen banks included; they change nothing.
 
-    Every method of this class is to be called on every rank, and gives the same on any number of processes.
+    Call every method of this class on every rank; the result is the same for any number of processes.
     """
 
     def __init__(
@@ -42,15 +42,15 @@ class Passes:
     ) -> None:
         """
         Args:
-            stack: the model, with the trainable bank on top.
-            samples: the task's.
-            collator: makes a batch of samples.
-            seed: chooses the samples that are looked at.
-            to_device: brings a batch where the model is; by default where its first parameter is.
-            autocast: the context of a forward pass.
-            sparse_mlp: the last MLP, where it may leave positions without a label out.
-            release: called after a pass; shards what it has gathered.
-            unmerged: banks that the base's weights do not hold yet, and must for a pass.
+            stack: The model, with the trainable bank on top.
+            samples: The task's samples.
+            collator: Makes a batch of samples.
+            seed: Chooses the samples to use.
+            to_device: Moves a batch to the model's device; by default that of its first parameter.
+            autocast: The context of a forward pass.
+            sparse_mlp: The last MLP, if it may skip positions without a label.
+            release: Called after a pass; shards what the pass gathered.
+            unmerged: Banks that the base's weights do not contain yet, but must in a pass.
         """
         self._stack, self._samples, self._collator, self._seed = stack, samples, collator, seed
         self._to_device = to_device or self._to_base
@@ -59,18 +59,18 @@ class Passes:
 
     @property
     def sample_counts(self) -> list[int]:
-        """How many samples each of the method's `sources` has."""
+        """The number of samples of each of the method's `sources`."""
         return self._samples.counts
 
     def layer_inputs(self, samples: int, tokens: int) -> dict[str, Tensor]:
-        """What each linear layer sees of the samples; `training.inputs.layer_inputs`.
+        """The inputs of each linear layer on the samples; see `training.inputs.layer_inputs`.
 
         Args:
-            samples: how many to take at most.
-            tokens: positions of each, at most.
+            samples: The most samples to take.
+            tokens: The most positions of each.
 
         Returns:
-            Linear layer's name → (in, samples · tokens), float32, on the CPU.
+            By linear layer's name (in, samples · tokens), float32, on the CPU.
         """
         self._merge()
 
@@ -87,9 +87,9 @@ class Passes:
         """The mean of a function of single samples' gradients, on the CPU; ranks share the samples.
 
         Args:
-            of: a matrix's gradient of one sample's cross entropy, summed over its answer's tokens → a tensor.
-            samples: how many to take at most.
-            label: of the progress bar.
+            of: Maps a matrix's gradient of one sample's cross entropy, summed over its answer's tokens, to a tensor.
+            samples: The most samples to take.
+            label: The text of the progress bar.
         """
         chosen = self._chosen(samples)
         count, total = len(chosen), dict[Key, Tensor]()
@@ -97,7 +97,7 @@ class Passes:
         passes = range(0, count, world_size())
         for start in progress_bar(passes, desc=label, unit="sample", unit_scale=world_size(), disable=rank() != 0):
             mine = start + rank()
-            # Every rank takes part in every pass, if only with a sample that does not count.
+            # Every rank takes part in every pass, if necessary with a sample that does not count.
             with self.summed_loss([chosen[min(mine, count - 1)]]) as loss:
                 gradients = self.gradients(loss)
             for key, gradient in gradients.items():
@@ -105,13 +105,13 @@ class Passes:
         return {key: all_reduce_sum(values / count).cpu() for key, values in total.items()}
 
     def gradients_at(self, bank: Mapping[str, Pair], samples: int) -> dict[Key, Tensor]:
-        """The gradient of the mean cross entropy over answers' tokens, float32, at a bank, which is then forgotten.
+        """The gradient of the mean cross entropy over answers' tokens at a bank, float32; the bank is not kept.
 
-        Ranks do not share the samples: their sums would differ in rounding, and what is made from them much more.
+        Ranks do not share the samples: their sums would differ in rounding, and results derived from them much more.
 
         Args:
             bank: A and B by linear layer.
-            samples: how many to take at most.
+            samples: The most samples to take.
         """
         self._merge()
         pairs = self._stack.trainable()
@@ -129,19 +129,20 @@ class Passes:
         return {key: total / max(tokens, 1) for key, total in totals.items()}
 
     def weights(self) -> dict[str, Tensor]:
-        """Each linear layer's own weight, (out, in), with what is merged into it."""
+        """Each linear layer's own weight, (out, in), with the banks merged into it."""
         self._merge()
         return self._stack.weights()
 
     @contextmanager
     def summed_loss(self, indices: Sequence[int]) -> Iterator[Tensor]:
-        """The cross entropy of samples, summed over their answers' tokens. Its backward pass belongs inside."""
+        """The cross entropy of samples, summed over their answers' tokens. Its backward pass belongs inside the
+        block."""
         with self._summed(indices) as (loss, _):
             yield loss
 
     @contextmanager
     def _summed(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
-        """The summed cross entropy, and of how many tokens."""
+        """The summed cross entropy, and the number of tokens."""
         batch = self._batch(indices)
         keep, targets = loss_mask(batch.pop("labels"))
         with self._sparse_mlp.masked(keep) if self._sparse_mlp else nullcontext():
@@ -150,7 +151,7 @@ class Passes:
             yield nn.functional.cross_entropy(output.logits.float(), targets, reduction="sum"), len(targets)
 
     def gradients(self, loss: Tensor) -> dict[Key, Tensor]:
-        """Of the matrices that learn, float32, left in no parameter."""
+        """The gradients of the trained matrices, float32; no parameter keeps them."""
         learning = self._learning()
         gradients = torch.autograd.grad(loss, list(learning.values()))
         self._release()

@@ -1,7 +1,7 @@
 """Chooses the decoder layers whose activations are recomputed in the backward pass (gradient checkpointing).
 
-Recomputing a layer costs its forward pass once more and changes no number, so only as many are recomputed as memory
-asks for: the first ones, of a number that is given, or found from what a step takes before the first one is made.
+Recomputing a layer repeats its forward pass and changes no number, so only as many are recomputed as memory requires:
+the first ones, of a given number or of one found by measuring a step before the first.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from mslora_cr.distributed.deepspeed import free_memory
 log = logging.getLogger(__name__)
 
 Setting = bool | int | Literal["auto"]
-"""`training.gradient_checkpointing`: all layers, none, the first so many, or as many as memory asks for."""
+"""`training.gradient_checkpointing`: all layers, none, the first so many, or as many as memory requires."""
 USABLE = 0.92
-"""Of the device's memory: the allocator cannot fill every gap."""
+"""The share of the device's memory to use: the allocator cannot fill every gap."""
 RESERVED_BYTES = 12
-"""Per trained number, for what the first measurement does not see: AdamW's two moments and the penalty's gradient."""
+"""Per trained number, for what the first measurement misses: AdamW's two moments and the penalty's gradient."""
 STEPS_OF_RETREAT = 8
-"""After so many failures at most, all layers are recomputed."""
+"""After this many failures, all layers are recomputed."""
 
 
 class Memory(NamedTuple):
@@ -38,7 +38,7 @@ class Memory(NamedTuple):
     layer: int
     """The bytes that one layer's stored activations add."""
     room: int
-    """The bytes that this process can use in all."""
+    """The bytes that this process can use in total."""
 
 
 def layers_to_recompute(layers: int, memory: Memory, reserved: int) -> int:
@@ -48,15 +48,17 @@ def layers_to_recompute(layers: int, memory: Memory, reserved: int) -> int:
 
 
 class Recomputation(TrainerCallback):
-    """Has the first `count` decoder layers recomputed.
+    """Makes the first `count` decoder layers recompute.
 
-    transformers sets the layers up when training begins, if its own argument is true; here it is said which.
+    transformers prepares the layers when training begins, if its own argument is true; this class says which of them.
     """
 
     def __init__(self, layers: Sequence[nn.Module], setting: Setting, least: int = 0) -> None:
         """
         Args:
-            least: how many `auto` recomputes at least, since memory ran out with fewer.
+            model: The model.
+            setting: `training.gradient_checkpointing`.
+            least: The fewest layers that `auto` recomputes, because memory ran out with fewer.
         """
         self._layers = list(layers)
         self.setting = setting
@@ -81,13 +83,14 @@ class Recomputation(TrainerCallback):
         forward: Callable[[], AbstractContextManager[Tensor]],
         backward: Callable[[Tensor], object],
     ) -> Memory:
-        """Measure the GPU memory of a forward and backward pass. Changes no parameter and no random state.
+        """Measure the GPU memory of a forward and backward pass, changing no parameter and no random state.
 
         Args:
-            forward: gives the loss of the largest batch, to be used inside the context.
-            backward: takes it, and gives or drops the gradients.
+            device: The GPU.
+            forward: Returns the loss of the largest batch; used inside the context.
+            backward: Takes the loss, and returns or drops the gradients.
         """
-        # The last layer's MLP sees few positions, so the one before it stands for all.
+        # The last layer's MLP sees few positions, so the layer before it stands for all.
         held, peak, everything = [], 0, self.layers
         for count in (max(0, everything - 2), everything - 1, everything):
             self.use(count)
@@ -115,15 +118,15 @@ class Recomputation(TrainerCallback):
         """Choose, before the first step, how many layers to recompute: the same number on every rank.
 
         Args:
-            run: names the run in the log.
-            device: as in `measure`.
-            forward: as in `measure`.
-            backward: as in `measure`.
-            trained: how many numbers are trained.
-            apart: no rank waits for another in these passes, so one may fail by itself.
+            run: Names the run in the log.
+            device: As in `measure`.
+            forward: As in `measure`.
+            backward: As in `measure`.
+            trained: The number of trained numbers.
+            apart: Whether no rank waits for another in these passes, so that one may fail by itself.
 
         Raises:
-            torch.OutOfMemoryError: not even the measurement fits, and the ranks are not apart.
+            torch.OutOfMemoryError: Not even the measurement fits, and the ranks are not apart.
         """
         self.undecided = False
         count, reason = 0, "only a GPU's memory is measured"
@@ -134,13 +137,13 @@ class Recomputation(TrainerCallback):
                 memory = self.measure(device, forward, backward)
                 fewest = layers_to_recompute(self.layers, memory, RESERVED_BYTES * trained)
                 layer, peak, room = (size / 1e9 for size in (memory.layer, memory.peak, memory.room))
-                reason = f"{layer:.2f} GB a layer that is kept, {peak:.1f} GB without any, {room:.1f} GB there"
+                reason = f"{layer:.2f} GB for each layer that is stored, {peak:.1f} GB without any, {room:.1f} GB there"
             except torch.OutOfMemoryError:
                 if not apart:
-                    self.use(max(self.count, self.layers - 1))  # so that the next launch measures nothing
+                    self.use(max(self.count, self.layers - 1))  # The next launch then measures nothing.
                     raise
                 fewest, reason = self.layers, "memory ran out with fewer"
-            free_memory()  # of a failed pass, only behind the `except`
+            free_memory()  # A failed pass releases its memory only after the `except`.
             count = max(count, fewest)
         self.use(max(all_gather_object(count)))
         if rank() == 0:
@@ -148,12 +151,12 @@ class Recomputation(TrainerCallback):
             log.info("%s: %s: %s", run, chosen, reason)
 
     def retrying(self, parameters: Sequence[Tensor], micro_batch: Callable[[], Tensor]) -> Tensor:
-        """Do a micro-batch; where memory runs out, do it again with more layers recomputed, to the same numbers.
+        """Run a micro-batch; if memory runs out, run it again with more layers recomputed, with the same numbers.
 
-        For a process of its own alone: others would wait for it in the middle of their backward pass.
+        Only for a process on its own: others would wait for it in the middle of their backward pass.
 
         Raises:
-            torch.OutOfMemoryError: the setting is not `auto`, or all layers are recomputed already.
+            torch.OutOfMemoryError: The setting is not `auto`, or all layers are recomputed already.
         """
         if self.setting != "auto":
             return micro_batch()
@@ -161,7 +164,7 @@ class Recomputation(TrainerCallback):
             random = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
             earlier = [parameter.grad for parameter in parameters]
             for parameter in parameters:
-                parameter.grad = None  # half a backward pass must not be added to those of earlier micro-batches
+                parameter.grad = None  # Half a backward pass must not be added to those of earlier micro-batches.
             try:
                 loss = micro_batch()
                 failed = False
@@ -177,7 +180,7 @@ class Recomputation(TrainerCallback):
                     parameter.grad = gradient.add_(parameter.grad)
             if not failed:
                 return loss
-            # Only here, behind the `except`, has the failed pass let go of what it held.
+            # Only here, after the `except`, the failed pass has released its memory.
             free_memory()
             torch.set_rng_state(random[0])
             if random[1] is not None:

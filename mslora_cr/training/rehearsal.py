@@ -13,14 +13,14 @@ from mslora_cr.config.schema import ConfigError
 
 _STEPS = 100
 _REFUSALS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, ArithmeticError)
-"""What optimizers, schedulers and loaders raise of settings that do not fit together."""
+"""What optimizers, schedulers and loaders raise for settings that do not fit together."""
 
 
 def rehearse(args: TrainingArguments) -> None:
     """Build the optimizer, the scheduler and a data loader of these arguments over one dummy parameter.
 
     Raises:
-        ConfigError: one cannot be built; names the field.
+        ConfigError: One cannot be built; the message names the field.
     """
     if args.use_liger_kernel and find_spec("liger_kernel") is None:
         raise ConfigError(
@@ -28,11 +28,11 @@ def rehearse(args: TrainingArguments) -> None:
         )
     if args.lr_scheduler_type == "reduce_lr_on_plateau":
         raise ConfigError(
-            "training.lr_scheduler_type: reduce_lr_on_plateau needs evaluations, which training has none of"
+            "training.lr_scheduler_type: reduce_lr_on_plateau needs evaluations during training, and there are none"
         )
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     try:
-        # Optimizers of chosen layers look for them in the model, and there are none in this one.
+        # Optimizers of chosen layers look for these layers in the model, and this one has none.
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
         optimizer = torch.optim.SGD(model.parameters(), lr=args.learning_rate)
         if not args.optim_target_modules:

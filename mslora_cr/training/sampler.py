@@ -15,14 +15,16 @@ from mslora_cr.data.datasets import ConcatTrainDataset
 
 
 class SampleOrder:
-    """Which samples an epoch visits, one after another."""
+    """The samples of an epoch, in order."""
 
     def __init__(
         self, samples: ConcatTrainDataset, args: TrainingArguments, fixed: Sequence[int] | None = None
     ) -> None:
         """
         Args:
-            fixed: positions of the samples, with repetitions, in the order of every epoch; otherwise each epoch
+            samples: The samples.
+            args: The Trainer's arguments.
+            fixed: Positions of the samples, with repetitions, in the order of every epoch; otherwise each epoch
                 shuffles them all, or groups those of one length, as `args.train_sampling_strategy` says.
         """
         self._samples, self._args, self._fixed = samples, args, fixed
@@ -57,20 +59,20 @@ class SampleOrder:
 
 
 class FixedOrderSampler(Sampler[int]):
-    """Positions of samples in an order that the epoch alone decides, so that it is the same on every rank and in a
+    """Positions of samples in an order that depends on the epoch alone, so that it is the same on every rank and in a
     resumed run.
 
-    Behind them come padding samples (`ConcatTrainDataset`), up to a multiple of what all ranks take at once. accelerate
-    would repeat samples from the start of the epoch instead: several ranks would train on other batches than one.
+    Padding samples (`ConcatTrainDataset`) follow, up to a multiple of what all ranks take at once. accelerate would
+    repeat samples from the start of the epoch instead: several ranks would train on other batches than one.
     """
 
     def __init__(self, order: Callable[[], Sequence[int]], count: int, padding_sample: int, multiple: int) -> None:
         """
         Args:
-            order: the positions of the epoch that begins.
-            count: how many they are, in every epoch.
-            padding_sample: the position of a padding sample.
-            multiple: how many samples all ranks take at once.
+            order: Returns the positions of the epoch that begins.
+            count: The number of positions in every epoch.
+            padding_sample: The position of a padding sample.
+            multiple: The number of samples that all ranks take at once.
         """
         self._order, self._count = order, count
         self._padding = [padding_sample] * (-count % multiple)

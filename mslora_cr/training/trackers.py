@@ -1,4 +1,4 @@
-"""W&B, TensorBoard and MLflow hold one run per task, which every launch continues."""
+"""W&B, TensorBoard and MLflow have one run per task, which every launch continues."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRACKERS = "trackers.json"
 class TrackerRuns(StateFile):
     """`logs/trackers.json` of a run folder: the tracker's run of each task."""
 
-    MEND: ClassVar[str] = "remove it; tasks that go on get new runs in W&B and MLflow"
+    MEND: ClassVar[str] = "remove it; resumed tasks then get new runs in W&B and MLflow"
 
     wandb: dict[str, str] = Field(default_factory=dict)
     mlflow: dict[str, str] = Field(default_factory=dict)
@@ -38,11 +38,11 @@ _READS_IF: dict[type[TrainerCallback], tuple[str, set[str]]] = {
     WandbCallback: ("WANDB_LOG_MODEL", {"CHECKPOINT"}),
     MLflowCallback: ("HF_MLFLOW_LOG_ARTIFACTS", ENV_VARS_TRUE_VALUES),
 }
-"""Trackers that read checkpoints if a variable of the environment says so."""
+"""Trackers that read checkpoints if an environment variable says so."""
 
 
 def reads_checkpoints(callbacks: Iterable[TrainerCallback]) -> bool:
-    """Whether one of them reads a checkpoint as soon as it is saved, to hand it on."""
+    """Whether a tracker reads a checkpoint as soon as it is saved, to upload it."""
     for callback in callbacks:
         if type(callback).on_save is not TrainerCallback.on_save:
             name, values = _READS_IF.get(type(callback), ("", set()))
@@ -52,10 +52,10 @@ def reads_checkpoints(callbacks: Iterable[TrainerCallback]) -> bool:
 
 
 def check_trackers(report_to: Iterable[str]) -> None:
-    """See that W&B knows who reports to it, before anything is loaded.
+    """Check that W&B knows its user, before anything is loaded.
 
     Raises:
-        ConfigError: it has no key, and is to be online.
+        ConfigError: It has no key, but is to be online.
     """
     if "wandb" not in report_to:
         return
@@ -72,7 +72,7 @@ def check_trackers(report_to: Iterable[str]) -> None:
 
 
 def _in_netrc(host: str) -> bool:
-    """Whether `wandb login` has left a key."""
+    """Whether `wandb login` has stored a key."""
     file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     try:
         return netrc.netrc(str(file)).authenticators(host) is not None
@@ -82,14 +82,16 @@ def _in_netrc(host: str) -> bool:
 
 @contextmanager
 def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None]:
-    """Around the training of a task: what its arguments report to continues the task's run.
+    """Wrap the training of a task: the trackers that its arguments report to continue the task's run.
 
-    W&B and MLflow cannot take back what a killed launch logged after its last checkpoint; those steps are logged again
+    W&B and MLflow cannot delete what a killed launch logged after its last checkpoint; those steps are logged again
     with the same numbers. TensorBoard drops them.
 
     Args:
-        logs: the run folder's logs.
-        step: the checkpoint's that training starts from, or 0.
+        trainer: The task's trainer.
+        logs: The run folder's logs.
+        task: The task's name.
+        step: The step of the checkpoint from which training starts, or 0.
     """
     used = set(trainer.args.report_to)
     if trainer.args.process_index != 0 or not used:
@@ -107,7 +109,7 @@ def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None
         import wandb
 
         wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "huggingface"),  # the Trainer's own default
+            project=os.environ.get("WANDB_PROJECT", "huggingface"),  # This is the Trainer's own default.
             name=trainer.args.run_name,
             id=wandb_runs.setdefault(task, secrets.token_hex(8)),
             resume="allow",
@@ -118,7 +120,7 @@ def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None
     TrackerRuns(wandb=wandb_runs, mlflow=mlflow_runs).write(logs / TRACKERS)
     try:
         yield
-    finally:  # else the next task would be logged into this one's run
+    finally:  # Otherwise the next task would be logged into this one's run.
         if "wandb" in used:
             wandb.finish()
         if "mlflow" in used:
@@ -128,7 +130,7 @@ def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None
 
 
 def _start_mlflow(run_id: str | None, name: str | None) -> str:
-    """Continue a run of MLflow, or start one where there is none or the server does not know it; gives its id.
+    """Continue a run of MLflow, or start one if there is none or the server does not know it; return its id.
 
     Raises:
         ConfigError: MLflow cannot start one, for instance because of its MLFLOW_TRACKING_URI.
@@ -144,4 +146,4 @@ def _start_mlflow(run_id: str | None, name: str | None) -> str:
             )
         return str(mlflow.start_run(run_name=name).info.run_id)
     except mlflow.MlflowException as error:
-        raise ConfigError(f"training.report_to: MLflow starts no run: {error}") from None
+        raise ConfigError(f"training.report_to: MLflow cannot start a run: {error}") from None

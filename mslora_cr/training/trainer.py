@@ -1,4 +1,4 @@
-"""The Trainer of one bank: cross entropy on labelled positions, plus what the method adds to it."""
+"""The Trainer of one bank: cross entropy on labelled positions, plus the terms of the method."""
 
 from __future__ import annotations
 
@@ -66,13 +66,18 @@ class BankTrainer(Trainer):
     ) -> None:
         """
         Args:
-            bank_shape: rank and alpha of the trainable bank.
-            input_digests: digests of what decides the bank, noted in its checkpoints.
-            order: positions of the samples, with repetitions, in the order in which to visit them; otherwise each
-                epoch shuffles them all.
-            objective: what joins the cross entropy; nothing by default.
-            checkpointing: which decoder layers' activations are recomputed; `args.gradient_checkpointing` must be true
-                unless it is none.
+            stack: The model, with the trainable bank on top.
+            samples: The task's samples.
+            collator: Makes a batch of samples.
+            args: The Trainer's arguments.
+            bank_shape: Rank and alpha of the trainable bank.
+            input_digests: Digests of what decides the bank, noted in its checkpoints.
+            order: Positions of the samples, with repetitions, in the order of visits; otherwise each epoch shuffles
+                them all.
+            objective: The terms beside the cross entropy; none by default.
+            callbacks: Further callbacks.
+            checkpointing: Which decoder layers' activations are recomputed; `args.gradient_checkpointing` must be true
+                if there are any.
         """
         least = least_layers(Path(args.output_dir), args.per_device_train_batch_size)
         self.recomputation = Recomputation(decoder_layers(stack.base), checkpointing, least)
@@ -83,7 +88,7 @@ class BankTrainer(Trainer):
             data_collator=collator,
             callbacks=[TowerOutsideGraph(), self.recomputation, *(callbacks or [])],
         )
-        self.model_accepts_loss_kwargs = True  # some models deny it, though their loss divides by what it is told
+        self.model_accepts_loss_kwargs = True  # Some models deny it, though their loss divides by the given number.
         self.stack = stack
         self.samples = samples
         self.order = SampleOrder(samples, args, order)
@@ -98,7 +103,8 @@ class BankTrainer(Trainer):
         self._logged: dict[str, Tensor] = {}
         self._logged_from = 0
         self._loss_sum = torch.zeros((), device=args.device)
-        self._positions = torch.zeros(2, dtype=torch.int64, device=args.device)  # with a token, and all
+        # Positions with a token, and all positions.
+        self._positions = torch.zeros(2, dtype=torch.int64, device=args.device)
         self._started = time.monotonic()
         self._parameters = stack.trainable_parameters()
         self.passes = Passes(
@@ -115,9 +121,10 @@ class BankTrainer(Trainer):
     # --- one step ---
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Unless the last step is done: from a checkpoint of it inside an epoch the Trainer would take one more.
+        """Train, unless the last step is done: from a checkpoint of it inside an epoch, the Trainer would take one more
+        step.
 
-        No public hook can say so: what a callback decides is read after a step or an epoch alone.
+        No public hook can prevent that: what a callback decides is read only after a step or an epoch.
         """
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
@@ -129,18 +136,19 @@ class BankTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross entropy, with only labelled positions going through `lm_head`, and the method's distillation.
+        """Cross entropy of labelled positions, the only ones that go through `lm_head`, and the method's distillation.
 
         Raises:
-            NonFiniteLossError: before anything has moved.
+            NonFiniteLossError: Before anything has changed.
         """
         records = inputs.pop("record_index")
         keep, targets = loss_mask(inputs["labels"])
         if num_items_in_batch is not None:
-            # A batch whose every record is masked whole has nothing to divide by; its loss is zero.
+            # A batch whose every record is masked entirely has nothing to divide by; its loss is zero.
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         inputs = {**inputs, "logits_to_keep": keep, "use_cache": False}
-        # Before the student: ZeRO-3 wants nothing between a forward pass and its backward pass.
+        # The teacher comes before the student: under ZeRO-3 nothing may come between a forward pass and its backward
+        # pass.
         teacher = self._logits_without_bank(model, inputs) if self.objective.distillation else None
         loss, outputs = super().compute_loss(
             model,
@@ -150,8 +158,9 @@ class BankTrainer(Trainer):
         )
         self._micro_batch = {"ce": loss.detach()}
         if (distillation := self.objective.distillation) is not None:
-            assert teacher is not None and num_items_in_batch is not None, "distillation is for training alone"
-            # Averaged over tokens as the cross entropy is: over all ranks and micro-batches of an update.
+            assert teacher is not None and num_items_in_batch is not None, "distillation is for training only"
+            # The distillation is averaged over tokens as the cross entropy is: over all ranks and micro-batches of an
+            # update.
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             distilled = distillation.term(outputs.logits, teacher).sum() * ranks / num_items_in_batch
             self._micro_batch["distillation"] = distilled.detach()
@@ -175,7 +184,7 @@ class BankTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """A micro-batch; the last one of an update carries the penalty."""
+        """Run a micro-batch; the last one of an update adds the penalty's gradient."""
         if self.recomputation.undecided:
             self._decide_recomputation()
         mask = inputs["attention_mask"]
