@@ -1,9 +1,9 @@
-"""Attention of many rows over prompts' openings that several of them share, and over each row's own suffix.
+"""Attention of many rows over openings that several of them share, and over each row's own suffix.
 
-Keys and values of an opening (an image and what stands before it) are held once, whatever the number of questions about
+Keys and values of an opening (an image and the text before it) are held once, whatever the number of questions about
 it, and are neither copied nor repeated for the heads that share them (grouped-query attention, Ainslie et al. 2023).
-Queries of the rows that share an opening go into one product with its keys, as in Hydragen (Juravsky et al. 2024); one
-softmax runs over both parts, so nothing is approximated.
+Queries of the rows that share an opening go into one product with its keys, as in Hydragen (Juravsky et al. 2024). One
+softmax covers both parts, so nothing is approximated.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 NAME = "shared_openings"
-"""Of this attention among transformers' attention implementations."""
+"""The name of this attention among transformers' attention implementations."""
 
 KeysValues = tuple[Tensor, Tensor]
-"""Of one decoder layer, (rows or openings, heads, positions, width) each."""
+"""Keys and values of one decoder layer, (rows or openings, heads, positions, width) each."""
 
 
 class _SuffixLayer(CacheLayerMixin):
-    """One layer's keys and values of the rows' suffixes, in a buffer that never grows."""
+    """One layer's keys and values of the rows' suffixes, in a buffer of fixed size."""
 
     def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class _SuffixLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the buffers are given."""
+        """Do nothing: the buffers exist."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> KeysValues:
         assert self.keys is not None and self.values is not None
@@ -53,14 +53,14 @@ class _SuffixLayer(CacheLayerMixin):
 
 
 class SharedCache(Cache):
-    """Keys and values of openings, and of each row's suffix: what it adds to its opening.
+    """Keys and values of openings and of each row's suffix.
 
     Attributes:
-        openings: of every layer, (openings, heads, positions, width).
+        openings: By layer, (openings, heads, positions, width).
+        suffixes: By layer, (rows, heads, positions, width).
         group: (rows,) the opening of each row.
-        index_in_group: (rows,) which of its opening's rows each row is.
-        members: (openings, most rows of one) the rows of each opening, filled up with row 0.
-        suffixes: of every layer, (rows, heads, positions, width).
+        index_in_group: (rows,) the row's index among the rows of its opening.
+        members: (openings, most rows of one) the rows of each opening, padded with row 0.
         slots: (new positions,) where the next keys and values go in a row's suffix; changed in place.
     """
 
@@ -109,22 +109,24 @@ def shared_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(q · [K_opening, K_suffix] · scaling) [V_opening, V_suffix], the softmax in float32 as transformers' own.
+    """softmax(q · [K_opening, K_suffix] · scaling) [V_opening, V_suffix], with the softmax in float32 as in
+    transformers.
 
     Args:
         query: (rows, query heads, new positions, width).
         key: (rows, heads, suffix positions, width).
-        value: as `key`.
+        value: As `key`.
         attention_mask: (rows, 1, new positions, opening's + suffix positions) bool, true where a position is seen.
-        shared: openings, and who shares them.
-        softcap: what scores are squeezed into, as in Gemma 2 (`softcap · tanh(score / softcap)`).
+        scaling: The factor of the scores.
+        shared: The openings, and which rows share them.
+        softcap: The bound of the scores, as in Gemma 2 (`softcap · tanh(score / softcap)`).
 
     Returns:
         (rows, new positions, query heads, width).
     """
     rows, query_heads, length, width = query.shape
     keys, values = shared.openings[int(module.layer_idx)]  # type: ignore[arg-type]  # to torch, any module's attribute
-    grouped = query.reshape(rows, key.shape[1], -1, width)  # the query heads of one key head follow each other
+    grouped = query.reshape(rows, key.shape[1], -1, width)  # The query heads of one key head are adjacent.
     on_opening = shared.by_row(shared.by_opening(grouped) @ keys.transpose(2, 3))
     scores = torch.cat([on_opening, grouped @ key.transpose(2, 3)], dim=-1) * scaling
     if softcap is not None:
@@ -141,7 +143,7 @@ AttentionInterface.register(NAME, shared_attention)
 
 @contextmanager
 def sharing(language_model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the language model attends as `shared_attention` does; it must be called with `shared`."""
+    """Let the language model attend as `shared_attention` inside the block; call it with `shared`."""
     before = language_model.config._attn_implementation
     language_model.set_attn_implementation(NAME)
     try:

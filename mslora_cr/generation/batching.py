@@ -1,7 +1,7 @@
 """Groups questions that share an opening, and batches the groups.
 
-In the prompt template images come before the question. Questions about the same images, answered by the same banks,
-share everything up to the last image: its keys and values are computed once.
+In the prompt template images come before the question. Questions about the same images that the same banks answer share
+everything up to the last image, so its keys and values are computed once.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ from mslora_cr.data.collator import in_batches
 from mslora_cr.data.input_processor import Prompt
 
 QUERIES = 4096
-"""The most positions of questions that are computed at once behind shared openings: attention holds a score for each
-of them, each head and each position that it sees."""
+"""The most positions of questions that are computed at once after shared openings: attention holds a score for each of
+them, each head and each position that it sees."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is answered at once."""
+    """Limits of what is answered at once."""
 
     questions: int
     new_tokens: int
     positions: int
-    """The most keys and values held at once."""
+    """The most positions whose keys and values are held at once."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Questions with one opening. `whole`: the opening is the only question's whole prompt."""
+    """Questions with one opening. With `whole`, the opening is the only question's whole prompt."""
 
     questions: tuple[int, ...]
     opening: int
-    """Positions."""
+    """The number of the opening's positions."""
     rest: int
-    """Positions behind it, of the longest question."""
+    """The number of positions after it, for the longest question."""
     whole: bool
 
     def cost(self, new_tokens: int) -> int:
-        """Positions that are computed for it, roughly."""
+        """The approximate number of positions to compute for the group."""
         return self.opening + len(self.questions) * (self.rest + new_tokens)
 
 
 @dataclass(frozen=True)
 class Wave:
-    """Openings that are computed and held together, and the batches of questions that are answered from them: one,
-    where the openings are whole prompts."""
+    """Openings that are computed and held together, and the batches of questions that are answered from them. Where
+    openings are whole prompts, there is one batch."""
 
     groups: tuple[Group, ...]
     batches: tuple[tuple[int, ...], ...]
@@ -58,18 +58,20 @@ class Wave:
 
     @property
     def openings(self) -> dict[int, int]:
-        """The place of each question's opening in `groups`."""
+        """The index of each question's opening in `groups`."""
         return {question: index for index, group in enumerate(self.groups) for question in group.questions}
 
 
 def grouped(
     prompts: Sequence[Prompt], asked: Sequence[int], banks: Callable[[int], Hashable], most: int | None = None
 ) -> list[Group]:
-    """The questions that are asked, by images, opening and banks.
+    """Group questions by images, opening and banks.
 
     Args:
-        banks: what tells the banks of a question from those of another.
-        most: cut a group with more questions than that, so that ranks can share it.
+        prompts: The prompts of all questions.
+        asked: The questions to answer.
+        banks: Identifies the banks of a question.
+        most: Split larger groups, so that ranks can share them.
     """
     by_opening: dict[Hashable, list[int]] = {}
     for index in asked:
@@ -88,7 +90,8 @@ def grouped(
 
 
 def shared_out(groups: Sequence[Group], ranks: int, new_tokens: int) -> list[list[Group]]:
-    """Groups for each rank, so that all have about as much to do: the dearest first, to the rank with the least."""
+    """Distribute groups over ranks so that all have about the same work: the most expensive first, each to the rank
+    with the least."""
     shares: list[list[Group]] = [[] for _ in range(ranks)]
     loads = [(0, rank) for rank in range(ranks)]
     for group in sorted(groups, key=lambda group: -group.cost(new_tokens)):
@@ -99,8 +102,8 @@ def shared_out(groups: Sequence[Group], ranks: int, new_tokens: int) -> list[lis
 
 
 def in_waves(groups: Collection[Group], prompts: Sequence[Prompt], limits: Limits) -> list[Wave]:
-    """Waves in the order in which they are computed: those that take the most memory first, so that one that does not
-    fit fails at once; neighbours are alike, so that padding is least."""
+    """Waves in the order of computation: those that need the most memory first, so that a lack of memory shows at once.
+    Neighbours are of similar length, which keeps padding small."""
     waves = []
     for whole in (False, True):
         current: list[Group] = []
@@ -121,7 +124,8 @@ def _fits(groups: Sequence[Group], limits: Limits) -> bool:
 
 
 def _held(groups: Sequence[Group], limits: Limits) -> int:
-    """Positions whose keys and values are held at once: of openings, and of a batch's questions and answers."""
+    """The number of positions whose keys and values are held at once: those of openings, and of a batch's questions and
+    answers."""
     questions = min(limits.questions, sum(len(group.questions) for group in groups))
     openings = len(groups) * max(group.opening for group in groups)
     return openings + questions * (max(group.rest for group in groups) + limits.new_tokens)
@@ -137,7 +141,7 @@ def _wave(groups: Sequence[Group], prompts: Sequence[Prompt], limits: Limits) ->
 
 
 def padding_of(waves: Sequence[Wave], prompts: Sequence[Prompt]) -> float:
-    """The share of positions without a token among those computed before the first new token."""
+    """The share of padding among the positions computed before the first new token."""
     real = computed = 0
     for wave in waves:
         real += sum(group.opening for group in wave.groups)

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 Continuations = Sequence[Sequence[int]]
-"""Token sequences that may follow a prompt, each with at least one token."""
+"""Token sequences that may follow a prompt, each of at least one token."""
 
 
 @dataclass(frozen=True)
 class Branches:
-    """The tokens that are read to score some rows' continuations: all but each one's last, padded on the right.
+    """The tokens to read in order to score some rows' continuations: all but the last of each, padded on the right.
 
     Attributes:
         ids: (rows, positions) int64.
         branch: (rows, positions) int64, the continuation of each token; −1 for padding.
-        depth: (rows, positions) int64, the place of each token in its continuation.
+        depth: (rows, positions) int64, the index of each token in its continuation.
     """
 
     ids: Tensor
@@ -28,7 +28,7 @@ class Branches:
 
     @staticmethod
     def positions(continuations: Continuations) -> int:
-        """How many tokens are read to score the continuations of one prompt."""
+        """The number of tokens to read in order to score the continuations of one prompt."""
         return sum(len(tokens) - 1 for tokens in continuations)
 
     @classmethod
@@ -43,7 +43,7 @@ class Branches:
         return cls(*table.unbind(-1))
 
     def seen(self, prompt: Tensor) -> Tensor:
-        """(rows, prompt + positions, prompt + positions) bool: a token sees the prompt's tokens before it and those of
+        """(rows, prompt + positions, prompt + positions) bool: a token sees the prompt's tokens before it, and those of
         its own continuation up to itself.
 
         Args:
@@ -62,7 +62,8 @@ class Branches:
         """The log-probability of each token of each continuation of each row.
 
         Args:
-            logits: (rows, 1 + positions, vocabulary) float32, those behind the prompt first.
+            logits: (rows, 1 + positions, vocabulary) float32; the first are those after the prompt.
+            continuations: By row.
         """
         normalizers = logits.logsumexp(-1)
         gathered = []

@@ -1,8 +1,8 @@
-"""Steps of decoding in buffers that stay where they are, so that CUDA can record one as a graph and replay it.
+"""Decoding steps in buffers at fixed addresses, so that CUDA can record one as a graph and replay it.
 
-A step of a large model is thousands of launches, which take longer than the arithmetic of few rows. A recorded one is
-launched at once (Ng, "Accelerating PyTorch with CUDA Graphs", 2021). Shapes are rounded up, so that few are recorded;
-what a batch does not fill is never seen by a row that counts. Recording takes about as long as three steps.
+A step of a large model is thousands of kernel launches, which take longer than the arithmetic of a few rows. A recorded
+step is launched at once (Ng, "Accelerating PyTorch with CUDA Graphs", 2021). Shapes are rounded up, so that few are
+recorded; real rows never see the unused part of a buffer. Recording takes about as long as three steps.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from mslora_cr.generation.decode_state import Rows
 _LOG = logging.getLogger(__name__)
 
 POSITIONS = 64
-"""What numbers of positions are rounded up to on a GPU."""
+"""On a GPU, numbers of positions are rounded up to a multiple of this."""
 
 Step = Callable[[Rows], None]
-"""One new token for each row; everything changes in place."""
+"""Computes one new token for each row, in place."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How large a batch's buffers are."""
+    """The size of a batch's buffers."""
 
     rows: int
     openings: int
@@ -46,7 +46,7 @@ class Shape:
         return cls(len(rows.ids), openings, members, rows.before, rows.suffix)
 
     def rounded(self) -> Shape:
-        """Powers of two, and positions by the `POSITIONS`."""
+        """Rounded up to powers of two, and positions to multiples of `POSITIONS`."""
         rows, openings, members = (1 << (size - 1).bit_length() for size in (self.rows, self.openings, self.members))
         before, suffix = (rounded_up(size, POSITIONS) for size in (self.before, self.suffix))
         return Shape(rows, openings, members, before, suffix)
@@ -61,7 +61,8 @@ class StaticRows:
     def __init__(self, shape: Shape, like: Rows) -> None:
         """
         Args:
-            like: a batch of the model, whose dtypes, heads and device the buffers take.
+            shape: The shape of the buffers.
+            like: A batch of the model; the buffers take its dtypes, heads and device.
         """
         self.shape = shape
         cache = like.cache
@@ -98,10 +99,11 @@ class StaticRows:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def record(self, step: Step) -> None:
-        """Record a step as a CUDA graph; to be called before anything is loaded, since it runs in the buffers."""
+        """Record a step as a CUDA graph. Call it before anything is loaded, since it runs in the buffers."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up in the first steps, which a graph must not record
+        # Libraries initialise themselves in the first steps, which a graph must not record.
+        with torch.cuda.stream(side):
             for _ in range(2):
                 step(self.rows)
         torch.cuda.current_stream().wait_stream(side)
@@ -112,7 +114,7 @@ class StaticRows:
         self._graph = graph
 
     def load(self, rows: Rows) -> None:
-        """Copy a batch into the buffers. What earlier ones left beside it is finite, and not visible."""
+        """Copy a batch into the buffers. Values that earlier batches left beside it are finite and invisible."""
         ours, theirs = self.rows.cache, rows.cache
         count, (openings, members) = len(rows.ids), theirs.members.shape
         start = self.shape.before - rows.before
@@ -137,7 +139,7 @@ class StaticRows:
                 buffer[:count, :, : rows.suffix] = tensor
 
     def step(self, step: Step) -> None:
-        """Replay the recorded step, or take it anew."""
+        """Replay the recorded step, or compute it if none is recorded."""
         if self._graph is not None:
             self._graph.replay()
         else:
@@ -153,26 +155,28 @@ class StaticSteps:
     def __init__(self, record: bool) -> None:
         """
         Args:
-            record: as a CUDA graph; else the buffers alone are used.
+            record: Record steps as CUDA graphs; otherwise only the buffers are used.
         """
         self.recording = record
         self.replayed = 0
-        """Batches that were answered by a recorded step."""
+        """The number of batches that a recorded step answered."""
         self._works = True
         self._static: StaticRows | None = None
 
     def for_rows(self, rows: Rows, step: Step, waiting: int, choose: Callable[[int], None]) -> StaticRows | None:
-        """The buffers for a batch, not yet loaded; None where the batch is answered without.
+        """The buffers for a batch, not yet loaded; None if the batch is answered without them.
 
         Args:
-            waiting: batches that are still to be answered, this one included.
-            choose: called with the number of rows of a step.
+            rows: The batch.
+            step: The step to record.
+            waiting: The number of batches still to be answered, this one included.
+            choose: Called with the number of rows of a step.
         """
         shape = Shape.of(rows)
         if self._static is None or not self._static.shape.holds(shape):
             if not self._works or waiting < self.BATCHES:
                 return None
-            self._static = None  # its memory first
+            self._static = None  # Free the old buffers' memory first.
             buffers = StaticRows(shape.rounded(), rows)
             choose(buffers.shape.rows)
             if self.recording and not self._recorded(buffers, step):
@@ -185,12 +189,12 @@ class StaticSteps:
     def _recorded(self, buffers: StaticRows, step: Step) -> bool:
         try:
             buffers.record(step)
-        except RuntimeError as error:  # a layer that a graph cannot hold
+        except RuntimeError as error:  # A graph cannot record such a layer.
             _LOG.warning("answers are given step by step, since CUDA cannot record one: %s", error)
             self._works = False
         return self._works
 
 
 def padded(questions: Sequence[int], rows: int) -> list[int]:
-    """Questions for rows that may be more."""
+    """Questions padded to a larger number of rows."""
     return [*questions, *[questions[0]] * (rows - len(questions))]

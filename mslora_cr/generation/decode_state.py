@@ -13,13 +13,13 @@ from mslora_cr.generation.attention import SharedCache, membership
 
 @dataclass
 class Rows:
-    """The state of a batch: all that a step reads, and changes in place.
+    """The state of a batch, which a step reads and changes in place.
 
     Attributes:
         ids: (rows, 1) int64, the newest token.
         positions: (rows, 1) int64, its position in the row.
         visible: (rows, opening's + suffix positions) bool.
-        cache: keys and values; its `slots` is where the newest token's go.
+        cache: Keys and values; its `slots` holds the newest token's.
     """
 
     ids: Tensor
@@ -29,16 +29,16 @@ class Rows:
 
     @property
     def suffix(self) -> int:
-        """Positions of a row's suffix."""
+        """The number of positions of a row's suffix."""
         return int(self.cache.suffixes[0][0].shape[2])
 
     @property
     def before(self) -> int:
-        """Positions of the openings."""
+        """The number of positions of the openings."""
         return self.visible.shape[1] - self.suffix
 
     def select(self, indices: Sequence[int]) -> Rows:
-        """Some of the rows; the openings stay as they are."""
+        """Some of the rows; the openings do not change."""
         rows = torch.tensor(indices, device=self.ids.device)
         cache = self.cache
         group = cache.group[rows]

@@ -1,7 +1,7 @@
 """Tests whether a model gives the same answers from shared openings as from whole prompts.
 
 Three questions about two images are answered both ways, and the scores of every next token are compared. A model that
-cannot go on from kept keys and values with text alone, or only inexactly, answers whole prompts.
+cannot continue from cached keys and values with text alone, or only inexactly, answers whole prompts.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ QUESTIONS = (
     ("what does the picture show, left or right of the lesion?", 0),
     ("is it normal?", 1),
 )
-"""Each with the image that it is about."""
+"""Each question, and the index of its image."""
 NEW_TOKENS = 3
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""Of scores, as a share of their spread, by the model's dtype; 16 bits round more."""
+"""The largest difference of scores, as a share of their spread, by the model's dtype. 16-bit numbers round more."""
 TOLERANCE_16 = 0.1
 _exact_of: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def shares_exactly(model: nn.Module, inputs: ChatTemplateInputs, mixed: QuestionBanks | None = None) -> bool:
-    """Whether a model may answer behind shared openings; tried once for a model, and told to all ranks alike.
+    """Whether a model may answer from shared openings. Each model is tried once, and all ranks get the same result.
 
     Args:
-        model: the base model, with banks in it or none.
-        inputs: what prepares its prompts.
-        mixed: the banks of each question, where they are not the same for all.
+        model: The base model, with or without banks in it.
+        inputs: Prepares its prompts.
+        mixed: The banks of each question, if they are not the same for all.
     """
     if model not in _exact_of:
         _exact_of[model] = broadcast_object(_tried(model, inputs, mixed))
@@ -64,7 +64,7 @@ def _tried(model: Any, inputs: ChatTemplateInputs, mixed: QuestionBanks | None) 
         with torch.random.fork_rng(devices=[]):
             deviation = _deviation(model, inputs, _FirstBanks(mixed) if mixed is not None else None)
     except Exception as error:
-        log.info("openings are not shared: %s cannot go on behind one (%s)", type(model).__name__, error)
+        log.info("openings are not shared: %s cannot continue from one (%s)", type(model).__name__, error)
         return False
     exact = deviation <= TOLERANCE.get(model.get_input_embeddings().weight.dtype, TOLERANCE_16)
     if not exact:
@@ -79,7 +79,7 @@ def _deviation(model: Any, inputs: ChatTemplateInputs, mixed: Any) -> float:
     images = [_noise(size, generator) for size in sizes]
     prompts = [_prompt(inputs, text, images[index], Path(f"image {index}")) for text, index in QUESTIONS]
     if not all(prompt.opening and prompt.rest for prompt in prompts):
-        raise ValueError("prompts cannot be cut behind their image")
+        raise ValueError("prompts cannot be cut after their image")
     pictures = [[images[index]] for _, index in QUESTIONS]
     never = Stopping(frozenset([-1]), inputs.tokenizer.pad_token_id, NEW_TOKENS)
     plain = PlainDecoder(model, prompts, never, mixed)
@@ -105,7 +105,7 @@ def _deviation(model: Any, inputs: ChatTemplateInputs, mixed: Any) -> float:
 
 
 def _all_shared(prompts: Sequence[Prompt]) -> list[Group]:
-    """Groups of one question are read as openings too, so that rows of different openings stand in one batch."""
+    """Also read the openings of groups of one question, so that one batch has rows of different openings."""
     groups = grouped(prompts, range(len(prompts)), lambda _: None)
     return [
         type(group)(
@@ -129,7 +129,7 @@ def _noise(size: tuple[int, int], generator: torch.Generator) -> Image.Image:
 
 @contextmanager
 def _scores(model: Any) -> Iterator[list[Tensor]]:
-    """Inside, each pass leaves the scores behind its last position, (rows, vocabulary) float32."""
+    """Collect the scores after the last position, (rows, vocabulary) float32, from each pass inside the block."""
     seen: list[Tensor] = []
     head = model.get_output_embeddings()
     handle = head.register_forward_hook(lambda module, inputs, output: seen.append(output[:, -1].float()))
@@ -140,7 +140,7 @@ def _scores(model: Any) -> Iterator[list[Tensor]]:
 
 
 class _FirstBanks:
-    """Every question answered by the first one's banks."""
+    """Lets the first question's banks answer every question."""
 
     def __init__(self, mixed: QuestionBanks) -> None:
         self._mixed = mixed

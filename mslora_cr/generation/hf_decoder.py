@@ -1,4 +1,4 @@
-"""Greedy decoding by transformers' own `generate`, for models whose prompts do not share what stands before a question:
+"""Greedy decoding by transformers' own `generate`, for models whose prompts cannot share what comes before a question:
 positions in two dimensions, windows, or images that attend in both directions."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mslora_cr.generation.prefix_decoder import OnToken, Stopping
 
 
 class PlainDecoder:
-    """Answers questions with a model, whole prompts at a time; the same methods as `prefix_decoder.Decoder`."""
+    """Answers questions with a model, whole prompts at a time. It has the same methods as `prefix_decoder.Decoder`."""
 
     def __init__(
         self,
@@ -44,16 +44,17 @@ class PlainDecoder:
         )
 
     def positions_that_fit(self) -> int | None:
-        """None: what fits is not known."""
+        """None: the number is unknown."""
         return None
 
     def read(self, wave: Wave, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A wave's prompts, where the model is.
+        """A wave's prompts on the model's device.
 
         Args:
+            wave: The wave.
             inputs: `ChatTemplateInputs.answering_batch` of its questions, in the order of its groups.
         """
-        assert wave.whole, "prompts without a shared opening"
+        assert wave.whole, "this decoder reads whole prompts"
         return self.inputs_on_device(inputs)
 
     def inputs_on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,12 +68,13 @@ class PlainDecoder:
         waiting: int = 1,
         on_token: OnToken | None = None,
     ) -> list[list[int]]:
-        """The new ids of each question of a wave, up to and with the one that ends it.
+        """The new ids of each question of a wave, up to and including the one that ends it.
 
         Args:
-            inputs: as `read` gives them.
-            waiting: batches that are still to be answered; this decoder keeps nothing from one to the next.
-            on_token: called with each new token id of a question that is alone in its wave.
+            inputs: The result of `read`.
+            questions: The questions.
+            waiting: Ignored: this decoder keeps nothing from one batch to the next.
+            on_token: Called with each new token id, if the question is alone in its wave.
         """
         if self.mixed is not None:
             self.mixed.choose(questions)
@@ -86,7 +88,7 @@ class PlainDecoder:
     ) -> list[list[list[float]]]:
         """As `prefix_decoder.Decoder.log_probabilities`.
 
-        The prompts are computed once; their first continuations follow in one pass, then the second ones, and so on.
+        The prompts are computed once. Their first continuations follow in one pass, then the second ones, and so on.
         """
         if self.mixed is not None:
             self.mixed.choose(questions)
@@ -112,7 +114,8 @@ class PlainDecoder:
         return scores_of
 
     def _positions(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """As `generate` counts them: a model may have several for each token, and keep what it counted of images."""
+        """Positions as `generate` counts them: a model may have several for each token, and may remember what it
+        counted for images."""
         positions: Tensor = self.model._prepare_position_ids_for_generation(ids, inputs)
         return positions[..., -ids.shape[1] :]
 
@@ -130,10 +133,10 @@ class _Streamer(BaseStreamer):
         self._prompt = True
 
     def put(self, value: Tensor) -> None:
-        """The prompt first, then one new id after the other."""
+        """Receive the prompt first, then one new id after the other."""
         if not self._prompt:
             self._tell(self._question, int(value.flatten()[0]))
         self._prompt = False
 
     def end(self) -> None:
-        """Nothing: the answer is returned as well."""
+        """Do nothing: the answer is also returned."""

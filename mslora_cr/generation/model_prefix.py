@@ -1,8 +1,8 @@
-"""Shared openings for any model whose own forward pass reads them.
+"""Shared openings for any model, read by its own forward pass.
 
-An opening is read by the model itself, images and all, so that windows, blocks of images that attend in both directions
-and features of several depths are its own business. What is kept is what its layers put into transformers' cache, and
-the position that the language model is handed next. Questions then go on with text alone, as `prefix_decoder` has it.
+The model reads an opening itself, images included, so windows, bidirectional blocks of images and features of several
+depths need no code here. The contents of transformers' cache are kept, together with the position that the language
+model would get next. Questions then continue with text alone, as in `prefix_decoder`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from mslora_cr.models.language import layer_types
 
 
 class ModelPrefixDecoder(Decoder):
-    """Answers questions with a model that comes with a processor of its own."""
+    """Answers questions with a model that has a processor of its own."""
 
     def __init__(
         self, model: Any, prompts: Sequence[Prompt], stopping: Stopping, mixed: QuestionBanks | None = None
     ) -> None:
         super().__init__(model, prompts, stopping, mixed)
-        self.steps = None  # what a graph may record is only known of LLaVA
+        self.steps = None  # Only of LLaVA it is known what a graph may record.
         config = self.model.config.get_text_config()
         types = layer_types(self.model)
         self.window = config.sliding_window if types == {"sliding_attention"} else None
         self._by_type = config.sliding_window if len(types) > 1 else None
 
     def positions_that_fit(self) -> int | None:
-        """As `Decoder.positions_that_fit`, by the configuration's sizes."""
+        """As `Decoder.positions_that_fit`, from the sizes in the configuration."""
         if self.device.type != "cuda":
             return None
         text = self.model.config.get_text_config()
@@ -50,11 +50,11 @@ class ModelPrefixDecoder(Decoder):
         """Compute a wave's openings.
 
         Args:
-            wave: openings that are held together.
+            wave: Openings that are held together.
             inputs: `ChatTemplateInputs.answering_batch` of its groups' first questions, padded on the left.
 
         Raises:
-            ValueError: the processor's ids of a whole batch are not those of its prompts.
+            ValueError: The processor gives other ids for a whole batch than for its prompts alone.
         """
         first = [group.questions[0] for group in wave.groups]
         self._choose(first)
@@ -125,7 +125,8 @@ class ModelPrefixDecoder(Decoder):
 
 @contextmanager
 def _handed_positions(language: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Inside, the language model's first call leaves its positions, (parts, rows, positions), if it is handed any."""
+    """Collect the positions, (parts, rows, positions), of the language model's first call inside the block, if it gets
+    any."""
     handed: list[Tensor] = []
 
     def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:

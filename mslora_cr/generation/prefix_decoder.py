@@ -1,7 +1,7 @@
 """Greedy decoding of questions from openings that several of them share.
 
-First the openings of a wave are read, images included, each once. Then come its questions, by batches: what stands
-behind the opening, padded on the left, then one new token a step, until every row has ended or is as long as allowed.
+First the openings of a wave are read, images included, each once. Then its questions follow in batches: the text after
+the opening, padded on the left, then one new token per step, until every row has ended or has the maximum length.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mslora_cr.models.language import language_linears, language_model
 LOGITS = 1 << 26
 """The most logits that are held at once while continuations are scored: 256 MiB in float32."""
 Mask = Tensor | dict[str, Tensor]
-"""What positions see, (rows, 1, new positions, all positions) bool; or that by a layer's type."""
+"""What positions see, (rows, 1, new positions, all positions) bool; or such a mask by type of layer."""
 OnToken = Callable[[int, int], None]
 """Called with a question and its next token id."""
 
@@ -71,9 +71,9 @@ class Openings:
     visible: Tensor
     """(openings, positions) bool: false where an opening is padded."""
     next_logits: Tensor | None
-    """(openings, vocabulary) float32 behind openings that are whole prompts."""
+    """(openings, vocabulary) float32, after openings that are whole prompts."""
     next_positions: Tensor
-    """(openings,) int64, the position of what comes behind each."""
+    """(openings,) int64, the position after each."""
 
 
 class Decoder:
@@ -101,12 +101,13 @@ class Decoder:
         self.dtype: torch.dtype = weight.dtype
         plain = all(linear.weight.is_floating_point() for linear in language_linears(self.model).values())
         self.steps = StaticSteps(record=True) if self.device.type == "cuda" and plain else None
-        """None: steps are taken as they come. Kernels of quantised layers may wait for the device."""
-        # Not every text model has one; LLaVA-Med's is null.
+        """None computes steps directly. Kernels of quantised layers may wait for the device, which a graph cannot
+        record."""
+        # Not every text model has a window; LLaVA-Med's is null.
         self.window: int | None = self.model.config.text_config.to_dict().get("sliding_window")
 
     def positions_that_fit(self) -> int | None:
-        """How many positions' keys and values a quarter of the GPU's free memory holds; None on the CPU.
+        """The number of positions whose keys and values fit into a quarter of the GPU's free memory; None on the CPU.
 
         The recorded steps' buffers hold them a second time, and prompts need memory while they are computed.
         """
@@ -121,6 +122,7 @@ class Decoder:
         """Compute a wave's openings.
 
         Args:
+            wave: Openings that are held together.
             inputs: `LlavaMedInputs.answering_batch` of its groups' first questions: images, if there are any.
         """
         first = [group.questions[0] for group in wave.groups]
@@ -128,7 +130,7 @@ class Decoder:
         texts = [self.prompts[question].opening for question in first]
         if wave.whole:
             texts = [text + self.prompts[question].rest for text, question in zip(texts, first, strict=True)]
-        # Whole prompts are of many lengths, and cuDNN plans its attention anew for each; openings alone are alike.
+        # Whole prompts have many lengths, and cuDNN plans its attention anew for each; openings alone have one.
         ids, visible = self._padded(texts, POSITIONS if wave.whole and self.device.type == "cuda" else 1)
         pixels, cache = inputs.get("pixel_values"), DynamicCache()
         output = self.model(
@@ -148,11 +150,13 @@ class Decoder:
     def answer(
         self, openings: Openings, questions: Sequence[int], waiting: int = 1, on_token: OnToken | None = None
     ) -> list[list[int]]:
-        """The new ids of each question of a wave's batch, up to and with `</s>`.
+        """The new ids of each question of a wave's batch, up to and including `</s>`.
 
         Args:
-            waiting: batches that are still to be answered, this one included.
-            on_token: called with each question's new token ids.
+            openings: The wave's openings.
+            questions: The batch.
+            waiting: The number of batches still to be answered, this one included.
+            on_token: Called with each question's new token ids.
         """
         with sharing(self._language):
             self._choose(questions)
@@ -164,12 +168,13 @@ class Decoder:
     ) -> list[list[list[float]]]:
         """The log-probability of each token of each continuation of a question, given the tokens before it.
 
-        All continuations of a question stand behind it in one row and see nothing of each other (tree attention, Miao
-        et al., "SpecInfer", ASPLOS 2024), so that opening and question are computed once.
+        All continuations of a question follow it in one row and do not see each other (tree attention, Miao et al.,
+        "SpecInfer", ASPLOS 2024), so that opening and question are computed once.
 
         Args:
-            questions: of one of the wave's batches.
-            continuations: of each question, any number of token sequences; an empty one is refused.
+            openings: The wave's openings.
+            questions: One of the wave's batches.
+            continuations: For each question, any number of token sequences; empty ones are refused.
         """
         log_probabilities: list[list[list[float]]] = []
         with sharing(self._language):
@@ -182,7 +187,7 @@ class Decoder:
     def _scoring_batches(
         self, openings: Openings, questions: Sequence[int], continuations: Sequence[Continuations]
     ) -> list[list[int]]:
-        """Rows that are scored at once: as many as bounded memory for attention scores and logits allows."""
+        """Rows to score at once: as many as bounded memory for attention scores and logits allows."""
         rests = [0 if openings.wave.whole else len(self.prompts[question].rest) for question in questions]
         longest = max(rests) + max(map(Branches.positions, continuations))
         logits = self.model.config.text_config.vocab_size * (1 + max(map(Branches.positions, continuations)))
@@ -237,9 +242,9 @@ class Decoder:
         return branches.gather(torch.cat(logits, dim=1), continuations)
 
     def _begin(self, openings: Openings, questions: Sequence[int]) -> Rows:
-        """Compute what stands behind the openings, and the first new token."""
+        """Compute what follows the openings, and the first new token."""
         rows = [openings.wave.openings[question] for question in questions]
-        start, stop = rows[0], rows[-1] + 1  # a batch's questions are in the order of the openings
+        start, stop = rows[0], rows[-1] + 1  # A batch's questions are in the order of the openings.
         group = [row_positions - start for row_positions in rows]
         row_positions, members = (part.to(self.device) for part in membership(group, stop - start))
         index = torch.tensor(group, device=self.device)
@@ -274,15 +279,17 @@ class Decoder:
         return Rows(next_ids[:, None].clone(), following, visible, cache)
 
     def step(self, rows: Rows) -> None:
-        """One new token for each row; everything changes in place."""
+        """Compute one new token for each row, in place."""
         rows.visible.index_fill_(1, rows.cache.slots + rows.before, True)
         rows.ids.copy_(self._forward(rows.ids, rows.positions, self._newest(rows.visible), rows.cache)[:, None])
         rows.positions += 1
         rows.cache.slots += 1
 
     def _continue(self, rows: Rows, questions: list[int], waiting: int, on_token: OnToken | None) -> list[list[int]]:
-        """New tokens until every row has ended. Rows that have leave the batch once they are half of it, unless its
-        steps are recorded: then they cost nothing."""
+        """Compute new tokens until every row has ended.
+
+        Ended rows leave the batch once they are half of it, unless its steps are recorded: then they cost nothing.
+        """
         answers: dict[int, list[int]] = {question: [] for question in questions}
         static = None
         if self.steps is not None:
@@ -313,12 +320,12 @@ class Decoder:
         return len(answer) == self.stopping.max_new_tokens or (bool(answer) and answer[-1] in self.stopping.end_ids)
 
     def _choose(self, questions: Sequence[int]) -> None:
-        """The rows that are computed next are these questions'."""
+        """Assign the next rows to these questions."""
         if self.mixed is not None:
             self.mixed.choose(questions)
 
     def _forward(self, ids: Tensor, positions: Tensor, seen: Mask, cache: SharedCache) -> Tensor:
-        """(rows,) the ids that follow."""
+        """(rows,) the next ids."""
         output = self.model(
             input_ids=ids,
             attention_mask=seen,
@@ -355,7 +362,7 @@ class Decoder:
         return seen[:, None]
 
     def _padded(self, texts: Sequence[Sequence[int]], multiple: int = 1) -> tuple[Tensor, Tensor]:
-        """Ids padded on the left, and where they are none of padding; (texts, longest, rounded up) each."""
+        """Ids padded on the left, and a mask that is false at padding; (texts, longest, rounded up) each."""
         length = rounded_up(max(map(len, texts), default=0), multiple)
         ids = [[self.stopping.padding] * (length - len(text)) + list(text) for text in texts]
         real = [[False] * (length - len(text)) + [True] * len(text) for text in texts]
@@ -371,6 +378,6 @@ def _positions(visible: Tensor) -> Tensor:
 
 
 def _best(logits: Tensor) -> Tensor:
-    """(rows, …, vocabulary) → (rows,): the likeliest id after the last position, compared in float32 as `generate`
-    does."""
+    """(rows, …, vocabulary) → (rows,): the likeliest id after the last position, compared in float32 as in
+    `generate`."""
     return logits[:, -1].float().argmax(-1)

@@ -1,4 +1,4 @@
-"""Questions by the batch: their images decoded, their openings read once, their answers generated."""
+"""Answers questions in batches: decodes their images, reads their openings once, generates their answers."""
 
 from __future__ import annotations
 
@@ -23,29 +23,28 @@ from mslora_cr.generation.prefix_decoder import Decoder, Stopping
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are generated, and who is named as their author."""
+    """How answers are generated, and the model that is named as their author."""
 
     max_new_tokens: int
     batch_size: int
     model_id: str
     workers: int = 0
     probabilities: bool = True
-    """Whether answers and the candidates of closed questions are scored as well."""
+    """Whether answers and the candidate answers of closed questions are scored too."""
 
     def limits(self, prompts: Sequence[Prompt]) -> Limits:
-        """The most positions held at once: as many as the longest `batch_size` whole prompts and their answers would
-        take."""
+        """The most positions held at once: those of the longest `batch_size` whole prompts with their answers."""
         longest = max(map(len, prompts), default=0)
         return Limits(self.batch_size, self.max_new_tokens, self.batch_size * (longest + self.max_new_tokens))
 
 
 class ScoredBatch(NamedTuple):
-    """A batch of questions that was answered.
+    """A batch of answered questions.
 
     Attributes:
-        questions: their places.
-        ids: the new ids of each, up to and with the one that ends it.
-        scores: of each, the log-probability of every token of every continuation that was asked for.
+        questions: Their indices.
+        ids: The new ids of each, up to and including the one that ends it.
+        scores: For each, the log-probability of every token of every requested continuation.
     """
 
     questions: Sequence[int]
@@ -72,8 +71,7 @@ def decoder_of(
     max_new_tokens: int,
     mixed: QuestionBanks | None = None,
 ) -> Decoder | PlainDecoder:
-    """What answers questions with a model: behind shared openings where some are shared, and the model's scores are
-    then those of whole prompts."""
+    """The decoder for a model: from shared openings if some are shared and the scores are those of whole prompts."""
     if input_processor.shares_openings:
         return Decoder(model, prompts, Stopping.of(input_processor.tokenizer, max_new_tokens), mixed)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -87,7 +85,7 @@ def decoder_of(
 def answered_batches(
     decoder: Any, samples: Questions, waves: Sequence[Wave], workers: int = 0
 ) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
-    """The questions of each batch of some waves, and their new ids, as they are answered."""
+    """Yield the questions of each batch of some waves with their new ids, as they are answered."""
     for scored in scored_batches(decoder, samples, waves, None, workers):
         yield scored.questions, scored.ids
 
@@ -99,10 +97,14 @@ def scored_batches(
     continuations: Callable[[int, Sequence[int]], Continuations] | None,
     workers: int = 0,
 ) -> Iterator[ScoredBatch]:
-    """The batches of some waves as they are answered.
+    """Yield the batches of some waves as they are answered.
 
     Args:
-        continuations: what to score behind a question, which got these new ids; None scores nothing.
+        decoder: The decoder.
+        samples: The questions.
+        waves: The waves.
+        continuations: The continuations to score after a question that got these new ids; None scores nothing.
+        workers: Processes that decode images.
     """
     inputs: DataLoader[Any] = DataLoader(_Inputs(samples, decoder.prompts, waves), batch_size=None, num_workers=workers)
     waiting = sum(len(wave.batches) for wave in waves)

@@ -1,4 +1,4 @@
-"""How far an attribute, such as the view or the site, goes with the answer."""
+"""How strongly an attribute, such as the view or the site, is associated with the answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mslora_cr.statistics.intervals import SAMPLES, SEED, Groups
 
 
 class Association(NamedTuple):
-    """Cramér's V with the ends of its interval; None of fewer than two clusters."""
+    """Cramér's V with its interval; None for fewer than two clusters."""
 
     value: float
     ends: Interval | None
@@ -21,13 +21,13 @@ class Association(NamedTuple):
 def cramers_v(first: Sequence[str], second: Sequence[str], groups: Groups) -> Association:
     """Bias-corrected Cramér's V between two labellings, in [0, 1], with a percentile bootstrap over clusters.
 
-    ``φ² = χ²/n - (k-1)(r-1)/(n-1)``, cut off at 0, over the smaller of the corrected numbers of rows and columns less
-    one.    Source: Bergsma, "A Bias-Correction for Cramér's V and Tschuprow's T", Journal of the Korean
-    Statistical Society 2013.
+    ``φ² = χ²/n - (k-1)(r-1)/(n-1)``, cut off at 0, divided by the smaller of the corrected numbers of rows and columns
+    minus one. Source: Bergsma, "A Bias-Correction for Cramér's V and Tschuprow's T", Journal of the Korean Statistical
+    Society 2013.
 
     Args:
-        first: by question.
-        second: by question.
+        first: (questions,), the first label of each.
+        second: (questions,), the second label of each.
         groups: (questions,), images or patients.
     """
     rows = np.unique(np.asarray(first, dtype=object).astype(str), return_inverse=True)[1]

@@ -9,18 +9,18 @@ from numpy.typing import NDArray
 
 Scores = NDArray[np.float64]
 Groups = NDArray[np.int64]
-"""By question, the number of its cluster, from 0."""
+"""The number of each question's cluster, from 0."""
 
 
 class ClusterVariance(NamedTuple):
-    """The variance of a mean, and how well it is known.
+    """The variance of a mean, and how precisely it is known.
 
     Attributes:
-        variance: of the mean.
-        freedom: degrees of freedom of the variance.
-        clusters: how many clusters there are.
-        effective: the number of equally large clusters that weigh as much as these, ``n² / Σ n_g²`` (Kish 1965).
-        largest: the largest cluster's share of the questions.
+        variance: The variance of the mean.
+        freedom: The degrees of freedom of the variance.
+        clusters: The number of clusters.
+        effective: The number of equally large clusters with the same weight, ``n² / Σ n_g²`` (Kish 1965).
+        largest: The largest cluster's share of the questions.
     """
 
     variance: float
@@ -33,16 +33,16 @@ class ClusterVariance(NamedTuple):
 def cluster_variance(errors: Scores, groups: Groups) -> ClusterVariance:
     """CR2 variance of a mean with Bell and McCaffrey's degrees of freedom.
 
-    With n_g the size of a cluster and s_g the sum of its errors, the variance is ``Σ s_g² / (1 - n_g/n) / n²``: one
-    large cluster pulls the mean towards itself, so its own errors come out too small; the factor restores them. With
+    With n_g the size of a cluster and s_g the sum of its errors, the variance is ``Σ s_g² / (1 - n_g/n) / n²``. One
+    large cluster pulls the mean towards itself, so its own errors come out too small; the factor corrects them. With
     clusters of one size it is the usual ``G/(G-1) Σ s_g² / n²`` with G - 1 degrees of freedom. Sources: Bell and
     McCaffrey, "Bias Reduction in Standard Errors for Linear Regression with Multi-Stage Samples", Survey Methodology
     2002; for the intra-class correlation in the degrees of freedom, Imbens and Kolesár, "Robust Standard Errors in
     Small Samples: Some Practical Advice", Review of Economics and Statistics 2016.
 
     Args:
-        errors: (questions,), less their mean.
-        groups: (questions,), at least two clusters among them.
+        errors: (questions,), the values minus their mean.
+        groups: (questions,), with at least two clusters.
     """
     counts = np.bincount(groups)
     sums, sizes = np.bincount(groups, errors)[counts > 0], counts[counts > 0].astype(np.float64)
@@ -87,14 +87,14 @@ def degrees_of_freedom(sizes: Scores, correlation: float) -> float:
 
 
 def intraclass_correlation(values: Scores, groups: Groups) -> float:
-    """The share of a value's variance that lies between clusters, by analysis of variance, cut off at 0 and 1.
+    """The share of a value's variance that lies between clusters, by analysis of variance, limited to [0, 1].
 
     Source: Donner, "A Review of Inference Procedures for the Intraclass Correlation Coefficient in the One-Way Random
     Effects Model", International Statistical Review 1986.
 
     Args:
         values: (questions,).
-        groups: (questions,), at least two clusters among them.
+        groups: (questions,), with at least two clusters.
     """
     sizes = np.bincount(groups)
     sums = np.bincount(groups, values)[sizes > 0]

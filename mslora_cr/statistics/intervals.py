@@ -1,7 +1,7 @@
 """Intervals of scores that are known question by question, where several questions may be about one image.
 
-Questions about one image (or one patient) are a cluster: they are right or wrong together more often than questions
-about different ones, so an interval that takes them as independent is too narrow. Everything here is one pass over the
+Questions about one image (or one patient) form a cluster: they are right or wrong together more often than questions
+about different ones, so an interval that treats them as independent is too narrow. Everything here is one pass over the
 questions; `python -m benchmarks.coverage` measures how often each interval covers the truth.
 """
 
@@ -19,24 +19,25 @@ from mslora_cr.statistics.interval import Interval
 
 CONFIDENCE = 0.95
 SAMPLES = 1000
-"""Resamplings behind a bootstrap interval."""
+"""The number of resamplings behind a bootstrap interval."""
 SEED = 0
 BLOCK = 50
 NONE = 1e-12
-"""Less than any score, or square of one, that is not zero."""
+"""Smaller than any score, or its square, that is not zero."""
 
 
 class Estimate(NamedTuple):
-    """A mean over questions, or a weighted sum of such means, with what its interval needs.
+    """A mean over questions, or a weighted sum of such means, with everything that its interval needs.
 
     Attributes:
-        square: the mean of the squared values.
-        variance: of the mean.
-        freedom: degrees of freedom of the variance.
-        groups: clusters.
-        questions: in all of them.
-        effective: the number of equally large clusters that weigh as much as these.
-        largest: the largest cluster's share of the questions.
+        mean: The mean.
+        square: The mean of the squared values.
+        variance: The variance of the mean.
+        freedom: The degrees of freedom of the variance.
+        groups: The number of clusters.
+        questions: The number of questions.
+        effective: The number of equally large clusters with the same weight.
+        largest: The largest cluster's share of the questions.
     """
 
     mean: float
@@ -50,15 +51,15 @@ class Estimate(NamedTuple):
 
 
 def independent(questions: int) -> Groups:
-    """Every question a cluster of its own."""
+    """Clusters of one question each."""
     return np.arange(questions)
 
 
 def estimate(values: Scores, groups: Groups) -> Estimate:
     """The mean of a value over questions, with its cluster-robust variance (`cluster_variance`).
 
-    Where all clusters have the same mean by chance, the variance is that of independent questions. A single cluster
-    says nothing of how clusters differ, so its variance is as large as it can be.
+    If all clusters have the same mean by chance, the variance is that of independent questions. A single cluster says
+    nothing about the differences between clusters, so its variance is as large as possible.
 
     Args:
         values: (questions,), at least one, in [-1, 1].
@@ -110,17 +111,17 @@ def weighted_sum(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimat
 def score_interval(parts: Sequence[Estimate], weights: Sequence[float] = (1.0,)) -> Interval:
     """The interval of a weighted mean of scores in [0, 1]: Wilson's, with an effective number of questions.
 
-    With p the mean and V its variance, the effective number is ``p (1 - p) / V``, and Student's t takes the place of
-    the normal quantile. It stays within [0, 1] and has a width at 0 and 1, where the number is that of the clusters. A
-    task whose answers are all wrong or all right counts as if half an answer more were the other way, and no task's
-    variance as less than that of independent questions: of few clusters it can come out so by chance. Sources: Wilson,
-    "Probable Inference, the Law of Succession, and Statistical Inference", JASA 1927; for the effective number Korn and
-    Graubard, "Confidence Intervals for Proportions with Small Expected Number of Positive Counts Estimated from Survey
-    Data", Survey Methodology 1998.
+    With p the mean and V its variance, the effective number is ``p (1 - p) / V``, and Student's t replaces the normal
+    quantile. The interval stays within [0, 1] and has a width at 0 and 1, where the number is that of the clusters. A
+    task whose answers are all wrong, or all right, counts as if half an answer more went the other way. A task's
+    variance is at least that of independent questions, since with few clusters it can be smaller by chance. Sources:
+    Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 1927; for the effective number
+    Korn and Graubard, "Confidence Intervals for Proportions with Small Expected Number of Positive Counts Estimated
+    from Survey Data", Survey Methodology 1998.
 
     Args:
-        parts: by task.
-        weights: of the tasks, with a sum of 1.
+        parts: The estimates, by task.
+        weights: The weights of the tasks, which sum to 1.
     """
     total = weighted_sum([_careful(part) for part in parts], weights)
     mean = min(max(total.mean, 0.0), 1.0)
@@ -135,10 +136,10 @@ def score_interval(parts: Sequence[Estimate], weights: Sequence[float] = (1.0,))
 def difference_interval(total: Estimate, binary: bool) -> Interval:
     """The interval of a paired difference of scores in [0, 1], of one task.
 
-    Where scores are 0 or 1, or no score differs, it is Tango's score interval, with an effective number of questions,
-    ``(S - d²) / variance`` with S the share of questions whose scores differ, and with Student's t in the place of the
-    normal quantile: it does not take a few differences, or none, for certain. Elsewhere it is Student's t. Source:
-    Tango, "Equivalence Test and Confidence Interval for the Difference in Proportions for the Paired-Sample Design",
+    If scores are 0 or 1, or no score differs, it is Tango's score interval, with an effective number of questions, ``(S
+    - d²) / variance`` with S the share of questions whose scores differ, and with Student's t in place of the normal
+    quantile: it does not take a few differences, or none, for certainty. Otherwise it is Student's t. Source: Tango,
+    "Equivalence Test and Confidence Interval for the Difference in Proportions for the Paired-Sample Design",
     Statistics in Medicine 1998.
     """
     if not binary and total.variance > 0:
@@ -152,29 +153,31 @@ def difference_interval(total: Estimate, binary: bool) -> Interval:
 
 
 def _tango(gained: float, lost: float, number: float, errors: float) -> float:
-    """The lower end of Tango's interval: the difference d from which the one seen is so many standard errors away, at
-    the likeliest shares of questions gained and lost that differ by d.
+    """The lower end of Tango's interval: the difference d that lies so many standard errors below the observed one, at
+    the likeliest shares of gained and lost questions that differ by d.
 
     Args:
-        gained: share of questions.
-        lost: share of questions.
-        number: of questions.
-        errors: how many standard errors.
+        gained: The share of gained questions.
+        lost: The share of lost questions.
+        number: The number of questions.
+        errors: The number of standard errors.
     """
     seen = gained - lost
 
     def beyond(d: float) -> float:
         b = (2 - seen) * d - gained - lost
-        likeliest = (max(b * b + 8 * lost * d * (1 - d), 0.0) ** 0.5 - b) / 4  # the share lost
+        likeliest = (max(b * b + 8 * lost * d * (1 - d), 0.0) ** 0.5 - b) / 4  # The share of lost questions.
         return float((seen - d) * number**0.5 - errors * max(2 * likeliest + d * (1 - d), 0.0) ** 0.5)
 
-    nearest = seen - NONE  # the one seen itself is no standard error away where none differs
+    nearest = seen - NONE  # If no score differs, the observed difference itself is no standard error away.
     return float(brentq(beyond, -1.0, nearest)) if nearest > -1 else -1.0
 
 
 def t_interval(values: Sequence[float]) -> Interval | None:
-    """Student's t interval of a mean of independent values, such as differences of tasks; None of fewer than two, and
-    of values that are all equal, since nothing is seen of how they spread."""
+    """Student's t interval of a mean of independent values, such as differences of tasks.
+
+    None for fewer than two values, and for values that are all equal, since their spread is unknown.
+    """
     if len(values) < 2:
         return None
     total = estimate_of(values)
@@ -196,7 +199,8 @@ def mean_interval(total: Estimate) -> Interval:
 
 
 def resampled_sums(values: Scores, groups: Groups) -> Scores:
-    """Sums over clusters drawn with replacement, as many as there are: for what is no mean, as corpus BLEU.
+    """Sums over clusters drawn with replacement, as many as there are, for values that are no means, such as corpus
+    BLEU.
 
     Source: Efron, "Bootstrap Methods: Another Look at the Jackknife", Annals of Statistics 1979.
 
@@ -210,7 +214,7 @@ def resampled_sums(values: Scores, groups: Groups) -> Scores:
     clusters = _cluster_sums(values, groups)
     generator = np.random.default_rng(SEED)
     sums = np.empty((SAMPLES, values.shape[1]))
-    for start in range(0, SAMPLES, BLOCK):  # a block shares each read of the values
+    for start in range(0, SAMPLES, BLOCK):  # The replicates of a block share each read of the values.
         drawn = generator.integers(len(clusters), size=(min(BLOCK, SAMPLES - start), len(clusters)), dtype=np.int32)
         counts = np.stack([np.bincount(row, minlength=len(clusters)) for row in drawn]).astype(np.float64)
         np.matmul(counts, clusters, out=sums[start : start + len(drawn)])
@@ -224,7 +228,7 @@ def percentile_interval(replicates: Scores, groups: float) -> Interval:
 
     Args:
         replicates: (resamplings,).
-        groups: the number of clusters; where they are of unequal size, one more than the degrees of freedom of a mean.
+        groups: The number of clusters; for clusters of unequal size, one more than the degrees of freedom of a mean.
     """
     if groups < 2:
         return float(replicates.min()), float(replicates.max())
@@ -240,8 +244,8 @@ def _cluster_sums(values: Scores, groups: Groups) -> Scores:
 
 
 def _careful(part: Estimate) -> Estimate:
-    """A task's variance, at least that of independent questions. A task without an error (or without a right answer)
-    has errors that were not met: half an answer's worth."""
+    """A task's variance, at least that of independent questions. A task without an error, or without a right answer,
+    counts half an answer that was not observed."""
     variance = max(part.variance, (part.square - part.mean**2) / max(part.questions - 1, 1))
     if variance < NONE:
         share = 0.5 / (part.effective + 1)
@@ -250,10 +254,10 @@ def _careful(part: Estimate) -> Estimate:
 
 
 def quantile(freedom: float) -> float:
-    """Student's t that a standardised error exceeds with probability ``(1 - CONFIDENCE) / 2``."""
+    """The value of Student's t that a standardised error exceeds with probability ``(1 - CONFIDENCE) / 2``."""
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
 def percent(ends: Interval) -> Interval:
-    """An interval of shares, in percent or points."""
+    """An interval of shares, converted to percent or points."""
     return 100 * ends[0], 100 * ends[1]

@@ -1,4 +1,4 @@
-"""Intervals of smooth functions of counts, by the influence of each question on the value."""
+"""Intervals of smooth functions of counts, from the influence of each question on the value."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ def bounded_interval(
 ) -> Interval | None:
     """The interval of a value between two bounds, on the logit scale, with the variance of its influence.
 
-    Its variance is the cluster-robust one of the mean influence of a question (`estimate`). Source: Hampel,
-    "The Influence Curve and its Role in Robust Estimation", JASA 1974.
+    The variance is the cluster-robust one of the mean influence of a question (`estimate`). Source: Hampel, "The
+    Influence Curve and its Role in Robust Estimation", JASA 1974.
 
     Args:
-        value: strictly between the bounds; otherwise there is no interval.
+        value: The value, strictly between the bounds; otherwise there is no interval.
         influence: (questions,), with mean 0.
         groups: (questions,).
-        bounds: of the value.
-        most_freedom: degrees of freedom beyond which no interval goes, such as the smallest class less one.
+        bounds: The bounds of the value.
+        most_freedom: The most degrees of freedom, such as the smallest class minus one.
     """
     largest = float(np.abs(influence).max())
     if largest < NONE:
@@ -31,13 +31,13 @@ def bounded_interval(
 
 
 def logit_interval(value: float, error: float, bounds: Interval, freedom: float) -> Interval | None:
-    """Student's t interval on the logit scale between two bounds; None at a bound, where the scale has no end.
+    """Student's t interval on the logit scale between two bounds; None at a bound, where the scale is infinite.
 
     Args:
-        value: what was measured.
-        error: its standard error.
-        bounds: that it cannot leave.
-        freedom: degrees of freedom.
+        value: The measured value.
+        error: Its standard error.
+        bounds: The bounds of the value.
+        freedom: The degrees of freedom.
     """
     low, high = bounds
     share = (value - low) / (high - low)

@@ -1,11 +1,10 @@
 """The task × stage matrix of a stream, and the figures of continual learning computed from it.
 
-``R[i,k]`` is the score of task i after stage k, in percent: the model that has learned the first k tasks of
-the stream. Stages and tasks count from 1, so task i is learned at stage i; T is the last stage, and stage 0 is
-the base model without a bank (zero shot). The averages run over the N tasks that have the score at all (an
-open-ended task has no closed accuracy), which need not be all T.
-
-Every figure but forgetting is a weighted sum of cells; its weights are what an interval is computed from.
+``R[i,k]`` is the score of task i after stage k, in percent: the model that has learned the first k tasks of the stream.
+Stages and tasks count from 1, so task i is learned at stage i; T is the last stage, and stage 0 is the base model
+without a bank (zero shot). Averages run over the N tasks that have the score, which may be fewer than T: an open-ended
+task has no closed accuracy. Every figure but forgetting is a weighted sum of cells, and intervals are computed from its
+weights.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from statistics import fmean
 from mslora_cr.utils.errors import UserError
 
 Weights = Mapping[tuple[str, int], float]
-"""Of cells, by task and stage."""
+"""Weights of cells, by task and stage."""
 
 
 class MissingCellError(UserError):
@@ -31,8 +30,8 @@ class TaskStageMatrix:
     """Scores of the tasks of a stream after its stages; cells may be missing.
 
     Attributes:
-        stream: the names of all T tasks in the order in which they are learned.
-        tasks: the names of the N tasks that have the score, at least one, in the same order.
+        stream: The names of all T tasks in the order in which they are learned.
+        tasks: The names of the N tasks that have the score, at least one, in the same order.
         scores: R, in percent, by task name and stage (0..T).
 
     Raises:
@@ -99,8 +98,8 @@ class TaskStageMatrix:
         """``A_k = mean_{i<=k} R[i,k]``: the mean score over the tasks learned by stage k, in percent.
 
         Raises:
-            MissingCellError: a learned task was not evaluated at this stage.
-            ValueError: no task that has the score is learned yet.
+            MissingCellError: A learned task was not evaluated at this stage.
+            ValueError: No task that has the score is learned yet.
         """
         return self._sum(self.stage_weights(stage))
 
@@ -111,7 +110,7 @@ class TaskStageMatrix:
         return {(task, stage): 1 / len(learned) for task in learned}
 
     def stage_averages(self) -> list[tuple[int, float]]:
-        """(k, A_k) for the stages k, from the first task that has the score on, whose cells are all there."""
+        """(k, A_k) for the stages k that have all their cells, from the first task that has the score."""
         averages = ((stage, _or_none(partial(self.stage_average, stage))) for stage in self._stages())
         return [(stage, average) for stage, average in averages if average is not None]
 
@@ -131,14 +130,14 @@ class TaskStageMatrix:
         return {cell: weight / len(stages) for stage in stages for cell, weight in self.stage_weights(stage).items()}
 
     def forgetting_of(self, task: str) -> float:
-        """``f_i = max_{i<=k<T} R[i,k] - R[i,T]``: what a task lost since it was known best, in points.
+        """``f_i = max_{i<=k<T} R[i,k] - R[i,T]``: what a task lost since its best stage, in points.
 
-        Negative if the task ends better than it ever was before; 0 for the task learned last. Source:
-        Chaudhry et al., "Riemannian Walk for Incremental Learning", ECCV 2018; their maximum also covers the
-        stages before the task was learned, where there is nothing to forget yet.
+        It is negative if the task ends better than at any stage before, and 0 for the task learned last. Source:
+        Chaudhry et al., "Riemannian Walk for Incremental Learning", ECCV 2018. Their maximum also covers the stages
+        before the task was learned, when there is nothing to forget yet.
 
         Raises:
-            MissingCellError: the task was not evaluated at its own or a later stage.
+            MissingCellError: The task was not evaluated at its own or a later stage.
         """
         earlier = range(self.learned_at(task), self.last)
         if not earlier:
@@ -148,42 +147,41 @@ class TaskStageMatrix:
     def forgetting(self) -> float:
         """The mean of `forgetting_of` over the tasks before the last stage, in points; 0 if there are none.
 
-        It has no interval: the maximum of noisy scores lies above the true one, the more so the more stages there are
-        and the fewer questions, and a bootstrap repeats that bias. `backward_transfer` is the figure to infer from.
-
-        Source and raises: as `forgetting_of`.
+        It has no interval: the maximum of noisy scores lies above the true one, and more so with more stages and fewer
+        questions; a bootstrap repeats that bias. For inference use `backward_transfer`. Source and errors: as
+        `forgetting_of`.
         """
         lost = [self.forgetting_of(task) for task in self._before_last()]
         return fmean(lost) if lost else 0.0
 
     def backward_transfer(self) -> float:
-        """The mean of ``R[i,T] - R[i,i]`` over the tasks before the last stage, in points; 0 without such.
+        """The mean of ``R[i,T] - R[i,i]`` over the tasks before the last stage, in points; 0 if there are none.
 
-        Negative if later tasks harmed earlier ones. Source: Lopez-Paz and Ranzato, NeurIPS 2017.
+        It is negative if later tasks harmed earlier ones. Source: Lopez-Paz and Ranzato, NeurIPS 2017.
 
         Raises:
-            MissingCellError: a task was not evaluated at its own or at the last stage.
+            MissingCellError: A task was not evaluated at its own or at the last stage.
         """
         return self._sum(self.backward_weights(self._before_last()))
 
     def backward_weights(self, tasks: Sequence[str]) -> Weights:
-        """The interval of the backward transfer of some tasks before the last stage."""
+        """The weights of the backward transfer of some tasks before the last stage."""
         gained = {(task, self.last): 1 / len(tasks) for task in tasks}
         return gained | {(task, self.learned_at(task)): -1 / len(tasks) for task in tasks}
 
     def transfer(self) -> dict[str, float]:
-        """``R[i,T] - R[i,i]`` of each task before the last stage whose cells are both there, in points."""
+        """``R[i,T] - R[i,i]`` in points, of each task before the last stage that has both cells."""
         changes = {task: _or_none(partial(self._sum, self.backward_weights([task]))) for task in self._before_last()}
         return {task: value for task, value in changes.items() if value is not None}
 
     def forward_transfer(self) -> float:
-        """The mean of ``R[i,i-1] - R[i,0]`` over the tasks after the first stage, in points; 0 without such.
+        """The mean of ``R[i,i-1] - R[i,0]`` over the tasks after the first stage, in points; 0 if there are none.
 
-        What the stages before a task do for it, against zero shot. Source: Lopez-Paz and Ranzato, NeurIPS 2017,
-        whose b_i, here R[i,0], is the score of a model initialised at random.
+        It measures how much the stages before a task help it, compared with zero shot. Source: Lopez-Paz and Ranzato,
+        NeurIPS 2017, whose b_i, here R[i,0], is the score of a model initialised at random.
 
         Raises:
-            MissingCellError: a task was not evaluated at the stage before its own, or at stage 0.
+            MissingCellError: A task was not evaluated at the stage before its own, or at stage 0.
         """
         return self._sum(self.forward_weights())
 
@@ -193,7 +191,7 @@ class TaskStageMatrix:
         return gained | {(task, 0): -1 / len(later) for task in later}
 
     def linear(self) -> dict[str, Weights]:
-        """By name, the weights of every figure of `summary` but forgetting, which is a maximum and no sum."""
+        """By name, the weights of every figure of `summary` except forgetting, which is a maximum and not a sum."""
         return {
             "own_stage_average": self.own_stage_weights(),
             "final_average": self.stage_weights(self.last),

@@ -24,7 +24,7 @@ from mslora_cr.utils.errors import DataError
 
 
 class Column(NamedTuple):
-    """A metric's scores in [0, 1], by question, and each question's cluster."""
+    """A metric's scores in [0, 1] and each question's cluster."""
 
     scores: Scores
     groups: Groups
@@ -34,9 +34,9 @@ class Uncertainty(NamedTuple):
     """The uncertainty of a number.
 
     Attributes:
-        ends: of its interval, in percent or points.
-        changed: of a difference, how many answers changed, the bound of losses and McNemar's p, as text.
-        precision: degrees of freedom and the largest cluster's share, as text.
+        ends: The ends of its interval, in percent or points.
+        changed: For a difference, how many answers changed, the bound of losses and McNemar's p, as text.
+        precision: The degrees of freedom and the largest cluster's share, as text.
     """
 
     ends: Interval
@@ -45,8 +45,8 @@ class Uncertainty(NamedTuple):
 
 
 class MatrixIntervals(NamedTuple):
-    """The uncertainty of what is read off a task × stage matrix: its figures by name, each task's backward transfer,
-    and the average over the tasks learned by each stage. Forgetting has none."""
+    """The uncertainty of a task × stage matrix's figures: by name, each task's backward transfer, and the average over
+    the tasks learned by each stage. Forgetting has none."""
 
     figures: dict[str, Uncertainty]
     transfer: dict[str, Uncertainty]
@@ -58,16 +58,17 @@ def matrix_intervals(
 ) -> MatrixIntervals:
     """The uncertainty of every figure whose cells are all there.
 
-    Scores of a task at several stages are paired by question, so that a difference of stages is as uncertain as the
-    questions that changed, and no more. The tasks stay as they are: intervals are over other questions, not tasks.
+    Scores of a task at several stages are paired by question, so that a difference of stages is only as uncertain as
+    the questions that changed. The tasks are fixed: intervals describe other questions, not other tasks.
 
     Args:
-        columns: by task and stage.
-        answers: by task and stage, the name of the file that holds the answers. Where one file stands for both sides of
-            a task's difference, there is none by construction, and its interval is 0 to 0.
+        matrix: The matrix.
+        columns: By task and stage.
+        answers: By task and stage, the name of the file that holds the answers. If one file stands for both sides of a
+            task's difference, the difference is zero by construction, and its interval is 0 to 0.
 
     Raises:
-        DataError: a task has scores of more questions at one stage than at another.
+        DataError: A task has scores of more questions at one stage than at another.
     """
     defined = {figure for figure, value in matrix.summary().items() if value is not None}
     stages = [stage for stage, _ in matrix.stage_averages()]
@@ -142,8 +143,8 @@ def _values(weights: Weights, columns: Mapping[tuple[str, int], Column]) -> tupl
 
 
 def coarsest(groups: list[Groups]) -> Groups:
-    """Of several groupings of the same questions, the one with the fewest clusters: scores that an earlier version
-    wrote know of none."""
+    """Of several groupings of the same questions, the one with the fewest clusters: scores of earlier versions know
+    none."""
     return min(groups, key=lambda numbers: int(numbers.max()))
 
 

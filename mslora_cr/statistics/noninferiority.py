@@ -1,4 +1,4 @@
-"""One-sided tests that a paired score has not fallen by a margin, and what they need."""
+"""One-sided tests that a paired score has not fallen by a margin, and the sample sizes that they need."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class NonInferiority(NamedTuple):
 
 
 POWER = 0.8
-"""Of the number of groups that `NonInferiority.needed` gives."""
+"""The most groups that `NonInferiority.needed` reports."""
 
 
 def non_inferiority(differences: Scores, groups: Groups, margin: float, level: float, binary: bool) -> NonInferiority:
@@ -101,13 +101,17 @@ def sample_size(changed: float, margin: float, level: float, power: float, desig
 
 
 def spent(level: float, number: int) -> float:
-    """The level of the `number`-th test of a stream, from 1: ``6 level / (π² number²)``, whose sum over all numbers is
-    `level`, so that by Bonferroni's inequality all tests together are wrong with at most that probability."""
+    """The level of the `number`-th test of a stream, from 1: ``6 level / (π² number²)``.
+
+    The levels of all numbers sum to `level`, so by Bonferroni's inequality all tests together are wrong with at most
+    that probability.
+    """
     return 6 * level / (math.pi * number) ** 2
 
 
 def _tango_statistic(square: float, mean: float, number: float, difference: float) -> float:
-    """How many standard errors the mean lies above a difference, at the likeliest share of losses for it."""
+    """The number of standard errors by which the mean lies above a difference, at the likeliest share of losses for
+    it."""
     gained, lost = (square + mean) / 2, (square - mean) / 2
     linear = (2 - mean) * difference - gained - lost
     likeliest = (max(linear**2 + 8 * lost * difference * (1 - difference), 0.0) ** 0.5 - linear) / 4
@@ -127,10 +131,10 @@ def _tango_bound(square: float, mean: float, number: float, quantile: float) -> 
 
 
 def _needed(square: float, mean: float, share: float, margin: float, level: float) -> int | None:
-    """Groups for a power of `POWER`, each worth `share` independent questions.
+    """The groups needed for a power of `POWER`, if each is worth `share` independent questions.
 
-    A loss seen is taken for the true one, a gain for chance unless a gain is what must be shown (a margin of 0). Where
-    nothing changed, a share of 0.1 % is taken as changed.
+    An observed loss is taken for the true one; an observed gain is taken for chance, unless a gain must be shown (a
+    margin of 0). If nothing changed, a share of 0.1 % is assumed to change.
     """
     distance = margin + min(mean, 0.0) if margin else mean
     if distance <= NONE or share <= 0:

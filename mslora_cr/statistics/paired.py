@@ -28,14 +28,14 @@ class PairedTask(NamedTuple):
     """The observed differences of one task.
 
     Attributes:
-        total: their mean.
-        losses: the share of questions whose score fell.
-        binary: whether every score was 0 or 1.
-        gained: questions whose score rose.
-        lost: questions whose score fell.
-        risen: clusters whose sum rose.
-        fallen: clusters whose sum fell.
-        same: whether one answer file stands for both sides, so that there is no difference by construction.
+        total: Their mean.
+        losses: The share of questions whose score fell.
+        binary: Whether every score was 0 or 1.
+        gained: The number of questions whose score rose.
+        lost: The number of questions whose score fell.
+        risen: The number of clusters whose sum rose.
+        fallen: The number of clusters whose sum fell.
+        same: Whether one answer file stands for both sides, so that the difference is zero by construction.
     """
 
     total: Estimate
@@ -49,13 +49,13 @@ class PairedTask(NamedTuple):
 
 
 def paired_task(differences: Scores, groups: Groups, binary: bool, same: bool = False) -> PairedTask:
-    """One task's differences.
+    """Describe one task's differences.
 
     Args:
         differences: (questions,), at least one, of scores in [0, 1].
         groups: (questions,).
-        binary: whether every score is 0 or 1.
-        same: whether one answer file stands for both sides.
+        binary: Whether every score is 0 or 1.
+        same: Whether one answer file stands for both sides.
     """
     sums = np.bincount(groups, differences)
     return PairedTask(
@@ -73,18 +73,18 @@ def paired_task(differences: Scores, groups: Groups, binary: bool, same: bool = 
 def paired_change(tasks: Sequence[PairedTask], weights: Sequence[float] = (1.0,)) -> PairedChange:
     """The weighted sum of tasks' differences.
 
-    The interval is MOVER's from each task's own limits l and u about its difference d, ``Σ w d - √Σ w² (d - l)²`` and
-    ``Σ w d + √Σ w² (u - d)²``: a task in which nothing changed keeps the width of its own interval, where a sum of
+    The interval is MOVER's, from each task's own limits l and u about its difference d, ``Σ w d - √Σ w² (d - l)²`` and
+    ``Σ w d + √Σ w² (u - d)²``: a task in which nothing changed keeps the width of its own interval, whereas a sum of
     variances would take it for certain. The bound of losses is Clopper and Pearson's over all questions, with Korn and
-    Graubard's effective number where they share images. The test is McNemar's exact one; where questions share images,
-    each image counts once, by the sign of its sum. Sources: Zou and Donner, "Construction of Confidence Limits about
-    Effect Measures: A General Approach", Statistics in Medicine 2008; Clopper and Pearson, "The Use of Confidence or
-    Fiducial Limits Illustrated in the Case of the Binomial", Biometrika 1934; McNemar, "Note on the Sampling Error of
-    the Difference between Correlated Proportions or Percentages", Psychometrika 1947.
+    Graubard's effective number if they share images. The test is McNemar's exact one; if questions share images, each
+    image counts once, by the sign of its sum. Sources: Zou and Donner, "Construction of Confidence Limits about Effect
+    Measures: A General Approach", Statistics in Medicine 2008; Clopper and Pearson, "The Use of Confidence or Fiducial
+    Limits Illustrated in the Case of the Binomial", Biometrika 1934; McNemar, "Note on the Sampling Error of the
+    Difference between Correlated Proportions or Percentages", Psychometrika 1947.
 
     Args:
-        tasks: at least one.
-        weights: of the tasks.
+        tasks: At least one.
+        weights: The weights of the tasks.
     """
     seen = [task for task in tasks if not task.same]
     questions = sum(task.total.questions for task in tasks)
@@ -111,8 +111,8 @@ def paired_change(tasks: Sequence[PairedTask], weights: Sequence[float] = (1.0,)
 
 
 def upper_bound(share: Estimate, confidence: float = CONFIDENCE) -> float:
-    """Clopper and Pearson's one-sided upper bound of a share, with Korn and Graubard's effective number of questions
-    where these share clusters."""
+    """Clopper and Pearson's one-sided upper bound of a share, with Korn and Graubard's effective number of questions if
+    these share clusters."""
     number = float(share.questions)
     if share.groups < share.questions:
         number = share.effective

@@ -1,4 +1,4 @@
-"""What a number of questions and patients can show: widths of intervals and differences that a test would find."""
+"""What a number of questions and patients can show: widths of intervals, and differences that a test would find."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from scipy.special import ndtri
 from mslora_cr.statistics.intervals import CONFIDENCE
 
 CORRELATION = 0.2
-"""Intra-class correlation of one patient's questions where nothing is known."""
+"""The intra-class correlation of one patient's questions, if nothing is known."""
 POWER = 0.8
 
 
 def design_effect(questions: int, patients: int, correlation: float = CORRELATION) -> float:
-    """How many times as large a variance is because patients have several questions: ``1 + (m - 1) ρ``.
+    """The factor by which a variance grows because patients have several questions: ``1 + (m - 1) ρ``.
 
     Source: Kish, Survey Sampling, 1965.
 
     Args:
-        questions: in all.
-        patients: who share them; at least one.
+        questions: The number of questions.
+        patients: The number of patients, at least one.
         correlation: ρ, between questions of one patient.
     """
     return 1 + max(questions / patients - 1, 0.0) * correlation
 
 
 def share_half_width(share: float, questions: int, effect: float = 1.0) -> float:
-    """Half the width of Wilson's interval of a share, such as a sensitivity of so many positive questions.
+    """Half the width of Wilson's interval of a share, such as a sensitivity over so many positive questions.
 
     Args:
-        share: expected.
-        questions: that carry it, at least one.
+        share: The expected share.
+        questions: The number of questions, at least one.
         effect: `design_effect`.
     """
     number, z = questions / effect, _z()
@@ -43,9 +43,9 @@ def auroc_half_width(area: float, positives: int, negatives: int, effect: float 
     Radiology 1982.
 
     Args:
-        area: expected.
-        positives: questions whose truth is the class, at least one.
-        negatives: the others, at least one.
+        area: The expected area.
+        positives: The number of questions whose truth is the class, at least one.
+        negatives: The number of other questions, at least one.
         effect: `design_effect`.
     """
     ones, others = positives / effect, negatives / effect
@@ -58,10 +58,10 @@ def detectable_difference(questions: int, changed: float, effect: float = 1.0, p
     """The smallest paired difference that a two-sided test at 5 % finds: ``(z_{α/2} + z_β) √(s / n)``.
 
     Args:
-        questions: that both sides answer, at least one.
+        questions: The number of questions that both sides answer, at least one.
         changed: s, the share whose score changes.
         effect: `design_effect`.
-        power: the chance of finding it.
+        power: The probability of finding it.
     """
     return float((_z() + ndtri(power)) * (changed * effect / questions) ** 0.5)
 

@@ -1,4 +1,4 @@
-"""Scores by group of patients: the worst group, the largest gap, and whether chance could have made them."""
+"""Scores by group of patients: the worst group, the largest gap, and whether chance could explain it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mslora_cr.statistics.intervals import SAMPLES, SEED, Groups, Scores, estima
 from mslora_cr.statistics.significance import holm
 
 FEWEST_PATIENTS = 10
-"""Groups of fewer patients (or images, where no patient is known) are counted, not scored."""
+"""Groups of fewer patients (or images, if no patient is known) are counted, but not scored."""
 BANDS = 4
-"""Bands of a number, such as an age, each with as many patients."""
+"""The number of bands of a number, such as an age; each has as many patients."""
 MOST_VALUES = 8
 """Numbers with more different values than this are cut into bands."""
 
@@ -24,12 +24,12 @@ class GroupScore(NamedTuple):
     """A group of patients.
 
     Attributes:
-        questions: about them.
-        patients: how many there are.
-        score: mean over questions; None of too few patients.
-        ends: of its interval.
-        p: that the group scores like all others, by permutation, adjusted by Holm's method; None where labels differ
-            within a patient.
+        questions: The number of questions about them.
+        patients: The number of patients.
+        score: The mean over questions; None for too few patients.
+        ends: The ends of its interval.
+        p: The p-value that the group scores like all others, by permutation, adjusted by Holm's method; None if labels
+            differ within a patient.
     """
 
     questions: int
@@ -43,10 +43,10 @@ class Subgroups(NamedTuple):
     """Scores by the values of an attribute.
 
     Attributes:
-        groups: by value.
-        worst: the scored group with the lowest score; None where fewer than two are scored.
-        gap: the largest score less the lowest.
-        gap_ends: by resampling of patients; the gap of groups that do not differ is above 0 too.
+        groups: By value.
+        worst: The scored group with the lowest score; None if fewer than two are scored.
+        gap: The highest score minus the lowest.
+        gap_ends: By resampling of patients; even groups that do not differ have a gap above 0.
     """
 
     groups: dict[str, GroupScore]
@@ -56,7 +56,7 @@ class Subgroups(NamedTuple):
 
 
 def banded(values: Sequence[str | int | float | None]) -> list[str | None]:
-    """Values as names of groups; numbers of more than `MOST_VALUES` kinds as bands of equally many."""
+    """Values as names of groups; numbers of more than `MOST_VALUES` kinds as bands of equally many patients."""
     numbers = [value for value in values if isinstance(value, int | float)]
     if len(set(numbers)) <= MOST_VALUES or len(numbers) < sum(value is not None for value in values):
         return [None if value is None else str(value) for value in values]
@@ -71,8 +71,8 @@ def subgroups(scores: Scores, patients: Groups, labels: Sequence[str]) -> Subgro
 
     Args:
         scores: (questions,), in [0, 1].
-        patients: (questions,), by question the number of its patient or image.
-        labels: (questions,), by question its group.
+        patients: (questions,), the number of each question's patient or image.
+        labels: (questions,), each question's group.
     """
     names, subgroup = np.unique(np.asarray(labels, dtype=object).astype(str), return_inverse=True)
     clusters = np.unique(patients, return_inverse=True)[1]
@@ -113,8 +113,8 @@ def _gap_interval(scores: Scores, clusters: Groups, subgroup: Groups, scored: Se
 
 
 def _permuted(scores: Scores, clusters: Groups, subgroup: Groups, scored: Sequence[int]) -> dict[int, float]:
-    """By group, the p-value of its distance from all others under permuted labels of patients, adjusted for the groups;
-    nothing where labels differ within a patient, or fewer than two groups are scored."""
+    """By group, the p-value of its distance from all others under permuted labels of patients, adjusted for the number
+    of groups; empty if labels differ within a patient, or fewer than two groups are scored."""
     count = int(clusters.max()) + 1
     label = np.zeros(count, dtype=np.int64)
     label[clusters] = subgroup

@@ -12,22 +12,22 @@ from mslora_cr.statistics.intervals import NONE, Estimate, mean_interval, t_inte
 from mslora_cr.statistics.significance import flip_test, holm, t_test
 
 OURS = "mslora_cr"
-"""The method that every other one is set against."""
+"""The method with which every other one is compared."""
 Runs = Mapping[tuple[int, int], float]
 """A figure by order and seed."""
 
 
 def summarize(outcomes: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, Any]]:
-    """By method and figure: the mean over all runs, their standard deviation, and what the order has to do with it.
+    """By method and figure: the mean over all runs, their standard deviation, and the effect of the order.
 
     `between_orders` is the standard deviation of the orders' means (each over its seeds), `within_orders` the pooled
-    one of the runs about their order's mean: an order matters where the first stands out from the second over the root
-    of the number of seeds. `against` is the paired difference to MSLoRA-CR at the same order and seed (`_against`); its
-    p-values are corrected by Holm's method over the methods of a figure.
+    one of the runs about their order's mean. An order matters if the first clearly exceeds the second divided by the
+    root of the number of seeds. `against` is the paired difference to MSLoRA-CR at the same order and seed
+    (`_against`); its p-values are corrected by Holm's method over the methods of a figure.
 
     Args:
-        outcomes: of finished runs.
-        metric: a name in their `figures`.
+        outcomes: The outcomes of finished runs.
+        metric: A name in their `figures`.
     """
     spreads: dict[str, dict[str, Any]] = {}
     values: dict[str, dict[str, Runs]] = {}
@@ -84,11 +84,11 @@ def _spread(values: Runs) -> dict[str, Any]:
 
 
 def _against(paired: Runs) -> dict[str, Any]:
-    """Paired differences of runs: mean and deviation, and what they say.
+    """Paired differences of runs: mean, deviation, intervals and p-values.
 
-    `interval` and `p` are Student's t about other seeds of these orders: its variance is that about the orders' means,
-    or, where every order has one run, about the mean of all. `orders_interval` takes the orders for a sample of orders:
-    Student's t of their means; None of one order. `p_flips` is the exact sign-flip test of the runs.
+    `interval` and `p` are Student's t for other seeds of these orders: the variance is that about the orders' means, or
+    about the mean of all if every order has one run. `orders_interval` treats the orders as a sample of orders:
+    Student's t of their means, or None for one order. `p_flips` is the exact sign-flip test of the runs.
     """
     differences, orders = list(paired.values()), _by_order(paired)
     squares, freedom = _within(orders)

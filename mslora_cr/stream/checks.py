@@ -33,9 +33,10 @@ log = logging.getLogger(__name__)
 
 
 def check_trainable(config: StreamConfig, fields: dict[str, Any]) -> None:
-    """
+    """Refuse settings that are valid by themselves, but not together.
+
     Raises:
-        ConfigError: settings that are right by themselves, but not together.
+        ConfigError: The message names them.
     """
     if config.model.quantization and zero_stage(fields.get("deepspeed")) == 3:
         raise ConfigError(
@@ -50,7 +51,7 @@ def check_trainable(config: StreamConfig, fields: dict[str, Any]) -> None:
         and any(method.regularizes(config, task) for task in method.trained(config))
     ):
         raise ConfigError(
-            "training.fp16 scales the loss, so that a penalty's gradient, which is added behind it, would all but "
+            "training.fp16 scales the loss, so that a penalty's gradient, which is added after it, would all but "
             f"vanish; use training.bf16, or a method without a penalty instead of {config.method}"
         )
 
@@ -76,10 +77,10 @@ def shared_facts(
 
 
 def check_records_unchanged(ledger: Ledger, records: dict[str, TrainingRecords]) -> None:
-    """Raise if a finished task whose samples are still needed has other records now.
+    """Raise if the records of a finished task changed, and its samples are still needed.
 
     Raises:
-        DataError: names the file.
+        DataError: The message names the file.
     """
     for name, part in records.items():
         entry = ledger.tasks.get(name)
@@ -88,11 +89,11 @@ def check_records_unchanged(ledger: Ledger, records: dict[str, TrainingRecords])
 
 
 def check_labels(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
-    """Warn of samples without a label and of answers that are cut; refuse a task of which nothing is learned.
+    """Warn of samples without a label and of cut answers; refuse a task from which nothing would be learned.
 
     Raises:
-        DataError: no sample of a task has a label; or a record cannot be encoded.
-        ModelError: the base model's tokenizer or processor cannot be read.
+        DataError: No sample of a task has a label; or a record cannot be encoded.
+        ModelError: The base model's tokenizer or processor cannot be read.
     """
     input_processor, max_length = input_processor_without_weights(config), config.data.max_length
     for name, part in records.items():
@@ -107,7 +108,7 @@ def check_labels(config: StreamConfig, records: dict[str, TrainingRecords]) -> N
 
 
 def _label_messages(records: TrainingRecords, counts: LearnedCounts, max_length: int) -> Iterator[str]:
-    """What is not learned, for people."""
+    """Messages about what is not learned."""
 
     def share(indices: Sequence[int]) -> str:
         return f"{len(indices):,} of {counts.samples:,} training samples ({len(indices) / counts.samples:.1%})"
@@ -120,7 +121,7 @@ def _label_messages(records: TrainingRecords, counts: LearnedCounts, max_length:
         )
     if counts.lost:
         yield (
-            f"{share(counts.lost)} lose their whole answer, which begins behind data.max_length = {max_length:,} "
+            f"{share(counts.lost)} lose their whole answer, which begins after data.max_length = {max_length:,} "
             f"positions: {locations(records, counts.lost)}. A larger data.max_length keeps it, and takes memory"
         )
     if counts.cut:
@@ -131,11 +132,11 @@ def _label_messages(records: TrainingRecords, counts: LearnedCounts, max_length:
 
 
 def try_first_record(base: BaseModel, samples: ConcatTrainDataset, collator: Collate, device: torch.device) -> None:
-    """Read the first record as a step would, before any step.
+    """Read the first record as a training step would, before any step.
 
     Raises:
-        DataError: it cannot be prepared.
-        ModelError: the model cannot read it, or its loss is not that of the labels.
+        DataError: It cannot be prepared.
+        ModelError: The model cannot read it, or computes another loss than that of the labels.
     """
     try:
         batch = collator([samples[0]])
@@ -149,13 +150,13 @@ def try_first_record(base: BaseModel, samples: ConcatTrainDataset, collator: Col
 
 
 LARGE_PIXELS = 2_000_000
-"""Pictures of more on average take longer to decode than a small step takes to compute."""
+"""If pictures have more megapixels on average, decoding one takes longer than computing a small step."""
 SAMPLED = 32
-"""How many pictures of a task are measured."""
+"""The number of pictures of a task that are measured."""
 
 
 def warn_of_large_images(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
-    """Say of each task whose pictures are large how long it takes to decode one, and what to do about it."""
+    """Warn of each task with large pictures: how long decoding takes, and what to do about it."""
     if config.data.cache_image_features:
         return
     for name, part in records.items():
@@ -169,8 +170,8 @@ def warn_of_large_images(config: StreamConfig, records: dict[str, TrainingRecord
         begun = time.perf_counter()
         load_image(paths[len(paths) // 2])
         log.warning(
-            "%s: its pictures have %.1f megapixels on average, and one takes %.2f s to decode, at every step of every "
-            "epoch. data.cache_image_features: FOLDER keeps what the vision tower makes of them; for base models "
+            "%s: its pictures have %.1f megapixels on average, and decoding one takes %.2f s, at every step of every "
+            "epoch. data.cache_image_features: FOLDER caches the vision tower's features; for base models "
             "without that, store them smaller",
             name,
             sum(pixels) / len(pixels) / 1e6,
@@ -182,7 +183,7 @@ def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords])
     """Find and, unless `data.check_images` is off, decode every image that training will read.
 
     Raises:
-        DataError: names the bad ones, with the record that asks for the first.
+        DataError: The message names the bad ones, each with the first record that uses it.
     """
     paths: dict[Path, tuple[TrainingRecords, int]] = {}
     for task_name, part in records.items():
@@ -200,7 +201,7 @@ def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords])
     if inspected.washed_out:
         path, remark = inspected.washed_out[0]
         log.warning(
-            "%s of %s images are shown to the model otherwise than a viewer shows them, such as %s: %s. `mslora-cr "
+            "%s of %s images look different to the model than in a viewer, such as %s: %s. `mslora-cr "
             "data check` names them all, `mslora-cr data convert` writes them as a viewer shows them",
             f"{len(inspected.washed_out):,}",
             f"{len(paths):,}",

@@ -24,11 +24,14 @@ from mslora_cr.utils.files import replacing
 
 
 def fit_router(config: StreamConfig, only: str | None = None) -> list[Path]:
-    """Make what a router needs to know of every task, or of the one named, from its training records, and put it with
-    the bank. For banks that were trained elsewhere. Returns the files.
+    """Compute router statistics of every task, or of the one named, from its training records, and store them with the
+    bank.
+
+    Use it for banks that were trained elsewhere. Returns the files.
 
     Raises:
-        DataError, ModelError, ConfigError: something cannot be read. LockedError: another launch writes there.
+        DataError, ModelError, ConfigError: Something cannot be read.
+        LockedError: Another launch writes to the run folder.
     """
     with launch(config, config.run_dir):
         tasks = [config.task(only)] if only else config.stream
@@ -45,7 +48,7 @@ def fit_router(config: StreamConfig, only: str | None = None) -> list[Path]:
 
 
 def combine_router(config: StreamConfig, name: str, folders: Sequence[Path]) -> Path:
-    """Combine the router statistics that several sites keep of one task, and put them with the run's bank.
+    """Combine the router statistics that several sites keep of one task, and store them with the run's bank.
 
     Args:
         config: The run.
@@ -74,7 +77,7 @@ def combine_router(config: StreamConfig, name: str, folders: Sequence[Path]) -> 
 
 
 def _save(ledger: Ledger, task: Task, statistics: TaskStatistics) -> Path:
-    """Put a task's statistics with its bank; the first rank writes."""
+    """Store a task's statistics with its bank; the first rank writes."""
     path = ledger.bank_folder(task.name) / STATISTICS
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)

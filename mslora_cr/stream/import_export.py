@@ -1,4 +1,4 @@
-"""The banks of a whole stream as folders: published runs (`<run>/<a_b_c>/cl_lora.bin`) in and out, or a run folder."""
+"""Imports and exports the banks of a whole stream: published runs (`<run>/<a_b_c>/cl_lora.bin`), or a run folder."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _SPELLINGS = ("finetune_lora_MSLoRA", "finetune_MSLoRA")
 
 
 def load_banks(folder: Path, config: StreamConfig) -> dict[str, Bank]:
-    """The banks of the configuration's tasks, by task, from a folder that holds them.
+    """The banks of the configuration's tasks, by task, from a folder.
 
     The folder is a published run, a folder of published runs (either spelling of the run's name), or a run folder of
     this project. The banks may end before the stream does.
 
     Raises:
-        BankError: there is no bank, a bank is missing while a later one is there, or one is of another rank or alpha.
+        BankError: There is no bank, a bank is missing although a later one is there, or one has another rank or alpha.
     """
     sources = _bank_folders(folder, config, whole=method_of(config).keeps_frozen_adapters)
     banks = {name: _load(source, name, config) for name, source in sources.items()}
@@ -48,25 +48,27 @@ def load_banks(folder: Path, config: StreamConfig) -> dict[str, Bank]:
 
 
 def check_base(sources: Mapping[str, Path], config: StreamConfig, base: str) -> None:
-    """Refuse banks that are known to have been trained on another base model than the configuration's.
+    """Refuse banks that were certainly trained on another base model than the configuration's.
 
-    What knows it is the ledger of a run folder, which has the digest of the weights, the `config.json` of an exported
-    bank, which has it too, and PEFT's `base_model_name_or_path`, where that is a folder of the same layout.
+    Three places tell: the ledger of a run folder and the `config.json` of an exported bank, which have the digest of
+    the weights, and PEFT's `base_model_name_or_path`, if that is a folder of the same layout.
 
     Args:
-        base: the digest of the configuration's base model.
+        sources: The banks' folders by task.
+        config: The configuration.
+        base: The digest of its base model.
     """
     for name, source in sources.items():
         trained_on = _trained_on(source, name, config)
         if trained_on not in (None, base):
             raise BankError(
                 f"{source}: was trained on a base model of other content than that in {config.model.path}, and only "
-                "means something on its own; set model.path and model.vision_tower to those it was trained with"
+                "works with that one; set model.path and model.vision_tower to those it was trained with"
             )
 
 
 def _trained_on(source: Path, name: str, config: StreamConfig) -> str | None:
-    """The digest of the base model that a stored bank was trained on; None where nothing tells it."""
+    """The digest of the base model that a stored bank was trained on; None if it is unknown."""
     try:
         if (source / PUBLISHED_WEIGHTS).is_file():
             return read_object(source / "config.json").get(BASE_DIGEST)
@@ -84,20 +86,20 @@ def _trained_on(source: Path, name: str, config: StreamConfig) -> str | None:
     except (BankError, StateError):
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise BankError(f"{source}: what it was trained on cannot be read ({error!r})") from None
+        raise BankError(f"{source}: the record of its base model cannot be read ({error!r})") from None
     if not isinstance(named, str) or not named or not Path(named).is_dir():
         return None
     folder, configured = Path(named), Path(config.model.path)
     try:
         if read_config(folder)["model_type"] != read_config(configured)["model_type"]:
-            return None  # the other layout: perhaps the same weights, converted
+            return None  # This is the other layout, perhaps of the same weights, converted.
         return base_digest(config.model_copy(update={"model": config.model.model_copy(update={"path": named})}))
     except ModelError:
         return None
 
 
 def _bank_folders(folder: Path, config: StreamConfig, whole: bool) -> dict[str, Path]:
-    """The folders of the banks, by task; `whole`: from the first task on, without a hole."""
+    """The folders of the banks, by task. With `whole`, the banks must start at the first task and have no gap."""
     trained = method_of(config).trained(config)
     if not trained:
         raise BankError(f"{folder}: method {config.method} has no banks")
@@ -127,7 +129,8 @@ def _load(source: Path, name: str, config: StreamConfig) -> Bank:
 
 
 def _published_name(config: StreamConfig, task: Task) -> str:
-    """A task's folder in a published run: the names of the tasks learned by then, or its own for independent banks."""
+    """A task's folder in a published run: the names of the tasks learned by then, or only its own for independent
+    banks."""
     members = config.stream[: task.index + 1] if builds_on_earlier(config) else [task]
     return "_".join(member.name for member in members)
 
@@ -138,7 +141,7 @@ def _bank_folder(folder: Path, config: StreamConfig, task: Task) -> Path | None:
         if config.run.startswith(ours):
             roots.append(folder / config.run.replace(ours, theirs, 1))
     if folder.is_dir() and len(inside := [path for path in folder.iterdir() if path.is_dir()]) == 1:
-        roots += inside  # exported under another name of the run
+        roots += inside  # It was exported under another name of the run.
     for root in roots:
         if (root / _published_name(config, task) / PUBLISHED_WEIGHTS).is_file():
             return root / _published_name(config, task)
@@ -148,18 +151,18 @@ def _bank_folder(folder: Path, config: StreamConfig, task: Task) -> Path | None:
 
 
 def export_banks(banks: Mapping[str, Bank], config: StreamConfig, output: Path) -> Iterator[Path]:
-    """Write banks as a published run below `output`; yields each folder once it is written.
+    """Write banks as a published run below `output`; yield each folder once it is written.
 
     Raises:
-        BankError: there is no bank, or one that the published format cannot represent.
-        ModelError: the base model's configuration cannot be read.
+        BankError: There is no bank, or one that the published format cannot represent.
+        ModelError: The base model's configuration cannot be read.
     """
     if not banks:
         raise BankError(f"no task of this run is trained yet in {config.run_dir}; train one first")
     base, digest = read_config(Path(config.model.path)), base_digest(config)
     if not family_of(Path(config.model.path)).published_banks:
         raise BankError(
-            f"{config.model.path} is not LLaVA-Med, and published checkpoints hold banks of LLaVA-Med alone; use "
+            f"{config.model.path} is not LLaVA-Med, and published checkpoints can only hold banks of LLaVA-Med; use "
             "`mslora-cr export --format peft`"
         )
     for task in config.stream:
@@ -170,15 +173,17 @@ def export_banks(banks: Mapping[str, Bank], config: StreamConfig, output: Path) 
 
 
 def import_banks(folder: Path, config: StreamConfig) -> list[str]:
-    """Make the banks of a folder that `load_banks` reads finished tasks of the configuration's run, so that training
-    goes on after them and whatever reads the run folder finds them; returns the tasks that were not there yet.
+    """Enter the banks of a folder, as `load_banks` reads it, into the configuration's run as finished tasks.
+
+    Training continues after them, and whatever reads the run folder finds them. Returns the tasks that were not there
+    yet.
 
     Raises:
-        BankError: as `load_banks`; the banks are of another base model, or others than the method's; a task is there
-            with another bank; or the method keeps more of a task than its bank, and that is not there. Nothing is
-            written then.
-        ConfigError: another configuration made the run folder.
-        ModelError: the base model cannot be read. LockedError: another launch writes to the run folder.
+        BankError: As `load_banks`; or the banks belong to another base model or method; or a task is there with another
+            bank; or the method's task state is missing. Nothing is written then.
+        ConfigError: Another configuration made the run folder.
+        ModelError: The base model cannot be read.
+        LockedError: Another launch writes to the run folder.
     """
     config = with_former_defaults(config)
     with one_writer(config.run_dir):
@@ -199,7 +204,7 @@ def import_banks(folder: Path, config: StreamConfig) -> list[str]:
 
 
 def _check_usable(bank: Bank, source: Path, config: StreamConfig, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse what training, evaluation or analysis of the run would refuse once it is imported."""
+    """Refuse banks that training, evaluation or analysis of the run would refuse after the import."""
     method = method_of(config)
     bank_shapes = {name: (b.shape[0], a.shape[1]) for name, (a, b) in bank.matrices.items()}
     for name in sorted(bank_shapes.keys() | shapes.keys()):
@@ -218,13 +223,14 @@ def _check_usable(bank: Bank, source: Path, config: StreamConfig, shapes: Mappin
         )
     if method.has_task_state and not (source / TASK_STATE).is_file():
         raise BankError(
-            f"{source}: method {config.method} keeps more of a task than its bank, so a bank alone cannot be imported; "
+            f"{source}: method {config.method} stores more of a task than its bank, so a bank alone cannot be "
+            "imported; "
             f"import from the run folder that trained it, which has {TASK_STATE}"
         )
 
 
 def _is_there(bank: Bank, ledger: Ledger) -> bool:
-    """Whether the run has this very bank; refuses another one of that task."""
+    """Whether the run has this very bank; refuse another bank of that task."""
     if not ledger.done(bank.name):
         return False
     folder = ledger.bank_folder(bank.name)
@@ -234,13 +240,14 @@ def _is_there(bank: Bank, ledger: Ledger) -> bool:
 
 
 def _enter(bank: Bank, bank_folder: Path, config: StreamConfig, ledger: Ledger) -> None:
-    """Save a bank in the run folder and enter it in the ledger. How it was trained is not known there."""
+    """Save a bank in the run folder and enter it in the ledger, which then does not know how it was trained."""
     task, folder = config.task(bank.name), ledger.bank_folder(bank.name)
     file = bank_folder / (PUBLISHED_WEIGHTS if (bank_folder / PUBLISHED_WEIGHTS).is_file() else BANK_WEIGHTS)
     source = {"path": str(file.resolve()), "sha256": file_digest(file)}
-    # The source's, or what `bank fit-router` has put there before.
+    # The source's statistics, or those that `bank fit-router` has put there before.
     routers = [load_file(origin / STATISTICS) for origin in (bank_folder, folder) if (origin / STATISTICS).is_file()]
-    if method_of(config).router_examples(config):  # another method's keep no questions for this one's router
+    # Another method's statistics have no questions for this method's router.
+    if method_of(config).router_examples(config):
         routers = [statistics for statistics in routers if "examples" in statistics]
     extra = {STATISTICS: routers[0]} if routers else {}
     if method_of(config).has_task_state:

@@ -1,4 +1,4 @@
-"""Orders of a stream's tasks, drawn always alike."""
+"""Draws orders of a stream's tasks, the same ones every time."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from mslora_cr.config.schema import ConfigError
 
 
 def task_orders(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
-    """So many different orders of the tasks, the one given first.
+    """As many different orders of the tasks, the given one first.
 
     Raises:
-        ConfigError: there are fewer.
+        ConfigError: There are fewer.
     """
     if not 1 <= count <= factorial(len(tasks)):
-        raise ConfigError(
-            f"--orders: {len(tasks)} tasks have {factorial(len(tasks))} orders; {count} is not among them"
-        )
+        raise ConfigError(f"--orders: {len(tasks)} tasks have {factorial(len(tasks))} orders, fewer than {count}")
     orders = [tuple(tasks)]
     generator = random.Random(0)
     while len(orders) < count:

@@ -1,4 +1,4 @@
-"""The plan of a training run: tasks, batches, steps. Loads no weights."""
+"""The plan of a training run: tasks, batches, steps. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class TaskPlan:
 
 
 def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
-    """The resolved plan of every task, and how many parameters a bank trains. Loads no weights.
+    """The resolved plan of every task, and the number of parameters that a bank trains. No weights are loaded.
 
     Raises:
-        ConfigError, DataError: as `train` would.
+        ConfigError, DataError: As `train` would.
     """
     fields = training_fields(config)
     ledger = Ledger.read(config)
@@ -64,15 +64,15 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
             )
         )
     linears = language_linear_shapes(Path(config.model.path))
-    a, b = (half in method.trained_halves for half in (0, 1))  # of shapes (rank, columns) and (rows, rank)
+    a, b = (half in method.trained_halves for half in (0, 1))  # The shapes are (rank, columns) and (rows, rank).
     return plans, sum(config.lora.rank * (a * columns + b * rows) for rows, columns in linears.values())
 
 
 def tasks_to_train(config: StreamConfig, only: Sequence[str] = ()) -> list[Task]:
-    """The tasks that get a bank, or only those named, in the stream's order.
+    """The tasks that get a bank, or those of them that are named, in the stream's order.
 
     Raises:
-        ConfigError: there is no task of a name, or the method gives it no bank.
+        ConfigError: There is no task of a name, or the method gives it no bank.
     """
     tasks = method_of(config).trained(config)
     names = {config.task(name).name for name in only}
@@ -83,15 +83,15 @@ def tasks_to_train(config: StreamConfig, only: Sequence[str] = ()) -> list[Task]
 
 
 def banks_needed(config: StreamConfig, task: Task) -> list[Task]:
-    """The tasks whose banks must be there before this one trains."""
+    """The tasks whose banks must exist before this one trains."""
     return frozen_tasks(config, task) or previous_task(config, task)
 
 
 def frozen_tasks(config: StreamConfig, task: Task) -> list[Task]:
-    """The earlier tasks whose banks take part, frozen, while this one trains."""
+    """The earlier tasks whose banks are active and frozen while this one trains."""
     return config.stream[: task.index] if method_of(config).keeps_frozen_adapters else []
 
 
 def previous_task(config: StreamConfig, task: Task) -> list[Task]:
-    """The task whose bank this one starts from, if any."""
+    """The task from whose bank this one starts, if any."""
     return config.stream[: task.index][-1:] if method_of(config).init_from_previous else []

@@ -1,4 +1,4 @@
-"""The banks that answer, as recorded in the run folder: enough to read and export a run without its method's code."""
+"""Which banks answer, as recorded in the run folder: enough to read and export a run without its method's code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mslora_cr.runs.ledger import Ledger
 
 @dataclass(frozen=True)
 class RecordedMethod:
-    """A method outside the package, from the record of its answers in a run's ledger."""
+    """A method outside the package, from what a run's ledger records about its answers."""
 
     record: Answering
 
@@ -30,23 +30,23 @@ class RecordedMethod:
 
 
 def answering_method(config: StreamConfig) -> AnsweringMethod:
-    """A run's method, or what its ledger says of one whose code may not be imported.
+    """A run's method, or the ledger's record of one whose code may not be imported.
 
     Raises:
-        UntrustedMethodError: the ledger says nothing of it either.
+        UntrustedMethodError: The ledger has no record of it either.
     """
     if config.knows_method:
         return method_of(config)
     ledger = Ledger.read(config).content
     if ledger.answering is not None and _fits(ledger.answering, len(config.tasks)):
         return RecordedMethod(ledger.answering)
-    if ledger.method in method_names():  # what trained the banks, whatever the configuration says now
+    if ledger.method in method_names():  # This method trained the banks, whatever the configuration says now.
         return cast(Method, load_method(ledger.method))
     return method_of(config)
 
 
 def builds_on_earlier(config: StreamConfig) -> bool:
-    """Whether a run's banks belong together as one chain: whether a task is answered by other banks than its own."""
+    """Whether a run's banks build on each other, so that other banks than a task's own answer it."""
     method = answering_method(config)
     if isinstance(method, Method):
         return method.keeps_frozen_adapters or method.init_from_previous
@@ -56,7 +56,7 @@ def builds_on_earlier(config: StreamConfig) -> bool:
 
 
 def record_answering(config: StreamConfig, ledger: Ledger) -> None:
-    """Note in the ledger which banks answer, if the method is outside the package."""
+    """Record in the ledger which banks answer, if the method is outside the package."""
     if not OUTSIDE.fullmatch(config.method):
         return
     method, numbers = method_of(config), range(1, len(config.tasks) + 1)
@@ -69,7 +69,7 @@ def record_answering(config: StreamConfig, ledger: Ledger) -> None:
 
 
 def _fits(record: Answering, tasks: int) -> bool:
-    """Whether a record is one of a stream of this many tasks: ledgers come from elsewhere."""
+    """Whether a record fits a stream of this many tasks: ledgers may come from elsewhere."""
     allowed = range(1, tasks + 1)
     rows = [row for table in (record.prefix, record.all) for row in table]
     numbers = [number for row in rows for banks in row for number in banks]

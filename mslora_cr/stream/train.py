@@ -1,4 +1,4 @@
-"""The stream: one bank per task, one after another; killed at any moment, the same command resumes."""
+"""The stream: one bank per task, one after another. If it is killed at any moment, the same command resumes."""
 
 from __future__ import annotations
 
@@ -72,19 +72,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StreamRun:
-    """State that the tasks of one launch share."""
+    """The state that the tasks of one launch share."""
 
     config: StreamConfig
     fields: dict[str, Any]
     """The `training` section, checked."""
     ledger: Ledger
     records: dict[str, TrainingRecords]
-    """By task, of all tasks whose samples are read."""
+    """By task, for all tasks whose samples are read."""
     model_digest: str
     force: bool
 
     def input_digests(self, task: Task) -> dict[str, str]:
-        """Digests of what decides a task's bank: a checkpoint inside the task is of no use to another."""
+        """Digests of what decides the task's bank: a checkpoint inside the task is useless for another bank."""
         sources = method_of(self.config).sources(self.config, task)
         return {
             "configuration": self.config.training_digest(task),
@@ -96,11 +96,11 @@ class StreamRun:
 def train(config: StreamConfig, only: Sequence[str] = (), force: bool = False) -> None:
     """Train every task of the stream that is not done yet, or only those named.
 
-    Everything that can be wrong is checked before the first step: configuration, records, images, earlier banks.
+    Configuration, records, images and earlier banks are all checked before the first step.
 
     Raises:
-        ConfigError, DataError, ModelError, BankError, StateError, LockedError: with what is wrong, where, and how to
-            mend it.
+        ConfigError, DataError, ModelError, BankError, StateError, LockedError: The message says what is wrong, where,
+            and how to fix it.
     """
     config = with_former_defaults(config)
     with launch(config, config.run_dir) as fields:
@@ -119,7 +119,7 @@ def train(config: StreamConfig, only: Sequence[str] = (), force: bool = False) -
             if task in pending:
                 train_task(run, task)
             elif rank() == 0:
-                # What a run leaves that is killed right after the ledger.
+                # A run that was killed right after it wrote the ledger leaves this folder.
                 shutil.rmtree(work_folder(config.run_dir, task.name), ignore_errors=True)
                 log.info("%s: already done, skipped", task.name)
 
@@ -141,13 +141,14 @@ def _open_run(
     if alone:
         needed = {earlier.name: earlier for task in pending for earlier in banks_needed(config, task)}
         ledger.banks(config, [earlier for earlier in needed.values() if earlier not in pending])
-    for task in pending:  # only validated here: DeepSpeed must not know of a task before its model is built
+    for task in pending:  # This only validates: DeepSpeed must not know of a task before its model is built.
         training_arguments(config, task, {**fields, "deepspeed": None})
     model_digest = base_digest(config)
     check_hosts(config.run_dir, shared_facts(config, records, ledger, fields, model_digest))
 
     def prepare() -> None:
-        ledger.check_same_configuration(config, model_digest, force)  # in a moment; images may take minutes
+        # This takes a moment, whereas images may take minutes.
+        ledger.check_same_configuration(config, model_digest, force)
         check_task_images(config, records)
         check_labels(config, records)
         warn_of_large_images(config, records)
@@ -158,12 +159,12 @@ def _open_run(
 
 
 def train_task(run: StreamRun, task: Task) -> None:
-    """Train one task's bank from its last checkpoint, if it has one, save it, and enter it in the ledger.
+    """Train one task's bank from its last checkpoint, if there is one, save it, and enter it in the ledger.
 
-    The base model is loaded afresh, so a task does not depend on which ones this process has trained before.
+    The base model is loaded afresh, so a task does not depend on which tasks this process has trained before.
     """
     trainer, router = build_trainer(run, task)
-    # A shared file system may show other hosts an older state, of checkpoints here and of the ledger below.
+    # A shared file system may show other hosts an older state, here of checkpoints and below of the ledger.
     left = broadcast_object(checkpoints(work_folder(run.config.run_dir, task.name)))
     step = 0
     if left:
@@ -178,15 +179,16 @@ def train_task(run: StreamRun, task: Task) -> None:
     run.ledger.share()
     release_trainer(trainer)
     del trainer
-    free_memory()  # before the next task's model is loaded beside this one's
+    free_memory()  # This must come before the next task's model is loaded beside this one's.
 
 
 def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatistics | None]:
-    """Base model, frozen banks, the trainable one and its trainer; and what a router needs to know of the task."""
+    """Build the base model, frozen banks, the trainable bank and its trainer; and compute the task's router
+    statistics."""
     config, method = run.config, method_of(run.config)
     sharded = zero_stage(run.fields.get("deepspeed")) == 3
     device = get_device(config.model.device)
-    # Everything is built before DeepSpeed knows of the task: transformers would partition what it loads afterwards.
+    # Everything is built before DeepSpeed knows of the task: transformers would partition what is loaded afterwards.
     kernels = kernels_of(config)
     base = load_base(config, "cpu" if sharded else device, kernels)
     router = None
@@ -221,14 +223,14 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
 def prepare_bank(
     run: StreamRun, task: Task, base: BaseModel, samples: ConcatTrainDataset, collator: Collate
 ) -> tuple[BankStack, Objective]:
-    """The base with its frozen banks and the task's own as it starts, and what joins the cross entropy."""
+    """The base with its frozen banks and the task's initial bank, and the terms beside the cross entropy."""
     config, method = run.config, method_of(run.config)
     rank_and_alpha = config.lora.rank, config.lora.alpha
     setup = Setup(config, task, run.ledger, get_device(config.model.device))
-    # Merged into the model and held by the penalty; kept on the host they would be a copy per process.
+    # These are merged into the model, and the penalty holds them; kept on the host they would be a copy per process.
     frozen = run.ledger.banks(config, frozen_tasks(config, task))
-    # ZeRO-3 gives each rank its part of the first one's weights. The others' are the file's pages, which all ranks of a
-    # host share until one writes to them.
+    # ZeRO-3 gives each rank its part of the first rank's weights. The other ranks' weights are the file's pages, which
+    # all ranks of a host share until one writes to them.
     unmerged = frozen if zero_stage(run.fields.get("deepspeed")) == 3 and rank() else []
     stack = BankStack(base.model, config.lora.fold, kind=method.adapter(config))
     stack.set_frozen(frozen, merge=not unmerged)
@@ -249,7 +251,7 @@ def prepare_bank(
 
 
 def _say_where_it_starts(task: Task, trainer: BankTrainer, left: Sequence[Path]) -> None:
-    """Console output of a task: the step at which it resumes, then our own progress instead of transformers'."""
+    """Log the step at which a task resumes, and replace transformers' progress with our own."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if left and rank() == 0:
@@ -257,7 +259,7 @@ def _say_where_it_starts(task: Task, trainer: BankTrainer, left: Sequence[Path])
 
 
 def training_samples(run: StreamRun, task: Task, base: BaseModel) -> ConcatTrainDataset:
-    """The samples that a task trains on; with `data.cache_image_features`, it caches their images' features first."""
+    """The samples on which a task trains. With `data.cache_image_features`, their images' features are cached first."""
     tower = cached_tower(run.config, base)
     processor = input_processor_of(run.config, base, tower)
     parts = [
@@ -271,7 +273,7 @@ def training_samples(run: StreamRun, task: Task, base: BaseModel) -> ConcatTrain
 
 
 def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStatistics | None) -> None:
-    """Write a trained bank with what is kept beside it, and enter it in the ledger; to be called on every rank."""
+    """Write a trained bank with everything stored beside it, and enter it in the ledger. Call it on every rank."""
     config, ledger = run.config, run.ledger
     mean_loss, padding = trainer.mean_loss(), trainer.padding()
     method, setup = method_of(config), Setup(config, task, ledger, get_device(config.model.device))

@@ -56,7 +56,7 @@ class Recomputation(TrainerCallback):
     def __init__(self, layers: Sequence[nn.Module], setting: Setting, least: int = 0) -> None:
         """
         Args:
-            model: The model.
+            layers: The decoder layers.
             setting: `training.gradient_checkpointing`.
             least: The fewest layers that `auto` recomputes, because memory ran out with fewer.
         """

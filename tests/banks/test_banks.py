@@ -565,7 +565,7 @@ def test_a_bank_of_numbers_that_are_none_is_refused(value: float, published: boo
 def test_what_was_trained_beside_the_matrices_is_not_dropped(tmp_path: Path) -> None:
     save_bank(golden_bank(0), tmp_path / "bank")
     (tmp_path / "bank" / "non_lora_trainables.bin").write_bytes(b"LLaVA's own script puts the projector here")
-    with pytest.raises(BankError, match=r"non_lora_trainables\.bin holds what was trained besides"):
+    with pytest.raises(BankError, match=r"non_lora_trainables\.bin holds weights that were trained beside"):
         load_bank(tmp_path / "bank")
 
 

@@ -200,7 +200,7 @@ def test_a_folder_that_is_not_its_configurations_is_refused(
     words = [str(trained_config) if word == "CONFIG" else word for word in command]
     assert main([*words, str(copy)]) == 1
     message = capsys.readouterr().err
-    assert f"{copy}: its config.yaml is that of the run folder {run}. " in message
+    assert f"{copy}: its config.yaml describes the run folder {run}. " in message
     assert f"or give a configuration with run: old and output_dir: {tmp_path}" in message
 
 

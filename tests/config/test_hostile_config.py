@@ -87,8 +87,8 @@ def test_a_secret_is_refused_and_not_repeated(override: str, config_file: Config
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("".join(f"k{number}: 1\n" for number in range(60_000)), "of more than 262,144 is not read"),
-        (" " * 30_000_000, "of more than 262,144 is not read"),
+        ("".join(f"k{number}: 1\n" for number in range(60_000)), "may have at most 262,144"),
+        (" " * 30_000_000, "may have at most 262,144"),
         ("".join(f"k{number}: 1\n" for number in range(20_000)), "unknown key"),
         ("a: &a {b: *a}", "an anchor that contains itself"),
         (
@@ -96,9 +96,9 @@ def test_a_secret_is_refused_and_not_repeated(override: str, config_file: Config
             "more than 50,000 values, aliases expanded",
         ),
         ("a: " + "[" * 200 + "]" * 200, "nested too deeply"),
-        ("seed: !!int ''", "a value that is not what its tag"),
-        ("seed: !!timestamp foo", "a value that is not what its tag"),
-        ('data: {root: "a\\0b"}', "data.root: holds a NUL character"),
+        ("seed: !!int ''", "a value that does not match its tag"),
+        ("seed: !!timestamp foo", "a value that does not match its tag"),
+        ('data: {root: "a\\0b"}', "data.root: contains a NUL character"),
         ("\xff", "not UTF-8"),
     ],
 )

@@ -65,7 +65,7 @@ def test_killed_broken_and_killed_again(
     os.kill(launched.ranks()[random.randint(0, 1)], signal.SIGKILL)
     status, output = launched.finish(BOUND)
     assert status == 1
-    assert "Signal 9 (SIGKILL)" in output or "another process of this run has ended" in output
+    assert "Signal 9 (SIGKILL)" in output or "another process of this run ended" in output
 
     before = [name for name in stream.checkpoints() if name.startswith("checkpoint")]
     status, output = start(stream.command, before=faults.full_disk).finish(BOUND)
@@ -78,7 +78,7 @@ def test_killed_broken_and_killed_again(
     ranks = launched.ranks()
     os.kill(launched.pid, signal.SIGKILL)
     wait_until(lambda: not any(alive(rank) for rank in ranks), BOUND)
-    assert launched.output.count("the launcher has ended") == 1, launched.output[-4000:]
+    assert launched.output.count("the launcher ended") == 1, launched.output[-4000:]
 
     launch(stream.command)
     assert bank_bytes(stream.run) == whole(stage)
@@ -238,4 +238,4 @@ def test_a_killed_launcher_of_the_users_own(launcher: str, tiny_settings: dict[s
     output, _ = process.communicate(timeout=BOUND)  # until the last of them has closed it
     assert len(family) >= 2
     wait_until(lambda: not any(alive(member.pid) for member in family), BOUND)
-    assert output.count("the launcher has ended, so this run stops") == 1, output[-4000:]
+    assert output.count("the launcher ended, so this run stops") == 1, output[-4000:]

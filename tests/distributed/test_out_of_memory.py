@@ -52,7 +52,7 @@ def test_in_a_process_of_its_own_under_deepspeed(stage: str, tiny_settings: dict
     fault = partial(faults.out_of_memory, 1, 0, 1)
     status, output = start(stream.command, processes=1, before=fault).finish(BOUND)
     assert status == 1
-    assert "memory ran out at step 1 with 0 of 3" in output and "it begins this task again, with 1 of 3" in output
+    assert "memory ran out at step 1 with 0 of 3" in output and "it starts this task again, with 1 of 3" in output
     launch(stream.command, processes=1, before=fault)
     assert bank_bytes(stream.run) == bank_bytes(whole.run)
 

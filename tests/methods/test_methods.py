@@ -247,7 +247,7 @@ def test_a_replayed_order_mixes_every_batch(tmp_path: Path, monkeypatch: pytest.
 
 def test_replay_of_batches_of_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"tasks\.\w+\.batch_size: replay mixes new and old in a batch; use at least 2"
+        ConfigError, match=r"tasks\.\w+\.batch_size: replay mixes new and old samples in a batch; use at least 2"
     ):
         stream_of("replay", tmp_path, [("pathvqa", 1.0, 2), ("PCAM", 1.0, 1)])
 

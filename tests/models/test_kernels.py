@@ -97,5 +97,5 @@ def test_liger_gets_this_language_model_alone_and_no_loss(tiny_model: Path, monk
         assert torch.equal(model(input_ids=ids).logits, expected)
     assert len(rotated) == len(model.model.language_model.layers)
     model.config.text_config.model_type = "llama"
-    with pytest.raises(ModelError, match=r"model\.kernels: liger is for a Mistral language model, and this is llama"):
+    with pytest.raises(ModelError, match=r"model\.kernels: liger supports Mistral language models, and this is llama"):
         use_kernels(model, "liger")

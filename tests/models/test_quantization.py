@@ -84,7 +84,7 @@ def test_frozen_banks_add_to_a_quantised_base_what_they_add_to_any(
     torch.testing.assert_close(layer(x) - layer.base_layer(x), x @ update.T, rtol=0, atol=1e-5)
     stack.set_frozen([])
     assert torch.equal(logits(stack.model), without)
-    with pytest.raises(BankError, match=r"quantised base cannot be merged into; set lora\.fold=concatenate"):
+    with pytest.raises(BankError, match=r"banks cannot be merged into a quantised base; set lora\.fold=concatenate"):
         BankStack(base, "merge").set_frozen(banks)
 
 

@@ -312,7 +312,7 @@ def test_similarity_by_hand(tmp_path):
     assert similarity.values[0][0] == 1
 
     save_file({"x.A": torch.zeros(1, 2)}, paths["b"])
-    with pytest.raises(BankError, match=r"b\.safetensors does not hold matrices of the same names"):
+    with pytest.raises(BankError, match=r"b\.safetensors does not contain matrices of the same names"):
         bank_similarity(paths)
     paths["b"].write_bytes(b"nonsense")
     with pytest.raises(BankError, match="cannot be read"):

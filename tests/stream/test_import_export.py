@@ -239,7 +239,7 @@ def test_banks_of_another_model_or_without_what_the_method_keeps_are_not_importe
     assert "its layers are not those of the base model" in message
     assert "model.language_model.layers.0.mlp.down_proj is 24 × 64, the model's" in message
     assert take(published, "method=ewc") == 1
-    assert "method ewc keeps more of a task than its bank" in capsys.readouterr().err
+    assert "method ewc stores more of a task than its bank" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

@@ -57,7 +57,7 @@ def test_an_old_one_that_cannot_be_removed_ends_nothing(
         publisher.publish(written(tmp_path, 4), at_once=False)
         publisher.wait()
         assert steps(tmp_path) == ["checkpoint-2", "checkpoint-4"]
-        assert "checkpoint-2 is no longer needed and cannot be removed yet" in caplog.text
+        assert "checkpoint-2 is no longer needed, but cannot be removed yet" in caplog.text
         monkeypatch.setattr(shutil, "rmtree", real)
         publisher.publish(written(tmp_path, 6), at_once=False)
     assert steps(tmp_path) == ["checkpoint-6"]

@@ -22,7 +22,7 @@ def test_settings_of_accelerate_are_dropped_and_named(
         ignore_launcher_settings()
     assert not [name for name in os.environ if name.startswith("ACCELERATE_")]
     assert [record.getMessage() for record in caplog.records] == [
-        "the environment has ACCELERATE_MIXED_PRECISION=bf16, which is ignored: the configuration's `training` decides"
+        "the environment sets ACCELERATE_MIXED_PRECISION=bf16, which is ignored: the configuration's `training` decides"
     ]
 
 

@@ -99,8 +99,8 @@ def test_a_step_that_runs_out_of_memory_is_made_again_exactly(
             "false",
             "with 0 of 3 decoder layers recomputed (planted). Set training.gradient_checkpointing to true or auto",
         ),
-        ("true", "although all 3 decoder layers are recomputed (planted). Less memory is needed with a smaller"),
-        ("auto", "although all 3 decoder layers are recomputed (planted). Less memory is needed with a smaller"),
+        ("true", "although all 3 decoder layers are recomputed (planted). To need less memory, use a smaller"),
+        ("auto", "although all 3 decoder layers are recomputed (planted). To need less memory, use a smaller"),
     ],
 )
 def test_memory_that_does_not_suffice_is_explained(

@@ -37,4 +37,4 @@ def test_a_task_that_was_killed_goes_on_in_its_mlflow_run(
     assert "MLflow does not know the run" in capsys.readouterr().err
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://x")
     assert main([*words, "run=last"]) == 1
-    assert "training.report_to: MLflow starts no run" in capsys.readouterr().err
+    assert "training.report_to: MLflow cannot start a run" in capsys.readouterr().err
