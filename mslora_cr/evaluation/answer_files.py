@@ -1,4 +1,4 @@
-"""Answer files: written whole, resumed after the last batch, stamped with what decided them; ranks share the work."""
+"""Answer files: written whole, resumed after the last batch, stamped with what decided them. Ranks share the work."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ log = logging.getLogger(__name__)
 
 
 class Answered(NamedTuple):
-    """An answer, and what is known of how it came about; nothing is where an earlier version answered."""
+    """An answer, and what is known of its probability; None for answers of earlier versions."""
 
     text: str
     probability: AnswerProbability | None = None
 
 
 def journal_of(folder: Path, key: str, rank: int) -> Path:
-    """Where a rank keeps its answers."""
+    """The file in which a rank keeps its answers until all are there."""
     return folder / f".answers-{key[:16]}-{rank}.jsonl"
 
 
 def journal_line(index: int, answer: Answered, key: str) -> bytes:
-    """An answer as a rank's journal keeps it, with a check that it is still this one when it is read."""
+    """The journal's line for an answer, with a check against later changes."""
     probability = {} if answer.probability is None else {"known": answer.probability.model_dump(exclude_defaults=True)}
     facts = f"{key}/{index}/{answer.text}" + (f"/{json.dumps(probability)}" if probability else "")
     return json.dumps({"index": index, "text": answer.text, **probability, "check": line_check(facts)}).encode() + b"\n"
@@ -60,10 +60,10 @@ def _of_line(row: dict[str, Any]) -> tuple[int, Answered]:
 
 
 def read_journals(folder: Path, key: str) -> dict[int, Answered]:
-    """Answers given so far under this key, by any rank. A line that a kill cut short is removed, one that was
-    changed since is passed over, so that its question is asked again.
+    """Read the answers given so far under this key, by any rank; for the first rank alone.
 
-    For the first rank alone; it also removes journals of other keys.
+    A line that a kill cut short is removed. A line that was changed is passed over, so that its question is asked
+    again. Journals of other keys are removed.
     """
     answered: dict[int, Answered] = {}
     changed = 0
@@ -72,7 +72,7 @@ def read_journals(folder: Path, key: str) -> dict[int, Answered]:
             journal.unlink()
             continue
         lines = check_regular(journal).read_bytes().split(b"\n")
-        if lines[-1]:  # without a line break at its end: cut short, and the next line would join it
+        if lines[-1]:  # Without a line break the line was cut short, and the next line would be appended to it.
             with replacing(journal) as partial:
                 partial.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
         entries, damaged = read_journal(journal, _of_line, lambda entry: journal_line(*entry, key))
@@ -87,8 +87,8 @@ class Origin(NamedTuple):
     """What decides answers.
 
     Attributes:
-        fingerprint: digest of banks, base model, questions and settings.
-        images: digest of the image files that are shown; None where it is not known, as of earlier versions' answers.
+        fingerprint: Digest of banks, base model, questions and settings.
+        images: Digest of the shown image files; None if it is unknown, as for answers of earlier versions.
     """
 
     fingerprint: str
@@ -96,11 +96,11 @@ class Origin(NamedTuple):
 
     @property
     def journal(self) -> str:
-        """What answers that are not yet published are kept under."""
+        """The key under which answers are kept until they are published."""
         return self.fingerprint if self.images is None else fingerprint_of(self._asdict())
 
     def gave(self, fingerprint: str, images: str | None) -> bool:
-        """Whether answers of this fingerprint and these images are its own; images that were not noted pass."""
+        """Whether answers with this fingerprint and these images have this origin; unrecorded images pass."""
         return fingerprint == self.fingerprint and images in (None, self.images)
 
 
@@ -113,23 +113,26 @@ def answer_questions(
     label: str,
     mixed: QuestionBanks | None = None,
 ) -> dict[str, float]:
-    """Answer every question of some samples, greedily, and write `answer-file.jsonl` in the questions' order.
+    """Answer every question of some samples greedily, and write `answer-file.jsonl` in the questions' order.
 
-    Each batch is appended to a file of this rank as soon as it is answered, so that a killed run resumes after its
-    last batch. The answer file appears whole, when the last question is answered.
+    Each rank appends each batch to a file of its own as soon as it is answered, so that a killed run resumes after its
+    last batch. The answer file appears whole when the last question is answered.
 
     Args:
-        folder: where the answer file goes.
-        origin: what decides the answers; those that another one gave are thrown away.
-        label: what the progress bar says.
-        mixed: the banks of each question, where they are not the same for all.
+        model: The model.
+        samples: The questions.
+        folder: The folder of the answer file.
+        decoding: How answers are generated.
+        origin: What decides the answers; answers of another origin are discarded.
+        label: The text of the progress bar.
+        mixed: The banks of each question, if they are not the same for all.
 
     Returns:
-        The seconds that answering took in this call, and the share of padding among the positions of the prompts that
-        were computed, and what it would be for whole prompts in the questions' own order.
+        The seconds that answering took in this call, the share of padding among the computed positions of the prompts,
+        and that share for whole prompts in the questions' own order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # One rank reads, before any writes again: all must see the same questions as answered.
+    # One rank reads before any rank writes: all must see the same questions as answered.
     answered = broadcast_object(read_journals(folder, origin.journal) if rank() == 0 else {})
     processor, records = samples.input_processor, list(samples.records)
     decoder = decoder_of(processor, model, samples.prompts(), decoding.max_new_tokens, mixed)
@@ -160,7 +163,7 @@ def answer_questions(
             file.flush()
             mine |= given
             bar.update(min(len(given) * world_size(), len(samples) - bar.n))
-    # Ranks tell each other: a shared file system may show a file late.
+    # Ranks exchange their answers: a shared file system may show a file late.
     for theirs in all_gather_object(mine):
         answered |= theirs
     seconds = time.monotonic() - started
@@ -177,16 +180,20 @@ def answer_questions(
 
 
 def _the_same(question: int) -> None:
-    """The banks of any question, where all have the same."""
+    """The banks of any question, if all have the same."""
 
 
 def publish(
     records: Sequence[TestRecord], answered: Mapping[int, Answered], folder: Path, model_id: str, fingerprint: str
 ) -> None:
-    """Write an answer file in the questions' order, and what is known of the answers beside it.
+    """Write an answer file in the questions' order, and the probabilities of the answers beside it.
 
     Args:
-        answered: an answer to each question.
+        records: The questions.
+        answered: An answer to each question.
+        folder: The folder to write into.
+        model_id: The name of the model.
+        fingerprint: The answers' fingerprint.
     """
     probabilities = {index: answer.probability for index, answer in answered.items()}
     write_probabilities(folder / PROBABILITIES, records, probabilities)
@@ -212,15 +219,17 @@ def answer_once(
     answer: Callable[[], dict[str, Any]],
     parts: Mapping[Path, int] | None = None,
 ) -> Stamp:
-    """Let `answer` write a folder's answers, unless those there were made from the same and are still what was
-    answered; to be called on every rank.
+    """Let `answer` write a folder's answers, unless the existing ones have the same origin and are unchanged.
+
+    Call it on every rank.
 
     Args:
-        origin: what decides the answers, alike on every rank.
-        questions: how many answers there are to be.
-        answer: writes them, and returns what else to note of them.
-        parts: folders that share the answers, each with a stamp of its own that `answer` writes, and how many of the
-            answers it holds; the folder itself has no answer file then.
+        folder: The folder.
+        origin: What decides the answers, the same on every rank.
+        questions: The number of answers to expect.
+        answer: Writes the answers, and returns what else to record about them.
+        parts: Folders that share the answers, with the number of answers in each; `answer` writes their stamps. The
+            folder itself then has no answer file.
 
     Returns:
         The folder's stamp.
@@ -237,7 +246,7 @@ def answer_once(
     if stamp is not None:
         return stamp
     if rank() == 0:
-        (folder / STAMP).unlink(missing_ok=True)  # it must never be beside answers that it does not describe
+        (folder / STAMP).unlink(missing_ok=True)  # A stamp must never be beside answers that it does not describe.
     noted = answer()
     if rank() == 0:
         stamp = write_stamp(folder, origin.fingerprint, questions, {**noted, "images": origin.images})
@@ -248,7 +257,7 @@ def answer_once(
 
 
 def write_stamp(folder: Path, fingerprint: str, rows: int, noted: Mapping[str, Any] | None = None) -> Stamp:
-    """Note what a folder's answers were made from and what they are; with their digest, if they are in the folder."""
+    """Record the origin of a folder's answers, and their digest if they are in the folder."""
     answers = folder / ANSWERS
     held = {"sha256": file_digest(answers), "rows": rows} if answers.is_file() else {}
     stamp = Stamp.model_validate({"fingerprint": fingerprint, **held, **(noted or {})})
@@ -260,16 +269,16 @@ def read_stamp(folder: Path, fingerprint: str) -> Stamp | None:
     """The stamp of a folder's answers if its fingerprint matches; a damaged stamp counts as none.
 
     Raises:
-        NewerError: it is of a later version.
+        NewerError: A later version wrote it.
     """
     stamp = Stamp.read_if_whole(folder / STAMP)
     return stamp if stamp and stamp.fingerprint == fingerprint else None
 
 
 def answers_are_whole(folder: Path, fingerprint: str, rows: int) -> bool:
-    """Whether a folder has all answers made from the same, as they were given; says so where they were changed since.
+    """Whether a folder has all answers of this origin, unchanged; warns if they were changed.
 
-    Version 0.1.0 noted no digest: of its answers only the number is known.
+    Version 0.1.0 noted no digest, so only the number of its answers is checked.
     """
     stamp, answers = read_stamp(folder, fingerprint), folder / ANSWERS
     if stamp is None or not answers.is_file():
@@ -279,10 +288,10 @@ def answers_are_whole(folder: Path, fingerprint: str, rows: int) -> bool:
     else:
         whole = sum(1 for line in answers.read_bytes().split(b"\n") if line.strip()) == rows
     if not whole:
-        log.warning("%s: cut or changed since it was answered, so these questions are answered again", answers)
+        log.warning("%s was cut or changed after it was written, so these questions are answered again", answers)
     return whole
 
 
 def fingerprint_of(facts: Mapping[str, Any]) -> str:
-    """SHA-256 of facts that decide answers; plain values, lists and mappings of them."""
+    """SHA-256 of facts that decide answers: plain values, lists and mappings of them."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

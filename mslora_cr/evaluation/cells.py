@@ -11,16 +11,17 @@ from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.methods.base import method_of
 
 Stages = Literal["own", "final", "seen", "all"]
-"""`own`: each task at its own stage (published); `final`: all after the last stage; `seen`: each at every stage from
-its own on; `all`: at every stage, and at stage 0, where the base model answers without a bank (zero shot)."""
+"""When tasks are evaluated. `own`: each task at its own stage (published); `final`: all after the last stage; `seen`:
+each at every stage from its own; `all`: at every stage, and at stage 0, where the base model answers without a bank
+(zero shot)."""
 CellKey = tuple[str, int]
-"""Of a cell in the matrix: task and stage."""
+"""A cell's coordinates: task and stage."""
 
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A task to answer at a stage, the banks that answer it, and where its answers go. Stages count from 1; 0 is the
-    base model."""
+    """A task to answer at a stage, the banks that answer it, and the folder of its answers. Stages count from 1; 0 is
+    the base model."""
 
     task: Task
     stage: int
@@ -33,10 +34,12 @@ class PlannedCell:
 
 
 def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[PlannedCell]:
-    """The cells to fill. Cells of one task that the same banks answer share one folder, hence one answering.
+    """The cells to fill. Cells of one task that the same banks answer share one folder, and are answered once.
 
     Args:
-        learned: positions, from 1, of the tasks whose banks exist.
+        config: The run.
+        stages: When tasks are evaluated.
+        learned: Numbers, from 1, of the tasks whose banks exist.
     """
     method, planned = method_of(config), []
     answering = method.stages(learned, len(config.tasks))

@@ -1,4 +1,4 @@
-"""The scores of an evaluation as a console shows them."""
+"""Shows the scores of an evaluation on the console."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from mslora_cr.metrics.published import Scores
 from mslora_cr.statistics.interval import bracketed
 
 COLUMNS = {"exact match score": "exact", "close accuracy": "closed, letters found", "f1 score": "F1, open"}
-"""Title by name in `metrics.json`; the published closed accuracy takes an answer whose letters hold the truth."""
+"""Titles by name in `metrics.json`. The published closed accuracy accepts an answer that contains the letters of the
+truth."""
 ALIGNED = ("left", "right", "right", "right", "right", "right", "left")
 FIGURES = {"own_stage_average": "own stage", "final_average": "final average", "forgetting": "forgetting"}
 CHANGE = "backward_transfer"
 
 
 def score_table(evaluation: Evaluation, results_dir: Path) -> str:
-    """Each task's scores in percent when it was learned and after the last stage, as far as these were evaluated, and
-    the averages over the tasks; of backward transfer also its interval and how many answers changed.
+    """Each task's scores in percent when it was learned and after the last stage, as far as they were evaluated, and
+    the averages over the tasks; for backward transfer also its interval and how many answers changed.
 
     Args:
-        results_dir: where the scores of the answers are.
+        evaluation: The evaluation.
+        results_dir: The folder with the scores of the answers.
     """
     rows = []
     for task in evaluation.tasks:
@@ -55,13 +57,14 @@ def score_table(evaluation: Evaluation, results_dir: Path) -> str:
 
 
 def guessing_of(answers: Path) -> str:
-    """What guessing makes of a cell's closed score; empty where the score is above it, or an earlier version scored."""
+    """What guessing scores on a cell's closed questions; empty if the score is above it, or an earlier version
+    scored."""
     clinical = Clinical.read_if_there(answers.with_name(CLINICAL))
     return clinical.closed.guessing.in_words() if clinical and clinical.closed else ""
 
 
 def headline(scores: Scores) -> str:
-    """What counts first of a file of answers, in percent: a closed answer is right only where it is the truth alone."""
+    """The main scores of a file of answers, in percent. A closed answer is right only if it is exactly the truth."""
     closed = [row for row in scores.rows if row.answer_type == "CLOSED"]
     lines = []
     if closed:
@@ -75,6 +78,6 @@ def headline(scores: Scores) -> str:
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A number as people read it; a dash where there is none."""
-    # Adding zero turns -0.0, which rounding leaves, into 0.0.
+    """A number for people; a dash if there is none."""
+    # Adding zero turns -0.0, which rounding may leave, into 0.0.
     return "–" if value is None else f"{round(value, digits) + 0:.{digits}f}"

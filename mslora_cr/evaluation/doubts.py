@@ -1,4 +1,4 @@
-"""Answers whose score something else than the model decides: cut at a limit, without a text, or thought aloud."""
+"""Answers whose score depends on more than the model: cut at a limit, without a text, or with reasoning first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mslora_cr.metrics.thinking import thinks
 log = logging.getLogger(__name__)
 
 WORTH_A_WARNING = 0.05
-"""The share of unfinished answers from which they are named."""
+"""Unfinished answers are named if their share is at least this."""
 
 
 def doubts_of(folder: Path) -> dict[str, Any]:
@@ -34,10 +34,11 @@ def doubts_of(folder: Path) -> dict[str, Any]:
 
 
 def doubts_in_words(cell: Cell, max_new_tokens: int | None = None) -> list[str]:
-    """What a reader of a cell's scores must know of its answers; empty where there is nothing.
+    """What a reader of a cell's scores must know about its answers; empty if there is nothing.
 
     Args:
-        max_new_tokens: the limit that cut them, where it is known.
+        cell: The cell.
+        max_new_tokens: The limit that cut them, if it is known.
     """
     doubts = []
     limit = "evaluation.max_new_tokens" + (f" = {max_new_tokens}" if max_new_tokens else "")
@@ -48,13 +49,13 @@ def doubts_in_words(cell: Cell, max_new_tokens: int | None = None) -> list[str]:
         why = ", ".join(f"{reason}: {count}" for reason, count in (cell.reasons or {}).items())
         doubts.append(f"{cell.empty} of {cell.rows} answers are empty{f' (finish_reason {why})' if why else ''}")
     if cell.greedy is False:
-        doubts.append("the server does not take temperature 0, so that its answers are not greedy")
+        doubts.append("the server does not accept temperature 0, so its answers are not greedy")
     if cell.thinking:
-        doubts.append(f"{cell.thinking} of {cell.rows} answers think aloud first, which is not scored")
+        doubts.append(f"{cell.thinking} of {cell.rows} answers begin with reasoning, which is not scored")
     return doubts
 
 
 def warn_of_doubts(cell: Cell, max_new_tokens: int) -> None:
-    """Say what decides a cell's scores besides the model."""
+    """Warn about what besides the model decides a cell's scores."""
     for doubt in doubts_in_words(cell, max_new_tokens):
         log.warning("%s at stage %d: %s", cell.task, cell.stage, doubt)

@@ -1,4 +1,5 @@
-"""Answers from a served model: any server that speaks OpenAI's chat completions. Files and scores as `evaluate`'s."""
+"""Answers from a served model: any server that speaks OpenAI's chat completions. Files and scores are those of
+`evaluate`."""
 
 from __future__ import annotations
 
@@ -39,20 +40,22 @@ from mslora_cr.utils.files import append_to
 from mslora_cr.utils.progress import progress_bar
 
 SERVED = "served"
-"""Where answers of served models go in a results folder, each in a folder of the model's name."""
+"""The folder below a results folder for answers of served models, each in a folder of the model's name."""
 TASK = "{task}"
-"""In a model's name, stands for the name of the task asked."""
+"""A placeholder in a model's name for the name of the task that is asked."""
 
 
 def evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None = None) -> Path:
     """Ask a served model the test questions of every task, or of the one named, and score its answers as one model
-    after the last stage; returns the path of `evaluation.json`, below `served/` of the run's results folder.
+    after the last stage.
 
-    Every answer is noted as soon as it is there: an interrupted evaluation asks no question again.
+    Returns the path of `evaluation.json`, below `served/` of the run's results folder. Every answer is stored as soon
+    as it arrives: an interrupted evaluation asks no question again.
 
     Raises:
-        ConfigError, DataError: before anything is asked.
-        EndpointError: the server is gone, or refuses a question. LockedError: another launch writes there.
+        ConfigError, DataError: Before anything is asked.
+        EndpointError: The server is gone, or refuses a question.
+        LockedError: Another launch writes to the results folder.
     """
     endpoint.check()
     with one_writer(config.results_run_dir):
@@ -73,7 +76,7 @@ def evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None
                 rows.append(cell_row(task, stage, [asker.model], folder, target.folder, stamp, asker.records, scores))
                 warn_of_doubts(rows[-1], config.evaluation.max_new_tokens)
                 possible[task.name, stage] = [asker.origin]
-        for task in config.stream:  # tasks of an earlier call stay if their answers would be the same
+        for task in config.stream:  # Tasks of an earlier call stay if their answers would be the same.
             path = task_folder(config, task) / "test.jsonl"
             if task.name not in records and path.is_file():
                 possible[task.name, stage] = [_origin(config, endpoint, task, TestRecords(path), images)]
@@ -141,7 +144,7 @@ class _Asker:
                 )
                 raise type(error)(f"{error}. {progress}") from None
         if not any(answer.text for answer in answered.values()):
-            journal.unlink()  # so that the same command asks again
+            journal.unlink()  # The same command then asks again.
             raise EndpointError(self._nothing_said(answered))
         publish(list(self.records), answered, folder, self.model, self.origin.fingerprint)
         return {"seconds": round(time.monotonic() - started, 3), "greedy": self._chat.greedy}
@@ -152,7 +155,7 @@ class _Asker:
         limit = self.config.evaluation.max_new_tokens
         return (
             f"{self.model} gave no text in any of its {len(answered)} answers to {self.task.name} (finish_reason "
-            f"{counts}). Where it is length, raise evaluation.max_new_tokens = {limit}: a model that reasons needs "
+            f"{counts}). For length, raise evaluation.max_new_tokens = {limit}: a model that reasons needs "
             "more; content_filter and refusal say that the service does not answer such questions"
         )
 
@@ -182,8 +185,8 @@ class _Asker:
 
 
 def _probability(reply: Reply, candidates: tuple[str, ...]) -> AnswerProbability:
-    """What a server tells of an answer: its tokens' log-probabilities, and the likeliest first tokens, among which a
-    candidate of one token may be."""
+    """What a server reports about an answer: its tokens' log-probabilities, and the likeliest first tokens, which may
+    include a candidate of one token."""
     first = {token.strip().casefold(): logprob for token, logprob in reversed(list(reply.first.items()))}
     logprobs = tuple(first.get(candidate.casefold()) for candidate in candidates)
     return AnswerProbability(

@@ -1,4 +1,4 @@
-"""Answer and score tasks at stages of a run: the diagonal as published, or the whole task × stage matrix."""
+"""Answers and scores tasks at stages of a run: the diagonal as published, or the whole task × stage matrix."""
 
 from __future__ import annotations
 
@@ -31,16 +31,19 @@ def evaluate(
     only: str | None = None,
     banks: Mapping[str, Bank] | None = None,
 ) -> Path:
-    """Answer and score every learned task, or only the one named; returns the path of `evaluation.json`.
+    """Answer and score every learned task, or only the one named; return the path of `evaluation.json`.
 
     Args:
-        banks: the banks by task, where they do not come from the run folder's ledger.
+        config: The run.
+        stages: When tasks are evaluated.
+        only: The name of a task.
+        banks: The banks by task, if they do not come from the run folder's ledger.
 
     Raises:
-        ConfigError, DataError, ModelError, BankError, LockedError: before anything is answered.
+        ConfigError, DataError, ModelError, BankError, LockedError: Before anything is answered.
     """
     if config.evaluation.banks_by == "routed":
-        raise ConfigError("evaluation.banks_by is routed, which evaluate_routed answers")
+        raise ConfigError("evaluation.banks_by is routed; call evaluate_routed instead")
     with launch(config, config.results_run_dir):
         by_task = dict(banks) if banks is not None else finished_banks(config)
         by_number = {task.index + 1: by_task[task.name] for task in config.stream if task.name in by_task}
@@ -66,7 +69,7 @@ def _wanted_cells(config: StreamConfig, stages: Stages, only: str | None, learne
 
 
 def _answer_cells(config: StreamConfig, wanted: Sequence[PlannedCell], by_number: Mapping[int, Bank]) -> Path:
-    """Answer and score cells with the banks by task number; returns the path of `evaluation.json`."""
+    """Answer and score cells with the banks by task number; return the path of `evaluation.json`."""
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
     records = {name: test_records(config, config.task(name)) for name in sorted(names)}
     for name, opened in records.items():
@@ -78,7 +81,7 @@ def _answer_cells(config: StreamConfig, wanted: Sequence[PlannedCell], by_number
         cell.key: Origin(
             session.fingerprint(
                 [by_number[number] for number in cell.banks],
-                questions=questions.get(cell.task.name),  # of questions that are not there, no answer has this one
+                questions=questions.get(cell.task.name),  # If there are no questions, no answer has this fingerprint.
                 fold=config.lora.fold,
             ),
             images.get(cell.task.name),
@@ -90,7 +93,7 @@ def _answer_cells(config: StreamConfig, wanted: Sequence[PlannedCell], by_number
         for cell in wanted
     }
     check_hosts(config.results_run_dir, facts)
-    # Cells that the same banks answer are adjacent, so that a stage is merged once.
+    # Cells that the same banks answer are adjacent, so that each set of banks is merged once.
     scored: dict[Path, Scores] = {}
     rows = {
         cell.key: answer_cell(session, cell, [by_number[number] for number in cell.banks], origins[cell.key], scored)
@@ -107,10 +110,14 @@ def _answer_cells(config: StreamConfig, wanted: Sequence[PlannedCell], by_number
 def answer_cell(
     session: EvaluationSession, cell: PlannedCell, banks: Sequence[Bank], origin: Origin, scored: dict[Path, Scores]
 ) -> Cell | None:
-    """Answer and score a cell, unless that was done before; on the first rank its row of `evaluation.json`.
+    """Answer and score a cell, unless that was done before; on the first rank, return its row of `evaluation.json`.
 
     Args:
-        scored: by folder, what was scored already: a folder may hold several stages' cells.
+        session: The loaded model and its questions.
+        cell: The cell.
+        banks: The banks that answer.
+        origin: What decides the answers.
+        scored: By folder, the scores so far: a folder may hold several stages' cells.
     """
     folder, records = cell.folder, session.records[cell.task.name]
 

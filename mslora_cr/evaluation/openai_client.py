@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 Body = Mapping[str, Any]
 PASSING = (408, 409, 425, 429)
-"""Statuses of clients' errors that another attempt may mend."""
+"""Statuses of client errors after which another attempt may succeed."""
 TOP_LOGPROBS = 20
-"""The most that OpenAI's servers tell."""
+"""The most alternatives per token that OpenAI's servers report."""
 LONGEST_PAUSE = 30.0
 
 
@@ -33,12 +33,12 @@ PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 
 
 def proxy_variables() -> str:
-    """The variables of the environment that name a proxy, in either spelling."""
+    """Environment variables that name a proxy, in either spelling."""
     return ", ".join(name for name in (*PROXIES, *map(str.lower, PROXIES)) if os.environ.get(name))
 
 
 class EndpointError(UserError):
-    """A served model does not answer; what it has answered is kept."""
+    """A served model does not answer. The answers that it has given are kept."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Endpoint:
     """A served model.
 
     Attributes:
-        url: the server's address, up to and including `/v1`.
-        model: the model's name on the server.
-        concurrency: how many requests are open at once.
-        timeout: seconds to wait for an answer.
-        attempts: how often a request is sent before the evaluation ends.
-        pause: seconds before the second attempt; each further pause is twice as long, up to half a minute.
-        option: the command-line option that names the server, for messages.
-        key: the environment variable that may hold the server's key.
+        url: The server's address, up to and including `/v1`.
+        model: The model's name on the server.
+        concurrency: The number of requests that are open at once.
+        timeout: Seconds to wait for an answer.
+        attempts: How often a request is sent before the evaluation ends.
+        pause: Seconds before the second attempt; each further pause is twice as long, up to half a minute.
+        option: The command-line option that names the server, for messages.
+        key: The environment variable that may hold the server's key.
     """
 
     url: str
@@ -66,18 +66,19 @@ class Endpoint:
     key: str = "OPENAI_API_KEY"
 
     def check(self) -> None:
-        """
+        """Check that the server can be asked.
+
         Raises:
-            EndpointError: it cannot be asked.
+            EndpointError: It cannot.
         """
         if world_size() > 1:
             raise EndpointError(
-                "a served model is asked from one process; start without a launcher, with --concurrency"
+                "a served model is asked from one process; start without a launcher, and use --concurrency"
             )
         try:
             url = httpx.URL(self.url)
         except httpx.InvalidURL as error:
-            raise EndpointError(f"{self.option} {self.url}: no address ({error})") from None
+            raise EndpointError(f"{self.option} {self.url}: not an address ({error})") from None
         if url.scheme not in ("http", "https") or not url.host:
             raise EndpointError(f"{self.option} {self.url}: expected an address such as http://127.0.0.1:8000/v1")
         if url.userinfo:
@@ -85,7 +86,7 @@ class Endpoint:
 
 
 def folder_name(model: str) -> str:
-    """The model's name as a folder's, the same for the same name and for no other."""
+    """A folder name for a model's name; different names give different folders."""
     plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", model).strip("-.")[:80]
     return plain if plain == model else f"{plain or 'model'}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
@@ -97,7 +98,7 @@ class Chat:
         self._endpoint, self._url = endpoint, f"{endpoint.url.rstrip('/')}/chat/completions"
         headers = {"Authorization": f"Bearer {os.environ[endpoint.key]}"} if os.environ.get(endpoint.key) else {}
         limits = httpx.Limits(max_connections=endpoint.concurrency)
-        local = httpx.URL(endpoint.url).host in LOCAL  # no proxy reaches this machine's own servers
+        local = httpx.URL(endpoint.url).host in LOCAL  # No proxy reaches servers on this machine.
         self._proxies = "" if local else proxy_variables()
         try:
             self._client = httpx.Client(timeout=endpoint.timeout, headers=headers, limits=limits, trust_env=not local)
@@ -111,7 +112,7 @@ class Chat:
 
     @property
     def greedy(self) -> bool:
-        """Whether every answer so far was asked for at temperature 0."""
+        """Whether every answer so far was requested at temperature 0."""
         return self._dialect.greedy
 
     def __enter__(self) -> Self:
@@ -132,12 +133,14 @@ class Chat:
         """Ask for every item, several at once.
 
         Args:
-            body: of an item's request.
-            locate: an item in words, for messages.
-            note: takes each answer as soon as it is there, one at a time.
+            items: The items' numbers.
+            body: Makes an item's request.
+            locate: Describes an item, for messages.
+            note: Called with each answer as soon as it arrives, one at a time.
 
         Raises:
-            EndpointError: the server is gone, or refuses an item. UserError: as `body`.
+            EndpointError: The server is gone, or refuses an item.
+            UserError: As `body`.
         """
 
         def settle(item: int) -> None:
@@ -151,7 +154,7 @@ class Chat:
             try:
                 for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                     future.result()
-            except BaseException:  # also Ctrl-C: the threads would go on
+            except BaseException:  # Ctrl-C leads here too: the threads would continue.
                 self._stopped.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -167,7 +170,7 @@ class Chat:
             attempt += 1
             try:
                 response = self._client.post(self._url, json=sent)
-            except httpx.TransportError as error:  # refused, timed out, broken off
+            except httpx.TransportError as error:  # Refused, timed out, or broken off.
                 problem = f"{type(error).__name__}: {error}".rstrip(": ")
                 problem += f", through the proxy of {self._proxies}" if self._proxies else ""
                 continue
@@ -176,7 +179,7 @@ class Chat:
                 reply = reply_of(response)
                 if reply is not None:
                     return reply
-                problem = "an answer that is not a whole chat completion"
+                problem = "an answer that is not a complete chat completion"
             elif failure.passes:
                 problem = f"HTTP {failure.status}"
                 if response.headers.get("Retry-After", "").isdecimal():
@@ -197,10 +200,10 @@ class Reply(NamedTuple):
     """A chat completion.
 
     Attributes:
-        text: the answer, outer white space removed; empty where there is none.
-        reason: why the server stopped: its `finish_reason`, or "refusal".
-        logprobs: log-probabilities of the tokens; None where the server does not tell.
-        first: the likeliest first tokens and their log-probabilities, as far as the server tells.
+        text: The answer without outer white space; empty if there is none.
+        reason: Why the server stopped: its `finish_reason`, or "refusal".
+        logprobs: Log-probabilities of the tokens; None if the server does not report them.
+        first: The likeliest first tokens and their log-probabilities, as far as the server reports them.
     """
 
     text: str
@@ -222,7 +225,7 @@ class Failure(NamedTuple):
 
 
 def failure_of(response: httpx.Response) -> Failure | None:
-    """What went wrong, also where a server says so inside a 200; None where nothing did."""
+    """The problem with a response, even if its status is 200; None if there is none."""
     if not response.is_success:
         return Failure(response.status_code, response.text)
     try:
@@ -237,7 +240,7 @@ def failure_of(response: httpx.Response) -> Failure | None:
 
 
 def reply_of(response: httpx.Response) -> Reply | None:
-    """The chat completion; None if it is none."""
+    """The chat completion; None if it is not one."""
     try:
         choice = response.json()["choices"][0]
         message = choice["message"]
@@ -252,8 +255,8 @@ def reply_of(response: httpx.Response) -> Reply | None:
 
 
 def _text_of(content: Any) -> str | None:
-    """Of a message's content: a text, its parts, of which thinking is none of the answer, or nothing."""
-    if content is None:  # a refusal, or nothing but reasoning
+    """The text of a message's content, which may be a text, parts (of which reasoning is left out), or nothing."""
+    if content is None:  # It is a refusal, or nothing but reasoning.
         return ""
     if isinstance(content, list):
         parts = [part["text"] for part in content if part["type"] in _TEXTS]
@@ -275,7 +278,7 @@ def _logprobs_of(reply: Any) -> tuple[tuple[float, ...] | None, dict[str, float]
 
 
 class Dialect:
-    """How a server spells the fields of a request, learned from what it refuses; for several threads."""
+    """How a server spells the fields of a request, learned from its refusals; safe for several threads."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -295,10 +298,11 @@ class Dialect:
             return sent
 
     def learn(self, sent: Body, failure: Failure) -> bool:
-        """Whether the same request may be sent again, spelled otherwise.
+        """Whether the same request may be sent again in another spelling.
 
         Args:
-            sent: what was refused, as it was spelled.
+            failure: The refusal.
+            sent: The refused request, as it was spelled.
         """
         if failure.status not in (400, 422):
             return False
@@ -307,7 +311,7 @@ class Dialect:
                 self._limit = "max_completion_tokens"
             elif "temperature" in sent and "temperature" in failure.text:
                 self._leave_out("temperature")
-                log.warning("the server does not take temperature 0: its answers are not greedy")
+                log.warning("the server does not accept temperature 0: its answers are not greedy")
             elif "logprobs" in sent:
                 self._leave_out("logprobs", "top_logprobs")
             else:

@@ -1,4 +1,4 @@
-"""How likely a model finds its answers, and each answer of a closed set: `probabilities.jsonl` beside the answers."""
+"""Probabilities of a model's answers, and of each candidate answer of a closed question: `probabilities.jsonl`."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class AnswerProbability(BaseModel):
         return None if self.logprob is None or not self.tokens else self.logprob / self.tokens
 
     def probabilities(self, normalized: bool = False) -> tuple[float, ...] | None:
-        """``p_k = exp(l_k) / Σ_j exp(l_j)`` over the candidates; None where one of them is not known.
+        """``p_k = exp(l_k) / Σ_j exp(l_j)`` over the candidates; None if one of them is unknown.
 
         Args:
-            normalized: by length: ``l_k / |c_k|`` in place of ``l_k``.
+            normalized: Normalise by length: ``l_k / |c_k|`` in place of ``l_k``.
         """
         scores = self._scores(normalized)
         if not scores:
@@ -81,7 +81,7 @@ class AnswerProbability(BaseModel):
         return [score / length for score, length in zip(self.logprobs, lengths, strict=True) if score is not None]
 
     def row(self, question_id: int | str) -> dict[str, Any]:
-        """A line of `probabilities.jsonl`, with what follows from the rest worked out."""
+        """A line of `probabilities.jsonl`, with the derived values."""
         return {
             "question_id": question_id,
             **self.model_dump(),
@@ -135,7 +135,7 @@ def _closed_set(truths: Counter[str]) -> tuple[str, ...]:
 def continuations_of(
     records: Iterable[TestRecord], processor: InputProcessor, candidates: Sequence[tuple[str, ...]]
 ) -> Callable[[int, Sequence[int]], Continuations]:
-    """What is scored behind each question: the answer that it got, then its candidates."""
+    """The continuations to score after each question: the answer that it got, then its candidates."""
     asked = list(records)
 
     def continuations(question: int, ids: Sequence[int]) -> Continuations:
@@ -149,7 +149,8 @@ def continuations_of(
 def probability_of(
     ids: Sequence[int], ends: Sequence[int], candidates: tuple[str, ...], scores: Sequence[Sequence[float]] | None
 ) -> AnswerProbability:
-    """Of an answer's ids and what was scored behind its question, as `continuations_of` orders it."""
+    """The probabilities of an answer's ids and of what was scored after its question, in the order of
+    `continuations_of`."""
     finished = ids[-1] in ends
     if scores is None:
         return AnswerProbability(tokens=len(ids), finished=finished)
@@ -168,7 +169,7 @@ def probability_of(
 def write_probabilities(
     path: Path, records: Iterable[TestRecord], probabilities: Mapping[int, AnswerProbability | None]
 ) -> None:
-    """Write the file, a line for each question; no file where nothing is known of any."""
+    """Write the file, a line for each question; no file if nothing is known of any."""
     path.unlink(missing_ok=True)
     if any(value is not None for value in probabilities.values()):
         rows = (
@@ -184,10 +185,10 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_probabilities(path: Path) -> list[AnswerProbability]:
-    """The probabilities beside an answer file, in the questions' order; none where there is no file.
+    """The probabilities beside an answer file, in the questions' order; empty if there is no file.
 
     Raises:
-        DataError: a line is malformed; the message names file and line.
+        DataError: A line is malformed; the message names file and line.
     """
     if not path.is_file():
         return []

@@ -29,18 +29,19 @@ from mslora_cr.utils.errors import nearest
 
 
 def evaluate_probe(config: StreamConfig, dataset: str, banks: Mapping[str, Bank] | None = None) -> Path:
-    """Answer a data set that no task of the stream trains, by the base and after every stage that is learned; returns
+    """Answer a data set that no task of the stream trains, with the base model and after every learned stage; return
     the path of `probe.json`.
 
-    At a stage its questions, which are of no task, are answered by the banks that answer the task learned there.
+    Its questions belong to no task. At each stage, the banks that answer the task learned there answer them.
 
     Args:
-        dataset: a name in `datasets` that is not in `tasks`.
-        banks: as `evaluate`.
+        config: The run.
+        dataset: A name in `datasets` that is not in `tasks`.
+        banks: As for `evaluate`.
 
     Raises:
-        ConfigError: there is no such data set, a task trains it, or the task of a question is to be found by a router.
-        DataError, ModelError, BankError, LockedError: as `evaluate`.
+        ConfigError: There is no such data set, a task trains it, or a router would have to find the task of a question.
+        DataError, ModelError, BankError, LockedError: As `evaluate`.
     """
     task = check_held_out(config, dataset)
     with launch(config, config.results_run_dir):
@@ -80,10 +81,10 @@ def evaluate_probe(config: StreamConfig, dataset: str, banks: Mapping[str, Bank]
 
 
 def check_held_out(config: StreamConfig, dataset: str) -> Task:
-    """The data set, as if it were a task behind the stream.
+    """The data set, as if it were a task after the stream.
 
     Raises:
-        ConfigError: as `evaluate_probe`.
+        ConfigError: As `evaluate_probe`.
     """
     if config.evaluation.banks_by == "routed":
         raise ConfigError("--probe: questions of no task cannot be routed; use --banks-by prefix or all")
@@ -92,12 +93,12 @@ def check_held_out(config: StreamConfig, dataset: str) -> Task:
     if dataset in [task.name for task in config.tasks]:
         raise ConfigError(f"--probe: {dataset} is a task of this stream; name a data set that none of them trains")
     settings = config.datasets[dataset].model_dump(include={"modality", "folder", "image_folders"})
-    # What training would need of it is never read.
+    # Training would need these values; they are never read.
     return Task(index=len(config.tasks), name=dataset, epochs=1.0, batch_size=1, learning_rate=1.0, **settings)
 
 
 def _cells(config: StreamConfig, task: Task, learned: Mapping[int, Bank]) -> list[PlannedCell]:
-    """The base and every stage that can answer. Stages that the same banks answer share one folder."""
+    """The base model and every stage that can answer. Stages that the same banks answer share one folder."""
     method, folder = method_of(config), config.results_run_dir / PROBE / task.name
     folders: dict[tuple[int, ...], Path] = {}
     planned = []

@@ -13,17 +13,18 @@ from mslora_cr.statistics.interval import Interval, bracketed, counted
 from mslora_cr.utils.state import Part, StateFile
 
 PROBE = "probe"
-"""Where answers to held-out data sets go in a results folder, and the name of their `.json`."""
+"""The folder below a results folder for answers to held-out data sets, and the name of their `.json`."""
 MEASURED = {"close accuracy": "closed", "f1 score": "F1, open", "exact match score": "exact"}
 """Title by name in `metrics.json`."""
 
 
 class Loss(Part):
-    """The loss of a metric against the base model: both scores in percent, the loss in points, positive where the base
-    is better, and its interval, paired by question.
+    """The loss of a metric against the base model: both scores in percent, the loss in points (positive if the base is
+    better), and its interval, paired by question.
 
-    `changed` of the `questions` have another score, and `change` says what that is worth. Version 0.1.0 noted none of
-    the three, and no interval where fewer than five had changed."""
+    `changed` of the `questions` have another score, and `change` has the tests. Version 0.1.0 noted none of the three,
+    and no interval if fewer than five had changed.
+    """
 
     stage: int
     metric: str
@@ -42,7 +43,7 @@ class Loss(Part):
 
 
 class Probe(StateFile):
-    """`probe/DATASET/probe.json`: a held-out data set at every stage, 0 being the base model, and the loss."""
+    """`probe/DATASET/probe.json`: a held-out data set at every stage (0 is the base model), and the losses."""
 
     MEND: ClassVar[str] = "remove it; `mslora-cr evaluate CONFIG --probe DATASET` writes it again from the answers"
 
@@ -63,13 +64,13 @@ def read_probes(results_dir: Path) -> list[Probe]:
     """The results on held-out data sets, in the order of their names.
 
     Raises:
-        StateError: one is damaged, or of a later version.
+        StateError: One is damaged, or a later version wrote it.
     """
     return [Probe.read(path) for path in sorted((results_dir / PROBE).glob(f"*/{PROBE}.json"))]
 
 
 def probe_table(probe: Probe) -> str:
-    """The losses as a console shows them."""
+    """The losses as a table for the console."""
     rows = [
         [row.stage, MEASURED[row.metric], f"{row.base:.1f}", f"{row.score:.1f}", _lost(row)] for row in probe.losses
     ]

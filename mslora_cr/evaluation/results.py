@@ -23,14 +23,14 @@ class ReportError(UserError):
 
 
 class Cell(Part):
-    """A task's answers at a stage: who answered, where the answers are, and their metrics in percent.
+    """A task's answers at a stage: which banks answered, where the answers are, and their metrics in percent.
 
     `intervals` has the ends of each metric's interval, `freedom` its degrees of freedom and `largest_cluster` the share
-    of the largest cluster, which earlier versions did not note, `questions` the digest of the file asked from, `sha256`
-    and `scores_sha256` those of the answers that were scored and of their scores, which version 0.1.0 did not note.
-    `unfinished` answers were cut at `evaluation.max_new_tokens`, `empty` ones have no text, `thinking` ones think
-    aloud first, which is not scored; `reasons` counts why a served model stopped, `greedy` is false where it did not
-    take temperature 0. Earlier versions noted none of the five. The rest is from the answers' `Stamp`.
+    of the largest cluster; earlier versions did not note the last two. `questions` is the digest of the test file,
+    `sha256` and `scores_sha256` are those of the scored answers and of their scores, which version 0.1.0 did not note.
+    `unfinished` answers were cut at `evaluation.max_new_tokens`, `empty` ones have no text, `thinking` ones begin with
+    reasoning, which is not scored. `reasons` counts why a served model stopped; `greedy` is false if it did not accept
+    temperature 0. Earlier versions noted none of the five. The rest comes from the answers' `Stamp`.
     """
 
     task: str
@@ -78,17 +78,17 @@ class Evaluation(StateFile):
 
     @model_validator(mode="after")
     def _check_contents(self) -> Self:
-        """Whether the parts fit together: the file may have been edited."""
+        """Check that the parts fit together: the file may have been edited."""
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ValueError("tasks: expected the stream's tasks, each once")
         for name, of_tasks in (("modalities", self.modalities), ("published", self.published)):
             if missing := [task for task in self.tasks if task not in of_tasks]:
-                raise ValueError(f"{name}: there is nothing of task {shorten(missing[0])}")
+                raise ValueError(f"{name}: there is no entry of task {shorten(missing[0])}")
         coordinates = [cell.key for cell in self.cells]
         if sorted({stage for _, stage in coordinates}) != list(self.stages):
             raise ValueError(f"stages: {shorten(list(self.stages))} are not those of the cells")
         if len(set(coordinates)) < len(coordinates):
-            raise ValueError("cells: a task stands twice at one stage")
+            raise ValueError("cells: a task appears twice at one stage")
         for number, cell in enumerate(self.cells):
             self._check_cell(number, cell)
         return self
@@ -103,7 +103,7 @@ class Evaluation(StateFile):
             raise ValueError(f"cells[{number}]: rows and figures of task {shorten(cell.task)} are no results")
 
     def matrix(self, metric: str) -> TaskStageMatrix | None:
-        """The task × stage matrix of a metric, over the evaluated tasks that have it; None without such."""
+        """The task × stage matrix of a metric, over the evaluated tasks that have it; None if there are none."""
         scores = {(cell.task, cell.stage): cell.metrics[metric] for cell in self.cells if metric in cell.metrics}
         tasks = tuple(task for task in self.tasks if any(task == scored for scored, _ in scores))
         return TaskStageMatrix(self.tasks, tasks, scores) if tasks else None
@@ -118,8 +118,8 @@ class Evaluation(StateFile):
         return next((cell for cell in self.cells if (cell.task, cell.stage) == (task, len(self.tasks))), None)
 
     def bank_numbers(self, cell: Cell) -> str:
-        """Who answered: `1–3` or `2, 5`, the places of banks in the stream; `none` for the base alone; names if they
-        are others."""
+        """The banks that answered: `1–3` or `2, 5`, their numbers in the stream; `none` for the base model alone; names
+        for other banks."""
         if not set(cell.banks) <= set(self.tasks):
             return ", ".join(cell.banks)
         numbers = sorted(self.tasks.index(bank) + 1 for bank in cell.banks)
@@ -131,7 +131,7 @@ class Evaluation(StateFile):
         """For each metric, by task and stage, the questions that have it, in their order.
 
         Raises:
-            DataError: the scores of a cell are gone.
+            DataError: The scores of a cell are missing.
         """
         files = {(cell.task, cell.stage): (results_dir / cell.answers).with_name(SCORES) for cell in self.cells}
         tables = {path: read_scores(path) for path in set(files.values())}
@@ -142,11 +142,11 @@ class Evaluation(StateFile):
         return by_metric
 
     def matrix_intervals(self, results_dir: Path, metric: str) -> MatrixIntervals:
-        """The intervals of what the metric's matrix gives, where that is known.
+        """The intervals of a metric's figures, as far as they are known.
 
         Raises:
-            DataError: the scores of a cell are gone, or of more questions at one stage than at another.
-            ReportError: a cell has the metric, and its scores have not.
+            DataError: The scores of a cell are missing, or cover more questions at one stage than at another.
+            ReportError: A cell has the metric, but its scores do not.
         """
         matrix = self.matrix(metric)
         if matrix is None:
@@ -161,8 +161,8 @@ class Evaluation(StateFile):
     def same_banks_since_learned(self) -> bool:
         """Whether every task is answered by the same banks at all its evaluated stages from its own on.
 
-        False if no task has several such stages. Frozen banks then give the same answers at all those stages,
-        and there can be no forgetting.
+        False if no task has several such stages. Frozen banks give the same answers at all those stages, so there can
+        be no forgetting.
         """
         since: dict[str, list[tuple[str, ...]]] = {task: [] for task in self.tasks}
         for cell in self.cells:
@@ -173,7 +173,7 @@ class Evaluation(StateFile):
 
 
 def column_of(table: ScoreTable, metric: str) -> Column:
-    """The questions of a table that have a metric; none where it is not there."""
+    """The questions of a table that have a metric; empty if it is not there."""
     scores = table.columns.get(metric, np.full(len(table.ids), np.nan))
     scored = ~np.isnan(scores)
     return Column(scores[scored], table.groups[scored])
@@ -183,8 +183,8 @@ def read_evaluation(results_dir: Path) -> Evaluation | None:
     """`evaluation.json`, or None if the run is not evaluated.
 
     Raises:
-        StateError: it is damaged, or of a later version.
-        ReportError: answers or scores that it was made from were changed since.
+        StateError: It is damaged, or a later version wrote it.
+        ReportError: Its answers or scores were changed since.
     """
     evaluation = Evaluation.read_if_there(results_dir / EVALUATION)
     for cell in evaluation.cells if evaluation else ():
@@ -199,7 +199,8 @@ def required_evaluation(results_dir: Path) -> Evaluation:
     """`evaluation.json`.
 
     Raises:
-        ReportError: the run is not evaluated. ReportError, StateError: as `read_evaluation`.
+        ReportError: The run is not evaluated; or as `read_evaluation`.
+        StateError: As `read_evaluation`.
     """
     evaluation = read_evaluation(results_dir)
     if evaluation is None:

@@ -1,5 +1,7 @@
-"""Task-agnostic answers: questions of all tasks mixed, each answered by the banks of the task that the router takes it
-for. Everything goes to `routed/` in the results folder, next to the task-aware answers."""
+"""Task-agnostic answers: questions of all tasks mixed, each answered by the banks of the task that the router predicts.
+
+Everything goes to `routed/` in the results folder, beside the task-aware answers.
+"""
 
 from __future__ import annotations
 
@@ -41,17 +43,19 @@ from mslora_cr.utils.regular import check_regular
 
 
 def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mapping[str, Bank] | None = None) -> Path:
-    """Answer and score the questions of every learned task, the task not given.
+    """Answer and score the questions of every learned task, without giving the task.
 
-    Writes, below `routed/` of the results folder, answers and scores by task, `evaluation.json`, and `routing.json`
+    Below `routed/` of the results folder it writes answers and scores by task, `evaluation.json`, and `routing.json`
     with the router's confusion matrix at every stage.
 
     Args:
-        banks: the banks by task, where they do not come from the run folder's ledger.
+        config: The run.
+        stages: When tasks are evaluated.
+        banks: The banks by task, if they do not come from the run folder's ledger.
 
     Raises:
-        ConfigError: the method answers every task with the same banks, or `stages` is `own`, where nothing is mixed.
-        DataError, ModelError, BankError, LockedError: before anything is answered.
+        ConfigError: The method answers every task with the same banks, or `stages` is `own`, where nothing is mixed.
+        DataError, ModelError, BankError, LockedError: Before anything is answered.
     """
     if not needs_task(config):
         raise ConfigError(
@@ -75,7 +79,7 @@ def _tasks_at(config: StreamConfig, stages: Stages, learned: Sequence[Task]) -> 
     tasks_at = {
         stage: [task for task in config.stream if stage in stages_of(task, stages, config)]
         for stage in range(1, len(config.tasks) + 1)
-        if len(learned) >= stage and learned[stage - 1].index == stage - 1  # no bank is missing up to here
+        if len(learned) >= stage and learned[stage - 1].index == stage - 1  # No earlier bank is missing.
     }
     tasks_at = {stage: tasks for stage, tasks in tasks_at.items() if tasks}
     if not tasks_at:
@@ -89,7 +93,7 @@ def _answer_stages(
     learned: Sequence[Task],
     tasks_at: Mapping[int, Sequence[Task]],
 ) -> Path:
-    """Answer and score the stages; returns the path of `evaluation.json`."""
+    """Answer and score the stages; return the path of `evaluation.json`."""
     names = {task.name for tasks in tasks_at.values() for task in tasks}
     records = {name: test_records(config, config.task(name)) for name in sorted(names)}
     ledger = Ledger.read(config)
@@ -116,7 +120,7 @@ def _answer_stages(
 
 
 class _Routed:
-    """The questions of a run and what the router takes them for."""
+    """The questions of a run, and the tasks that the router predicts for them."""
 
     def __init__(
         self,
@@ -127,8 +131,10 @@ class _Routed:
     ) -> None:
         """
         Args:
-            statistics: of the tasks whose banks answer.
-            records: the questions of those that are asked.
+            config: The run.
+            banks: The banks by task.
+            statistics: Those of the tasks whose banks answer.
+            records: The questions that are asked.
         """
         self.config = config
         self.banks = [banks[task.name] for task in config.stream[: len(statistics)]]
@@ -196,7 +202,7 @@ class _Routed:
         routes: Mapping[str, Sequence[int]],
         fingerprint: str,
     ) -> None:
-        """Give each task its share of the answers, each noting the task it was taken for."""
+        """Give each task its share of the answers; each answer names the predicted task."""
         probabilities = together / PROBABILITIES
         rows = probabilities.read_text(encoding="utf-8").splitlines(keepends=True) if probabilities.is_file() else []
         with check_regular(together / ANSWERS).open(encoding="utf-8") as lines:
@@ -216,7 +222,8 @@ class _Routed:
         probabilities.unlink(missing_ok=True)
 
     def _confusion(self, stage: int, tasks: Sequence[Task], routes: Mapping[str, Sequence[int]]) -> StageRouting:
-        """How many questions of each task were taken for each learned one, and how many of learned tasks rightly."""
+        """How many questions of each task the router assigned to each learned task, and how many of learned tasks
+        correctly."""
         counts = {task.name: tuple(np.bincount(routes[task.name], minlength=stage).tolist()) for task in tasks}
         learned = [task for task in tasks if task.index < stage]
         right = np.array([float(route == task.index) for task in learned for route in routes[task.name]])
@@ -237,14 +244,14 @@ class _Routed:
     def _choose(
         self, stage: int, tasks: Sequence[Task], routes: Mapping[str, Sequence[int]]
     ) -> tuple[Sequence[Bank], Tensor]:
-        """Each question's banks are those of the task that it is taken for. All banks are held, for all stages."""
+        """Each question gets the banks of its predicted task. All banks are held, for all stages."""
         method = method_of(self.config)
         chosen = [[number - 1 for number in method.banks(route + 1, stage, "prefix")] for route in range(stage)]
         flat = [chosen[route] for task in tasks for route in routes[task.name]]
         return self.banks, whole_banks(flat, len(self.banks))
 
     def _mix(self, stage: int, tasks: Sequence[Task], router: TaskRouter) -> tuple[Sequence[Bank], Tensor]:
-        """Each question's banks are those of all tasks, in shares of its probabilities."""
+        """Each question gets the banks of all tasks, weighed by its probabilities."""
         whole, shared = method_of(self.config).mixed(self.config, self.banks[:stage])
         shares = torch.cat([router.probabilities(self._features_of(task)).float() for task in tasks])
         return [*whole, *shared], torch.cat([torch.ones(len(shares), len(whole)), shares], dim=1)
@@ -276,8 +283,11 @@ class _Routed:
         return Origin(fingerprint, fingerprint_of({task.name: self._image_digests.get(task.name) for task in tasks}))
 
     def possible(self, root: Path) -> dict[CellKey, set[Origin]]:
-        """As `write_summary` takes it: the questions of a stage are mixed with those of the tasks learned by then, or
-        of all. Only for stages whose entry of `routing.json` is there, and of these answers."""
+        """The possible origins for `write_summary`: the questions of a stage are mixed with those of the tasks learned
+        by then, or of all tasks.
+
+        Only stages whose entry of `routing.json` is there, and of these answers, are included.
+        """
         origins: dict[CellKey, set[Origin]] = {}
         for stage in range(1, len(self.banks) + 1):
             ways = {self.origin(stage, tasks) for tasks in (self.config.stream[:stage], self.config.stream)}
@@ -287,7 +297,7 @@ class _Routed:
 
 
 def _router_digests(statistics: Sequence[TaskStatistics]) -> Iterator[str]:
-    """For each stage, the digest of what its router is made from."""
+    """For each stage, the digest of the statistics behind its router."""
     digest = hashlib.sha256()
     for task in statistics:
         digest.update(task.mean.numpy().tobytes() + task.scatter.numpy().tobytes())

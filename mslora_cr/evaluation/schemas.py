@@ -1,7 +1,7 @@
 """The smaller files of a results folder, typed: `metrics.json`, `answers.json`, `routing.json`, `analysis.json`, and a
 comparison's file.
 
-`evaluation.json` is in `results`, with what is read off it.
+`evaluation.json` is in `results`, with the figures computed from it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from mslora_cr.statistics.interval import Interval, PairedChange, counted
 from mslora_cr.utils.state import Part, StateFile
 
 ROUTED, ROUTING = "routed", "routing.json"
-"""Where task-agnostic answers go in a results folder, and what the router did there."""
+"""The folder for task-agnostic answers in a results folder, and the file of the router's decisions."""
 ANALYSIS = "analysis.json"
 METRICS_FILE = "metrics.json"
 ANSWERS = "answer-file.jsonl"
 STAMP = "answers.json"
-"""What the answers in its folder were made from."""
+"""The origin of the answers in its folder."""
 
 Matrix = list[list[float]]
 
@@ -28,16 +28,15 @@ class Metrics(StateFile):
     """`metrics.json`: the metrics of a file of answers, in percent, with the ends of each one's interval.
 
     Attributes:
-        confidence: of the intervals.
-        empty_truths: of how many truths normalising leaves nothing, such as the choice `A`: the published closed
+        confidence: The confidence level of the intervals.
+        empty_truths: The number of truths that normalising leaves empty, such as the choice `A`: the published closed
             accuracy finds them in every answer.
-        groups: of answers that are not independent.
-        freedom: degrees of freedom of each interval.
-        largest_cluster: the largest share of a metric's answers that are not independent of each other. Version 0.1.0
-            noted none of these five.
-        rows: number of answers.
-        open: number of answers to open questions.
-        closed: number of answers to closed questions.
+        groups: The number of clusters of answers that are not independent.
+        freedom: The degrees of freedom of each interval.
+        largest_cluster: The largest cluster's share of a metric's answers. Version 0.1.0 noted none of these five.
+        rows: The number of answers.
+        open: The number of answers to open questions.
+        closed: The number of answers to closed questions.
     """
 
     MEND: ClassVar[str] = "remove it; `mslora-cr score` or `mslora-cr evaluate` writes it again from the answers"
@@ -58,10 +57,10 @@ class StageRouting(Part):
     """The router's decisions after a stage.
 
     Attributes:
-        learned: the tasks it knows.
-        confusion: by a question's task, how many were taken for each of `learned`.
-        questions: how many are of learned tasks.
-        accuracy: how many of those it knew, in percent.
+        learned: The tasks among which it chooses.
+        confusion: By a question's task, how many questions were assigned to each of `learned`.
+        questions: The number of questions of learned tasks.
+        accuracy: The share of those that it assigned correctly, in percent.
     """
 
     stage: int
@@ -79,7 +78,7 @@ class StageRouting(Part):
 
 
 class Routing(StateFile):
-    """`routing.json`: what the router did at every evaluated stage."""
+    """`routing.json`: the router's decisions at every evaluated stage."""
 
     MEND: ClassVar[str] = "remove it; `mslora-cr evaluate CONFIG --banks-by routed` writes it again"
 
@@ -87,18 +86,18 @@ class Routing(StateFile):
 
 
 class Stamp(StateFile):
-    """`answers.json`: what the answers in its folder were made from, and what they are.
+    """`answers.json`: the origin of the answers in its folder, and their digests.
 
     Attributes:
-        fingerprint: of all that decides the answers.
-        seconds: how long the last launch answered.
-        padding: the share of padding in the prompts' batches.
-        padding_unsorted: the share of padding in batches in the questions' own order.
-        routing: in `routed/stage-K`, what the router did.
-        sha256: digest of the answer file; None in files of version 0.1.0.
-        rows: number of answers; None in files of version 0.1.0.
-        images: digest of the images that were shown; None in files of earlier versions.
-        greedy: whether a server took temperature 0; None where no server was asked.
+        fingerprint: The digest of everything that decides the answers.
+        seconds: How long the last launch took to answer.
+        padding: The share of padding in the prompts' batches.
+        padding_unsorted: The share of padding in batches in the questions' own order.
+        routing: In `routed/stage-K`, the router's decisions.
+        sha256: The digest of the answer file; None in files of version 0.1.0.
+        rows: The number of answers; None in files of version 0.1.0.
+        images: The digest of the shown images; None in files of earlier versions.
+        greedy: Whether a server accepted temperature 0; None if no server was asked.
     """
 
     MEND: ClassVar[str] = "remove it; the same command answers these questions again"
@@ -118,13 +117,12 @@ class PairedNote(Part):
     """Remarks shown beside the interval of a paired difference.
 
     Attributes:
-        gained: questions whose score rose.
-        lost: questions whose score fell.
-        most_lost: one-sided 95 % upper bound of the share of questions whose score falls, in percent.
-        mcnemar_p: of the exact test.
-        freedom: degrees of freedom; None where the difference is zero by construction.
-        largest_cluster: the largest cluster's share; None likewise.
-        text: all of this as it is shown.
+        gained: The number of questions whose score rose.
+        lost: The number of questions whose score fell.
+        most_lost: A one-sided 95 % upper bound of the share of questions whose score falls, in percent.
+        mcnemar_p: The p-value of the exact test.
+        freedom: The degrees of freedom; None if the difference is zero by construction.
+        largest_cluster: The largest cluster's share; None likewise.
     """
 
     gained: int
