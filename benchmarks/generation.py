@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             {name: answered(model, asked, _no_images, batch, Ids(setting.size.vocabulary), args.new_tokens)}
         )
 
-    baseline, last = "one by one, unfolded", args.batches[-1]
+    baseline, last = "one by one, unmerged", args.batches[-1]
     variants: dict[str, tuple[str, int, Sequence[Prompt]]] = {
         baseline: ("unfolded", 1, few),
         "one by one, merged": ("merge", 1, few),

@@ -25,14 +25,16 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
     parser = add_command(
         commands,
         "ask",
-        "put questions about pictures to a trained run; without a question, talk to it",
+        "ask a trained run questions about pictures; without a question, start a conversation",
         'mslora-cr ask checkpoints/RUN --image photo.jpg "Which skin condition is seen?"',
         'mslora-cr ask RUN --image scan.png --task CXP --stage 5 "Is there pneumonia?" "Which side?"',
         "mslora-cr ask RUN --questions questions.jsonl > answers.jsonl     # or - for standard input",
         "mslora-cr ask RUN --image photo.jpg     # a conversation",
     )
     parser.add_argument("target", type=Path, metavar="RUN", help="configuration, run folder or name of a run")
-    parser.add_argument("question", nargs="*", metavar="QUESTION", help="each is answered on a line of its own")
+    parser.add_argument(
+        "question", nargs="*", metavar="QUESTION", help="questions; each is answered on a line of its own"
+    )
     add_overrides(parser)
     parser.add_argument(
         "--image",
@@ -45,9 +47,11 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
         "--questions",
         metavar="FILE",
         help="file of questions, - for standard input: plain lines about --image, or JSON lines with `question`, "
-        "`image` (a file or a list of them, relative to FILE) and, if wanted, `task`; JSON is answered in JSON",
+        "`image` (a file or a list of them, relative to FILE) and optionally `task`; JSON is answered in JSON",
     )
-    parser.add_argument("--task", metavar="NAME", help="whose banks answer (default: the task that the router finds)")
+    parser.add_argument(
+        "--task", metavar="NAME", help="task whose banks answer (default: the task that the router predicts)"
+    )
     parser.add_argument(
         "--stage",
         type=count,
@@ -60,7 +64,7 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
         "--abstain-below",
         type=probability,
         metavar="P",
-        help="give no answer whose tokens together are less probable than this, between 0 and 1",
+        help="withhold answers whose tokens together are less probable than this, between 0 and 1",
     )
     parser.set_defaults(run=_ask)
 
@@ -69,7 +73,7 @@ def _ask(args: argparse.Namespace) -> int:
     if args.questions and args.question:
         raise UserError("give questions on the command line or in a file, not both")
     if args.abstain_below is not None and not (args.question or args.questions) and sys.stdin.isatty():
-        raise UserError("--abstain-below is for questions, not for a conversation; add the question")
+        raise UserError("--abstain-below needs a question, and does not work in a conversation; add the question")
     config = run_config(args.target, args.overrides)
     piped = not args.question and not args.questions and not sys.stdin.isatty()
     source = "-" if piped else args.questions
@@ -78,7 +82,7 @@ def _ask(args: argparse.Namespace) -> int:
     from mslora_cr.serving.answering import AnsweringModel
     from mslora_cr.serving.questions import Ask, check_asked, read_questions
 
-    # Before the model is loaded, so that a mistake is named at once.
+    # Check before the model is loaded, so that a mistake shows at once.
     questions = (
         read_questions(source, args.image) if source else [Ask(text, tuple(args.image)) for text in args.question]
     )

@@ -42,7 +42,7 @@ def add_bank(commands: argparse._SubParsersAction) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="a published run, the folder of several, or a run folder",
+        help="a published run, a folder of published runs, or a run folder",
     )
     take.set_defaults(run=_import)
     fit = add_command(
@@ -57,7 +57,7 @@ def add_bank(commands: argparse._SubParsersAction) -> None:
     join = add_command(
         actions,
         "combine-router",
-        "combine what several sites keep of one task for the router; no record leaves its site",
+        "combine several sites' router statistics of one task; no record leaves its site",
         "mslora-cr bank combine-router RUN.yaml CXP --from site_a/banks/CXP site_b/banks/CXP",
     )
     join.add_argument("config", type=Path, metavar="CONFIG", help=CONFIG_HELP)
@@ -93,7 +93,7 @@ def _import(args: argparse.Namespace) -> int:
     from mslora_cr.stream.import_export import import_banks
 
     imported = import_banks(args.source, config)
-    done = f"imported {', '.join(imported)}" if imported else "nothing to import, every bank is already there"
+    done = f"imported {', '.join(imported)}" if imported else "nothing to import: every bank is already there"
     print(f"{config.run_dir}: {done}")
     return 0
 

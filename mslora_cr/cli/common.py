@@ -29,7 +29,7 @@ OVERRIDE = re.compile(r"[A-Za-z_][\w.*+-]*=")
 
 
 class Parser(argparse.ArgumentParser):
-    """Names the nearest known word where one is not known."""
+    """Names the nearest known word for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
@@ -54,7 +54,7 @@ def add_command(
     )
     speech = parser.add_mutually_exclusive_group()
     for flags, level, what in (
-        (("-q", "--quiet"), QUIET, "show warnings, errors and results alone: no messages, no progress"),
+        (("-q", "--quiet"), QUIET, "show only warnings, errors and results"),
         (("-v", "--verbose"), VERBOSE, "show more messages"),
     ):
         speech.add_argument(
@@ -79,7 +79,8 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE:CLASS",
-        help="import this method although only a run folder names it, now and later, until its module changes",
+        help="import this method although only a run folder names it, now and in later commands, until its module "
+        "changes",
     )
 
 
@@ -113,7 +114,7 @@ def probability(text: str) -> float:
 
 
 def run_config(target: Path, overrides: Sequence[str] = ()) -> StreamConfig:
-    """The configuration of a run, given by itself, by its run folder or by the run's name; as `find_run`."""
+    """The configuration of a run, given by a configuration, its run folder or the run's name; as `find_run`."""
     from mslora_cr.config.find import find_run
 
     return find_run(target, overrides)
@@ -129,26 +130,26 @@ def add_release_option(parser: argparse.ArgumentParser) -> None:
 
 
 def stage_of(args: argparse.Namespace, config: StreamConfig) -> int | None:
-    """The stage that `--stage` or `--release` names; None where neither is given."""
+    """The stage that `--stage` or `--release` names; None if neither is given."""
     stage: int | None = getattr(args, "stage", None)
     if args.release is None:
         return stage
     if stage is not None:
-        raise UserError("a release names its stage itself; leave --stage out")
+        raise UserError("--release already names a stage; leave --stage out")
     from mslora_cr.release.records import released
 
     return released(config, args.release).stage
 
 
 def quieten() -> None:
-    """Keep the console for this program's own progress: no loading bars, no advice for library authors."""
+    """Hide loading bars and advice for library authors, so that the console shows this program's own progress."""
     import warnings
 
     import torch
     from transformers.utils.logging import disable_progress_bar
 
     if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would detect it by itself, with a warning
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Otherwise DeepSpeed would detect it by itself, with a warning.
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
@@ -159,9 +160,9 @@ def add_lock(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=LOCK,
         metavar="FILE",
-        help="digests with which downloads are compared (%(default)s)",
+        help="file of digests that downloads must match (%(default)s)",
     )
-    parser.add_argument("--update", action="store_true", help="take what changed upstream, and lock that")
+    parser.add_argument("--update", action="store_true", help="accept changes upstream, and lock the new digests")
 
 
 def announce(asset: Asset, folder: Path) -> None:

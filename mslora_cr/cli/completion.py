@@ -11,12 +11,13 @@ def add_completion(commands: argparse._SubParsersAction, parser: argparse.Argume
     """Add the command.
 
     Args:
-        parser: the whole command line, whose words are completed.
+        commands: The subcommands.
+        parser: The parser of the whole command line, whose words are completed.
     """
     command = add_command(
         commands,
         "completion",
-        "print a script with which a shell completes commands and options",
+        "print a script that lets a shell complete commands and options",
         "mslora-cr completion bash > ~/.local/share/bash-completion/completions/mslora-cr",
         "mslora-cr completion zsh > ~/.zfunc/_mslora-cr     # with ~/.zfunc in $fpath",
     )

@@ -24,13 +24,13 @@ def add_config_command(commands: argparse._SubParsersAction) -> None:
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     action = add_command(
-        actions, "list", "list them with what each is for; every command takes their names", "mslora-cr config list"
+        actions, "list", "list them with their purposes; every command accepts their names", "mslora-cr config list"
     )
     action.set_defaults(run=_list)
     action = add_command(
         actions,
         "show",
-        "print a configuration as YAML, with what it takes over by `extends`, or a DeepSpeed configuration",
+        "print a configuration as YAML, including what it extends, or a DeepSpeed configuration",
         "mslora-cr config show finetune_mslora_cr_ortho",
         "mslora-cr config show zero2",
     )
@@ -51,7 +51,7 @@ def add_config_command(commands: argparse._SubParsersAction) -> None:
         type=Path,
         nargs="?",
         default=Path(),
-        help="where to (%(default)s): a folder, or a file such as my.yaml; the files that it extends go beside it",
+        help="target (%(default)s): a folder, or a file such as my.yaml; the files that it extends go beside it",
     )
     action.set_defaults(run=_copy)
 
@@ -92,7 +92,7 @@ def _copy(args: argparse.Namespace) -> int:
     targets = _targets(source, files, args.target)
     for target, file in targets.items():
         if target.exists() and (target.is_dir() or target.read_bytes() != file.read_bytes()):
-            raise ConfigError(f"{target}: is there already, with other content; choose another folder")
+            raise ConfigError(f"{target}: already exists with other content; choose another folder")
     for target, file in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, file.read_text(encoding="utf-8"))
@@ -101,7 +101,12 @@ def _copy(args: argparse.Namespace) -> int:
 
 
 def _targets(source: Path, files: Sequence[Path], target: Path) -> dict[Path, Path]:
-    """Where each file goes: into a folder, or `source` to the file that `target` names and the others beside it.
+    """The target of each file: in a folder, or `source` under the name of `target` and the other files beside it.
+
+    Args:
+        source: The configuration to copy.
+        files: It and the files that it extends.
+        target: A folder or a file.
 
     Raises:
         ConfigError: `target` has the name of a file that `source` extends.

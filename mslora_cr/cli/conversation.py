@@ -21,10 +21,10 @@ HELP = """Each question sees those before it and their answers. Lines that begin
 def converse(
     model: AnsweringModel, images: Sequence[str], lines: Iterable[str], max_new_tokens: int | None = None
 ) -> None:
-    """Answer line after line, each in the light of those before it; answers go to standard output.
+    """Answer line after line, each with the earlier ones as context; answers go to standard output.
 
-    The first question routes the whole conversation, where no task is given: a later one ("And the left?") says
-    little by itself.
+    If no task is given, the first question routes the whole conversation: a later one ("And the left?") says little by
+    itself.
     """
     history: list[Exchange] = []
     seen: Sequence[Any] = list(images)
@@ -50,7 +50,7 @@ def converse(
                 if not history:
                     aside(f"# {answered_by(answer)}")
                 history.append((line.strip(), answer.text))
-            except DataError as error:  # a mistyped file ends no conversation
+            except DataError as error:  # A mistyped file name must not end the conversation.
                 aside(f"error: {error}")
         aside("> ", end="")
     aside("")
@@ -63,7 +63,7 @@ def answered_by(answer: Answer) -> str:
     if not answer.probabilities:
         return f"{banks}{sure}"
     likely = ", ".join(f"{task} {share:.1%}" for task, share in list(answer.probabilities.items())[:3])
-    return f"taken for {answer.task}: {likely}; {banks}{sure}"
+    return f"predicted task {answer.task}: {likely}; {banks}{sure}"
 
 
 def write(text: str) -> None:

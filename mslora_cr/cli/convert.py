@@ -11,14 +11,14 @@ from mslora_cr.cli.common import add_command, count, positive
 
 log = logging.getLogger(__name__)
 MEDGEMMA_IMAGE = 260
-"""Positions of an image: 256 of its tower, one mark on either side, and one empty line before and after."""
+"""Positions of an image: 256 of its tower, one marker on either side, and one empty line before and after."""
 MEDGEMMA_POSITIONS = 131_072
-"""Of a whole prompt."""
+"""The most positions of a prompt."""
 TEXT_POSITIONS = 512
-"""Left for the question and the answer."""
+"""Positions reserved for the question and the answer."""
 
 MOST_LOST = 0.5
-"""The share of rows left out from which on the command fails, so that a script notices."""
+"""If a larger share of the rows is left out, the command fails, so that a script notices."""
 
 
 def add_convert(actions: argparse._SubParsersAction) -> None:
@@ -52,7 +52,7 @@ def add_convert(actions: argparse._SubParsersAction) -> None:
         metavar="COLUMN",
         nargs="+",
         default=[],
-        help="columns with what is known of patient and image, such as sex, age and site: scores are given by group",
+        help="columns that describe patient and image, such as sex, age and site: scores are reported by group",
     )
     parser.add_argument(
         "--options",
@@ -86,7 +86,7 @@ def add_convert(actions: argparse._SubParsersAction) -> None:
         help="at most N frames, slices or pages of a file, evenly spaced (default: all)",
     )
     parser.add_argument("--test-share", type=_share, default=0.2, metavar="X", help="share of test rows (%(default)s)")
-    parser.add_argument("--seed", type=count, default=0, metavar="N", help="draws the split (%(default)s)")
+    parser.add_argument("--seed", type=count, default=0, metavar="N", help="seed of the split (%(default)s)")
     parser.set_defaults(run=run_convert)
 
 
@@ -101,14 +101,14 @@ def _share(text: str) -> float:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    """0: converted; 1: converted, but most rows are left out."""
+    """Returns 0 if converted; 1 if converted, but many rows are left out."""
     from mslora_cr.data.records import DataError
     from mslora_cr.data.rows.read import Columns
     from mslora_cr.data.sources.convert import Split, convert, convert_images, holds_questions
     from mslora_cr.data.sources.rendering import MEDGEMMA_FRAMES, MEDGEMMA_WINDOWS, Rendering
 
     if args.ct_windows and args.window:
-        raise DataError("--ct-windows sets three windows: leave --window out")
+        raise DataError("--ct-windows already sets three windows: leave --window out")
     rendering = Rendering(tuple(args.window) if args.window else None, args.frames)
     if args.ct_windows:
         rendering = Rendering(None, args.frames or MEDGEMMA_FRAMES, MEDGEMMA_WINDOWS)
@@ -140,22 +140,27 @@ def run_convert(args: argparse.Namespace) -> int:
     print(f"{converted.images:,} images in {args.output}")
     if converted.shared_groups:
         shared = ", ".join(converted.shared_groups[:5])
-        log.warning("%d on both sides of the source's split, such as %s", len(converted.shared_groups), shared)
+        log.warning(
+            "%d patients or images are on both sides of the source's split, such as %s",
+            len(converted.shared_groups),
+            shared,
+        )
     for remark, files in converted.noted.items():
         print(f"{len(files):,} files: {remark}, such as {files[0]}")
     if converted.several:
         print(
-            f"{converted.several:,} rows have several images. The model is shown the first of them alone unless the "
+            f"{converted.several:,} rows have several images. The model sees only the first of them unless the "
             "configuration has data.images: all; --frames 1 keeps the middle one of each file"
         )
     positions = MEDGEMMA_IMAGE * converted.most_images if args.ct_windows else 0
     if positions:
         print(
-            f"up to {converted.most_images} images a row: {positions:,} positions of MedGemma, at {MEDGEMMA_IMAGE} an "
+            f"up to {converted.most_images} images per row: {positions:,} positions of MedGemma, at {MEDGEMMA_IMAGE} "
+            "an "
             f"image, before the question; it has {MEDGEMMA_POSITIONS:,}"
         )
         if positions > MEDGEMMA_POSITIONS - TEXT_POSITIONS:
-            log.warning("more images than MedGemma has positions for: choose fewer with --frames")
+            log.warning("MedGemma has too few positions for so many images: choose fewer with --frames")
     for remark in converted.remarks:
         log.warning("%s", remark)
     if converted.without_patient:
@@ -182,5 +187,5 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def _of(count: int, rows: int) -> str:
-    """A count with its share; files that are no rows have none."""
+    """A count with its share; a plain count if it counts files and not rows."""
     return f"{count:,} ({count / rows:.1%})" if count <= rows else f"{count:,}"

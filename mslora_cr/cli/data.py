@@ -39,11 +39,13 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", type=Path, nargs="+", required=True, help="raw download: folders and archives")
     parser.add_argument("--root", type=Path, help=f"data root ({PUBLISHED_ROOT}; of the open stream {OPEN_ROOT})")
     add_only(parser)
-    parser.add_argument("--annotations", action="store_true", help="build train.json, test.jsonl and val.jsonl from it")
+    parser.add_argument(
+        "--annotations", action="store_true", help="build train.json, test.jsonl and val.jsonl from the raw download"
+    )
     parser.add_argument(
         "--skip-missing",
         action="store_true",
-        help="with --annotations: leave out the rows of images that are missing or unreadable, and count them; "
+        help="with --annotations: leave out rows whose images are missing or unreadable, and count them; "
         "scores on the smaller test set cannot be compared with published ones",
     )
     parser.add_argument("--copy", action="store_true", help="copy images instead of linking them")
@@ -57,12 +59,12 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_prepare(args: argparse.Namespace) -> int:
-    """0: every image that the annotations name is in place; 1: some are missing or ambiguous."""
+    """Returns 0 if every image that the annotations name is in place; 1 if some are missing or ambiguous."""
     if args.name == "open":
         return run_prepare_open(args)
     dataset = data_set(args.name)
     if args.skip_missing and not args.annotations:
-        raise DataError("--skip-missing leaves rows out of the annotations that --annotations builds: give both")
+        raise DataError("--skip-missing needs --annotations, which builds the annotations; give both")
     result = prepare(
         dataset,
         args.raw,
@@ -140,7 +142,8 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     action = add_command(
         actions,
         "check",
-        "validate data before training, of a configuration's tasks or of a published data root: annotations, images, "
+        "validate the data of a configuration's tasks, or of a published data root, before training: annotations, "
+        "images, "
         "train/test overlap, prompt lengths",
         "mslora-cr data check demo",
         "mslora-cr data check data/MSLoRA_CR --model pretrained_models/llava_med_v1.5",
@@ -153,14 +156,14 @@ def add_data(commands: argparse._SubParsersAction) -> None:
 def add_data_download_arguments(parser: argparse.ArgumentParser) -> None:
     add_open_download_arguments(parser)
     parser.add_argument(
-        "--root", type=Path, help=f"where to ({PUBLISHED_ROOT}; archives of the open stream to {OPEN_ARCHIVES})"
+        "--root", type=Path, help=f"target folder ({PUBLISHED_ROOT}; {OPEN_ARCHIVES} for archives of the open stream)"
     )
     parser.add_argument("--revision", help="branch, tag or commit (main)")
     add_lock(parser)
 
 
 def run_data_download(args: argparse.Namespace) -> int:
-    """0: every data set has its annotations; 1: some are not on the hub."""
+    """Returns 0 if every data set has its annotations; 1 if some are not on the hub."""
     if args.what == "open":
         return run_download_open(args)
     root = args.root or PUBLISHED_ROOT
@@ -184,7 +187,8 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         default=Path("data/MSLoRA_CR"),
-        help="a configuration, whose tasks are checked, own data sets included, or a data root with the published data "
+        help="a configuration, whose tasks are checked, including your own data sets, or a data root with the "
+        "published data "
         "sets (%(default)s)",
     )
     parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="check only these data sets")
@@ -201,7 +205,7 @@ def _to_check(target: Path, only: Sequence[str]) -> tuple[Path, list[DataSet] | 
     """The data root and the data sets to check there: those of a configuration's tasks, or the published ones.
 
     Raises:
-        DataError: there is no such folder, or `only` names another data set.
+        DataError: There is no such folder, or `only` names another data set.
     """
     if target.is_dir():
         return target, [data_set(name) for name in only] or list(catalog().values())
@@ -221,7 +225,7 @@ def _to_check(target: Path, only: Sequence[str]) -> tuple[Path, list[DataSet] | 
     configured = []
     for task in config.stream:
         if close := unusual_modality(task.modality):
-            log.warning("%s: modality %r is none of the catalogue's; is %r meant?", task.name, task.modality, close)
+            log.warning("%s: modality %r is not in the catalogue; did you mean %r?", task.name, task.modality, close)
         published = config.datasets[task.name].published
         rows = catalog()[published].test_rows if published in catalog() else None
         configured.append(OwnDataSet(task.name, task.folder, tuple(task.image_folders), rows))
@@ -229,11 +233,11 @@ def _to_check(target: Path, only: Sequence[str]) -> tuple[Path, list[DataSet] | 
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """0: no errors; 1: errors, which are listed."""
+    """Returns 0 without errors; 1 with errors, which are listed."""
     root, datasets = _to_check(args.root, args.only)
     limit = None
     if args.model:
-        from mslora_cr.data.lengths import read_limit  # imports transformers
+        from mslora_cr.data.lengths import read_limit  # This imports transformers.
 
         limit = read_limit(args.model, args.max_length)
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "answer and score the test questions of every trained task; an interrupted evaluation resumes",
         "mslora-cr evaluate demo",
         "mslora-cr evaluate demo --stages all",
-        "mslora-cr evaluate demo --banks-by routed     # task ID not given",
-        "mslora-cr evaluate finetune_mslora_cr_ortho --banks checkpoints     # published ones",
+        "mslora-cr evaluate demo --banks-by routed     # without task IDs",
+        "mslora-cr evaluate finetune_mslora_cr_ortho --banks checkpoints     # published banks",
         "mslora-cr evaluate CONFIG --endpoint http://127.0.0.1:8000/v1 --model '{task}'     # a served model",
         "mslora-cr evaluate CONFIG --probe DATASET     # forgetting on a held-out data set",
         "mslora-cr evaluate demo --judge http://127.0.0.1:8000/v1 --judge-model NAME",
@@ -50,7 +50,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--banks-by",
         choices=get_args(EvaluationConfig.model_fields["banks_by"].annotation),
         help="which banks answer a question of task t (default: evaluation.banks_by of the configuration). prefix: "
-        "banks 1..t, as published; all: every bank trained so far; routed: task ID not given, a router predicts it for "
+        "banks 1..t, as published; all: every bank trained so far; routed: without task IDs, a router predicts the "
+        "task of "
         "each question; results go to routed/",
     )
     parser.add_argument(
@@ -61,7 +62,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--model", metavar="NAME", help="with --endpoint: the model's name there; {task} is replaced")
     parser.add_argument(
-        "--concurrency", type=positive, metavar="N", help="with --endpoint or --judge: requests at once (default: 8)"
+        "--concurrency", type=positive, metavar="N", help="with --endpoint or --judge: concurrent requests (default: 8)"
     )
     parser.add_argument(
         "--probe",
@@ -72,7 +73,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--judge",
         metavar="URL",
-        help="then let a language model behind this address (OpenAI's chat completions) judge the open answers; its "
+        help="then let a language model at this address (OpenAI's chat completions) judge the open answers; its "
         "verdicts go to judged/ and into no other score. A key is read from JUDGE_API_KEY",
     )
     parser.add_argument("--judge-model", metavar="NAME", help="with --judge: the model's name there")
@@ -83,9 +84,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.banks_by:
         args.overrides.append(f"evaluation.banks_by={args.banks_by}")
     if bool(args.judge) != bool(args.judge_model):
-        raise UserError("a judge needs both, --judge URL and --judge-model NAME")
+        raise UserError("a judge needs both --judge URL and --judge-model NAME")
     if args.concurrency and not (args.endpoint or args.judge):
-        raise UserError("--concurrency is about requests to a server: give --endpoint or --judge too, or leave it out")
+        raise UserError("--concurrency needs --endpoint or --judge: give one of them, or leave it out")
     if args.judge:
         _judge_of(args).check()
     config = config_of(args)
@@ -131,7 +132,7 @@ def _show_scores(path: Path) -> None:
 
 
 def _show_routing(path: Path) -> None:
-    """Print how often the router knew the task, where one chose the banks."""
+    """Print how often the router predicted the right task, if one chose the banks."""
     from mslora_cr.evaluation.schemas import ROUTED, ROUTING, Routing
     from mslora_cr.statistics.interval import bracketed
 
@@ -145,7 +146,7 @@ def _show_routing(path: Path) -> None:
 
 
 def _show_next(path: Path, args: argparse.Namespace) -> None:
-    """Have the answers of an `evaluation.json` judged, where that is asked for, and say what to run next."""
+    """Let a judge read the answers of an `evaluation.json`, if one is given, and print the next command."""
     if args.judge:
         from mslora_cr.evaluation.judge import Judged, judge, judged_table
 
@@ -162,10 +163,11 @@ def _judge_of(args: argparse.Namespace) -> Endpoint:
 
 def _evaluate_endpoint(args: argparse.Namespace, config: StreamConfig) -> int:
     if not (args.endpoint and args.model):
-        raise UserError("a served model needs both, --endpoint URL and --model NAME")
+        raise UserError("a served model needs both --endpoint URL and --model NAME")
     if args.banks or args.banks_by or args.stages or args.probe:
         raise UserError(
-            "a served model is scored as it is: --banks, --banks-by, --stages and --probe do not go with --endpoint"
+            "a served model is scored as it is: --endpoint cannot be combined with --banks, --banks-by, --stages or "
+            "--probe"
         )
     from mslora_cr.evaluation.endpoint import evaluate_endpoint
     from mslora_cr.evaluation.openai_client import Endpoint
@@ -194,7 +196,8 @@ def add_score(commands: argparse._SubParsersAction) -> None:
         "--questions",
         type=Path,
         metavar="TEST.jsonl",
-        help="the task's test.jsonl: says which questions are about one image or patient, so that intervals respect it",
+        help="the task's test.jsonl, which says which questions are about one image or patient, so that intervals "
+        "take it into account",
     )
     parser.set_defaults(run=_score)
 

@@ -28,11 +28,11 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         "--format",
         choices=("peft", "merged", "published"),
         required=True,
-        help="peft: for each task one adapter, the sum of its banks, and the base model in transformers' layout; "
-        "merged: for each task a model of its own, with tokenizer and processor; published: cl_lora.bin of every bank, "
+        help="peft: one adapter per task, the sum of its banks, and the base model in transformers' layout; "
+        "merged: one model per task, with tokenizer and processor; published: cl_lora.bin of every bank, "
         "which `bank import --from` reads",
     )
-    parser.add_argument("--task", metavar="NAME", help="only this task's")
+    parser.add_argument("--task", metavar="NAME", help="export only this task")
     parser.add_argument(
         "--stage", type=count, metavar="K", help="after the first K tasks (default: all that are trained)"
     )
@@ -75,10 +75,10 @@ def add_push(commands: argparse._SubParsersAction) -> None:
         "mslora-cr push RUN owner/base --format merged --stage 0     # the base model in transformers' layout",
     )
     parser.add_argument("target", type=Path, metavar="RUN", help="configuration, run folder or name of a run")
-    parser.add_argument("repo", metavar="REPO", help="repository, owner/name; made if it is not there")
+    parser.add_argument("repo", metavar="REPO", help="repository, owner/name; created if it does not exist")
     add_overrides(parser)
     parser.add_argument("--format", choices=("peft", "merged"), default="peft", help="as `export` (default: peft)")
-    parser.add_argument("--task", metavar="NAME", help="only this task's, at the top of the repository")
+    parser.add_argument("--task", metavar="NAME", help="upload only this task, at the top of the repository")
     parser.add_argument(
         "--stage", type=count, metavar="K", help="after the first K tasks (default: all that are trained)"
     )

@@ -1,4 +1,4 @@
-"""`mslora-cr`: the one command. Libraries that take seconds to import are imported by the command that needs them."""
+"""`mslora-cr`, the only command. Libraries that are slow to import are imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,12 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 1 on an error that the user can fix, reported in a few lines, 130 on Ctrl-C, 141 if
-    nobody reads its output any more, as in `… | head`."""
+    """Run a command.
+
+    Returns:
+        0 on success; 1 on an error that the user can fix, reported in a few lines; 130 on Ctrl-C; 141 if nobody reads
+        the output any more, as in `… | head`.
+    """
     wait_passively()
     try:
         with visible_results():
@@ -49,7 +53,7 @@ def _run(argv: Sequence[str] | None) -> int:
     set_up(args.verbosity)
     try:
         for method in vars(args).get("trust_method", []):
-            log.info("trusted as it is now: %s (%s)", trust_method(method), method)
+            log.info("trusted in its current version: %s (%s)", trust_method(method), method)
         return int(args.run(args))
     except UserError as error:
         log.error("error: %s", error)
@@ -70,8 +74,11 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line. Words of the form KEY=VALUE are overrides wherever they stand behind a command that takes
-    them: argparse by itself would add them to an option's list, or refuse them behind an option."""
+    """Parse the command line.
+
+    Words of the form KEY=VALUE are overrides wherever they come after a command that takes them. argparse by itself
+    would add them to an option's list, or refuse them after an option.
+    """
     words = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
     if not _takes_overrides(parser, words):
@@ -81,14 +88,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.overrides = overrides
     questions = vars(args).get("question")
     if questions is not None and not any(word.startswith("-") for word in rest):
-        questions += rest  # argparse takes no more words for a list once an option has followed it
+        questions += rest  # argparse takes no more words for a list once an option follows it.
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
 
 
 def _takes_overrides(parser: argparse.ArgumentParser, words: Sequence[str]) -> bool:
-    """Whether the command that these words name has KEY=VALUE among its arguments."""
+    """Whether the command that these words name takes KEY=VALUE arguments."""
     for word in words:
         nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
         if not nested:
@@ -98,7 +105,7 @@ def _takes_overrides(parser: argparse.ArgumentParser, words: Sequence[str]) -> b
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line; imports nothing heavy."""
+    """The parser of the whole command line; imports nothing heavy."""
     parser = Parser(
         allow_abbrev=False,
         prog="mslora-cr",
@@ -111,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # The deepspeed launcher passes it.
     parser.set_defaults(verbosity=NORMAL)
     parser.add_argument("--version", action="version", version=f"mslora-cr {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -34,12 +34,15 @@ def add_model(commands: argparse._SubParsersAction) -> None:
     action = add_command(
         actions,
         "inspect",
-        "show what a base model contains, what a bank adapts in it, and how LLaVA-Med's two vision towers differ",
+        "show the contents of a base model, the layers that a bank adapts, and how LLaVA-Med's two vision towers "
+        "differ",
         "mslora-cr model inspect pretrained_models/llava_med_v1.5",
         "mslora-cr model inspect pretrained_models/llava_med_v1.5 --all",
     )
     action.add_argument("path", type=Path, metavar="MODEL", help="base model folder")
-    action.add_argument("--all", action="store_true", help="list every tensor's difference, not only the largest eight")
+    action.add_argument(
+        "--all", action="store_true", help="list every tensor's difference instead of the largest eight"
+    )
     action.set_defaults(run=_inspect)
 
 
@@ -58,8 +61,10 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def add_model_download_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", metavar="NAME", nargs="*", help=f"{', '.join(MODELS)}; all by default")
-    parser.add_argument("--root", type=Path, default=Path("pretrained_models"), help="for models (%(default)s)")
-    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="for checkpoints (%(default)s)")
+    parser.add_argument("--root", type=Path, default=Path("pretrained_models"), help="folder for models (%(default)s)")
+    parser.add_argument(
+        "--checkpoints", type=Path, default=Path("checkpoints"), help="folder for checkpoints (%(default)s)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit (main); requires a single NAME")
     add_lock(parser)
 
@@ -70,7 +75,7 @@ def run_model_download(args: argparse.Namespace) -> int:
         if name not in MODELS:
             raise DataError(f"unknown model {name!r}{nearest(name, MODELS)}; known: {', '.join(MODELS)}")
     if args.revision and len(names) != 1:
-        raise DataError("--revision belongs to one repository: name one model with it")
+        raise DataError("--revision belongs to one repository: name exactly one model")
     for name in names:
         folder = args.checkpoints if name == "checkpoints" else args.root
         announce(MODELS[name], folder)

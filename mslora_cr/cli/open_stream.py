@@ -11,7 +11,7 @@ OPEN_ROOT = Path("data/open")
 
 
 def add_only(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", metavar="NAME", nargs="+", help="of the open stream: these data sets alone")
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="of the open stream: only these data sets")
 
 
 def add_open_download_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,20 +24,21 @@ def add_open_download_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LICENCE",
         nargs="+",
         default=[],
-        help="of the open stream: licences that you accept, by name",
+        help="of the open stream: names of the licences that you accept",
     )
     parser.add_argument(
         "--accept-non-commercial",
         metavar="LICENCE",
         nargs="+",
         default=[],
-        help="of the open stream: licences without commercial use that you accept, by name",
+        help="of the open stream: names of the licences without commercial use that you accept",
     )
     parser.add_argument("--endpoint", metavar="URL", help="a mirror of github.com")
 
 
 def run_download_open(args: argparse.Namespace) -> int:
-    """0: every archive is there; an error: a licence was not accepted, or an archive is not what it should be."""
+    """Returns 0 if every archive is there. It is an error if a licence was not accepted, or an archive does not match
+    its digest."""
     from mslora_cr.data.open.catalog import chosen_sources
     from mslora_cr.data.open.download import ENDPOINT, check_accepted, download_open
 
@@ -56,7 +57,7 @@ def run_download_open(args: argparse.Namespace) -> int:
 
 
 def run_prepare_open(args: argparse.Namespace) -> int:
-    """0: every data set that was asked for is written; 1: the raw download lacks some."""
+    """Returns 0 if every requested data set is written; 1 if the raw download lacks some."""
     from mslora_cr.data.open.catalog import chosen_sources
     from mslora_cr.data.open.prepare import prepare_open
     from mslora_cr.data.records import DataError

@@ -51,7 +51,7 @@ def _register(words: Sequence[str]) -> int:
     config = run_config(Path(words[1]))
     registration = register(Path(words[0]), Ledger.read(config), [task.name for task in config.stream])
     finished = ", ".join(registration.finished) or "no task"
-    print(f"registered {registration.digest[:16]} at {registration.when}; finished then: {finished}")
+    print(f"registered {registration.digest[:16]} at {registration.when}; tasks finished by then: {finished}")
     return 0
 
 
@@ -82,7 +82,7 @@ def _show(words: Sequence[str]) -> int:
     records = records_of(config.run_dir)
     number = _number(words[1]) if len(words) > 1 else len(records)
     if not 0 < number <= len(records):
-        raise ReleaseError(f"{config.run} has {len(records)} records, none of number {number}")
+        raise ReleaseError(f"{config.run} has {len(records)} records, but none with number {number}")
     print(release_table(records[number - 1]))
     return 0
 
@@ -95,7 +95,9 @@ def _verify(words: Sequence[str]) -> int:
     for record in records:
         if record.kind == "gate" and record.verdict == "release":
             released(config, record.number)
-    print(f"{config.run}: {len(records)} records; the chain is whole, and every released bank is the one judged")
+    print(
+        f"{config.run}: {len(records)} records; the chain is intact, and every released bank is the one that was judged"
+    )
     return 0
 
 

@@ -39,7 +39,7 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
         "mslora-cr compare checkpoints/mslora_cr checkpoints/sequential",
         "mslora-cr compare a.yaml b.yaml --at own --output comparison.json",
         "mslora-cr compare RUN results/RUN/served/NAME --page comparison.html     # a served model and ours",
-        "mslora-cr compare results/RUN results/RUN/routed     # what not being given the task ID costs",
+        "mslora-cr compare results/RUN results/RUN/routed     # the cost of not knowing the task ID",
         "mslora-cr compare published/RUN_A published/RUN_B     # answer files alone",
     )
     parser.add_argument(
@@ -58,7 +58,7 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
         "or seen); own: each task right after it was learned, as published",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the results as JSON")
-    parser.add_argument("--page", type=Path, metavar="FILE.html", help="also write the runs side by side as a page")
+    parser.add_argument("--page", type=Path, metavar="FILE.html", help="also write a page with the runs side by side")
     add_trust(parser)
     parser.set_defaults(run=_compare)
 
@@ -132,7 +132,7 @@ def _analyze(args: argparse.Namespace) -> int:
 
 
 def _results_folder(target: Path) -> Path:
-    """The results folder of a run, given by its configuration, its run folder or that folder itself; a folder of
+    """The results folder of a run, given by its configuration, its run folder or the results folder itself; a folder of
     answer files alone stands for itself."""
     from mslora_cr.analysis.answered import has_answers
     from mslora_cr.config.run_files import EVALUATION
@@ -142,14 +142,14 @@ def _results_folder(target: Path) -> Path:
 
 
 def _run_folder(target: Path) -> Path | None:
-    """The run folder of what `_results_folder` takes; None for a folder of results."""
+    """The run folder of a target as for `_results_folder`; None for a folder of results."""
     return run_config(target).run_dir if _results_folder(target) != target else None
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, or full paths where names repeat."""
+    """The folders' names, or full paths if names repeat."""
     names = [folder.name for folder in folders]
     labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
     if len(set(labels)) < len(labels):
-        raise UserError(f"the same run is given twice: {', '.join(labels)}")
+        raise UserError(f"the same run was given twice: {', '.join(labels)}")
     return labels

@@ -32,7 +32,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="train only this task; the banks that it builds on must exist; may be given several times",
+        help="train only this task; the banks that it builds on must exist; may be repeated",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and the plan, then exit"

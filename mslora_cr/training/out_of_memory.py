@@ -28,7 +28,7 @@ LAUNCHES_OF_RETREAT = 4
 """After this many launches, all layers are recomputed: each launch loads the model again."""
 LESS = (
     "To need less memory, use a smaller training.per_device_train_batch_size (more accumulation, the same update), "
-    "with training.deepspeed=zero3 on several GPUs, or with model.quantization=4bit"
+    "training.deepspeed=zero3 on several GPUs, or model.quantization=4bit"
 )
 
 

@@ -175,6 +175,6 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: pytest
     message = "base and own were asked the same questions of PCAM, but scores.csv has 20 of base and 17 of own"
     assert message in capsys.readouterr().err
     assert main(["compare", str(base), str(base)]) == 1
-    assert "the same run is given twice" in capsys.readouterr().err
+    assert "the same run was given twice" in capsys.readouterr().err
     assert main(["compare", str(base)]) == 1
     assert "at least two" in capsys.readouterr().err

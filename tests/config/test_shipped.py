@@ -73,7 +73,7 @@ def test_config_lists_shows_and_copies(
     assert load_config("own/finetune_lora_each.yaml") == load_config("finetune_lora_each")
     (tmp_path / "own" / "published.yaml").write_text("mine")
     assert main(["config", "copy", "finetune_mslora_cr_ortho", "own"]) == 1
-    assert "published.yaml: is there already, with other content" in capsys.readouterr().err
+    assert "published.yaml: already exists with other content" in capsys.readouterr().err
     assert not (tmp_path / "own" / "finetune_mslora_cr_ortho.yaml").exists()
     assert main(["config", "copy", "zero5"]) == 1
     assert "zero5: no configuration of that name; did you mean 'zero" in capsys.readouterr().err

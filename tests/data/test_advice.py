@@ -68,6 +68,6 @@ def test_data_check_takes_a_configuration(tmp_path: Path, capsys: pytest.Capture
     said = captured.out + captured.err
     assert (
         "mine" in said
-        and "warning: mine: modality 'pathologie' is none of the catalogue's; is 'pathology' meant?" in said
+        and "warning: mine: modality 'pathologie' is not in the catalogue; did you mean 'pathology'?" in said
     )
     assert "pathvqa" not in said and "published test set" not in said

@@ -72,7 +72,7 @@ def test_the_command_shows_slices_before_the_question_and_counts_positions(tmp_p
     words = ["data", "convert", str(tmp_path / "t.csv"), "--output", str(tmp_path / "out"), "--ct-windows", "medgemma"]
     assert main([*words, "--frames", "3"]) == 0
     said = capsys.readouterr().out
-    assert "up to 3 images a row: 780 positions of MedGemma, at 260 an image" in said
+    assert "up to 3 images per row: 780 positions of MedGemma, at 260 an image" in said
     assert f"data: {{root: {tmp_path}, images: all, max_length: {780 + 512}}}" in said
     record = json.loads((tmp_path / "out" / "train.json").read_text())[0]
     assert len(record["image"]) == 3 and record["conversations"][0]["value"] == "<image>\nIs there a bleed?"

@@ -28,7 +28,7 @@ def test_on_one_of_two_ranks(
     assert status == 1
     message = (
         "error on rank 1: tiny/pathvqa: memory ran out at step 3 with {} of 3 decoder layers recomputed (planted). Run "
-        f"the same command again: it goes on from {stream.run / 'work' / 'pathvqa' / 'checkpoint-2'}, with {{}} of 3 "
+        f"the same command again: it continues from {stream.run / 'work' / 'pathvqa' / 'checkpoint-2'}, with {{}} of 3 "
         "recomputed, to the same bank"
     )
     assert output.count("mslora-cr: error") == output.count(message.format(0, 1)) == 1, output[-4000:]
@@ -63,5 +63,5 @@ def test_measuring_moves_no_number(
 ) -> None:
     stream = Stream(tmp_path, tiny_settings, stage, AUTO)
     output = launch(stream.command, before=faults.measured_memory)
-    assert output.count("the activations of 0 of 3 decoder layers are recomputed: 0.00 GB a layer") == 2
+    assert output.count("the activations of 0 of 3 decoder layers are recomputed: 0.00 GB for each layer") == 2
     assert bank_bytes(stream.run) == whole(stage)

@@ -107,13 +107,13 @@ def test_the_command(server: Server, trained_config: Path, tmp_path: Path, capsy
     assert f"results: {folder}" in capsys.readouterr().out and folder.name.startswith("other-lab-s-")
     assert server.most_busy <= 2
     for arguments, message in (
-        ([], "both, --endpoint URL and --model NAME"),
-        (["--model", "m", "--stages", "all"], "do not go with --endpoint"),
-        (["--model", "m", "--probe", "other"], "--probe do not go with --endpoint"),
+        ([], "both --endpoint URL and --model NAME"),
+        (["--model", "m", "--stages", "all"], "--endpoint cannot be combined with"),
+        (["--model", "m", "--probe", "other"], "--stages or --probe"),
         (["--model", "m", "--endpoint", "ftp://x/v1"], "expected an address such as"),
         (["--model", "m", "--endpoint", "http://me:secret@x/v1"], "set OPENAI_API_KEY"),
     ):
         assert main([*command, *arguments]) == 1
         assert message in (told := capsys.readouterr().err) and "secret" not in told
     assert main(["evaluate", str(trained_config), "--concurrency", "2"]) == 1
-    assert "give --endpoint or --judge too" in capsys.readouterr().err
+    assert "--concurrency needs --endpoint or --judge" in capsys.readouterr().err

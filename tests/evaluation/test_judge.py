@@ -143,7 +143,7 @@ def test_the_command(
     told = capsys.readouterr().out
     assert "judged by judge: a model's opinion" in told and "partial" in told
     for arguments, message in (
-        (["--judge", server.url], "both, --judge URL and --judge-model NAME"),
+        (["--judge", server.url], "both --judge URL and --judge-model NAME"),
         (["--judge", "ftp://x/v1", "--judge-model", "m"], "--judge ftp://x/v1: expected an address such as"),
         (["--judge", "http://me:secret@x/v1", "--judge-model", "m"], "set JUDGE_API_KEY"),
     ):

@@ -90,7 +90,7 @@ def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capfd: pytest
     if name in ("generation", "shared_images"):
         assert found["identical_text"] is True
     if name == "generation":
-        assert found["questions_answered"]["one by one, unfolded"] == 3 < found["questions_answered"]["merged, batch 6"]
+        assert found["questions_answered"]["one by one, unmerged"] == 3 < found["questions_answered"]["merged, batch 6"]
     if name == "folding":
         deviation = {key: value["relative"] for key, value in found["deviation"].items()}
         assert max(deviation["merge, float32"], deviation["concatenate, float32"]) < 1e-5
