@@ -43,7 +43,7 @@ from mslora_cr.models import llava_med
 from mslora_cr.models.language import language_linears
 from mslora_cr.models.layout import save_llava_layout
 from mslora_cr.runs.environment import environment
-from mslora_cr.serving.alone import answer_alone
+from mslora_cr.serving.alone import answer_and_probability
 from mslora_cr.training.objective import Objective
 from mslora_cr.training.trainer import BankTrainer, loss_mask
 
@@ -148,7 +148,11 @@ def run(folder: Path, quantization: str | None = None) -> dict[str, Any]:
         input_processor = base.input_processor(batch["input_ids"].shape[1], False)
         question = batch["input_ids"][0].tolist()
         images = {"pixel_values": batch["pixel_values"]}
-        _stage(figures, "generate", lambda: answer_alone(input_processor, base.model, question, images, NEW_TOKENS))
+        _stage(
+            figures,
+            "generate",
+            lambda: answer_and_probability(input_processor, base.model, question, images, NEW_TOKENS),
+        )
     stack = BankStack(base.model, "concatenate" if quantization else "merge")
     frozen = [_random_bank(base.model)]
     _stage(figures, "fold a frozen bank", partial(stack.set_frozen, frozen))

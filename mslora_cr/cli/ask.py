@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from mslora_cr.cli.common import (
     add_command,
     add_overrides,
     add_release_option,
-    count,
+    add_run,
+    add_stage,
     positive,
     probability,
     quieten,
@@ -31,7 +31,7 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
         "mslora-cr ask RUN --questions questions.jsonl > answers.jsonl     # or - for standard input",
         "mslora-cr ask RUN --image photo.jpg     # a conversation",
     )
-    parser.add_argument("target", type=Path, metavar="RUN", help="configuration, run folder or name of a run")
+    add_run(parser)
     parser.add_argument(
         "question", nargs="*", metavar="QUESTION", help="questions; each is answered on a line of its own"
     )
@@ -52,12 +52,7 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--task", metavar="NAME", help="task whose banks answer (default: the task that the router predicts)"
     )
-    parser.add_argument(
-        "--stage",
-        type=count,
-        metavar="K",
-        help="after the first K tasks (default: all that are trained); 0: base model",
-    )
+    add_stage(parser)
     add_release_option(parser)
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the run's)")
     parser.add_argument(

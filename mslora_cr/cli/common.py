@@ -113,11 +113,32 @@ def probability(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number between 0 and 1, both excluded."""
+    value = probability(text)
+    if value in (0, 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not strictly between 0 and 1")
+    return value
+
+
 def run_config(target: Path, overrides: Sequence[str] = ()) -> StreamConfig:
     """The configuration of a run, given by a configuration, its run folder or the run's name; as `find_run`."""
     from mslora_cr.config.find import find_run
 
     return find_run(target, overrides)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", type=Path, metavar="RUN", help="configuration, run folder or name of a run")
+
+
+def add_stage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stage",
+        type=count,
+        metavar="K",
+        help="after the first K tasks (default: all that are trained); 0: base model",
+    )
 
 
 def add_release_option(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, count, positive
+from mslora_cr.cli.common import add_command, count, positive, share
 
 log = logging.getLogger(__name__)
 MEDGEMMA_IMAGE = 260
@@ -85,19 +85,9 @@ def add_convert(actions: argparse._SubParsersAction) -> None:
         metavar="N",
         help="at most N frames, slices or pages of a file, evenly spaced (default: all)",
     )
-    parser.add_argument("--test-share", type=_share, default=0.2, metavar="X", help="share of test rows (%(default)s)")
+    parser.add_argument("--test-share", type=share, default=0.2, metavar="X", help="share of test rows (%(default)s)")
     parser.add_argument("--seed", type=count, default=0, metavar="N", help="seed of the split (%(default)s)")
     parser.set_defaults(run=run_convert)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return share
 
 
 def run_convert(args: argparse.Namespace) -> int:

@@ -6,7 +6,16 @@ import argparse
 import logging
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, add_overrides, add_release_option, count, quieten, run_config, stage_of
+from mslora_cr.cli.common import (
+    add_command,
+    add_overrides,
+    add_release_option,
+    add_run,
+    add_stage,
+    quieten,
+    run_config,
+    stage_of,
+)
 from mslora_cr.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -21,7 +30,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         "mslora-cr export RUN --output exported --format merged --task derm",
         "mslora-cr export RUN --output published --format published",
     )
-    parser.add_argument("target", type=Path, metavar="RUN", help="configuration, run folder or name of a run")
+    add_run(parser)
     add_overrides(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="parent of the exported folders")
     parser.add_argument(
@@ -33,9 +42,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         "which `bank import --from` reads",
     )
     parser.add_argument("--task", metavar="NAME", help="export only this task")
-    parser.add_argument(
-        "--stage", type=count, metavar="K", help="after the first K tasks (default: all that are trained)"
-    )
+    add_stage(parser)
     add_release_option(parser)
     parser.add_argument(
         "--base",
@@ -74,14 +81,12 @@ def add_push(commands: argparse._SubParsersAction) -> None:
         "mslora-cr push RUN owner/name --task derm",
         "mslora-cr push RUN owner/base --format merged --stage 0     # the base model in transformers' layout",
     )
-    parser.add_argument("target", type=Path, metavar="RUN", help="configuration, run folder or name of a run")
+    add_run(parser)
     parser.add_argument("repo", metavar="REPO", help="repository, owner/name; created if it does not exist")
     add_overrides(parser)
     parser.add_argument("--format", choices=("peft", "merged"), default="peft", help="as `export` (default: peft)")
     parser.add_argument("--task", metavar="NAME", help="upload only this task, at the top of the repository")
-    parser.add_argument(
-        "--stage", type=count, metavar="K", help="after the first K tasks (default: all that are trained)"
-    )
+    add_stage(parser)
     parser.add_argument(
         "--base",
         metavar="OWNER/NAME",

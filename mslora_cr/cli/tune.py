@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mslora_cr.cli.common import add_command, add_config, config_of, positive, quieten
+from mslora_cr.cli.common import add_command, add_config, config_of, positive, quieten, share
 from mslora_cr.utils.errors import UserError
 
 
@@ -43,7 +43,7 @@ def add_tune(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--metric", default="exact match score", metavar="NAME", help="maximized (%(default)s)")
     parser.add_argument(
         "--validation",
-        type=float,
+        type=share,
         default=0.1,
         metavar="X",
         help="share of the training records, where a data set has no val.jsonl (%(default)s)",
@@ -54,8 +54,6 @@ def add_tune(commands: argparse._SubParsersAction) -> None:
 
 def _tune(args: argparse.Namespace) -> int:
     config = config_of(args)
-    if not 0 < args.validation < 1:
-        raise UserError(f"--validation {args.validation} is not between 0 and 1")
     if config.seed in args.seeds:
         raise UserError(f"--seeds {config.seed}: the seed of the run itself, which is to be reported; name others")
     quieten()

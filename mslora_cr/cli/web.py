@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 import logging
 import socket
-from pathlib import Path
 
-from mslora_cr.cli.common import add_command, add_overrides, add_release_option, count, quieten, run_config, stage_of
+from mslora_cr.cli.common import (
+    add_command,
+    add_overrides,
+    add_release_option,
+    add_run,
+    count,
+    quieten,
+    run_config,
+    stage_of,
+)
 from mslora_cr.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -23,7 +31,7 @@ def add_web(commands: argparse._SubParsersAction) -> None:
         "mslora-cr web RUN",
         "mslora-cr web RUN --task derm --port 8080 model.device=cpu",
     )
-    parser.add_argument("target", type=Path, metavar="RUN", help="configuration, run folder or name of a run")
+    add_run(parser)
     add_overrides(parser)
     parser.add_argument("--task", metavar="NAME", help="whose banks answer at first (default: the router chooses)")
     add_release_option(parser)

@@ -82,19 +82,11 @@ def decoder_of(
     return kind(model, prompts, Stopping(frozenset(input_processor.end_ids), padding, max_new_tokens), mixed)
 
 
-def answered_batches(
-    decoder: Any, samples: Questions, waves: Sequence[Wave], workers: int = 0
-) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
-    """Yield the questions of each batch of some waves with their new ids, as they are answered."""
-    for scored in scored_batches(decoder, samples, waves, None, workers):
-        yield scored.questions, scored.ids
-
-
 def scored_batches(
     decoder: Any,
     samples: Questions,
     waves: Sequence[Wave],
-    continuations: Callable[[int, Sequence[int]], Continuations] | None,
+    continuations: Callable[[int, Sequence[int]], Continuations] | None = None,
     workers: int = 0,
 ) -> Iterator[ScoredBatch]:
     """Yield the batches of some waves as they are answered.

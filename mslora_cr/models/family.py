@@ -17,11 +17,6 @@ class Family:
     """Whether the model is prompted by its own processor and chat template; otherwise LLaVA-Med's protocol is used."""
 
     @property
-    def fixed_image_length(self) -> bool:
-        """Whether every image takes equally many positions, so that lengths are known without looking at images."""
-        return not self.own_template
-
-    @property
     def published_banks(self) -> bool:
         """Whether its layers have names in the published checkpoints."""
         return not self.own_template

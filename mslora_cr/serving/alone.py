@@ -1,4 +1,4 @@
-"""One prompt answered by itself."""
+"""Answers one prompt by itself."""
 
 from __future__ import annotations
 
@@ -16,27 +16,6 @@ from mslora_cr.generation.prefix_decoder import OnToken
 from mslora_cr.generation.run import decoder_of
 
 
-def answer_alone(
-    input_processor: InputProcessor,
-    model: PreTrainedModel | PeftModel,
-    ids: Sequence[int],
-    inputs: Mapping[str, Tensor],
-    max_new_tokens: int,
-    on_token: OnToken | None = None,
-) -> list[int]:
-    """The new ids of one prompt, up to and with the one that ends it.
-
-    Args:
-        input_processor: the base model's input processor.
-        model: the base model with the banks that answer.
-        ids: the prompt's token ids, from `InputProcessor.asked`.
-        inputs: what else the model reads, from `InputProcessor.asked`.
-        max_new_tokens: the most ids to generate.
-        on_token: called with each new token id.
-    """
-    return answer_and_probability(input_processor, model, ids, inputs, max_new_tokens, on_token)[0]
-
-
 def answer_and_probability(
     input_processor: InputProcessor,
     model: PreTrainedModel | PeftModel,
@@ -45,7 +24,20 @@ def answer_and_probability(
     max_new_tokens: int,
     on_token: OnToken | None = None,
 ) -> tuple[list[int], float]:
-    """As `answer_alone`, and the probability of these ids behind the prompt, ``exp(Σ_t log p(token t))``."""
+    """Answer one prompt by itself.
+
+    Args:
+        input_processor: The base model's input processor.
+        model: The base model with the banks that answer.
+        ids: The prompt's token ids, from `InputProcessor.asked`.
+        inputs: The model's other inputs, from `InputProcessor.asked`.
+        max_new_tokens: The most ids to generate.
+        on_token: Called with each new token id.
+
+    Returns:
+        The new ids, up to and including the one that ends the answer, and their probability after the prompt,
+        ``exp(Σ_t log p(token t))``.
+    """
     prompts = [Prompt((), tuple(ids), ())]
     [wave] = in_waves(grouped(prompts, [0], lambda _: None), prompts, Limits(1, max_new_tokens, len(ids)))
     decoder: Any = decoder_of(input_processor, model, prompts, max_new_tokens)

@@ -38,7 +38,7 @@ class NonInferiority(NamedTuple):
 
 
 POWER = 0.8
-"""The most groups that `NonInferiority.needed` reports."""
+"""The power for which `NonInferiority.needed` is computed."""
 
 
 def non_inferiority(differences: Scores, groups: Groups, margin: float, level: float, binary: bool) -> NonInferiority:

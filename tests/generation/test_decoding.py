@@ -18,10 +18,10 @@ from mslora_cr.data.records import TestRecords
 from mslora_cr.generation.batching import Group, Limits, grouped, in_waves, padding_of, shared_out
 from mslora_cr.generation.cuda_graphs import Shape, StaticRows, StaticSteps
 from mslora_cr.generation.prefix_decoder import Decoder, Stopping
-from mslora_cr.generation.run import answered_batches
+from mslora_cr.generation.run import scored_batches
 from mslora_cr.models.language import language_linears
 from mslora_cr.models.llava_med import LlavaMed, load
-from mslora_cr.serving.alone import answer_alone
+from mslora_cr.serving.alone import answer_and_probability
 from tests.conftest import GOLDEN
 
 IMAGES = sorted(f"images/{path.name}" for path in (GOLDEN / "images").glob("*.png"))
@@ -108,8 +108,8 @@ def shared(
     banks = mixed.of if mixed is not None else lambda _: ()
     waves = in_waves(grouped(prompts, range(len(prompts)), banks), prompts, limits)
     found: dict[int, list[int]] = {}
-    for batch, ids in answered_batches(decoder, questions, waves):
-        found.update(zip(batch, ids, strict=True))
+    for batch in scored_batches(decoder, questions, waves):
+        found.update(zip(batch.questions, batch.ids, strict=True))
     return [found[index] for index in range(len(prompts))]
 
 
@@ -121,7 +121,9 @@ def test_a_prompt_alone_and_its_ids_as_they_come(base: LlavaMed, questions: Eval
     told: list[int] = []
     input_processor = replace(questions.input_processor, tokenizer=Ends(-1))
     inputs = {"pixel_values": pixels} if images else {}
-    found = answer_alone(input_processor, base.model, ids, inputs, NEW_TOKENS, lambda _, token: told.append(token))
+    found, _ = answer_and_probability(
+        input_processor, base.model, ids, inputs, NEW_TOKENS, lambda _, token: told.append(token)
+    )
     assert found == told == expected
 
 

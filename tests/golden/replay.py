@@ -37,7 +37,7 @@ from mslora_cr.data.prompts import encode_conversation, encode_prompt, generatio
 from mslora_cr.data.records import TestRecords, TrainingRecords
 from mslora_cr.generation.batching import Limits, grouped, in_waves
 from mslora_cr.generation.prefix_decoder import Decoder, Stopping
-from mslora_cr.generation.run import answered_batches
+from mslora_cr.generation.run import scored_batches
 from mslora_cr.losses.bank_penalties import BankPenalties
 from mslora_cr.methods.mslora_cr import WeightedPenalties
 from mslora_cr.models import llava_med
@@ -313,8 +313,8 @@ class Replay:
         waves = in_waves(grouped(prompts, indices, lambda _: None), prompts, Limits(8, limit, 8192))
         decoder = Decoder(model, prompts, Stopping.of(self.input_processor.tokenizer, limit))
         answers: dict[int, list[int]] = {}
-        for batch, ids in answered_batches(decoder, questions, waves):
-            answers.update(zip(batch, ids, strict=True))
+        for batch in scored_batches(decoder, questions, waves):
+            answers.update(zip(batch.questions, batch.ids, strict=True))
         return (answers[index] for index in indices)
 
 

@@ -15,7 +15,7 @@ from mslora_cr.data.llava_med_inputs import LlavaMedInputs
 from mslora_cr.data.records import TestRecords
 from mslora_cr.generation.batching import Limits, grouped, in_waves
 from mslora_cr.generation.prefix_decoder import Decoder, Stopping
-from mslora_cr.generation.run import answered_batches
+from mslora_cr.generation.run import scored_batches
 from mslora_cr.models.language import language_linears
 from mslora_cr.models.llava_med import LlavaMed, load
 from tests.conftest import GOLDEN
@@ -88,8 +88,8 @@ def test_recorded_steps_give_the_cpus_ids(how: str, tmp_path: Path) -> None:
         assert (decoder.steps is not None) == (device == "cuda")
         groups = grouped(prompts, range(len(asked)), mixed.of if mixed else lambda _: ())
         found: dict[int, list[int]] = {}
-        for batch, ids in answered_batches(decoder, asked, in_waves(groups, prompts, Limits(4, NEW_TOKENS, 480))):
-            found.update(zip(batch, ids, strict=True))
+        for batch in scored_batches(decoder, asked, in_waves(groups, prompts, Limits(4, NEW_TOKENS, 480))):
+            found.update(zip(batch.questions, batch.ids, strict=True))
         if decoder.steps is not None:
             assert decoder.steps.replayed > 0  # recording did not fail, and was used
         answers[device] = [found[index] for index in range(len(asked))]
@@ -102,5 +102,5 @@ def test_a_few_questions_are_not_worth_recording(tmp_path: Path) -> None:
     prompts = asked.prompts()
     decoder = Decoder(base.model, prompts, Stopping.of(Ends(), NEW_TOKENS))
     waves = in_waves(grouped(prompts, [0, 1], lambda _: ()), prompts, Limits(4, NEW_TOKENS, 480))
-    assert len(list(answered_batches(decoder, asked, waves))) == 1
+    assert len(list(scored_batches(decoder, asked, waves))) == 1
     assert decoder.steps is not None and decoder.steps.replayed == 0
