@@ -66,7 +66,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        # PEFT imports bitsandbytes, which warns where a processor could use an optional kernel that is not installed.
+        # PEFT imports bitsandbytes, which warns if a processor could use an optional kernel that is not installed.
         logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
         return getattr(import_module("mslora_cr.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

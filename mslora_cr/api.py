@@ -48,21 +48,22 @@ __all__ = [
 ]
 
 Run = str | Path | StreamConfig
-"""A run: its configuration, that one's file, its run folder, or its name below `checkpoints/`."""
+"""A run: a configuration, its file, its run folder, or its name below `checkpoints/`."""
 
 
 def train(run: Run, task: str | None = None, overrides: Sequence[str] = (), force: bool = False) -> Path:
-    """Train a stream, task by task, as `mslora-cr train`; returns the run folder.
+    """Train a stream, task by task, like `mslora-cr train`; return the run folder.
 
-    What is finished is not trained again, and an interrupted task resumes.
+    Finished tasks are not trained again, and an interrupted task resumes.
 
     Args:
-        task: only this one.
+        run: The run.
+        task: Train only this task.
         overrides: `key.path=value`, as on the command line.
-        force: continue in a run folder that another configuration made.
+        force: Continue in a run folder that another configuration made.
 
     Raises:
-        ConfigError, DataError, ModelError, BankError: before anything is trained.
+        ConfigError, DataError, ModelError, BankError: Before anything is trained.
     """
     config = _config(run, overrides)
     stream.train(config, only=() if task is None else (task,), force=force)
@@ -70,16 +71,18 @@ def train(run: Run, task: str | None = None, overrides: Sequence[str] = (), forc
 
 
 def evaluate(run: Run, stages: Stages | None = None, task: str | None = None, overrides: Sequence[str] = ()) -> Results:
-    """Answer and score the test questions of a run, as `mslora-cr evaluate`; answers that are there are kept.
+    """Answer and score the test questions of a run, like `mslora-cr evaluate`; existing answers are kept.
 
     Args:
-        stages: `own`, `final`, `seen` or `all`; not given: `own`, and `final` where questions are routed.
-        task: only this one.
+        run: The run.
+        stages: `own`, `final`, `seen` or `all`; the default is `own`, or `final` for routed questions.
+        task: Evaluate only this task.
+        overrides: `key.path=value`, as on the command line.
 
     Raises:
-        ConfigError, DataError, ModelError, BankError: before anything is answered.
+        ConfigError, DataError, ModelError, BankError: Before anything is answered.
     """
-    from mslora_cr.evaluation import evaluate as task_aware  # what scores takes the extra `eval`, answering does not
+    from mslora_cr.evaluation import evaluate as task_aware  # Scoring needs the extra `eval`, answering does not.
     from mslora_cr.evaluation import routed as task_agnostic
     from mslora_cr.evaluation.tables import read_results_folder
 
@@ -105,15 +108,16 @@ def read_results(run: Run) -> Results:
 
 
 def load(run: Run, task: str | None = None, stage: int | None = None, overrides: Sequence[str] = ()) -> AnsweringModel:
-    """A trained run that answers questions: `load(run, task="derm").answer("photo.jpg", "Which condition is this?")`.
+    """Load a trained run to answer questions: `load(run, task="derm").answer("photo.jpg", "Which condition is this?")`.
 
     Args:
-        task: whose banks answer; None: each question goes to the task that the run's router takes it for.
-        stage: after which stage of the stream, from 1; None: the last trained one; 0: the base model alone.
+        run: The run.
+        task: The task whose banks answer; None lets the run's router choose for each question.
+        stage: The stage of the stream, from 1; None takes the last trained one, 0 the base model alone.
         overrides: `key.path=value`, for instance `model.device=cpu`.
 
     Raises:
-        ConfigError, BankError, ModelError: the run cannot answer like that.
+        ConfigError, BankError, ModelError: The run cannot answer like that.
     """
     return AnsweringModel(_config(run, overrides), task, stage)
 
@@ -122,25 +126,25 @@ def banks_of(run: Run) -> dict[str, Bank]:
     """A run's finished banks by task, in the stream's order.
 
     Raises:
-        BankError: one is not what the run's ledger records.
+        BankError: A bank is not the one that the run's ledger records.
     """
     return finished_banks(_config(run))
 
 
 def load_bank(path: str | Path) -> Bank:
-    """A bank from a PEFT adapter's folder, a published checkpoint's folder, or its `cl_lora.bin`.
+    """Load a bank from a PEFT adapter's folder, a published checkpoint's folder, or its `cl_lora.bin`.
 
     Raises:
-        BankError: there is none.
+        BankError: There is none.
     """
     return io.load_bank(Path(path))
 
 
 def save_bank(bank: Bank, folder: str | Path) -> str:
-    """Write a bank as a PEFT adapter, whole or not at all; returns the SHA-256 of its weights.
+    """Write a bank as a PEFT adapter, whole or not at all; return the SHA-256 of its weights.
 
     Raises:
-        BankError: some of its numbers are not finite.
+        BankError: Some of its numbers are not finite.
     """
     return io.save_bank(bank, Path(folder))
 
@@ -156,6 +160,6 @@ def __getattr__(name: str) -> Any:
 def _config(run: Run, overrides: Sequence[str] = ()) -> StreamConfig:
     if isinstance(run, StreamConfig):
         if overrides:
-            raise ConfigError("overrides belong to a configuration that is read here; give them to load_config")
+            raise ConfigError("overrides apply to a configuration that is read here; pass them to load_config instead")
         return run
     return find_run(run, overrides)

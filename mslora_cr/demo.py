@@ -1,4 +1,4 @@
-"""The embedded default: a tiny model, a synthetic stream, two methods on the same budget, and a page to look at."""
+"""The embedded demo: a tiny model, a synthetic stream, two methods on the same budget, and a report."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 
 CONFIG = "demo"
 COMPARED: tuple[str, ...] = ("mslora_cr", "sequential")
-"""The method of this project, and one LoRA trained through the whole stream."""
+"""This project's method, and one LoRA trained throughout the stream."""
 
 
 class DemoSummary(StateFile):
-    """`summary.json`: the final figures of each compared method, and what all of it took."""
+    """`summary.json`: the final figures of each compared method, and the total time."""
 
     MEND: ClassVar[str] = "remove it; the demo writes it again"
 
@@ -39,12 +39,12 @@ class DemoSummary(StateFile):
 
 
 def run_demo(overrides: Sequence[str] = ()) -> None:
-    """Make what is missing, train and evaluate both methods, and write `summary.json` and the reports.
+    """Create what is missing, train and evaluate both methods, and write `summary.json` and the reports.
 
-    Everything that an earlier call has finished is kept, so a killed demo resumes.
+    Everything that an earlier call finished is kept, so a killed demo resumes.
 
     Raises:
-        ConfigError: before anything is made, if the demo cannot be run like that.
+        ConfigError: Before anything is created, if the demo cannot run like that.
     """
     started = time.monotonic()
     runs = _configurations(overrides)
@@ -94,9 +94,10 @@ def _configurations(overrides: Sequence[str]) -> dict[str, StreamConfig]:
 
 
 def _earlier_seconds(runs: Iterable[StreamConfig], summary: Path) -> tuple[bool, float]:
-    """Whether an earlier call has done everything, and its time; else what earlier calls spent on finished tasks.
+    """Whether an earlier call did everything, and its time; otherwise the time that earlier calls spent on finished
+    tasks.
 
-    So the time shown is that of the whole work, also by a call that had nothing left to do or finished a killed one.
+    So the time shown is that of the whole work, even if this call had little or nothing left to do.
     """
     tasks = [(Ledger.read(config).tasks, config) for config in runs]
     trained = all(task.name in done for done, config in tasks for task in config.tasks)

@@ -1,4 +1,4 @@
-"""Methods × orders × seeds of one stream: planned, run side by side, gathered into one table."""
+"""Methods × orders × seeds of one stream: planned, run in parallel, gathered into one table."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SweepRun:
 
     method: str
     order: int
-    """0 is the order of the file, others are drawn."""
+    """0 is the order of the file; the others are drawn."""
     seed: int
     config: StreamConfig
 
@@ -57,7 +57,7 @@ class SweepRun:
 
     @property
     def results(self) -> Path:
-        """Where its scores are."""
+        """The folder of its scores."""
         routed = self.config.evaluation.banks_by == "routed"
         return self.config.results_run_dir / ROUTED if routed else self.config.results_run_dir
 
@@ -69,20 +69,21 @@ def plan_sweep(
     orders: int = 1,
     seeds: Sequence[int] = (),
 ) -> list[SweepRun]:
-    """The runs of a sweep, method by method. Their folders are below those of the file's own run.
+    """Plan the runs of a sweep, method by method. Their folders are below those of the file's own run.
 
-    With `evaluation.banks_by` `routed`, a method that answers every task with the same banks has nothing to route: its
-    runs are answered by `prefix`, which tells it no task either.
+    With `evaluation.banks_by` `routed`, a method that answers every task with the same banks has nothing to route. Its
+    runs use `prefix`, which does not tell them the task either.
 
     Args:
-        overrides: for every run; what belongs to one method, as `ewc.strength=10`, for its runs alone.
-        methods: all that the package has, if none is named; `module:Class` for others, which go by their `name`.
-        orders: how many orders of the tasks; the first is the file's, further ones are drawn, always alike.
-        seeds: the file's, if none is given.
+        config_file: The configuration's file.
+        overrides: Overrides of every run; those of one method's section, as `ewc.strength=10`, apply to its runs alone.
+        methods: The methods; by default all of the package. `module:Class` names others, which go by their `name`.
+        orders: The number of task orders; the first is the file's, further ones are drawn, the same every time.
+        seeds: The seeds; by default the file's.
 
     Raises:
-        ConfigError: an unknown method, an override of what the sweep sets itself, more orders than there are, or a
-            configuration that is wrong.
+        ConfigError: An unknown method, an override of what the sweep sets itself, more orders than there are, or an
+            invalid configuration.
     """
     chosen = _by_name(methods or method_names())
     sections = {override: override.partition("=")[0].partition(".")[0] for override in overrides}
@@ -115,7 +116,7 @@ def _by_name(methods: Sequence[str]) -> dict[str, str]:
     """Values for `method:`, by the method's own name.
 
     Raises:
-        ConfigError: there is no such method, or two of them have one name.
+        ConfigError: There is no such method, or two of them have the same name.
     """
     paths: dict[str, str] = {}
     for method in methods:
@@ -130,7 +131,7 @@ def _by_name(methods: Sequence[str]) -> dict[str, str]:
 
 
 def describe(runs: Sequence[SweepRun], devices: Sequence[str | None]) -> str:
-    """The plan, for people: what is run, in how many steps, where, and what is done already."""
+    """Describe the plan: the runs, how many run at once, where, and what is done already."""
     methods = dict.fromkeys(run.method for run in runs)
     orders = {run.order: [task.name for task in run.config.tasks] for run in runs}
     seeds = dict.fromkeys(run.seed for run in runs)
@@ -157,15 +158,15 @@ def describe(runs: Sequence[SweepRun], devices: Sequence[str | None]) -> str:
 def run_sweep(runs: Sequence[SweepRun], devices: Sequence[str | None]) -> Path:
     """Train and evaluate every run that is not done yet, as many at once as there are devices, and write the report.
 
-    What a run prints goes into `sweep.log` in its results folder. A run that fails does not stop the others, and one
-    that is cut leaves `sweep.json` of the runs that are finished; they come seed by seed, all methods of one first.
+    The output of a run goes into `sweep.log` in its results folder. A run that fails does not stop the others. An
+    interrupted sweep leaves `sweep.json` of the finished runs; all methods of one seed come before the next seed.
 
     Returns:
-        The page. `sweep.json`, `sweep.md` and `sweep.svg` are next to it.
+        The page. `sweep.json`, `sweep.md` and `sweep.svg` are beside it.
 
     Raises:
-        UserError: runs have failed; names them and their logs. The report holds the others.
-        LockedError: another sweep writes there.
+        UserError: Runs failed; the message names them and their logs. The report has the others.
+        LockedError: Another sweep writes there.
     """
     root = runs[0].config.results_run_dir.parent
     with one_writer(root):
@@ -180,11 +181,12 @@ def run_sweep(runs: Sequence[SweepRun], devices: Sequence[str | None]) -> Path:
 def _run_all(
     runs: Sequence[SweepRun], devices: Sequence[str | None], root: Path
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """The figures of the runs that ended well, and the errors of the others, both by name."""
+    """The figures of the successful runs, and the errors of the others, both by name."""
     failed: dict[str, str] = {}
     outcomes: dict[str, dict[str, Any]] = {}
     with worker_pool(devices) as pool, progress_bar(desc="sweep", total=len(runs), unit="run") as bar:
-        # All methods of a seed and order before the next one: what a cut sweep leaves can be compared in pairs.
+        # All methods of a seed and order come before the next one, so that an interrupted sweep can be compared in
+        # pairs.
         waiting = {pool.submit(_run, run.config): run for run in sorted(runs, key=_run_order(runs))}
         for done in as_completed(waiting):
             error = done.exception()
@@ -198,14 +200,14 @@ def _run_all(
                 failed[run.name] = str(error)
             else:
                 outcomes[run.name] = _outcome(run)
-                _write(runs, outcomes, root)  # after every run, so that a sweep that is cut leaves what it has
+                _write(runs, outcomes, root)  # After every run, so that an interrupted sweep leaves its results.
             bar.set_postfix_str(run.name)
             bar.update()
     return outcomes, failed
 
 
 def _run(config: StreamConfig) -> None:
-    """Train and evaluate one run, in a worker; its output goes into a file."""
+    """Train and evaluate one run in a worker; its output goes into a file."""
     folder = config.results_run_dir
     folder.mkdir(parents=True, exist_ok=True)
     set_up()
@@ -218,7 +220,7 @@ def _run(config: StreamConfig) -> None:
                 evaluate(config, "seen")
         except UserError as error:
             log.error("%s", error)
-            raise UserError(str(error)) from None  # others may not survive the way to the parent process
+            raise UserError(str(error)) from None  # Other exceptions may not survive the way to the parent process.
         except Exception as error:
             traceback.print_exc()
             raise UserError(repr(error)) from None
@@ -228,13 +230,13 @@ def _run(config: StreamConfig) -> None:
 
 
 def _run_order(runs: Sequence[SweepRun]) -> Callable[[SweepRun], tuple[int, int]]:
-    """When a run comes: by the place of its seed, then its order."""
+    """The sort key of runs: the position of the seed, then the order."""
     positions = {seed: position for position, seed in enumerate(dict.fromkeys(run.seed for run in runs))}
     return lambda run: (positions[run.seed], run.order)
 
 
 def _write(runs: Sequence[SweepRun], outcomes: Mapping[str, dict[str, Any]], root: Path) -> None:
-    """Write `sweep.json` of the runs that are finished, in the order of the plan."""
+    """Write `sweep.json` of the finished runs, in the order of the plan."""
     finished = [run for run in runs if run.name in outcomes]
     orders = {run.order: [task.name for task in run.config.tasks] for run in finished}
     finished_outcomes = [outcomes[run.name] for run in finished]

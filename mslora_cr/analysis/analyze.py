@@ -1,5 +1,8 @@
-"""Explains a run's result: similarity and effective rank of its banks, and what each of them adds
-to the answers, and which answers changed. Everything goes into `analysis.json`, which the report shows."""
+"""Explains a run's result: similarity and effective rank of its banks, the contribution of each to the answers, and
+changed answers.
+
+Everything goes into `analysis.json`, which the report shows.
+"""
 
 from __future__ import annotations
 
@@ -45,29 +48,32 @@ from mslora_cr.stream.recorded import answering_method
 from mslora_cr.utils.progress import progress_bar
 
 QUESTIONS = 200
-"""Questions of a task that drop-one evaluation asks by default, a sample of its file."""
+"""The number of questions of a task that drop-one evaluation asks by default, a sample of its file."""
 EXAMPLES = 2
-"""Examples of changed answers shown, of each kind and task."""
+"""The number of examples of changed answers, of each kind and task."""
 
 
 def analyze(config: StreamConfig, others: Sequence[StreamConfig] = (), questions: int = QUESTIONS) -> Path:
-    """Analyse a run that is trained, and write `analysis.json` into its results folder; returns its path.
+    """Analyse a trained run, and write `analysis.json` into its results folder; return its path.
 
     Args:
-        others: runs whose effective ranks are shown next to this one's, such as one without the orthogonality term.
-        questions: the most that drop-one evaluation asks of a task; 0 leaves it out.
+        config: The run.
+        others: Runs whose effective ranks are shown beside this one's, such as one without the orthogonality term.
+        questions: The most questions of a task for drop-one evaluation; 0 leaves it out.
 
     Raises:
-        BankError: a run has no banks. ModelError, DataError: something cannot be read. LockedError: another launch
-            writes to the results folder.
+        BankError: A run has no banks.
+        ModelError, DataError: Something cannot be read.
+        LockedError: Another launch writes to the results folder.
     """
     with launch(config, config.results_run_dir):
         banks = _banks_of(config)
         check_hosts(config.results_run_dir, {"the banks": [bank.digest for bank in banks.values()]})
         runs = {run.run: run for run in (config, *others)}
-        if len(runs) <= len(others):  # names repeat
+        if len(runs) <= len(others):  # The names repeat.
             runs = {str(run.run_dir): run for run in (config, *others)}
-        summed = not any(bank.depends_on_input for bank in banks.values())  # such a bank takes part whole or not at all
+        # Such a bank is active as a whole or not at all.
+        summed = not any(bank.depends_on_input for bank in banks.values())
         analysis = Analysis(
             run=config.run,
             similarity=_similarity(list(banks.values())),
@@ -105,7 +111,7 @@ def _similarity(banks: Sequence[Bank]) -> UpdateCosines:
 
 
 def _ranks(banks: Mapping[str, Bank]) -> dict[str, EffectiveRank]:
-    """For each bank its rank, its mean effective rank, and that by decoder layer and by module."""
+    """For each bank its rank and its mean effective rank, in total, by decoder layer and by module."""
     effective = {}
     for name, bank in progress_bar(banks.items(), desc="effective ranks", unit="bank", disable=rank() != 0):
         ranks = {module: torch.tensor(value) for module, value in effective_ranks(bank).items()}
@@ -123,13 +129,13 @@ def _ranks(banks: Mapping[str, Bank]) -> dict[str, EffectiveRank]:
 
 
 Variant = tuple[Task, tuple[int, ...]]
-"""A task, and the positions of the banks that answer it."""
+"""A task, and the indices of the banks that answer it."""
 
 
 def _contribution(config: StreamConfig, learned: Mapping[str, Bank], questions: int) -> Contribution:
-    """Every learned task answered with its banks, and again with each of them left out.
+    """Answer every learned task with its banks, and again with each of them left out.
 
-    A question's score is its hit if it is closed, its F1 if it is open.
+    A question's score is its hit if it is closed, and its F1 if it is open.
     """
     variants = _variants(config, learned)
     records = {task.name: test_records(config, task) for task, _ in variants}
@@ -141,7 +147,7 @@ def _contribution(config: StreamConfig, learned: Mapping[str, Bank], questions: 
         questions=[(part.digest, sample_of(len(part), questions)) for part in records.values()],
     )
     assert_same_on_all_ranks({"the questions, banks or settings of the analysis": fingerprint})
-    # All variants of all tasks in mixed batches, so that a bank which is left out costs no new model.
+    # All variants of all tasks share mixed batches, so that leaving out a bank needs no new model.
     chosen = [banks for task, banks in variants for _ in range(len(subsets[task.name]))]
     folder, tasks = config.results_run_dir / "analysis", [task for task, _ in variants]
 
@@ -169,7 +175,10 @@ def _dropped(
     """The contribution of each bank to each task, from the scores of every variant; the first variant has all banks.
 
     Args:
-        groups: by task, the clusters of its questions.
+        names: The banks' names.
+        variants: The variants.
+        parts: By variant, the scores of its questions.
+        groups: By task, the clusters of its questions.
     """
     rows = []
     whole: dict[str, tuple[tuple[int, ...], Any]] = {}
@@ -201,7 +210,7 @@ def _banks_by(config: StreamConfig) -> str:
 
 
 def _variants(config: StreamConfig, by_task: Mapping[str, Bank]) -> list[Variant]:
-    """Each learned task with the positions in `by_task` of the banks that answer it, then with each bank left out."""
+    """Each learned task with the indices in `by_task` of the banks that answer it, then with each bank left out."""
     method, names, variants = answering_method(config), list(by_task), []
     learned = [config.task(name).index + 1 for name in names]
     stage = max(method.stages(learned, len(config.tasks)))
@@ -249,7 +258,7 @@ Side = tuple[Path, Evaluation, Cell]
 
 
 def _change(task: str, first: str, second: str, before: Side, after: Side) -> Change:
-    """How many answers changed, and how; examples of each kind. Nothing can change where one file holds both."""
+    """How many answers changed, and how, with examples of each kind. If one file holds both, nothing can change."""
     sides = [folder / cell.answers for folder, _, cell in (before, after)]
     summary = Change.model_validate(
         {

@@ -33,7 +33,7 @@ COMPARED = {
     "F1 of open answers": "f1 score",
     "ROUGE-L": "rouge-l",
 }
-"""Title → name in `metrics.json`."""
+"""Titles and names in `metrics.json`."""
 Stage = Literal["final", "own"]
 
 
@@ -42,10 +42,10 @@ class AnsweredTask:
     """A run's answers to a task.
 
     Attributes:
-        banks: those that answered.
-        questions: the digest of the file asked from. Both None where answer files alone are known.
-        answers: the answer file.
-        columns: by title in `COMPARED`, the scores.
+        banks: The banks that answered.
+        questions: The digest of the test file. Both are None if only answer files are known.
+        answers: The answer file.
+        columns: The scores, by title in `COMPARED`.
     """
 
     banks: str | None
@@ -55,13 +55,13 @@ class AnsweredTask:
 
     @cached_property
     def asked(self) -> str:
-        """A digest of what was asked, as far as the answer file knows it."""
+        """A digest of the questions, as far as the answer file knows them."""
         rows = [(answer.question_id, answer.answer_type, str(answer.gt)) for answer in read_answers(self.answers)]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 class Answered(NamedTuple):
-    """A run: its method and how its banks are chosen, where that is known, and its answers by task."""
+    """A run: its answers by task, and its method and choice of banks if they are known."""
 
     method: str | None
     banks_by: str | None
@@ -84,12 +84,13 @@ def answered_run(label: str, folder: Path, at: Stage) -> Answered:
     """Read a run.
 
     Args:
-        label: the run's name in messages.
-        folder: its results folder, or one that `has_answers`.
-        at: score tasks after the last stage, or each at its own; answer files alone are taken as they are.
+        label: The run's name in messages.
+        folder: Its results folder, or one that `has_answers`.
+        at: Score tasks after the last stage, or each at its own; answer files alone are taken as they are.
 
     Raises:
-        ReportError: it is not evaluated where it must be. DataError: scores are gone, or answers malformed.
+        ReportError: It is not evaluated as needed.
+        DataError: Scores are missing, or answers malformed.
     """
     if has_answers(folder):
         return Answered(None, None, {path.parent.name: _scored(path) for path in sorted(folder.glob(f"*/{ANSWERS}"))})
@@ -105,8 +106,11 @@ def answered_run(label: str, folder: Path, at: Stage) -> Answered:
 
 
 def _scored(path: Path) -> AnsweredTask:
-    """Score an answer file. Which questions are about one image is known from the answers themselves, or from a
-    `scores.csv` of the same questions next to them, as `mslora-cr score --questions` writes it."""
+    """Score an answer file.
+
+    Which questions are about one image is known from the answers themselves, or from a `scores.csv` of the same
+    questions beside them, as `mslora-cr score --questions` writes it.
+    """
     answers = read_answers(path)
     scores = score_answers(answers).columns
     columns = {name: np.array(column, dtype=np.float64) for name, column in scores.items()}

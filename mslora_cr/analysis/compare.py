@@ -32,22 +32,22 @@ OVERALL = "overall"
 
 
 def compare(runs: Mapping[str, Path], at: Stage = "final") -> Comparison:
-    """Set each run against the first one, question by question.
+    """Compare each run with the first one, question by question.
 
-    Each test is of a task's mean difference, or of the mean over tasks (`OVERALL`); `p` is that of the paired
-    approximate randomization test, with enough flips for all tests of a metric; intervals are of both scores and of
-    their paired difference. `p_adjusted` is Holm's, for all runs and tasks of a metric at once; the overall tests of a
-    metric are a family of their own, one test a run. All of this is about other questions of *these tasks*. The overall
-    test's `between_tasks` is about *tasks like these*: it takes the tasks for a sample, and their differences for its
+    Each test is of a task's mean difference, or of the mean over tasks (`OVERALL`). `p` comes from the paired
+    approximate randomization test, with enough flips for all tests of a metric. Intervals are of both scores and of
+    their paired difference. `p_adjusted` is Holm's, over all runs and tasks of a metric; the overall tests of a metric
+    are a family of their own, one test per run. All of this concerns other questions of *these tasks*. The overall
+    test's `between_tasks` concerns *tasks like these*: it treats the tasks as a sample, and their differences as its
     values.
 
     Args:
-        runs: label → results folder, or folder of answer files alone (`TASK/answer-file.jsonl`), at least two.
-        at: score tasks after the last stage, or each at its own; answer files alone are taken as they are.
+        runs: Results folders, or folders of answer files alone (`TASK/answer-file.jsonl`), by label; at least two.
+        at: Score tasks after the last stage, or each at its own; answer files alone are taken as they are.
 
     Raises:
-        ReportError: a run is not evaluated where it must be, or two runs were asked different questions.
-        DataError: the scores of a cell are gone, or an answer file is malformed.
+        ReportError: A run is not evaluated as needed, or two runs were asked different questions.
+        DataError: The scores of a cell are missing, or an answer file is malformed.
     """
     answered = {label: answered_run(label, folder, at) for label, folder in runs.items()}
     baseline, *others = answered
@@ -118,13 +118,13 @@ def _pairs(baseline: Answered, run: Answered, tasks: Sequence[str], title: str) 
 
 
 def _tests(baseline: str, label: str, pairs: Sequence[_Pair], flips: int) -> list[PairedTest]:
-    """The tests of one run against the baseline in one metric, `OVERALL` last."""
+    """The tests of one run against the baseline in one metric; `OVERALL` comes last."""
     tests, flipped = [], []
     parts: list[tuple[Estimate, Estimate, PairedTask]] = []
     for pair in pairs:
         before, after = (estimate(values, pair.groups) for values in pair.scores)
         parts.append((before, after, paired_task(pair.difference, pair.groups, _binary(pair))))
-        # All runs meet the same signs, whatever tasks they have.
+        # All runs use the same signs, whatever tasks they have.
         flipped.append(flipped_means(pair.difference, pair.groups, flips, stream=zlib.crc32(pair.task.encode())))
         banks = dict(zip((baseline, label), pair.banks, strict=True))
         tests.append(_test(label, pair.task, parts[-1:], flipped[-1], banks))
@@ -144,7 +144,7 @@ def _test(
     flipped: intervals.Scores,
     banks: dict[str, str | None] | None,
 ) -> PairedTest:
-    """One test of the mean over tasks; of each task there are the estimates of both scores and their difference."""
+    """One test of the mean over tasks, from the estimates of both scores and their difference for each task."""
     weights = [1 / len(parts)] * len(parts)
     before, after = [part[0] for part in parts], [part[1] for part in parts]
     differences = [part[2] for part in parts]
@@ -182,8 +182,8 @@ def _between_tasks(differences: Sequence[float]) -> BetweenTasks:
 
 
 def _adjusted_by_family(tests: Sequence[PairedTest]) -> list[PairedTest]:
-    """The tests of a metric, their p-values adjusted: those of tasks are a family, and so are the overall ones, and
-    what the overall ones say between tasks."""
+    """The tests of a metric with adjusted p-values: those of tasks are a family, and so are the overall tests, and
+    their results between tasks."""
     single = iter(_adjusted([test for test in tests if test.between_tasks is None]))
     overall = iter(_adjusted([test for test in tests if test.between_tasks is not None]))
     between = iter(_adjusted([test.between_tasks for test in tests if test.between_tasks is not None]))
@@ -199,7 +199,7 @@ Tested = TypeVar("Tested", PairedTest, BetweenTasks)
 
 
 def _adjusted(family: Sequence[Tested]) -> list[Tested]:
-    """A family, its p-values corrected for their number; None stays None."""
+    """A family of p-values, corrected for their number; None stays None."""
     adjusted = iter(holm([test.p for test in family if test.p is not None]))
     return [test.model_copy(update={"p_adjusted": None if test.p is None else next(adjusted)}) for test in family]
 
@@ -227,7 +227,7 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def _rows(test: PairedTest, banks_by: str | None) -> list[list[str | float | None]]:
-    """A line for a task, two for the mean over tasks."""
+    """A line for a task; two for the mean over tasks."""
     banks = test.banks[test.run] if test.banks else None
     scores = [
         _with_interval(test.baseline_score, test.baseline_interval),
@@ -244,5 +244,5 @@ def _rows(test: PairedTest, banks_by: str | None) -> list[list[str | float | Non
 
 
 def _with_interval(value: float, ends: tuple[float, float] | None, sign: str = "", note: str = "") -> str:
-    """A number and its interval; what else is known follows line by line."""
+    """A number with its interval; notes follow line by line."""
     return "\n".join([f"{value:{sign}.2f}{bracketed(ends)}", *filter(None, note.split("; "))])

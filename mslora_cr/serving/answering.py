@@ -1,4 +1,4 @@
-"""A trained run that answers questions: the base model loaded once, banks swapped as tasks and stages ask for them."""
+"""A trained run that answers questions: the base model is loaded once, and banks are swapped for tasks and stages."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ log = logging.getLogger(__name__)
 ImageSource = str | Path | bytes | Image.Image
 """A picture's file, its encoded bytes, or the picture itself."""
 Exchange = tuple[str, str]
-"""A question and the answer it got."""
+"""A question and the answer that it got."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and who gave it.
+    """An answer, and the banks that gave it.
 
     Attributes:
-        text: the answer without outer white space.
-        ids: its token ids, up to and including `</s>`.
-        task: the task whose banks answered; None where all tasks have the same banks.
-        stage: the stage of the stream that answered; 0 is the base model alone.
-        banks: names of the banks that answered; empty for the base model alone.
-        probabilities: the router's probabilities by task; empty if the task was given.
-        confidence: probability of the answer's tokens behind the question.
-        abstained: whether that is below what was asked for: then the text is not to be used as an answer.
+        text: The answer without outer white space.
+        ids: Its token ids, up to and including `</s>`.
+        task: The task whose banks answered; None if all tasks have the same banks.
+        stage: The stage of the stream that answered; 0 is the base model alone.
+        banks: The names of the banks that answered; empty for the base model alone.
+        probabilities: The router's probabilities by task; empty if the task was given.
+        confidence: The probability of the answer's tokens after the question.
+        abstained: Whether that probability is below the requested one; then do not use the text as an answer.
     """
 
     text: str
@@ -60,21 +60,22 @@ class Answer:
 
 
 class AnsweringModel:
-    """A run's base model with its banks. `load` makes one; not for use by several threads at once.
+    """A run's base model with its banks. Create it with `load`; do not use it from several threads at once.
 
     Attributes:
-        config: the run's configuration.
-        run: the run's banks.
+        config: The run's configuration.
+        run: The run's banks.
     """
 
     def __init__(self, config: StreamConfig, task: str | None = None, stage: int | None = None) -> None:
         """
         Args:
-            task: whose banks answer unless a question says otherwise; None routes each question to a task.
-            stage: after which stage of the stream; None takes the last one that is trained, 0 the base model alone.
+            config: The run's configuration.
+            task: The task whose banks answer, unless a question names another; None routes each question to a task.
+            stage: The stage of the stream that answers; None takes the last trained one, 0 the base model alone.
 
         Raises:
-            ConfigError, BankError, ModelError: before the model is loaded, if the task or stage cannot answer.
+            ConfigError, BankError, ModelError: Before the model is loaded, if the task or stage cannot answer.
         """
         self.config = config
         self.run = RunBanks(config, finished_banks(config))
@@ -83,7 +84,7 @@ class AnsweringModel:
             self.run.answering(task, self.stage)
         self._routers: dict[int, TaskRouter] = {}
         if task is None and self.stage and self.run.needs_task:
-            method_of(config)  # its router needs the method's code
+            method_of(config)  # Its router needs the method's code.
             self._statistics(self.stage)
         self._base = load_base(config, get_device(config.model.device))
         self._input_processor = input_processor_of(config, self._base)
@@ -92,7 +93,7 @@ class AnsweringModel:
         self._merged: list[tuple[str, float]] | None = []
 
     def answer(self, images: ImageSource | Sequence[ImageSource], question: str, **options: Any) -> str:
-        """The answer's text; `options` as those of `ask`."""
+        """The answer's text; `options` are those of `ask`."""
         return self.ask(images, question, **options).text
 
     def ask(
@@ -109,24 +110,24 @@ class AnsweringModel:
         """Answer a question greedily, as `evaluate` does.
 
         Args:
-            images: one picture or several, all of which precede the question; `[]` for none.
-            question: the question; the images stand before it.
-            task: replaces the model's task. Banks are swapped, the base model stays.
-            stage: replaces the model's stage.
-            history: earlier questions about the same pictures, with their answers.
-            max_new_tokens: replaces `evaluation.max_new_tokens`; at least 1.
-            on_text: called with each new piece of the answer's text.
-            abstain_below: the least probability of the answer's tokens with which it counts as an answer.
+            images: One picture or several, all of which come before the question; `[]` for none.
+            question: The question.
+            task: Replaces the model's task. Banks are swapped, the base model stays.
+            stage: Replaces the model's stage.
+            history: Earlier questions about the same pictures, with their answers.
+            max_new_tokens: Replaces `evaluation.max_new_tokens`; at least 1.
+            on_text: Called with each new piece of the answer's text.
+            abstain_below: The least probability of the answer's tokens for it to count as an answer.
 
         Raises:
-            ConfigError, BankError: the task or stage cannot answer, or the answer may have no token.
-            DataError: a picture cannot be read, or prompt and answer would pass `data.max_length`.
+            ConfigError, BankError: The task or stage cannot answer, or `max_new_tokens` is below 1.
+            DataError: A picture cannot be read, or prompt and answer would exceed `data.max_length`.
         """
         new_tokens = self.config.evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens
         if not question.strip():
-            raise DataError("the question is empty; type what the model is to answer")
+            raise DataError("the question is empty; type a question")
         if new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {new_tokens}; an answer has at least 1")
+            raise ConfigError(f"max_new_tokens is {new_tokens}; use at least 1")
         images = self._process(images)
         stage = self.stage if stage is None else self.run.stage(stage)
         task = task or self.task
@@ -149,11 +150,11 @@ class AnsweringModel:
     def route(
         self, images: ImageSource | Sequence[ImageSource], question: str, stage: int | None = None
     ) -> dict[str, float]:
-        """How likely a question belongs to each task learned by a stage, likeliest first; empty where all tasks are
-        answered by the same banks.
+        """The probability that a question belongs to each task learned by a stage, the likeliest first; empty if the
+        same banks answer all tasks.
 
         Raises:
-            BankError: a bank has no statistics to route by.
+            BankError: A bank has no statistics for the router.
         """
         return self._route(self._process(images), question, self.stage if stage is None else self.run.stage(stage))
 
@@ -175,16 +176,18 @@ class AnsweringModel:
         return self._routers[stage]
 
     def _use(self, task: str | None, stage: int, likely: Mapping[str, float]) -> tuple[str, ...]:
-        """Swap the banks, if others answer; returns their names.
+        """Swap the banks if others answer; return their names.
 
         Args:
-            likely: how likely each task is, where none was given.
+            task: The task, if it was given.
+            stage: The stage.
+            likely: The probability of each task, if none was given.
         """
         mixed = likely and method_of(self.config).mixes_banks
         banks = self.run.mixed(stage, likely) if mixed else self.run.answering(task, stage)
         chosen = [(bank.name, bank.scaling) for bank in banks]
         if chosen != self._merged:
-            # Until it is done: a failure leaves weights that are neither these nor the earlier ones.
+            # Until this is done, a failure leaves weights that are neither these nor the earlier ones.
             self._merged = None
             self._stack.set_frozen(banks)
             self._stack.model.eval()
@@ -199,13 +202,13 @@ class AnsweringModel:
             raise DataError(f"the question cannot be asked: {error}") from None
 
     def _process(self, images: ImageSource | Sequence[ImageSource]) -> Any:
-        """Decoded, as `InputProcessor.process_images` has them."""
+        """Decoded pictures, as `InputProcessor.process_images` returns them."""
         several = [images] if isinstance(images, str | Path | bytes | Image.Image) else images
         return self._input_processor.process_images([open_image(source) for source in several])
 
 
 class _Streamer:
-    """Called with the answer's ids as they are generated; passes on the text that is new since the last call."""
+    """Receives the answer's ids as they are generated; passes on the text that is new since the last call."""
 
     def __init__(self, tokenizer: TextTokenizer, tell: Callable[[str], None]) -> None:
         self._tokenizer, self._tell = tokenizer, tell
@@ -221,17 +224,18 @@ class _Streamer:
 
     def _show(self, whole: bool) -> None:
         [text] = self._tokenizer.decode([self._ids])
-        if text.startswith(self._streamed) and (whole or not text.endswith("\ufffd")):  # half of a character: wait
+        # Half a character is not shown yet.
+        if text.startswith(self._streamed) and (whole or not text.endswith("\ufffd")):
             if text != self._streamed:
                 self._tell(text[len(self._streamed) :])
             self._streamed = text
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """A picture as RGB, as `load_image` decodes it; says where a viewer shows a file otherwise.
+    """A picture as RGB, decoded as by `load_image`; warns if a viewer shows the file differently.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: It cannot be read.
     """
     if isinstance(source, Image.Image):
         return source.convert("RGB")

@@ -22,7 +22,7 @@ from mslora_cr.statistics.intervals import CONFIDENCE
 
 Uploaded = Literal["peft", "merged"]
 OVERLAP = {"precision": "word-overlap precision", "recall": "word-overlap recall"}
-"""What the card calls these metrics of `metrics.json`, which are no figures of a diagnosis."""
+"""The card's names of these metrics of `metrics.json`, which do not measure diagnoses."""
 SECRET = ("token", "key", "secret", "password")
 
 
@@ -31,14 +31,14 @@ class Card:
     """The content of a model card.
 
     Attributes:
-        config: of the run.
-        repo: where it goes.
-        kind: what is uploaded.
-        base: the base model's name on the hub.
-        folders: by what is uploaded, a task or `model`, its folder in the repository, "" for the repository itself.
-        banks: by the same, the banks that answer.
-        ledger: the run's.
-        evaluation: the run's, if there is one.
+        config: The run.
+        repo: The repository.
+        kind: The kind of upload.
+        base: The base model's name on the hub.
+        folders: By task, or `model`, its folder in the repository; "" is the repository itself.
+        banks: By the same keys, the banks that answer.
+        ledger: The run's ledger.
+        evaluation: The run's evaluation, if there is one.
     """
 
     config: StreamConfig
@@ -134,7 +134,7 @@ LoRA bank per task over `{self.base}`. Method `{self.config.method}`, a stream o
 {tasks}"""
 
     def _quantised(self) -> str:
-        """What the base was in training, where the uploaded one is another."""
+        """The base model of training, if the uploaded one differs."""
         if not self.config.model.quantization:
             return ""
         return (
@@ -168,7 +168,7 @@ print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_token
 ```"""
 
     def _asking(self, name: str) -> str:
-        """The lines that make a question's inputs."""
+        """The lines of code that make a question's inputs."""
         if self._family.own_template:
             return f"""image = Image.open("image.png").convert("RGB")
 content = [{{"type": "image", "image": image}}, {{"type": "text", "text": "Your question about {name}?"}}]

@@ -22,17 +22,17 @@ CARD = "model_card.md"
 
 
 class PushError(UserError):
-    """Nothing is uploaded, or not all."""
+    """Nothing was uploaded, or not everything."""
 
 
 def write_card(
     config: StreamConfig, repo: str, kind: Uploaded, task: str | None, stage: int | None, base: str | None
 ) -> Path:
-    """Write the card alone, as `model_card.md` in the run folder.
+    """Write only the card, as `model_card.md` in the run folder.
 
     Raises:
-        ConfigError, BankError: as `export`.
-        PushError: the repository's or the base model's name is missing or wrong.
+        ConfigError, BankError: As `export`.
+        PushError: The repository's or the base model's name is missing or wrong.
     """
     path = config.run_dir / CARD
     write_text(path, _card(config, repo, kind, task, stage, base).text())
@@ -49,17 +49,22 @@ def push(
     public: bool = False,
     endpoint: str | None = None,
 ) -> str:
-    """Export a run, and upload it with its card; returns the repository's address.
+    """Export a run, and upload it with its card; return the repository's address.
 
-    The account is that of `HF_TOKEN` in the environment or of `hf auth login`.
+    The account is that of `HF_TOKEN` in the environment, or of `hf auth login`.
 
     Args:
-        repo: `owner/name`; made if it is not there, private unless `public`. One that is there keeps its visibility.
-        base: the base model's name on the hub; not given: where `mslora-cr model download` fetched it from.
+        config: The run.
+        repo: `owner/name`. A new repository is private unless `public`; an existing one keeps its visibility.
+        kind: As `export`.
+        task: As `export`.
+        stage: As `export`.
+        base: The base model's name on the hub; by default where `mslora-cr model download` fetched it.
+        public: Make a new repository public.
 
     Raises:
-        ConfigError, BankError, ModelError: before anything is uploaded.
-        PushError: names are missing or wrong, or the hub refuses.
+        ConfigError, BankError, ModelError: Before anything is uploaded.
+        PushError: Names are missing or wrong, or the hub refuses.
     """
     card = _card(config, repo, kind, task, stage, base)
     with hidden_folder(config.run_dir / "push") as staging:
@@ -77,7 +82,7 @@ def _upload(folder: Path, repo: str, public: bool, message: str, endpoint: str |
     try:
         address = api.create_repo(repo, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
-    except Exception as error:  # the hub's, the HTTP library's and the system's errors alike
+    except Exception as error:  # Errors of the hub, the HTTP library and the system.
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status in (401, 403):
             raise PushError(

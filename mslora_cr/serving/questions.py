@@ -1,4 +1,4 @@
-"""Questions from a file or from standard input: plain lines, or JSON lines."""
+"""Reads questions from a file or from standard input: plain lines, or JSON lines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ask:
-    """A question; `json` holds the fields of the line it was read from, to which its answer is added."""
+    """A question. `json` holds the fields of the line it was read from, to which its answer is added."""
 
     question: str
     images: tuple[str, ...]
@@ -45,7 +45,7 @@ class Ask:
 
 
 class _Line(BaseModel):
-    model_config = ConfigDict(strict=True)  # further fields are kept and handed back
+    model_config = ConfigDict(strict=True)  # Further fields are kept and returned.
 
     question: Annotated[str, Field(min_length=1)]
     image: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
@@ -53,13 +53,14 @@ class _Line(BaseModel):
 
 
 def read_questions(source: str, images: Sequence[str]) -> list[Ask]:
-    """The questions of a file, `-` for standard input; blank lines are skipped.
+    """Read the questions of a file, or of standard input for `-`; blank lines are skipped.
 
     Args:
-        images: what plain lines, and JSON lines without an image, are about.
+        source: The file.
+        images: The images of plain lines, and of JSON lines without an image.
 
     Raises:
-        DataError: the file cannot be read, or a line is no question; the message names file, line and field.
+        DataError: The file cannot be read, or a line is no question; the message names file, line and field.
     """
     name = "standard input" if source == "-" else source
     try:
@@ -72,23 +73,23 @@ def read_questions(source: str, images: Sequence[str]) -> list[Ask]:
 
 
 def check_asked(questions: Sequence[Ask], images: Sequence[str]) -> None:
-    """Name before the model is loaded what cannot be asked, and what is asked without an image.
+    """Check, before the model is loaded, that the questions can be asked; warn of those without an image.
 
     Args:
-        questions: the questions; none where a conversation follows.
-        images: what a conversation begins with.
+        questions: The questions; none if a conversation follows.
+        images: The images with which a conversation begins.
 
     Raises:
-        DataError: a question is empty, or an image is no file.
+        DataError: A question is empty, or an image is not a file.
     """
     for ask in questions:
         if not ask.question.strip():
-            raise DataError("a question is empty; type what the model is to answer")
+            raise DataError("a question is empty; type a question")
     for image in dict.fromkeys([*images, *(image for ask in questions for image in ask.images)]):
         if not Path(image).is_file():
             raise DataError(f"{image}: there is no such image file")
     if alone := sum(not ask.images for ask in questions):
-        log.warning("%d of %d questions are asked without an image; give one with --image", alone, len(questions))
+        log.warning("%d of %d questions have no image; give one with --image", alone, len(questions))
 
 
 def _read(line: str, location: str, folder: Path, images: Sequence[str]) -> Ask:

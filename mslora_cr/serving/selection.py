@@ -14,19 +14,20 @@ from mslora_cr.stream.recorded import answering_method
 
 @dataclass(frozen=True)
 class RunBanks:
-    """A run's finished banks, by task, and what its method answers with them. Stages count from 1; 0 is the base."""
+    """A run's finished banks by task, and which of them its method answers with. Stages count from 1; 0 is the base
+    model."""
 
     config: StreamConfig
     banks: Mapping[str, Bank]
 
     @cached_property
     def method(self) -> AnsweringMethod:
-        """The run's method, or what its ledger says of one whose code may not be imported."""
+        """The run's method, or the ledger's record of one whose code may not be imported."""
         return answering_method(self.config)
 
     @property
     def learned(self) -> list[int]:
-        """Places in the stream, from 1, of the tasks whose banks exist."""
+        """The numbers, from 1, of the tasks whose banks exist."""
         return [task.index + 1 for task in self.config.stream if task.name in self.banks]
 
     @property
@@ -36,31 +37,32 @@ class RunBanks:
 
     @property
     def needs_task(self) -> bool:
-        """Whether tasks are answered by different banks."""
+        """Whether different banks answer different tasks."""
         return needs_task(self.config, self.method)
 
     def stage(self, stage: int | None) -> int:
-        """The stage itself, or the last one where none is given.
+        """The given stage, or the last one if none is given.
 
         Raises:
-            BankError: this run's banks do not reach it.
+            BankError: This run's banks do not reach it.
         """
         if stage is None:
             return self.stages[-1]
         if stage not in self.stages:
             there = ", ".join(map(str, self.stages))
-            raise BankError(f"the banks in {self.config.run_dir} give no stage {stage}; there are {there}")
+            raise BankError(f"the banks in {self.config.run_dir} do not reach stage {stage}; there are {there}")
         return stage
 
     def answering(self, task: str | None, stage: int) -> list[Bank]:
-        """The banks that `evaluate` would answer a task with at a stage.
+        """The banks with which `evaluate` would answer a task at a stage.
 
         Args:
-            task: may be left out at stage 0 and where all tasks are answered by the same banks.
+            task: Optional at stage 0, and if the same banks answer all tasks.
+            stage: The stage.
 
         Raises:
-            ConfigError: there is no such task, or one must be named.
-            BankError: a bank is missing.
+            ConfigError: There is no such task, or one must be named.
+            BankError: A bank is missing.
         """
         if stage == 0:
             return []
@@ -73,10 +75,10 @@ class RunBanks:
         return [self.bank(member) for member in wanted]
 
     def mixed(self, stage: int, likely: Mapping[str, float]) -> list[Bank]:
-        """The banks of a stage as a question of this likelihood by task is answered by them, each scaled by its share.
+        """The banks of a stage for a question with these task probabilities, each scaled by its share.
 
         Raises:
-            BankError: a bank is missing.
+            BankError: A bank is missing.
         """
         tasks = self.routed(stage)
         whole, shared = method_of(self.config).mixed(self.config, [self.bank(task) for task in tasks])
@@ -89,10 +91,10 @@ class RunBanks:
         return self.banks[task.name]
 
     def routed(self, stage: int) -> list[Task]:
-        """The tasks that a router chooses from after a stage.
+        """The tasks among which a router chooses after a stage.
 
         Raises:
-            BankError: one of them is not trained.
+            BankError: One of them is not trained.
         """
         chosen = self.config.stream[:stage]
         for task in chosen:

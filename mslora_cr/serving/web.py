@@ -1,4 +1,4 @@
-"""A page in the browser: a picture, a question, and the answers of chosen stages side by side."""
+"""A page in the browser: a picture, a question, and the answers of several stages side by side."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from mslora_cr.utils.errors import UserError
 
 PAGE = Path(__file__).with_name("page")
 MOST_BYTES = 32 << 20
-"""Of an uploaded picture."""
+"""The largest uploaded picture."""
 LARGEST_SIDE = 640
-"""Pixels of a picture as the page shows it."""
+"""The longest side, in pixels, of a picture on the page."""
 MOST_LISTED = 200
-"""Test questions that one search shows."""
+"""The most test questions that one search shows."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-"""Nothing is loaded from elsewhere, and no script runs but the page's own file."""
+"""Headers that let the page load nothing from elsewhere, and run only its own script."""
 
 
 class _Answered(NamedTuple):
@@ -52,7 +52,7 @@ class _Answered(NamedTuple):
 
 
 class _Web:
-    """The page's requests. There is one model, so it answers one question at a time."""
+    """Handles the page's requests. There is one model, so it answers one question at a time."""
 
     def __init__(self, model: AnsweringModel) -> None:
         self.model, self._lock = model, Lock()
@@ -72,7 +72,7 @@ class _Web:
         )
 
     def questions(self, request: Request) -> Response:
-        """The test questions of a task that have a text in them."""
+        """The test questions of a task that contain a text."""
         records, wanted = self._records(self._task(request)), request.query_params.get("search", "").lower()
         rows: list[dict[str, Any]] = []
         for index, record in enumerate(records):
@@ -83,7 +83,7 @@ class _Web:
         return JSONResponse({"questions": rows, "all": len(records)})
 
     def image(self, request: Request) -> Response:
-        """A test question's picture, decoded and written anew: no file is handed out as it is."""
+        """A test question's picture, decoded and re-encoded: no file is sent as it is."""
         task = self._task(request)
         side = min(LARGEST_SIDE, max(1, _number(request.query_params.get("size", str(LARGEST_SIDE)))))
         return _preview(
@@ -91,7 +91,7 @@ class _Web:
         )
 
     async def preview(self, request: Request) -> Response:
-        """An uploaded picture as the model will see it: browsers show no DICOM."""
+        """An uploaded picture as the model will see it: browsers cannot show DICOM."""
         upload, _ = await self._form(request)
         if upload is None:
             raise HTTPException(400, "choose a picture")
@@ -127,7 +127,7 @@ class _Web:
         else:
             raise HTTPException(400, "choose a picture")
         if record is not None and record.text.strip() != question:
-            record = None  # the truth is that of another question
+            record = None  # The truth belongs to another question.
         stages = sorted({_number(stage) for stage in fields.get("stages", "").split(",") if stage})
         with self._lock:
             answers = [self.model.ask(picture, question, task, stage) for stage in stages]
@@ -147,10 +147,10 @@ class _Web:
         }
 
     def _check_origin(self, request: Request) -> None:
-        """Another site's page must not keep the model busy."""
+        """Refuse requests from another site's page, which could keep the model busy."""
         origin = request.headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-            raise HTTPException(403, "asked by a page of another site")
+            raise HTTPException(403, "this request comes from another site's page")
 
     def _task(self, request: Request) -> str:
         return self.model.config.task(request.query_params.get("task", "")).name
@@ -170,7 +170,7 @@ class _Web:
 
 
 def _uploaded(content: bytes) -> Image.Image:
-    """The picture of a file as `data convert` draws it."""
+    """The picture in a file, as `data convert` draws it."""
     return open_image(first_picture(content, Rendering()))
 
 
@@ -183,7 +183,7 @@ def _preview(picture: Image.Image, side: int = LARGEST_SIDE) -> Response:
 
 def _number(text: str) -> int:
     if not text.isdecimal() or len(text) > 9:
-        raise HTTPException(400, f"{text[:40]!r} is no number")
+        raise HTTPException(400, f"{text[:40]!r} is not a number")
     return int(text)
 
 
@@ -195,10 +195,11 @@ def _score(text: str, record: TestRecord) -> str:
 
 
 def make_app(model: AnsweringModel, hosts: Sequence[str]) -> Starlette:
-    """The page of a model.
+    """The page of a model, as an application.
 
     Args:
-        hosts: names under which it may be asked for; another name is another site's, led here (DNS rebinding).
+        model: The model.
+        hosts: Host names under which the page may be requested; another name belongs to another site (DNS rebinding).
     """
     web = _Web(model)
     pages = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
@@ -225,7 +226,7 @@ async def _explain(request: Request, error: Exception) -> Response:
 
 
 class _Headers:
-    """Puts `HEADERS` on every response."""
+    """Adds `HEADERS` to every response."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

@@ -20,9 +20,9 @@ from mslora_cr.config.schema import ConfigError
 from mslora_cr.utils.errors import first_problem, nearest
 
 SPACES = Path(__file__).with_name("spaces")
-"""A space for every method that ships, from what its source searches or publishes."""
+"""A space for every shipped method, with the values that its source searches or publishes."""
 PER_TASK = "tasks.*."
-"""How a key begins that has a value for each task."""
+"""The prefix of keys that have a value for each task."""
 
 
 class Range(BaseModel):
@@ -73,12 +73,12 @@ class Space:
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """All of them, by the key as it stands in the file."""
+        """All distributions, by the key in the file."""
         return {**self.stream, **{PER_TASK + key: value for key, value in self.task.items()}}
 
 
 def read_space(name: str | Path) -> Space:
-    """A space from a YAML file, or the one that ships for a method.
+    """Read a space from a YAML file, or take the shipped one of a method.
 
     Args:
         name: A file, or a method's name.
@@ -91,7 +91,7 @@ def read_space(name: str | Path) -> Space:
         path = SPACES / f"{name}.yaml"
         if not path.is_file():
             names = sorted(file.stem for file in SPACES.glob("*.yaml"))
-            hint = nearest(str(name), names) or f"; those that ship: {', '.join(names)}"
+            hint = nearest(str(name), names) or f"; shipped ones: {', '.join(names)}"
             raise ConfigError(f"--space {name}: no such file, and no space of that name{hint}")
     try:
         content = read_plain_yaml(path)

@@ -50,18 +50,18 @@ METRIC = "exact match score"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a tuning does.
+    """The settings of a tuning.
 
     Attributes:
         config_file: The configuration that is tuned.
-        overrides: For every trial.
-        space: What is tried.
-        trials: The budget of each study: so many trials are finished or pruned.
-        first: How many tasks the values of the whole stream are chosen on.
-        seeds: Seeds of whole streams; given, they replace the causal protocol.
-        orders: How many orders of the tasks those streams have, the file's own left out.
-        metric: By its name in `metrics.json`, to be maximized.
-        share: Of the training records, for validation, where a data set has no `val.jsonl`.
+        overrides: Overrides of every trial.
+        space: The values to try.
+        trials: The budget of each study: the number of finished or pruned trials.
+        first: The number of tasks on which the values of the whole stream are chosen.
+        seeds: Seeds of whole streams; if there are any, they replace the causal protocol.
+        orders: The number of task orders of those streams, without the file's own.
+        metric: The name in `metrics.json` of the metric to maximise.
+        share: The share of the training records for validation, if a data set has no `val.jsonl`.
     """
 
     config_file: Path
@@ -90,10 +90,11 @@ class StudyPart:
     Attributes:
         name: Its name in the journal.
         tasks: The tasks of the trials' streams, in order.
-        scored: Those whose mean validation score is maximized.
+        scored: The number of last tasks whose mean validation score is maximised.
         keys: The keys that are tried.
-        learned: A run folder whose tasks are learned already; None: from the base.
-        seeds: Each trial is the mean over these; empty: the configuration's own.
+        fixed: Overrides from earlier studies.
+        learned: A run folder whose tasks are learned already; None starts from the base model.
+        seeds: Each trial is the mean over these; empty means the configuration's own seed.
     """
 
     name: str
@@ -138,7 +139,7 @@ def studies(folder: Path) -> dict[str, list[FrozenTrial]]:
 
 
 def best_trial(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    """The best finished trial; of equal ones the earliest."""
+    """The best finished trial; the earliest of equal ones."""
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     return max(finished, key=lambda trial: (trial.value, -trial.number), default=None)
 
@@ -172,10 +173,11 @@ def _streams(plan: Plan, devices: Sequence[str | None]) -> dict[str, Any]:
 
 
 def _optimize(plan: Plan, part: StudyPart, devices: Sequence[str | None]) -> FrozenTrial:
-    """Run what the budget of a study still has, side by side; the best trial."""
+    """Run the remaining budget of a study in parallel, and return the best trial."""
     storage = _storage(plan.folder)
     study = optuna.create_study(storage=storage, study_name=part.name, direction="maximize", load_if_exists=True)
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # of a launch that was killed: its folder resumes
+    # A launch that was killed left this trial; its folder resumes.
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params, skip_if_exists=True)
     done = sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in study.get_trials())
@@ -195,11 +197,11 @@ def _optimize(plan: Plan, part: StudyPart, devices: Sequence[str | None]) -> Fro
 
 
 def _run_trial(plan: Plan, part: StudyPart) -> str | None:
-    """One trial, in a worker; returns what went wrong."""
+    """Run one trial in a worker; return the error, if any."""
     set_up()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = _storage(plan.folder)
-    # Seeded by the number of trials so far: one trial at a time draws the same values in any number of launches.
+    # The seed is the number of trials so far: one trial at a time draws the same values in any number of launches.
     begun = len(optuna.load_study(storage=storage, study_name=part.name).get_trials())
     study = optuna.load_study(
         storage=storage, study_name=part.name, sampler=optuna.samplers.TPESampler(seed=begun), pruner=_pruner()
@@ -212,7 +214,7 @@ def _run_trial(plan: Plan, part: StudyPart) -> str | None:
             score = _score(plan, part, trial)
         except optuna.TrialPruned:
             study.tell(trial, state=TrialState.PRUNED)
-        except Exception as error:  # one bad choice of values must not end the others
+        except Exception as error:  # One bad choice of values must not end the others.
             study.tell(trial, state=TrialState.FAIL)
             return str(error)
         else:
@@ -239,7 +241,7 @@ def _score(plan: Plan, part: StudyPart, trial: Trial) -> float:
                 step += 1
                 if trial.should_prune():
                     raise optuna.TrialPruned
-            if part.scored > 1:  # what is kept of all of them, rather than what each reached
+            if part.scored > 1:  # Score what all tasks retain at the end, rather than what each reached.
                 scores[-part.scored :] = [_validation_score(config, name, plan.metric, last=True) for name in order]
     return sum(scores) / len(scores)
 
@@ -279,13 +281,13 @@ def _trial_config(
 
 
 def _trial_folder(plan: Plan, part: StudyPart, trial: Trial | FrozenTrial) -> Path:
-    """By the values that are tried, so that a trial that was killed resumes where it was."""
+    """The folder of a trial, named after its values, so that a killed trial resumes."""
     values = "-".join(str(value).replace("/", "_") for _, value in sorted(trial.params.items()))
     return plan.folder / part.name / values[:150]
 
 
 def _write_best(plan: Plan, chosen: Mapping[str, Any]) -> Path:
-    """Write the chosen values as a configuration of its own: every key, so that nothing else is needed to train it."""
+    """Write the chosen values as a complete configuration, from which training needs nothing else."""
     overrides = [*plan.overrides, *(f"{key}={value}" for key, value in chosen.items())]
     config = load_config(plan.config_file, overrides)
     content = config.model_dump(mode="json")

@@ -167,7 +167,7 @@ def test_what_cannot_be_exported_is_refused(
     (tmp_path / "own" / "pathvqa" / "notes.txt").touch()
     for arguments, message in (
         (["--format", "peft", "--stage", "0"], "no adapter to write"),
-        (["--format", "merged", "--stage", "9"], "give no stage 9; there are 0, 1, 2, 3"),
+        (["--format", "merged", "--stage", "9"], "do not reach stage 9; there are 0, 1, 2, 3"),
         (["--format", "published", "--stage", "1"], "leave --task and --stage out"),
         (["--format", "merged", "--base", "x"], "--base belongs to --format peft"),
         (["--format", "peft", "--base", "x", "--task", "pathvqa"], "not an export of this program"),

@@ -25,4 +25,4 @@ def test_a_question_without_an_image_is_named(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("mslora_cr"), "propagate", True)
     check_asked([Ask("left?", ())], [])
-    assert "1 of 1 questions are asked without an image" in caplog.text
+    assert "1 of 1 questions have no image" in caplog.text
