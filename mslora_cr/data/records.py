@@ -30,8 +30,8 @@ from pydantic import (
 )
 
 from mslora_cr.data.advice import missing_annotations, other_record
+from mslora_cr.data.answers.options import letter_of, lettered, with_options
 from mslora_cr.data.json_list import MAX_RECORD_BYTES, TOO_LONG, Item, ListReader
-from mslora_cr.data.options import letter_of, lettered, with_options
 from mslora_cr.utils.errors import DataError, first_problem, problems_in, shorten
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import STRICT_JSON, explain_json

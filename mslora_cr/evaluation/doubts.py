@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mslora_cr.data.answers.reasoning import thinks
 from mslora_cr.evaluation.probabilities import PROBABILITIES, read_probabilities
 from mslora_cr.evaluation.results import Cell
 from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import read_answers
-from mslora_cr.metrics.thinking import thinks
 
 log = logging.getLogger(__name__)
 

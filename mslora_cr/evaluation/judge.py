@@ -18,10 +18,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
+from mslora_cr.data.answers.reasoning import without_thinking
 from mslora_cr.evaluation.openai_client import Body, Chat, Endpoint, Reply, folder_name
 from mslora_cr.evaluation.results import Evaluation, required_evaluation
 from mslora_cr.evaluation.score import SCORES, AnswerRecord, read_answers, read_scores
-from mslora_cr.metrics.thinking import without_thinking
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.statistics.interval import Interval, span
 from mslora_cr.statistics.intervals import estimate, percent, score_interval

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mslora_cr.data.options import letter_of
+from mslora_cr.data.answers.options import letter_of
 from mslora_cr.metrics.published import normalize_answer
 from mslora_cr.statistics.interval import Interval
 from mslora_cr.statistics.intervals import Groups, Scores, estimate, score_interval

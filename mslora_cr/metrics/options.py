@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from mslora_cr.data.options import letter_of
+from mslora_cr.data.answers.options import letter_of
 
 Status = Literal["parsed", "unparsed", "ambiguous"]
 _OPENING = re.compile(r"^\W*(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is)?\W*)?", re.IGNORECASE)

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 
 from nltk.translate.bleu_score import sentence_bleu
 
+from mslora_cr.data.answers.reasoning import without_thinking
 from mslora_cr.data.records import AnswerType
-from mslora_cr.metrics.thinking import without_thinking
 from mslora_cr.metrics.words import NgramCounts, ngram_counts, number_words, report_overlap, says
 
 HIT_RECALL = 0.5

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mslora_cr.cli.main import main
-from mslora_cr.data.answer_kinds import answer_kinds
+from mslora_cr.data.answers.kinds import answer_kinds
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 from mslora_cr.data.rows.read import read_rows
 from mslora_cr.data.rows.row import Columns, Row

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mslora_cr.data.options import letter_of, lettered, rotated, with_options
+from mslora_cr.data.answers.options import letter_of, lettered, rotated, with_options
 from mslora_cr.metrics.options import Choice, circular, counts_of, is_right, parse_choice
 
 OPTIONS = {"A": "lung", "B": "left lung", "C": "a heart"}

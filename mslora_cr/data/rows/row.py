@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from mslora_cr.data.options import lettered
+from mslora_cr.data.answers.options import lettered
 from mslora_cr.data.records import IMAGE, DataError
 from mslora_cr.utils.errors import nearest, shorten
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mslora_cr.data.answer_kinds import answer_kinds
+from mslora_cr.data.answers.kinds import answer_kinds
+from mslora_cr.data.answers.options import letter_of, with_options
 from mslora_cr.data.grouping import connected, drawn_groups
-from mslora_cr.data.options import letter_of, with_options
 from mslora_cr.data.records import IMAGE, DataError
 from mslora_cr.data.rows import read
 from mslora_cr.data.rows.read import read_rows

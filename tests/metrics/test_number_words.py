@@ -1,29 +1,11 @@
-"""What is thought aloud, and numbers as words."""
+"""Numbers as words of a closed answer."""
 
 from typing import NamedTuple
 
 import pytest
 
 from mslora_cr.metrics.published import score_answers
-from mslora_cr.metrics.thinking import thinks, without_thinking
 from mslora_cr.metrics.words import number_words
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("<think>It may be normal.</think>\n\ntumor", "tumor"),
-        ("It may be normal.</think> tumor", "tumor"),
-        (" <THINK>\nnormal\n</think>tumor", "tumor"),
-        ("<think>It may be tumor, it", ""),
-        ("tumor", "tumor"),
-        ("I think> so", "I think> so"),
-        ("<thinking", "<thinking"),
-    ],
-)
-def test_what_stands_before_an_answer(text: str, answer: str) -> None:
-    assert without_thinking(text) == answer
-    assert thinks(text) == (text != answer)
 
 
 class Row(NamedTuple):
