@@ -22,6 +22,7 @@ from mslora_cr.clinical.file import (
     Measured,
 )
 from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.records import DataError, TestRecord, TrainingRecords
 from mslora_cr.data.tasks import task_folder
 from mslora_cr.metrics.calibration import (
@@ -58,7 +59,7 @@ class AskedAnswer(NamedTuple):
 
     Attributes:
         question: its text.
-        answer: what was said.
+        answer: the final part of what was said.
         truths: every accepted answer, the first one first.
         closed: whether it has a closed set of answers.
         options: by letter; empty where it offers none.
@@ -114,14 +115,14 @@ def asked_answers(
     by_answer = probabilities or [None] * len(answers)
     if records is None:
         return [
-            AskedAnswer(question, answer, (truth,), closed, {}, None, chances, {})
+            AskedAnswer(question, final_answer(answer).text, _final([truth]), closed, {}, None, chances, {})
             for (question, answer, truth, closed), chances in zip(answers, by_answer, strict=True)
         ]
     return [
         AskedAnswer(
             record.text,
-            answer,
-            record.truths,
+            final_answer(answer).text,
+            _final(record.truths),
             closed,
             record.options,
             record.answer_kind,
@@ -130,6 +131,10 @@ def asked_answers(
         )
         for (_, answer, _, closed), record, chances in zip(answers, records, by_answer, strict=True)
     ]
+
+
+def _final(truths: Sequence[str]) -> tuple[str, ...]:
+    return tuple(final_answer(truth).text for truth in truths)
 
 
 def clinical_of(asked: Sequence[AskedAnswer], groups: Groups, training: Frequencies | None = None) -> Clinical:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ def messages_of(turns: Sequence[Turn], images: int) -> list[Message]:
     ]
 
 
+REWRITES = "the model's chat template writes an answer otherwise once the conversation goes on"
 DATE = datetime(2024, 7, 26)
 """What a template is given that asks for today's date: a bank is asked with the prompts that it was trained with."""
 _DIRECTIVES = "aAbBdHIjmMpSuUwyYZ"
@@ -75,24 +77,104 @@ def training_chat(processor: Any, messages: Sequence[Message], ends: Collection[
     An answer begins where the template would let the assistant begin, so that what is learned is what is generated. If
     a template ends the last answer by no token, as LLaVA-1.5's, `eos` stands behind it: its end must be learned, too.
 
+    A template may strip or add thoughts. The last answer then has its own, as the record gives it (`_as_generated`). An
+    earlier answer without a thought is learned where the template writes it, also without the thought that its prompt
+    opens; one whose thought the template drops is context alone.
+
     Args:
         ends: tokens that end an answer when they are generated.
 
     Raises:
         ValueError: the template refuses the messages, or rewrites earlier ones once later ones follow.
     """
-    text, answers = render(processor, messages), []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+    rounds = [
+        _Round(processor, messages, index) for index, message in enumerate(messages) if message["role"] == "assistant"
+    ]
+    answered_last = rounds and rounds[-1].index == len(messages) - 1
+    text, answers = rounds[-1].written if answered_last else render(processor, messages), []
+    for answer in rounds:
+        if (span := answer.span_in(text)) is None:
             continue
-        before = render(processor, messages[:index], to_answer=True)
-        through = render(processor, messages[: index + 1])
-        if not text.startswith(through) or not through.startswith(before):
-            raise ValueError("the model's chat template writes an answer otherwise once the conversation goes on")
-        start, stop = len(before), len(through)
+        start, stop = span
         stops = [text.rfind(end, start, stop) + len(end) for end in ends if text.rfind(end, start, stop) >= 0]
         answers.append((start, max(stops, default=stop)))
-        if not stops and index == len(messages) - 1:
+        if not stops and answer.index == len(messages) - 1:
             text += eos
             answers[-1] = (start, len(text))
     return Chat(text, tuple(answers))
+
+
+class _Round:
+    """An answer of a conversation, and what the template makes of the conversation up to it.
+
+    Attributes:
+        index: of the answer's message.
+        before: what the model would be given to answer from.
+        written: `before`, the answer, and what ends it.
+    """
+
+    def __init__(self, processor: Any, messages: Sequence[Message], index: int) -> None:
+        self.index = index
+        self.said: str = messages[index]["content"][-1]["text"]
+        self.before = render(processor, messages[:index], to_answer=True)
+        self.written = _as_generated(self.before, render(processor, messages[: index + 1]), self.said)
+
+    def span_in(self, text: str) -> Span | None:
+        """Where the answer and what ends it are in the whole conversation; None where its thought is left out of it.
+
+        Raises:
+            ValueError: the template writes the answer otherwise.
+        """
+        if text.startswith(self.written):
+            return len(self.before), len(self.written)
+        if not _THOUGHT.match(self.said):
+            for before in (self.before, _PROMPTED.sub("", self.before)):
+                if text.startswith(before + self.said):
+                    return len(before), len(before) + len(self.said) + len(_tail(self.written, self.said))
+        if _apart_from_thoughts(text).startswith(_apart_from_thoughts(self.written)):
+            return None
+        raise ValueError(REWRITES)
+
+
+_THOUGHT = re.compile(r"(?:<think>)?(?P<thought>.*?)</think>\s*", re.DOTALL)
+_PROMPTED = re.compile(r"<think>\s*(?P<closed></think>\s*)?\Z")
+"""A thought that a template opens for the model, closed where the model is not to think."""
+
+
+def _as_generated(before: str, written: str, said: str) -> str:
+    """A conversation as it would come about: the prompt, the answer with its thought, and what ends the answer.
+
+    Most templates write that. Of one that strips the thought, or writes it elsewhere than its prompt opens one, the
+    prompt and what follows the answer are taken; between them stands the answer as the record gives it.
+
+    Args:
+        before: the template's prompt.
+        written: the conversation with the answer, by the template.
+
+    Raises:
+        ValueError: the answer is not in what the template writes.
+    """
+    thought = _THOUGHT.match(said)
+    if written.startswith(before) and (thought is None or thought["thought"].strip() in written[len(before) :]):
+        return written
+    prompted = _PROMPTED.search(before)
+    header = before[: prompted.start()] if prompted else before
+    final = said[thought.end() :] if thought else said
+    if (thought is None and prompted is None) or not written.startswith(header) or final.strip() not in written:
+        raise ValueError(REWRITES)
+    if prompted is None or prompted["closed"]:
+        answer = said
+    elif thought is None:
+        answer = f"\n</think>\n\n{said}"
+    else:
+        answer = said.removeprefix("<think>").lstrip()
+    return before + answer + _tail(written, final.strip())
+
+
+def _tail(written: str, said: str) -> str:
+    """What a template writes behind an answer."""
+    return written[written.rindex(said) + len(said) :]
+
+
+def _apart_from_thoughts(text: str) -> str:
+    return "".join(re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).split())

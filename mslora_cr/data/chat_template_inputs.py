@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mslora_cr.data.answers.reasoning import MARKS
 from mslora_cr.data.chat import Chat, Span, messages_of, render, training_chat
 from mslora_cr.data.images import image_size, load_image, paths_of, resolve_image
 from mslora_cr.data.input_processor import Collate, LabelCount, Prompt
@@ -45,8 +46,18 @@ class ProcessorTokenizer:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each sequence of ids, special tokens left out, outer white space removed."""
-        return [text.strip() for text in self._tokenizer.batch_decode(sequences, skip_special_tokens=True)]
+        """The text of each sequence of ids, outer white space removed. Special tokens are left out, marks of reasoning
+        are not."""
+        if not self._special_marks:
+            return [text.strip() for text in self._tokenizer.batch_decode(sequences, skip_special_tokens=True)]
+        left_out = {*self._tokenizer.all_special_ids} - self._special_marks
+        kept = [[token for token in map(int, ids) if token not in left_out] for ids in sequences]
+        return [text.strip() for text in self._tokenizer.batch_decode(kept)]
+
+    @cached_property
+    def _special_marks(self) -> set[int]:
+        added = self._tokenizer.added_tokens_decoder.items()
+        return {number for number, token in added if token.special and str(token) in MARKS}
 
 
 class ChatSample(TypedDict):
@@ -220,7 +231,8 @@ class ChatTemplateInputs:
 
     @cached_property
     def _control_tokens(self) -> re.Pattern[str]:
-        tokens = [str(token) for token in self.processor.tokenizer.added_tokens_decoder.values() if token.special]
+        added = [token for token in self.processor.tokenizer.added_tokens_decoder.values() if token.special]
+        tokens = [str(token) for token in added if str(token) not in MARKS]
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
     def _processed(

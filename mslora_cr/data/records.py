@@ -31,6 +31,7 @@ from pydantic import (
 
 from mslora_cr.data.advice import missing_annotations, other_record
 from mslora_cr.data.answers.options import letter_of, lettered, with_options
+from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.json_list import MAX_RECORD_BYTES, TOO_LONG, Item, ListReader
 from mslora_cr.utils.errors import DataError, first_problem, problems_in, shorten
 from mslora_cr.utils.regular import check_regular
@@ -191,7 +192,8 @@ class TestRecord(_Record):
 
     @model_validator(mode="after")
     def _truth_is_offered(self) -> Self:
-        if self.options and self.answer_kind != "set" and not any(letter_of(one, self.options) for one in self.truths):
+        finals = [final_answer(truth).text for truth in self.truths]
+        if self.options and self.answer_kind != "set" and not any(letter_of(final, self.options) for final in finals):
             offered = ", ".join(f"{letter}. {text}" for letter, text in self.options.items())
             raise ValueError(f"field 'gt': {shorten(self.gt)} is none of the options ({offered})")
         return self

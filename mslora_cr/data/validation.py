@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.grouping import connected, drawn_groups
 from mslora_cr.data.records import IMAGE, TestRecord, TrainingRecord, TrainingRecords
 
@@ -46,7 +47,7 @@ def validation_split(records: TrainingRecords, share: float, seed: int) -> Valid
             patient = [] if record.patient is None else [f"patient {record.patient}"]
             indices.append(index)
             keys.append([*patient, *(f"image {name}" for name in record.images)])
-            answers.append(_first_answer(record).strip().lower())
+            answers.append(final_answer(_first_answer(record)).text.strip().lower())
     groups = connected(keys)
     drawn = drawn_groups(groups, answers, share, seed)
     held_out = [index for index, group in zip(indices, groups, strict=True) if group in drawn]
@@ -67,7 +68,7 @@ def question_of(record: TrainingRecord) -> TestRecord | None:
         image=record.images,
         text=said[0].text.replace(IMAGE, "").strip(),
         gt=(answer,),
-        answer_type="CLOSED" if answer.strip(" .").lower() in YES_NO else "OPEN",
+        answer_type="CLOSED" if final_answer(answer).text.strip(" .").lower() in YES_NO else "OPEN",
         patient=record.patient,
         attributes=record.attributes,
     )

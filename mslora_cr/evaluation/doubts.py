@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mslora_cr.data.answers.reasoning import thinks
+from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.evaluation.probabilities import PROBABILITIES, read_probabilities
 from mslora_cr.evaluation.results import Cell
 from mslora_cr.evaluation.schemas import ANSWERS
@@ -24,11 +24,13 @@ def doubts_of(folder: Path) -> dict[str, Any]:
     answers = [str(row.text) for row in read_answers(folder / ANSWERS)]
     probabilities = read_probabilities(folder / PROBABILITIES)
     finished = [of.finished for of in probabilities if of.finished is not None]
+    finals = [final_answer(answer) for answer in answers]
     reasons = Counter(of.reason for of in probabilities if of.reason not in (None, "stop"))
     return {
         "unfinished": finished.count(False) if finished else None,
         "empty": sum(not answer.strip() for answer in answers),
-        "thinking": sum(map(thinks, answers)),
+        "thinking": sum(final.reasoned for final in finals),
+        "truncated": sum(final.truncated for final in finals),
         "reasons": dict(sorted(reasons.items())) or None,
     }
 
@@ -51,7 +53,9 @@ def doubts_in_words(cell: Cell, max_new_tokens: int | None = None) -> list[str]:
     if cell.greedy is False:
         doubts.append("the server does not accept temperature 0, so its answers are not greedy")
     if cell.thinking:
-        doubts.append(f"{cell.thinking} of {cell.rows} answers begin with reasoning, which is not scored")
+        doubts.append(f"{cell.thinking} of {cell.rows} answers contain reasoning, and are scored by their final part")
+    if cell.truncated:
+        doubts.append(f"{cell.truncated} of {cell.rows} answers end within their reasoning or a marked answer")
     return doubts
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
-from mslora_cr.data.answers.reasoning import without_thinking
+from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.evaluation.openai_client import Body, Chat, Endpoint, Reply, folder_name
 from mslora_cr.evaluation.results import Evaluation, required_evaluation
 from mslora_cr.evaluation.score import SCORES, AnswerRecord, read_answers, read_scores
@@ -145,7 +145,7 @@ def _opened(rows: Sequence[AnswerRecord]) -> list[AnswerRecord]:
 
 
 def _question(row: AnswerRecord) -> _Question:
-    return _Question(row.prompt, str(row.gt), str(row.text))
+    return _Question(row.prompt, final_answer(str(row.gt)).text, final_answer(str(row.text)).text)
 
 
 def _replies(path: Path, endpoint: Endpoint, questions: Sequence[_Question]) -> dict[_Question, str]:
@@ -167,7 +167,7 @@ def _replies(path: Path, endpoint: Endpoint, questions: Sequence[_Question]) -> 
 
         def note(index: int, reply: Reply) -> None:
             nonlocal cut
-            key, text = keys[missing[index]], without_thinking(reply.text).strip()
+            key, text = keys[missing[index]], final_answer(reply.text).text.strip()
             file.write(_Verdict(key, endpoint.model, missing[index], text).line())
             file.flush()
             verdicts[key] = text

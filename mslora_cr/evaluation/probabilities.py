@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.input_processor import InputProcessor
 from mslora_cr.data.records import DataError, TestRecord
 from mslora_cr.generation.branches import Continuations
@@ -103,7 +104,7 @@ def candidate_answers(records: Iterable[TestRecord]) -> list[tuple[str, ...]]:
     truths: dict[str, Counter[str]] = defaultdict(Counter)
     for record in asked:
         if record.answer_type == "CLOSED":
-            truths[_same(record.text)][record.gt.strip()] += 1
+            truths[_same(record.text)][final_answer(record.gt).text.strip()] += 1
     sets = {text: _closed_set(spellings) for text, spellings in truths.items()}
     return [
         _offered(record) or (sets[_same(record.text)] if record.answer_type == "CLOSED" else ()) for record in asked
@@ -112,7 +113,7 @@ def candidate_answers(records: Iterable[TestRecord]) -> list[tuple[str, ...]]:
 
 def _offered(record: TestRecord) -> tuple[str, ...]:
     letters = tuple(record.options)
-    return letters if record.gt in letters else tuple(record.options.values())
+    return letters if final_answer(record.gt).text in letters else tuple(record.options.values())
 
 
 def _same(text: str) -> str:

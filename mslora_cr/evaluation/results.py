@@ -28,9 +28,10 @@ class Cell(Part):
     `intervals` has the ends of each metric's interval, `freedom` its degrees of freedom and `largest_cluster` the share
     of the largest cluster; earlier versions did not note the last two. `questions` is the digest of the test file,
     `sha256` and `scores_sha256` are those of the scored answers and of their scores, which version 0.1.0 did not note.
-    `unfinished` answers were cut at `evaluation.max_new_tokens`, `empty` ones have no text, `thinking` ones begin with
-    reasoning, which is not scored. `reasons` counts why a served model stopped; `greedy` is false if it did not accept
-    temperature 0. Earlier versions noted none of the five. The rest comes from the answers' `Stamp`.
+    `unfinished` answers were cut at `evaluation.max_new_tokens`, `empty` ones have no text, `thinking` ones contain
+    reasoning and are scored by their final part, `truncated` ones end within it. `reasons` counts why a served model
+    stopped; `greedy` is false if it did not accept temperature 0. Earlier versions noted none of the six. The rest comes
+    from the answers' `Stamp`.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Cell(Part):
     unfinished: int | None = None
     empty: int | None = None
     thinking: int | None = None
+    truncated: int | None = None
     reasons: dict[str, int] | None = None
     greedy: bool | None = None
     metrics: dict[str, float]

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.records import TrainingRecord
 from mslora_cr.metrics.published import normalize_answer
 from mslora_cr.metrics.words import says
@@ -34,11 +35,11 @@ def question_key(question: str) -> str:
 
 
 def training_answers(records: Iterable[TrainingRecord]) -> Frequencies:
-    """How often each answer follows each question in training records."""
+    """How often each answer, by its final part, follows each question in training records."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         for asked, given in zip(record.turns[::2], record.turns[1::2], strict=False):
-            answers[question_key(asked.text)][given.text.strip()] += 1
+            answers[question_key(asked.text)][final_answer(given.text).text.strip()] += 1
     return answers
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from nltk.translate.bleu_score import sentence_bleu
 
-from mslora_cr.data.answers.reasoning import without_thinking
+from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.records import AnswerType
 from mslora_cr.metrics.words import NgramCounts, ngram_counts, number_words, report_overlap, says
 
@@ -211,10 +211,12 @@ def score_answers(answers: Iterable[ScorableAnswer]) -> Scores:
 
 
 def _score_row(answer: ScorableAnswer) -> RowScore:
-    """Score one answer; a leading or embedded `assistant:` of the chat format is dropped from its text."""
-    said = without_thinking(str(answer.text)).lower().replace("assistant:", "").strip()
+    """Score one answer by its `final_answer`, and that of its truth; a leading or embedded `assistant:` of the chat
+    format is dropped from its text."""
+    said = final_answer(str(answer.text)).text.lower().replace("assistant:", "").strip()
+    truth = final_answer(str(answer.gt)).text
     prediction = normalize_answer(said)
-    reference = normalize_answer(str(answer.gt).lower())
+    reference = normalize_answer(truth.lower())
     # The published code normalises a second time before it counts words, and so does token_f1: that matters
     # only for texts of more than STRIPPED_PERIODS periods.
     overlap = token_f1(prediction, reference)
@@ -227,9 +229,9 @@ def _score_row(answer: ScorableAnswer) -> RowScore:
         hit=reference in prediction if closed else overlap.recall > HIT_RECALL,
         overlap=overlap,
         bleu=None if closed else _remembered(_bleu, prediction, reference),
-        added=None if closed else _remembered(report_overlap, said, str(answer.gt)),
+        added=None if closed else _remembered(report_overlap, said, truth),
         ngrams=None if closed else _remembered(ngram_counts, prediction, reference),
-        said=_says(said, str(answer.gt), prediction, reference) if closed else None,
+        said=_says(said, truth, prediction, reference) if closed else None,
     )
 
 

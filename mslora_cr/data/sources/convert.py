@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mslora_cr.data.answers.kinds import answer_kinds
 from mslora_cr.data.answers.options import letter_of, with_options
+from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.grouping import connected, drawn_groups
 from mslora_cr.data.records import IMAGE, DataError
 from mslora_cr.data.rows import read
@@ -326,7 +327,7 @@ def _write(folder: Path, sides: dict[str, list[Placed]], closed: bool) -> None:
     )
     everything = [row for members in sides.values() for row, _ in members]
     types = [_answer_type(row, closed) for row in everything]
-    turns = [(row.turns[0][1], row.turns[1][1]) for row in everything]
+    turns = [(row.turns[0][1], final_answer(row.turns[1][1]).text) for row in everything]
     kinds = answer_kinds([q for q, _ in turns], [a for _, a in turns], [kind == "CLOSED" for kind in types])
     start = len(sides["train"])
     for side in ("validation", "test"):
@@ -346,7 +347,7 @@ def _write(folder: Path, sides: dict[str, list[Placed]], closed: bool) -> None:
 
 
 def _answer_type(row: Row, closed: bool) -> str:
-    answer = row.turns[1][1].strip(" .").lower()
+    answer = final_answer(row.turns[1][1]).text.strip(" .").lower()
     return row.answer_type or ("CLOSED" if closed or row.options or answer in CLOSED_ANSWERS else "OPEN")
 
 
