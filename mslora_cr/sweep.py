@@ -26,7 +26,7 @@ from mslora_cr.methods.base import method_of, needs_task
 from mslora_cr.reporting.capacity import answering_rank
 from mslora_cr.reporting.cost import cost_of
 from mslora_cr.reporting.run_record import read_ledger
-from mslora_cr.reporting.style import METRICS
+from mslora_cr.reporting.style import MATRICES, METRICS
 from mslora_cr.reporting.sweep_page import write_sweep_page
 from mslora_cr.reporting.sweep_result import RESULT, SweepResult
 from mslora_cr.runs.environment import environment
@@ -240,11 +240,12 @@ def _write(runs: Sequence[SweepRun], outcomes: Mapping[str, dict[str, Any]], roo
     finished = [run for run in runs if run.name in outcomes]
     orders = {run.order: [task.name for task in run.config.tasks] for run in finished}
     finished_outcomes = [outcomes[run.name] for run in finished]
+    measured = {*METRICS} | {key for outcome in finished_outcomes for key in outcome["figures"]}
     result = SweepResult.model_validate(
         {
             "orders": {str(number): tasks for number, tasks in sorted(orders.items())},
             "seeds": sorted({run.seed for run in finished}),
-            "metrics": {key: summarize(finished_outcomes, key) for key in METRICS},
+            "metrics": {key: summarize(finished_outcomes, key) for key in MATRICES if key in measured},
             "runs": finished_outcomes,
             "environment": environment(),
         }
@@ -257,7 +258,7 @@ def _outcome(run: SweepRun) -> dict[str, Any]:
     evaluation, ledger = read_evaluation(run.results), read_ledger(run.config.run_dir)
     assert evaluation is not None, f"{run.name} is not evaluated"
     figures = {}
-    for key, metric in METRICS.items():
+    for key, metric in MATRICES.items():
         matrix = evaluation.matrix(metric)
         if matrix is not None:
             final = {task: matrix.scores.get((task, matrix.last)) for task in matrix.tasks}

@@ -228,7 +228,8 @@ def _to_check(target: Path, only: Sequence[str]) -> tuple[Path, list[DataSet] | 
             log.warning("%s: modality %r is not in the catalogue; did you mean %r?", task.name, task.modality, close)
         published = config.datasets[task.name].published
         rows = catalog()[published].test_rows if published in catalog() else None
-        configured.append(OwnDataSet(task.name, task.folder, tuple(task.image_folders), rows))
+        places = (task.name, task.folder, tuple(task.image_folders))
+        configured.append(OwnDataSet(*places, rows, task.train, task.test, task.benchmark, task.references))
     return Path(config.data.root), [dataset for dataset in configured if not only or dataset.name in only]
 
 

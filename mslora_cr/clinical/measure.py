@@ -24,7 +24,7 @@ from mslora_cr.clinical.file import (
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.records import DataError, TestRecord, TrainingRecords
-from mslora_cr.data.tasks import task_folder
+from mslora_cr.data.tasks import training_file
 from mslora_cr.metrics.calibration import (
     accuracy_at_coverage,
     brier_decomposition,
@@ -89,7 +89,7 @@ def training_frequencies(path: Path) -> Frequencies | None:
 
 def task_frequencies(config: StreamConfig, task: Task) -> Frequencies | None:
     """Those of a task's training records, where they are at hand."""
-    return training_frequencies(task_folder(config, task) / "train.json")
+    return training_frequencies(training_file(config, task))
 
 
 @lru_cache(maxsize=32)

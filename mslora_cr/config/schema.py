@@ -27,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from mslora_cr.config.benchmarks import Annotations
 from mslora_cr.config.methods import check_method, if_trusted, load_method, method_names
 from mslora_cr.utils.errors import UserError, nearest
 from mslora_cr.utils.kernels import chosen_kernels
@@ -152,7 +153,7 @@ class EvaluationConfig(Section):
     the `prefix` banks of the task that the router predicts."""
 
 
-class DatasetConfig(Section):
+class DatasetConfig(Section, Annotations):
     """A data set that tasks can name: its folder below the data root and its modality."""
 
     modality: Name
@@ -172,7 +173,7 @@ class TaskConfig(Section):
     learning_rate: PositiveNumber
 
 
-class Task(Section):
+class Task(Section, Annotations):
     """A task together with its data set."""
 
     index: int
@@ -320,7 +321,7 @@ class StreamConfig(Section):
             Task(
                 index=index,
                 **task.model_dump(),
-                **self.datasets[task.name].model_dump(include={"modality", "folder", "image_folders"}),
+                **self.datasets[task.name].model_dump(exclude={"published"}),
             )
             for index, task in enumerate(self.tasks)
         ]

@@ -232,7 +232,7 @@ class _Records(Sequence[Record], Generic[Record]):
             with check_regular(self.path).open("rb") as file:
                 for start, end, location, value in self._items(file, hasher):
                     try:
-                        self._check(value, location)
+                        self._check(value, location, start)
                     except DataError as error:
                         self._note(error)
                         continue
@@ -257,20 +257,24 @@ class _Records(Sequence[Record], Generic[Record]):
             raise problem
         self._problems.append(str(problem))
 
-    def _check(self, value: Any, location: str) -> Record:
+    def _check(self, value: Any, location: str, start: int) -> Record:
         if not isinstance(value, dict):
             raise DataError(f"{self.path}: {location}: expected an object ({{…}}), found {shorten(value)}")
         try:
-            return self._model.model_validate(value)
+            return self._record(value, start)
         except ValidationError as error:
             problem = first_problem(error) if self._problems is None else "; ".join(problems_in(error))
             raise DataError(f"{self.path}: {location}: {problem}{other_record(value)}") from None
+
+    def _record(self, value: Any, start: int) -> Record:
+        """A decoded record, validated; `start` is its first byte in the file."""
+        return self._model.model_validate(value)
 
     def _read(self, file: BinaryIO, index: int) -> Record:
         file.seek(self._starts[index])
         data = file.read(self._ends[index] - self._starts[index])
         try:
-            return self._model.model_validate(STRICT_JSON.decode(data.decode()))
+            return self._record(STRICT_JSON.decode(data.decode()), self._starts[index])
         except ValueError as error:  # it was valid when the file was opened
             problem = "the file changed since it was opened"
             raise DataError(f"{self.path}: {self.location(index)}: {problem}") from error
@@ -320,8 +324,8 @@ class TrainingRecords(_Records[TrainingRecord]):
     def _items(self, file: BinaryIO, hasher: "hashlib._Hash") -> Iterator[Item]:
         return ListReader(self.path, file, hasher).items()
 
-    def _check(self, value: Any, location: str) -> TrainingRecord:
-        record = super()._check(value, location)
+    def _check(self, value: Any, location: str, start: int) -> TrainingRecord:
+        record = super()._check(value, location, start)
         if problem := _misplaced_mark(record):
             raise DataError(f"{self.path}: {location}: {problem}")
         return record

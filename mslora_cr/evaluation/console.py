@@ -66,7 +66,7 @@ def guessing_of(answers: Path) -> str:
 def headline(scores: Scores) -> str:
     """The main scores of a file of answers, in percent. A closed answer is right only if it is exactly the truth."""
     closed = [row for row in scores.rows if row.answer_type == "CLOSED"]
-    lines = []
+    lines = [[name, number(scores.added[name])] for name in scores.benchmark]
     if closed:
         exact = 100 * sum(row.exact for row in closed) / len(closed)
         lines.append(["exact choice, closed", number(exact)])

@@ -17,7 +17,7 @@ from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.prompts import question_text
 from mslora_cr.data.records import DataError, TestRecord, TestRecords, shown_images
-from mslora_cr.data.tasks import task_folder, task_image_roots, test_records
+from mslora_cr.data.tasks import task_image_roots, test_file, test_records
 from mslora_cr.evaluation.answer_files import (
     Answered,
     Origin,
@@ -28,6 +28,7 @@ from mslora_cr.evaluation.answer_files import (
     publish,
     read_journals,
 )
+from mslora_cr.evaluation.benchmark import open_questions
 from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.openai_client import TOP_LOGPROBS, Body, Chat, Endpoint, EndpointError, Reply, folder_name
 from mslora_cr.evaluation.probabilities import AnswerProbability, candidate_answers
@@ -60,7 +61,7 @@ def evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None
     endpoint.check()
     with one_writer(config.results_run_dir):
         tasks = [config.task(only)] if only else config.stream
-        records = {task.name: test_records(config, task) for task in tasks}
+        records = open_questions(config, tasks)
         name = folder_name(endpoint.model)
         target = ResultsTarget(config.results_run_dir / SERVED / name, run=name, method=SERVED)
         images = image_digests(config, records)
@@ -77,9 +78,8 @@ def evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None
                 warn_of_doubts(rows[-1], config.evaluation.max_new_tokens)
                 possible[task.name, stage] = [asker.origin]
         for task in config.stream:  # Tasks of an earlier call stay if their answers would be the same.
-            path = task_folder(config, task) / "test.jsonl"
-            if task.name not in records and path.is_file():
-                possible[task.name, stage] = [_origin(config, endpoint, task, TestRecords(path), images)]
+            if task.name not in records and test_file(config, task).is_file():
+                possible[task.name, stage] = [_origin(config, endpoint, task, test_records(config, task), images)]
         write_summary(config, target, rows, possible)
         return target.path
 

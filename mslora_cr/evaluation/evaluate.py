@@ -9,9 +9,10 @@ from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.clinical.measure import task_frequencies
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.sources.leaks import tell
-from mslora_cr.data.tasks import task_folder, test_records
+from mslora_cr.data.tasks import task_folder
 from mslora_cr.distributed.comm import barrier, rank
 from mslora_cr.evaluation.answer_files import Origin, answer_once
+from mslora_cr.evaluation.benchmark import open_questions
 from mslora_cr.evaluation.cells import PlannedCell, Stages, cells
 from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.results import Cell
@@ -71,7 +72,7 @@ def _wanted_cells(config: StreamConfig, stages: Stages, only: str | None, learne
 def _answer_cells(config: StreamConfig, wanted: Sequence[PlannedCell], by_number: Mapping[int, Bank]) -> Path:
     """Answer and score cells with the banks by task number; return the path of `evaluation.json`."""
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
-    records = {name: test_records(config, config.task(name)) for name in sorted(names)}
+    records = open_questions(config, [config.task(name) for name in sorted(names)])
     for name, opened in records.items():
         tell(name, task_folder(config, config.task(name)), opened.digest)
     switches = len({cell.banks for cell in wanted}) > 1

@@ -92,7 +92,7 @@ def check_held_out(config: StreamConfig, dataset: str) -> Task:
         raise ConfigError(f"--probe: unknown data set {dataset!r}{nearest(dataset, config.datasets)}")
     if dataset in [task.name for task in config.tasks]:
         raise ConfigError(f"--probe: {dataset} is a task of this stream; name a data set that none of them trains")
-    settings = config.datasets[dataset].model_dump(include={"modality", "folder", "image_folders"})
+    settings = config.datasets[dataset].model_dump(exclude={"published"})
     # Training would need these values; they are never read.
     return Task(index=len(config.tasks), name=dataset, epochs=1.0, batch_size=1, learning_rate=1.0, **settings)
 

@@ -20,9 +20,10 @@ from mslora_cr.banks.per_sample import whole_banks
 from mslora_cr.clinical.measure import task_frequencies
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.records import TestRecords
-from mslora_cr.data.tasks import task_image_roots, test_records
+from mslora_cr.data.tasks import task_image_roots
 from mslora_cr.distributed.comm import all_gather_object, barrier, rank, world_size
 from mslora_cr.evaluation.answer_files import Origin, answer_once, fingerprint_of, read_stamp, write_stamp
+from mslora_cr.evaluation.benchmark import open_questions
 from mslora_cr.evaluation.cells import CellKey, Stages, stages_of
 from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.probabilities import PROBABILITIES
@@ -95,7 +96,7 @@ def _answer_stages(
 ) -> Path:
     """Answer and score the stages; return the path of `evaluation.json`."""
     names = {task.name for tasks in tasks_at.values() for task in tasks}
-    records = {name: test_records(config, config.task(name)) for name in sorted(names)}
+    records = open_questions(config, [config.task(name) for name in sorted(names)])
     ledger = Ledger.read(config)
     routed = _Routed(config, by_task, [ledger.statistics(task.name) for task in learned[: max(tasks_at)]], records)
     facts = {

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from tabulate import tabulate
 from mslora_cr.clinical.file import CLINICAL
 from mslora_cr.clinical.measure import asked_answers, clinical_of
 from mslora_cr.data.records import AnswerType, DataError, TestRecord
+from mslora_cr.evaluation.benchmark import benchmark_columns
 from mslora_cr.evaluation.schemas import METRICS_FILE, Metrics
 from mslora_cr.metrics.guessing import Frequencies
 from mslora_cr.metrics.published import Scores, score_answers
@@ -107,7 +109,8 @@ def score_file(
     """Score the file `answers`; `metrics.txt`, `metrics.json`, `clinical.json`, `scores.csv`, `hit.csv` and
     `not_hit.csv` go to `output`.
 
-    `scores.csv` has each answer's score in each metric, in [0, 1], and the question's image. `hit.csv` and
+    `scores.csv` has each answer's score in each metric, in [0, 1], and the question's image; questions of a public
+    benchmark are also scored by its own scorer. `hit.csv` and
     `not_hit.csv` part the answers row by row, also where question ids repeat. Each file appears whole or not at all: it
     is written under a temporary name and renamed.
 
@@ -119,10 +122,11 @@ def score_file(
 
     Raises:
         DataError: as `read_answers`, or there are more or fewer questions than answers.
+        UserError: a benchmark's captions cannot be scored (`metrics.captions`).
     """
     records = read_answers(answers)
     keys = _answer_groups(answers, records, questions)
-    scores = _score(records, workers)
+    scores = replace(_score(records, workers), benchmark=benchmark_columns(records, questions))
     groups = group_numbers([group for _, group in keys])
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "metrics.txt", render_metrics(scores))
@@ -265,7 +269,7 @@ def answer_groups(records: Iterable[AnswerRecord]) -> intervals.Groups:
 
 def question_groups(questions: Iterable[TestRecord]) -> list[tuple[str, str]]:
     """By question, its `IMAGE_AND_GROUP`."""
-    return [_image_and_group(question.images[0], question.patient) for question in questions]
+    return [_image_and_group(next(iter(question.images), ""), question.patient) for question in questions]
 
 
 def _image_and_group(image: str, patient: Any) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from mslora_cr.config.run_files import EVALUATION
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.image_digests import images_digest
 from mslora_cr.data.records import DataError, TestRecords
-from mslora_cr.data.tasks import asked_images, task_folder
+from mslora_cr.data.tasks import asked_images, test_file, test_records
 from mslora_cr.evaluation.answer_files import Origin, answers_are_whole
 from mslora_cr.evaluation.cells import CellKey
 from mslora_cr.evaluation.doubts import doubts_of
@@ -59,7 +59,7 @@ def question_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -
     Args:
         records: by task, the files that are open; they are not read again.
     """
-    paths = {task.name: task_folder(config, task) / "test.jsonl" for task in config.stream}
+    paths = {task.name: test_file(config, task) for task in config.stream}
     others = {name: file_digest(path) for name, path in paths.items() if name not in records and path.is_file()}
     return others | {name: opened.digest for name, opened in records.items()}
 
@@ -77,7 +77,7 @@ def image_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -> d
     for task in config.stream:
         opened = records.get(task.name)
         try:
-            of = opened if opened is not None else TestRecords(task_folder(config, task) / "test.jsonl")
+            of = opened if opened is not None else test_records(config, task)
             digests[task.name] = images_digest(asked_images(config, task, of))
         except DataError:
             if opened is not None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from statistics import fmean
 from typing import Any, NamedTuple, Protocol
@@ -133,22 +133,29 @@ class Scores:
     """
 
     rows: tuple[RowScore, ...]
+    benchmark: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """By metric of a public benchmark's scorer, every answer's score."""
 
     @cached_property
     def columns(self) -> dict[str, list[float | None]]:
         """By metric, every answer's score in [0, 1], in order; None where a metric is not for its kind of question."""
         by_row = [row.by_metric() for row in self.rows]
-        return {name: [scores[name] for scores in by_row] for name in (by_row[0] if by_row else ())}
+        own = {name: [scores[name] for scores in by_row] for name in (by_row[0] if by_row else ())}
+        return own | ({name: [*scores] for name, scores in self.benchmark.items()} if by_row else {})
 
     @property
     def metrics(self) -> dict[str, float]:
         """The averages in percent, in the published order, under the published names."""
-        return {name: average for name, average in self._averages.items() if name not in (*ADDED, ADDED_CLOSED)}
+        return {name: average for name, average in self._averages.items() if name not in self._added_names}
 
     @property
     def added(self) -> dict[str, float]:
-        """The averages of `ADDED` and `ADDED_CLOSED`, in percent."""
-        return {name: average for name, average in self._averages.items() if name in (*ADDED, ADDED_CLOSED)}
+        """The averages of `ADDED`, `ADDED_CLOSED` and `benchmark`, in percent."""
+        return {name: average for name, average in self._averages.items() if name in self._added_names}
+
+    @property
+    def _added_names(self) -> set[str]:
+        return {*ADDED, ADDED_CLOSED, *self.benchmark}
 
     @cached_property
     def _averages(self) -> dict[str, float]:

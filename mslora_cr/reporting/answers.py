@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mslora_cr.config.schema import StreamConfig
+from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.images import image_roots, resolve_image
-from mslora_cr.data.records import DataError, TestRecords, shown_images
+from mslora_cr.data.records import DataError, shown_images
+from mslora_cr.data.tasks import test_records
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.evaluation.score import SCORES, AnswerRecord, ScoreTable, read_answers, read_scores
 from mslora_cr.metrics.published import HIT_RECALL, normalize_answer
@@ -174,7 +175,7 @@ def _pictures(task: str, cell: Cell, scores: ScoreTable, config: StreamConfig) -
     """The files of each question's pictures, in the order of the questions; or in words why they are not known."""
     settings = config.task(task)
     root = Path(config.data.root)
-    names, problem = _image_names(root / settings.folder / "test.jsonl", cell, scores, config)
+    names, problem = _image_names(settings, cell, scores, config)
     if problem is not None:
         return [], problem
     roots = image_roots(root, settings.folder, settings.image_folders)
@@ -185,7 +186,7 @@ def _pictures(task: str, cell: Cell, scores: ScoreTable, config: StreamConfig) -
 
 
 def _image_names(
-    questions: Path, cell: Cell, scores: ScoreTable, config: StreamConfig
+    task: Task, cell: Cell, scores: ScoreTable, config: StreamConfig
 ) -> tuple[Sequence[Sequence[str]], str | None]:
     """By question, the images that were shown, or in words why they are not known.
 
@@ -196,8 +197,8 @@ def _image_names(
     if any(scored) and config.data.images == "first":
         return scored, None
     try:
-        records = TestRecords(questions)
-        problem = None if records.digest == cell.questions else f"{questions} is not the file that was asked from"
+        records = test_records(config, task)
+        problem = None if records.digest == cell.questions else f"{records.path} is not the file that was asked from"
     except DataError as error:
         problem = str(error)
     if problem is None:

@@ -17,7 +17,7 @@ from mslora_cr.reporting.heatmaps import final_scores_map, matrix_map
 from mslora_cr.reporting.plots import stage_curves
 from mslora_cr.reporting.render import render
 from mslora_cr.reporting.run_record import read_ledger
-from mslora_cr.reporting.style import METRICS, PALETTE, TITLES
+from mslora_cr.reporting.style import MATRICES, PALETTE, TITLES
 from mslora_cr.statistics.intervals import CONFIDENCE
 
 
@@ -34,7 +34,7 @@ def write_comparison(runs: Sequence[tuple[str, Path | None, Path]], output: Path
     """
     colors = {label: PALETTE[index % len(PALETTE)] for index, (label, _, _) in enumerate(runs)}
     evaluations = {label: required_evaluation(results_dir) for label, _, results_dir in runs}
-    keys = [key for key, name in METRICS.items() if all(run.matrix(name) for run in evaluations.values())]
+    keys = [key for key, name in MATRICES.items() if all(run.matrix(name) for run in evaluations.values())]
     if not keys:
         raise ReportError(f"the runs {', '.join(evaluations)} have no metric in common; evaluate each of them")
     ledgers = {label: read_ledger(run_dir) if run_dir else None for label, run_dir, _ in runs}
@@ -70,7 +70,7 @@ def _by_metric(
     key: str, evaluations: Mapping[str, Evaluation], folders: Mapping[str, Path], colors: Mapping[str, str]
 ) -> dict[str, Any]:
     """A metric of all runs: the figures of each, their averages over the stages, matrices and final scores."""
-    name = METRICS[key]
+    name = MATRICES[key]
     matrices = {label: matrix for label, run in evaluations.items() if (matrix := run.matrix(name))}
     spans = {label: evaluations[label].matrix_intervals(folder, name) for label, folder in folders.items()}
     curves = {label: points for label, matrix in matrices.items() if (points := matrix.stage_averages())}

@@ -34,7 +34,7 @@ from mslora_cr.reporting.heatmaps import (
 from mslora_cr.reporting.plots import logged_terms, loss_curves
 from mslora_cr.reporting.render import capital, render
 from mslora_cr.reporting.run_record import PUBLISHED_SCORES, PublishedRun, RunRecord, load_published_scores, read_run
-from mslora_cr.reporting.style import ADDED_TITLES, METRICS, PALETTE, TITLES
+from mslora_cr.reporting.style import ADDED_TITLES, BENCHMARK_TITLES, MATRICES, METRICS, PALETTE, TITLES
 from mslora_cr.reporting.thumbnails import thumbnails
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.statistics.interval import Interval
@@ -75,9 +75,9 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
     """The context of the templates."""
     modalities, colors = _modality_colors(run), _task_colors(run)
     evaluation, ledger = run.evaluation, run.ledger
-    matrices = {key: evaluation.matrix(name) for key, name in METRICS.items()} if evaluation else {}
+    matrices = {key: evaluation.matrix(name) for key, name in MATRICES.items()} if evaluation else {}
     present = {key: matrix for key, matrix in matrices.items() if matrix}
-    spans = {key: evaluation.matrix_intervals(run.results_dir, METRICS[key]) for key in present} if evaluation else {}
+    spans = {key: evaluation.matrix_intervals(run.results_dir, MATRICES[key]) for key in present} if evaluation else {}
     method = method_named(run.method)
     # Banks of different ranks have nothing to compare matrix by matrix.
     one_rank = method is None or len(set(bank_ranks(method, ledger).values())) <= 1
@@ -94,13 +94,13 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
         "rank": answering_rank(evaluation, ledger) if evaluation else None,
         "published": _published_run(evaluation, published) if evaluation else None,
         "scores": _score_rows(evaluation, published) if evaluation else [],
-        "added": ADDED_TITLES,
+        "added": _added_titles(evaluation),
         "clinical": clinical_cards(evaluation, run.results_dir) if evaluation else [],
         "summaries": [
             (TITLES[key], len(matrix.tasks), matrix.summary(), spans[key].figures) for key, matrix in present.items()
         ],
         "maps": [
-            matrix_map(capital(TITLES[key]), METRICS[key], evaluation, spans[key].transfer)
+            matrix_map(capital(TITLES[key]), MATRICES[key], evaluation, spans[key].transfer)
             for key in present
             if evaluation
         ],
@@ -190,13 +190,19 @@ def _asked_as_published(evaluation: Evaluation, task: str) -> bool:
 
 class ScoreRow(NamedTuple):
     """A task at its own stage: the banks that answered, its scores in the order of METRICS, each with its interval and
-    the published one, and those of ADDED_TITLES with their intervals; None where there is none."""
+    the published one, and those of `_added_titles` with their intervals; None where there is none."""
 
     task: str
     rows: int | None
     banks: str
     scores: list[tuple[float | None, Interval | None, float | None]]
     added: list[tuple[float | None, Interval | None]]
+
+
+def _added_titles(evaluation: Evaluation | None) -> dict[str, str]:
+    """Title by metric of the scores that the published evaluation does not have."""
+    measured = {name for cell in evaluation.cells for name in cell.metrics} if evaluation else set()
+    return {name: title for name, title in BENCHMARK_TITLES.items() if name in measured} | ADDED_TITLES
 
 
 def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -> list[ScoreRow]:
@@ -213,7 +219,7 @@ def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -
                 rows=cell.rows if cell else None,
                 banks=evaluation.bank_numbers(cell) if cell else "–",
                 scores=[(ours.get(name), spans.get(name), theirs.get(key)) for key, name in METRICS.items()],
-                added=[(ours.get(name), spans.get(name)) for name in ADDED_TITLES],
+                added=[(ours.get(name), spans.get(name)) for name in _added_titles(evaluation)],
             )
         )
     return rows

@@ -2,7 +2,14 @@
 
 METRICS = {"closed": "close accuracy", "f1": "f1 score", "exact": "exact match score"}
 """Name in `published_scores.yaml` → name in `metrics.json`; the first that a run has is its headline."""
-TITLES = {"closed": "closed accuracy", "f1": "F1 of open answers", "exact": "exact match"}
+MATRICES = {"benchmark": "benchmark", **METRICS}
+"""The same for tables of tasks and stages, which a public benchmark's own score opens where the run has one."""
+TITLES = {
+    "closed": "closed accuracy",
+    "f1": "F1 of open answers",
+    "exact": "exact match",
+    "benchmark": "the benchmark's own score",
+}
 ADDED_TITLES = {
     "whole-word accuracy": "closed accuracy by whole words",
     "squad f1": "F1 as SQuAD's",
@@ -10,6 +17,13 @@ ADDED_TITLES = {
     "rouge-l": "ROUGE-L",
     "token recall": "token recall",
 }
+BENCHMARK_TITLES = {
+    "benchmark": "benchmark's own score",
+    "benchmark corrected": "corrected",
+    "benchmark without METEOR": "mean of captions' scores without METEOR",
+    **{name: name for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "caption ROUGE-L", "CIDEr / 10")},
+}
+"""The same of public benchmarks' scorers; shown where a run has them."""
 """Title by name in `metrics.json` of what the published evaluation does not measure."""
 PALETTE = ("#2f7fd6", "#d97a2b", "#2f9e6e", "#a65cc9", "#c94f6d", "#8a8f2a")
 """Colours that read on white and on black alike."""

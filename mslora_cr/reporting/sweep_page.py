@@ -12,7 +12,7 @@ from mslora_cr.evaluation.results import ReportError
 from mslora_cr.reporting.cost import mean_costs
 from mslora_cr.reporting.plots import sweep_dots
 from mslora_cr.reporting.render import render
-from mslora_cr.reporting.style import METRICS, PALETTE, TITLES
+from mslora_cr.reporting.style import MATRICES, PALETTE, TITLES
 from mslora_cr.reporting.sweep_result import Outcome, SweepResult
 from mslora_cr.utils.files import write_text
 
@@ -28,7 +28,7 @@ SWEEP_COLUMNS = {
 def write_sweep_page(sweep: SweepResult, output: Path) -> Path:
     """Write `sweep.html`, `sweep.md` and `sweep.svg` of a sweep into a folder, and return the page's path."""
     colors = {order: PALETTE[index % len(PALETTE)] for index, order in enumerate(sweep.orders)}
-    headline = next((key for key in METRICS if sweep.metrics[key]), None)
+    headline = next((key for key in MATRICES if sweep.metrics.get(key)), None)
     if headline is None:
         raise ReportError("the runs of this sweep have no metric in common")
     panels = {

@@ -76,7 +76,7 @@ class _Web:
         records, wanted = self._records(self._task(request)), request.query_params.get("search", "").lower()
         rows: list[dict[str, Any]] = []
         for index, record in enumerate(records):
-            if wanted in record.text.lower():
+            if record.images and wanted in record.text.lower():
                 rows.append({"index": index, "question": record.text, "truth": record.gt, "type": record.answer_type})
                 if len(rows) == MOST_LISTED:
                     break

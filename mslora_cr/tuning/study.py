@@ -33,7 +33,7 @@ from mslora_cr.runs.lock import one_writer
 from mslora_cr.stream.orders import task_orders
 from mslora_cr.stream.train import train
 from mslora_cr.tuning.space import PER_TASK, Space
-from mslora_cr.tuning.validation_root import SHARE, make_validation_root
+from mslora_cr.tuning.validation_root import SHARE, make_validation_root, with_own_files
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import write_text
 from mslora_cr.utils.logs import set_up
@@ -277,7 +277,8 @@ def _trial_config(
     root = f"data.root={plan.folder / 'data'}"
     tasks = f"tasks=[{','.join(order)}]"
     fixed = [item for item in part.fixed if not item.startswith("tasks.") or item.split(".")[1] in order]
-    return load_config(plan.config_file, [*plan.overrides, tasks, *fixed, *values, *folders, *of_seed, root])
+    trial_config = load_config(plan.config_file, [*plan.overrides, tasks, *fixed, *values, *folders, *of_seed, root])
+    return with_own_files(trial_config)
 
 
 def _trial_folder(plan: Plan, part: StudyPart, trial: Trial | FrozenTrial) -> Path:

@@ -44,6 +44,14 @@ def make_validation_root(config: StreamConfig, root: Path, share: float = SHARE)
         _task_folder(config, task, root / task.folder, share)
 
 
+def with_own_files(config: StreamConfig) -> StreamConfig:
+    """The configuration for such a root, where every task has the framework's own files, also one of a benchmark."""
+    names = {"train": TRAIN, "test": TEST, "benchmark": None, "references": None}
+    return config.model_copy(
+        update={"datasets": {name: of.model_copy(update=names) for name, of in config.datasets.items()}}
+    )
+
+
 def _task_folder(config: StreamConfig, task: Task, target: Path, share: float) -> None:
     source, records = task_folder(config, task), training_records(config, task)
     given = source / VALIDATION
@@ -55,7 +63,7 @@ def _task_folder(config: StreamConfig, task: Task, target: Path, share: float) -
             if entry.is_dir():
                 _link(entry, staging / entry.name)
         if given.is_file():
-            _link(source / TRAIN, staging / TRAIN)
+            _link(source / task.train, staging / TRAIN)
             _link(given, staging / TEST)
         else:
             _split(records, staging, share, config.seed, task.name)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
+from mslora_cr.config.benchmarks import Benchmark
 from mslora_cr.data.advice import missing_annotations, says_nothing
 from mslora_cr.data.images import check_name, image_roots, inspect_images, resolve_image
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
@@ -30,6 +32,7 @@ from mslora_cr.data.sources.question_checks import (
     test_questions,
     training_questions,
 )
+from mslora_cr.data.tasks import read_questions
 
 if TYPE_CHECKING:
     from mslora_cr.data.lengths import Limit
@@ -58,6 +61,10 @@ class OwnDataSet:
     folder: str
     image_folders: tuple[str, ...]
     test_rows: TestRows | None = None
+    train: str = "train.json"
+    test: str = "test.jsonl"
+    benchmark: Benchmark | None = None
+    references: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,11 @@ def check(dataset: DataSet | OwnDataSet, root: Path, limit: Limit | None = None,
     if not folder.is_dir():
         report.error(f"{folder}: no such folder{missing_annotations(folder / 'train.json')}")
         return report
-    training = _opened(TrainingRecords, folder / "train.json", report)
-    test = _opened(TestRecords, folder / "test.jsonl", report)
+    own = dataset if isinstance(dataset, OwnDataSet) else OwnDataSet(dataset.name, dataset.folder, ())
+    references = folder / own.references if own.references else None
+    read_test = partial(_read_test, benchmark=own.benchmark, references=references)
+    training = _opened(TrainingRecords, folder / own.train, report)
+    test = _opened(read_test, folder / own.test, report)
     train_images = _check_training(training, dataset, limit, report) if training else {}
     test_images = _check_test(test, dataset, limit, report) if test else {}
     if training:
@@ -122,7 +132,11 @@ def _remember_leaks(
 File = TypeVar("File", TrainingRecords, TestRecords)
 
 
-def _opened(kind: type[File], path: Path, report: Report) -> File | None:
+def _read_test(path: Path, problems: list[str], benchmark: Benchmark | None, references: Path | None) -> TestRecords:
+    return read_questions(path, benchmark, references, problems)
+
+
+def _opened(kind: Callable[[Path, list[str]], File], path: Path, report: Report) -> File | None:
     """The file's good records; every malformed one is reported."""
     problems: list[str] = []
     try:
