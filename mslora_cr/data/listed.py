@@ -76,7 +76,7 @@ class ListedQuestions(TestRecords):
             )
         self._references = _references(references, benchmark) if references and benchmark else None
         super().__init__(path, problems)
-        if benchmark == "captions" and self._references and len(self._references) < len(self):
+        if benchmark == "captions" and self._references is not None and len(self._references) < len(self):
             raise DataError(
                 f"{references}: captions of {len(self._references)} images, {len(self)} questions in {path}"
             )

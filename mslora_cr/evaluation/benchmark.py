@@ -32,11 +32,14 @@ def open_questions(config: StreamConfig, tasks: Collection[Task]) -> dict[str, T
     return opened
 
 
-def benchmark_columns(answers: Sequence[Answer], questions: Sequence[TestRecord] | None) -> dict[str, list[float]]:
+def benchmark_columns(
+    answers: Sequence[Answer], questions: Sequence[TestRecord] | None, java: bool | None = None
+) -> dict[str, list[float]]:
     """By metric, every answer's score; none where the questions are no benchmark's.
 
     Args:
         answers: to the questions, in their order.
+        java: as `caption_columns` takes it.
 
     Raises:
         UserError: captions cannot be scored (`caption_columns`).
@@ -47,7 +50,7 @@ def benchmark_columns(answers: Sequence[Answer], questions: Sequence[TestRecord]
         return {}
     finals = [final_answer(str(answer.text)).text.strip() for answer in answers]
     if benchmark == "captions":
-        return caption_columns(finals, [question.truths for question in listed])
+        return caption_columns(finals, [question.truths for question in listed], java)
     given = [
         BenchmarkAnswer(text, question.truths, question.text, next(iter(question.images), ""))
         for text, question in zip(finals, listed, strict=True)

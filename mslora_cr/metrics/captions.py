@@ -27,7 +27,8 @@ METEOR, ROUGE_L, CIDER = "METEOR", "caption ROUGE-L", "CIDEr / 10"
 WITHOUT_JAVA = "benchmark without METEOR"
 MARKS = {"''", "'", "``", "`", *("-LRB-", "-RRB-", "-LCB-", "-RCB-"), *(".", "?", "!", ",", ":", "-", "--", "...", ";")}
 """Tokens that the COCO evaluation leaves out."""
-_BRACKETS = {"(": "-LRB-", ")": "-RRB-", "{": "-LCB-", "}": "-RCB-"}
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-"}
+"""The COCO evaluation leaves out brackets in upper case alone, and its tokenizer writes them in lower case."""
 
 Tokens = dict[int, list[str]]
 """By the answer's place, its tokens, or those of each reference, joined by spaces."""
@@ -50,15 +51,18 @@ def caption_columns(
         By name, (answers,) each in the unit of 1. `benchmark` is the mean of the seven scores, with all of CIDEr.
 
     Raises:
-        UserError: `pycocoevalcap` is not installed, or Java fails.
+        UserError: `pycocoevalcap` or Java is not installed, or Java fails.
     """
     try:
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError:
         raise UserError("captions are scored by pycocoevalcap; pip install 'mslora-cr[captions]'") from None
+    found = shutil.which("java") is not None
+    if java and not found:
+        raise UserError("METEOR and the tokenizer of captions are Java programs; install Java")
     if java is None:
-        java = shutil.which("java") is not None
+        java = found
         if not java:
             log.warning("there is no Java: METEOR is left out and NLTK cuts the words; that is not the published score")
     said, true = _tokens([[answer] for answer in answers], java), _tokens(references, java)
@@ -114,7 +118,7 @@ def _bleu(said: Tokens, true: Tokens) -> dict[str, Scores]:
     brevity = np.zeros(len(counts))
     if closest.sum() > lengths.sum() > 0:
         brevity = closest.sum() * lengths / lengths.sum() ** 2 - closest / lengths.sum()
-    parts = _shares(matches) - _shares(ngrams)
+    parts = (_shares(matches) - _shares(ngrams)) * (matches.sum(axis=0) > 0)  # nearly 0, whatever an answer does
     return {
         name: value + len(counts) * value * (parts[:, : order + 1].mean(axis=1) + brevity)
         for order, (name, value) in enumerate(zip(BLEU_NAMES, values, strict=True))

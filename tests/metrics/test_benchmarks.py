@@ -171,14 +171,14 @@ REFERENCES = [
 ]
 
 
-def test_captions_without_java_are_the_library_s_scores_of_the_same_words(caplog: pytest.LogCaptureFixture) -> None:
+def test_captions_without_java_are_the_library_s_scores_of_the_same_words() -> None:
     pytest.importorskip("pycocoevalcap", reason="pip install 'mslora-cr[captions]'")
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
     columns = caption_columns(CAPTIONS, REFERENCES, java=False)
-    said = {0: ["a cat sits on the mat"], 1: ["two dogs brown run"], 2: ["a red car"]}
+    said = {0: ["a cat sits on the mat"], 1: ["two dogs -lrb- brown -rrb- run"], 2: ["a red car"]}
     true = dict(enumerate([["the cat sits on a mat", "a cat on the mat"], *REFERENCES[1:]]))
     bleu, _ = Bleu(4).compute_score(true, said, verbose=0)
     expected = [*bleu, Rouge().compute_score(true, said)[0], Cider().compute_score(true, said)[0]]

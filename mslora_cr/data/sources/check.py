@@ -21,7 +21,8 @@ from tqdm import tqdm
 from mslora_cr.config.benchmarks import Benchmark
 from mslora_cr.data.advice import missing_annotations, says_nothing
 from mslora_cr.data.images import check_name, image_roots, inspect_images, resolve_image
-from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
+from mslora_cr.data.listed import ListedQuestion
+from mslora_cr.data.records import DataError, TestRecord, TestRecords, TrainingRecords
 from mslora_cr.data.sources.catalog import DataSet, TestRows
 from mslora_cr.data.sources.check_report import Problem, Report, Share
 from mslora_cr.data.sources.leaks import Leaks, remember
@@ -210,7 +211,7 @@ def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, limit: Limi
         types[record.answer_type] += 1
         if record.answer_type == "CLOSED":
             answers[record.gt.strip().lower()] += 1
-        if says_nothing(record.gt):
+        if says_nothing(record.gt) and not (_scored_by_a_benchmark(record) and record.gt.strip()):
             empty.append(f"{location} (id {record.question_id}): {record.gt!r}")
         if "\0" in record.text:
             nul.append(location)
@@ -238,6 +239,11 @@ def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, limit: Limi
     _check_balance(answers, answers.total(), "closed test questions have the same answer", report)
     _count_long(long, limit, report)
     return _images(names, dataset, records.path.name, report)
+
+
+def _scored_by_a_benchmark(record: TestRecord) -> bool:
+    """Such a scorer takes a truth such as the letter `A` as it is."""
+    return isinstance(record, ListedQuestion) and record.benchmark is not None
 
 
 def _check_balance(answers: Counter[str], total: int, what: str, report: Report) -> None:
