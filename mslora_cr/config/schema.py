@@ -162,14 +162,6 @@ class DatasetConfig(Section, Annotations):
     published: str | None = None
     """The published task whose scores reports show beside this data set's."""
 
-    @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        usual = {key: field.default for key, field in DatasetConfig.model_fields.items() if key not in _ALWAYS}
-        return {key: value for key, value in write(self).items() if key not in usual or value != usual[key]}
-
-
-_ALWAYS = {"modality", "folder", "image_folders", "published"}
-
 
 class TaskConfig(Section):
     """One task of the stream."""

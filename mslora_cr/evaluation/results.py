@@ -30,7 +30,7 @@ class Cell(Part):
     `sha256` and `scores_sha256` are those of the scored answers and of their scores, which version 0.1.0 did not note.
     `unfinished` answers were cut at `evaluation.max_new_tokens`, `empty` ones have no text, `thinking` ones contain
     reasoning and are scored by their final part, `truncated` ones end within it. `reasons` counts why a served model
-    stopped; `greedy` is false if it did not accept temperature 0. Earlier versions noted none of the six. The rest comes
+    stopped; `greedy` is false if it did not accept temperature 0. Earlier versions noted none of the six. The rest is
     from the answers' `Stamp`.
     """
 
