@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from mslora_cr.cli.common import add_command, add_lock, announce, positive
 from mslora_cr.cli.convert import add_convert
@@ -32,6 +33,8 @@ from mslora_cr.utils.workers import cores
 
 log = logging.getLogger(__name__)
 PUBLISHED_ROOT = Path("data/MSLoRA_CR")
+MAX_LENGTH = 2048
+"""Positions of a sample where no configuration says otherwise."""
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,21 +197,32 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="check only these data sets")
     parser.add_argument("--model", type=Path, help="model folder; also reports samples that would be truncated")
     parser.add_argument(
-        "--max-length", type=positive, default=2048, help="with --model: positions per sample (%(default)s)"
+        "--max-length",
+        type=positive,
+        help=f"with --model: positions per sample (a configuration's data.max_length, else {MAX_LENGTH})",
     )
     parser.add_argument("--no-images", action="store_true", help="check only the annotations")
     parser.add_argument("--workers", type=positive, default=cores(), help="processes that decode images (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("results/data-check.json"), help="report (%(default)s)")
 
 
-def _to_check(target: Path, only: Sequence[str]) -> tuple[Path, list[DataSet] | list[OwnDataSet]]:
-    """The data root and the data sets to check there: those of a configuration's tasks, or the published ones.
+class _ToCheck(NamedTuple):
+    """The data sets to check below a data root, and what their samples are measured by."""
+
+    root: Path
+    datasets: Sequence[DataSet] | Sequence[OwnDataSet]
+    max_length: int = MAX_LENGTH
+    all_images: bool = False
+
+
+def _to_check(target: Path, only: Sequence[str]) -> _ToCheck:
+    """Those of a configuration's tasks, or the published ones below a data root.
 
     Raises:
         DataError: There is no such folder, or `only` names another data set.
     """
     if target.is_dir():
-        return target, [data_set(name) for name in only] or list(catalog().values())
+        return _ToCheck(target, [data_set(name) for name in only] or list(catalog().values()))
     from mslora_cr.config.load import load_config
     from mslora_cr.config.shipped import configurations
 
@@ -230,22 +244,23 @@ def _to_check(target: Path, only: Sequence[str]) -> tuple[Path, list[DataSet] | 
         rows = catalog()[published].test_rows if published in catalog() else None
         places = (task.name, task.folder, tuple(task.image_folders))
         configured.append(OwnDataSet(*places, rows, task.train, task.test, task.benchmark, task.references))
-    return Path(config.data.root), [dataset for dataset in configured if not only or dataset.name in only]
+    datasets = [dataset for dataset in configured if not only or dataset.name in only]
+    return _ToCheck(Path(config.data.root), datasets, config.data.max_length, config.data.images == "all")
 
 
 def run_check(args: argparse.Namespace) -> int:
     """Returns 0 without errors; 1 with errors, which are listed."""
-    root, datasets = _to_check(args.root, args.only)
-    limit = None
+    root, datasets, max_length, all_images = _to_check(args.root, args.only)
+    processor = None
     if args.model:
-        from mslora_cr.data.lengths import read_limit  # This imports transformers.
+        from mslora_cr.models.load import input_processor_in  # This imports transformers.
 
-        limit = read_limit(args.model, args.max_length)
+        processor = input_processor_in(args.model, args.max_length or max_length, all_images)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     scan = Scan(args.workers, sys.stderr.isatty(), cache=args.output.with_suffix(".good-images"))
-    reports = [check(dataset, root, limit, None if args.no_images else scan) for dataset in datasets]
+    reports = [check(dataset, root, processor, None if args.no_images else scan) for dataset in datasets]
     print(table(reports))
-    if limit is None:
+    if processor is None:
         print("lengths were not checked; give a model folder with --model")
     errors = sum(report.errors for report in reports)
     result = {"root": str(root), "errors": errors, "data_sets": [asdict(report) for report in reports]}

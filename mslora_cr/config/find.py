@@ -28,10 +28,11 @@ def find_run(target: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
             run folder, which would be read instead.
     """
     path = Path(target)
+    from_run_folders = RUN_FOLDERS / path
+    if len(path.parts) > 1 and not (path / CONFIG).is_file() and (from_run_folders / CONFIG).is_file():
+        return _of_folder(from_run_folders, overrides)
     if path.is_dir():
         return _of_folder(path, overrides)
-    if not path.exists() and (RUN_FOLDERS / path / CONFIG).is_file():
-        return _of_folder(RUN_FOLDERS / path, overrides)
     if path.exists() or path.name != str(target) or path.suffix:
         return load_config(path, overrides)
     folders = _run_folders()
@@ -47,17 +48,17 @@ def find_run(target: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
 
 
 def _run_folders() -> list[Path]:
-    files = [*RUN_FOLDERS.glob("*/config.yaml"), *RUN_FOLDERS.glob("*/*/config.yaml")]
+    files = [*RUN_FOLDERS.glob(f"*/{CONFIG}"), *RUN_FOLDERS.glob(f"*/*/{CONFIG}")]
     return sorted(path.parent for path in files)
 
 
 def _of_folder(folder: Path, overrides: Sequence[str]) -> StreamConfig:
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder}: no config.yaml there; give a configuration or a run folder")
+        raise ConfigError(f"{folder}: no {CONFIG} there; give a configuration or a run folder")
     config, run_dir = load_config(folder / CONFIG, overrides, of_run=True), folder.resolve()
     if config.run_dir.resolve() != run_dir:
         raise ConfigError(
-            f"{folder}: its config.yaml describes the run folder {config.run_dir.resolve()}. Move it back there, run "
+            f"{folder}: its {CONFIG} describes the run folder {config.run_dir.resolve()}. Move it back there, run "
             f"this where the run was trained, or give a configuration with run: {run_dir.name} and output_dir: "
             f"{run_dir.parent}"
         )

@@ -13,6 +13,7 @@ MOST_BYTES = 1 << 18
 """The largest file: ten times what a run of a thousand tasks takes."""
 MOST_NODES, MOST_LEVELS = 50_000, 100
 """The largest document once its anchors are expanded; a few lines of nested anchors would otherwise make billions."""
+NOT_UTF8 = "not UTF-8 text; save the file as UTF-8"
 _OF_CONSTRUCTORS = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
 """What PyYAML's constructors raise for nonsense after a tag, such as `!!int ""`."""
 
@@ -86,9 +87,12 @@ def read_plain_yaml(path: Path) -> Any:
     if size > MOST_BYTES:
         raise ValueError(f"{size:,} bytes; a configuration may have at most {MOST_BYTES:,}")
     try:
-        return plain_yaml(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text; save the file as UTF-8") from None
+        raise ValueError(NOT_UTF8) from None
+    if "\0" in text:  # as in UTF-16 without a byte order mark
+        raise ValueError(NOT_UTF8)
+    return plain_yaml(text)
 
 
 def plain_yaml(text: str) -> Any:

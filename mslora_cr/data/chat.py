@@ -50,9 +50,14 @@ DATE = datetime(2024, 7, 26)
 _DIRECTIVES = "aAbBdHIjmMpSuUwyYZ"
 
 
+def asks_for_date(template: str) -> bool:
+    """Whether a chat template writes today's date, unless it is `dated`."""
+    return "strftime_now" in template
+
+
 def dated(template: str) -> str:
     """A chat template whose `strftime_now`, if it has one, writes `DATE` on every day, in exports too."""
-    if "strftime_now" not in template:
+    if not asks_for_date(template):
         return template
     filters = "".join(f"|replace('%{name}', '{DATE.strftime(f'%{name}')}')" for name in _DIRECTIVES)
     return f"{{% macro strftime_now(form) %}}{{{{ form{filters} }}}}{{% endmacro %}}{template}"

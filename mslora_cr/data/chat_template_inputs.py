@@ -176,11 +176,21 @@ class ChatTemplateInputs:
     # --- answering ---
 
     def prompt(self, record: TestRecord, roots: Sequence[Path]) -> Prompt:
-        self._check_text([record.question])
-        images = tuple(resolve_image(name, roots) for name in self.image_names(record))
-        text = render(self.processor, messages_of([Message("human", record.question)], len(images)), to_answer=True)
+        text, images = self._question(record, roots)
         opening, rest = self._fitting(text, [image_size(path) for path in images])
         return Prompt(opening, rest, images, text)
+
+    def prompt_length(self, record: TestRecord, roots: Sequence[Path]) -> int:
+        text, images = self._question(record, roots)
+        opening, rest = self.split_ids(text, [image_size(path) for path in images])
+        return len(opening) + len(rest)
+
+    def _question(self, record: TestRecord, roots: Sequence[Path]) -> tuple[str, tuple[Path, ...]]:
+        """A question's prompt and its images."""
+        self._check_text([record.question])
+        images = tuple(resolve_image(name, roots) for name in self.image_names(record))
+        messages = messages_of([Message("human", record.question)], len(images))
+        return render(self.processor, messages, to_answer=True), images
 
     def asked(
         self, earlier: Sequence[Turn], question: str, images: list[Image.Image]

@@ -8,26 +8,43 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, Dataset, get_worker_info
 
 from mslora_cr.data.input_processor import InputProcessor, Prompt
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 
+KEPT_BYTES = 512 << 20
+"""Of decoded samples that are kept from epoch to epoch, if all of a data set fit."""
+
 
 class TrainDataset(Dataset[Any]):
-    """The training samples of a task."""
+    """The training samples of a task. Those of a small data set are decoded once, where no workers decode them: a
+    worker ends with its epoch."""
 
     def __init__(self, records: TrainingRecords, roots: Sequence[Path], input_processor: InputProcessor) -> None:
         self.records, self.roots, self.input_processor = records, roots, input_processor
+        self._kept: dict[int, Any] = {}
+        self._free_bytes = KEPT_BYTES
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Any:
+        if index in self._kept:
+            return self._kept[index]
         try:
-            return self.input_processor.sample(index, self.records[index], self.roots)
+            sample = self.input_processor.sample(index, self.records[index], self.roots)
         except ValueError as error:
             raise self._at(index, error) from None
+        if self._free_bytes > 0 and get_worker_info() is None:
+            self._keep(index, sample)
+        return sample
+
+    def _keep(self, index: int, sample: Any) -> None:
+        self._free_bytes -= _decoded_bytes(sample)
+        self._kept[index] = sample
+        if self._free_bytes <= 0:  # a part of a large data set is not worth its memory
+            self._kept.clear()
 
     def lengths(self) -> list[int]:
         """Positions of every sample, image patches included, without decoding an image."""
@@ -41,6 +58,14 @@ class TrainDataset(Dataset[Any]):
 
     def _at(self, index: int, error: ValueError) -> DataError:
         return DataError(f"{self.records.path}: {self.records.location(index)}: {error}")
+
+
+def _decoded_bytes(sample: Any) -> int:
+    """Of a sample's images, as RGB or as what the model is given, and about those of its lists of ids or its text."""
+    pixels = sample.get("pixel_values")
+    images = sum(3 * image.width * image.height for image in sample.get("images", ()))
+    text = 64 * len(sample.get("input_ids") or sample.get("text", ""))
+    return text + int(images if pixels is None else pixels.nbytes)
 
 
 class ConcatTrainDataset(ConcatDataset[Any]):

@@ -36,6 +36,10 @@ _CHUNK = 32  # images a worker checks between two reports
 _MARK_BYTES = 16
 
 
+class MissingImageError(DataError):
+    """No root has a file of an image's name."""
+
+
 def image_roots(data_root: Path, folder: str, image_folders: Sequence[str] = ()) -> list[Path]:
     """Where the names in a task's annotations may start: its folder, the data root, its image folders."""
     task = data_root / folder
@@ -70,7 +74,8 @@ def resolve_image(name: str, roots: Sequence[Path]) -> Path:
     Folders that the user linked into a root are followed.
 
     Raises:
-        DataError: the name could lead outside the roots (`check_name`), or no root has such a file.
+        DataError: the name could lead outside the roots (`check_name`).
+        MissingImageError: no root has such a file.
     """
     relative = check_name(name)
     candidates = [root / relative for root in roots]
@@ -78,7 +83,7 @@ def resolve_image(name: str, roots: Sequence[Path]) -> Path:
         if candidate.is_file():
             return candidate
     lines = "".join(f"\n  {candidate}" for candidate in candidates)
-    raise DataError(f"image {name!r} is missing; looked for{lines}")
+    raise MissingImageError(f"image {name!r} is missing; looked for{lines}")
 
 
 def _other_forms(name: PurePosixPath, roots: Sequence[Path]) -> Iterator[Path]:
@@ -159,6 +164,14 @@ def turned(image: Image.Image) -> bool:
         return False
 
 
+def see_through(image: Image.Image) -> bool:
+    """Whether it has transparent parts: viewers show what is behind them, the conversion the colours hidden there."""
+    if not image.has_transparency_data:
+        return False
+    darkest, _ = image.convert("RGBA").getchannel("A").getextrema()
+    return isinstance(darkest, int | float) and darkest < 255
+
+
 def page_count(image: Image.Image) -> int:
     """The pages or frames of one picture; the previews that a JPEG of a camera has inside are none."""
     try:
@@ -189,10 +202,13 @@ def washed_out(path: Path) -> str | None:
     image = load_image(path)
     with Image.open(path, formats=FORMATS) as stored:
         on_its_side, pages, deep, mode = turned(stored), page_count(stored), is_deep(stored), stored.mode
+        transparent = see_through(stored)
     if on_its_side:
         return "its EXIF orientation is not applied: the model sees it turned or mirrored"
     if pages > 1:
         return f"{pages} pages, of which the model sees the first"
+    if transparent:
+        return "it has transparent parts, of which the model sees the hidden colours"
     if image.getcolors(1) is not None:  # not more than one
         return f"one single colour once decoded (stored as {mode})"
     if deep:

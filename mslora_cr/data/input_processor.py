@@ -65,6 +65,11 @@ class InputProcessor(Protocol):
     @property
     def tokenizer(self) -> TextTokenizer: ...
     @property
+    def max_length(self) -> int:
+        """Positions of a sample, `data.max_length`."""
+        ...
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end an answer."""
         ...
@@ -105,6 +110,10 @@ class InputProcessor(Protocol):
 
     def prompt(self, record: TestRecord, roots: Sequence[Path], /) -> Prompt:
         """A question's prompt; no image is decoded."""
+        ...
+
+    def prompt_length(self, record: TestRecord, roots: Sequence[Path], /) -> int:
+        """Positions of a question's prompt before it is cut, images included; none is decoded."""
         ...
 
     def answer_ids(self, question: str, images: int, answer: str, /) -> tuple[int, ...]:

@@ -7,15 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mslora_cr.data.images import tower_folder
-from mslora_cr.data.input_processor import InputProcessor
-from mslora_cr.data.prompts import (
-    IGNORE_INDEX,
-    IMAGE_INDEX,
-    Turn,
-    encode_conversation,
-    encode_prompt,
-    generation_prompt,
-)
+from mslora_cr.data.input_processor import InputProcessor, LabelCount
 from mslora_cr.data.records import DataError, TrainingRecords
 from mslora_cr.data.tokenizer import Tokenizer
 from mslora_cr.utils.strict_json import read_object
@@ -30,7 +22,7 @@ MOST_LOCATIONS = 3
 
 @dataclass(frozen=True)
 class Limit:
-    """How long a sample may be, and what its length is measured with."""
+    """How long a sample of LLaVA-Med may be, and what its length is measured with."""
 
     tokenizer: Tokenizer
     patches: int
@@ -38,18 +30,13 @@ class Limit:
 
 
 def read_limit(model: Path, max_length: int) -> Limit:
-    """The tokenizer of a model's folder, and how many patches its vision tower makes of an image.
+    """The tokenizer of LLaVA-Med's folder, and how many patches its vision tower makes of an image.
 
     Raises:
         DataError: the folder holds no readable tokenizer or config.json.
     """
     try:
         config = read_object(model / "config.json")
-        if config.get("model_type") != "llava_mistral" and (model / "processor_config.json").is_file():
-            raise DataError(
-                f"{model}: sample lengths are known only for LLaVA-Med; leave --model out, and training names the "
-                "records that do not fit"
-            )
         tower = config.get("vision_config")
         if tower is None:
             named = tower_folder(model, str(config.get("mm_vision_tower")))
@@ -61,21 +48,6 @@ def read_limit(model: Path, max_length: int) -> Limit:
         raise
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise DataError(f"{model}: not a model's folder ({error})") from error
-
-
-def training_length(limit: Limit, turns: Sequence[Turn], images: int) -> tuple[bool, int]:
-    """Whether a conversation bears labels, and its positions, image patches included, before it is cut."""
-    ids, labels = encode_conversation(limit.tokenizer, turns, images)
-    return any(label != IGNORE_INDEX for label in labels), _expanded(ids, limit)
-
-
-def prompt_length(limit: Limit, question: str) -> int:
-    """The positions of a question about one image, before it is cut."""
-    return _expanded(encode_prompt(limit.tokenizer, generation_prompt(question)), limit)
-
-
-def _expanded(ids: Sequence[int], limit: Limit) -> int:
-    return len(ids) + ids.count(IMAGE_INDEX) * (limit.patches - 1)
 
 
 @dataclass
@@ -95,6 +67,15 @@ class LearnedCounts:
         """How many samples have a label to learn."""
         return self.samples - len(self.unlabelled) - len(self.lost)
 
+    def add(self, index: int, count: LabelCount, max_length: int) -> None:
+        """Enter a record by its index."""
+        if not count.labels:
+            self.unlabelled.append(index)
+        elif not count.learned:
+            self.lost.append(index)
+        elif count.length > max_length:
+            self.cut.append(index)
+
 
 def count_learned(
     records: TrainingRecords, roots: Sequence[Path], input_processor: InputProcessor, max_length: int
@@ -113,15 +94,9 @@ def count_learned(
     counts = LearnedCounts(len(records))
     for index, record in enumerate(records):
         try:
-            all_labels, learned, length = input_processor.count_labels(record, roots)
+            counts.add(index, input_processor.count_labels(record, roots), max_length)
         except ValueError as error:
             raise DataError(f"{records.path}: {records.location(index)}: {error}") from None
-        if not all_labels:
-            counts.unlabelled.append(index)
-        elif not learned:
-            counts.lost.append(index)
-        elif length > max_length:
-            counts.cut.append(index)
     return counts
 
 

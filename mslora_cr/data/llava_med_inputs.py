@@ -102,6 +102,11 @@ class LlavaMedInputs:
         cut = len(ids) - ids[::-1].index(self.image_token_id) if images else 0
         return Prompt(tuple(ids[:cut]), tuple(ids[cut:]), images)
 
+    def prompt_length(self, record: TestRecord, roots: Sequence[Path]) -> int:
+        images = len(self.image_names(record))
+        ids = encode_prompt(self.tokenizer, generation_prompt(record.question, images))
+        return len(ids) + images * (self.patches - 1)
+
     def answer_ids(self, question: str, images: int, answer: str) -> tuple[int, ...]:
         prompt = encode_prompt(self.tokenizer, generation_prompt(question, images))
         turns = [Message("human", question), Message("gpt", answer)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from mslora_cr.config.benchmarks import Benchmark
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.images import image_roots, resolve_image
 from mslora_cr.data.listed import ListedQuestions
-from mslora_cr.data.records import TestRecords, TrainingRecords, shown_images
+from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecord, TrainingRecords, shown_images
 from mslora_cr.utils.errors import DataError
 
 
@@ -72,18 +73,20 @@ def read_questions(
     return TestRecords(path, problems)
 
 
-def asked_images(config: StreamConfig, task: Task, records: TestRecords) -> list[Path]:
-    """Every image that the task's questions show, once.
+def images_shown(config: StreamConfig, task: Task, records: TestRecords | TrainingRecords) -> dict[Path, int]:
+    """Every image that the task's records show, in their order, with the first record that shows it.
 
     Raises:
-        DataError: one is missing or outside its root; names the line of the question.
+        DataError: one is missing or outside its root; names the record.
     """
-    roots, paths = task_image_roots(config, task), {}
-    for index, record in enumerate(records):
+    roots, paths, seen = task_image_roots(config, task), dict[Path, int](), set[str]()
+    numbered: Iterable[tuple[int, TestRecord | TrainingRecord]] = enumerate(records)
+    for index, record in numbered:
         for name in shown_images(record, config.data.images == "all"):
-            if name not in paths:
+            if name not in seen:
+                seen.add(name)
                 try:
-                    paths[name] = resolve_image(name, roots)
+                    paths.setdefault(resolve_image(name, roots), index)
                 except DataError as error:
                     raise DataError(f"{records.path}: {records.location(index)}: {error}") from None
-    return list(paths.values())
+    return paths

@@ -29,8 +29,15 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes a launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes a launcher started; 1 without one.
+
+    Raises:
+        DistributedError: the environment has no number in its place.
+    """
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not text.isdecimal():
+        raise DistributedError(f"WORLD_SIZE={text} in the environment is no number of processes; unset it")
+    return int(text)
 
 
 def get_device(setting: str) -> torch.device:
@@ -50,7 +57,7 @@ def get_device(setting: str) -> torch.device:
         )
     if setting == "cpu" or not available:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0)
 
 
 def barrier() -> None:

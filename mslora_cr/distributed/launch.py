@@ -19,7 +19,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from mslora_cr.config.load import training_fields
 from mslora_cr.config.schema import StreamConfig
-from mslora_cr.distributed.comm import barrier, get_device, rank, world_size
+from mslora_cr.distributed.comm import DistributedError, barrier, get_device, rank, world_size
 from mslora_cr.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ SILENCE_SECONDS = 120
 """A rank without a sign of life for so long counts as lost, with its host; sooner if `ddp_timeout` is shorter."""
 STORE_TIMEOUT = timedelta(seconds=300)
 """The timeout of the TCPStore itself."""
+MEETING_SECONDS = 20
+"""The time after which a rank reports that it still waits for the others to join."""
 WATCH_SECONDS = 1
 """The interval at which a rank checks its launcher and the other ranks."""
 GRACE_SECONDS = 5
@@ -49,9 +51,41 @@ def start_processes(config: StreamConfig) -> dict[str, Any]:
 
 
 def start_process_group(use_gpu: bool, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-    """Join the processes that a launcher started; do nothing in a run of one process."""
+    """Join the processes that a launcher started; do nothing in a run of one process.
+
+    Raises:
+        DistributedError: The environment has only a part of a launcher's variables.
+    """
     if world_size() == 1 or torch.distributed.is_initialized():
         return
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT", *(["LOCAL_RANK"] if use_gpu else []))
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        raise DistributedError(
+            f"the environment has WORLD_SIZE={world_size()}, but not {', '.join(missing)}: unset WORLD_SIZE to run one "
+            "process, or start all of them with scripts/launch.sh or torchrun"
+        )
+    with _saying_who_is_waited_for():
+        _join_process_group(use_gpu, timeout_seconds)
+
+
+@contextmanager
+def _saying_who_is_waited_for() -> Iterator[None]:
+    """Around the meeting of all ranks: say after a while that some have not come, as where a launcher has left its
+    variables behind."""
+    missing = (
+        f"waits for {world_size() - 1} other processes, as the environment has WORLD_SIZE={world_size()}; if no "
+        "launcher has started them, unset that variable"
+    )
+    timer = threading.Timer(MEETING_SECONDS, log.error, [missing])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _join_process_group(use_gpu: bool, timeout_seconds: float) -> None:
     if use_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:

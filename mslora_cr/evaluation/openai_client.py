@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import httpx
 
 from mslora_cr.distributed.comm import world_size
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.proxies import proxy_variables
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +29,12 @@ PASSING = (408, 409, 425, 429)
 TOP_LOGPROBS = 20
 """The most alternatives per token that OpenAI's servers report."""
 LONGEST_PAUSE = 30.0
+MOST_BYTES = 16 << 20
+"""Of a reply, once it is unpacked."""
+PIECE = 1 << 16
 
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
-
-
-def proxy_variables() -> str:
-    """Environment variables that name a proxy, in either spelling."""
-    return ", ".join(name for name in (*PROXIES, *map(str.lower, PROXIES)) if os.environ.get(name))
 
 
 class EndpointError(UserError):
@@ -98,8 +98,9 @@ class Chat:
         self._endpoint, self._url = endpoint, f"{endpoint.url.rstrip('/')}/chat/completions"
         headers = {"Authorization": f"Bearer {os.environ[endpoint.key]}"} if os.environ.get(endpoint.key) else {}
         limits = httpx.Limits(max_connections=endpoint.concurrency)
-        local = httpx.URL(endpoint.url).host in LOCAL  # No proxy reaches servers on this machine.
-        self._proxies = "" if local else proxy_variables()
+        host = httpx.URL(endpoint.url).host
+        local = host in LOCAL  # No proxy reaches servers on this machine.
+        self._proxies = "" if local else proxy_variables(host)
         try:
             self._client = httpx.Client(timeout=endpoint.timeout, headers=headers, limits=limits, trust_env=not local)
         except (ValueError, ImportError) as error:
@@ -169,8 +170,8 @@ class Chat:
             sent = self._dialect.spelled(body)
             attempt += 1
             try:
-                response = self._client.post(self._url, json=sent)
-            except httpx.TransportError as error:  # Refused, timed out, or broken off.
+                response = self._post(sent)
+            except (httpx.TransportError, httpx.DecodingError) as error:  # Refused, timed out, broken off, or damaged.
                 problem = f"{type(error).__name__}: {error}".rstrip(": ")
                 problem += f", through the proxy of {self._proxies}" if self._proxies else ""
                 continue
@@ -194,6 +195,23 @@ class Chat:
             f"{self._url}: no answer from {body['model']} in {endpoint.attempts} attempts (last: {problem}); see "
             "whether the server runs and knows the model"
         )
+
+    def _post(self, body: Body) -> httpx.Response:
+        """Send a request and read its reply, within bounds of size and time.
+
+        Raises:
+            httpx.TransportError, httpx.DecodingError: there is none.
+        """
+        begun, content = time.monotonic(), bytearray()
+        with self._client.stream("POST", self._url, json=body) as response:
+            for piece in response.iter_bytes(PIECE):
+                content += piece
+                if len(content) > MOST_BYTES:
+                    raise httpx.ReadError(f"a reply of more than {MOST_BYTES >> 20} MB")
+                if time.monotonic() - begun > self._endpoint.timeout:
+                    raise httpx.ReadTimeout("the reply does not end")
+            headers = {name: response.headers[name] for name in ("Retry-After",) if name in response.headers}
+            return httpx.Response(response.status_code, headers=headers, content=bytes(content))
 
 
 class Reply(NamedTuple):
@@ -244,14 +262,19 @@ def reply_of(response: httpx.Response) -> Reply | None:
     try:
         choice = response.json()["choices"][0]
         message = choice["message"]
-        text = _text_of(message["content"])
-    except (ValueError, LookupError, TypeError, RecursionError):
+        text = _text_of(message.get("content"))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     if text is None:
         return None
     reason = "refusal" if message.get("refusal") else choice.get("finish_reason")
     logprobs, first = _logprobs_of(choice.get("logprobs"))
-    return Reply(text.strip(), reason if isinstance(reason, str) else None, logprobs, first)
+    return Reply(_encodable(text).strip(), _encodable(reason) if isinstance(reason, str) else None, logprobs, first)
+
+
+def _encodable(text: str) -> str:
+    """A text that UTF-8 can spell: JSON may hold half of a surrogate pair."""
+    return text.encode(errors="replace").decode()
 
 
 def _text_of(content: Any) -> str | None:
@@ -270,11 +293,22 @@ _TEXTS = ("text", "output_text")
 def _logprobs_of(reply: Any) -> tuple[tuple[float, ...] | None, dict[str, float]]:
     try:
         tokens: Sequence[Any] = reply["content"]
-        logprobs = tuple(float(token["logprob"]) for token in tokens)
+        logprobs = tuple(_finite(token["logprob"]) for token in tokens)
         likely = tokens[0].get("top_logprobs") or []
-        return logprobs, {str(token["token"]): float(token["logprob"]) for token in likely}
-    except (LookupError, TypeError, ValueError, AttributeError):
+        return logprobs, {str(token["token"]): _finite(token["logprob"]) for token in likely}
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         return None, {}
+
+
+def _finite(value: Any) -> float:
+    """
+    Raises:
+        ValueError: it is no finite number.
+    """
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no log-probability")
+    return number
 
 
 class Dialect:

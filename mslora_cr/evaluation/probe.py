@@ -8,7 +8,7 @@ from pathlib import Path
 from mslora_cr.banks.bank import Bank
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.image_digests import images_digest
-from mslora_cr.data.tasks import asked_images, test_records
+from mslora_cr.data.tasks import images_shown, test_records
 from mslora_cr.distributed.comm import barrier, rank
 from mslora_cr.evaluation.answer_files import Origin
 from mslora_cr.evaluation.cells import PlannedCell
@@ -52,7 +52,7 @@ def evaluate_probe(config: StreamConfig, dataset: str, banks: Mapping[str, Bank]
         banks_of = {cell.stage: [by_number[number] for number in cell.banks] for cell in wanted}
         learned = list(by_number.values())
         session = EvaluationSession(config, learned, {task.name: records}, cached_images=True, switches=True)
-        images = images_digest(asked_images(config, task, records))
+        images = images_digest(images_shown(config, task, records))
         origins = {
             stage: Origin(session.fingerprint(answering, questions=records.digest, fold=config.lora.fold), images)
             for stage, answering in banks_of.items()

@@ -13,7 +13,7 @@ from mslora_cr.config.run_files import EVALUATION
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.image_digests import images_digest
 from mslora_cr.data.records import DataError, TestRecords
-from mslora_cr.data.tasks import asked_images, test_file, test_records
+from mslora_cr.data.tasks import images_shown, test_file, test_records
 from mslora_cr.evaluation.answer_files import Origin, answers_are_whole
 from mslora_cr.evaluation.cells import CellKey
 from mslora_cr.evaluation.doubts import doubts_of
@@ -78,7 +78,7 @@ def image_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -> d
         opened = records.get(task.name)
         try:
             of = opened if opened is not None else test_records(config, task)
-            digests[task.name] = images_digest(asked_images(config, task, of))
+            digests[task.name] = images_digest(images_shown(config, task, of))
         except DataError:
             if opened is not None:
                 raise

@@ -15,7 +15,7 @@ from mslora_cr.models.base_check import check_model, check_processor
 from mslora_cr.models.family import family_of
 from mslora_cr.models.language import caches_keys_alone, fused_experts, last_mlp
 from mslora_cr.models.layout import ModelError, read_config
-from mslora_cr.models.processor_base import empty_model_of, end_ids, load_processor
+from mslora_cr.models.processor_base import empty_model_of, end_ids, load_processor, template_date
 from mslora_cr.models.shapes import language_linear_shapes
 from mslora_cr.models.vision import tower_config, tower_source
 
@@ -38,6 +38,15 @@ def switched_off(path: Path, model: PreTrainedModel) -> tuple[str, ...]:
     return ("cached image features", *openings, "recorded decoding", "Liger's kernels", *sparse, *experts)
 
 
+def fixed_date(path: Path) -> str | None:
+    """As `template_date`, of a base model's folder.
+
+    Raises:
+        ModelError: the folder's configuration or processor cannot be read.
+    """
+    return template_date(load_processor(path)) if family_of(path).own_template else None
+
+
 def described(path: Path, parameters: int, rank: int = RANK) -> dict[str, Any]:
     """Describe a base model, for `model inspect` and a plan.
 
@@ -47,24 +56,26 @@ def described(path: Path, parameters: int, rank: int = RANK) -> dict[str, Any]:
         rank: The bank's rank.
 
     Returns:
-        `adapted` (linear layers by kind), `not_adapted` (parameters of fused experts, if there are any), `bank` (its
-        rank and parameters), `positions` (of an image of a given size), `memory` (GB per GPU by ZeRO stage, as
+        `adapted` (linear layers by kind), `not_adapted` (parameters of fused experts, where there are any),
+        `template_date` (the date that stands for today's, where the chat template asks for it), `bank` (its rank and
+        parameters), `positions` (of an image of a size), `memory` (GB a GPU by ZeRO stage, as
         `memory_by_stage`).
 
     Raises:
         ModelError: The folder contains no base model.
     """
-    left_out: dict[str, Any] = {}
+    own: dict[str, Any] = {}
     if family_of(path).own_template:
         model, processor = empty_model_of(path), load_processor(path)
         check_model(path, model)
         check_processor(path, processor, end_ids(model, processor))
-        left_out = {"not_adapted": experts} if (experts := fused_experts(model)) else {}
+        own = {"not_adapted": experts} if (experts := fused_experts(model)) else {}
+        own |= {"template_date": date} if (date := template_date(processor)) else {}
     shapes = language_linear_shapes(path)
     trained = rank * sum(rows + columns for rows, columns in shapes.values())
     return {
         "adapted": _by_kind(shapes),
-        **left_out,
+        **own,
         "bank": {"rank": rank, "parameters": trained},
         "positions": positions(path),
         "memory": {"gpus": GPUS, "GB": memory_by_stage(parameters, trained, GPUS)},
@@ -79,12 +90,13 @@ def summary(path: Path) -> list[str]:
     """
     if not family_of(path).own_template:
         return []
-    model = empty_model_of(path)
+    model, date = empty_model_of(path), fixed_date(path)
     each = ", ".join(f"{count} of {size}" for size, count in positions(path).items())
     experts = [f"not adapted: {count} parameters of fused experts"] if (count := len(fused_experts(model))) else []
     return [
         f"base model: {type(model).__name__}, {len(language_linear_shapes(path))} layers adapted",
         *experts,
+        *([f"today's date in the chat template: always {date}"] if date else []),
         f"positions of an image: {each}",
         f"not used with it: {', '.join(switched_off(path, model))}",
     ]

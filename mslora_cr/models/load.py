@@ -105,11 +105,15 @@ def input_processor_without_weights(config: StreamConfig) -> InputProcessor:
         ModelError: The processor cannot be read.
         DataError: LLaVA-Med's tokenizer or config.json cannot be read.
     """
-    path, all_images = Path(config.model.path), config.data.images == "all"
+    return input_processor_in(Path(config.model.path), config.data.max_length, config.data.images == "all")
+
+
+def input_processor_in(path: Path, max_length: int, all_images: bool = False) -> InputProcessor:
+    """As `input_processor_without_weights`, of a base model's folder."""
     if family_of(path).own_template:
         processor = load_processor(path)
-        return ChatTemplateInputs(processor, end_ids_of(path, processor), config.data.max_length, all_images)
-    limit = read_limit(path, config.data.max_length)
+        return ChatTemplateInputs(processor, end_ids_of(path, processor), max_length, all_images)
+    limit = read_limit(path, max_length)
     return LlavaMedInputs(limit.tokenizer, None, IMAGE_INDEX, limit.patches, limit.max_length, all_images)
 
 

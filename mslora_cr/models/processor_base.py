@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from mslora_cr.data.chat import dated
+from mslora_cr.data.chat import DATE, asks_for_date, dated
 from mslora_cr.data.chat_template_inputs import ChatTemplateInputs
 from mslora_cr.data.features import FeatureCache
 from mslora_cr.models.base_check import check_model, check_processor
@@ -123,9 +123,15 @@ def load_processor(path: Path) -> Any:
         raise ModelError(f"{path}: the processor has no chat template; take the model's instruction-tuned version")
     if processor.chat_template is None:
         processor.chat_template = processor.tokenizer.chat_template
-    if isinstance(processor.chat_template, str):
-        processor.chat_template = dated(processor.chat_template)
+    template = processor.chat_template
+    several = isinstance(template, dict)  # by name, of which "default" is used
+    processor.chat_template = {name: dated(text) for name, text in template.items()} if several else dated(template)
     return processor
+
+
+def template_date(processor: Any) -> str | None:
+    """The date that stands for today's in a processor's chat template, as ISO 8601 has it; None: it asks for none."""
+    return DATE.date().isoformat() if asks_for_date(str(processor.chat_template)) else None
 
 
 def _processor_class(path: Path) -> Any:

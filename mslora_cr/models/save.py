@@ -14,7 +14,7 @@ from mslora_cr.models.family import family_of
 from mslora_cr.models.language import adapter_targets
 from mslora_cr.models.layout import ModelError
 from mslora_cr.models.llava_med import LlavaMed
-from mslora_cr.models.processor_base import SAFE, empty_model_of
+from mslora_cr.models.processor_base import SAFE, ProcessorBase, empty_model_of, template_date
 from mslora_cr.models.transformers_layout import portable_processor, save_transformers_layout
 
 PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
@@ -37,12 +37,16 @@ def writer_of(base: BaseModel, path: Path) -> Callable[[Path], None]:
         processor = portable_processor(base)
         return lambda folder: save_transformers_layout(base, processor, folder)
 
+    assert isinstance(base, ProcessorBase), "there are two kinds of base model"
+
     def write(folder: Path) -> None:
         base.model.save_pretrained(folder)
         for file in sorted(path.iterdir()):
             replaced = file.name in _WRITTEN or file.name.endswith(".index.json")
             if file.suffix in PROCESSOR_FILES and file.is_file() and not replaced:
                 shutil.copyfile(file, folder / file.name)
+        if template_date(base.processor) and isinstance(base.processor.chat_template, str):
+            (folder / "chat_template.jinja").write_text(base.processor.chat_template, encoding="utf-8")
 
     return write
 

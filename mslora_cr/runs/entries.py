@@ -24,12 +24,14 @@ class TaskEntry(Part):
         memory_digest: SHA-256 of the task state; None if the method stores none.
         router_digest: SHA-256 of the router statistics; None if there are none.
         records_digest: Digest of the training records.
+        images_digest: Digest of the training images; None if an earlier version trained the task.
         config_digest: Digest of the configuration that decided the bank.
         model_digest: Digest of the base model's files.
         bank_layer: `fused` or `peft`.
         kernels: `liger` or `torch`.
         recomputed_layers: The number of decoder layers whose activations were recomputed.
         switched_off: Optimisations that this base model does not use.
+        template_date: The date that the chat template is given instead of today's; None if it asks for none.
         padding: Shares of padded positions.
         weights: Weights of the penalties after the last step.
         stream: The tasks up to this one, in order. Version 0.1.0 wrote neither this nor the next four.
@@ -45,6 +47,7 @@ class TaskEntry(Part):
     memory_digest: str | None = None
     router_digest: str | None = None
     records_digest: str | None = None
+    images_digest: str | None = None
     config_digest: str | None = None
     model_digest: str | None = None
     steps: int
@@ -52,6 +55,7 @@ class TaskEntry(Part):
     seconds: float
     padding: dict[str, float] | None = None
     switched_off: tuple[str, ...] = ()
+    template_date: str | None = None
     finished: str
     bank_layer: str | None = None
     kernels: str | None = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi
+from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -16,6 +18,7 @@ from mslora_cr.serving.card import Card, Uploaded
 from mslora_cr.serving.export import export, plan_export
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import hidden_folder, write_text
+from mslora_cr.utils.proxies import proxy_advice
 from mslora_cr.utils.strict_json import read_object
 
 CARD = "model_card.md"
@@ -78,8 +81,8 @@ def push(
 
 
 def _upload(folder: Path, repo: str, public: bool, message: str, endpoint: str | None) -> str:
-    api = HfApi(endpoint=endpoint)
     try:
+        api = HfApi(endpoint=endpoint)
         address = api.create_repo(repo, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except Exception as error:  # Errors of the hub, the HTTP library and the system.
@@ -89,7 +92,8 @@ def _upload(folder: Path, repo: str, public: bool, message: str, endpoint: str |
                 f"{repo}: the hub does not let this account write there (HTTP {status}); log in with `hf auth login` "
                 "or set HF_TOKEN to a token that may write"
             ) from None
-        raise PushError(f"{repo}: the upload stopped ({error}); run the same command again") from error
+        advice = proxy_advice(urlsplit(endpoint or ENDPOINT).hostname or "")
+        raise PushError(f"{repo}: the upload stopped ({error}); run the same command again{advice}") from error
     return str(address)
 
 

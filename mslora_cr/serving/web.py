@@ -32,6 +32,9 @@ from mslora_cr.utils.errors import UserError
 PAGE = Path(__file__).with_name("page")
 MOST_BYTES = 32 << 20
 """The largest uploaded picture."""
+MOST_FORM = MOST_BYTES + (1 << 20)
+"""The largest body of a request, picture and fields; a larger one is refused before it fills memory or disk."""
+TOO_LARGE = f"a picture may have {MOST_BYTES >> 20} MiB"
 LARGEST_SIDE = 640
 """The longest side, in pixels, of a picture on the page."""
 MOST_LISTED = 200
@@ -109,7 +112,7 @@ class _Web:
             picture = await upload.read(MOST_BYTES + 1) if upload is not None and not isinstance(upload, str) else None
             fields = {key: value for key, value in form.multi_items() if isinstance(value, str)}
         if picture is not None and len(picture) > MOST_BYTES:
-            raise HTTPException(413, f"a picture may have {MOST_BYTES >> 20} MiB")
+            raise HTTPException(413, TOO_LARGE)
         return picture, fields
 
     def _answer(self, upload: bytes | None, fields: dict[str, str]) -> dict[str, Any]:
@@ -208,7 +211,11 @@ def make_app(model: AnsweringModel, hosts: Sequence[str]) -> Starlette:
     routes += [Route("/api/ask", web.ask, methods=["POST"]), Route("/api/preview", web.preview, methods=["POST"])]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(_Headers), Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+        middleware=[
+            Middleware(_Headers),
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)),
+            Middleware(_Bounded),
+        ],
         exception_handlers={UserError: _explain, HTTPException: _explain},
     )
 
@@ -239,3 +246,23 @@ class _Headers:
             await send(message)
 
         await self.app(scope, receive, with_headers)
+
+
+class _Bounded:
+    """Ends a request whose body is larger than `MOST_FORM`, as it is read."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        size = 0
+
+        async def counted() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MOST_FORM:
+                raise HTTPException(413, TOO_LARGE)
+            return message
+
+        await self.app(scope, counted, send)

@@ -12,17 +12,19 @@ from typing import Any
 import torch
 
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.data.datasets import ConcatTrainDataset
+from mslora_cr.data.datasets import KEPT_BYTES, ConcatTrainDataset
+from mslora_cr.data.image_digests import images_digest
 from mslora_cr.data.images import image_size, inspect_images, load_image, resolve_image
 from mslora_cr.data.input_processor import Collate
 from mslora_cr.data.lengths import LearnedCounts, count_learned, locations
 from mslora_cr.data.records import DataError, TrainingRecords, shown_images
-from mslora_cr.data.tasks import task_image_roots
+from mslora_cr.data.tasks import images_shown, task_image_roots
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.distributed.deepspeed import zero_stage
 from mslora_cr.methods.base import method_of
 from mslora_cr.models.base_check import check_loss
 from mslora_cr.models.base_model import BaseModel
+from mslora_cr.models.describe import fixed_date
 from mslora_cr.models.load import input_processor_without_weights
 from mslora_cr.runs.ledger import Ledger, work_folder
 from mslora_cr.training.checkpoints import checkpoints
@@ -86,6 +88,16 @@ def check_records_unchanged(ledger: Ledger, records: dict[str, TrainingRecords])
         entry = ledger.tasks.get(name)
         if entry is not None and entry.records_digest not in (None, part.digest):
             raise DataError(f"{part.path} has changed since {name!r} was trained on it; restore it to continue")
+
+
+def say_fixed_date(config: StreamConfig) -> None:
+    """Say which date the base model's chat template writes, where it asks for today's."""
+    if date := fixed_date(Path(config.model.path)):
+        log.info(
+            "the base model's chat template asks for today's date: it is given %s every day, in training and in "
+            "answering",
+            date,
+        )
 
 
 def check_labels(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
@@ -152,7 +164,9 @@ def try_first_record(base: BaseModel, samples: ConcatTrainDataset, collator: Col
 LARGE_PIXELS = 2_000_000
 """If pictures have more megapixels on average, decoding one takes longer than computing a small step."""
 SAMPLED = 32
-"""The number of pictures of a task that are measured."""
+"""How many pictures of a task are measured."""
+DIGESTED = 1_000
+"""How many images of a task are read to notice that they have changed."""
 
 
 def warn_of_large_images(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
@@ -170,30 +184,57 @@ def warn_of_large_images(config: StreamConfig, records: dict[str, TrainingRecord
         begun = time.perf_counter()
         load_image(paths[len(paths) // 2])
         log.warning(
-            "%s: its pictures have %.1f megapixels on average, and decoding one takes %.2f s, at every step of every "
-            "epoch. data.cache_image_features: FOLDER caches the vision tower's features; for base models "
-            "without that, store them smaller",
+            "%s: its pictures have %.1f megapixels on average, and one takes %.2f s to decode, in every epoch unless "
+            "all samples fit into %d MB and training.dataloader_num_workers is 0. data.cache_image_features: FOLDER "
+            "keeps what the vision tower makes of them; for base models without that, store them smaller",
             name,
             sum(pixels) / len(pixels) / 1e6,
             time.perf_counter() - begun,
+            KEPT_BYTES >> 20,
         )
 
 
-def check_task_images(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
-    """Find and, unless `data.check_images` is off, decode every image that training will read.
+def training_images(config: StreamConfig, records: dict[str, TrainingRecords]) -> dict[str, dict[Path, int]]:
+    """By task, every image that training will read, with the first record that shows it.
+
+    Raises:
+        DataError: one is missing or outside its root; names the record.
+    """
+    return {name: images_shown(config, config.task(name), part) for name, part in records.items()}
+
+
+def training_image_digests(images: dict[str, dict[Path, int]]) -> dict[str, str]:
+    """By task, the digest of its training images: all sizes, and the contents of `DIGESTED` of them at most."""
+    return {name: images_digest(paths, DIGESTED) for name, paths in images.items()}
+
+
+def check_images_unchanged(ledger: Ledger, digests: dict[str, str], records: dict[str, TrainingRecords]) -> None:
+    """Raise if a finished task whose samples are still needed has other images now.
+
+    Raises:
+        DataError: names the file that shows them.
+    """
+    for name, digest in digests.items():
+        entry = ledger.tasks.get(name)
+        if entry is not None and entry.images_digest not in (None, digest):
+            raise DataError(
+                f"the images of {records[name].path} have changed since {name!r} was trained on them; restore them to "
+                "continue"
+            )
+
+
+def check_task_images(
+    config: StreamConfig, records: dict[str, TrainingRecords], images: dict[str, dict[Path, int]]
+) -> None:
+    """Decode every image that training will read, unless `data.check_images` is off.
+
+    Args:
+        images: as `training_images`.
 
     Raises:
         DataError: The message names the bad ones, each with the first record that uses it.
     """
-    paths: dict[Path, tuple[TrainingRecords, int]] = {}
-    for task_name, part in records.items():
-        roots = task_image_roots(config, config.task(task_name))
-        for index, record in enumerate(part):
-            for name in shown_images(record, config.data.images == "all"):
-                try:
-                    paths.setdefault(resolve_image(name, roots), (part, index))
-                except DataError as error:
-                    raise DataError(f"{part.path}: {part.location(index)}: {error}") from None
+    paths = {path: (records[name], index) for name, shown in images.items() for path, index in shown.items()}
     if not config.data.check_images or not paths:
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ from mslora_cr.distributed.launch import run_on_rank0
 from mslora_cr.methods.base import Setup, method_of, needs_task
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.cached_tower import cached_tower
-from mslora_cr.models.describe import switched_off
+from mslora_cr.models.describe import fixed_date, switched_off
 from mslora_cr.models.family import family_of
 from mslora_cr.models.language import language_linears
 from mslora_cr.models.load import base_digest, input_processor_of, kernels_of, load_base
@@ -47,11 +47,15 @@ from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import Ledger, work_folder
 from mslora_cr.runs.lock import launch
 from mslora_cr.stream.checks import (
+    check_images_unchanged,
     check_labels,
     check_records_unchanged,
     check_task_images,
     check_trainable,
+    say_fixed_date,
     shared_facts,
+    training_image_digests,
+    training_images,
     try_first_record,
     warn_of_large_images,
 )
@@ -80,6 +84,8 @@ class StreamRun:
     ledger: Ledger
     records: dict[str, TrainingRecords]
     """By task, for all tasks whose samples are read."""
+    image_digests: dict[str, str]
+    """By task, the digest of the images that its records show."""
     model_digest: str
     force: bool
 
@@ -90,6 +96,7 @@ class StreamRun:
             "configuration": self.config.training_digest(task),
             "base model": self.model_digest,
             "training records": " ".join(self.records[source.name].digest for source in sources),
+            "training images": " ".join(self.image_digests[source.name] for source in sources),
         }
 
 
@@ -146,16 +153,22 @@ def _open_run(
     model_digest = base_digest(config)
     check_hosts(config.run_dir, shared_facts(config, records, ledger, fields, model_digest))
 
+    image_digests: dict[str, str] = {}
+
     def prepare() -> None:
         # This takes a moment, whereas images may take minutes.
         ledger.check_same_configuration(config, model_digest, force)
-        check_task_images(config, records)
+        images = training_images(config, records)
+        image_digests.update(training_image_digests(images))
+        check_images_unchanged(ledger, image_digests, records)
+        check_task_images(config, records, images)
+        say_fixed_date(config)
         check_labels(config, records)
         warn_of_large_images(config, records)
         ledger.open(config, model_digest, force)
 
     run_on_rank0(prepare)
-    return StreamRun(config, fields, ledger, records, model_digest, force)
+    return StreamRun(config, fields, ledger, records, broadcast_object(image_digests), model_digest, force)
 
 
 def train_task(run: StreamRun, task: Task) -> None:
@@ -294,6 +307,7 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
         task,
         digest,
         records_digest=run.records[task.name].digest,
+        images_digest=run.image_digests[task.name],
         config_digest=config.training_digest(task),
         model_digest=run.model_digest,
         steps=trainer.state.global_step,
@@ -301,6 +315,7 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
         seconds=round(trainer.seconds, 3),
         padding=padding,
         switched_off=switched_off(Path(config.model.path), trainer.stack.base),
+        template_date=fixed_date(Path(config.model.path)),
         bank_layer=trainer.stack.layer,
         kernels=kernels_of(config),
         recomputed_layers=trainer.recomputation.count,

@@ -59,6 +59,7 @@ class Launch(StateFile):
     configuration: str | None = None
     base_model: str | None = Field(default=None, alias="base model")
     training_records: str | None = Field(default=None, alias="training records")
+    training_images: str | None = Field(default=None, alias="training images")
 
     @classmethod
     def of(cls, args: TrainingArguments, input_digests: Mapping[str, str]) -> Launch:
@@ -67,10 +68,9 @@ class Launch(StateFile):
         return cls.model_validate(facts)
 
     def input_digests(self) -> dict[str, str]:
-        """The settings that decide the bank, by their names in messages; unknown ones are left out."""
-        return self.model_dump(
-            by_alias=True, exclude_none=True, include={"configuration", "base_model", "training_records"}
-        )
+        """The settings that decide the bank, by name in words; unknown ones are left out."""
+        named = {"configuration", "base_model", "training_records", "training_images"}
+        return self.model_dump(by_alias=True, exclude_none=True, include=named)
 
 
 def check_same_launch(checkpoint: Path, args: TrainingArguments, input_digests: Mapping[str, str], force: bool) -> None:
@@ -83,8 +83,8 @@ def check_same_launch(checkpoint: Path, args: TrainingArguments, input_digests: 
         force: Allow another configuration.
 
     Raises:
-        DistributedError: The number of processes or the ZeRO stage differs; between tasks both may change freely.
-        ConfigError: The configuration, base model or training records differ.
+        DistributedError: another number of processes or ZeRO stage; between tasks both may change freely.
+        ConfigError: another configuration, base model, training records or images.
     """
     written = Launch.read(checkpoint / LAUNCH)
     again = f"remove {checkpoint.parent} to start this task again (finished tasks stay)"
@@ -97,6 +97,7 @@ def check_same_launch(checkpoint: Path, args: TrainingArguments, input_digests: 
         )
     free = {"configuration"} if force else set()
     before, after = written.input_digests(), now.input_digests()
+    free |= {"training images"} - before.keys()  # an earlier version did not note them
     changed = [key for key, value in after.items() if before.get(key) != value and key not in free]
     if changed:
         forced = "; --force continues with the changed configuration" if changed == ["configuration"] else ""

@@ -8,21 +8,28 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlsplit
 
+import httpx
 from pydantic import Field
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import MLflowCallback, TensorBoardCallback, WandbCallback
 from transformers.utils import ENV_VARS_TRUE_VALUES
 
 from mslora_cr.config.schema import ConfigError
+from mslora_cr.distributed.comm import rank
+from mslora_cr.utils.errors import shorten
+from mslora_cr.utils.proxies import proxy_advice
 from mslora_cr.utils.state import StateFile
 
 log = logging.getLogger(__name__)
 
 TRACKERS = "trackers.json"
+REACH_SECONDS = 10.0
+"""How long a tracker's server may take to answer."""
 
 
 class TrackerRuns(StateFile):
@@ -52,23 +59,51 @@ def reads_checkpoints(callbacks: Iterable[TrainerCallback]) -> bool:
 
 
 def check_trackers(report_to: Iterable[str]) -> None:
-    """Check that W&B knows its user, before anything is loaded.
+    """See that the trackers can be used, before anything is loaded. A W&B whose server cannot be reached works offline.
 
     Raises:
-        ConfigError: It has no key, but is to be online.
+        ConfigError: W&B has no key, and is to be online; or MLflow's server cannot be reached.
     """
-    if "wandb" not in report_to:
-        return
+    if "wandb" in report_to:
+        _check_wandb()
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if "mlflow" in report_to and rank() == 0 and uri.startswith("http") and (problem := _unreachable(uri)):
+        raise ConfigError(
+            f"training.report_to: MLflow's server {uri} cannot be reached ({problem}). Start it, or set "
+            "MLFLOW_TRACKING_URI to a database on this machine, such as sqlite:///mlflow.db"
+        )
+
+
+def _check_wandb() -> None:
     mode = os.environ.get("WANDB_MODE", "online")
     disabled = os.environ.get("WANDB_DISABLED", "").upper() in ENV_VARS_TRUE_VALUES
-    if disabled or mode in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
+    if disabled or mode in ("offline", "disabled", "dryrun"):
         return
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    if not _in_netrc(host):
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    host = urlsplit(url).hostname or ""
+    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(host):
         raise ConfigError(
             f"training.report_to: W&B has no key for {host}; log in with `wandb login`, set WANDB_API_KEY, or set "
             "WANDB_MODE=offline to keep the metrics on this machine"
         )
+    if rank() == 0 and (problem := _unreachable(url)):
+        _go_offline(f"the server {url} cannot be reached ({problem})")
+
+
+def _go_offline(why: str) -> None:
+    """Let W&B write to this machine's disk from now on, in this process and those that it starts."""
+    log.warning("W&B works offline: %s. `wandb sync` uploads the metrics later", why)
+    os.environ["WANDB_MODE"] = "offline"
+
+
+@cache
+def _unreachable(url: str) -> str:
+    """Why a server cannot be reached; nothing where it answers, whatever it answers."""
+    try:
+        httpx.head(url, timeout=REACH_SECONDS)
+    except (httpx.TransportError, httpx.InvalidURL, ValueError, ImportError) as error:
+        return f"{type(error).__name__}: {error}{proxy_advice(urlsplit(url).hostname or '')}"
+    return ""
 
 
 def _in_netrc(host: str) -> bool:
@@ -106,14 +141,7 @@ def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None
         folder = str(logs / "tensorboard" / task)
         trainer.add_callback(TensorBoardCallback(SummaryWriter(folder, purge_step=step + 1 if step else None)))
     if "wandb" in used:
-        import wandb
-
-        wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "huggingface"),  # This is the Trainer's own default.
-            name=trainer.args.run_name,
-            id=wandb_runs.setdefault(task, secrets.token_hex(8)),
-            resume="allow",
-        )
+        _start_wandb(wandb_runs.setdefault(task, secrets.token_hex(8)), trainer.args.run_name)
     if "mlflow" in used:
         mlflow_runs[task] = _start_mlflow(mlflow_runs.get(task), trainer.args.run_name)
     logs.mkdir(parents=True, exist_ok=True)
@@ -122,11 +150,25 @@ def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None
         yield
     finally:  # Otherwise the next task would be logged into this one's run.
         if "wandb" in used:
+            import wandb
+
             wandb.finish()
         if "mlflow" in used:
             import mlflow
 
             mlflow.end_run()
+
+
+def _start_wandb(run_id: str, name: str | None) -> None:
+    """Start or continue a run of W&B; offline where its server does not take it."""
+    import wandb
+
+    project = os.environ.get("WANDB_PROJECT", "huggingface")  # the Trainer's own default
+    try:
+        wandb.init(project=project, name=name, id=run_id, resume="allow")
+    except wandb.Error as error:
+        _go_offline(f"it starts no run ({shorten(str(error))})")
+        wandb.init(project=project, name=name, id=run_id, mode="offline")
 
 
 def _start_mlflow(run_id: str | None, name: str | None) -> str:

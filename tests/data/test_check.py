@@ -12,16 +12,17 @@ from PIL import Image
 
 from mslora_cr.cli.data import add_check_arguments, run_check
 from mslora_cr.config.schema import StreamConfig
-from mslora_cr.data.lengths import count_learned, read_limit, training_length
-from mslora_cr.data.llava_med_inputs import LlavaMedInputs
-from mslora_cr.data.prompts import IMAGE_INDEX
+from mslora_cr.data.lengths import count_learned
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 from mslora_cr.data.sources import check_report as module
 from mslora_cr.data.sources.catalog import data_set
 from mslora_cr.data.sources.check import Scan, check
 from mslora_cr.data.sources.check_report import Report, Share, table
+from mslora_cr.models.layout import ModelError
+from mslora_cr.models.load import input_processor_in
 from mslora_cr.stream.checks import check_labels
 from tests.data.test_images import picture
+from tests.helpers.families import make
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_a" / "llava_med_tiny"
 TURNS = [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "yes"}]
@@ -218,7 +219,8 @@ def test_images_of_which_the_model_sees_little_are_warned_of_every_time(root, tm
     Image.fromarray((ramp / 4096).astype(np.float32)).save(folder / "unit.tif")
     Image.fromarray((ramp // 16).astype(np.uint16)).save(folder / "low.png")
     Image.new("L", (9, 9), 7).save(folder / "blank.png")
-    names = ("twelve.png", "unit.tif", "low.png", "blank.png")
+    Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 9, 4))).save(folder / "clear.png")
+    names = ("twelve.png", "unit.tif", "low.png", "blank.png", "clear.png")
     write(root, [training(f"images/{name}") for name in names], [question()])
     for _ in range(2):
         [warning] = [
@@ -228,6 +230,7 @@ def test_images_of_which_the_model_sees_little_are_warned_of_every_time(root, tm
         ]
         assert [example.removeprefix(f"{folder}/").partition(":")[0] for example in warning.examples] == sorted(names)
         assert "blank.png: one single colour once decoded (stored as L)" in str(warning.examples)
+        assert "clear.png: it has transparent parts" in str(warning.examples)
         assert "low.png: stored with more than 8 bits (mode I;16)" in str(warning.examples)
 
 
@@ -236,17 +239,34 @@ def test_samples_that_would_be_cut_off(root):
     unclear = [TURNS[0], {"from": "gpt", "value": "a [/INST] b"}]
     train = [training(), training(conversations=long), training(conversations=unclear)]
     write(root, train, [question(), question(text="word " * 40, gt="no")])
-    limit = read_limit(GOLDEN, max_length=50)
-    assert limit.patches == 16  # 56 // 14 squared
-    report = look(root, limit=limit)
+    report = look(root, processor=input_processor_in(GOLDEN, 50))
     assert report.truncated == 2
     warnings = messages(report, "warning")
     assert "longer than 50 positions: their end is cut off (1): ['train.json: record 1']" in warnings
     assert "longer than 50 positions: their end is cut off (1): ['test.jsonl: question 1']" in warnings
     assert "add nothing to the loss (1): ['train.json: record 2']" in warnings
-    assert look(root, limit=read_limit(GOLDEN, max_length=2048)).truncated == 0
-    with pytest.raises(DataError, match="not a model's folder"):
-        read_limit(root, 2048)
+    assert look(root, processor=input_processor_in(GOLDEN, 2048)).truncated == 0
+    report = look(root, processor=input_processor_in(GOLDEN, 24))
+    assert "lose their whole answer, which begins behind 24 positions (2)" in messages(report, "warning")
+    assert "train.json: no conversation has a label, so training would learn nothing" in messages(report, "error")
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        input_processor_in(root, 2048)
+
+
+def test_samples_of_other_base_models_that_would_be_cut_off(root: Path, tmp_path: Path) -> None:
+    """As many as the model's own processor makes longer; a missing image is no question of length."""
+    make("qwen2_5_vl", tmp_path / "model")
+    long = [TURNS[0], {"from": "gpt", "value": "word " * 30}]
+    train = [training(), training(conversations=long), training("images/none.png")]
+    write(root, train, [question(), question(text="word " * 40, gt="no")])
+    records = TrainingRecords(root / "PathVQA" / "train.json")
+    processor = input_processor_in(tmp_path / "model", 2048)
+    short, other = (processor.length(record, [root / "PathVQA"]) for record in records[:2])
+    report = look(root, processor=input_processor_in(tmp_path / "model", (short + other) // 2))
+    warnings = messages(report, "warning")
+    assert report.truncated == 2 and "their end is cut off (1): ['train.json: record 1']" in warnings
+    assert "their end is cut off (1): ['test.jsonl: question 1']" in warnings
+    assert "cannot be encoded" not in messages(report, "error")
 
 
 @pytest.mark.parametrize("all_images", [False, True])
@@ -260,9 +280,8 @@ def test_training_counts_the_samples_that_it_cuts(all_images, max_length, tmp_pa
     for ascii_only in (False, True):
         (tmp_path / "train.json").write_text(json.dumps(records, ensure_ascii=ascii_only))
         opened = TrainingRecords(tmp_path / "train.json")
-        limit = read_limit(GOLDEN, max_length)
-        lengths = [training_length(limit, r.turns, len(r.images) if all_images else 1)[1] for r in opened]
-        inputs = LlavaMedInputs(limit.tokenizer, None, IMAGE_INDEX, limit.patches, max_length, all_images)
+        inputs = input_processor_in(GOLDEN, max_length, all_images)
+        lengths = [inputs.count_labels(record, []).length for record in opened]
         try:
             counts = count_learned(opened, [], inputs, max_length)
         except DataError as error:
@@ -306,8 +325,8 @@ def test_training_on_nothing_is_refused_and_on_less_is_said(tiny_settings, tmp_p
 def test_texts_that_cannot_be_encoded(root):
     nul = [{"from": "human", "value": "<image>\na\0b"}, {"from": "gpt", "value": "yes"}]
     write(root, [training(), training(conversations=nul)], [question(), question(text="a\0b")])
-    for limit in (None, read_limit(GOLDEN, max_length=50)):
-        errors = messages(look(root, limit=limit), "error")
+    for processor in (None, input_processor_in(GOLDEN, 50)):
+        errors = messages(look(root, processor=processor), "error")
         assert "conversations with a NUL character, which cannot be encoded (1): ['train.json: record 1']" in errors
         assert "questions with a NUL character, which cannot be encoded (1): ['test.jsonl: question 1']" in errors
 

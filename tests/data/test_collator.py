@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from mslora_cr.data import datasets
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.datasets import EvalDataset, TrainDataset
 from mslora_cr.data.features import FeatureCache
@@ -171,3 +173,24 @@ def test_text_only_samples_are_batched_with_cached_features(input_processor: Lla
     for order in ([0, 1], [1, 0]):
         assert TrainingCollator(0)([cached[index] for index in order])["pixel_values"].equal(torch.ones(1, 5, 7))
     assert "pixel_values" not in TrainingCollator(0)([cached[1]])
+
+
+def test_a_small_data_set_is_decoded_once(
+    input_processor: LlavaMedInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = []
+    for name, size in (("a.png", (30, 40)), ("b.png", (50, 20))):
+        Image.effect_noise(size, 60).convert("RGB").save(tmp_path / name)
+        images.append(name)
+    records = TrainingRecords(write(tmp_path, *map(conversation, images)))
+    for kept in (datasets.KEPT_BYTES, 40_000):  # two samples have 37,632 bytes of pixels each
+        monkeypatch.setattr(datasets, "KEPT_BYTES", kept)
+        samples = TrainDataset(records, [tmp_path], input_processor)
+        first = [samples[index]["pixel_values"].clone() for index in range(2)]
+        (tmp_path / "a.png").rename(tmp_path / "away.png")
+        if kept > 40_000:
+            assert all(torch.equal(samples[index]["pixel_values"], first[index]) for index in range(2))
+        else:
+            with pytest.raises(DataError, match=r"a\.png' is missing"):
+                samples[0]
+        (tmp_path / "away.png").rename(tmp_path / "a.png")

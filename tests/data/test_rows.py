@@ -14,6 +14,8 @@ from PIL import Image
 from mslora_cr.cli.main import main
 from mslora_cr.data.answers.kinds import answer_kinds
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
+from mslora_cr.data.rows import arrow as arrow_module
+from mslora_cr.data.rows import read as read_module
 from mslora_cr.data.rows.read import read_rows
 from mslora_cr.data.rows.row import Columns, Row
 from mslora_cr.data.sources.convert import convert
@@ -345,3 +347,51 @@ def test_kinds_of_answers() -> None:
     said = ["1", "2", "-3.5", "a|b", "a", "b", "a|c", "c", "b|c", "so, then", "because", "no"]
     kinds = answer_kinds(asked, said, [False] * 11 + [True])
     assert kinds == ["number"] * 3 + ["set"] * 6 + ["text"] * 2 + ["choice"]
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.csv", "t.parquet"])
+def test_more_rows_than_can_be_held_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    if name == "t.parquet":
+        columns = {key: pyarrow.nulls(40) for key in ("image", "question", "answer")}
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    else:
+        path.write_text("null\n" * 40 if name == "t.jsonl" else HEADER + "a,b\n" * 40)
+    source = tmp_path if name == "t.parquet" else path
+    assert len(list(read_rows(source, Columns(), None))) == 40
+    monkeypatch.setattr(read_module, "MOST_ROWS", 39)
+    with pytest.raises(DataError, match=r"more than 39 rows; convert it in parts"):
+        list(read_rows(source, Columns(), None))
+
+
+def test_large_values_of_a_row_group_are_decoded_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One text that all rows share takes little space in a file, and as much as all of them once it is read."""
+    pyarrow = pytest.importorskip("pyarrow")
+    shared = ["x" * 100_000] * 64
+    table = pyarrow.table({"image": ["a.png"] * 64, "question": ["?"] * 64, "answer": shared})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    assert (tmp_path / "t.parquet").stat().st_size < 50_000
+    monkeypatch.setattr(arrow_module, "BYTES_AT_ONCE", 1 << 20)
+    _, batches, _ = arrow_module._opened(tmp_path / "t.parquet")
+    assert max(batch.num_rows for batch in batches(["answer"])) <= 10
+    assert answers(list(read_rows(tmp_path, Columns(), None))) == shared
+    monkeypatch.setattr(arrow_module, "MOST_GROUP_BYTES", 90_000)
+    with pytest.raises(DataError, match=r"row group 0 unpacks to .* bytes, more than 90,000"):
+        list(read_rows(tmp_path, Columns(), None))
+
+
+def test_whole_numbers_of_a_table_with_gaps_and_an_unused_split_column(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(6):
+        (tmp_path / "images" / f"{number}.png").write_bytes(png(number))
+    rows = [f"images/{number}.png,How many?,{number}.0,test\n" for number in range(6)]
+    (tmp_path / "t.csv").write_text("image,question,answer,Subset\n" + "".join(rows))
+    converted = convert(tmp_path / "t.csv", tmp_path / "out")
+    answered = [row.turns[1].text for row in TrainingRecords(tmp_path / "out" / "train.json")]
+    answered += [row.gt for row in TestRecords(tmp_path / "out" / "test.jsonl")]
+    assert sorted(answered) == ["0", "1", "2", "3", "4", "5"]
+    remarks = " ".join(converted.remarks)
+    assert "written as 2.0; they are kept as 2" in remarks and "column 'Subset' may say which rows" in remarks

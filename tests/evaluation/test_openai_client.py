@@ -23,6 +23,7 @@ THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
         (completion({"content": None, "refusal": "I can't."}, finish_reason="stop"), Reply("", "refusal")),
         (completion({"content": [THINKING, {"type": "text", "text": "tumor"}]}), Reply("tumor")),
         (completion({"content": [{"type": "text"}]}), None),
+        (completion({"reasoning_content": "It"}, finish_reason="length"), Reply("", "length")),
         (completion({"content": 3}), None),
         (httpx.Response(200, json={"choices": []}), None),
         (httpx.Response(200, content=b"{"), None),

@@ -22,6 +22,8 @@ class Server(ThreadingHTTPServer):
         self.reply: Callable[[dict[str, Any]], str] = lambda body: " Yes \n"
         self.faults: list[str] = []
         self.refusal = b""
+        self.spoil: Callable[[bytes], bytes] = lambda whole: whole
+        """Changes a whole reply before it is sent."""
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
@@ -80,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
                         {"message": {"role": "assistant", "content": server.reply(body)}, "finish_reason": "stop"}
                     ]
                 }
-                whole = json.dumps(answer).encode()
+                whole = server.spoil(json.dumps(answer).encode())
                 if fault != "cut":
                     with server.lock:
                         server.answered[key] += 1

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mslora_cr.banks.bank import BankError
@@ -219,7 +220,7 @@ def test_online_ewc_adds_up_what_it_forgets_slowly(method_run: Trained, config_f
         torch.testing.assert_close(values, 0.5 * first[name] + alone[name], rtol=1e-5, atol=1e-12)
 
 
-def test_changed_records_of_a_replayed_task_are_refused(
+def test_changed_images_and_records_of_a_replayed_task_are_refused(
     method_run: Trained, config_file: ConfigWriter, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tiny_data, tmp_path / "data")
@@ -229,8 +230,14 @@ def test_changed_records_of_a_replayed_task_are_refused(
     del content["tasks"]["PCAM"]
     ledger.write_text(json.dumps(content))
     records = tmp_path / "data" / "PathVQA" / "train.json"
-    records.write_text(json.dumps(json.loads(records.read_text())[1:]))
     config = str(config_file(run="replay", method="replay"))
+    image = records.parent / json.loads(records.read_text())[0]["image"]
+    before = image.read_bytes()
+    Image.new("RGB", (64, 64), "red").save(image)
+    assert main(["train", config, f"data.root={tmp_path / 'data'}", "--force"]) == 1
+    assert f"the images of {records} have changed since 'pathvqa' was trained on them" in capsys.readouterr().err
+    image.write_bytes(before)
+    records.write_text(json.dumps(json.loads(records.read_text())[1:]))
     assert main(["train", config, f"data.root={tmp_path / 'data'}", "--force"]) == 1
     assert f"{records} has changed since 'pathvqa' was trained on it" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainingArguments
@@ -302,7 +303,7 @@ def test_a_stream_may_grow_behind_its_finished_tasks(
     assert trained == ["PCAM"]
 
 
-def test_a_checkpoint_of_other_settings_or_records_is_refused(
+def test_a_checkpoint_of_other_settings_images_or_records_is_refused(
     config_file: ConfigWriter, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
@@ -314,6 +315,12 @@ def test_a_checkpoint_of_other_settings_or_records_is_refused(
     message = capsys.readouterr().err
     assert "checkpoint-2 was made with another configuration" in message and "--force continues" in message
     records = data / "PathVQA" / "train.json"
+    image = records.parent / json.loads(records.read_text())[0]["image"]
+    before = image.read_bytes()
+    Image.new("RGB", (64, 64), "red").save(image)
+    assert main(command) == 1
+    assert "training images changed since" in capsys.readouterr().err
+    image.write_bytes(before)
     records.write_text(json.dumps(json.loads(records.read_text())[1:]))
     assert main([*command, "--force"]) == 1  # of no use here, so not recommended
     message = capsys.readouterr().err

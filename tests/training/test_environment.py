@@ -5,11 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from mslora_cr.config.schema import ConfigError
-from mslora_cr.distributed.comm import rank
+from mslora_cr.distributed.comm import DistributedError, get_device, rank
+from mslora_cr.distributed.launch import start_process_group
 from mslora_cr.training.arguments import _say_ignored, ignore_launcher_settings
 from mslora_cr.training.trackers import check_trackers
+from tests.helpers.chat_server import serving
 
 
 def test_settings_of_accelerate_are_dropped_and_named(
@@ -26,10 +29,27 @@ def test_settings_of_accelerate_are_dropped_and_named(
     ]
 
 
-def test_a_rank_without_other_processes_is_a_leftover(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert rank() == 0
+def test_what_launchers_leave_behind_starts_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    leftovers = {"RANK": "3", "LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "PMI_SIZE": "4", "WORLD_SIZE": ""}
+    for name, value in leftovers.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert rank() == 0 and get_device("cpu").type == "cpu"
+    ignore_launcher_settings()
+    assert not {"LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & os.environ.keys()
+    start_process_group(use_gpu=False)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_part_of_a_launchers_variables_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(DistributedError, match="WORLD_SIZE=2, but not RANK, MASTER_ADDR, MASTER_PORT: unset"):
+        start_process_group(use_gpu=False)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(DistributedError, match="WORLD_SIZE=two in the environment is no number"):
+        start_process_group(use_gpu=False)
 
 
 def test_wandb_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -39,10 +59,30 @@ def test_wandb_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(ConfigError, match=r"W&B has no key for api\.wandb\.ai; .* WANDB_MODE=offline"):
         check_trackers(["wandb"])
     check_trackers(["tensorboard"])
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password 0\n")
-    check_trackers(["wandb"])
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"no key for 127\.0\.0\.1"):
         check_trackers(["wandb"])
     monkeypatch.setenv("WANDB_MODE", "offline")
     check_trackers(["wandb"])
+
+
+def test_a_tracker_whose_server_cannot_be_reached(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_DISABLED", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password 0\n")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        check_trackers(["wandb"])
+    assert os.environ["WANDB_MODE"] == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    with caplog.at_level(logging.WARNING, logger="mslora_cr"):
+        check_trackers(["wandb"])
+    assert os.environ["WANDB_MODE"] == "offline"
+    assert "the server http://127.0.0.1:9 cannot be reached (ConnectError" in caplog.text
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"MLflow's server http://127\.0\.0\.1:9 cannot be reached .* sqlite"):
+        check_trackers(["mlflow"])

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -22,6 +23,7 @@ from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.lock import check_fetched, check_upstream
 from mslora_cr.data.sources.raw import RawData, blob_ids
 from mslora_cr.utils.files import hidden_folder, resumable
+from mslora_cr.utils.proxies import proxy_advice
 
 ENDPOINT = "https://github.com"
 ATTEMPTS = 5
@@ -123,7 +125,10 @@ def _fetch(url: str, archive: Path, source: OpenSource, progress: bool) -> None:
             except (OSError, HTTPException) as error:
                 problem = error
         else:
-            raise DataError(f"{url}: the download stopped ({problem}); run the same command again to resume") from None
+            advice = proxy_advice(urlsplit(url).hostname or "")
+            raise DataError(
+                f"{url}: the download stopped ({problem}); run the same command again to resume{advice}"
+            ) from None
     with hidden_folder(archive) as work:
         whole = work / archive.name  # archives are known by their ending
         partial.replace(whole)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mslora_cr.data.records import DataError
 from mslora_cr.data.rows.row import (
     MAX_IMAGE_BYTES,
+    MOST_ROWS,
     SPLITS,
     Columns,
     Problem,
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 ENDINGS = (".arrow", ".parquet")
 ROWS_AT_ONCE = 64
-MOST_ROWS = 3_000_000
-"""Of one file."""
+BYTES_AT_ONCE = 256 << 20
+"""Of rows that are decoded at once, where each may be as large as all values of its row group together."""
 MOST_GROUP_BYTES = 1 << 30
 """Of a Parquet row group, unpacked: it is what has to be held at once."""
 MOST_ITEMS = 1_000
@@ -133,13 +134,21 @@ def _opened(file: Path) -> tuple[pyarrow.Schema, Any, int]:
     opened = parquet.ParquetFile(file)
 
     def batches(names: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
-        _check_groups(file, opened.metadata, names)
-        return opened.iter_batches(ROWS_AT_ONCE, columns=names, use_threads=False)
+        largest = _largest_group(file, opened.metadata, names)
+        # A dictionary holds a value once, however many rows have it, and its rows hold it once each.
+        rows = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // max(largest, 1)))
+        return opened.iter_batches(rows, columns=names, use_threads=False)
 
     return opened.schema_arrow, batches, opened.metadata.num_rows
 
 
-def _check_groups(file: Path, metadata: Any, names: Sequence[str]) -> None:
+def _largest_group(file: Path, metadata: Any, names: Sequence[str]) -> int:
+    """The bytes of the largest row group of some columns, unpacked.
+
+    Raises:
+        DataError: it is too large.
+    """
+    largest = 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         parts = (group.column(index) for index in range(group.num_columns))
@@ -149,6 +158,8 @@ def _check_groups(file: Path, metadata: Any, names: Sequence[str]) -> None:
                 f"{file}: row group {number} unpacks to {size:,} bytes, more than {MOST_GROUP_BYTES:,}; write it with "
                 "smaller row groups"
             )
+        largest = max(largest, size)
+    return largest
 
 
 def _check_type(file: Path, name: str, kind: Any) -> None:

@@ -22,6 +22,7 @@ from mslora_cr.data.rows.row import (
     known_columns,
     options_of,
     patient_column,
+    remark_split,
     said,
     split_of,
     table_row,
@@ -142,7 +143,10 @@ def _inside(question: str) -> bool:
 def _completed(row: Row, item: Mapping[str, Any], columns: Columns, remark: Remark) -> Row:
     """With what stands beside the conversation: split, patient, attributes."""
     split = split_of(said(item[columns.split], "a split")) if columns.split and columns.split in item else None
-    column = columns.group or patient_column([str(name) for name in item], remark)
+    names = [str(name) for name in item]
+    if not columns.split:
+        remark_split(names, remark)
+    column = columns.group or patient_column(names, remark)
     group = said(item.get(column), "a patient").strip() if column else ""
     attributes = {name: value for name in columns.attributes if (value := attribute(item.get(name))) is not None}
     return replace(row, split=split, group=group or None, attributes=attributes)

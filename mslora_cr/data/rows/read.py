@@ -9,7 +9,7 @@ from mslora_cr.data.records import DataError
 from mslora_cr.data.rows.arrow import dataset_files, read_dataset_folder
 from mslora_cr.data.rows.conversations import opening_key, read_json_rows
 from mslora_cr.data.rows.folders import class_folders, read_class_folders, read_coco, read_voc, voc_files
-from mslora_cr.data.rows.row import Columns, Problem, Remark, Row
+from mslora_cr.data.rows.row import MOST_ROWS, Columns, Problem, Remark, Row
 from mslora_cr.data.rows.tables import read_table
 
 TABLES = (".csv", ".tsv")
@@ -29,8 +29,15 @@ def read_rows(
         remark: is told what is worth knowing of the source as a whole.
 
     Raises:
-        DataError: the source is none of these, or lacks a column.
+        DataError: the source is none of these, lacks a column, or has more than `MOST_ROWS` rows.
     """
+    for number, row in enumerate(_rows_of(source, columns, question, remark), 1):
+        if number > MOST_ROWS:
+            raise DataError(f"{source}: more than {MOST_ROWS:,} rows; convert it in parts")
+        yield row
+
+
+def _rows_of(source: Path, columns: Columns, question: str | None, remark: Remark) -> Iterator[Row | Problem]:
     suffix = source.suffix.lower()
     if source.is_dir():
         yield from _folder(source, columns, question, remark)

@@ -22,12 +22,16 @@ SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 """What a split is called → what it is here."""
 PATIENTS = frozenset({"patient", "patientid", "subject", "subjectid"})
 """Columns that say whose an image is, where no other is given; without case, spaces, dots, dashes and underscores."""
+PERHAPS_SPLITS = frozenset({"split", "subset", "fold", "partition", "set", "phase"})
+"""Columns that may say which rows are for testing."""
 PERHAPS_PATIENTS = ("patient", "subject", "case", "study", "participant", "mrn")
 """A column whose name begins or ends with one of these may say whose an image is."""
 LETTERS = "ABCDEFGHIJ"
 MOST_NAME = 1_000
 """Characters in the name of an image; what is longer is something else."""
 MAX_IMAGE_BYTES = 64 << 20
+MOST_ROWS = 3_000_000
+"""Of one source."""
 _DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
 _BASE64 = ("iVBOR", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0A", "Qk")
 """How PNG, JPEG, GIF, WebP, TIFF and BMP begin in base64."""
@@ -125,6 +129,8 @@ def known_columns(path: Path, names: Sequence[str], columns: Columns, question: 
     )
     if not matched.options:
         matched = replace(matched, options=_lettered_columns(names))
+    if not matched.split:
+        remark_split(names, remark)
     return matched if matched.group else replace(matched, group=patient_column(names, remark))
 
 
@@ -152,6 +158,15 @@ def _lettered_columns(names: Sequence[str]) -> tuple[str, ...]:
             break
         letters.append(letter)
     return tuple(letters) if len(letters) > 1 else ()
+
+
+def remark_split(names: Iterable[str], remark: Remark) -> None:
+    """Remark upon a column that may say which rows are for testing, and is not used."""
+    if likely := next((name for name in names if plain(name) in PERHAPS_SPLITS), None):
+        remark(
+            f"column {shorten(likely)} may say which rows are for training and for testing, but is not used. If it "
+            "does, name it with --split"
+        )
 
 
 def patient_column(names: Iterable[str], remark: Remark = lambda text: None) -> str | None:

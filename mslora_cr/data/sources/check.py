@@ -27,6 +27,8 @@ from mslora_cr.data.sources.catalog import DataSet, TestRows
 from mslora_cr.data.sources.check_report import Problem, Report, Share
 from mslora_cr.data.sources.leaks import Leaks, remember
 from mslora_cr.data.sources.question_checks import (
+    check_lengths,
+    check_prompt_lengths,
     check_questions,
     questions_about,
     shared_patients,
@@ -36,7 +38,7 @@ from mslora_cr.data.sources.question_checks import (
 from mslora_cr.data.tasks import read_questions
 
 if TYPE_CHECKING:
-    from mslora_cr.data.lengths import Limit
+    from mslora_cr.data.input_processor import InputProcessor
 
 
 Names = dict[str, str]
@@ -77,8 +79,17 @@ class Scan:
     cache: Path | None = None
 
 
-def check(dataset: DataSet | OwnDataSet, root: Path, limit: Limit | None = None, scan: Scan | None = None) -> Report:
-    """Look at one data set below the data root: at lengths with a `limit`, at image files with a `scan`."""
+def check(
+    dataset: DataSet | OwnDataSet, root: Path, processor: InputProcessor | None = None, scan: Scan | None = None
+) -> Report:
+    """Look at one data set below the data root.
+
+    Args:
+        dataset: of the catalogue or of a configuration.
+        root: the data root.
+        processor: measures lengths, if given.
+        scan: how image files are looked at, if they are to be.
+    """
     report = Report(dataset.name)
     folder = root / dataset.folder
     if not folder.is_dir():
@@ -89,8 +100,12 @@ def check(dataset: DataSet | OwnDataSet, root: Path, limit: Limit | None = None,
     read_test = partial(_read_test, benchmark=own.benchmark, references=references)
     training = _opened(TrainingRecords, folder / own.train, report)
     test = _opened(read_test, folder / own.test, report)
-    train_images = _check_training(training, dataset, limit, report) if training else {}
-    test_images = _check_test(test, dataset, limit, report) if test else {}
+    train_images = _check_training(training, dataset, report) if training else {}
+    test_images = _check_test(test, dataset, report) if test else {}
+    if processor is not None:
+        roots = image_roots(root, dataset.folder, dataset.image_folders)
+        report.truncated = check_lengths(training, roots, processor, report) if training else 0
+        report.truncated += check_prompt_lengths(test, roots, processor, report) if test else 0
     if training:
         check_questions(training_questions(training), "training", report)
     if test:
@@ -159,11 +174,9 @@ def _advice(path: Path) -> str:
     return f"; `mslora-cr data convert {path.parent / others[0]} --output FOLDER` may make it" if others else ""
 
 
-def _check_training(
-    records: TrainingRecords, dataset: DataSet | OwnDataSet, limit: Limit | None, report: Report
-) -> Names:
+def _check_training(records: TrainingRecords, dataset: DataSet | OwnDataSet, report: Report) -> Names:
     """Report on the conversations, and give the images that they name."""
-    empty, silent, long, nul = [], [], [], []
+    empty, nul = [], []
     names: set[str] = set()
     answers: Counter[str] = Counter()
     all_answers = 0
@@ -177,32 +190,23 @@ def _check_training(
             empty.append(location)
         if any("\0" in turn.text for turn in record.turns):
             nul.append(location)
-        elif limit is not None:
-            from mslora_cr.data.lengths import training_length  # imports transformers
-
-            learned, length = training_length(limit, record.turns, int(bool(record.images)))
-            silent += [] if learned else [location]
-            long += [location] if length > limit.max_length else []
     report.train_rows = len(records)
     if nul:
         report.error("conversations with a NUL character, which cannot be encoded", nul)
     if empty:
         report.warning("conversations with an empty answer", empty)
-    if silent:
-        report.warning("conversations that the template cannot hold: they add nothing to the loss", silent)
     commonest = {answer: Share(count, count / all_answers) for answer, count in answers.most_common(COMMONEST)}
     report.training_answers = {answer: count for answer, count in commonest.items() if count.share >= NOTABLE}
     _check_balance(answers, all_answers, "training answers are the same", report)
-    _count_long(long, limit, report)
     return _images(names, dataset, records.path.name, report)
 
 
-def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, limit: Limit | None, report: Report) -> Names:
+def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, report: Report) -> Names:
     """Report on the questions, and give the images that they name."""
     types: Counter[str] = Counter()
     answers: Counter[str] = Counter()
     names: set[str] = set()
-    empty, long, nul = [], [], []
+    empty, nul = [], []
     ids: Counter[int | str] = Counter()
     for index, record in enumerate(records):
         location = f"{records.path.name}: question {index}"
@@ -215,8 +219,6 @@ def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, limit: Limi
             empty.append(f"{location} (id {record.question_id}): {record.gt!r}")
         if "\0" in record.text:
             nul.append(location)
-        elif limit is not None and _prompt_length(limit, record.text) > limit.max_length:
-            long.append(location)
     report.test_open, report.test_closed = types["OPEN"], types["CLOSED"]
     report.closed_answers = dict(answers.most_common(COMMONEST))
     expected = dataset.test_rows
@@ -237,7 +239,6 @@ def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, limit: Limi
     if repeated:
         report.warning("question ids that repeat: their rows are scored one by one, in order", repeated)
     _check_balance(answers, answers.total(), "closed test questions have the same answer", report)
-    _count_long(long, limit, report)
     return _images(names, dataset, records.path.name, report)
 
 
@@ -273,19 +274,6 @@ def _check_overlap(training: Names, test: Names, report: Report) -> None:
     report.shared_images = len(shared)
     if shared:
         report.warning("images in both the training and the test file", shared)
-
-
-def _prompt_length(limit: Limit, question: str) -> int:
-    from mslora_cr.data.lengths import prompt_length  # imports transformers
-
-    return prompt_length(limit, question)
-
-
-def _count_long(long: list[str], limit: Limit | None, report: Report) -> None:
-    if limit is not None:
-        report.truncated = (report.truncated or 0) + len(long)
-        if long:
-            report.warning(f"samples longer than {limit.max_length} positions: their end is cut off", long)
 
 
 def _check_image_files(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ EXAMPLES = 5
 """How many rows are named for each reason to leave rows out."""
 SIDES = {"train": "train.json", "validation": "val.jsonl", "test": "test.jsonl"}
 OURS = {*SIDES.values(), REPORT, IMAGES}
+WHOLE = re.compile(r"-?[0-9]+\.0")
 CLOSED_ANSWERS = frozenset({"yes", "no"})
 
 
@@ -155,7 +157,7 @@ def convert(
         (staging / IMAGES).mkdir(parents=True)
         placer = ImagePlacer(root, staging, rendering, converted.note)
         rows = tqdm(read_rows(source, columns, question, converted.remark), "rows", unit="row", disable=not progress)
-        placed = list(_placed(rows, placer, converted))
+        placed = _whole_numbers(list(_placed(rows, placer, converted)), converted)
         converted.images, converted.several = placer.count, sum(len(names) > 1 for _, names in placed)
         converted.most_images = max((len(names) for _, names in placed), default=0)
         _describe_groups(placed, columns, converted)
@@ -264,6 +266,17 @@ def _placed(rows: Iterable[Row | Problem], placer: ImagePlacer, converted: Conve
         for reason in row.dropped:
             converted.left_out_parts[reason].append(row.location)
         yield replace(row, images=(), group=row.group or placer.patient(row)), names
+
+
+def _whole_numbers(placed: list[Placed], converted: Converted) -> list[Placed]:
+    """Rows whose answers are all whole numbers written as 2.0, as a table with gaps has them, with 2 instead."""
+    if not placed or not all(WHOLE.fullmatch(row.turns[1][1]) for row, _ in placed):
+        return placed
+    converted.remark("all answers are whole numbers written as 2.0; they are kept as 2")
+    return [
+        (replace(row, turns=(row.turns[0], ("gpt", row.turns[1][1].removesuffix(".0")), *row.turns[2:])), names)
+        for row, names in placed
+    ]
 
 
 def _is_text(row: Row) -> bool:

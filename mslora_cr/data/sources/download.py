@@ -13,11 +13,13 @@ from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mslora_cr.data.images import check_name
 from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.lock import check_fetched, check_upstream
 from mslora_cr.utils.files import resumable, write_json
+from mslora_cr.utils.proxies import proxy_advice
 from mslora_cr.utils.strict_json import read_object
 
 RECORD = "download.json"
@@ -106,7 +108,7 @@ def download(
     except DataError:
         raise
     except Exception as error:  # the hub's, the HTTP library's and the system's errors alike
-        raise DataError(_explain(asset, error)) from error
+        raise DataError(_explain(asset, error, endpoint)) from error
     if lock:
         check_fetched(lock, name, target, [file.name for file in files], update, commit)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
@@ -198,7 +200,8 @@ def _write_record(target: Path, record: Mapping[str, Any]) -> None:
     write_json(target / RECORD, record)
 
 
-def _explain(asset: Asset, error: Exception) -> str:
+def _explain(asset: Asset, error: Exception, endpoint: str | None) -> str:
+    from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     page = f"https://huggingface.co/{'datasets/' if asset.kind == 'dataset' else ''}{asset.repo}"
@@ -208,4 +211,5 @@ def _explain(asset: Asset, error: Exception) -> str:
         return f"{asset.repo}: not found, or not open to this account; see {page}"
     if isinstance(error, RevisionNotFoundError):
         return f"{asset.repo}: no such revision; see {page}/commits/main"
-    return f"{asset.repo}: the download stopped ({error}); run the same command again to resume"
+    advice = proxy_advice(urlsplit(endpoint or ENDPOINT).hostname or "")
+    return f"{asset.repo}: the download stopped ({error}); run the same command again to resume{advice}"

@@ -1,14 +1,20 @@
-"""Checks of questions one by one: asked twice with other answers, always answered alike, about patients trained on."""
+"""Checks of questions one by one: asked twice with other answers, always answered alike, about patients trained on, too
+long for a base model."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+from mslora_cr.data.images import MissingImageError
 from mslora_cr.data.records import TestRecords, TrainingRecords
 from mslora_cr.data.sources.check_report import Report
 from mslora_cr.data.validation import question_of
+
+if TYPE_CHECKING:
+    from mslora_cr.data.input_processor import InputProcessor
 
 ONE_SIDED = 0.95
 FEWEST = 10
@@ -92,3 +98,62 @@ def shared_patients(training: TrainingRecords, test: TestRecords) -> set[str]:
 def questions_about(test: TestRecords, images: set[str], patients: set[str]) -> int:
     """How many test questions show one of some images, or are about one of some patients."""
     return sum(bool(images & {*record.images} or str(record.patient) in patients) for record in test)
+
+
+def check_lengths(records: TrainingRecords, roots: Sequence[Path], processor: InputProcessor, report: Report) -> int:
+    """Report on what training would learn of some records, and return how many of them are cut."""
+    from mslora_cr.data.lengths import LearnedCounts  # This imports transformers.
+
+    counts, refused = LearnedCounts(len(records)), []
+    for index, record in enumerate(records):
+        if any("\0" in turn.text for turn in record.turns):
+            continue
+        try:
+            counts.add(index, processor.count_labels(record, roots), processor.max_length)
+        except MissingImageError:  # The check of image files reports it.
+            continue
+        except ValueError as error:
+            refused.append(f"{records.path.name}: {records.location(index)}: {error}")
+
+    def places(indices: Sequence[int]) -> list[str]:
+        return [f"{records.path.name}: {records.location(index)}" for index in indices]
+
+    if refused:
+        report.error("conversations that cannot be encoded", refused)
+    if counts.unlabelled:
+        report.warning(
+            "conversations that the template cannot hold: they add nothing to the loss", places(counts.unlabelled)
+        )
+    if counts.lost:
+        report.warning(
+            f"conversations that lose their whole answer, which begins behind {processor.max_length} positions",
+            places(counts.lost),
+        )
+    if not counts.learned:
+        report.error(f"{records.path.name}: no conversation has a label, so training would learn nothing")
+    _report_long(places(counts.cut), processor.max_length, report)
+    return len(counts.cut) + len(counts.lost)
+
+
+def check_prompt_lengths(records: TestRecords, roots: Sequence[Path], processor: InputProcessor, report: Report) -> int:
+    """Report on questions that are too long, and return their number."""
+    long, refused = [], []
+    for index, record in enumerate(records):
+        location = f"{records.path.name}: question {index}"
+        if "\0" in record.text:
+            continue
+        try:
+            long += [location] if processor.prompt_length(record, roots) > processor.max_length else []
+        except MissingImageError:
+            continue
+        except ValueError as error:
+            refused.append(f"{location}: {error}")
+    if refused:
+        report.error("questions that cannot be encoded", refused)
+    _report_long(long, processor.max_length, report)
+    return len(long)
+
+
+def _report_long(places: list[str], max_length: int, report: Report) -> None:
+    if places:
+        report.warning(f"samples longer than {max_length} positions: their end is cut off", places)
