@@ -31,7 +31,6 @@ TOP_LOGPROBS = 20
 LONGEST_PAUSE = 30.0
 MOST_BYTES = 16 << 20
 """Of a reply, once it is unpacked."""
-PIECE = 1 << 16
 
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -204,7 +203,7 @@ class Chat:
         """
         begun, content = time.monotonic(), bytearray()
         with self._client.stream("POST", self._url, json=body) as response:
-            for piece in response.iter_bytes(PIECE):
+            for piece in response.iter_bytes():
                 content += piece
                 if len(content) > MOST_BYTES:
                     raise httpx.ReadError(f"a reply of more than {MOST_BYTES >> 20} MB")

@@ -98,6 +98,8 @@ def check_same_launch(checkpoint: Path, args: TrainingArguments, input_digests: 
     free = {"configuration"} if force else set()
     before, after = written.input_digests(), now.input_digests()
     free |= {"training images"} - before.keys()  # an earlier version did not note them
+    if before.get("training records") != after.get("training records"):
+        free.add("training images")  # other records show other images
     changed = [key for key, value in after.items() if before.get(key) != value and key not in free]
     if changed:
         forced = "; --force continues with the changed configuration" if changed == ["configuration"] else ""

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from starlette.testclient import TestClient
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 import mslora_cr
 from mslora_cr.cli.main import main
 from mslora_cr.data.chat import DATE
 from mslora_cr.data.images import load_image
+from mslora_cr.models.processor_base import load_processor
 from mslora_cr.serving.web import make_app
 from tests.conftest import write_config
 from tests.helpers.families import make
@@ -64,7 +65,8 @@ def test_settings_and_dates_in_a_folder_decide_nothing(
     assert main(["export", config, other, "--format", "merged", "--output", str(tmp_path / "out")]) == 0
     [folder] = (tmp_path / "out").iterdir()
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    assert (folder / "chat_template.jinja").read_text().startswith("{% macro strftime_now")
+    processor = load_processor(folder)
     content = [{"type": "image"}, {"type": "text", "text": "is this a cell?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     assert f"Today: {DATE:%d %b %Y}" in text
