@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "eval", "markupsafe": "eval"}
 EXTRAS |= {"scipy": "eval", "deepspeed": "train", "h5py": "data", "bitsandbytes": "quantization"}
-EXTRAS |= {"liger_kernel": "gpu", "optuna": "tune", "sklearn": "eval"}
+EXTRAS |= {"liger_kernel": "gpu", "optuna": "tune", "sklearn": "eval", "pycocoevalcap": "captions"}
 EXTRAS |= {"pydicom": "data", "nibabel": "data", "pyarrow": "data"}
 EXTRAS |= {"starlette": "web", "uvicorn": "web", "multipart": "web", "python_multipart": "web"}
 OVERRIDES = "override configuration values, e.g. lora.rank=32 tasks.pathvqa.epochs=1 'tasks.*.batch_size=8'"

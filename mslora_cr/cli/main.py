@@ -19,7 +19,7 @@ from mslora_cr.cli.evaluate import add_evaluate, add_score
 from mslora_cr.cli.export import add_export, add_push
 from mslora_cr.cli.model import add_model
 from mslora_cr.cli.release import add_release
-from mslora_cr.cli.report import add_analyze, add_compare, add_report
+from mslora_cr.cli.report import add_analyze, add_compare, add_report, add_submit
 from mslora_cr.cli.sweep import add_sweep
 from mslora_cr.cli.train import add_train
 from mslora_cr.cli.tune import add_tune
@@ -128,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_score(commands)
     add_report(commands)
     add_compare(commands)
+    add_submit(commands)
     add_analyze(commands)
     add_release(commands)
     add_sweep(commands)

@@ -1,10 +1,13 @@
-"""`mslora-cr report`, `mslora-cr compare` and `mslora-cr analyze`."""
+"""`mslora-cr report`, `mslora-cr compare`, `mslora-cr submit` and `mslora-cr analyze`."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from mslora_cr.cli.common import add_command, add_overrides, add_trust, count, quieten, run_config
 from mslora_cr.utils.errors import UserError
@@ -41,14 +44,16 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
         "mslora-cr compare RUN results/RUN/served/NAME --page comparison.html     # a served model and ours",
         "mslora-cr compare results/RUN results/RUN/routed     # the cost of not knowing the task ID",
         "mslora-cr compare published/RUN_A published/RUN_B     # answer files alone",
+        "mslora-cr compare ours.zip theirs.zip others.zip --page board.html     # archives of `mslora-cr submit`",
     )
     parser.add_argument(
         "runs",
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="configuration, run folder or results folder of a run, or a folder of answer files alone "
-        "(TASK/answer-file.jsonl, as published); the first of at least two is the baseline",
+        help="configuration, run folder or results folder of a run, a folder of answer files alone "
+        "(TASK/answer-file.jsonl, as published), or an archive of `mslora-cr submit`, whose scores are computed again "
+        "from its answers; the first of at least two is the baseline",
     )
     parser.add_argument(
         "--at",
@@ -64,16 +69,21 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    if len(args.runs) < 2:
+        raise UserError("compare needs at least two runs, the baseline first")
+    with ExitStack() as stack:
+        return _compare_places([_place(target, stack) for target in args.runs], args)
+
+
+def _compare_places(places: Sequence[_Place], args: argparse.Namespace) -> int:
     from mslora_cr.analysis.compare import compare, render_comparison
     from mslora_cr.reporting.capacity import rendered_ranks
 
-    if len(args.runs) < 2:
-        raise UserError("compare needs at least two runs, the baseline first")
-    folders = [_results_folder(target) for target in args.runs]
-    labels = _labels(folders)
+    folders = [place.results for place in places]
+    labels = _labels([place.given for place in places])
     comparison = compare(dict(zip(labels, folders, strict=True)), args.at)
     print(render_comparison(comparison))
-    runs = [(label, _run_folder(run), folder) for label, run, folder in zip(labels, args.runs, folders, strict=True)]
+    runs = [(label, place.run, place.results) for label, place in zip(labels, places, strict=True)]
     if ranks := rendered_ranks(runs):
         print(ranks)
     if args.output:
@@ -83,6 +93,35 @@ def _compare(args: argparse.Namespace) -> int:
         from mslora_cr.reporting.comparison import write_comparison
 
         print(f"page: {write_comparison(runs, args.page)}")
+    return 0
+
+
+def add_submit(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
+        "submit",
+        "pack a run's answers, scores, configuration and cost as one archive for a leaderboard",
+        "mslora-cr submit RUN --output ours.zip",
+        "mslora-cr compare ours.zip theirs.zip --page board.html",
+    )
+    parser.add_argument("target", type=Path, metavar="RUN", help="configuration or run folder of an evaluated run")
+    add_overrides(parser)
+    parser.add_argument("--routed", action="store_true", help="the answers without task IDs (--banks-by routed)")
+    parser.add_argument("--output", type=Path, metavar="FILE.zip", help="the archive (default: RUN.zip)")
+    parser.set_defaults(run=_submit)
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from mslora_cr.evaluation.schemas import ROUTED
+    from mslora_cr.reporting.submission import write_submission
+
+    config = run_config(args.target, args.overrides)
+    output = args.output or Path(f"{config.run}.zip")
+    if output.suffix != ".zip":
+        raise UserError(f"--output {output}: the archive's name ends in .zip")
+    results = config.results_run_dir / ROUTED if args.routed else config.results_run_dir
+    print(f"archive: {write_submission(config, results, output)}")
+    print("it holds questions, true answers and the model's answers: does your data's licence let you pass them on?")
     return 0
 
 
@@ -131,19 +170,35 @@ def _analyze(args: argparse.Namespace) -> int:
     return 0
 
 
-def _results_folder(target: Path) -> Path:
-    """The results folder of a run, given by its configuration, its run folder or the results folder itself; a folder of
-    answer files alone stands for itself."""
+class _Place(NamedTuple):
+    """What a run to compare is read from.
+
+    Attributes:
+        given: its name on the command line.
+        run: its run folder, where there is one.
+        results: its results folder.
+    """
+
+    given: Path
+    run: Path | None
+    results: Path
+
+
+def _place(target: Path, stack: ExitStack) -> _Place:
+    """A run, given by its configuration, its run folder, its results folder, a folder of answer files alone, or an
+    archive, which is unpacked until the stack is left."""
     from mslora_cr.analysis.answered import has_answers
     from mslora_cr.config.run_files import EVALUATION
 
-    has_results = (target / EVALUATION).is_file() or has_answers(target)
-    return target if has_results else run_config(target).results_run_dir
+    if target.suffix == ".zip":
+        from mslora_cr.reporting.submission import open_submission
 
-
-def _run_folder(target: Path) -> Path | None:
-    """The run folder of a target as for `_results_folder`; None for a folder of results."""
-    return run_config(target).run_dir if _results_folder(target) != target else None
+        folder = open_submission(target, Path(stack.enter_context(TemporaryDirectory(prefix="mslora-cr-"))))
+        return _Place(target.with_suffix(""), folder, folder)
+    if (target / EVALUATION).is_file() or has_answers(target):
+        return _Place(target, None, target)
+    config = run_config(target)
+    return _Place(config.results_run_dir, config.run_dir, config.results_run_dir)
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

@@ -24,7 +24,7 @@ def open_questions(config: StreamConfig, tasks: Collection[Task]) -> dict[str, T
 
     Raises:
         DataError: a file of questions, or of further true answers, cannot be read.
-        UserError: the library that scores captions is not installed.
+        ModuleNotFoundError: the library that scores captions is not installed.
     """
     opened = {task.name: test_records(config, task) for task in tasks}
     if any(task.benchmark == "captions" for task in tasks):

@@ -51,13 +51,11 @@ def caption_columns(
         By name, (answers,) each in the unit of 1. `benchmark` is the mean of the seven scores, with all of CIDEr.
 
     Raises:
-        UserError: `pycocoevalcap` or Java is not installed, or Java fails.
+        UserError: Java is not installed, or fails.
     """
-    try:
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-    except ImportError:
-        raise UserError("captions are scored by pycocoevalcap; pip install 'mslora-cr[captions]'") from None
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
     found = shutil.which("java") is not None
     if java and not found:
         raise UserError("METEOR and the tokenizer of captions are Java programs; install Java")

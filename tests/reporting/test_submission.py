@@ -1,0 +1,190 @@
+"""An archive for a leaderboard: what it holds, and that nothing in it is believed."""
+
+import csv
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mslora_cr.analysis.compare import compare
+from mslora_cr.cli.main import main
+from mslora_cr.config.load import load_config
+from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.records import DataError
+from mslora_cr.evaluation.results import ReportError, required_evaluation
+from mslora_cr.reporting.submission import MANIFEST, open_submission, write_submission
+from mslora_cr.utils.state import StateError
+from tests.helpers.report_run import make_run
+
+TASKS = ("pathvqa", "PCAM")
+Files = dict[str, bytes]
+
+
+def configuration(root: Path, name: str) -> StreamConfig:
+    places = [f"run={name}", f"output_dir={root / 'checkpoints'}", f"results_dir={root / 'results'}"]
+    return load_config("demo", [*places, "tasks=[pathvqa, PCAM]"])
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    _, results = make_run(root, "ours", tasks=TASKS)
+    scores = results / "PCAM" / "scores.csv"
+    with scores.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    places = header.index("image"), header.index("group")
+    for number, row in enumerate(rows):
+        row[places[0]], row[places[1]] = f"smith-{number}.png", f"patient Smith {number}"
+    with scores.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return write_submission(configuration(root, "ours"), results, root / "ours.zip")
+
+
+def content(path: Path) -> Files:
+    with zipfile.ZipFile(path) as opened:
+        return {name: opened.read(name) for name in opened.namelist()}
+
+
+def repacked(files: Files, path: Path) -> Path:
+    """An archive of these files, with the digests that they have."""
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if name != MANIFEST}
+    manifest = json.loads(files[MANIFEST]) | {"files": digests}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as opened:
+        for name, data in {**files, MANIFEST: json.dumps(manifest).encode()}.items():
+            opened.writestr(name, data)
+    return path
+
+
+def test_an_archive_is_a_results_folder_without_names(archive: Path, tmp_path: Path) -> None:
+    root = archive.parent
+    again = write_submission(configuration(root, "ours"), root / "results" / "ours", tmp_path / "again.zip")
+    assert again.read_bytes() == archive.read_bytes()
+    files = content(archive)
+    assert not any(b"mith" in data or str(root).encode() in data for data in files.values())
+    folder = open_submission(archive, tmp_path / "unpacked")
+    ours, theirs = required_evaluation(root / "results" / "ours"), required_evaluation(folder)
+    assert [cell.metrics for cell in ours.cells] == [cell.metrics for cell in theirs.cells]
+    comparison = compare({"ours": root / "results" / "ours", "archive": folder})
+    assert all(test.difference == 0 for tests in comparison.metrics.values() for test in tests)
+
+
+def better(files: Files) -> None:
+    evaluation = json.loads(files["evaluation.json"])
+    evaluation["cells"][-1]["metrics"]["close accuracy"] = 99.0
+    files["evaluation.json"] = json.dumps(evaluation).encode()
+
+
+def narrower(files: Files) -> None:
+    evaluation = json.loads(files["evaluation.json"])
+    evaluation["cells"][0]["intervals"]["close accuracy"] = [89.0, 91.0]
+    files["evaluation.json"] = json.dumps(evaluation).encode()
+
+
+def one_metric_less(files: Files) -> None:
+    evaluation = json.loads(files["evaluation.json"])
+    del evaluation["cells"][0]["metrics"]["close accuracy"]
+    files["evaluation.json"] = json.dumps(evaluation).encode()
+
+
+def without_digest(files: Files, name: str, data: bytes) -> None:
+    evaluation = json.loads(files["evaluation.json"])
+    for cell in evaluation["cells"]:
+        cell.pop("scores_sha256", None)
+    files |= {"evaluation.json": json.dumps(evaluation).encode(), name: data}
+
+
+def scores_of_another(files: Files) -> None:
+    without_digest(files, "PCAM/scores.csv", files["PCAM/scores.csv"].replace(b",0.0,", b",1.0,", 1))
+
+
+def fewer_answers(files: Files) -> None:
+    files["PCAM/answer-file.jsonl"] = files["PCAM/answer-file.jsonl"].split(b"\n", 1)[1]
+
+
+def other_answers(files: Files) -> None:
+    files["PCAM/answer-file.jsonl"] = files["PCAM/answer-file.jsonl"].replace(b"not so", b"yes")
+
+
+def leads_outside(files: Files) -> None:
+    evaluation = json.loads(files["evaluation.json"])
+    evaluation["cells"][0]["answers"] = "../../secret.jsonl"
+    files["evaluation.json"] = json.dumps(evaluation).encode()
+
+
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (better, "PCAM at stage 2: close accuracy is given as 99.0; its answers give"),
+        (narrower, "the interval of close accuracy is given as 89.0"),
+        (one_metric_less, "close accuracy is given as None"),
+        (scores_of_another, r"PCAM: scores.csv: .* is given as 100"),
+        (fewer_answers, "is of other answers"),
+        (other_answers, r"PCAM: scores.csv: .* is given as 0"),
+        (leads_outside, "leads out of the results folder"),
+    ],
+)
+def test_figures_that_the_answers_do_not_give_are_refused(
+    forge: Callable[[Files], None], message: str, archive: Path, tmp_path: Path
+) -> None:
+    files = content(archive)
+    forge(files)
+    with pytest.raises((ReportError, StateError), match=message):
+        open_submission(repacked(files, tmp_path / "forged.zip"), tmp_path / "unpacked")
+
+
+def member(path: Path, name: str, data: bytes = b"x", mode: int = 0) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as opened:
+        info = zipfile.ZipInfo(name)
+        info.external_attr = mode << 16
+        opened.writestr(info, data, zipfile.ZIP_DEFLATED)
+    return path
+
+
+def test_hostile_archives_are_refused(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outside = [
+        member(tmp_path / "climbs.zip", "../evil.json"),
+        member(tmp_path / "absolute.zip", "/evil.json"),
+        member(tmp_path / "link.zip", "link", mode=0o120777),
+    ]
+    whole = archive.read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.zip").write_bytes(b"no archive")
+    for place, path in enumerate([*outside, tmp_path / "cut.zip", tmp_path / "text.zip", tmp_path / "gone.zip"]):
+        with pytest.raises(DataError):
+            open_submission(path, tmp_path / "unpacked" / str(place))
+    assert not [*tmp_path.glob("**/evil.json")]
+
+    files = content(archive)
+    with zipfile.ZipFile(tmp_path / "more.zip", "w") as opened:
+        for name, data in {**files, "more.txt": b"x"}.items():
+            opened.writestr(name, data)
+    with pytest.raises(ReportError, match=r"more\.txt is not the file that submission\.json names"):
+        open_submission(tmp_path / "more.zip", tmp_path / "more")
+    with pytest.raises(ReportError, match=r"has no submission\.json"):
+        open_submission(member(tmp_path / "other.zip", "a.txt"), tmp_path / "other")
+    monkeypatch.setattr("mslora_cr.data.sources.raw.EXPANSION_SLACK", 1 << 10)
+    with pytest.raises(DataError, match="archive bomb"):
+        open_submission(member(tmp_path / "bomb.zip", "a.txt", bytes(4 << 20)), tmp_path / "bomb")
+
+
+def test_any_number_of_archives_is_compared_and_shown(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [archive]
+    for number, name in enumerate(("second", "third")):
+        _, results = make_run(tmp_path, name, tasks=TASKS, right=lambda task, stage, low=number: 9 - low)
+        paths.append(write_submission(configuration(tmp_path, name), results, tmp_path / f"{name}.zip"))
+    page = tmp_path / "board.html"
+    assert main(["compare", *map(str, paths), "--page", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert "second" in shown and "third" in shown
+    assert all(name in page.read_text(encoding="utf-8") for name in ("ours", "second", "third"))
+
+    files = content(paths[1])
+    for name in [name for name in files if name.endswith("answer-file.jsonl")]:
+        files[name] = files[name].replace(b'"gt": "yes"', b'"gt": "no"')
+    with pytest.raises(ReportError):  # whoever changes the truths has other scores
+        open_submission(repacked(files, tmp_path / "truths.zip"), tmp_path / "truths")
