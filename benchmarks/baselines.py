@@ -21,7 +21,7 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 def peft_all_active(model: LlavaForConditionalGeneration, banks: Sequence[Bank], train_last: bool) -> PeftModel:
-    """PEFT with all banks active and unfolded; only the last one is trained, if any."""
+    """PEFT with all banks active and unmerged; only the last one is trained, if any."""
     names = [bank.name for bank in banks]
     peft = get_peft_model(model, lora_config(banks[0].matrices, banks[0].rank, banks[0].alpha), adapter_name=names[0])
     for bank in banks[1:]:

@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     banks = random_banks(setting.size, BANKS)
     deviations = _deviations(setting, banks)
 
-    def folding(fold: str, chosen: Sequence[Bank]) -> Callable[[], Any]:
-        stack = BankStack(_base(setting, torch.bfloat16), fold, reuse=fold == "merge")
+    def folding(merge_mode: str, chosen: Sequence[Bank]) -> Callable[[], Any]:
+        stack = BankStack(_base(setting, torch.bfloat16), merge_mode, reuse=merge_mode == "merge")
         return lambda: stack.set_frozen(chosen)
 
     def products() -> Callable[[], Any]:
@@ -99,19 +99,19 @@ def _deviations(setting: Setting, banks: Sequence[Bank]) -> dict[str, dict[str, 
     expected: Tensor | None = None
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        for fold in ("unfolded", "merge", "concatenate"):
+        for merge_mode in ("unmerged", "merge", "concatenate"):
             free_memory()  # of the model before: at 7B two in float32 do not fit
             base = _base(setting, dtype)
-            if fold == "unfolded":
+            if merge_mode == "unmerged":
                 model: Any = peft_all_active(base, banks, train_last=False)
             else:
-                stack = BankStack(base, fold)
+                stack = BankStack(base, merge_mode)
                 stack.set_frozen(banks)
                 model = stack.model
                 del stack
             logits = model.eval()(input_ids=ids).logits.float()
             expected = logits if expected is None else expected
-            found[f"{fold}, {str(dtype).removeprefix('torch.')}"] = {
+            found[f"{merge_mode}, {str(dtype).removeprefix('torch.')}"] = {
                 "relative": float((logits - expected).norm() / expected.norm()),
                 "same_word": float((logits.argmax(-1) == expected.argmax(-1)).float().mean()),
             }

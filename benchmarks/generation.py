@@ -1,4 +1,4 @@
-"""Greedy answers by the batch with folded banks, against one question at a time with unfolded ones.
+"""Greedy answers by the batch with merged banks, against one question at a time with unmerged ones.
 
     python -m benchmarks.generation                # 64 questions of mixed length, 24 new tokens, 8 banks
     python -m benchmarks.generation --size 7b --prompt-tokens 600 660 --batches 16 64
@@ -61,15 +61,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     few = questions[: args.baseline_questions]
     answers: dict[str, Answers] = {}
 
-    def answering(name: str, fold: str, batch: int, asked: Sequence[Prompt]) -> Callable[[], None]:
-        model = _model(setting, fold, banks)
+    def answering(name: str, merge_mode: str, batch: int, asked: Sequence[Prompt]) -> Callable[[], None]:
+        model = _model(setting, merge_mode, banks)
         return lambda: answers.update(
             {name: answered(model, asked, _no_images, batch, Ids(setting.size.vocabulary), args.new_tokens)}
         )
 
     baseline, last = "one by one, unmerged", args.batches[-1]
     variants: dict[str, tuple[str, int, Sequence[Prompt]]] = {
-        baseline: ("unfolded", 1, few),
+        baseline: ("unmerged", 1, few),
         "one by one, merged": ("merge", 1, few),
         **{f"merged, batch {batch}": ("merge", batch, questions) for batch in args.batches},
         f"concatenated, batch {last}": ("concatenate", last, questions),
@@ -126,13 +126,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _model(setting: Setting, fold: str, banks: Sequence[Bank]) -> Any:
-    """A model that answers with these banks, `unfolded`, or folded in this way."""
+def _model(setting: Setting, merge_mode: str, banks: Sequence[Bank]) -> Any:
+    """A model that answers with these banks, `unmerged`, or merged in this way."""
     base = language_model(setting.size, setting.device)
-    if fold == "unfolded":
+    if merge_mode == "unmerged":
         return peft_all_active(base, banks, train_last=False).eval()
     use_answering_kernels(base, setting)
-    stack = BankStack(base, fold)
+    stack = BankStack(base, merge_mode)
     stack.set_frozen(banks)
     return stack.model.eval()
 

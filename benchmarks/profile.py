@@ -34,7 +34,7 @@ STAGES = {
         "base model loaded": "mslora_cr.stream.train:load_base",
         "router's statistics": "mslora_cr.stream.train:router_statistics",
         "samples read": "mslora_cr.stream.train:training_samples",
-        "frozen banks folded": "mslora_cr.banks.stack:BankStack.set_frozen",
+        "frozen banks merged": "mslora_cr.banks.stack:BankStack.set_frozen",
         "bank added": "mslora_cr.banks.stack:BankStack.add_trainable",
         "frozen banks held for penalties": "mslora_cr.losses.bank_penalties:BankPenalties.__init__",
         "trainer set up": "mslora_cr.training.trainer:BankTrainer.__init__",
@@ -47,7 +47,7 @@ STAGES = {
     },
     "evaluate": {
         "base model loaded": "mslora_cr.evaluation.session:load_base",
-        "banks folded": "mslora_cr.banks.stack:BankStack.set_frozen",
+        "banks merged": "mslora_cr.banks.stack:BankStack.set_frozen",
         "answers": "mslora_cr.evaluation.session:answer_questions",
         "scores": "mslora_cr.evaluation.evaluate:score_file",
         "summary": "mslora_cr.evaluation.evaluate:write_summary",

@@ -134,7 +134,7 @@ def make(folder: Path, size: str = "7b") -> None:
 
 
 def run(folder: Path, quantization: str | None = None) -> dict[str, Any]:
-    """Load the model, run a forward pass, fold a frozen bank, and take the first step of the next; figures by stage."""
+    """Load the model, run a forward pass, merge a frozen bank, and take a first step of the next; figures by stage."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures: dict[str, Any] = {"device": str(device), "quantization": quantization, "stages": {}}
     base = _stage(figures, "load", lambda: llava_med.load(folder / BASE, device=device, quantization=quantization))
@@ -155,7 +155,7 @@ def run(folder: Path, quantization: str | None = None) -> dict[str, Any]:
         )
     stack = BankStack(base.model, "concatenate" if quantization else "merge")
     frozen = [_random_bank(base.model)]
-    _stage(figures, "fold a frozen bank", partial(stack.set_frozen, frozen))
+    _stage(figures, "merge a frozen bank", partial(stack.set_frozen, frozen))
     stack.add_trainable(RANK, RANK)
     stack.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with tempfile.TemporaryDirectory() as work:

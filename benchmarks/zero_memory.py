@@ -93,7 +93,7 @@ def llava_med_shape(bank_rank: int) -> Shape:
 def per_gpu(shape: Shape, stage: int, gpus: int, task: int) -> dict[str, float]:
     """Bytes on each GPU in bfloat16 training, by what they hold.
 
-    ZeRO shards the optimizer's state (1), gradients too (2), and weights (3). ZeRO-1 and 2 hold the live bank in
+    ZeRO shards the optimizer's state (1), gradients too (2), and weights (3). ZeRO-1 and 2 hold the trainable bank in
     bfloat16 with a float32 master copy; DDP and ZeRO-3 hold it in float32, ZeRO-3 with a master copy besides.
 
     Gradients are float32 under DDP, which has them a second time in the buckets that it sends. ZeRO's are bfloat16,

@@ -109,11 +109,11 @@ def test_the_base_is_loaded_once_and_banks_are_swapped_only_where_others_answer(
     assert (len(loads), swaps) == (1, [1, 3, 2, 0])
 
 
-@pytest.mark.parametrize(("fold", "method"), [("merge", "addmm_"), ("concatenate", "copy_")])
+@pytest.mark.parametrize(("merge_mode", "method"), [("merge", "addmm_"), ("concatenate", "copy_")])
 def test_after_a_swap_that_failed_half_way_the_right_banks_answer(
-    fold: str, method: str, trained_config: Path, monkeypatch: pytest.MonkeyPatch
+    merge_mode: str, method: str, trained_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = mslora_cr.load(trained_config, task="pathvqa", overrides=[f"lora.fold={fold}"])
+    own = mslora_cr.load(trained_config, task="pathvqa", overrides=[f"lora.fold={merge_mode}"])
     [question, *_] = questions(trained_config, "pathvqa")
 
     def state() -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.per_sample import whole_banks
-from mslora_cr.banks.similarity import by_place, effective_ranks, update_cosines
+from mslora_cr.banks.similarity import by_layer_and_module, effective_ranks, update_cosines
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.records import sample_of
 from mslora_cr.data.tasks import test_records
@@ -102,7 +102,7 @@ def _banks_of(config: StreamConfig) -> dict[str, Bank]:
 def _similarity(banks: Sequence[Bank]) -> UpdateCosines:
     """Cosines of the banks' updates, averaged by decoder layer and by module; matrices in the order of `banks`."""
     names = progress_bar(banks[0].matrices, desc="similarity of banks", unit="layer", disable=rank() != 0)
-    by_layer, by_module = by_place({name: update_cosines(name, banks) for name in names})
+    by_layer, by_module = by_layer_and_module({name: update_cosines(name, banks) for name in names})
     return UpdateCosines(
         banks=[bank.name for bank in banks],
         by_layer={layer: values.tolist() for layer, values in by_layer.items()},
@@ -115,7 +115,7 @@ def _ranks(banks: Mapping[str, Bank]) -> dict[str, EffectiveRank]:
     effective = {}
     for name, bank in progress_bar(banks.items(), desc="effective ranks", unit="bank", disable=rank() != 0):
         ranks = {module: torch.tensor(value) for module, value in effective_ranks(bank).items()}
-        by_layer, by_module = by_place(ranks)
+        by_layer, by_module = by_layer_and_module(ranks)
         effective[name] = EffectiveRank(
             rank=bank.rank,
             mean=float(torch.stack(list(ranks.values())).mean()),

@@ -14,7 +14,7 @@ from torch import Tensor
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.utils.regular import check_regular
 
-_PLACE = re.compile(r".*layers\.(\d+)\.\w+\.(\w+)")
+_LINEAR_NAME = re.compile(r".*layers\.(\d+)\.\w+\.(\w+)")
 
 
 def effective_rank(a: Tensor, b: Tensor) -> float:
@@ -57,7 +57,7 @@ def update_cosines(name: str, banks: Sequence[Bank]) -> Tensor:
     return torch.nan_to_num(products / torch.outer(norms, norms))
 
 
-def by_place(values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def by_layer_and_module(values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Means over the linear layers of each decoder layer, and over those of each module, in the model's order.
 
     Args:
@@ -66,7 +66,7 @@ def by_place(values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     layers: dict[str, list[Tensor]] = {}
     modules: dict[str, list[Tensor]] = {}
     for name, value in values.items():
-        match = _PLACE.fullmatch(name)
+        match = _LINEAR_NAME.fullmatch(name)
         assert match is not None, f"{name} is no linear layer of a decoder layer"
         layers.setdefault(match[1], []).append(value)
         modules.setdefault(match[2], []).append(value)

@@ -89,7 +89,7 @@ class BankStack:
         """Add banks that fit to the base's weights, and do nothing else; for a `set_frozen` with `merge=False`."""
         if not banks and not self._pristine:
             return
-        device = _place_for_copies([linear.weight for linear in self._linears.values()])
+        device = _device_for_copies([linear.weight for linear in self._linears.values()])
         for name, linear in self._linears.items():
             weight = linear.weight
             if not weight.is_floating_point():
@@ -273,7 +273,7 @@ class BankStack:
         return self._kind.stored(bank, extra_state)
 
 
-def _place_for_copies(weights: Sequence[Tensor]) -> torch.device:
+def _device_for_copies(weights: Sequence[Tensor]) -> torch.device:
     """The device for copies: that of the weights if they take little of its free memory, otherwise the CPU."""
     device = weights[0].device
     if device.type != "cuda":

@@ -215,14 +215,14 @@ class StreamConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fold_beside_a_quantised_base(cls, raw: Any) -> Any:
+    def _concatenate_beside_a_quantised_base(cls, raw: Any) -> Any:
         model, lora = raw.get("model"), raw.get("lora", {})
         if isinstance(model, dict) and model.get("quantization") and isinstance(lora, dict):
             return {**raw, "lora": {"fold": "concatenate", **lora}}
         return raw
 
     @model_validator(mode="after")
-    def _check_fold(self) -> StreamConfig:
+    def _check_merge_mode(self) -> StreamConfig:
         if self.model.quantization and self.lora.fold == "merge":
             raise ValueError("lora.fold: banks cannot be merged into a quantised base; set it to concatenate")
         return self

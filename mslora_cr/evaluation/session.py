@@ -122,10 +122,10 @@ class ConcatEvalDataset:
 
     def __init__(self, parts: Sequence[EvalDataset]) -> None:
         self.parts = parts
-        self._places = [(part, index) for part in parts for index in range(len(part))]
+        self._positions = [(part, index) for part in parts for index in range(len(part))]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
     @property
     def input_processor(self) -> InputProcessor:
@@ -141,5 +141,5 @@ class ConcatEvalDataset:
 
     def load_images(self, index: int) -> Any:
         """A question's images, as `EvalDataset.load_images`."""
-        part, index_in_part = self._places[index]
+        part, index_in_part = self._positions[index]
         return part.load_images(index_in_part)

@@ -64,9 +64,9 @@ _CONTRACTED = """
     y'all'd've you'd you'd've you'll you're you've
 """
 _CONTRACTIONS = {
-    word[:place] + word[place + 1 :]: word
+    word[:index] + word[index + 1 :]: word
     for word in _CONTRACTED.split()
-    for place, letter in enumerate(word)
+    for index, letter in enumerate(word)
     if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the one entry of the challenge's list that runs the other way
 """A contraction that lost one apostrophe → the contraction."""

@@ -50,7 +50,7 @@ _LAYER = re.compile(
 )
 """The name of a linear layer of the language model in transformers 4.52 and newer, in older ones, and in LLaVA."""
 _WORD, _NUMBER = r"[a-z][a-z0-9_]{0,40}", r"(?:0|[1-9][0-9]{0,3})"
-_OWN = re.compile(
+_OTHER_MODELS = re.compile(
     rf"(?:{_WORD}\.){{0,3}}(?:language_model|text_model|llm)\.(?:{_WORD}\.){{0,2}}layers\.{_NUMBER}"
     rf"(?:\.(?:{_WORD}|{_NUMBER})){{1,6}}"
 )
@@ -203,11 +203,11 @@ def linear_name(name: str, exact: bool = False) -> str | None:
         name: the name in a file.
         exact: the file was written by this program, with the model's own names.
     """
-    if exact and _OWN.fullmatch(name):
+    if exact and _OTHER_MODELS.fullmatch(name):
         return name
     match = _LAYER.fullmatch(name)
     if match is None:
-        return name if _OWN.fullmatch(name) else None
+        return name if _OTHER_MODELS.fullmatch(name) else None
     return f"model.language_model.layers.{match[1]}.{match[2]}" if match else None
 
 

@@ -17,7 +17,7 @@ from mslora_cr.runs.entries import RunLedger
 from mslora_cr.utils.strict_json import JsonError, read_object
 
 log = logging.getLogger(__name__)
-SHOWN = 6
+MOST_NAMED = 6
 """The most changed settings that a refusal names."""
 
 
@@ -104,7 +104,7 @@ class Finished:
             if not changed:  # A launch with --force has overwritten config.yaml.
                 forced = [change for launch in self.ledger.forced for change in launch.changed]
                 changed = [f"{name!r} was trained with other settings, by --force", *forced]
-            return "; ".join(changed[:SHOWN])
+            return "; ".join(changed[:MOST_NAMED])
         return ""
 
 

@@ -45,7 +45,7 @@ def logits(model: Any, image_token_id: int = 3, patches: int = 16) -> torch.Tens
     return model(input_ids=ids, pixel_values=pixels).logits
 
 
-def unfolded(banks: list[Bank], folder: Path) -> torch.Tensor:
+def unmerged(banks: list[Bank], folder: Path) -> torch.Tensor:
     """The logits of plain PEFT with every bank an adapter of its own, all of them active."""
     for bank in banks:
         save_bank(bank, folder / bank.name)
@@ -61,19 +61,19 @@ def patches() -> int:
     return golden_base().patches
 
 
-# --- folding -------------------------------------------------------------------------------------------------------
+# --- merging -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_both_folds_equal_the_unfolded_sum(count: int, tmp_path: Path) -> None:
+def test_both_merge_modes_equal_the_unmerged_sum(count: int, tmp_path: Path) -> None:
     banks = [golden_bank(number) for number in range(count)]
-    expected = unfolded(banks, tmp_path)
+    expected = unmerged(banks, tmp_path)
     assert (expected - logits(golden_base().model)).abs().max() > 1e-2  # the banks do something
     for merge_mode in MERGE_MODES:
         stack = BankStack(golden_base().model, merge_mode)
         stack.set_frozen(banks)
         torch.testing.assert_close(logits(stack.model), expected, rtol=0, atol=1e-5)
-        # In training the last bank is live, on top of the others folded.
+        # In training the last bank is trainable, on top of the others, which are merged.
         stack = BankStack(golden_base().model, merge_mode)
         stack.set_frozen(banks[:-1])
         stack.add_trainable(banks[-1].rank, banks[-1].alpha, initial=banks[-1])
@@ -82,7 +82,7 @@ def test_both_folds_equal_the_unfolded_sum(count: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("merge_mode", MERGE_MODES)
 def test_freezing_again_starts_from_the_pristine_base(merge_mode: str) -> None:
-    """Any banks after any others, and none: what was folded before leaves no trace, not even of rounding."""
+    """Any banks after any others, and none: what was merged before leaves no trace, not even of rounding."""
     banks = [golden_bank(number) for number in range(4)]
     stack = BankStack(golden_base().model, merge_mode, reuse=True)
     base = logits(stack.model)

@@ -27,11 +27,11 @@ DEVICES = ("cpu", pytest.param("cuda", marks=(pytest.mark.gpu, needs_gpu)))
 
 
 def golden_stack(
-    fold: str = "concatenate", dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any
+    merge_mode: str = "concatenate", dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any
 ) -> BankStack:
     """The golden model with a frozen bank and a trainable one, whose scaling is 2."""
     frozen, initial = (load_bank(GOLDEN / "checkpoints" / name) for name in CHAIN)
-    stack = BankStack(load(GOLDEN / "llava_med_tiny", dtype=dtype, device=device).model, fold)
+    stack = BankStack(load(GOLDEN / "llava_med_tiny", dtype=dtype, device=device).model, merge_mode)
     stack.set_frozen([frozen])
     stack.add_trainable(initial.rank, 2 * initial.rank, initial=initial, **options)
     stack.model.train()
@@ -74,9 +74,9 @@ def distance(ours: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fold", ["merge", "concatenate"])
-def test_in_float32_it_is_pefts_layer(fold: str, device: str) -> None:
-    stack = golden_stack(fold, device=device)
+@pytest.mark.parametrize("merge_mode", ["merge", "concatenate"])
+def test_in_float32_it_is_pefts_layer(merge_mode: str, device: str) -> None:
+    stack = golden_stack(merge_mode, device=device)
     assert stack.layer == "fused"
     ours = values_and_gradients(stack)
     with as_peft():
@@ -92,9 +92,9 @@ def test_in_float32_it_is_pefts_layer(fold: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fold", ["merge", "concatenate"])
-def test_in_bfloat16_it_is_at_least_as_close_to_float32_as_pefts(fold: str, device: str) -> None:
-    stack = golden_stack(fold, torch.bfloat16, device)
+@pytest.mark.parametrize("merge_mode", ["merge", "concatenate"])
+def test_in_bfloat16_it_is_at_least_as_close_to_float32_as_pefts(merge_mode: str, device: str) -> None:
+    stack = golden_stack(merge_mode, torch.bfloat16, device)
     ours = values_and_gradients(stack, autocast=True)
     with as_peft():
         theirs = values_and_gradients(stack, autocast=True)

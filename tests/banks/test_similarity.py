@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mslora_cr.banks.bank import Bank
-from mslora_cr.banks.similarity import by_place, effective_rank, update_cosines
+from mslora_cr.banks.similarity import by_layer_and_module, effective_rank, update_cosines
 
 NAME = "model.language_model.layers.0.self_attn.q_proj"
 
@@ -53,6 +53,6 @@ def test_means_by_layer_and_module() -> None:
             (0, "self_attn.q_proj", 1.0), (0, "mlp.up_proj", 3.0), (10, "self_attn.q_proj", 5.0), (10, "mlp.up_proj", 7.0)
         )
     }  # fmt: skip
-    layers, modules = by_place(values)
+    layers, modules = by_layer_and_module(values)
     assert {key: float(value) for key, value in layers.items()} == {"0": 2, "10": 6}
     assert {key: float(value) for key, value in modules.items()} == {"q_proj": 3, "up_proj": 5}

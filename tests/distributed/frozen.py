@@ -62,7 +62,7 @@ def look_and_fail(folder: Path, at_step: int) -> None:
 
 
 def frozen_tensors(trainer: BankTrainer) -> dict[str, Tensor]:
-    """Everything frozen that a rank holds: base, folded banks, and the penalty's copies of them."""
+    """Everything frozen that a rank holds: base, merged banks, and the penalty's copies of them."""
     found = {}
     for name, parameter in trainer.stack.model.named_parameters():
         if not parameter.requires_grad:

@@ -38,7 +38,7 @@ def numbers(content: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    ("stage", "fold"),
+    ("stage", "merge_mode"),
     [
         *first_in_make_test(*((stage, "concatenate") for stage in ("zero3", "ddp", "zero1", "zero2"))),
         ("zero3", "merge"),
@@ -46,11 +46,11 @@ def numbers(content: Any) -> int:
     ],
 )
 def test_nothing_but_the_live_bank_is_written(
-    stage: str, fold: str, tiny_settings: dict[str, Any], tmp_path: Path
+    stage: str, merge_mode: str, tiny_settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Looked at in the second task, two updates and a checkpoint after its start, with the first bank folded in."""
+    """Looked at in the second task, two updates and a checkpoint after its start, with the first bank merged."""
     config = write_exact_config(tmp_path, tiny_settings, FIXED)
-    command = ["train", config, TWO_TASKS, f"lora.fold={fold}", *deepspeed_file(stage, tmp_path)]
+    command = ["train", config, TWO_TASKS, f"lora.fold={merge_mode}", *deepspeed_file(stage, tmp_path)]
     look = partial(frozen.look_and_fail, tmp_path, STEPS["pathvqa"] + 3)
     status, output = start(command, before=look).finish(BOUND)
     assert (status, output.count("ZeroDivisionError: planted")) == (1, 1), output[-4000:]
@@ -59,7 +59,7 @@ def test_nothing_but_the_live_bank_is_written(
     for rank in (0, 1):
         seen = json.loads((tmp_path / f"{rank}.json").read_text())
         assert seen["changed"] == []
-        assert seen["compared"] > 2 * len(linears) * (2 if fold == "concatenate" else 1)
+        assert seen["compared"] > 2 * len(linears) * (2 if merge_mode == "concatenate" else 1)
 
     [checkpoint] = (tmp_path / "checkpoints" / "tiny" / "work" / SECOND).glob("checkpoint-*")
     assert checkpoint.name == "checkpoint-2"

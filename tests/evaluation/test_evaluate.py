@@ -41,14 +41,14 @@ def test_after_a_swap_that_failed_half_way_an_evaluation_folds_anew(
         session.answer_merged(task, [known["pathvqa"]], tmp_path / name, Origin(name))
         return [weight.clone() for weight in session.base.model.state_dict().values()]
 
-    before, folded = weights("before"), []
-    fold = torch.Tensor.addmm_
+    before, sums = weights("before"), []
+    add_product = torch.Tensor.addmm_
 
     def failing(total: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
-        folded.append(total)
-        if len(folded) == 3:
+        sums.append(total)
+        if len(sums) == 3:
             raise torch.OutOfMemoryError("no memory is left")
-        return fold(total, *factors)
+        return add_product(total, *factors)
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(torch.Tensor, "addmm_", failing)
@@ -176,13 +176,13 @@ def test_the_whole_matrix(results: Results, asked: list[int]) -> None:
 
 
 def test_switching_the_stage_loads_nothing_again(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
-    loads, folds = [], []
+    loads, bank_counts = [], []
     load, set_frozen = session_module.load_base, BankStack.set_frozen
     monkeypatch.setattr(session_module, "load_base", lambda *args: loads.append(args) or load(*args))
-    monkeypatch.setattr(BankStack, "set_frozen", lambda *args: folds.append(len(args[1])) or set_frozen(*args))
+    monkeypatch.setattr(BankStack, "set_frozen", lambda *args: bank_counts.append(len(args[1])) or set_frozen(*args))
     results.evaluate("--stages", "all", "evaluation.banks_by=all")
     assert len(loads) == 1
-    assert folds == [0, 1, 2, 3]
+    assert bank_counts == [0, 1, 2, 3]
 
 
 def test_answers_of_several_stages_are_scored_once(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def test_a_method_with_one_bank_for_all_is_refused(results: Results, capsys: pyt
     assert "answers every task with the same banks" in capsys.readouterr().err
 
 
-def test_mixed_rows_get_what_folded_banks_give(results: Results) -> None:
+def test_mixed_rows_get_what_merged_banks_give(results: Results) -> None:
     """Logits of rows with different banks, and with shares of them, against the model with those merged in."""
     config = load_config(results.config)
     ledger = Ledger.read(config)

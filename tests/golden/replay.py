@@ -91,10 +91,10 @@ def flat(bank: Bank, like: Bank) -> Tensor:
 
 @dataclass
 class Replay:
-    """All checks of one golden folder, with frozen banks folded one way, computed on one device."""
+    """All checks of one golden folder, with frozen banks merged one way, computed on one device."""
 
     folder: Path
-    fold: str
+    merge_mode: str
     device: str = "cpu"
     checks: dict[str, Check] = field(default_factory=dict)
 
@@ -114,15 +114,15 @@ class Replay:
 
     @cached_property
     def training(self) -> dict[str, Any]:
-        return json.loads((self.folder / "training.json").read_text(encoding="utf-8"))
+        return json.loads((self.merge_modeer / "training.json").read_text(encoding="utf-8"))
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "tensors.safetensors")
+        return load_file(self.merge_modeer / "tensors.safetensors")
 
     @cached_property
     def records(self) -> TrainingRecords:
-        return TrainingRecords(self.folder / "conversations.json")
+        return TrainingRecords(self.merge_modeer / "conversations.json")
 
     @cached_property
     def positions(self) -> dict[Any, int]:
@@ -130,15 +130,15 @@ class Replay:
 
     @cached_property
     def banks(self) -> list[Bank]:
-        return [load_bank(self.folder / "checkpoints" / task["dir"]) for task in self.training["tasks"]]
+        return [load_bank(self.merge_modeer / "checkpoints" / task["dir"]) for task in self.training["tasks"]]
 
     def initial(self, number: int) -> Bank:
-        place = self.folder / "checkpoints" / f"task{number}_init.safetensors"
+        place = self.merge_modeer / "checkpoints" / f"task{number}_init.safetensors"
         rank, alpha = self.training["rank"], self.training["lora_alpha"]
         return published_bank(place, f"task{number}", rank, alpha, load_file(place))
 
     def load(self) -> llava_med.LlavaMed:
-        configs = self.folder.glob("*/config.json")
+        configs = self.merge_modeer.glob("*/config.json")
         [path] = [c.parent for c in configs if json.loads(c.read_text())["model_type"] == "llava_mistral"]
         return llava_med.load(path, dtype=torch.float32, attn_implementation="eager", device=self.device)
 
@@ -149,7 +149,7 @@ class Replay:
 
     @cached_property
     def samples(self) -> TrainDataset:
-        return TrainDataset(self.records, [self.folder], self.input_processor)
+        return TrainDataset(self.records, [self.merge_modeer], self.input_processor)
 
     @cached_property
     def batches(self) -> list[list[int]]:
@@ -158,7 +158,7 @@ class Replay:
     # --- the checks ---
 
     def tokenization(self) -> None:
-        expected = json.loads((self.folder / "tokenization.json").read_text(encoding="utf-8"))
+        expected = json.loads((self.merge_modeer / "tokenization.json").read_text(encoding="utf-8"))
         tokenizer = self.input_processor.tokenizer
         for item in expected["supervised"]:
             record = self.records[self.positions[item["id"]]]
@@ -171,8 +171,8 @@ class Replay:
             self.see("prompt ids", EXACT, float(encode_prompt(tokenizer, prompt) != item["input_ids"]))
 
     def pixels(self) -> None:
-        files = {file.name: file for file in (self.folder / "images").iterdir()}
-        for key, expected in load_file(self.folder / "pixel_values.safetensors").items():
+        files = {file.name: file for file in (self.merge_modeer / "images").iterdir()}
+        for key, expected in load_file(self.merge_modeer / "pixel_values.safetensors").items():
             ours = preprocess(load_image(files[Path(key).name]), self.input_processor.image_processor)
             self.see("pixels", PIXELS, absolute(ours, expected.view_as(ours)))
 
@@ -207,7 +207,7 @@ class Replay:
         number = expected["task"]
         frozen = self.banks[: number - 1]
         same = [bool(flag) for flag in self.training["is_same_modality"].get(str(number), [])]
-        stack = BankStack(self.load().model, self.fold)
+        stack = BankStack(self.load().model, self.merge_mode)
         stack.set_frozen(frozen)
         stack.add_trainable(self.training["rank"], self.training["lora_alpha"], initial=self.initial(number))
         penalties = BankPenalties(frozen, same, torch.device(self.device)) if frozen else None
@@ -272,24 +272,24 @@ class Replay:
             matrices = {name: (a.to(self.device), b.to(self.device)) for name, (a, b) in theirs.matrices.items()}
             orthogonality = penalties.terms(matrices, 0.0, 0.0)[1]
             self.see("orthogonality at the end", PENALTIES, relative(orthogonality, expected["end_ortho"]))
-        folded = BankStack(self.load().model, self.fold, reuse=True)
+        merged = BankStack(self.load().model, self.merge_mode, reuse=True)
         for count, logprobs in expected["target_logprobs_with_first_k_banks"].items():
-            folded.set_frozen(self.banks[: int(count)])
-            self.compare_logits(folded.model, f"task{number}.banks{count}.logits_every_256th", logprobs)
+            merged.set_frozen(self.banks[: int(count)])
+            self.compare_logits(merged.model, f"task{number}.banks{count}.logits_every_256th", logprobs)
 
     def generations(self) -> None:
-        expected = json.loads((self.folder / "generations.json").read_text(encoding="utf-8"))
+        expected = json.loads((self.merge_modeer / "generations.json").read_text(encoding="utf-8"))
         limit = max(len(item["output_ids"]) for item in expected) - 1
-        folded = BankStack(self.load().model, self.fold, reuse=True)
+        merged = BankStack(self.load().model, self.merge_mode, reuse=True)
         with tempfile.TemporaryDirectory() as folder:
             questions = self.questions(Path(folder))
             by_id = {record.question_id: index for index, record in enumerate(questions.records)}
             for count in sorted({item["banks"] for item in expected}):
-                folded.set_frozen(self.banks[:count])
+                merged.set_frozen(self.banks[:count])
                 wanted = [item for item in expected if item["banks"] == count]
                 for item, ids in zip(
                     wanted,
-                    self.decode(folded.model, questions, [by_id[item["id"]] for item in wanted], limit),
+                    self.decode(merged.model, questions, [by_id[item["id"]] for item in wanted], limit),
                     strict=True,
                 ):
                     text = self.input_processor.tokenizer.decode([ids])[0]
@@ -306,7 +306,7 @@ class Replay:
         ]
         path = folder / "test.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        return EvalDataset(TestRecords(path), [self.folder], self.input_processor)
+        return EvalDataset(TestRecords(path), [self.merge_modeer], self.input_processor)
 
     def decode(self, model: Any, questions: EvalDataset, indices: Sequence[int], limit: int) -> Iterator[list[int]]:
         prompts = questions.prompts()
@@ -319,7 +319,7 @@ class Replay:
 
 
 class CompareGradients(TrainerCallback):
-    """Compares the live bank's gradients, penalties included, in the steps that the golden tensors hold."""
+    """Compares the trainable bank's gradients, penalties included, in the steps that the golden tensors hold."""
 
     def __init__(self, replay: Replay, stack: BankStack, number: int) -> None:
         self.replay, self.stack, self.number = replay, stack, number
@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder in the format of tests/golden/tiny_a")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
     parser.add_argument(
-        "--fold",
+        "--merge-mode",
         choices=MERGE_MODES,
         nargs="+",
         default=MERGE_MODES,
@@ -354,10 +354,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
     failed = 0
-    for fold in args.fold:
-        print(f"\nfrozen banks folded by: {fold}, on {args.device}")
+    for merge_mode in args.merge_mode:
+        print(f"\nfrozen banks: {merge_mode}, on {args.device}")
         print(f"{'check':<28}{'compared':>9}{'worst deviation':>17}{'tolerance':>11}  verdict")
-        for check in Replay(args.folder, fold, args.device).run():
+        for check in Replay(args.folder, merge_mode, args.device).run():
             verdict = "ok" if check.passed else "FAILED"
             print(f"{check.name:<28}{check.comparisons:>9}{check.worst:>17.2e}{check.tolerance:>11.0e}  {verdict}")
             failed += not check.passed

@@ -11,9 +11,9 @@ from tests.golden.replay import Replay, main
 GOLDEN = Path(__file__).parent / "tiny_a"
 
 
-@pytest.mark.parametrize("fold", ["merge", "concatenate"])
-def test_every_golden_number_is_met(fold: str) -> None:
-    checks = Replay(GOLDEN, fold).run()
+@pytest.mark.parametrize("merge_mode", ["merge", "concatenate"])
+def test_every_golden_number_is_met(merge_mode: str) -> None:
+    checks = Replay(GOLDEN, merge_mode).run()
     assert len(checks) == 19
     assert [check.name for check in checks if not check.passed] == []
 
@@ -25,5 +25,5 @@ def test_an_altered_number_fails(tmp_path: Path, capsys: pytest.CaptureFixture[s
     training = json.loads((folder / "training.json").read_text())
     training["tasks"][1]["train_loss"][3] += 1e-3
     (folder / "training.json").write_text(json.dumps(training))
-    assert main([str(folder), "--fold", "merge"]) == 1
+    assert main([str(folder), "--merge-mode", "merge"]) == 1
     assert "FAILED" in capsys.readouterr().out

@@ -74,14 +74,14 @@ def test_recorded_steps_give_the_cpus_ids(how: str, tmp_path: Path) -> None:
     answers = {}
     for device in ("cpu", "cuda"):
         base = load(GOLDEN / "llava_med_tiny", dtype=torch.float32, device=device)
-        asked, chain = questions(base, tmp_path), banks(base)
+        asked, frozen = questions(base, tmp_path), banks(base)
         mixed, model = None, base.model
         if how == "mixed":
             each = [[(), (0,), (0, 1)][number % 3] for number in range(len(asked))]
-            mixed = QuestionBanks(PerSampleAdapters(base.model, chain), whole_banks(each, len(chain)))
+            mixed = QuestionBanks(PerSampleAdapters(base.model, frozen), whole_banks(each, len(frozen)))
         else:
             stack = BankStack(base.model, how)
-            stack.set_frozen(chain)
+            stack.set_frozen(frozen)
             model = stack.model.eval()
         prompts = asked.prompts()
         decoder = Decoder(model, prompts, Stopping.of(Ends(), NEW_TOKENS), mixed)

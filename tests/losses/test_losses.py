@@ -48,7 +48,7 @@ def autograd(
 ) -> dict[tuple[str, int], Tensor]:
     leaves = {m: tuple(x.clone().requires_grad_() for x in pair) for m, pair in trainable.matrices.items()}
     total, _, _ = loss_of_the_readme(
-        [*frozen, Bank("live", trainable.rank, trainable.alpha, leaves)], same, alpha, beta
+        [*frozen, Bank("trainable", trainable.rank, trainable.alpha, leaves)], same, alpha, beta
     )
     total.backward()
     return {(m, half): pair[half].grad for m, pair in leaves.items() for half in (0, 1)}
@@ -81,7 +81,7 @@ def shifted(bank: Bank, by: float) -> Bank:
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0])
 def test_gradient_is_autograds(rank: int, count: int, scale: float) -> None:
     frozen = [random_bank(f"bank{i}", rank, scale, seed=i) for i in range(count)]
-    trainable, same = random_bank("live", rank, scale, seed=99), [i % 2 == 0 for i in range(count)]
+    trainable, same = random_bank("trainable", rank, scale, seed=99), [i % 2 == 0 for i in range(count)]
     expected = autograd(frozen, trainable, same, 0.7, 0.3)
     for key, gradient in closed_form(frozen, trainable, same, 0.7, 0.3).items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-10, atol=1e-10)
@@ -156,7 +156,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_bank_penalties_are_the_formula_in_float32() -> None:
     """The batching over shapes, the constant share of frozen banks, B's transpose: values and gradients of a whole bank."""
     frozen = [random_bank(f"bank{i}", 4, 0.3, seed=i) for i in range(3)]
-    trainable, same = random_bank("live", 4, 0.3, seed=9), [True, False, True]
+    trainable, same = random_bank("trainable", 4, 0.3, seed=9), [True, False, True]
     penalties = BankPenalties([single(bank) for bank in frozen], same, torch.device("cpu"))
     contrastive, orthogonality, gradients = penalties.terms(single(trainable).matrices, 0.7, 0.3)
     _, expected_contrastive, expected_orthogonality = loss_of_the_readme([*frozen, trainable], same, 0.7, 0.3)
@@ -170,7 +170,10 @@ def test_bank_penalties_are_the_formula_in_float32() -> None:
 
 
 def test_without_the_contrastive_term_no_frozen_bank_is_held() -> None:
-    frozen, trainable = [single(random_bank("frozen", 4, 0.3, seed=1))], single(random_bank("live", 4, 0.3, seed=9))
+    frozen, trainable = (
+        [single(random_bank("frozen", 4, 0.3, seed=1))],
+        single(random_bank("trainable", 4, 0.3, seed=9)),
+    )
     whole = BankPenalties(frozen, [True], torch.device("cpu"))
     without = BankPenalties(frozen, [True], torch.device("cpu"), contrastive=False)
     assert whole.frozen_bytes > 0 == without.frozen_bytes
@@ -249,8 +252,8 @@ def test_the_cosine_term_is_its_formula(same: list[bool]) -> None:
 
 def test_the_cosine_term_joins_the_orthogonality_term() -> None:
     banks = [random_bank(str(seed), 4, 0.5, seed) for seed in range(3)]
-    *frozen, live = banks
-    trainable = {name: (a.float(), b.float()) for name, (a, b) in live.matrices.items()}
+    *frozen, last = banks
+    trainable = {name: (a.float(), b.float()) for name, (a, b) in last.matrices.items()}
     device = torch.device("cpu")
     by_angle = BankPenalties(frozen, [True, False], device, cosine=True).terms(trainable, 0.5, 0.25)
     alone = BankPenalties(frozen, [True, False], device, contrastive=False).terms(trainable, 0.0, 0.25)

@@ -94,7 +94,7 @@ def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capfd: pytest
     if name == "folding":
         deviation = {key: value["relative"] for key, value in found["deviation"].items()}
         assert max(deviation["merge, float32"], deviation["concatenate, float32"]) < 1e-5
-        assert deviation["unfolded, bfloat16"] > 1e-4
+        assert deviation["unmerged, bfloat16"] > 1e-4
 
 
 @pytest.mark.long
@@ -236,7 +236,7 @@ def test_the_real_size_benchmark_at_tiny_size(quantization: str | None, tmp_path
         "load",
         "forward",
         *(["generate"] if found["device"] == "cuda" else []),
-        "fold a frozen bank",
+        "merge a frozen bank",
         "first step of a bank",
     ]
     assert all(entry["peak_resident_gb"] > 0 for entry in stages.values())

@@ -16,7 +16,7 @@ from mslora_cr.utils.strict_json import JsonError, read_object
 
 LOCK = Path("assets.lock.json")
 """Where it is looked for: in the working directory, as a project's other files."""
-SHOWN = 3
+MOST_NAMED = 3
 """How many of the files that differ are named."""
 
 
@@ -88,8 +88,8 @@ def check_fetched(lock: Path, name: str, folder: Path, files: Iterable[str], upd
 
 
 def _changed(lock: Path, name: str, revision: str, odd: list[str]) -> DataError:
-    more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
+    more = f" and {len(odd) - MOST_NAMED} more" if len(odd) > MOST_NAMED else ""
     return DataError(
-        f"{name}: {', '.join(odd[:SHOWN])}{more}: not as {lock} records for revision {revision}. Pass --revision "
+        f"{name}: {', '.join(odd[:MOST_NAMED])}{more}: not as {lock} records for revision {revision}. Pass --revision "
         f"{revision} for what is locked, or, if you trust what is there now, --update to lock that instead"
     )

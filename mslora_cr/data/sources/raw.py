@@ -195,13 +195,13 @@ class Bounded:
     """A stream of unknown length, read up to a limit."""
 
     def __init__(self, stream: IO[bytes] | GzipFile, archive: Path, most: int = MOST_NESTED_BYTES) -> None:
-        self._stream, self._place, self._left = stream, archive, most
+        self._stream, self._archive, self._left = stream, archive, most
 
     def read(self, size: int = -1, /) -> bytes:
         data = self._stream.read(size)
         self._left -= len(data)
         if self._left < 0:
-            raise DataError(f"{self._place}: refused: it unpacks to more than {MOST_NESTED_BYTES >> 30} GB")
+            raise DataError(f"{self._archive}: refused: it unpacks to more than {MOST_NESTED_BYTES >> 30} GB")
         return data
 
 
