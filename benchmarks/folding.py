@@ -1,10 +1,10 @@
-"""How exact and how quick folding is: eight banks merged into the base, or concatenated into one adapter.
+"""How exact and how quick merging is: eight banks merged into the base, or concatenated into one adapter.
 
     python -m benchmarks.folding
     python -m benchmarks.folding --size 7b --layers 2      # LLaVA-Med's shapes; times by 16 for all of it
 
 Deviations are those of the logits from the float32 computation with every bank on its own, in float32 and in bfloat16,
-whose unfolded computation deviates as well. Times are shown beside what merging cannot do without: the matrix products
+whose unmerged computation deviates as well. Times are shown beside what merging cannot do without: the matrix products
 alone, and one copy of the weights; and beside loading the weights from disk, which switching a stage does not do.
 """
 

@@ -4,8 +4,8 @@
     python -m benchmarks.penalty --size 7b --layers 2
 
 The trainable bank is bank 8 of 8, then bank 32 of 32; values and gradients of both ways are compared as well. The
-frozen banks are held in float32 and in bfloat16; on a GPU also in the CPU's pinned memory. `--profile` prints where their time
-goes.
+frozen banks are held in float32 and in bfloat16; on a GPU also in the CPU's pinned memory. `--profile` prints where
+their time goes.
 """
 
 from __future__ import annotations

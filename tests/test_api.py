@@ -57,8 +57,8 @@ def answers(folder: Path) -> list[str]:
 
 def test_importing_it_is_light() -> None:
     code = "import sys, mslora_cr; dir(mslora_cr); print('torch' in sys.modules, 'pydantic' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.split() == ["False", "False"]
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.split() == ["False", "False"]
 
 
 def test_every_public_name_is_there_and_typed() -> None:
@@ -236,13 +236,13 @@ def test_ask_streams_an_answer_and_says_who_gave_it(
 ) -> None:
     first, second = questions(trained_config, "PCAM")[:2]
     assert main(["ask", str(trained_config), first["text"], "--image", first["image"], "model.device=cpu"]) == 0
-    told = capsys.readouterr()
-    assert "# taken for " in told.err and "%" in told.err and "banks pathvqa" in told.err
+    output = capsys.readouterr()
+    assert "# taken for " in output.err and "%" in output.err and "banks pathvqa" in output.err
     arguments = ["--task", "PCAM", "--stage", "3", first["text"], second["text"], "--image", first["image"]]
     assert main(["ask", str(trained_config), *arguments]) == 0
-    told = capsys.readouterr()
-    assert told.out.split("\n")[0] == answers(results / "PCAM")[0] and told.out.count("\n") == 2
-    assert f"# {second['text']}" in told.err and "# banks pathvqa+slake-vqarad+PCAM" in told.err
+    output = capsys.readouterr()
+    assert output.out.split("\n")[0] == answers(results / "PCAM")[0] and output.out.count("\n") == 2
+    assert f"# {second['text']}" in output.err and "# banks pathvqa+slake-vqarad+PCAM" in output.err
 
 
 def test_questions_come_from_a_file_or_from_standard_input(
@@ -270,7 +270,7 @@ def test_questions_come_from_a_file_or_from_standard_input(
     ):
         file.write_text(f"first\n{line}\n")
         assert main(["ask", str(trained_config), "--questions", str(file)]) == 1
-        assert f"{file}: line 2: " in (told := capsys.readouterr().err) and problem in told
+        assert f"{file}: line 2: " in (output := capsys.readouterr().err) and problem in output
 
 
 def test_a_conversation_remembers(
@@ -280,13 +280,13 @@ def test_a_conversation_remembers(
     lines = [first["text"], "/image /no/such.png", second["text"], f"/image {first['image']}", first["text"]]
     lines += [second["text"], "/new", "/help", "", second["text"], "/quit", "never asked"]
     converse(model, [first["image"]], [line + "\n" for line in lines])
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     one = model.ask(first["image"], first["text"])
     two = model.ask(first["image"], second["text"], history=[(first["text"], one.text)], task=one.task)
     alone = model.ask(first["image"], second["text"])
     # A mistyped file is named at once, and the conversation goes on with the pictures that it had.
-    assert told.out.split("\n") == [one.text, two.text, one.text, two.text, alone.text, ""]
-    assert "error: /no/such.png: there is no such image file" in told.err
+    assert output.out.split("\n") == [one.text, two.text, one.text, two.text, alone.text, ""]
+    assert "error: /no/such.png: there is no such image file" in output.err
 
 
 # --- README and the notebook ----------------------------------------------------------------------------------------------------

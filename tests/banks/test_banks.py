@@ -232,14 +232,14 @@ def test_a_trained_run_is_exported_and_read_again(
 
 def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bank", "show", str(GOLDEN / "checkpoints" / "pathvqa")]) == 0
-    shown = json.loads(capsys.readouterr().out)
+    output = json.loads(capsys.readouterr().out)
     bank = golden_bank(0)
-    assert shown["rank"] == bank.rank and shown["linear_layers"] == len(bank.matrices)
+    assert output["rank"] == bank.rank and output["linear_layers"] == len(bank.matrices)
     updates = {name: bank.scaling * b @ a for name, (a, b) in bank.matrices.items()}
     largest = max(updates, key=lambda name: updates[name].norm())
-    assert shown["largest_update"]["layer"] == largest
-    assert shown["largest_update"]["norm"] == pytest.approx(updates[largest].norm().item(), rel=1e-5)
-    assert shown["update_norm"] == pytest.approx(
+    assert output["largest_update"]["layer"] == largest
+    assert output["largest_update"]["norm"] == pytest.approx(updates[largest].norm().item(), rel=1e-5)
+    assert output["update_norm"] == pytest.approx(
         torch.stack([x.norm() for x in updates.values()]).norm().item(), rel=1e-5
     )
 

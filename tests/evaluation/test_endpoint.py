@@ -114,6 +114,6 @@ def test_the_command(server: Server, trained_config: Path, tmp_path: Path, capsy
         (["--model", "m", "--endpoint", "http://me:secret@x/v1"], "set OPENAI_API_KEY"),
     ):
         assert main([*command, *arguments]) == 1
-        assert message in (told := capsys.readouterr().err) and "secret" not in told
+        assert message in (output := capsys.readouterr().err) and "secret" not in output
     assert main(["evaluate", str(trained_config), "--concurrency", "2"]) == 1
     assert "--concurrency needs --endpoint or --judge" in capsys.readouterr().err

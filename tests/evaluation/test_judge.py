@@ -140,8 +140,8 @@ def test_the_command(
     shutil.copytree(evaluated.results_dir, tmp_path / "results")
     command = ["evaluate", str(trained_config), f"results_dir={tmp_path}/results", "--stages", "seen"]
     assert main([*command, "--judge", server.url, "--judge-model", "judge"]) == 0
-    told = capsys.readouterr().out
-    assert "judged by judge: a model's opinion" in told and "partial" in told
+    output = capsys.readouterr().out
+    assert "judged by judge: a model's opinion" in output and "partial" in output
     for arguments, message in (
         (["--judge", server.url], "both --judge URL and --judge-model NAME"),
         (["--judge", "ftp://x/v1", "--judge-model", "m"], "--judge ftp://x/v1: expected an address such as"),

@@ -24,7 +24,7 @@ def test_a_held_out_data_set_is_answered_at_every_stage_and_set_against_the_base
 ) -> None:
     command = ["evaluate", str(trained_config), f"results_dir={tmp_path}", "--stages", "final", "--probe", "derm"]
     assert main(command) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     results = tmp_path / "tiny"
     path = results / "probe" / "derm" / "probe.json"
     found = Probe.read(path)
@@ -34,7 +34,7 @@ def test_a_held_out_data_set_is_answered_at_every_stage_and_set_against_the_base
         (2, ("pathvqa", "slake-vqarad")),
         (3, ("pathvqa", "slake-vqarad", "PCAM")),
     ]
-    assert f"derm, a held-out data set, {found.cells[0].rows} questions" in told
+    assert f"derm, a held-out data set, {found.cells[0].rows} questions" in output
     tables = {cell.stage: read_scores((results / cell.answers).with_name("scores.csv")) for cell in found.cells}
     for loss in found.losses:
         before, after = tables[0].columns[loss.metric], tables[loss.stage].columns[loss.metric]

@@ -199,8 +199,8 @@ def test_tensorboard_and_wandb_get_a_run_per_task_that_the_next_launch_continues
         assert main(["train", str(config), TWO]) == 1
     assert main(["train", str(config), TWO]) == 0
     launches = sorted(path.stem.removeprefix("run-") for path in tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    kept = json.loads((run_folder(config) / "logs" / "trackers.json").read_text())["wandb"]
-    assert launches == sorted([kept["pathvqa"], kept["slake-vqarad"], kept["slake-vqarad"]])
+    content = json.loads((run_folder(config) / "logs" / "trackers.json").read_text())["wandb"]
+    assert launches == sorted([content["pathvqa"], content["slake-vqarad"], content["slake-vqarad"]])
     assert len(set(launches)) == 2
     for task in ("pathvqa", "slake-vqarad"):
         events = EventAccumulator(str(run_folder(config) / "logs" / "tensorboard" / task)).Reload()
@@ -261,12 +261,12 @@ def test_a_run_folder_of_another_configuration_is_refused(
 ) -> None:
     shutil.copytree(trained_config.parent / "checkpoints", tmp_path / "checkpoints")
     folder = f"output_dir={tmp_path / 'checkpoints'}"
-    kept = (tmp_path / "checkpoints" / "tiny" / "config.yaml").read_bytes()
+    content = (tmp_path / "checkpoints" / "tiny" / "config.yaml").read_bytes()
     assert main(["train", str(trained_config), folder, "tasks.PCAM.epochs=3", "lora.dropout=0.1"]) == 1
     message = capsys.readouterr().err
     assert "made with another configuration" in message and "--force" in message
     assert "tasks.PCAM.epochs: 2.0 there, 3.0 here" in message and "lora.dropout: 0.05 there, 0.1 here" in message
-    assert (tmp_path / "checkpoints" / "tiny" / "config.yaml").read_bytes() == kept
+    assert (tmp_path / "checkpoints" / "tiny" / "config.yaml").read_bytes() == content
     # What decides no weight may change, and --force goes on.
     monkeypatch.setattr(stream, "train_task", None)
     assert main(["train", str(trained_config), folder, "training.logging_steps=7", "evaluation.batch_size=2"]) == 0
