@@ -154,7 +154,7 @@ def shard_files(path: Path) -> list[Path]:
     """The model's safetensors files, from its index or the single file.
 
     Raises:
-        ModelError: none, or one that the index names is missing.
+        ModelError: There are none, or one that the index names is missing.
     """
     index = path / "model.safetensors.index.json"
     if not index.is_file():
@@ -166,7 +166,7 @@ def shard_files(path: Path) -> list[Path]:
 
 
 def indexed_files(index: Path) -> list[Path]:
-    """The files that an index spreads the weights over, which must be in its folder."""
+    """The files over which an index spreads the weights; they must be in its folder."""
     path = index.parent
     try:
         names = sorted(set(read_object(index)["weight_map"].values()))
@@ -183,7 +183,7 @@ def indexed_files(index: Path) -> list[Path]:
 
 
 def tensor_name(name: str) -> str | None:
-    """LLaVA's name of a tensor → transformers', or None for a name that is not LLaVA's."""
+    """transformers' name of a LLaVA tensor, or None for a name that is not LLaVA's."""
     for pattern, replacement in _RENAMES:
         if match := re.match(pattern, name):
             return replacement + name[match.end() :]
@@ -191,17 +191,18 @@ def tensor_name(name: str) -> str | None:
 
 
 def published_linear_name(module: str) -> str:
-    """transformers' name of a language-model linear layer → the published checkpoints' (`model.layers.N.…`)."""
+    """The published checkpoints' name (`model.layers.N.…`) of a language-model linear layer, from transformers'
+    name."""
     return "model.layers." + module.rpartition("language_model.layers.")[2]
 
 
 def linear_name(name: str, exact: bool = False) -> str | None:
-    """transformers' name of a language-model linear layer, from the published one (the inverse of
+    """transformers' name of a language-model linear layer, from the published name (the inverse of
     `published_linear_name`), that of an older transformers, or itself; None for any other name.
 
     Args:
-        name: the name in a file.
-        exact: the file was written by this program, with the model's own names.
+        name: The name in a file.
+        exact: This program wrote the file, with the model's own names.
     """
     if exact and _OTHER_MODELS.fullmatch(name):
         return name

@@ -1,4 +1,4 @@
-"""The capacity that answers: the rank of the update to the base weights, which grows where banks add up."""
+"""The rank of the update that the answering banks add to the base weights, which grows where banks are summed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from mslora_cr.runs.entries import RunLedger
 
 
 def answering_rank(evaluation: Evaluation, ledger: RunLedger | None) -> int | None:
-    """The rank that answers a question after the last evaluated stage, of the task with most; 0 for the base alone.
+    """The rank of the banks that answer after the last evaluated stage, for the task with the most; 0 for the base
+    alone.
 
-    None where a bank's rank or the method is not known: of imported runs, or a method outside the package.
+    None if a bank's rank or the method is unknown: for imported runs, or a method outside the package.
     """
     method = method_named(evaluation.method)
     if method is None:
@@ -31,7 +32,7 @@ def answering_rank(evaluation: Evaluation, ledger: RunLedger | None) -> int | No
 
 
 def bank_ranks(method: Method, ledger: RunLedger | None) -> dict[str, int | None]:
-    """The rank of each finished task's bank; None where the ledger does not know it."""
+    """The rank of each finished task's bank; None if the ledger does not know it."""
     finished = ledger.tasks.items() if ledger else ()
     return {
         name: method.bank_rank(entry.rank, number) if entry.rank else None
@@ -40,10 +41,10 @@ def bank_ranks(method: Method, ledger: RunLedger | None) -> dict[str, int | None
 
 
 def rendered_ranks(runs: Sequence[tuple[str, Path | None, Path]]) -> str:
-    """A line with the rank that answers in each run; empty if none is known.
+    """A line with each run's answering rank; empty if none is known.
 
     Args:
-        runs: label, run folder where it is known, folder of results.
+        runs: By label, the run folder, if it is known, and the results folder.
     """
     ranks = {}
     for label, run_dir, results_dir in runs:
@@ -57,7 +58,7 @@ def rendered_ranks(runs: Sequence[tuple[str, Path | None, Path]]) -> str:
 
 
 def method_named(name: str) -> Method | None:
-    """The method of that name; None where it is outside the package, and not here."""
+    """The method of that name; None if it is outside the package and not available."""
     try:
         return cast(Method, load_method(name))
     except ValueError:
@@ -65,7 +66,7 @@ def method_named(name: str) -> Method | None:
 
 
 def _answering(evaluation: Evaluation, method: Method, cell: Cell) -> Sequence[str]:
-    """The banks that answer a question of a cell: where it is routed, those of the task it is taken for, its own."""
+    """The banks that answer a question of a cell; if it is routed, those of the predicted task."""
     if evaluation.banks_by != "routed" or method.mixes_banks:
         return cell.banks
     numbers = method.banks(min(evaluation.tasks.index(cell.task) + 1, cell.stage), cell.stage, "prefix")

@@ -12,8 +12,8 @@ from mslora_cr.runs.entries import RunLedger
 
 
 class Cost(NamedTuple):
-    """`device_hours` of training, measured; `parameters` of the banks that answer after the last evaluated stage, of
-    the task with most. None where the ledger does not know: of imported banks, or of version 0.1.0."""
+    """`device_hours` of training, measured, and `parameters` of the banks that answer after the last evaluated stage,
+    for the task with the most. None if the ledger does not know: for imported banks, or for version 0.1.0."""
 
     device_hours: float | None
     parameters: int | None
@@ -22,7 +22,7 @@ class Cost(NamedTuple):
 def cost_of(evaluation: Evaluation, ledger: RunLedger | None) -> Cost:
     """The cost of a run, from its ledger.
 
-    A bank that was trained is counted, whoever answers; where a router or a method mixes banks, all that it may take.
+    Every trained bank counts, whichever answers. If a router or a method mixes banks, all that may answer count.
     """
     entries = ledger.tasks if ledger else {}
     sizes = {name: entry.parameters for name, entry in entries.items()}
@@ -37,7 +37,7 @@ def cost_of(evaluation: Evaluation, ledger: RunLedger | None) -> Cost:
 
 
 def mean_costs(runs: Sequence[Outcome]) -> dict[str, Cost]:
-    """By method, the mean of its runs' device hours, and their parameters; None where a run does not know."""
+    """By method, the mean of its runs' device hours, and their parameters; None if a run does not know them."""
     costs = {}
     for method in dict.fromkeys(run.method for run in runs):
         of_method = [run for run in runs if run.method == method]

@@ -1,4 +1,4 @@
-"""Some answered questions of a task, for a report that has no room for all."""
+"""Some answered questions of a task, for reports without room for all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Example(NamedTuple):
 
 
 def pick_examples(answers: Sequence[AnswerRecord], of_each: int = 2) -> list[Example]:
-    """Up to `of_each` right and as many wrong answers, the same at every call, right ones first."""
+    """Up to `of_each` right and as many wrong answers, the same ones at every call; right ones come first."""
     picked: dict[bool, list[Example]] = {True: [], False: []}
     for answer in random.Random(0).sample(answers, len(answers)):
         if all(len(examples) == of_each for examples in picked.values()):

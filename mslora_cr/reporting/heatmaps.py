@@ -17,11 +17,11 @@ class HeatCell:
     """A cell of a table.
 
     Attributes:
-        text: what it says.
-        note: what it says in small letters.
-        tint: how strongly it is tinted, in [0, 1]; None leaves it blank.
-        ends: of its number's interval.
-        changed: of a difference, how many answers changed and what that is worth.
+        text: Its text.
+        note: A note in small print.
+        tint: The strength of its tint, in [0, 1]; None leaves it blank.
+        ends: The interval of its number.
+        changed: For a difference, how many answers changed, with the test.
     """
 
     text: str = ""
@@ -33,8 +33,7 @@ class HeatCell:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A table of tinted cells, one row a name; `last` is one more, untinted column under
-    `last_title`."""
+    """A table of tinted cells, one row per name. `last` is a further, untinted column under `last_title`."""
 
     title: str
     columns: Sequence[str]
@@ -47,7 +46,10 @@ def matrix_map(title: str, metric: str, evaluation: Evaluation, transfer: Mappin
     """A metric by task and stage; each cell notes the numbers of the banks that answered, and its interval.
 
     Args:
-        transfer: by task, the uncertainty of its backward transfer.
+        title: The table's title.
+        metric: The metric.
+        evaluation: The evaluation.
+        transfer: By task, the uncertainty of its backward transfer.
     """
     matrix = evaluation.matrix(metric)
     if matrix is None:
@@ -75,7 +77,7 @@ def matrix_map(title: str, metric: str, evaluation: Evaluation, transfer: Mappin
 
 
 def similarity_map(similarity: Similarity) -> HeatMap:
-    """The lower triangle of the similarities, tinted over the range that they span."""
+    """The lower triangle of the similarities, tinted over their range."""
     below = [value for index, row in enumerate(similarity.values) for value in row[:index]]
     low, span = min(below), max(below) - min(below)
     rows = {
@@ -105,8 +107,8 @@ def confusion_map(stage: StageRouting) -> HeatMap:
 
 
 def answer_maps(task: TaskAnswers, last: int) -> list[HeatMap]:
-    """The confusions of a task's closed answers when it was learned and, where other banks answered then, after the
-    last stage: truths (rows), what was said (columns), counts tinted by their share of the row."""
+    """The confusions of a task's closed answers when it was learned and, if other banks answered then, after the last
+    stage: truths (rows), answers (columns), counts tinted by their share of the row."""
     sets = {id(answers): answers for answers in (task.learned, task.at(last)) if answers is not None}
     maps = []
     for answers in sets.values():
@@ -123,7 +125,8 @@ def answer_maps(task: TaskAnswers, last: int) -> list[HeatMap]:
 
 
 def cosine_map(title: str, banks: Sequence[str], rows_of: Mapping[str, Sequence[Sequence[float]]]) -> HeatMap:
-    """Cosines of every two banks' updates (rows) by place (columns), tinted by their size over the largest."""
+    """Cosines of every two banks' updates (rows) by layer or module (columns), tinted by their size relative to the
+    largest."""
     pairs = [(one, two) for two in range(len(banks)) for one in range(two)]
     largest = max((abs(values[one][two]) for values in rows_of.values() for one, two in pairs), default=0.0) or 1.0
     rows = {
@@ -161,7 +164,7 @@ def _rank(bank: EffectiveRank | None) -> HeatCell:
 
 
 def final_scores_map(runs: Mapping[str, Evaluation], metric: str) -> HeatMap:
-    """Each task after the last stage, a column for each run, with its interval and the banks that answered."""
+    """Each task after the last stage, with a column for each run, its interval and the banks that answered."""
     tasks = dict.fromkeys(task for run in runs.values() for task in run.tasks)
     rows = {task: [_final_score(run, task, metric) for run in runs.values()] for task in tasks}
     return HeatMap("", list(runs), {task: cells for task, cells in rows.items() if any(cell.text for cell in cells)})

@@ -1,4 +1,4 @@
-"""A release as a console shows it, and as a Markdown record."""
+"""Shows a release on the console, and writes it as a Markdown record."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def chain_table(records: Sequence[ReleaseRecord]) -> str:
 
 
 def write_release(record: ReleaseRecord, config: StreamConfig) -> Path:
-    """Write the record's Markdown beside it, for people, and return the file."""
+    """Write the record's Markdown beside it, and return the file."""
     path = record_path(config.run_dir, record.number).with_suffix(".md")
     names = ", ".join(f"{task.name} ({task.modality})" for task in config.stream[: record.stage])
     render("release.md", path, {"record": record, "config": config, "tasks": names, "rows": map(_row, record.tests)})

@@ -1,4 +1,4 @@
-"""Templates into pages: written whole, self-contained, everything escaped that comes from data."""
+"""Renders templates into pages: written whole, self-contained, with all data escaped."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def render(template: str, path: Path, context: Mapping[str, Any]) -> None:
 
 
 def _script(name: str) -> Markup:
-    """One of our own scripts, as it stands in a `script` element."""
+    """One of our own scripts, for a `script` element."""
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def _script_sources() -> Markup:
-    """The scripts that a page's security policy lets run: ours, by their content, and none that data could bring."""
+    """The scripts that a page's security policy allows: ours, by their content, and none that data could add."""
     digests = [hashlib.sha256(path.read_bytes()).digest() for path in sorted(TEMPLATES.glob("*.js"))]
     return Markup(" ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests))
 
@@ -68,7 +68,7 @@ def _embedded(content: Any) -> Markup:
 
 
 def chance(p: float | None) -> str:
-    """A p-value, which is never zero."""
+    """A p-value, which is never shown as zero."""
     return "–" if p is None else f"{p:.3f}" if p >= 0.0005 else "< 0.001"
 
 
@@ -82,7 +82,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def _brief(value: float | None) -> str:
-    """Two digits that say something."""
+    """A number with two significant digits."""
     return "–" if value is None else f"{value:.2g}" if value < 100 else f"{value:.0f}"
 
 
@@ -108,7 +108,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _markdown(value: Any) -> Any:
-    """Text as Markdown that shows it as it is, on one line, in a table's cell too; what is `Markup` stays."""
+    """Text as Markdown that shows it unchanged, on one line, even in a table's cell; `Markup` stays as it is."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     escaped = "".join(f"\\{mark}" if mark in "\\`*_{}[]<>|#" else mark for mark in value)
@@ -122,6 +122,6 @@ def _markdown_code(text: str) -> Markup:
 
 
 def _markdown_block(text: str, language: str) -> Markup:
-    """Text as a block of code, behind a fence that it does not hold."""
+    """Text as a block of code, with a fence that does not occur in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return Markup(f"{fence}{language}\n{text.rstrip()}\n{fence}")

@@ -1,4 +1,4 @@
-"""`sweep.json`, typed: the figures of every run of a sweep, and what they say of each method."""
+"""`sweep.json`, typed: the figures of every run of a sweep, and each method's summary."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ RESULT = "sweep.json"
 
 
 class Against(Part):
-    """The paired difference to MSLoRA-CR at the same order and seed: its mean, standard deviation and pairs, and what
-    they say, as `sweep_summary.summarize` explains. Version 0.1.0 wrote the first three alone."""
+    """The paired difference to MSLoRA-CR at the same order and seed: mean, standard deviation, pairs, and the tests
+    that `sweep_summary.summarize` explains. Version 0.1.0 wrote only the first three."""
 
     mean: float
     deviation: float | None
@@ -41,9 +41,9 @@ class Spread(Part):
 class Outcome(Part):
     """The figures of a finished run, by metric and name; `final` has every task's score after the last stage.
 
-    `frozen`: whether the same frozen banks answer a task at every stage from its own on. `rank`: as `answering_rank`.
-    `seconds`: of its training. `device_hours`, `parameters`: as in `Cost`; version 0.1.0 noted no rank and
-    neither of these.
+    `frozen` says whether the same frozen banks answer a task at every stage from its own on. `rank` is
+    `answering_rank`, `seconds` the training time; `device_hours` and `parameters` are those of `Cost`. Version 0.1.0
+    noted neither the rank nor these two.
     """
 
     run: str

@@ -1,4 +1,4 @@
-"""Small pictures of a stream's images: inside the page, or in a folder next to it where there are many."""
+"""Small versions of a stream's images, inside the page or, if there are many, in a folder beside it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from mslora_cr.utils.workers import cores, worker_pool
 SIDE = 144
 """Pixels of a thumbnail's longer side."""
 MOST_INSIDE = 1000
-"""Pictures that a page holds itself, at some 3 to 8 kB each."""
+"""The most pictures inside the page, at some 3 to 8 kB each."""
 MOST_BYTES_INSIDE = 9_000_000
-"""A page that holds them stays below 15 MB: base64 adds a third."""
+"""A page with its pictures stays below 15 MB: base64 adds a third."""
 FOLDER = "report-images"
 BATCH = 64
 
 
 def thumbnails(pictures: Sequence[Path], page_folder: Path) -> tuple[dict[Path, str], list[str]]:
-    """The sources that a page in `page_folder` loads for each picture, and the pictures that could not be read.
+    """The image sources that a page in `page_folder` loads, and the pictures that could not be read.
 
-    Up to `MOST_INSIDE` pictures become data URLs. More go to `report-images/` next to the page, under a name made from
-    the picture's path, size and time of change, so that the next report makes only the new ones; others there are
+    Up to `MOST_INSIDE` pictures become data URLs. More go to `report-images/` beside the page, under names made from
+    the picture's path, size and modification time, so that the next report creates only new ones; other files there are
     removed.
     """
     if len(pictures) <= MOST_INSIDE:

@@ -1,4 +1,4 @@
-"""The page of a tuning: its trials, what mattered, and what was chosen."""
+"""The page of a tuning: its trials, the importance of its keys, and the chosen values."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mslora_cr.reporting.render import render
 from mslora_cr.tuning.study import BEST, best_trial, studies
 
 LEAST = 4
-"""Finished trials of different values, of which plots are drawn."""
+"""Plots need at least this many finished trials with different values."""
 
 
 def write_tuning_page(folder: Path) -> Path:
-    """Write `tune.html` of a tuning's folder and return it."""
+    """Write `tune.html` of a tuning's folder, and return it."""
     parts = []
     for name, trials in studies(folder).items():
         finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -39,7 +39,7 @@ def write_tuning_page(folder: Path) -> Path:
 
 
 def _plots(trials: list[FrozenTrial]) -> dict[str, Markup]:
-    """Importance (by PED-ANOVA) and parallel coordinates, as SVG; none of too few trials."""
+    """Importance (by PED-ANOVA) and parallel coordinates, as SVG; None for too few trials."""
     if len({tuple(trial.params.items()) for trial in trials}) < LEAST or len({trial.value for trial in trials}) < 2:
         return {}
     study = optuna.create_study(direction="maximize")

@@ -227,7 +227,7 @@ def test_other_tar_archives_are_read(suffix, tmp_path):
     annotate(tmp_path / "root/PathVQA", ["images/x.png"], ["images/x.png"])
     run("pathvqa", tmp_path / f"raw.tar.{suffix}", tmp_path / "root")
     assert red(tmp_path / "root", "pathvqa", "images/x.png") == 4
-    with pytest.raises(DataError, match=r"raw\.7z: archives of this kind are not read; unpack it"):
+    with pytest.raises(DataError, match=r"raw\.7z: archives of this kind cannot be read; unpack it"):
         run("pathvqa", put(tmp_path / "raw.7z", b"7z"), tmp_path / "root")
 
 

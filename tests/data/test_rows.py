@@ -61,14 +61,14 @@ def test_rows_that_do_not_fit_their_header(text: str, expected: list[Any], tmp_p
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (HEADER + 'a.png,"Is it?,yes\nb.png,Is "it?,no\n', "line 2: the row that begins there is not quoted"),
+        (HEADER + 'a.png,"Is it?,yes\nb.png,Is "it?,no\n', "line 2: the row that begins there is quoted wrongly"),
         (HEADER + 'a.png,x,y\nb.png,"never closed,no\nc.png,x,y\n', "line 3: the row that begins there"),
         ("image,question,answer,answer\na.png,x,y,z\n", "two columns are called 'answer'"),
         (
             "Image,IMAGE,question,answer\na.png,b.png,y,z\n",
             "columns 'Image', 'IMAGE' could be meant; name one with --image",
         ),
-        ("", "holds no table"),
+        ("", "contains no table"),
     ],
 )
 def test_a_table_that_is_none_is_refused_with_its_line(text: str, problem: str, tmp_path: Path) -> None:

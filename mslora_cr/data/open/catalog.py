@@ -1,4 +1,4 @@
-"""The data sets of the open stream: where each comes from, what it asks, what is wrong with it. From `catalog.yaml`."""
+"""The data sets of the open stream: their sources, questions and flaws. From `catalog.yaml`."""
 
 from functools import cache
 from pathlib import Path
@@ -36,10 +36,10 @@ def open_sources() -> dict[str, OpenSource]:
 
 
 def chosen_sources(names: list[str] | None) -> list[OpenSource]:
-    """The sources of these names; all without any.
+    """The sources of these names; all sources for no names.
 
     Raises:
-        DataError: there is none of a name; says the nearest one.
+        DataError: There is no such source; the message names the nearest one.
     """
     sources = open_sources()
     for name in names or []:

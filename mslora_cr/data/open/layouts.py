@@ -1,4 +1,4 @@
-"""What of each repository is used, and what its labels say: one function per source, from files to labelled pictures.
+"""The files of each repository that are used, and the questions their labels answer: one function per source.
 
 A layout is a pattern over paths, so that a clone, an archive and a folder with several of them are read alike.
 """
@@ -39,7 +39,7 @@ MANY = 25
 
 
 class Asked(NamedTuple):
-    """A question about a picture: the kind, which has its wordings in the catalogue, and what they are filled with."""
+    """A question about a picture: the kind, which has its wordings in the catalogue, and the values for them."""
 
     kind: str
     answer: str
@@ -47,11 +47,11 @@ class Asked(NamedTuple):
     words: Mapping[str, str] = MappingProxyType({})
     """Values for `{…}` in the wordings."""
     attributes: Mapping[str, str | float] = MappingProxyType({})
-    """Of the question alone."""
+    """Attributes of this question alone."""
     id: int | None = None
-    """The source's own."""
+    """The source's own ID of the question."""
     split: str | None = None
-    """The side that the source puts this question on, where that is not told by the picture."""
+    """The side of the split for this question, if the picture does not decide it."""
 
 
 class Labelled(NamedTuple):
@@ -82,7 +82,7 @@ USED = {
     "BCCD": r"BCCD/(?:ImageSets/Main/(?:trainval|test)\.txt|Annotations/([^/]+)\.xml|JPEGImages/([^/]+)\.jpg)",
     "nuclei": r"stage1_train/([0-9a-f]+)/(images|masks)/([^/]+)\.png",
 }
-"""Which files of a repository are used, by the end of their path."""
+"""The files of a repository that are used, by the end of their path."""
 
 
 def used_files(source: str, raw: RawData) -> list[tuple[str, re.Match[str], RawFile]]:

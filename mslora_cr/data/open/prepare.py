@@ -19,15 +19,15 @@ from mslora_cr.utils.files import hidden_folder, replacing_folder, write_json
 
 TEST_SHARE = 0.2
 CORRECTED = {"VQA-RAD": "VQA-RAD-by-image", "CXP": "CXP-by-patient"}
-"""Sources whose own split shares pictures or patients, and what the split that does not is called."""
+"""Sources whose own split shares pictures or patients, and the name of the split that does not."""
 REPORT = "prepared.json"
 Row = tuple[str, Labelled, Asked, str]
-"""Side, picture, question, and whose it is."""
+"""Side, picture, question, and the group."""
 
 
 @dataclass
 class PreparedSet:
-    """A data set that was written: rows and images on each side, and what both sides share."""
+    """A written data set: rows and images on each side, and what both sides share."""
 
     name: str
     rows: Counter[str] = field(default_factory=Counter)
@@ -104,7 +104,8 @@ def _has_side(picture: Labelled) -> bool:
 
 
 def _groups(pictures: Sequence[Labelled]) -> list[str]:
-    """Whose each picture is: what the source names, else the picture itself, with its copies under other names."""
+    """The group of each picture: the one that the source names, or else the picture itself with its copies under other
+    names."""
     first: dict[tuple[object, ...], str] = {}
     return [picture.group or first.setdefault(fingerprint(picture.file), picture.name) for picture in pictures]
 

@@ -26,7 +26,7 @@ from mslora_cr.utils.walk import files_below
 ENDINGS = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".dcm", ".dicom")
 FEW_CLASSES = 6
 MOST_CLASSES = 100
-"""Folders: more are hardly classes but, say, patients."""
+"""The most folders: more are probably not classes but, say, patients."""
 MOST_XML, MOST_COCO = 4 << 20, 512 << 20
 CLASS_QUESTION = "Which of these does the image show: {classes}?"
 PRESENCE_QUESTION = "Is there a {name} in the image?"
@@ -35,7 +35,7 @@ COUNT_QUESTION = "How many objects of the kind {name} are in the image?"
 
 @dataclass(frozen=True)
 class Boxed:
-    """An image with the classes of its boxes, each as often as it has boxes."""
+    """An image with the classes of its boxes, one entry per box."""
 
     location: str
     image: str
@@ -44,7 +44,7 @@ class Boxed:
 
 
 def class_folders(folder: Path) -> dict[Path, str]:
-    """By image, its class: the name of the folder that it is in; empty where images are not sorted by folders."""
+    """The class of each image: the name of its folder; empty if images are not sorted by folders."""
     images = [path for path in files_below(folder) if path.suffix.lower() in ENDINGS and path.parent != folder]
     classes = {path: path.parent.name for path in images}
     names = set(classes.values())
@@ -53,7 +53,7 @@ def class_folders(folder: Path) -> dict[Path, str]:
 
 
 def read_class_folders(folder: Path, question: str | None) -> Iterator[Row | Problem]:
-    """A question about each image, answered by its folder's name; a folder above may name the split."""
+    """A question about each image, answered by its folder's name. A folder above may name the split."""
     classes = class_folders(folder)
     names = {name: name.replace("_", " ").strip().lower() for name in sorted(set(classes.values()))}
     asked = question or CLASS_QUESTION.format(classes=", ".join(names.values()))

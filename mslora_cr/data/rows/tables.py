@@ -18,7 +18,7 @@ from mslora_cr.utils.regular import check_regular
 DELIMITERS = ",;\t|"
 NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 MOST_FIELD = 48 << 20
-"""Characters in a field: a picture of 32 MB in base64 and more."""
+"""The most characters of a field: enough for a picture of 32 MB in base64."""
 MOST_HEADER = 1 << 20
 _BOMS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
@@ -28,9 +28,9 @@ class Line:
     """A row of a table.
 
     Attributes:
-        number: the line at which it begins, from 1.
-        fields: as many as the header has.
-        problem: why it cannot be used, if so.
+        number: The line at which it begins, from 1.
+        fields: As many as the header has.
+        problem: Why it cannot be used, if it cannot.
     """
 
     number: int
@@ -42,7 +42,7 @@ def read_table(path: Path, columns: Columns, question: str | None, remark: Remar
     """The rows of a .csv or .tsv file.
 
     Raises:
-        DataError: it cannot be read, is no table, or lacks a column.
+        DataError: It cannot be read, is no table, or lacks a column.
     """
     try:
         encoding = encoding_of(check_regular(path), remark)
@@ -66,19 +66,20 @@ def read_table(path: Path, columns: Columns, question: str | None, remark: Remar
 
 
 def _refer(values: dict[str, Any], image: str, pictures: dict[str, str]) -> None:
-    """In VLMEvalKit's tables a short number in place of a picture is the index of the row that has it."""
+    """Resolve VLMEvalKit's references: a short number in place of a picture is the index of the row that has it."""
     index, picture = values.get("index"), values[image]
     if index is None:
         return
     if len(picture) > 64:
-        pictures.clear()  # rows that share a picture follow it
+        pictures.clear()  # Rows that share a picture follow the row that has it.
         pictures[index] = picture
     elif picture in pictures:
         values[image] = pictures[picture]
 
 
 def encoding_of(path: Path, remark: Remark) -> str:
-    """UTF-8 (with a byte order mark or not), UTF-16 with one, or else Windows' Latin-1, which is remarked upon."""
+    """The encoding: UTF-8 (with or without a byte order mark), UTF-16 with one, or else Windows' Latin-1, with a
+    remark."""
     with path.open("rb") as file:
         start = file.read(2)
         if start in _BOMS:
@@ -96,20 +97,21 @@ def encoding_of(path: Path, remark: Remark) -> str:
 
 
 def table_lines(file: TextIO, path: Path, delimiter: str, remark: Remark) -> Iterator[Line]:
-    """The header, then the rows. Blank lines are passed over, and empty fields beyond the header, as Excel writes them.
+    """Yield the header, then the rows. Blank lines and empty fields beyond the header, as Excel writes them, are
+    skipped.
 
     Args:
-        file: opened with `newline=""`.
-        path: names it in messages.
-        delimiter: where the header does not tell another one.
-        remark: is told of another one.
+        file: Opened with `newline=""`.
+        path: Names it in messages.
+        delimiter: The delimiter, unless the header shows another one.
+        remark: Called with a remark about another delimiter.
 
     Raises:
-        DataError: a quote is misplaced in a way that would join rows, or a field has no end.
+        DataError: A misplaced quote would join rows, or a field has no end.
     """
     raw = _Lines(file)
     first = raw.peek(path)
-    if sep := re.fullmatch(r"sep=(.)\r?\n?", first):  # Excel's own first line
+    if sep := re.fullmatch(r"sep=(.)\r?\n?", first):  # This is Excel's own first line.
         next(raw)
         delimiter, first = sep[1], raw.peek(path)
     else:
@@ -135,13 +137,13 @@ def table_lines(file: TextIO, path: Path, delimiter: str, remark: Remark) -> Ite
                 yield _fitted(raw, fields, len(header), delimiter)
     except csv.Error as error:
         raise DataError(
-            f"{path}: line {raw.start}: the row that begins there is not quoted as a table's ({error}); write a quote "
+            f"{path}: line {raw.start}: the row that begins there is quoted wrongly ({error}); write a quote "
             'inside a field twice (""), and put such a field in quotes'
         ) from None
     finally:
         csv.field_size_limit(before)
     if not header:
-        raise DataError(f"{path}: holds no table")
+        raise DataError(f"{path}: contains no table")
 
 
 def _fitted(raw: _Lines, fields: list[str], count: int, delimiter: str) -> Line:
@@ -156,7 +158,7 @@ def _fitted(raw: _Lines, fields: list[str], count: int, delimiter: str) -> Line:
 
 
 def _delimiter(header: str, default: str, remark: Remark) -> str:
-    """The delimiter that a header is written with: the default if it has it, else the one that it has most of."""
+    """The delimiter of a header: the default if it occurs, otherwise the most frequent one."""
     bare = re.sub(r'"[^"]*"', "", header)
     counts = {mark: bare.count(mark) for mark in DELIMITERS}
     most = max(DELIMITERS, key=lambda mark: counts[mark])
@@ -168,14 +170,14 @@ def _delimiter(header: str, default: str, remark: Remark) -> str:
 
 @cache
 def _row_pattern(delimiter: str) -> re.Pattern[str]:
-    """A row in which quotes stand around whole fields alone, and twice inside them."""
+    """A row that has quotes only around whole fields, and doubled inside them."""
     mark = re.escape(delimiter)
     field = rf'(?:"(?:[^"]|"")*"|[^"\r\n{mark}]*)'
     return re.compile(rf"{field}(?:{mark}{field})*[\r\n]*")
 
 
 class _Lines:
-    """The lines of a file, with those of the row that is being read."""
+    """The lines of a file, together with those of the row that is being read."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -185,10 +187,10 @@ class _Lines:
         self.text: list[str] = []
 
     def peek(self, path: Path) -> str:
-        """The next line, which stays.
+        """Peek at the next line.
 
         Raises:
-            DataError: it does not end.
+            DataError: It does not end.
         """
         self._ahead = self._file.readline(MOST_HEADER)
         if len(self._ahead) == MOST_HEADER:

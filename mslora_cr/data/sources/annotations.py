@@ -1,7 +1,7 @@
-"""`train.json`, `test.jsonl` and, where there is a validation split, `val.jsonl`, from what a raw release holds.
+"""Builds `train.json`, `test.jsonl` and, for a validation split, `val.jsonl` from a raw release.
 
-One function per data set walks the release and yields rows; the questions about labels are the catalogue's
-own words, or the user's. `slake-vqarad` is two releases, one after the other, as published.
+One function per data set walks the release and yields rows. Questions about labels are the catalogue's own words, or
+the user's. `slake-vqarad` is two releases, one after the other, as published.
 """
 
 from __future__ import annotations
@@ -150,14 +150,14 @@ def _test_record(row: Row) -> dict[str, Any]:
 
 
 def _optional_fields(row: Row) -> dict[str, Any]:
-    """What a release knows of patient and image."""
+    """Patient and attributes, as far as the release gives them."""
     patient = {"patient": row.patient} if row.patient else {}
     return {**patient, **({"attributes": dict(row.attributes)} if row.attributes else {})}
 
 
 # --- releases with questions and answers ----------------------------------------
 
-# Answers are text, but some releases hold numbers.
+# Answers are text, but some releases contain numbers.
 _Answer = Annotated[Text, BeforeValidator(lambda value: _said(value))]
 _Question = Annotated[Text, BeforeValidator(lambda value: "" if value is None else value)]
 _AnswerType = Annotated[
@@ -166,7 +166,7 @@ _AnswerType = Annotated[
 
 
 def _said(value: Any) -> Any:
-    """An answer as text; null as an empty one, whose row is left out."""
+    """An answer as text; null becomes empty, and its row is left out."""
     if value is None:
         return ""
     return str(value) if isinstance(value, int | float) else value
@@ -195,7 +195,7 @@ class _VqaRadRow(BaseModel):
 
 
 def _sides(validation: str, given: bool) -> Iterator[tuple[Split, str]]:
-    """The splits with what a release calls them; validation where it is `given`."""
+    """The splits with a release's names for them; validation if it is `given`."""
     yield from zip(SPLITS, SPLITS, strict=True)
     if given:
         yield "validation", validation
@@ -265,7 +265,7 @@ HAM_ATTRIBUTES = {"age": "age", "sex": "sex", "localization": "localisation"}
 def _ham(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
     file = raw.find("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")
     for row in _table(file, ("lesion_id", "image_id", "dx"), tuple(HAM_ATTRIBUTES)):
-        # By lesion, so that no lesion is seen both in training and in the test.
+        # The split is by lesion, so that no lesion appears both in training and in the test.
         split, image = _split_by_hash(row["lesion_id"]), f"images/{with_ending(row['image_id'])}"
         yield Row(
             split,
@@ -361,7 +361,7 @@ def _load(file: RawFile) -> Any:
         return STRICT_JSON.decode(data.decode("utf-8-sig"))
     except DataError as error:
         raise DataError(f"{file.path}: {error}") from None
-    except Exception as error:  # a damaged pickle may raise nearly anything
+    except Exception as error:  # A damaged pickle may raise nearly anything.
         raise DataError(f"{file.path}: not readable as {file.path.suffix[1:]} ({error})") from error
 
 

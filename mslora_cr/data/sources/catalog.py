@@ -1,4 +1,4 @@
-"""The published data sets: where each belongs, where it comes from, what it asks. Read from `catalog.yaml`."""
+"""The published data sets: their folders, sources and questions. Read from `catalog.yaml`."""
 
 import difflib
 from functools import cache
@@ -47,7 +47,7 @@ def catalog() -> dict[str, DataSet]:
 
 
 def unusual_modality(modality: str) -> str | None:
-    """A modality of the catalogue that is close to one that it does not have, and so may be what was meant."""
+    """A modality of the catalogue that is close to an unknown one, and so may be meant."""
     modalities = {entry.modality for entry in catalog().values()}
     close = difflib.get_close_matches(modality, modalities - {modality}, n=1, cutoff=0.8)
     return close[0] if close and modality not in modalities else None
@@ -57,7 +57,7 @@ def data_set(name: str) -> DataSet:
     """The data set of a task.
 
     Raises:
-        DataError: there is none of that name; names the nearest one.
+        DataError: There is none of that name; the message names the nearest one.
     """
     if name not in catalog():
         raise DataError(f"unknown data set {name!r}{nearest(name, catalog())}; known: {', '.join(catalog())}")

@@ -20,17 +20,17 @@ def pictures(
 ) -> Iterator[tuple[str, bytes]]:
     """The pictures of an image file, each with a suffix for its name (`.png`, `-f003.png`) and its bytes.
 
-    DICOM, NIfTI, pages, more than 8 bits and pictures on their side become PNG; any other file of `images.FORMATS`
-    stays as it is.
+    DICOM, NIfTI, pages, more than 8 bits and rotated pictures become PNG; any other file of `images.FORMATS` stays as
+    it is.
 
     Args:
-        path: of the file, or of a folder with the slices of a DICOM series.
-        frame: of a file of several frames, slices or pages, the one to take, from 0; None: as `rendering` says.
-        rendering: how it is drawn.
-        note: called with remarks on how the image was drawn.
+        path: The file, or a folder with the slices of a DICOM series.
+        frame: The frame, slice or page to take, from 0; None leaves it to `rendering`.
+        rendering: How the image is drawn.
+        note: Called with remarks on how the image was drawn.
 
     Raises:
-        DataError: the file cannot be read, or has no such frame.
+        DataError: The file cannot be read, or has no such frame.
     """
     try:
         if path.is_dir():
@@ -47,19 +47,19 @@ def pictures(
         raise
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # one damaged file must not end the conversion of the others
+    except Exception as error:  # One damaged file must not end the conversion of the others.
         raise DataError(f"{path}: cannot be shown ({type(error).__name__}: {error})") from None
 
 
 def first_picture(content: bytes, rendering: Rendering) -> bytes:
-    """The picture of an image file of any kind as `pictures` draws it; of several frames, the middle one.
+    """The picture of an image file of any kind, drawn as by `pictures`; the middle frame of several.
 
     Args:
-        content: the bytes of the file.
-        rendering: how it is drawn.
+        content: The bytes of the file.
+        rendering: How the image is drawn.
 
     Raises:
-        DataError: it cannot be read, or what reads it is not installed.
+        DataError: It cannot be read, or the library for it is not installed.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image"

@@ -1,4 +1,4 @@
-"""DICOM files as a viewer shows them."""
+"""Draws DICOM files as a viewer shows them."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 MAX_INFLATED = 1 << 30
-"""Bytes of a file in a deflated transfer syntax, once it is inflated."""
+"""The most bytes of a file in a deflated transfer syntax, once it is inflated."""
 FUNCTIONAL_GROUPS = {
     "PixelValueTransformationSequence": ("RescaleIntercept", "RescaleSlope", "ModalityLUTSequence"),
     "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
     "PixelMeasuresSequence": ("PixelSpacing",),
 }
-"""Where an enhanced file keeps what others have at the top (PS3.3, C.7.6.16), for all frames or for each."""
+"""Where an enhanced file stores, for all frames or for each, what other files have at the top (PS3.3, C.7.6.16)."""
 REPLACED = {"PixelValueTransformationSequence": "ModalityLUTSequence", "FrameVOILUTSequence": "VOILUTSequence"}
-"""Which table at the top a functional group stands instead of."""
+"""The table at the top that a functional group replaces."""
 PADDING = ("Pixel", "FloatPixel", "DoubleFloatPixel")
-"""How the names of padding values begin, by the type of the pixels."""
+"""Prefixes of the names of padding values, by the type of the pixels."""
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
-"""Vertical and horizontal size of a pixel, the first that a file has."""
+"""Vertical and horizontal size of a pixel; the first that a file has counts."""
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is named as DICOM, or begins as one: files of a hospital's archive often have no ending."""
+    """Whether a file is named as DICOM, or begins like one: files of a hospital's archive often have no extension."""
     if path.suffix.lower() in (".dcm", ".dicom"):
         return True
     try:
@@ -74,7 +74,7 @@ def dicom_frames(path: Path, frame: int | None, rendering: Rendering, note: Note
     count = int(header.get("NumberOfFrames") or 1)
     numbers = chosen_frames(count, frame, rendering, path)
     try:
-        source = pydicom.dcmread(path) if _is_deflated(path) else path  # pydicom inflates whole files alone
+        source = pydicom.dcmread(path) if _is_deflated(path) else path  # pydicom inflates only whole files.
         decoded = iter_pixels(source, indices=list(numbers), correct_unused_bits=False)
         for number, values in zip(numbers, decoded, strict=True):
             of_frame = _of_frame(header, number)
@@ -89,7 +89,7 @@ def dicom_frames(path: Path, frame: int | None, rendering: Rendering, note: Note
 
 
 def _header(path: Path) -> Dataset:
-    """Everything but the pixels, once it is plausible that the file has as many of them as it says."""
+    """Everything except the pixels, after a check that the file can contain as many as it claims."""
     import pydicom
 
     try:
@@ -98,7 +98,7 @@ def _header(path: Path) -> Dataset:
         rows, columns = int(header.Rows), int(header.Columns)
         count = int(header.get("NumberOfFrames") or 1)
         encapsulated = header.file_meta.TransferSyntaxUID.is_encapsulated
-        # A native frame may have two samples where the header says three (YBR_FULL_422); an item takes 8 bytes.
+        # A native frame may have two samples although the header says three (YBR_FULL_422); an item takes 8 bytes.
         bits = int(header.BitsAllocated) * int(header.SamplesPerPixel) * rows * columns
     except DataError:
         raise
@@ -117,7 +117,7 @@ def _is_deflated(path: Path) -> bool:
 
     try:
         return read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
-    except Exception:  # no meta information: the file is read as it is, or refused
+    except Exception:  # Without meta information, the file is read as it is, or refused.
         return False
 
 
@@ -141,7 +141,7 @@ def _size(path: Path) -> int:
 
 
 def _of_frame(header: Dataset, number: int) -> Dataset:
-    """The header with what the functional groups say of one frame at the top: its own before what all share."""
+    """The header with one frame's functional groups at the top: its own before the shared ones."""
     shared, per_frame = header.get("SharedFunctionalGroupsSequence"), header.get("PerFrameFunctionalGroupsSequence")
     groups = [*(shared or [])[:1], *(per_frame or [])[number : number + 1]]
     if not groups:
@@ -159,7 +159,7 @@ def _of_frame(header: Dataset, number: int) -> Dataset:
 
 
 def _spacing(header: Dataset) -> tuple[float, float]:
-    """Vertical and horizontal size of a pixel; (1, 1) where the file does not say."""
+    """Vertical and horizontal size of a pixel; (1, 1) if the file does not say."""
     for key in SPACINGS:
         value = header.get(key)
         if value is not None and len(value) == 2:
@@ -188,9 +188,9 @@ def _to_display(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels
 
 
 def _tomogram(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels:
-    """A frame of computed tomography under three windows, with padding as air is drawn: black."""
+    """A CT frame under three windows, with padding drawn like air: black."""
     if header.get("Modality") != "CT" or values.ndim != 2:
-        raise DataError(f"its modality is {header.get('Modality')!r}; windows in Hounsfield units are for CT alone")
+        raise DataError(f"its modality is {header.get('Modality')!r}; windows in Hounsfield units are only for CT")
     stored, padding = _stored(header, values)
     colours = in_colours(_rescaled(header, stored), rendering.ct_windows)
     return np.where(padding[..., None], 0.0, colours)
@@ -233,7 +233,7 @@ def _between(values: Pixels, bounds: Pixels) -> Pixels:
 
 
 def _rescaled(header: Dataset, stored: Pixels) -> Pixels:
-    """Stored values in the units of the modality; a slope or intercept alone does as well as both."""
+    """Stored values in the units of the modality. Slope and intercept may each be missing."""
     from pydicom.pixels import apply_modality_lut
 
     if header.get("ModalityLUTSequence"):
@@ -245,7 +245,7 @@ def _rescaled(header: Dataset, stored: Pixels) -> Pixels:
 
 
 def _grey(header: Dataset, stored: Pixels, padding: Pixels, rendering: Rendering) -> Pixels:
-    """Stored values, rescaled and under a window or table; else stretched over their range without the padding."""
+    """Stored values, rescaled and under a window or table; otherwise stretched over their range without the padding."""
     from pydicom.pixels import apply_voi
 
     values = _rescaled(header, stored)
@@ -264,7 +264,7 @@ def _grey(header: Dataset, stored: Pixels, padding: Pixels, rendering: Rendering
 
 
 def _window(header: Dataset) -> tuple[float, float] | None:
-    """The file's first window: several are alternatives."""
+    """The file's first window; further ones are alternatives."""
     settings = [
         np.atleast_1d(header[key].value) for key in ("WindowCenter", "WindowWidth") if header.get(key) is not None
     ]
@@ -283,7 +283,7 @@ def _colour(header: Dataset, values: Pixels) -> Pixels:
 
 
 def _palette(header: Dataset, stored: Pixels) -> Pixels:
-    """Colours of a palette. Entries of 8 bits may stand in 16 with an empty high byte: PS3.3, C.7.6.3.1.5."""
+    """Colours of a palette. Entries of 8 bits may be stored in 16 with an empty high byte: PS3.3, C.7.6.3.1.5."""
     entries = int(header.RedPaletteColorLookupTableDescriptor[0]) or 1 << 16
     first = int(header.RedPaletteColorLookupTableDescriptor[1])
     table = np.stack([_channel(header, colour, entries) for colour in ("Red", "Green", "Blue")], -1)

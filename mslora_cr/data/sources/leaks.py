@@ -1,4 +1,4 @@
-"""What `data check` found in both training and testing, kept beside the data and told by whatever uses it."""
+"""Overlap of training and test data that `data check` found, stored beside the data for everything that uses them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ class Leaks(BaseModel):
     """What the training and the test file of a data set have in common.
 
     Attributes:
-        train: sha256 of `train.json`, in hexadecimal.
-        test: sha256 of `test.jsonl`.
-        images: that both files name.
-        contents: test images with the bytes of a training image of another name; None: image files were not read.
-        patients: that both files name.
-        questions: test questions about any of these.
-        test_questions: in all.
+        train: SHA-256 of `train.json`, in hexadecimal.
+        test: SHA-256 of `test.jsonl`.
+        images: The number of images that both files name.
+        contents: The number of test images with the bytes of a training image of another name; None if images were not
+            read.
+        patients: The number of patients that both files name.
+        questions: The number of test questions about any of these.
+        test_questions: The number of test questions.
     """
 
     model_config = ConfigDict(strict=True)
@@ -43,11 +44,11 @@ class Leaks(BaseModel):
 
     @property
     def any(self) -> bool:
-        """Whether there is anything in common."""
+        """Whether anything is in common."""
         return bool(self.images or self.contents or self.patients)
 
     def sentence(self) -> str:
-        """What a reader of scores has to know."""
+        """The warning for readers of scores."""
         parts = ((self.images, "images"), (self.contents or 0, "copied images"), (self.patients, "patients"))
         shared = ", ".join(f"{count:,} {what}" for count, what in parts if count)
         return (
@@ -57,8 +58,8 @@ class Leaks(BaseModel):
 
 
 def remember(folder: Path, leaks: Leaks) -> None:
-    """Keep them beside the data, or take away what was kept if nothing is found. A folder that cannot be written to is
-    said."""
+    """Store the overlap beside the data, or remove an earlier result if there is none. Warn if the folder cannot be
+    written to."""
     try:
         if leaks.any:
             write_json(folder / LEAKS, leaks.model_dump())
@@ -69,7 +70,8 @@ def remember(folder: Path, leaks: Leaks) -> None:
 
 
 def remembered(folder: Path, digest: str) -> Leaks | None:
-    """What was found in the training or test file of this digest; None if nothing was, or the files have changed."""
+    """The stored overlap for the training or test file of this digest; None if there is none, or the files have
+    changed."""
     try:
         leaks = Leaks.model_validate(read_object(folder / LEAKS))
     except (JsonError, ValidationError):
@@ -78,11 +80,11 @@ def remembered(folder: Path, digest: str) -> Leaks | None:
 
 
 def sentences(config: StreamConfig, digests: Mapping[str, str]) -> dict[str, str]:
-    """By task, what was found in its data.
+    """By task, the overlap in its data.
 
     Args:
-        config: says where the data are; a task that it does not have is passed over.
-        digests: by task, that of the training or test file.
+        config: Says where the data are; tasks that it does not have are skipped.
+        digests: By task, the digest of the training or test file.
     """
     folders = {task.name: task_folder(config, task) for task in config.stream if task.name in digests}
     by_task = {name: remembered(folder, digests[name]) for name, folder in folders.items()}
@@ -91,6 +93,6 @@ def sentences(config: StreamConfig, digests: Mapping[str, str]) -> dict[str, str
 
 @cache
 def tell(name: str, folder: Path, digest: str) -> None:
-    """Warn once of what `data check` found in a data set."""
+    """Warn once about the overlap that `data check` found in a data set."""
     if leaks := remembered(folder, digest):
         log.warning("%s: data check found that %s", name, leaks.sentence())

@@ -1,7 +1,7 @@
 """A lock file of revisions, sizes and digests, so that later downloads get the same files as the first.
 
-The first download of an asset enters every file of it; later ones, on any machine that has the lock file, are held
-against it. A project commits it next to its configurations.
+The first download of an asset enters all of its files; later ones, on any machine that has the lock file, are compared
+with it. A project commits it beside its configurations.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from mslora_cr.utils.files import file_digest, write_json
 from mslora_cr.utils.strict_json import JsonError, read_object
 
 LOCK = Path("assets.lock.json")
-"""Where it is looked for: in the working directory, as a project's other files."""
+"""Where to look for it: in the working directory, like a project's other files."""
 MOST_NAMED = 3
-"""How many of the files that differ are named."""
+"""The most differing files that a message names."""
 
 
 def locked_files(lock: Path, name: str) -> dict[str, Any] | None:
-    """An asset's entry, `{"revision": commit, "files": {name: {"size": …, "sha256": …}}}`; None where it has none.
+    """An asset's entry, `{"revision": commit, "files": {name: {"size": …, "sha256": …}}}`; None if it has none.
 
     Raises:
-        DataError: the file is no lock file.
+        DataError: The file is not a lock file.
     """
     if not lock.exists():
         return None
@@ -41,13 +41,16 @@ def locked_files(lock: Path, name: str) -> dict[str, Any] | None:
 
 
 def check_upstream(lock: Path, name: str, commit: str, sizes: Mapping[str, tuple[int, str]]) -> None:
-    """Refuse files that are others than those that are locked, before any is fetched.
+    """Refuse files that differ from the locked ones, before any is fetched.
 
     Args:
-        sizes: of each file that would be fetched, its size, and its SHA-256 where the hub states it, else "".
+        lock: The lock file.
+        name: The asset.
+        commit: Its revision.
+        sizes: For each file to fetch, its size, and its SHA-256 if the hub states it, else "".
 
     Raises:
-        DataError: names the first that differ.
+        DataError: The message names the first files that differ.
     """
     entry = locked_files(lock, name)
     if entry is None or entry["revision"] == commit:
@@ -64,13 +67,18 @@ def check_upstream(lock: Path, name: str, commit: str, sizes: Mapping[str, tuple
 
 
 def check_fetched(lock: Path, name: str, folder: Path, files: Iterable[str], update: bool, commit: str) -> None:
-    """Hold the files in a folder against the lock file, or enter them where it has none of this asset.
+    """Compare the files in a folder with the lock file, or enter them if it has none of this asset.
 
     Args:
-        update: enter them in place of those that are locked.
+        lock: The lock file.
+        name: The asset.
+        commit: Its revision.
+        folder: The folder.
+        files: The names of its files.
+        update: Replace the locked entry.
 
     Raises:
-        DataError: a file is another than the one that is locked.
+        DataError: A file differs from the locked one.
     """
     fetched = {
         file: {"size": (folder / file).stat().st_size, "sha256": file_digest(folder / file)} for file in sorted(files)

@@ -1,4 +1,4 @@
-"""NIfTI volumes, slice by slice."""
+"""Draws NIfTI volumes, slice by slice."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from mslora_cr.data.sources.rendering import (
 
 NIFTI = (".nii", ".nii.gz")
 MAX_VOXELS = 1_000_000_000
-"""A volume of more is refused: 8 GB once it is scaled."""
+"""A larger volume is refused: it takes 8 GB once it is scaled."""
 MOST_COMPRESSED = 1032
-"""No byte of a gzip file holds more of them."""
+"""The most bytes that a byte of a gzip file can expand to."""
 
 
 def is_nifti(path: Path) -> bool:
@@ -34,16 +34,16 @@ def is_nifti(path: Path) -> bool:
 
 
 def nifti_slices(path: Path, frame: int | None, rendering: Rendering, note: Note) -> Iterator[Frame]:
-    """Axial slices from the feet up, as radiologists see them: the patient's right at the left, front at the top.
+    """Axial slices from the feet up, as radiologists see them: the patient's right on the left, front at the top.
 
     Args:
-        path: of the volume.
-        frame: as in `chosen_frames`.
-        rendering: a window that replaces the file's own range, and how many slices.
-        note: called with a remark if voxels are not square within a slice.
+        path: The volume.
+        frame: As in `chosen_frames`.
+        rendering: A window that replaces the file's own range, and how many slices.
+        note: Called with a remark if voxels are not square within a slice.
 
     Raises:
-        DataError: the file cannot be read or shown, with its name and the reason.
+        DataError: The file cannot be read or drawn; the message names it and the reason.
     """
     values, spacing, bounds = _volume(path)
     colour = values.ndim == 4
@@ -98,7 +98,7 @@ def _check(path: Path, image: Any) -> None:
         raise DataError(f"{path}: a volume of {shape[:3]} has no voxel, or more than {MAX_VOXELS:,} voxels")
     kind = image.get_data_dtype()
     if kind.kind == "c":
-        raise DataError(f"{path}: complex numbers, which are no picture; save their magnitude or phase")
+        raise DataError(f"{path}: complex numbers cannot be drawn; save their magnitude or phase")
     if kind.names and not {"R", "G", "B"} <= set(kind.names):
         raise DataError(f"{path}: voxels of {', '.join(kind.names)}; expected numbers, or R, G and B")
     most = path.stat().st_size * (MOST_COMPRESSED if path.suffix.lower() == ".gz" else 1)

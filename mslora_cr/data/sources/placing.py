@@ -1,4 +1,4 @@
-"""The images of rows, drawn and written into a data set's folder, each once."""
+"""Draws the images of rows and writes them into a data set's folder, each once."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from mslora_cr.utils.walk import files_below, find_file
 IMAGES = "images"
 MOST_DIGITS = 9
 PSEUDONYM = "dicom-"
-"""How a pseudonym begins: no name or number of a patient is copied from a header."""
+"""The prefix of a pseudonym: no name or number of a patient is copied from a header."""
 _SAME = ({".jpg", ".jpeg"}, {".tif", ".tiff"})
-"""Endings that name one format: a file keeps its own."""
+"""Extensions that identify one format: such a file keeps its own."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class ImagePlacer:
         return [name for image in row.images for name in self._placed(image)]
 
     def patient(self, row: Row) -> str | None:
-        """Whose the row's placed images are, by the headers of DICOM files."""
+        """The patient of the row's placed images, by the headers of DICOM files."""
         return next(
             (self.patients[image] for image in row.images if isinstance(image, str) and image in self.patients), None
         )
@@ -78,8 +78,8 @@ class ImagePlacer:
         relative = check_name(bare if frame is not None else name)
         path = find_file(self.root, relative)
         try:
-            there = path.is_file() or path.is_dir()  # a folder is a series of DICOM files
-        except OSError as error:  # a name that no file can have
+            there = path.is_file() or path.is_dir()  # A folder is a series of DICOM files.
+        except OSError as error:  # No file can have such a name.
             raise DataError(f"{shorten(str(path))}: no such image ({error.strerror})") from None
         if not there:
             raise DataError(f"{path}: no such image")
@@ -107,13 +107,14 @@ class ImagePlacer:
 
 
 def _patient(path: Path) -> str | None:
-    """A pseudonym of the patient of a DICOM file, or of the study where no patient is named; None: neither is."""
+    """A pseudonym of a DICOM file's patient, or of the study if no patient is named; None if neither is."""
     import pydicom
 
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID", "StudyInstanceUID"])
         named = [str(header.get(key) or "").strip() for key in ("PatientID", "StudyInstanceUID")]
-    except Exception:  # pydicom raises many kinds on damaged files, whose pixels are then refused with a reason
+    # pydicom raises many kinds of errors on damaged files, whose pixels are then refused with a reason.
+    except Exception:
         return None
     identifier = next((f"{kind} {name}" for kind, name in zip(("patient", "study"), named, strict=True) if name), None)
     return f"{PSEUDONYM}{hashlib.sha256(identifier.encode(errors='replace')).hexdigest()[:12]}" if identifier else None

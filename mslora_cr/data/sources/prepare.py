@@ -36,7 +36,7 @@ class Prepared:
     missing: list[str] = field(default_factory=list)
     ambiguous: dict[str, list[str]] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
-    """With `skip_missing`: placed images that cannot be decoded, taken away again."""
+    """With `skip_missing`: placed images that cannot be decoded, and were removed again."""
     rows: Mapping[str, int] | None = None
     """Rows built by split, with --annotations."""
 
@@ -78,9 +78,9 @@ def prepare(
             export_images(data, targets, answers, progress)
             result.placed = len(targets)
         else:
-            # All names take part, so that a repeated run matches as the first one did.
+            # All names take part, so that a repeated run matches like the first one.
             matches = _match(dataset, list(answers), data, result)
-            # An image that is in place, perhaps by hand, is no longer ambiguous.
+            # An image that is already in place, perhaps by hand, is no longer ambiguous.
             result.ambiguous = {name: candidates for name, candidates in result.ambiguous.items() if name in targets}
             result.missing = [name for name in targets if name not in matches and name not in result.ambiguous]
             place_files({name: matches[name] for name in targets if name in matches}, targets, copy, progress)
@@ -156,7 +156,7 @@ def _in_place(name: str, roots: Sequence[Path]) -> bool:
 
 
 def _check_inside(folder: Path, data_root: Path) -> None:
-    """Links below the data root must not lead writing out of it."""
+    """Refuse links below the data root that lead writing out of it."""
     if not folder.resolve().is_relative_to(data_root.resolve()):
         raise DataError(
             f"{folder} leads to {folder.resolve()}, outside the data root {data_root}: nothing is written "
@@ -168,14 +168,14 @@ Likeness = tuple[int, int]
 
 
 def _match(dataset: DataSet, names: Sequence[str], data: RawData, result: Prepared) -> dict[str, RawFile]:
-    """The raw file of each name. A file that several names could mean belongs to those it is most like."""
+    """The raw file of each name. A file that several names could mean belongs to the most similar ones."""
     shared = Counter(PurePosixPath(name).name for name in names)
     matches: dict[str, tuple[Likeness, RawFile]] = {}
     claims: dict[RawFile, Likeness] = {}
     for name in names:
         path = PurePosixPath(name)
         if shared[path.name] > 1 or path.parent.name not in ("", dataset.folder, *dataset.image_folders):
-            # `source.jpg` alone says nothing: the folder it lies in must be the same, too.
+            # `source.jpg` alone says nothing: its folder must be the same, too.
             candidates = data.named_below(path.parent.name, path.name)
         else:
             candidates = data.named(path.name)
@@ -220,7 +220,7 @@ def place_files(matches: Mapping[str, RawFile], targets: Mapping[str, Path], cop
                 packed.setdefault(file, []).append(target)
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)  # a link whose target went away
+            target.unlink(missing_ok=True)  # The link's target is gone.
             target.symlink_to(file.container.resolve())
             bar.update()
         extract(packed, bar.update)

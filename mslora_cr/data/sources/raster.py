@@ -1,4 +1,4 @@
-"""PNG, JPEG, TIFF and their like as a viewer shows them: pages apart, upright, and no more than 8 bits."""
+"""Draws PNG, JPEG, TIFF and similar files as a viewer shows them: page by page, upright, with at most 8 bits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def raster_pictures(path: Path, frame: int | None, rendering: Rendering, note: N
         DataError: the file cannot be read, or has no such page.
     """
     if rendering.ct_windows:
-        raise DataError(f"{path}: neither DICOM nor NIfTI; windows in Hounsfield units are for CT alone")
+        raise DataError(f"{path}: neither DICOM nor NIfTI; windows in Hounsfield units are only for CT")
     load_image(path)
     with Image.open(path, formats=FORMATS) as image:
         if page_count(image) > 1:
@@ -68,7 +68,7 @@ def _pages(path: Path, image: Image.Image, frame: int | None, rendering: Renderi
 
 
 def _full_pages(image: Image.Image, count: int) -> list[int]:
-    """The pages that are as large as the first: a TIFF may hold previews and reduced copies of it."""
+    """The pages that are as large as the first: a TIFF may contain previews and reduced copies of it."""
     if image.format != "TIFF" or count > MAX_FRAMES:
         return list(range(count))
     sizes = []
@@ -79,7 +79,7 @@ def _full_pages(image: Image.Image, count: int) -> list[int]:
 
 
 def _saturates(image: Image.Image, rendering: Rendering) -> bool:
-    """Whether the conversion to 8 bits would lose something, or a window is to be applied."""
+    """Whether the conversion to 8 bits would lose information, or a window must be applied."""
     if not is_deep(image):
         return False
     values = np.asarray(image)

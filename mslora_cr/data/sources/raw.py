@@ -1,7 +1,7 @@
 """Raw downloads, as the sites ship them: folders, archives, and archives in those, seen as one list of files.
 
-Nothing is ever written under a name that an archive chose. An archive with a member that would lead outside
-of it, or with links or devices, is refused before anything of it is read.
+No file is ever written under a name that an archive chose. An archive with a member that would lead outside of it, or
+with links or devices, is refused before anything in it is read.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from mslora_cr.utils.walk import composed
 
 MAX_TABLE_BYTES = 512 << 20  # annotations and metadata are read whole
 MOST_NESTED_BYTES, MOST_NESTED, MOST_DEPTH = 64 << 30, 1_000, 4
-"""Of archives inside archives: bytes unpacked in all, how many, and how deep."""
+"""Limits of archives inside archives: unpacked bytes in total, number, and depth."""
 MOST_EXPANSION, EXPANSION_SLACK = 200, 1 << 30
-"""How many times its own size an archive may hold, beyond the first GB: images expand little, tables by tens."""
+"""The factor by which an archive may expand, beyond the first GB: images expand little, tables by tens."""
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _FOREIGN = (".7z", ".rar")
 _DAMAGED = (
@@ -51,14 +51,14 @@ _DAMAGED = (
     struct.error,
 )
 _SUFFIXES = {".jpg": ".jpg", ".jpeg": ".jpg", ".tif": ".tif", ".tiff": ".tif"}
-"""Endings that are the same format."""
+"""Extensions of the same format."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawFile:
-    """A file of a raw download: on its own (`member` empty) or inside the archive `container`.
+    """A file of a raw download: by itself (`member` empty) or inside the archive `container`.
 
-    `path` is what it is matched by: where it lies below the download, archives counting as folders.
+    `path` is its location below the download, with archives counting as folders; names are matched with it.
     """
 
     path: PurePosixPath
@@ -66,7 +66,7 @@ class RawFile:
     member: str = ""
     size: int = 0
     checksum: int | None = None
-    """CRC-32, where the archive states it."""
+    """CRC-32, if the archive states it."""
 
 
 class RawData:
@@ -75,7 +75,7 @@ class RawData:
     Archives inside archives are unpacked to the folder `work`, which is removed at the end.
 
     Raises:
-        DataError: a place does not exist, an archive is damaged or unsafe.
+        DataError: A source does not exist, or an archive is damaged or unsafe.
     """
 
     def __init__(self, sources: Sequence[Path], work: Path):
@@ -87,14 +87,14 @@ class RawData:
         self._nested, self._nested_bytes = 0, 0
 
     def __enter__(self) -> RawData:
-        shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(self.work, ignore_errors=True)  # A killed run left it.
         try:
             for source in self.sources:
                 if not source.is_dir() and not source.is_file():
                     what = "neither a file nor a folder" if source.exists() else "no such file or folder"
                     raise DataError(f"{source}: {what}")
                 if source.name.lower().endswith(_FOREIGN):
-                    raise DataError(f"{source}: archives of this kind are not read; unpack it and give the folder")
+                    raise DataError(f"{source}: archives of this kind cannot be read; unpack it and give the folder")
                 self._add(source, PurePosixPath(source.name) if source.is_file() else PurePosixPath())
         except BaseException:
             self.__exit__()
@@ -111,12 +111,12 @@ class RawData:
 
     def _add(self, source: Path, path: PurePosixPath) -> None:
         if source.is_dir():
-            if source.resolve() not in self._visited:  # a link may lead back up
+            if source.resolve() not in self._visited:  # A link may lead back up.
                 self._visited.add(source.resolve())
                 for entry in sorted(source.iterdir()):
                     if not entry.name.startswith(".") and entry.name != "__MACOSX":
                         self._add(entry, path / entry.name)
-        elif not source.is_file():  # a FIFO would wait for ever
+        elif not source.is_file():  # A FIFO would wait forever.
             return
         elif _is_archive(source.name):
             self._add_archive(source, path)
@@ -147,11 +147,11 @@ class RawData:
             )
 
     def named(self, name: str) -> list[RawFile]:
-        """The files whose own name is `name`, wherever they lie; where there is none, those of a name `alike`."""
+        """The files with this name, anywhere; if there are none, those whose name is `alike`."""
         return self._by_name.get(name) or self._by_name.get(alike(name), [])
 
     def named_below(self, folder: str, name: str) -> list[RawFile]:
-        """As `named`, anywhere below a folder of the name `folder`."""
+        """As `named`, anywhere below a folder called `folder`."""
         folder = composed(folder)
         return self._by_folder.get((folder, name)) or self._by_folder.get((folder, alike(name)), [])
 
@@ -179,7 +179,7 @@ class RawData:
 
 
 def with_ending(name: str) -> str:
-    """An image's name from an id, which in some copies of a release has its ending already."""
+    """An image's name from an id, which in some copies of a release includes its extension."""
     endings = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
     return name if PurePosixPath(name).suffix.lower() in endings else f"{name}.jpg"
 
@@ -214,7 +214,8 @@ def read(file: RawFile) -> bytes:
 
 
 def fingerprint(file: RawFile) -> tuple[object, ...]:
-    """Equal for files of equal content (in a tar archive, which has no checksums, for the same file only)."""
+    """A key that is equal for files of equal content; in a tar archive, which has no checksums, only for the same
+    file."""
     if file.member:
         return (file.container, file.member) if file.checksum is None else (file.size, file.checksum)
     checksum = 0
@@ -296,7 +297,7 @@ def _streams(container: Path, wanted: set[str]) -> Iterator[tuple[str, IO[bytes]
 
 
 Member = tuple[str, str, int, int | None]
-"""Its path, the archive's own name of it, its size once unpacked (of a sparse one, with its holes), its checksum."""
+"""Its path, its name in the archive, its unpacked size (with holes, for a sparse file), and its checksum."""
 
 
 def _members(archive: Path) -> list[Member]:
@@ -326,10 +327,10 @@ def _zip_members(path: Path) -> Iterator[Member]:
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:
-    """A member's path: some programs write UTF-8 without saying so, and some on Windows write backslashes."""
+    """A member's path: some programs write UTF-8 without marking it, and some on Windows write backslashes."""
     name = member.filename
-    if not member.flag_bits & 0x800 and not name.isascii():  # zipfile takes it for code page 437
-        with suppress(UnicodeError):  # in some other encoding it is as good a name as any
+    if not member.flag_bits & 0x800 and not name.isascii():  # zipfile takes it for code page 437.
+        with suppress(UnicodeError):  # In some other encoding it is as good a name as any.
             name = name.encode("cp437").decode("utf-8")
     return name.replace("\\", "/")
 

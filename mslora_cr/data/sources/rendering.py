@@ -1,4 +1,4 @@
-"""From values to pictures: windows, ranges, square pixels, PNG."""
+"""Turns values into pictures: windows, ranges, square pixels, PNG."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from mslora_cr.data.records import DataError
 
 Pixels = NDArray[Any]
 Frame = tuple[int | None, Pixels]
-"""The number of a frame, slice or page (None: the file has one), and its values in [0, 1]: (rows, columns), or
-(rows, columns, 3) in colour."""
+"""The number of a frame, slice or page (None if the file has one), and its values in [0, 1]: (rows, columns), or (rows,
+columns, 3) in colour."""
 Note = Callable[[str], None]
-"""Called with whatever is worth knowing about how a file was drawn."""
+"""Called with remarks on how a file was drawn."""
 Window = tuple[float, float]
 """Centre and width."""
 
 MAX_FRAMES = 100_000
-"""A file of more is only read frame by frame (`#N`) or in part (`--frames`)."""
+"""A file with more frames is only read frame by frame (`#N`) or in part (`--frames`)."""
 SQUARE = 0.02
-"""Sides of a pixel that differ by no more than this share are taken for equal."""
+"""Sides of a pixel that differ by no more than this share count as equal."""
 EPSILON = 1e-9
 PERCENTILES = (0.5, 99.5)
-"""The range that values without a window are stretched over; a few hot voxels would darken the rest."""
+"""The percentiles over which values without a window are stretched; a few hot voxels would darken the rest."""
 MEDGEMMA_WINDOWS: tuple[Window, ...] = ((-100, 2250), (40, 350), (40, 80))
 """MedGemma's protocol for CT: wide, soft tissue and brain as red, green and blue. Centre and width in Hounsfield units.
 Source: a maintainer in issue 27 of google-health/medgemma."""
 MEDGEMMA_FRAMES = 85
-"""Slices of a volume in that protocol."""
+"""The most slices of a volume in that protocol."""
 NOT_SQUARE = "its pixels are not square, so the picture is resized to equal spacing"
 
 
@@ -44,9 +44,9 @@ class Rendering:
     """How volumes, DICOM files and images of more than 8 bits become pictures.
 
     Attributes:
-        window: in the units of the image (Hounsfield units in CT); None: the file's own.
-        most_frames: of a file, evenly spaced; None: all.
-        ct_windows: three windows that become red, green and blue, for computed tomography alone.
+        window: In the units of the image (Hounsfield units in CT); None takes the file's own.
+        most_frames: The most frames of a file, evenly spaced; None takes all.
+        ct_windows: Three windows that become red, green and blue, for computed tomography only.
     """
 
     window: Window | None = None
@@ -91,7 +91,7 @@ def stretched(values: Pixels, low: float, high: float) -> Pixels:
 
 
 def percentile_range(values: Pixels) -> tuple[float, float]:
-    """Between which finite values to stretch: `PERCENTILES`, or all where these are equal."""
+    """The finite values between which to stretch: `PERCENTILES`, or all values if these are equal."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0
@@ -103,13 +103,13 @@ def chosen_frames(count: int, frame: int | None, rendering: Rendering, path: Pat
     """Which of a file's frames to take.
 
     Args:
-        count: how many the file has.
-        frame: the one that was asked for, from 0; None: as `rendering` says.
-        rendering: has the highest number of frames.
-        path: named in errors.
+        count: The number of frames in the file.
+        frame: The requested one, from 0; None leaves it to `rendering`.
+        rendering: Has the most frames to take.
+        path: Named in errors.
 
     Raises:
-        DataError: there is no such frame, or there are more than `MAX_FRAMES` to draw.
+        DataError: There is no such frame, or there are more than `MAX_FRAMES` to draw.
     """
     if frame is not None:
         if not 0 <= frame < count:
@@ -122,16 +122,16 @@ def chosen_frames(count: int, frame: int | None, rendering: Rendering, path: Pat
 
 
 def squared(values: Pixels, vertical: float, horizontal: float, note: Note) -> Pixels:
-    """Values of a picture whose pixels are square: the axis of the longer side of a pixel is enlarged.
+    """Values of a picture with square pixels: the axis of the longer side of a pixel is enlarged.
 
     Args:
         values: (rows, columns) or (rows, columns, 3), in [0, 1].
-        vertical: distance of rows, in any unit.
-        horizontal: distance of columns, in the same unit.
-        note: called with a remark on a resize.
+        vertical: The distance of rows, in any unit.
+        horizontal: The distance of columns, in the same unit.
+        note: Called with a remark on a resize.
 
     Raises:
-        DataError: the picture would have more than `MAX_PIXELS` pixels.
+        DataError: The picture would have more than `MAX_PIXELS` pixels.
     """
     usable = np.isfinite([vertical, horizontal]).all() and min(vertical, horizontal) > 0
     if not usable or abs(vertical / horizontal - 1) <= SQUARE:

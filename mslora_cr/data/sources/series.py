@@ -1,4 +1,4 @@
-"""A folder of DICOM files that are the slices of one volume."""
+"""Reads a folder of DICOM files that are the slices of one volume."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def series_slices(folder: Path, frame: int | None, rendering: Rendering, note: N
     """The slices of a series, each from a file of its own, in the order of their position.
 
     Args:
-        folder: of one series; what is not DICOM in it is left alone.
-        frame: as in `chosen_frames`.
-        rendering: a window, and how many slices.
-        note: is told how files were drawn.
+        folder: The folder of one series; other files in it are ignored.
+        frame: As in `chosen_frames`.
+        rendering: A window, and how many slices.
+        note: Called with remarks on how files were drawn.
 
     Raises:
-        DataError: there is no DICOM file, they are of several series, or one has several frames or cannot be read.
+        DataError: There is no DICOM file, they belong to several series, or one has several frames or cannot be read.
     """
     files = _sorted_slices(folder)
     for number in chosen_frames(len(files), frame, rendering, folder):
@@ -48,10 +48,10 @@ def _sorted_slices(folder: Path) -> list[Path]:
             except Exception as error:  # pydicom raises many kinds on damaged files
                 raise DataError(f"{path}: not a DICOM image ({type(error).__name__}: {error})") from None
     if not headers:
-        raise DataError(f"{folder}: a folder without DICOM files; expected the slices of a series")
+        raise DataError(f"{folder}: no DICOM files in this folder; expected the slices of a series")
     series = {str(header.get("SeriesInstanceUID")) for _, header in headers}
     if len(series) > 1:
-        raise DataError(f"{folder}: holds {len(series)} series; give each a folder of its own")
+        raise DataError(f"{folder}: contains {len(series)} series; give each a folder of its own")
     several = next((path for path, header in headers if int(header.get("NumberOfFrames") or 1) > 1), None)
     if several:
         raise DataError(f"{several}: has several frames; name the file itself")
@@ -59,7 +59,7 @@ def _sorted_slices(folder: Path) -> list[Path]:
 
 
 def _slice_order(header: Dataset) -> tuple[float, float]:
-    """Where a slice lies along the normal of its plane, in mm, and its number in the series."""
+    """The position of a slice along the normal of its plane, in mm, and its number in the series."""
     position, orientation = header.get("ImagePositionPatient"), header.get("ImageOrientationPatient")
     number = float(header.get("InstanceNumber") or 0)
     if position is None or orientation is None or len(position) != 3 or len(orientation) != 6:
