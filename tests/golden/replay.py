@@ -114,15 +114,15 @@ class Replay:
 
     @cached_property
     def training(self) -> dict[str, Any]:
-        return json.loads((self.merge_modeer / "training.json").read_text(encoding="utf-8"))
+        return json.loads((self.folder / "training.json").read_text(encoding="utf-8"))
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        return load_file(self.merge_modeer / "tensors.safetensors")
+        return load_file(self.folder / "tensors.safetensors")
 
     @cached_property
     def records(self) -> TrainingRecords:
-        return TrainingRecords(self.merge_modeer / "conversations.json")
+        return TrainingRecords(self.folder / "conversations.json")
 
     @cached_property
     def positions(self) -> dict[Any, int]:
@@ -130,15 +130,15 @@ class Replay:
 
     @cached_property
     def banks(self) -> list[Bank]:
-        return [load_bank(self.merge_modeer / "checkpoints" / task["dir"]) for task in self.training["tasks"]]
+        return [load_bank(self.folder / "checkpoints" / task["dir"]) for task in self.training["tasks"]]
 
     def initial(self, number: int) -> Bank:
-        place = self.merge_modeer / "checkpoints" / f"task{number}_init.safetensors"
+        place = self.folder / "checkpoints" / f"task{number}_init.safetensors"
         rank, alpha = self.training["rank"], self.training["lora_alpha"]
         return published_bank(place, f"task{number}", rank, alpha, load_file(place))
 
     def load(self) -> llava_med.LlavaMed:
-        configs = self.merge_modeer.glob("*/config.json")
+        configs = self.folder.glob("*/config.json")
         [path] = [c.parent for c in configs if json.loads(c.read_text())["model_type"] == "llava_mistral"]
         return llava_med.load(path, dtype=torch.float32, attn_implementation="eager", device=self.device)
 
@@ -149,7 +149,7 @@ class Replay:
 
     @cached_property
     def samples(self) -> TrainDataset:
-        return TrainDataset(self.records, [self.merge_modeer], self.input_processor)
+        return TrainDataset(self.records, [self.folder], self.input_processor)
 
     @cached_property
     def batches(self) -> list[list[int]]:
@@ -158,7 +158,7 @@ class Replay:
     # --- the checks ---
 
     def tokenization(self) -> None:
-        expected = json.loads((self.merge_modeer / "tokenization.json").read_text(encoding="utf-8"))
+        expected = json.loads((self.folder / "tokenization.json").read_text(encoding="utf-8"))
         tokenizer = self.input_processor.tokenizer
         for item in expected["supervised"]:
             record = self.records[self.positions[item["id"]]]
@@ -171,8 +171,8 @@ class Replay:
             self.see("prompt ids", EXACT, float(encode_prompt(tokenizer, prompt) != item["input_ids"]))
 
     def pixels(self) -> None:
-        files = {file.name: file for file in (self.merge_modeer / "images").iterdir()}
-        for key, expected in load_file(self.merge_modeer / "pixel_values.safetensors").items():
+        files = {file.name: file for file in (self.folder / "images").iterdir()}
+        for key, expected in load_file(self.folder / "pixel_values.safetensors").items():
             ours = preprocess(load_image(files[Path(key).name]), self.input_processor.image_processor)
             self.see("pixels", PIXELS, absolute(ours, expected.view_as(ours)))
 
@@ -278,7 +278,7 @@ class Replay:
             self.compare_logits(merged.model, f"task{number}.banks{count}.logits_every_256th", logprobs)
 
     def generations(self) -> None:
-        expected = json.loads((self.merge_modeer / "generations.json").read_text(encoding="utf-8"))
+        expected = json.loads((self.folder / "generations.json").read_text(encoding="utf-8"))
         limit = max(len(item["output_ids"]) for item in expected) - 1
         merged = BankStack(self.load().model, self.merge_mode, reuse=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -306,7 +306,7 @@ class Replay:
         ]
         path = folder / "test.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        return EvalDataset(TestRecords(path), [self.merge_modeer], self.input_processor)
+        return EvalDataset(TestRecords(path), [self.folder], self.input_processor)
 
     def decode(self, model: Any, questions: EvalDataset, indices: Sequence[int], limit: int) -> Iterator[list[int]]:
         prompts = questions.prompts()
