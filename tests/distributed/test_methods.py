@@ -27,7 +27,7 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
     "ewc": {"strength": 1e4, "fisher_batches": 2},
     "lwf": {},
     "inflora": {"samples": 3, "tokens": 8},
-    "keeplora": {"samples": 3, "tokens": 8},
+    "keeplora": {"samples": 8, "tokens": 16},  # of three samples, directions are of nearly equal energy, and turn
     "reglora": {"strength": 10.0},
     "mr_lora": {"examples": 3},
     "hide_llava": {},
