@@ -2,11 +2,16 @@
 
     python -m benchmarks.shared_images                       # 64 questions, 24 new tokens, 576 positions an image
     python -m benchmarks.shared_images --size 7b --at-once 64 --questions 256
+    python -m benchmarks.shared_images --family qwen2_5_vl      # a model with a processor of its own
 
 As many questions about an image as in PathVQA's test set (6,761 on 858 images), in those of SLAKE and VQA-RAD together
 (1,512 on 299), and one. The images' features are given, so the tower takes no part. `before` answers whole prompts,
 padded on the left, through transformers' `generate`, as this project did; `after` is what evaluation does now. Figures
 are seconds an answer. Both must give the same ids in float32; `identical_text` says whether they did.
+
+With `--family` the model is a random one of that family, 256 wide and 4 layers deep, and its tower and projector take
+part: `before` is what `generate` takes for whole prompts, `after` what evaluation does where the model's scores behind
+an opening are those of whole prompts.
 """
 
 from __future__ import annotations
@@ -23,11 +28,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import generated
+from benchmarks.family import Family
 from benchmarks.generation import Answers, Ids, answered, use_answering_kernels
 from benchmarks.harness import Setting, finish, language_model, parse
 from mslora_cr.data.collator import in_batches
 from mslora_cr.data.input_processor import Prompt
 from mslora_cr.models.vision import detach_tower
+from tests.helpers.families import FAMILIES
 
 BEHIND = 8, 40
 """Tokens behind an image, drawn evenly."""
@@ -51,8 +58,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     setting = parse("shared_images", __doc__, argv, _add_arguments)
     args, ids = setting.args, Ids(setting.size.vocabulary)
     answers: dict[str, Answers] = {}
+    shares: list[float] = []
+    family = Family(args.family, setting.device) if args.family else None
 
     def answering(name: str, density: float, way: Callable[..., Answers]) -> Callable[[], None]:
+        if family is not None:
+            asked_of_family = family.questions(args.questions, density, BEHIND)
+            shares.extend(len(prompt.opening) / len(prompt) for prompt in asked_of_family.prompts)
+            return lambda: answers.update(
+                {name: family.answers(asked_of_family, way is _after, args.at_once, args.new_tokens)}
+            )
         model = language_model(setting.size, setting.device)
         detach_tower(model)
         if way is _after:
@@ -84,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "identical_answers": identical,
             "answers_per_second": {name: 1 / median(values) for name, values in each.items()},
             "questions": args.questions,
+            "opening_share_of_prompt": min(shares, default=None),
             "new_tokens": args.new_tokens,
             "out_of_memory": too_large,
         },
@@ -94,6 +110,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=int, default=64, metavar="N")
     parser.add_argument("--new-tokens", type=int, default=24, metavar="N")
     parser.add_argument("--patches", type=int, default=576, metavar="N", help="positions of an image")
+    parser.add_argument("--family", choices=FAMILIES, help="a model with a processor of its own, instead of LLaVA-Med")
     parser.add_argument("--at-once", type=int, default=16, metavar="N", help="questions in a batch")
 
 

@@ -81,7 +81,8 @@ def _deviation(model: Any, inputs: ChatTemplateInputs, mixed: Any) -> float:
     if not all(prompt.opening and prompt.rest for prompt in prompts):
         raise ValueError("prompts cannot be cut after their image")
     pictures = [[images[index]] for _, index in QUESTIONS]
-    never = Stopping(frozenset([-1]), inputs.tokenizer.pad_token_id, NEW_TOKENS)
+    no_token = model.get_input_embeddings().num_embeddings
+    never = Stopping(frozenset([no_token]), inputs.tokenizer.pad_token_id, NEW_TOKENS)
     plain = PlainDecoder(model, prompts, never, mixed)
     decoder = ModelPrefixDecoder(model, prompts, never, mixed)
     worst = 0.0

@@ -8,6 +8,8 @@ transformers' own mask of what an assistant says can be compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,25 @@ VISION: dict[str, Any] = {
     "image_size": SIDE,
     "patch_size": PATCH,
 }
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model: its text and vision configurations, and the side of an image in pixels."""
+
+    text: dict[str, Any] = field(default_factory=lambda: TEXT)
+    vision: dict[str, Any] = field(default_factory=lambda: VISION)
+    side: int = SIDE
+    window: int = 16
+    """The positions that Gemma's layers with a sliding window attend to."""
+
+    @property
+    def image_positions(self) -> int:
+        """Of an image whose patches are merged two by two."""
+        return (self.side // PATCH // 2) ** 2
+
+
+TINY = Shape()
 WORDS = [
     "is",
     "this",
@@ -133,9 +154,9 @@ def _ids(tokenizer: PreTrainedTokenizerFast, *tokens: str) -> list[int]:
     return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
 
 
-def _text(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> dict[str, Any]:
+def _text(tokenizer: PreTrainedTokenizerFast, shape: Shape = TINY, **changes: Any) -> dict[str, Any]:
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    return {**TEXT, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **special, **changes}
+    return {**shape.text, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **special, **changes}
 
 
 def _llama_tokenizer(*more: str) -> PreTrainedTokenizerFast:
@@ -143,9 +164,9 @@ def _llama_tokenizer(*more: str) -> PreTrainedTokenizerFast:
     return _tokenizer(special, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def _llava() -> tuple[Any, Any]:
+def _llava(shape: Shape) -> tuple[Any, Any]:
     tokenizer = _llama_tokenizer()
-    size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    size = {"size": {"shortest_edge": shape.side}, "crop_size": {"height": shape.side, "width": shape.side}}
     processor = hf.LlavaProcessor(
         CLIPImageProcessorPil(**size),
         tokenizer,
@@ -155,17 +176,17 @@ def _llava() -> tuple[Any, Any]:
         chat_template=LLAVA,
     )
     config = hf.LlavaConfig(
-        text_config=hf.LlamaConfig(**_text(tokenizer)),
-        vision_config=hf.CLIPVisionConfig(**VISION),
+        text_config=hf.LlamaConfig(**_text(tokenizer, shape)),
+        vision_config=hf.CLIPVisionConfig(**shape.vision),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
     return hf.LlavaForConditionalGeneration(config), processor
 
 
-def _llava_next() -> tuple[Any, Any]:
+def _llava_next(shape: Shape) -> tuple[Any, Any]:
     tokenizer = _llama_tokenizer()
-    grids = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
-    size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    grids = [[shape.side, 2 * shape.side], [2 * shape.side, shape.side], [2 * shape.side, 2 * shape.side]]
+    size = {"size": {"shortest_edge": shape.side}, "crop_size": {"height": shape.side, "width": shape.side}}
     processor = hf.LlavaNextProcessor(
         LlavaNextImageProcessorPil(**size, image_grid_pinpoints=grids),
         tokenizer,
@@ -175,15 +196,15 @@ def _llava_next() -> tuple[Any, Any]:
         chat_template=LLAVA_NEXT,
     )
     config = hf.LlavaNextConfig(
-        text_config=hf.MistralConfig(**_text(tokenizer)),
-        vision_config=hf.CLIPVisionConfig(**VISION),
+        text_config=hf.MistralConfig(**_text(tokenizer, shape)),
+        vision_config=hf.CLIPVisionConfig(**shape.vision),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=grids,
     )
     return hf.LlavaNextForConditionalGeneration(config), processor
 
 
-def _gemma3() -> tuple[Any, Any]:
+def _gemma3(shape: Shape) -> tuple[Any, Any]:
     images = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
     tokenizer = _tokenizer(
         ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", *images.values()),
@@ -193,14 +214,18 @@ def _gemma3() -> tuple[Any, Any]:
         extra_special_tokens=images,
     )
     processor = hf.Gemma3Processor(
-        Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE}), tokenizer, GEMMA, image_seq_length=4
+        Gemma3ImageProcessorPil(size={"height": shape.side, "width": shape.side}),
+        tokenizer,
+        GEMMA,
+        image_seq_length=shape.image_positions,
     )
     image, start, stop = _ids(tokenizer, *images.values())
-    text = _text(tokenizer, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    types = ["sliding_attention", "full_attention"] * (shape.text["num_hidden_layers"] // 2)
+    text = _text(tokenizer, shape, sliding_window=shape.window, layer_types=types)
     config = hf.Gemma3Config(
         text_config=hf.Gemma3TextConfig(**text),
-        vision_config=hf.SiglipVisionConfig(**VISION),
-        mm_tokens_per_image=4,
+        vision_config=hf.SiglipVisionConfig(**shape.vision),
+        mm_tokens_per_image=shape.image_positions,
         image_token_index=image,
         image_token_id=image,
         boi_token_index=start,
@@ -220,56 +245,72 @@ def _idefics_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _idefics(smol: bool) -> tuple[Any, Any]:
+def _idefics(shape: Shape, smol: bool) -> tuple[Any, Any]:
     tokenizer = _idefics_tokenizer()
-    size = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
+    size = {"size": {"longest_edge": 2 * shape.side}, "max_image_size": {"longest_edge": shape.side}}
     common = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "scale_factor": 2}
-    common |= {"text_config": hf.LlamaConfig(**_text(tokenizer)), "pad_token_id": tokenizer.pad_token_id}
+    common |= {"text_config": hf.LlamaConfig(**_text(tokenizer, shape)), "pad_token_id": tokenizer.pad_token_id}
     if smol:
         kind: Any = _without_video(hf.SmolVLMProcessor)
         processor = kind(
-            SmolVLMImageProcessorPil(**size), tokenizer, BaseVideoProcessor(), image_seq_len=4, chat_template=IDEFICS
+            SmolVLMImageProcessorPil(**size),
+            tokenizer,
+            BaseVideoProcessor(),
+            image_seq_len=shape.image_positions,
+            chat_template=IDEFICS,
         )
-        config: Any = hf.SmolVLMConfig(vision_config=hf.SmolVLMVisionConfig(**VISION).to_dict(), **common)
+        config: Any = hf.SmolVLMConfig(vision_config=hf.SmolVLMVisionConfig(**shape.vision).to_dict(), **common)
         return hf.SmolVLMForConditionalGeneration(config), processor
     processor = hf.Idefics3Processor(
-        Idefics3ImageProcessorPil(**size), tokenizer, image_seq_len=4, chat_template=IDEFICS
+        Idefics3ImageProcessorPil(**size), tokenizer, image_seq_len=shape.image_positions, chat_template=IDEFICS
     )
-    config = hf.Idefics3Config(vision_config=hf.Idefics3VisionConfig(**VISION).to_dict(), **common)
+    config = hf.Idefics3Config(vision_config=hf.Idefics3VisionConfig(**shape.vision).to_dict(), **common)
     return hf.Idefics3ForConditionalGeneration(config), processor
 
 
-def _qwen(third: bool) -> tuple[Any, Any]:
+def _qwen(shape: Shape, third: bool) -> tuple[Any, Any]:
     vision = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *vision)
     tokenizer = _tokenizer(special, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     patch = 16 if third else PATCH
-    pixels = {"patch_size": patch, "merge_size": 2, "min_pixels": (2 * patch) ** 2, "max_pixels": (4 * patch) ** 2}
+    pixels = {
+        "patch_size": patch,
+        "merge_size": 2,
+        "min_pixels": (2 * patch) ** 2,
+        "max_pixels": (shape.side // PATCH * patch) ** 2,
+    }
     template = _chatml("<|vision_start|><|image_pad|><|vision_end|>")
     kind = _without_video(hf.Qwen3VLProcessor if third else hf.Qwen2_5_VLProcessor)
     processor = kind(Qwen2VLImageProcessorPil(**pixels), tokenizer, BaseVideoProcessor(), chat_template=template)
     start, stop, image, video = _ids(tokenizer, *vision)
     tokens = {"vision_start_token_id": start, "vision_end_token_id": stop, "image_token_id": image}
     tokens["video_token_id"] = video
-    rope = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [1, 1, 2]}
-    depth = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
+    eighth = shape.text["head_dim"] // 8
+    rope = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [eighth, eighth, 2 * eighth]}
+    depth = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "out_hidden_size": shape.text["hidden_size"],
+    }
     depth |= {"patch_size": patch}
     if third:
         rope |= {"mrope_interleaved": True}
         config: Any = hf.Qwen3VLConfig(
-            text_config=_text(tokenizer, rope_parameters=rope),
+            text_config=_text(tokenizer, shape, rope_parameters=rope),
             vision_config={**depth, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
             **tokens,
         )
         return hf.Qwen3VLForConditionalGeneration(config), processor
-    text = _text(tokenizer, rope_parameters=rope)
+    text = _text(tokenizer, shape, rope_parameters=rope)
     config = hf.Qwen2_5_VLConfig(
         text_config=text, vision_config={**depth, "fullatt_block_indexes": [1], "window_size": 4 * patch}, **tokens
     )
     return hf.Qwen2_5_VLForConditionalGeneration(config), processor
 
 
-def _internvl() -> tuple[Any, Any]:
+def _internvl(shape: Shape) -> tuple[Any, Any]:
     images = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     images["video_token"] = "<video>"
     tokenizer = _tokenizer(
@@ -278,40 +319,40 @@ def _internvl() -> tuple[Any, Any]:
         pad_token="<|endoftext|>",
         extra_special_tokens=images,
     )
-    size = {"size": {"height": SIDE, "width": SIDE}, "min_patches": 1, "max_patches": 4}
+    size = {"size": {"height": shape.side, "width": shape.side}, "min_patches": 1, "max_patches": 4}
     processor = _without_video(hf.InternVLProcessor)(
         GotOcr2ImageProcessorPil(**size),
         tokenizer,
         BaseVideoProcessor(),
-        image_seq_length=4,
+        image_seq_length=shape.image_positions,
         chat_template=_chatml("<IMG_CONTEXT>\n"),
     )
-    vision = {**VISION, "image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]}
+    vision = {**shape.vision, "image_size": [shape.side, shape.side], "patch_size": [PATCH, PATCH]}
     config = hf.InternVLConfig(
-        text_config=hf.Qwen2Config(**_text(tokenizer)),
+        text_config=hf.Qwen2Config(**_text(tokenizer, shape)),
         vision_config=hf.InternVLVisionConfig(**vision),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        image_seq_length=4,
+        image_seq_length=shape.image_positions,
         downsample_ratio=0.5,
     )
     return hf.InternVLForConditionalGeneration(config), processor
 
 
-FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
+FAMILIES: dict[str, Callable[[Shape], tuple[Any, Any]]] = {
     "llava": _llava,
     "llava_next": _llava_next,
     "gemma3": _gemma3,
-    "idefics3": lambda: _idefics(smol=False),
-    "smolvlm": lambda: _idefics(smol=True),
-    "qwen2_5_vl": lambda: _qwen(third=False),
-    "qwen3_vl": lambda: _qwen(third=True),
+    "idefics3": partial(_idefics, smol=False),
+    "smolvlm": partial(_idefics, smol=True),
+    "qwen2_5_vl": partial(_qwen, third=False),
+    "qwen3_vl": partial(_qwen, third=True),
     "internvl": _internvl,
 }
 
 
-def make(family: str, folder: Path) -> None:
+def make(family: str, folder: Path, shape: Shape = TINY) -> None:
     """Write a model of a family, always the same, with its processor."""
-    write(FAMILIES[family], folder)
+    write(partial(FAMILIES[family], shape), folder)
 
 
 def write(build: Callable[[], tuple[Any, Any]], folder: Path) -> None:
