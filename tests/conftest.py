@@ -1,5 +1,6 @@
 """One thread a process, and what most tests need once: a tiny base model, a tiny stream, a run trained on them."""
 
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
@@ -34,6 +35,17 @@ def first_in_make_test(*values: Any, first: int = 1) -> list[Any]:
     """Parameters of a test of which `make test` runs the first, and `make test-all` the others too."""
     further = (value if isinstance(value, tuple) else (value,) for value in values[first:])
     return [*values[:first], *(pytest.param(*value, marks=pytest.mark.long) for value in further)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest first, so that no process waits for one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Three collections a task then pass over what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def once(folder: Path, build: Callable[[Path], Any]) -> Path:

@@ -52,7 +52,7 @@ class Stream:
         return sorted(path.name for path in self.run.glob("work/*/*"))
 
 
-@pytest.mark.parametrize("stage", first_in_make_test("zero3", "ddp", "zero1", "zero2"))
+@pytest.mark.parametrize("stage", first_in_make_test("ddp", "zero3", "zero1", "zero2"))
 def test_killed_broken_and_killed_again(
     stage: str, tiny_settings: dict[str, Any], tmp_path: Path, whole: Callable[[str], dict[str, bytes]]
 ) -> None:

@@ -4,6 +4,7 @@ The processes are forked from a server that has imported everything and run noth
 there is a GPU each is started anew: a fork cannot use CUDA.
 """
 
+import gc
 import multiprocessing
 import os
 import pkgutil
@@ -21,6 +22,7 @@ from mslora_cr.cli.main import main
 _CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 if not torch.cuda.is_available():
     _CONTEXT.set_forkserver_preload([__name__])
+    gc.freeze()  # in the server: collections then pass over what was imported
 
 
 class KillPoint(NamedTuple):
