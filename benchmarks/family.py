@@ -61,6 +61,7 @@ class Family:
             make(name, Path(folder), WIDE)
             self.base: Any = load_model(Path(folder), dtype=dtype, device=device)
         self.inputs: Any = self.base.input_processor(8192, True)
+        self.exact = shares_exactly(self.base.model, self.inputs)
 
     def questions(self, count: int, density: float, tokens: tuple[int, int]) -> Asked:
         """Questions of so many words, `density` of them about each image."""
@@ -88,8 +89,9 @@ class Family:
             self.inputs.tokenizer.pad_token_id,
             new_tokens,
         )
-        exact = shared and shares_exactly(self.base.model, self.inputs)
-        decoder: Any = (ModelPrefixDecoder if exact else PlainDecoder)(self.base.model, asked.prompts, never)
+        decoder: Any = (ModelPrefixDecoder if shared and self.exact else PlainDecoder)(
+            self.base.model, asked.prompts, never
+        )
         longest = max(map(len, decoder.prompts))
         limits = Limits(batch, new_tokens, batch * (longest + new_tokens))
         waves = in_waves(grouped(decoder.prompts, range(len(asked.prompts)), lambda _: None), decoder.prompts, limits)

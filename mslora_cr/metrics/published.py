@@ -15,8 +15,6 @@ from functools import cached_property, lru_cache
 from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
-from nltk.translate.bleu_score import sentence_bleu
-
 from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.records import AnswerType
 from mslora_cr.metrics.words import NgramCounts, ngram_counts, number_words, report_overlap, says
@@ -264,5 +262,7 @@ _kept = lru_cache(maxsize=1 << 15)(_of)
 
 def _bleu(prediction: str, reference: str) -> tuple[float, ...]:
     """Sentence BLEU (Papineni et al., ACL 2002), unsmoothed, under every weighting of `BLEU_WEIGHTS`."""
+    from nltk.translate.bleu_score import sentence_bleu  # NLTK takes a second to import, and only open answers need it
+
     scores = sentence_bleu([reference.split()], prediction.split(), weights=list(BLEU_WEIGHTS.values()))
     return tuple(float(score) for score in scores)

@@ -17,6 +17,7 @@ from benchmarks import (
     published,
     real_size,
     release,
+    shared_images,
     startup,
     zero_memory,
 )
@@ -97,6 +98,16 @@ def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capfd: pytest
         deviation = {key: value["relative"] for key, value in found["deviation"].items()}
         assert max(deviation["merge, float32"], deviation["concatenate, float32"]) < 1e-5
         assert deviation["unmerged, bfloat16"] > 1e-4
+
+
+@pytest.mark.long
+def test_shared_images_of_a_family(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    arguments = ["--family", "qwen2_5_vl", "--questions", "16", "--repetitions", "1", "--clock", "cpu"]
+    shared_images.main([*arguments, "--new-tokens", "4", "--json", str(file)])
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["identical_text"] is True and found["opening_share_of_prompt"] > 0.8
+    assert found["ratios"]["after_over_before, PathVQA"] > 1.5
 
 
 @pytest.mark.long
