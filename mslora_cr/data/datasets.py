@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import ConcatDataset, Dataset, get_worker_info
 
 from mslora_cr.data.input_processor import InputProcessor, Prompt
-from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
+from mslora_cr.data.records import DataError, TestRecord, TestRecords, TrainingRecords
 
 KEPT_BYTES = 512 << 20
 """Of decoded samples that are kept from epoch to epoch, if all of a data set fit."""
@@ -139,3 +139,31 @@ class EvalDataset:
 
     def _at(self, index: int, error: ValueError) -> DataError:
         return DataError(f"{self.records.path}: {self.records.location(index)}: {error}")
+
+
+class ConcatEvalDataset:
+    """Questions of several tasks, one task after another, counted through all of them."""
+
+    def __init__(self, parts: Sequence[EvalDataset]) -> None:
+        self.parts = parts
+        self._positions = [(part, index) for part in parts for index in range(len(part))]
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @property
+    def input_processor(self) -> InputProcessor:
+        return self.parts[0].input_processor
+
+    @property
+    def records(self) -> Iterator[TestRecord]:
+        return (record for part in self.parts for record in part.records)
+
+    def prompts(self) -> list[Prompt]:
+        """Every question's prompt, as `EvalDataset.prompts`."""
+        return [prompt for part in self.parts for prompt in part.prompts()]
+
+    def load_images(self, index: int) -> Any:
+        """A question's images, as `EvalDataset.load_images`."""
+        part, index_in_part = self._positions[index]
+        return part.load_images(index_in_part)

@@ -8,7 +8,6 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +24,8 @@ from mslora_cr.evaluation.probabilities import (
     write_probabilities,
 )
 from mslora_cr.evaluation.schemas import ANSWERS, STAMP, Stamp
-from mslora_cr.generation.batching import grouped, in_waves, padding_of, shared_out
-from mslora_cr.generation.run import Decoding, Questions, decoder_of, scored_batches
+from mslora_cr.generation.batching import grouped, in_waves, padding_of
+from mslora_cr.generation.run import Decoding, Questions, decoder_of, scored_batches, waves_of_rank
 from mslora_cr.utils.files import append_to, file_digest, replacing
 from mslora_cr.utils.journal import line_check, read_journal
 from mslora_cr.utils.progress import progress_bar
@@ -140,11 +139,9 @@ def answer_questions(
     banks = mixed.of if mixed is not None else _the_same
     limits = decoding.limits(prompts)
     unanswered = [index for index in range(len(samples)) if index not in answered]
-    groups = grouped(prompts, unanswered, banks, most=max(1, -(-len(unanswered) // world_size())))
     candidates = candidate_answers(records) if decoding.probabilities else [()] * len(records)
     wanted = continuations_of(records, processor, candidates) if decoding.probabilities else None
-    fitting = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
-    waves = in_waves(shared_out(groups, world_size(), limits.new_tokens)[rank()], prompts, fitting)
+    waves = waves_of_rank(decoder, decoding, unanswered, banks)
     mine: dict[int, Answered] = {}
     started = time.monotonic()
     with (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.per_sample import PerSampleAdapters
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.data.datasets import EvalDataset
-from mslora_cr.data.input_processor import InputProcessor, Prompt
-from mslora_cr.data.records import TestRecord, TestRecords
+from mslora_cr.data.datasets import ConcatEvalDataset, EvalDataset
+from mslora_cr.data.input_processor import InputProcessor
+from mslora_cr.data.records import TestRecords
 from mslora_cr.data.tasks import task_image_roots
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.answer_files import Origin, answer_questions, fingerprint_of
@@ -115,31 +115,3 @@ class EvaluationSession:
         if self._tower is not None:
             self._tower.fill(processor.image_paths(records, roots), decoding(self.config).workers)
         return EvalDataset(records, roots, processor)
-
-
-class ConcatEvalDataset:
-    """Questions of several tasks, one task after another, counted through all of them."""
-
-    def __init__(self, parts: Sequence[EvalDataset]) -> None:
-        self.parts = parts
-        self._positions = [(part, index) for part in parts for index in range(len(part))]
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    @property
-    def input_processor(self) -> InputProcessor:
-        return self.parts[0].input_processor
-
-    @property
-    def records(self) -> Iterator[TestRecord]:
-        return (record for part in self.parts for record in part.records)
-
-    def prompts(self) -> list[Prompt]:
-        """Every question's prompt, as `EvalDataset.prompts`."""
-        return [prompt for part in self.parts for prompt in part.prompts()]
-
-    def load_images(self, index: int) -> Any:
-        """A question's images, as `EvalDataset.load_images`."""
-        part, index_in_part = self._positions[index]
-        return part.load_images(index_in_part)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from peft import PeftModel
@@ -13,7 +13,8 @@ from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.chat_template_inputs import ChatTemplateInputs
 from mslora_cr.data.input_processor import InputProcessor, Prompt
 from mslora_cr.data.records import TestRecord
-from mslora_cr.generation.batching import Limits, Wave
+from mslora_cr.distributed.comm import rank, world_size
+from mslora_cr.generation.batching import Limits, Wave, grouped, in_waves, shared_out
 from mslora_cr.generation.branches import Continuations
 from mslora_cr.generation.exactness import shares_exactly
 from mslora_cr.generation.hf_decoder import PlainDecoder
@@ -80,6 +81,27 @@ def decoder_of(
     kind = ModelPrefixDecoder if exact else PlainDecoder
     padding = input_processor.tokenizer.pad_token_id
     return kind(model, prompts, Stopping(frozenset(input_processor.end_ids), padding, max_new_tokens), mixed)
+
+
+def waves_of_rank(
+    decoder: Any,
+    decoding: Decoding,
+    questions: Sequence[int],
+    banks: Callable[[int], Hashable] = lambda question: None,
+) -> list[Wave]:
+    """This rank's share of some questions, in the waves in which they are computed.
+
+    Args:
+        decoder: of all questions.
+        decoding: how they are answered.
+        questions: their places, the same on every rank.
+        banks: tells the banks of a question from those of another; by default all have the same.
+    """
+    prompts, ranks = decoder.prompts, world_size()
+    limits = decoding.limits(prompts)
+    groups = grouped(prompts, questions, banks, most=max(1, -(-len(questions) // ranks)))
+    fitting = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
+    return in_waves(shared_out(groups, ranks, limits.new_tokens)[rank()], prompts, fitting)
 
 
 def scored_batches(
