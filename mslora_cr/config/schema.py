@@ -28,9 +28,9 @@ from pydantic import (
 )
 
 from mslora_cr.config.benchmarks import Annotations
+from mslora_cr.config.fingerprint import deciding_fields
 from mslora_cr.config.methods import check_method, if_trusted, load_method, method_names
 from mslora_cr.utils.errors import UserError, nearest
-from mslora_cr.utils.kernels import chosen_kernels
 
 LEARNABLE = -1
 """The published spelling of a penalty weight that is learned as exp(a)."""
@@ -352,18 +352,10 @@ class StreamConfig(Section):
             last: The task; by default the last one.
         """
         tasks = self.tasks if last is None or self._all_at_once else self.tasks[: last.index + 1]
-        fields = self.model_dump(mode="json", exclude={"run", "output_dir", "results_dir", "evaluation", "datasets"})
-        for section, key in (field.split(".") for field in UNDECIDING_FIELDS):
-            del fields[section][key]
-        fields["model"]["kernels"] = chosen_kernels(self.model.kernels, self.model.device)
-        if fields["model"]["kernels"] == "torch":  # Every bank was trained with it before there was a choice.
-            del fields["model"]["kernels"]
-        for key in UNDECIDING_TRAINING_FIELDS:
-            fields["training"].pop(key, None)
-        if self.regularization.distance == "frobenius":
-            del fields["regularization"]["distance"]  # This keeps the digests from before there was a choice.
-        modalities = {task.name: self.datasets[task.name].modality for task in tasks}
-        return {**fields, "tasks": [task.model_dump(mode="json") for task in tasks], "modalities": modalities}
+        fields = deciding_fields(self.model_dump(mode="json"))
+        fields["tasks"] = [task.model_dump(mode="json") for task in tasks]
+        fields["modalities"] = {task.name: self.datasets[task.name].modality for task in tasks}
+        return fields
 
     @property
     def _all_at_once(self) -> bool:
@@ -372,19 +364,3 @@ class StreamConfig(Section):
     def training_digest(self, last: Task | None = None) -> str:
         """SHA-256 of `fingerprint_fields`."""
         return hashlib.sha256(json.dumps(self.fingerprint_fields(last), sort_keys=True).encode()).hexdigest()
-
-
-UNDECIDING_FIELDS = frozenset(
-    {"model.path", "model.device", "data.root", "data.check_images", "data.cache_image_features"}
-    | {"regularization.frozen_device"}
-)
-"""Settings that say where or how fast, but do not change the banks. The ledger has digests of the base model and the
-records."""
-
-UNDECIDING_TRAINING_FIELDS = frozenset(
-    {"save_steps", "save_total_limit", "save_strategy", "logging_steps", "report_to", "disable_tqdm"}
-    | {"dataloader_num_workers", "dataloader_pin_memory", "log_level", "run_name", "project"}
-    | {"deepspeed", "ddp_timeout"}
-    | {"per_device_train_batch_size", "gradient_checkpointing", "gradient_checkpointing_kwargs"}
-)
-"""Fields of `training` that may differ when a run continues: they change weights by no more than rounding."""
