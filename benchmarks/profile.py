@@ -33,7 +33,7 @@ STAGES = {
         "images checked": "mslora_cr.stream.train:check_task_images",
         "base model loaded": "mslora_cr.stream.train:load_base",
         "router's statistics": "mslora_cr.stream.train:router_statistics",
-        "samples read": "mslora_cr.stream.train:training_samples",
+        "samples read": "mslora_cr.stream.train:task_data",
         "frozen banks merged": "mslora_cr.banks.stack:BankStack.set_frozen",
         "bank added": "mslora_cr.banks.stack:BankStack.add_trainable",
         "frozen banks held for penalties": "mslora_cr.losses.bank_penalties:BankPenalties.__init__",

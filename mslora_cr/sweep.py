@@ -10,7 +10,7 @@ from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mslora_cr.config.load import load_config
 from mslora_cr.config.methods import load_method, method_names
@@ -33,7 +33,7 @@ from mslora_cr.runs.environment import environment
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.statistics.sweep_summary import summarize
 from mslora_cr.stream import train as stream
-from mslora_cr.stream.orders import task_orders
+from mslora_cr.stream.orders import latin_orders, task_orders
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.logs import set_up
 from mslora_cr.utils.progress import progress_bar
@@ -66,7 +66,7 @@ def plan_sweep(
     config_file: Path,
     overrides: Sequence[str] = (),
     methods: Sequence[str] = (),
-    orders: int = 1,
+    orders: int | Literal["latin"] = 1,
     seeds: Sequence[int] = (),
 ) -> list[SweepRun]:
     """Plan the runs of a sweep, method by method. Their folders are below those of the file's own run.
@@ -78,7 +78,8 @@ def plan_sweep(
         config_file: The configuration's file.
         overrides: Overrides of every run; those of one method's section, as `ewc.strength=10`, apply to its runs alone.
         methods: The methods; by default all of the package. `module:Class` names others, which go by their `name`.
-        orders: The number of task orders; the first is the file's, further ones are drawn, the same every time.
+        orders: The number of task orders; the first is the file's, further ones are drawn, the same every time. Or
+            `latin`: those of a balanced Latin square (`latin_orders`).
         seeds: The seeds; by default the file's.
 
     Raises:
@@ -97,7 +98,8 @@ def plan_sweep(
         raise ConfigError(f"{section}: belongs to method {section!r}, which is not in this sweep")
     base = load_config(config_file, [override for override in overrides if sections[override] not in of_methods])
     folders = [f"output_dir={base.run_dir}", f"results_dir={base.results_run_dir}"]
-    drawn = task_orders([task.name for task in base.tasks], orders)
+    names = [task.name for task in base.tasks]
+    drawn = latin_orders(names) if orders == "latin" else task_orders(names, orders)
     runs = []
     for method, (number, tasks), seed in itertools.product(
         chosen, enumerate(drawn), dict.fromkeys(seeds or [base.seed])

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from mslora_cr.reporting.sweep_page import write_sweep_page
 from mslora_cr.reporting.sweep_result import SweepResult
 from mslora_cr.runs.entries import RunLedger, TaskEntry
 from mslora_cr.statistics.sweep_summary import summarize
-from mslora_cr.stream.orders import task_orders
+from mslora_cr.stream.orders import latin_orders, task_orders
 from mslora_cr.sweep import plan_sweep
 from mslora_cr.utils.errors import UserError
 from tests.conftest import once, write_config
@@ -180,6 +182,19 @@ def test_orders_are_different_and_always_the_same() -> None:
     for count in (0, 7):
         with pytest.raises(ConfigError, match="3 tasks have 6 orders"):
             task_orders(tasks, count)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
+def test_a_latin_square_is_balanced(count: int) -> None:
+    """Every task stands equally often at every place, and directly behind every other task."""
+    tasks = [f"task {number}" for number in range(count)]
+    orders = latin_orders(tasks)
+    assert orders[0] == tuple(tasks)
+    assert len(orders) == len(set(orders)) == (count if count % 2 == 0 or count == 1 else 2 * count)
+    for place in range(count):
+        assert set(Counter(order[place] for order in orders).values()) == {len(orders) // count}
+    pairs = Counter(pair for order in orders for pair in pairwise(order))
+    assert len(pairs) == count * (count - 1) and len(set(pairs.values())) <= 1
 
 
 def test_what_has_nothing_to_route_is_answered_by_prefix(config_file: Callable[..., Path]) -> None:

@@ -16,12 +16,18 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
         "sweep resumes",
         "mslora-cr sweep sweep --orders 2 --seeds 1 2 3",
         "mslora-cr sweep sweep --methods mslora_cr incremental --seeds 1 2 3 4 5 --dry-run",
+        "mslora-cr sweep sweep --orders latin     # each task first, second, … equally often",
         "CUDA_VISIBLE_DEVICES=0,1 mslora-cr sweep finetune_mslora_cr_ortho --orders 3",
     )
     add_config(parser)
     parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="methods to run (default: all)")
     parser.add_argument(
-        "--orders", type=int, default=1, metavar="N", help="number of task orders, the file's own first (default: 1)"
+        "--orders",
+        type=_orders,
+        default=1,
+        metavar="N|latin",
+        help="number of task orders, the file's own first (default: 1); latin: a square in which every task stands at "
+        "every place, and behind every other one, equally often",
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[], metavar="SEED", help="random seeds (default: the file's)"
@@ -31,6 +37,15 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan, then exit")
     parser.set_defaults(run=_sweep)
+
+
+def _orders(text: str) -> int | str:
+    if text == "latin":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor latin") from None
 
 
 def _sweep(args: argparse.Namespace) -> int:

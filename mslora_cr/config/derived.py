@@ -11,9 +11,8 @@ DERIVED_TRAINING_FIELDS = {
     "remove_unused_columns": "the collator needs every column",
     "resume_from_checkpoint": "the same command resumes automatically",
     "do_train": "`mslora-cr train` trains",
-    "do_eval": "`mslora-cr evaluate` evaluates",
-    "eval_strategy": "`mslora-cr evaluate` evaluates",
-    "load_best_model_at_end": "the bank after the last step is kept",
+    "do_eval": "use training.eval_strategy instead",
+    "load_best_model_at_end": "use training.keep instead",
     "ignore_data_skip": "a resumed run continues with the next sample",
     "save_only_model": "a checkpoint contains everything a resumed run needs",
     "auto_find_batch_size": "use training.per_device_train_batch_size instead",
@@ -24,14 +23,12 @@ DERIVED_TRAINING_FIELDS = {
     ),
     "hub_token": "use HF_TOKEN in the environment: a configuration is saved with the run",
     **dict.fromkeys(
-        {"eval_on_start", "eval_steps", "eval_delay", "prediction_loss_only", "do_predict", "include_for_metrics"}
+        {"eval_on_start", "eval_delay", "prediction_loss_only", "do_predict", "include_for_metrics"}
         | {"batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"}
         | {"bf16_full_eval", "fp16_full_eval"},
         "`mslora-cr evaluate` evaluates",
     ),
     "per_device_eval_batch_size": "use evaluation.batch_size instead",
-    "metric_for_best_model": "the bank after the last step is kept",
-    "greater_is_better": "the bank after the last step is kept",
     "label_smoothing_factor": "the loss is the mean cross-entropy of the labels, as published",
     "save_on_each_node": "all nodes write to one shared folder, each file once",
     "length_column_name": "lengths are counted from the records",

@@ -21,22 +21,37 @@ UNDECIDING_TRAINING_FIELDS = frozenset(
 )
 """Fields of `training` that may differ when a run continues: they change weights by no more than rounding."""
 
+VALIDATION_FIELDS = frozenset(
+    {"keep", "patience", "eval_strategy", "eval_steps", "metric_for_best_model", "greater_is_better"}
+)
+"""Fields of `training` that decide a bank only where `validation_decides`; measuring alone changes no weight."""
 
-def deciding_fields(fields: dict[str, Any]) -> dict[str, Any]:
+
+def deciding_fields(fields: dict[str, Any], validation_decides: bool) -> dict[str, Any]:
     """The fields of a configuration, apart from its tasks, that decide the banks.
 
     Args:
         fields: The whole configuration as JSON; it is changed.
+        validation_decides: As `StreamConfig.validation_decides`.
     """
-    for key in ("run", "output_dir", "results_dir", "evaluation", "datasets", "tasks"):
+    for key in ("run", "output_dir", "results_dir", "datasets", "tasks"):
         del fields[key]
+    evaluation = fields.pop("evaluation")
     kernels = chosen_kernels(fields["model"]["kernels"], fields["model"]["device"])
     for section, key in (field.split(".") for field in UNDECIDING_FIELDS):
         del fields[section][key]
     fields["model"]["kernels"] = kernels
     if kernels == "torch":  # Every bank was trained with it before there was a choice.
         del fields["model"]["kernels"]
-    for key in UNDECIDING_TRAINING_FIELDS:
+    if fields["data"]["validation"] is None:  # digests of before there was validation hold
+        del fields["data"]["validation"]
+    undeciding = UNDECIDING_TRAINING_FIELDS
+    if validation_decides:
+        fields["evaluation"] = {"max_new_tokens": evaluation["max_new_tokens"]}
+    else:
+        undeciding = undeciding | VALIDATION_FIELDS
+        del fields["data"]["validation_questions"]
+    for key in undeciding:
         fields["training"].pop(key, None)
     if fields["regularization"]["distance"] == "frobenius":
         del fields["regularization"]["distance"]  # This keeps the digests from before there was a choice.

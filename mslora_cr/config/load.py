@@ -27,13 +27,13 @@ from mslora_cr.config.schema import (
 )
 from mslora_cr.config.secrets import check_values
 from mslora_cr.config.shipped import find_config, find_deepspeed
+from mslora_cr.config.validation import OWN_TRAINING_FIELDS, validation_fields
 from mslora_cr.utils.errors import nearest, shorten
 from mslora_cr.utils.visible import visible
 
 SAVE_STRATEGIES = ("steps", "epoch", "no")
-"""When checkpoints may be written. transformers also has `best`, which needs evaluations during training; there are
-none."""
-WORDS_WITH_NO = ("save_strategy", "logging_strategy")
+"""When checkpoints may be written. transformers also has `best`, in place of which there is `training.keep`."""
+WORDS_WITH_NO = ("save_strategy", "logging_strategy", "eval_strategy")
 """Fields of `training` whose values are words, one of which is `no`."""
 MOST_LAYERS = 100
 """The most files that may extend each other."""
@@ -259,9 +259,10 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
     from pydantic import NonNegativeInt, StrictBool, TypeAdapter
     from transformers import TrainingArguments
 
-    names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} | set(OWN_TRAINING_FIELDS)
     hints = {
         **get_type_hints(TrainingArguments),
+        **OWN_TRAINING_FIELDS,
         "gradient_checkpointing": StrictBool | NonNegativeInt | Literal["auto"],
     }
     checked = {}
@@ -292,7 +293,7 @@ def training_fields(config: StreamConfig) -> dict[str, Any]:
             )
         if isinstance(checked[key], float) and not math.isfinite(checked[key]):
             raise ConfigError(f"training.{key}: should be a finite number, found {value!r}")
-    return checked
+    return checked | validation_fields(config, checked)
 
 
 def _wants_number(hint: Any) -> bool:

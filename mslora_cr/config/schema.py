@@ -30,6 +30,7 @@ from pydantic import (
 from mslora_cr.config.benchmarks import Annotations
 from mslora_cr.config.fingerprint import deciding_fields
 from mslora_cr.config.methods import check_method, if_trusted, load_method, method_names
+from mslora_cr.config.protocols import TaskProtocol, check_protocols
 from mslora_cr.utils.errors import UserError, nearest
 
 LEARNABLE = -1
@@ -99,6 +100,11 @@ class DataConfig(Section):
     """Which images of a record with several are used. The published evaluation takes the first."""
     max_length: PositiveInt = 2048
     """Positions per sample, image patches included. Longer samples are cut at the end."""
+    validation: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    """The share of a task's training records that is held out for validation, by patient or image, if the data set has
+    no `val.jsonl`. `seed` draws it; it is the same for every method and every launch."""
+    validation_questions: PositiveInt = 200
+    """The most records of a task that validation measures, the same ones every time."""
     check_images: bool = True
     """Decode every image once before the first step. The run folder remembers which images are good."""
     cache_image_features: PathStr | None = None
@@ -163,7 +169,7 @@ class DatasetConfig(Section, Annotations):
     """The published task whose scores reports show beside this data set's."""
 
 
-class TaskConfig(Section):
+class TaskConfig(Section, TaskProtocol):
     """One task of the stream."""
 
     name: Name
@@ -173,7 +179,7 @@ class TaskConfig(Section):
     learning_rate: PositiveNumber
 
 
-class Task(Section, Annotations):
+class Task(Section, Annotations, TaskProtocol):
     """A task together with its data set."""
 
     index: int
@@ -207,7 +213,10 @@ class StreamConfig(Section):
     """Fields of transformers' TrainingArguments. Fields that other keys set, or that would have no effect here, are
     refused. `gradient_checkpointing` is `true`, `false`, the number of decoder layers to recompute in the backward
     pass, or `auto`: as many as a GPU's memory requires. If memory still runs out, the same command continues with
-    more."""
+    more. `eval_strategy: steps` (with `eval_steps`) or `epoch` measures loss and scores on validation records. Two
+    fields are not in TrainingArguments: `keep: best` stores the bank of the best validation instead of the last one, by
+    `metric_for_best_model` (`loss`, or a score of `metrics.json`) in the direction of `greater_is_better`; and
+    `patience: N` stops a task after N validations without a better one."""
     evaluation: EvaluationConfig = EvaluationConfig()
     datasets: dict[Name, DatasetConfig]
     """The published data sets, from the package's catalogue, and those that the file adds."""
@@ -293,6 +302,7 @@ class StreamConfig(Section):
             if task.name in seen:
                 raise ValueError(f"tasks.{position}.name: task {task.name!r} appears twice in the stream")
             seen.add(task.name)
+        check_protocols({task.name: task for task in self.tasks})
         return self
 
     @model_validator(mode="after")
@@ -352,10 +362,15 @@ class StreamConfig(Section):
             last: The task; by default the last one.
         """
         tasks = self.tasks if last is None or self._all_at_once else self.tasks[: last.index + 1]
-        fields = deciding_fields(self.model_dump(mode="json"))
+        fields = deciding_fields(self.model_dump(mode="json"), self.validation_decides)
         fields["tasks"] = [task.model_dump(mode="json") for task in tasks]
         fields["modalities"] = {task.name: self.datasets[task.name].modality for task in tasks}
         return fields
+
+    @property
+    def validation_decides(self) -> bool:
+        """Whether validation decides which bank of a task is kept, or when its training stops."""
+        return self.training.get("keep", "last") != "last" or self.training.get("patience") is not None
 
     @property
     def _all_at_once(self) -> bool:

@@ -21,7 +21,7 @@ from mslora_cr.data.chat import Chat, Span, messages_of, render, training_chat
 from mslora_cr.data.images import image_size, load_image, paths_of, resolve_image
 from mslora_cr.data.input_processor import Collate, LabelCount, Prompt
 from mslora_cr.data.prompts import IGNORE_INDEX, Message, Turn
-from mslora_cr.data.records import IMAGE, TestRecord, TestRecords, TrainingRecord, TrainingRecords, shown_images
+from mslora_cr.data.records import IMAGE, TestRecord, TrainingRecord, shown_images
 
 Size = tuple[int, int]
 """Width and height."""
@@ -94,7 +94,7 @@ class ChatTemplateInputs:
         """As `shown_images`."""
         return shown_images(record, self.all_images)
 
-    def image_paths(self, records: TrainingRecords | TestRecords, roots: Sequence[Path]) -> list[Path]:
+    def image_paths(self, records: Iterable[TrainingRecord | TestRecord], roots: Sequence[Path]) -> list[Path]:
         """As `paths_of`."""
         return paths_of([self.image_names(record) for record in records], roots)
 

@@ -6,12 +6,28 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import ConcatDataset, Dataset, get_worker_info
 
 from mslora_cr.data.input_processor import InputProcessor, Prompt
-from mslora_cr.data.records import DataError, TestRecord, TestRecords, TrainingRecords
+from mslora_cr.data.records import DataError, TestRecord, TrainingRecord
+
+Record_co = TypeVar("Record_co", TrainingRecord, TestRecord, covariant=True)
+
+
+class Records(Protocol[Record_co]):
+    """Records whose places can be named."""
+
+    @property
+    def path(self) -> Path: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Record_co: ...
+    def __iter__(self) -> Iterator[Record_co]: ...
+    def location(self, index: int) -> str:
+        """Where a record is in the file, in words."""
+        ...
+
 
 KEPT_BYTES = 512 << 20
 """Of decoded samples that are kept from epoch to epoch, if all of a data set fit."""
@@ -21,7 +37,9 @@ class TrainDataset(Dataset[Any]):
     """The training samples of a task. Those of a small data set are decoded once, where no workers decode them: a
     worker ends with its epoch."""
 
-    def __init__(self, records: TrainingRecords, roots: Sequence[Path], input_processor: InputProcessor) -> None:
+    def __init__(
+        self, records: Records[TrainingRecord], roots: Sequence[Path], input_processor: InputProcessor
+    ) -> None:
         self.records, self.roots, self.input_processor = records, roots, input_processor
         self._kept: dict[int, Any] = {}
         self._free_bytes = KEPT_BYTES
@@ -103,7 +121,7 @@ class ConcatTrainDataset(ConcatDataset[Any]):
 class EvalDataset:
     """The questions of a task's test file as generation prompts."""
 
-    def __init__(self, records: TestRecords, roots: Sequence[Path], input_processor: InputProcessor) -> None:
+    def __init__(self, records: Records[TestRecord], roots: Sequence[Path], input_processor: InputProcessor) -> None:
         self.records, self.roots, self.input_processor = records, roots, input_processor
 
     def __len__(self) -> int:
@@ -113,7 +131,7 @@ class EvalDataset:
         """Every question's prompt, image patches included, without reading an image.
 
         Raises:
-            DataError: an image is missing, or a prompt is cut through one.
+            DataError: An image is missing, or a prompt is cut through one.
         """
         openings: dict[tuple[int, ...], tuple[int, ...]] = {}
         return [self._prompt(index, openings) for index in range(len(self))]
@@ -129,7 +147,7 @@ class EvalDataset:
         """A question's images, as `InputProcessor.load_images`.
 
         Raises:
-            DataError: an image cannot be read.
+            DataError: An image cannot be read.
         """
         processor = self.input_processor
         try:

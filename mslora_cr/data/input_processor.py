@@ -6,7 +6,7 @@ come with any other model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mslora_cr.data.prompts import Turn
-from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecord, TrainingRecords
+from mslora_cr.data.records import TestRecord, TrainingRecord
 
 Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 """Samples → a right-padded batch: `input_ids`, `labels`, `attention_mask` (batch, length) int64, `record_index`
@@ -84,7 +84,7 @@ class InputProcessor(Protocol):
         """The images of a record that are shown."""
         ...
 
-    def image_paths(self, records: TrainingRecords | TestRecords, roots: Sequence[Path], /) -> list[Path]:
+    def image_paths(self, records: Iterable[TrainingRecord | TestRecord], roots: Sequence[Path], /) -> list[Path]:
         """Every image that some records show, once."""
         ...
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mslora_cr.data.datasets import Records
 from mslora_cr.data.images import tower_folder
 from mslora_cr.data.input_processor import InputProcessor, LabelCount
-from mslora_cr.data.records import DataError, TrainingRecords
+from mslora_cr.data.records import DataError, TrainingRecord
 from mslora_cr.data.tokenizer import Tokenizer
 from mslora_cr.utils.strict_json import read_object
 
@@ -78,7 +79,7 @@ class LearnedCounts:
 
 
 def count_learned(
-    records: TrainingRecords, roots: Sequence[Path], input_processor: InputProcessor, max_length: int
+    records: Records[TrainingRecord], roots: Sequence[Path], input_processor: InputProcessor, max_length: int
 ) -> LearnedCounts:
     """Count what training will learn of some records; no image is decoded.
 
@@ -100,7 +101,7 @@ def count_learned(
     return counts
 
 
-def locations(records: TrainingRecords, indices: Sequence[int]) -> str:
+def locations(records: Records[TrainingRecord], indices: Sequence[int]) -> str:
     """The first places of some records, for a message."""
     more = f" and {len(indices) - MOST_LOCATIONS:,} more" if len(indices) > MOST_LOCATIONS else ""
     return ", ".join(records.location(index) for index in indices[:MOST_LOCATIONS]) + more

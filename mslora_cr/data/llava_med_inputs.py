@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from mslora_cr.data.prompts import (
     expand_images,
     generation_prompt,
 )
-from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecord, TrainingRecords, shown_images
+from mslora_cr.data.records import TestRecord, TrainingRecord, shown_images
 from mslora_cr.data.tokenizer import Tokenizer
 
 
@@ -51,7 +51,7 @@ class LlavaMedInputs:
     def shares_openings(self) -> bool:
         return True
 
-    def image_paths(self, records: TrainingRecords | TestRecords, roots: Sequence[Path]) -> list[Path]:
+    def image_paths(self, records: Iterable[TrainingRecord | TestRecord], roots: Sequence[Path]) -> list[Path]:
         """As `paths_of`."""
         return paths_of([self.image_names(record) for record in records], roots)
 

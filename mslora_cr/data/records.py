@@ -211,14 +211,15 @@ class _Records(Sequence[Record], Generic[Record]):
     """Code that both kinds of file share.
 
     Attributes:
-        path: the file.
-        digest: sha256 of its bytes, in hexadecimal.
+        path: The file.
+        file_digest: SHA-256 of its bytes, in hexadecimal.
+        digest: The same, or, of some of a file's records (`only`), also of which they are.
 
     Args:
-        problems: collects what is wrong with single records, which are then passed over; without it, the first raises.
+        problems: Collects what is wrong with single records, which are then passed over; without it, the first raises.
 
     Raises:
-        DataError: the file is missing, empty, not UTF-8, not JSON of this form, or a record is malformed.
+        DataError: The file is missing, empty, not UTF-8, not JSON of this form, or a record is malformed.
     """
 
     _model: type[Record]
@@ -227,6 +228,7 @@ class _Records(Sequence[Record], Generic[Record]):
         self.path = Path(path)
         self._problems = problems
         self._starts, self._ends = array("Q"), array("Q")
+        self._numbers: Sequence[int] | None = None
         hasher = hashlib.sha256()
         try:
             with check_regular(self.path).open("rb") as file:
@@ -241,7 +243,7 @@ class _Records(Sequence[Record], Generic[Record]):
         except OSError as error:
             advice = missing_annotations(self.path) if isinstance(error, FileNotFoundError) else ""
             raise DataError(f"{self.path}: cannot be read ({error.strerror or error}){advice}") from error
-        self.digest = hasher.hexdigest()
+        self.digest = self.file_digest = hasher.hexdigest()
         if not self._starts and not problems:
             raise DataError(f"{self.path}: contains no records")
 
@@ -302,6 +304,18 @@ class _Records(Sequence[Record], Generic[Record]):
         some._starts, some._ends = (array("Q", [ends[i] for i in chosen]) for ends in (self._starts, self._ends))
         return some
 
+    def only(self, indices: Sequence[int]) -> Self:
+        """The records at these places, in this order. Their `digest` depends on the file and the places."""
+        some = copy.copy(self)
+        some._starts, some._ends = (array("Q", [ends[i] for i in indices]) for ends in (self._starts, self._ends))
+        some._numbers = [self._number(index) for index in indices]
+        some.digest = hashlib.sha256(f"{self.digest} {some._numbers}".encode()).hexdigest()
+        return some
+
+    def _number(self, index: int) -> int:
+        """The place in the file of a record."""
+        return index if self._numbers is None else self._numbers[index]
+
     def __iter__(self) -> Iterator[Record]:
         with self.path.open("rb") as file:
             for index in range(len(self)):
@@ -331,7 +345,7 @@ class TrainingRecords(_Records[TrainingRecord]):
         return record
 
     def location(self, index: int) -> str:
-        return f"record {index}"
+        return f"record {self._number(index)}"
 
 
 def _misplaced_mark(record: TrainingRecord) -> str | None:

@@ -2,15 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 from mslora_cr.config.benchmarks import Benchmark
 from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.datasets import Records
 from mslora_cr.data.images import image_roots, resolve_image
 from mslora_cr.data.listed import ListedQuestions
 from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecord, TrainingRecords, shown_images
+from mslora_cr.data.validation import ValidationRecords, validation_split
 from mslora_cr.utils.errors import DataError
+
+VALIDATION = "val.jsonl"
+"""Validation questions of a data set, in the form of `test.jsonl`."""
+
+
+class MixedRecords(Sequence[TrainingRecord]):
+    """The training records of a task, and behind them some of another task's, whose images are named from the data
+    root: both have their images below the roots of the first.
+
+    Attributes:
+        path: The first task's file.
+        file_digest: Of that file.
+        digest: Of the records of both.
+    """
+
+    def __init__(self, own: TrainingRecords, others: TrainingRecords, root: Path, roots: Sequence[Path]) -> None:
+        """
+        Args:
+            own: Of the task.
+            others: Of the other one.
+            root: The data root.
+            roots: Where the other task's images are.
+        """
+        self.path = own.path
+        self.file_digest = own.file_digest
+        self.digest = hashlib.sha256(f"{own.digest} {others.digest}".encode()).hexdigest()
+        self._own, self._others, self._root, self._roots = own, others, root, roots
+
+    def __len__(self) -> int:
+        return len(self._own) + len(self._others)
+
+    @overload
+    def __getitem__(self, index: int) -> TrainingRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TrainingRecord]: ...
+    def __getitem__(self, index: int | slice) -> TrainingRecord | list[TrainingRecord]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        index = range(len(self))[index]
+        if index < len(self._own):
+            return self._own[index]
+        record = self._others[index - len(self._own)]
+        return record.model_copy(update={"images": tuple(map(self._from_root, record.images))})
+
+    def __iter__(self) -> Iterator[TrainingRecord]:
+        return (self[index] for index in range(len(self)))
+
+    def location(self, index: int) -> str:
+        """Where a record is, in words."""
+        if index < len(self._own):
+            return self._own.location(index)
+        return f"{self._others.path}: {self._others.location(index - len(self._own))}"
+
+    def _from_root(self, name: str) -> str:
+        """The name of an image from the data root on; one that is missing keeps its name, for the message."""
+        try:
+            return resolve_image(name, self._roots).relative_to(self._root).as_posix()
+        except DataError:
+            return name
+
+
+TaskRecords = TrainingRecords | MixedRecords
 
 
 def task_folder(config: StreamConfig, task: Task) -> Path:
@@ -31,13 +98,77 @@ def test_file(config: StreamConfig, task: Task) -> Path:
     return task_folder(config, task) / task.test
 
 
-def training_records(config: StreamConfig, task: Task) -> TrainingRecords:
-    """The task's training records.
+def training_records(config: StreamConfig, task: Task) -> TaskRecords:
+    """The records that a task trains on: its file without what `data.validation` holds out and what the task
+    before has taken (`mixed`), `samples` of them; and what it takes of the next task's.
 
     Raises:
-        DataError: they cannot be read.
+        DataError: A file cannot be read, or has too few records.
     """
-    return TrainingRecords(training_file(config, task))
+    records = _few_shots(config, task)
+    for before in config.stream[: task.index][-1:]:
+        if before.mixed is not None:
+            records = records.only(_taken(config, task, records, before.mixed)[1])
+    following = config.stream[task.index + 1 : task.index + 2]
+    if task.mixed is None or not following:
+        return records
+    others = _few_shots(config, following[0])
+    taken = others.only(_taken(config, following[0], others, task.mixed)[0])
+    return MixedRecords(records, taken, Path(config.data.root), task_image_roots(config, following[0]))
+
+
+def _few_shots(config: StreamConfig, task: Task) -> TrainingRecords:
+    """The records of a task that are not held out, at most `samples` of them."""
+    records, _ = _sides(config, task)
+    if task.samples is None:
+        return records
+    if task.samples > len(records):
+        raise DataError(
+            f"tasks.{task.name}.samples is {task.samples}, but {records.path} has {len(records)} records to train on"
+        )
+    order = _shuffled(len(records), f"{config.seed} {task.name}")  # however many are taken: subsets are nested
+    return records.only(sorted(order[: task.samples]))
+
+
+def _taken(config: StreamConfig, task: Task, records: TrainingRecords, share: float) -> tuple[list[int], list[int]]:
+    """Places of a task's records that the task before trains on, and of those that stay, at least one."""
+    order = _shuffled(len(records), f"{config.seed} {task.name} mixed")
+    count = min(round(share * len(records)), len(records) - 1)
+    return sorted(order[:count]), sorted(order[count:])
+
+
+def _shuffled(count: int, seed: str) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def validation_records(config: StreamConfig, task: Task) -> ValidationRecords | None:
+    """The task's validation records: its `val.jsonl`, or those that `data.validation` holds out; None where there are
+    none.
+
+    Raises:
+        DataError: A file cannot be read, or there is nothing to hold out.
+    """
+    file, most = task_folder(config, task) / VALIDATION, config.data.validation_questions
+    if file.is_file():
+        return ValidationRecords.of_file(TestRecords(file), most)
+    _, held_out = _sides(config, task)
+    return None if held_out is None else ValidationRecords.held_out_of(held_out, most)
+
+
+def _sides(config: StreamConfig, task: Task) -> tuple[TrainingRecords, TrainingRecords | None]:
+    """The records that are trained on, and those that are held out."""
+    records, share = TrainingRecords(training_file(config, task)), config.data.validation
+    if share is None or (task_folder(config, task) / VALIDATION).is_file():
+        return records, None
+    split = validation_split(records, share, config.seed)
+    if not split.held_out or not split.training:
+        raise DataError(
+            f"{records.path}: data.validation={share:g} holds out {len(split.held_out)} of {len(records)} records and "
+            f"leaves {len(split.training)} to train on; give another share, or add a {VALIDATION}"
+        )
+    return records.only(split.training), records.only(split.held_out)
 
 
 def test_records(config: StreamConfig, task: Task) -> TestRecords:
@@ -73,7 +204,9 @@ def read_questions(
     return TestRecords(path, problems)
 
 
-def images_shown(config: StreamConfig, task: Task, records: TestRecords | TrainingRecords) -> dict[Path, int]:
+def images_shown(
+    config: StreamConfig, task: Task, records: Records[TestRecord] | Records[TrainingRecord]
+) -> dict[Path, int]:
     """Every image that the task's records show, in their order, with the first record that shows it.
 
     Raises:

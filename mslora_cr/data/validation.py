@@ -1,14 +1,103 @@
-"""A share of the training records, taken for validation where a data set has no `val.jsonl`."""
+"""Validation records: a data set's `val.jsonl`, or a share of its training records where it has none."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, overload
 
 from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.grouping import connected, drawn_groups
-from mslora_cr.data.records import IMAGE, TestRecord, TrainingRecord, TrainingRecords
+from mslora_cr.data.records import (
+    IMAGE,
+    TestRecord,
+    TestRecords,
+    TrainingRecord,
+    TrainingRecords,
+    sample_of,
+)
 
 YES_NO = frozenset({"yes", "no"})
+Seen = TypeVar("Seen", TrainingRecord, TestRecord)
+
+
+class RecordView(Sequence[Seen], Generic[Seen]):
+    """Some records of a file, each turned into one of another kind when it is asked for.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(
+        self, records: TrainingRecords | TestRecords, indices: Sequence[int], convert: Callable[[Any], Seen]
+    ) -> None:
+        """
+        Args:
+            records: Of the file.
+            indices: Those that are seen, in order.
+            convert: A record of the file → what is seen of it.
+        """
+        self.path = records.path
+        self._records, self._indices = records, indices
+        self._convert: Callable[[Any], Seen] = convert
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Seen: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Seen]: ...
+    def __getitem__(self, index: int | slice) -> Seen | list[Seen]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        return self._convert(self._records[self._indices[index]])
+
+    def __iter__(self) -> Iterator[Seen]:
+        return (self[index] for index in range(len(self)))
+
+    def location(self, index: int) -> str:
+        """Where a record is in the file, in words."""
+        return self._records.location(self._indices[index])
+
+
+@dataclass(frozen=True)
+class ValidationRecords:
+    """The validation records of a task, at most so many as are measured, as training and as evaluation read them.
+
+    Attributes:
+        conversations: For the loss.
+        questions: For the scores.
+        digest: Of the file and of which of its records these are.
+        available: How many validation records the task has in all.
+    """
+
+    conversations: RecordView[TrainingRecord]
+    questions: RecordView[TestRecord]
+    digest: str
+    available: int
+
+    @classmethod
+    def of_file(cls, records: TestRecords, most: int) -> ValidationRecords:
+        """The records of a `val.jsonl`."""
+        chosen = sample_of(len(records), most)
+        return cls(
+            RecordView(records, chosen, conversation_of),
+            RecordView(records, chosen, _unchanged),
+            records.digest,
+            len(records),
+        )
+
+    @classmethod
+    def held_out_of(cls, records: TrainingRecords, most: int) -> ValidationRecords:
+        """Training records that are held out (`validation_split`)."""
+        chosen = sample_of(len(records), most)
+        return cls(
+            RecordView(records, chosen, _unchanged),
+            RecordView(records, chosen, _held_out_question),
+            records.digest,
+            len(records),
+        )
 
 
 @dataclass(frozen=True)
@@ -16,9 +105,9 @@ class ValidationSplit:
     """Training records in two parts that have no patient and no image in common.
 
     Attributes:
-        training: indices of the records that are trained on, in order.
-        held_out: indices of the others, in order.
-        questions: the first question of each record held out, in the form of `test.jsonl`.
+        training: Indices of the records that are trained on, in order.
+        held_out: Indices of the others, in order.
+        questions: The first question of each record held out, in the form of `test.jsonl`.
     """
 
     training: list[int]
@@ -37,7 +126,7 @@ def validation_split(records: TrainingRecords, share: float, seed: int) -> Valid
         share: of the records, in (0, 1).
 
     Raises:
-        ValueError: the share is no such number.
+        ValueError: The share is no such number.
     """
     if not 0 < share < 1:
         raise ValueError(f"a share of {share} for validation is not between 0 and 1")
@@ -72,6 +161,30 @@ def question_of(record: TrainingRecord) -> TestRecord | None:
         patient=record.patient,
         attributes=record.attributes,
     )
+
+
+def conversation_of(record: TestRecord) -> TrainingRecord:
+    """A question with its true answer, in the form of `train.json`."""
+    asked = {"from": "human", "value": f"{IMAGE}\n{record.question}"}
+    return TrainingRecord.model_validate(
+        {
+            "id": record.question_id,
+            "image": record.images,
+            "conversations": [asked, {"from": "gpt", "value": record.gt}],
+            "patient": record.patient,
+            "attributes": record.attributes,
+        }
+    )
+
+
+def _held_out_question(record: TrainingRecord) -> TestRecord:
+    question = question_of(record)
+    assert question is not None, "a record without a question is never held out"
+    return question
+
+
+def _unchanged(record: Seen) -> Seen:
+    return record
 
 
 def _first_answer(record: TrainingRecord) -> str:

@@ -87,16 +87,21 @@ def partition(
 
 
 @contextmanager
-def gather_params(parameters: Iterable[Tensor]) -> Iterator[None]:
+def gather_params(parameters: Iterable[Tensor], to_write: bool = False) -> Iterator[None]:
     """Gather parameters that ZeRO-3 has sharded, on every rank, to be read inside the block. Other parameters are whole
-    anyway."""
+    anyway.
+
+    Args:
+        parameters: The parameters.
+        to_write: Keep what is written into them inside the block; otherwise it is lost.
+    """
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not sharded:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(sharded):
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if to_write else None):
         yield
 
 

@@ -74,6 +74,8 @@ class Evaluation(StateFile):
     tasks: tuple[str, ...]
     modalities: dict[str, str]
     published: dict[str, str | None]
+    same_as: dict[str, str] = Field(default_factory=dict)
+    """By task at another site, the task of the first site."""
     stages: tuple[int, ...]
     cells: tuple[Cell, ...]
     environment: dict[str, Any]

@@ -85,6 +85,10 @@ def image_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -> d
     return digests
 
 
+UNDECIDING_DATA_FIELDS = {"root", "check_images", "cache_image_features", "validation", "validation_questions"}
+"""Keys of `data` that change no answer."""
+
+
 def decoding(config: StreamConfig) -> Decoding:
     return Decoding(
         max_new_tokens=config.evaluation.max_new_tokens,
@@ -100,7 +104,7 @@ def fingerprint_fields(config: StreamConfig) -> dict[str, Any]:
     return {
         "model": config.model.model_dump(exclude={"device", "path", "kernels"}),
         "weights": base_digest(config),
-        "data": config.data.model_dump(exclude={"root", "check_images", "cache_image_features"}),
+        "data": config.data.model_dump(exclude=UNDECIDING_DATA_FIELDS),
         "max_new_tokens": config.evaluation.max_new_tokens,
     }
 
@@ -185,6 +189,7 @@ def write_summary(
         tasks=tuple(order),
         modalities={task.name: task.modality for task in config.stream},
         published={task.name: config.datasets[task.name].published for task in config.tasks},
+        same_as={task.name: task.same_as for task in config.tasks if task.same_as is not None},
         stages=tuple(sorted({row.stage for row in cells})),
         cells=tuple(cells),
         environment=environment(),

@@ -92,10 +92,10 @@ def waves_of_rank(
     """This rank's share of some questions, in the waves in which they are computed.
 
     Args:
-        decoder: of all questions.
-        decoding: how they are answered.
-        questions: their places, the same on every rank.
-        banks: tells the banks of a question from those of another; by default all have the same.
+        decoder: Of all questions.
+        decoding: How they are answered.
+        questions: Their places, the same on every rank.
+        banks: Tells the banks of a question from those of another; by default all have the same.
     """
     prompts, ranks = decoder.prompts, world_size()
     limits = decoding.limits(prompts)

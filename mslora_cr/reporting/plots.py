@@ -25,6 +25,16 @@ TERMS = {
 }
 NO_TERMS = frozenset({"step", "epoch", "loss", "learning_rate", "grad_norm", "alpha", "beta"})
 """What else a log has."""
+VALIDATION = "eval_"
+"""How the names of validation figures begin in a log."""
+VALIDATION_LOSS = f"{VALIDATION}loss"
+VALIDATION_TITLES = {
+    VALIDATION_LOSS: "Validation: cross-entropy",
+    f"{VALIDATION}exact match score": "Validation: exact answers (%)",
+    f"{VALIDATION}close accuracy": "Validation: closed accuracy (%)",
+    f"{VALIDATION}f1 score": "Validation: F1 of open answers (%)",
+}
+"""Validation figures that are drawn."""
 MAX_OTHERS = 8
 """Terms without a title here that are drawn, those of a method outside the package."""
 INK = "#010203"
@@ -50,12 +60,17 @@ Log = Sequence[Mapping[str, float]]
 
 def logged_terms(logs: Mapping[str, Log]) -> list[str]:
     """The terms of the loss in logs by task: those with a title, in its order, then others, at most `MAX_OTHERS`."""
-    names = {name for log in logs.values() for entry in log for name in entry} - NO_TERMS
+    names = {name for name in _logged(logs) if not name.startswith(VALIDATION)} - NO_TERMS
     return [*(term for term in TERMS if term in names), *sorted(names - TERMS.keys())[:MAX_OTHERS]]
 
 
+def _logged(logs: Mapping[str, Log]) -> set[str]:
+    return {name for log in logs.values() for entry in log for name in entry}
+
+
 def loss_curves(logs: Mapping[str, Log], colors: Mapping[str, str]) -> str | None:
-    """Each logged loss term over the steps of the whole stream, task after task; None if nothing was logged.
+    """Each logged loss term over the steps of the whole stream, task after task, and below them the validation figures;
+    None if nothing was logged.
 
     Args:
         logs: by task in stream order, the logged steps; a term is absent where it does not apply.
@@ -64,14 +79,16 @@ def loss_curves(logs: Mapping[str, Log], colors: Mapping[str, str]) -> str | Non
     terms, spans = logged_terms(logs), _spans(logs)
     if not terms or not spans:
         return None
+    terms += [name for name in VALIDATION_TITLES if name in _logged(logs)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 0.5 + 1.9 * len(terms)), layout="constrained")
         axes = figure.subplots(len(terms), 1, sharex=True, squeeze=False)[:, 0]
         for row, (ax, term) in enumerate(zip(axes, terms, strict=True)):
-            ax.set_title(TERMS.get(term, term))
+            ax.set_title((TERMS | VALIDATION_TITLES).get(term, term))
             for task, (start, _) in spans.items():
                 points = [(start + entry["step"], entry[term]) for entry in logs[task] if term in entry]
-                ax.plot(*_thinned(points), color=colors[task], marker="." if len(points) == 1 else None)
+                marked = len(points) == 1 or term in VALIDATION_TITLES
+                ax.plot(*_thinned(points), color=colors[task], marker="." if marked else None)
             _mark_tasks(ax, spans, named=row == 0)
         axes[-1].set_xlabel("optimizer step of the stream")
         return _svg(figure)

@@ -31,7 +31,7 @@ from mslora_cr.reporting.heatmaps import (
     rank_map,
     similarity_map,
 )
-from mslora_cr.reporting.plots import logged_terms, loss_curves
+from mslora_cr.reporting.plots import VALIDATION_LOSS, logged_terms, loss_curves
 from mslora_cr.reporting.render import capital, render
 from mslora_cr.reporting.run_record import PUBLISHED_SCORES, PublishedRun, RunRecord, load_published_scores, read_run
 from mslora_cr.reporting.style import ADDED_TITLES, BENCHMARK_TITLES, MATRICES, METRICS, PALETTE, TITLES
@@ -104,9 +104,11 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
             for key in present
             if evaluation
         ],
+        "sites": _site_rows(evaluation, present) if evaluation else [],
         "probes": read_probes(run.results_dir),
         "measured": MEASURED,
         "curves": Markup(curves) if curves else None,
+        "validated": any(VALIDATION_LOSS in entry for log in run.logs.values() for entry in log),
         "own_terms": set(logged_terms(run.logs)) - {"ce", "contrastive", "orthogonality"},
         "weights": _last_weights(run),
         "routing": _routing(run) if run.routing else None,
@@ -223,6 +225,32 @@ def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -
             )
         )
     return rows
+
+
+class SiteRow(NamedTuple):
+    """A task at one of several sites: its score in percent before it was learned, at its own stage and after the last
+    one, and what it forgot, in points; None where that was not evaluated."""
+
+    first_site: str
+    task: str
+    metric: str
+    before: float | None
+    learned: float | None
+    last: float | None
+    forgotten: float | None
+
+
+def _site_rows(evaluation: Evaluation, matrices: Mapping[str, TaskStageMatrix]) -> list[SiteRow]:
+    """The tasks that several sites have, site by site."""
+    first = {task: evaluation.same_as.get(task, task) for task in evaluation.tasks}
+    several = dict.fromkeys(evaluation.same_as.values())
+    return [
+        SiteRow(name, task, TITLES[key], *matrix.life_of(task))
+        for name in several
+        for key, matrix in matrices.items()
+        for task in matrix.tasks
+        if first[task] == name
+    ]
 
 
 def _routing(run: RunRecord) -> dict[str, Any]:

@@ -110,7 +110,8 @@ def read_ledger(run_dir: Path) -> RunLedger | None:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The logged steps of a task in order; of a step that a resumed run logged again, the later one counts.
+    """The logged steps of a task in order, each with the validation after it; of a figure that a resumed run logged
+    again, the later one counts.
 
     A last line that is cut off, as a killed run leaves it, is passed over.
 
@@ -124,7 +125,8 @@ def read_log(path: Path) -> list[dict[str, float]]:
             continue
         try:
             entry = decode_json(line)
-            steps[_LogStep.model_validate(entry).step] = entry
+            step = _LogStep.model_validate(entry).step
+            steps[step] = steps.get(step, {}) | entry
         except (JsonError, ValidationError):
             if number == len(lines):
                 continue

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mslora_cr.data.datasets import Records
 from mslora_cr.data.input_processor import InputProcessor
 from mslora_cr.data.prompts import question_text
-from mslora_cr.data.records import DataError, TestRecords, TrainingRecord, TrainingRecords, sample_of
+from mslora_cr.data.records import DataError, TestRecord, TrainingRecord, sample_of
 from mslora_cr.models.base_model import BaseModel, moved
 from mslora_cr.utils.progress import progress_bar
 
@@ -35,7 +36,7 @@ class _FeatureDataset(Dataset[tuple[Any, list[int]]]):
 
     def __init__(
         self,
-        records: TrainingRecords | TestRecords,
+        records: Records[TrainingRecord] | Records[TestRecord],
         indices: Sequence[int],
         roots: Sequence[Path],
         input_processor: InputProcessor,
@@ -91,7 +92,7 @@ class FeatureExtractor:
         return self._image_projection.shape[1]
 
     def gram(
-        self, records: TrainingRecords, indices: Sequence[int], roots: Sequence[Path], label: str | None
+        self, records: Records[TrainingRecord], indices: Sequence[int], roots: Sequence[Path], label: str | None
     ) -> Tensor:
         """The input of `statistics_of`; the sums of parts of a task's records add up. Arguments as for `batches`."""
         total = torch.zeros(self.features + 1, self.features + 1, dtype=torch.float64)
@@ -103,7 +104,7 @@ class FeatureExtractor:
     @torch.no_grad()
     def batches(
         self,
-        records: TrainingRecords | TestRecords,
+        records: Records[TrainingRecord] | Records[TestRecord],
         indices: Sequence[int],
         roots: Sequence[Path],
         label: str | None,

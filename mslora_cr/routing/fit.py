@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.data.records import TrainingRecords, sample_of
-from mslora_cr.data.tasks import task_image_roots
+from mslora_cr.data.records import sample_of
+from mslora_cr.data.tasks import TaskRecords, task_image_roots
 from mslora_cr.distributed.comm import all_reduce_sum, get_device, rank, world_size
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.load import input_processor_of
@@ -17,7 +17,7 @@ from mslora_cr.routing.lda import TaskStatistics, statistics_of
 
 
 def router_statistics(
-    config: StreamConfig, task: Task, records: TrainingRecords, base: BaseModel, examples: int = 0
+    config: StreamConfig, task: Task, records: TaskRecords, base: BaseModel, examples: int = 0
 ) -> TaskStatistics:
     """Compute a task's router statistics in a pass over its training records that all ranks share.
 

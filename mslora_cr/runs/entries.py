@@ -25,6 +25,9 @@ class TaskEntry(Part):
         router_digest: SHA-256 of the router statistics; None if there are none.
         records_digest: Digest of the training records.
         images_digest: Digest of the training images; None if an earlier version trained the task.
+        validation_digest: Digest of the validation records, if they decided the bank.
+        kept_step: The step of the best validation, if its bank is the one kept; None: the last step.
+        validation: What was measured then, by metric.
         config_digest: Digest of the configuration that decided the bank.
         model_digest: Digest of the base model's files.
         bank_layer: `fused` or `peft`.
@@ -48,6 +51,9 @@ class TaskEntry(Part):
     router_digest: str | None = None
     records_digest: str | None = None
     images_digest: str | None = None
+    validation_digest: str | None = None
+    kept_step: int | None = None
+    validation: dict[str, float] | None = None
     config_digest: str | None = None
     model_digest: str | None = None
     steps: int

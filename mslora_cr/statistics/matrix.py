@@ -144,6 +144,13 @@ class TaskStageMatrix:
             return 0.0
         return max(self.cell(task, stage) for stage in earlier) - self.cell(task, self.last)
 
+    def life_of(self, task: str) -> tuple[float | None, float | None, float | None, float | None]:
+        """The score of a task at the stage before its own, at its own and after the last, and what it forgot
+        (`forgetting_of`); None where a cell is missing."""
+        own = self.learned_at(task)
+        before, learned, last = (self.scores.get((task, stage)) for stage in (own - 1, own, self.last))
+        return before, learned, last, _or_none(partial(self.forgetting_of, task))
+
     def forgetting(self) -> float:
         """The mean of `forgetting_of` over the tasks before the last stage, in points; 0 if there are none.
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.data.datasets import KEPT_BYTES, ConcatTrainDataset
+from mslora_cr.config.validation import LOSS
+from mslora_cr.data.datasets import KEPT_BYTES, ConcatTrainDataset, Records
 from mslora_cr.data.image_digests import images_digest
 from mslora_cr.data.images import image_size, inspect_images, load_image, resolve_image
 from mslora_cr.data.input_processor import Collate
 from mslora_cr.data.lengths import LearnedCounts, count_learned, locations
-from mslora_cr.data.records import DataError, TrainingRecords, shown_images
-from mslora_cr.data.tasks import images_shown, task_image_roots
+from mslora_cr.data.records import DataError, TrainingRecord, shown_images
+from mslora_cr.data.tasks import TaskRecords, images_shown, task_image_roots
+from mslora_cr.data.validation import ValidationRecords
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.distributed.deepspeed import zero_stage
 from mslora_cr.methods.base import method_of
@@ -46,6 +48,11 @@ def check_trainable(config: StreamConfig, fields: dict[str, Any]) -> None:
         )
     if config.model.kernels == "liger" and get_device(config.model.device).type != "cuda":
         raise ConfigError("model.kernels: liger needs a GPU; set it to auto, or to torch")
+    if zero_stage(fields.get("deepspeed")) == 3 and fields.get("metric_for_best_model", LOSS) != LOSS:
+        raise ConfigError(
+            "training.metric_for_best_model: under ZeRO-3 the loss alone is measured while a task trains; set it to "
+            "loss, or training.deepspeed to zero2"
+        )
     method = method_of(config)
     if (
         fields.get("fp16")
@@ -60,7 +67,8 @@ def check_trainable(config: StreamConfig, fields: dict[str, Any]) -> None:
 
 def shared_facts(
     config: StreamConfig,
-    records: dict[str, TrainingRecords],
+    records: dict[str, TaskRecords],
+    validation: Mapping[str, ValidationRecords],
     ledger: Ledger,
     fields: dict[str, Any],
     model_digest: str,
@@ -71,6 +79,7 @@ def shared_facts(
         "training.deepspeed": zero_stage(fields.get("deepspeed")),
         "the base model's files": model_digest,
         "the training records": {name: part.digest for name, part in records.items()},
+        "the validation records": {name: part.digest for name, part in validation.items()},
         "the finished tasks": {name: entry.digest for name, entry in ledger.tasks.items()},
         "the checkpoints": {
             name: [path.name for path in checkpoints(work_folder(config.run_dir, name))] for name in records
@@ -78,7 +87,7 @@ def shared_facts(
     }
 
 
-def check_records_unchanged(ledger: Ledger, records: dict[str, TrainingRecords]) -> None:
+def check_records_unchanged(ledger: Ledger, records: dict[str, TaskRecords]) -> None:
     """Raise if the records of a finished task changed, and its samples are still needed.
 
     Raises:
@@ -100,7 +109,7 @@ def say_fixed_date(config: StreamConfig) -> None:
         )
 
 
-def check_labels(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
+def check_labels(config: StreamConfig, records: dict[str, TaskRecords]) -> None:
     """Warn of samples without a label and of cut answers; refuse a task from which nothing would be learned.
 
     Raises:
@@ -119,7 +128,7 @@ def check_labels(config: StreamConfig, records: dict[str, TrainingRecords]) -> N
             log.warning("%s: %s", name, message)
 
 
-def _label_messages(records: TrainingRecords, counts: LearnedCounts, max_length: int) -> Iterator[str]:
+def _label_messages(records: TaskRecords, counts: LearnedCounts, max_length: int) -> Iterator[str]:
     """Messages about what is not learned."""
 
     def share(indices: Sequence[int]) -> str:
@@ -169,7 +178,7 @@ DIGESTED = 1_000
 """How many images of a task are read to notice that they have changed."""
 
 
-def warn_of_large_images(config: StreamConfig, records: dict[str, TrainingRecords]) -> None:
+def warn_of_large_images(config: StreamConfig, records: dict[str, TaskRecords]) -> None:
     """Warn of each task with large pictures: how long decoding takes, and what to do about it."""
     if config.data.cache_image_features:
         return
@@ -194,7 +203,7 @@ def warn_of_large_images(config: StreamConfig, records: dict[str, TrainingRecord
         )
 
 
-def training_images(config: StreamConfig, records: dict[str, TrainingRecords]) -> dict[str, dict[Path, int]]:
+def training_images(config: StreamConfig, records: Mapping[str, Records[TrainingRecord]]) -> dict[str, dict[Path, int]]:
     """By task, every image that training will read, with the first record that shows it.
 
     Raises:
@@ -208,7 +217,9 @@ def training_image_digests(images: dict[str, dict[Path, int]]) -> dict[str, str]
     return {name: images_digest(paths, DIGESTED) for name, paths in images.items()}
 
 
-def check_images_unchanged(ledger: Ledger, digests: dict[str, str], records: dict[str, TrainingRecords]) -> None:
+def check_images_unchanged(
+    ledger: Ledger, digests: dict[str, str], records: Mapping[str, Records[TrainingRecord]]
+) -> None:
     """Raise if a finished task whose samples are still needed has other images now.
 
     Raises:
@@ -224,7 +235,7 @@ def check_images_unchanged(ledger: Ledger, digests: dict[str, str], records: dic
 
 
 def check_task_images(
-    config: StreamConfig, records: dict[str, TrainingRecords], images: dict[str, dict[Path, int]]
+    config: StreamConfig, records: Mapping[str, Records[TrainingRecord]], images: dict[str, dict[Path, int]]
 ) -> None:
     """Decode every image that training will read, unless `data.check_images` is off.
 

@@ -1,4 +1,4 @@
-"""Draws orders of a stream's tasks, the same ones every time."""
+"""Orders of a stream's tasks: drawn, the same ones every time, or a Latin square."""
 
 from __future__ import annotations
 
@@ -24,3 +24,17 @@ def task_orders(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
         if drawn not in orders:
             orders.append(drawn)
     return orders
+
+
+def latin_orders(tasks: Sequence[str]) -> list[tuple[str, ...]]:
+    """Orders in which every task stands equally often at every place, and directly behind every other task; the one
+    given is the first. An even number of tasks has as many orders, an odd number twice as many.
+
+    Source: Williams, "Experimental Designs Balanced for the Estimation of Residual Effects of Treatments", Australian
+    Journal of Scientific Research A 2, 1949.
+    """
+    count = len(tasks)
+    zigzag = [-(-place // 2) if place % 2 else (count - place // 2) % count for place in range(count)]
+    names = dict(zip(zigzag, tasks, strict=True))
+    rows = [tuple(names[(number + shift) % count] for number in zigzag) for shift in range(count)]
+    return rows if count % 2 == 0 or count == 1 else [*rows, *(row[::-1] for row in rows)]

@@ -93,5 +93,10 @@ def frozen_tasks(config: StreamConfig, task: Task) -> list[Task]:
 
 
 def previous_task(config: StreamConfig, task: Task) -> list[Task]:
-    """The task from whose bank this one starts, if any."""
-    return config.stream[: task.index][-1:] if method_of(config).init_from_previous else []
+    """The task from whose bank this one starts, if any: the one before it, or the site that it extends."""
+    method, earlier = method_of(config), config.stream[: task.index]
+    if method.init_from_previous:
+        return earlier[-1:]
+    if not task.extend or method.keeps_frozen_adapters:
+        return []
+    return [site for site in earlier if task.same_as in (site.name, site.same_as)][-1:]

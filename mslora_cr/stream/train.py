@@ -20,12 +20,11 @@ from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.collator import length_multiple
 from mslora_cr.data.datasets import ConcatTrainDataset, TrainDataset
 from mslora_cr.data.input_processor import Collate
-from mslora_cr.data.records import TrainingRecords
 from mslora_cr.data.sources.leaks import tell
-from mslora_cr.data.tasks import task_folder, task_image_roots, training_records
+from mslora_cr.data.tasks import TaskRecords, task_folder, task_image_roots, training_records
+from mslora_cr.data.validation import ValidationRecords
 from mslora_cr.distributed.comm import broadcast_object, get_device, rank
 from mslora_cr.distributed.deepspeed import (
-    float32_value,
     free_memory,
     partition,
     prepare_deepspeed,
@@ -61,13 +60,15 @@ from mslora_cr.stream.checks import (
 )
 from mslora_cr.stream.plan import banks_needed, frozen_tasks, previous_task, tasks_to_train
 from mslora_cr.stream.recorded import record_answering
-from mslora_cr.training.arguments import training_arguments
+from mslora_cr.stream.validation import read_validation, validated_tasks, validation_set
+from mslora_cr.training.arguments import steps_per_epoch, training_arguments
 from mslora_cr.training.callbacks import ConsoleCallback, JsonLinesCallback
 from mslora_cr.training.checkpoints import check_same_launch, checkpoints, reading, writing
 from mslora_cr.training.objective import Objective
 from mslora_cr.training.passes import Passes
 from mslora_cr.training.trackers import tracked
 from mslora_cr.training.trainer import BankTrainer
+from mslora_cr.training.validation import EarlyStop, ValidationSet
 from mslora_cr.utils.progress import progress_bar
 from mslora_cr.utils.regular import check_all_regular
 
@@ -82,22 +83,31 @@ class StreamRun:
     fields: dict[str, Any]
     """The `training` section, checked."""
     ledger: Ledger
-    records: dict[str, TrainingRecords]
+    records: dict[str, TaskRecords]
     """By task, for all tasks whose samples are read."""
     image_digests: dict[str, str]
     """By task, the digest of the images that its records show."""
+    validation: dict[str, ValidationRecords]
+    """By task, if training is measured on them."""
     model_digest: str
     force: bool
 
     def input_digests(self, task: Task) -> dict[str, str]:
         """Digests of what decides the task's bank: a checkpoint inside the task is useless for another bank."""
         sources = method_of(self.config).sources(self.config, task)
+        validation = self.validation_digest(task)
         return {
             "configuration": self.config.training_digest(task),
             "base model": self.model_digest,
             "training records": " ".join(self.records[source.name].digest for source in sources),
             "training images": " ".join(self.image_digests[source.name] for source in sources),
-        }
+        } | ({"validation records": validation} if validation else {})
+
+    def validation_digest(self, task: Task) -> str | None:
+        """The digest of a task's validation records, if they decide its bank."""
+        if not self.config.validation_decides:
+            return None
+        return " ".join(self.validation[measured.name].digest for measured in validated_tasks(self.config, task))
 
 
 def train(config: StreamConfig, only: Sequence[str] = (), force: bool = False) -> None:
@@ -143,7 +153,8 @@ def _open_run(
     for source in (source for task in pending for source in method_of(config).sources(config, task)):
         if source.name not in records:
             records[source.name] = training_records(config, source)
-            tell(source.name, task_folder(config, source), records[source.name].digest)
+            tell(source.name, task_folder(config, source), records[source.name].file_digest)
+    validation = read_validation(config, fields, pending)
     check_records_unchanged(ledger, records)
     if alone:
         needed = {earlier.name: earlier for task in pending for earlier in banks_needed(config, task)}
@@ -151,7 +162,7 @@ def _open_run(
     for task in pending:  # This only validates: DeepSpeed must not know of a task before its model is built.
         training_arguments(config, task, {**fields, "deepspeed": None})
     model_digest = base_digest(config)
-    check_hosts(config.run_dir, shared_facts(config, records, ledger, fields, model_digest))
+    check_hosts(config.run_dir, shared_facts(config, records, validation, ledger, fields, model_digest))
 
     image_digests: dict[str, str] = {}
 
@@ -163,12 +174,17 @@ def _open_run(
         check_images_unchanged(ledger, image_digests, records)
         check_task_images(config, records, images)
         say_fixed_date(config)
+        asked = {name: part.conversations for name, part in validation.items()}
+        check_task_images(config, asked, training_images(config, asked))
         check_labels(config, records)
         warn_of_large_images(config, records)
         ledger.open(config, model_digest, force)
 
     run_on_rank0(prepare)
-    return StreamRun(config, fields, ledger, records, broadcast_object(image_digests), model_digest, force)
+    for name, part in validation.items() if rank() == 0 else ():
+        log.info("%s: validated on %s of its %s validation records", name, len(part.questions), f"{part.available:,}")
+    digests = broadcast_object(image_digests)
+    return StreamRun(config, fields, ledger, records, digests, validation, model_digest, force)
 
 
 def train_task(run: StreamRun, task: Task) -> None:
@@ -207,13 +223,14 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     router = None
     if needs_task(config):
         router = router_statistics(config, task, run.records[task.name], base, method.router_examples(config))
-    samples = training_samples(run, task, base)
+    samples, validation = task_data(run, task, base)
     collator = input_processor_of(config, base).collator(length_multiple(device))
     stack, objective = prepare_bank(run, task, base, samples, collator)
     if family_of(Path(config.model.path)).own_template and not sharded:
         try_first_record(base, samples, collator, device)
     order = method.order(config, task, samples.counts, run.ledger)
-    args = training_arguments(config, task, run.fields, order is not None)
+    steps = steps_per_epoch(len(samples), order, task, run.fields)
+    args = training_arguments(config, task, run.fields, order is not None, steps)
     if sharded:
         partition(stack.model, args.hf_deepspeed_config.config, device, stack.external_parameters())
     trainer = BankTrainer(
@@ -225,8 +242,14 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
         input_digests=run.input_digests(task),
         order=order,
         objective=objective,
-        callbacks=[ConsoleCallback(task.name), JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl")],
+        callbacks=[
+            ConsoleCallback(task.name),
+            JsonLinesCallback(config.run_dir / "logs" / f"{task.name}.jsonl"),
+            *([EarlyStop(patience)] if (patience := run.fields.get("patience")) else []),
+        ],
         checkpointing=run.fields.get("gradient_checkpointing", False),
+        validation=validation,
+        keep_best=run.fields.get("keep") == "best",
     )
     if rank() == 0:
         log.info("%s: banks' layers: %s; kernels: %s", task.name, stack.layer, kernels)
@@ -271,18 +294,23 @@ def _say_where_it_starts(task: Task, trainer: BankTrainer, left: Sequence[Path])
         log.info("%s: resumes after step %s, from %s", task.name, left[-1].name.rpartition("-")[2], left[-1])
 
 
-def training_samples(run: StreamRun, task: Task, base: BaseModel) -> ConcatTrainDataset:
-    """The samples on which a task trains. With `data.cache_image_features`, their images' features are cached first."""
+def task_data(run: StreamRun, task: Task, base: BaseModel) -> tuple[ConcatTrainDataset, ValidationSet | None]:
+    """The samples on which a task trains, and what it is measured on. With `data.cache_image_features`, their images'
+    features are cached first."""
     tower = cached_tower(run.config, base)
     processor = input_processor_of(run.config, base, tower)
     parts = [
         TrainDataset(run.records[source.name], task_image_roots(run.config, source), processor)
         for source in method_of(run.config).sources(run.config, task)
     ]
+    validation = validation_set(run.config, task, run.fields, run.validation, processor)
     if tower is not None:
-        images = (processor.image_paths(part.records, part.roots) for part in parts)
+        images = (
+            processor.image_paths(part.records, part.roots)
+            for part in [*parts, *(validation.samples.parts if validation else [])]
+        )
         tower.fill(list(itertools.chain.from_iterable(images)), int(run.fields.get("dataloader_num_workers", 0)))
-    return ConcatTrainDataset(parts)
+    return ConcatTrainDataset(parts), validation
 
 
 def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStatistics | None) -> None:
@@ -293,8 +321,7 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
     task_state = method.task_state(setup, trainer.passes) if method.has_task_state else {}
     metadata = {"modality": task.modality, "index": task.index, "method": config.method, "run": config.run}
     metadata |= {"base_model": {"architecture": trainer.stack.architecture, "digest": run.model_digest}}
-    bank = trainer.stack.snapshot(task.name, config.lora.rank, config.lora.alpha, metadata, float32_value)
-    bank = trainer.stack.stored(bank, trainer.stack.extra_state(float32_value))
+    bank = trainer.stored_bank(task.name, metadata)
     if not trainer.args.should_save:
         return
     folder = ledger.bank_folder(task.name)
@@ -308,6 +335,9 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
         digest,
         records_digest=run.records[task.name].digest,
         images_digest=run.image_digests[task.name],
+        validation_digest=run.validation_digest(task),
+        kept_step=trainer.best.step if trainer.best else None,
+        validation=trainer.best.metrics if trainer.best else None,
         config_digest=config.training_digest(task),
         model_digest=run.model_digest,
         steps=trainer.state.global_step,
@@ -323,6 +353,8 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
         weights=trainer.objective.weights,
     )
     record_answering(config, ledger)
+    if trainer.best is not None:
+        log.info("%s: the bank is that of step %s, the best validation", task.name, trainer.best.step)
     log.info(
         "%s: %s steps in %.0f s, mean loss %.4f; bank: %s",
         task.name,

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
+from mslora_cr.config.validation import OWN_TRAINING_FIELDS
 from mslora_cr.distributed.comm import world_size
 from mslora_cr.runs.ledger import work_folder
 from mslora_cr.training.rehearsal import rehearse
@@ -31,7 +33,7 @@ UNSET = ("", "0", "no", "none", "false")
 
 
 def training_arguments(
-    config: StreamConfig, task: Task, fields: dict[str, Any], ordered: bool = False
+    config: StreamConfig, task: Task, fields: dict[str, Any], ordered: bool = False, epoch_steps: int = 1
 ) -> TrainingArguments:
     """TrainingArguments of one task; starts the process group in a run of several processes.
 
@@ -41,9 +43,10 @@ def training_arguments(
         fields: The checked `training` section.
         ordered: Whether the method orders all visits of samples itself, so that the Trainer takes them once, in that
             order.
+        epoch_steps: Optimizer steps of an epoch, after which `eval_strategy: epoch` measures.
 
     Raises:
-        ConfigError: transformers refuses them, or checkpointing would be reentrant.
+        ConfigError: Transformers refuses them, or checkpointing would be reentrant.
     """
     ignore_launcher_settings()
     per_device, accumulation = batch_shape(task, fields)
@@ -72,6 +75,14 @@ def training_arguments(
     }
     if ordered:
         chosen["train_sampling_strategy"] = "sequential"
+    if chosen.get("eval_strategy") == "epoch":
+        # By steps, since the Trainer measures those before it saves: a run that resumes from the checkpoint at the end
+        # of an epoch would never measure that epoch.
+        chosen |= {"eval_strategy": "steps", "eval_steps": epoch_steps}
+    if fields.get("patience"):
+        chosen["restore_callback_states_from_checkpoint"] = True  # the count of validations
+    for key in OWN_TRAINING_FIELDS:
+        chosen.pop(key, None)
     if chosen.get("tf32") and not torch.cuda.is_available():
         warnings.warn("training.tf32 has no effect without a GPU", stacklevel=2)
         del chosen["tf32"]
@@ -134,6 +145,20 @@ def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:
         raise ConfigError(f"training.per_device_train_batch_size is {most}; use at least 1")
     per_device = max(size for size in range(1, most + 1) if share % size == 0)
     return per_device, share // per_device
+
+
+def steps_per_epoch(samples: int, order: Sequence[int] | None, task: Task, fields: dict[str, Any]) -> int:
+    """Optimizer steps of an epoch of a task.
+
+    Args:
+        samples: Of the task.
+        order: All visits of its epochs, where the method orders them.
+        task: The task.
+        fields: The `training` section, checked.
+    """
+    if order is None:
+        return update_steps(samples, 1, *batch_shape(task, fields))
+    return math.ceil(update_steps(len(order), 1, *batch_shape(task, fields)) / max(task.epochs, 1))
 
 
 def update_steps(records: int, epochs: float, per_device: int, accumulation: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mslora_cr.utils.files import append_to, replacing
 from mslora_cr.utils.progress import progress_bar
 from mslora_cr.utils.strict_json import JsonError, decode_json
+
+log = logging.getLogger(__name__)
+
+VALIDATION = "eval_"
+"""How the names of logged validation figures begin, as the Trainer's and the trackers' do."""
+VALIDATION_LOSS = f"{VALIDATION}loss"
+SHOWN = ("exact match score", "close accuracy", "f1 score")
+"""Validation scores on the console."""
 
 
 class TowerOutsideGraph(TrainerCallback):
@@ -55,7 +64,7 @@ class JsonLinesCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
+        if state.is_world_process_zero and logs and {"loss", VALIDATION_LOSS} & logs.keys():
             with append_to(self.path) as file:
                 file.write(json.dumps({"step": state.global_step, **logs}).encode() + b"\n")
 
@@ -89,6 +98,10 @@ class ConsoleCallback(TrainerCallback):
     ) -> None:
         if self._bar is not None and logs and "loss" in logs:
             self._bar.set_postfix_str(f"loss {logs['loss']:.4g}", refresh=False)
+        if state.is_world_process_zero and logs and VALIDATION_LOSS in logs:
+            figures = {name.removeprefix(VALIDATION): value for name, value in logs.items() if name != "epoch"}
+            scores = "".join(f", {name} {value:.1f}" for name, value in figures.items() if name in SHOWN)
+            log.info("%s: validation at step %s: loss %.4f%s", self._task, state.global_step, figures["loss"], scores)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._bar is not None:

@@ -60,6 +60,7 @@ class Launch(StateFile):
     base_model: str | None = Field(default=None, alias="base model")
     training_records: str | None = Field(default=None, alias="training records")
     training_images: str | None = Field(default=None, alias="training images")
+    validation_records: str | None = Field(default=None, alias="validation records")
 
     @classmethod
     def of(cls, args: TrainingArguments, input_digests: Mapping[str, str]) -> Launch:
@@ -68,8 +69,8 @@ class Launch(StateFile):
         return cls.model_validate(facts)
 
     def input_digests(self) -> dict[str, str]:
-        """The settings that decide the bank, by name in words; unknown ones are left out."""
-        named = {"configuration", "base_model", "training_records", "training_images"}
+        """The settings that decide the bank, by their names in messages; unknown ones are left out."""
+        named = {"configuration", "base_model", "training_records", "training_images", "validation_records"}
         return self.model_dump(by_alias=True, exclude_none=True, include=named)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.stack import BankStack
+from mslora_cr.data.collator import in_batches
 from mslora_cr.data.datasets import ConcatTrainDataset
 from mslora_cr.data.input_processor import Collate
 from mslora_cr.distributed.comm import all_reduce_sum, rank, world_size
@@ -127,6 +128,25 @@ class Passes:
             tokens += count
         self._load(before)
         return {key: total / max(tokens, 1) for key, total in totals.items()}
+
+    @torch.no_grad()
+    def mean_loss(self, batch_size: int) -> float:
+        """The cross entropy over the answers' tokens of all samples, averaged; ranks share the samples.
+
+        Args:
+            batch_size: Samples to compute at once.
+        """
+        batches = in_batches(range(len(self._samples)), batch_size)
+        total = torch.zeros(2, dtype=torch.float64)
+        self._stack.model.eval()
+        for start in range(0, len(batches), world_size()):
+            mine = start + rank()
+            # Every rank takes part in every pass, if only with a batch that does not count.
+            with self._summed(batches[min(mine, len(batches) - 1)]) as (loss, tokens):
+                total += torch.tensor([loss.item(), tokens], dtype=torch.float64) * (mine < len(batches))
+            self._release()
+        loss_sum, count = all_reduce_sum(total).tolist()
+        return loss_sum / max(count, 1)
 
     def weights(self) -> dict[str, Tensor]:
         """Each linear layer's own weight, (out, in), with the banks merged into it."""

@@ -28,7 +28,8 @@ def rehearse(args: TrainingArguments) -> None:
         )
     if args.lr_scheduler_type == "reduce_lr_on_plateau":
         raise ConfigError(
-            "training.lr_scheduler_type: reduce_lr_on_plateau needs evaluations during training, and there are none"
+            "training.lr_scheduler_type: reduce_lr_on_plateau would let validation change the learning rate; use "
+            "training.keep: best and training.patience"
         )
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     try:

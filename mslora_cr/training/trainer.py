@@ -8,23 +8,26 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.io import load_bank, save_bank
 from mslora_cr.banks.stack import TRAINABLE, BankStack
 from mslora_cr.data.datasets import ConcatTrainDataset
 from mslora_cr.data.input_processor import Collate
 from mslora_cr.distributed.comm import barrier, broadcast_object
-from mslora_cr.distributed.deepspeed import float32_value, reshard
+from mslora_cr.distributed.deepspeed import float32_value, gather_params, reshard
 from mslora_cr.models.language import decoder_layers, last_mlp
 from mslora_cr.models.sparse_mlp import SparseMLP
+from mslora_cr.training.best import BestBank
 from mslora_cr.training.callbacks import TowerOutsideGraph
 from mslora_cr.training.checkpoints import (
     BANK_FOLDER,
@@ -44,6 +47,7 @@ from mslora_cr.training.passes import Passes
 from mslora_cr.training.recomputation import Recomputation, Setting
 from mslora_cr.training.sampler import FixedOrderSampler, SampleOrder
 from mslora_cr.training.trackers import reads_checkpoints
+from mslora_cr.training.validation import Validation, ValidationSet
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +67,8 @@ class BankTrainer(Trainer):
         objective: Objective | None = None,
         callbacks: list[TrainerCallback] | None = None,
         checkpointing: Setting = False,
+        validation: ValidationSet | None = None,
+        keep_best: bool = False,
     ) -> None:
         """
         Args:
@@ -78,6 +84,8 @@ class BankTrainer(Trainer):
             callbacks: Further callbacks.
             checkpointing: Which decoder layers' activations are recomputed; `args.gradient_checkpointing` must be true
                 if there are any.
+            validation: What is measured when `args.eval_strategy` asks for it.
+            keep_best: Whether `stored_bank` is that of the best validation, by `args.metric_for_best_model`.
         """
         least = least_layers(Path(args.output_dir), args.per_device_train_batch_size)
         self.recomputation = Recomputation(decoder_layers(stack.base), checkpointing, least)
@@ -85,6 +93,7 @@ class BankTrainer(Trainer):
             model=stack.model,
             args=args,
             train_dataset=samples,
+            eval_dataset=validation.samples if validation else None,
             data_collator=collator,
             callbacks=[TowerOutsideGraph(), self.recomputation, *(callbacks or [])],
         )
@@ -107,11 +116,17 @@ class BankTrainer(Trainer):
         self._positions = torch.zeros(2, dtype=torch.int64, device=args.device)
         self._started = time.monotonic()
         self._parameters = stack.trainable_parameters()
-        self.passes = Passes(
-            stack,
+        self.passes = self._passes(samples)
+        self._validation = Validation(validation, stack, self._passes(validation.samples)) if validation else None
+        self._keep_best = keep_best
+        self.best: BestBank | None = None
+
+    def _passes(self, samples: ConcatTrainDataset) -> Passes:
+        return Passes(
+            self.stack,
             samples,
-            collator,
-            args.seed,
+            self.data_collator,
+            self.args.seed,
             to_device=self._prepare_inputs,
             autocast=self.compute_loss_context_manager,
             sparse_mlp=self._sparse_mlp,
@@ -121,12 +136,12 @@ class BankTrainer(Trainer):
     # --- one step ---
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train, unless the last step is done: from a checkpoint of it inside an epoch, the Trainer would take one more
-        step.
+        """Train, unless the last step is done or training stopped early: from a checkpoint of that step, the Trainer
+        would take one more step.
 
         No public hook can prevent that: what a callback decides is read only after a step or an epoch.
         """
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
     def compute_loss(
@@ -223,6 +238,43 @@ class BankTrainer(Trainer):
         run, device, apart = str(self.args.run_name), self.args.device, not self.is_deepspeed_enabled
         self.recomputation.decide(run, device, longest, self.passes.gradients, trained, apart)
 
+    # --- validation ---
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the validation set, log the figures, and tell callbacks; the Trainer's own would average the loss by
+        batch, which depends on the number of processes, and generates nothing."""
+        assert self._validation is not None, "the Trainer asks for it only where there is an eval_dataset"
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._validation.measure().items()}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Copy the bank where it is the best so far: `on_evaluate` comes before the Trainer has compared.
+
+        A checkpoint holds the copy. With `best_global_step` the Trainer would look for a checkpoint of that step.
+        """
+        better = super()._determine_best_metric(metrics, trial)
+        self.state.best_global_step = None
+        if better and self._keep_best:
+            bank = self.stack.snapshot(TRAINABLE, *self.bank_shape, gather_fn=float32_value)
+            self.best = BestBank(self.state.global_step, metrics, bank, self.stack.extra_state(float32_value))
+        return better
+
+    def stored_bank(self, name: str, metadata: dict[str, Any]) -> Bank:
+        """The bank to store: the best one where it is kept, else the latest. To be called on every rank.
+
+        Args:
+            name: Of the bank.
+            metadata: What is noted in `bank.json`.
+        """
+        if self.best is not None:
+            return self.stack.stored(replace(self.best.bank, name=name, metadata=metadata), self.best.extra_state)
+        bank = self.stack.snapshot(name, *self.bank_shape, metadata, float32_value)
+        return self.stack.stored(bank, self.stack.extra_state(float32_value))
+
     # --- the order of samples ---
 
     def _get_train_sampler(self, train_dataset: Any = None) -> FixedOrderSampler:
@@ -272,9 +324,13 @@ class BankTrainer(Trainer):
         return str(Path(self.args.output_dir) / self._staging)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; when it returns, the last checkpoint is whole."""
+        """As the Trainer's; when it returns, the last checkpoint is whole, and the model has the bank to store."""
         with noting_more_layers(self, self.recomputation), self._publisher:
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        if self.best is not None:
+            with gather_params(self._parameters, to_write=True):
+                self.stack.load_trainable(self.best.bank, self.best.extra_state)
+        return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Let the Trainer write a checkpoint under a temporary name, and publish it while training goes on.
@@ -310,7 +366,7 @@ class BankTrainer(Trainer):
                 "loss_sum": loss_sum,
                 "positions": positions,
                 "seconds": self.seconds,
-            }
+            } | ({"best": self.best.write(folder)} if self.best else {})
             torch.save(state, folder / STATE)
             Launch.of(self.args, self.input_digests).write(folder / LAUNCH)
 
@@ -335,6 +391,7 @@ class BankTrainer(Trainer):
     def _load_own_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state = torch.load(Path(checkpoint) / STATE, map_location="cpu", weights_only=True)
+            self.best = BestBank.read(Path(checkpoint), state["best"]) if "best" in state else None
             self.objective.load_state_dict(state["penalty"])
             self._loss_sum = state["loss_sum"].to(self._loss_sum.device)
             if self.args.process_index == 0:  # they are summed over ranks

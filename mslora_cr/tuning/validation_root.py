@@ -11,11 +11,11 @@ from pathlib import Path
 
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.records import DataError, TestRecord, TrainingRecords
-from mslora_cr.data.tasks import task_folder, training_records
+from mslora_cr.data.tasks import VALIDATION, task_folder, training_file
 from mslora_cr.data.validation import validation_split
 from mslora_cr.utils.files import file_digest, hidden_folder, replace_folder, write_text
 
-TRAIN, TEST, VALIDATION = "train.json", "test.jsonl", "val.jsonl"
+TRAIN, TEST = "train.json", "test.jsonl"
 SHARE = 0.1
 """Of the training records, where a data set has no `val.jsonl` and `data.validation` names no share."""
 
@@ -25,12 +25,12 @@ def make_validation_root(config: StreamConfig, root: Path, share: float = SHARE)
 
     A task with a `val.jsonl` keeps its training records whole and is asked the questions of that file. Of any other
     task a share of the training records is taken out, by patient or image, alike for every method and trial. Images
-    are linked.
+    are linked. The questions stand there as `val.jsonl` too, for trials that validate while they train.
 
     Args:
         config: The stream.
         root: The folder to write; tasks that are there already are kept, unless their records have changed.
-        share: Of the training records, in (0, 1).
+        share: Of the training records, in (0, 1), unless `data.validation` names one.
 
     Raises:
         DataError: A task has no records, or too few to take any out.
@@ -41,7 +41,7 @@ def make_validation_root(config: StreamConfig, root: Path, share: float = SHARE)
         if entry.resolve() not in inside and entry.is_dir():
             _link(entry, root / entry.name)
     for task in config.stream:
-        _task_folder(config, task, root / task.folder, share)
+        _task_folder(config, task, root / task.folder, config.data.validation or share)
 
 
 def with_own_files(config: StreamConfig) -> StreamConfig:
@@ -53,9 +53,9 @@ def with_own_files(config: StreamConfig) -> StreamConfig:
 
 
 def _task_folder(config: StreamConfig, task: Task, target: Path, share: float) -> None:
-    source, records = task_folder(config, task), training_records(config, task)
-    given = source / VALIDATION
-    mark = f"{records.digest} {file_digest(given) if given.is_file() else share}"
+    source = task_folder(config, task)
+    records, given = TrainingRecords(training_file(config, task)), source / VALIDATION
+    mark = f"{records.digest} {file_digest(given) if given.is_file() else share} {VALIDATION}"
     if (target / ".made-from").is_file() and (target / ".made-from").read_text() == mark:
         return
     with hidden_folder(target) as staging:
@@ -65,19 +65,21 @@ def _task_folder(config: StreamConfig, task: Task, target: Path, share: float) -
         if given.is_file():
             _link(source / task.train, staging / TRAIN)
             _link(given, staging / TEST)
+            _link(given, staging / VALIDATION)
         else:
             _split(records, staging, share, config.seed, task.name)
         write_text(staging / ".made-from", mark)
         replace_folder(staging, target)
 
 
-def _split(records: TrainingRecords, folder: Path, share: float, seed: int, name: str) -> None:
+def _split(records: TrainingRecords, folder: Path, share: float, seed: int, task: str) -> None:
     split = validation_split(records, share, seed)
     if not split.questions or not split.training:
-        raise DataError(f"{name}: {len(records)} training records leave none for validation; add a {VALIDATION}")
+        raise DataError(f"{task}: {len(records)} training records leave none for validation; add a {VALIDATION}")
     content = json.loads(records.path.read_text(encoding="utf-8-sig"))
     write_text(folder / TRAIN, json.dumps([content[index] for index in split.training], ensure_ascii=False))
-    write_text(folder / TEST, "".join(_line(question) for question in split.questions))
+    for name in (TEST, VALIDATION):
+        write_text(folder / name, "".join(_line(question) for question in split.questions))
 
 
 def _line(question: TestRecord) -> str:

@@ -99,6 +99,9 @@ def test_the_digest_follows_what_decides_the_banks(tmp_path: Path) -> None:
         "evaluation.batch_size=1",
         "training.save_steps=7",
         "training.report_to=wandb",
+        "training.eval_strategy=epoch",  # measuring moves nothing
+        "training.keep=last",
+        "data.validation_questions=5",
     ):
         assert load_config(path, [harmless]).training_digest() == digest, harmless
     for decisive in (
@@ -113,6 +116,9 @@ def test_the_digest_follows_what_decides_the_banks(tmp_path: Path) -> None:
         "tasks.PCAM.epochs=2",
         "tasks=[pathvqa, PCAM]",
         "training.warmup_steps=3",
+        "data.validation=0.1",
+        "training.keep=best",
+        "training.patience=3",
     ):
         assert load_config(path, [decisive]).training_digest() != digest, decisive
 
@@ -302,8 +308,13 @@ def test_training_takes_any_field_of_transformers(tmp_path: Path) -> None:
         ({"gradient_accumulation_steps": 2}, "training.per_device_train_batch_size"),
         ({"seed": 1}, "use seed"),
         ({"per_device_eval_batch_size": 2}, "use evaluation.batch_size"),
-        ({"metric_for_best_model": "loss"}, "the bank after the last step is kept"),
-        ({"greater_is_better": True}, "the bank after the last step is kept"),
+        ({"load_best_model_at_end": True}, "use training.keep instead"),
+        ({"keep": "first"}, "training.keep: should be 'last' or 'best', found 'first'"),
+        ({"patience": 0}, "training.patience: should be greater than or equal to 1, found 0"),
+        ({"keep": "best", "eval_strategy": "no"}, "training.keep needs validation; set training.eval_strategy"),
+        ({"patience": 2, "eval_strategy": "no"}, "training.patience needs validation"),
+        ({"eval_strategy": "steps"}, "training.eval_steps: give the steps between validations"),
+        ({"eval_strategy": "often"}, "training.eval_strategy is 'often'; choose one of steps, epoch, no"),
         ({"label_smoothing_factor": 0.1}, "the loss is the mean cross-entropy"),
         ({"save_on_each_node": True}, "all nodes write to one shared folder"),
         ({"logging_nan_inf_filter": True}, "a loss that is not finite stops training"),
@@ -324,7 +335,7 @@ def test_a_wrong_training_field_is_refused(training: dict[str, Any], message: st
 @pytest.mark.parametrize(
     "key",
     sorted(
-        {"eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "do_predict"}
+        {"eval_delay", "eval_on_start", "eval_accumulation_steps", "do_predict"}
         | {"prediction_loss_only", "batch_eval_metrics", "include_for_metrics", "eval_do_concat_batches"}
         | {"eval_use_gather_object", "bf16_full_eval", "fp16_full_eval"}
     ),
@@ -334,6 +345,16 @@ def test_the_trainers_own_evaluation_is_refused(key: str, tmp_path: Path) -> Non
     default = next(field.default for field in dataclasses.fields(TrainingArguments) if field.name == key)
     with pytest.raises(ConfigError, match=f"training.{key} cannot be set: `mslora-cr evaluate`"):
         fields(tmp_path, **{key: default})
+
+
+def test_validation_is_on_where_something_asks_for_it(tmp_path: Path) -> None:
+    assert "eval_strategy" not in fields(tmp_path)
+    assert fields(tmp_path, eval_strategy=False) == {"eval_strategy": "no"}  # YAML's bare no
+    assert fields(tmp_path, keep="best") == {
+        "keep": "best",
+        "eval_strategy": "epoch",
+        "metric_for_best_model": "loss",
+    }
 
 
 def test_how_many_checkpoints_are_kept_is_given(tmp_path: Path) -> None:
@@ -399,7 +420,7 @@ def test_a_method_outside_the_package_that_is_none_is_refused(
     assert message.format(here=tmp_path) in error_of(write(tmp_path, method=method))
 
 
-LATER_DEFAULTS = ("auto", "frobenius", True)
+LATER_DEFAULTS = ("auto", "frobenius", True, None, 200)
 """Of keys that the configuration did not have then, and that decide nothing at these values."""
 
 
@@ -427,6 +448,7 @@ def test_every_methods_configuration_is_what_it_was(tmp_path: Path) -> None:
         config = load_config(path)
         dumped = config.model_dump(mode="json")
         later = (("model", "kernels"), ("regularization", "distance"), ("evaluation", "probabilities"))
+        later += (("data", "validation"), ("data", "validation_questions"))
         assert tuple(dumped[section].pop(name) for section, name in later) == LATER_DEFAULTS
         written = yaml.safe_dump(dumped, sort_keys=False).encode()
         assert expected == {

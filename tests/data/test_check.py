@@ -490,3 +490,21 @@ def test_what_is_in_training_and_in_testing_is_remembered_and_told(tmp_path, cap
     write(tmp_path, [training(image="images/train0.png")], [question("images/new.png")])
     look(root)
     assert not (folder / "leaks.json").exists()
+
+
+def test_a_val_jsonl_is_checked_against_training_and_testing(root):
+    copy = root / "PathVQA/images/test2.png"
+    copy.write_bytes((root / "PathVQA/images/train1.png").read_bytes())
+    rows = [question("images/train0.png"), question("images/test1.png", patient="p"), question("images/test2.png", "")]
+    rows += [question("images/none.png")]
+    (root / "PathVQA/val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    test = [question("images/test0.png", patient="p"), question("images/test1.png")]
+    write(root, [training(f"images/train{i}.png") for i in range(4)], test)
+    report = look(root)
+    assert (report.validation_rows, report.shared_images) == (4, 0)
+    warnings, errors = messages(report, "warning"), messages(report, "error")
+    assert "images in both the training and the validation file (1): ['images/train0.png']" in warnings
+    assert "images in both the test and the validation file (1): ['images/test1.png']" in warnings
+    assert "patients in both the test and the validation file (1): ['p']" in warnings
+    assert "validation images that are, under another name, also training images (1)" in warnings
+    assert "val.jsonl: question 2 (id 1)" in errors and "val.jsonl: images that are missing" in errors

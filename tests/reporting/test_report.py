@@ -18,6 +18,7 @@ from mslora_cr.metrics.published import score_answers
 from mslora_cr.reporting.comparison import write_comparison
 from mslora_cr.reporting.examples import pick_examples
 from mslora_cr.reporting.heatmaps import similarity_map
+from mslora_cr.reporting.plots import logged_terms, loss_curves
 from mslora_cr.reporting.render import chance, render
 from mslora_cr.reporting.report import _context, write_report
 from mslora_cr.reporting.run_record import load_published_scores, read_log, read_run
@@ -288,10 +289,22 @@ def test_comparison_of_two_runs(tmp_path):
         assert f"{title} Run Method" in page.text
 
 
+def test_validation_is_drawn_below_the_losses():
+    logs = {"a": [{"step": 1, "ce": 2.0}, {"step": 2, "ce": 1.0, "eval_loss": 1.5, "eval_close accuracy": 50.0}]}
+    assert logged_terms(logs) == ["ce"]
+    drawn = loss_curves(logs, {"a": "#123456"})
+    titles = ["Cross-entropy", "Validation: cross-entropy", "Validation: closed accuracy (%)"]
+    assert [title for title in titles if f">{title}<" in drawn] == titles
+    assert drawn.index(titles[0]) < drawn.index(titles[1]) < drawn.index(titles[2])
+    assert "Validation: F1" not in drawn
+
+
 def test_log_of_a_resumed_run(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 2, "ce": 1}\n{"step": 4, "ce": 2}\n{"step": 2, "ce": 3}\n{"step": 6, "c')
     assert read_log(path) == [{"step": 2, "ce": 3}, {"step": 4, "ce": 2}]
+    path.write_text('{"step": 2, "ce": 1}\n{"step": 2, "eval_loss": 3}\n')
+    assert read_log(path) == [{"step": 2, "ce": 1, "eval_loss": 3}]
     path.write_text('{"step": 2}\n{"ste\n{"step": 4}\n')
     with pytest.raises(ReportError, match=r"log\.jsonl: line 2: expected a JSON object with a 'step'"):
         read_log(path)

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, TypeVar
 from tqdm import tqdm
 
 from mslora_cr.config.benchmarks import Benchmark
-from mslora_cr.data.advice import missing_annotations, says_nothing
+from mslora_cr.data.advice import missing_annotations
 from mslora_cr.data.images import check_name, image_roots, inspect_images, resolve_image
-from mslora_cr.data.listed import ListedQuestion
-from mslora_cr.data.records import DataError, TestRecord, TestRecords, TrainingRecords
+from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 from mslora_cr.data.sources.catalog import DataSet, TestRows
 from mslora_cr.data.sources.check_report import Problem, Report, Share
 from mslora_cr.data.sources.leaks import Leaks, remember
@@ -30,12 +29,13 @@ from mslora_cr.data.sources.question_checks import (
     check_lengths,
     check_prompt_lengths,
     check_questions,
+    look_at_questions,
     questions_about,
     shared_patients,
     test_questions,
     training_questions,
 )
-from mslora_cr.data.tasks import read_questions
+from mslora_cr.data.tasks import VALIDATION, read_questions
 
 if TYPE_CHECKING:
     from mslora_cr.data.input_processor import InputProcessor
@@ -53,7 +53,7 @@ NOTABLE = 0.01
 """The share from which on a training answer is named."""
 CONVERTIBLE = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
 """What a table of questions may end in."""
-OUR_FILES = ("train.json", "test.jsonl", "convert.json")
+OUR_FILES = ("train.json", "test.jsonl", VALIDATION, "convert.json")
 
 
 @dataclass(frozen=True)
@@ -100,21 +100,30 @@ def check(
     read_test = partial(_read_test, benchmark=own.benchmark, references=references)
     training = _opened(TrainingRecords, folder / own.train, report)
     test = _opened(read_test, folder / own.test, report)
+    given = (folder / VALIDATION).exists()
+    validation = _opened(TestRecords, folder / VALIDATION, report) if given else None
     train_images = _check_training(training, dataset, report) if training else {}
     test_images = _check_test(test, dataset, report) if test else {}
+    validation_images = _check_validation(validation, dataset, report) if validation else {}
     if processor is not None:
         roots = image_roots(root, dataset.folder, dataset.image_folders)
         report.truncated = check_lengths(training, roots, processor, report) if training else 0
         report.truncated += check_prompt_lengths(test, roots, processor, report) if test else 0
+        report.truncated += check_prompt_lengths(validation, roots, processor, report) if validation else 0
     if training:
         check_questions(training_questions(training), "training", report)
     if test:
         check_questions(test_questions(test), "test", report)
     if training and test:
-        _check_overlap(train_images, test_images, report)
+        report.shared_images = _check_overlap(train_images, test_images, ("training", "test"), report)
+    for other, images, what in ((training, train_images, "training"), (test, test_images, "test")):
+        if validation and other:
+            sides = (what, "validation")
+            _check_overlap(images, validation_images, sides, report)
+            _check_patients(shared_patients(other, validation), sides, report)
     copies: set[str] = set()
     if scan is not None:
-        copies = _check_image_files(dataset, root, train_images, test_images, scan, report)
+        copies = _check_image_files(dataset, root, train_images, test_images, validation_images, scan, report)
     if training and test:
         _remember_leaks(
             folder, training, test, {test_images[name] for name in train_images.keys() & test_images} | copies, report
@@ -131,8 +140,7 @@ def _remember_leaks(
         names: test images, as the file names them, that are trained on too.
     """
     patients = shared_patients(training, test)
-    if patients:
-        report.warning("patients in both the training and the test file", sorted(patients))
+    _check_patients(patients, ("training", "test"), report)
     leaks = Leaks(
         train=training.digest,
         test=test.digest,
@@ -203,23 +211,9 @@ def _check_training(records: TrainingRecords, dataset: DataSet | OwnDataSet, rep
 
 def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, report: Report) -> Names:
     """Report on the questions, and give the images that they name."""
-    types: Counter[str] = Counter()
-    answers: Counter[str] = Counter()
-    names: set[str] = set()
-    empty, nul = [], []
-    ids: Counter[int | str] = Counter()
-    for index, record in enumerate(records):
-        location = f"{records.path.name}: question {index}"
-        ids[record.question_id] += 1
-        names.update(record.images)
-        types[record.answer_type] += 1
-        if record.answer_type == "CLOSED":
-            answers[record.gt.strip().lower()] += 1
-        if says_nothing(record.gt) and not (_scored_by_a_benchmark(record) and record.gt.strip()):
-            empty.append(f"{location} (id {record.question_id}): {record.gt!r}")
-        if "\0" in record.text:
-            nul.append(location)
-    report.test_open, report.test_closed = types["OPEN"], types["CLOSED"]
+    asked = look_at_questions(records)
+    report.test_open, report.test_closed = asked.types["OPEN"], asked.types["CLOSED"]
+    answers = asked.closed_answers
     report.closed_answers = dict(answers.most_common(COMMONEST))
     expected = dataset.test_rows
     if expected is not None and (report.test_open, report.test_closed) != (expected.open, expected.closed):
@@ -227,24 +221,21 @@ def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, report: Rep
             f"the published test set holds {expected.open} open and {expected.closed} closed rows, this one "
             f"{report.test_open} and {report.test_closed}: scores cannot be compared with the published ones"
         )
-    if nul:
-        report.error("questions with a NUL character, which cannot be encoded", nul)
-    if empty:
-        report.error(
-            "questions whose true answer is empty, or nothing but punctuation and articles: any answer would count as "
-            "right; leave them out or give them another truth",
-            empty,
-        )
-    repeated = [f"{identifier!r}, {count} times" for identifier, count in ids.items() if count > 1]
+    asked.report_faults(report)
+    repeated = [f"{identifier!r}, {count} times" for identifier, count in asked.ids.items() if count > 1]
     if repeated:
         report.warning("question ids that repeat: their rows are scored one by one, in order", repeated)
     _check_balance(answers, answers.total(), "closed test questions have the same answer", report)
-    return _images(names, dataset, records.path.name, report)
+    return _images(asked.images, dataset, records.path.name, report)
 
 
-def _scored_by_a_benchmark(record: TestRecord) -> bool:
-    """Such a scorer takes a truth such as the letter `A` as it is."""
-    return isinstance(record, ListedQuestion) and record.benchmark is not None
+def _check_validation(records: TestRecords, dataset: DataSet | OwnDataSet, report: Report) -> Names:
+    """Report on the validation questions, and give the images that they name."""
+    asked = look_at_questions(records)
+    report.validation_rows = len(records)
+    asked.report_faults(report)
+    check_questions(test_questions(records), "validation", report)
+    return _images(asked.images, dataset, records.path.name, report)
 
 
 def _check_balance(answers: Counter[str], total: int, what: str, report: Report) -> None:
@@ -269,15 +260,27 @@ def _images(names: Iterable[str], dataset: DataSet | OwnDataSet, file: str, repo
     return images
 
 
-def _check_overlap(training: Names, test: Names, report: Report) -> None:
-    shared = sorted(training.keys() & test.keys())
-    report.shared_images = len(shared)
+def _check_overlap(one: Names, other: Names, sides: tuple[str, str], report: Report) -> int:
+    """Report on images that two files name, and give how many there are."""
+    shared = sorted(one.keys() & other.keys())
     if shared:
-        report.warning("images in both the training and the test file", shared)
+        report.warning(f"images in both the {sides[0]} and the {sides[1]} file", shared)
+    return len(shared)
+
+
+def _check_patients(shared: set[str], sides: tuple[str, str], report: Report) -> None:
+    if shared:
+        report.warning(f"patients in both the {sides[0]} and the {sides[1]} file", sorted(shared))
 
 
 def _check_image_files(
-    dataset: DataSet | OwnDataSet, root: Path, training: Names, test: Names, scan: Scan, report: Report
+    dataset: DataSet | OwnDataSet,
+    root: Path,
+    training: Names,
+    test: Names,
+    validation: Names,
+    scan: Scan,
+    report: Report,
 ) -> set[str]:
     """Report on the files, and give the test images, as the file names them, that are copies of training images."""
     for name in dataset.image_folders:
@@ -286,8 +289,9 @@ def _check_image_files(
     roots = image_roots(root, dataset.folder, dataset.image_folders)
     train_files = _resolve(training, roots, "train.json", report)
     test_files = _resolve(test, roots, "test.jsonl", report)
+    validation_paths = set(_resolve(validation, roots, VALIDATION, report).values())
     train_paths, test_paths = set(train_files.values()), set(test_files.values())
-    paths = sorted(train_paths | test_paths)
+    paths = sorted(train_paths | test_paths | validation_paths)
     report.images = len(paths)
 
     bad, lossy = inspect_images(paths, scan.workers, scan.progress, scan.cache)
@@ -308,8 +312,10 @@ def _check_image_files(
     report.shared_contents = len(copies)
     if copies:
         report.warning("test images that are, under another name, also training images", copies)
-    copied = set(copies)
-    return {test[name] for name, path in test_files.items() if str(path) in copied}
+    for side, side_paths in (("training", train_paths), ("test", test_paths)):
+        if copied := _copies(side_paths, validation_paths, scan):
+            report.warning(f"validation images that are, under another name, also {side} images", copied)
+    return {test[name] for name, path in test_files.items() if str(path) in {*copies}}
 
 
 def _resolve(names: Names, roots: Sequence[Path], file: str, report: Report) -> dict[str, Path]:

@@ -32,6 +32,8 @@ class Report:
 
     name: str
     train_rows: int | None = None
+    validation_rows: int | None = None
+    """Of `val.jsonl`, where there is one."""
     test_open: int | None = None
     test_closed: int | None = None
     images: int | None = None
@@ -61,7 +63,7 @@ class Report:
 
 
 COLUMNS = (
-    *("train_rows", "test_open", "test_closed", "images", "missing", "unreadable"),
+    *("train_rows", "validation_rows", "test_open", "test_closed", "images", "missing", "unreadable"),
     *("shared_images", "shared_contents", "truncated"),
 )
 

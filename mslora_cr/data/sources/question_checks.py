@@ -1,15 +1,18 @@
-"""Checks of questions one by one: asked twice with other answers, always answered alike, about patients trained on, too
-long for a base model."""
+"""Checks of questions one by one: what they are, which are asked twice with other answers or always answered alike,
+which are about patients trained on, and which are too long for a base model."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mslora_cr.data.advice import says_nothing
 from mslora_cr.data.images import MissingImageError
-from mslora_cr.data.records import TestRecords, TrainingRecords
+from mslora_cr.data.listed import ListedQuestion
+from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecords
 from mslora_cr.data.sources.check_report import Report
 from mslora_cr.data.validation import question_of
 
@@ -30,6 +33,60 @@ class Asked(NamedTuple):
     text: str
     truths: frozenset[str]
     closed: bool
+
+
+@dataclass
+class QuestionCounts:
+    """What the questions of a file are, and what is wrong with single ones.
+
+    Attributes:
+        types: How many are open and closed.
+        closed_answers: True answers of closed questions, in lower case.
+        images: That they name.
+        ids: How often each stands there.
+        empty: Places of questions whose true answer says nothing.
+        nul: Places of questions that cannot be encoded.
+    """
+
+    types: Counter[str] = field(default_factory=Counter)
+    closed_answers: Counter[str] = field(default_factory=Counter)
+    images: set[str] = field(default_factory=set)
+    ids: Counter[int | str] = field(default_factory=Counter)
+    empty: list[str] = field(default_factory=list)
+    nul: list[str] = field(default_factory=list)
+
+    def report_faults(self, report: Report) -> None:
+        """Report what no question may be."""
+        if self.nul:
+            report.error("questions with a NUL character, which cannot be encoded", self.nul)
+        if self.empty:
+            report.error(
+                "questions whose true answer is empty, or nothing but punctuation and articles: any answer would count "
+                "as right; leave them out or give them another truth",
+                self.empty,
+            )
+
+
+def look_at_questions(records: TestRecords) -> QuestionCounts:
+    """Count the questions of `test.jsonl` or `val.jsonl`."""
+    seen = QuestionCounts()
+    for index, record in enumerate(records):
+        location = f"{records.path.name}: question {index}"
+        seen.ids[record.question_id] += 1
+        seen.images.update(record.images)
+        seen.types[record.answer_type] += 1
+        if record.answer_type == "CLOSED":
+            seen.closed_answers[record.gt.strip().lower()] += 1
+        if says_nothing(record.gt) and not (_scored_by_a_benchmark(record) and record.gt.strip()):
+            seen.empty.append(f"{location} (id {record.question_id}): {record.gt!r}")
+        if "\0" in record.text:
+            seen.nul.append(location)
+    return seen
+
+
+def _scored_by_a_benchmark(record: TestRecord) -> bool:
+    """Such a scorer takes a truth such as the letter `A` as it is."""
+    return isinstance(record, ListedQuestion) and record.benchmark is not None
 
 
 def plain(text: str) -> str:
@@ -60,9 +117,9 @@ def check_questions(questions: Iterable[Asked], what: str, report: Report) -> No
     answered alike.
 
     Args:
-        questions: of one file.
-        what: `test` or `training`.
-        report: takes the warnings.
+        questions: Of one file.
+        what: `training`, `validation` or `test`.
+        report: Takes the warnings.
     """
     first: dict[int, tuple[frozenset[int], str, str]] = {}  # of long answers no more than a hash and a beginning
     answers: dict[str, Counter[str]] = defaultdict(Counter)
@@ -89,7 +146,7 @@ def check_questions(questions: Iterable[Asked], what: str, report: Report) -> No
         report.warning(f"closed {what} questions that nearly always have the same answer", one_sided)
 
 
-def shared_patients(training: TrainingRecords, test: TestRecords) -> set[str]:
+def shared_patients(training: TrainingRecords | TestRecords, test: TestRecords) -> set[str]:
     """Patients that both files name."""
     trained = {str(record.patient) for record in training if record.patient is not None}
     return trained and trained & {str(record.patient) for record in test if record.patient is not None}

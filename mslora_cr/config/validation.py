@@ -1,0 +1,42 @@
+"""The fields of `training` that say when training validates and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from mslora_cr.config.schema import ConfigError, PositiveInt, StreamConfig
+
+OWN_TRAINING_FIELDS: Mapping[str, Any] = {"keep": Literal["last", "best"], "patience": PositiveInt | None}
+"""Fields of `training` that are not of transformers' TrainingArguments, with their types."""
+STRATEGIES = ("steps", "epoch", "no")
+LOSS = "loss"
+"""The metric that decides by default; lower is better."""
+
+
+def validation_fields(config: StreamConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settle the fields of `training` about validation; empty where training does not validate.
+
+    `eval_strategy` is `epoch` unless it is given, where records are held out or validation decides.
+
+    Args:
+        config: The run.
+        given: The fields of `training`, each of the right type.
+
+    Raises:
+        ConfigError: Fields that do not fit together.
+    """
+    wanted = config.data.validation is not None or config.validation_decides
+    chosen = given.get("eval_strategy", "epoch" if wanted else "no")
+    strategy = str(getattr(chosen, "value", chosen))
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"training.eval_strategy is {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+    if strategy == "steps" and not (given.get("eval_steps") or 0) > 0:
+        raise ConfigError("training.eval_steps: give the steps between validations, or set eval_strategy: epoch")
+    if strategy == "no":
+        if config.validation_decides:
+            key = "patience" if given.get("patience") else "keep"
+            raise ConfigError(f"training.{key} needs validation; set training.eval_strategy to steps or epoch")
+        return {}
+    decides = {"metric_for_best_model": given.get("metric_for_best_model") or LOSS} if config.validation_decides else {}
+    return {"eval_strategy": strategy, **decides}

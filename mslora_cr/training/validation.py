@@ -1,0 +1,94 @@
+"""Measures a task's validation records while it trains: the loss, and the scores of answers. It moves nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.data.datasets import ConcatEvalDataset, ConcatTrainDataset
+from mslora_cr.data.records import AnswerType
+from mslora_cr.distributed.comm import all_gather_object, broadcast_object
+from mslora_cr.generation.run import Decoding, decoder_of, scored_batches, waves_of_rank
+from mslora_cr.metrics.published import score_answers
+from mslora_cr.training.passes import Passes
+
+
+class ValidationAnswer(NamedTuple):
+    """An answer to a validation question, as the scorer takes it."""
+
+    text: str
+    gt: str
+    answer_type: AnswerType
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """The validation records of a task.
+
+    Attributes:
+        samples: For the loss.
+        batch_size: Samples of which the loss is computed at once.
+        questions: For the scores; None measures the loss alone.
+        decoding: How the questions are answered.
+    """
+
+    samples: ConcatTrainDataset
+    batch_size: int
+    questions: ConcatEvalDataset | None
+    decoding: Decoding
+
+
+class Validation:
+    """Loss and scores of a validation set with the bank as it is. Every method is to be called on every rank."""
+
+    def __init__(self, data: ValidationSet, stack: BankStack, passes: Passes) -> None:
+        """
+        Args:
+            data: What is measured.
+            stack: The model, with the trainable bank on top.
+            passes: Passes of `data.samples`.
+        """
+        self._data, self._stack, self._passes = data, stack, passes
+
+    def measure(self) -> dict[str, float]:
+        """`loss`, the mean cross entropy over the answers' tokens, and every score of `evaluate`, in percent.
+
+        The same on every rank. The random state stays as it was, so that training goes on as if nothing was measured.
+        """
+        device = self._stack.base.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self._stack.model.eval()
+            measured = {"loss": self._passes.mean_loss(self._data.batch_size)}
+            if self._data.questions is not None:
+                scores = score_answers(self._answers(self._data.questions))
+                measured |= scores.metrics | scores.added
+        return dict(broadcast_object(measured))
+
+    def _answers(self, questions: ConcatEvalDataset) -> list[ValidationAnswer]:
+        """The questions' answers, in order; ranks share the questions."""
+        processor, decoding = questions.input_processor, self._data.decoding
+        decoder = decoder_of(processor, self._stack.model, questions.prompts(), decoding.max_new_tokens)
+        waves = waves_of_rank(decoder, decoding, range(len(questions)))
+        mine: dict[int, str] = {}
+        for batch in scored_batches(decoder, questions, waves, None, decoding.workers):
+            mine |= zip(batch.questions, processor.tokenizer.decode(batch.ids), strict=True)
+        texts = {index: text for part in all_gather_object(mine) for index, text in part.items()}
+        return [
+            ValidationAnswer(texts[index], record.gt, record.answer_type)
+            for index, record in enumerate(questions.records)
+        ]
+
+
+class EarlyStop(EarlyStoppingCallback):
+    """transformers' own, whose count of validations without a better one is part of a checkpoint."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """A run that resumes from the step at which it stopped trains no further. transformers' own asks for
+        `load_best_model_at_end` here, in place of which there is `training.keep`."""
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
