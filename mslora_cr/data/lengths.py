@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mslora_cr.data.datasets import Records
 from mslora_cr.data.images import tower_folder
 from mslora_cr.data.input_processor import InputProcessor, LabelCount
 from mslora_cr.data.records import DataError, TrainingRecord
 from mslora_cr.data.tokenizer import Tokenizer
 from mslora_cr.utils.strict_json import read_object
+
+if TYPE_CHECKING:
+    from mslora_cr.data.datasets import Records
 
 CLIP_PATCHES = 576
 """Of CLIP ViT-L/14 at 336 pixels, assumed where the model's own tower is not available."""

@@ -6,16 +6,18 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from mslora_cr.config.benchmarks import Benchmark
 from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.data.datasets import Records
 from mslora_cr.data.images import image_roots, resolve_image
 from mslora_cr.data.listed import ListedQuestions
 from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecord, TrainingRecords, shown_images
 from mslora_cr.data.validation import ValidationRecords, validation_split
 from mslora_cr.utils.errors import DataError
+
+if TYPE_CHECKING:
+    from mslora_cr.data.datasets import Records
 
 VALIDATION = "val.jsonl"
 """Validation questions of a data set, in the form of `test.jsonl`."""
