@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mslora_cr.cli.main import main
-from mslora_cr.runs.entries import LEDGER, RunLedger
+from mslora_cr.config.run_files import LEDGER
+from mslora_cr.runs.entries import RunLedger
 from tests.conftest import first_in_make_test, write_config
 from tests.distributed.conftest import ADAM_EPSILON, WITHOUT_DROPOUT
 from tests.distributed.launch import deepspeed_file, launch
