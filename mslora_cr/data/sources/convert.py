@@ -300,10 +300,7 @@ def _describe_groups(placed: Sequence[Placed], columns: Columns, converted: Conv
 def _parted(rows: Sequence[Placed], split: Split, converted: Converted) -> dict[str, list[Placed]]:
     """The rows of each side: as the source says, the others by groups."""
     if not rows:
-        reasons = "; ".join(
-            f"{len(skipped)} rows: {reason}, {skipped[0]}" for reason, skipped in converted.left_out.items()
-        )
-        raise DataError(f"no row can be used{': ' if reasons else ''}{reasons}")
+        raise DataError(f"no row can be used{_left_out(converted)}")
     groups = connected([_keys(row, names) for row, names in rows])
     free = [(group, row.turns[1][1].lower()) for group, (row, _) in zip(groups, rows, strict=True) if not row.split]
     drawn = drawn_groups([group for group, _ in free], [answer for _, answer in free], split.test_share, split.seed)
@@ -322,11 +319,20 @@ def _parted(rows: Sequence[Placed], split: Split, converted: Converted) -> dict[
     for side in ("train", "test"):
         if not sides[side]:
             others = ", ".join(f"{len(members)} {name}" for name, members in sides.items() if members)
+            advice = "give more images or patients, or name the column with the split (--split)"
+            if not free:
+                advice = f"the source's split has no row for it; rename one of its splits to {side}"
             raise DataError(
                 f"the {side} side is empty: {len(rows)} rows of {len(set(groups))} groups (by {converted.grouped_by}; "
-                f"{others}). Give more images or patients, or name the column with the split (--split)"
+                f"{others}). {advice[0].upper()}{advice[1:]}{_left_out(converted)}"
             )
     return sides
+
+
+def _left_out(converted: Converted) -> str:
+    """The end of an error message: why rows are left out; empty if none are."""
+    reasons = (f"{len(skipped)} rows: {reason}, {skipped[0]}" for reason, skipped in converted.left_out.items())
+    return f". Left out are {'; '.join(listed)}" if (listed := list(reasons)) else ""
 
 
 def _keys(row: Row, names: Sequence[str]) -> list[str]:
