@@ -20,12 +20,13 @@ from typing import Any
 
 from mslora_cr.utils.files import write_json
 
-SIZED = ("step", "penalty", "folding", "generation", "shared_images", "memory")
+SIZED = ("step", "penalty", "folding", "generation", "shared_images", "probabilities", "memory")
 """Those whose model has a size; the others take the same time at any."""
 OTHERS = ("startup", "data", "scoring")
 AT_7B = {
     "generation": ["--prompt-tokens", "600", "660", "--batches", "16", "64"],
     "shared_images": ["--at-once", "64", "--questions", "256", "--repetitions", "3"],
+    "probabilities": ["--at-once", "64", "--questions", "256", "--repetitions", "3"],
     "memory": ["--repetitions", "1"],
 }
 """What is changed at 7B, so that each ends within minutes."""

@@ -162,11 +162,13 @@ def answered(
     batch: int,
     ids: Ids,
     new_tokens: int,
+    candidates: Sequence[Sequence[int]] | None = None,
 ) -> Answers:
     """Answers as evaluation gives them, in batches of so many questions.
 
     Args:
         shown: the images of some questions.
+        candidates: ids that are scored behind each question, as its answer is then; None scores nothing.
     """
     limits = Limits(batch, new_tokens, batch * (max(map(len, prompts)) + new_tokens))
     decoder = Decoder(model, prompts, Stopping.of(ids, new_tokens))
@@ -177,7 +179,10 @@ def answered(
         pixels = shown([group.questions[0] for group in wave.groups])
         openings = decoder.read(wave, {} if pixels is None else {"pixel_values": pixels})
         for chosen in wave.batches:
-            answers |= zip(chosen, decoder.answer(openings, chosen, waiting), strict=True)
+            given = decoder.answer(openings, chosen, waiting)
+            if candidates is not None:
+                decoder.log_probabilities(openings, chosen, [[answer, *candidates] for answer in given])
+            answers |= zip(chosen, given, strict=True)
             waiting -= 1
     return answers
 

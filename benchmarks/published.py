@@ -24,8 +24,9 @@ from scipy.special import ndtr
 from tabulate import tabulate
 
 from mslora_cr.analysis.compare import compare, render_comparison
+from mslora_cr.clinical.asked import asked_answers
 from mslora_cr.clinical.file import ClosedMeasured, Measured
-from mslora_cr.clinical.measure import asked_answers, clinical_of
+from mslora_cr.clinical.measure import clinical_of
 from mslora_cr.data.sources.catalog import TestRows, catalog
 from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import answer_groups, metrics_of, read_answers, render_metrics

@@ -55,7 +55,7 @@ class Questions:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    setting = parse("shared_images", __doc__, argv, _add_arguments)
+    setting = parse("shared_images", __doc__, argv, add_arguments)
     args, ids = setting.args, Ids(setting.size.vocabulary)
     answers: dict[str, Answers] = {}
     shares: list[float] = []
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         detach_tower(model)
         if way is _after:
             use_answering_kernels(model, setting)
-        asked = _about_images(args.questions, density, args.patches, model, setting)
+        asked = about_images(args.questions, density, args.patches, model, setting)
         return lambda: answers.update({name: way(model, asked, args.at_once, ids, args.new_tokens)})
 
     variants = {
@@ -106,15 +106,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, new_tokens: int = 24) -> None:
     parser.add_argument("--questions", type=int, default=64, metavar="N")
-    parser.add_argument("--new-tokens", type=int, default=24, metavar="N")
+    parser.add_argument("--new-tokens", type=int, default=new_tokens, metavar="N")
     parser.add_argument("--patches", type=int, default=576, metavar="N", help="positions of an image")
     parser.add_argument("--family", choices=FAMILIES, help="a model with a processor of its own, instead of LLaVA-Med")
     parser.add_argument("--at-once", type=int, default=16, metavar="N", help="questions in a batch")
 
 
-def _about_images(count: int, density: float, patches: int, model: Any, setting: Setting) -> Questions:
+def about_images(count: int, density: float, patches: int, model: Any, setting: Setting) -> Questions:
     """Questions, `density` of them about each image."""
     generator = torch.Generator().manual_seed(4)
     lengths = torch.randint(BEHIND[0], BEHIND[1] + 1, (count,), generator=generator).tolist()

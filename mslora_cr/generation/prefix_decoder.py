@@ -76,6 +76,25 @@ class Openings:
     """(openings,) int64, the position after each."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A batch of questions that were read, for whoever scores continuations of them.
+
+    Attributes:
+        openings: that they stand behind.
+        questions: in the batch's order.
+        visible: (rows, positions) bool, false where what stands behind an opening is padded.
+        own: by layer, keys and values of these positions first; further ones are the answer's.
+        logits: (rows, vocabulary) behind the questions.
+    """
+
+    openings: Openings
+    questions: tuple[int, ...]
+    visible: Tensor
+    own: list[KeysValues]
+    logits: Tensor
+
+
 class Decoder:
     """Answers questions with a model."""
 
@@ -95,6 +114,7 @@ class Decoder:
         """
         self.model: LlavaForConditionalGeneration = model.get_base_model() if isinstance(model, PeftModel) else model
         self.prompts, self.stopping, self.mixed = prompts, stopping, mixed
+        self._asked: Asked | None = None
         self._language = language_model(self.model)
         weight = self.model.get_input_embeddings().weight
         self.device: torch.device = weight.device
@@ -168,8 +188,8 @@ class Decoder:
     ) -> list[list[list[float]]]:
         """The log-probability of each token of each continuation of a question, given the tokens before it.
 
-        All continuations of a question follow it in one row and do not see each other (tree attention, Miao et al.,
-        "SpecInfer", ASPLOS 2024), so that opening and question are computed once.
+        Questions that were just answered are not read again. All continuations of a question follow it in one row and
+        do not see each other (tree attention, Miao et al., "SpecInfer", ASPLOS 2024).
 
         Args:
             openings: The wave's openings.
@@ -178,67 +198,67 @@ class Decoder:
         """
         log_probabilities: list[list[list[float]]] = []
         with sharing(self._language):
-            for part in self._scoring_batches(openings, questions, continuations):
-                log_probabilities += self._score(
-                    openings, [questions[row] for row in part], [continuations[row] for row in part]
-                )
+            asked = self._asked
+            if asked is None or asked.openings is not openings or asked.questions != tuple(questions):
+                self._choose(questions)
+                self._begin(openings, questions)
+                asked = self._asked
+            assert asked is not None
+            for part in self._scoring_batches(continuations):
+                log_probabilities += self._score(asked, part, [continuations[row] for row in part])
         return log_probabilities
 
-    def _scoring_batches(
-        self, openings: Openings, questions: Sequence[int], continuations: Sequence[Continuations]
-    ) -> list[list[int]]:
+    def _scoring_batches(self, continuations: Sequence[Continuations]) -> list[list[int]]:
         """Rows to score at once: as many as bounded memory for attention scores and logits allows."""
-        rests = [0 if openings.wave.whole else len(self.prompts[question].rest) for question in questions]
-        longest = max(rests) + max(map(Branches.positions, continuations))
-        logits = self.model.config.text_config.vocab_size * (1 + max(map(Branches.positions, continuations)))
-        rows = max(1, min(QUERIES // max(1, longest), LOGITS // logits))
-        return [list(part) for part in in_batches(range(len(questions)), rows)]
+        positions = max(map(Branches.positions, continuations))
+        logits = self.model.config.get_text_config().vocab_size * (1 + positions)
+        rows = max(1, min(QUERIES // max(1, positions), LOGITS // logits))
+        return [list(part) for part in in_batches(range(len(continuations)), rows)]
 
     def _score(
-        self, openings: Openings, questions: Sequence[int], continuations: Sequence[Continuations]
+        self, asked: Asked, part: Sequence[int], continuations: Sequence[Continuations]
     ) -> list[list[list[float]]]:
+        """Score the continuations of some rows of a batch."""
+        openings, questions = asked.openings, [asked.questions[row] for row in part]
+        chosen = torch.tensor(part, device=self.device)
+        logits = [asked.logits[chosen][:, None].float()]
+        branches = Branches.of(continuations, self.stopping.padding, self.device)
+        length = branches.ids.shape[1]
+        if not length:
+            return branches.gather(logits[0], continuations)
         self._choose(questions)
         rows = [openings.wave.openings[question] for question in questions]
         start, stop = rows[0], rows[-1] + 1
         group = [row_positions - start for row_positions in rows]
-        row_positions, members = (part.to(self.device) for part in membership(group, stop - start))
+        row_positions, members = (states.to(self.device) for states in membership(group, stop - start))
         index = torch.tensor(group, device=self.device)
-        before = openings.visible[start:stop][index]
-        rest, rest_visible = self._padded([] if openings.wave.whole else [self.prompts[q].rest for q in questions])
-        if openings.wave.whole:
-            rest, rest_visible = rest.new_empty(len(questions), 0), rest_visible.new_empty(len(questions), 0)
-        branches = Branches.of(continuations, self.stopping.padding, self.device)
-        length = rest.shape[1] + branches.ids.shape[1]
-        logits = []
-        if openings.next_logits is not None:
-            logits.append(openings.next_logits[start:stop][index][:, None])
-        if length:
-            order = _positions(torch.cat([before, rest_visible], dim=1))
-            lengths = (before.sum(1) + rest_visible.sum(1))[:, None]
-            order = torch.cat([order, lengths + branches.depth], dim=1)
-            seen = branches.seen(torch.cat([before, rest_visible], dim=1))
-            positions = order[:, -length:] + (openings.next_positions[start:stop][index] - before.sum(1))[:, None]
-            opening_states = [(keys[start:stop], values[start:stop]) for keys, values in openings.keys_values]
-            suffixes = [
-                (
-                    keys.new_zeros(len(questions), keys.shape[1], length, keys.shape[3]),
-                    values.new_zeros(len(questions), values.shape[1], length, values.shape[3]),
-                )
-                for keys, values in opening_states
-            ]
-            cache = SharedCache(
-                opening_states, suffixes, index, row_positions, members, torch.arange(length, device=self.device)
-            )
-            output = self.model(
-                input_ids=torch.cat([rest, branches.ids], dim=1),
-                attention_mask=self._branching(seen[:, -length:], order),
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=min(length, branches.ids.shape[1] + 1),
-                shared=cache,
-            )
-            logits.append(output.logits.float())
+        before, rest_visible = openings.visible[start:stop][index], asked.visible[chosen]
+        prompt = torch.cat([before, rest_visible], dim=1)
+        order = torch.cat([_positions(prompt), prompt.sum(1)[:, None] + branches.depth], dim=1)
+        positions = order[:, -length:] + (openings.next_positions[start:stop][index] - before.sum(1))[:, None]
+        rest = rest_visible.shape[1]
+        own_states = [
+            (_extended(keys[chosen, :, :rest], length), _extended(values[chosen, :, :rest], length))
+            for keys, values in asked.own
+        ]
+        cache = SharedCache(
+            [(keys[start:stop], values[start:stop]) for keys, values in openings.keys_values],
+            own_states,
+            index,
+            row_positions,
+            members,
+            torch.arange(rest, rest + length, device=self.device),
+        )
+        output = self.model(
+            input_ids=branches.ids,
+            attention_mask=self._branching(branches.seen(prompt)[:, -length:], order),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=length,
+            shared=cache,
+        )
+        logits.append(output.logits.float())
         return branches.gather(torch.cat(logits, dim=1), continuations)
 
     def _begin(self, openings: Openings, questions: Sequence[int]) -> Rows:
@@ -270,18 +290,21 @@ class Decoder:
         if length:
             cache = SharedCache(opening_states, suffixes, index, row_positions, members, slots)
             positions = (following + suffix_visible.cumsum(1) - 1).clamp(min=0)
-            next_ids = self._forward(ids, positions, self._causal(visible, before.shape[1], length), cache)
+            logits = self._forward(ids, positions, self._causal(visible, before.shape[1], length), cache)
             following = following + suffix_visible.sum(1, keepdim=True)
         else:
             assert openings.next_logits is not None
-            next_ids = openings.next_logits[start:stop].argmax(-1)[index]
+            logits, suffix_visible = openings.next_logits[start:stop][index], visible.new_empty(len(questions), 0)
+        self._asked = Asked(openings, tuple(questions), suffix_visible, suffixes, logits)
+        next_ids = _best(logits)
         cache = SharedCache(opening_states, suffixes, index, row_positions, members, slots.new_tensor([length]))
         return Rows(next_ids[:, None].clone(), following, visible, cache)
 
     def step(self, rows: Rows) -> None:
         """Compute one new token for each row, in place."""
         rows.visible.index_fill_(1, rows.cache.slots + rows.before, True)
-        rows.ids.copy_(self._forward(rows.ids, rows.positions, self._newest(rows.visible), rows.cache)[:, None])
+        logits = self._forward(rows.ids, rows.positions, self._newest(rows.visible), rows.cache)
+        rows.ids.copy_(_best(logits)[:, None])
         rows.positions += 1
         rows.cache.slots += 1
 
@@ -325,7 +348,7 @@ class Decoder:
             self.mixed.choose(questions)
 
     def _forward(self, ids: Tensor, positions: Tensor, seen: Mask, cache: SharedCache) -> Tensor:
-        """(rows,) the next ids."""
+        """(rows, vocabulary) after the last positions."""
         output = self.model(
             input_ids=ids,
             attention_mask=seen,
@@ -335,7 +358,7 @@ class Decoder:
             logits_to_keep=1,
             shared=cache,
         )
-        return _best(output.logits)
+        return output.logits[:, -1]
 
     def _branching(self, seen: Tensor, order: Tensor) -> Mask:
         """(rows, 1, new positions, all positions), from `Branches.seen` and the order of each row's tokens."""
@@ -378,6 +401,10 @@ def _positions(visible: Tensor) -> Tensor:
 
 
 def _best(logits: Tensor) -> Tensor:
-    """(rows, …, vocabulary) → (rows,): the likeliest id after the last position, compared in float32 as in
-    `generate`."""
-    return logits[:, -1].float().argmax(-1)
+    """(rows, vocabulary) → (rows,): the likeliest id, compared in float32 as in `generate`."""
+    return logits.float().argmax(-1)
+
+
+def _extended(states: Tensor, length: int) -> Tensor:
+    """Keys or values with room for further positions, (rows, heads, positions + length, width)."""
+    return torch.cat([states, states.new_zeros(*states.shape[:2], length, states.shape[3])], dim=2)

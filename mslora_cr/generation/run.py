@@ -30,8 +30,6 @@ class Decoding:
     batch_size: int
     model_id: str
     workers: int = 0
-    probabilities: bool = True
-    """Whether answers and the candidate answers of closed questions are scored too."""
 
     def limits(self, prompts: Sequence[Prompt]) -> Limits:
         """The most positions held at once: those of the longest `batch_size` whole prompts with their answers."""

@@ -30,6 +30,7 @@ RATIOS = {
     "penalty": {"autograd_over_ours"},
     "generation": {"answers_per_second_over_baseline"},
     "shared_images": {"after_over_before, PathVQA"},
+    "probabilities": {"with_over_without, PathVQA"},
     "memory": {"full_logits_over_ours"},
     "startup": {"help_over_python"},
     "data": {"png_over_cache", "jpeg_over_cache"},
@@ -42,6 +43,7 @@ THROUGH_ALL = "scoring"
 MORE = {"generation": ["--questions", "6", "--new-tokens", "4", "--batches", "1", "6"], "penalty": ["--profile"]}
 MORE["generation"] += ["--baseline-questions", "3", "--in-turn"]
 MORE["shared_images"] = ["--questions", "6", "--new-tokens", "4", "--patches", "4"]
+MORE["probabilities"] = ["--questions", "6", "--patches", "4"]
 MORE["step"] = ["--peak", "2"]
 """Arguments of some."""
 
