@@ -5,7 +5,7 @@ They come from the frozen vision tower and the frozen word embeddings, so they a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,10 @@ class FeatureExtractor:
         """The number of image features, which come first."""
         return self._image_projection.shape[1]
 
-    def gram(
-        self, records: Records[TrainingRecord], indices: Sequence[int], roots: Sequence[Path], label: str | None
-    ) -> Tensor:
-        """The input of `statistics_of`; the sums of parts of a task's records add up. Arguments as for `batches`."""
+    def gram(self, batches: Iterable[Tensor]) -> Tensor:
+        """The input of `statistics_of`, from batches of features; the sums of parts of a task's records add up."""
         total = torch.zeros(self.features + 1, self.features + 1, dtype=torch.float64)
-        for batch in self.batches(records, indices, roots, label):
+        for batch in batches:
             wide = torch.nn.functional.pad(batch.double(), (0, 1), value=1.0)
             total.addmm_(wide.T, wide)
         return total

@@ -35,17 +35,21 @@ class TaskStatistics:
         mean: (features,) float32.
         scatter: (features, features) float32, ``Σ (x - mean)(x - mean)ᵀ``.
         examples: (examples, features) of some records, for a router that learns from them; None for other routers.
+        distances: (records,) float32, ascending: how far records lie from statistics that have not seen them
+            (`foreign.held_out_distances`); None in files of earlier versions.
     """
 
     count: int
     mean: Tensor
     scatter: Tensor
     examples: Tensor | None = None
+    distances: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors for a safetensors file."""
         state = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
-        return state if self.examples is None else {**state, "examples": self.examples}
+        more = {"examples": self.examples, "distances": self.distances}
+        return state | {name: tensor for name, tensor in more.items() if tensor is not None}
 
 
 class TaskRouter(Protocol):
@@ -88,8 +92,14 @@ def combine(parts: Sequence[TaskStatistics]) -> TaskStatistics:
     between = (means - mean).T @ (counts[:, None] * (means - mean))
     scatter = torch.stack([part.scatter for part in parts]).double().sum(0) + between
     examples = [part.examples for part in parts if part.examples is not None]
+    distances = [part.distances for part in parts if part.distances is not None]
     return TaskStatistics(
-        int(counts.sum()), mean.float(), scatter.float(), torch.cat(examples) if len(examples) == len(parts) else None
+        int(counts.sum()),
+        mean.float(),
+        scatter.float(),
+        torch.cat(examples) if len(examples) == len(parts) else None,
+        # Each site measured its records by its own statistics: theirs by the common ones are about as large.
+        torch.cat(distances).sort().values if len(distances) == len(parts) else None,
     )
 
 
@@ -102,7 +112,8 @@ def load_statistics(bank_folder: Path) -> TaskStatistics:
     path = bank_folder / STATISTICS
     try:
         stored = load_file(check_regular(path))
-        return TaskStatistics(int(stored["count"]), stored["mean"], stored["scatter"], stored.get("examples"))
+        more = (stored.get("examples"), stored.get("distances"))
+        return TaskStatistics(int(stored["count"]), stored["mean"], stored["scatter"], *more)
     except (OSError, KeyError, SafetensorError) as error:
         raise BankError(
             f"{path}: no usable router statistics ({error!r}); `mslora-cr bank fit-router CONFIG` computes it from "
@@ -120,10 +131,9 @@ class Router:
         """
         freedom = max(1, sum(task.count for task in tasks) - len(tasks))
         pooled = torch.stack([task.scatter for task in tasks]).double().sum(0) / freedom
-        variances = pooled.diagonal()
-        covariance = (1 - SHRINKAGE) * pooled + torch.diag(SHRINKAGE * variances + RIDGE * variances.mean() + 1e-12)
+        covariance = shrunken(pooled)
         means = torch.stack([task.mean for task in tasks]).double()
-        self._weights = torch.cholesky_solve(means.T, _cholesky(covariance))
+        self._weights = torch.cholesky_solve(means.T, cholesky(covariance))
         self._biases = -0.5 * (means.T * self._weights).sum(0)
 
     def route(self, features: Tensor) -> Tensor:
@@ -142,7 +152,13 @@ class Router:
         return features.double() @ self._weights + self._biases
 
 
-def _cholesky(covariance: Tensor) -> Tensor:
+def shrunken(covariance: Tensor) -> Tensor:
+    """A covariance, (features, features) float64, drawn to its diagonal, with something on it for each feature."""
+    variances = covariance.diagonal()
+    return (1 - SHRINKAGE) * covariance + torch.diag(SHRINKAGE * variances + RIDGE * variances.mean() + 1e-12)
+
+
+def cholesky(covariance: Tensor) -> Tensor:
     """The Cholesky factor of a covariance, with enough added to its diagonal: if features hardly vary, the float32
     rounding of their scatter can leave a negative eigenvalue."""
     added = torch.finfo(torch.float32).eps
