@@ -5,6 +5,7 @@ mkdocs runs it (the gen-files plugin); nothing that it makes is written into doc
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -15,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from mslora_cr.config.methods import load_method, method_names
 from mslora_cr.config.schema import StreamConfig
+from mslora_cr.reporting.results_schema import results_schema
 
 ROOT = Path(__file__).parents[1]
 NEIGHBOURS = {
@@ -122,6 +124,8 @@ def python() -> str:
 for source, page in NEIGHBOURS.items():
     with mkdocs_gen_files.open(page, "w") as file:
         file.write(neighbour((ROOT / source).read_text(encoding="utf-8")))
+with mkdocs_gen_files.open("reference/results.schema.json", "w") as file:
+    json.dump(results_schema(), file, indent=2)
 for page, text in {"reference/configuration.md": configuration(), "reference/python.md": python()}.items():
     with mkdocs_gen_files.open(page, "w") as file:
         file.write(text)

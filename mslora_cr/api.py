@@ -21,7 +21,7 @@ from mslora_cr.stream import train as stream
 from mslora_cr.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from mslora_cr.evaluation.tables import Results
+    from mslora_cr.analysis.tables import Results
 
 __all__ = [
     "Answer",
@@ -82,9 +82,9 @@ def evaluate(run: Run, stages: Stages | None = None, task: str | None = None, ov
     Raises:
         ConfigError, DataError, ModelError, BankError: Before anything is answered.
     """
+    from mslora_cr.analysis.tables import read_results_folder
     from mslora_cr.evaluation import evaluate as task_aware  # Scoring needs the extra `eval`, answering does not.
     from mslora_cr.evaluation import routed as task_agnostic
-    from mslora_cr.evaluation.tables import read_results_folder
 
     config = _config(run, overrides)
     if config.evaluation.banks_by == "routed":
@@ -102,7 +102,7 @@ def read_results(run: Run) -> Results:
     Raises:
         ReportError: the run is not evaluated.
     """
-    from mslora_cr.evaluation.tables import read_results_folder
+    from mslora_cr.analysis.tables import read_results_folder
 
     return read_results_folder(_config(run).results_run_dir)
 
@@ -151,7 +151,7 @@ def save_bank(bank: Bank, folder: str | Path) -> str:
 
 def __getattr__(name: str) -> Any:
     if name == "Results":
-        from mslora_cr.evaluation.tables import Results
+        from mslora_cr.analysis.tables import Results
 
         return Results
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,20 +21,30 @@ from mslora_cr.evaluation.score import (
     AnswerRecord,
     ScoreTable,
     answer_groups,
+    probabilities_of,
     read_answers,
     read_scores,
+    score_records,
 )
-from mslora_cr.metrics.published import score_answers
+from mslora_cr.metrics.by_class import area_scores, balanced_scores
+from mslora_cr.metrics.closed import class_of
+from mslora_cr.metrics.typed import CHOICE, TYPED
 from mslora_cr.statistics.matrix_intervals import Column
 
 COMPARED = {
+    CHOICE: CHOICE,
     "closed accuracy": "close accuracy",
     "exact match": "exact match score",
     "F1 of open answers": "f1 score",
     "ROUGE-L": "rouge-l",
     "the benchmark's own score": "benchmark",
+    **{name: name for name in TYPED if name != CHOICE},
 }
 """Titles and names in `metrics.json`."""
+BALANCED, AREA = "balanced accuracy", "AUROC"
+"""Titles of what is no score of a single answer; see `metrics.by_class`."""
+LATER = {*TYPED, BALANCED, AREA}
+"""Titles that results of earlier versions, or without probabilities, do not have."""
 Stage = Literal["final", "own"]
 
 
@@ -46,13 +56,17 @@ class AnsweredTask:
         banks: The banks that answered.
         questions: The digest of the test file. Both are None if only answer files are known.
         answers: The answer file.
-        columns: The scores, by title in `COMPARED`.
+        columns: The scores, by title in `COMPARED`, and by `BALANCED` and `AREA` where they are known.
     """
 
     banks: str | None
     questions: str | None
     answers: Path
     columns: Mapping[str, Column]
+
+    def column(self, title: str) -> Column:
+        """The scores of a title; none where it is not known."""
+        return self.columns.get(title, Column(np.empty(0), np.empty(0, dtype=np.int64)))
 
     @cached_property
     def asked(self) -> str:
@@ -102,6 +116,8 @@ def answered_run(label: str, folder: Path, at: Stage) -> Answered:
         cell = _cell(label, run, task, at)
         none = Column(np.empty(0), np.empty(0, dtype=np.int64))
         columns = {title: of_cell.get((task, cell.stage), none) for title, of_cell in scores.items()}
+        if len(columns[CHOICE].scores):
+            columns |= _by_class(folder / cell.answers, read_scores((folder / cell.answers).with_name(SCORES)))
         tasks[task] = AnsweredTask(run.bank_numbers(cell), cell.questions, folder / cell.answers, columns)
     return Answered(run.method, run.banks_by, tasks)
 
@@ -113,10 +129,34 @@ def _scored(path: Path) -> AnsweredTask:
     questions beside them, as `mslora-cr score --questions` writes it.
     """
     answers = read_answers(path)
-    scores = score_answers(answers).columns
+    scores = score_records(answers).columns
     columns = {name: np.array(column, dtype=np.float64) for name, column in scores.items()}
     table = ScoreTable([str(answer.question_id) for answer in answers], columns, _groups(path, answers))
-    return AnsweredTask(None, None, path, {title: column_of(table, name) for title, name in COMPARED.items()})
+    compared = {title: column_of(table, name) for title, name in COMPARED.items()}
+    return AnsweredTask(None, None, path, compared | _by_class(path, table))
+
+
+def _by_class(path: Path, table: ScoreTable) -> dict[str, Column]:
+    """Balanced accuracy and AUROC as columns, where the closed questions have several classes."""
+    right = table.columns.get(CHOICE)
+    if right is None:
+        return {}
+    closed = np.flatnonzero(~np.isnan(right))
+    answers = read_answers(path)
+    truths = [class_of(str(answers[index].gt), {}) for index in closed]
+    names, place = np.unique(truths, return_inverse=True)
+    if len(names) < 2:
+        return {}
+    groups = table.groups[closed]
+    columns = {BALANCED: Column(balanced_scores(place, right[closed]), groups)}
+    known = probabilities_of(path, len(answers))
+    chances = [known[index] for index in closed] if known else []
+    if chances and all(chances):
+        by_class = [{class_of(text, {}): p for text, p in (one or {}).items()} for one in chances]
+        areas = area_scores(place, np.array([[one.get(name, 0.0) for name in names] for one in by_class]))
+        if areas is not None:
+            columns[AREA] = Column(areas, groups)
+    return columns
 
 
 def _groups(path: Path, answers: Sequence[AnswerRecord]) -> np.ndarray:

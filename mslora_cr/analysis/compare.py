@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from tabulate import tabulate
 
-from mslora_cr.analysis.answered import COMPARED, Answered, Stage, answered_run
+from mslora_cr.analysis.answered import AREA, BALANCED, COMPARED, LATER, Answered, Stage, answered_run
 from mslora_cr.evaluation.results import ReportError
 from mslora_cr.evaluation.schemas import BetweenTasks, ComparedRun, Comparison, PairedNote, PairedTest
 from mslora_cr.statistics import intervals
@@ -57,11 +57,11 @@ def compare(runs: Mapping[str, Path], at: Stage = "final") -> Comparison:
             _check_same_questions(task, {name: answered[name] for name in (baseline, label)})
     flips = flips_for(sum(map(len, common.values())))
     metrics = {}
-    for title in COMPARED:
+    for title in (*COMPARED, BALANCED, AREA):
         pairs = {label: _pairs(answered[baseline], answered[label], common[label], title) for label in others}
         tests = [test for label in others if pairs[label] for test in _tests(baseline, label, pairs[label], flips)]
         if tests:
-            metrics[title] = _adjusted_by_family(tests)
+            metrics[title] = _adjusted_by_family([_without_counts(test) for test in tests] if title == AREA else tests)
     if not metrics:
         raise ReportError(f"the runs {', '.join(runs)} have no task in common")
     return Comparison(
@@ -97,8 +97,8 @@ def _check_same_questions(task: str, runs: Mapping[str, Answered]) -> None:
     if not first.same_questions(second, task):
         raise ReportError(f"{pair} were asked different questions of {task}; evaluate both again")
     for title, column in first.tasks[task].columns.items():
-        counts = len(column.scores), len(second.tasks[task].columns[title].scores)
-        if counts[0] != counts[1]:
+        counts = len(column.scores), len(second.tasks[task].column(title).scores)
+        if counts[0] != counts[1] and not (0 in counts and title in LATER):  # an earlier version scored them
             raise ReportError(
                 f"{pair} were asked the same questions of {task}, but scores.csv has {counts[0]} of {label} and "
                 f"{counts[1]} of {other}; evaluate both again"
@@ -110,8 +110,8 @@ def _pairs(baseline: Answered, run: Answered, tasks: Sequence[str], title: str) 
     pairs = []
     for task in tasks:
         sides = baseline.tasks[task], run.tasks[task]
-        columns: list[Column] = [side.columns[title] for side in sides]
-        if len(columns[0].scores):
+        columns: list[Column] = [side.column(title) for side in sides]
+        if all(len(column.scores) for column in columns):
             banks, scores = (sides[0].banks, sides[1].banks), (columns[0].scores, columns[1].scores)
             pairs.append(_Pair(task, banks, scores, coarsest([column.groups for column in columns])))
     return pairs
@@ -131,6 +131,11 @@ def _tests(baseline: str, label: str, pairs: Sequence[_Pair], flips: int) -> lis
     overall = _test(label, OVERALL, parts, np.mean(flipped, axis=0), None)
     between = _between_tasks([test.difference for test in tests])
     return [*tests, overall.model_copy(update={"between_tasks": between})]
+
+
+def _without_counts(test: PairedTest) -> PairedTest:
+    """A test of areas, in which nearly every question has another part: it counts no answers."""
+    return test.model_copy(update={"changed": None, "change": None})
 
 
 def _binary(pair: _Pair) -> bool:

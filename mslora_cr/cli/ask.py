@@ -61,14 +61,32 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
         metavar="P",
         help="withhold answers whose tokens together are less probable than this, between 0 and 1",
     )
+    parser.add_argument(
+        "--risk",
+        type=probability,
+        metavar="R",
+        help="give no answer that is too unsure to keep this share of wrong answers among all questions, by the run's "
+        "validation questions (`evaluate --calibrate`)",
+    )
+    parser.add_argument(
+        "--foreign",
+        choices=("answer", "base", "refuse"),
+        default="answer",
+        help="what becomes of a routed question that is like none of the tasks: answered all the same (default), by "
+        "the base model without a bank, or not at all",
+    )
     parser.set_defaults(run=_ask)
 
 
 def _ask(args: argparse.Namespace) -> int:
     if args.questions and args.question:
         raise UserError("give questions on the command line or in a file, not both")
-    if args.abstain_below is not None and not (args.question or args.questions) and sys.stdin.isatty():
-        raise UserError("--abstain-below needs a question, and does not work in a conversation; add the question")
+    if args.abstain_below is not None and args.risk is not None:
+        raise UserError("--abstain-below and --risk are two ways to set one threshold; give one of them")
+    abstains = args.abstain_below is not None or args.risk is not None
+    if abstains and not (args.question or args.questions) and sys.stdin.isatty():
+        option = "--risk" if args.abstain_below is None else "--abstain-below"
+        raise UserError(f"{option} needs a question, and does not work in a conversation; add the question")
     config = run_config(args.target, args.overrides)
     piped = not args.question and not args.questions and not sys.stdin.isatty()
     source = "-" if piped else args.questions
@@ -88,7 +106,7 @@ def _ask(args: argparse.Namespace) -> int:
     for ask in questions:
         if len(questions) > 1 and not ask.json:
             aside(f"# {ask.question}")
-        tell = None if ask.json or args.abstain_below is not None else write
+        tell = None if ask.json or abstains or args.foreign == "refuse" else write
         answer = model.ask(
             ask.images,
             ask.question,
@@ -96,12 +114,16 @@ def _ask(args: argparse.Namespace) -> int:
             max_new_tokens=args.max_new_tokens,
             on_text=tell,
             abstain_below=args.abstain_below,
+            risk=args.risk,
+            foreign=args.foreign,
         )
         if ask.json:
             print(ask.line(answer), flush=True)
         else:
-            if args.abstain_below is not None:
-                write("(no answer: the model is not sure enough)" if answer.abstained else answer.text)
+            if answer.abstained:
+                write(f"(no answer: {'like none of the tasks' if answer.foreign else 'the model is not sure enough'})")
+            elif tell is None:
+                write(answer.text)
             print(flush=True)
             aside(f"# {answered_by(answer)}")
     return 0

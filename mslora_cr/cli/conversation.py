@@ -60,6 +60,8 @@ def answered_by(answer: Answer) -> str:
     """One line: the banks that answered, and the router's probabilities."""
     sure = "" if answer.confidence is None else f"; probability of the answer {answer.confidence:.1%}"
     banks = f"banks {'+'.join(answer.banks)}" if answer.banks else "the base model, no bank"
+    if answer.foreign:
+        sure += "; the question is like none of the tasks"
     if not answer.probabilities:
         return f"{banks}{sure}"
     likely = ", ".join(f"{task} {share:.1%}" for task, share in list(answer.probabilities.items())[:3])

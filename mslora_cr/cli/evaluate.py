@@ -71,6 +71,21 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "results go to probe/",
     )
     parser.add_argument(
+        "--blind",
+        action="store_true",
+        help="then ask the same banks with a grey picture, and show what the picture adds; results go to blind/",
+    )
+    parser.add_argument(
+        "--circular",
+        action="store_true",
+        help="then ask questions with options in every rotation of them; an answer counts where all are right",
+    )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="first answer the validation questions (val.jsonl) and fit a temperature and thresholds to abstain by",
+    )
+    parser.add_argument(
         "--judge",
         metavar="URL",
         help="then let a language model at this address (OpenAI's chat completions) judge the open answers; its "
@@ -90,6 +105,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.judge:
         _judge_of(args).check()
     config = config_of(args)
+    passes = [f"--{name}" for name in ("blind", "circular", "calibrate") if getattr(args, name)]
+    if passes and (args.endpoint or config.evaluation.banks_by == "routed"):
+        raise UserError(f"{passes[0]} asks banks that are chosen by task: it goes with neither --endpoint nor routing")
     if args.endpoint or args.model:
         return _evaluate_endpoint(args, config)
     if args.task and config.evaluation.banks_by == "routed":
@@ -97,7 +115,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     quieten()
     from mslora_cr.distributed.comm import rank
     from mslora_cr.distributed.launch import abort_together
+    from mslora_cr.evaluation.asking import BLIND
     from mslora_cr.evaluation.evaluate import evaluate
+    from mslora_cr.evaluation.passes import CircularFile, circular_table, evaluate_calibration, evaluate_circular
     from mslora_cr.evaluation.probe import check_held_out, evaluate_probe
     from mslora_cr.evaluation.probe_result import Probe, probe_table
     from mslora_cr.evaluation.routed import evaluate_routed
@@ -107,13 +127,21 @@ def _evaluate(args: argparse.Namespace) -> int:
         check_held_out(config, args.probe)
     with abort_together():
         banks = load_banks(args.banks, config) if args.banks else None
+        if args.calibrate:
+            evaluate_calibration(config, args.stages or "own", args.task, banks)
         if config.evaluation.banks_by == "routed":
             path = evaluate_routed(config, args.stages or "final", banks)
         else:
             path = evaluate(config, args.stages or "own", args.task, banks)
+        if args.blind:
+            evaluate(config, args.stages or "own", args.task, banks, BLIND)
+        if args.circular:
+            circular = evaluate_circular(config, args.stages or "own", args.task, banks)
         if rank() == 0:
             _show_scores(path)
             _show_routing(path)
+            if args.circular:
+                print(f"\n{circular_table(CircularFile.read(circular))}")
         if args.probe:
             probe = evaluate_probe(config, args.probe, banks)
     if rank() == 0:
@@ -143,6 +171,8 @@ def _show_routing(path: Path) -> None:
             ends = f" {bracketed(stage.interval)}" if stage.interval else ""
             accuracy = f"{stage.accuracy:.1f} %{ends} of {stage.questions} questions"
             print(f"routing accuracy after task {stage.stage}: {accuracy}")
+        if foreign := stage.foreign_in_words():
+            print(f"after task {stage.stage}, {foreign}")
 
 
 def _show_next(path: Path, args: argparse.Namespace) -> None:

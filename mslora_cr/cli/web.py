@@ -12,6 +12,7 @@ from mslora_cr.cli.common import (
     add_release_option,
     add_run,
     count,
+    probability,
     quieten,
     run_config,
     stage_of,
@@ -39,10 +40,21 @@ def add_web(commands: argparse._SubParsersAction) -> None:
         "--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone); there is no log-in"
     )
     parser.add_argument("--port", type=count, default=7860, metavar="N", help="port (%(default)s); 0 takes a free one")
+    parser.add_argument(
+        "--abstain-below",
+        type=probability,
+        metavar="P",
+        help="show no answer whose tokens together are less probable than this, between 0 and 1",
+    )
+    parser.add_argument(
+        "--risk", type=probability, metavar="R", help="as of `ask`: abstain so that at most this share is wrong"
+    )
     parser.set_defaults(run=_web)
 
 
 def _web(args: argparse.Namespace) -> int:
+    if args.abstain_below is not None and args.risk is not None:
+        raise UserError("--abstain-below and --risk are two ways to set one threshold; give one of them")
     config = run_config(args.target, args.overrides)
     stage = stage_of(args, config)
     quieten()
@@ -57,7 +69,8 @@ def _web(args: argparse.Namespace) -> int:
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {args.host}, port {args.port} ({error}); choose another --port") from None
     with listener:
-        app = make_app(AnsweringModel(config, args.task, stage), ["*"] if args.host not in LOCAL else LOCAL)
+        hosts = ["*"] if args.host not in LOCAL else LOCAL
+        app = make_app(AnsweringModel(config, args.task, stage), hosts, args.abstain_below, args.risk)
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"http://{host}:{listener.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
         if args.host not in LOCAL:

@@ -43,7 +43,7 @@ class ClassMeasured(Part):
 
 
 class Guessing(Part):
-    """What constant answers give, as shares of questions that are right in whole words.
+    """What constant answers give, as shares of questions whose answer says the true class.
 
     Attributes:
         score: the model's.
@@ -86,6 +86,8 @@ class Calibration(Part):
         risk_coverage_area: the mean share of wrong answers among the surest, over all coverages.
         accuracy_at_80: the share of right answers among the surest 80 %.
         accuracy_at_90: the same among the surest 90 %.
+        temperature: fitted on validation questions; None where there are none.
+        scaled_error: the expected calibration error at this temperature.
     """
 
     expected_error: float
@@ -96,6 +98,39 @@ class Calibration(Part):
     risk_coverage_area: float
     accuracy_at_80: float
     accuracy_at_90: float
+    temperature: float | None = None
+    scaled_error: float | None = None
+
+
+class ChoicesMeasured(Part):
+    """Answers to questions with options: those that choose one, none, and several. Only the first can be right."""
+
+    parsed: int
+    unparsed: int
+    ambiguous: int
+
+
+class ReliabilityPoint(Part):
+    """A bin of a reliability diagram: mean confidence, share of right answers, number of questions."""
+
+    confidence: float
+    accuracy: float
+    questions: int
+
+
+class Curves(Part):
+    """What a task's plots are drawn from, thinned to at most 101 points a curve; shares.
+
+    Attributes:
+        roc: by class against the rest, (false positive rate, true positive rate); of two classes the last one's alone,
+            of more at most six, the commonest.
+        reliability: bins of equal mass, in the order of confidence.
+        risk_coverage: (share of questions answered, share of these that is wrong), surest first.
+    """
+
+    roc: dict[str, tuple[tuple[float, float], ...]]
+    reliability: tuple[ReliabilityPoint, ...]
+    risk_coverage: tuple[tuple[float, float], ...]
 
 
 class ClosedMeasured(Part):
@@ -108,6 +143,8 @@ class ClosedMeasured(Part):
         classes: the true answers.
         confusion: true class × said class; the last column holds answers of no class, which never count as right.
         calibration: of the candidates' probabilities; None without them.
+        choices: how answers to questions with options were read; None without such questions.
+        curves: of a task's questions together; None without probabilities.
         figures: by name, as `metrics.closed.confusion_figures` and `metrics.discrimination` give them.
     """
 
@@ -120,25 +157,73 @@ class ClosedMeasured(Part):
     by_class: tuple[ClassMeasured, ...]
     guessing: Guessing
     calibration: Calibration | None = None
+    choices: ChoicesMeasured | None = None
+    curves: Curves | None = None
 
 
 class CountsMeasured(Part):
-    """Questions whose true answers are whole numbers."""
+    """Questions whose true answers are numbers.
+
+    Attributes:
+        unparsed: answers without a number.
+        exact: the share that is right.
+        near: the share that is off by one at most; None in files of earlier versions.
+    """
 
     questions: int
     unparsed: int
     mean_absolute_error: Measured | None
     exact: Measured
+    near: Measured | None = None
+
+
+class LabelMeasured(Part):
+    """A label of sets.
+
+    Attributes:
+        questions: whose true set has it.
+        said: answers that name it.
+        sensitivity: of the questions whose set has it, the share whose answer names it.
+        specificity: of the others, the share whose answer does not.
+    """
+
+    name: str
+    questions: int
+    said: int
+    sensitivity: Measured | None
+    specificity: Measured | None
+
+
+class LabelSetsMeasured(Part):
+    """Questions whose answer is a set of labels, in any order.
+
+    Attributes:
+        f1: mean F1 of the sets.
+        exact: the share of sets that are the same.
+        by_label: the commonest labels, at most 50.
+    """
+
+    questions: int
+    f1: Measured
+    exact: Measured
+    by_label: tuple[LabelMeasured, ...]
 
 
 class GroupMeasured(Part):
-    """Closed questions about one group of patients; a score only from ten patients on. `p` is that of a permutation of
-    patients' labels, adjusted by Holm's method; null where labels differ within a patient."""
+    """Closed questions about one group of patients.
+
+    Attributes:
+        score: the share that is right; None of fewer than ten patients.
+        p: that the group scores like all others, by permutation of patients' labels, adjusted by Holm's method; None
+            where labels differ within a patient.
+        guess: what the best constant answer within the group gives to each question; None in files of earlier versions.
+    """
 
     questions: int
     patients: int
     score: Measured | None
     p: float | None
+    guess: float | None = None
 
 
 class AttributeMeasured(Part):
@@ -150,6 +235,9 @@ class AttributeMeasured(Part):
         gap: the largest score less the lowest, with an interval by resampling of patients.
         association: Cramér's V of attribute and true answer: near 1, the attribute alone predicts the answer.
         missing: questions whose records do not have the attribute.
+        alone: the share that is right if nothing but question and attribute is seen: the best constant answer within
+            each group. None in files of earlier versions.
+        shortcut: whether that is above one constant for all groups, and the model's score is not above it.
     """
 
     groups: dict[str, GroupMeasured]
@@ -157,10 +245,19 @@ class AttributeMeasured(Part):
     gap: Measured | None
     association: Measured
     missing: int
+    alone: float | None = None
+    shortcut: bool = False
+
+    def in_words(self) -> str:
+        """A warning of a shortcut; empty where there is none."""
+        if not self.shortcut or self.alone is None:
+            return ""
+        return f"Shortcut: this attribute alone gives {100 * self.alone:.1f} %, which the model is not above"
 
 
 class Clinical(StateFile):
-    """`clinical.json`: closed questions of a file together and by text, and counts; null where there are none.
+    """`clinical.json`: closed questions of a file together and by text, counts, and sets of labels; null where there
+    are none.
 
     Attributes:
         subgroups: of the closed questions, by attribute.
@@ -174,4 +271,5 @@ class Clinical(StateFile):
     by_question: tuple[ClosedMeasured, ...]
     texts_left_out: int
     counts: CountsMeasured | None
+    label_sets: LabelSetsMeasured | None = None
     subgroups: dict[str, AttributeMeasured] = Field(default_factory=dict)

@@ -12,7 +12,7 @@ import random
 from abc import abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -223,6 +223,7 @@ class _Records(Sequence[Record], Generic[Record]):
     """
 
     _model: type[Record]
+    _change: Callable[[Record], Record] | None = None
 
     def __init__(self, path: Path | str, problems: list[str] | None = None):
         self.path = Path(path)
@@ -276,7 +277,8 @@ class _Records(Sequence[Record], Generic[Record]):
         file.seek(self._starts[index])
         data = file.read(self._ends[index] - self._starts[index])
         try:
-            return self._record(STRICT_JSON.decode(data.decode()), self._starts[index])
+            record = self._record(STRICT_JSON.decode(data.decode()), self._starts[index])
+            return record if self._change is None else self._change(record)
         except ValueError as error:  # it was valid when the file was opened
             problem = "the file changed since it was opened"
             raise DataError(f"{self.path}: {self.location(index)}: {problem}") from error
@@ -300,8 +302,18 @@ class _Records(Sequence[Record], Generic[Record]):
 
     def thinned(self, most: int) -> Self:
         """At most this many of the records, as `sample_of` chooses them."""
-        chosen, some = sample_of(len(self), most), copy.copy(self)
-        some._starts, some._ends = (array("Q", [ends[i] for i in chosen]) for ends in (self._starts, self._ends))
+        return self.chosen(sample_of(len(self), most))
+
+    def chosen(self, indices: Iterable[int]) -> Self:
+        """The records at some places."""
+        kept, some = list(indices), copy.copy(self)
+        some._starts, some._ends = (array("Q", [ends[i] for i in kept]) for ends in (self._starts, self._ends))
+        return some
+
+    def changed(self, change: Callable[[Record], Record]) -> Self:
+        """The records as a function gives them back."""
+        some = copy.copy(self)
+        some._change = change
         return some
 
     def only(self, indices: Sequence[int]) -> Self:

@@ -18,7 +18,6 @@ from mslora_cr.distributed.comm import all_gather_object, barrier, broadcast_obj
 from mslora_cr.evaluation.probabilities import (
     PROBABILITIES,
     AnswerProbability,
-    candidate_answers,
     continuations_of,
     probability_of,
     write_probabilities,
@@ -87,7 +86,8 @@ class Origin(NamedTuple):
 
     Attributes:
         fingerprint: Digest of banks, base model, questions and settings.
-        images: Digest of the shown image files; None if it is unknown, as for answers of earlier versions.
+        images: Digest of the shown image files; None if it is unknown, as for answers of earlier versions and for tasks
+            that are not evaluated now, whose images are not read again.
     """
 
     fingerprint: str
@@ -99,8 +99,9 @@ class Origin(NamedTuple):
         return self.fingerprint if self.images is None else fingerprint_of(self._asdict())
 
     def gave(self, fingerprint: str, images: str | None) -> bool:
-        """Whether answers with this fingerprint and these images have this origin; unrecorded images pass."""
-        return fingerprint == self.fingerprint and images in (None, self.images)
+        """Whether answers with this fingerprint and these images have this origin. Images that either side does not
+        know pass."""
+        return fingerprint == self.fingerprint and (None in (images, self.images) or images == self.images)
 
 
 def answer_questions(
@@ -110,6 +111,7 @@ def answer_questions(
     decoding: Decoding,
     origin: Origin,
     label: str,
+    candidates: Sequence[tuple[str, ...]] | None = None,
     mixed: QuestionBanks | None = None,
 ) -> dict[str, float]:
     """Answer every question of some samples greedily, and write `answer-file.jsonl` in the questions' order.
@@ -124,6 +126,8 @@ def answer_questions(
         decoding: How answers are generated.
         origin: What decides the answers; answers of another origin are discarded.
         label: The text of the progress bar.
+        candidates: The closed set of answers of each question, empty if it has none. These and the answers are scored;
+            None scores nothing.
         mixed: The banks of each question, if they are not the same for all.
 
     Returns:
@@ -139,8 +143,7 @@ def answer_questions(
     banks = mixed.of if mixed is not None else _the_same
     limits = decoding.limits(prompts)
     unanswered = [index for index in range(len(samples)) if index not in answered]
-    candidates = candidate_answers(records) if decoding.probabilities else [()] * len(records)
-    wanted = continuations_of(records, processor, candidates) if decoding.probabilities else None
+    wanted = None if candidates is None else continuations_of(records, processor, candidates)
     waves = waves_of_rank(decoder, decoding, unanswered, banks)
     mine: dict[int, Answered] = {}
     started = time.monotonic()
@@ -152,7 +155,7 @@ def answer_questions(
             texts = processor.tokenizer.decode(batch.ids)
             scores: Sequence[Any] = batch.scores or [None] * len(texts)
             probabilities = [
-                probability_of(ids, processor.end_ids, candidates[index], score)
+                probability_of(ids, processor.end_ids, candidates[index] if candidates else (), score)
                 for index, ids, score in zip(batch.questions, batch.ids, scores, strict=True)
             ]
             given = dict(zip(batch.questions, map(Answered, texts, probabilities), strict=True))

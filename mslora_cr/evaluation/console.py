@@ -7,14 +7,16 @@ from pathlib import Path
 from tabulate import tabulate
 
 from mslora_cr.clinical.file import CLINICAL, Clinical
+from mslora_cr.evaluation.asking import blind_score
 from mslora_cr.evaluation.results import Evaluation
 from mslora_cr.metrics.published import Scores
+from mslora_cr.metrics.typed import CHOICE, TYPED
 from mslora_cr.statistics.interval import bracketed
 
-COLUMNS = {"exact match score": "exact", "close accuracy": "closed, letters found", "f1 score": "F1, open"}
+COLUMNS = {CHOICE: "exact choice", "close accuracy": "closed, letters found", "f1 score": "F1, open"}
 """Titles by name in `metrics.json`. The published closed accuracy accepts an answer that contains the letters of the
 truth."""
-ALIGNED = ("left", "right", "right", "right", "right", "right", "left")
+ALIGNED = ("left", "right", "right", "right", "right", "right", "left", "left")
 FIGURES = {"own_stage_average": "own stage", "final_average": "final average", "forgetting": "forgetting"}
 CHANGE = "backward_transfer"
 
@@ -33,15 +35,13 @@ def score_table(evaluation: Evaluation, results_dir: Path) -> str:
         for cell in (learned, last if last != learned else None):
             if cell is not None:
                 scores = [number(cell.metrics.get(name)) for name in COLUMNS]
-                rows.append([task, cell.stage, cell.rows, *scores, guessing_of(results_dir / cell.answers)])
-    lines = [
-        tabulate(
-            rows,
-            ["task", "stage", "questions", *COLUMNS.values(), "closed, against guessing"],
-            disable_numparse=True,
-            colalign=ALIGNED,
-        )
-    ]
+                blind = blind_score(cell, results_dir)
+                guessing = guessing_of(results_dir / cell.answers)
+                rows.append([task, cell.stage, cell.rows, *scores, guessing, blind.in_words() if blind else ""])
+    headers = ["task", "stage", "questions", *COLUMNS.values(), "closed, against guessing", "without the picture"]
+    if not any(row[-1] for row in rows):
+        rows, headers = [row[:-1] for row in rows], headers[:-1]
+    lines = [tabulate(rows, headers, disable_numparse=True, colalign=ALIGNED[: len(headers)])]
     for name, title in COLUMNS.items():
         if (matrix := evaluation.matrix(name)) is not None:
             figures = matrix.summary()
@@ -64,16 +64,13 @@ def guessing_of(answers: Path) -> str:
 
 
 def headline(scores: Scores) -> str:
-    """The main scores of a file of answers, in percent. A closed answer is right only if it is exactly the truth."""
-    closed = [row for row in scores.rows if row.answer_type == "CLOSED"]
-    lines = [[name, number(scores.added[name])] for name in scores.benchmark]
-    if closed:
-        exact = 100 * sum(row.exact for row in closed) / len(closed)
-        lines.append(["exact choice, closed", number(exact)])
-        lines.append(["whole words, closed", number(scores.added.get("whole-word accuracy"))])
-        lines.append(["letters found, closed (published)", number(scores.metrics.get("close accuracy"))])
-    if "f1 score" in scores.metrics:
-        lines.append(["F1, open (published)", number(scores.metrics["f1 score"])])
+    """The main scores of a file of answers, in percent, by the type of the answers. The published scores come last."""
+    typed = {CHOICE: "exact choice, closed", "whole-word accuracy": "whole words, closed"}
+    published = {"close accuracy": "letters found, closed (published)", "f1 score": "F1, open (published)"}
+    own = {name: name for name in (*scores.benchmark, *TYPED) if name != CHOICE}
+    titles = {name: own[name] for name in scores.benchmark} | typed | own | published
+    averages = scores.added | scores.metrics
+    lines = [[title, number(averages[name])] for name, title in titles.items() if name in averages]
     return tabulate(lines, ["score", "%"], disable_numparse=True, colalign=("left", "right")) if lines else "no answers"
 
 

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mslora_cr.clinical.measure import task_frequencies
+from mslora_cr.clinical.candidates import candidate_answers
+from mslora_cr.clinical.training import task_frequencies
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.prompts import question_text
@@ -31,10 +32,10 @@ from mslora_cr.evaluation.answer_files import (
 from mslora_cr.evaluation.benchmark import open_questions
 from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.openai_client import TOP_LOGPROBS, Body, Chat, Endpoint, EndpointError, Reply, folder_name
-from mslora_cr.evaluation.probabilities import AnswerProbability, candidate_answers
+from mslora_cr.evaluation.probabilities import AnswerProbability
 from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import score_file
-from mslora_cr.evaluation.summary import ResultsTarget, cell_row, image_digests, write_summary
+from mslora_cr.evaluation.summary import ImageDigests, ResultsTarget, cell_row, write_summary
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.files import append_to
@@ -64,11 +65,11 @@ def evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None
         records = open_questions(config, tasks)
         name = folder_name(endpoint.model)
         target = ResultsTarget(config.results_run_dir / SERVED / name, run=name, method=SERVED)
-        images = image_digests(config, records)
+        images = ImageDigests(config, records)
         stage, rows, possible = len(config.tasks), [], {}
         with Chat(endpoint) as chat:
             for task in tasks:
-                origin = _origin(config, endpoint, task, records[task.name], images)
+                origin = _origin(config, endpoint, task, records[task.name], images.of(task))
                 asker = _Asker(config, endpoint, chat, task, records[task.name], origin)
                 folder = target.folder / task.name
                 stamp = answer_once(folder, asker.origin, len(asker.records), partial(asker.answer, folder))
@@ -79,14 +80,12 @@ def evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None
                 possible[task.name, stage] = [asker.origin]
         for task in config.stream:  # Tasks of an earlier call stay if their answers would be the same.
             if task.name not in records and test_file(config, task).is_file():
-                possible[task.name, stage] = [_origin(config, endpoint, task, test_records(config, task), images)]
+                possible[task.name, stage] = [_origin(config, endpoint, task, test_records(config, task), None)]
         write_summary(config, target, rows, possible)
         return target.path
 
 
-def _origin(
-    config: StreamConfig, endpoint: Endpoint, task: Task, records: TestRecords, images: Mapping[str, str]
-) -> Origin:
+def _origin(config: StreamConfig, endpoint: Endpoint, task: Task, records: TestRecords, images: str | None) -> Origin:
     fingerprint = fingerprint_of(
         {
             "endpoint": endpoint.url.rstrip("/"),
@@ -96,7 +95,7 @@ def _origin(
             "max_new_tokens": config.evaluation.max_new_tokens,
         }
     )
-    return Origin(fingerprint, images.get(task.name))
+    return Origin(fingerprint, images)
 
 
 class _Asker:
@@ -113,7 +112,7 @@ class _Asker:
     ) -> None:
         self.config, self.task, self.records, self.origin = config, task, records, origin
         self.model = endpoint.model.replace(TASK, task.name)
-        self._candidates = candidate_answers(records)
+        self._candidates = candidate_answers(records, task_frequencies(config, task))
         self._chat, self._roots = chat, task_image_roots(config, task)
 
     def answer(self, folder: Path) -> dict[str, Any]:

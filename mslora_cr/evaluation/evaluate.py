@@ -6,20 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mslora_cr.banks.bank import Bank, BankError
-from mslora_cr.clinical.measure import task_frequencies
+from mslora_cr.clinical.calibrated import calibrated
+from mslora_cr.clinical.training import task_frequencies
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.sources.leaks import tell
 from mslora_cr.data.tasks import task_folder
 from mslora_cr.distributed.comm import barrier, rank
 from mslora_cr.evaluation.answer_files import Origin, answer_once
-from mslora_cr.evaluation.benchmark import open_questions
+from mslora_cr.evaluation.asking import AS_IT_IS, Asking, write_blank
 from mslora_cr.evaluation.cells import PlannedCell, Stages, cells
 from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.results import Cell
 from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.evaluation.session import EvaluationSession
-from mslora_cr.evaluation.summary import ResultsTarget, cell_row, image_digests, question_digests, write_summary
+from mslora_cr.evaluation.summary import ImageDigests, ResultsTarget, cell_row, question_digests, write_summary
 from mslora_cr.metrics.published import Scores
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import finished_banks
@@ -31,6 +32,7 @@ def evaluate(
     stages: Stages = "own",
     only: str | None = None,
     banks: Mapping[str, Bank] | None = None,
+    asking: Asking = AS_IT_IS,
 ) -> Path:
     """Answer and score every learned task, or only the one named; return the path of `evaluation.json`.
 
@@ -39,17 +41,19 @@ def evaluate(
         stages: When tasks are evaluated.
         only: The name of a task.
         banks: The banks by task, if they do not come from the run folder's ledger.
+        asking: How questions are put. Tasks that have no such questions are left out.
 
     Raises:
         ConfigError, DataError, ModelError, BankError, LockedError: Before anything is answered.
     """
     if config.evaluation.banks_by == "routed":
         raise ConfigError("evaluation.banks_by is routed; call evaluate_routed instead")
-    with launch(config, config.results_run_dir):
+    target = asking.config(config)
+    with launch(config, target.results_run_dir):
         by_task = dict(banks) if banks is not None else finished_banks(config)
         by_number = {task.index + 1: by_task[task.name] for task in config.stream if task.name in by_task}
-        wanted = _wanted_cells(config, stages, only, list(by_number))
-        return _answer_cells(config, wanted, by_number)
+        wanted = _wanted_cells(target, stages, only, list(by_number))
+        return _answer_cells(target, [cell for cell in wanted if asking.is_there(config, cell.task)], by_number, asking)
 
 
 def _wanted_cells(config: StreamConfig, stages: Stages, only: str | None, learned: Sequence[int]) -> list[PlannedCell]:
@@ -69,23 +73,31 @@ def _wanted_cells(config: StreamConfig, stages: Stages, only: str | None, learne
     return wanted
 
 
-def _answer_cells(config: StreamConfig, wanted: Sequence[PlannedCell], by_number: Mapping[int, Bank]) -> Path:
+def _answer_cells(
+    config: StreamConfig, wanted: Sequence[PlannedCell], by_number: Mapping[int, Bank], asking: Asking
+) -> Path:
     """Answer and score cells with the banks by task number; return the path of `evaluation.json`."""
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
-    records = open_questions(config, [config.task(name) for name in sorted(names)])
+    records = {name: asking.records(config, config.task(name)) for name in sorted(names)}
     for name, opened in records.items():
         tell(name, task_folder(config, config.task(name)), opened.digest)
     switches = len({cell.banks for cell in wanted}) > 1
-    session = EvaluationSession(config, list(by_number.values()), records, cached_images=True, switches=switches)
-    questions, images = question_digests(config, records), image_digests(config, records)
+    blank = config.results_run_dir if asking.blank else None
+    if blank is not None:
+        write_blank(blank)
+    session = EvaluationSession(
+        config, list(by_number.values()), records, cached_images=True, switches=switches, blank=blank
+    )
+    questions, images = question_digests(config, records, asking.path), ImageDigests(config, records)
     origins = {
         cell.key: Origin(
             session.fingerprint(
                 [by_number[number] for number in cell.banks],
                 questions=questions.get(cell.task.name),  # If there are no questions, no answer has this fingerprint.
                 fold=config.lora.fold,
+                **asking.facts,
             ),
-            images.get(cell.task.name),
+            images.of(cell.task) if cell.task.name in records and not asking.blank else None,
         )
         for cell in cells(config, "all", list(by_number))
     }
@@ -129,8 +141,13 @@ def answer_cell(
     if rank() != 0:
         return None
     if folder not in scored:
+        found = calibrated(session.config.results_run_dir, cell.task.name, [bank.digest for bank in banks])
         scored[folder] = score_file(
-            folder / ANSWERS, folder, records, training=task_frequencies(session.config, cell.task)
+            folder / ANSWERS,
+            folder,
+            records,
+            training=task_frequencies(session.config, cell.task),
+            temperature=found.temperature if found else None,
         )
     names, root = [bank.name for bank in banks], session.config.results_run_dir
     row = cell_row(cell.task, cell.stage, names, folder, root, stamp, records, scored[folder])

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.input_processor import InputProcessor
 from mslora_cr.data.records import DataError, TestRecord
 from mslora_cr.generation.branches import Continuations
@@ -21,9 +19,6 @@ from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import JsonError, decode_json
 
 PROBABILITIES = "probabilities.jsonl"
-MOST_CANDIDATES = 32
-"""A question with more different truths than this has no closed set of answers."""
-_OPPOSITE = {"yes": "no", "no": "yes"}
 
 
 class AnswerProbability(BaseModel):
@@ -91,46 +86,6 @@ class AnswerProbability(BaseModel):
             "p_normalized": self.probabilities(normalized=True),
             "share": self.share,
         }
-
-
-def candidate_answers(records: Iterable[TestRecord]) -> list[tuple[str, ...]]:
-    """The closed set of answers of each question, in alphabetical order; empty where it has none.
-
-    A question with options has those, as letters where its truth is one. CLOSED questions of one text share a set:
-    their different truths, each in its most frequent spelling. A set of "yes" or "no" alone gets the other. One truth
-    alone, and more than `MOST_CANDIDATES`, are no set.
-    """
-    asked = list(records)
-    truths: dict[str, Counter[str]] = defaultdict(Counter)
-    for record in asked:
-        if record.answer_type == "CLOSED":
-            truths[_same(record.text)][final_answer(record.gt).text.strip()] += 1
-    sets = {text: _closed_set(spellings) for text, spellings in truths.items()}
-    return [
-        _offered(record) or (sets[_same(record.text)] if record.answer_type == "CLOSED" else ()) for record in asked
-    ]
-
-
-def _offered(record: TestRecord) -> tuple[str, ...]:
-    letters = tuple(record.options)
-    return letters if final_answer(record.gt).text in letters else tuple(record.options.values())
-
-
-def _same(text: str) -> str:
-    return " ".join(text.split()).casefold()
-
-
-def _closed_set(truths: Counter[str]) -> tuple[str, ...]:
-    spellings: dict[str, str] = {}
-    for truth, _ in sorted(truths.items(), key=lambda item: (-item[1], item[0])):
-        spellings.setdefault(truth.casefold(), truth)
-    spellings.pop("", None)
-    for word in list(spellings):
-        if (other := _OPPOSITE.get(word)) is not None and len(spellings) == 1:
-            spellings[other] = other.capitalize() if spellings[word][0].isupper() else other
-    if not 2 <= len(spellings) <= MOST_CANDIDATES:
-        return ()
-    return tuple(spellings[key] for key in sorted(spellings))
 
 
 def continuations_of(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.per_sample import whole_banks
-from mslora_cr.clinical.measure import task_frequencies
+from mslora_cr.clinical.training import task_frequencies
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.records import TestRecords
 from mslora_cr.data.tasks import task_image_roots
@@ -31,9 +31,10 @@ from mslora_cr.evaluation.results import Cell
 from mslora_cr.evaluation.schemas import ANSWERS, ROUTED, ROUTING, Routing, StageRouting
 from mslora_cr.evaluation.score import group_numbers, question_groups, score_file
 from mslora_cr.evaluation.session import EvaluationSession
-from mslora_cr.evaluation.summary import ResultsTarget, cell_row, image_digests, question_digests, write_summary
+from mslora_cr.evaluation.summary import ImageDigests, ResultsTarget, cell_row, question_digests, write_summary
 from mslora_cr.methods.base import method_of, needs_task
 from mslora_cr.routing.fit import feature_extractor
+from mslora_cr.routing.foreign import LEVEL, foreign_p_values
 from mslora_cr.routing.lda import TaskRouter, TaskStatistics
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import Ledger, finished_banks
@@ -142,7 +143,7 @@ class _Routed:
         self.statistics = statistics
         self._session = EvaluationSession(config, self.banks, records)
         self._records, self._question_digests = records, question_digests(config, records)
-        self._image_digests = image_digests(config, records)
+        self._image_digests = ImageDigests(config, records)
         self._routers = list(_router_digests(statistics))
         self._features: dict[str, Tensor] = {}
 
@@ -236,7 +237,15 @@ class _Routed:
             questions=len(right),
             accuracy=100 * float(right.mean()) if learned else None,
             interval=percent(score_interval([estimate(right, group_numbers(groups))])) if learned else None,
+            foreign=self._foreign(stage, tasks),
         )
+
+    def _foreign(self, stage: int, tasks: Sequence[Task]) -> dict[str, int] | None:
+        """How many questions of each task are like none of those learned; None where that is not known."""
+        values = {task.name: foreign_p_values(self.statistics[:stage], self._features_of(task)) for task in tasks}
+        if any(p is None for p in values.values()):
+            return None
+        return {name: int((p < LEVEL).sum()) for name, p in values.items() if p is not None}
 
     def _router(self, stage: int) -> TaskRouter:
         pictures = feature_extractor(self.config, self._session.base).image_features
@@ -274,14 +283,17 @@ class _Routed:
 
     def origin(self, stage: int, tasks: Sequence[Task]) -> Origin:
         """What decides the answers at a stage."""
-        fingerprint = self._session.fingerprint(
+        images = {task.name: self._image_digests.of(task) for task in tasks}
+        return Origin(self._fingerprint(stage, tasks), fingerprint_of(images))
+
+    def _fingerprint(self, stage: int, tasks: Sequence[Task]) -> str:
+        return self._session.fingerprint(
             self.banks[:stage],
             method=self.config.method,
             router=self._routers[stage - 1],
             questions=[self._question_digests.get(task.name) for task in tasks],
             **method_of(self.config).router_settings(self.config),
         )
-        return Origin(fingerprint, fingerprint_of({task.name: self._image_digests.get(task.name) for task in tasks}))
 
     def possible(self, root: Path) -> dict[CellKey, set[Origin]]:
         """The possible origins for `write_summary`: the questions of a stage are mixed with those of the tasks learned
@@ -291,8 +303,13 @@ class _Routed:
         """
         origins: dict[CellKey, set[Origin]] = {}
         for stage in range(1, len(self.banks) + 1):
-            ways = {self.origin(stage, tasks) for tasks in (self.config.stream[:stage], self.config.stream)}
-            if any(read_stamp(root / f"stage-{stage}", way.fingerprint) for way in ways):
+            together = root / f"stage-{stage}"
+            ways = {
+                self.origin(stage, tasks)
+                for tasks in (self.config.stream[:stage], self.config.stream)
+                if read_stamp(together, self._fingerprint(stage, tasks))
+            }
+            if ways:
                 origins |= {(task.name, stage): ways for task in self.config.stream}
         return origins
 

@@ -61,6 +61,8 @@ class StageRouting(Part):
         confusion: By a question's task, how many questions were assigned to each of `learned`.
         questions: The number of questions of learned tasks.
         accuracy: The share of those that it assigned correctly, in percent.
+        foreign: By a question's task, how many questions are like none of the learned tasks (`routing.foreign`): false
+            alarms of a learned task, detections of another. None if the statistics are of an earlier version.
     """
 
     stage: int
@@ -69,6 +71,20 @@ class StageRouting(Part):
     questions: int
     accuracy: float | None
     interval: Interval | None
+    foreign: dict[str, int] | None = None
+
+    def foreign_in_words(self) -> str:
+        """How many questions of learned tasks, and of others, are like none of the learned; empty where not known."""
+        if self.foreign is None:
+            return ""
+        parts = []
+        for what, learned in (("of learned tasks", True), ("of tasks not learned yet", False)):
+            tasks = [task for task in self.foreign if (task in self.learned) is learned]
+            asked = sum(sum(self.confusion[task]) for task in tasks)
+            if asked:
+                share = 100 * sum(self.foreign[task] for task in tasks) / asked
+                parts.append(f"{share:.1f} % of {asked} questions {what}")
+        return f"like none of the learned tasks: {', '.join(parts)}" if parts else ""
 
     @model_validator(mode="after")
     def _check_confusion(self) -> Self:

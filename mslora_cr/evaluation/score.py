@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +14,9 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from tabulate import tabulate
 
+from mslora_cr.clinical.asked import AskedAnswer, asked_answers, typed_columns
 from mslora_cr.clinical.file import CLINICAL
-from mslora_cr.clinical.measure import asked_answers, clinical_of
+from mslora_cr.clinical.measure import clinical_of
 from mslora_cr.data.records import AnswerType, DataError, TestRecord
 from mslora_cr.evaluation.benchmark import benchmark_columns
 from mslora_cr.evaluation.schemas import METRICS_FILE, Metrics
@@ -105,6 +106,7 @@ def score_file(
     questions: Sequence[TestRecord] | None = None,
     workers: int = 1,
     training: Frequencies | None = None,
+    temperature: float | None = None,
 ) -> Scores:
     """Score the file `answers`; `metrics.txt`, `metrics.json`, `clinical.json`, `scores.csv`, `hit.csv` and
     `not_hit.csv` go to `output`.
@@ -119,6 +121,7 @@ def score_file(
             it the answers' own `image` and `patient` say so, if they have them.
         workers: processes that share the answers of a large file.
         training: how often each answer follows each question in training, which says what guessing gives.
+        temperature: of the candidates' probabilities, fitted on validation questions.
 
     Raises:
         DataError: as `read_answers`, or there are more or fewer questions than answers.
@@ -126,14 +129,14 @@ def score_file(
     """
     records = read_answers(answers)
     keys = _answer_groups(answers, records, questions)
-    scores = replace(_score(records, workers), benchmark=benchmark_columns(records, questions))
+    asked = _asked(records, questions, probabilities_of(answers, len(records)))
+    scores = _score(records, workers)
+    scores = replace(scores, typed=typed_columns(asked), benchmark=benchmark_columns(records, questions))
     groups = group_numbers([group for _, group in keys])
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "metrics.txt", render_metrics(scores))
     metrics_of(scores, groups).write(output / METRICS_FILE)
-    said = [(row.prompt, str(row.text), str(row.gt), row.answer_type == "CLOSED") for row in records]
-    asked = asked_answers(said, questions, _probabilities(answers.with_name(PROBABILITIES_FILE), len(records)))
-    clinical_of(asked, groups, training).write(output / CLINICAL)
+    clinical_of(asked, groups, training, temperature).write(output / CLINICAL)
     write_text(output / SCORES, _render_scores(records, scores, keys))
     for name, wanted in (("hit.csv", True), ("not_hit.csv", False)):
         chosen = (record for record, row in zip(records, scores.rows, strict=True) if row.hit is wanted)
@@ -141,8 +144,30 @@ def score_file(
     return scores
 
 
-def _probabilities(path: Path, questions: int) -> list[dict[str, float] | None] | None:
-    """By question, the probability of each candidate answer; None where no file says so of these questions."""
+def asked_in(answers: Path, questions: Sequence[TestRecord]) -> list[AskedAnswer]:
+    """A file of answers with what is known of their questions and probabilities."""
+    records = read_answers(answers)
+    return _asked(records, questions, probabilities_of(answers, len(records)))
+
+
+def score_records(records: Sequence[AnswerRecord]) -> Scores:
+    """The scores of answers of which no more is known than their file says."""
+    return replace(score_answers(records), typed=typed_columns(_asked(records, None, None)))
+
+
+def _asked(
+    records: Sequence[AnswerRecord],
+    questions: Sequence[TestRecord] | None,
+    probabilities: Sequence[Mapping[str, float] | None] | None,
+) -> list[AskedAnswer]:
+    said = [(row.prompt, str(row.text), str(row.gt), row.answer_type == "CLOSED") for row in records]
+    return asked_answers(said, questions, probabilities)
+
+
+def probabilities_of(answers: Path, questions: int) -> list[dict[str, float] | None] | None:
+    """By question, the probability of each candidate answer; None where no file beside the answers says so of these
+    questions."""
+    path = answers.with_name(PROBABILITIES_FILE)
     if not path.is_file():
         return None
     # Reading them needs torch, which scoring an answer file alone does without.

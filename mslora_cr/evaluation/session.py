@@ -12,6 +12,8 @@ from torch import Tensor
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.per_sample import PerSampleAdapters
 from mslora_cr.banks.stack import BankStack
+from mslora_cr.clinical.candidates import candidate_answers
+from mslora_cr.clinical.training import task_frequencies
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.datasets import ConcatEvalDataset, EvalDataset
 from mslora_cr.data.input_processor import InputProcessor
@@ -19,6 +21,7 @@ from mslora_cr.data.records import TestRecords
 from mslora_cr.data.tasks import task_image_roots
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.evaluation.answer_files import Origin, answer_questions, fingerprint_of
+from mslora_cr.evaluation.asking import blank_records
 from mslora_cr.evaluation.summary import decoding, fingerprint_fields
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.cached_tower import CachedTower, cached_tower
@@ -36,6 +39,7 @@ class EvaluationSession:
         records: Mapping[str, TestRecords],
         cached_images: bool = False,
         switches: bool = False,
+        blank: Path | None = None,
     ) -> None:
         """
         Args:
@@ -43,9 +47,10 @@ class EvaluationSession:
             cached_images: take the images' features from `data.cache_image_features`, if it is given; the tower is then
                 not part of the model, where a router would look for it.
             switches: several sets of banks are merged, one after another; the base's weights are kept for that.
+            blank: a folder with the grey picture that is shown in the place of every image.
         """
         self.config, self.banks, self.records = config, banks, records
-        self._cached_images, self._switches = cached_images, switches
+        self._cached_images, self._switches, self._blank = cached_images, switches, blank
         self._fingerprint_fields = fingerprint_fields(config)
         self._tower: CachedTower | None = None
         self._beside: tuple[Sequence[Bank], PerSampleAdapters] | None = None
@@ -87,7 +92,8 @@ class EvaluationSession:
             self._stack.model.eval()
             self._merged = names
         samples, label = self._questions(task), f"{task.name} with {'+'.join(names) or 'no bank'}"
-        return answer_questions(self._stack.model, samples, folder, decoding(self.config), origin, label)
+        candidates = self._candidates([task])
+        return answer_questions(self._stack.model, samples, folder, decoding(self.config), origin, label, candidates)
 
     def answer_mixed(
         self,
@@ -106,11 +112,21 @@ class EvaluationSession:
             banks: other ones than the session's.
         """
         samples = ConcatEvalDataset([self._questions(task) for task in tasks])
+        candidates, how = self._candidates(tasks), decoding(self.config)
         with self._adapters(self.banks if banks is None else banks).answering(weights) as mixed:
-            return answer_questions(self.base.model, samples, folder, decoding(self.config), origin, label, mixed)
+            return answer_questions(self.base.model, samples, folder, how, origin, label, candidates, mixed)
+
+    def _candidates(self, tasks: Sequence[Task]) -> list[tuple[str, ...]] | None:
+        """The closed set of answers of each question, one task after another; None where nothing is to be scored."""
+        if not self.config.evaluation.probabilities:
+            return None
+        sets = [candidate_answers(self.records[task.name], task_frequencies(self.config, task)) for task in tasks]
+        return [candidates for of_task in sets for candidates in of_task]
 
     def _questions(self, task: Task) -> EvalDataset:
         records, roots = self.records[task.name], task_image_roots(self.config, task)
+        if self._blank is not None:
+            records, roots = blank_records(records), [self._blank]
         processor = self.input_processor
         if self._tower is not None:
             self._tower.fill(processor.image_paths(records, roots), decoding(self.config).workers)

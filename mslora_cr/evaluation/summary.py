@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,36 +53,52 @@ class ResultsTarget:
         return self.folder / EVALUATION
 
 
-def question_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -> dict[str, str]:
-    """SHA-256 of the test file of every task that has one.
+def question_digests(
+    config: StreamConfig,
+    records: Mapping[str, TestRecords],
+    path_of: Callable[[StreamConfig, Task], Path] = test_file,
+) -> dict[str, str]:
+    """SHA-256 of the file of questions of every task that has one.
 
     Args:
         records: by task, the files that are open; they are not read again.
+        path_of: gives the file of a task's questions.
     """
-    paths = {task.name: test_file(config, task) for task in config.stream}
+    paths = {task.name: path_of(config, task) for task in config.stream}
     others = {name: file_digest(path) for name, path in paths.items() if name not in records and path.is_file()}
     return others | {name: opened.digest for name, opened in records.items()}
 
 
-def image_digests(config: StreamConfig, records: Mapping[str, TestRecords]) -> dict[str, str]:
-    """Digest of the images that the questions of each task show, of every task whose test file and images are there.
+class ImageDigests:
+    """Digests of the images that tasks' questions show; those of a task are read when they are asked for."""
 
-    Args:
-        records: by task, the files that are open; they are not read again.
+    def __init__(self, config: StreamConfig, records: Mapping[str, TestRecords]) -> None:
+        """
+        Args:
+            records: by task, the files that are open; they are not read again.
+        """
+        self._config, self._records = config, records
+        self._digests: dict[str, str | None] = {}
 
-    Raises:
-        DataError: an image of an open file is missing.
-    """
-    digests = {}
-    for task in config.stream:
-        opened = records.get(task.name)
+    def of(self, task: Task) -> str | None:
+        """The digest of a task's images; None of a task whose file is not open if file or images are not there.
+
+        Raises:
+            DataError: an image of an open file is missing.
+        """
+        if task.name not in self._digests:
+            self._digests[task.name] = self._read(task)
+        return self._digests[task.name]
+
+    def _read(self, task: Task) -> str | None:
+        opened = self._records.get(task.name)
         try:
-            of = opened if opened is not None else test_records(config, task)
-            digests[task.name] = images_digest(images_shown(config, task, of))
+            records = opened if opened is not None else test_records(self._config, task)
+            return images_digest(images_shown(self._config, task, records))
         except DataError:
             if opened is not None:
                 raise
-    return digests
+            return None
 
 
 UNDECIDING_DATA_FIELDS = {"root", "check_images", "cache_image_features", "validation", "validation_questions"}
@@ -95,7 +111,6 @@ def decoding(config: StreamConfig) -> Decoding:
         batch_size=config.evaluation.batch_size,
         model_id=Path(config.model.path).name,
         workers=int(config.training.get("dataloader_num_workers", 0)),
-        probabilities=config.evaluation.probabilities,
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mslora_cr.data.answers.options import letter_of
+from mslora_cr.metrics.options import parse_choice
 from mslora_cr.metrics.published import normalize_answer
 from mslora_cr.statistics.interval import Interval
 from mslora_cr.statistics.intervals import Groups, Scores, estimate, score_interval
@@ -78,12 +79,8 @@ def confusion(
     groups: Groups,
     options: Sequence[Mapping[str, str]] | None = None,
 ) -> Confusion:
-    """Which class each answer says.
-
-    An answer says a class if both are equal once normalised as the published evaluation does; a question with options
-    is answered by letter or text; and an answer that begins with yes or no, and does not say the other, says it. A
-    class is never looked for inside an answer: `no pneumonia` is not `pneumonia`. Where several truths are accepted,
-    the one that was said is the true one.
+    """Which class each answer says (`said_class`). Where several truths are accepted, the one that was said is the true
+    one.
 
     Args:
         answers: by question.
@@ -92,13 +89,14 @@ def confusion(
         options: by question, by letter; empty where it has none.
     """
     offered = options or [{}] * len(answers)
-    accepted = [[_class(truth, choices) for truth in every] for every, choices in zip(truths, offered, strict=True)]
-    said = [_class(answer, choices) for answer, choices in zip(answers, offered, strict=True)]
-    true = [one if one in every else every[0] for one, every in zip(said, accepted, strict=True)]
+    said, true = [], []
+    for answer, every, choices in zip(answers, truths, offered, strict=True):
+        accepted = [class_of(truth, choices) for truth in every]
+        said.append(said_class(answer, every, choices))
+        true.append(said[-1] if said[-1] in accepted else accepted[0])
     names = tuple(sorted(set(true), key=lambda name: (name not in NEGATIVE, name)))
     if set(names) <= {YES, NO}:
         names = (NO, YES)
-        said = [_yes_or_no(answer, one) for answer, one in zip(answers, said, strict=True)]
     columns = {name: column for column, name in enumerate(names)}
     return Confusion(
         names,
@@ -108,12 +106,29 @@ def confusion(
     )
 
 
-def _class(answer: str, options: Mapping[str, str]) -> str:
-    letter = letter_of(answer, options) if options else None
-    return normalize_answer((options[letter] if letter else answer).lower()) or answer.strip().lower()
+def class_of(truth: str, options: Mapping[str, str]) -> str:
+    """The class that a true answer or a candidate stands for: its text once normalised as the published evaluation
+    does, or that of the option whose letter or text it is."""
+    letter = letter_of(truth, options) if options else None
+    return normalize_answer((options[letter] if letter else truth).lower()) or truth.strip().lower()
 
 
-def _yes_or_no(answer: str, said: str) -> str:
+def said_class(answer: str, truths: Sequence[str], options: Mapping[str, str]) -> str:
+    """The class that an answer says; "" where it chooses none of the options, or several.
+
+    An answer says a class if both are equal once normalised as the published evaluation does. A question with options
+    is answered by letter or text (`parse_choice`). An answer to a yes-or-no question that begins with one of the words,
+    and does not say the other, says it. A class is never looked for inside an answer: `no pneumonia` is not
+    `pneumonia`.
+    """
+    if options:
+        letter = parse_choice(answer, options).letter
+        return class_of(letter, options) if letter else ""
+    said = class_of(answer, {})
+    return _yes_or_no(said) if {class_of(truth, {}) for truth in truths} <= {YES, NO} else said
+
+
+def _yes_or_no(said: str) -> str:
     words = said.split()
     first = words[0] if words else ""
     other = {YES: NO, NO: YES}.get(first)

@@ -37,8 +37,9 @@ def auroc(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> Figure
 def obuchowski_error(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> float:
     """The standard error of an area under the ROC curve: ``S10/m + S01/n + 2 S11/(m n)``, with S the sums over clusters
     of what its m positive and n negative questions contribute."""
+    placed = placements(positive, scores)
     yes, no = scores[positive], scores[~positive]
-    below, above = _beaten(yes, no), 1 - _beaten(no, yes)
+    below, above = placed[positive], placed[~positive]
     value = below.mean()
     size = int(groups.max()) + 1
     of_yes = np.bincount(groups[positive], below - value, size)
@@ -50,6 +51,15 @@ def obuchowski_error(positive: NDArray[np.bool_], scores: Scores, groups: Groups
     shared = clusters / (clusters - 1) * (of_yes * of_no).sum()
     variance = yes_spread / len(yes) + no_spread / len(no) + 2 * shared / (len(yes) * len(no))
     return float(max(variance, 0.0) ** 0.5)
+
+
+def placements(positive: NDArray[np.bool_], scores: Scores) -> Scores:
+    """(questions,), by question the share of the other kind that it stands on the right side of; a tie counts half. The
+    mean over the questions of either kind is the area under the ROC curve."""
+    placed = np.empty(len(scores))
+    placed[positive] = _beaten(scores[positive], scores[~positive])
+    placed[~positive] = 1 - _beaten(scores[~positive], scores[positive])
+    return placed
 
 
 def _beaten(ours: Scores, theirs: Scores) -> Scores:

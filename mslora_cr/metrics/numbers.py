@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mslora_cr.metrics.closed import Figure
 from mslora_cr.statistics.intervals import Groups, estimate, mean_interval, score_interval
@@ -14,22 +15,26 @@ from mslora_cr.statistics.intervals import Groups, estimate, mean_interval, scor
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 FEWEST = 10
+NEAR = 1
+"""How far off a count may be to be nearly right."""
 
 
 class CountFigures(NamedTuple):
-    """Answers to questions whose truths are whole numbers.
+    """Answers to questions whose truths are numbers.
 
     Attributes:
         questions: how many there are.
         unparsed: answers without a number.
         error: mean absolute error of the others, with Student's t interval.
         exact: the share of all that is exactly right.
+        near: the share of all that is off by at most `NEAR`.
     """
 
     questions: int
     unparsed: int
     error: Figure | None
     exact: Figure
+    near: Figure
 
 
 def number_in(text: str) -> float | None:
@@ -48,17 +53,16 @@ def is_count(truth: str) -> bool:
 
 
 def count_figures(answers: Sequence[str], truths: Sequence[str], groups: Groups) -> CountFigures:
-    """Mean absolute error and exact share.
+    """Mean absolute error, and the shares that are exactly and nearly right.
 
     Args:
         answers: by question.
-        truths: by question, each a whole number (`is_count`).
+        truths: by question, each a number.
         groups: (questions,).
     """
     said = np.array([value if (value := number_in(answer)) is not None else np.nan for answer in answers])
     true = np.array([number_in(truth) for truth in truths], dtype=np.float64)
     numeric = ~np.isnan(said)
-    right = estimate((said == true).astype(np.float64), groups)
     error = None
     if numeric.any():
         off = np.abs(said - true)[numeric]
@@ -67,5 +71,10 @@ def count_figures(answers: Sequence[str], truths: Sequence[str], groups: Groups)
         low, high = mean_interval(mean)
         has_interval = mean.questions >= FEWEST and mean.variance > 0
         error = Figure(largest * mean.mean, (largest * max(0.0, low), largest * high) if has_interval else None)
-    ends = score_interval([right]) if right.questions >= FEWEST else None
-    return CountFigures(len(answers), int((~numeric).sum()), error, Figure(right.mean, ends))
+    exact, near = (_share(np.abs(said - true) <= most, groups) for most in (0, NEAR))
+    return CountFigures(len(answers), int((~numeric).sum()), error, exact, near)
+
+
+def _share(right: NDArray[np.bool_], groups: Groups) -> Figure:
+    share = estimate(right.astype(np.float64), groups)
+    return Figure(share.mean, score_interval([share]) if share.questions >= FEWEST else None)

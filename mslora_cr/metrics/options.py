@@ -74,16 +74,6 @@ def _inside(span: tuple[int, int], spans: Mapping[str, Sequence[tuple[int, int]]
     )
 
 
-def is_right(choice: Choice, truths: Sequence[str], options: Mapping[str, str]) -> bool:
-    """Whether the chosen option is one that is accepted."""
-    return choice.letter is not None and choice.letter in {letter_of(truth, options) for truth in truths}
-
-
-def circular(rotations: Sequence[bool]) -> bool:
-    """Whether a question is right in a circular evaluation (MMBench): in every rotation of its options."""
-    return bool(rotations) and all(rotations)
-
-
 def counts_of(choices: Sequence[Choice]) -> dict[Status, int]:
     """How many answers were parsed, were not, and named several options."""
     counts = Counter(choice.status for choice in choices)

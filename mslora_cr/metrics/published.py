@@ -133,13 +133,15 @@ class Scores:
     rows: tuple[RowScore, ...]
     benchmark: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """By metric of a public benchmark's scorer, every answer's score."""
+    typed: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    """Further columns, of `metrics.typed`."""
 
     @cached_property
-    def columns(self) -> dict[str, list[float | None]]:
+    def columns(self) -> dict[str, Sequence[float | None]]:
         """By metric, every answer's score in [0, 1], in order; None where a metric is not for its kind of question."""
         by_row = [row.by_metric() for row in self.rows]
         own = {name: [scores[name] for scores in by_row] for name in (by_row[0] if by_row else ())}
-        return own | ({name: [*scores] for name, scores in self.benchmark.items()} if by_row else {})
+        return own | ({**self.benchmark, **self.typed} if by_row else {})
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -148,12 +150,12 @@ class Scores:
 
     @property
     def added(self) -> dict[str, float]:
-        """The averages of `ADDED`, `ADDED_CLOSED` and `benchmark`, in percent."""
+        """The averages of `ADDED`, `ADDED_CLOSED`, `benchmark` and `typed`, in percent."""
         return {name: average for name, average in self._averages.items() if name in self._added_names}
 
     @property
     def _added_names(self) -> set[str]:
-        return {*ADDED, ADDED_CLOSED, *self.benchmark}
+        return {*ADDED, ADDED_CLOSED, *self.benchmark, *self.typed}
 
     @cached_property
     def _averages(self) -> dict[str, float]:

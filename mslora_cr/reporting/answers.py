@@ -4,6 +4,7 @@ confusions show."""
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,11 @@ from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.images import image_roots, resolve_image
 from mslora_cr.data.records import DataError, shown_images
 from mslora_cr.data.tasks import test_records
+from mslora_cr.evaluation.probabilities import PROBABILITIES, read_probabilities
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.evaluation.score import SCORES, AnswerRecord, ScoreTable, read_answers, read_scores
 from mslora_cr.metrics.published import HIT_RECALL, normalize_answer
+from mslora_cr.metrics.typed import CHOICE
 
 SAMPLED_RIGHT = 6
 """Right answers of a task that the browser shows beside the wrong ones, before it is asked for all."""
@@ -30,14 +33,24 @@ OTHER = "other"
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """One answering of a task's questions: the stages that it stands for, and by question the answer, whether it is
-    right, and its score in [0, 1] (closed: right or not; open: F1)."""
+    """One answering of a task's questions.
+
+    Attributes:
+        stages: that it stands for.
+        banks: that answered.
+        texts: by question, the answer.
+        hits: by question, whether it is right.
+        scores: by question, in [0, 1] (closed: right or not; open: F1).
+        confidences: by question, the probability of the answer's tokens, None where it is not known; empty where none
+            is.
+    """
 
     stages: tuple[int, ...]
     banks: str
     texts: Sequence[str]
     hits: Sequence[bool]
     scores: Sequence[float]
+    confidences: Sequence[float | None] = ()
 
 
 class QuestionKeys(NamedTuple):
@@ -130,7 +143,8 @@ def _task_answers(
         records = read_answers(results_dir / answers)
         hits, scores = _graded(records, (results_dir / answers).with_name(SCORES))
         numbers = tuple(cell.stage for cell in shared)
-        sets.append(AnswerSet(numbers, evaluation.bank_numbers(shared[0]), _texts(records), hits, scores))
+        banks, sure = evaluation.bank_numbers(shared[0]), _confidences(results_dir / answers, len(records))
+        sets.append(AnswerSet(numbers, banks, _texts(records), hits, scores, sure))
     return TaskAnswers(
         task=task,
         learned_at=evaluation.tasks.index(task) + 1,
@@ -157,6 +171,14 @@ def _texts(records: Iterable[AnswerRecord]) -> list[str]:
     return [str(record.text) for record in records]
 
 
+def _confidences(answers: Path, questions: int) -> list[float | None]:
+    """The probability of each answer's tokens; nothing where no file says so of these questions."""
+    rows = read_probabilities(answers.with_name(PROBABILITIES))
+    if len(rows) != questions or all(row.logprob is None for row in rows):
+        return []
+    return [None if row.logprob is None else round(math.exp(row.logprob), 4) for row in rows]
+
+
 def _graded(records: Sequence[AnswerRecord], scores: Path) -> tuple[list[bool], list[float]]:
     """Whether each answer is right, and its score, from the scores beside them."""
     table = read_scores(scores)
@@ -166,7 +188,9 @@ def _graded(records: Sequence[AnswerRecord], scores: Path) -> tuple[list[bool], 
     if lacking := {"close accuracy", "recall", "f1 score"} - metrics.keys():
         raise DataError(f"{scores}: has no {', '.join(sorted(lacking))}; score the answers again")
     closed = np.array([record.answer_type == "CLOSED" for record in records], dtype=bool)
-    right = np.where(closed, metrics["close accuracy"] == 1, metrics["recall"] > HIT_RECALL) if ids else closed
+    chosen = metrics.get(CHOICE, metrics["close accuracy"])
+    of_closed = np.where(np.isnan(chosen), metrics["close accuracy"], chosen) == 1
+    right = np.where(closed, of_closed, metrics["recall"] > HIT_RECALL) if ids else closed
     score = np.where(closed, right, metrics["f1 score"]) if ids else closed
     return right.tolist(), score.astype(float).tolist()
 
@@ -232,7 +256,9 @@ def browser_data(
                 "name": task.task,
                 "color": colors.get(task.task),
                 "learned_at": task.learned_at,
-                "sets": [{"stages": given.stages, "banks": given.banks} for given in task.sets],
+                "sets": [
+                    {"stages": given.stages, "banks": given.banks, "sure": given.confidences} for given in task.sets
+                ],
                 "rows": _rows(task, numbers),
                 "keys": task.keys,
             }

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mslora_cr.clinical.file import CLINICAL, AttributeMeasured, Clinical, ClosedMeasured, Measured
-from mslora_cr.evaluation.results import Evaluation
-from mslora_cr.statistics.interval import bracketed
-from mslora_cr.statistics.sample_size import design_effect, detectable_difference, share_half_width
+import numpy as np
+from markupsafe import Markup
 
-CHANGED = 0.08
-"""The share of changed answers for which the smallest difference that would be found is told."""
+from mslora_cr.clinical.file import CLINICAL, AttributeMeasured, Clinical, ClosedMeasured, Measured
+from mslora_cr.clinical.groups import changes_by_group
+from mslora_cr.data.records import TestRecord
+from mslora_cr.evaluation.results import Cell, Evaluation
+from mslora_cr.evaluation.score import SCORES, read_scores
+from mslora_cr.metrics.typed import CHOICE
+from mslora_cr.reporting.clinical_plots import curve_plots, subgroup_dots
+from mslora_cr.statistics.interval import bracketed
+from mslora_cr.statistics.sample_size import shown_by
+
+Changes = Mapping[str, Mapping[str, str]]
+"""By attribute and group, a change in points with its interval."""
 
 
 class ClinicalCard(NamedTuple):
@@ -26,8 +34,11 @@ class ClinicalCard(NamedTuple):
         figures: by name, value and interval as text.
         classes: rows of class, questions, said, recall and precision.
         texts: rows of question, questions, balanced accuracy and what guessing makes of it.
-        attributes: by name, a line and rows of group, questions, patients, score and p.
+        attributes: by name, a line and rows of group, questions, patients, score, best constant answer, p, and change
+            since the task was learned.
         enough: what so many questions can show.
+        curves: ROC, reliability and risk over coverage as SVG; None without probabilities.
+        dots: scores by subgroup as SVG; None without scored groups.
     """
 
     task: str
@@ -39,20 +50,49 @@ class ClinicalCard(NamedTuple):
     texts: list[list[str]]
     attributes: Mapping[str, tuple[str, list[list[str]]]]
     enough: str
+    curves: Markup | None
+    dots: Markup | None
 
 
-def clinical_cards(evaluation: Evaluation, results_dir: Path) -> list[ClinicalCard]:
-    """The cards of the tasks that have closed questions, as far as their files are there."""
+def clinical_cards(
+    evaluation: Evaluation, results_dir: Path, asked: Mapping[str, Sequence[TestRecord]] | None = None
+) -> list[ClinicalCard]:
+    """The cards of the tasks that have closed questions, as far as their files are there.
+
+    Args:
+        asked: by task, the questions, where they are known: they say how each group's scores changed over the stages.
+    """
     cards = []
     for task in evaluation.tasks:
         cell = evaluation.last_cell(task) or evaluation.own_cell(task)
         clinical = Clinical.read_if_there((results_dir / cell.answers).with_name(CLINICAL)) if cell else None
         if cell is not None and clinical is not None and clinical.closed is not None:
-            cards.append(_card(task, cell.stage, clinical, clinical.closed))
+            own, records = evaluation.own_cell(task), (asked or {}).get(task)
+            later = own is not None and own.answers != cell.answers
+            changes = _changes(own, cell, results_dir, records) if own and later and records else {}
+            cards.append(_card(task, cell.stage, clinical, clinical.closed, changes))
     return cards
 
 
-def _card(task: str, stage: int, clinical: Clinical, closed: ClosedMeasured) -> ClinicalCard:
+def _changes(own: Cell, last: Cell, results_dir: Path, records: Sequence[TestRecord]) -> Changes:
+    """By attribute and group, the change of exact choice since a task was learned."""
+    before, after = (read_scores((results_dir / cell.answers).with_name(SCORES)) for cell in (own, last))
+    columns = [table.columns[CHOICE] for table in (before, after) if CHOICE in table.columns]
+    if [len(column) for column in columns] != [len(records)] * 2:
+        return {}
+    difference = columns[1] - columns[0]
+    scored = ~np.isnan(difference)
+    attributes = [record.attributes for record, known in zip(records, scored, strict=True) if known]
+    found = changes_by_group(attributes, difference[scored], after.groups[scored])
+    return {
+        name: {value: f"{points:+.1f}{bracketed(change.ends)}" for value, (points, change) in groups.items()}
+        for name, groups in found.items()
+    }
+
+
+def _card(
+    task: str, stage: int, clinical: Clinical, closed: ClosedMeasured, changes: Changes | None = None
+) -> ClinicalCard:
     guessing = closed.guessing
     constants = {"the most frequent training answer": guessing.majority, "the best constant answer": guessing.hindsight}
     given = ", ".join(f"{name} {100 * share:.1f} %" for name, share in constants.items() if share is not None)
@@ -76,8 +116,13 @@ def _card(task: str, stage: int, clinical: Clinical, closed: ClosedMeasured) -> 
             ]
             for one in clinical.by_question
         ],
-        attributes={name: (_gap(attribute), _groups(attribute)) for name, attribute in clinical.subgroups.items()},
-        enough=_enough(closed),
+        attributes={
+            name: (_gap(attribute), _groups(attribute, (changes or {}).get(name, {})))
+            for name, attribute in clinical.subgroups.items()
+        },
+        enough=shown_by(closed.questions, closed.groups, min(one.questions for one in closed.by_class)),
+        curves=Markup(curve_plots(closed.curves)) if closed.curves else None,
+        dots=Markup(dots) if (dots := subgroup_dots(clinical.subgroups)) else None,
     )
 
 
@@ -96,29 +141,20 @@ def _gap(attribute: AttributeMeasured) -> str:
     association += f" [{ends[0]:.2f} to {ends[1]:.2f}]" if ends else ""
     if attribute.gap is None:
         return f"too few patients to compare groups; {association}{missing}"
-    return f"largest gap {figure_text(attribute.gap)} points, worst: {attribute.worst}; {association}{missing}"
+    line = f"largest gap {figure_text(attribute.gap)} points, worst: {attribute.worst}; {association}{missing}"
+    return f"{line}. {warning}" if (warning := attribute.in_words()) else line
 
 
-def _groups(attribute: AttributeMeasured) -> list[list[str]]:
+def _groups(attribute: AttributeMeasured, changes: Mapping[str, str]) -> list[list[str]]:
     return [
         [
             value,
             str(group.questions),
             str(group.patients),
             figure_text(group.score) if group.score else "counted only",
+            "–" if group.guess is None else f"{100 * group.guess:.1f}",
             "–" if group.p is None else f"{group.p:.3f}",
+            changes.get(value, "–"),
         ]
         for value, group in attribute.groups.items()
     ]
-
-
-def _enough(closed: ClosedMeasured) -> str:
-    effect = design_effect(closed.questions, closed.groups)
-    fewest = min(one.questions for one in closed.by_class)
-    width = f"±{100 * share_half_width(0.9, fewest, effect):.1f} points for a recall of 90 %" if fewest else "nothing"
-    least = 100 * detectable_difference(closed.questions, CHANGED, effect)
-    return (
-        f"{closed.questions} questions of {closed.groups} images or patients, design effect {effect:.1f}: the rarest "
-        f"class, {fewest} questions, shows {width}; with {100 * CHANGED:.0f} % of answers changed a difference of "
-        f"{least:.1f} points would be found with 80 % power"
-    )

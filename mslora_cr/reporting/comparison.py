@@ -17,7 +17,7 @@ from mslora_cr.reporting.heatmaps import final_scores_map, matrix_map
 from mslora_cr.reporting.plots import stage_curves
 from mslora_cr.reporting.render import render
 from mslora_cr.reporting.run_record import read_ledger
-from mslora_cr.reporting.style import MATRICES, PALETTE, TITLES
+from mslora_cr.reporting.style import MATRICES, PALETTE, REPORTED_TITLES
 from mslora_cr.statistics.intervals import CONFIDENCE
 
 
@@ -76,11 +76,11 @@ def _by_metric(
     curves = {label: points for label, matrix in matrices.items() if (points := matrix.stage_averages())}
     bands = {label: ends.stages for label, ends in spans.items()}
     return {
-        "title": TITLES[key],
+        "title": REPORTED_TITLES[key],
         "tasks": len({task for matrix in matrices.values() for task in matrix.tasks}),
         "summaries": {label: matrix.summary() for label, matrix in matrices.items()},
         "intervals": {label: ends.figures for label, ends in spans.items()},
-        "curves": Markup(stage_curves(curves, bands, colors, f"{TITLES[key]}, %")) if curves else None,
+        "curves": Markup(stage_curves(curves, bands, colors, f"{REPORTED_TITLES[key]}, %")) if curves else None,
         "maps": [matrix_map(label, name, run, spans[label].transfer) for label, run in evaluations.items()],
         "final": final_scores_map(evaluations, name),
     }

@@ -91,7 +91,7 @@ def loss_curves(logs: Mapping[str, Log], colors: Mapping[str, str]) -> str | Non
                 ax.plot(*_thinned(points), color=colors[task], marker="." if marked else None)
             _mark_tasks(ax, spans, named=row == 0)
         axes[-1].set_xlabel("optimizer step of the stream")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def stage_curves(
@@ -120,7 +120,7 @@ def stage_curves(
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(axis="y", alpha=0.15, color=INK)
         ax.legend(frameon=False, loc="lower left")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def sweep_dots(panels: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]], colors: Mapping[str, str]) -> str:
@@ -151,7 +151,7 @@ def sweep_dots(panels: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]], 
             ax.grid(axis="x", alpha=0.15, color=INK)
         ax.invert_yaxis()
         ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _spans(logs: Mapping[str, Log]) -> dict[str, tuple[float, float]]:
@@ -186,7 +186,8 @@ def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
     return [x for x, _ in means], [y for _, y in means]
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
+    """A figure as SVG that takes its text colour and font from the page around it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

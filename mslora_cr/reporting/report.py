@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +12,10 @@ from markupsafe import Markup
 from mslora_cr.analysis.compare import compare
 from mslora_cr.banks.similarity import Similarity, bank_similarity
 from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.records import TestRecord
 from mslora_cr.data.sources.catalog import catalog
 from mslora_cr.data.sources.leaks import sentences
+from mslora_cr.data.tasks import test_records
 from mslora_cr.evaluation.probe_result import MEASURED, read_probes
 from mslora_cr.evaluation.results import Evaluation, ReportError
 from mslora_cr.evaluation.schemas import ROUTED, Analysis
@@ -34,13 +36,22 @@ from mslora_cr.reporting.heatmaps import (
 from mslora_cr.reporting.plots import VALIDATION_LOSS, logged_terms, loss_curves
 from mslora_cr.reporting.render import capital, render
 from mslora_cr.reporting.run_record import PUBLISHED_SCORES, PublishedRun, RunRecord, load_published_scores, read_run
-from mslora_cr.reporting.style import ADDED_TITLES, BENCHMARK_TITLES, MATRICES, METRICS, PALETTE, TITLES
+from mslora_cr.reporting.shown_to_do import COLUMNS, ShownTask, last_cells, shown_to_do
+from mslora_cr.reporting.style import (
+    ADDED_TITLES,
+    BENCHMARK_TITLES,
+    MATRICES,
+    PALETTE,
+    REPORTED,
+    REPORTED_TITLES,
+)
 from mslora_cr.reporting.thumbnails import thumbnails
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.statistics.interval import Interval
 from mslora_cr.statistics.intervals import CONFIDENCE
 from mslora_cr.statistics.matrix import TaskStageMatrix
 from mslora_cr.statistics.matrix_intervals import MatrixIntervals
+from mslora_cr.utils.errors import UserError
 
 
 def write_report(
@@ -64,14 +75,17 @@ def write_report(
     """
     run = read_run(run_dir, results_dir)
     with one_writer(results_dir):
-        context = _context(run, load_published_scores(published_scores)) | _answers(run, config)
+        context = _context(run, load_published_scores(published_scores), config) | _answers(run, config)
         context["leaks"] = _leaks(run, config)
+        context["shown_tasks"] = _shown(run, context["leaks"])
         for name in ("report.html", "report.md"):
             render(name, results_dir / name, context)
     return results_dir / "report.html"
 
 
-def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str, Any]:
+def _context(
+    run: RunRecord, published: Mapping[str, PublishedRun], config: StreamConfig | None = None
+) -> dict[str, Any]:
     """The context of the templates."""
     modalities, colors = _modality_colors(run), _task_colors(run)
     evaluation, ledger = run.evaluation, run.ledger
@@ -94,13 +108,16 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
         "rank": answering_rank(evaluation, ledger) if evaluation else None,
         "published": _published_run(evaluation, published) if evaluation else None,
         "scores": _score_rows(evaluation, published) if evaluation else [],
+        "reported": {key: REPORTED_TITLES[key] for key in REPORTED},
         "added": _added_titles(evaluation),
-        "clinical": clinical_cards(evaluation, run.results_dir) if evaluation else [],
+        "shown_columns": COLUMNS,
+        "clinical": clinical_cards(evaluation, run.results_dir, _asked(run, config)) if evaluation else [],
         "summaries": [
-            (TITLES[key], len(matrix.tasks), matrix.summary(), spans[key].figures) for key, matrix in present.items()
+            (REPORTED_TITLES[key], len(matrix.tasks), matrix.summary(), spans[key].figures)
+            for key, matrix in present.items()
         ],
         "maps": [
-            matrix_map(capital(TITLES[key]), MATRICES[key], evaluation, spans[key].transfer)
+            matrix_map(capital(REPORTED_TITLES[key]), MATRICES[key], evaluation, spans[key].transfer)
             for key in present
             if evaluation
         ],
@@ -127,6 +144,19 @@ def _context(run: RunRecord, published: Mapping[str, PublishedRun]) -> dict[str,
     }
 
 
+def _asked(run: RunRecord, config: StreamConfig | None) -> dict[str, Sequence[TestRecord]]:
+    """By task, the questions whose records name attributes, as far as their files are still those that were asked."""
+    asked: dict[str, Sequence[TestRecord]] = {}
+    for cell in last_cells(run.evaluation) if run.evaluation and config else ():
+        try:
+            records = test_records(config, config.task(cell.task)) if config else None
+        except UserError:
+            continue
+        if records is not None and records.digest == cell.questions and any(one.attributes for one in records):
+            asked[cell.task] = list(records)
+    return asked
+
+
 def _answers(run: RunRecord, config: StreamConfig | None) -> dict[str, Any]:
     """The data of the browser of answers, the tables of confusions, and what is missing in either."""
     if run.evaluation is None:
@@ -151,6 +181,10 @@ def _leaks(run: RunRecord, config: StreamConfig | None) -> dict[str, str]:
     return sentences(config, {cell.task: cell.questions for cell in run.evaluation.cells})
 
 
+def _shown(run: RunRecord, leaks: Mapping[str, str]) -> list[ShownTask]:
+    return shown_to_do(last_cells(run.evaluation), run.results_dir, leaks) if run.evaluation else []
+
+
 def _task_colors(run: RunRecord) -> dict[str, str]:
     modalities = _modality_colors(run)
     return {task: modalities[modality] for task, modality in run.modalities.items()}
@@ -164,7 +198,12 @@ def _modality_colors(run: RunRecord) -> dict[str, str]:
 def _headline(matrices: Mapping[str, TaskStageMatrix], spans: Mapping[str, MatrixIntervals]) -> dict[str, Any] | None:
     """The first metric that the run has, with its figures and their intervals."""
     for key, matrix in matrices.items():
-        return {"title": TITLES[key], "tasks": len(matrix.tasks), "spans": spans[key].figures, **matrix.summary()}
+        return {
+            "title": REPORTED_TITLES[key],
+            "tasks": len(matrix.tasks),
+            "spans": spans[key].figures,
+            **matrix.summary(),
+        }
     return None
 
 
@@ -191,7 +230,7 @@ def _asked_as_published(evaluation: Evaluation, task: str) -> bool:
 
 
 class ScoreRow(NamedTuple):
-    """A task at its own stage: the banks that answered, its scores in the order of METRICS, each with its interval and
+    """A task at its own stage: the banks that answered, its scores in the order of REPORTED, each with its interval and
     the published one, and those of `_added_titles` with their intervals; None where there is none."""
 
     task: str
@@ -220,7 +259,7 @@ def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -
                 task,
                 rows=cell.rows if cell else None,
                 banks=evaluation.bank_numbers(cell) if cell else "–",
-                scores=[(ours.get(name), spans.get(name), theirs.get(key)) for key, name in METRICS.items()],
+                scores=[(ours.get(name), spans.get(name), theirs.get(key)) for key, name in REPORTED.items()],
                 added=[(ours.get(name), spans.get(name)) for name in _added_titles(evaluation)],
             )
         )

@@ -1,21 +1,28 @@
 """Settings that the pages share: metrics and their titles, colours of runs and modalities."""
 
+from mslora_cr.metrics.typed import CHOICE, TYPED
+
 METRICS = {"closed": "close accuracy", "f1": "f1 score", "exact": "exact match score"}
-"""Name in `published_scores.yaml` → name in `metrics.json`; the first that a run has is its headline."""
-MATRICES = {"benchmark": "benchmark", **METRICS}
-"""The same for tables of tasks and stages, which a public benchmark's own score opens where the run has one."""
+"""Name in `published_scores.yaml` → name in `metrics.json`."""
 TITLES = {
     "closed": "closed accuracy",
     "f1": "F1 of open answers",
     "exact": "exact match",
     "benchmark": "the benchmark's own score",
 }
+REPORTED = {"choice": CHOICE, **METRICS}
+"""The columns of a report's table of scores."""
+MATRICES = {"benchmark": "benchmark", **REPORTED}
+"""The same for tables of tasks and stages, which a public benchmark's own score opens where the run has one. The first
+that a run has is its headline."""
+REPORTED_TITLES = {**TITLES, "choice": CHOICE, "closed": "published closed accuracy"}
 ADDED_TITLES = {
     "whole-word accuracy": "closed accuracy by whole words",
     "squad f1": "F1 as SQuAD's",
     "corpus bleu": "corpus BLEU",
     "rouge-l": "ROUGE-L",
     "token recall": "token recall",
+    **{name: name for name in TYPED if name != CHOICE},
 }
 BENCHMARK_TITLES = {
     "benchmark": "benchmark's own score",

@@ -12,7 +12,7 @@ from mslora_cr.evaluation.results import ReportError
 from mslora_cr.reporting.cost import mean_costs
 from mslora_cr.reporting.plots import sweep_dots
 from mslora_cr.reporting.render import render
-from mslora_cr.reporting.style import MATRICES, PALETTE, TITLES
+from mslora_cr.reporting.style import MATRICES, PALETTE, REPORTED_TITLES
 from mslora_cr.reporting.sweep_result import Outcome, SweepResult
 from mslora_cr.utils.files import write_text
 
@@ -43,8 +43,8 @@ def write_sweep_page(sweep: SweepResult, output: Path) -> Path:
     write_text(output / "sweep.svg", plot)
     context = {
         "sweep": sweep,
-        "metrics": {TITLES[key]: methods for key, methods in sweep.metrics.items() if methods},
-        "headline": TITLES[headline],
+        "metrics": {REPORTED_TITLES[key]: methods for key, methods in sweep.metrics.items() if methods},
+        "headline": REPORTED_TITLES[headline],
         "columns": SWEEP_COLUMNS,
         "banks_by": {run.method: run.banks_by for run in sweep.runs},
         "ranks": {run.method: run.rank for run in sweep.runs},

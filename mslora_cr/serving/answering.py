@@ -7,12 +7,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from torch import Tensor
 
 from mslora_cr.banks.stack import BankStack
+from mslora_cr.clinical.calibrated import CALIBRATION, calibrated
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.images import decode_image, load_image, washed_out
 from mslora_cr.data.input_processor import TextTokenizer
@@ -22,10 +23,12 @@ from mslora_cr.distributed.comm import get_device
 from mslora_cr.methods.base import method_of
 from mslora_cr.models.load import input_processor_of, load_base
 from mslora_cr.routing.fit import feature_extractor
+from mslora_cr.routing.foreign import LEVEL, foreign_p_values
 from mslora_cr.routing.lda import TaskRouter, TaskStatistics
 from mslora_cr.runs.ledger import Ledger, finished_banks
 from mslora_cr.serving.alone import answer_and_probability
 from mslora_cr.serving.selection import RunBanks
+from mslora_cr.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 ImageSource = str | Path | bytes | Image.Image
@@ -46,7 +49,9 @@ class Answer:
         banks: The names of the banks that answered; empty for the base model alone.
         probabilities: The router's probabilities by task; empty if the task was given.
         confidence: The probability of the answer's tokens after the question.
-        abstained: Whether that probability is below the requested one; then do not use the text as an answer.
+        abstained: Whether that probability is below the requested one, or the question was refused; then do not use the
+            text as an answer.
+        foreign: Whether the question is like none of the tasks; None if the task was given, or it is not known.
     """
 
     text: str
@@ -57,6 +62,12 @@ class Answer:
     probabilities: dict[str, float]
     confidence: float | None = None
     abstained: bool = False
+    foreign: bool | None = None
+
+
+Foreign = Literal["answer", "base", "refuse"]
+"""What becomes of a routed question that is like none of the tasks: it is answered all the same, answered by the base
+model without a bank, or refused."""
 
 
 class AnsweringModel:
@@ -83,6 +94,7 @@ class AnsweringModel:
         if task is not None:
             self.run.answering(task, self.stage)
         self._routers: dict[int, TaskRouter] = {}
+        self._known: dict[int, list[TaskStatistics]] = {}
         if task is None and self.stage and self.run.needs_task:
             method_of(config)  # Its router needs the method's code.
             self._statistics(self.stage)
@@ -106,6 +118,8 @@ class AnsweringModel:
         max_new_tokens: int | None = None,
         on_text: Callable[[str], None] | None = None,
         abstain_below: float | None = None,
+        risk: float | None = None,
+        foreign: Foreign = "answer",
     ) -> Answer:
         """Answer a question greedily, as `evaluate` does.
 
@@ -118,8 +132,12 @@ class AnsweringModel:
             max_new_tokens: Replaces `evaluation.max_new_tokens`; at least 1.
             on_text: Called with each new piece of the answer's text.
             abstain_below: The least probability of the answer's tokens for it to count as an answer.
+            risk: Sets `abstain_below` from the run's validation questions (`evaluate --calibrate`): of all questions
+                like these, at most this share is answered wrongly, in expectation.
+            foreign: What happens to a question that is like none of the tasks, if no task is given.
 
         Raises:
+            UserError: A risk is asked for, and there are no validation questions, or too few.
             ConfigError, BankError: The task or stage cannot answer, or `max_new_tokens` is below 1.
             DataError: A picture cannot be read, or prompt and answer would exceed `data.max_length`.
         """
@@ -131,9 +149,15 @@ class AnsweringModel:
         images = self._process(images)
         stage = self.stage if stage is None else self.run.stage(stage)
         task = task or self.task
-        likely = self._route(images, history[0][0] if history else question, stage) if task is None else {}
+        likely, is_foreign = self._look(images, history[0][0] if history else question, stage, task)
         task = max(likely, key=lambda name: likely[name]) if likely else task
+        if is_foreign and foreign == "refuse":
+            return Answer("", (), None, stage, (), likely, abstained=True, foreign=True)
+        if is_foreign and foreign == "base":
+            stage, likely = 0, {}
         names = self._use(task, stage, likely)
+        if risk is not None:
+            abstain_below = self._threshold(task, names, risk)
         ids, inputs = self._asked(question, history, images)
         tokenizer = self._input_processor.tokenizer
         streamer = _Streamer(tokenizer, on_text) if on_text else None
@@ -145,7 +169,7 @@ class AnsweringModel:
             streamer.end()
         [text] = tokenizer.decode([ids])
         abstained = abstain_below is not None and confidence < abstain_below
-        return Answer(text, tuple(ids), task, stage, names, likely, confidence, abstained)
+        return Answer(text, tuple(ids), task, stage, names, likely, confidence, abstained, is_foreign)
 
     def route(
         self, images: ImageSource | Sequence[ImageSource], question: str, stage: int | None = None
@@ -156,18 +180,26 @@ class AnsweringModel:
         Raises:
             BankError: A bank has no statistics for the router.
         """
-        return self._route(self._process(images), question, self.stage if stage is None else self.run.stage(stage))
+        stage = self.stage if stage is None else self.run.stage(stage)
+        return self._look(self._process(images), question, stage, None)[0]
 
-    def _route(self, images: Any, question: str, stage: int) -> dict[str, float]:
-        if not stage or not self.run.needs_task:
-            return {}
-        shares = self._router(stage).probabilities(self._features.of_question(images, question))[0].tolist()
-        names = [task.name for task in self.run.routed(stage)]
-        return dict(sorted(zip(names, shares, strict=True), key=lambda item: -item[1]))
+    def _look(self, images: Any, question: str, stage: int, task: str | None) -> tuple[dict[str, float], bool | None]:
+        """How likely each task is, and whether the question is like none; nothing where the task is given, or all are
+        answered by the same banks."""
+        if task is not None or not stage or not self.run.needs_task:
+            return {}, None
+        features = self._features.of_question(images, question)
+        shares = self._router(stage).probabilities(features)[0].tolist()
+        names = [routed.name for routed in self.run.routed(stage)]
+        p = foreign_p_values(self._statistics(stage), features)
+        likely = dict(sorted(zip(names, shares, strict=True), key=lambda item: -item[1]))
+        return likely, None if p is None else bool(p[0] < LEVEL)
 
     def _statistics(self, stage: int) -> list[TaskStatistics]:
-        ledger = Ledger.read(self.config)
-        return [ledger.statistics(task.name) for task in self.run.routed(stage)]
+        if stage not in self._known:
+            ledger = Ledger.read(self.config)
+            self._known[stage] = [ledger.statistics(task.name) for task in self.run.routed(stage)]
+        return self._known[stage]
 
     def _router(self, stage: int) -> TaskRouter:
         if stage not in self._routers:
@@ -193,6 +225,17 @@ class AnsweringModel:
             self._stack.model.eval()
             self._merged = chosen
         return tuple(bank.name for bank in banks)
+
+    def _threshold(self, task: str | None, names: Sequence[str], risk: float) -> float:
+        """The least probability of an answer that keeps a risk."""
+        digests = [self.run.banks[name].digest for name in names if name in self.run.banks]
+        found = calibrated(self.config.results_run_dir, task, digests) if task else None
+        if found is None:
+            raise UserError(
+                f"no validation questions say which answers of {task or 'the base model'} keep a risk of {risk}: run "
+                f"`mslora-cr evaluate` with --calibrate for this stage ({self.config.results_run_dir / CALIBRATION})"
+            )
+        return found.threshold(risk)
 
     def _asked(self, question: str, history: Sequence[Exchange], images: Any) -> tuple[list[int], dict[str, Tensor]]:
         turns = [turn for asked, answered in history for turn in (Message("human", asked), Message("gpt", answered))]

@@ -17,6 +17,7 @@ from mslora_cr.data.sources.leaks import sentences
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.models.family import Family, family_of
 from mslora_cr.models.save import class_of
+from mslora_cr.reporting.shown_to_do import COLUMNS, TITLE, shown_to_do
 from mslora_cr.runs.entries import RunLedger
 from mslora_cr.statistics.intervals import CONFIDENCE
 
@@ -60,8 +61,9 @@ class Card:
 
     def text(self) -> str:
         """The whole `README.md`."""
-        parts = (self._head, self._title, self._loading, self._scores, self._data, self._use, self._training)
-        return "\n\n".join(part().strip() for part in parts) + "\n"
+        scores = (self._shown, self._scores)
+        parts = (self._head, self._title, self._loading, *scores, self._data, self._use, self._training)
+        return "\n\n".join(text for part in parts if (text := part().strip())) + "\n"
 
     def _head(self) -> str:
         modalities = sorted({task.modality for task in self.config.stream})
@@ -206,6 +208,16 @@ inputs = processor(text=prompt, images=[image], add_special_tokens=False, return
                 *(f"\n**{_cell(task)}**: the data check found that {found}." for task, found in leaks.items()),
             ]
         )
+
+    def _shown(self) -> str:
+        """One line a task: what was measured of it, and what is not known."""
+        cells = self._cells().values()
+        if not cells:
+            return ""
+        leaks = sentences(self.config, {cell.task: cell.questions for cell in cells})
+        rows = [f"| {' | '.join(map(_cell, row))} |" for row in shown_to_do(cells, self.config.results_run_dir, leaks)]
+        head = [f"## {TITLE}", "", f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
+        return "\n".join([*head, *rows])
 
     def _data(self) -> str:
         rows = []

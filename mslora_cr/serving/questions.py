@@ -41,6 +41,7 @@ class Ask:
         likely = {"probabilities": answer.probabilities} if answer.probabilities else {}
         sure: dict[str, object] = {} if answer.confidence is None else {"confidence": answer.confidence}
         sure |= {"abstained": True} if answer.abstained else {}
+        sure |= {} if answer.foreign is None else {"foreign": answer.foreign}
         return json.dumps({**(self.json or {}), **result, **likely, **sure}, ensure_ascii=False)
 
 

@@ -57,8 +57,9 @@ class _Answered(NamedTuple):
 class _Web:
     """Handles the page's requests. There is one model, so it answers one question at a time."""
 
-    def __init__(self, model: AnsweringModel) -> None:
+    def __init__(self, model: AnsweringModel, abstain_below: float | None, risk: float | None) -> None:
         self.model, self._lock = model, Lock()
+        self._abstain_below, self._risk = abstain_below, risk
         self._records = lru_cache(maxsize=None)(self._open)
 
     def run(self, request: Request) -> Response:
@@ -133,15 +134,20 @@ class _Web:
             record = None  # The truth belongs to another question.
         stages = sorted({_number(stage) for stage in fields.get("stages", "").split(",") if stage})
         with self._lock:
-            answers = [self.model.ask(picture, question, task, stage) for stage in stages]
+            answers = [
+                self.model.ask(picture, question, task, stage, abstain_below=self._abstain_below, risk=self._risk)
+                for stage in stages
+            ]
         return {
             "answers": [
                 {
                     "stage": answer.stage,
                     "task": answer.task if answer.stage else None,
                     "banks": answer.banks,
-                    "text": answer.text,
-                    "score": _score(answer.text, record) if record else None,
+                    "text": None if answer.abstained else answer.text,
+                    "confidence": answer.confidence,
+                    "foreign": bool(answer.foreign),
+                    "score": _score(answer.text, record) if record and not answer.abstained else None,
                 }
                 for answer in answers
             ],
@@ -197,14 +203,18 @@ def _score(text: str, record: TestRecord) -> str:
     return f"F1 {100 * row.overlap.f1:.0f} %"
 
 
-def make_app(model: AnsweringModel, hosts: Sequence[str]) -> Starlette:
+def make_app(
+    model: AnsweringModel, hosts: Sequence[str], abstain_below: float | None = None, risk: float | None = None
+) -> Starlette:
     """The page of a model, as an application.
 
     Args:
         model: The model.
         hosts: Host names under which the page may be requested; another name belongs to another site (DNS rebinding).
+        abstain_below: As for `AnsweringModel.ask`.
+        risk: As for `AnsweringModel.ask`.
     """
-    web = _Web(model)
+    web = _Web(model, abstain_below, risk)
     pages = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
     routes = [Route(path, _file(PAGE / name)) for path, name in pages.items()]
     routes += [Route("/api/run", web.run), Route("/api/questions", web.questions), Route("/api/image", web.image)]

@@ -9,6 +9,12 @@ from mslora_cr.statistics.intervals import CONFIDENCE
 CORRELATION = 0.2
 """The intra-class correlation of one patient's questions, if nothing is known."""
 POWER = 0.8
+CHANGED = 0.08
+"""The share of changed answers for which the smallest difference that would be found is told."""
+RECALL, AREA = 0.9, 0.85
+"""The values whose intervals' widths are told."""
+FEWEST = 10
+"""Questions of each kind from which on a width of an area is told."""
 
 
 def design_effect(questions: int, patients: int, correlation: float = CORRELATION) -> float:
@@ -64,6 +70,29 @@ def detectable_difference(questions: int, changed: float, effect: float = 1.0, p
         power: The probability of finding it.
     """
     return float((_z() + ndtri(power)) * (changed * effect / questions) ** 0.5)
+
+
+def shown_by(questions: int, groups: int, positives: int) -> str:
+    """What so many closed questions can show, in words.
+
+    Args:
+        questions: closed ones, at least one.
+        groups: images or patients that they are about.
+        positives: questions of the rarest class.
+    """
+    effect = design_effect(questions, groups)
+    widths = ["nothing"]
+    if positives:
+        widths = [f"±{100 * share_half_width(RECALL, positives, effect):.1f} points for a recall of {RECALL:.0%}"]
+    if min(positives, questions - positives) >= FEWEST:
+        half = auroc_half_width(AREA, positives, questions - positives, effect)
+        widths.append(f"±{half:.3f} for an AUROC of {AREA}")
+    least = 100 * detectable_difference(questions, CHANGED, effect)
+    return (
+        f"{questions} questions of {groups} images or patients, design effect {effect:.1f}: the rarest class, "
+        f"{positives} questions, shows {' and '.join(widths)}; with {CHANGED:.0%} of answers changed a difference of "
+        f"{least:.1f} points would be found with {POWER:.0%} power"
+    )
 
 
 def _z() -> float:

@@ -110,7 +110,7 @@ def test_answer_files_alone_give_what_run_folders_give(tmp_path: Path, capsys: p
     runs, files, mixed = (
         compared(tmp_path, *pair, options=("--at", "own")) for pair in ((base, other), alone, (base, alone[1]))
     )
-    assert {"closed accuracy", "exact match", "F1 of open answers", "ROUGE-L"} == set(runs["metrics"])
+    assert {"exact choice", "closed accuracy", "exact match", "F1 of open answers", "ROUGE-L"} == set(runs["metrics"])
     for metric in runs["metrics"]:
         expected = numbers(by_task(runs, metric, "other"))
         assert numbers(by_task(files, metric, "other")) == numbers(by_task(mixed, metric, "other")) == expected

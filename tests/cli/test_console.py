@@ -51,7 +51,7 @@ def test_training_and_evaluation_end_with_what_was_made(
     captured = capsys.readouterr()
     said = captured.out + captured.err
     assert re.search(
-        r"task +stage +questions +exact +closed, letters found +F1, open +closed, against guessing\n", said
+        r"task +stage +questions +exact choice +closed, letters found +F1, open +closed, against guessing\n", said
     )
     assert re.search(r"pathvqa +1 +8 +\d+\.\d +\d+\.\d +\d+\.\d( .*)?\n", said)
     assert re.search(r"closed, letters found: own stage \d+\.\d\n", said)

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mslora_cr.clinical.asked import asked_answers
 from mslora_cr.clinical.file import CLINICAL, Clinical
-from mslora_cr.clinical.measure import asked_answers, clinical_of, training_frequencies
+from mslora_cr.clinical.measure import clinical_of
+from mslora_cr.clinical.training import training_frequencies
 from mslora_cr.data.records import TrainingRecords
 from mslora_cr.evaluation.score import score_file
 from mslora_cr.metrics.guessing import question_key, training_answers

@@ -9,7 +9,7 @@ import torch
 
 from mslora_cr.data.datasets import EvalDataset
 from mslora_cr.data.llava_med_inputs import LlavaMedInputs
-from mslora_cr.data.records import TestRecord, TestRecords
+from mslora_cr.data.records import TestRecords
 from mslora_cr.evaluation.answer_files import (
     Answered,
     Origin,
@@ -22,35 +22,12 @@ from mslora_cr.evaluation.answer_files import (
 from mslora_cr.evaluation.probabilities import (
     PROBABILITIES,
     AnswerProbability,
-    candidate_answers,
     read_probabilities,
 )
 from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.generation.run import Decoding
 from mslora_cr.models.llava_med import load
 from tests.conftest import GOLDEN
-
-
-def question(text: str, truth: str, kind: str = "CLOSED") -> TestRecord:
-    return TestRecord.model_validate(
-        {"question_id": 1, "image": "a.png", "text": text, "gt": truth, "answer_type": kind}
-    )
-
-
-def test_the_closed_set_of_a_question_is_its_different_truths() -> None:
-    records = [
-        question("Which class?", "Melanoma"),
-        question(" which  class? ", "nevus"),
-        question("Which class?", "nevus"),
-        question("Which class?", "melanoma"),
-        question("Is it round?", "Yes"),
-        question("Is it large?", "no"),
-        question("Which side?", "left"),
-        question("Which class?", "nevus", "OPEN"),
-    ]
-    classes = ("Melanoma", "nevus")
-    assert candidate_answers(records) == [classes] * 4 + [("No", "Yes"), ("no", "yes"), (), ()]
-    assert candidate_answers([question("Which?", str(number)) for number in range(40)]) == [()] * 40
 
 
 def test_probabilities_of_a_worked_example() -> None:
@@ -90,14 +67,17 @@ def test_answers_resume_with_their_probabilities_and_notice_other_images(
     folder, origin = tmp_path / "answers", Origin("f" * 64, "first")
 
     def answer() -> dict[str, float]:
-        return answer_questions(base.model, samples, folder, decoding, origin, "questions")
+        sides = ("left", "right")
+        return answer_questions(base.model, samples, folder, decoding, origin, "questions", [("no", "yes"), sides, ()])
 
     stamp = answer_once(folder, origin, 3, answer)
     answers, told = (folder / ANSWERS).read_bytes(), read_probabilities(folder / PROBABILITIES)
-    assert stamp.images == "first" and [of.candidates for of in told] == [("no", "yes"), *[("left", "no")] * 2]
+    assert stamp.images == "first" and [of.candidates for of in told] == [("no", "yes"), ("left", "right"), ()]
     assert all(of.tokens == 3 and of.finished is False for of in told)  # a model of random numbers ends nothing
     for row, of in zip(map(json.loads, (folder / PROBABILITIES).read_text().splitlines()), told, strict=True):
-        assert sum(row["p"]) == pytest.approx(1) and row["share"] == pytest.approx(sum(map(math.exp, row["logprobs"])))
+        if of.candidates:
+            assert sum(row["p"]) == pytest.approx(1)
+            assert row["share"] == pytest.approx(sum(map(math.exp, row["logprobs"])))
         assert of.logprob is not None and of.logprob_first is not None and of.logprob <= of.logprob_first < 0
 
     # A run that was killed behind its first answers: they are kept, word for word and number for number.

@@ -98,9 +98,12 @@ def test_how_an_answer_says_a_class() -> None:
     assert known.names == ("no", "yes") and known.said.tolist() == [0, 1, 2, 2]
     options = {"A": "Lung", "B": "Liver"}
     lettered = confusion(
-        ["B", "lung", "It is a lung", "b."], [["Liver"], ["A"], ["Lung"], ["B"]], independent(4), [options] * 4
+        ["B", "lung", "a lung or a liver", "b.", "It is a lung"],
+        [["Liver"], ["A"], ["Lung"], ["B"], ["A"]],
+        independent(5),
+        [options] * 5,
     )
-    assert lettered.names == ("liver", "lung") and lettered.said.tolist() == [0, 1, 2, 0]
+    assert lettered.names == ("liver", "lung") and lettered.said.tolist() == [0, 1, 2, 0, 1]
     several = confusion(["heart", "lung"], [["lung", "heart"], ["lung"]], independent(2))
     assert several.right.tolist() == [1, 1], "any accepted truth counts"
     assert confusion(["no pneumonia", "covid"], [["pneumonia"], ["covid"]], independent(2)).right.tolist() == [0, 1]

@@ -3,7 +3,7 @@
 import pytest
 
 from mslora_cr.data.answers.options import letter_of, lettered, rotated, with_options
-from mslora_cr.metrics.options import Choice, circular, counts_of, is_right, parse_choice
+from mslora_cr.metrics.options import Choice, counts_of, parse_choice
 
 OPTIONS = {"A": "lung", "B": "left lung", "C": "a heart"}
 
@@ -49,9 +49,6 @@ def test_truths_rotations_and_counts() -> None:
         and letter_of("(c)", OPTIONS) == "C"
         and letter_of("liver", OPTIONS) is None
     )
-    assert is_right(Choice("parsed", "B"), ("a heart", "left lung"), OPTIONS)
-    assert not is_right(Choice("unparsed"), ("a heart",), OPTIONS)
-    assert circular([True, True]) and not circular([True, False]) and not circular([])
     choices = [parse_choice(answer, OPTIONS) for answer in ("A", "A. or B.", "", "C")]
     assert counts_of(choices) == {"parsed": 2, "unparsed": 1, "ambiguous": 1}
     assert with_options("What?", {}) == "What?" and lettered({"a": "x", "B": "y"}) == {"A": "x", "B": "y"}

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mslora_cr.clinical.asked import asked_answers
 from mslora_cr.clinical.file import CLINICAL, Clinical
-from mslora_cr.clinical.measure import asked_answers, clinical_of
+from mslora_cr.clinical.groups import changes_by_group
+from mslora_cr.clinical.measure import clinical_of
 from mslora_cr.data.records import TestRecord
 from mslora_cr.reporting.clinical_cards import _card
 from mslora_cr.reporting.report import write_report
@@ -43,8 +46,17 @@ def test_groups_of_patients_have_scores_gap_and_association() -> None:
     assert sex.groups["F"].p is not None and sex.groups["F"].p < 0.01
     assert Clinical.model_validate_json(found.model_dump_json()) == found
     assert found.closed is not None
-    card = _card("cxp", 2, found, found.closed)
+    gone = changes_by_group(
+        [record.attributes for record in records], np.repeat([-1.0, 0.0], [12, 36]), independent(48)
+    )
+    assert {value: points for value, (points, _) in gone["sex"].items()} == {"F": -25.0, "M": -25.0}
+    assert gone["view"]["AP"][1].lost == 5
+    changes = {name: {value: f"{points:+.1f}" for value, (points, _) in by.items()} for name, by in gone.items()}
+    card = _card("cxp", 2, found, found.closed, changes)
     line, groups = card.attributes["sex"]
+    assert [row[-1] for row in groups] == ["-25.0", "-25.0"]
+    assert "Shortcut: this attribute alone gives 100.0 %, which the model is not above" in card.attributes["view"][0]
+    assert card.dots is not None and "sex: F (12)" in card.dots and card.curves is None
     assert line.startswith("largest gap 50.0 [") and "worst: F" in line
     assert [row[:3] for row in groups] == [["F", "12", "12"], ["M", "36", "36"]]
     assert card.enough.startswith(

@@ -33,9 +33,7 @@ def test_report_of_a_whole_run(tmp_path):
     assert path == results_dir / "report.html"
     page = Page(path)
     # closed accuracy of the six tasks that have closed questions: 18, 17, 16, 18, 17, 16 of 20
-    assert re.search(
-        r"Final average closed accuracy 85.0 % 7\d.\d to 9\d.\d; mean of 6 tasks, after the last", page.text
-    )
+    assert re.search(r"Final average exact choice 85.0 % 7\d.\d to 9\d.\d; mean of 6 tasks, after the last", page.text)
     assert "the interval of 95 % over other questions" in page.text
     assert "Backward transfer 0.0 points zero by construction" in page.text
     assert "Forgetting is zero by construction here" in page.text
@@ -71,13 +69,13 @@ def test_markdown_has_the_same_figures(tmp_path):
     run_dir, results_dir = make_run(tmp_path, "demo", published=True)
     write_report(run_dir, results_dir)
     text = (results_dir / "report.md").read_text(encoding="utf-8")
-    assert re.search(r"\*\*Final average closed accuracy: 85.00 %\*\* \[7\d.\d to 9\d.\d\] over 6 tasks", text)
+    assert re.search(r"\*\*Final average exact choice: 85.00 %\*\* \[7\d.\d to 9\d.\d\] over 6 tasks", text)
     assert "zero by construction" in text
-    assert re.search(r"\| pathvqa \| pathology \| 6761 \| 1 \| 90.00 \[[\d.]+ to 9[\d.]+\] \| 91.54 \|", text)
+    assert re.search(r"\| pathvqa \| pathology \| 6761 \| 1 (\| 90.00 \[[\d.]+ to 9[\d.]+\] ){2}\| 91.54 \|", text)
     assert re.search(r"\| slake-vqarad \| radiology \| 1512 \| 1–2 \| 85.00 \[", text)
     assert "\\<b\\>pathvqa\\</b\\> \\| no" in text
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 16, "ten and one of classes for each of six tasks"
+    assert len(tables) == 18, "twelve and one of classes for each of six tasks"
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
 
@@ -93,7 +91,7 @@ def test_markdown_shows_everything_as_text(tmp_path):
     (run_dir / "logs" / "derm.jsonl").rename(run_dir / "logs" / "other.jsonl")
     (run_dir / "config.yaml").write_text("run: x\nnote: |\n````\n# out\n")
     context = _context(read_run(run_dir, results_dir), {})
-    context |= {"browser": None, "confusions": [], "missing": [hostile], "leaks": {"derm": hostile}}
+    context |= {"browser": None, "confusions": [], "missing": [hostile], "leaks": {"derm": hostile}, "shown_tasks": []}
     render("report.md", tmp_path / "report.md", context)
     text = (tmp_path / "report.md").read_text()
     assert "- \\<img src=x\\> \\# \\`head\\` \\[a\\](b)\n" in text
@@ -114,7 +112,7 @@ def test_forgetting_of_a_sequential_run(tmp_path):
     told = score_table(read_evaluation(results_dir), results_dir)
     transfer = "backward transfer -30.0 [-46.6 to -12.7; 12 of 40 changed"
     assert f"closed, letters found: own stage 90.0, final average 70.0, forgetting 30.0, {transfer}" in told
-    assert f"Final average closed accuracy {(50 + 70 + 90) / 3:.1f} %" in page.text
+    assert f"Final average exact choice {(50 + 70 + 90) / 3:.1f} %" in page.text
     assert re.search(r"Backward transfer -30.0 points -46.6 to -12.7; .* Forgetting 30.0, no interval", page.text)
     assert "by construction" not in page.text
     assert "pathvqa 90.0 1 70.0 2 50.0 3 -40.0 8 of 20 changed (+0, -8)" in page.text  # the bank, the change
@@ -133,7 +131,7 @@ def test_a_change_of_few_answers_has_interval_count_bound_and_test(tmp_path):
     precision = "19 degrees of freedom, largest cluster 5.0 %"
     assert f"Backward transfer -10.0 points {ends}; {told}; change of earlier tasks" in page.text
     assert f"pathvqa 90.0 1 80.0 2 -10.0 {told} derm" in page.text
-    assert f"Closed accuracy 2 90.00 85.00 87.50 10.00 -10.00 {told}" in page.text
+    assert f"Published closed accuracy 2 90.00 85.00 87.50 10.00 -10.00 {told}" in page.text
     assert f'data-changed="{told}"' in path.read_text(encoding="utf-8")  # for the table's CSV
     assert f"**Backward transfer: -10.00 points** [{ends}; {told}; {precision}]; forgetting 10.00 points" in markdown
     assert re.search(r"\| pathvqa \| 90.0 .* \| -10.0 " + re.escape(f"[{ends}; {told}] |"), markdown)
@@ -141,7 +139,7 @@ def test_a_change_of_few_answers_has_interval_count_bound_and_test(tmp_path):
     assert f"forgetting 10.0, backward transfer -10.0 [{ends}; {told}; {precision}]" in shown
     both = [("a", run_dir, results_dir), ("b", None, results_dir)]
     page = Page(write_comparison(both, tmp_path / "index.html"))
-    assert page.text.count(f"pathvqa 90.0 1 80.0 2 -10.0 {told} derm") == 2  # closed accuracy of both
+    assert page.text.count(f"pathvqa 90.0 1 80.0 2 -10.0 {told} derm") == 4  # both closed accuracies of
 
 
 def test_no_p_value_is_zero():
@@ -183,7 +181,7 @@ def test_scores_of_other_questions_at_another_stage_are_named(tmp_path):
 def test_own_stages_alone_give_no_forgetting(tmp_path):
     run_dir, results_dir = make_run(tmp_path, "own", stages="own")
     page = Page(write_report(run_dir, results_dir))
-    assert re.search(r"Average closed accuracy 85.0 % .*; mean of 6 tasks, each at its own stage", page.text)
+    assert re.search(r"Average exact choice 85.0 % .*; mean of 6 tasks, each at its own stage", page.text)
     assert "Backward transfer – needs the scores of all later stages (--stages seen)" in page.text
     assert "by construction" not in page.text
 
@@ -275,8 +273,8 @@ def test_comparison_of_two_runs(tmp_path):
     path = write_comparison([("MSLoRA-CR", *ours), ("one LoRA", *forgetful)], output)
     page = Page(path)
     assert "Each task after the last stage" in page.text
-    assert "MSLoRA-CR: closed accuracy 85.0 % final average; forgetting 0.0 points, zero by construction." in page.text
-    assert "one LoRA: closed accuracy 65.0 % final average" in page.text
+    assert "MSLoRA-CR: exact choice 85.0 % final average; forgetting 0.0 points, zero by construction." in page.text
+    assert "one LoRA: exact choice 65.0 % final average" in page.text
     assert "forgetting 37.5 points." in page.text
     assert page.links == []  # there is no report yet
     (ours[1] / "report.html").touch()
@@ -284,8 +282,8 @@ def test_comparison_of_two_runs(tmp_path):
         "ours/report.html"
     }
     assert "Average over the tasks learned so far" in page.text
-    assert path.read_text(encoding="utf-8").count("FillBetweenPolyCollection") == 6  # a band for each line
-    for title in ("Closed accuracy", "F1 of open answers", "Exact match"):
+    assert path.read_text(encoding="utf-8").count("FillBetweenPolyCollection") == 8  # a band for each line
+    for title in ("Exact choice", "Published closed accuracy", "F1 of open answers", "Exact match"):
         assert f"{title} Run Method" in page.text
 
 

@@ -197,10 +197,10 @@ def test_confusions_of_closed_answers(tmp_path):
     [task] = browsed_answers(read_evaluation(results_dir), results_dir, None).tasks
     columns, rows = confusions(task, task.learned)
     assert columns == ["benign", "malignant", OTHER]
-    assert rows == {"benign": [1, 1, 0], "malignant": [0, 1, 1]}
+    assert rows == {"benign": [1, 1, 0], "malignant": [0, 0, 2]}, "a sentence around the truth is no exact choice"
     [drawn] = answer_maps(task, last=1)
     assert (drawn.title, drawn.columns) == ("derm, stage 1", columns)
-    assert [(cell.text, cell.tint) for cell in drawn.rows["malignant"]] == [("", None), ("1", 0.5), ("1", 0.5)]
+    assert [(cell.text, cell.tint) for cell in drawn.rows["malignant"]] == [("", None), ("", None), ("2", 1.0)]
 
 
 def test_published_scores_stand_beside_the_published_questions_only(tmp_path):
@@ -214,7 +214,7 @@ def test_published_scores_stand_beside_the_published_questions_only(tmp_path):
     evaluation["cells"][0]["rows"] = 160
     path.write_text(json.dumps(evaluation))
     page = Page(write_report(run_dir, results_dir))
-    assert "published" not in page.text.lower()
+    assert "published" not in page.text.lower().replace("published closed accuracy", ""), "the name of our own score"
 
 
 def test_the_answers_name_what_joins_them(tmp_path):
@@ -238,7 +238,7 @@ def test_saved_tables_have_keys_and_no_dashes():
         return json.loads(subprocess.run([NODE, "-e", code], capture_output=True, check=True, timeout=60).stdout)
 
     entry = {"task": {"name": "derm", "keys": [["q7", "a.png", ""]]}, "row": ["Is it?", "–", 1], "index": 0}
-    header, row = ran("browser.js", "csvRows", json.dumps([{"entry": entry, "answer": ["no", 0, 0]}]))
+    header, row = ran("browser.js", "csvRows", json.dumps([{"entry": entry, "answer": ["no", 0, 0], "sure": 0.9}]))
     assert dict(zip(header, row, strict=True)) == {
         "task": "derm",
         "row": 0,
@@ -252,6 +252,7 @@ def test_saved_tables_have_keys_and_no_dashes():
         "right": 0,
         "score": 0,
         "fate": "",
+        "probability": 0.9,
     }
     cells = [{"colSpan": 1, "textContent": text, "dataset": {}} for text in ("derm", " – ", "3")]
     assert ran("page.js", "tableRows", json.dumps({"rows": [{"cells": cells}]})) == [["derm", "", "3"]]

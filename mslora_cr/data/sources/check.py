@@ -24,6 +24,7 @@ from mslora_cr.data.images import check_name, image_roots, inspect_images, resol
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 from mslora_cr.data.sources.catalog import DataSet, TestRows
 from mslora_cr.data.sources.check_report import Problem, Report, Share
+from mslora_cr.data.sources.data_card import data_card
 from mslora_cr.data.sources.leaks import Leaks, remember
 from mslora_cr.data.sources.question_checks import (
     check_lengths,
@@ -125,6 +126,7 @@ def check(
     if scan is not None:
         copies = _check_image_files(dataset, root, train_images, test_images, validation_images, scan, report)
     if training and test:
+        report.card = data_card(folder, dataset.name, training, test)
         _remember_leaks(
             folder, training, test, {test_images[name] for name in train_images.keys() & test_images} | copies, report
         )

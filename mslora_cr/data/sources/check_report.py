@@ -27,6 +27,42 @@ class Share:
 
 
 @dataclass
+class DataCard:
+    """What a reader of scores asks of a data set.
+
+    Attributes:
+        train_patients: patients that the training file names.
+        test_patients: patients that the test file names.
+        test_without_patient: test questions that name none: an image counts as independent of all others there.
+        attributes: of the test questions, by name the commonest values (of many numbers their least and largest) and
+            how many questions have each.
+        source: where the images come from.
+        licence: as the catalogue states it.
+        made: how the questions came about.
+        shows: what the closed test questions can show; empty where there are none.
+    """
+
+    train_patients: int = 0
+    test_patients: int = 0
+    test_without_patient: int = 0
+    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
+    source: str = "not known"
+    licence: str = "not known"
+    made: str = "not known"
+    shows: str = ""
+
+    def in_words(self) -> str:
+        """The card as one line."""
+        facts = [f"patients: {self.train_patients:,} in training, {self.test_patients:,} in testing"]
+        if self.test_without_patient:
+            facts.append(f"{self.test_without_patient:,} test questions name no patient")
+        for name, values in self.attributes.items():
+            facts.append(f"{name}: {', '.join(f'{value} {count:,}' for value, count in values.items())}")
+        facts += [f"source: {self.source}", f"licence: {self.licence}", f"questions: {self.made}"]
+        return "; ".join([*facts, *([f"shows: {self.shows}"] if self.shows else [])])
+
+
+@dataclass
 class Report:
     """The result of checking one data set; `None` where nothing could be checked."""
 
@@ -50,6 +86,8 @@ class Report:
     truncated: int | None = None
     """Training conversations and test prompts longer than the model's limit."""
     problems: list[Problem] = field(default_factory=list)
+    card: DataCard | None = None
+    """None where a file could not be read."""
 
     @property
     def errors(self) -> int:
@@ -69,9 +107,10 @@ COLUMNS = (
 
 
 def table(reports: Iterable[Report]) -> str:
-    """A line for each data set, and below them how the answers are shared and what is wrong."""
+    """A line for each data set, and below them how the answers are shared, the data cards and what is
+    wrong."""
     rows = [["data set", *(name.replace("_", " ") for name in COLUMNS), "verdict"]]
-    problems, balance = [], []
+    problems, balance, cards = [], [], []
     for report in reports:
         if report.test_closed:
             shares = (f"{answer} {count / report.test_closed:.0%}" for answer, count in report.closed_answers.items())
@@ -79,6 +118,8 @@ def table(reports: Iterable[Report]) -> str:
         if report.training_answers:
             shares = (f"{answer} {share.share:.0%}" for answer, share in report.training_answers.items())
             balance.append(f"training answers: {report.name}: {', '.join(shares)}")
+        if report.card:
+            cards.append(f"data card: {report.name}: {report.card.in_words()}")
         values = [getattr(report, name) for name in COLUMNS]
         verdict = "errors" if report.errors else "warnings" if report.problems else "ok"
         rows.append([report.name, *("-" if value is None else f"{value:,}" for value in values), verdict])
@@ -90,4 +131,4 @@ def table(reports: Iterable[Report]) -> str:
             problems += [f"    … and {hidden:,} more, all in the JSON file"] if hidden > 0 else []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, "", *balance, *problems]).rstrip()
+    return "\n".join([*lines, "", *balance, *cards, *problems]).rstrip()

@@ -37,15 +37,15 @@ const entries = data.tasks.flatMap((task) =>
   })),
 );
 
-function answerAt(entry, stage) {
-  const { task, row } = entry;
+function setOf(task, stage) {
   const learned = setAt(task, task.learned_at) ?? task.sets.length - 1;
-  const set = stage === "own" ? learned : setAt(task, Number(stage));
-  return set === null ? null : row[4][row[5][set]];
+  return stage === "own" ? learned : setAt(task, Number(stage));
 }
 
 const SORTS = {
   stream: null,
+  sure: (a, b) => (b.sure ?? -1) - (a.sure ?? -1),
+  unsure: (a, b) => (a.sure ?? 2) - (b.sure ?? 2),
   low: (a, b) => a.answer[2] - b.answer[2],
   high: (a, b) => b.answer[2] - a.answer[2],
   question: (a, b) => a.entry.row[0].localeCompare(b.entry.row[0]),
@@ -62,12 +62,13 @@ function chosen() {
     if (kind !== "" && entry.row[2] !== Number(kind)) continue;
     if (fate !== "" && entry.fate !== fate) continue;
     if (words && !entry.text.includes(words)) continue;
-    const answer = answerAt(entry, stage);
-    if (answer === null) continue;
+    const set = setOf(entry.task, stage);
+    if (set === null) continue;
+    const answer = entry.row[4][entry.row[5][set]];
     if (show === "wrong" && answer[1]) continue;
     if (show === "right" && !answer[1]) continue;
     if (show === "sample" && answer[1] && !entry.row[6]) continue;
-    found.push({ entry, answer });
+    found.push({ entry, answer, sure: entry.task.sets[set].sure[entry.index] ?? null });
   }
   if (SORTS[sort]) found.sort(SORTS[sort]);
   return found;
@@ -97,7 +98,7 @@ function shownStages(task) {
   return [stages.filter((stage) => stage < task.learned_at).at(-1), task.learned_at, stages.at(-1)];
 }
 
-function card({ entry, answer }) {
+function card({ entry, answer, sure }) {
   const { task, row, fate } = entry;
   const node = make("article", answer[1] ? "answer hit" : "answer");
   const pictures = make("div", "pictures");
@@ -115,6 +116,7 @@ function card({ entry, answer }) {
   if (task.color) dot.style.background = task.color;
   title.append(dot, make("strong", "", answer[1] ? "Right" : "Wrong"));
   title.append(` · ${task.name} · ${row[2] ? "closed" : "open"}${fate && fate !== "kept" && fate !== "never" ? ` · ${fate}` : ""}`);
+  if (sure !== null) title.append(` · probability ${(100 * sure).toFixed(0)} %`);
   body.append(title, make("p", "question", row[0]));
   const pairs = make("dl");
   pairs.append(make("dt", "", "Truth"), make("dd", "", row[1]));
@@ -173,6 +175,9 @@ for (const fate of Object.keys(FATES)) {
   const count = entries.filter((entry) => entry.fate === fate).length;
   if (count) option(form.elements.fate, fate, `${fate}: ${FATES[fate]} (${count})`);
 }
+if (!data.tasks.some((task) => task.sets.some((set) => set.sure.length))) {
+  for (const value of ["sure", "unsure"]) form.elements.sort.querySelector(`[value=${value}]`).remove();
+}
 form.elements.fate.disabled = form.elements.fate.options.length === 1;
 
 let waiting;
@@ -185,11 +190,11 @@ more.addEventListener("click", showMore);
 
 // One row an answer, with what joins it to other tables; what is not known is an empty cell.
 function csvRows(answers) {
-  const rows = answers.map(({ entry: { task, row, index, fate }, answer }) => [
-    task.name, index, ...task.keys[index], row[2] ? "CLOSED" : "OPEN", row[0], row[1], answer[0], answer[1], answer[2], fate ?? "",
+  const rows = answers.map(({ entry: { task, row, index, fate }, answer, sure }) => [
+    task.name, index, ...task.keys[index], row[2] ? "CLOSED" : "OPEN", row[0], row[1], answer[0], answer[1], answer[2], fate ?? "", sure ?? "",
   ]);
   return [
-    ["task", "row", "question_id", "image", "patient", "answer_type", "question", "truth", "answer", "right", "score", "fate"],
+    ["task", "row", "question_id", "image", "patient", "answer_type", "question", "truth", "answer", "right", "score", "fate", "probability"],
     ...rows,
   ];
 }

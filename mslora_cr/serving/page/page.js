@@ -97,7 +97,12 @@ function stageName(stage) {
 function card(answer) {
   const box = make("div", undefined, "answer");
   box.append(make("h2", stageName(answer.stage)));
-  box.append(make("p", answer.text || "(no words)", "text"));
+  const abstained = answer.text === null;
+  box.append(make("p", abstained ? "(no answer: the model is not sure enough)" : answer.text || "(no words)", "text"));
+  if (answer.confidence !== null) {
+    box.append(make("p", `probability of the answer ${(100 * answer.confidence).toFixed(1)} %`, "quiet"));
+  }
+  if (answer.foreign) box.append(make("p", "like none of the tasks", "quiet"));
   if (answer.score) {
     box.append(make("p", answer.score, "quiet score"));
     if (answer.score === "right" || answer.score === "wrong") box.classList.add(answer.score);

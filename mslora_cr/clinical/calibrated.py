@@ -1,0 +1,126 @@
+"""What validation questions give: a temperature for probabilities, and thresholds below which to abstain."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from mslora_cr.clinical.asked import AskedAnswer, right_of
+from mslora_cr.metrics.calibration import fitted_temperature, risk_threshold
+from mslora_cr.metrics.closed import class_of
+from mslora_cr.statistics.intervals import Groups
+from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.state import Part, StateFile
+
+CALIBRATION = "calibration.json"
+FEWEST = 20
+"""Validation questions with candidates from which on a temperature is fitted."""
+SEED = 0
+
+
+class CalibratedTask(Part):
+    """What the closed validation questions of a task say of the banks that answered them.
+
+    Attributes:
+        banks: digests of the banks, in order.
+        questions: closed ones.
+        temperature: that minimises the log loss of the candidates' probabilities; None of too few questions.
+        confidence: probability of the answer to one question of each patient or image, drawn at random.
+        right: whether that answer is right.
+    """
+
+    task: str
+    stage: int
+    banks: tuple[str, ...]
+    questions: int
+    temperature: float | None
+    confidence: tuple[float, ...]
+    right: tuple[bool, ...]
+
+    def threshold(self, risk: float) -> float:
+        """The least probability of an answer from which to give it, so that at most this share of all questions is
+        answered wrongly, in expectation over questions exchangeable with these (`risk_threshold`).
+
+        Raises:
+            UserError: so few questions promise no such bound.
+        """
+        found = risk_threshold(np.array(self.confidence), np.array(self.right, dtype=np.float64), risk)
+        if found is None:
+            count = len(self.right)
+            raise UserError(
+                f"{self.task}: validation questions of {count} patients or images promise no risk below "
+                f"{1 / (count + 1):.3f}; ask for a larger --risk, or validate on more"
+            )
+        return found
+
+
+class Calibrations(StateFile):
+    """`calibration.json`: by task and stage, what validation questions say."""
+
+    MEND: ClassVar[str] = "remove it; `mslora-cr evaluate CONFIG --calibrate` writes it again"
+
+    cells: tuple[CalibratedTask, ...]
+
+    def of(self, task: str, banks: Sequence[str]) -> CalibratedTask | None:
+        """What is known of banks of these digests as they answer a task."""
+        return next((cell for cell in self.cells if (cell.task, cell.banks) == (task, tuple(banks))), None)
+
+
+def calibrated(results_dir: Path, task: str, banks: Sequence[str]) -> CalibratedTask | None:
+    """What `calibration.json` of a results folder says of banks of these digests; None where it does not know them."""
+    found = Calibrations.read_if_there(results_dir / CALIBRATION)
+    return found.of(task, banks) if found else None
+
+
+def calibrate(
+    task: str,
+    stage: int,
+    banks: Sequence[str],
+    asked: Sequence[AskedAnswer],
+    logprobs: Sequence[float | None],
+    groups: Groups,
+) -> CalibratedTask:
+    """Fit a task's temperature, and draw the questions that thresholds rest on.
+
+    Patients are exchangeable, not their questions: of each one question is drawn.
+
+    Args:
+        banks: digests of those that answered.
+        asked: validation questions with their answers.
+        logprobs: of each answer's tokens together; None where that is not known.
+        groups: (questions,), by question the number of its patient or image.
+    """
+    closed = [index for index, one in enumerate(asked) if one.closed and one.kind == "choice"]
+    right = right_of([asked[index] for index in closed], [asked[index].answer for index in closed])
+    known = {index: bool(one) for index, one in zip(closed, right, strict=True) if logprobs[index] is not None}
+    generator = random.Random(SEED)
+    by_group: dict[int, list[int]] = {}
+    for index in known:
+        by_group.setdefault(int(groups[index]), []).append(index)
+    drawn = [generator.choice(indices) for _, indices in sorted(by_group.items())]
+    return CalibratedTask(
+        task=task,
+        stage=stage,
+        banks=tuple(banks),
+        questions=len(closed),
+        temperature=_temperature([asked[index] for index in closed]),
+        confidence=tuple(math.exp(logprobs[index] or 0.0) for index in drawn),
+        right=tuple(known[index] for index in drawn),
+    )
+
+
+def _temperature(asked: Sequence[AskedAnswer]) -> float | None:
+    scores, truths = [], []
+    for one in asked:
+        classes = [class_of(text, one.options) for text in one.probabilities or ()]
+        accepted = [class_of(truth, one.options) for truth in one.truths]
+        places = [place for place, name in enumerate(classes) if name in accepted]
+        if one.probabilities and places:
+            scores.append(np.log(np.maximum(list(one.probabilities.values()), 1e-300)))
+            truths.append(places[0])
+    return fitted_temperature(scores, truths) if len(scores) >= FEWEST else None

@@ -1,0 +1,36 @@
+"""How often each answer follows each question in a task's training records."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.records import DataError, TrainingRecords
+from mslora_cr.data.tasks import training_file
+from mslora_cr.metrics.guessing import Frequencies, training_answers
+
+MOST_TRAINING = 20_000
+"""Training records that are read, a random sample of more."""
+
+
+def task_frequencies(config: StreamConfig, task: Task) -> Frequencies | None:
+    """Those of a task's training records, where they are at hand."""
+    return training_frequencies(training_file(config, task))
+
+
+def training_frequencies(path: Path) -> Frequencies | None:
+    """How often each answer follows each question in `train.json`; None where there is no such file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return _frequencies(path, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _frequencies(path: Path, modified: int) -> Frequencies | None:
+    try:
+        return training_answers(TrainingRecords(path).thinned(MOST_TRAINING))
+    except DataError:  # evaluating needs no training records
+        return None

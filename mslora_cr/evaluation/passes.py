@@ -1,0 +1,176 @@
+"""Further passes over the questions: without the picture, with rotated options, and over validation questions.
+
+Each is an evaluation of the same banks in a folder of its own below the run's results (`Asking`). What a pass says is
+read off its scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from tabulate import tabulate
+
+from mslora_cr.banks.bank import Bank
+from mslora_cr.clinical.calibrated import CALIBRATION, CalibratedTask, Calibrations, calibrate
+from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.records import DataError, TestRecord
+from mslora_cr.distributed.comm import barrier, rank
+from mslora_cr.evaluation.asking import AS_IT_IS, ON_VALIDATION, rotations
+from mslora_cr.evaluation.cells import Stages
+from mslora_cr.evaluation.evaluate import evaluate
+from mslora_cr.evaluation.probabilities import PROBABILITIES, read_probabilities
+from mslora_cr.evaluation.results import Cell, Evaluation, read_evaluation
+from mslora_cr.evaluation.score import SCORES, asked_in, group_numbers, question_groups, read_scores
+from mslora_cr.metrics.typed import CHOICE
+from mslora_cr.runs.ledger import finished_banks
+from mslora_cr.statistics.interval import Interval, bracketed
+from mslora_cr.statistics.intervals import estimate, percent, score_interval
+from mslora_cr.utils.state import Part, StateFile
+
+CIRCULAR = "circular.json"
+
+
+# --- every order of the options ---------------------------------------------------------------------------------------
+
+
+class CircularTask(Part):
+    """Questions with options of a task at a stage, in percent.
+
+    Attributes:
+        score: right in the order of the file.
+        circular: right in every order.
+    """
+
+    task: str
+    stage: int
+    questions: int
+    score: float
+    interval: Interval
+    circular: float
+    circular_interval: Interval
+
+
+class CircularFile(StateFile):
+    """`circular.json`: questions with options, right in every rotation of them (Liu et al., "MMBench", ECCV 2024)."""
+
+    MEND: ClassVar[str] = "remove it; `mslora-cr evaluate CONFIG --circular` writes it again"
+
+    cells: tuple[CircularTask, ...]
+
+
+def evaluate_circular(
+    config: StreamConfig, stages: Stages, only: str | None = None, banks: Mapping[str, Bank] | None = None
+) -> Path:
+    """Ask every rotation of the options, and write `circular.json`. The run's own answers must be there.
+
+    Raises:
+        DataError: no question has options. As `evaluate`.
+    """
+    own = read_evaluation(config.results_run_dir)
+    cells = [cell for cell in own.cells if only in (None, cell.task)] if own else []
+    records = {cell.task: list(AS_IT_IS.records(config, config.task(cell.task))) for cell in cells}
+    most = max((len(record.options) for of_task in records.values() for record in of_task), default=0)
+    if not most:
+        raise DataError("--circular asks questions with options in every order, and no test question has options")
+    folders = [evaluate(config, stages, only, banks, asking).parent for asking in rotations(most)]
+    path = config.results_run_dir / CIRCULAR
+    if rank() == 0:
+        evaluations = {folder: read_evaluation(folder) for folder in folders}
+        measured = [_circular(config.results_run_dir, cell, records[cell.task], evaluations) for cell in cells]
+        CircularFile(cells=tuple(one for one in measured if one is not None)).write(path)
+    barrier()
+    return path
+
+
+def _circular(
+    results_dir: Path, cell: Cell, records: Sequence[TestRecord], rotated: Mapping[Path, Evaluation | None]
+) -> CircularTask | None:
+    """What the rotations of a cell's questions say; None where one was not answered by the same banks, or none has
+    options."""
+    counts = np.array([len(record.options) for record in records])
+    table = read_scores((results_dir / cell.answers).with_name(SCORES))
+    first, always = table.columns[CHOICE], table.columns[CHOICE].copy()
+    for by, (folder, evaluation) in enumerate(rotated.items(), 1):
+        asked = counts > by
+        of = next((other for other in evaluation.cells if other.key == cell.key), None) if evaluation else None
+        if not asked.any():
+            continue
+        if of is None or (of.banks, of.questions, of.rows) != (cell.banks, cell.questions, asked.sum()):
+            return None
+        answered = read_scores((folder / of.answers).with_name(SCORES)).columns[CHOICE]
+        always[asked] = np.minimum(always[asked], answered)
+    offered = counts > 0
+    if not offered.any():
+        return None
+    groups = np.unique(table.groups[offered], return_inverse=True)[1]
+    one, every = estimate(first[offered], groups), estimate(always[offered], groups)
+    return CircularTask(
+        task=cell.task,
+        stage=cell.stage,
+        questions=int(offered.sum()),
+        score=100 * one.mean,
+        interval=percent(score_interval([one])),
+        circular=100 * every.mean,
+        circular_interval=percent(score_interval([every])),
+    )
+
+
+def circular_table(results: CircularFile) -> str:
+    """The scores as text."""
+    rows = [
+        [
+            cell.task,
+            cell.stage,
+            cell.questions,
+            f"{cell.score:.1f}{bracketed(cell.interval)}",
+            f"{cell.circular:.1f}{bracketed(cell.circular_interval)}",
+        ]
+        for cell in results.cells
+    ]
+    return tabulate(rows, ["task", "stage", "with options", "right", "right in every order"], disable_numparse=True)
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+
+def evaluate_calibration(
+    config: StreamConfig, stages: Stages, only: str | None = None, banks: Mapping[str, Bank] | None = None
+) -> Path:
+    """Answer the validation questions of the tasks that have a `val.jsonl`, and write `calibration.json`.
+
+    Raises:
+        DataError: no task has one. As `evaluate`.
+    """
+    tasks = [task for task in config.stream if only in (None, task.name)]
+    if not any(ON_VALIDATION.is_there(config, task) for task in tasks):
+        raise DataError(
+            "--calibrate needs validation questions, and no task has a val.jsonl: temperature and thresholds are "
+            "fitted on nothing else. `mslora-cr data convert` and `data prepare` write it where the source has a "
+            "validation split"
+        )
+    by_task = dict(banks) if banks is not None else finished_banks(config)
+    folder = evaluate(config, stages, only, by_task, ON_VALIDATION).parent
+    path = config.results_run_dir / CALIBRATION
+    if rank() == 0:
+        found = read_evaluation(folder)
+        assert found is not None, "it was just written"
+        Calibrations(cells=tuple(_calibrated(config, cell, folder, by_task) for cell in found.cells)).write(path)
+    barrier()
+    return path
+
+
+def _calibrated(config: StreamConfig, cell: Cell, folder: Path, banks: Mapping[str, Bank]) -> CalibratedTask:
+    records = ON_VALIDATION.records(config, config.task(cell.task))
+    answers = folder / cell.answers
+    known = read_probabilities(answers.with_name(PROBABILITIES))
+    return calibrate(
+        cell.task,
+        cell.stage,
+        [banks[name].digest for name in cell.banks],
+        asked_in(answers, records),
+        [one.logprob for one in known] or [None] * len(records),
+        group_numbers([group for _, group in question_groups(records)]),
+    )

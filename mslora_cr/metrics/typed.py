@@ -1,0 +1,170 @@
+"""Scores that fit the type of an answer: a choice, a number, a set of labels, or one of several accepted texts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mslora_cr.data.answers.kinds import labels_of
+from mslora_cr.data.records import AnswerKind, AnswerType
+from mslora_cr.metrics.closed import FEWEST, Figure, class_of, said_class
+from mslora_cr.metrics.numbers import NEAR, number_in
+from mslora_cr.metrics.published import normalize_answer, score_answers
+from mslora_cr.statistics.intervals import Groups, estimate, score_interval
+
+CHOICE = "exact choice"
+"""Whether the answer to a closed question says the true class and nothing else (`said_class`)."""
+COUNT, COUNT_NEAR = "exact count", f"count within {NEAR}"
+LABELS = "label set F1"
+SOFT = "soft accuracy"
+ANNOTATORS = 10
+"""How many answers of annotators VQA's soft accuracy takes."""
+AGREED = 3
+"""How many of them make an answer fully right."""
+BEST = {
+    "exact match score": "exact match, best truth",
+    "f1 score": "F1, best truth",
+    "rouge-l": "ROUGE-L, best truth",
+}
+"""Name of a score against the best of several accepted truths, by the score's name."""
+TYPED = (CHOICE, COUNT, COUNT_NEAR, LABELS, SOFT, *BEST.values())
+
+
+class Typed(NamedTuple):
+    """A question with its answer.
+
+    Attributes:
+        answer: what was said.
+        truths: every accepted answer.
+        kind: of the answer.
+        options: by letter; empty where the question offers none.
+        answer_type: whether the published evaluation takes it for open or closed.
+    """
+
+    answer: str
+    truths: Sequence[str]
+    kind: AnswerKind
+    options: Mapping[str, str]
+    answer_type: AnswerType
+
+
+def typed_scores(rows: Sequence[Typed]) -> dict[str, list[float | None]]:
+    """By name in `TYPED`, every answer's score in [0, 1], None where it is not for such a question; names that no
+    question has are left out."""
+    by_row = [_scores_of(row) for row in rows]
+    return {name: [scores.get(name) for scores in by_row] for name in TYPED if any(name in scores for scores in by_row)}
+
+
+def _scores_of(row: Typed) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    if row.kind == "choice":
+        accepted = {class_of(truth, row.options) for truth in row.truths}
+        scores[CHOICE] = float(said_class(row.answer, row.truths, row.options) in accepted)
+    elif row.kind == "number":
+        off = min(_distance(row.answer, truth) for truth in row.truths)
+        scores |= {COUNT: float(off == 0), COUNT_NEAR: float(off <= NEAR)}
+    elif row.kind == "set":
+        scores[LABELS] = max(set_f1(label_set(row.answer), label_set(truth)) for truth in row.truths)
+    if len(row.truths) > 1 and row.kind != "choice":
+        scores |= _best(row)
+    if len(row.truths) == ANNOTATORS:
+        scores[SOFT] = soft_accuracy(row.answer, row.truths)
+    return scores
+
+
+def _distance(answer: str, truth: str) -> float:
+    said, true = number_in(answer), number_in(truth)
+    return float("inf") if said is None or true is None else abs(said - true)
+
+
+def _best(row: Typed) -> dict[str, float]:
+    pairs = [_Pair(row.answer, truth, row.answer_type) for truth in dict.fromkeys(row.truths)]
+    columns = score_answers(pairs).columns
+    best = {title: [score for score in columns[name] if score is not None] for name, title in BEST.items()}
+    return {title: max(scores) for title, scores in best.items() if scores}
+
+
+class _Pair(NamedTuple):
+    text: str
+    gt: str
+    answer_type: AnswerType
+
+
+def soft_accuracy(answer: str, truths: Sequence[str]) -> float:
+    """VQA's accuracy: the mean of ``min(1, matches / 3)`` over the truths with one of them left out.
+
+    Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015, as its evaluation code has it.
+
+    Args:
+        answer: as it was given.
+        truths: the annotators' answers, which may repeat.
+    """
+    said = normalize_answer(answer.lower())
+    agreed = [said == normalize_answer(truth.lower()) for truth in truths]
+    matches = sum(agreed)
+    return float(np.mean([min(1.0, (matches - one) / AGREED) for one in agreed]))
+
+
+# --- sets of labels ---------------------------------------------------------------------------------------------------
+
+
+class LabelFigures(NamedTuple):
+    """A label of sets, against all answers without it.
+
+    Attributes:
+        questions: whose true set has it.
+        said: answers that name it.
+        sensitivity: of the questions whose set has it, the share whose answer names it; None without any.
+        specificity: of the others, the share whose answer does not; None without any.
+    """
+
+    questions: int
+    said: int
+    sensitivity: Figure | None
+    specificity: Figure | None
+
+
+def label_set(answer: str) -> frozenset[str]:
+    """The labels of an answer, normalised as the published evaluation does."""
+    labels = (normalize_answer(label.lower()) or label.casefold() for label in labels_of(answer))
+    return frozenset(labels)
+
+
+def set_f1(said: frozenset[str], true: frozenset[str]) -> float:
+    """``2 |said ∩ true| / (|said| + |true|)``; 1 of two empty sets."""
+    return 2 * len(said & true) / (len(said) + len(true)) if said or true else 1.0
+
+
+def label_figures(
+    said: Sequence[frozenset[str]], true: Sequence[frozenset[str]], groups: Groups, most: int
+) -> dict[str, LabelFigures]:
+    """Sensitivity and specificity of the commonest labels, commonest first.
+
+    Args:
+        said: by question.
+        true: by question.
+        groups: (questions,).
+        most: labels.
+    """
+    commonest = Counter(label for labels in true for label in sorted(labels)).most_common(most)
+    figures = {}
+    for label, count in commonest:
+        named = np.array([label in labels for labels in said])
+        present = np.array([label in labels for labels in true])
+        figures[label] = LabelFigures(
+            questions=count,
+            said=int(named.sum()),
+            sensitivity=_share(named[present], groups[present]),
+            specificity=_share(~named[~present], groups[~present]),
+        )
+    return figures
+
+
+def _share(right: np.ndarray, groups: Groups) -> Figure | None:
+    if not len(right):
+        return None
+    share = estimate(right.astype(np.float64), np.unique(groups, return_inverse=True)[1])
+    return Figure(share.mean, score_interval([share]) if share.questions >= FEWEST else None)

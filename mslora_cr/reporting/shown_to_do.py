@@ -1,0 +1,112 @@
+"""What an evaluation shows that a model can do, and what it leaves open: a line a task, in report and model card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from mslora_cr.clinical.file import CLINICAL, Clinical, ClosedMeasured
+from mslora_cr.evaluation.asking import blind_score
+from mslora_cr.evaluation.results import Cell, Evaluation
+from mslora_cr.evaluation.score import SCORES, read_scores
+from mslora_cr.metrics.typed import CHOICE
+from mslora_cr.statistics.interval import bracketed
+
+TITLE = "What this model was shown to do"
+UNKNOWN = "not known"
+COLUMNS = (
+    *("task", "closed questions", "against guessing", "open questions (F1)", "measured on", "in training too"),
+    *("subgroups", "calibration error", "without the picture"),
+)
+
+
+class ShownTask(NamedTuple):
+    """A task after its last evaluated stage; what is not known is said. The fields stand in the order of `COLUMNS`."""
+
+    task: str
+    closed: str
+    guessing: str
+    opened: str
+    measured_on: str
+    leaks: str
+    subgroups: str
+    calibration: str
+    blind: str
+
+
+def last_cells(evaluation: Evaluation) -> list[Cell]:
+    """The cell of each task after its last evaluated stage, as far as that is the last of all or the task's own."""
+    cells = (evaluation.last_cell(task) or evaluation.own_cell(task) for task in evaluation.tasks)
+    return [cell for cell in cells if cell is not None]
+
+
+def shown_to_do(cells: Iterable[Cell], results_dir: Path, leaks: Mapping[str, str]) -> list[ShownTask]:
+    """A line for each cell.
+
+    Args:
+        cells: one of each task.
+        results_dir: where the answers' files are.
+        leaks: by task, what `data check` found in both training and testing.
+    """
+    return [_shown(cell, results_dir, leaks.get(cell.task)) for cell in cells]
+
+
+def _shown(cell: Cell, results_dir: Path, leaks: str | None) -> ShownTask:
+    answers = results_dir / cell.answers
+    clinical = Clinical.read_if_there(answers.with_name(CLINICAL))
+    closed = clinical.closed if clinical else None
+    return ShownTask(
+        task=cell.task,
+        closed=_score(cell, CHOICE) if CHOICE in cell.metrics else "none asked" if closed is None else UNKNOWN,
+        guessing=_against_guessing(closed),
+        opened=_score(cell, "f1 score") if "f1 score" in cell.metrics else "none asked",
+        measured_on=_measured_on(cell, answers),
+        leaks=leaks or "none found, or not checked",
+        subgroups=_subgroups(clinical),
+        calibration=_calibration(closed),
+        blind=blind.in_words() if (blind := blind_score(cell, results_dir)) else UNKNOWN,
+    )
+
+
+def _score(cell: Cell, name: str) -> str:
+    return f"{cell.metrics[name]:.1f} %{bracketed(cell.intervals[name])}"
+
+
+def _against_guessing(closed: ClosedMeasured | None) -> str:
+    if closed is None:
+        return UNKNOWN
+    guessing = closed.guessing
+    return guessing.in_words() or f"above by {guessing.gain:.1f} points{bracketed(guessing.interval)}"
+
+
+def _calibration(closed: ClosedMeasured | None) -> str:
+    found = closed.calibration if closed else None
+    if found is None:
+        return UNKNOWN
+    scaled = "" if found.scaled_error is None else f", {100 * found.scaled_error:.1f} % at the fitted temperature"
+    return f"{100 * found.expected_error:.1f} %{scaled}"
+
+
+def _measured_on(cell: Cell, answers: Path) -> str:
+    scores = answers.with_name(SCORES)
+    if not scores.is_file():
+        return f"{cell.rows} questions"
+    table = read_scores(scores)
+    patients = {patient for patient in table.patients if patient}
+    images = {image for image in table.images if image}
+    about = f"{len(patients)} patients" if patients else f"{len(images)} images, patients not known" if images else ""
+    return f"{cell.rows} questions{f' of {about}' if about else ', images and patients not known'}"
+
+
+def _subgroups(clinical: Clinical | None) -> str:
+    measured = {name: one for name, one in (clinical.subgroups if clinical else {}).items() if one.gap is not None}
+    if not measured:
+        return UNKNOWN
+    name, worst = max(measured.items(), key=lambda item: item[1].gap.value if item[1].gap else 0.0)
+    assert worst.gap is not None
+    ends = worst.gap.interval
+    gap = f"{100 * worst.gap.value:.1f} points{bracketed(ends and (100 * ends[0], 100 * ends[1]))}"
+    shortcuts = [other for other, one in clinical.subgroups.items() if one.shortcut] if clinical else []
+    warning = f"; shortcut: {', '.join(shortcuts)}" if shortcuts else ""
+    return f"largest gap {gap}, by {name}, worst {worst.worst}{warning}"
