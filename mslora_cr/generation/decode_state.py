@@ -1,4 +1,4 @@
-"""The rows of a batch that is being answered."""
+"""The state of a batch: its openings, the questions that were read, and the rows that are being answered."""
 
 from __future__ import annotations
 
@@ -8,7 +8,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mslora_cr.generation.attention import SharedCache, membership
+from mslora_cr.generation.attention import KeysValues, SharedCache, membership
+from mslora_cr.generation.batching import Wave
+
+
+@dataclass(frozen=True)
+class Openings:
+    """The keys and values of a wave's openings."""
+
+    wave: Wave
+    keys_values: list[KeysValues]
+    visible: Tensor
+    """(openings, positions) bool: false where an opening is padded."""
+    next_logits: Tensor | None
+    """(openings, vocabulary) float32, after openings that are whole prompts."""
+    next_positions: Tensor
+    """(openings,) int64, the position after each."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A batch of questions that were read, so that continuations of them can be scored.
+
+    Attributes:
+        openings: The openings that they follow.
+        questions: In the batch's order.
+        visible: (rows, positions) bool, false where the text after an opening is padded.
+        own: By layer, keys and values: first those of these positions, then those of the answer.
+        logits: (rows, vocabulary) after the questions.
+    """
+
+    openings: Openings
+    questions: tuple[int, ...]
+    visible: Tensor
+    own: list[KeysValues]
+    logits: Tensor
 
 
 @dataclass

@@ -19,7 +19,8 @@ from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.chat_template_inputs import BY_POSITION
 from mslora_cr.data.input_processor import Prompt
 from mslora_cr.generation.batching import Wave
-from mslora_cr.generation.prefix_decoder import Decoder, Mask, Openings, Stopping
+from mslora_cr.generation.decode_state import Openings
+from mslora_cr.generation.prefix_decoder import Decoder, Mask, Stopping
 from mslora_cr.models.language import layer_types
 
 

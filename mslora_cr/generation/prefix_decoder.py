@@ -18,11 +18,11 @@ from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrained
 from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.collator import in_batches, rounded_up
 from mslora_cr.data.input_processor import Prompt
-from mslora_cr.generation.attention import KeysValues, SharedCache, membership, sharing
+from mslora_cr.generation.attention import SharedCache, membership, sharing
 from mslora_cr.generation.batching import QUERIES, Wave
 from mslora_cr.generation.branches import Branches, Continuations
 from mslora_cr.generation.cuda_graphs import POSITIONS, StaticSteps, padded
-from mslora_cr.generation.decode_state import Rows
+from mslora_cr.generation.decode_state import Asked, Openings, Rows
 from mslora_cr.models.language import language_linears, language_model
 
 LOGITS = 1 << 26
@@ -60,39 +60,6 @@ class Stopping:
     def of(cls, tokenizer: Ends, max_new_tokens: int) -> Stopping:
         """An answer ends with the tokenizer's end of text."""
         return cls(frozenset([tokenizer.eos_token_id]), tokenizer.pad_token_id, max_new_tokens)
-
-
-@dataclass(frozen=True)
-class Openings:
-    """The keys and values of a wave's openings."""
-
-    wave: Wave
-    keys_values: list[KeysValues]
-    visible: Tensor
-    """(openings, positions) bool: false where an opening is padded."""
-    next_logits: Tensor | None
-    """(openings, vocabulary) float32, after openings that are whole prompts."""
-    next_positions: Tensor
-    """(openings,) int64, the position after each."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A batch of questions that were read, for whoever scores continuations of them.
-
-    Attributes:
-        openings: that they stand behind.
-        questions: in the batch's order.
-        visible: (rows, positions) bool, false where what stands behind an opening is padded.
-        own: by layer, keys and values of these positions first; further ones are the answer's.
-        logits: (rows, vocabulary) behind the questions.
-    """
-
-    openings: Openings
-    questions: tuple[int, ...]
-    visible: Tensor
-    own: list[KeysValues]
-    logits: Tensor
 
 
 class Decoder:
