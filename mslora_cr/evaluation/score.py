@@ -150,9 +150,9 @@ def asked_in(answers: Path, questions: Sequence[TestRecord]) -> list[AskedAnswer
     return _asked(records, questions, probabilities_of(answers, len(records)))
 
 
-def score_records(records: Sequence[AnswerRecord]) -> Scores:
-    """The scores of answers of which no more is known than their file says."""
-    return replace(score_answers(records), typed=typed_columns(_asked(records, None, None)))
+def score_records(records: Sequence[AnswerRecord], questions: Sequence[TestRecord] | None = None) -> Scores:
+    """The scores of answers; without questions, as far as their file alone says."""
+    return replace(score_answers(records), typed=typed_columns(_asked(records, questions, None)))
 
 
 def _asked(

@@ -15,7 +15,7 @@ from mslora_cr.data.records import TestRecord
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.evaluation.score import SCORES, read_scores
 from mslora_cr.metrics.typed import CHOICE
-from mslora_cr.reporting.clinical_plots import curve_plots, subgroup_dots
+from mslora_cr.reporting.plots import curve_plots, subgroup_dots
 from mslora_cr.statistics.interval import bracketed
 from mslora_cr.statistics.sample_size import shown_by
 

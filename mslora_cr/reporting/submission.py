@@ -23,15 +23,24 @@ import yaml
 from pydantic import ValidationError
 
 from mslora_cr.config.run_files import CONFIG, EVALUATION, LEDGER
-from mslora_cr.config.schema import StreamConfig
+from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.listed import ListedQuestion
+from mslora_cr.data.records import TestRecord
 from mslora_cr.data.sources.raw import RawData, extract
-from mslora_cr.data.tasks import test_records
+from mslora_cr.data.tasks import test_file, test_records
 from mslora_cr.evaluation.benchmark import benchmark_columns
 from mslora_cr.evaluation.results import Cell, ReportError, required_evaluation
-from mslora_cr.evaluation.score import SCORES, AnswerRecord, ScoreTable, metrics_of, read_answers, read_scores
+from mslora_cr.evaluation.score import (
+    SCORES,
+    AnswerRecord,
+    ScoreTable,
+    metrics_of,
+    read_answers,
+    read_scores,
+    score_records,
+)
 from mslora_cr.metrics.captions import METEOR
-from mslora_cr.metrics.published import Scores, score_answers
+from mslora_cr.metrics.published import Scores
 from mslora_cr.utils.files import file_digest, replacing, write_text
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.state import StateFile
@@ -147,7 +156,7 @@ def _scored(folder: Path, cell: Cell) -> tuple[Scores, ScoreTable]:
     answers, table = read_answers(path), read_scores(path.with_name(SCORES))
     questions = _read_questions(path.with_name(QUESTIONS), answers)
     benchmark = benchmark_columns(answers, questions, java=METEOR in table.columns)
-    scores = replace(score_answers(answers), benchmark=benchmark)
+    scores = replace(score_records(answers, questions), benchmark=benchmark)
     where = f"{cell.task}: {SCORES}"
     if table.ids != [str(answer.question_id) for answer in answers] or table.columns.keys() != scores.columns.keys():
         raise ReportError(f"{where} is of other answers, or has other scores")
@@ -179,12 +188,24 @@ def _pack_cell(config: StreamConfig, results: Path, cell: Cell, folder: Path) ->
     shutil.copyfile(source, target)
     _write_anonymous(source.with_name(SCORES), target.with_name(SCORES))
     task = config.task(cell.task)
-    if task.benchmark is not None:
-        lines = [
-            question.model_dump_json(by_alias=True, exclude_defaults=True) for question in test_records(config, task)
-        ]
+    if questions := _questions(config, task, cell):
+        lines = [question.model_dump_json(by_alias=True, exclude_defaults=True) for question in questions]
         write_text(target.with_name(QUESTIONS), "".join(f"{line}\n" for line in lines))
     return cell.model_copy(update={"scores_sha256": file_digest(target.with_name(SCORES))})
+
+
+def _questions(config: StreamConfig, task: Task, cell: Cell) -> list[TestRecord]:
+    """The questions, which say how answers are scored; those of no benchmark without names of images and patients, and
+    only from the file that was asked from."""
+    if task.benchmark is not None:
+        return list(test_records(config, task))
+    if not test_file(config, task).is_file():
+        return []
+    records = test_records(config, task)
+    hidden = {"patient": None, "attributes": {}}
+    if records.digest != cell.questions:
+        return []
+    return [record.model_copy(update={"images": ("image",) * len(record.images), **hidden}) for record in records]
 
 
 def _write_anonymous(scores: Path, target: Path) -> None:

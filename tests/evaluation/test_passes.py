@@ -15,7 +15,7 @@ from mslora_cr.config.load import load_config
 from mslora_cr.data.records import TestRecords
 from mslora_cr.data.tasks import task_folder
 from mslora_cr.evaluation import summary
-from mslora_cr.evaluation.asking import RotatedRecords, blind_score
+from mslora_cr.evaluation.asking import blind_score, rotated_records
 from mslora_cr.evaluation.passes import CIRCULAR, CircularFile
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.runs.ledger import finished_banks
@@ -31,7 +31,7 @@ def test_options_are_moved_on_with_their_truths(tmp_path: Path) -> None:
     path = tmp_path / "test.jsonl"
     common = {"image": "a.png", "answer_type": "CLOSED"}
     path.write_text("".join(json.dumps({"question_id": n, **line, **common}) + "\n" for n, line in enumerate(lines)))
-    one, two = (list(RotatedRecords(TestRecords(path), by)) for by in (1, 2))
+    one, two = (list(rotated_records(TestRecords(path), by)) for by in (1, 2))
     assert [(record.question_id, record.options, record.gt) for record in one] == [
         (0, {"A": "heart", "B": "lung", "C": "liver"}, "C"),
         (1, {"A": "heart", "B": "lung"}, "heart"),
