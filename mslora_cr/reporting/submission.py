@@ -202,7 +202,7 @@ def _questions(config: StreamConfig, task: Task, cell: Cell) -> list[TestRecord]
     if not test_file(config, task).is_file():
         return []
     records = test_records(config, task)
-    hidden = {"patient": None, "attributes": {}}
+    hidden: dict[str, Any] = {"patient": None, "attributes": {}}
     if records.digest != cell.questions:
         return []
     return [record.model_copy(update={"images": ("image",) * len(record.images), **hidden}) for record in records]
