@@ -284,7 +284,7 @@ def _site_rows(evaluation: Evaluation, matrices: Mapping[str, TaskStageMatrix]) 
     first = {task: evaluation.same_as.get(task, task) for task in evaluation.tasks}
     several = dict.fromkeys(evaluation.same_as.values())
     return [
-        SiteRow(name, task, TITLES[key], *matrix.life_of(task))
+        SiteRow(name, task, REPORTED_TITLES[key], *matrix.life_of(task))
         for name in several
         for key, matrix in matrices.items()
         for task in matrix.tasks

@@ -101,6 +101,5 @@ def validation_set(
             config.evaluation.batch_size,
             Path(config.model.path).name,
             workers=int(fields.get("dataloader_num_workers", 0)),
-            probabilities=False,
         ),
     )
