@@ -17,7 +17,8 @@ from pydantic import Field
 from mslora_cr.config.benchmarks import Benchmark
 from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.json_list import Item, ListReader
-from mslora_cr.data.records import DataError, Images, TestRecord, TestRecords, Text
+from mslora_cr.data.record_fields import Images, Text
+from mslora_cr.data.records import DataError, TestRecord, TestRecords
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import JsonError, decode_json
 
