@@ -11,7 +11,7 @@ FORMATS = "docs/how-to/data.md has the formats"
 
 
 def missing_annotations(path: Path) -> str:
-    """Advice for a missing `train.json` or `test.jsonl`; empty where there is none."""
+    """Advice for a missing `train.json` or `test.jsonl`; empty if there is none."""
     folder = path.parent
     if not folder.is_dir():
         return (
@@ -42,17 +42,15 @@ def other_record(value: Mapping[str, Any]) -> str:
 
 
 def says_nothing(truth: str) -> bool:
-    """Whether nothing is left of a true answer once punctuation and articles are taken out, as the published scores do:
+    """Whether nothing remains of a true answer without punctuation and articles, which the published scores remove:
     every answer contains nothing, so any would count as right."""
     return not set(re.sub(r"[;/\[\]\"{}()=+\\_\-><@`,?!.]", " ", truth.lower()).split()) - {"a", "an", "the"}
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a regular file is DICOM's, by its mark."""
+    """Whether a regular file is DICOM's, by its magic bytes."""
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 
 
-DICOM = (
-    "a DICOM file, whose pixels only mean something with a window: `mslora-cr data convert` draws it as a viewer does"
-)
+DICOM = "a DICOM file, which needs a window to be drawn: `mslora-cr data convert` draws it as a viewer does"

@@ -1,4 +1,4 @@
-"""Conversations → text, by a processor's own chat template, and where in it the answers are."""
+"""Turns conversations into text with a processor's own chat template, and locates the answers in it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mslora_cr.data.records import IMAGE
 
 Message = dict[str, Any]
 Span = tuple[int, int]
-"""First character, and the one behind the last."""
+"""The first character, and the one after the last."""
 
 
 class Chat(NamedTuple):
-    """A conversation as its template has it; each image is still one placeholder."""
+    """A conversation as its template writes it; each image is still one placeholder."""
 
     text: str
     answers: tuple[Span, ...]
@@ -26,10 +26,10 @@ class Chat(NamedTuple):
 
 
 def messages_of(turns: Sequence[Turn], images: int) -> list[Message]:
-    """Turns as transformers' chat templates take them, a turn's images in front of its text.
+    """Turns as transformers' chat templates take them, with a turn's images before its text.
 
-    Each turn has the images that it marks with `<image>`; where the marks are not as many as the images, the first
-    question has them all. What an assistant says before the first question is dropped, as for LLaVA-Med.
+    Each turn has the images that it marks with `<image>`; if the number of marks differs from that of the images, the
+    first question has all images. What an assistant says before the first question is dropped, as for LLaVA-Med.
     """
     turns = turns[1:] if turns and turns[0].speaker != "human" else turns
     marks = [turn.text.count(IMAGE) for turn in turns]
@@ -44,9 +44,9 @@ def messages_of(turns: Sequence[Turn], images: int) -> list[Message]:
     ]
 
 
-REWRITES = "the model's chat template writes an answer otherwise once the conversation goes on"
+REWRITES = "the model's chat template changes an answer once the conversation continues"
 DATE = datetime(2024, 7, 26)
-"""What a template is given that asks for today's date: a bank is asked with the prompts that it was trained with."""
+"""The date for templates that ask for today's: a bank is asked with the prompts that it was trained with."""
 _DIRECTIVES = "aAbBdHIjmMpSuUwyYZ"
 
 
@@ -56,7 +56,7 @@ def asks_for_date(template: str) -> bool:
 
 
 def dated(template: str) -> str:
-    """A chat template whose `strftime_now`, if it has one, writes `DATE` on every day, in exports too."""
+    """A chat template whose `strftime_now`, if it has one, always writes `DATE`, in exports too."""
     if not asks_for_date(template):
         return template
     filters = "".join(f"|replace('%{name}', '{DATE.strftime(f'%{name}')}')" for name in _DIRECTIVES)
@@ -64,14 +64,14 @@ def dated(template: str) -> str:
 
 
 def render(processor: Any, messages: Sequence[Message], to_answer: bool = False) -> str:
-    """The text of some messages; `to_answer`: up to where the assistant's next answer begins.
+    """The text of some messages; with `to_answer`, up to the start of the assistant's next answer.
 
     Raises:
-        ValueError: the template has no place for them.
+        ValueError: The template does not accept them.
     """
     try:
         text: str = processor.apply_chat_template(list(messages), add_generation_prompt=to_answer, tokenize=False)
-    except TemplateError as error:  # templates raise it to refuse roles in another order
+    except TemplateError as error:  # Templates raise it to refuse roles in another order.
         raise ValueError(f"the model's chat template refuses the conversation: {error}") from None
     return text
 
@@ -110,11 +110,11 @@ def training_chat(processor: Any, messages: Sequence[Message], ends: Collection[
 
 
 class _Round:
-    """An answer of a conversation, and what the template makes of the conversation up to it.
+    """An answer of a conversation, and the template's text of the conversation up to it.
 
     Attributes:
-        index: of the answer's message.
-        before: what the model would be given to answer from.
+        index: The index of the answer's message.
+        before: The prompt from which the model would answer.
         written: `before`, the answer, and what ends it.
     """
 
@@ -125,10 +125,10 @@ class _Round:
         self.written = _as_generated(self.before, render(processor, messages[: index + 1]), self.said)
 
     def span_in(self, text: str) -> Span | None:
-        """Where the answer and what ends it are in the whole conversation; None where its thought is left out of it.
+        """Where the answer and what ends it are in the whole conversation; None if its thought is left out of it.
 
         Raises:
-            ValueError: the template writes the answer otherwise.
+            ValueError: The template writes the answer differently.
         """
         if text.startswith(self.written):
             return len(self.before), len(self.written)
@@ -143,7 +143,7 @@ class _Round:
 
 _THOUGHT = re.compile(r"(?:<think>)?(?P<thought>.*?)</think>\s*", re.DOTALL)
 _PROMPTED = re.compile(r"<think>\s*(?P<closed></think>\s*)?\Z")
-"""A thought that a template opens for the model, closed where the model is not to think."""
+"""A thought that a template opens for the model, closed because the model is not to think."""
 
 
 def _as_generated(before: str, written: str, said: str) -> str:
@@ -177,7 +177,7 @@ def _as_generated(before: str, written: str, said: str) -> str:
 
 
 def _tail(written: str, said: str) -> str:
-    """What a template writes behind an answer."""
+    """What a template writes after an answer."""
     return written[written.rindex(said) + len(said) :]
 
 

@@ -1,4 +1,4 @@
-"""LLaVA-Med's samples → batches, and what batches hold."""
+"""Makes batches of LLaVA-Med's samples."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mslora_cr.data.prompts import IGNORE_INDEX
 
 
 def length_multiple(device: torch.device) -> int:
-    """What lengths of batches for training on a device are rounded up to. On a GPU, cuDNN plans its attention anew for
-    each length that it has not seen, which takes as long as half a step of a 7B model."""
+    """On a GPU, lengths of training batches are rounded up to a multiple of this: cuDNN plans its attention anew for
+    each new length, which takes as long as half a step of a 7B model."""
     return 32 if device.type == "cuda" else 1
 
 
 def rounded_up(length: int, multiple: int) -> int:
-    """The next multiple that is no less."""
+    """The smallest multiple that is at least the number."""
     return -(-length // multiple) * multiple
 
 
@@ -34,13 +34,13 @@ class Sample(TypedDict):
 
 @dataclass(frozen=True)
 class TrainingCollator:
-    """Right-padded batches: `input_ids`, `labels`, `attention_mask` (batch, length) int64, `pixel_values`
+    """Makes right-padded batches: `input_ids`, `labels`, `attention_mask` (batch, length) int64, `pixel_values`
     (images, 3, H, W) float32 unless no sample has an image, and `record_index` (batch,) int64, by which errors name
     records."""
 
     pad_token_id: int
     multiple: int = 1
-    """Batches are as long as a multiple of this."""
+    """Lengths of batches are multiples of this."""
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         length = rounded_up(max(len(sample["input_ids"]) for sample in samples), self.multiple)
@@ -54,11 +54,11 @@ class TrainingCollator:
 
 
 def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:
-    """The share of positions that hold no token, in batches of samples padded to the longest of each.
+    """The share of positions without a token, in batches of samples padded to the longest of each.
 
     Args:
-        lengths: positions of each sample.
-        batches: the samples of each batch, by their place in `lengths`; none of them empty.
+        lengths: The positions of each sample.
+        batches: The samples of each batch, as indices into `lengths`; no batch is empty.
     """
     real, all_positions = 0, 0
     for batch in batches:
@@ -77,6 +77,6 @@ def _padded(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
 
 
 def _stacked_pixels(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    # Without the empty ones of text-only samples: those have the shape of pixels, also next to cached features.
+    # Empty ones of text-only samples are left out: they have the shape of pixels, even beside cached features.
     pixels = [sample["pixel_values"] for sample in samples if len(sample["pixel_values"])]
     return {"pixel_values": torch.cat(pixels)} if pixels else {}

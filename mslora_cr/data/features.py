@@ -1,8 +1,8 @@
-"""The frozen tower's features on disk, one file per image, so that an image is decoded and seen by the tower once.
+"""The frozen tower's features on disk, one file per image, so that an image is decoded and encoded only once.
 
-A file's name is the digest of the image's bytes, its folder's name that of everything else that decides the features:
-tower, preprocessing, dtype. A file is written under a name of its own and renamed, so that two writers, or one that is
-killed, leave whole files or none. A bfloat16 file of LLaVA-Med's tower, 577 × 1024 features, takes 1.18 MB.
+A file's name is the digest of the image's bytes; its folder's name is the digest of everything else that decides the
+features: tower, preprocessing, dtype. A file is written under another name and renamed, so that two writers, or a
+killed one, leave whole files or none. A bfloat16 file of LLaVA-Med's tower, 577 × 1024 features, takes 1.18 MB.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from mslora_cr.utils.progress import progress_bar
 from mslora_cr.utils.regular import check_regular
 
 _NAME = "features"
-_BATCH = 16  # images the tower sees at once
+_BATCH = 16  # The number of images that the tower encodes at once.
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder of features. Cheap to send to data loader workers, which only read."""
+    """A folder of features. It is cheap to send to data loader workers, which only read."""
 
     folder: Path
 
     def path_of(self, image: Path) -> Path:
-        """Where the features of an image file belong, whether or not they exist."""
+        """The path of an image's features, whether or not the file exists."""
         digest = image_file_digest(image)
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
@@ -46,7 +46,7 @@ class FeatureCache:
         """(positions, width), in the tower's dtype.
 
         Raises:
-            DataError: there are none, or their file is damaged.
+            DataError: There are none, or their file is damaged.
         """
         path = self.path_of(image)
         try:
@@ -68,7 +68,8 @@ class FeatureCache:
         """Write the features of every image that has none yet; equal images count once.
 
         Args:
-            encode: pixels (n, 3, height, width), float32 → features (n, positions, width), on any device.
+            images: The image files.
+            encode: Maps pixels (n, 3, height, width), float32, to features (n, positions, width), on any device.
         """
         by_path = {self.path_of(image): image for image in dict.fromkeys(images)}
         missing = [(path, image) for path, image in by_path.items() if not path.is_file()]

@@ -1,4 +1,5 @@
-"""Rows that belong together (one patient's, or about one image), and a share of such groups drawn for one side."""
+"""Groups rows that belong together (one patient's, or about one image), and draws a share of such groups for one
+side."""
 
 from __future__ import annotations
 
@@ -8,17 +9,17 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Hashable, Mapping, Sequence
 
 FEW = 2
-"""An answer that the drawn side would hold fewer of than this is not balanced by itself, but with all rare ones."""
+"""An answer with fewer rows than this on the drawn side is balanced together with all rare ones, not by itself."""
 
 LOOKED_AT = 16
-"""Groups that are compared before one of them is taken."""
+"""The number of groups that are compared before one of them is taken."""
 
 
 def connected(keys: Sequence[Sequence[str]]) -> list[str]:
-    """A name for the group of each row: rows that share a key, directly or through others, are of one group.
+    """Name the group of each row: rows that share a key, directly or through others, are in one group.
 
     Args:
-        keys: of each row, at least one, such as its patient and its images. A group has the name of a key of its own.
+        keys: Each row's keys, at least one, such as its patient and its images. A group is named after one of its keys.
     """
     parents: dict[str, str] = {}
 
@@ -35,15 +36,17 @@ def connected(keys: Sequence[Sequence[str]]) -> list[str]:
 
 
 def drawn_groups(groups: Sequence[str], answers: Sequence[Hashable], share: float, seed: int) -> set[str]:
-    """Whole groups for one side, until it has a share of the rows, and of every common answer as nearly as they allow.
+    """Draw whole groups for one side until it has its share of the rows, and as nearly as possible of every common
+    answer.
 
-    The next group is always one that has the answer of which most is lacking, relative to what is wanted (iterative
-    stratification: Sechidis et al., ECML PKDD 2011). Among these the seed decides. One group stays on the other side.
+    The next group always has the answer that is lacking most, relative to what is wanted (iterative stratification:
+    Sechidis et al., ECML PKDD 2011). Among these the seed decides. One group stays on the other side.
 
     Args:
-        groups: the name of each row's group.
-        answers: of each row, what is to be balanced.
-        share: of the rows, in (0, 1).
+        groups: The name of each row's group.
+        answers: For each row, the value to balance.
+        share: The share of the rows, in (0, 1).
+        seed: Draws the groups.
     """
     counts = Counter(answers)
     held: dict[str, Counter[Hashable]] = defaultdict(Counter)
@@ -71,7 +74,7 @@ def _drawn(
     taken: Counter[Hashable] = Counter()
     drawn: set[str] = set()
     names = list(waiting)
-    needs = [(-1.0, index) for index in range(len(names))]  # a heap: equal needs in the order that the seed drew
+    needs = [(-1.0, index) for index in range(len(names))]  # The heap orders equal needs as the seed drew them.
     while taken.total() < rows and needs:
         need, index = heapq.heappop(needs)
         answer = names[index]
@@ -91,5 +94,5 @@ def _drawn(
 
 
 def _excess(more: Counter[Hashable], taken: Mapping[Hashable, int], wanted: Mapping[Hashable, float]) -> float:
-    """By how much a group takes its answers beyond their shares, relative to these."""
+    """By how much a group would exceed the shares of its answers, relative to these."""
     return sum(max((taken[answer] + count) / wanted[answer] - 1, 0) for answer, count in more.items())

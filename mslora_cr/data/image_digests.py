@@ -1,4 +1,4 @@
-"""Digests of image files: other images behind the same names change what was asked or learned."""
+"""Digests of image files: other images under the same names change what was asked or learned."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mslora_cr.utils.files import file_digest
 
 
 def image_file_digest(image: Path) -> str:
-    """SHA-256 of an image file, which is read again only where its size or modification time is another."""
+    """SHA-256 of an image file, which is read again only if its size or modification time changed."""
     status = image.stat()
     return _digest(os.fspath(image), status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=1 << 20)
 def _digest(image: str, size: int, mtime_ns: int) -> str:
-    """Remembered in this process and in data loader workers forked from it; some hundred bytes an image."""
+    """Cached in this process and in data loader workers forked from it; some hundred bytes per image."""
     return file_digest(Path(image))
 
 
@@ -28,7 +28,8 @@ def images_digest(images: Iterable[Path], most: int | None = None) -> str:
     """SHA-256 over the sizes of some image files, in their order, and over their contents.
 
     Args:
-        most: read the contents of this many files at most, the same ones at every call.
+        images: The files.
+        most: Read the contents of at most this many files, the same ones at every call.
     """
     files = list(images)
     sizes = [image.stat().st_size for image in files]

@@ -1,4 +1,4 @@
-"""Images of a task: finding them under the data root only, decoding them, and making the tower's pixels."""
+"""Images of a task: finds them below the data root, decodes them, and makes the tower's pixels."""
 
 import hashlib
 import os
@@ -19,12 +19,13 @@ from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.walk import find_file
 from mslora_cr.utils.workers import worker_pool
 
-if TYPE_CHECKING:  # torch is slow to import, and the processes that only check images never need it
+if TYPE_CHECKING:  # torch is slow to import, and processes that only check images never need it.
     import torch
 
 MAX_PIXELS = 80_000_000
-"""Of the square that an image is padded to, 240 MB in RGB: what is larger is taken for a decompression bomb."""
-# Raster formats only: Pillow would hand some of the others (EPS) to an outside program.
+"""The most pixels of the square to which an image is padded, 240 MB in RGB; larger ones count as decompression
+bombs."""
+# Raster formats only: Pillow would pass some of the others (EPS) to an external program.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 
 PAGED = ("TIFF", "GIF", "WEBP", "PNG")
@@ -32,7 +33,7 @@ PAGED = ("TIFF", "GIF", "WEBP", "PNG")
 ORIENTATION = 0x0112
 """The EXIF tag."""
 
-_CHUNK = 32  # images a worker checks between two reports
+_CHUNK = 32  # The number of images that a worker checks between two reports.
 _MARK_BYTES = 16
 
 
@@ -41,16 +42,17 @@ class MissingImageError(DataError):
 
 
 def image_roots(data_root: Path, folder: str, image_folders: Sequence[str] = ()) -> list[Path]:
-    """Where the names in a task's annotations may start: its folder, the data root, its image folders."""
+    """Folders in which the image names of a task's annotations may start: its folder, the data root, its image
+    folders."""
     task = data_root / folder
     return [task, data_root, *(task / name for name in image_folders)]
 
 
 def tower_folder(model: Path, name: str) -> Path | None:
-    """The folder of the vision tower that a model's configuration calls `name`, unless it is on the hub only.
+    """The folder of the vision tower that a model's configuration calls `name`, unless it is only on the hub.
 
-    A folder in the model's own, beside it (`pretrained_models/openai/…` beside `pretrained_models/llava_med_v1.5`), or
-    below the working directory; or an absolute one.
+    It is a folder inside the model's, beside it (`pretrained_models/openai/…` beside
+    `pretrained_models/llava_med_v1.5`), below the working directory, or an absolute one.
     """
     return next((folder for folder in (model / name, model.parent / name, Path(name)) if folder.is_dir()), None)
 
@@ -59,8 +61,8 @@ def check_name(name: str) -> PurePosixPath:
     """`name` as a relative path that stays below whatever it is joined to.
 
     Raises:
-        DataError: it is empty, absolute, climbs with `..`, holds a backslash, a drive or a NUL character, or
-            a part of it is longer than file systems allow.
+        DataError: It is empty, absolute, climbs with `..`, contains a backslash, a drive or a NUL character, or has a
+            part longer than file systems allow.
     """
     path = PurePosixPath(name)
     safe = path.parts and not path.is_absolute() and ".." not in path.parts and not PureWindowsPath(name).drive
@@ -70,12 +72,13 @@ def check_name(name: str) -> PurePosixPath:
 
 
 def resolve_image(name: str, roots: Sequence[Path]) -> Path:
-    """The first existing `root/name`; where there is none, the first whose name is the same in another Unicode form.
+    """The first existing `root/name`; if there is none, the first whose name is the same in another Unicode form.
+
     Folders that the user linked into a root are followed.
 
     Raises:
-        DataError: the name could lead outside the roots (`check_name`).
-        MissingImageError: no root has such a file.
+        DataError: The name could lead outside the roots (`check_name`).
+        MissingImageError: No root has such a file.
     """
     relative = check_name(name)
     candidates = [root / relative for root in roots]
@@ -87,7 +90,7 @@ def resolve_image(name: str, roots: Sequence[Path]) -> Path:
 
 
 def _other_forms(name: PurePosixPath, roots: Sequence[Path]) -> Iterator[Path]:
-    """Where `name` would lie below each root, in the Unicode form in which folders there write it."""
+    """The path of `name` below each root, in the Unicode form that the folder there uses."""
     if not str(name).isascii():
         yield from (find_file(root, name) for root in roots)
 
@@ -96,26 +99,29 @@ def paths_of(names: Sequence[Sequence[str]], roots: Sequence[Path]) -> list[Path
     """Every image that some records show, once.
 
     Args:
-        names: of each record's.
+        names: Those of each record.
+        roots: The image folders.
 
     Raises:
-        DataError: one is missing or outside its root.
+        DataError: One is missing or outside its root.
     """
     return [resolve_image(name, roots) for name in dict.fromkeys(name for of_record in names for name in of_record)]
 
 
 def load_image(path: Path) -> Image.Image:
-    """Decode `path` in full to RGB, with Pillow's own conversion: transparency is dropped, 16-bit greys
-    saturate and EXIF rotation is ignored, as in the published code.
+    """Decode `path` in full to RGB, with Pillow's own conversion.
+
+    Transparency is dropped, 16-bit greys saturate and EXIF rotation is ignored, as in the published code.
 
     Raises:
-        DataError: not an image of `FORMATS`, one whose square has more than `MAX_PIXELS`, truncated or corrupt.
+        DataError: It is not an image of `FORMATS`, its square has more than `MAX_PIXELS`, or it is truncated or
+            corrupt.
     """
     return decode_image(path, str(path))
 
 
 def decode_image(source: Path | BinaryIO, name: str) -> Image.Image:
-    """As `load_image`, from a file or from its bytes; `name` says in errors what it is."""
+    """As `load_image`, from a file or from its bytes; `name` identifies it in errors."""
     try:
         if isinstance(source, Path):
             check_regular(source)
@@ -139,7 +145,7 @@ def check_size(image: Image.Image, name: str) -> None:
     """Refuse an image before its pixels are decoded.
 
     Raises:
-        DataError: it, or the square that it is padded to, has more than `MAX_PIXELS`.
+        DataError: It, or the square to which it is padded, has more than `MAX_PIXELS`.
     """
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -152,20 +158,20 @@ def check_size(image: Image.Image, name: str) -> None:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether its greys have more than 8 bits, of which the conversion to RGB keeps the values 0 to 255 alone."""
+    """Whether its greys have more than 8 bits; the conversion to RGB keeps only the values 0 to 255."""
     return image.mode.startswith(("I", "F"))
 
 
 def turned(image: Image.Image) -> bool:
-    """Whether a viewer turns it upright and the conversion does not: EXIF orientation (Pillow turns TIFF itself)."""
+    """Whether a viewer turns it upright but the conversion does not: EXIF orientation (Pillow turns TIFF itself)."""
     try:
         return image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in range(2, 9)
-    except Exception:  # damaged EXIF: viewers ignore it
+    except Exception:  # Viewers ignore damaged EXIF.
         return False
 
 
 def see_through(image: Image.Image) -> bool:
-    """Whether it has transparent parts: viewers show what is behind them, the conversion the colours hidden there."""
+    """Whether it has transparent parts: viewers show the background, the conversion the colours hidden there."""
     if not image.has_transparency_data:
         return False
     darkest, _ = image.convert("RGBA").getchannel("A").getextrema()
@@ -173,10 +179,10 @@ def see_through(image: Image.Image) -> bool:
 
 
 def page_count(image: Image.Image) -> int:
-    """The pages or frames of one picture; the previews that a JPEG of a camera has inside are none."""
+    """The number of pages or frames of one picture; a camera's JPEG previews do not count."""
     try:
         return getattr(image, "n_frames", 1) if image.format in PAGED else 1
-    except Exception:  # the second is damaged: viewers show the first
+    except Exception:  # If the second is damaged, viewers show the first.
         return 1
 
 
@@ -184,20 +190,20 @@ def image_size(path: Path) -> tuple[int, int]:
     """Width and height, from the file's header alone.
 
     Raises:
-        DataError: as `load_image`, as far as the header tells.
+        DataError: As `load_image`, as far as the header tells.
     """
     try:
         with Image.open(check_regular(path), formats=FORMATS) as image:
             return image.size
-    except Exception:  # which of Pillow's errors, the decoder says
+    except Exception:  # The decoder tells which of Pillow's errors it is.
         return load_image(path).size
 
 
 def washed_out(path: Path) -> str | None:
-    """How the model sees a readable image otherwise than a viewer shows it; None where it does not.
+    """How the model's view of a readable image differs from a viewer's; None if it does not.
 
     Raises:
-        DataError: as `load_image`.
+        DataError: As `load_image`.
     """
     image = load_image(path)
     with Image.open(path, formats=FORMATS) as stored:
@@ -209,7 +215,7 @@ def washed_out(path: Path) -> str | None:
         return f"{pages} pages, of which the model sees the first"
     if transparent:
         return "it has transparent parts, of which the model sees the hidden colours"
-    if image.getcolors(1) is not None:  # not more than one
+    if image.getcolors(1) is not None:  # There is only one.
         return f"one single colour once decoded (stored as {mode})"
     if deep:
         return f"stored with more than 8 bits (mode {mode}), of which the conversion keeps the values 0 to 255 alone"
@@ -217,7 +223,7 @@ def washed_out(path: Path) -> str | None:
 
 
 def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Centre an RGB image on a square of its longer side; of two middles, the lower offset."""
+    """Centre an RGB image on a square of its longer side; of two middle positions, the smaller offset."""
     side = max(image.size)
     if image.size == (side, side):
         return image
@@ -245,18 +251,19 @@ def check_images(
 
 
 class Inspected(NamedTuple):
-    """Images by their place, each with what is wrong or worth knowing, in the order in which they were asked for."""
+    """Images by their index, each with its problem or remark, in the order of the request."""
 
     bad: list[tuple[Path, str]]
     washed_out: list[tuple[Path, str]]
 
 
 def inspect_images(paths: Iterable[Path], workers: int, progress: bool, cache: Path | None = None) -> Inspected:
-    """Decode every image in `workers` processes; give the bad ones and those that are washed out, with reasons.
+    """Decode every image in `workers` processes; return the bad ones and those that look different in a viewer, with
+    reasons.
 
-    Only a few chunks of `paths` are in flight at a time, whatever its length. With a `cache` file, images
-    found good before (same path, size and modification time) are not decoded again, and newly good ones are
-    added as they are found, so that an interrupted run resumes where it stopped.
+    Only a few chunks of `paths` are in flight at a time, whatever their number. With a `cache` file, images that were
+    good before (same path, size and modification time) are not decoded again, and newly good ones are added as they are
+    found, so that an interrupted run resumes where it stopped.
     """
     marks = _read_marks(cache)
     inspected = _Found([], [])
@@ -282,7 +289,7 @@ _Checked = tuple[list[bytes], _Found]
 
 
 def _bounded(pool: ProcessPoolExecutor, chunks: Iterator[list[_Numbered]], limit: int) -> Iterator[_Checked]:
-    """`pool.map` without reading all of its input first."""
+    """`pool.map` that does not read all of its input first."""
     running: set[Future[_Checked]] = set()
     for chunk in chunks:
         running.add(pool.submit(_check_chunk, chunk))
@@ -302,7 +309,7 @@ def _check_chunk(chunk: list[_Numbered]) -> _Checked:
             continue
         if loss is None:
             good.append(_mark(path))
-        else:  # not remembered, so that it is said every time
+        else:  # It is not cached, so that the remark appears every time.
             findings.washed_out.append((number, path, loss))
     return good, findings
 
@@ -316,7 +323,7 @@ def _new_images(paths: Iterable[_Numbered], marks: set[bytes], bar: tqdm) -> Ite
 
 
 def _mark(path: Path) -> bytes:
-    """A fingerprint of a file's path, size and modification time; empty where there is no such file."""
+    """A fingerprint of a file's path, size and modification time; empty if there is no such file."""
     try:
         status = path.stat()
     except OSError:
@@ -329,7 +336,7 @@ def _read_marks(cache: Path | None) -> set[bytes]:
     if cache is None or not cache.is_file():
         return set()
     data = cache.read_bytes()
-    whole = len(data) - len(data) % _MARK_BYTES  # a killed run may have left half a mark
+    whole = len(data) - len(data) % _MARK_BYTES  # A killed run may have left half a fingerprint.
     return {data[i : i + _MARK_BYTES] for i in range(0, whole, _MARK_BYTES)}
 
 

@@ -1,4 +1,4 @@
-"""A JSON list read element by element, in bounded memory: what `train.json` is."""
+"""Reads a JSON list such as `train.json` element by element, in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mslora_cr.utils.strict_json import STRICT_JSON, explain_json
 
 CHUNK_BYTES = 1 << 20
 MAX_RECORD_BYTES = 16 << 20
-"""No conversation comes near this; it bounds what a damaged file can make us read."""
+"""The most that a damaged file can make us read; no conversation comes close."""
 TOO_LONG = "a record of more than 16 MB"
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
 Item = tuple[int, int, str, Any]
-"""First byte, byte after the last, place in words, decoded JSON."""
+"""First byte, byte after the last, location in words, decoded JSON."""
 
 
 class ListReader:
@@ -30,13 +30,13 @@ class ListReader:
     def __init__(self, path: Path, file: BinaryIO, hasher: hashlib._Hash):
         self.path, self.file, self.hasher = path, file, hasher
         self.decoder = codecs.getincrementaldecoder("utf-8")()
-        self.text, self.position = "", 0  # the window, and where in it we are
-        self.offset = 0  # of text[position], in bytes from the start of the file
+        self.text, self.position = "", 0  # The window, and our position in it.
+        self.offset = 0  # The position of text[position], in bytes from the start of the file.
         self.index = 0
         self.ended = False
 
     def items(self) -> Iterator[Item]:
-        if self._peek() == "\ufeff":  # a byte order mark, which programs on Windows put before UTF-8
+        if self._peek() == "\ufeff":  # A byte order mark, which programs on Windows put before UTF-8.
             self._advance(1)
         if self._peek() != "[":
             raise DataError(f"{self.path}: expected one list ([…]) of records")
@@ -64,7 +64,7 @@ class ListReader:
             try:
                 value, end = STRICT_JSON.raw_decode(self.text, self.position)
             except (ValueError, RecursionError) as error:
-                # It may only be that the window ends inside the element: widen it, up to a limit.
+                # The window may only end inside the element: widen it, up to a limit.
                 held = len(self.text) - self.position
                 if self.ended or not isinstance(error, json.JSONDecodeError):
                     self._fail(explain_json(error))
@@ -82,7 +82,7 @@ class ListReader:
         """The next character that is not white space, or "" at the end of the file."""
         while True:
             blanks = _BLANKS.match(self.text, self.position)
-            assert blanks is not None, "it matches nothing at all, too"
+            assert blanks is not None, "the pattern also matches the empty string"
             self._advance(blanks.end() - self.position)
             if self.position < len(self.text):
                 return self.text[self.position]

@@ -1,7 +1,8 @@
-"""Conversations → token ids and label masks, in LLaVA-Med's Mistral-instruct template.
+r"""Turns conversations into token IDs and label masks, in LLaVA-Med's Mistral-instruct template.
 
-`[INST] <image>\\nquestion [/INST] answer </s>`, one such round after the other, behind a single `<s>`. Every chunk of
-text between two images is tokenised on its own, as LLaVA does, so a chunk can open with a lone space piece.
+The template is `[INST] <image>\nquestion [/INST] answer </s>`, one such round after the other, after a single `<s>`.
+Every chunk of text between two images is tokenised separately, as in LLaVA, so a chunk can start with a lone space
+piece.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from mslora_cr.data.tokenizer import Tokenizer
 IGNORE_INDEX = -100
 """Label of positions that carry no loss; the value PyTorch's cross entropy ignores."""
 IMAGE_INDEX = -200
-"""Stands for one whole image in ids that are not yet expanded to its patches."""
+"""Represents one whole image in IDs that are not yet expanded to its patches."""
 
 _OPEN, _CLOSE = "[INST] ", " [/INST]"
 
 
 class Turn(Protocol):
-    """One utterance; records' turns are such."""
+    """One utterance, such as a record's turn."""
 
     @property
     def speaker(self) -> str: ...
@@ -30,7 +31,7 @@ class Turn(Protocol):
 
 
 class Message(NamedTuple):
-    """A `Turn` that no record holds."""
+    """A `Turn` that does not come from a record."""
 
     speaker: str
     text: str
@@ -49,12 +50,12 @@ def question_text(text: str, images: int) -> str:
 
 
 def generation_prompt(question: str, images: int = 1) -> str:
-    """The prompt that a question is answered from; `images` `<image>` marks open it."""
+    """The prompt of a question, opened by `images` `<image>` marks."""
     return f"{_OPEN}{question_text(question, images)}{_CLOSE}"
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt, opening with `<s>`, `IMAGE_INDEX` in place of every `<image>`."""
+    """Token IDs of a prompt, starting with `<s>`, with `IMAGE_INDEX` in place of every `<image>`."""
     chunks = [_text_ids(tokenizer, chunk) for chunk in prompt.split(IMAGE)]
     ids = [tokenizer.bos_token_id, *chunks[0]]
     for chunk in chunks[1:]:
@@ -63,11 +64,13 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def encode_next_prompt(tokenizer: Tokenizer, earlier: Sequence[Turn], question: str, images: int) -> list[int]:
-    """Ids of a prompt that goes on from earlier questions and their answers, as training would encode the whole.
+    """IDs of a prompt that continues earlier questions and their answers, as training would encode the whole.
 
     Args:
-        earlier: question and answer in turn; may be empty.
-        images: how many images the conversation's first question bears.
+        tokenizer: The tokenizer.
+        earlier: Questions and answers in turn; may be empty.
+        question: The question.
+        images: The number of images of the conversation's first question.
     """
     if not earlier:
         return encode_prompt(tokenizer, generation_prompt(question, images))
@@ -76,10 +79,10 @@ def encode_next_prompt(tokenizer: Tokenizer, earlier: Sequence[Turn], question: 
 
 
 def encode_conversation(tokenizer: Tokenizer, turns: Sequence[Turn], images: int) -> Encoded:
-    """Ids and labels of a training conversation; labels cover the answers and the `</s>` behind each.
+    """IDs and labels of a training conversation; labels cover the answers and the `</s>` after each.
 
-    A conversation that the template cannot hold unambiguously (`[/INST]` inside a text, a question without an answer)
-    is masked whole, as the published code does, so that it adds nothing to the loss.
+    A conversation that the template cannot represent unambiguously (`[/INST]` inside a text, a question without an
+    answer) is masked as a whole, as in the published code, so that it adds nothing to the loss.
     """
     input_ids, labels = [tokenizer.bos_token_id], [IGNORE_INDEX]
     rounds, clean = _rounds(turns, images)
@@ -97,7 +100,7 @@ def encode_conversation(tokenizer: Tokenizer, turns: Sequence[Turn], images: int
 def _rounds(turns: Sequence[Turn], images: int) -> tuple[list[tuple[str, str]], bool]:
     """(question in its template, answer) pairs, and whether the turns alternated to the end.
 
-    An answer before the first question is dropped, as the published code does. The first question bears the images.
+    An answer before the first question is dropped, as in the published code. The first question has the images.
     """
     turns = turns[1:] if turns and turns[0].speaker != "human" else turns
     speakers = [turn.speaker for turn in turns]
@@ -118,7 +121,7 @@ def expand_images(encoded: Encoded, image_token_id: int, patches: int, max_lengt
     """Replace each `IMAGE_INDEX` by `patches` placeholders, then cut at `max_length` positions.
 
     Raises:
-        ValueError: the cut would go through an image.
+        ValueError: The cut would go through an image.
     """
     input_ids: list[int] = []
     labels: list[int] = []

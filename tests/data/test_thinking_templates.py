@@ -60,7 +60,7 @@ def test_what_is_learned_is_generated_behind_the_prompt(name: str, texts: list[s
 
 def test_a_template_that_rewrites_answers_is_refused() -> None:
     upper = STRIPPING.replace(".strip()", "|upper")
-    with pytest.raises(ValueError, match="writes an answer otherwise"):
+    with pytest.raises(ValueError, match="changes an answer"):
         training_chat(processor_with(upper), messages_of([Message("human", "q"), Message("gpt", "b")], 0), [], "</s>")
 
 

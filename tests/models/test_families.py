@@ -302,7 +302,7 @@ def test_a_template_that_refuses_or_rewrites_a_conversation_is_named(folder: Fol
     base.processor.chat_template = (
         "{{ messages | length }}{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}"
     )
-    with pytest.raises(ValueError, match="writes an answer otherwise once the conversation goes on"):
+    with pytest.raises(ValueError, match="changes an answer once the conversation continues"):
         base.input_processor(99, True).length(conversation([], "a?", "b", "c?", "d"), [tmp_path])
 
 

@@ -1,4 +1,5 @@
-"""What an answer is: one of a few, a number, a set of labels, or free text, as all answers to its question tell."""
+"""The kind of an answer: one of a few, a number, a set of labels, or free text, judged from all answers to its
+question."""
 
 from __future__ import annotations
 
@@ -11,22 +12,22 @@ from mslora_cr.data.records import AnswerKind
 _NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d+)?")
 _SEPARATORS = re.compile(r"\s*[|;,]\s*")
 FEWEST = 5
-"""Answers to a question from which on a set of labels can be told from text with commas."""
+"""With at least this many answers to a question, a set of labels can be distinguished from text with commas."""
 LONGEST_LABEL = 40
 FEWEST_REUSES = 2
-"""How often a label of a set stands in the answers to its question, in the mean."""
+"""How often a label of a set occurs on average in the answers to its question."""
 
 
 def answer_kinds(questions: Sequence[str], answers: Sequence[str], closed: Sequence[bool]) -> list[AnswerKind]:
-    """The kind of each answer: a closed question's is a choice; else the answers to one question have one kind.
+    """The kind of each answer. A closed question's answer is a choice; the answers to any other question have one kind.
 
     They are numbers if all of them are; sets if some have several labels between commas, semicolons or bars, each label
-    short, and labels recur; else text.
+    is short, and labels recur; otherwise text.
 
     Args:
-        questions: the text of each.
-        answers: to each, the true one.
-        closed: whether each has a closed set of answers.
+        questions: The text of each.
+        answers: The true answer to each.
+        closed: Whether each has a closed set of answers.
     """
     by_question: dict[str, list[str]] = defaultdict(list)
     for question, answer, chosen in zip(questions, answers, closed, strict=True):
@@ -37,7 +38,7 @@ def answer_kinds(questions: Sequence[str], answers: Sequence[str], closed: Seque
 
 
 def labels_of(answer: str) -> list[str]:
-    """The labels of a set, without what parts them."""
+    """The labels of a set, without their separators."""
     return [label for label in _SEPARATORS.split(answer.strip(" .")) if label]
 
 

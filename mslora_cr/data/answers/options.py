@@ -6,14 +6,14 @@ import string
 from collections.abc import Mapping, Sequence
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
-"""What LLaVA's evaluation and lmms-eval put below the options."""
+"""The line that LLaVA's evaluation and lmms-eval put below the options."""
 
 
 def lettered(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Options by their capital letters, in order: `["lung", "heart"]` → `{"A": "lung", "B": "heart"}`.
+    """Options by their capital letters, in order: `["lung", "heart"]` becomes `{"A": "lung", "B": "heart"}`.
 
     Raises:
-        ValueError: there are fewer than 2 or more than 26, or a mapping's keys are not the first letters in order.
+        ValueError: There are fewer than 2 or more than 26, or a mapping's keys are not the first letters in order.
     """
     letters = string.ascii_uppercase[: len(options)]
     if not 2 <= len(options) <= len(string.ascii_uppercase):
@@ -26,17 +26,18 @@ def lettered(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
 
 
 def with_options(question: str, options: Mapping[str, str]) -> str:
-    """The question with its options below it, a line each, as LLaVA and lmms-eval ask it; unchanged without options."""
+    """The question with its options below it, one per line, as LLaVA and lmms-eval ask it; unchanged without
+    options."""
     if not options:
         return question
     return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items()), INSTRUCTION])
 
 
 def rotated(options: Mapping[str, str], by: int) -> dict[str, str]:
-    """The texts moved on by so many letters; a circular evaluation asks every rotation.
+    """The texts shifted by so many letters; a circular evaluation asks every rotation.
 
     Args:
-        options: by letter.
+        options: By letter.
         by: `1` gives the first letter the last text.
     """
     texts = list(options.values())
@@ -44,9 +45,9 @@ def rotated(options: Mapping[str, str], by: int) -> dict[str, str]:
 
 
 def letter_of(truth: str, options: Mapping[str, str]) -> str | None:
-    """The letter that a true answer stands for, given as the letter or as the text of an option; None: neither.
+    """The letter of a true answer, which is given as the letter or as the text of an option; None if it is neither.
 
-    An option whose text is a single letter is meant by its text.
+    If an option's text is a single letter, the text is meant.
     """
     said = truth.strip().casefold()
     for letter, text in options.items():

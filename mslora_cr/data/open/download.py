@@ -27,21 +27,21 @@ from mslora_cr.utils.proxies import proxy_advice
 
 ENDPOINT = "https://github.com"
 ATTEMPTS = 5
-"""Of one run, for an archive whose transfer breaks off."""
+"""Attempts of one run, for an archive whose transfer breaks off."""
 TIMEOUT = 60
-"""Seconds without a byte."""
+"""The longest time without a byte, in seconds."""
 MOST_BYTES = 8 << 30
-"""Of an archive."""
+"""The largest archive."""
 PIECE = 1 << 20
 
 
 def check_accepted(
     sources: Sequence[OpenSource], accepted: Iterable[str], accepted_non_commercial: Iterable[str]
 ) -> None:
-    """Whether every licence was accepted by its name, those that forbid commercial use apart.
+    """Check that every licence was accepted by its name; those that forbid commercial use need an option of their own.
 
     Raises:
-        DataError: one was not; says which, of which data sets, and the options that accept them.
+        DataError: One was not; the message names it, its data sets, and the options that accept it.
     """
     given = {True: set(accepted), False: set(accepted_non_commercial)}
     lacking = [source for source in sources if licence_name(source) not in given[source.commercial]]
@@ -110,7 +110,7 @@ def content_digest(source: OpenSource, sources: Sequence[Path], work: Path) -> s
 
 
 def _fetch(url: str, archive: Path, source: OpenSource, progress: bool) -> None:
-    """The archive under its name, once its content is that of the catalogue."""
+    """Give the archive its name, once its content matches the catalogue."""
     with resumable(archive, source.commit[:12]) as stream:
         partial = Path(stream.name)
         problem: Exception | None = None
@@ -130,7 +130,7 @@ def _fetch(url: str, archive: Path, source: OpenSource, progress: bool) -> None:
                 f"{url}: the download stopped ({problem}); run the same command again to resume{advice}"
             ) from None
     with hidden_folder(archive) as work:
-        whole = work / archive.name  # archives are known by their ending
+        whole = work / archive.name  # Archives are recognised by their extension.
         partial.replace(whole)
         if content_digest(source, [whole], work / "nested") != source.content:
             raise DataError(f"{url}: holds other files than commit {source.commit}; run the same command again")
@@ -138,14 +138,14 @@ def _fetch(url: str, archive: Path, source: OpenSource, progress: bool) -> None:
 
 
 def _transfer(url: str, stream: BinaryIO, name: str, progress: bool) -> None:
-    """Add to a file what it lacks. A server that cannot begin in the middle sends it from the start."""
+    """Append the missing part to a file. A server that cannot start in the middle sends it from the start."""
     stream.seek(0, 2)
     begun = stream.tell()
     request = urllib.request.Request(url, headers={"Range": f"bytes={begun}-"} if begun else {})
     try:
         response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and begun:  # nothing is left to send
+        if error.code == 416 and begun:  # The file is complete.
             return
         raise
     with response:

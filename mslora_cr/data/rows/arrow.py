@@ -1,4 +1,4 @@
-"""What Hugging Face `datasets` wrote: folders of Arrow or Parquet files. Only the columns that are needed are read."""
+"""Reads what Hugging Face `datasets` wrote: folders of Arrow or Parquet files. Only the needed columns are read."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
 ENDINGS = (".arrow", ".parquet")
 ROWS_AT_ONCE = 64
 BYTES_AT_ONCE = 256 << 20
-"""Of rows that are decoded at once, where each may be as large as all values of its row group together."""
+"""The most bytes of rows that are decoded at once; each row may be as large as all values of its row group."""
 MOST_GROUP_BYTES = 1 << 30
-"""Of a Parquet row group, unpacked: it is what has to be held at once."""
+"""The most bytes of an unpacked Parquet row group, which must be held at once."""
 MOST_ITEMS = 1_000
-"""In a list of one row, such as its images."""
+"""The most items in a list of one row, such as its images."""
 
 
 def dataset_files(folder: Path) -> list[Path]:
-    """The files of a data set below a folder, but not what `map` and `filter` leave."""
+    """The files of a data set below a folder, without those that `map` and `filter` leave."""
     return [file for file in files_below(folder) if file.suffix in ENDINGS and not file.name.startswith("cache-")]
 
 
 def read_dataset_folder(
     folder: Path, columns: Columns, question: str | None, remark: Remark
 ) -> Iterator[Row | Problem]:
-    """The rows of a data set; a split is known by the names of files and folders.
+    """The rows of a data set; names of files and folders tell the split.
 
     Raises:
-        DataError: there is no such file, one cannot be read or lacks a column, or only some name a split.
+        DataError: There is no such file, one cannot be read or lacks a column, or only some name a split.
     """
     import pyarrow
 
@@ -119,7 +119,7 @@ def _check_count(file: Path, count: int) -> None:
 
 
 def _opened(file: Path) -> tuple[pyarrow.Schema, Any, int]:
-    """Schema, batches of some columns, and the number of rows where the file tells it."""
+    """Schema, batches of some columns, and the number of rows if the file states it."""
     import pyarrow
     from pyarrow import ipc, parquet
 
@@ -135,7 +135,7 @@ def _opened(file: Path) -> tuple[pyarrow.Schema, Any, int]:
 
     def batches(names: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
         largest = _largest_group(file, opened.metadata, names)
-        # A dictionary holds a value once, however many rows have it, and its rows hold it once each.
+        # A dictionary stores a value once for many rows; its rows hold it once each.
         rows = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // max(largest, 1)))
         return opened.iter_batches(rows, columns=names, use_threads=False)
 
@@ -163,10 +163,10 @@ def _largest_group(file: Path, metadata: Any, names: Sequence[str]) -> int:
 
 
 def _check_type(file: Path, name: str, kind: Any) -> None:
-    """A column holds texts, numbers, dates, bytes, images, or lists of these; nothing nested deeper.
+    """Check that a column holds texts, numbers, dates, bytes, images, or lists of these, and nothing nested deeper.
 
     Raises:
-        DataError: it holds something else.
+        DataError: It holds something else.
     """
     from pyarrow import types
 
@@ -178,7 +178,8 @@ def _check_type(file: Path, name: str, kind: Any) -> None:
 
 
 def _values(batch: pyarrow.RecordBatch, file: Path) -> list[dict[str, Any] | str]:
-    """The rows of a batch; where Python has no value for one (a date before year 1, bytes that are no text), why."""
+    """The rows of a batch; the reason where Python cannot represent a value (a date before year 1, bytes that are not
+    text)."""
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if (size := _largest(column)) > MAX_IMAGE_BYTES:
             raise DataError(f"{file}: column {shorten(name)} holds a value of {size:,} bytes, too large for a picture")
@@ -216,7 +217,7 @@ def _largest(column: Any) -> int:
 
 
 def _whole_columns(file: Path, names: Sequence[str], schema: pyarrow.Schema) -> set[str]:
-    """Columns of floating point whose values are all whole: numbers with gaps, which are written as 2.0."""
+    """Columns of floating point whose values are all whole: integers with gaps, which are written as 2.0."""
     from pyarrow import types
 
     floats = [name for name in names if types.is_floating(schema.field(name).type)]
@@ -234,10 +235,10 @@ def _whole_columns(file: Path, names: Sequence[str], schema: pyarrow.Schema) -> 
 
 
 def _labels(file: Path, schema: pyarrow.Schema) -> dict[str, list[str]]:
-    """The names of classes that columns hold the numbers of, from the note that `datasets` leaves in the schema.
+    """The names of classes for columns of class numbers, from the note that `datasets` leaves in the schema.
 
     Raises:
-        DataError: the note has names that are no list of texts.
+        DataError: The note has names that are not a list of texts.
     """
     try:
         note = decode_json((schema.metadata or {}).get(b"huggingface", b"{}"))
@@ -255,7 +256,7 @@ def _labels(file: Path, schema: pyarrow.Schema) -> dict[str, list[str]]:
 
 
 def _worded(values: dict[str, Any], labels: Mapping[str, list[str]], whole: set[str]) -> dict[str, Any]:
-    """Numbers of classes as their names (-1, which stands for none, as nothing), and whole numbers as such."""
+    """Class numbers as their names (-1, which means none, as nothing), and whole numbers as integers."""
     for name, names in labels.items():
         number = values.get(name)
         if isinstance(number, int):

@@ -1,4 +1,4 @@
-"""Conversations in ShareGPT's form, and other lists of JSON objects: rows of a table, OmniMedVQA's questions."""
+"""Reads conversations in ShareGPT's form, and other lists of JSON objects: rows of a table, OmniMedVQA's questions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _elements(path: Path, file: BinaryIO) -> Iterator[Any]:
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[Any]:
-    """What each line holds. A line ends at a line feed alone: a text may have other separators of its own."""
+    """The content of each line. Only a line feed ends a line: a text may contain other separators."""
     number = 0
     while line := file.readline(MAX_RECORD_BYTES + 1):
         number += 1
@@ -135,13 +135,13 @@ def _conversation(
 
 
 def _inside(question: str) -> bool:
-    """Whether a picture is marked between words, or behind them among others."""
+    """Whether a picture is marked between words, or after them among others."""
     around = [part.strip() for part in question.split(IMAGE)]
     return any(around[1:-1]) or bool(around[0] and around[-1] and len(around) > 1)
 
 
 def _completed(row: Row, item: Mapping[str, Any], columns: Columns, remark: Remark) -> Row:
-    """With what stands beside the conversation: split, patient, attributes."""
+    """The conversation with split, patient and attributes."""
     split = split_of(said(item[columns.split], "a split")) if columns.split and columns.split in item else None
     names = [str(name) for name in item]
     if not columns.split:
@@ -153,7 +153,7 @@ def _completed(row: Row, item: Mapping[str, Any], columns: Columns, remark: Rema
 
 
 def opening_key(path: Path) -> str:
-    """The first character of a JSON file that is no space: `[` for a list, `{` for an object."""
+    """The first non-space character of a JSON file: `[` for a list, `{` for an object."""
     with check_regular(path).open("rb") as file:
         start = file.read(1 << 16)
     return io.BytesIO(start).read().decode("utf-8-sig", errors="replace").lstrip()[:1]

@@ -1,4 +1,4 @@
-"""Questions about images, read from the forms that people keep them in."""
+"""Reads questions about images from common formats."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _folder(source: Path, columns: Columns, question: str | None, remark: Remark
 
 
 def holds_questions(source: Path) -> bool:
-    """Whether a folder has questions or labels, and not images alone."""
+    """Whether a folder has questions or labels, and not only images."""
     if dataset_files(source) or voc_files(source):
         return True
     classes = class_folders(source)

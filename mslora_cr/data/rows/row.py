@@ -1,4 +1,4 @@
-"""A question about images as it was found, the columns that it is found in, and what a value says."""
+"""A question about images as found in a source, the columns that hold it, and the meaning of a value."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from mslora_cr.utils.errors import nearest, shorten
 
 SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing", "eval"), "test")
 SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
-"""What a split is called → what it is here."""
+"""Names of a split, and its name here."""
 PATIENTS = frozenset({"patient", "patientid", "subject", "subjectid"})
-"""Columns that say whose an image is, where no other is given; without case, spaces, dots, dashes and underscores."""
+"""Columns that name the patient, if no other is given; without case, spaces, dots, dashes and underscores."""
 PERHAPS_SPLITS = frozenset({"split", "subset", "fold", "partition", "set", "phase"})
 """Columns that may say which rows are for testing."""
 PERHAPS_PATIENTS = ("patient", "subject", "case", "study", "participant", "mrn")
-"""A column whose name begins or ends with one of these may say whose an image is."""
+"""A column whose name begins or ends with one of these may name the patient."""
 LETTERS = "ABCDEFGHIJ"
 MOST_NAME = 1_000
-"""Characters in the name of an image; what is longer is something else."""
+"""The most characters in the name of an image; a longer text is something else."""
 MAX_IMAGE_BYTES = 64 << 20
 MOST_ROWS = 3_000_000
-"""Of one source."""
+"""The most rows of one source."""
 _DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
 _BASE64 = ("iVBOR", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0A", "Qk")
-"""How PNG, JPEG, GIF, WebP, TIFF and BMP begin in base64."""
+"""The beginnings of PNG, JPEG, GIF, WebP, TIFF and BMP in base64."""
 _SHORTEST_BASE64 = 64
 _NO_TEXT: tuple[tuple[Any, str], ...] = (
     ((list, tuple), "a list"),
@@ -91,17 +91,17 @@ class Row:
 
 
 Problem = tuple[str, str]
-"""Why a row is left out, and where it stands."""
+"""Why a row is left out, and its location."""
 Remark = Callable[[str], None]
-"""Is told what is worth knowing of a source as a whole."""
+"""Called with remarks on a source as a whole."""
 
 
 class UnusableError(ValueError):
-    """A value that cannot be used; the message is the reason for which its row is left out."""
+    """A value that cannot be used; the message is the reason for leaving out its row."""
 
 
 def plain(name: str) -> str:
-    """A column's name without case, spaces and marks: `Patient ID` and `patient_id` are alike."""
+    """A column's name without case, spaces and marks: `Patient ID` and `patient_id` are equal."""
     return re.sub(r"[\s._-]+", "", name).casefold()
 
 
@@ -151,7 +151,7 @@ def _column(path: Path, names: Sequence[str], name: str, key: str) -> str:
 
 
 def _lettered_columns(names: Sequence[str]) -> tuple[str, ...]:
-    """Columns A, B, C, … with an option each, as VLMEvalKit's tables have them; none unless there are two at least."""
+    """Columns A, B, C, … with one option each, as in VLMEvalKit's tables; none unless there are at least two."""
     letters = []
     for letter in LETTERS:
         if letter not in names:
@@ -161,7 +161,7 @@ def _lettered_columns(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def remark_split(names: Iterable[str], remark: Remark) -> None:
-    """Remark upon a column that may say which rows are for testing, and is not used."""
+    """Remark on an unused column that may say which rows are for testing."""
     if likely := next((name for name in names if plain(name) in PERHAPS_SPLITS), None):
         remark(
             f"column {shorten(likely)} may say which rows are for training and for testing, but is not used. If it "
@@ -170,7 +170,7 @@ def remark_split(names: Iterable[str], remark: Remark) -> None:
 
 
 def patient_column(names: Iterable[str], remark: Remark = lambda text: None) -> str | None:
-    """The column that says whose an image is; one that only may is remarked upon."""
+    """The column that names the patient; remark on one that only may."""
     names = list(names)
     if column := next((name for name in names if plain(name) in PATIENTS), None):
         return column
@@ -186,7 +186,7 @@ def patient_column(names: Iterable[str], remark: Remark = lambda text: None) -> 
 
 
 def table_row(location: str, values: Mapping[str, Any], columns: Columns, question: str | None) -> Row | Problem:
-    """One row of a table, whatever the table was read from."""
+    """One row of a table, from whatever source."""
     try:
         return _table_row(location, values, columns, question)
     except UnusableError as error:
@@ -228,10 +228,10 @@ def split_of(name: str) -> str:
 
 
 def said(value: Any, what: str) -> str:
-    """What a value of a table says; nothing where it is missing (null, NaN, NaT).
+    """The text of a table's value; empty if it is missing (null, NaN, NaT).
 
     Raises:
-        UnusableError: it is neither a text nor a number.
+        UnusableError: It is neither a text nor a number.
     """
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
@@ -245,7 +245,7 @@ def said(value: Any, what: str) -> str:
 
 
 def attribute(value: Any) -> str | int | float | None:
-    """An attribute's value; None where nothing is known."""
+    """An attribute's value; None if nothing is known."""
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, int) and abs(value) < 2**63:
@@ -304,10 +304,10 @@ def images_of(value: Any) -> tuple[str | bytes, ...]:
 
 
 def decoded(text: str) -> str | bytes:
-    """The bytes of a picture in base64; any other text as it is.
+    """The bytes of a picture in base64; any other text unchanged.
 
     Raises:
-        UnusableError: it begins as a picture in base64 and is damaged.
+        UnusableError: It begins like a picture in base64, but is damaged.
     """
     body = text[match.end() :] if (match := _DATA_URL.match(text)) else text
     if not match and (len(text) < _SHORTEST_BASE64 or not text.startswith(_BASE64) or "." in text):

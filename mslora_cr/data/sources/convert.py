@@ -32,7 +32,7 @@ from mslora_cr.utils.walk import files_below
 
 REPORT = "convert.json"
 EXAMPLES = 5
-"""How many rows are named for each reason to leave rows out."""
+"""The number of rows that are named for each reason to leave rows out."""
 SIDES = {"train": "train.json", "validation": "val.jsonl", "test": "test.jsonl"}
 OURS = {*SIDES.values(), REPORT, IMAGES}
 WHOLE = re.compile(r"-?[0-9]+\.0")
@@ -41,7 +41,7 @@ CLOSED_ANSWERS = frozenset({"yes", "no"})
 
 @dataclass(frozen=True)
 class Split:
-    """How rows without a split of their own are parted: whole groups, drawn by the seed, until the test side has this
+    """How rows without a split of their own are divided: whole groups, drawn by the seed, until the test side has this
     share of the rows."""
 
     test_share: float = 0.2
@@ -91,7 +91,7 @@ class Converted:
         return add
 
     def remark(self, text: str) -> None:
-        """Keep a remark, once."""
+        """Store a remark once."""
         if text not in self.remarks:
             self.remarks.append(text)
 
@@ -114,7 +114,7 @@ class Converted:
 
 
 Placed = tuple[Row, list[str]]
-"""A row, without its images, and their names in the data set's folder."""
+"""A row without its images, and their names in the data set's folder."""
 
 
 def convert(
@@ -173,10 +173,10 @@ def convert(
 
 
 def holds_questions(source: Path) -> bool:
-    """Whether a source has questions or labels, and not images alone.
+    """Whether a source has questions or labels, and not only images.
 
     Raises:
-        DataError: there is no such file or folder.
+        DataError: There is no such file or folder.
     """
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
@@ -184,10 +184,11 @@ def holds_questions(source: Path) -> bool:
 
 
 def convert_images(source: Path, output: Path, rendering: Rendering | None = None, progress: bool = False) -> Converted:
-    """Write the pictures of a DICOM or NIfTI file, or of all below a folder, as PNG into a folder, in the same tree.
+    """Write the pictures of a DICOM or NIfTI file, or of all such files below a folder, as PNG into a folder with the
+    same tree.
 
     Raises:
-        DataError: there is none, or the output folder is not from an earlier call.
+        DataError: There is none, or the output folder is not from an earlier call.
     """
     _check_output(output, source, source.parent)
     candidates = files_below(source) if source.is_dir() else [source]
@@ -219,21 +220,22 @@ def convert_images(source: Path, output: Path, rendering: Rendering | None = Non
 
 
 def _check_output(output: Path, source: Path, root: Path) -> None:
-    """A folder of an earlier call is replaced; nothing else is, and no place that holds what is being read."""
+    """Check that the output may be replaced: only a folder of an earlier call may, and none that contains what is being
+    read."""
     if output.is_symlink():
-        raise DataError(f"{output}: a link, and nothing is written through links; name the folder itself")
+        raise DataError(f"{output}: a link, and links are never written through; name the folder itself")
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not _is_ours(output))):
         raise DataError(f"{output}: already there, and not from data convert; choose another --output or move it away")
     resolved = output.resolve()
     for other in (source.resolve(), root.resolve(), Path.cwd()):
         if other.is_relative_to(resolved):
-            raise DataError(f"{output}: holds {other}, and would be replaced as a whole; choose another --output")
+            raise DataError(f"{output}: contains {other}, and would be replaced as a whole; choose another --output")
     if source.is_dir() and resolved.is_relative_to(source.resolve()):
         raise DataError(f"{output}: lies in {source}, which is read; choose an --output beside it")
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether an earlier call made a folder, and nothing was put into it since."""
+    """Whether an earlier call made a folder, and nothing was added since."""
     try:
         report = read_object(folder / REPORT)
     except JsonError:
@@ -242,7 +244,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _placed(rows: Iterable[Row | Problem], placer: ImagePlacer, converted: Converted) -> Iterator[Placed]:
-    """Every row that can be used, its images written. Those that cannot are counted."""
+    """Every usable row, with its images written. The others are counted."""
     for row in rows:
         converted.rows += 1
         if not isinstance(row, Row):
@@ -250,7 +252,7 @@ def _placed(rows: Iterable[Row | Problem], placer: ImagePlacer, converted: Conve
             converted.left_out[reason].append(location)
             continue
         if not _is_text(row):
-            converted.left_out["half of a surrogate pair, which is no text"].append(row.location)
+            converted.left_out["half of a surrogate pair, which is not text"].append(row.location)
             continue
         if row.options and letter_of(row.turns[1][1], row.options) is None:
             converted.left_out["a true answer that is none of the options"].append(row.location)
@@ -269,7 +271,7 @@ def _placed(rows: Iterable[Row | Problem], placer: ImagePlacer, converted: Conve
 
 
 def _whole_numbers(placed: list[Placed], converted: Converted) -> list[Placed]:
-    """Rows whose answers are all whole numbers written as 2.0, as a table with gaps has them, with 2 instead."""
+    """Rows whose answers are all whole numbers written as 2.0, as in a table with gaps, with 2 instead."""
     if not placed or not all(WHOLE.fullmatch(row.turns[1][1]) for row, _ in placed):
         return placed
     converted.remark("all answers are whole numbers written as 2.0; they are kept as 2")
@@ -280,7 +282,7 @@ def _whole_numbers(placed: list[Placed], converted: Converted) -> list[Placed]:
 
 
 def _is_text(row: Row) -> bool:
-    """Whether UTF-8 can spell all that a row says."""
+    """Whether UTF-8 can encode the whole row."""
     names = [image for image in row.images if isinstance(image, str)]
     try:
         json.dumps([names, row.turns, row.group, dict(row.attributes), dict(row.options)], ensure_ascii=False).encode()
@@ -336,7 +338,7 @@ def _left_out(converted: Converted) -> str:
 
 
 def _keys(row: Row, names: Sequence[str]) -> list[str]:
-    """What keeps a row with others."""
+    """The keys that keep a row with others."""
     return [*([f"patient {row.group}"] if row.group else []), *(f"image {name}" for name in names)]
 
 
@@ -385,7 +387,7 @@ def _question(number: int, row: Row, names: list[str]) -> dict[str, Any]:
 
 
 def _truth(row: Row) -> str:
-    """The answer to the first question: the letter, where there are options."""
+    """The answer to the first question: the letter, if there are options."""
     return letter_of(row.turns[1][1], row.options) or row.turns[1][1]
 
 
@@ -394,6 +396,6 @@ def _one_or_all(names: list[str]) -> str | list[str]:
 
 
 def _optional_fields(row: Row) -> dict[str, Any]:
-    """What is known of patient and image, in training and in testing."""
+    """Patient and attributes, if they are known, for training and testing."""
     patient = {"patient": row.group} if row.group else {}
     return {**patient, **({"attributes": dict(row.attributes)} if row.attributes else {})}

@@ -1,7 +1,7 @@
-"""`mslora-cr data download` and `mslora-cr model download`: download the project's files from the Hugging Face hub.
+"""`mslora-cr data download` and `mslora-cr model download`: downloads the project's files from the Hugging Face hub.
 
-An interrupted download resumes where it stopped. `download.json` next to the files records the exact
-commit. Another endpoint is named with the environment variable HF_ENDPOINT.
+An interrupted download resumes where it stopped. `download.json` beside the files records the exact commit. The
+environment variable HF_ENDPOINT names another endpoint.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ RECORD = "download.json"
 
 @dataclass(frozen=True)
 class Asset:
-    """A repository of the hub, and what of it is needed."""
+    """A repository of the hub, and the files of it that are needed."""
 
     repo: str
     kind: str
     """`model` or `dataset`, as the hub calls it."""
     patterns: tuple[str, ...]
     subfolder: str
-    """Where it goes below the folder that was asked for."""
+    """Its folder below the target folder."""
     license: str
 
 
@@ -107,7 +107,7 @@ def download(
             _write_record(target, {**record, "finished": None, "files": in_place})
     except DataError:
         raise
-    except Exception as error:  # the hub's, the HTTP library's and the system's errors alike
+    except Exception as error:  # Errors of the hub, the HTTP library and the system.
         raise DataError(_explain(asset, error, endpoint)) from error
     if lock:
         check_fetched(lock, name, target, [file.name for file in files], update, commit)
@@ -117,7 +117,7 @@ def download(
 
 
 def _listing(asset: Asset, revision: str | None, endpoint: str | None) -> tuple[str, list[RemoteFile]]:
-    """The commit that a revision means now, and the files of it that are needed."""
+    """The commit that a revision means now, and the needed files at that commit."""
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=endpoint)
@@ -142,7 +142,7 @@ def _is_wanted(name: str, asset: Asset, names: Sequence[str]) -> bool:
 
 
 def _is_here(file: RemoteFile, target: Path, in_place: Mapping[str, str]) -> bool:
-    """Whether a file is in place. What another source put there (our annotations) is never overwritten."""
+    """Whether a file is in place. A file from another source (our annotations) is never overwritten."""
     path = target / file.name
     if not path.exists():
         return False
@@ -177,7 +177,7 @@ def _fetch(asset: Asset, file: RemoteFile, commit: str, path: Path, endpoint: st
 
 
 def _digest(path: Path, file: RemoteFile) -> str:
-    """As the hub computes it: SHA-256 of large files, Git's blob id (SHA-1 with a header) of others."""
+    """The digest that the hub computes: SHA-256 for large files, Git's blob ID (SHA-1 with a header) for others."""
     header = b"blob %d\0" % path.stat().st_size
     hasher = hashlib.sha256() if len(file.digest) == 64 else hashlib.sha1(header, usedforsecurity=False)
     with path.open("rb") as stream:
@@ -187,7 +187,7 @@ def _digest(path: Path, file: RemoteFile) -> str:
 
 
 def _read_record(target: Path) -> dict[str, str]:
-    """The files that a download put in place before, with their digests."""
+    """The files that an earlier download put in place, with their digests."""
     try:
         files = read_object(target / RECORD)["files"] if (target / RECORD).exists() else {}
     except (ValueError, KeyError, TypeError):
