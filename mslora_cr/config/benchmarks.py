@@ -33,11 +33,11 @@ def _inside(name: str) -> str:
 
 
 AnnotationFile = Annotated[str, AfterValidator(_inside)]
-"""Relative to the data set's folder."""
+"""A path relative to the data set's folder."""
 
 
 class Annotations(BaseModel):
-    """Where the annotations of a data set are, and whose scorer they are for."""
+    """A data set's annotation files, and the scorer for them."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -46,12 +46,12 @@ class Annotations(BaseModel):
     test: AnnotationFile = "test.jsonl"
     """The questions: JSON lines or, in a file that ends in `.json`, a list as public benchmarks write it."""
     benchmark: Benchmark | None = None
-    """The public benchmark's scorer that is applied besides: metrics `benchmark` and `benchmark corrected`."""
+    """A public benchmark's scorer, applied in addition: metrics `benchmark` and `benchmark corrected`."""
     references: AnnotationFile | None = None
-    """More true answers: ten a question for `textvqa`, a COCO file of captions for `captions`."""
+    """A file of further true answers: ten per question for `textvqa`, a COCO file of captions for `captions`."""
 
     @model_serializer(mode="wrap")
     def _leave_out_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A saved configuration says where the files are only where that is not the usual place."""
+        """Leave the usual file names out of a saved configuration."""
         usual = {key: field.default for key, field in Annotations.model_fields.items()}
         return {key: value for key, value in write(self).items() if key not in usual or value != usual[key]}

@@ -24,7 +24,8 @@ UNDECIDING_TRAINING_FIELDS = frozenset(
 VALIDATION_FIELDS = frozenset(
     {"keep", "patience", "eval_strategy", "eval_steps", "metric_for_best_model", "greater_is_better"}
 )
-"""Fields of `training` that decide a bank only where `validation_decides`; measuring alone changes no weight."""
+"""Fields of `training` that decide a bank only if validation does (`validation_decides`); measuring alone changes no
+weight."""
 
 
 def deciding_fields(fields: dict[str, Any], validation_decides: bool) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def deciding_fields(fields: dict[str, Any], validation_decides: bool) -> dict[st
     fields["model"]["kernels"] = kernels
     if kernels == "torch":  # Every bank was trained with it before there was a choice.
         del fields["model"]["kernels"]
-    if fields["data"]["validation"] is None:  # digests of before there was validation hold
+    if fields["data"]["validation"] is None:  # This keeps the digests from before there was validation.
         del fields["data"]["validation"]
     undeciding = UNDECIDING_TRAINING_FIELDS
     if validation_decides:

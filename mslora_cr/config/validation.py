@@ -1,4 +1,4 @@
-"""The fields of `training` that say when training validates and what follows from it."""
+"""The fields of `training` that say when training validates, and the consequences."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any, Literal
 from mslora_cr.config.schema import ConfigError, PositiveInt, StreamConfig
 
 OWN_TRAINING_FIELDS: Mapping[str, Any] = {"keep": Literal["last", "best"], "patience": PositiveInt | None}
-"""Fields of `training` that are not of transformers' TrainingArguments, with their types."""
+"""Fields of `training` that transformers' TrainingArguments lacks, with their types."""
 STRATEGIES = ("steps", "epoch", "no")
 LOSS = "loss"
 """The metric that decides by default; lower is better."""
 
 
 def validation_fields(config: StreamConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settle the fields of `training` about validation; empty where training does not validate.
+    """Fill in the fields of `training` about validation; empty if training does not validate.
 
-    `eval_strategy` is `epoch` unless it is given, where records are held out or validation decides.
+    If records are held out or validation decides, the default of `eval_strategy` is `epoch`.
 
     Args:
         config: The run.
         given: The fields of `training`, each of the right type.
 
     Raises:
-        ConfigError: Fields that do not fit together.
+        ConfigError: Fields do not fit together.
     """
     wanted = config.data.validation is not None or config.validation_decides
     chosen = given.get("eval_strategy", "epoch" if wanted else "no")

@@ -1,4 +1,4 @@
-"""Questions as public benchmarks write them: one JSON list of `question_id`, `image`, `text` and `answer`.
+"""Reads questions as public benchmarks write them: one JSON list of `question_id`, `image`, `text` and `answer`.
 
 The layouts are those of CoIN, UCIT and MLLM-CL; what their runners append to a question is appended here.
 """
@@ -27,7 +27,7 @@ SINGLE_WORD = " Answer the question with a single word (or phrase)."
 ONLY_YES_NO = " Only answer with yes or no directly."
 LETTER = " Answer with the given letter directly, e.g., A, B, C, D."
 WITH_REFERENCES: tuple[Benchmark, ...] = ("textvqa", "captions")
-"""Benchmarks whose scorers read true answers from a file of their own."""
+"""Benchmarks whose scorers read true answers from a separate file."""
 
 
 class ListedQuestion(TestRecord):
@@ -38,7 +38,7 @@ class ListedQuestion(TestRecord):
     images: Images = Field(default=(), alias="image")
     benchmark: Benchmark | None = None
     suffix: Text = ""
-    """What the benchmark's runner appends to the question."""
+    """The text that the benchmark's runner appends to the question."""
 
     @property
     def question(self) -> str:
@@ -109,7 +109,7 @@ KNOWN = {field.alias or name for name, field in TestRecord.model_fields.items()}
 
 
 def _truth(value: Mapping[str, Any], benchmark: Benchmark | None) -> Any:
-    """A number is read as it is written; Grounding's truth is a box."""
+    """A number is read as written; Grounding's truth is a box."""
     truth = value.get("answer_bbox", value.get("answer")) if benchmark == "grounding" else value.get("answer")
     written = isinstance(truth, list) if benchmark == "grounding" else isinstance(truth, int | float)
     return json.dumps(truth) if written else truth
@@ -129,10 +129,10 @@ def _suffix(benchmark: Benchmark | None, truth: Any) -> str:
 
 
 def _references(path: Path, benchmark: Benchmark) -> dict[str, list[str]]:
-    """More true answers: of TextVQA by question id, of captions by the number of the question, from 1.
+    """Further true answers: for TextVQA by question ID, for captions by the number of the question, from 1.
 
     Raises:
-        DataError: it is no such file.
+        DataError: The file is not such a file.
     """
     try:
         content = decode_json(check_regular(path).read_bytes())

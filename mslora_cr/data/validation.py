@@ -22,7 +22,7 @@ Seen = TypeVar("Seen", TrainingRecord, TestRecord)
 
 
 class RecordView(Sequence[Seen], Generic[Seen]):
-    """Some records of a file, each turned into one of another kind when it is asked for.
+    """Some records of a file, each converted to another kind when it is read.
 
     Attributes:
         path: The file.
@@ -33,9 +33,9 @@ class RecordView(Sequence[Seen], Generic[Seen]):
     ) -> None:
         """
         Args:
-            records: Of the file.
-            indices: Those that are seen, in order.
-            convert: A record of the file → what is seen of it.
+            records: The records of the file.
+            indices: Those to show, in order.
+            convert: Converts a record of the file.
         """
         self.path = records.path
         self._records, self._indices = records, indices
@@ -63,13 +63,13 @@ class RecordView(Sequence[Seen], Generic[Seen]):
 
 @dataclass(frozen=True)
 class ValidationRecords:
-    """The validation records of a task, at most so many as are measured, as training and as evaluation read them.
+    """The validation records of a task, at most as many as are measured, as training and as evaluation read them.
 
     Attributes:
         conversations: For the loss.
         questions: For the scores.
-        digest: Of the file and of which of its records these are.
-        available: How many validation records the task has in all.
+        digest: Digest of the file and of the choice of records.
+        available: The number of validation records that the task has.
     """
 
     conversations: RecordView[TrainingRecord]
@@ -102,12 +102,12 @@ class ValidationRecords:
 
 @dataclass(frozen=True)
 class ValidationSplit:
-    """Training records in two parts that have no patient and no image in common.
+    """Training records in two parts without a common patient or image.
 
     Attributes:
-        training: Indices of the records that are trained on, in order.
+        training: Indices of the records for training, in order.
         held_out: Indices of the others, in order.
-        questions: The first question of each record held out, in the form of `test.jsonl`.
+        questions: The first question of each held-out record, in the form of `test.jsonl`.
     """
 
     training: list[int]
@@ -116,17 +116,19 @@ class ValidationSplit:
 
 
 def validation_split(records: TrainingRecords, share: float, seed: int) -> ValidationSplit:
-    """Take a share of the records with images, by whole patients or, where none is known, by images.
+    """Take a share of the records with images, by whole patients or, if none is known, by images.
 
-    The parts depend on the records, the share and the seed alone: they are the same for every method, on every rank
-    and in every launch. Common answers have the same share in both, as nearly as whole patients allow. Records
-    without an image are trained on.
+    The parts depend only on the records, the share and the seed: they are the same for every method, on every rank and
+    in every launch. Common answers have the same share in both, as nearly as whole patients allow. Records without an
+    image stay in training.
 
     Args:
-        share: of the records, in (0, 1).
+        records: The training records.
+        share: The share of the records, in (0, 1).
+        seed: Draws the parts.
 
     Raises:
-        ValueError: The share is no such number.
+        ValueError: The share is not such a number.
     """
     if not 0 < share < 1:
         raise ValueError(f"a share of {share} for validation is not between 0 and 1")
@@ -146,7 +148,7 @@ def validation_split(records: TrainingRecords, share: float, seed: int) -> Valid
 
 
 def question_of(record: TrainingRecord) -> TestRecord | None:
-    """The first question of a conversation in the form of `test.jsonl`; None where it has no image or no answer."""
+    """The first question of a conversation in the form of `test.jsonl`; None if it has no image or no answer."""
     first = 0 if record.turns[0].speaker == "human" else 1
     said = record.turns[first : first + 2]
     if not record.images or [turn.speaker for turn in said] != ["human", "gpt"]:

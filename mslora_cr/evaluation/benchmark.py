@@ -1,4 +1,4 @@
-"""What the scorer of a public benchmark gives each answer: columns of `scores.csv` and metrics of every report."""
+"""The scores of a public benchmark's scorer: columns of `scores.csv` and metrics of every report."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Answer(Protocol):
 
 
 def open_questions(config: StreamConfig, tasks: Collection[Task]) -> dict[str, TestRecords]:
-    """The questions of some tasks, by name, and a look at whether what scores them is installed.
+    """The questions of some tasks, by name, after a check that the libraries for scoring them are installed.
 
     Raises:
-        DataError: a file of questions, or of further true answers, cannot be read.
-        ModuleNotFoundError: the library that scores captions is not installed.
+        DataError: A file of questions, or of further true answers, cannot be read.
+        ModuleNotFoundError: The library that scores captions is not installed.
     """
     opened = {task.name: test_records(config, task) for task in tasks}
     if any(task.benchmark == "captions" for task in tasks):

@@ -1,4 +1,4 @@
-"""Boxes in answers: reading them, and how far they overlap."""
+"""Reads boxes in answers, and computes their overlap."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BARE = re.compile(rf"\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*(
 
 
 class Box(NamedTuple):
-    """Left, top, right and bottom, in whatever unit the answers have."""
+    """Left, top, right and bottom, in the answers' unit."""
 
     x1: float
     y1: float

@@ -1,4 +1,4 @@
-"""The validation records that a task is measured on while it trains."""
+"""The validation records with which a task is measured during training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mslora_cr.training.validation import ValidationAnswer, ValidationSet
 
 
 def validated_tasks(config: StreamConfig, task: Task) -> list[Task]:
-    """The tasks on whose records a task's training is measured: its own, or all where it trains on all at once."""
+    """The tasks whose records measure a task's training: its own, or all if it trains on all at once."""
     method = method_of(config)
     return method.sources(config, task) if method.all_at_once else [task]
 
@@ -30,16 +30,16 @@ def validated_tasks(config: StreamConfig, task: Task) -> list[Task]:
 def read_validation(
     config: StreamConfig, fields: Mapping[str, Any], tasks: Sequence[Task]
 ) -> dict[str, ValidationRecords]:
-    """The validation records that the training of some tasks is measured on, by task; none if it is not.
+    """Read the validation records for the training of some tasks, by task; empty if training does not validate.
 
     Args:
         config: The run.
         fields: The `training` section, checked.
-        tasks: Those that are trained.
+        tasks: The tasks to train.
 
     Raises:
-        DataError: A task has none.
-        ConfigError: They give no figure of `training.metric_for_best_model`.
+        DataError: A task has no validation records.
+        ConfigError: They cannot give `training.metric_for_best_model`.
     """
     if fields.get("eval_strategy", "no") == "no":
         return {}
@@ -76,15 +76,16 @@ def validation_set(
     records: Mapping[str, ValidationRecords],
     processor: InputProcessor,
 ) -> ValidationSet | None:
-    """What a task is measured on; None if it is not. Under ZeRO-3 it is the loss alone: ranks answer in steps of their
-    own, and every step there needs all of them.
+    """The validation data of a task; None if training does not validate.
+
+    Under ZeRO-3 only the loss is measured: ranks answer in steps of their own, and every step there needs all of them.
 
     Args:
         config: The run.
         task: The task.
         fields: The `training` section, checked.
-        records: As `read_validation`.
-        processor: Of the base model.
+        records: The result of `read_validation`.
+        processor: The base model's input preparation.
     """
     tasks = [measured for measured in validated_tasks(config, task) if measured.name in records]
     if not tasks:

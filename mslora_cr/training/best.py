@@ -1,4 +1,4 @@
-"""The bank of a task's best validation so far, which a checkpoint holds beside the latest one."""
+"""The bank of a task's best validation so far, which a checkpoint stores beside the latest one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ BEST_FOLDER = "best"
 
 @dataclass(frozen=True)
 class BestBank:
-    """A bank and where it comes from.
+    """A bank and its origin.
 
     Attributes:
         step: The optimizer step of its validation.
-        metrics: What was measured then.
+        metrics: The figures measured then.
         bank: Its numbers, on the CPU.
-        extra_state: What was trained besides.
+        extra_state: Further trained tensors.
     """
 
     step: int
@@ -34,13 +34,13 @@ class BestBank:
     extra_state: Mapping[str, Tensor]
 
     def write(self, checkpoint: Path) -> dict[str, Any]:
-        """Put the numbers into a checkpoint, and return the rest for its state."""
+        """Write the numbers into a checkpoint, and return the rest for its state."""
         save_bank(self.bank, checkpoint / BEST_FOLDER, beside={EXTRA_STATE: self.extra_state})
         return {"step": self.step, "metrics": self.metrics}
 
     @classmethod
     def read(cls, checkpoint: Path, state: Mapping[str, Any]) -> BestBank:
-        """What `write` put there.
+        """Read what `write` stored.
 
         Raises:
             BankError: The numbers are damaged.

@@ -1,4 +1,4 @@
-"""Measures a task's validation records while it trains: the loss, and the scores of answers. It moves nothing."""
+"""Measures a task's validation records during training: the loss, and the scores of answers. It changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mslora_cr.training.passes import Passes
 
 
 class ValidationAnswer(NamedTuple):
-    """An answer to a validation question, as the scorer takes it."""
+    """An answer to a validation question, in the form that the scorer takes."""
 
     text: str
     gt: str
@@ -30,9 +30,9 @@ class ValidationSet:
     """The validation records of a task.
 
     Attributes:
-        samples: For the loss.
-        batch_size: Samples of which the loss is computed at once.
-        questions: For the scores; None measures the loss alone.
+        samples: The samples for the loss.
+        batch_size: The number of samples whose loss is computed at once.
+        questions: The questions for the scores; None measures only the loss.
         decoding: How the questions are answered.
     """
 
@@ -43,21 +43,22 @@ class ValidationSet:
 
 
 class Validation:
-    """Loss and scores of a validation set with the bank as it is. Every method is to be called on every rank."""
+    """Loss and scores of a validation set with the current bank. Call every method on every rank."""
 
     def __init__(self, data: ValidationSet, stack: BankStack, passes: Passes) -> None:
         """
         Args:
-            data: What is measured.
+            data: The validation data.
             stack: The model, with the trainable bank on top.
-            passes: Passes of `data.samples`.
+            passes: Passes over `data.samples`.
         """
         self._data, self._stack, self._passes = data, stack, passes
 
     def measure(self) -> dict[str, float]:
         """`loss`, the mean cross entropy over the answers' tokens, and every score of `evaluate`, in percent.
 
-        The same on every rank. The random state stays as it was, so that training goes on as if nothing was measured.
+        The result is the same on every rank. The random state is restored, so that training continues as if nothing was
+        measured.
         """
         device = self._stack.base.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -84,11 +85,11 @@ class Validation:
 
 
 class EarlyStop(EarlyStoppingCallback):
-    """transformers' own, whose count of validations without a better one is part of a checkpoint."""
+    """transformers' own callback, whose count of validations without improvement is part of a checkpoint."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """A run that resumes from the step at which it stopped trains no further. transformers' own asks for
-        `load_best_model_at_end` here, in place of which there is `training.keep`."""
+        """Stop a run that resumes from the step at which it stopped. transformers' own callback requires
+        `load_best_model_at_end` here; `training.keep` replaces it."""
         control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience

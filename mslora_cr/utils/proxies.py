@@ -1,4 +1,4 @@
-"""Proxies that the environment names, for the messages of requests that fail."""
+"""Proxies that the environment names, for messages about failed requests."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ VARIABLES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 
 
 def proxy_variables(host: str = "") -> str:
-    """The variables of the environment that name a proxy, in either spelling; none if NO_PROXY lists the host."""
+    """The environment variables that name a proxy, in either spelling; none if NO_PROXY lists the host."""
     if host and proxy_bypass(host):
         return ""
     return ", ".join(name for name in (*VARIABLES, *map(str.lower, VARIABLES)) if os.environ.get(name))
 
 
 def proxy_advice(host: str = "") -> str:
-    """A sentence that follows the message of a request that failed; nothing where no proxy took part."""
+    """A sentence to append to the message about a failed request; empty without a proxy."""
     named = proxy_variables(host)
     if not named:
         return ""
