@@ -184,8 +184,7 @@ def holds_questions(source: Path) -> bool:
 
 
 def convert_images(source: Path, output: Path, rendering: Rendering | None = None, progress: bool = False) -> Converted:
-    """Write the pictures of a DICOM or NIfTI file, or of all such files below a folder, as PNG into a folder with the
-    same tree.
+    """Write the pictures of a DICOM or NIfTI file, or of all such files below a folder, as PNG in the same tree.
 
     Raises:
         DataError: There is none, or the output folder is not from an earlier call.
