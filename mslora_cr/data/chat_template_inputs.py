@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mslora_cr.data.answers.boxes import BoxRule, filled, rule_of
 from mslora_cr.data.answers.reasoning import MARKS
 from mslora_cr.data.chat import Chat, Span, messages_of, render, training_chat
 from mslora_cr.data.images import image_size, load_image, paths_of, resolve_image
 from mslora_cr.data.input_processor import Collate, LabelCount, Prompt
-from mslora_cr.data.prompts import IGNORE_INDEX, Message, Turn
+from mslora_cr.data.prompts import IGNORE_INDEX, Message, Turn, filled_turns
 from mslora_cr.data.records import IMAGE, TestRecord, TrainingRecord, shown_images
 
 Size = tuple[int, int]
@@ -187,9 +188,10 @@ class ChatTemplateInputs:
 
     def _question(self, record: TestRecord, roots: Sequence[Path]) -> tuple[str, tuple[Path, ...]]:
         """A question's prompt and its images."""
-        self._check_text([record.question])
+        [question] = filled([record.question], record, self.box_rule)
+        self._check_text([question])
         images = tuple(resolve_image(name, roots) for name in self.image_names(record))
-        messages = messages_of([Message("human", record.question)], len(images))
+        messages = messages_of([Message("human", question)], len(images))
         return render(self.processor, messages, to_answer=True), images
 
     def asked(
@@ -226,8 +228,13 @@ class ChatTemplateInputs:
     # --- the processor ---
 
     def _chat(self, record: TrainingRecord) -> Chat:
-        self._check_text(turn.text for turn in record.turns)
-        return self._training_chat(messages_of(record.turns, len(self.image_names(record))))
+        turns = filled_turns(record, self.box_rule)
+        self._check_text(turn.text for turn in turns)
+        return self._training_chat(messages_of(turns, len(self.image_names(record))))
+
+    @cached_property
+    def box_rule(self) -> BoxRule:
+        return rule_of(self.processor)
 
     def _training_chat(self, messages: Sequence[dict[str, Any]]) -> Chat:
         ends = self.processor.tokenizer.convert_ids_to_tokens(list(self.end_ids))

@@ -101,7 +101,7 @@ class ListedQuestions(TestRecords):
             | {"benchmark": self._benchmark, "suffix": _suffix(self._benchmark, truth)}
         )
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return f"record {self._positions[self._starts[index]]}"
 
 

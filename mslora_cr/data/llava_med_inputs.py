@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mslora_cr.data.answers.boxes import BoxRule, filled
 from mslora_cr.data.collator import Sample, TrainingCollator
 from mslora_cr.data.features import FeatureCache
 from mslora_cr.data.images import load_image, paths_of, preprocess, resolve_image
@@ -24,10 +25,14 @@ from mslora_cr.data.prompts import (
     encode_next_prompt,
     encode_prompt,
     expand_images,
+    filled_turns,
     generation_prompt,
 )
 from mslora_cr.data.records import TestRecord, TrainingRecord, shown_images
 from mslora_cr.data.tokenizer import Tokenizer
+
+SQUARE = BoxRule("square")
+"""How LLaVA's models write boxes."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,8 @@ class LlavaMedInputs:
 
     def prompt(self, record: TestRecord, roots: Sequence[Path]) -> Prompt:
         names = self.image_names(record)
-        ids = encode_prompt(self.tokenizer, generation_prompt(record.question, len(names)))
+        [question] = filled([record.question], record, SQUARE)
+        ids = encode_prompt(self.tokenizer, generation_prompt(question, len(names)))
         ids = self.expand(Encoded(ids, [IGNORE_INDEX] * len(ids))).input_ids
         images = tuple(resolve_image(name, roots) for name in names)
         cut = len(ids) - ids[::-1].index(self.image_token_id) if images else 0
@@ -129,4 +135,5 @@ class LlavaMedInputs:
         return expand_images(encoded, self.image_token_id, self.patches, self.max_length)
 
     def _encode(self, record: TrainingRecord) -> Encoded:
-        return self.expand(encode_conversation(self.tokenizer, record.turns, len(self.image_names(record))))
+        turns = filled_turns(record, SQUARE)
+        return self.expand(encode_conversation(self.tokenizer, turns, len(self.image_names(record))))

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from mslora_cr.data.records import IMAGE
+from mslora_cr.data.answers.boxes import BoxRule, filled
+from mslora_cr.data.records import IMAGE, TrainingRecord
 from mslora_cr.data.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100
@@ -35,6 +36,12 @@ class Message(NamedTuple):
 
     speaker: str
     text: str
+
+
+def filled_turns(record: TrainingRecord, rule: BoxRule) -> list[Message]:
+    """A conversation with its boxes as the model writes them."""
+    texts = filled([turn.text for turn in record.turns], record, rule)
+    return [Message(turn.speaker, text) for turn, text in zip(record.turns, texts, strict=True)]
 
 
 class Encoded(NamedTuple):

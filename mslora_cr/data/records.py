@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from mslora_cr.data.advice import missing_annotations, other_record
+from mslora_cr.data.answers.boxes import Boxed
 from mslora_cr.data.answers.options import letter_of, with_options
 from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.json_list import MAX_RECORD_BYTES, TOO_LONG, Item, ListReader
@@ -81,7 +82,7 @@ class Turn(_Record):
     text: Text = Field(alias="value")
 
 
-class TrainingRecord(_Record):
+class TrainingRecord(_Record, Boxed):
     """One conversation of `train.json`; `images` is empty for a text-only record."""
 
     id: Identifier
@@ -92,7 +93,7 @@ class TrainingRecord(_Record):
     attributes: Attributes = {}
 
 
-class TestRecord(_Record):
+class TestRecord(_Record, Boxed):
     """One question of `test.jsonl` or `val.jsonl`. Question ids need not be unique: published files repeat some."""
 
     __test__: ClassVar[bool] = False  # pytest: not a test class

@@ -1,17 +1,28 @@
-"""The scores of a public benchmark's scorer: columns of `scores.csv` and metrics of every report."""
+"""The scores of a public benchmark's scorer, and the overlap of boxes: columns of `scores.csv` and metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, Protocol
 
 from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.answers.boxes import Box, BoxRule, Size, read_box
 from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.listed import ListedQuestion
 from mslora_cr.data.records import TestRecord, TestRecords
 from mslora_cr.data.tasks import test_records
-from mslora_cr.metrics.benchmarks import CORRECTED, PUBLISHED, BenchmarkAnswer, corrected_score, published_score
+from mslora_cr.metrics.benchmarks import (
+    CORRECTED,
+    MOST_IOU_MISSED,
+    PUBLISHED,
+    BenchmarkAnswer,
+    corrected_score,
+    published_score,
+)
+from mslora_cr.metrics.boxes import iou
 from mslora_cr.metrics.captions import caption_columns
+
+IOU, RECALL = "IoU", "recall at IoU 0.5"
 
 
 class Answer(Protocol):
@@ -32,9 +43,57 @@ def open_questions(config: StreamConfig, tasks: Collection[Task]) -> dict[str, T
     return opened
 
 
+class BoxRow(NamedTuple):
+    """An answer to a question about a box, in pixels.
+
+    Attributes:
+        said: the box that was said; None where there is none.
+        truth: the true box that it overlaps most with.
+        size: of the image.
+        iou: intersection over union.
+    """
+
+    said: Box | None
+    truth: Box
+    size: Size
+    iou: float
+
+
+def box_rows(
+    answers: Sequence[Answer], questions: Sequence[TestRecord] | None, rule: Callable[[], BoxRule]
+) -> list[BoxRow | None]:
+    """By answer, its box; None for questions whose true answer is none.
+
+    Args:
+        answers: to the questions, in their order.
+        rule: how the model writes boxes; asked only where there are any.
+    """
+    rows: list[BoxRow | None] = []
+    for answer, question in zip(answers, questions or (), strict=bool(questions)):
+        truths = [box for truth in question.truths if (box := read_box(truth))] if question.size else []
+        if not truths or question.size is None:
+            rows.append(None)
+            continue
+        said = rule().read(final_answer(str(answer.text)).text, question.size)
+        best = max(truths, key=lambda truth: iou(said, truth) if said else 0.0)
+        rows.append(BoxRow(said, best, question.size, iou(said, best) if said else 0.0))
+    return rows
+
+
+def box_columns(rows: Sequence[BoxRow | None]) -> dict[str, list[float | None]]:
+    """IoU and whether it is over a half, by answer; none where no question is about a box. Their means are the mean IoU
+    and the recall at 0.5."""
+    if not any(rows):
+        return {}
+    return {
+        IOU: [None if row is None else row.iou for row in rows],
+        RECALL: [None if row is None else float(row.iou > MOST_IOU_MISSED) for row in rows],
+    }
+
+
 def benchmark_columns(
     answers: Sequence[Answer], questions: Sequence[TestRecord] | None, java: bool | None = None
-) -> dict[str, list[float]]:
+) -> dict[str, list[float | None]]:
     """By metric, every answer's score; none where the questions are no benchmark's.
 
     Args:
@@ -50,12 +109,14 @@ def benchmark_columns(
         return {}
     finals = [final_answer(str(answer.text)).text.strip() for answer in answers]
     if benchmark == "captions":
-        return caption_columns(finals, [question.truths for question in listed], java)
+        of_captions = caption_columns(finals, [question.truths for question in listed], java)
+        return {name: [*values] for name, values in of_captions.items()}
     given = [
         BenchmarkAnswer(text, question.truths, question.text, next(iter(question.images), ""))
         for text, question in zip(finals, listed, strict=True)
     ]
-    columns = {PUBLISHED: [published_score(benchmark, answer) for answer in given]}
+    columns: dict[str, list[float | None]] = {PUBLISHED: [published_score(benchmark, answer) for answer in given]}
     corrected = [corrected_score(benchmark, answer) for answer in given]
-    known = [score for score in corrected if score is not None]
-    return columns | ({CORRECTED: known} if known else {})
+    if None not in corrected:
+        columns[CORRECTED] = corrected
+    return columns

@@ -15,6 +15,7 @@ from typing import Any
 from mslora_cr.clinical.candidates import candidate_answers
 from mslora_cr.clinical.training import task_frequencies
 from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.answers.boxes import PIXELS, filled
 from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.prompts import question_text
 from mslora_cr.data.records import DataError, TestRecord, TestRecords, shown_images
@@ -164,7 +165,7 @@ class _Asker:
     def _body(self, record: TestRecord) -> Body:
         images = shown_images(record, self.config.data.images == "all")
         content: list[Body] = [{"type": "image_url", "image_url": {"url": self._data_url(name)}} for name in images]
-        content.append({"type": "text", "text": question_text(record.question, 0)})
+        content.append({"type": "text", "text": question_text(filled([record.question], record, PIXELS)[0], 0)})
         return {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],

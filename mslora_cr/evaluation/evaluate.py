@@ -148,6 +148,7 @@ def answer_cell(
             records,
             training=task_frequencies(session.config, cell.task),
             temperature=found.temperature if found else None,
+            model=Path(session.config.model.path),
         )
     names, root = [bank.name for bank in banks], session.config.results_run_dir
     row = cell_row(cell.task, cell.stage, names, folder, root, stamp, records, scored[folder])

@@ -176,6 +176,7 @@ class _Routed:
                 folders[task.name],
                 self._records[task.name],
                 training=task_frequencies(self.config, task),
+                model=Path(self.config.model.path),
             )
             rows[task.name, stage] = cell_row(
                 task, stage, names, folders[task.name], root, stamp, self._records[task.name], scores

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -17,8 +19,9 @@ from tabulate import tabulate
 from mslora_cr.clinical.asked import AskedAnswer, asked_answers, typed_columns
 from mslora_cr.clinical.file import CLINICAL
 from mslora_cr.clinical.measure import clinical_of
+from mslora_cr.data.answers.boxes import PIXELS, BoxRule
 from mslora_cr.data.records import AnswerType, DataError, TestRecord
-from mslora_cr.evaluation.benchmark import benchmark_columns
+from mslora_cr.evaluation.benchmark import benchmark_columns, box_columns, box_rows
 from mslora_cr.evaluation.schemas import METRICS_FILE, Metrics
 from mslora_cr.metrics.guessing import Frequencies
 from mslora_cr.metrics.published import Scores, score_answers
@@ -34,6 +37,8 @@ from mslora_cr.utils.strict_json import JsonError, decode_json
 from mslora_cr.utils.workers import worker_pool
 
 SCORES = "scores.csv"
+BOXES = "boxes.jsonl"
+"""Beside answers of which some are boxes: by question, what was said and is true, in pixels."""
 IMAGE_AND_GROUP = ("image", "group")
 """The last columns of `scores.csv`: the question's image, and what it shares with the questions that it is not
 independent of, its patient or else its image. Empty where that is not known."""
@@ -107,6 +112,7 @@ def score_file(
     workers: int = 1,
     training: Frequencies | None = None,
     temperature: float | None = None,
+    model: Path | None = None,
 ) -> Scores:
     """Score the file `answers`; `metrics.txt`, `metrics.json`, `clinical.json`, `scores.csv`, `hit.csv` and
     `not_hit.csv` go to `output`.
@@ -122,6 +128,7 @@ def score_file(
         workers: processes that share the answers of a large file.
         training: how often each answer follows each question in training, which says what guessing gives.
         temperature: of the candidates' probabilities, fitted on validation questions.
+        model: the base model's folder, which says how boxes are written; without it they are in pixels.
 
     Raises:
         DataError: as `read_answers`, or there are more or fewer questions than answers.
@@ -130,18 +137,31 @@ def score_file(
     records = read_answers(answers)
     keys = _answer_groups(answers, records, questions)
     asked = _asked(records, questions, probabilities_of(answers, len(records)))
-    scores = _score(records, workers)
-    scores = replace(scores, typed=typed_columns(asked), benchmark=benchmark_columns(records, questions))
+    boxes = box_rows(records, questions, lambda: _box_rule(model))
+    further = benchmark_columns(records, questions) | box_columns(boxes)
+    scores = replace(_score(records, workers), typed=typed_columns(asked), benchmark=further)
     groups = group_numbers([group for _, group in keys])
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "metrics.txt", render_metrics(scores))
     metrics_of(scores, groups).write(output / METRICS_FILE)
     clinical_of(asked, groups, training, temperature).write(output / CLINICAL)
     write_text(output / SCORES, _render_scores(records, scores, keys))
+    if any(boxes):
+        write_text(output / BOXES, "".join(json.dumps(row and row._asdict()) + "\n" for row in boxes))
     for name, wanted in (("hit.csv", True), ("not_hit.csv", False)):
         chosen = (record for record, row in zip(records, scores.rows, strict=True) if row.hit is wanted)
         write_text(output / name, _render_csv(chosen))
     return scores
+
+
+@lru_cache(maxsize=8)
+def _box_rule(model: Path | None) -> BoxRule:
+    if model is None:
+        return PIXELS
+    # Reading a processor needs torch, which scoring an answer file alone does without.
+    from mslora_cr.models.load import box_rule_of
+
+    return box_rule_of(model)
 
 
 def asked_in(answers: Path, questions: Sequence[TestRecord]) -> list[AskedAnswer]:

@@ -131,8 +131,8 @@ class Scores:
     """
 
     rows: tuple[RowScore, ...]
-    benchmark: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """By metric of a public benchmark's scorer, every answer's score."""
+    benchmark: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    """By metric of a public benchmark's scorer or of boxes, every answer's score; None where it has none."""
     typed: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     """Further columns, of `metrics.typed`."""
 

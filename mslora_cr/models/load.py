@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 
 from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data.answers.boxes import BoxRule, rule_of
 from mslora_cr.data.chat_template_inputs import ChatTemplateInputs
 from mslora_cr.data.input_processor import InputProcessor
 from mslora_cr.data.lengths import read_limit
-from mslora_cr.data.llava_med_inputs import LlavaMedInputs
+from mslora_cr.data.llava_med_inputs import SQUARE, LlavaMedInputs
 from mslora_cr.data.prompts import IMAGE_INDEX
 from mslora_cr.models import llava_med
 from mslora_cr.models.base_model import BaseModel
@@ -115,6 +116,15 @@ def input_processor_in(path: Path, max_length: int, all_images: bool = False) ->
         return ChatTemplateInputs(processor, end_ids_of(path, processor), max_length, all_images)
     limit = read_limit(path, max_length)
     return LlavaMedInputs(limit.tokenizer, None, IMAGE_INDEX, limit.patches, limit.max_length, all_images)
+
+
+def box_rule_of(path: Path) -> BoxRule:
+    """How the base model of a folder writes boxes.
+
+    Raises:
+        ModelError: The processor cannot be read.
+    """
+    return rule_of(load_processor(path)) if family_of(path).own_template else SQUARE
 
 
 def input_processor_of(config: StreamConfig, base: BaseModel, tower: CachedTower | None = None) -> InputProcessor:

@@ -24,13 +24,15 @@ from pydantic import ValidationError
 
 from mslora_cr.config.run_files import CONFIG, EVALUATION, LEDGER
 from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.answers.boxes import PIXELS, BoxRule
 from mslora_cr.data.listed import ListedQuestion
 from mslora_cr.data.records import TestRecord
 from mslora_cr.data.sources.raw import RawData, extract
 from mslora_cr.data.tasks import test_file, test_records
-from mslora_cr.evaluation.benchmark import benchmark_columns
+from mslora_cr.evaluation.benchmark import benchmark_columns, box_columns, box_rows
 from mslora_cr.evaluation.results import Cell, ReportError, required_evaluation
 from mslora_cr.evaluation.score import (
+    BOXES,
     SCORES,
     AnswerRecord,
     ScoreTable,
@@ -41,6 +43,7 @@ from mslora_cr.evaluation.score import (
 )
 from mslora_cr.metrics.captions import METEOR
 from mslora_cr.metrics.published import Scores
+from mslora_cr.models.load import box_rule_of
 from mslora_cr.utils.files import file_digest, replacing, write_text
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.state import StateFile
@@ -60,12 +63,14 @@ class Submission(StateFile):
     Attributes:
         run: its name.
         files: digest of every other file, by its name in the archive.
+        box_rule: how the base model writes boxes (`BoxRule`), where some answers are boxes.
     """
 
     MEND: ClassVar[str] = "`mslora-cr submit RUN` writes the archive again"
 
     run: str
     files: dict[str, str]
+    box_rule: BoxRule | None = None
 
 
 def write_submission(config: StreamConfig, results: Path, output: Path) -> Path:
@@ -92,7 +97,11 @@ def write_submission(config: StreamConfig, results: Path, output: Path) -> Path:
             shutil.copyfile(config.run_dir / LEDGER, folder / LEDGER)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         digests = {name: file_digest(folder / name) for name in names}
-        Submission(run=evaluation.run, files=digests).write(folder / MANIFEST)
+        boxed = any((results / cell.answers).with_name(BOXES).is_file() for cell in evaluation.cells)
+        manifest = Submission(run=evaluation.run, files=digests)
+        if boxed:
+            manifest = Submission(run=evaluation.run, files=digests, box_rule=box_rule_of(Path(config.model.path)))
+        manifest.write(folder / MANIFEST)
         check_scores(folder)
         output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(output) as partial, zipfile.ZipFile(partial, "w") as archive:
@@ -134,11 +143,11 @@ def check_scores(folder: Path) -> None:
     Raises:
         ReportError: a figure of `evaluation.json` or `scores.csv` is another, or it cannot be computed here.
     """
-    evaluation = required_evaluation(folder)
+    evaluation, rule = required_evaluation(folder), Submission.read(folder / MANIFEST).box_rule or PIXELS
     scored: dict[str, tuple[Scores, ScoreTable]] = {}
     for cell in evaluation.cells:
         if cell.answers not in scored:
-            scored[cell.answers] = _scored(folder, cell)
+            scored[cell.answers] = _scored(folder, cell, rule)
         scores, table = scored[cell.answers]
         measured = metrics_of(scores, table.groups)
         where = f"{cell.task} at stage {cell.stage}"
@@ -150,13 +159,14 @@ def check_scores(folder: Path) -> None:
             _check_equal(f"{where}: the interval of {name}", *ends)
 
 
-def _scored(folder: Path, cell: Cell) -> tuple[Scores, ScoreTable]:
+def _scored(folder: Path, cell: Cell, rule: BoxRule) -> tuple[Scores, ScoreTable]:
     """A cell's answers scored again, and `scores.csv` beside them, which must say the same."""
     path = folder / cell.answers
     answers, table = read_answers(path), read_scores(path.with_name(SCORES))
     questions = _read_questions(path.with_name(QUESTIONS), answers)
     benchmark = benchmark_columns(answers, questions, java=METEOR in table.columns)
-    scores = replace(score_records(answers, questions), benchmark=benchmark)
+    boxes = box_columns(box_rows(answers, questions, lambda: rule))
+    scores = replace(score_records(answers, questions), benchmark=benchmark | boxes)
     where = f"{cell.task}: {SCORES}"
     if table.ids != [str(answer.question_id) for answer in answers] or table.columns.keys() != scores.columns.keys():
         raise ReportError(f"{where} is of other answers, or has other scores")

@@ -1,0 +1,196 @@
+"""Boxes as answers: in the records in pixels, in texts as each family of models writes them.
+
+A record holds `boxes` (left, top, right, bottom in pixels) and the image's `size` (width, height); every `<box>` in its
+texts stands for the next one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, PlainValidator, model_validator
+
+BOX = "<box>"
+"""The marker that stands for a record's next box in a text."""
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
+_BETWEEN = r"[\s,;()\[\]]{1,6}"
+_BOX = re.compile(rf"[\[(<]\s*({_NUMBER}){_BETWEEN}({_NUMBER}){_BETWEEN}({_NUMBER}){_BETWEEN}({_NUMBER})\s*[\])>]")
+_BARE = re.compile(rf"\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\.?\s*")
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+
+class Box(NamedTuple):
+    """Left, top, right and bottom."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+    @property
+    def area(self) -> float:
+        return max(0.0, self.x2 - self.x1) * max(0.0, self.y2 - self.y1)
+
+    def moved(self, x: float, y: float) -> Box:
+        return Box(self.x1 + x, self.y1 + y, self.x2 + x, self.y2 + y)
+
+    def scaled(self, x: float, y: float) -> Box:
+        return Box(self.x1 * x, self.y1 * y, self.x2 * x, self.y2 * y)
+
+
+def read_box(text: str) -> Box | None:
+    """The first box of a text: four numbers in brackets, or four numbers between commas and nothing else."""
+    found = _BOX.search(text) or _BARE.fullmatch(text)
+    return Box(*map(float, found.groups())) if found else None
+
+
+def pixels(box: Box) -> str:
+    """A box as scores and answer files have it."""
+    return "[" + ", ".join(f"{value:g}" for value in box) + "]"
+
+
+class BoxRule(NamedTuple):
+    """How a family writes boxes.
+
+    `square` (LLaVA, CoIN): fractions of the square that the picture is padded to. `thousandths` (Qwen2-VL, Qwen3-VL,
+    InternVL; all others here): whole thousandths of width and height. `resized` (Qwen2.5-VL): whole pixels of the
+    picture as the model sees it, whose sides are multiples of `factor` and whose pixels are within the bounds. `pixels`
+    are those of the picture itself.
+    """
+
+    kind: Literal["square", "thousandths", "resized", "pixels"]
+    factor: int = 28
+    least_pixels: int = 0
+    most_pixels: int = 0
+
+    def write(self, box: Box, size: Size) -> str:
+        """A box in pixels as the model is to write it; what `read` makes of it is within a pixel, of pictures of up to
+        2,000 pixels a side."""
+        if self.kind == "square":
+            side, x, y = _padding(size)
+            return "[" + ", ".join(f"{value / side:.4f}" for value in box.moved(x, y)) + "]"
+        width, height = self._seen(size)
+        return "[" + ", ".join(str(round(value)) for value in box.scaled(width / size[0], height / size[1])) + "]"
+
+    def read(self, text: str, size: Size) -> Box | None:
+        """The first box of an answer in pixels; None where there is none."""
+        box = read_box(text)
+        if box is None:
+            return None
+        if self.kind == "square":
+            side, x, y = _padding(size)
+            return box.scaled(side, side).moved(-x, -y)
+        width, height = self._seen(size)
+        return box.scaled(size[0] / width, size[1] / height)
+
+    def _seen(self, size: Size) -> Size:
+        if self.kind == "pixels":
+            return size
+        if self.kind == "thousandths":
+            return 1000, 1000
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        height, width = smart_resize(size[1], size[0], self.factor, self.least_pixels, self.most_pixels)
+        return int(width), int(height)
+
+
+PIXELS = BoxRule("pixels")
+
+
+def _padding(size: Size) -> tuple[int, float, float]:
+    """The side of the square, and how far the picture is from its left and upper edge."""
+    side = max(size)
+    return side, (side - size[0]) / 2, (side - size[1]) / 2
+
+
+def rule_of(processor: Any) -> BoxRule:
+    """The rule of a model's processor, by its class."""
+    name = type(processor).__name__
+    if name.startswith("Llava"):
+        return BoxRule("square")
+    if name.startswith("Qwen2_5_VL"):
+        images = processor.image_processor
+        size = images.size
+        return BoxRule(
+            "resized", images.patch_size * images.merge_size, int(size["shortest_edge"]), int(size["longest_edge"])
+        )
+    return BoxRule("thousandths")
+
+
+def _boxes(value: Any) -> tuple[Box, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError("should be a list of boxes, each [left, top, right, bottom] in pixels")
+    for box in value:
+        numbers = isinstance(box, list | tuple) and all(
+            isinstance(one, int | float) and not isinstance(one, bool) for one in box
+        )
+        if not numbers or len(box) != 4:
+            raise ValueError("should be a list of boxes, each [left, top, right, bottom] in pixels")
+    return tuple(Box(*map(float, box)) for box in value)
+
+
+def _size(value: Any) -> Size | None:
+    if value is None:
+        return None
+    whole = isinstance(value, list | tuple) and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
+    if not whole or len(value) != 2 or min(value) < 1:
+        raise ValueError("should be [width, height] in pixels")
+    return value[0], value[1]
+
+
+class Boxed(BaseModel):
+    """A record that may have boxes."""
+
+    boxes: Annotated[tuple[Box, ...], PlainValidator(_boxes)] = ()
+    """Of a question, those of its text; the true answer has its own written out, in pixels."""
+    size: Annotated[Size | None, PlainValidator(_size)] = None
+    """Of the image that the boxes are in."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _place_boxes(cls, value: Any) -> Any:
+        """Check the boxes, and write those of a question's true answers into them."""
+        if not isinstance(value, Mapping) or not value.get("boxes"):
+            return value
+        boxes, size = _boxes(value["boxes"]), _size(value.get("size"))
+        if size is None:
+            raise ValueError("field 'size': boxes need the image's [width, height]")
+        for box in boxes:
+            if not (0 <= box.x1 < box.x2 <= size[0] and 0 <= box.y1 < box.y2 <= size[1]):
+                raise ValueError(f"field 'boxes': {[*box]} is no box inside of an image of {size[0]} × {size[1]}")
+        texts = _texts(value)
+        if (marks := sum(text.count(BOX) for text in texts)) != len(boxes):
+            raise ValueError(f"field 'boxes': {len(boxes)} boxes for {marks} marks {BOX}")
+        if "gt" not in value:
+            return value
+        inside = str(value.get("text", "")).count(BOX)
+        rest = iter(boxes[inside:])
+        truths = [_filled(text, map(pixels, rest)) for text in texts[1:]]
+        return {**value, "gt": truths, "boxes": [[*box] for box in boxes[:inside]]}
+
+
+def _texts(value: Mapping[str, Any]) -> list[str]:
+    """The texts of a record that may have marks, in order: a question's first, then its truths."""
+    if "gt" in value:
+        truths = value["gt"] if isinstance(value["gt"], list | tuple) else [value["gt"]]
+        return [str(value.get("text", "")), *map(str, truths)]
+    turns = value.get("conversations") or ()
+    return [str(turn.get("value", "")) for turn in turns if isinstance(turn, Mapping)]
+
+
+def filled(texts: Sequence[str], record: Boxed, rule: BoxRule) -> list[str]:
+    """A record's texts with its boxes as the model writes them; unchanged where it has none."""
+    if not record.boxes or record.size is None:
+        return list(texts)
+    size = record.size
+    written = (rule.write(box, size) for box in record.boxes)
+    return [_filled(text, written) for text in texts]
+
+
+def _filled(text: str, written: Iterator[str]) -> str:
+    first, *parts = text.split(BOX)
+    return first + "".join(next(written) + part for part in parts)
