@@ -115,7 +115,7 @@ def score_file(
     model: Path | None = None,
 ) -> Scores:
     """Score the file `answers`; `metrics.txt`, `metrics.json`, `clinical.json`, `scores.csv`, `hit.csv` and
-    `not_hit.csv` go to `output`.
+    `not_hit.csv` go to `output`, and `boxes.jsonl` where answers are boxes.
 
     `scores.csv` has each answer's score in each metric, in [0, 1], and the question's image; questions of a public
     benchmark are also scored by its own scorer. `hit.csv` and

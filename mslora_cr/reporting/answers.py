@@ -20,15 +20,21 @@ from mslora_cr.data.records import DataError, shown_images
 from mslora_cr.data.tasks import test_records
 from mslora_cr.evaluation.probabilities import PROBABILITIES, read_probabilities
 from mslora_cr.evaluation.results import Cell, Evaluation
-from mslora_cr.evaluation.score import SCORES, AnswerRecord, ScoreTable, read_answers, read_scores
+from mslora_cr.evaluation.score import BOXES, SCORES, AnswerRecord, ScoreTable, read_answers, read_scores
 from mslora_cr.metrics.published import HIT_RECALL, normalize_answer
 from mslora_cr.metrics.typed import CHOICE
+from mslora_cr.utils.regular import check_regular
+from mslora_cr.utils.strict_json import JsonError, decode_json
 
 SAMPLED_RIGHT = 6
 """Right answers of a task that the browser shows beside the wrong ones, before it is asked for all."""
 MOST_CLASSES = 12
 """Truths of closed questions that a table of confusions names; it gathers rarer ones under `OTHER`."""
 OTHER = "other"
+
+
+Fractions = tuple[float, float, float, float]
+"""A box by left, top, right and bottom, in shares of the picture's width and height."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class AnswerSet:
         scores: by question, in [0, 1] (closed: right or not; open: F1).
         confidences: by question, the probability of the answer's tokens, None where it is not known; empty where none
             is.
+        boxes: by question, the box that it gives and the true one; empty where no question is about a box.
     """
 
     stages: tuple[int, ...]
@@ -51,6 +58,7 @@ class AnswerSet:
     hits: Sequence[bool]
     scores: Sequence[float]
     confidences: Sequence[float | None] = ()
+    boxes: Sequence[tuple[Fractions | None, Fractions] | None] = ()
 
 
 class QuestionKeys(NamedTuple):
@@ -144,7 +152,8 @@ def _task_answers(
         hits, scores = _graded(records, (results_dir / answers).with_name(SCORES))
         numbers = tuple(cell.stage for cell in shared)
         banks, sure = evaluation.bank_numbers(shared[0]), _confidences(results_dir / answers, len(records))
-        sets.append(AnswerSet(numbers, banks, _texts(records), hits, scores, sure))
+        boxes = _boxes((results_dir / answers).with_name(BOXES), len(records))
+        sets.append(AnswerSet(numbers, banks, _texts(records), hits, scores, sure, boxes))
     return TaskAnswers(
         task=task,
         learned_at=evaluation.tasks.index(task) + 1,
@@ -165,6 +174,35 @@ def _keys(records: Sequence[AnswerRecord], table: ScoreTable) -> list[QuestionKe
         QuestionKeys(str(record.question_id), image, patient)
         for record, image, patient in zip(records, images, patients, strict=True)
     ]
+
+
+def _boxes(path: Path, questions: int) -> list[tuple[Fractions | None, Fractions] | None]:
+    """By question, the box that was said and the true one; none where the file is missing or of other questions.
+
+    Raises:
+        DataError: a line of it is malformed.
+    """
+    if not path.is_file():
+        return []
+    lines = [line for line in check_regular(path).read_bytes().split(b"\n") if line.strip()]
+    try:
+        rows = [_fractions(decode_json(line)) for line in lines]
+    except (JsonError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise DataError(f"{path}: no boxes of answers ({error}); score the answers again") from None
+    return rows if len(rows) == questions else []
+
+
+def _fractions(row: Any) -> tuple[Fractions | None, Fractions] | None:
+    if row is None:
+        return None
+    width, height = map(float, row["size"])
+    said, true = row["said"], row["truth"]
+    return (None if said is None else _shares(said, width, height)), _shares(true, width, height)
+
+
+def _shares(box: Sequence[float], width: float, height: float) -> Fractions:
+    x1, y1, x2, y2 = (round(float(value) / side, 4) for value, side in zip(box, (width, height) * 2, strict=True))
+    return x1, y1, x2, y2
 
 
 def _texts(records: Iterable[AnswerRecord]) -> list[str]:
@@ -268,23 +306,24 @@ def browser_data(
 
 
 def _rows(task: TaskAnswers, numbers: dict[Path, int]) -> list[list[Any]]:
-    """By question: text, truth, whether it is closed, pictures, [answer, right, score] of each different answer, which
-    of those each set gave, and whether the browser shows it at first."""
+    """By question: text, truth, whether it is closed, pictures, [answer, right, score, box] of each different answer,
+    which of those each set gave, whether the browser shows it at first, and the true box, if there is one."""
     hits = task.learned.hits
     right = [index for index, hit in enumerate(hits) if hit]
     sampled = set(random.Random(0).sample(right, min(SAMPLED_RIGHT, len(right))))
     rows: list[list[Any]] = []
     for index, question in enumerate(task.questions):
-        given: dict[tuple[str, int, float], int] = {}
-        which = [
-            given.setdefault(
-                (answers.texts[index], int(answers.hits[index]), round(answers.scores[index], 3)), len(given)
-            )
-            for answers in task.sets
-        ]
+        given: dict[tuple[Any, ...], int] = {}
+        which, true = [], None
+        for answers in task.sets:
+            boxes = answers.boxes[index] if answers.boxes else None
+            said = (answers.texts[index], int(answers.hits[index]), round(answers.scores[index], 3))
+            which.append(given.setdefault(said if boxes is None else (*said, boxes[0]), len(given)))
+            true = boxes[1] if boxes else true
         pictures = [numbers[path] for path in task.pictures[index] if path in numbers]
         closed = int(task.kinds[index] == "CLOSED")
-        rows.append([question, task.truths[index], closed, pictures, list(given), which, int(index in sampled)])
+        row = [question, task.truths[index], closed, pictures, list(given), which, int(index in sampled)]
+        rows.append(row if true is None else [*row, true])
     return rows
 
 

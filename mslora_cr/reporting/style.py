@@ -24,13 +24,15 @@ ADDED_TITLES = {
     "token recall": "token recall",
     **{name: name for name in TYPED if name != CHOICE},
 }
+"""Title by name in `metrics.json` of what the published evaluation does not measure."""
 BENCHMARK_TITLES = {
+    "IoU": "mean IoU",
+    "recall at IoU 0.5": "recall at IoU 0.5",
     "benchmark": "benchmark's own score",
     "benchmark corrected": "corrected",
     "benchmark without METEOR": "mean of captions' scores without METEOR",
     **{name: name for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "caption ROUGE-L", "CIDEr / 10")},
 }
-"""The same of public benchmarks' scorers; shown where a run has them."""
-"""Title by name in `metrics.json` of what the published evaluation does not measure."""
+"""The same of boxes and of public benchmarks' scorers; shown where a run has them."""
 PALETTE = ("#2f7fd6", "#d97a2b", "#2f9e6e", "#a65cc9", "#c94f6d", "#8a8f2a")
 """Colours that read on white and on black alike."""

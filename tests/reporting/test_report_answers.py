@@ -151,6 +151,21 @@ def test_pictures_are_those_that_the_scores_name(tmp_path):
         write_report(*run, config)
 
 
+def test_boxes_are_drawn_in_shares_of_the_picture(tmp_path):
+    run = make_run(tmp_path, "seq", "sequential", TASKS, right=forgets)
+    config = with_pictures(tmp_path, run, side=8)
+    rows = [{"said": [10, 0, 60, 25], "truth": [0, 0, 50, 25], "size": [100, 50], "iou": 0.5}] + [None] * 39
+    boxes = run[1] / "pathvqa" / "boxes.jsonl"
+    boxes.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    page = Page(write_report(*run, config))
+    first, second = page.data["tasks"][0]["rows"][:2]
+    assert first[7] == [0, 0, 0.5, 0.5] and first[4][0][3] == [0.1, 0, 0.6, 0.5]
+    assert len(second) == 7 and len(second[4][0]) == 3
+    boxes.write_text('{"said": 1, "truth": [0, 0, 50, 25], "size": [0, 50]}\n')
+    with pytest.raises(DataError, match="no boxes of answers"):
+        write_report(*run, config)
+
+
 def test_what_is_in_training_and_testing_is_said_beside_the_scores(tmp_path):
     run = make_run(tmp_path, "seq", "sequential", TASKS, right=forgets)
     config = with_pictures(tmp_path, run, side=8)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, model_validator
 
 BOX = "<box>"
 """The marker that stands for a record's next box in a text."""
@@ -145,9 +145,9 @@ def _size(value: Any) -> Size | None:
 class Boxed(BaseModel):
     """A record that may have boxes."""
 
-    boxes: Annotated[tuple[Box, ...], PlainValidator(_boxes)] = ()
+    boxes: Annotated[tuple[Box, ...], BeforeValidator(_boxes)] = ()
     """Of a question, those of its text; the true answer has its own written out, in pixels."""
-    size: Annotated[Size | None, PlainValidator(_size)] = None
+    size: Annotated[Size | None, BeforeValidator(_size)] = None
     """Of the image that the boxes are in."""
 
     @model_validator(mode="before")

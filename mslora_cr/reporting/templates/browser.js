@@ -98,6 +98,23 @@ function shownStages(task) {
   return [stages.filter((stage) => stage < task.learned_at).at(-1), task.learned_at, stages.at(-1)];
 }
 
+// The true box and the one that was said, over the first picture; each in shares of its width and height.
+function framed(picture, boxes) {
+  const frame = make("div", "framed");
+  frame.append(picture);
+  for (const [kind, box] of boxes) {
+    if (!box) continue;
+    const outline = make("i", kind);
+    const [left, top, right, bottom] = box.map((share) => Math.min(1, Math.max(0, share)));
+    Object.assign(outline.style, {
+      left: `${100 * left}%`, top: `${100 * top}%`,
+      width: `${100 * Math.max(0, right - left)}%`, height: `${100 * Math.max(0, bottom - top)}%`,
+    });
+    frame.append(outline);
+  }
+  return frame;
+}
+
 function card({ entry, answer, sure }) {
   const { task, row, fate } = entry;
   const node = make("article", answer[1] ? "answer hit" : "answer");
@@ -107,7 +124,8 @@ function card({ entry, answer, sure }) {
     picture.loading = "lazy";
     picture.alt = `image of question ${entry.index + 1} of ${task.name}`;
     picture.src = data.thumbnails[place];
-    pictures.append(picture);
+    const first = place === row[3][0] && row[7];
+    pictures.append(first ? framed(picture, [["true-box", row[7]], ["said-box", answer[3]]]) : picture);
   }
   if (row[3].length) node.append(pictures);
   const body = make("div", "body");
