@@ -125,8 +125,8 @@ class TestRecord(_Record, Boxed):
 
     @model_validator(mode="after")
     def _truth_is_offered(self) -> Self:
-        finals = [final_answer(truth).text for truth in self.truths]
-        if self.options and self.answer_kind != "set" and not any(letter_of(final, self.options) for final in finals):
+        chosen = (letter_of(final_answer(truth).text, self.options) for truth in self.truths)
+        if self.options and self.answer_kind != "set" and not any(chosen):
             offered = ", ".join(f"{letter}. {text}" for letter, text in self.options.items())
             raise ValueError(f"field 'gt': {shorten(self.gt)} is none of the options ({offered})")
         return self
@@ -202,8 +202,7 @@ class _Records(Sequence[Record], Generic[Record]):
             problem = first_problem(error) if self._problems is None else "; ".join(problems_in(error))
             raise DataError(f"{self.path}: {location}: {problem}{other_record(value)}") from None
 
-    def _record(self, value: Any, start: int) -> Record:
-        """A decoded record, validated; `start` is its first byte in the file."""
+    def _record(self, value: Any, start: int) -> Record:  # start: the first byte in the file
         return self._model.model_validate(value)
 
     def _read(self, file: BinaryIO, index: int) -> Record:
