@@ -12,7 +12,7 @@ import random
 from abc import abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -234,13 +234,7 @@ class _Records(Sequence[Record], Generic[Record]):
 
     def thinned(self, most: int) -> Self:
         """At most this many of the records, as `sample_of` chooses them."""
-        return self.chosen(sample_of(len(self), most))
-
-    def chosen(self, indices: Iterable[int]) -> Self:
-        """The records at some places."""
-        kept, some = list(indices), copy.copy(self)
-        some._starts, some._ends = (array("Q", [ends[i] for i in kept]) for ends in (self._starts, self._ends))
-        return some
+        return self.only(sample_of(len(self), most))
 
     def changed(self, change: Callable[[Record], Record]) -> Self:
         """The records as a function gives them back."""

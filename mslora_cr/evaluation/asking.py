@@ -13,7 +13,7 @@ from PIL import Image
 from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.answers.options import letter_of, rotated
 from mslora_cr.data.records import TestRecord, TestRecords
-from mslora_cr.data.tasks import task_folder, test_file, test_records
+from mslora_cr.data.tasks import VALIDATION, task_folder, test_file, test_records, validation_records
 from mslora_cr.evaluation.results import EVALUATION, Cell, Evaluation
 from mslora_cr.evaluation.score import SCORES, read_scores
 from mslora_cr.metrics.typed import CHOICE
@@ -22,7 +22,8 @@ from mslora_cr.statistics.matrix_intervals import is_binary
 from mslora_cr.statistics.paired import paired_change, paired_task
 from mslora_cr.utils.files import replacing
 
-VALIDATION = "val.jsonl"
+HELD_OUT = "questions.jsonl"
+"""Validation questions that are held out of training records."""
 GREY = (128, 128, 128)
 SIDE = 336
 """Pixels of a side of the grey picture, the input size of LLaVA-Med's tower."""
@@ -35,7 +36,7 @@ class Asking:
 
     Attributes:
         name: of the folder of the answers, below the run's results; "" for the run's own answers.
-        validation: whether the questions are those of `val.jsonl`.
+        validation: whether the questions are those of `val.jsonl`, or held out of the training records.
         rotation: by how many letters the texts of options are moved on.
         blank: whether a grey picture stands in the place of every image.
     """
@@ -46,8 +47,12 @@ class Asking:
     blank: bool = False
 
     def path(self, config: StreamConfig, task: Task) -> Path:
-        """The file of a task's questions."""
-        return task_folder(config, task) / VALIDATION if self.validation else test_file(config, task)
+        """The file of a task's questions: where a share of the training records is held out (`data.validation`), it is
+        written with the answers."""
+        if not self.validation:
+            return test_file(config, task)
+        released = task_folder(config, task) / VALIDATION
+        return released if released.is_file() else config.results_run_dir / task.name / HELD_OUT
 
     def records(self, config: StreamConfig, task: Task) -> TestRecords:
         """A task's questions.
@@ -55,14 +60,22 @@ class Asking:
         Raises:
             DataError: they cannot be read.
         """
-        records = TestRecords(self.path(config, task)) if self.validation else test_records(config, task)
-        return rotated_records(records, self.rotation) if self.rotation else records
+        if not self.validation:
+            records = test_records(config, task)
+            return rotated_records(records, self.rotation) if self.rotation else records
+        path = self.path(config, task)
+        if path.name == HELD_OUT and (held_out := validation_records(config, task)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = (one.model_dump_json(by_alias=True, exclude_defaults=True) for one in held_out.questions)
+            with replacing(path, shared=True) as partial:
+                partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return TestRecords(path)
 
     def is_there(self, config: StreamConfig, task: Task) -> bool:
         """Whether a task has such questions."""
         if self.rotation:
             return len(self.records(config, task)) > 0
-        return not self.validation or self.path(config, task).is_file()
+        return not self.validation or validation_records(config, task) is not None
 
     def config(self, config: StreamConfig) -> StreamConfig:
         """The configuration, with the results in the folder of this name."""
@@ -105,7 +118,7 @@ def _moved(truth: str, record: TestRecord, options: dict[str, str]) -> str:
 
 def rotated_records(records: TestRecords, by: int) -> TestRecords:
     """The questions with more than so many options, which are moved on by that number of letters."""
-    offered = records.chosen(index for index, one in enumerate(records) if len(one.options) > by)
+    offered = records.only([index for index, one in enumerate(records) if len(one.options) > by])
     return offered.changed(partial(_rotated, by=by))
 
 

@@ -6,7 +6,7 @@ read off its scores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,9 +16,9 @@ from tabulate import tabulate
 from mslora_cr.banks.bank import Bank
 from mslora_cr.clinical.calibrated import CALIBRATION, CalibratedTask, Calibrations, calibrate
 from mslora_cr.config.schema import StreamConfig
-from mslora_cr.data.records import DataError, TestRecord
+from mslora_cr.data.records import DataError, TestRecords
 from mslora_cr.distributed.comm import barrier, rank
-from mslora_cr.evaluation.asking import AS_IT_IS, ON_VALIDATION, rotations
+from mslora_cr.evaluation.asking import AS_IT_IS, ON_VALIDATION, rotated_records, rotations
 from mslora_cr.evaluation.cells import Stages
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.probabilities import PROBABILITIES, read_probabilities
@@ -71,7 +71,7 @@ def evaluate_circular(
     """
     own = read_evaluation(config.results_run_dir)
     cells = [cell for cell in own.cells if only in (None, cell.task)] if own else []
-    records = {cell.task: list(AS_IT_IS.records(config, config.task(cell.task))) for cell in cells}
+    records = {cell.task: AS_IT_IS.records(config, config.task(cell.task)) for cell in cells}
     most = max((len(record.options) for of_task in records.values() for record in of_task), default=0)
     if not most:
         raise DataError("--circular asks questions with options in every order, and no test question has options")
@@ -86,7 +86,7 @@ def evaluate_circular(
 
 
 def _circular(
-    results_dir: Path, cell: Cell, records: Sequence[TestRecord], rotated: Mapping[Path, Evaluation | None]
+    results_dir: Path, cell: Cell, records: TestRecords, rotated: Mapping[Path, Evaluation | None]
 ) -> CircularTask | None:
     """What the rotations of a cell's questions say; None where one was not answered by the same banks, or none has
     options."""
@@ -98,7 +98,7 @@ def _circular(
         of = next((other for other in evaluation.cells if other.key == cell.key), None) if evaluation else None
         if not asked.any():
             continue
-        if of is None or (of.banks, of.questions, of.rows) != (cell.banks, cell.questions, asked.sum()):
+        if of is None or (of.banks, of.questions) != (cell.banks, rotated_records(records, by).digest):
             return None
         answered = read_scores((folder / of.answers).with_name(SCORES)).columns[CHOICE]
         always[asked] = np.minimum(always[asked], answered)
@@ -139,17 +139,17 @@ def circular_table(results: CircularFile) -> str:
 def evaluate_calibration(
     config: StreamConfig, stages: Stages, only: str | None = None, banks: Mapping[str, Bank] | None = None
 ) -> Path:
-    """Answer the validation questions of the tasks that have a `val.jsonl`, and write `calibration.json`.
+    """Answer the validation questions of the tasks that have some, and write `calibration.json`.
 
     Raises:
-        DataError: no task has one. As `evaluate`.
+        DataError: no task has any. As `evaluate`.
     """
     tasks = [task for task in config.stream if only in (None, task.name)]
     if not any(ON_VALIDATION.is_there(config, task) for task in tasks):
         raise DataError(
-            "--calibrate needs validation questions, and no task has a val.jsonl: temperature and thresholds are "
-            "fitted on nothing else. `mslora-cr data convert` and `data prepare` write it where the source has a "
-            "validation split"
+            "--calibrate needs validation questions, and there are none: temperature and thresholds are fitted on "
+            "nothing else. `mslora-cr data convert` and `data prepare` write val.jsonl where the source has a "
+            "validation split; data.validation holds a share of the training records out, before training"
         )
     by_task = dict(banks) if banks is not None else finished_banks(config)
     folder = evaluate(config, stages, only, by_task, ON_VALIDATION).parent
@@ -163,7 +163,7 @@ def evaluate_calibration(
 
 
 def _calibrated(config: StreamConfig, cell: Cell, folder: Path, banks: Mapping[str, Bank]) -> CalibratedTask:
-    records = ON_VALIDATION.records(config, config.task(cell.task))
+    records = ON_VALIDATION.records(ON_VALIDATION.config(config), config.task(cell.task))
     answers = folder / cell.answers
     known = read_probabilities(answers.with_name(PROBABILITIES))
     return calibrate(

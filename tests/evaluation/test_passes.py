@@ -12,10 +12,11 @@ from mslora_cr.clinical.asked import asked_answers
 from mslora_cr.clinical.calibrated import Calibrations, calibrate
 from mslora_cr.clinical.file import CLINICAL, Clinical
 from mslora_cr.config.load import load_config
-from mslora_cr.data.records import TestRecords
+from mslora_cr.data.records import TestRecords, TrainingRecords
 from mslora_cr.data.tasks import task_folder
+from mslora_cr.data.validation import validation_split
 from mslora_cr.evaluation import summary
-from mslora_cr.evaluation.asking import blind_score, rotated_records
+from mslora_cr.evaluation.asking import ON_VALIDATION, blind_score, rotated_records
 from mslora_cr.evaluation.passes import CIRCULAR, CircularFile
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.runs.ledger import finished_banks
@@ -49,6 +50,17 @@ def test_thresholds_rest_on_one_question_of_each_patient() -> None:
     assert found.threshold(0.05) == pytest.approx(min(sure)), "all that are sure are right"
     with pytest.raises(UserError, match=r"questions of 20 patients or images promise no risk below 0\.048"):
         found.threshold(0.01)
+
+
+def test_held_out_training_records_are_asked_where_there_is_no_val_jsonl(trained_config: Path, tmp_path: Path) -> None:
+    given = load_config(trained_config)
+    task, update = given.task("PCAM"), {"data": given.data.model_copy(update={"validation": 0.5})}
+    config = ON_VALIDATION.config(given.model_copy(update={**update, "results_dir": str(tmp_path)}))
+    assert ON_VALIDATION.is_there(config, task) and not ON_VALIDATION.is_there(given, task)
+    records = ON_VALIDATION.records(config, task)
+    assert records.path == tmp_path / "tiny" / "validation" / "PCAM" / "questions.jsonl"
+    trained = validation_split(TrainingRecords(task_folder(config, task) / "train.json"), 0.5, config.seed)
+    assert list(records) == trained.questions
 
 
 def test_passes_of_an_evaluation(
