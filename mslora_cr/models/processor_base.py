@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -207,7 +206,7 @@ def end_ids_of(path: Path, processor: Any) -> tuple[int, ...]:
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration, without weights."""
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):
         return cast(PreTrainedModel, AutoModelForImageTextToText.from_config(config, trust_remote_code=False))
 
 
