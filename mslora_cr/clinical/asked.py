@@ -1,4 +1,4 @@
-"""Questions with their answers and what is known of both."""
+"""Questions with their answers, and what is known of both."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ class AskedAnswer(NamedTuple):
     """A question with its answer.
 
     Attributes:
-        question: its text.
-        answer: what was said.
-        truths: every accepted answer, the first one first.
-        closed: whether it has a closed set of answers.
-        options: by letter; empty where it offers none.
-        kind: of the answer: as its record says, or else as the true answers to the same question tell.
-        probabilities: of each candidate, by its text; None where they are not known.
-        attributes: of patient and picture, by name.
+        question: The question's text.
+        answer: The model's answer.
+        truths: Every accepted answer, the first one first.
+        closed: Whether the question has a closed set of answers.
+        options: The options by letter; empty where the question offers none.
+        kind: The kind of the answer: what the record states, or else what the true answers to the same question
+            suggest.
+        probabilities: The probability of each candidate, by its text; None where unknown.
+        attributes: Attributes of patient and picture, by name.
     """
 
     question: str
@@ -40,7 +41,7 @@ class AskedAnswer(NamedTuple):
     attributes: Mapping[str, str | int | float]
 
     def at(self, temperature: float) -> AskedAnswer:
-        """The same with probabilities ``p^(1/T) / Σ p^(1/T)``."""
+        """Return the same question with the probabilities ``p^(1/T) / Σ p^(1/T)``."""
         if not self.probabilities:
             return self
         weights = {text: chance ** (1 / temperature) for text, chance in self.probabilities.items()}
@@ -52,12 +53,12 @@ def asked_answers(
     records: Sequence[TestRecord] | None,
     probabilities: Sequence[Mapping[str, float] | None] | None = None,
 ) -> list[AskedAnswer]:
-    """Answers with what is known of their questions.
+    """Join answers with what is known of their questions.
 
     Args:
-        answers: question, answer, truth and whether it is closed.
-        records: what was asked, in the same order; None where the answers alone are known.
-        probabilities: by question, of each candidate.
+        answers: Question, answer, truth and whether the question is closed.
+        records: The records that were asked, in the same order; None where only the answers are known.
+        probabilities: The probability of each candidate, by question.
     """
     by_answer = probabilities or [None] * len(answers)
     known: Sequence[TestRecord | None] = records or [None] * len(answers)
@@ -90,14 +91,14 @@ def _kind(record: TestRecord | None, found: AnswerKind, truth: str) -> AnswerKin
 
 
 def typed_columns(asked: Sequence[AskedAnswer]) -> dict[str, list[float | None]]:
-    """As `typed_scores`."""
+    """Return the questions in the form that `typed_scores` takes."""
     return typed_scores(
         [Typed(one.answer, one.truths, one.kind, one.options, "CLOSED" if one.closed else "OPEN") for one in asked]
     )
 
 
 def right_of(chosen: Sequence[AskedAnswer], answers: Sequence[str]) -> Scores:
-    """Which answers say the class of an accepted truth, (questions,)."""
+    """Return which answers say the class of an accepted truth, (questions,)."""
     right = [
         said_class(answer, one.truths, one.options) in {class_of(truth, one.options) for truth in one.truths}
         for one, answer in zip(chosen, answers, strict=True)

@@ -19,19 +19,20 @@ from mslora_cr.utils.state import Part, StateFile
 
 CALIBRATION = "calibration.json"
 FEWEST = 20
-"""Validation questions with candidates from which on a temperature is fitted."""
+"""A temperature is fitted on at least this many validation questions with candidates."""
 SEED = 0
 
 
 class CalibratedTask(Part):
-    """What the closed validation questions of a task say of the banks that answered them.
+    """What the closed validation questions of a task say about the banks that answered them.
 
     Attributes:
-        banks: digests of the banks, in order.
-        questions: closed ones.
-        temperature: that minimises the log loss of the candidates' probabilities; None of too few questions.
-        confidence: probability of the answer to one question of each patient or image, drawn at random.
-        right: whether that answer is right.
+        banks: Digests of the banks, in order.
+        questions: Number of closed questions.
+        temperature: The temperature that minimises the log loss of the candidates' probabilities; None if there are too
+            few questions.
+        confidence: The probability of the answer to one randomly drawn question of each patient or image.
+        right: Whether that answer is right.
     """
 
     task: str
@@ -43,11 +44,11 @@ class CalibratedTask(Part):
     right: tuple[bool, ...]
 
     def threshold(self, risk: float) -> float:
-        """The least probability of an answer from which to give it, so that at most this share of all questions is
+        """Return the least probability from which to give an answer, so that at most this share of all questions is
         answered wrongly, in expectation over questions exchangeable with these (`risk_threshold`).
 
         Raises:
-            UserError: so few questions promise no such bound.
+            UserError: There are too few questions for such a bound.
         """
         found = risk_threshold(np.array(self.confidence), np.array(self.right, dtype=np.float64), risk)
         if found is None:
@@ -60,19 +61,20 @@ class CalibratedTask(Part):
 
 
 class Calibrations(StateFile):
-    """`calibration.json`: by task and stage, what validation questions say."""
+    """The content of `calibration.json`: what validation questions say, by task and stage."""
 
     MEND: ClassVar[str] = "remove it; `mslora-cr evaluate CONFIG --calibrate` writes it again"
 
     cells: tuple[CalibratedTask, ...]
 
     def of(self, task: str, banks: Sequence[str]) -> CalibratedTask | None:
-        """What is known of banks of these digests as they answer a task."""
+        """Return what is known of the banks with these digests when they answer a task."""
         return next((cell for cell in self.cells if (cell.task, cell.banks) == (task, tuple(banks))), None)
 
 
 def calibrated(results_dir: Path, task: str, banks: Sequence[str]) -> CalibratedTask | None:
-    """What `calibration.json` of a results folder says of banks of these digests; None where it does not know them."""
+    """Return what `calibration.json` of a results folder says of the banks with these digests; None where it does not
+    know them."""
     found = Calibrations.read_if_there(results_dir / CALIBRATION)
     return found.of(task, banks) if found else None
 
@@ -85,15 +87,15 @@ def calibrate(
     logprobs: Sequence[float | None],
     groups: Groups,
 ) -> CalibratedTask:
-    """Fit a task's temperature, and draw the questions that thresholds rest on.
+    """Fit a task's temperature, and draw the questions on which thresholds rest.
 
-    Patients are exchangeable, not their questions: of each one question is drawn.
+    Patients are exchangeable, their questions are not: one question of each patient is drawn.
 
     Args:
-        banks: digests of those that answered.
-        asked: validation questions with their answers.
-        logprobs: of each answer's tokens together; None where that is not known.
-        groups: (questions,), by question the number of its patient or image.
+        banks: Digests of the banks that answered.
+        asked: Validation questions with their answers.
+        logprobs: The log probability of each answer's tokens together; None where unknown.
+        groups: (questions,), the number of each question's patient or image.
     """
     closed = [index for index, one in enumerate(asked) if one.closed and one.kind == "choice"]
     right = right_of([asked[index] for index in closed], [asked[index].answer for index in closed])

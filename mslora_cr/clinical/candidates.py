@@ -1,4 +1,4 @@
-"""The closed set of answers that a question has, so that each of them can be scored."""
+"""Finds the closed set of answers to a question, so that each of them can be scored."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _OPPOSITE = {YES: NO, NO: YES}
 
 
 def candidate_answers(records: Iterable[TestRecord], training: Frequencies | None) -> list[tuple[str, ...]]:
-    """The closed set of answers of each question, in alphabetical order; empty where it has none.
+    """Return the closed set of answers to each question, in alphabetical order; empty where there is none.
 
-    A question with options has those, as letters where its truth is one. Another CLOSED question has "no" and "yes"
-    where training gives no other answer to the same question, or, if training does not have the question, where the
-    test file gives no other: both are then candidates, so that nothing of the truth is told. Any other CLOSED question
-    has the different answers that training gives to the same question, each in its most frequent spelling. A single
-    answer, and more than `MOST_CANDIDATES`, are no set.
+    A question with options has these, as letters where its truth is a letter. Another CLOSED question has "no" and
+    "yes" where training gives no other answer to the same question or, if training does not have the question, where
+    the test file gives no other answer. Both are then candidates, so the truth is not given away. Any other CLOSED
+    question has the different answers that training gives to the same question, each in its most frequent spelling. A
+    single answer is no set, nor are more than `MOST_CANDIDATES`.
 
     Args:
-        records: the questions.
-        training: how often each answer follows each question in training; None where it is not known.
+        records: The questions.
+        training: How often each answer follows each question in training; None where unknown.
     """
     asked = list(records)
     truths: dict[str, Counter[str]] = defaultdict(Counter)
@@ -56,7 +56,7 @@ def _closed_set(answers: Counter[str]) -> tuple[str, ...]:
 
 
 def _yes_and_no(answers: Counter[str]) -> tuple[str, ...]:
-    """Both words where an answer is never another one, spelt as the answers are."""
+    """Return both words, spelt as the answers are, where every answer is one of them."""
     spellings = _spellings(answers)
     if not spellings or spellings.keys() - _OPPOSITE.keys():
         return ()
@@ -68,7 +68,7 @@ def _yes_and_no(answers: Counter[str]) -> tuple[str, ...]:
 
 
 def _spellings(answers: Counter[str]) -> dict[str, str]:
-    """By answer, without case and full stop, its most frequent spelling."""
+    """Return the most frequent spelling of each answer, by the answer without case and full stop."""
     spellings: dict[str, str] = {}
     for answer, _ in sorted(answers.items(), key=lambda item: (-item[1], item[0])):
         spellings.setdefault(answer.strip(" .").casefold(), answer.strip())

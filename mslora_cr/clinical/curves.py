@@ -15,10 +15,10 @@ DIGITS = 4
 
 
 def curves_of(answered: Confusion, chances: Scores) -> Curves:
-    """The curves of the likeliest candidate, and the ROC curve of each class against the rest.
+    """Return the curves of the likeliest candidate, and the ROC curve of each class against the rest.
 
     Args:
-        answered: the true classes.
+        answered: The questions with their true classes.
         chances: (questions, classes), the probability of each class.
     """
     confidence, right = chances.max(1), (chances.argmax(1) == answered.truth).astype(np.float64)
@@ -49,6 +49,6 @@ def _roc(positive: np.ndarray, scores: Scores) -> tuple[tuple[float, float], ...
 
 
 def _points(across: Scores, up: Scores) -> tuple[tuple[float, float], ...]:
-    """At most `MOST_POINTS` points of a curve, its ends among them."""
+    """Thin a curve to at most `MOST_POINTS` points; both ends stay."""
     chosen = np.unique(np.linspace(0, len(across) - 1, MOST_POINTS).round().astype(int))
     return tuple((round(float(across[i]), DIGITS), round(float(up[i]), DIGITS)) for i in chosen)

@@ -24,13 +24,13 @@ class ClassMeasured(Part):
     """A class against the rest.
 
     Attributes:
-        name: of the class.
-        questions: of how many it is the truth.
-        said: how many were answered by it.
-        recall: of those of which it is the truth, the share that says it.
-        precision: of those that say it, the share of which it is the truth.
-        auroc: area under the ROC curve; null without probabilities.
-        average_precision: area under the precision–recall curve; likewise.
+        name: Name of the class.
+        questions: Number of questions whose truth is this class.
+        said: Number of answers that say this class.
+        recall: Share of the questions with this truth whose answer says it.
+        precision: Share of the answers that say this class for which it is the truth.
+        auroc: Area under the ROC curve; null without probabilities.
+        average_precision: Area under the precision–recall curve; null without probabilities.
     """
 
     name: str
@@ -43,17 +43,17 @@ class ClassMeasured(Part):
 
 
 class Guessing(Part):
-    """What constant answers give, as shares of questions whose answer says the true class.
+    """What constant answers score, as shares of questions whose answer says the true class.
 
     Attributes:
-        score: the model's.
-        majority: that of the most frequent training answer to the same question; None without training records.
-        hindsight: that of the best constant answer to each question.
-        unseen: questions asked that training does not have.
-        gain: the model's score less the majority's (the hindsight's, where there is none), in points, with its
-            interval.
-        above: whether the interval of the gain lies above 0.
-        always: the one answer that the model gives to every question; None where it gives several.
+        score: The model's score.
+        majority: The score of the most frequent training answer to the same question; None without training records.
+        hindsight: The score of the best constant answer to each question.
+        unseen: Number of questions that training does not have.
+        gain: The model's score minus the majority's (or the hindsight's where there is no majority), in points, with
+            its interval.
+        above: Whether the interval of the gain lies above 0.
+        always: The single answer that the model gives to every question; None where it gives several.
     """
 
     score: float
@@ -66,7 +66,7 @@ class Guessing(Part):
     always: str | None
 
     def in_words(self) -> str:
-        """What a table says of a score that guessing reaches; empty where the score is above it."""
+        """Return what a table says of a score that guessing reaches; empty where the score is above it."""
         if self.above:
             return ""
         reached = self.hindsight if self.majority is None else self.majority
@@ -75,19 +75,19 @@ class Guessing(Part):
 
 
 class Calibration(Part):
-    """How far the probabilities of the given answers can be trusted; shares, none of them with an interval.
+    """How far the probabilities of the given answers can be trusted. All values are shares; none has an interval.
 
     Attributes:
-        expected_error: expected calibration error of the likeliest candidate, over ten bins of equal mass.
-        brier: the Brier score of the last of two classes; None where there are more than two.
-        reliability: its part that calibration would remove.
-        resolution: its part by which forecasts tell questions apart, which lowers the score.
-        uncertainty: its part that the base rate alone causes.
-        risk_coverage_area: the mean share of wrong answers among the surest, over all coverages.
-        accuracy_at_80: the share of right answers among the surest 80 %.
-        accuracy_at_90: the same among the surest 90 %.
-        temperature: fitted on validation questions; None where there are none.
-        scaled_error: the expected calibration error at this temperature.
+        expected_error: Expected calibration error of the likeliest candidate, over ten bins of equal mass.
+        brier: The Brier score of the last of two classes; None where there are more than two.
+        reliability: The part of the Brier score that calibration would remove.
+        resolution: The part by which forecasts tell questions apart; it lowers the Brier score.
+        uncertainty: The part that the base rate alone causes.
+        risk_coverage_area: The mean share of wrong answers among the surest, over all coverages.
+        accuracy_at_80: The share of right answers among the surest 80 %.
+        accuracy_at_90: The share of right answers among the surest 90 %.
+        temperature: The temperature fitted on validation questions; None where there are none.
+        scaled_error: The expected calibration error at this temperature.
     """
 
     expected_error: float
@@ -103,7 +103,8 @@ class Calibration(Part):
 
 
 class ChoicesMeasured(Part):
-    """Answers to questions with options: those that choose one, none, and several. Only the first can be right."""
+    """How many answers to questions with options choose one option, none, or several. Only the first kind can be
+    right."""
 
     parsed: int
     unparsed: int
@@ -119,12 +120,12 @@ class ReliabilityPoint(Part):
 
 
 class Curves(Part):
-    """What a task's plots are drawn from, thinned to at most 101 points a curve; shares.
+    """The curves from which a task's plots are drawn, thinned to at most 101 points each. All values are shares.
 
     Attributes:
-        roc: by class against the rest, (false positive rate, true positive rate); of two classes the last one's alone,
-            of more at most six, the commonest.
-        reliability: bins of equal mass, in the order of confidence.
+        roc: (false positive rate, true positive rate) of a class against the rest, by class: with two classes only the
+            last one, with more at most the six commonest.
+        reliability: Bins of equal mass, in the order of confidence.
         risk_coverage: (share of questions answered, share of these that is wrong), surest first.
     """
 
@@ -137,15 +138,15 @@ class ClosedMeasured(Part):
     """Closed questions together, of a task or of one text.
 
     Attributes:
-        question: the text that all share; None of a task's together.
-        questions: how many.
-        groups: how many images or patients.
-        classes: the true answers.
-        confusion: true class × said class; the last column holds answers of no class, which never count as right.
-        calibration: of the candidates' probabilities; None without them.
-        choices: how answers to questions with options were read; None without such questions.
-        curves: of a task's questions together; None without probabilities.
-        figures: by name, as `metrics.closed.confusion_figures` and `metrics.discrimination` give them.
+        question: The text that all questions share; None where all of a task's questions stand together.
+        questions: Number of questions.
+        groups: Number of images or patients.
+        classes: The true answers.
+        confusion: True class × said class. The last column holds answers of no class, which never count as right.
+        calibration: Calibration of the candidates' probabilities; None without them.
+        choices: How answers to questions with options were read; None without such questions.
+        curves: Curves of all of a task's questions; None without probabilities.
+        figures: Figures by name, from `metrics.closed.confusion_figures` and `metrics.discrimination`.
     """
 
     question: str | None
@@ -165,9 +166,9 @@ class CountsMeasured(Part):
     """Questions whose true answers are numbers.
 
     Attributes:
-        unparsed: answers without a number.
-        exact: the share that is right.
-        near: the share that is off by one at most; None in files of earlier versions.
+        unparsed: Number of answers without a number.
+        exact: Share of answers that is right.
+        near: Share of answers that is off by at most one; None in files of earlier versions.
     """
 
     questions: int
@@ -181,10 +182,10 @@ class LabelMeasured(Part):
     """A label of sets.
 
     Attributes:
-        questions: whose true set has it.
-        said: answers that name it.
-        sensitivity: of the questions whose set has it, the share whose answer names it.
-        specificity: of the others, the share whose answer does not.
+        questions: Number of questions whose true set has the label.
+        said: Number of answers that name the label.
+        sensitivity: Share of the questions whose set has the label for which the answer names it.
+        specificity: Share of the other questions for which the answer does not name it.
     """
 
     name: str
@@ -198,9 +199,9 @@ class LabelSetsMeasured(Part):
     """Questions whose answer is a set of labels, in any order.
 
     Attributes:
-        f1: mean F1 of the sets.
-        exact: the share of sets that are the same.
-        by_label: the commonest labels, at most 50.
+        f1: Mean F1 of the sets.
+        exact: Share of sets that equal the true one.
+        by_label: The commonest labels, at most 50.
     """
 
     questions: int
@@ -213,10 +214,10 @@ class GroupMeasured(Part):
     """Closed questions about one group of patients.
 
     Attributes:
-        score: the share that is right; None of fewer than ten patients.
-        p: that the group scores like all others, by permutation of patients' labels, adjusted by Holm's method; None
+        score: Share of right answers; None for fewer than ten patients.
+        p: p that the group scores like all others, by permutation of patients' labels, adjusted by Holm's method; None
             where labels differ within a patient.
-        guess: what the best constant answer within the group gives to each question; None in files of earlier versions.
+        guess: Score of the best constant answer to each question within the group; None in files of earlier versions.
     """
 
     questions: int
@@ -230,14 +231,14 @@ class AttributeMeasured(Part):
     """Closed questions by the values of an attribute.
 
     Attributes:
-        groups: by value, or by band of a number.
-        worst: the scored group with the lowest score; null where fewer than two are scored.
-        gap: the largest score less the lowest, with an interval by resampling of patients.
+        groups: Results by value, or by band of a number.
+        worst: The scored group with the lowest score; null where fewer than two are scored.
+        gap: The largest score minus the lowest, with an interval by resampling of patients.
         association: Cramér's V of attribute and true answer: near 1, the attribute alone predicts the answer.
-        missing: questions whose records do not have the attribute.
-        alone: the share that is right if nothing but question and attribute is seen: the best constant answer within
-            each group. None in files of earlier versions.
-        shortcut: whether that is above one constant for all groups, and the model's score is not above it.
+        missing: Number of questions whose records do not have the attribute.
+        alone: Score of whoever sees nothing but question and attribute: the best constant answer within each group.
+            None in files of earlier versions.
+        shortcut: Whether `alone` is above one constant for all groups and the model's score is not above `alone`.
     """
 
     groups: dict[str, GroupMeasured]
@@ -249,19 +250,20 @@ class AttributeMeasured(Part):
     shortcut: bool = False
 
     def in_words(self) -> str:
-        """A warning of a shortcut; empty where there is none."""
+        """Return a warning of a shortcut; empty where there is none."""
         if not self.shortcut or self.alone is None:
             return ""
         return f"Shortcut: this attribute alone gives {100 * self.alone:.1f} %, which the model is not above"
 
 
 class Clinical(StateFile):
-    """`clinical.json`: closed questions of a file together and by text, counts, and sets of labels; null where there
-    are none.
+    """The content of `clinical.json`: a file's closed questions together and by text, its counts, and its sets of
+    labels; null where there are none.
 
     Attributes:
-        subgroups: of the closed questions, by attribute.
-        texts_left_out: how many question texts with fewer than ten questions have no entry of their own.
+        subgroups: Subgroups of the closed questions, by attribute.
+        texts_left_out: Number of question texts without an entry of their own because they have fewer than ten
+            questions.
     """
 
     MEND: ClassVar[str] = "remove it; `mslora-cr score` or `mslora-cr evaluate` writes it again from the answers"

@@ -1,4 +1,4 @@
-"""Closed questions by what is known of patient and picture: subgroups, and attributes that are shortcuts."""
+"""Closed questions by attributes of patient and picture: subgroups, and attributes that are shortcuts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mslora_cr.statistics.subgroups import FEWEST_PATIENTS, GroupScore, banded, 
 
 
 def by_attribute(chosen: Sequence[AskedAnswer], groups: Groups) -> dict[str, AttributeMeasured]:
-    """Closed questions by attribute, in the order in which attributes come; constant ones are left out."""
+    """Measure closed questions by attribute, in the order of the attributes; constant attributes are left out."""
     right = right_of(chosen, [one.answer for one in chosen])
     measured = {}
     for name in dict.fromkeys(name for one in chosen for name in one.attributes):
@@ -47,13 +47,13 @@ def by_attribute(chosen: Sequence[AskedAnswer], groups: Groups) -> dict[str, Att
 def changes_by_group(
     attributes: Sequence[Mapping[str, str | int | float]], differences: Scores, groups: Groups
 ) -> dict[str, dict[str, tuple[float, PairedChange]]]:
-    """How the scores of each group of patients changed between two stages, in points, by attribute and group; groups of
-    fewer than `FEWEST_PATIENTS` are left out.
+    """Return how the score of each group of patients changed between two stages, in points, by attribute and group;
+    groups of fewer than `FEWEST_PATIENTS` are left out.
 
     Args:
-        attributes: by question.
-        differences: (questions,), later score less earlier one, of scores that are 0 or 1.
-        groups: (questions,), by question the number of its patient or image.
+        attributes: Attributes of each question.
+        differences: (questions,), later score minus earlier score, of scores that are 0 or 1.
+        groups: (questions,), the number of each question's patient or image.
     """
     changes: dict[str, dict[str, tuple[float, PairedChange]]] = {}
     for name in dict.fromkeys(name for one in attributes for name in one):
@@ -67,8 +67,9 @@ def changes_by_group(
 
 
 def _alone(chosen: Sequence[AskedAnswer], labels: Sequence[str], right: Scores, groups: Groups) -> tuple[Scores, bool]:
-    """Which questions the best constant answer to each question within a label gets right, (questions,), and whether
-    the attribute is a shortcut: that is better than one constant for all labels, and the model is not better."""
+    """Return which questions the best constant answer to each question within a label gets right, (questions,), and
+    whether the attribute is a shortcut: those constants beat one constant for all labels, and the model does not beat
+    them."""
     questions, truths = [one.question for one in chosen], [one.truths[0] for one in chosen]
     within = [f"{label}: {question}" for label, question in zip(labels, questions, strict=True)]
     by_label, overall = (right_of(chosen, hindsight_guesses(asked, truths)) for asked in (within, questions))

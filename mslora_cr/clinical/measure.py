@@ -1,4 +1,4 @@
-"""Measure a file of answers as a clinical reader asks: `clinical.json` beside `metrics.json`."""
+"""Measures a file of answers as a clinical reader would: `clinical.json` beside `metrics.json`."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ from mslora_cr.statistics.intervals import CONFIDENCE, Groups, Scores, estimate,
 from mslora_cr.statistics.paired import paired_change, paired_task
 
 MOST_LABELS = 50
-"""Labels of sets that are measured one by one."""
+"""At most this many labels of sets are measured one by one."""
 FEWEST = 10
-"""Questions of one text from which on it has an entry of its own."""
+"""A question text has an entry of its own from this many questions on."""
 
 
 def clinical_of(
@@ -62,13 +62,14 @@ def clinical_of(
     training: Frequencies | None = None,
     temperature: float | None = None,
 ) -> Clinical:
-    """The content of `clinical.json`.
+    """Compute the content of `clinical.json`.
 
     Args:
-        asked: questions with their answers.
-        groups: (questions,), by question the number of its image or patient.
-        training: how often each answer follows each question in training.
-        temperature: of the candidates' probabilities, fitted on validation questions; None where there are none.
+        asked: Questions with their answers.
+        groups: (questions,), the number of each question's image or patient.
+        training: How often each answer follows each question in training.
+        temperature: The temperature of the candidates' probabilities, fitted on validation questions; None where there
+            are none.
     """
     closed = [index for index, one in enumerate(asked) if one.closed and one.kind == "choice"]
     texts: dict[str, list[int]] = {}
@@ -140,7 +141,8 @@ def _closed(
 def _calibration(
     chosen: Sequence[AskedAnswer], answered: Confusion, chances: Scores, temperature: float | None
 ) -> Calibration:
-    """Calibration of the likeliest candidate; Brier's parts of the last of two classes (yes)."""
+    """Return the calibration of the likeliest candidate, and the parts of the Brier score of the last of two classes
+    (yes)."""
     scaled = None if temperature is None else _chances([one.at(temperature) for one in chosen], answered)
     likeliest, confidence = chances.argmax(1), chances.max(1)
     right = (likeliest == answered.truth).astype(np.float64)
@@ -161,7 +163,7 @@ def _calibration(
 
 
 def _chances(chosen: Sequence[AskedAnswer], table: Confusion) -> Scores | None:
-    """(questions, classes), the probability of each class; None where one question's are not known."""
+    """Return the probability of each class, (questions, classes); None where one question's are unknown."""
     rows = []
     for one in chosen:
         if one.probabilities is None:
@@ -172,7 +174,7 @@ def _chances(chosen: Sequence[AskedAnswer], table: Confusion) -> Scores | None:
 
 
 def _areas(table: Confusion, chances: Scores) -> dict[str, tuple[Measured, Measured]]:
-    """By class, AUROC and average precision against the rest, where there are questions of both."""
+    """Return AUROC and average precision of each class against the rest, where there are questions of both."""
     areas = {}
     for column, name in enumerate(table.names):
         positive = table.truth == column
@@ -184,7 +186,7 @@ def _areas(table: Confusion, chances: Scores) -> dict[str, tuple[Measured, Measu
 
 
 def _macro(areas: Mapping[str, tuple[Measured, Measured]]) -> dict[str, Measured]:
-    """Of two classes the last one's (yes); of more the means over classes, which have no interval."""
+    """Return the last class's figures of two classes (yes), or the means over more classes, which have no interval."""
     if not areas:
         return {}
     names = ("AUROC", "average precision")
@@ -255,7 +257,7 @@ def _label_sets(asked: Sequence[AskedAnswer], indices: Sequence[int], groups: Gr
 
 
 def _choices(chosen: Sequence[AskedAnswer]) -> ChoicesMeasured | None:
-    """How answers to questions with options were read; None without such questions."""
+    """Count how answers to questions with options were read; None without such questions."""
     parsed = [parse_choice(one.answer, one.options) for one in chosen if one.options]
     return ChoicesMeasured(**counts_of(parsed)) if parsed else None
 

@@ -1,4 +1,4 @@
-"""How often each answer follows each question in a task's training records."""
+"""Counts how often each answer follows each question in a task's training records."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from mslora_cr.data.tasks import training_file
 from mslora_cr.metrics.guessing import Frequencies, training_answers
 
 MOST_TRAINING = 20_000
-"""Training records that are read, a random sample of more."""
+"""At most this many training records are read: a random sample where there are more."""
 
 
 def task_frequencies(config: StreamConfig, task: Task) -> Frequencies | None:
-    """Those of a task's training records, where they are at hand."""
+    """Count the answers of a task's training records, where these are at hand."""
     return training_frequencies(training_file(config, task))
 
 
 def training_frequencies(path: Path) -> Frequencies | None:
-    """How often each answer follows each question in `train.json`; None where there is no such file."""
+    """Count how often each answer follows each question in `train.json`; None where there is no such file."""
     try:
         status = path.stat()
     except OSError:
@@ -32,5 +32,5 @@ def training_frequencies(path: Path) -> Frequencies | None:
 def _frequencies(path: Path, modified: int) -> Frequencies | None:
     try:
         return training_answers(TrainingRecords(path).thinned(MOST_TRAINING))
-    except DataError:  # evaluating needs no training records
+    except DataError:  # evaluation needs no training records
         return None

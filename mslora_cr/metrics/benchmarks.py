@@ -1,7 +1,8 @@
-"""The scorers of CoIN, UCIT and MLLM-CL: as published and, where a published one is wrong, corrected beside it.
+"""The scorers of CoIN, UCIT and MLLM-CL: as published and, where a published scorer is wrong, a corrected one beside
+it.
 
 Each rule gives an answer's score in [0, 1]. Sources: the files `eval_*.py` of github.com/zackschen/CoIN,
-github.com/Ghy0501/HiDe-LLaVA (UCIT) and github.com/bjzhb666/MLLM-CL, of which facts are taken, not code.
+github.com/Ghy0501/HiDe-LLaVA (UCIT) and github.com/bjzhb666/MLLM-CL; facts are taken from them, not code.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ PUBLISHED, CORRECTED = "benchmark", "benchmark corrected"
 """Names of the metrics."""
 LETTERS = "ABCDE"
 MOST_IOU_MISSED = 0.5
-"""A box counts as found if it overlaps more than this with the true one."""
+"""A box counts as found if it overlaps the true box by more than this."""
 UNANSWERABLE = "Unanswerable"
 _MARKED = re.compile(rf"\(([{LETTERS}])\)|\b(?:is|option|choice)\b:? ([{LETTERS}])\b")
 EXACT_SCIENCE = ("AI2D", "TQA", "VQA", "SciVerse")
-"""Sources of MLLM-CL's science questions that are scored by equality; an image's name begins with its source."""
+"""Sources of MLLM-CL's science questions that are scored by equality; the name of an image begins with its source."""
 STATES = "Which states"
 
 
@@ -34,10 +35,10 @@ class BenchmarkAnswer(NamedTuple):
     """An answer to a benchmark's question.
 
     Attributes:
-        text: the final part of what was said, without outer white space.
-        truths: accepted answers: one, or TextVQA's ten.
-        question: its text, without what the runner appends.
-        image: the name of its first image; empty without one.
+        text: The final part of the answer, without outer white space.
+        truths: Accepted answers: one, or TextVQA's ten.
+        question: The question's text, without what the runner appends.
+        image: The name of its first image; empty without one.
     """
 
     text: str
@@ -54,18 +55,18 @@ Rule = Callable[[BenchmarkAnswer], float]
 
 
 def published_score(benchmark: Benchmark, answer: BenchmarkAnswer) -> float:
-    """An answer's score in [0, 1], as the benchmark's own scorer gives it."""
+    """Return an answer's score in [0, 1], as the benchmark's own scorer gives it."""
     return _RULES[benchmark][0](answer)
 
 
 def corrected_score(benchmark: Benchmark, answer: BenchmarkAnswer) -> float | None:
-    """The same without the scorer's faults; None where none is known."""
+    """Return the score without the scorer's faults; None where no fault is known."""
     corrected = _RULES[benchmark][1]
     return None if corrected is None else corrected(answer)
 
 
 def _letter_published(answer: BenchmarkAnswer) -> float:
-    """CoIN's ScienceQA: the whole answer, or `B. …`, or the first word of one character, in upper case.
+    """CoIN's ScienceQA takes the whole answer, or `B. …`, or the first word of one character, in upper case.
 
     The fault: in `This is a mammal, B` that word is the article.
     """
@@ -79,7 +80,7 @@ def _letter_published(answer: BenchmarkAnswer) -> float:
 
 
 def _letter_corrected(answer: BenchmarkAnswer) -> float:
-    """The whole answer, or the one letter that is marked (`B.`, `(B)`, `B:`, `answer is B`)."""
+    """Return the whole answer, or the one letter that is marked (`B.`, `(B)`, `B:`, `answer is B`)."""
     text = answer.text.strip()
     if re.fullmatch(rf"\(?([{LETTERS}])[).:]*", text, re.IGNORECASE):
         return float(text.strip("().:").upper() == answer.truth)
@@ -89,10 +90,10 @@ def _letter_corrected(answer: BenchmarkAnswer) -> float:
 
 
 def soft_accuracy(answer: BenchmarkAnswer) -> float:
-    """VQA accuracy: the mean over ten annotators of ``min(1, matches among the other nine / 3)``.
+    """Return VQA accuracy: the mean over ten annotators of ``min(1, matches among the other nine / 3)``.
 
-    Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015; the answers are normalised as the evaluation of
-    TextVQA does (Singh et al., CVPR 2019): no commas and question marks, `'s` apart, then as for VQA.
+    Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015. Answers are normalised as TextVQA's evaluation
+    does (Singh et al., CVPR 2019): commas and question marks are removed, `'s` is split off, and the rest follows VQA.
     """
     said = _evalai(answer.text)
     annotators = [_evalai(truth) for truth in answer.truths]
@@ -107,7 +108,7 @@ def _evalai(text: str) -> str:
 
 
 def _either_way(answer: BenchmarkAnswer) -> float:
-    """CoIN's ImageNet: the truth in the answer or the answer in the truth, letter by letter.
+    """CoIN's ImageNet looks for the truth in the answer or the answer in the truth, letter by letter.
 
     The faults: an empty answer is right, and so is `cat` for `caterpillar`.
     """
@@ -115,7 +116,7 @@ def _either_way(answer: BenchmarkAnswer) -> float:
 
 
 def _words(answer: BenchmarkAnswer) -> float:
-    """Whether the truth's words are a run of the answer's."""
+    """Return whether the truth's words are a run of the answer's."""
     return float(gives(answer.text, answer.truth))
 
 
@@ -132,7 +133,7 @@ def _lower(answer: BenchmarkAnswer) -> float:
 
 
 def _answerable(rule: Rule) -> Rule:
-    """The fault: an answer with this word counts as wrong, also where it is the truth."""
+    """The fault: an answer with this word counts as wrong even where the word is the truth."""
 
     def published(answer: BenchmarkAnswer) -> float:
         return 0.0 if UNANSWERABLE in answer.text else rule(answer)
@@ -141,7 +142,7 @@ def _answerable(rule: Rule) -> Rule:
 
 
 def _grounding_published(answer: BenchmarkAnswer) -> float:
-    """CoIN's Grounding: IoU over a half of four fractions of the padded square.
+    """CoIN's Grounding takes the IoU over a half of four fractions of the padded square.
 
     The fault: the first and the last character are cut off once the brackets are gone, so `[1.0, …, 0.75]` is read as
     `.0` and `0.7`.
@@ -157,7 +158,7 @@ def _grounding_published(answer: BenchmarkAnswer) -> float:
 
 
 def _signed_iou(one: Sequence[float], other: Sequence[float]) -> float:
-    """As published: a box whose corners are in the wrong order has a negative area or side."""
+    """Return the overlap as published: a box whose corners are in the wrong order has a negative area or side."""
     width, height = (max(0.0, min(one[axis + 2], other[axis + 2]) - max(one[axis], other[axis])) for axis in (0, 1))
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
     union = sum(areas) - width * height
@@ -170,10 +171,10 @@ def _grounding_corrected(answer: BenchmarkAnswer) -> float:
 
 
 def _ai2d(answer: BenchmarkAnswer) -> float:
-    """MLLM-CL's remote sensing and driving: a truth of several words letter by letter; of one word, in an answer of
-    several, with a space before it or a space, period or comma behind it.
+    """MLLM-CL's remote sensing and driving look for a truth of several words letter by letter. They look for a truth of
+    one word, in an answer of several, with a space before it or a space, period or comma behind it.
 
-    The fault: of `a`, ` a` is in `an apple`, and `no ` in `piano music`.
+    The fault: ` a` is found in `an apple`, and `no ` in `piano music`.
     """
     said, truth = answer.text.lower(), answer.truth.lower()
     if " " in truth:
@@ -185,15 +186,15 @@ def _ai2d(answer: BenchmarkAnswer) -> float:
 
 
 def _contained(answer: BenchmarkAnswer) -> float:
-    """MLLM-CL's medicine. The fault: `no` is in `normal`."""
+    """MLLM-CL's medicine. The fault: `no` is found in `normal`."""
     return float(answer.truth.lower() in answer.text.lower())
 
 
 def _science(answer: BenchmarkAnswer) -> float:
-    """MLLM-CL's science: equality, or of MapQA the share of true states that are listed, and else the truth in the
+    """MLLM-CL's science takes equality; for MapQA, the share of true states that are listed; otherwise the truth in the
     answer.
 
-    The faults: a list is not parted from the space behind its commas, and states too many cost nothing.
+    The faults: a list is not separated from the space behind its commas, and states too many cost nothing.
     """
     said, truth = answer.text.lower(), answer.truth.lower()
     if PurePosixPath(answer.image).name.split("_")[0] in EXACT_SCIENCE:
@@ -205,7 +206,8 @@ def _science(answer: BenchmarkAnswer) -> float:
 
 
 def _science_corrected(answer: BenchmarkAnswer) -> float:
-    """States by F1 of the two sets; equality without outer spaces and a period; and else in whole words."""
+    """Score states by the F1 of the two sets, equality without outer spaces and a period, and the rest in whole
+    words."""
     if PurePosixPath(answer.image).name.split("_")[0] in EXACT_SCIENCE:
         return float(_plain(answer.text) == _plain(answer.truth))
     if STATES in answer.question:
@@ -219,8 +221,8 @@ def _plain(text: str) -> str:
 
 
 def _finance(answer: BenchmarkAnswer) -> float:
-    """MLLM-CL's finance. The fault: spaces and periods are taken out of the answer alone, so a truth with one is never
-    given."""
+    """MLLM-CL's finance. The fault: spaces and periods are removed from the answer alone, so a truth with one is never
+    matched."""
     return float(answer.text.lower().replace(" ", "").replace(".", "") == answer.truth.lower())
 
 
@@ -242,4 +244,4 @@ _RULES: dict[Benchmark, tuple[Rule, Rule | None]] = {
     "sci": (_answerable(_science), _science_corrected),
     "finvis": (_answerable(_finance), _finance_corrected),
 }
-"""By benchmark; captions are scored together (`metrics.captions`)."""
+"""Scorers by benchmark; captions are scored together (`metrics.captions`)."""

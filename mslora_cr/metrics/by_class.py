@@ -12,10 +12,10 @@ Classes = NDArray[np.int64]
 
 
 def balanced_scores(truth: Classes, right: Scores) -> Scores:
-    """By question, its part in balanced accuracy: the mean over questions is the mean recall of the classes.
+    """Return each question's part in balanced accuracy; their mean over questions is the mean recall of the classes.
 
     Two models' parts differ by ``n / (K n_c)`` where one is right and the other is not, with n_c of n questions in the
-    question's class and K classes: paired tests of the mean hold as they stand.
+    question's class and K classes. So paired tests of the mean hold as they stand.
 
     Args:
         truth: (questions,), the place of the true class.
@@ -26,13 +26,14 @@ def balanced_scores(truth: Classes, right: Scores) -> Scores:
 
 
 def area_scores(truth: Classes, chances: Scores) -> Scores | None:
-    """By question, its pseudo-value of the area under the ROC curve: the mean over questions is the area, and their
-    spread its variance (DeLong's). Of more than two classes the mean area of each against the rest; None where all
-    questions are of one class.
+    """Return each question's pseudo-value of the area under the ROC curve: their mean is the area, and their spread is
+    its variance (DeLong's). With more than two classes it is the mean area of each class against the rest; None where
+    all questions are of one class.
 
-    ``θ + n/m (V10 - θ)`` for each of m positive questions, ``θ + n/(n-m) (V01 - θ)`` for each negative one, with V10
-    and V01 the shares of the other kind that it stands on the right side of. Source: DeLong, DeLong and Clarke-Pearson,
-    "Comparing the Areas under Two or More Correlated Receiver Operating Characteristic Curves", Biometrics 1988.
+    The pseudo-value is ``θ + n/m (V10 - θ)`` for each of m positive questions and ``θ + n/(n-m) (V01 - θ)`` for each
+    negative one. V10 and V01 are the shares of the other kind on whose right side the question stands. Source: DeLong,
+    DeLong and Clarke-Pearson, "Comparing the Areas under Two or More Correlated Receiver Operating Characteristic
+    Curves", Biometrics 1988.
 
     Args:
         truth: (questions,), the place of the true class.

@@ -24,13 +24,13 @@ class BrierParts(NamedTuple):
 
 
 def brier_decomposition(probabilities: Floats, outcomes: Floats) -> BrierParts:
-    """The Brier score and its parts over the distinct forecasts.
+    """Return the Brier score and its parts over the distinct forecasts.
 
     Source: Murphy, "A new vector partition of the probability score", Journal of Applied Meteorology 1973.
 
     Args:
-        probabilities: (questions,) of the outcome 1.
-        outcomes: (questions,) 0 or 1.
+        probabilities: (questions,), the probability of the outcome 1.
+        outcomes: (questions,), 0 or 1.
     """
     _, forecast = np.unique(probabilities, return_inverse=True)
     counts = np.bincount(forecast)
@@ -54,12 +54,12 @@ class ReliabilityBin(NamedTuple):
 
 
 def reliability_bins(confidence: Floats, right: Floats, bins: int = BINS) -> list[ReliabilityBin]:
-    """Bins of equal mass, in the order of confidence; ties keep the questions' order.
+    """Return bins of equal mass, in the order of confidence; ties keep the questions' order.
 
     Args:
-        confidence: (questions,) the probability of the answer that was given.
-        right: (questions,) 1 where that answer is right, else 0.
-        bins: how many; none is empty, so that there are fewer where there are fewer questions.
+        confidence: (questions,), the probability of the given answer.
+        right: (questions,), 1 where that answer is right, else 0.
+        bins: Number of bins. No bin is empty, so fewer questions have fewer bins.
     """
     parts = np.array_split(np.argsort(confidence, kind="stable"), bins)
     return [
@@ -70,45 +70,47 @@ def reliability_bins(confidence: Floats, right: Floats, bins: int = BINS) -> lis
 
 
 def expected_calibration_error(confidence: Floats, right: Floats, bins: int = BINS) -> float:
-    """``Σ_b n_b/n |accuracy_b - confidence_b|`` over bins of equal mass.
+    """Return ``Σ_b n_b/n |accuracy_b - confidence_b|`` over bins of equal mass.
 
     Source: Nguyen and O'Connor, "Posterior calibration and exploratory analysis for natural language processing
-    models", EMNLP 2015. Arguments: as `reliability_bins`.
+    models", EMNLP 2015. The arguments are those of `reliability_bins`.
     """
     parts = reliability_bins(confidence, right, bins)
     return sum(part.questions * abs(part.accuracy - part.confidence) for part in parts) / len(confidence)
 
 
 def risk_coverage(confidence: Floats, right: Floats) -> Floats:
-    """(questions,) the share of wrong answers among the k surest, for k = 1, …, n; ties keep the questions' order.
+    """Return the share of wrong answers among the k surest, for k = 1, …, n; ties keep the questions' order.
 
-    Source: El-Yaniv and Wiener, "On the foundations of noise-free selective classification", JMLR 2010. Arguments: as
-    `reliability_bins`. The area under the curve is its mean.
+    Source: El-Yaniv and Wiener, "On the foundations of noise-free selective classification", JMLR 2010. The arguments
+    are those of `reliability_bins`. The mean of the result is the area under the curve.
     """
     order = np.argsort(-confidence, kind="stable")
     return np.cumsum(1 - right[order]) / np.arange(1, len(right) + 1)
 
 
 def accuracy_at_coverage(confidence: Floats, right: Floats, coverage: float) -> float:
-    """The share of right answers among the surest ``ceil(coverage · n)``. Arguments: as `reliability_bins`."""
+    """Return the share of right answers among the surest ``ceil(coverage · n)``. The arguments are those of
+    `reliability_bins`."""
     answered = max(1, math.ceil(round(coverage * len(right), 9)))
     return float(1 - risk_coverage(confidence, right)[answered - 1])
 
 
 def risk_threshold(confidence: Floats, right: Floats, risk: float) -> float | None:
-    """The least confidence from which to answer, so that at most a share `risk` of all questions is answered wrongly.
+    """Return the least confidence from which to answer, so that at most a share `risk` of all questions is answered
+    wrongly.
 
-    Conformal risk control: the least t with ``n/(n+1) · R(t) + 1/(n+1) <= risk``, R(t) the share of the n questions
-    that are wrong with confidence t or more. In expectation the guarantee holds for a question that is exchangeable
-    with them. Source: Angelopoulos, Bates, Fisch, Lei and Schuster, "Conformal risk control", ICLR 2024.
+    Conformal risk control takes the least t with ``n/(n+1) · R(t) + 1/(n+1) <= risk``, where R(t) is the share of the n
+    questions that are wrong with confidence t or more. The guarantee holds in expectation, for a question that is
+    exchangeable with these. Source: Angelopoulos, Bates, Fisch, Lei and Schuster, "Conformal risk control", ICLR 2024.
 
     Args:
-        confidence: (questions,) of validation questions, one of each patient, that nothing was fitted on.
-        right: (questions,) 1 where the answer is right, else 0.
-        risk: the wanted bound, between 0 and 1.
+        confidence: (questions,), of validation questions, one of each patient, on which nothing was fitted.
+        right: (questions,), 1 where the answer is right, else 0.
+        risk: The wanted bound, between 0 and 1.
 
     Returns:
-        The threshold; infinity where nothing may be answered; None where so few questions allow no such bound.
+        The threshold; infinity where nothing may be answered; None where there are too few questions for such a bound.
     """
     count = len(right)
     if 1 / (count + 1) > risk:
@@ -117,20 +119,20 @@ def risk_threshold(confidence: Floats, right: Floats, risk: float) -> float | No
     wrong = np.cumsum(1 - right[order])
     allowed = (wrong + 1) / (count + 1) <= risk + 1e-12
     sure = confidence[order]
-    # A threshold takes all questions of one confidence or none.
+    # A threshold takes either all questions of one confidence or none of them.
     last = np.append(sure[1:] != sure[:-1], True)
     thresholds = sure[allowed & last]
     return float(thresholds.min()) if len(thresholds) else math.inf
 
 
 def fitted_temperature(scores: list[Floats], truths: list[int]) -> float:
-    """T > 0 that minimises the log loss of ``softmax(scores / T)``; 1 changes nothing.
+    """Return the T > 0 that minimises the log loss of ``softmax(scores / T)``; 1 changes nothing.
 
     Source: Guo, Pleiss, Sun and Weinberger, "On calibration of modern neural networks", ICML 2017.
 
     Args:
-        scores: of each validation question, the candidates' log-likelihoods.
-        truths: of each, the place of the right candidate.
+        scores: The candidates' log-likelihoods, by validation question.
+        truths: The place of the right candidate, by validation question.
     """
 
     def loss(log_temperature: float) -> float:
@@ -143,9 +145,9 @@ def fitted_temperature(scores: list[Floats], truths: list[int]) -> float:
 
 
 def conformal_p_value(calibration: Floats, score: float) -> float:
-    """``(1 + #{calibration >= score}) / (n + 1)``: how unusual a score is among those of held-out questions.
+    """Return ``(1 + #{calibration >= score}) / (n + 1)``: how unusual a score is among those of held-out questions.
 
-    Source: Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005. A question that is exchangeable
-    with them gets a value of p or less with probability of at most p.
+    A question that is exchangeable with them gets a value of p or less with probability of at most p. Source: Vovk,
+    Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005.
     """
     return float((1 + np.count_nonzero(calibration >= score)) / (len(calibration) + 1))

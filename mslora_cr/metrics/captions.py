@@ -1,9 +1,9 @@
-"""Captions by the COCO evaluation: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr (library `pycocoevalcap`).
+"""Scores captions by the COCO evaluation: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr (library `pycocoevalcap`).
 
-METEOR and the tokenizer of the published evaluation are Java programs, which the library brings. Where there is no
-Java, NLTK cuts the words, METEOR is left out, and the mean has a name of its own: it is not the published score.
-Sources: Chen et al., "Microsoft COCO Captions", arXiv 2015; Vedantam et al., "CIDEr", CVPR 2015; Denkowski and Lavie,
-"Meteor Universal", WMT 2014.
+METEOR and the tokenizer of the published evaluation are Java programs, which the library includes. Without Java, NLTK
+cuts the words, METEOR is left out, and the mean has a name of its own because it is not the published score. Sources:
+Chen et al., "Microsoft COCO Captions", arXiv 2015; Vedantam et al., "CIDEr", CVPR 2015; Denkowski and Lavie, "Meteor
+Universal", WMT 2014.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ log = logging.getLogger(__name__)
 
 BLEU_NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 METEOR, ROUGE_L, CIDER = "METEOR", "caption ROUGE-L", "CIDEr / 10"
-"""CIDEr goes up to 10; by a tenth it is a share like the others."""
+"""CIDEr goes up to 10; a tenth of it is a share like the other scores."""
 WITHOUT_JAVA = "benchmark without METEOR"
 MARKS = {"''", "'", "``", "`", *("-LRB-", "-RRB-", "-LCB-", "-RCB-"), *(".", "?", "!", ",", ":", "-", "--", "...", ";")}
 """Tokens that the COCO evaluation leaves out."""
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-"}
-"""The COCO evaluation leaves out brackets in upper case alone, and its tokenizer writes them in lower case."""
+"""The COCO evaluation leaves out only brackets in upper case, but its tokenizer writes them in lower case."""
 
 Tokens = dict[int, list[str]]
-"""By the answer's place, its tokens, or those of each reference, joined by spaces."""
+"""The tokens of an answer, or of each of its references, joined by spaces, by the answer's place."""
 
 
 def caption_columns(
     answers: Sequence[str], references: Sequence[Sequence[str]], java: bool | None = None
 ) -> dict[str, list[float]]:
-    """The scores of a set of captions, each as a value per answer whose mean is the score of the set.
+    """Return the scores of a set of captions, each as one value per answer whose mean is the score of the set.
 
     ROUGE-L and CIDEr are means. BLEU and METEOR are not: their values are ``F + n · ∂F/∂c · (c_i - mean c)``, the score
-    of the set to first order in what an answer contributes, so that their spread gives the score's interval.
+    of the set to first order in what an answer contributes, so their spread gives the score's interval.
 
     Args:
-        answers: a caption of each image.
-        references: the true captions of each image, at least one.
-        java: whether to run Java; None: where it is found.
+        answers: One caption of each image.
+        references: The true captions of each image, at least one.
+        java: Whether to run Java; None: only if it is found.
 
     Returns:
-        By name, (answers,) each in the unit of 1. `benchmark` is the mean of the seven scores, with all of CIDEr.
+        (answers,) by name, each in the unit of 1. `benchmark` is the mean of the seven scores, with all of CIDEr.
 
     Raises:
         UserError: Java is not installed, or fails.
@@ -75,7 +75,7 @@ def caption_columns(
 
 
 def _tokens(captions: Sequence[Sequence[str]], java: bool) -> Tokens:
-    # A blank line would be lost between two programs; a period is left out of the tokens.
+    # A blank line would be lost between two programs; a period is removed from the tokens.
     lines = [[" ".join(caption.split()) or "." for caption in of_image] for of_image in captions]
     if not java:
         return {place: [_nltk_tokens(caption) for caption in of_image] for place, of_image in enumerate(lines)}
@@ -97,11 +97,12 @@ def _nltk_tokens(caption: str) -> str:
 
 
 def _bleu(said: Tokens, true: Tokens) -> dict[str, Scores]:
-    """By order, ``B + n B (mean over k of (m_ik/M_k - g_ik/G_k) + brevity)``, of m matches and g n-grams of answer i.
+    """Return ``B + n B (mean over k of (m_ik/M_k - g_ik/G_k) + brevity)`` by order, of m matches and g n-grams of
+    answer i.
 
     Args:
-        said: the answers.
-        true: the references.
+        said: The answers.
+        true: The references.
     """
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
@@ -116,7 +117,7 @@ def _bleu(said: Tokens, true: Tokens) -> dict[str, Scores]:
     brevity = np.zeros(len(counts))
     if closest.sum() > lengths.sum() > 0:
         brevity = closest.sum() * lengths / lengths.sum() ** 2 - closest / lengths.sum()
-    parts = (_shares(matches) - _shares(ngrams)) * (matches.sum(axis=0) > 0)  # nearly 0, whatever an answer does
+    parts = (_shares(matches) - _shares(ngrams)) * (matches.sum(axis=0) > 0)  # nearly 0, whatever an answer contributes
     return {
         name: value + len(counts) * value * (parts[:, : order + 1].mean(axis=1) + brevity)
         for order, (name, value) in enumerate(zip(BLEU_NAMES, values, strict=True))
@@ -128,13 +129,14 @@ def _closest(lengths: Sequence[int], length: int) -> int:
 
 
 def _shares(counts: Scores) -> Scores:
-    """(answers, orders), each answer's share of the sum; 0 where there is none."""
+    """Return each answer's share of the sum, (answers, orders); 0 where the sum is 0."""
     total = counts.sum(axis=0)
     return np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
 
 
 def _meteor(said: Mapping[int, list[str]], true: Mapping[int, list[str]]) -> Scores:
-    """The score of the set is METEOR's own of all captions, not the mean: each answer's value is moved by the rest."""
+    """Return METEOR of the set: it is METEOR's own score of all captions, not their mean, so each answer's value is
+    shifted by the remainder."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     meteor: Any = Meteor()

@@ -1,4 +1,4 @@
-"""Closed questions as a clinical reader asks of them: which class was said, and recall, precision and agreement."""
+"""Closed questions as a clinical reader sees them: which class was said, and recall, precision and agreement."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mslora_cr.statistics.intervals import Groups, Scores, estimate, score_inter
 from mslora_cr.statistics.linearised import bounded_interval
 
 FEWEST = 10
-"""The least questions of each class for an interval of what rests on it: with fewer, simulated intervals do not cover
-as
-often as they say (`python -m benchmarks.coverage`)."""
+"""An interval needs at least this many questions of each class: with fewer, simulated intervals do not cover as often
+as they say (`python -m benchmarks.coverage`)."""
 FEWEST_SHARED = 20
-"""The least images (of one size) for an interval of a share, where questions share images: with ten it is too wide."""
+"""An interval of a share needs at least this many images (of one size) where questions share images: with ten it is too
+wide."""
 YES, NO = "yes", "no"
 NEGATIVE = {NO, "normal", "negative", "benign", "absent", "healthy"}
-"""Of two classes the one of these names is the negative one."""
+"""The class of one of these names is the negative one of two."""
 
 Classes = NDArray[np.int64]
-"""By question, the place of a class in a list of classes; one more than the last place is `no answer of the set`."""
+"""The place of each question's class in a list of classes; one more than the last place is `no answer of the set`."""
 
 
 class Figure(NamedTuple):
@@ -40,10 +40,10 @@ class Confusion(NamedTuple):
     """Answers to closed questions.
 
     Attributes:
-        names: of the classes, which are the true answers.
+        names: Names of the classes, which are the true answers.
         truth: (questions,), the true class.
         said: (questions,), the class that was said.
-        groups: (questions,).
+        groups: (questions,), the number of each question's image or patient.
     """
 
     names: tuple[str, ...]
@@ -53,19 +53,20 @@ class Confusion(NamedTuple):
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """(classes, classes + 1): true class × said class; answers of no class stand in the last column."""
+        """Return the table true class × said class, (classes, classes + 1); answers of no class stand in the last
+        column."""
         size = len(self.names)
         flat = np.bincount(self.truth * (size + 1) + self.said, minlength=size * (size + 1))
         return flat.reshape(size, size + 1)
 
     @property
     def has_positive(self) -> bool:
-        """Whether there are two classes, a negative and a positive one, in this order."""
+        """Return whether there are two classes, a negative and a positive one, in this order."""
         return len(self.names) == 2 and [name in NEGATIVE for name in self.names] == [True, False]
 
     @property
     def varies(self) -> bool:
-        """Whether there is more than one class among truths and answers; without, they cannot correlate."""
+        """Return whether there is more than one class among truths and answers; otherwise they cannot correlate."""
         return len({*self.truth.tolist(), *self.said.tolist()}) > 1
 
     @property
@@ -79,14 +80,14 @@ def confusion(
     groups: Groups,
     options: Sequence[Mapping[str, str]] | None = None,
 ) -> Confusion:
-    """Which class each answer says (`said_class`). Where several truths are accepted, the one that was said is the true
-    one.
+    """Determine the class that each answer says (`said_class`). Where several truths are accepted, the one that was
+    said is the true one.
 
     Args:
-        answers: by question.
-        truths: by question, all accepted answers.
-        groups: (questions,).
-        options: by question, by letter; empty where it has none.
+        answers: The answer to each question.
+        truths: All accepted answers to each question.
+        groups: (questions,), the number of each question's image or patient.
+        options: The options of each question, by letter; empty where it has none.
     """
     offered = options or [{}] * len(answers)
     said, true = [], []
@@ -107,19 +108,19 @@ def confusion(
 
 
 def class_of(truth: str, options: Mapping[str, str]) -> str:
-    """The class that a true answer or a candidate stands for: its text once normalised as the published evaluation
-    does, or that of the option whose letter or text it is."""
+    """Return the class for which a true answer or a candidate stands: its text, normalised as the published evaluation
+    does, or the text of the option whose letter or text it is."""
     letter = letter_of(truth, options) if options else None
     return normalize_answer((options[letter] if letter else truth).lower()) or truth.strip().lower()
 
 
 def said_class(answer: str, truths: Sequence[str], options: Mapping[str, str]) -> str:
-    """The class that an answer says; "" where it chooses none of the options, or several.
+    """Return the class that an answer says; "" where it chooses none of the options, or several.
 
     An answer says a class if both are equal once normalised as the published evaluation does. A question with options
-    is answered by letter or text (`parse_choice`). An answer to a yes-or-no question that begins with one of the words,
-    and does not say the other, says it. A class is never looked for inside an answer: `no pneumonia` is not
-    `pneumonia`.
+    is answered by letter or text (`parse_choice`). An answer to a yes-or-no question says one of the two words if it
+    begins with this word and does not contain the other. A class is never searched for inside an answer: `no pneumonia`
+    is not `pneumonia`.
     """
     if options:
         letter = parse_choice(answer, options).letter
@@ -136,14 +137,14 @@ def _yes_or_no(said: str) -> str:
 
 
 def confusion_figures(table: Confusion) -> dict[str, Figure]:
-    """Accuracy, balanced accuracy, macro F1 and Matthews' correlation, by scikit-learn; where one of two
-    classes is negative (`NEGATIVE`) also sensitivity, specificity, PPV and NPV.
+    """Return accuracy, balanced accuracy, macro F1 and Matthews' correlation, by scikit-learn; where one of two classes
+    is negative (`NEGATIVE`), also sensitivity, specificity, PPV and NPV.
 
-    Balanced accuracy, F1 and Matthews' correlation have intervals by linearisation (`bounded_interval`), the shares
-    Wilson's; both respect images and patients. Where a class has fewer than `FEWEST` questions, what rests on it has
-    none. Sources: Brodersen et al., "The Balanced Accuracy and Its Posterior Distribution", ICPR 2010; Gorodkin,
-    "Comparing Two K-Category Assignments by a K-Category Correlation Coefficient", Computational Biology and Chemistry
-    2004; Maier-Hein et al., "Metrics Reloaded", Nature Methods 2024.
+    Balanced accuracy, F1 and Matthews' correlation have intervals by linearisation (`bounded_interval`); the shares
+    have Wilson's intervals. Both respect images and patients. Figures that rest on a class with fewer than `FEWEST`
+    questions have none. Sources: Brodersen et al., "The Balanced Accuracy and Its Posterior Distribution", ICPR 2010;
+    Gorodkin, "Comparing Two K-Category Assignments by a K-Category Correlation Coefficient", Computational Biology and
+    Chemistry 2004; Maier-Hein et al., "Metrics Reloaded", Nature Methods 2024.
     """
     from sklearn.metrics import f1_score, matthews_corrcoef, recall_score
 
@@ -174,7 +175,7 @@ _SHARES = {"sensitivity": (1, "truth"), "specificity": (0, "truth"), "PPV": (1, 
 
 
 def class_figures(table: Confusion) -> dict[str, tuple[Figure | None, Figure | None]]:
-    """By class, recall and precision; None where it was never true or never said."""
+    """Return recall and precision by class; None where the class was never true or never said."""
     return {
         name: (_part(table, table.truth == column), _part(table, table.said == column))
         for column, name in enumerate(table.names)

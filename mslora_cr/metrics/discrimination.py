@@ -10,19 +10,19 @@ from mslora_cr.statistics.intervals import Groups, Scores
 from mslora_cr.statistics.linearised import logit_interval
 
 PARTS = 50
-"""Most parts of a jackknife."""
+"""A jackknife has at most this many parts."""
 
 
 def auroc(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> Figure:
-    """The area under the ROC curve, with Obuchowski's variance of clustered data on the logit scale.
+    """Return the area under the ROC curve, with Obuchowski's variance of clustered data on the logit scale.
 
-    Where every question is a cluster of its own it is DeLong's variance. Sources: Obuchowski, "Nonparametric Analysis
-    of Clustered ROC Curve Data", Biometrics 1997; DeLong et al., Biometrics 1988.
+    Where every question is a cluster of its own, this is DeLong's variance. Sources: Obuchowski, "Nonparametric
+    Analysis of Clustered ROC Curve Data", Biometrics 1997; DeLong et al., Biometrics 1988.
 
     Args:
-        positive: (questions,), both kinds among them.
+        positive: (questions,), whether the class is true; both cases must occur.
         scores: (questions,), higher where positive is likelier.
-        groups: (questions,).
+        groups: (questions,), the number of each question's cluster.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -35,8 +35,8 @@ def auroc(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> Figure
 
 
 def obuchowski_error(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> float:
-    """The standard error of an area under the ROC curve: ``S10/m + S01/n + 2 S11/(m n)``, with S the sums over clusters
-    of what its m positive and n negative questions contribute."""
+    """Return the standard error of an area under the ROC curve: ``S10/m + S01/n + 2 S11/(m n)``, where S are sums over
+    clusters of what their m positive and n negative questions contribute."""
     placed = placements(positive, scores)
     yes, no = scores[positive], scores[~positive]
     below, above = placed[positive], placed[~positive]
@@ -54,7 +54,7 @@ def obuchowski_error(positive: NDArray[np.bool_], scores: Scores, groups: Groups
 
 
 def placements(positive: NDArray[np.bool_], scores: Scores) -> Scores:
-    """(questions,), by question the share of the other kind that it stands on the right side of; a tie counts half. The
+    """Return the share of the other kind on whose right side each question stands, (questions,); a tie counts half. The
     mean over the questions of either kind is the area under the ROC curve."""
     placed = np.empty(len(scores))
     placed[positive] = _beaten(scores[positive], scores[~positive])
@@ -63,20 +63,21 @@ def placements(positive: NDArray[np.bool_], scores: Scores) -> Scores:
 
 
 def _beaten(ours: Scores, theirs: Scores) -> Scores:
-    """The share of theirs that each of ours exceeds; a tie counts half."""
+    """Return the share of their scores that each of ours exceeds; a tie counts half."""
     ranked = np.sort(theirs)
     return (np.searchsorted(ranked, ours, "left") + np.searchsorted(ranked, ours, "right")) / (2 * len(ranked))
 
 
 def average_precision(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> Figure:
-    """The area under the precision–recall curve, with a delete-a-group jackknife over clusters on the logit scale.
+    """Return the area under the precision–recall curve, with a delete-a-group jackknife over clusters on the logit
+    scale.
 
     Source: Kott, "The Delete-a-Group Jackknife", Journal of Official Statistics 2001.
 
     Args:
-        positive: (questions,), at least one of them.
+        positive: (questions,), whether the class is true; it must be for at least one question.
         scores: (questions,), higher where positive is likelier.
-        groups: (questions,).
+        groups: (questions,), the number of each question's cluster.
     """
     from sklearn.metrics import average_precision_score
 

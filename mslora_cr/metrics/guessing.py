@@ -12,17 +12,17 @@ from mslora_cr.metrics.published import normalize_answer
 from mslora_cr.metrics.words import says
 
 FEWEST = 10
-"""Questions of one text from which on it has a constant answer of its own in hindsight."""
+"""A question text has a constant answer of its own in hindsight from this many questions on."""
 Frequencies = Mapping[str, Counter[str]]
-"""By question, as `question_key` spells it, how often each answer is given."""
+"""How often each answer is given, by question as `question_key` spells it."""
 
 
 class Guesses(NamedTuple):
     """Constant answers.
 
     Attributes:
-        answers: by question asked, the guess; None where no guess is known.
-        unseen: how many of the questions asked do not occur in training.
+        answers: The guess for each question asked; None where no guess is known.
+        unseen: Number of questions asked that do not occur in training.
     """
 
     answers: list[str | None]
@@ -30,12 +30,12 @@ class Guesses(NamedTuple):
 
 
 def question_key(question: str) -> str:
-    """A question without case, spacing and the marker of an image: the same words are the same question."""
+    """Return a question without case, spacing and the marker of an image: the same words are the same question."""
     return " ".join(question.replace("<image>", " ").split()).casefold()
 
 
 def training_answers(records: Iterable[TrainingRecord]) -> Frequencies:
-    """How often each answer, by its final part, follows each question in training records."""
+    """Count how often each answer, by its final part, follows each question in training records."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         for asked, given in zip(record.turns[::2], record.turns[1::2], strict=False):
@@ -44,8 +44,8 @@ def training_answers(records: Iterable[TrainingRecord]) -> Frequencies:
 
 
 def majority_guesses(questions: Sequence[str], training: Frequencies) -> Guesses:
-    """The most frequent training answer to the same question; to a question that training does not have, the most
-    frequent answer of all questions asked that it has."""
+    """Return the most frequent training answer to the same question. For a question that training does not have, it is
+    the most frequent answer to all questions asked that training has."""
     keys = [question_key(question) for question in questions]
     overall: Counter[str] = Counter()
     for key in set(keys):
@@ -56,7 +56,7 @@ def majority_guesses(questions: Sequence[str], training: Frequencies) -> Guesses
 
 
 def hindsight_guesses(questions: Sequence[str], truths: Sequence[str]) -> list[str]:
-    """The constant answer to each question that would have been right most often.
+    """Return the constant answer to each question that would have been right most often.
 
     Questions asked fewer than `FEWEST` times share one constant: the best answer to a question asked once is no guess.
     """
@@ -70,7 +70,7 @@ def hindsight_guesses(questions: Sequence[str], truths: Sequence[str]) -> list[s
 
 
 def gives(answer: str, truth: str) -> bool:
-    """Whether a closed answer gives the truth in whole words, as whole-word accuracy counts it."""
+    """Return whether a closed answer gives the truth in whole words, as whole-word accuracy counts it."""
     return says(answer, truth, normalize_answer(answer.lower()), normalize_answer(truth.lower()))
 
 

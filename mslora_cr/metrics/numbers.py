@@ -16,18 +16,18 @@ _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 FEWEST = 10
 NEAR = 1
-"""How far off a count may be to be nearly right."""
+"""A count that is off by at most this is nearly right."""
 
 
 class CountFigures(NamedTuple):
     """Answers to questions whose truths are numbers.
 
     Attributes:
-        questions: how many there are.
-        unparsed: answers without a number.
-        error: mean absolute error of the others, with Student's t interval.
-        exact: the share of all that is exactly right.
-        near: the share of all that is off by at most `NEAR`.
+        questions: Number of questions.
+        unparsed: Number of answers without a number.
+        error: Mean absolute error of the other answers, with Student's t interval.
+        exact: Share of all answers that is exactly right.
+        near: Share of all answers that is off by at most `NEAR`.
     """
 
     questions: int
@@ -38,7 +38,7 @@ class CountFigures(NamedTuple):
 
 
 def number_in(text: str) -> float | None:
-    """The first number of a text, in digits or, up to twelve, in words; None where there is none."""
+    """Return the first number of a text, in digits or, up to twelve, in words; None where there is none."""
     for word in re.findall(r"[+-]?\d+(?:\.\d+)?|[a-z]+", text.lower()):
         if word in _WORDS:
             return float(_WORDS.index(word))
@@ -48,17 +48,17 @@ def number_in(text: str) -> float | None:
 
 
 def is_count(truth: str) -> bool:
-    """Whether a true answer is a whole number and nothing else."""
+    """Return whether a true answer is a whole number and nothing else."""
     return re.fullmatch(r"\s*\+?\d{1,9}\s*", truth) is not None or truth.strip().lower() in _WORDS
 
 
 def count_figures(answers: Sequence[str], truths: Sequence[str], groups: Groups) -> CountFigures:
-    """Mean absolute error, and the shares that are exactly and nearly right.
+    """Compute the mean absolute error and the shares that are exactly and nearly right.
 
     Args:
-        answers: by question.
-        truths: by question, each a number.
-        groups: (questions,).
+        answers: The answer to each question.
+        truths: The truth of each question, a number.
+        groups: (questions,), the number of each question's image or patient.
     """
     said = np.array([value if (value := number_in(answer)) is not None else np.nan for answer in answers])
     true = np.array([number_in(truth) for truth in truths], dtype=np.float64)

@@ -1,4 +1,5 @@
-"""Answers to questions with options: the letter, the letter with its text, or the text. What fits none is counted."""
+"""Reads answers to questions with options: the letter, the letter with its text, or the text. Answers that fit none are
+counted."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ class Choice(NamedTuple):
     """What an answer chose.
 
     Attributes:
-        status: `ambiguous` where it names several options.
-        letter: the option's, where it is parsed.
+        status: `ambiguous` where the answer names several options.
+        letter: The option's letter, where the answer was parsed.
     """
 
     status: Status
@@ -26,15 +27,15 @@ class Choice(NamedTuple):
 
 
 def parse_choice(answer: str, options: Mapping[str, str]) -> Choice:
-    """The option that an answer chooses.
+    """Return the option that an answer chooses.
 
-    In this order: the whole answer is a letter or the text of one option; it opens with a letter, marked as one
-    (`B.`, `(B)`, `B: …`), and names no other so; exactly one letter is marked anywhere; exactly one option's text
-    stands in it as whole words (a text inside another option's text does not count).
+    The first rule that applies decides: the whole answer is a letter or the text of one option; it opens with a letter,
+    marked as one (`B.`, `(B)`, `B: …`), and marks no other; exactly one letter is marked anywhere; exactly one option's
+    text stands in it as whole words (a text inside another option's text does not count).
 
     Args:
-        answer: as it was given.
-        options: texts by capital letter.
+        answer: The answer as it was given.
+        options: Texts by capital letter.
     """
     said = _OPENING.sub("", answer.strip(), count=1).strip()
     for text in (answer, said):
@@ -64,7 +65,7 @@ def _spans(text: str, answer: str) -> list[tuple[int, int]]:
 
 
 def _inside(span: tuple[int, int], spans: Mapping[str, Sequence[tuple[int, int]]], letter: str) -> bool:
-    """Whether a longer text of another option covers a place."""
+    """Return whether a longer text of another option covers a place."""
     start, end = span
     return any(
         first <= start and end <= last and last - first > end - start
@@ -75,6 +76,6 @@ def _inside(span: tuple[int, int], spans: Mapping[str, Sequence[tuple[int, int]]
 
 
 def counts_of(choices: Sequence[Choice]) -> dict[Status, int]:
-    """How many answers were parsed, were not, and named several options."""
+    """Count the answers that were parsed, were not parsed, and named several options."""
     counts = Counter(choice.status for choice in choices)
     return {"parsed": counts["parsed"], "unparsed": counts["unparsed"], "ambiguous": counts["ambiguous"]}

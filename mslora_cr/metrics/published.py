@@ -37,14 +37,14 @@ OVERLAPS = ("f1 score", "precision", "recall")
 ADDED = ("rouge-l", "token recall", "squad f1")
 """Metrics of open answers that the published evaluation does not have; they are not in `metrics.txt`."""
 ADDED_CLOSED = "whole-word accuracy"
-"""The one of closed answers."""
+"""The added metric of closed answers."""
 
-KEPT_CHARACTERS = 2_000
-"""Of an answer and its truth together, up to which their scores are kept."""
+CACHED_CHARACTERS = 2_000
+"""Scores of an answer and its truth are kept for reuse if both together are at most this long."""
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 STRIPPED_PERIODS = 32
-"""No more periods than this are taken out of a text: the published code hands `re.UNICODE`, which is 32, to
-the argument that limits how many are replaced. Reports of more sentences than that do occur."""
+"""At most this many periods are removed from a text: the published code hands `re.UNICODE`, which is 32, to the
+argument that limits how many are replaced. Some reports have more sentences than that."""
 
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
@@ -67,7 +67,7 @@ _CONTRACTIONS = {
     for index, letter in enumerate(word)
     if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the one entry of the challenge's list that runs the other way
-"""A contraction that lost one apostrophe → the contraction."""
+"""Contractions that lost one apostrophe, mapped to the contraction."""
 _REWRITTEN = _NUMBERS | _CONTRACTIONS
 
 
@@ -101,9 +101,9 @@ class RowScore:
     hit: bool
     overlap: Overlap
     bleu: tuple[float, ...] | None
-    """In the order of `BLEU_WEIGHTS`; None for closed questions."""
+    """Scores in the order of `BLEU_WEIGHTS`; None for closed questions."""
     added: tuple[float, ...] | None
-    """In the order of `ADDED`; None for closed questions."""
+    """Scores in the order of `ADDED`; None for closed questions."""
     ngrams: NgramCounts | None
     """None for closed questions."""
     said: bool | None
@@ -132,25 +132,26 @@ class Scores:
 
     rows: tuple[RowScore, ...]
     benchmark: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    """By metric of a public benchmark's scorer or of boxes, every answer's score; None where it has none."""
+    """Every answer's score, by metric of a public benchmark's scorer or of boxes; None where it has none."""
     typed: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    """Further columns, of `metrics.typed`."""
+    """Further columns, from `metrics.typed`."""
 
     @cached_property
     def columns(self) -> dict[str, Sequence[float | None]]:
-        """By metric, every answer's score in [0, 1], in order; None where a metric is not for its kind of question."""
+        """Return every answer's score in [0, 1], in order, by metric; None where a metric is not for its kind of
+        question."""
         by_row = [row.by_metric() for row in self.rows]
         own = {name: [scores[name] for scores in by_row] for name in (by_row[0] if by_row else ())}
         return own | ({**self.benchmark, **self.typed} if by_row else {})
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The averages in percent, in the published order, under the published names."""
+        """Return the averages in percent, in the published order, under the published names."""
         return {name: average for name, average in self._averages.items() if name not in self._added_names}
 
     @property
     def added(self) -> dict[str, float]:
-        """The averages of `ADDED`, `ADDED_CLOSED`, `benchmark` and `typed`, in percent."""
+        """Return the averages of `ADDED`, `ADDED_CLOSED`, `benchmark` and `typed`, in percent."""
         return {name: average for name, average in self._averages.items() if name in self._added_names}
 
     @property
@@ -164,21 +165,21 @@ class Scores:
 
     @property
     def open(self) -> int:
-        """How many questions are open."""
+        """Number of open questions."""
         return sum(row.answer_type == "OPEN" for row in self.rows)
 
     @property
     def closed(self) -> int:
-        """How many questions are closed."""
+        """Number of closed questions."""
         return len(self.rows) - self.open
 
 
 def normalize_answer(text: str) -> str:
-    """Lower-cased words without punctuation and articles, numbers up to ten as digits, apostrophes restored.
+    """Return lower-cased words without punctuation and articles, numbers up to ten as digits, apostrophes restored.
 
-    A punctuation mark vanishes if somewhere in the text it is next to a space, or if the text has a comma
-    between digits; elsewhere it turns into a space. So `T2-weighted` gives `t2 weighted`, but `T2-weighted -`
-    gives `t2weighted`.
+    A punctuation mark vanishes if somewhere in the text it is next to a space, or if the text has a comma between
+    digits; elsewhere it turns into a space. So `T2-weighted` becomes `t2 weighted`, but `T2-weighted -` becomes
+    `t2weighted`.
     """
     joined = "," in text and _COMMA_IN_NUMBER.search(text) is not None
     marks = {
@@ -192,12 +193,12 @@ def normalize_answer(text: str) -> str:
 
 
 def token_f1(prediction: str, reference: str) -> Overlap:
-    """Overlap of two texts' words, once normalised, as the published evaluation counts it.
+    """Compute the overlap of two texts' words, once normalised, as the published evaluation counts it.
 
-    With c(w), r(w) the counts of a word in prediction and reference: TP = Σ c(w) over words in both, FP = Σ
-    c(w) over words of the prediction alone, FN = Σ r(w) over words of the reference alone; precision = TP /
-    (TP + FP), recall = TP / (TP + FN). Unlike the F1 of SQuAD (Rajpurkar et al., EMNLP 2016) a shared word
-    counts as often as the prediction says it. All are 0 if no word is shared.
+    With c(w) and r(w) the counts of a word in prediction and reference: TP = Σ c(w) over words in both, FP = Σ c(w)
+    over words of the prediction alone, FN = Σ r(w) over words of the reference alone; precision = TP / (TP + FP),
+    recall = TP / (TP + FN). Unlike the F1 of SQuAD (Rajpurkar et al., EMNLP 2016), a shared word counts as often as the
+    prediction says it. All are 0 if no word is shared.
     """
     predicted, expected = normalize_answer(prediction).split(), normalize_answer(reference).split()
     in_prediction, in_reference = set(predicted), set(expected)
@@ -212,20 +213,20 @@ def token_f1(prediction: str, reference: str) -> Overlap:
 def score_answers(answers: Iterable[ScorableAnswer]) -> Scores:
     """Score answers one by one."""
     with warnings.catch_warnings():
-        # NLTK warns of every answer without a shared 4-gram, which is the rule for answers of a word or two.
+        # NLTK warns of every answer without a shared 4-gram; most answers of a word or two have none.
         warnings.filterwarnings("ignore", module="nltk")
         return Scores(tuple(_score_row(answer) for answer in answers))
 
 
 def _score_row(answer: ScorableAnswer) -> RowScore:
-    """Score one answer by its `final_answer`, and that of its truth; a leading or embedded `assistant:` of the chat
-    format is dropped from its text."""
+    """Score one answer by its `final_answer`, and its truth likewise; a leading or embedded `assistant:` of the chat
+    format is removed from the answer's text."""
     said = final_answer(str(answer.text)).text.lower().replace("assistant:", "").strip()
     truth = final_answer(str(answer.gt)).text
     prediction = normalize_answer(said)
     reference = normalize_answer(truth.lower())
-    # The published code normalises a second time before it counts words, and so does token_f1: that matters
-    # only for texts of more than STRIPPED_PERIODS periods.
+    # The published code normalises a second time before it counts words, and so does token_f1. That matters only for
+    # texts of more than STRIPPED_PERIODS periods.
     overlap = token_f1(prediction, reference)
     closed = answer.answer_type == "CLOSED"
     return RowScore(
@@ -243,7 +244,8 @@ def _score_row(answer: ScorableAnswer) -> RowScore:
 
 
 def _says(said: str, truth: str, prediction: str, reference: str) -> bool:
-    """As `says`, where each number is one word: the published normalisation cuts them at their marks."""
+    """Return what `says` returns, with each number as one word: the published normalisation cuts numbers at their
+    marks."""
     written = [number_words(said), number_words(truth.lower())]
     if written != [said, truth.lower()]:
         prediction, reference = map(normalize_answer, written)
@@ -251,19 +253,19 @@ def _says(said: str, truth: str, prediction: str, reference: str) -> bool:
 
 
 def _remembered(score: Callable[[str, str], tuple[float, ...]], prediction: str, reference: str) -> Any:
-    """A score of two texts; of short ones, which repeat, it is kept."""
-    return (_kept if len(prediction) + len(reference) <= KEPT_CHARACTERS else _of)(score, prediction, reference)
+    """Return a score of two texts; the score of short texts, which repeat, is kept."""
+    return (_cached if len(prediction) + len(reference) <= CACHED_CHARACTERS else _of)(score, prediction, reference)
 
 
 def _of(score: Callable[[str, str], tuple[float, ...]], prediction: str, reference: str) -> tuple[float, ...]:
     return score(prediction, reference)
 
 
-_kept = lru_cache(maxsize=1 << 15)(_of)
+_cached = lru_cache(maxsize=1 << 15)(_of)
 
 
 def _bleu(prediction: str, reference: str) -> tuple[float, ...]:
-    """Sentence BLEU (Papineni et al., ACL 2002), unsmoothed, under every weighting of `BLEU_WEIGHTS`."""
+    """Return sentence BLEU (Papineni et al., ACL 2002), unsmoothed, under every weighting of `BLEU_WEIGHTS`."""
     from nltk.translate.bleu_score import sentence_bleu  # NLTK takes a second to import, and only open answers need it
 
     scores = sentence_bleu([reference.split()], prediction.split(), weights=list(BLEU_WEIGHTS.values()))

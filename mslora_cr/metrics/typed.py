@@ -16,14 +16,15 @@ from mslora_cr.metrics.published import normalize_answer, score_answers
 from mslora_cr.statistics.intervals import Groups, estimate, score_interval
 
 CHOICE = "exact choice"
-"""Whether the answer to a closed question says the true class and nothing else (`said_class`)."""
+"""Name of the score that tells whether the answer to a closed question says the true class and nothing else
+(`said_class`)."""
 COUNT, COUNT_NEAR = "exact count", f"count within {NEAR}"
 LABELS = "label set F1"
 SOFT = "soft accuracy"
 ANNOTATORS = 10
-"""How many answers of annotators VQA's soft accuracy takes."""
+"""VQA's soft accuracy takes this many annotators' answers."""
 AGREED = 3
-"""How many of them make an answer fully right."""
+"""An answer that this many annotators gave is fully right."""
 BEST = {
     "exact match score": "exact match, best truth",
     "f1 score": "F1, best truth",
@@ -37,11 +38,11 @@ class Typed(NamedTuple):
     """A question with its answer.
 
     Attributes:
-        answer: what was said.
-        truths: every accepted answer.
-        kind: of the answer.
-        options: by letter; empty where the question offers none.
-        answer_type: whether the published evaluation takes it for open or closed.
+        answer: The model's answer.
+        truths: Every accepted answer.
+        kind: The kind of the answer.
+        options: The options by letter; empty where the question offers none.
+        answer_type: Whether the published evaluation takes the question as open or closed.
     """
 
     answer: str
@@ -52,8 +53,8 @@ class Typed(NamedTuple):
 
 
 def typed_scores(rows: Sequence[Typed]) -> dict[str, list[float | None]]:
-    """By name in `TYPED`, every answer's score in [0, 1], None where it is not for such a question; names that no
-    question has are left out."""
+    """Return every answer's score by name in `TYPED`, None where the score is not for such a question; names that apply
+    to no question are left out."""
     by_row = [_scores_of(row) for row in rows]
     return {name: [scores.get(name) for scores in by_row] for name in TYPED if any(name in scores for scores in by_row)}
 
@@ -94,13 +95,13 @@ class _Pair(NamedTuple):
 
 
 def soft_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """VQA's accuracy: the mean of ``min(1, matches / 3)`` over the truths with one of them left out.
+    """Return VQA's accuracy: the mean of ``min(1, matches / 3)`` over the truths with one of them left out.
 
-    Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015, as its evaluation code has it.
+    Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015, as its evaluation code computes it.
 
     Args:
-        answer: as it was given.
-        truths: the annotators' answers, which may repeat.
+        answer: The answer as it was given.
+        truths: The annotators' answers, which may repeat.
     """
     said = normalize_answer(answer.lower())
     agreed = [said == normalize_answer(truth.lower()) for truth in truths]
@@ -115,10 +116,10 @@ class LabelFigures(NamedTuple):
     """A label of sets, against all answers without it.
 
     Attributes:
-        questions: whose true set has it.
-        said: answers that name it.
-        sensitivity: of the questions whose set has it, the share whose answer names it; None without any.
-        specificity: of the others, the share whose answer does not; None without any.
+        questions: Number of questions whose true set has the label.
+        said: Number of answers that name the label.
+        sensitivity: Share of the questions whose set has the label for which the answer names it; None without any.
+        specificity: Share of the other questions for which the answer does not name it; None without any.
     """
 
     questions: int
@@ -128,26 +129,26 @@ class LabelFigures(NamedTuple):
 
 
 def label_set(answer: str) -> frozenset[str]:
-    """The labels of an answer, normalised as the published evaluation does."""
+    """Return the labels of an answer, normalised as the published evaluation does."""
     labels = (normalize_answer(label.lower()) or label.casefold() for label in labels_of(answer))
     return frozenset(labels)
 
 
 def set_f1(said: frozenset[str], true: frozenset[str]) -> float:
-    """``2 |said ∩ true| / (|said| + |true|)``; 1 of two empty sets."""
+    """Return ``2 |said ∩ true| / (|said| + |true|)``; 1 for two empty sets."""
     return 2 * len(said & true) / (len(said) + len(true)) if said or true else 1.0
 
 
 def label_figures(
     said: Sequence[frozenset[str]], true: Sequence[frozenset[str]], groups: Groups, most: int
 ) -> dict[str, LabelFigures]:
-    """Sensitivity and specificity of the commonest labels, commonest first.
+    """Return sensitivity and specificity of the commonest labels, commonest first.
 
     Args:
-        said: by question.
-        true: by question.
-        groups: (questions,).
-        most: labels.
+        said: The labels of each answer.
+        true: The true labels of each question.
+        groups: (questions,), the number of each question's image or patient.
+        most: Number of labels at most.
     """
     commonest = Counter(label for labels in true for label in sorted(labels)).most_common(most)
     figures = {}

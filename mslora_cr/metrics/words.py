@@ -14,7 +14,7 @@ from mslora_cr.statistics.intervals import Scores
 
 BLEU_ORDER = 4
 NgramCounts = tuple[int, ...]
-"""Of an answer: its n-grams that the truth has, for n = 1..4; its n-grams; its words; the truth's words."""
+"""Counts of an answer: its n-grams that the truth has, for n = 1..4; its n-grams; its words; the truth's words."""
 
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
 _NUMBER = re.compile(r"(?<![\w.,])(?P<sign>[-+\u2212]?)(?P<digits>\d+(?:[.,]\d+)*)(?!\w)")
@@ -29,16 +29,16 @@ _UNSPACED = (
     (0xF900, 0xFAFF),
     (0x20000, 0x3FFFF),  # Chinese characters
 )
-"""Scripts that put no space between words: there a character counts as one."""
+"""Scripts that put no space between words, so a character counts as one."""
 _ARTICLES = {"a", "an", "the"}
 _OPPOSITE = {"yes": "no", "no": "yes"}
 
 
 def words(text: str) -> list[str]:
-    """The words of a text: runs of letters, digits and the marks upon them, in lower case.
+    """Return the words of a text: runs of letters, digits and the marks upon them, in lower case.
 
-    For texts in ASCII they are `rouge-score`'s; it cuts words at every other letter and drops other scripts. A text
-    without a letter or digit is its signs, parted at spaces, so that `+` is a word.
+    For texts in ASCII they equal the words of `rouge-score`, which cuts words at every other letter and drops other
+    scripts. A text without a letter or digit consists of its signs, split at spaces, so that `+` is a word.
     """
     lowered = text.lower()
     if lowered.isascii():
@@ -55,7 +55,7 @@ def words(text: str) -> list[str]:
 
 
 def number_words(text: str) -> str:
-    """A text in which every number with a sign, a point or a comma is one word of letters and digits.
+    """Return a text in which every number with a sign, a point or a comma is one word of letters and digits.
 
     So 5 is no part of 3.5, 25 none of 0.25, and 5 is not -5; 1,000 is 1000, and 2,5 is 2.5.
     """
@@ -69,14 +69,14 @@ def _one_word(number: re.Match[str]) -> str:
 
 
 def report_overlap(prediction: str, reference: str) -> tuple[float, float, float]:
-    """ROUGE-L, token-level recall and SQuAD's F1 of a text, each in [0, 1]; 0 where the reference has no word.
+    """Return ROUGE-L, token-level recall and SQuAD's F1 of a text, each in [0, 1]; 0 where the reference has no word.
 
-    ROUGE-L is ``2PR / (P + R)`` with P and R the length of the longest common subsequence of words over the
+    ROUGE-L is ``2PR / (P + R)``, with P and R the length of the longest common subsequence of words over the
     prediction's and the reference's number of words. Token recall is ROUGE-1's: the reference's words that the
-    prediction has, each as often as both have it, over all of the reference's. SQuAD's F1 is of the words that both
-    have, counted alike, without articles: unlike the published F1, a word that the prediction says five times does not
-    count five times. Sources: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", ACL 2004 workshop,
-    whose numbers are those of the `rouge-score` library; Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine
+    prediction has, each as often as both have it, over all of the reference's words. SQuAD's F1 counts the words that
+    both have in the same way, without articles. Unlike the published F1, it does not count a word five times because
+    the prediction says it five times. Sources: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", ACL 2004
+    workshop, with the numbers of the `rouge-score` library; Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine
     Comprehension of Text", EMNLP 2016.
     """
     said, expected = words(prediction), words(reference)
@@ -90,7 +90,7 @@ def report_overlap(prediction: str, reference: str) -> tuple[float, float, float
 
 
 def lcs_length(one: Sequence[str], other: Sequence[str]) -> int:
-    """The length of the longest common subsequence, in memory that grows with one text, not with their product.
+    """Return the length of the longest common subsequence, in memory that grows with one text, not with their product.
 
     A row of the usual table is kept as the bits of one number. Source: Hyyrö, "Bit-parallel LCS-length computation
     revisited", AWOCA 2004.
@@ -113,16 +113,16 @@ def _squad_f1(prediction: Sequence[str], reference: Sequence[str]) -> float:
 
 
 def _without_articles(text: Sequence[str]) -> list[str]:
-    """Unless nothing else is there: `A` may name a choice."""
+    """Drop articles unless nothing else is there: `A` may name a choice."""
     return [word for word in text if word not in _ARTICLES] or list(text)
 
 
 def says(prediction: str, reference: str, normal_prediction: str, normal_reference: str) -> bool:
-    """Whether a closed answer gives its truth in whole words: the truth's words, as the published evaluation normalises
-    them, are a run of the answer's, and of yes and no the answer says only one.
+    """Return whether a closed answer gives its truth in whole words: the truth's words, normalised as the published
+    evaluation does, are a run of the answer's, and of yes and no the answer says only one.
 
     The published closed accuracy looks for letters: it finds `no` in `abnormal`. A truth of which normalising leaves
-    nothing, such as the choice `A`, must be the whole answer; an empty one is never given.
+    nothing, such as the choice `A`, must be the whole answer; an empty truth is never matched.
     """
     truth = words(normal_reference)
     if not truth:
@@ -134,7 +134,7 @@ def says(prediction: str, reference: str, normal_prediction: str, normal_referen
 
 
 def ngram_counts(prediction: str, reference: str) -> NgramCounts:
-    """The counts of an answer for corpus BLEU, with words split at spaces."""
+    """Return the counts of an answer for corpus BLEU, with words split at spaces."""
     said, expected = prediction.split(), reference.split()
     shared, total = [], []
     for order in range(1, BLEU_ORDER + 1):
@@ -147,9 +147,9 @@ def ngram_counts(prediction: str, reference: str) -> NgramCounts:
 
 
 def corpus_bleu(counts: Scores) -> Scores:
-    """BLEU of whole sets of answers, in [0, 1]: ``min(1, exp(1 - r/c)) · Π_n p_n^(1/4)`` of summed counts.
+    """Return BLEU of whole sets of answers, in [0, 1]: ``min(1, exp(1 - r/c)) · Π_n p_n^(1/4)`` of summed counts.
 
-    The published `bleu_score` is a mean over answers, of which every answer without a shared 4-gram is 0. Source:
+    The published `bleu_score` is a mean over answers, in which every answer without a shared 4-gram counts 0. Source:
     Papineni et al., "BLEU: a Method for Automatic Evaluation of Machine Translation", ACL 2002.
 
     Args:
@@ -167,8 +167,8 @@ def corpus_bleu(counts: Scores) -> Scores:
 
 
 def bleu_influence(counts: Scores) -> Scores:
-    """How far each answer moves corpus BLEU, to first order: ``BLEU · Σ_k ∂ log BLEU / ∂c_k · c_ik``, with c the summed
-    counts and c_i the answer's. The values sum to 0; all are 0 where BLEU is.
+    """Return how far each answer moves corpus BLEU, to first order: ``BLEU · Σ_k ∂ log BLEU / ∂c_k · c_ik``, with c the
+    summed counts and c_i the answer's. The values sum to 0; all are 0 where BLEU is.
 
     Args:
         counts: (answers, 10), of `ngram_counts`.
