@@ -30,7 +30,7 @@ class Records(Protocol[Record_co]):
 
 
 KEPT_BYTES = 512 << 20
-"""Of decoded samples that are kept from epoch to epoch, if all of a data set fit."""
+"""The most bytes of decoded samples that are kept from epoch to epoch, if the whole data set fits."""
 
 
 class TrainDataset(Dataset[Any]):
@@ -61,7 +61,7 @@ class TrainDataset(Dataset[Any]):
     def _keep(self, index: int, sample: Any) -> None:
         self._free_bytes -= _decoded_bytes(sample)
         self._kept[index] = sample
-        if self._free_bytes <= 0:  # a part of a large data set is not worth its memory
+        if self._free_bytes <= 0:  # A part of a large data set is not worth its memory.
             self._kept.clear()
 
     def lengths(self) -> list[int]:

@@ -72,7 +72,7 @@ class LearnedCounts:
         return self.samples - len(self.unlabelled) - len(self.lost)
 
     def add(self, index: int, count: LabelCount, max_length: int) -> None:
-        """Enter a record by its index."""
+        """Count one record."""
         if not count.labels:
             self.unlabelled.append(index)
         elif not count.learned:

@@ -209,10 +209,10 @@ def read_questions(
 def images_shown(
     config: StreamConfig, task: Task, records: Records[TestRecord] | Records[TrainingRecord]
 ) -> dict[Path, int]:
-    """Every image that the task's records show, in their order, with the first record that shows it.
+    """Every image that the task's records show, in their order, with the index of the first record that shows it.
 
     Raises:
-        DataError: one is missing or outside its root; names the record.
+        DataError: An image is missing or outside its root; the message names the record.
     """
     roots, paths, seen = task_image_roots(config, task), dict[Path, int](), set[str]()
     numbered: Iterable[tuple[int, TestRecord | TrainingRecord]] = enumerate(records)

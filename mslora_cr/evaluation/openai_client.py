@@ -30,7 +30,7 @@ TOP_LOGPROBS = 20
 """The most alternatives per token that OpenAI's servers report."""
 LONGEST_PAUSE = 30.0
 MOST_BYTES = 16 << 20
-"""Of a reply, once it is unpacked."""
+"""The largest reply, once it is unpacked."""
 
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -196,10 +196,10 @@ class Chat:
         )
 
     def _post(self, body: Body) -> httpx.Response:
-        """Send a request and read its reply, within bounds of size and time.
+        """Send a request and read its reply, within limits of size and time.
 
         Raises:
-            httpx.TransportError, httpx.DecodingError: there is none.
+            httpx.TransportError, httpx.DecodingError: There is no whole reply.
         """
         begun, content = time.monotonic(), bytearray()
         with self._client.stream("POST", self._url, json=body) as response:
@@ -272,7 +272,7 @@ def reply_of(response: httpx.Response) -> Reply | None:
 
 
 def _encodable(text: str) -> str:
-    """A text that UTF-8 can spell: JSON may hold half of a surrogate pair."""
+    """Replace what UTF-8 cannot encode: JSON may contain half of a surrogate pair."""
     return text.encode(errors="replace").decode()
 
 
@@ -300,9 +300,10 @@ def _logprobs_of(reply: Any) -> tuple[tuple[float, ...] | None, dict[str, float]
 
 
 def _finite(value: Any) -> float:
-    """
+    """Convert a log-probability.
+
     Raises:
-        ValueError: it is no finite number.
+        ValueError: The value is no finite number.
     """
     number = float(value)
     if not math.isfinite(number):

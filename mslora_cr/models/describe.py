@@ -39,10 +39,10 @@ def switched_off(path: Path, model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def fixed_date(path: Path) -> str | None:
-    """As `template_date`, of a base model's folder.
+    """Apply `template_date` to a base model's folder.
 
     Raises:
-        ModelError: the folder's configuration or processor cannot be read.
+        ModelError: The folder's configuration or processor cannot be read.
     """
     return template_date(load_processor(path)) if family_of(path).own_template else None
 

@@ -259,7 +259,7 @@ class _Headers:
 
 
 class _Bounded:
-    """Ends a request whose body is larger than `MOST_FORM`, as it is read."""
+    """Refuses a request as soon as its body turns out to be larger than `MOST_FORM`."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

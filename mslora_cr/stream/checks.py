@@ -100,7 +100,7 @@ def check_records_unchanged(ledger: Ledger, records: dict[str, TaskRecords]) -> 
 
 
 def say_fixed_date(config: StreamConfig) -> None:
-    """Say which date the base model's chat template writes, where it asks for today's."""
+    """Log the date that the base model's chat template is given, if it asks for today's."""
     if date := fixed_date(Path(config.model.path)):
         log.info(
             "the base model's chat template asks for today's date: it is given %s every day, in training and in "
@@ -175,7 +175,7 @@ LARGE_PIXELS = 2_000_000
 SAMPLED = 32
 """How many pictures of a task are measured."""
 DIGESTED = 1_000
-"""How many images of a task are read to notice that they have changed."""
+"""The number of images of a task whose contents are compared to notice changes."""
 
 
 def warn_of_large_images(config: StreamConfig, records: dict[str, TaskRecords]) -> None:
@@ -204,26 +204,26 @@ def warn_of_large_images(config: StreamConfig, records: dict[str, TaskRecords]) 
 
 
 def training_images(config: StreamConfig, records: Mapping[str, Records[TrainingRecord]]) -> dict[str, dict[Path, int]]:
-    """By task, every image that training will read, with the first record that shows it.
+    """Find every image that training will read: by task, with the index of the first record that shows it.
 
     Raises:
-        DataError: one is missing or outside its root; names the record.
+        DataError: An image is missing or outside its root; the message names the record.
     """
     return {name: images_shown(config, config.task(name), part) for name, part in records.items()}
 
 
 def training_image_digests(images: dict[str, dict[Path, int]]) -> dict[str, str]:
-    """By task, the digest of its training images: all sizes, and the contents of `DIGESTED` of them at most."""
+    """Digest the training images of each task: the sizes of all, and the contents of at most `DIGESTED` of them."""
     return {name: images_digest(paths, DIGESTED) for name, paths in images.items()}
 
 
 def check_images_unchanged(
     ledger: Ledger, digests: dict[str, str], records: Mapping[str, Records[TrainingRecord]]
 ) -> None:
-    """Raise if a finished task whose samples are still needed has other images now.
+    """Refuse to go on if the images of a finished task whose samples are still needed have changed.
 
     Raises:
-        DataError: names the file that shows them.
+        DataError: The message names the file whose records show them.
     """
     for name, digest in digests.items():
         entry = ledger.tasks.get(name)
@@ -240,7 +240,9 @@ def check_task_images(
     """Decode every image that training will read, unless `data.check_images` is off.
 
     Args:
-        images: as `training_images`.
+        config: The run's configuration.
+        records: The open training files, by task.
+        images: The images, as `training_images` returns them.
 
     Raises:
         DataError: The message names the bad ones, each with the first record that uses it.

@@ -24,10 +24,10 @@ from mslora_cr.training.trackers import check_trackers
 log = logging.getLogger(__name__)
 
 LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_", "NVIDIA_TF32_OVERRIDE")
-"""How the names of variables begin that `accelerate launch` sets from its user's own configuration, and of the one by
-which NVIDIA's libraries round products whatever a program asks for."""
+"""Prefixes of the variables that `accelerate launch` sets from its user's own configuration, and the variable that lets
+NVIDIA's libraries round products whatever the program asks for."""
 LEFTOVERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Numbers of processes that accelerate takes from MPI's launchers, and that this program is not started by."""
+"""Variables of MPI's launchers, from which accelerate takes a number of processes; none of them starts this program."""
 UNSET = ("", "0", "no", "none", "false")
 """Values that have no effect."""
 
@@ -110,9 +110,11 @@ def training_arguments(
 
 
 def ignore_launcher_settings() -> None:
-    """Drop accelerate's settings from the environment, where a shell or `accelerate launch` put them: precision,
-    compilation, sharding and plugins are the configuration's alone. In a run of one process, drop also what launchers
-    leave behind in a shell: accelerate would look for the other processes."""
+    """Drop accelerate's settings from the environment, where a shell or `accelerate launch` put them.
+
+    Precision, compilation, sharding and plugins belong to the configuration. In a run of one process, what launchers
+    leave behind in a shell is dropped too: accelerate would wait for the other processes.
+    """
     prefixes = LAUNCHER_SETTINGS + (LEFTOVERS if world_size() == 1 else ())
     if world_size() == 1 and "MASTER_ADDR" not in os.environ:
         prefixes += ("LOCAL_RANK",)

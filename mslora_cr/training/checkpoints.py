@@ -84,8 +84,8 @@ def check_same_launch(checkpoint: Path, args: TrainingArguments, input_digests: 
         force: Allow another configuration.
 
     Raises:
-        DistributedError: another number of processes or ZeRO stage; between tasks both may change freely.
-        ConfigError: another configuration, base model, training records or images.
+        DistributedError: The number of processes or the ZeRO stage differs; between tasks both may change freely.
+        ConfigError: The configuration, base model, training records or images differ.
     """
     written = Launch.read(checkpoint / LAUNCH)
     again = f"remove {checkpoint.parent} to start this task again (finished tasks stay)"

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 TRACKERS = "trackers.json"
 REACH_SECONDS = 10.0
-"""How long a tracker's server may take to answer."""
+"""The longest time that a tracker's server may take to answer."""
 
 
 class TrackerRuns(StateFile):
@@ -59,10 +59,10 @@ def reads_checkpoints(callbacks: Iterable[TrainerCallback]) -> bool:
 
 
 def check_trackers(report_to: Iterable[str]) -> None:
-    """See that the trackers can be used, before anything is loaded. A W&B whose server cannot be reached works offline.
+    """Check that the trackers can be used, before anything is loaded. W&B goes offline if its server cannot be reached.
 
     Raises:
-        ConfigError: W&B has no key, and is to be online; or MLflow's server cannot be reached.
+        ConfigError: W&B has no key, but is to be online; or MLflow's server cannot be reached.
     """
     if "wandb" in report_to:
         _check_wandb()
@@ -91,14 +91,14 @@ def _check_wandb() -> None:
 
 
 def _go_offline(why: str) -> None:
-    """Let W&B write to this machine's disk from now on, in this process and those that it starts."""
+    """Make W&B write to this machine's disk from now on, in this process and its child processes."""
     log.warning("W&B works offline: %s. `wandb sync` uploads the metrics later", why)
     os.environ["WANDB_MODE"] = "offline"
 
 
 @cache
 def _unreachable(url: str) -> str:
-    """Why a server cannot be reached; nothing where it answers, whatever it answers."""
+    """Explain why a server cannot be reached; empty if it answers anything at all."""
     try:
         httpx.head(url, timeout=REACH_SECONDS)
     except (httpx.TransportError, httpx.InvalidURL, ValueError, ImportError) as error:
@@ -160,7 +160,7 @@ def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None
 
 
 def _start_wandb(run_id: str, name: str | None) -> None:
-    """Start or continue a run of W&B; offline where its server does not take it."""
+    """Start or continue a run of W&B; go offline if its server does not accept the run."""
     import wandb
 
     project = os.environ.get("WANDB_PROJECT", "huggingface")  # the Trainer's own default
