@@ -27,9 +27,9 @@ from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import JsonError, decode_json
 
 SAMPLED_RIGHT = 6
-"""Right answers of a task that the browser shows beside the wrong ones, before it is asked for all."""
+"""The browser shows this many right answers of a task beside the wrong ones before it is asked for all."""
 MOST_CLASSES = 12
-"""Truths of closed questions that a table of confusions names; it gathers rarer ones under `OTHER`."""
+"""A table of confusions names this many truths of closed questions; it gathers rarer ones under `OTHER`."""
 OTHER = "other"
 
 
@@ -62,12 +62,12 @@ class AnswerSet:
 
 
 class QuestionKeys(NamedTuple):
-    """What joins a question to the reader's own tables; empty where it is not known.
+    """What joins a question to the reader's own tables; empty where unknown.
 
     Attributes:
-        id: its `question_id`.
-        image: the name of its first image.
-        patient: whose image that is.
+        id: The question's `question_id`.
+        image: The name of its first image.
+        patient: The patient whose image that is.
     """
 
     id: str
@@ -77,12 +77,12 @@ class QuestionKeys(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskAnswers:
-    """The questions of a task with their truths and kinds (`OPEN` or `CLOSED`), its answer sets by stage, and by
-    question the files of its pictures, none where they are not known.
+    """The questions of a task with their truths and kinds (`OPEN` or `CLOSED`), the answer sets by stage, and the
+    picture files of each question, none where they are unknown.
 
     Attributes:
-        learned_at: the number of the stage that learned the task.
-        keys: by question, its id, image and patient.
+        learned_at: The number of the stage that learned the task.
+        keys: Id, image and patient of each question.
     """
 
     task: str
@@ -95,18 +95,18 @@ class TaskAnswers:
     keys: Sequence[QuestionKeys]
 
     def at(self, stage: int) -> AnswerSet | None:
-        """The answers at a stage, if it was evaluated."""
+        """Return the answers at a stage, if it was evaluated."""
         return next((answers for answers in self.sets if stage in answers.stages), None)
 
     @property
     def learned(self) -> AnswerSet:
-        """The answers at the task's own stage, or else at the last one that was evaluated."""
+        """Return the answers at the task's own stage, or else at the last one that was evaluated."""
         return self.at(self.learned_at) or self.sets[-1]
 
 
 @dataclass(frozen=True)
 class Browsed:
-    """The answers of all tasks, and in words what is not among them."""
+    """The answers of all tasks, and what is missing among them, in words."""
 
     tasks: list[TaskAnswers] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -116,10 +116,10 @@ def browsed_answers(evaluation: Evaluation, results_dir: Path, config: StreamCon
     """Read the answers of an evaluation, and find their pictures.
 
     Args:
-        config: says where the test files and the images are; without it there are no pictures.
+        config: Says where the test files and the images are; without it there are no pictures.
 
     Raises:
-        DataError: an answer file or its scores are malformed.
+        DataError: An answer file or its scores are malformed.
     """
     browsed = Browsed()
     for task in evaluation.tasks:
@@ -144,7 +144,7 @@ def _task_answers(
 ) -> TaskAnswers:
     stages: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
-        if cell.questions == cells[-1].questions:  # answers to an earlier file of questions stand in no row here
+        if cell.questions == cells[-1].questions:  # answers to an earlier file of questions appear in no row here
             stages[cell.answers].append(cell)
     sets, records = [], []
     for answers, shared in sorted(stages.items(), key=lambda item: item[1][0].stage):
@@ -167,7 +167,7 @@ def _task_answers(
 
 
 def _keys(records: Sequence[AnswerRecord], table: ScoreTable) -> list[QuestionKeys]:
-    """By question, its keys, as far as the scores name them."""
+    """Return the keys of each question, as far as the scores name them."""
     images = table.images if len(table.images) == len(records) else [""] * len(records)
     patients = table.patients if len(table.patients) == len(records) else [""] * len(records)
     return [
@@ -210,7 +210,7 @@ def _texts(records: Iterable[AnswerRecord]) -> list[str]:
 
 
 def _confidences(answers: Path, questions: int) -> list[float | None]:
-    """The probability of each answer's tokens; nothing where no file says so of these questions."""
+    """Return the probability of each answer's tokens; empty where no file states it for these questions."""
     rows = read_probabilities(answers.with_name(PROBABILITIES))
     if len(rows) != questions or all(row.logprob is None for row in rows):
         return []
@@ -218,7 +218,7 @@ def _confidences(answers: Path, questions: int) -> list[float | None]:
 
 
 def _graded(records: Sequence[AnswerRecord], scores: Path) -> tuple[list[bool], list[float]]:
-    """Whether each answer is right, and its score, from the scores beside them."""
+    """Return whether each answer is right, and its score, from the scores beside the answers."""
     table = read_scores(scores)
     ids, metrics = table.ids, table.columns
     if len(ids) != len(records):
@@ -234,7 +234,8 @@ def _graded(records: Sequence[AnswerRecord], scores: Path) -> tuple[list[bool], 
 
 
 def _pictures(task: str, cell: Cell, scores: ScoreTable, config: StreamConfig) -> tuple[list[list[Path]], str | None]:
-    """The files of each question's pictures, in the order of the questions; or in words why they are not known."""
+    """Return the files of each question's pictures, in the order of the questions, or the reason in words why they are
+    unknown."""
     settings = config.task(task)
     root = Path(config.data.root)
     names, problem = _image_names(settings, cell, scores, config)
@@ -250,10 +251,11 @@ def _pictures(task: str, cell: Cell, scores: ScoreTable, config: StreamConfig) -
 def _image_names(
     task: Task, cell: Cell, scores: ScoreTable, config: StreamConfig
 ) -> tuple[Sequence[Sequence[str]], str | None]:
-    """By question, the images that were shown, or in words why they are not known.
+    """Return the images that each question showed, or the reason in words why they are unknown.
 
-    The scores name the first image of each question. Further ones, which `data.images: all` shows, and all of scores
-    that an earlier version wrote are in the file of the questions, if that is still the one that was asked from.
+    The scores name the first image of each question. The file of the questions names further images, which
+    `data.images: all` shows, and all images where an earlier version wrote the scores; it is used only if it is still
+    the file that was asked from.
     """
     scored = [[name] if name else [] for name in scores.images]
     if any(scored) and config.data.images == "first":
@@ -278,11 +280,11 @@ def _resolved(name: str, roots: Sequence[Path]) -> list[Path]:
 def browser_data(
     tasks: Sequence[TaskAnswers], colors: dict[str, str], thumbnails: dict[Path, str], last: int
 ) -> dict[str, Any]:
-    """The data of the page's script, as JSON; equal answers of a question are written once.
+    """Return the data of the page's script, as JSON; equal answers to a question are written once.
 
     Args:
-        thumbnails: what an `img` loads, by picture.
-        last: the last stage of the stream.
+        thumbnails: What an `img` loads, by picture.
+        last: The last stage of the stream.
     """
     used = dict.fromkeys(path for task in tasks for paths in task.pictures for path in paths if path in thumbnails)
     numbers = {path: index for index, path in enumerate(used)}
@@ -328,13 +330,13 @@ def _rows(task: TaskAnswers, numbers: dict[Path, int]) -> list[list[Any]]:
 
 
 def confusions(task: TaskAnswers, answers: AnswerSet) -> tuple[list[str], dict[str, list[int]]]:
-    """Confusion table: for each truth of the closed questions (rows), the number of answers by predicted truth
-    (columns).
+    """Compute the confusion table: for each truth of the closed questions (rows), the number of answers by predicted
+    truth (columns).
 
-    A right answer counts as its truth, a wrong one as the truth that it equals once normalised, or as `OTHER`.
+    A right answer counts as its truth. A wrong one counts as the truth that it equals once normalised, or as `OTHER`.
 
     Returns:
-        The columns, and by row the counts, most frequent truths first; empty where no question is closed.
+        The columns, and the counts by row, most frequent truths first; empty where no question is closed.
     """
     closed = [index for index, kind in enumerate(task.kinds) if kind == "CLOSED"]
     truths = {index: normalize_answer(task.truths[index].lower()) for index in closed}

@@ -1,4 +1,4 @@
-"""What the report says of closed questions to a clinical reader: a card for each task."""
+"""What the report tells a clinical reader about closed questions: a card for each task."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from mslora_cr.statistics.interval import bracketed
 from mslora_cr.statistics.sample_size import shown_by
 
 Changes = Mapping[str, Mapping[str, str]]
-"""By attribute and group, a change in points with its interval."""
+"""A change in points with its interval, by attribute and group."""
 
 
 class ClinicalCard(NamedTuple):
     """A task's closed questions after its last evaluated stage.
 
     Attributes:
-        task: its name.
-        stage: the stage.
-        guessing: what guessing gives, and whether the score is above it.
-        marked: whether it is not.
-        figures: by name, value and interval as text.
-        classes: rows of class, questions, said, recall and precision.
-        texts: rows of question, questions, balanced accuracy and what guessing makes of it.
-        attributes: by name, a line and rows of group, questions, patients, score, best constant answer, p, and change
+        task: Name of the task.
+        stage: The stage.
+        guessing: What guessing gives, and whether the score is above it.
+        marked: Whether the score is not above guessing.
+        figures: Value and interval as text, by name.
+        classes: Rows of class, questions, said, recall and precision.
+        texts: Rows of question, questions, balanced accuracy and what guessing scores on it.
+        attributes: By name, a line and rows of group, questions, patients, score, best constant answer, p, and change
             since the task was learned.
-        enough: what so many questions can show.
+        enough: What this many questions can show.
         curves: ROC, reliability and risk over coverage as SVG; None without probabilities.
-        dots: scores by subgroup as SVG; None without scored groups.
+        dots: Scores by subgroup as SVG; None without scored groups.
     """
 
     task: str
@@ -57,10 +57,10 @@ class ClinicalCard(NamedTuple):
 def clinical_cards(
     evaluation: Evaluation, results_dir: Path, asked: Mapping[str, Sequence[TestRecord]] | None = None
 ) -> list[ClinicalCard]:
-    """The cards of the tasks that have closed questions, as far as their files are there.
+    """Return the cards of the tasks that have closed questions, as far as their files exist.
 
     Args:
-        asked: by task, the questions, where they are known: they say how each group's scores changed over the stages.
+        asked: The questions of each task, where known: they tell how each group's scores changed over the stages.
     """
     cards = []
     for task in evaluation.tasks:
@@ -75,7 +75,7 @@ def clinical_cards(
 
 
 def _changes(own: Cell, last: Cell, results_dir: Path, records: Sequence[TestRecord]) -> Changes:
-    """By attribute and group, the change of exact choice since a task was learned."""
+    """Return the change of exact choice since a task was learned, by attribute and group."""
     before, after = (read_scores((results_dir / cell.answers).with_name(SCORES)) for cell in (own, last))
     columns = [table.columns[CHOICE] for table in (before, after) if CHOICE in table.columns]
     if [len(column) for column in columns] != [len(records)] * 2:
@@ -127,7 +127,7 @@ def _card(
 
 
 def figure_text(figure: Measured | None) -> str:
-    """A share in percent with its interval; a dash where there is none."""
+    """Return a share in percent with its interval; a dash where there is none."""
     if figure is None:
         return "–"
     ends = None if figure.interval is None else (100 * figure.interval[0], 100 * figure.interval[1])

@@ -22,15 +22,15 @@ from mslora_cr.statistics.intervals import CONFIDENCE
 
 
 def write_comparison(runs: Sequence[tuple[str, Path | None, Path]], output: Path) -> Path:
-    """Write one page that sets several runs of one stream side by side, and return its path.
+    """Write one page that shows several runs of one stream side by side, and return its path.
 
     Args:
-        runs: for each a label, its run folder (None where there is none, as of a served model) and its results folder;
-            a report there is linked.
-        output: the page to write.
+        runs: For each run a label, its run folder (None where there is none, as for a served model) and its results
+            folder. A report in it is linked.
+        output: The page to write.
 
     Raises:
-        ReportError: a run is not evaluated, has nothing in common with the others, or a file of it is malformed.
+        ReportError: A run is not evaluated, has nothing in common with the others, or one of its files is malformed.
     """
     colors = {label: PALETTE[index % len(PALETTE)] for index, (label, _, _) in enumerate(runs)}
     evaluations = {label: required_evaluation(results_dir) for label, _, results_dir in runs}
@@ -69,7 +69,7 @@ def write_comparison(runs: Sequence[tuple[str, Path | None, Path]], output: Path
 def _by_metric(
     key: str, evaluations: Mapping[str, Evaluation], folders: Mapping[str, Path], colors: Mapping[str, str]
 ) -> dict[str, Any]:
-    """A metric of all runs: the figures of each, their averages over the stages, matrices and final scores."""
+    """A metric of all runs: the figures of each run, their averages over the stages, matrices and final scores."""
     name = MATRICES[key]
     matrices = {label: matrix for label, run in evaluations.items() if (matrix := run.matrix(name))}
     spans = {label: evaluations[label].matrix_intervals(folder, name) for label, folder in folders.items()}

@@ -1,4 +1,4 @@
-"""The report's plots as inline SVG, which takes its text colour and font from the page around it."""
+"""The report's plots as inline SVG, which takes its text colour and font from the surrounding page."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ TERMS = {
     "key_elements": "Key elements of earlier tasks",
 }
 NO_TERMS = frozenset({"step", "epoch", "loss", "learning_rate", "grad_norm", "alpha", "beta"})
-"""What else a log has."""
+"""Other entries of a log."""
 VALIDATION = "eval_"
-"""How the names of validation figures begin in a log."""
+"""The names of validation figures begin with this in a log."""
 VALIDATION_LOSS = f"{VALIDATION}loss"
 VALIDATION_TITLES = {
     VALIDATION_LOSS: "Validation: cross-entropy",
@@ -37,11 +37,11 @@ VALIDATION_TITLES = {
     f"{VALIDATION}close accuracy": "Validation: closed accuracy (%)",
     f"{VALIDATION}f1 score": "Validation: F1 of open answers (%)",
 }
-"""Validation figures that are drawn."""
+"""The validation figures that are drawn."""
 MAX_OTHERS = 8
-"""Terms without a title here that are drawn, those of a method outside the package."""
+"""At most this many terms without a title here are drawn: those of a method outside the package."""
 INK = "#010203"
-"""Stands for the page's text colour until the SVG is finished."""
+"""This colour stands for the page's text colour until the SVG is finished."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,
@@ -56,7 +56,7 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
 SIDE = 3.0
-"""Inches of a square panel."""
+"""Side of a square panel in inches."""
 MAX_POINTS = 200
 """Longer curves are averaged over bins, to at most this many points a task."""
 
@@ -64,7 +64,8 @@ Log = Sequence[Mapping[str, float]]
 
 
 def logged_terms(logs: Mapping[str, Log]) -> list[str]:
-    """The terms of the loss in logs by task: those with a title, in its order, then others, at most `MAX_OTHERS`."""
+    """Return the terms of the loss in logs by task: first those with a title, in its order, then at most `MAX_OTHERS`
+    others."""
     names = {name for name in _logged(logs) if not name.startswith(VALIDATION)} - NO_TERMS
     return [*(term for term in TERMS if term in names), *sorted(names - TERMS.keys())[:MAX_OTHERS]]
 
@@ -74,12 +75,12 @@ def _logged(logs: Mapping[str, Log]) -> set[str]:
 
 
 def loss_curves(logs: Mapping[str, Log], colors: Mapping[str, str]) -> str | None:
-    """Each logged loss term over the steps of the whole stream, task after task, and below them the validation figures;
-    None if nothing was logged.
+    """Plot each logged loss term over the steps of the whole stream, task after task, with the validation figures
+    below; None if nothing was logged.
 
     Args:
-        logs: by task in stream order, the logged steps; a term is absent where it does not apply.
-        colors: by task.
+        logs: The logged steps by task, in stream order; a term is absent where it does not apply.
+        colors: Colours by task.
     """
     terms, spans = logged_terms(logs), _spans(logs)
     if not terms or not spans:
@@ -105,13 +106,13 @@ def stage_curves(
     colors: Mapping[str, str],
     label: str,
 ) -> str:
-    """One line a run: an average, in percent, over stages, in a band of its intervals.
+    """Plot one line a run: an average over stages, in percent, in a band of its intervals.
 
     Args:
-        averages: by run, (stage, average).
-        bands: by run and stage, the interval of the average.
-        colors: by run.
-        label: of the vertical axis.
+        averages: (stage, average) by run.
+        bands: The interval of the average, by run and stage.
+        colors: Colours by run.
+        label: Label of the vertical axis.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 3), layout="constrained")
@@ -129,11 +130,12 @@ def stage_curves(
 
 
 def sweep_dots(panels: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]], colors: Mapping[str, str]) -> str:
-    """A panel for each figure, a row for each method: a dot for each run in its order's colour, a bar at the mean.
+    """Plot a panel for each figure with a row for each method: a dot for each run in its order's colour, a bar at the
+    mean.
 
     Args:
-        panels: by title and method, (order, value).
-        colors: by order.
+        panels: (order, value) by title and method.
+        colors: Colours by order.
     """
     methods = list(dict.fromkeys(method for panel in panels.values() for method in panel))
     with matplotlib.rc_context(STYLE):
@@ -160,7 +162,7 @@ def sweep_dots(panels: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]], 
 
 
 def _spans(logs: Mapping[str, Log]) -> dict[str, tuple[float, float]]:
-    """First and last step of each logged task, counted over the stream."""
+    """Return the first and last step of each logged task, counted over the stream."""
     spans, start = {}, 0.0
     for task, log in logs.items():
         if log:
@@ -195,7 +197,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 
 
 def curve_plots(curves: Curves) -> str:
-    """ROC curves, the reliability diagram and risk over coverage side by side, as SVG."""
+    """Plot ROC curves, the reliability diagram and risk over coverage side by side, as SVG."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.3 * SIDE, SIDE + 0.3), layout="constrained")
         roc, reliability, risk = figure.subplots(1, 3)
@@ -235,7 +237,7 @@ def _unit_square(ax: Axes, across: str, up: str, diagonal: bool = False) -> None
 
 
 def subgroup_dots(attributes: Mapping[str, AttributeMeasured]) -> str | None:
-    """A dot with its interval for each group that is scored, a row each, in percent; None where none is."""
+    """Plot a dot with its interval for each scored group, a row each, in percent; None where none is scored."""
     rows = [
         (f"{name}: {value}"[:40], group.score, group.questions)
         for name, attribute in attributes.items()
@@ -259,7 +261,7 @@ def subgroup_dots(attributes: Mapping[str, AttributeMeasured]) -> str | None:
 
 
 def to_svg(figure: Figure) -> str:
-    """A figure as SVG that takes its text colour and font from the page around it."""
+    """Convert a figure to SVG that takes its text colour and font from the surrounding page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

@@ -62,16 +62,17 @@ def write_report(
 ) -> Path:
     """Write `report.html` and `report.md` into the results folder, and return the path of the page.
 
-    Whatever the run does not have yet (logs, an evaluation) is named in the report. Where the stream has many images,
-    their thumbnails go to `report-images/` beside the page.
+    The report names whatever the run does not have yet (logs, an evaluation). Where the stream has many images, their
+    thumbnails go to `report-images/` beside the page.
 
     Args:
-        config: says where the images of the questions are; a report without it has no pictures, and does not say what
+        config: Says where the images of the questions are. A report without it has no pictures, and does not say what
             `data check` found in both training and testing.
 
     Raises:
-        ReportError: there is neither a ledger nor an evaluation, or a file of the run is malformed.
-        DataError, BankError: answers or banks are malformed. LockedError: another launch writes to the results folder.
+        ReportError: There is neither a ledger nor an evaluation, or a file of the run is malformed.
+        DataError, BankError: Answers or banks are malformed.
+        LockedError: Another launch writes to the results folder.
     """
     run = read_run(run_dir, results_dir)
     with one_writer(results_dir):
@@ -86,7 +87,7 @@ def write_report(
 def _context(
     run: RunRecord, published: Mapping[str, PublishedRun], config: StreamConfig | None = None
 ) -> dict[str, Any]:
-    """The context of the templates."""
+    """Build the context of the templates."""
     modalities, colors = _modality_colors(run), _task_colors(run)
     evaluation, ledger = run.evaluation, run.ledger
     matrices = {key: evaluation.matrix(name) for key, name in MATRICES.items()} if evaluation else {}
@@ -145,7 +146,8 @@ def _context(
 
 
 def _asked(run: RunRecord, config: StreamConfig | None) -> dict[str, Sequence[TestRecord]]:
-    """By task, the questions whose records name attributes, as far as their files are still those that were asked."""
+    """Return the questions whose records name attributes, by task, as far as their files are still those that were
+    asked."""
     asked: dict[str, Sequence[TestRecord]] = {}
     for cell in last_cells(run.evaluation) if run.evaluation and config else ():
         try:
@@ -158,7 +160,7 @@ def _asked(run: RunRecord, config: StreamConfig | None) -> dict[str, Sequence[Te
 
 
 def _answers(run: RunRecord, config: StreamConfig | None) -> dict[str, Any]:
-    """The data of the browser of answers, the tables of confusions, and what is missing in either."""
+    """Return the data of the browser of answers, the tables of confusions, and what is missing in either."""
     if run.evaluation is None:
         return {"browser": None, "confusions": [], "missing": run.missing}
     browsed = browsed_answers(run.evaluation, run.results_dir, config)
@@ -175,7 +177,7 @@ def _answers(run: RunRecord, config: StreamConfig | None) -> dict[str, Any]:
 
 
 def _leaks(run: RunRecord, config: StreamConfig | None) -> dict[str, str]:
-    """By task, what `data check` found in both training and testing."""
+    """Return what `data check` found in both training and testing, by task."""
     if run.evaluation is None or config is None:
         return {}
     return sentences(config, {cell.task: cell.questions for cell in run.evaluation.cells})
@@ -196,7 +198,7 @@ def _modality_colors(run: RunRecord) -> dict[str, str]:
 
 
 def _headline(matrices: Mapping[str, TaskStageMatrix], spans: Mapping[str, MatrixIntervals]) -> dict[str, Any] | None:
-    """The first metric that the run has, with its figures and their intervals."""
+    """Return the first metric that the run has, with its figures and their intervals."""
     for key, matrix in matrices.items():
         return {
             "title": REPORTED_TITLES[key],
@@ -208,8 +210,9 @@ def _headline(matrices: Mapping[str, TaskStageMatrix], spans: Mapping[str, Matri
 
 
 def _published_run(evaluation: Evaluation, runs: Mapping[str, PublishedRun]) -> PublishedRun | None:
-    """The published run to show next to this one: `each` to `each`, MSLoRA-CR to every other method (no other's scores
-    are published), the run of six tasks if these are its tasks. None where no task has the published questions."""
+    """Return the published run to show next to this one: `each` for `each`, MSLoRA-CR for every other method (no other
+    scores are published), the run of six tasks if these are its tasks. None where no task has the published
+    questions."""
     tasks = {name for name in evaluation.published.values() if name}
     if not any(_asked_as_published(evaluation, task) for task in evaluation.tasks):
         return None
@@ -220,8 +223,8 @@ def _published_run(evaluation: Evaluation, runs: Mapping[str, PublishedRun]) -> 
 
 
 def _asked_as_published(evaluation: Evaluation, task: str) -> bool:
-    """Whether a task has the published number of questions: a data set in the published place may be another one, such
-    as the demo's, and no published score is its."""
+    """Return whether a task has the published number of questions. A data set in the published place may be another
+    one, such as the demo's, to which no published score belongs."""
     name, cell = evaluation.published.get(task), evaluation.own_cell(task)
     if name is None or cell is None or name not in catalog():
         return False
@@ -230,8 +233,8 @@ def _asked_as_published(evaluation: Evaluation, task: str) -> bool:
 
 
 class ScoreRow(NamedTuple):
-    """A task at its own stage: the banks that answered, its scores in the order of REPORTED, each with its interval and
-    the published one, and those of `_added_titles` with their intervals; None where there is none."""
+    """Return a task at its own stage: the banks that answered, its scores in the order of REPORTED, each with its
+    interval and the published score, and those of `_added_titles` with their intervals; None where there is none."""
 
     task: str
     rows: int | None
@@ -241,7 +244,7 @@ class ScoreRow(NamedTuple):
 
 
 def _added_titles(evaluation: Evaluation | None) -> dict[str, str]:
-    """Title by metric of the scores that the published evaluation does not have."""
+    """Return the titles, by metric, of the scores that the published evaluation does not have."""
     measured = {name for cell in evaluation.cells for name in cell.metrics} if evaluation else set()
     return {name: title for name, title in BENCHMARK_TITLES.items() if name in measured} | ADDED_TITLES
 
@@ -268,7 +271,7 @@ def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -
 
 class SiteRow(NamedTuple):
     """A task at one of several sites: its score in percent before it was learned, at its own stage and after the last
-    one, and what it forgot, in points; None where that was not evaluated."""
+    one, and how much it forgot, in points; None where that was not evaluated."""
 
     first_site: str
     task: str
@@ -280,7 +283,7 @@ class SiteRow(NamedTuple):
 
 
 def _site_rows(evaluation: Evaluation, matrices: Mapping[str, TaskStageMatrix]) -> list[SiteRow]:
-    """The tasks that several sites have, site by site."""
+    """Return the tasks that several sites have, site by site."""
     first = {task: evaluation.same_as.get(task, task) for task in evaluation.tasks}
     several = dict.fromkeys(evaluation.same_as.values())
     return [
@@ -293,7 +296,7 @@ def _site_rows(evaluation: Evaluation, matrices: Mapping[str, TaskStageMatrix]) 
 
 
 def _routing(run: RunRecord) -> dict[str, Any]:
-    """The router's decisions after the last evaluated stage, and the cost of task-agnostic answers."""
+    """Return the router's decisions after the last evaluated stage, and the cost of task-agnostic answers."""
     assert run.routing is not None
     last = run.routing.stages[-1]
     context: dict[str, Any] = {"last": last, "stages": run.routing.stages, "map": confusion_map(last)}
@@ -305,7 +308,7 @@ def _routing(run: RunRecord) -> dict[str, Any]:
 
 
 def _analysis(analysis: Analysis) -> dict[str, Any]:
-    """`analysis.json`, and its tables."""
+    """Read `analysis.json`, and build its tables."""
     cosines, contribution = analysis.similarity, analysis.contribution
     by_title = {"By decoder layer": cosines.by_layer, "By module": cosines.by_module}
     return {
@@ -318,13 +321,13 @@ def _analysis(analysis: Analysis) -> dict[str, Any]:
 
 
 def _last_weights(run: RunRecord) -> dict[str, float]:
-    """The penalties' weights as last logged."""
+    """Return the penalties' weights as last logged."""
     entries = [entry for log in run.logs.values() for entry in log]
     return {name: entry[name] for name in ("alpha", "beta") for entry in entries if name in entry}
 
 
 def _kinship(similarity: Similarity, modalities: Mapping[str, str]) -> dict[str, float] | None:
-    """Mean similarity of banks of one modality, and of banks of different ones."""
+    """Return the mean similarity of banks of one modality, and of banks of different ones."""
     pairs: dict[str, list[float]] = {"same": [], "other": []}
     for index, first in enumerate(similarity.banks):
         for other, second in enumerate(similarity.banks[:index]):

@@ -1,4 +1,4 @@
-"""A run's files, read for its report: evaluation, ledger, logs, banks, answers."""
+"""Reads a run's files for its report: evaluation, ledger, logs, banks, answers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ PUBLISHED_SCORES = Path(__file__).with_name("published_scores.yaml")
 
 
 class PublishedRun(Part):
-    """Published scores of a run by task: `exact`, `closed`, `f1`, in percent, where the task has them.
-
-    `method` is the name that its method has here.
-    """
+    """Published scores of a run by task: `exact`, `closed`, `f1`, in percent, where the task has them. `method` is the
+    name of its method here."""
 
     run: str
     method: str
@@ -35,16 +33,16 @@ class PublishedRun(Part):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that is known of a run; `missing` says in words what is not there.
+    """All that is known of a run; `missing` states in words what does not exist.
 
     Attributes:
-        results_dir: where it was read from.
-        tasks: names in stream order.
-        modalities: by task; empty if the run is not evaluated.
-        logs: by task, one mapping for each logged step.
-        banks: by task, the file of its bank's weights.
-        answers: by task, the file of its answers at its own stage.
-        config: the text of `config.yaml`, or None.
+        results_dir: The folder from which it was read.
+        tasks: Names in stream order.
+        modalities: Modalities by task; empty if the run is not evaluated.
+        logs: One mapping for each logged step, by task.
+        banks: The file of each task's bank weights.
+        answers: The file of each task's answers at its own stage.
+        config: The text of `config.yaml`, or None.
     """
 
     name: str
@@ -67,8 +65,8 @@ def read_run(run_dir: Path, results_dir: Path) -> RunRecord:
     """Read whatever a run left in its run folder and its results folder.
 
     Raises:
-        ReportError: neither a ledger nor an evaluation exists, or answers or scores were changed since.
-        StateError: a file is damaged, or of a later version.
+        ReportError: Neither a ledger nor an evaluation exists, or answers or scores have changed since.
+        StateError: A file is damaged, or of a later version.
     """
     evaluation, ledger = read_evaluation(results_dir), read_ledger(run_dir)
     source = evaluation or ledger
@@ -101,22 +99,22 @@ def read_run(run_dir: Path, results_dir: Path) -> RunRecord:
 
 
 def read_ledger(run_dir: Path) -> RunLedger | None:
-    """`ledger.json`, or None if nothing was trained.
+    """Read `ledger.json`; None if nothing was trained.
 
     Raises:
-        StateError: it is damaged, or of a later version.
+        StateError: The file is damaged, or of a later version.
     """
     return RunLedger.read_if_there(run_dir / LEDGER)
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The logged steps of a task in order, each with the validation after it; of a figure that a resumed run logged
+    """Read the logged steps of a task in order, each with the validation after it. Where a resumed run logged a figure
     again, the later one counts.
 
-    A last line that is cut off, as a killed run leaves it, is passed over.
+    A last line that is cut off, as a killed run leaves it, is skipped.
 
     Raises:
-        ReportError: another line is not a JSON object with a step; the message names file and line.
+        ReportError: Another line is not a JSON object with a step; the message names file and line.
     """
     lines = check_regular(path).read_bytes().split(b"\n")
     steps: dict[int, dict[str, float]] = {}
@@ -135,7 +133,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 class _LogStep(BaseModel):
-    """A line of a log: numbers by name, its step among them."""
+    """A line of a log: numbers by name, with the step among them."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     __pydantic_extra__: dict[str, float]
@@ -144,13 +142,13 @@ class _LogStep(BaseModel):
 
 
 def load_published_scores(path: Path = PUBLISHED_SCORES) -> dict[str, PublishedRun]:
-    """The published runs by kind: `each`, `mslora_cr_ortho`, `mslora_cr_ortho_6task`."""
+    """Read the published runs by kind: `each`, `mslora_cr_ortho`, `mslora_cr_ortho_6task`."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     return {kind: PublishedRun.model_validate(run) for kind, run in content.items()}
 
 
 def _answer_files(evaluation: Evaluation, results_dir: Path) -> dict[str, Path]:
-    """The answers of each task at its own stage, where they are still there."""
+    """Return the answers of each task at its own stage, where they still exist."""
     cells = {task: cell for task in evaluation.tasks if (cell := evaluation.own_cell(task))}
     paths = {task: results_dir / cell.answers for task, cell in cells.items()}
     return {task: path for task, path in paths.items() if path.is_file()}

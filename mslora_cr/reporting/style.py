@@ -3,7 +3,7 @@
 from mslora_cr.metrics.typed import CHOICE, TYPED
 
 METRICS = {"closed": "close accuracy", "f1": "f1 score", "exact": "exact match score"}
-"""Name in `published_scores.yaml` → name in `metrics.json`."""
+"""Names in `published_scores.yaml`, mapped to names in `metrics.json`."""
 TITLES = {
     "closed": "closed accuracy",
     "f1": "F1 of open answers",
@@ -13,8 +13,8 @@ TITLES = {
 REPORTED = {"choice": CHOICE, **METRICS}
 """The columns of a report's table of scores."""
 MATRICES = {"benchmark": "benchmark", **REPORTED}
-"""The same for tables of tasks and stages, which a public benchmark's own score opens where the run has one. The first
-that a run has is its headline."""
+"""The same for tables of tasks and stages. A public benchmark's own score comes first where the run has one. The
+headline is the first metric that a run has."""
 REPORTED_TITLES = {**TITLES, "choice": CHOICE, "closed": "published closed accuracy"}
 ADDED_TITLES = {
     "whole-word accuracy": "closed accuracy by whole words",
@@ -24,7 +24,7 @@ ADDED_TITLES = {
     "token recall": "token recall",
     **{name: name for name in TYPED if name != CHOICE},
 }
-"""Title by name in `metrics.json` of what the published evaluation does not measure."""
+"""Titles of what the published evaluation does not measure, by name in `metrics.json`."""
 BENCHMARK_TITLES = {
     "IoU": "mean IoU",
     "recall at IoU 0.5": "recall at IoU 0.5",
@@ -35,4 +35,4 @@ BENCHMARK_TITLES = {
 }
 """The same of boxes and of public benchmarks' scorers; shown where a run has them."""
 PALETTE = ("#2f7fd6", "#d97a2b", "#2f9e6e", "#a65cc9", "#c94f6d", "#8a8f2a")
-"""Colours that read on white and on black alike."""
+"""Colours that are legible on white and on black alike."""

@@ -59,6 +59,6 @@ def write_sweep_page(sweep: SweepResult, output: Path) -> Path:
 
 
 def _sweep_points(runs: Sequence[Outcome], method: str, metric: str, figure: str) -> list[tuple[str, float]]:
-    """(order, value) of each run of a method that has the figure."""
+    """Return (order, value) of each run of a method that has the figure."""
     values = [(str(run.order), run.figures.get(metric, {}).get(figure)) for run in runs if run.method == method]
     return [(order, value) for order, value in values if isinstance(value, float)]
