@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from PIL import Image
 from torch import Tensor
 
+from mslora_cr.data.answers.boxes import BoxRule
 from mslora_cr.data.prompts import Turn
 from mslora_cr.data.records import TestRecord, TrainingRecord
 
@@ -72,6 +73,11 @@ class InputProcessor(Protocol):
     @property
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end an answer."""
+        ...
+
+    @property
+    def box_rule(self) -> BoxRule:
+        """How the model writes boxes."""
         ...
 
     @property

@@ -49,6 +49,10 @@ class LlavaMedInputs:
     """Where the tower's features are read from, if the model takes them instead of pixels."""
 
     @property
+    def box_rule(self) -> BoxRule:
+        return SQUARE
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         return (self.tokenizer.eos_token_id,)
 
@@ -101,7 +105,7 @@ class LlavaMedInputs:
 
     def prompt(self, record: TestRecord, roots: Sequence[Path]) -> Prompt:
         names = self.image_names(record)
-        [question] = filled([record.question], record, SQUARE)
+        [question] = filled([record.question], record, self.box_rule)
         ids = encode_prompt(self.tokenizer, generation_prompt(question, len(names)))
         ids = self.expand(Encoded(ids, [IGNORE_INDEX] * len(ids))).input_ids
         images = tuple(resolve_image(name, roots) for name in names)
@@ -135,5 +139,5 @@ class LlavaMedInputs:
         return expand_images(encoded, self.image_token_id, self.patches, self.max_length)
 
     def _encode(self, record: TrainingRecord) -> Encoded:
-        turns = filled_turns(record, SQUARE)
+        turns = filled_turns(record, self.box_rule)
         return self.expand(encode_conversation(self.tokenizer, turns, len(self.image_names(record))))

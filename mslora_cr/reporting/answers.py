@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mslora_cr.config.schema import StreamConfig, Task
+from mslora_cr.data.answers.boxes import Box
 from mslora_cr.data.images import image_roots, resolve_image
 from mslora_cr.data.records import DataError, shown_images
 from mslora_cr.data.tasks import test_records
@@ -195,14 +196,10 @@ def _boxes(path: Path, questions: int) -> list[tuple[Fractions | None, Fractions
 def _fractions(row: Any) -> tuple[Fractions | None, Fractions] | None:
     if row is None:
         return None
-    width, height = map(float, row["size"])
-    said, true = row["said"], row["truth"]
-    return (None if said is None else _shares(said, width, height)), _shares(true, width, height)
-
-
-def _shares(box: Sequence[float], width: float, height: float) -> Fractions:
-    x1, y1, x2, y2 = (round(float(value) / side, 4) for value, side in zip(box, (width, height) * 2, strict=True))
-    return x1, y1, x2, y2
+    said, true = (None if box is None else Box(*map(float, box)) for box in (row["said"], row["truth"]))
+    if true is None:
+        raise ValueError("a line without a true box")
+    return said and said.shares(row["size"]), true.shares(row["size"])
 
 
 def _texts(records: Iterable[AnswerRecord]) -> list[str]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.clinical.calibrated import CALIBRATION, calibrated
 from mslora_cr.config.schema import ConfigError, StreamConfig
+from mslora_cr.data.answers.boxes import Box
+from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.images import decode_image, load_image, washed_out
 from mslora_cr.data.input_processor import TextTokenizer
 from mslora_cr.data.prompts import Message
@@ -170,6 +172,10 @@ class AnsweringModel:
         [text] = tokenizer.decode([ids])
         abstained = abstain_below is not None and confidence < abstain_below
         return Answer(text, tuple(ids), task, stage, names, likely, confidence, abstained, is_foreign)
+
+    def box_in(self, answer: str, size: tuple[int, int]) -> Box | None:
+        """The first box of an answer, in pixels of a picture of this width and height; None where there is none."""
+        return self._input_processor.box_rule.read(final_answer(answer).text, size)
 
     def route(
         self, images: ImageSource | Sequence[ImageSource], question: str, stage: int | None = None

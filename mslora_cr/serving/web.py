@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from mslora_cr.data.answers.boxes import read_box
 from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.records import TestRecord, TestRecords
 from mslora_cr.data.sources.convert_images import first_picture
@@ -153,6 +154,7 @@ class _Web:
             ],
             "probabilities": next((answer.probabilities for answer in reversed(answers) if answer.probabilities), {}),
             "truth": record.gt if record else None,
+            "box": _true_box(record) if record else None,
         }
 
     def _check_origin(self, request: Request) -> None:
@@ -194,6 +196,12 @@ def _number(text: str) -> int:
     if not text.isdecimal() or len(text) > 9:
         raise HTTPException(400, f"{text[:40]!r} is not a number")
     return int(text)
+
+
+def _true_box(record: TestRecord) -> tuple[float, float, float, float] | None:
+    """In shares of width and height; None where the truth is no box."""
+    box = read_box(record.gt) if record.size else None
+    return box.shares(record.size) if box and record.size else None
 
 
 def _score(text: str, record: TestRecord) -> str:

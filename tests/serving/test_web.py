@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import mslora_cr
 from mslora_cr.cli.main import main
 from mslora_cr.data.sources.convert_images import first_picture
 from mslora_cr.data.sources.rendering import Rendering
+from mslora_cr.serving.answering import Answer
 from mslora_cr.serving.web import make_app
 from tests.helpers.dicom import dicom, saved
 
@@ -212,3 +214,21 @@ def test_a_dicom_file_is_answered_like_the_picture_that_convert_makes_of_it(clie
         assert seen.headers["content-type"] == "image/png" and picture.size == (16, 48)
     assert client.post("/api/preview", files={"image": b"none"}).status_code == 400
     assert client.post("/api/preview", headers={"origin": "http://evil.example"}).status_code == 403
+
+
+def test_a_box_that_is_said_comes_in_shares_of_the_picture(
+    client: TestClient, model: mslora_cr.AnsweringModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLaVA-Med says fractions of the padded square: of 40 × 20 the picture is the middle half of its height."""
+    monkeypatch.setattr(model, "ask", partial(said, "at [0.2500, 0.2500, 1.0000, 0.7500]"))
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 20)).save(buffer, "PNG")
+    found = client.post("/api/ask", files={"image": buffer.getvalue()}, data={"question": "where?", "stages": "0"})
+    assert found.json()["answers"][0]["box"] == [0.25, 0, 1, 1] and found.json()["box"] is None
+    monkeypatch.setattr(model, "ask", partial(said, "nowhere"))
+    found = client.post("/api/ask", files={"image": buffer.getvalue()}, data={"question": "where?", "stages": "0"})
+    assert found.json()["answers"][0]["box"] is None
+
+
+def said(text: str, picture: Image.Image, question: str, task: str | None, stage: int, **_: Any) -> Answer:
+    return Answer(text, (), task, stage, (), {}, 1.0, False)

@@ -35,6 +35,12 @@ class Box(NamedTuple):
     def area(self) -> float:
         return max(0.0, self.x2 - self.x1) * max(0.0, self.y2 - self.y1)
 
+    def shares(self, size: Sequence[float]) -> tuple[float, float, float, float]:
+        """In shares of an image's width and height, to four digits."""
+        width, height = size
+        left, top, right, bottom = (round(value, 4) for value in self.scaled(1 / width, 1 / height))
+        return left, top, right, bottom
+
     def moved(self, x: float, y: float) -> Box:
         return Box(self.x1 + x, self.y1 + y, self.x2 + x, self.y2 + y)
 

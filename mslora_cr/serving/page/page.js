@@ -38,8 +38,23 @@ function forget() {
   at("truth").hidden = true;
   at("truth").textContent = "";
   likely({});
+  outline([]);
   tell("");
   at("ask").disabled = false;
+}
+
+// Boxes over the picture, in shares of its width and height: the true one, and dashed what the last stage said.
+function outline(boxes) {
+  at("frame").querySelectorAll("i").forEach((old) => old.remove());
+  for (const [kind, box] of boxes) {
+    if (!box) continue;
+    const mark = make("i", undefined, kind), inside = (share) => 100 * Math.min(1, Math.max(0, share));
+    mark.style.left = `${inside(box[0])}%`;
+    mark.style.top = `${inside(box[1])}%`;
+    mark.style.width = `${Math.max(0, inside(box[2]) - inside(box[0]))}%`;
+    mark.style.height = `${Math.max(0, inside(box[3]) - inside(box[1]))}%`;
+    at("frame").append(mark);
+  }
 }
 
 async function take(file) {
@@ -139,6 +154,7 @@ async function ask() {
     if (mine !== asked) return;
     at("answers").replaceChildren(...found.answers.map(card));
     likely(found.probabilities);
+    outline([["true", found.box], ["said", found.answers.at(-1)?.box]]);
     at("truth").hidden = found.truth === null;
     at("truth").textContent = found.truth === null ? "" : `Truth: ${found.truth}`;
     tell("done");
