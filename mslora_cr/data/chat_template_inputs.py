@@ -1,4 +1,5 @@
-"""Records → inputs of any image-text model, by its own processor and chat template: transformers' `AutoProcessor`.
+"""Turns records into the inputs of any image-text model by the model's own processor and chat template: transformers'
+`AutoProcessor`.
 
 Ids, label mask and images are those that the processor makes of a whole conversation; nothing here knows a model.
 """
@@ -27,7 +28,7 @@ from mslora_cr.data.records import IMAGE, TestRecord, TrainingRecord, shown_imag
 Size = tuple[int, int]
 """Width and height."""
 SplitIds = tuple[tuple[int, ...], tuple[int, ...]]
-"""Ids up to the last image, and behind it."""
+"""Ids up to the last image, and the ids after it."""
 
 
 class ProcessorTokenizer:
@@ -43,12 +44,12 @@ class ProcessorTokenizer:
         return len(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, no special token added."""
+        """Return the ids of a text, without special tokens."""
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each sequence of ids, outer white space removed. Special tokens are left out, marks of reasoning
-        are not."""
+        """Return the text of each sequence of ids, without outer white space. Special tokens are left out, marks of
+        reasoning are not."""
         if not self._special_marks:
             return [text.strip() for text in self._tokenizer.batch_decode(sequences, skip_special_tokens=True)]
         left_out = {*self._tokenizer.all_special_ids} - self._special_marks
@@ -62,7 +63,7 @@ class ProcessorTokenizer:
 
 
 class ChatSample(TypedDict):
-    """A conversation, not yet tokenised. `index` is the record's position in its file."""
+    """A conversation that is not yet tokenised. `index` is the record's position in its file."""
 
     index: int
     text: str
@@ -76,12 +77,12 @@ class ChatTemplateInputs:
 
     processor: Any
     end_ids: tuple[int, ...]
-    """Ids that end an answer."""
+    """Return the ids that end an answer."""
     max_length: int = 2048
     all_images: bool = False
     _openings: dict[tuple[str, tuple[Size, ...]], tuple[int, ...] | None] = field(default_factory=dict)
-    """Ids up to the last image, by the text up to there and the images' sizes; None where the processor's ids behind
-    the image are not those of the text behind it."""
+    """Return the ids up to the last image, by the text up to there and the images' sizes; None where the processor's
+    ids after the image differ from those of the text after it."""
 
     @cached_property
     def tokenizer(self) -> ProcessorTokenizer:
@@ -100,7 +101,7 @@ class ChatTemplateInputs:
         return paths_of([self.image_names(record) for record in records], roots)
 
     def load_images(self, names: Sequence[str], roots: Sequence[Path]) -> list[Image.Image]:
-        """Decoded, in RGB."""
+        """Decode the images, in RGB."""
         return [load_image(resolve_image(name, roots)) for name in names]
 
     def process_images(self, images: Sequence[Image.Image]) -> list[Image.Image]:
@@ -136,10 +137,10 @@ class ChatTemplateInputs:
         return partial(self.batch, multiple=multiple)
 
     def batch(self, samples: Sequence[ChatSample], multiple: int = 1) -> dict[str, Tensor]:
-        """A right-padded batch, cut at `max_length`; a label wherever a token has a part of an answer.
+        """Build a right-padded batch, cut at `max_length`; a token has a label wherever a part of an answer is in it.
 
         Raises:
-            ValueError: the processor rewrites a conversation, so that its answers are not found in its ids.
+            ValueError: The processor rewrites a conversation, so that its answers are not found in its ids.
         """
         texts, images = [sample["text"] for sample in samples], [sample["images"] for sample in samples]
         inputs = self._processed(texts, images, "right", **({"pad_to_multiple_of": multiple} if multiple > 1 else {}))
@@ -156,9 +157,9 @@ class ChatTemplateInputs:
         return {**cut, "record_index": torch.tensor([sample["index"] for sample in samples])}
 
     def _learned(self, sample: ChatSample, ids: Sequence[int]) -> list[int]:
-        """The positions of a sample's answers in the processor's ids.
+        """Return the positions of a sample's answers in the processor's ids.
 
-        The text is tokenised once more with its placeholders; what stands between them is found in `ids` again.
+        The text is tokenised once more with its placeholders; what stands between them is searched for in `ids`.
         """
         text = self._tokenized(sample["text"], return_offsets_mapping=True)
         inside = [
@@ -187,7 +188,7 @@ class ChatTemplateInputs:
         return len(opening) + len(rest)
 
     def _question(self, record: TestRecord, roots: Sequence[Path]) -> tuple[str, tuple[Path, ...]]:
-        """A question's prompt and its images."""
+        """Return a question's prompt and its images."""
         [question] = filled([record.question], record, self.box_rule)
         self._check_text([question])
         images = tuple(resolve_image(name, roots) for name in self.image_names(record))
@@ -222,7 +223,7 @@ class ChatTemplateInputs:
         return tuple(self.tokenizer.encode(text[start:stop]))
 
     def answering_batch(self, prompts: Sequence[Prompt], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-        """A left-padded batch of whole prompts, their ids included: the processor makes both."""
+        """Build a left-padded batch of whole prompts, with their ids: the processor makes both."""
         return self._processed([prompt.text for prompt in prompts], images, "left")
 
     # --- the processor ---
@@ -241,7 +242,7 @@ class ChatTemplateInputs:
         return training_chat(self.processor, messages, ends, self.processor.tokenizer.eos_token)
 
     def _check_text(self, texts: Iterable[str]) -> None:
-        """Refuse what would not be read as text; `<image>` is the records' own mark, and never text."""
+        """Refuse text that would not be read as text. `<image>` is the records' own marker, and never text."""
         for text in texts:
             if token := self._control_tokens.search(text.replace(IMAGE, "")):
                 raise ValueError(f"the text spells out {token[0]!r}, which the model takes for a control token")
@@ -268,8 +269,9 @@ class ChatTemplateInputs:
         return dict(inputs)
 
     def split_ids(self, text: str, sizes: Sequence[Size]) -> SplitIds:
-        """Ids of a text with images of these sizes, as the processor gives them: up to the last image with all that
-        stands for it, and behind it. Blank images stand in; all of it is behind where it cannot be cut."""
+        """Return the ids of a text with images of these sizes, as the processor gives them: up to the last image with
+        everything that stands for it, and after it. Blank images stand in for the real ones. All ids count as after the
+        image where the text cannot be cut."""
         if (placeholders := text.count(self.image_token)) != len(sizes):
             raise ValueError(f"the model's chat template has {placeholders} places for {len(sizes)} images")
         if not sizes:
@@ -297,10 +299,10 @@ class ChatTemplateInputs:
 
     @cached_property
     def image_token(self) -> str:
-        """The text that the chat template writes for an image.
+        """Return the text that the chat template writes for an image.
 
         Raises:
-            ValueError: neither processor nor tokenizer names one.
+            ValueError: Neither processor nor tokenizer names one.
         """
         owners = (self.processor, self.processor.tokenizer)
         token = next((candidate for owner in owners if (candidate := getattr(owner, "image_token", None))), None)
@@ -314,7 +316,8 @@ class ChatTemplateInputs:
         return ids[0] if len(ids) == 1 else None
 
     def _adds_special(self, text: str) -> bool:
-        """Whether the tokenizer adds its special tokens: not where the template has written the first of them."""
+        """Return whether the tokenizer adds its special tokens: it does not where the template has written the first of
+        them."""
         bos = self.processor.tokenizer.bos_token
         return not (bos and text.startswith(bos))
 
@@ -330,14 +333,14 @@ BY_POSITION = (
     *("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"),
     "cross_attention_mask",
 )
-"""What processors give that has a row's positions as its second dimension."""
+"""The outputs of processors that have a row's positions as their second dimension."""
 
 
 def aligned(text: Sequence[int], ids: Sequence[int], image: int | None) -> Iterator[tuple[int, int]]:
-    """Where a text's tokens are once its images' placeholders are replaced, as (position in text, position in ids).
+    """Find a text's tokens once its images' placeholders are replaced, as (position in text, position in ids).
 
-    The parts between placeholders keep their ids and order: the first starts `ids`, the last ends it, and each part
-    between is looked for behind the one before. Nothing is yielded from where a part is not found.
+    The parts between placeholders keep their ids and order: the first part starts `ids`, the last one ends it, and each
+    part between is searched for after the one before. Nothing is yielded from the first part that is not found.
     """
     ends = [start_of_part for start_of_part, token in enumerate(text) if token == image]
     starts, behind = [0, *(start_of_part + 1 for start_of_part in ends)], 0
@@ -353,5 +356,5 @@ def aligned(text: Sequence[int], ids: Sequence[int], image: int | None) -> Itera
 
 
 def _index_of(ids: Sequence[int], part: list[int], behind: int) -> int:
-    """The first place of a part, -1 without any."""
+    """Return the first place of a part, -1 without any."""
     return next((start for start in range(behind, len(ids)) if list(ids[start : start + len(part)]) == part), -1)

@@ -1,4 +1,4 @@
-"""Records as data sets of samples. Images are decoded here: in the data loader's workers."""
+"""Records as data sets of samples. Images are decoded here, in the data loader's workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Record_co = TypeVar("Record_co", TrainingRecord, TestRecord, covariant=True)
 
 
 class Records(Protocol[Record_co]):
-    """Records whose places can be named."""
+    """Records whose locations can be named."""
 
     @property
     def path(self) -> Path: ...
@@ -25,16 +25,16 @@ class Records(Protocol[Record_co]):
     def __getitem__(self, index: int, /) -> Record_co: ...
     def __iter__(self) -> Iterator[Record_co]: ...
     def location(self, index: int) -> str:
-        """Where a record is in the file, in words."""
+        """Describe where a record is in the file, in words."""
         ...
 
 
 KEPT_BYTES = 512 << 20
-"""The most bytes of decoded samples that are kept from epoch to epoch, if the whole data set fits."""
+"""Decoded samples of up to this many bytes are kept from epoch to epoch, if the whole data set fits."""
 
 
 class TrainDataset(Dataset[Any]):
-    """The training samples of a task. Those of a small data set are decoded once, where no workers decode them: a
+    """The training samples of a task. Those of a small data set are decoded only once if no workers decode them; a
     worker ends with its epoch."""
 
     def __init__(
@@ -65,7 +65,7 @@ class TrainDataset(Dataset[Any]):
             self._kept.clear()
 
     def lengths(self) -> list[int]:
-        """Positions of every sample, image patches included, without decoding an image."""
+        """Return the number of positions of every sample, image patches included, without decoding an image."""
         counted = []
         for index, record in enumerate(self.records):
             try:
@@ -79,7 +79,8 @@ class TrainDataset(Dataset[Any]):
 
 
 def _decoded_bytes(sample: Any) -> int:
-    """Of a sample's images, as RGB or as what the model is given, and about those of its lists of ids or its text."""
+    """Estimate the bytes of a sample's images, as RGB or as the model takes them, and of its lists of ids or its
+    text."""
     pixels = sample.get("pixel_values")
     images = sum(3 * image.width * image.height for image in sample.get("images", ()))
     text = 64 * len(sample.get("input_ids") or sample.get("text", ""))
@@ -87,7 +88,7 @@ def _decoded_bytes(sample: Any) -> int:
 
 
 class ConcatTrainDataset(ConcatDataset[Any]):
-    """The training samples of one task or several, one behind another; `index` counts through all of them.
+    """The training samples of one task or several, one after another; `index` counts through all of them.
 
     The position after the last is a padding sample, which fills up a batch: the first sample without a label.
     """
@@ -98,7 +99,7 @@ class ConcatTrainDataset(ConcatDataset[Any]):
 
     @property
     def counts(self) -> list[int]:
-        """How many samples each part has."""
+        """Return how many samples each part has."""
         return [len(part) for part in self.parts]
 
     def __getitem__(self, index: int) -> Any:
@@ -107,11 +108,11 @@ class ConcatTrainDataset(ConcatDataset[Any]):
         return {**super().__getitem__(index), "index": index}
 
     def lengths(self) -> list[int]:
-        """Positions of every sample, as `TrainDataset.lengths`."""
+        """Return the number of positions of every sample, as `TrainDataset.lengths` does."""
         return [length for part in self.parts for length in part.lengths()]
 
     def location(self, index: int) -> str:
-        """Where a sample's record is, for errors."""
+        """Describe where a sample's record is, for errors."""
         part = bisect_right(self.cumulative_sizes, index)
         records = self.parts[part].records
         location = records.location(index - ([0, *self.cumulative_sizes][part]))
@@ -128,7 +129,7 @@ class EvalDataset:
         return len(self.records)
 
     def prompts(self) -> list[Prompt]:
-        """Every question's prompt, image patches included, without reading an image.
+        """Return every question's prompt, image patches included, without reading an image.
 
         Raises:
             DataError: An image is missing, or a prompt is cut through one.
@@ -144,7 +145,7 @@ class EvalDataset:
         return replace(prompt, opening=openings.setdefault(prompt.opening, prompt.opening))
 
     def load_images(self, index: int) -> Any:
-        """A question's images, as `InputProcessor.load_images`.
+        """Load a question's images, as `InputProcessor.load_images` does.
 
         Raises:
             DataError: An image cannot be read.
@@ -178,10 +179,10 @@ class ConcatEvalDataset:
         return (record for part in self.parts for record in part.records)
 
     def prompts(self) -> list[Prompt]:
-        """Every question's prompt, as `EvalDataset.prompts`."""
+        """Return every question's prompt, as `EvalDataset.prompts` does."""
         return [prompt for part in self.parts for prompt in part.prompts()]
 
     def load_images(self, index: int) -> Any:
-        """A question's images, as `EvalDataset.load_images`."""
+        """Load a question's images, as `EvalDataset.load_images` does."""
         part, index_in_part = self._positions[index]
         return part.load_images(index_in_part)

@@ -19,8 +19,8 @@ from mslora_cr.data.prompts import Turn
 from mslora_cr.data.records import TestRecord, TrainingRecord
 
 Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
-"""Samples → a right-padded batch: `input_ids`, `labels`, `attention_mask` (batch, length) int64, `record_index`
-(batch,) int64, and what the model takes of images."""
+"""Turns samples into a right-padded batch: `input_ids`, `labels`, `attention_mask` (batch, length) int64,
+`record_index` (batch,) int64, and the image inputs of the model."""
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,29 @@ class Prompt:
     """A question's prompt, split after its last image where openings are shared."""
 
     opening: tuple[int, ...]
-    """Ids up to the last image's patches, them included; none without an image. Equal ones are one object."""
+    """Ids up to and with the last image's patches; none without an image. Equal ones are one object."""
     rest: tuple[int, ...]
     images: tuple[Path, ...]
     text: str = ""
-    """As the chat template has it, for a processor; empty where ids are all that is needed."""
+    """The text as the chat template writes it, for a processor; empty where ids are all that is needed."""
 
     def __len__(self) -> int:
         return len(self.opening) + len(self.rest)
 
 
 class LabelCount(NamedTuple):
-    """Of one training sample, in positions."""
+    """Number of labels and positions of one training sample."""
 
     labels: int
-    """Before it is cut at `max_length`; 0 where the template cannot hold the conversation."""
+    """Number of labels before the sample is cut at `max_length`; 0 where the template cannot hold the conversation."""
     learned: int
-    """Those that are left after the cut."""
+    """Number of labels that are left after the cut."""
     length: int
-    """Before it is cut, images included."""
+    """Number of positions before the cut, images included."""
 
 
 class TextTokenizer(Protocol):
-    """Text ↔ ids, without what a template adds."""
+    """Converts text to ids and back, without what a template adds."""
 
     @property
     def eos_token_id(self) -> int: ...
@@ -61,18 +61,18 @@ class TextTokenizer(Protocol):
 
 
 class InputProcessor(Protocol):
-    """Cheap to send to data loader workers, where images are decoded."""
+    """Turns records into a model's inputs. It is cheap to send to data loader workers, where images are decoded."""
 
     @property
     def tokenizer(self) -> TextTokenizer: ...
     @property
     def max_length(self) -> int:
-        """Positions of a sample, `data.max_length`."""
+        """Positions of a sample at most, `data.max_length`."""
         ...
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer."""
+        """Return the ids that end an answer."""
         ...
 
     @property
@@ -83,74 +83,76 @@ class InputProcessor(Protocol):
     @property
     def shares_openings(self) -> bool:
         """Whether questions about the same images may share what stands before them: ids and positions that no text
-        behind them changes."""
+        after them changes."""
         ...
 
     def image_names(self, record: TrainingRecord | TestRecord, /) -> tuple[str, ...]:
-        """The images of a record that are shown."""
+        """Return the images of a record that are shown."""
         ...
 
     def image_paths(self, records: Iterable[TrainingRecord | TestRecord], roots: Sequence[Path], /) -> list[Path]:
-        """Every image that some records show, once."""
+        """Return every image that some records show, once."""
         ...
 
     def sample(self, index: int, record: TrainingRecord, roots: Sequence[Path], /) -> Any:
-        """A conversation with its images, decoded; the collator takes it. `index`: the record's."""
+        """Encode a conversation with its decoded images, for the collator. `index` is the record's."""
         ...
 
     def length(self, record: TrainingRecord, roots: Sequence[Path], /) -> int:
-        """Positions of its sample, images included; none is decoded."""
+        """Return the number of positions of a record's sample, images included, without decoding an image."""
         ...
 
     def count_labels(self, record: TrainingRecord, roots: Sequence[Path], /) -> LabelCount:
-        """How many labels its sample has, before and after it is cut; no image is decoded."""
+        """Return how many labels a record's sample has, before and after it is cut, without decoding an image."""
         ...
 
     def padding_sample(self, sample: Any, index: int, /) -> Any:
-        """The same sample without a label."""
+        """Return the same sample without a label."""
         ...
 
     def collator(self, multiple: int = 1, /) -> Collate:
-        """Its batches are as long as a multiple of this."""
+        """Return the collator; the length of its batches is a multiple of `multiple`."""
         ...
 
     def prompt(self, record: TestRecord, roots: Sequence[Path], /) -> Prompt:
-        """A question's prompt; no image is decoded."""
+        """Return a question's prompt, without decoding an image."""
         ...
 
     def prompt_length(self, record: TestRecord, roots: Sequence[Path], /) -> int:
-        """Positions of a question's prompt before it is cut, images included; none is decoded."""
+        """Return the number of positions of a question's prompt before it is cut, images included, without decoding an
+        image."""
         ...
 
     def answer_ids(self, question: str, images: int, answer: str, /) -> tuple[int, ...]:
-        """Ids of an answer behind the prompt of a question about some images, as training encodes them: up to and with
-        the token that ends it.
+        """Return the ids of an answer after the prompt of a question about some images, as training encodes them: up to
+        and with the token that ends it.
 
         Raises:
-            ValueError: the chat template has no place for them.
+            ValueError: The chat template has no place for them.
         """
         ...
 
     def process_images(self, images: Sequence[Image.Image], /) -> Any:
-        """Decoded images as `answering_batch`, `asked` and the router take them."""
+        """Decode images in the form that `answering_batch`, `asked` and the router take."""
         ...
 
     def load_images(self, names: Sequence[str], roots: Sequence[Path], /) -> Any:
-        """Of image files, as `process_images`."""
+        """Return what the images of files are to the model, as `process_images` does."""
         ...
 
     def answering_batch(self, prompts: Sequence[Prompt], images: Sequence[Any], /) -> dict[str, Tensor]:
-        """The inputs of a decoder besides the prompts' ids.
+        """Return the inputs of a decoder besides the prompts' ids.
 
         Args:
-            images: those of each, as `load_images` gives them.
+            images: The images of each prompt, as `load_images` returns them.
         """
         ...
 
     def asked(self, earlier: Sequence[Turn], question: str, images: Any, /) -> tuple[list[int], dict[str, Tensor]]:
-        """Ids of a prompt that goes on from earlier turns about the same images, and its `answering_batch` alone.
+        """Return the ids of a prompt that continues earlier turns about the same images, and its `answering_batch`
+        alone.
 
         Raises:
-            ValueError: prompt and images take more positions than there may be.
+            ValueError: Prompt and images take more positions than are allowed.
         """
         ...

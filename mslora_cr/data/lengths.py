@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from mslora_cr.data.datasets import Records
 
 CLIP_PATCHES = 576
-"""Of CLIP ViT-L/14 at 336 pixels, assumed where the model's own tower is not available."""
+"""Patches of CLIP ViT-L/14 at 336 pixels, assumed where the model's own tower is not available."""
 
 
 MOST_LOCATIONS = 3
-"""How many places a message names."""
+"""A message names this many locations."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """How long a sample of LLaVA-Med may be, and what its length is measured with."""
+    """The greatest length of a LLaVA-Med sample, and the tools that measure lengths."""
 
     tokenizer: Tokenizer
     patches: int
@@ -34,10 +34,10 @@ class Limit:
 
 
 def read_limit(model: Path, max_length: int) -> Limit:
-    """The tokenizer of LLaVA-Med's folder, and how many patches its vision tower makes of an image.
+    """Load the tokenizer of LLaVA-Med's folder, and find how many patches its vision tower makes of an image.
 
     Raises:
-        DataError: the folder holds no readable tokenizer or config.json.
+        DataError: The folder holds no readable tokenizer or config.json.
     """
     try:
         config = read_object(model / "config.json")
@@ -56,19 +56,19 @@ def read_limit(model: Path, max_length: int) -> Limit:
 
 @dataclass
 class LearnedCounts:
-    """Of a task's samples. Each list holds indices of records."""
+    """What training learns of a task's samples. Each list holds indices of records."""
 
     samples: int = 0
     unlabelled: list[int] = field(default_factory=list)
-    """The template cannot hold them: they add nothing to the loss."""
+    """Records that the template cannot hold: they add nothing to the loss."""
     cut: list[int] = field(default_factory=list)
-    """Longer than `data.max_length`, but some of the answer is left."""
+    """Records longer than `data.max_length` with some of the answer left."""
     lost: list[int] = field(default_factory=list)
-    """Cut before the first token of their answer."""
+    """Records that are cut before the first token of their answer."""
 
     @property
     def learned(self) -> int:
-        """How many samples have a label to learn."""
+        """Return how many samples have a label to learn."""
         return self.samples - len(self.unlabelled) - len(self.lost)
 
     def add(self, index: int, count: LabelCount, max_length: int) -> None:
@@ -84,16 +84,16 @@ class LearnedCounts:
 def count_learned(
     records: Records[TrainingRecord], roots: Sequence[Path], input_processor: InputProcessor, max_length: int
 ) -> LearnedCounts:
-    """Count what training will learn of some records; no image is decoded.
+    """Count what training will learn of some records, without decoding an image.
 
     Args:
-        records: of a task.
-        roots: where its images are.
-        input_processor: of the base model.
+        records: Records of a task.
+        roots: Folders of its images.
+        input_processor: The base model's input processor.
         max_length: `data.max_length`, in positions.
 
     Raises:
-        DataError: a record cannot be encoded, or is cut through an image; says where.
+        DataError: A record cannot be encoded, or is cut through an image; the message says where.
     """
     counts = LearnedCounts(len(records))
     for index, record in enumerate(records):
@@ -105,6 +105,6 @@ def count_learned(
 
 
 def locations(records: Records[TrainingRecord], indices: Sequence[int]) -> str:
-    """The first places of some records, for a message."""
+    """Name the first locations of some records, for a message."""
     more = f" and {len(indices) - MOST_LOCATIONS:,} more" if len(indices) > MOST_LOCATIONS else ""
     return ", ".join(records.location(index) for index in indices[:MOST_LOCATIONS]) + more

@@ -1,4 +1,4 @@
-"""LLaVA-Med's way from records to inputs: the published protocol, with the model's tokenizer and image processor."""
+"""Turns records into LLaVA-Med's inputs: the published protocol, with the model's tokenizer and image processor."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LlavaMedInputs:
     max_length: int = 2048
     all_images: bool = False
     features: FeatureCache | None = None
-    """Where the tower's features are read from, if the model takes them instead of pixels."""
+    """The store of the tower's features, if the model takes them instead of pixels."""
 
     @property
     def box_rule(self) -> BoxRule:
@@ -69,14 +69,15 @@ class LlavaMedInputs:
         return shown_images(record, self.all_images)
 
     def load_images(self, names: Sequence[str], roots: Sequence[Path]) -> Tensor:
-        """(images, 3, height, width) float32; or the tower's features, (images, positions, width), where cached."""
+        """Decode images to (images, 3, height, width) float32, or to the tower's features, (images, positions, width),
+        where these are cached."""
         paths = [resolve_image(name, roots) for name in names]
         if self.features is not None and paths:
             return torch.stack([self.features.load(path) for path in paths])
         return self.process_images([load_image(path) for path in paths])
 
     def process_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """(images, 3, height, width) float32."""
+        """Decode images to (images, 3, height, width) float32."""
         pixels = [preprocess(image, self.image_processor) for image in images]
         size = self.image_processor.crop_size
         return torch.stack(pixels) if pixels else torch.empty(0, 3, size["height"], size["width"])
@@ -123,7 +124,7 @@ class LlavaMedInputs:
         return tuple(encode_conversation(self.tokenizer, turns, images).input_ids[len(prompt) :])
 
     def answering_batch(self, prompts: Sequence[Prompt], images: Sequence[Tensor]) -> dict[str, Tensor]:
-        """`pixel_values`, the images of all prompts one after another; nothing where there are none."""
+        """Return `pixel_values`, the images of all prompts one after another; empty where there are none."""
         pixels = [of_prompt for of_prompt in images if len(of_prompt)]
         return {"pixel_values": torch.cat(pixels)} if pixels else {}
 

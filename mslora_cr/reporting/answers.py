@@ -43,14 +43,13 @@ class AnswerSet:
     """One answering of a task's questions.
 
     Attributes:
-        stages: that it stands for.
-        banks: that answered.
-        texts: by question, the answer.
-        hits: by question, whether it is right.
-        scores: by question, in [0, 1] (closed: right or not; open: F1).
-        confidences: by question, the probability of the answer's tokens, None where it is not known; empty where none
-            is.
-        boxes: by question, the box that it gives and the true one; empty where no question is about a box.
+        stages: The stages for which it stands.
+        banks: The banks that answered.
+        texts: The answer to each question.
+        hits: Whether each answer is right.
+        scores: The score of each answer, in [0, 1] (closed: right or not; open: F1).
+        confidences: The probability of each answer's tokens, None where unknown; empty where none is known.
+        boxes: The box that each answer gives, and the true one; empty where no question is about a box.
     """
 
     stages: tuple[int, ...]
@@ -178,11 +177,8 @@ def _keys(records: Sequence[AnswerRecord], table: ScoreTable) -> list[QuestionKe
 
 
 def _boxes(path: Path, questions: int) -> list[tuple[Fractions | None, Fractions] | None]:
-    """By question, the box that was said and the true one; none where the file is missing or of other questions.
-
-    Raises:
-        DataError: a line of it is malformed.
-    """
+    """Return the box that each answer gives and the true one; empty where the file is missing or belongs to other
+    questions."""
     if not path.is_file():
         return []
     lines = [line for line in check_regular(path).read_bytes().split(b"\n") if line.strip()]

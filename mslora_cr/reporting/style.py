@@ -33,6 +33,6 @@ BENCHMARK_TITLES = {
     "benchmark without METEOR": "mean of captions' scores without METEOR",
     **{name: name for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "caption ROUGE-L", "CIDEr / 10")},
 }
-"""The same of boxes and of public benchmarks' scorers; shown where a run has them."""
+"""The same for boxes and public benchmarks' scorers; shown where a run has them."""
 PALETTE = ("#2f7fd6", "#d97a2b", "#2f9e6e", "#a65cc9", "#c94f6d", "#8a8f2a")
 """Colours that are legible on white and on black alike."""
