@@ -66,13 +66,13 @@ class MixedRecords(Sequence[TrainingRecord]):
         return (self[index] for index in range(len(self)))
 
     def location(self, index: int) -> str:
-        """Where a record is, in words."""
+        """Describe where a record is, in words."""
         if index < len(self._own):
             return self._own.location(index)
         return f"{self._others.path}: {self._others.location(index - len(self._own))}"
 
     def _from_root(self, name: str) -> str:
-        """The name of an image from the data root on; one that is missing keeps its name, for the message."""
+        """Return the name of an image from the data root on; a missing image keeps its name, for the message."""
         try:
             return resolve_image(name, self._roots).relative_to(self._root).as_posix()
         except DataError:
@@ -91,12 +91,12 @@ def task_image_roots(config: StreamConfig, task: Task) -> list[Path]:
 
 
 def training_file(config: StreamConfig, task: Task) -> Path:
-    """The task's training records, `train.json` unless its data set names another file."""
+    """Return the task's training records, `train.json` unless its data set names another file."""
     return task_folder(config, task) / task.train
 
 
 def test_file(config: StreamConfig, task: Task) -> Path:
-    """The task's questions, `test.jsonl` unless its data set names another file."""
+    """Return the task's questions, `test.jsonl` unless its data set names another file."""
     return task_folder(config, task) / task.test
 
 
@@ -120,7 +120,7 @@ def training_records(config: StreamConfig, task: Task) -> TaskRecords:
 
 
 def _few_shots(config: StreamConfig, task: Task) -> TrainingRecords:
-    """The records of a task that are not held out, at most `samples` of them."""
+    """Return the records of a task that are not held out, at most `samples` of them."""
     records, _ = _sides(config, task)
     if task.samples is None:
         return records
@@ -133,7 +133,7 @@ def _few_shots(config: StreamConfig, task: Task) -> TrainingRecords:
 
 
 def _taken(config: StreamConfig, task: Task, records: TrainingRecords, share: float) -> tuple[list[int], list[int]]:
-    """Places of a task's records that the task before trains on, and of those that stay, at least one."""
+    """Return the places of a task's records that the task before trains on, and of those that stay, at least one."""
     order = _shuffled(len(records), f"{config.seed} {task.name} mixed")
     count = min(round(share * len(records)), len(records) - 1)
     return sorted(order[:count]), sorted(order[count:])
@@ -146,8 +146,8 @@ def _shuffled(count: int, seed: str) -> list[int]:
 
 
 def validation_records(config: StreamConfig, task: Task) -> ValidationRecords | None:
-    """The task's validation records: its `val.jsonl`, or those that `data.validation` holds out; None where there are
-    none.
+    """Return the task's validation records: its `val.jsonl`, or those that `data.validation` holds out; None where
+    there are none.
 
     Raises:
         DataError: A file cannot be read, or there is nothing to hold out.
@@ -160,7 +160,7 @@ def validation_records(config: StreamConfig, task: Task) -> ValidationRecords | 
 
 
 def _sides(config: StreamConfig, task: Task) -> tuple[TrainingRecords, TrainingRecords | None]:
-    """The records that are trained on, and those that are held out."""
+    """Return the records that are trained on, and those that are held out."""
     records, share = TrainingRecords(training_file(config, task)), config.data.validation
     if share is None or (task_folder(config, task) / VALIDATION).is_file():
         return records, None
@@ -174,10 +174,10 @@ def _sides(config: StreamConfig, task: Task) -> tuple[TrainingRecords, TrainingR
 
 
 def test_records(config: StreamConfig, task: Task) -> TestRecords:
-    """The task's questions.
+    """Return the task's questions.
 
     Raises:
-        DataError: they, or the further true answers that the data set names, cannot be read.
+        DataError: They, or the further true answers that the data set names, cannot be read.
     """
     references = task_folder(config, task) / task.references if task.references else None
     return read_questions(test_file(config, task), task.benchmark, references)
@@ -209,7 +209,8 @@ def read_questions(
 def images_shown(
     config: StreamConfig, task: Task, records: Records[TestRecord] | Records[TrainingRecord]
 ) -> dict[Path, int]:
-    """Every image that the task's records show, in their order, with the index of the first record that shows it.
+    """Return every image that the task's records show, in their order, with the index of the first record that shows
+    it.
 
     Raises:
         DataError: An image is missing or outside its root; the message names the record.

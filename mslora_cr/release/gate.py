@@ -67,7 +67,7 @@ class GateTest(Part):
 
 
 def gate_tests(plan: Plan, results_dir: Path, level: float) -> list[GateTest]:
-    """All tests of an evaluated run: its earlier tasks, its newest task and the plan's probes.
+    """Run all tests of an evaluated run: its earlier tasks, its newest task and the plan's probes.
 
     Args:
         plan: What must be shown.
@@ -75,7 +75,7 @@ def gate_tests(plan: Plan, results_dir: Path, level: float) -> list[GateTest]:
         level: The one-sided level of each test.
 
     Raises:
-        ReportError: A score that the plan asks for is not there; the message names the command that makes it.
+        ReportError: A score that the plan asks for does not exist; the message names the command that makes it.
         DataError: The scores of a cell are gone.
     """
     evaluation = required_evaluation(results_dir)
@@ -87,7 +87,7 @@ def gate_tests(plan: Plan, results_dir: Path, level: float) -> list[GateTest]:
 
 
 def verdict_of(tests: Sequence[GateTest]) -> Verdict:
-    """`reject` if a test failed, else `hold` if one is open, else `release`."""
+    """Return `reject` if a test failed, else `hold` if one is open, else `release`."""
     outcomes = {test.outcome for test in tests}
     return "reject" if "fail" in outcomes else "hold" if "hold" in outcomes else "release"
 
@@ -180,8 +180,8 @@ def _test(
 
 
 def _outcome(plan: Plan, comparison: NonInferiority, required: float, what: str) -> tuple[Outcome, str]:
-    """The outcome of a test and why: it passes by its p-value; at or beyond what is required no number of patients
-    would help, so it fails; between the two it is open."""
+    """Return the outcome of a test and its reason. The test passes by its p-value. It fails where the difference is at
+    or beyond the requirement, since no number of patients would help. Between the two it is open."""
     limit = f"{required:+.1f} points" if what != "new task" else "what is required"
     if comparison.groups < plan.least_patients:
         return "hold", f"{comparison.groups} independent patients or images; the plan asks for {plan.least_patients}"
@@ -194,7 +194,7 @@ def _outcome(plan: Plan, comparison: NonInferiority, required: float, what: str)
 
 
 def _column(plan: Plan, folder: Path, cell: Cell) -> Column:
-    """The scores of a cell in the plan's metric.
+    """Return the scores of a cell in the plan's metric.
 
     Raises:
         ReportError: They have changed since they were made, or the cell has no such metric.

@@ -1,4 +1,5 @@
-"""A release plan: what an update must show before it may ship. Written and registered before the update is trained."""
+"""A release plan: what an update must show before it may ship. It is written and registered before the update is
+trained."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from mslora_cr.utils.errors import first_problem
 from mslora_cr.utils.state import StateFile
 
 PLANS = "releases/plans"
-"""Where the registrations of plans go in a run folder."""
+"""Registrations of plans go into this folder of a run folder."""
 
 
 class _Section(BaseModel):
@@ -72,7 +73,7 @@ class Plan(_Section):
     note: str = ""
 
     def margin_of(self, task: str) -> float:
-        """The tolerated loss of a task, in points."""
+        """Return the tolerated loss of a task, in points."""
         rule = self.tasks.get(task)
         return self.margin if rule is None or rule.margin is None else rule.margin
 
@@ -96,7 +97,7 @@ class Registration(StateFile):
 
 
 def read_plan(path: Path, tasks: Sequence[str]) -> Plan:
-    """A plan's file.
+    """Read a plan's file.
 
     Args:
         path: The YAML file.
@@ -117,10 +118,10 @@ def read_plan(path: Path, tasks: Sequence[str]) -> Plan:
 
 
 def register(path: Path, ledger: Ledger, tasks: Sequence[str]) -> Registration:
-    """Record that a plan stands now; a plan that is registered already keeps its first registration.
+    """Record that a plan stands now; a plan that is already registered keeps its first registration.
 
     Raises:
-        ConfigError: As `read_plan`.
+        ConfigError: As for `read_plan`.
     """
     read_plan(path, tasks)
     earlier = registration_of(path, ledger)
@@ -140,7 +141,7 @@ def register(path: Path, ledger: Ledger, tasks: Sequence[str]) -> Registration:
 
 
 def registration_of(path: Path, ledger: Ledger) -> Registration | None:
-    """The registration of a plan's file as it stands; None where it was not registered, or was changed since.
+    """Return the registration of a plan's file as it stands; None where it was not registered, or has changed since.
 
     Raises:
         StateError: The registration is damaged.

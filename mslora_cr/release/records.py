@@ -27,7 +27,7 @@ from mslora_cr.utils.files import file_digest
 from mslora_cr.utils.state import StateFile
 
 RELEASES = "releases"
-"""The folder of the records in a run folder."""
+"""Return the folder of the records in a run folder."""
 
 
 class ReleaseError(UserError):
@@ -89,7 +89,7 @@ class ReleaseRecord(StateFile):
 
 
 def records_of(run_folder: Path) -> list[ReleaseRecord]:
-    """The records of a run in their order, the chain checked.
+    """Read the records of a run in their order, and check the chain.
 
     Raises:
         ReleaseError: A record is missing or was changed.
@@ -197,10 +197,10 @@ def rollback(config: StreamConfig, number: int) -> ReleaseRecord:
 
 
 def released(config: StreamConfig, number: int) -> ReleaseRecord:
-    """The record of a release whose banks are still those that were judged.
+    """Return the record of a release whose banks are still those that were judged.
 
     Raises:
-        ReleaseError: There is no such release, or a bank was changed since.
+        ReleaseError: There is no such release, or a bank has changed since.
     """
     records = records_of(config.run_dir)
     record = records[number - 1] if 0 < number <= len(records) else None
@@ -216,7 +216,7 @@ def released(config: StreamConfig, number: int) -> ReleaseRecord:
 
 
 def serving(config: StreamConfig) -> int | None:
-    """The number of the live release; None where there is none."""
+    """Return the number of the live release; None where there is none."""
     return _serving(records_of(config.run_dir))
 
 

@@ -31,26 +31,27 @@ TRAITS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def draw(kind: str, traits: Traits, rng: np.random.Generator) -> Image.Image:
-    """One picture of ``kind`` showing ``traits``: mode L for radiology, RGB otherwise, sides within ``SIDES``."""
+    """Draw one picture of ``kind`` that shows ``traits``: mode L for radiology, RGB otherwise, sides within
+    ``SIDES``."""
     width, height = (int(side) for side in rng.integers(SIDES[0], SIDES[1] + 1, size=2))
     return _PAINTERS[kind](traits, rng, width, height)
 
 
 def _grid(width: int, height: int, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
-    """x and y of every pixel, each from about -1 to 1, slightly shifted and scaled."""
+    """Return x and y of every pixel, each from about -1 to 1, slightly shifted and scaled."""
     zoom, shift_x, shift_y = rng.uniform(0.92, 1.08), rng.uniform(-0.06, 0.06), rng.uniform(-0.06, 0.06)
     y, x = np.mgrid[0:height, 0:width]
     return (2 * x / width - 1 - shift_x) / zoom, (2 * y / height - 1 - shift_y) / zoom
 
 
 def _blob(x: Pixels, y: Pixels, centre: tuple[float, float], radii: tuple[float, float], edge: float) -> Pixels:
-    """A soft ellipse: 1 inside, 0 outside, ``edge`` the width of the transition relative to the radius."""
+    """Draw a soft ellipse: 1 inside, 0 outside; ``edge`` is the width of the transition relative to the radius."""
     distance = np.hypot((x - centre[0]) / radii[0], (y - centre[1]) / radii[1])
     return 1 / (1 + np.exp((distance - 1) / (edge / 4)))
 
 
 def _clouds(width: int, height: int, rng: np.random.Generator, cells: int = 6) -> Pixels:
-    """Smooth random texture around 0, about ``cells`` cells across, standard deviation near 0.3."""
+    """Draw smooth random texture around 0, about ``cells`` cells across, with a standard deviation near 0.3."""
     coarse = Image.fromarray(rng.normal(128, 40, size=(cells, cells)).clip(0, 255).astype(np.uint8))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64) / 128 - 1
 
@@ -61,13 +62,13 @@ def _grey(pixels: Pixels, rng: np.random.Generator) -> Image.Image:
 
 
 def _rgb(pixels: Pixels, rng: np.random.Generator) -> Image.Image:
-    """Colours of shape (height, width, 3) in 0..1, with camera noise."""
+    """Return colours of shape (height, width, 3) in 0..1, with camera noise."""
     noisy = pixels * rng.uniform(0.94, 1.06) + rng.normal(0, 0.015, size=pixels.shape)
     return Image.fromarray((noisy.clip(0, 1) * 255).astype(np.uint8))
 
 
 def _mix(below: Pixels, colour: tuple[float, float, float], cover: Pixels) -> Pixels:
-    """``colour`` laid over ``below`` where ``cover`` (height, width; 0..1) says."""
+    """Lay ``colour`` over ``below`` where ``cover`` (height, width; 0..1) says so."""
     return below + cover[..., None] * (np.asarray(colour) - below)
 
 
@@ -111,7 +112,7 @@ _LARGE_NUCLEUS = 5.0  # radius in pixels
 
 
 def _tissue(traits: Traits, rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Haematoxylin and eosin: pink ground, violet nuclei, glands as pale lumina in a ring of nuclei."""
+    """Draw haematoxylin and eosin: pink ground, violet nuclei, glands as pale lumina in a ring of nuclei."""
     hue = rng.uniform(-0.03, 0.03)
     ground = np.zeros((height, width, 3)) + np.asarray((0.90 + hue, 0.66 + hue, 0.80 - hue))
     ground = _mix(ground, (0.80, 0.48, 0.68), 0.5 + 0.6 * _clouds(width, height, rng, cells=12))
@@ -148,7 +149,7 @@ def _gland(pen: ImageDraw.ImageDraw, x: float, y: float, size: float, radius: fl
 
 
 def _slide(traits: Traits, rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """The thumbnail of a whole slide: stained tissue on white glass."""
+    """Draw the thumbnail of a whole slide: stained tissue on white glass."""
     x, y = _grid(width, height, rng)
     if traits["growth"] == "papillary":  # fingers around a stalk
         turn, fingers = rng.uniform(0, 6), int(rng.integers(6, 9))
@@ -170,7 +171,7 @@ _TONES = {"light": (0.93, 0.76, 0.67), "dark": (0.50, 0.33, 0.25)}
 
 
 def _skin(traits: Traits, rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A clinical photograph of a skin condition."""
+    """Draw a clinical photograph of a skin condition."""
     x, y = _grid(width, height, rng)
     tone = np.asarray(_TONES[traits["tone"]]) * rng.uniform(0.93, 1.07)
     picture = np.zeros((height, width, 3)) + tone
@@ -205,7 +206,7 @@ _LESIONS = {
 
 
 def _dermoscopy(traits: Traits, rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A lesion through a dermatoscope: round dark rim of the optics, a few hairs."""
+    """Draw a lesion through a dermatoscope: the round dark rim of the optics, and a few hairs."""
     x, y = _grid(width, height, rng)
     picture = np.zeros((height, width, 3)) + np.asarray((0.90, 0.72, 0.66)) * rng.uniform(0.95, 1.05)
     colour, size, ragged = _LESIONS[traits["lesion"]]

@@ -1,4 +1,4 @@
-"""A tiny LLaVA-Med for the embedded stream: LLaVA-Med v1.5's layout on disk, made on the spot."""
+"""Makes a tiny LLaVA-Med for the embedded stream, with LLaVA-Med v1.5's layout on disk."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def make_tiny_llava_med(directory: Path, seed: int = 0, pretrain_steps: int = 50
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """A small sentencepiece model with Llama's conventions: byte fallback, ids 0 <unk>, 1 <s>, 2 </s>, 3.. bytes."""
+    """Train a small sentencepiece model with Llama's conventions: byte fallback, ids 0 <unk>, 1 <s>, 2 </s>, 3..
+    bytes."""
     folder.mkdir(parents=True)
     texts = [*all_texts(), *pretraining_texts()]
     sentencepiece.SentencePieceTrainer.train(
@@ -113,7 +114,8 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def _random_model(seed: int) -> LlavaForConditionalGeneration:
-    """Random weights. Word vectors and head, which pretraining does not touch, get rows of about length 1."""
+    """Return a model with random weights. Word vectors and head, which pretraining does not touch, get rows of about
+    length 1."""
     config = LlavaConfig(
         text_config=MistralConfig(**_TEXT, pad_token_id=0),
         vision_config=CLIPVisionConfig(**_VISION),
@@ -162,7 +164,7 @@ def _llava_config() -> dict[str, Any]:
 
 
 def _write_tower(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """The tower as CLIP stores it, in float32, with its preprocessing."""
+    """Save the tower as CLIP stores it, in float32, with its preprocessing."""
     folder.mkdir(exist_ok=True)
     state = model.model.vision_tower.state_dict()
     tensors = {f"vision_model.{name}": tensor.contiguous() for name, tensor in state.items()}

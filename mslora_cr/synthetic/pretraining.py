@@ -1,7 +1,7 @@
 """Pretrains the tiny LLaVA-Med of the embedded stream.
 
-Drawn pictures of every kind, described in plain visual words by someone who sees shapes and knows no medicine. The
-stream's pictures, questions and answers play no part in it.
+The data are drawn pictures of every kind, described in plain visual words by someone who sees shapes and knows no
+medicine. The stream's pictures, questions and answers play no part in it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_LENGTH = 2048
 Seen = list[tuple[str, Traits]]
 """Kind and traits of each picture of the album."""
 LossOf = Callable[[NDArray[np.int64]], Tensor]
-"""The loss on a batch, given its places in the album."""
+"""Computes the loss on a batch, given its places in the album."""
 
 _WORDS: dict[str, dict[str, dict[str, str]]] = {
     "chest": {
@@ -103,14 +103,14 @@ def pretrain(base: LlavaMed, seed: int, steps: int, progress: bool) -> None:
 
 
 def pretraining_texts() -> Iterator[str]:
-    """Every description that pretraining can give of one trait, for the tokenizer to spell well."""
+    """Return every description that pretraining can give of one trait, for the tokenizer to spell well."""
     for kind in _WORDS.values():
         for values in kind.values():
             yield from values.values()
 
 
 def _album(base: LlavaMed, rng: np.random.Generator, progress: bool) -> tuple[Tensor, Seen]:
-    """Pictures of all kinds in turn, as the tower reads them: (pictures, 3, height, width)."""
+    """Return pictures of all kinds in turn, as the tower reads them: (pictures, 3, height, width)."""
     pixels: list[Tensor] = []
     seen: Seen = []
     kinds = list(TRAITS) * (ALBUM_SIZE // len(TRAITS))
@@ -122,7 +122,7 @@ def _album(base: LlavaMed, rng: np.random.Generator, progress: bool) -> tuple[Te
 
 
 class _Descent:
-    """AdamW with a one-cycle learning rate over random batches of the album."""
+    """Run AdamW with a one-cycle learning rate over random batches of the album."""
 
     def __init__(self, name: str, album: int, batch: int, steps: int, rng: np.random.Generator, progress: bool) -> None:
         self.name, self.album, self.batch, self.steps = name, album, batch, steps
@@ -147,7 +147,7 @@ class _Descent:
 def _train_tower(base: LlavaMed, pixels: Tensor, seen: Seen, descent: _Descent) -> None:
     """Teach the tower to tell the values of each trait apart by the mean of its patch features.
 
-    The linear classifiers that judge it, one per trait, are thrown away.
+    The linear classifiers that judge it, one per trait, are discarded.
     """
     tower = base.model.model.vision_tower.requires_grad_(True)
     layer = base.model.config.vision_feature_layer
@@ -176,7 +176,7 @@ def _train_tower(base: LlavaMed, pixels: Tensor, seen: Seen, descent: _Descent) 
 def _train_language(base: LlavaMed, pixels: Tensor, seen: Seen, descent: _Descent) -> None:
     """Teach projector and language model to answer with descriptions.
 
-    Word vectors and head stay as they are: pretraining uses few words, and all others must remain as easy to say.
+    Word vectors and head stay as they are: pretraining uses few words, and all others must remain equally easy to say.
     """
     fillers, collate = _fillers(), TrainingCollator(base.tokenizer.pad_token_id)
     album = [
@@ -212,10 +212,10 @@ def _samples(
 
 
 def _descriptions(kind: str, traits: Traits, fillers: list[str], rng: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """(question, answer) pairs about one picture, the question a bag of words.
+    """Return (question, answer) pairs about one picture; the question is a bag of words.
 
-    Words that name a trait are answered with what is seen of it, any others with all that is seen, in any order: so
-    the language model learns to take in the whole picture, and to let a noun guide it.
+    Words that name a trait are answered with what is seen of it, any others with all that is seen, in any order. So the
+    language model learns to take in the whole picture, and to let a noun guide it.
     """
     words = {trait: _WORDS[kind][trait][value] for trait, value in traits.items()}
     for _ in range(2):
@@ -231,7 +231,7 @@ def _question(nouns: list[str], fillers: list[str], rng: np.random.Generator) ->
 
 
 def _fillers() -> list[str]:
-    """The stream's words but for the nouns."""
+    """Return the stream's words without the nouns."""
     words = {word for text in all_texts() for word in text.rstrip("?.").split()}
     nouns = [noun for kind in _NOUNS.values() for names in kind.values() for noun in names]
     return sorted(words - {word for noun in nouns for word in noun.split()})

@@ -21,7 +21,7 @@ from mslora_cr.utils.files import replacing_folder, write_json
 from mslora_cr.utils.progress import progress_bar
 from mslora_cr.utils.strict_json import read_object
 
-GENERATOR_VERSION = 2  # one more with every change of what is written for the same arguments
+GENERATOR_VERSION = 2  # increases with every change of what is written for the same arguments
 STAMP = "synthetic.json"  # written last: a folder that holds it is complete
 
 
@@ -34,9 +34,9 @@ class Question:
 
 @dataclass(frozen=True)
 class SyntheticTask:
-    """One task: the folders of its files, its kinds of picture, the questions about each of them.
+    """One task: the folders of its files, its kinds of picture, and the questions about each of them.
 
-    ``questions`` returns groups; one question of every group is asked per picture.
+    ``questions`` returns groups; one question of every group is asked about each picture.
     """
 
     name: str
@@ -217,7 +217,7 @@ def build_once(target: Path, what: str, parameters: dict[str, Any], build: Calla
 
 
 def sample_traits(kind: str, rng: np.random.Generator) -> Traits:
-    """Random traits of one picture. Sides are "none" in one half of the pictures, all else is uniform."""
+    """Draw random traits of one picture. Sides are "none" in one half of the pictures; everything else is uniform."""
     traits = {name: str(rng.choice(values)) for name, values in TRAITS[kind].items()}
     for name, values in TRAITS[kind].items():
         if "none" in values and rng.random() < 0.25:  # 1/3 + 2/3 * 1/4 = 1/2
@@ -226,7 +226,7 @@ def sample_traits(kind: str, rng: np.random.Generator) -> Traits:
 
 
 def all_texts() -> list[str]:
-    """Every question and answer of the stream, whatever the seed; sorted."""
+    """Return every question and answer of the stream, whatever the seed; sorted."""
     texts = {
         text
         for task in TASKS
@@ -276,7 +276,7 @@ def _write_task(
 
 
 def _file_names(count: int, rng: np.random.Generator) -> list[str]:
-    """``count`` different names that carry nothing: random numbers."""
+    """Return ``count`` different names that carry no information: random numbers."""
     return [f"{number:08d}.png" for number in rng.choice(10**8, size=count, replace=False)]
 
 

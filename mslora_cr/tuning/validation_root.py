@@ -1,4 +1,4 @@
-"""A data root in which validation questions stand where the test questions would.
+"""A data root in which validation questions take the place of the test questions.
 
 A trial trains and is evaluated there with the code that trains and evaluates a run. The test questions are not in that
 folder, so no choice can depend on them.
@@ -17,7 +17,7 @@ from mslora_cr.utils.files import file_digest, hidden_folder, replace_folder, wr
 
 TRAIN, TEST = "train.json", "test.jsonl"
 SHARE = 0.1
-"""Of the training records, where a data set has no `val.jsonl` and `data.validation` names no share."""
+"""Share of the training records, where a data set has no `val.jsonl` and `data.validation` names no share."""
 
 
 def make_validation_root(config: StreamConfig, root: Path, share: float = SHARE) -> None:
@@ -45,7 +45,8 @@ def make_validation_root(config: StreamConfig, root: Path, share: float = SHARE)
 
 
 def with_own_files(config: StreamConfig) -> StreamConfig:
-    """The configuration for such a root, where every task has the framework's own files, also one of a benchmark."""
+    """Return the configuration for such a root, where every task has the framework's own files, a benchmark's tasks
+    included."""
     names = {"train": TRAIN, "test": TEST, "benchmark": None, "references": None}
     return config.model_copy(
         update={"datasets": {name: of.model_copy(update=names) for name, of in config.datasets.items()}}

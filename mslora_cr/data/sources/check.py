@@ -43,23 +43,23 @@ if TYPE_CHECKING:
 
 
 Names = dict[str, str]
-"""Images by their place below the data set's folder, with the name that the annotations give."""
+"""Images by their path below the data set's folder, with the name that the annotations give."""
 COMMONEST = 10
-"""How many answers are counted in the report."""
+"""The report counts this many answers."""
 ONE_SIDED = 0.95
-"""The share of one answer, among closed questions or in training, from which on it is remarked."""
+"""A single answer's share, among closed questions or in training, is remarked on from this value on."""
 SHORT = 80
-"""Characters up to which a training answer is taken for a choice, such as a closed question has."""
+"""A training answer of up to this many characters is taken for a choice, as a closed question has."""
 NOTABLE = 0.01
-"""The share from which on a training answer is named."""
+"""A training answer is named from this share on."""
 CONVERTIBLE = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
-"""What a table of questions may end in."""
+"""A table of questions may have these file endings."""
 OUR_FILES = ("train.json", "test.jsonl", VALIDATION, "convert.json")
 
 
 @dataclass(frozen=True)
 class OwnDataSet:
-    """Where a data set of a configuration is kept; `test_rows` only for a published one."""
+    """Location of a configuration's data set; `test_rows` only for a published one."""
 
     name: str
     folder: str
@@ -83,13 +83,13 @@ class Scan:
 def check(
     dataset: DataSet | OwnDataSet, root: Path, processor: InputProcessor | None = None, scan: Scan | None = None
 ) -> Report:
-    """Look at one data set below the data root.
+    """Check one data set below the data root.
 
     Args:
-        dataset: of the catalogue or of a configuration.
-        root: the data root.
-        processor: measures lengths, if given.
-        scan: how image files are looked at, if they are to be.
+        dataset: The data set, from the catalogue or a configuration.
+        root: The data root.
+        processor: Measures lengths, if given.
+        scan: How image files are checked, if they are.
     """
     report = Report(dataset.name)
     folder = root / dataset.folder
@@ -136,10 +136,10 @@ def check(
 def _remember_leaks(
     folder: Path, training: TrainingRecords, test: TestRecords, names: set[str], report: Report
 ) -> None:
-    """Report on patients in both files, and keep what they have in common beside the data.
+    """Report on patients in both files, and keep what the files share beside the data.
 
     Args:
-        names: test images, as the file names them, that are trained on too.
+        names: Test images, as the file names them, that are also trained on.
     """
     patients = shared_patients(training, test)
     _check_patients(patients, ("training", "test"), report)
@@ -163,7 +163,7 @@ def _read_test(path: Path, problems: list[str], benchmark: Benchmark | None, ref
 
 
 def _opened(kind: Callable[[Path, list[str]], File], path: Path, report: Report) -> File | None:
-    """The file's good records; every malformed one is reported."""
+    """Return the file's good records; every malformed one is reported."""
     problems: list[str] = []
     try:
         records = kind(path, problems)
@@ -178,14 +178,14 @@ def _opened(kind: Callable[[Path, list[str]], File], path: Path, report: Report)
 
 
 def _advice(path: Path) -> str:
-    """Advice for a missing file that other files in its folder could be converted into."""
+    """Return advice for a missing file into which other files in its folder could be converted."""
     tables = sorted(file for file in path.parent.glob("*") if file.suffix in CONVERTIBLE)
     others = [] if path.exists() else [file.name for file in tables if file.name not in OUR_FILES]
     return f"; `mslora-cr data convert {path.parent / others[0]} --output FOLDER` may make it" if others else ""
 
 
 def _check_training(records: TrainingRecords, dataset: DataSet | OwnDataSet, report: Report) -> Names:
-    """Report on the conversations, and give the images that they name."""
+    """Report on the conversations, and return the images that they name."""
     empty, nul = [], []
     names: set[str] = set()
     answers: Counter[str] = Counter()
@@ -212,7 +212,7 @@ def _check_training(records: TrainingRecords, dataset: DataSet | OwnDataSet, rep
 
 
 def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, report: Report) -> Names:
-    """Report on the questions, and give the images that they name."""
+    """Report on the questions, and return the images that they name."""
     asked = look_at_questions(records)
     report.test_open, report.test_closed = asked.types["OPEN"], asked.types["CLOSED"]
     answers = asked.closed_answers
@@ -232,7 +232,7 @@ def _check_test(records: TestRecords, dataset: DataSet | OwnDataSet, report: Rep
 
 
 def _check_validation(records: TestRecords, dataset: DataSet | OwnDataSet, report: Report) -> Names:
-    """Report on the validation questions, and give the images that they name."""
+    """Report on the validation questions, and return the images that they name."""
     asked = look_at_questions(records)
     report.validation_rows = len(records)
     asked.report_faults(report)
@@ -247,7 +247,7 @@ def _check_balance(answers: Counter[str], total: int, what: str, report: Report)
 
 
 def _images(names: Iterable[str], dataset: DataSet | OwnDataSet, file: str, report: Report) -> Names:
-    """The images named in a file, each by its place below the data set's folder; unsafe names are reported."""
+    """Return the images named in a file, each by its path below the data set's folder; unsafe names are reported."""
     images, unsafe = {}, []
     for name in names:
         try:
@@ -263,7 +263,7 @@ def _images(names: Iterable[str], dataset: DataSet | OwnDataSet, file: str, repo
 
 
 def _check_overlap(one: Names, other: Names, sides: tuple[str, str], report: Report) -> int:
-    """Report on images that two files name, and give how many there are."""
+    """Report on images that two files name, and return their number."""
     shared = sorted(one.keys() & other.keys())
     if shared:
         report.warning(f"images in both the {sides[0]} and the {sides[1]} file", shared)
@@ -284,7 +284,7 @@ def _check_image_files(
     scan: Scan,
     report: Report,
 ) -> set[str]:
-    """Report on the files, and give the test images, as the file names them, that are copies of training images."""
+    """Report on the files, and return the test images, as the file names them, that are copies of training images."""
     for name in dataset.image_folders:
         if not (root / dataset.folder / name).is_dir():
             report.error(f"{root / dataset.folder / name}: no such folder")
@@ -321,7 +321,7 @@ def _check_image_files(
 
 
 def _resolve(names: Names, roots: Sequence[Path], file: str, report: Report) -> dict[str, Path]:
-    """The existing images, by their paths."""
+    """Return the existing images, by their paths."""
     paths, missing = {}, []
     for location, name in names.items():
         try:
@@ -335,7 +335,7 @@ def _resolve(names: Names, roots: Sequence[Path], file: str, report: Report) -> 
 
 
 def _copies(train: set[Path], test: set[Path], scan: Scan) -> list[str]:
-    """Test images with the bytes of a training image of another name. Only files of equal size are read."""
+    """Return test images with the bytes of a training image of another name. Only files of equal size are read."""
     sizes = [{path.stat().st_size for path in paths} for paths in (train, test)]
     common = sizes[0] & sizes[1]
     candidates = [

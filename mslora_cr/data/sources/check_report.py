@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 EXAMPLES = 5
-"""How many instances of a problem are named."""
+"""This many instances of a problem are named."""
 MOST_LISTED = 50
-"""How many malformed records the console lists; the JSON file has all."""
+"""The console lists this many malformed records; the JSON file has all."""
 
 
 @dataclass
@@ -28,18 +28,19 @@ class Share:
 
 @dataclass
 class DataCard:
-    """What a reader of scores asks of a data set.
+    """What a reader of scores asks about a data set.
 
     Attributes:
-        train_patients: patients that the training file names.
-        test_patients: patients that the test file names.
-        test_without_patient: test questions that name none: an image counts as independent of all others there.
-        attributes: of the test questions, by name the commonest values (of many numbers their least and largest) and
-            how many questions have each.
-        source: where the images come from.
-        licence: as the catalogue states it.
-        made: how the questions came about.
-        shows: what the closed test questions can show; empty where there are none.
+        train_patients: Number of patients that the training file names.
+        test_patients: Number of patients that the test file names.
+        test_without_patient: Number of test questions that name no patient: their images count as independent of all
+            others.
+        attributes: Attributes of the test questions: by name the commonest values (for many numbers their least and
+            largest), and how many questions have each.
+        source: Where the images come from.
+        licence: The licence as the catalogue states it.
+        made: How the questions were made.
+        shows: What the closed test questions can show; empty where there are none.
     """
 
     train_patients: int = 0
@@ -52,7 +53,7 @@ class DataCard:
     shows: str = ""
 
     def in_words(self) -> str:
-        """The card as one line."""
+        """Return the card as one line."""
         facts = [f"patients: {self.train_patients:,} in training, {self.test_patients:,} in testing"]
         if self.test_without_patient:
             facts.append(f"{self.test_without_patient:,} test questions name no patient")
@@ -69,7 +70,7 @@ class Report:
     name: str
     train_rows: int | None = None
     validation_rows: int | None = None
-    """Of `val.jsonl`, where there is one."""
+    """Number of questions in `val.jsonl`, where there is one."""
     test_open: int | None = None
     test_closed: int | None = None
     images: int | None = None
@@ -78,11 +79,11 @@ class Report:
     shared_images: int | None = None
     """Images that both the training and the test file name."""
     shared_contents: int | None = None
-    """Test images that are, under another name, also training images: the same file, or one of the same bytes."""
+    """Test images that are also training images under another name: the same file, or one with the same bytes."""
     closed_answers: dict[str, int] = field(default_factory=dict)
     """The commonest answers to the closed test questions, in lower case."""
     training_answers: dict[str, Share] = field(default_factory=dict)
-    """The commonest short answers in training, in lower case, with their share of all answers there."""
+    """The commonest short answers in training, in lower case, with their share of all training answers."""
     truncated: int | None = None
     """Training conversations and test prompts longer than the model's limit."""
     problems: list[Problem] = field(default_factory=list)
@@ -107,8 +108,7 @@ COLUMNS = (
 
 
 def table(reports: Iterable[Report]) -> str:
-    """A line for each data set, and below them how the answers are shared, the data cards and what is
-    wrong."""
+    """Return a line for each data set, followed by the shares of the answers, the data cards and the problems."""
     rows = [["data set", *(name.replace("_", " ") for name in COLUMNS), "verdict"]]
     problems, balance, cards = [], [], []
     for report in reports:

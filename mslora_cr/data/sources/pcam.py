@@ -1,4 +1,4 @@
-"""PatchCamelyon ships HDF5 arrays instead of images: labels from them, and the images as PNG files.
+"""Reads labels and PNG images from PatchCamelyon, which ships HDF5 arrays instead of images.
 
 Image number i of a split is row i of `camelyonpatch_level_2_split_<split>_x.h5`; its label is in `…_y.h5`.
 """
@@ -22,11 +22,11 @@ from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.raw import Bounded, RawData, RawFile, extract, write_atomically
 
 SLAB = 256
-"""Rows read at a time."""
+"""Number of rows read at a time."""
 
 
 def image_name(split: str, index: int) -> str:
-    """How we name row `index` of a split."""
+    """Return our name of row `index` of a split."""
     return f"{split}/{index:06d}.png"
 
 
@@ -35,25 +35,25 @@ def has_arrays(raw: RawData) -> bool:
 
 
 def has_split(raw: RawData, split: str) -> bool:
-    """Whether both arrays of a split are there."""
+    """Return whether both arrays of a split exist."""
     names = (f"camelyonpatch_level_2_split_{split}_{which}.h5" for which in "xy")
     return all(raw.has(name, f"{name}.gz") for name in names)
 
 
 def read_labels(raw: RawData, split: str) -> list[bool]:
-    """The label of each row: is there tumor tissue in the centre of the patch?"""
+    """Return the label of each row: is there tumor tissue in the centre of the patch?"""
     with _array(raw, split, "y") as array:
         return [bool(label) for label in array[:].reshape(-1)]
 
 
 def export_images(raw: RawData, wanted: Mapping[str, Path], answers: Mapping[str, str], progress: bool) -> None:
-    """Write the images `wanted` (name → target), rows of the arrays by the number their name ends in.
+    """Write the images `wanted` (name → target); the number at the end of a name is the row in the arrays.
 
-    `answers` gives what the annotations say of each image, in whatever two words. Nothing is written unless one
-    word goes with each label throughout: nothing else shows that the names count the rows.
+    `answers` has what the annotations say about each image, in any two words. Nothing is written unless one word
+    belongs to each label throughout: nothing else shows that the names count the rows.
 
     Raises:
-        DataError: a name has no split or number, a number is out of range, answers and labels do not go together.
+        DataError: A name has no split or number, a number is out of range, or answers and labels do not match.
     """
     rows: dict[str, dict[int, Path]] = defaultdict(dict)
     for name, target in wanted.items():
@@ -102,7 +102,7 @@ def _row_of(name: str) -> tuple[str, int]:
 
 
 def _slabs(indices: Iterable[int]) -> Iterator[list[int]]:
-    """Sorted indices in groups that lie within `SLAB` rows."""
+    """Yield sorted indices in groups that lie within `SLAB` rows."""
     group: list[int] = []
     for index in sorted(indices):
         if group and index - group[0] >= SLAB:
@@ -122,7 +122,7 @@ def _write_png(pixels: Any, target: Path) -> None:
 
 @contextmanager
 def _array(raw: RawData, split: str, which: str) -> Iterator[Any]:
-    """The dataset "x" (rows, 96, 96, 3) uint8 or "y" (rows, 1, 1, 1) uint8 of a split."""
+    """Open the dataset "x" (rows, 96, 96, 3) uint8 or "y" (rows, 1, 1, 1) uint8 of a split."""
     import h5py  # of the extra `data`
 
     name = f"camelyonpatch_level_2_split_{split}_{which}.h5"
@@ -135,7 +135,7 @@ def _array(raw: RawData, split: str, which: str) -> Iterator[Any]:
 
 
 def _on_disk(raw: RawData, file: RawFile) -> Path:
-    """The file itself, unpacked (for as long as `raw` is open) where it lies in an archive or is gzipped."""
+    """Return the file itself, unpacked (for as long as `raw` is open) where it is in an archive or gzipped."""
     path = file.container
     if file.member:
         path = raw.work / f"pcam-{file.path.name}"

@@ -1,5 +1,5 @@
-"""Checks of questions one by one: what they are, which are asked twice with other answers or always answered alike,
-which are about patients trained on, and which are too long for a base model."""
+"""Checks single questions: what they are, which are asked twice with other answers or always answered alike, which are
+about patients trained on, and which are too long for a base model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ONE_SIDED = 0.95
 FEWEST = 10
-"""How often a question is asked before it is remarked that its answer is always the same."""
+"""That a question's answer is always the same is remarked on if the question is asked at least this often."""
 MOST_SHOWN = 60
 
 
@@ -41,11 +41,11 @@ class QuestionCounts:
 
     Attributes:
         types: How many are open and closed.
-        closed_answers: True answers of closed questions, in lower case.
-        images: That they name.
-        ids: How often each stands there.
-        empty: Places of questions whose true answer says nothing.
-        nul: Places of questions that cannot be encoded.
+        closed_answers: True answers to closed questions, in lower case.
+        images: Images that they name.
+        ids: How often each id occurs.
+        empty: Locations of questions whose true answer says nothing.
+        nul: Locations of questions that cannot be encoded.
     """
 
     types: Counter[str] = field(default_factory=Counter)
@@ -56,7 +56,7 @@ class QuestionCounts:
     nul: list[str] = field(default_factory=list)
 
     def report_faults(self, report: Report) -> None:
-        """Report what no question may be."""
+        """Report what no question may contain."""
         if self.nul:
             report.error("questions with a NUL character, which cannot be encoded", self.nul)
         if self.empty:
@@ -85,17 +85,18 @@ def look_at_questions(records: TestRecords) -> QuestionCounts:
 
 
 def _scored_by_a_benchmark(record: TestRecord) -> bool:
-    """Such a scorer takes a truth such as the letter `A` as it is."""
+    """Return whether a benchmark's scorer scores the question. Such a scorer takes a truth such as the letter `A` as it
+    is."""
     return isinstance(record, ListedQuestion) and record.benchmark is not None
 
 
 def plain(text: str) -> str:
-    """Without case and further spaces."""
+    """Return a text without case and extra spaces."""
     return " ".join(text.casefold().split())
 
 
 def test_questions(records: TestRecords) -> Iterator[Asked]:
-    """The questions of a test file."""
+    """Yield the questions of a test file."""
     for index, record in enumerate(records):
         truths = frozenset(map(plain, record.truths))
         location = f"{records.path.name}: question {index}"
@@ -103,7 +104,7 @@ def test_questions(records: TestRecords) -> Iterator[Asked]:
 
 
 def training_questions(records: TrainingRecords) -> Iterator[Asked]:
-    """The first questions of a training file."""
+    """Yield the first questions of a training file."""
     for index, record in enumerate(records):
         if question := question_of(record):
             truths, closed = frozenset([plain(question.gt)]), question.answer_type == "CLOSED"
@@ -113,15 +114,15 @@ def training_questions(records: TrainingRecords) -> Iterator[Asked]:
 
 
 def check_questions(questions: Iterable[Asked], what: str, report: Report) -> None:
-    """Warn of questions about the same images whose true answers have nothing in common, and of those that are always
-    answered alike.
+    """Warn of questions about the same images whose true answers have nothing in common, and of questions that are
+    always answered alike.
 
     Args:
-        questions: Of one file.
+        questions: The questions of one file.
         what: `training`, `validation` or `test`.
-        report: Takes the warnings.
+        report: Receives the warnings.
     """
-    first: dict[int, tuple[frozenset[int], str, str]] = {}  # of long answers no more than a hash and a beginning
+    first: dict[int, tuple[frozenset[int], str, str]] = {}  # of long answers only a hash and the beginning
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     contradicting = []
     for asked in questions:
@@ -142,18 +143,18 @@ def check_questions(questions: Iterable[Asked], what: str, report: Report) -> No
         for answer, count in counter.most_common(1)
         if counter.total() >= FEWEST and count / counter.total() >= ONE_SIDED
     ]
-    if one_sided and len(answers) > 1:  # of one question alone the whole set's balance tells it
+    if one_sided and len(answers) > 1:  # for a single question, the balance of the whole set tells this
         report.warning(f"closed {what} questions that nearly always have the same answer", one_sided)
 
 
 def shared_patients(training: TrainingRecords | TestRecords, test: TestRecords) -> set[str]:
-    """Patients that both files name."""
+    """Return the patients that both files name."""
     trained = {str(record.patient) for record in training if record.patient is not None}
     return trained and trained & {str(record.patient) for record in test if record.patient is not None}
 
 
 def questions_about(test: TestRecords, images: set[str], patients: set[str]) -> int:
-    """How many test questions show one of some images, or are about one of some patients."""
+    """Count the test questions that show one of some images, or are about one of some patients."""
     return sum(bool(images & {*record.images} or str(record.patient) in patients) for record in test)
 
 
@@ -167,7 +168,7 @@ def check_lengths(records: TrainingRecords, roots: Sequence[Path], processor: In
             continue
         try:
             counts.add(index, processor.count_labels(record, roots), processor.max_length)
-        except MissingImageError:  # The check of image files reports it.
+        except MissingImageError:  # the check of image files reports it
             continue
         except ValueError as error:
             refused.append(f"{records.path.name}: {records.location(index)}: {error}")
