@@ -149,6 +149,7 @@ class _Web:
                     "confidence": answer.confidence,
                     "foreign": bool(answer.foreign),
                     "score": _score(answer.text, record) if record and not answer.abstained else None,
+                    "box": None if answer.abstained else self._box(answer.text, picture),
                 }
                 for answer in answers
             ],
@@ -156,6 +157,11 @@ class _Web:
             "truth": record.gt if record else None,
             "box": _true_box(record) if record else None,
         }
+
+    def _box(self, answer: str, picture: Image.Image) -> tuple[float, float, float, float] | None:
+        """The first box of an answer in shares of the picture's width and height; None without one."""
+        box = self.model.box_in(answer, picture.size)
+        return box.shares(picture.size) if box else None
 
     def _check_origin(self, request: Request) -> None:
         """Refuse requests from another site's page, which could keep the model busy."""
@@ -177,6 +183,8 @@ class _Web:
 
     def _picture(self, task: str, record: TestRecord) -> Path:
         config = self.model.config
+        if not record.images:
+            raise HTTPException(404, "this question is about no picture")
         return resolve_image(record.images[0], task_image_roots(config, config.task(task)))
 
 

@@ -36,7 +36,9 @@ def data_card(folder: Path, name: str, training: TrainingRecords, test: TestReco
         tested |= set() if patient is None else {patient}
         if record.answer_type == "CLOSED":
             answers[record.gt.strip().lower()] += 1
-            groups.add(record.images[0] if patient is None else f"patient {patient}")
+            groups.add(
+                next(iter(record.images), f"question {record.question_id}") if patient is None else f"patient {patient}"
+            )
     rarest = min(answers.values(), default=0) if len(answers) > 1 else 0
     return DataCard(
         train_patients=len(trained),
