@@ -313,7 +313,7 @@ def test_training_takes_any_field_of_transformers(tmp_path: Path) -> None:
         ({"patience": 0}, "training.patience: should be greater than or equal to 1, found 0"),
         ({"keep": "best", "eval_strategy": "no"}, "training.keep needs validation; set training.eval_strategy"),
         ({"patience": 2, "eval_strategy": "no"}, "training.patience needs validation"),
-        ({"eval_strategy": "steps"}, "training.eval_steps: give the steps between validations"),
+        ({"eval_strategy": "steps"}, "training.eval_strategy: steps needs training.eval_steps"),
         ({"eval_strategy": "often"}, "training.eval_strategy is 'often'; choose one of steps, epoch, no"),
         ({"label_smoothing_factor": 0.1}, "the loss is the mean cross-entropy"),
         ({"save_on_each_node": True}, "all nodes write to one shared folder"),
