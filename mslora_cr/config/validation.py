@@ -32,7 +32,9 @@ def validation_fields(config: StreamConfig, given: Mapping[str, Any]) -> dict[st
     if strategy not in STRATEGIES:
         raise ConfigError(f"training.eval_strategy is {strategy!r}; choose one of {', '.join(STRATEGIES)}")
     if strategy == "steps" and not (given.get("eval_steps") or 0) > 0:
-        raise ConfigError("training.eval_strategy: steps needs training.eval_steps, the steps between validations; or set it to epoch")
+        raise ConfigError(
+            "training.eval_strategy: steps needs training.eval_steps, the steps between validations; or set it to epoch"
+        )
     if strategy == "no":
         if config.validation_decides:
             key = "patience" if given.get("patience") else "keep"
