@@ -61,8 +61,8 @@ def test_its_results_are_read_and_its_answers_are_not_asked_again(
         [cell] = [cell for cell in earlier["cells"] if (cell["task"], cell["stage"]) == (task, stage)]
         assert rows[task]["questions"] == str(cell["rows"])
         for column, metric in (
-            ("closed accuracy", "close accuracy"),
-            ("F1", "f1 score"),
+            ("published closed accuracy", "close accuracy"),
+            ("F1 of open answers", "f1 score"),
             ("exact match", "exact match score"),
         ):
             score = cell["metrics"].get(metric)
