@@ -155,7 +155,7 @@ def test_the_server_refuses_what_no_page_of_its_own_asks(client: TestClient, mod
     )
     for path, status, message in (
         ("/api/image?task=PCAM&index=99", 404, "PCAM has 4 questions"),
-        ("/api/image?task=PCAM&index=../../etc/passwd", 400, "no number"),
+        ("/api/image?task=PCAM&index=../../etc/passwd", 400, "is not a number"),
         ("/api/image?task=../PCAM&index=0", 400, "unknown task"),
         ("/api/questions?task=nothing", 400, "unknown task"),
     ):
