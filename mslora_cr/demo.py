@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 CONFIG = "demo"
 MOST_THREADS = 2
-"""Of the tiny model's operations: two take 67 ms a step where one takes 85; more have too little to share."""
+"""Threads of the tiny model's operations: two take 67 ms a step where one takes 85; more have too little to share."""
 COMPARED: tuple[str, ...] = ("mslora_cr", "sequential")
 """This project's method, and one LoRA trained throughout the stream."""
 

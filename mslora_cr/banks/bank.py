@@ -38,7 +38,7 @@ class Bank:
     matrices: Matrices
     metadata: dict[str, Any] = field(default_factory=dict)
     routers: dict[str, Tensor] = field(default_factory=dict)
-    """By linear layer, (experts, in); empty for plain LoRA."""
+    """The router of each linear layer, (experts, in); empty for plain LoRA."""
 
     @property
     def scaling(self) -> float:

@@ -75,7 +75,7 @@ class SharedInput:
         self.layers = list(layers)
         self._input: Tensor | None = None
         self._products: dict[int, Tensor] = {}
-        """By the layer's id. Each product is taken once; a layer that is called again computes new ones."""
+        """Products by the layer's id. Each product is taken once; a layer that is called again computes new ones."""
 
     @torch.no_grad()
     def product(self, layer: FusedLinear, x: Tensor) -> Tensor:

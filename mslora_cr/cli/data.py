@@ -216,7 +216,7 @@ class _ToCheck(NamedTuple):
 
 
 def _to_check(target: Path, only: Sequence[str]) -> _ToCheck:
-    """Those of a configuration's tasks, or the published ones below a data root.
+    """Return the data sets of a configuration's tasks, or the published ones below a data root.
 
     Raises:
         DataError: There is no such folder, or `only` names another data set.

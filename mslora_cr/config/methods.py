@@ -89,7 +89,8 @@ def check_method(name: str) -> str:
 
 
 def if_trusted(name: str) -> MethodSettings | None:
-    """As `load_method`, but None for a method outside the package that the user has neither named nor trusted."""
+    """Do what `load_method` does, but return None for a method outside the package that the user has neither named nor
+    trusted."""
     try:
         return load_method(name)
     except UntrustedMethodError:

@@ -38,7 +38,7 @@ def find_config(given: str | Path, folder: Path = Path()) -> Path:
 
 
 def find_deepspeed(given: str) -> Path:
-    """As `find_config`, for `training.deepspeed`."""
+    """Do what `find_config` does, for `training.deepspeed`."""
     shipped = deepspeed_configurations()
     if Path(given).is_file() or given not in shipped:
         return _existing(Path(given), shipped, "DeepSpeed configuration")

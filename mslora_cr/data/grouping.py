@@ -94,5 +94,5 @@ def _drawn(
 
 
 def _excess(more: Counter[Hashable], taken: Mapping[Hashable, int], wanted: Mapping[Hashable, float]) -> float:
-    """By how much a group would exceed the shares of its answers, relative to these."""
+    """Return by how much a group would exceed the shares of its answers, relative to these."""
     return sum(max((taken[answer] + count) / wanted[answer] - 1, 0) for answer, count in more.items())

@@ -62,7 +62,7 @@ class BoxRow(NamedTuple):
 def box_rows(
     answers: Sequence[Answer], questions: Sequence[TestRecord] | None, rule: Callable[[], BoxRule]
 ) -> list[BoxRow | None]:
-    """By answer, its box; None for questions whose true answer is none.
+    """Return the box of each answer; None for questions whose true answer is none.
 
     Args:
         answers: to the questions, in their order.
@@ -94,7 +94,7 @@ def box_columns(rows: Sequence[BoxRow | None]) -> dict[str, list[float | None]]:
 def benchmark_columns(
     answers: Sequence[Answer], questions: Sequence[TestRecord] | None, java: bool | None = None
 ) -> dict[str, list[float | None]]:
-    """By metric, every answer's score; none where the questions are no benchmark's.
+    """Return every answer's score by metric; none where the questions are no benchmark's.
 
     Args:
         answers: to the questions, in their order.

@@ -75,7 +75,7 @@ class Evaluation(StateFile):
     modalities: dict[str, str]
     published: dict[str, str | None]
     same_as: dict[str, str] = Field(default_factory=dict)
-    """By task at another site, the task of the first site."""
+    """The task of the first site, by task at another site."""
     stages: tuple[int, ...]
     cells: tuple[Cell, ...]
     environment: dict[str, Any]

@@ -185,8 +185,8 @@ def _asked(
 
 
 def probabilities_of(answers: Path, questions: int) -> list[dict[str, float] | None] | None:
-    """By question, the probability of each candidate answer; None where no file beside the answers says so of these
-    questions."""
+    """Return the probability of each candidate answer, by question; None where no file beside the answers states it
+    for these questions."""
     path = answers.with_name(PROBABILITIES_FILE)
     if not path.is_file():
         return None
@@ -299,7 +299,7 @@ def group_numbers(labels: Sequence[str]) -> intervals.Groups:
 def _answer_groups(
     answers: Path, records: Sequence[AnswerRecord], questions: Sequence[TestRecord] | None
 ) -> list[tuple[str, str]]:
-    """By answer, its `IMAGE_AND_GROUP`."""
+    """Return the `IMAGE_AND_GROUP` of each answer."""
     if questions is None:
         return [_image_and_group(_first(record.image), record.patient) for record in records]
     if len(questions) != len(records):
@@ -308,12 +308,12 @@ def _answer_groups(
 
 
 def answer_groups(records: Iterable[AnswerRecord]) -> intervals.Groups:
-    """By answer, the number of its cluster, as far as the answers themselves name images or patients."""
+    """Return the number of each answer's cluster, as far as the answers themselves name images or patients."""
     return group_numbers([_image_and_group(_first(record.image), record.patient)[1] for record in records])
 
 
 def question_groups(questions: Iterable[TestRecord]) -> list[tuple[str, str]]:
-    """By question, its `IMAGE_AND_GROUP`."""
+    """Return the `IMAGE_AND_GROUP` of each question."""
     return [_image_and_group(next(iter(question.images), ""), question.patient) for question in questions]
 
 

@@ -110,7 +110,7 @@ def input_processor_without_weights(config: StreamConfig) -> InputProcessor:
 
 
 def input_processor_in(path: Path, max_length: int, all_images: bool = False) -> InputProcessor:
-    """As `input_processor_without_weights`, of a base model's folder."""
+    """Do what `input_processor_without_weights` does, for a base model's folder."""
     if family_of(path).own_template:
         processor = load_processor(path)
         return ChatTemplateInputs(processor, end_ids_of(path, processor), max_length, all_images)

@@ -196,7 +196,7 @@ def _end_ids(generation_config: GenerationConfig | None, processor: Any) -> tupl
 
 
 def end_ids_of(path: Path, processor: Any) -> tuple[int, ...]:
-    """As `end_ids`, from a model's folder alone."""
+    """Return the `end_ids` of a model from its folder alone."""
     try:
         generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     except OSError:  # most of the older folders have no generation_config.json

@@ -301,8 +301,8 @@ def browser_data(
 
 
 def _rows(task: TaskAnswers, numbers: dict[Path, int]) -> list[list[Any]]:
-    """By question: text, truth, whether it is closed, pictures, [answer, right, score, box] of each different answer,
-    which of those each set gave, whether the browser shows it at first, and the true box, if there is one."""
+    """Return for each question: text, truth, whether it is closed, pictures, [answer, right, score, box] of each
+    different answer, which of those each set gave, whether the browser shows it at first, and the true box, if any."""
     hits = task.learned.hits
     right = [index for index, hit in enumerate(hits) if hit]
     sampled = set(random.Random(0).sample(right, min(SAMPLED_RIGHT, len(right))))

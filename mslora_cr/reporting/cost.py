@@ -37,7 +37,7 @@ def cost_of(evaluation: Evaluation, ledger: RunLedger | None) -> Cost:
 
 
 def mean_costs(runs: Sequence[Outcome]) -> dict[str, Cost]:
-    """By method, the mean of its runs' device hours, and their parameters; None if a run does not know them."""
+    """Return the mean of each method's device hours, and its parameters; None if a run does not know them."""
     costs = {}
     for method in dict.fromkeys(run.method for run in runs):
         of_method = [run for run in runs if run.method == method]

@@ -175,7 +175,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _replaced(folder: Path) -> AbstractContextManager[Path]:
-    """As `replacing_folder`.
+    """Do what `replacing_folder` does.
 
     Raises:
         ConfigError: something that is no export has the folder's name.

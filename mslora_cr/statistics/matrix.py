@@ -198,7 +198,7 @@ class TaskStageMatrix:
         return gained | {(task, 0): -1 / len(later) for task in later}
 
     def linear(self) -> dict[str, Weights]:
-        """By name, the weights of every figure of `summary` except forgetting, which is a maximum and not a sum."""
+        """Return the weights by name of every figure of `summary` except forgetting, which is a maximum, no sum."""
         return {
             "own_stage_average": self.own_stage_weights(),
             "final_average": self.stage_weights(self.last),

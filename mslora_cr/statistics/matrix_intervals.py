@@ -118,7 +118,7 @@ def _by_task(weights: Weights) -> dict[str, list[tuple[str, int]]]:
 
 
 def _parts(weights: Weights, columns: Mapping[tuple[str, int], Column]) -> tuple[list[Estimate], list[float]]:
-    """By task, the weighted sum of its cells, and its share in the figure."""
+    """Return the weighted sum of each task's cells, and the task's share in the figure."""
     parts, shares = [], []
     for cells in _by_task(weights).values():
         share = sum(max(weights[cell], 0.0) for cell in cells)
@@ -143,8 +143,8 @@ def _values(weights: Weights, columns: Mapping[tuple[str, int], Column]) -> tupl
 
 
 def coarsest(groups: list[Groups]) -> Groups:
-    """Of several groupings of the same questions, the one with the fewest clusters: scores of earlier versions know
-    none."""
+    """Return the grouping with the fewest clusters of several groupings of the same questions: scores of earlier
+    versions know none."""
     return min(groups, key=lambda numbers: int(numbers.max()))
 
 

@@ -113,8 +113,8 @@ def _gap_interval(scores: Scores, clusters: Groups, subgroup: Groups, scored: Se
 
 
 def _permuted(scores: Scores, clusters: Groups, subgroup: Groups, scored: Sequence[int]) -> dict[int, float]:
-    """By group, the p-value of its distance from all others under permuted labels of patients, adjusted for the number
-    of groups; empty if labels differ within a patient, or fewer than two groups are scored."""
+    """Return the p-value of each group's distance from all others under permuted labels of patients, adjusted for the
+    number of groups; empty if labels differ within a patient, or fewer than two groups are scored."""
     count = int(clusters.max()) + 1
     label = np.zeros(count, dtype=np.int64)
     label[clusters] = subgroup

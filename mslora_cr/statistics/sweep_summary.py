@@ -18,7 +18,7 @@ Runs = Mapping[tuple[int, int], float]
 
 
 def summarize(outcomes: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, Any]]:
-    """By method and figure: the mean over all runs, their standard deviation, and the effect of the order.
+    """Return by method and figure the mean over all runs, their standard deviation, and the effect of the order.
 
     `between_orders` is the standard deviation of the orders' means (each over its seeds), `within_orders` the pooled
     one of the runs about their order's mean. An order matters if the first clearly exceeds the second divided by the

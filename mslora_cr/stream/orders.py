@@ -10,7 +10,7 @@ from mslora_cr.config.schema import ConfigError
 
 
 def task_orders(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
-    """As many different orders of the tasks, the given one first.
+    """Return `count` different orders of the tasks, the given one first.
 
     Raises:
         ConfigError: There are fewer.

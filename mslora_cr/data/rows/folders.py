@@ -106,7 +106,7 @@ def _read_annotation(path: Path) -> tuple[str, list[str]]:
 
 
 def _image_sets(folder: Path) -> dict[str, str]:
-    """By an image's stem, the split of the list that names it."""
+    """Return the split of the list that names each image, by the image's stem."""
     splits: dict[str, str] = {}
     for path in files_below(folder):
         if path.suffix == ".txt" and path.parent.parent.name == "ImageSets":

@@ -80,7 +80,7 @@ def remembered(folder: Path, digest: str) -> Leaks | None:
 
 
 def sentences(config: StreamConfig, digests: Mapping[str, str]) -> dict[str, str]:
-    """By task, the overlap in its data.
+    """Return the overlap in each task's data.
 
     Args:
         config: Says where the data are; tasks that it does not have are skipped.

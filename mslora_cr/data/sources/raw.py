@@ -151,7 +151,7 @@ class RawData:
         return self._by_name.get(name) or self._by_name.get(alike(name), [])
 
     def named_below(self, folder: str, name: str) -> list[RawFile]:
-        """As `named`, anywhere below a folder called `folder`."""
+        """Do what `named` does, anywhere below a folder called `folder`."""
         folder = composed(folder)
         return self._by_folder.get((folder, name)) or self._by_folder.get((folder, alike(name)), [])
 
