@@ -53,7 +53,7 @@ def test_a_mixed_boundary_moves_records_to_the_task_before(config_file: ConfigWr
         for record in records:
             resolve_image(record.images[0], task_image_roots(mixed, task))
     assert after[0].digest != after[0].file_digest and "Slake-VQARad/train.json: record" in after[0].location(first)
-    assert main(["train", str(path), "tasks=[pathvqa,slake-vqarad]", "tasks.*.mixed=0.25"]) == 0
+    assert main(["train", str(path), "tasks=[pathvqa,slake-vqarad]", "tasks.*.mixed=0.25", "tasks.*.epochs=0.3"]) == 0
 
 
 def test_another_site_extends_the_bank_of_the_site_before(config_file: ConfigWriter) -> None:
@@ -61,7 +61,7 @@ def test_another_site_extends_the_bank_of_the_site_before(config_file: ConfigWri
     bank, or adds banks up, starts as ever."""
     path = config_file(method="each", regularization={})
     site = ["tasks.PCAM.same_as=pathvqa", "tasks.PCAM.extend=true"]
-    rates = ["tasks=[pathvqa,PCAM]", "tasks.PCAM.learning_rate=1e-30", "tasks.PCAM.epochs=0.5"]
+    rates = ["tasks=[pathvqa,PCAM]", "tasks.PCAM.learning_rate=1e-30", "tasks.*.epochs=0.3"]
     assert main(["train", str(path), *rates, *site]) == 0
     run = load_config(path).run_dir
     first, second = (load_bank(run / "banks" / name) for name in ("pathvqa", "PCAM"))
@@ -98,6 +98,6 @@ def test_the_report_gives_forgetting_by_site(tmp_path: Path) -> None:
     write_report(run_dir, results_dir)
     page = (results_dir / "report.md").read_text(encoding="utf-8")
     rows = [line for line in page.partition("### Sites of one task")[2].splitlines() if line.startswith("| pathvqa |")]
-    assert "| pathvqa | pathvqa | closed accuracy | – | 90.00 | 70.00 | 20.00 |" in rows
-    assert "| pathvqa | PCAM | closed accuracy | – | 90.00 | 90.00 | 0.00 |" in rows
+    assert "| pathvqa | pathvqa | exact match | – | 90.00 | 70.00 | 20.00 |" in rows
+    assert "| pathvqa | PCAM | exact match | – | 90.00 | 90.00 | 0.00 |" in rows
     assert "Sites of one task" in (results_dir / "report.html").read_text(encoding="utf-8")
