@@ -53,8 +53,8 @@ class ProcessorTokenizer:
         if not self._special_marks:
             return [text.strip() for text in self._tokenizer.batch_decode(sequences, skip_special_tokens=True)]
         left_out = {*self._tokenizer.all_special_ids} - self._special_marks
-        kept = [[token for token in map(int, ids) if token not in left_out] for ids in sequences]
-        return [text.strip() for text in self._tokenizer.batch_decode(kept)]
+        visible = [[token for token in map(int, ids) if token not in left_out] for ids in sequences]
+        return [text.strip() for text in self._tokenizer.batch_decode(visible)]
 
     @cached_property
     def _special_marks(self) -> set[int]:

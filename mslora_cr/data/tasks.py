@@ -33,21 +33,21 @@ class MixedRecords(Sequence[TrainingRecord]):
         digest: Of the records of both.
     """
 
-    def __init__(self, own: TrainingRecords, others: TrainingRecords, root: Path, roots: Sequence[Path]) -> None:
+    def __init__(self, first: TrainingRecords, others: TrainingRecords, root: Path, roots: Sequence[Path]) -> None:
         """
         Args:
-            own: Of the task.
-            others: Of the other one.
+            first: The records of the task.
+            others: The records of the other task.
             root: The data root.
             roots: Where the other task's images are.
         """
-        self.path = own.path
-        self.file_digest = own.file_digest
-        self.digest = hashlib.sha256(f"{own.digest} {others.digest}".encode()).hexdigest()
-        self._own, self._others, self._root, self._roots = own, others, root, roots
+        self.path = first.path
+        self.file_digest = first.file_digest
+        self.digest = hashlib.sha256(f"{first.digest} {others.digest}".encode()).hexdigest()
+        self._first, self._others, self._root, self._roots = first, others, root, roots
 
     def __len__(self) -> int:
-        return len(self._own) + len(self._others)
+        return len(self._first) + len(self._others)
 
     @overload
     def __getitem__(self, index: int) -> TrainingRecord: ...
@@ -57,9 +57,9 @@ class MixedRecords(Sequence[TrainingRecord]):
         if isinstance(index, slice):
             return [self[each] for each in range(len(self))[index]]
         index = range(len(self))[index]
-        if index < len(self._own):
-            return self._own[index]
-        record = self._others[index - len(self._own)]
+        if index < len(self._first):
+            return self._first[index]
+        record = self._others[index - len(self._first)]
         return record.model_copy(update={"images": tuple(map(self._from_root, record.images))})
 
     def __iter__(self) -> Iterator[TrainingRecord]:
@@ -67,9 +67,9 @@ class MixedRecords(Sequence[TrainingRecord]):
 
     def location(self, index: int) -> str:
         """Describe where a record is, in words."""
-        if index < len(self._own):
-            return self._own.location(index)
-        return f"{self._others.path}: {self._others.location(index - len(self._own))}"
+        if index < len(self._first):
+            return self._first.location(index)
+        return f"{self._others.path}: {self._others.location(index - len(self._first))}"
 
     def _from_root(self, name: str) -> str:
         """Return the name of an image from the data root on; a missing image keeps its name, for the message."""

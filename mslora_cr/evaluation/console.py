@@ -67,8 +67,8 @@ def headline(scores: Scores) -> str:
     """The main scores of a file of answers, in percent, by the type of the answers. The published scores come last."""
     typed = {CHOICE: "exact choice, closed", "whole-word accuracy": "whole words, closed"}
     published = {"close accuracy": "letters found, closed (published)", "f1 score": "F1, open (published)"}
-    own = {name: name for name in (*scores.benchmark, *TYPED) if name != CHOICE}
-    titles = {name: own[name] for name in scores.benchmark} | typed | own | published
+    others = {name: name for name in (*scores.benchmark, *TYPED) if name != CHOICE}
+    titles = {name: others[name] for name in scores.benchmark} | typed | others | published
     averages = scores.added | scores.metrics
     lines = [[title, number(averages[name])] for name, title in titles.items() if name in averages]
     return tabulate(lines, ["score", "%"], disable_numparse=True, colalign=("left", "right")) if lines else "no answers"

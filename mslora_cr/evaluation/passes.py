@@ -69,8 +69,8 @@ def evaluate_circular(
     Raises:
         DataError: no question has options. As `evaluate`.
     """
-    own = read_evaluation(config.results_run_dir)
-    cells = [cell for cell in own.cells if only in (None, cell.task)] if own else []
+    evaluation = read_evaluation(config.results_run_dir)
+    cells = [cell for cell in evaluation.cells if only in (None, cell.task)] if evaluation else []
     records = {cell.task: AS_IT_IS.records(config, config.task(cell.task)) for cell in cells}
     most = max((len(record.options) for of_task in records.values() for record in of_task), default=0)
     if not most:

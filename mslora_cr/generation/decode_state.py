@@ -34,14 +34,14 @@ class Asked:
         openings: The openings that they follow.
         questions: In the batch's order.
         visible: (rows, positions) bool, false where the text after an opening is padded.
-        own: By layer, keys and values: first those of these positions, then those of the answer.
+        caches: By layer, keys and values: first those of these positions, then those of the answer.
         logits: (rows, vocabulary) after the questions.
     """
 
     openings: Openings
     questions: tuple[int, ...]
     visible: Tensor
-    own: list[KeysValues]
+    caches: list[KeysValues]
     logits: Tensor
 
 

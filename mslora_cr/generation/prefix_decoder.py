@@ -206,7 +206,7 @@ class Decoder:
         rest = rest_visible.shape[1]
         own_states = [
             (_extended(keys[chosen, :, :rest], length), _extended(values[chosen, :, :rest], length))
-            for keys, values in asked.own
+            for keys, values in asked.caches
         ]
         cache = SharedCache(
             [(keys[start:stop], values[start:stop]) for keys, values in openings.keys_values],

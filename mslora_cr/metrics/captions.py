@@ -78,13 +78,13 @@ def _tokens(captions: Sequence[Sequence[str]], java: bool) -> Tokens:
     # A blank line would be lost between two programs; a period is removed from the tokens.
     lines = [[" ".join(caption.split()) or "." for caption in of_image] for of_image in captions]
     if not java:
-        return {place: [_nltk_tokens(caption) for caption in of_image] for place, of_image in enumerate(lines)}
+        return {index: [_nltk_tokens(caption) for caption in of_image] for index, of_image in enumerate(lines)}
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     tokenized: Tokens = PTBTokenizer().tokenize(
-        {place: [{"caption": caption} for caption in of_image] for place, of_image in enumerate(lines)}
+        {index: [{"caption": caption} for caption in of_image] for index, of_image in enumerate(lines)}
     )
-    if {place: len(of) for place, of in tokenized.items()} != {place: len(of) for place, of in enumerate(lines)}:
+    if {index: len(of) for index, of in tokenized.items()} != {index: len(of) for index, of in enumerate(lines)}:
         raise UserError("Java's tokenizer of captions failed; see its message above")
     return tokenized
 

@@ -141,8 +141,8 @@ class Scores:
         """Return every answer's score in [0, 1], in order, by metric; None where a metric is not for its kind of
         question."""
         by_row = [row.by_metric() for row in self.rows]
-        own = {name: [scores[name] for scores in by_row] for name in (by_row[0] if by_row else ())}
-        return own | ({**self.benchmark, **self.typed} if by_row else {})
+        scored = {name: [scores[name] for scores in by_row] for name in (by_row[0] if by_row else ())}
+        return scored | ({**self.benchmark, **self.typed} if by_row else {})
 
     @property
     def metrics(self) -> dict[str, float]:

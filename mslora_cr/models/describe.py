@@ -64,18 +64,18 @@ def described(path: Path, parameters: int, rank: int = RANK) -> dict[str, Any]:
     Raises:
         ModelError: The folder contains no base model.
     """
-    own: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     if family_of(path).own_template:
         model, processor = empty_model_of(path), load_processor(path)
         check_model(path, model)
         check_processor(path, processor, end_ids(model, processor))
-        own = {"not_adapted": experts} if (experts := fused_experts(model)) else {}
-        own |= {"template_date": date} if (date := template_date(processor)) else {}
+        found = {"not_adapted": experts} if (experts := fused_experts(model)) else {}
+        found |= {"template_date": date} if (date := template_date(processor)) else {}
     shapes = language_linear_shapes(path)
     trained = rank * sum(rows + columns for rows, columns in shapes.values())
     return {
         "adapted": _by_kind(shapes),
-        **own,
+        **found,
         "bank": {"rank": rank, "parameters": trained},
         "positions": positions(path),
         "memory": {"gpus": GPUS, "GB": memory_by_stage(parameters, trained, GPUS)},

@@ -67,16 +67,16 @@ def clinical_cards(
         cell = evaluation.last_cell(task) or evaluation.own_cell(task)
         clinical = Clinical.read_if_there((results_dir / cell.answers).with_name(CLINICAL)) if cell else None
         if cell is not None and clinical is not None and clinical.closed is not None:
-            own, records = evaluation.own_cell(task), (asked or {}).get(task)
-            later = own is not None and own.answers != cell.answers
-            changes = _changes(own, cell, results_dir, records) if own and later and records else {}
+            learned, records = evaluation.own_cell(task), (asked or {}).get(task)
+            later = learned is not None and learned.answers != cell.answers
+            changes = _changes(learned, cell, results_dir, records) if learned and later and records else {}
             cards.append(_card(task, cell.stage, clinical, clinical.closed, changes))
     return cards
 
 
-def _changes(own: Cell, last: Cell, results_dir: Path, records: Sequence[TestRecord]) -> Changes:
+def _changes(learned: Cell, last: Cell, results_dir: Path, records: Sequence[TestRecord]) -> Changes:
     """Return the change of exact choice since a task was learned, by attribute and group."""
-    before, after = (read_scores((results_dir / cell.answers).with_name(SCORES)) for cell in (own, last))
+    before, after = (read_scores((results_dir / cell.answers).with_name(SCORES)) for cell in (learned, last))
     columns = [table.columns[CHOICE] for table in (before, after) if CHOICE in table.columns]
     if [len(column) for column in columns] != [len(records)] * 2:
         return {}

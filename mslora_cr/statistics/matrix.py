@@ -147,8 +147,10 @@ class TaskStageMatrix:
     def life_of(self, task: str) -> tuple[float | None, float | None, float | None, float | None]:
         """The score of a task at the stage before its own, at its own and after the last, and what it forgot
         (`forgetting_of`); None where a cell is missing."""
-        own = self.learned_at(task)
-        before, learned, last = (self.scores.get((task, stage)) for stage in (own - 1, own, self.last))
+        stage_of_task = self.learned_at(task)
+        before, learned, last = (
+            self.scores.get((task, stage)) for stage in (stage_of_task - 1, stage_of_task, self.last)
+        )
         return before, learned, last, _or_none(partial(self.forgetting_of, task))
 
     def forgetting(self) -> float:

@@ -247,7 +247,7 @@ def check_task_images(
     Raises:
         DataError: The message names the bad ones, each with the first record that uses it.
     """
-    paths = {path: (records[name], index) for name, shown in images.items() for path, index in shown.items()}
+    paths = {path: (records[name], index) for name, indices in images.items() for path, index in indices.items()}
     if not config.data.check_images or not paths:
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -96,11 +96,11 @@ def check(
     if not folder.is_dir():
         report.error(f"{folder}: no such folder{missing_annotations(folder / 'train.json')}")
         return report
-    own = dataset if isinstance(dataset, OwnDataSet) else OwnDataSet(dataset.name, dataset.folder, ())
-    references = folder / own.references if own.references else None
-    read_test = partial(_read_test, benchmark=own.benchmark, references=references)
-    training = _opened(TrainingRecords, folder / own.train, report)
-    test = _opened(read_test, folder / own.test, report)
+    files = dataset if isinstance(dataset, OwnDataSet) else OwnDataSet(dataset.name, dataset.folder, ())
+    references = folder / files.references if files.references else None
+    read_test = partial(_read_test, benchmark=files.benchmark, references=references)
+    training = _opened(TrainingRecords, folder / files.train, report)
+    test = _opened(read_test, folder / files.test, report)
     given = (folder / VALIDATION).exists()
     validation = _opened(TestRecords, folder / VALIDATION, report) if given else None
     train_images = _check_training(training, dataset, report) if training else {}
