@@ -142,12 +142,3 @@ def fitted_temperature(scores: list[Floats], truths: list[int]) -> float:
         )
 
     return math.exp(minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x)
-
-
-def conformal_p_value(calibration: Floats, score: float) -> float:
-    """Return ``(1 + #{calibration >= score}) / (n + 1)``: how unusual a score is among those of held-out questions.
-
-    A question that is exchangeable with them gets a value of p or less with probability of at most p. Source: Vovk,
-    Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005.
-    """
-    return float((1 + np.count_nonzero(calibration >= score)) / (len(calibration) + 1))

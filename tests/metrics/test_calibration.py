@@ -9,7 +9,6 @@ from sklearn.metrics import brier_score_loss
 from mslora_cr.metrics.calibration import (
     accuracy_at_coverage,
     brier_decomposition,
-    conformal_p_value,
     expected_calibration_error,
     fitted_temperature,
     reliability_bins,
@@ -79,11 +78,3 @@ def test_a_temperature_undoes_another() -> None:
     scores = [random.normal(size=3) * 2 for _ in range(4000)]
     truths = [int(random.choice(3, p=np.exp(s) / np.exp(s).sum())) for s in scores]
     assert fitted_temperature([2.5 * score for score in scores], truths) == pytest.approx(2.5, rel=0.1)
-
-
-def test_p_values_of_held_out_scores() -> None:
-    calibration = np.array([1.0, 2.0, 3.0, 4.0])
-    assert [conformal_p_value(calibration, score) for score in (0.0, 2.0, 9.0)] == [1.0, 0.8, 0.2]
-    random = np.random.default_rng(2)
-    alarms = [conformal_p_value(random.normal(size=99), random.normal()) <= 0.05 for _ in range(4000)]
-    assert 0.04 < np.mean(alarms) < 0.06
