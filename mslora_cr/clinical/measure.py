@@ -47,7 +47,8 @@ from mslora_cr.metrics.numbers import count_figures, number_in
 from mslora_cr.metrics.options import counts_of, parse_choice
 from mslora_cr.metrics.published import normalize_answer
 from mslora_cr.metrics.typed import label_figures, label_set, set_f1
-from mslora_cr.statistics.intervals import CONFIDENCE, Groups, Scores, estimate, score_interval
+from mslora_cr.statistics.interval import CONFIDENCE
+from mslora_cr.statistics.intervals import Groups, Scores, estimate, score_interval
 from mslora_cr.statistics.paired import paired_change, paired_task
 
 MOST_LABELS = 50

@@ -27,7 +27,7 @@ from mslora_cr.metrics.guessing import Frequencies
 from mslora_cr.metrics.published import Scores, score_answers
 from mslora_cr.metrics.words import bleu_influence, corpus_bleu
 from mslora_cr.statistics import intervals
-from mslora_cr.statistics.interval import Interval
+from mslora_cr.statistics.interval import CONFIDENCE, Interval
 from mslora_cr.statistics.intervals import estimate, percent, percentile_interval, resampled_sums, score_interval
 from mslora_cr.utils.errors import first_problem
 from mslora_cr.utils.files import write_text
@@ -239,7 +239,7 @@ def metrics_of(scores: Scores, groups: intervals.Groups) -> Metrics:
     return Metrics(
         metrics=metrics,
         intervals=ends,
-        confidence=intervals.CONFIDENCE,
+        confidence=CONFIDENCE,
         empty_truths=sum(not row.reference for row in scores.rows),
         rows=len(scores.rows),
         groups=len(np.unique(groups)),

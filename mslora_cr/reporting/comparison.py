@@ -18,7 +18,7 @@ from mslora_cr.reporting.plots import stage_curves
 from mslora_cr.reporting.render import render
 from mslora_cr.reporting.run_record import read_ledger
 from mslora_cr.reporting.style import MATRICES, PALETTE, REPORTED_TITLES
-from mslora_cr.statistics.intervals import CONFIDENCE
+from mslora_cr.statistics.interval import CONFIDENCE
 
 
 def write_comparison(runs: Sequence[tuple[str, Path | None, Path]], output: Path) -> Path:

@@ -47,8 +47,7 @@ from mslora_cr.reporting.style import (
 )
 from mslora_cr.reporting.thumbnails import thumbnails
 from mslora_cr.runs.lock import one_writer
-from mslora_cr.statistics.interval import Interval
-from mslora_cr.statistics.intervals import CONFIDENCE
+from mslora_cr.statistics.interval import CONFIDENCE, Interval
 from mslora_cr.statistics.matrix import TaskStageMatrix
 from mslora_cr.statistics.matrix_intervals import MatrixIntervals
 from mslora_cr.utils.errors import UserError

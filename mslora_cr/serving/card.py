@@ -19,7 +19,7 @@ from mslora_cr.models.family import Family, family_of
 from mslora_cr.models.save import class_of
 from mslora_cr.reporting.shown_to_do import COLUMNS, TITLE, shown_to_do
 from mslora_cr.runs.entries import RunLedger
-from mslora_cr.statistics.intervals import CONFIDENCE
+from mslora_cr.statistics.interval import CONFIDENCE
 
 Uploaded = Literal["peft", "merged"]
 OVERLAP = {"precision": "word-overlap precision", "recall": "word-overlap recall"}

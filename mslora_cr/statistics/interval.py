@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 Interval = tuple[float, float]
 
+CONFIDENCE = 0.95
+"""Of every interval."""
+
 
 class PairedChange(NamedTuple):
     """A paired difference with everything known about it.

@@ -15,9 +15,8 @@ from scipy.optimize import brentq
 from scipy.special import ndtr, stdtrit
 
 from mslora_cr.statistics.cluster_robust import ClusterVariance, Groups, Scores, cluster_variance
-from mslora_cr.statistics.interval import Interval
+from mslora_cr.statistics.interval import CONFIDENCE, Interval
 
-CONFIDENCE = 0.95
 SAMPLES = 1000
 """The number of resamplings behind a bootstrap interval."""
 SEED = 0

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import betaincinv
 
-from mslora_cr.statistics.interval import PairedChange
+from mslora_cr.statistics.interval import CONFIDENCE, PairedChange
 from mslora_cr.statistics.intervals import (
-    CONFIDENCE,
     NONE,
     Estimate,
     Groups,

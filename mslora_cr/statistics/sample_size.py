@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from scipy.special import ndtri
+from statistics import NormalDist
 
-from mslora_cr.statistics.intervals import CONFIDENCE
+from mslora_cr.statistics.interval import CONFIDENCE
 
 CORRELATION = 0.2
 """The intra-class correlation of one patient's questions, if nothing is known."""
@@ -69,7 +69,7 @@ def detectable_difference(questions: int, changed: float, effect: float = 1.0, p
         effect: `design_effect`.
         power: The probability of finding it.
     """
-    return float((_z() + ndtri(power)) * (changed * effect / questions) ** 0.5)
+    return float((_z() + NormalDist().inv_cdf(power)) * (changed * effect / questions) ** 0.5)
 
 
 def shown_by(questions: int, groups: int, positives: int) -> str:
@@ -96,4 +96,4 @@ def shown_by(questions: int, groups: int, positives: int) -> str:
 
 
 def _z() -> float:
-    return float(ndtri((1 + CONFIDENCE) / 2))
+    return NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
