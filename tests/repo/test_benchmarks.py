@@ -295,6 +295,7 @@ def test_every_benchmark_is_tried() -> None:
         "all",
         "coverage",
         "families",
+        "family",
         "penalty_ratio",
         "preregistered",
         "published",

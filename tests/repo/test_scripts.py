@@ -15,6 +15,7 @@ from tests.helpers.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 RUNS = ("lora_each", "mslora_cr_ortho", "mslora_cr_ortho_6task")
+BENCHMARKS = ("coin", "mllm_cl", "ucit")
 TASKS = {"lora_each": 8, "mslora_cr_ortho": 8, "mslora_cr_ortho_6task": 6}
 
 
@@ -37,7 +38,16 @@ def test_every_shipped_run_has_its_two_scripts() -> None:
         assert f"finetune_{run}.sh" in scripts
         assert f"eval_{run}.sh" in scripts
     every = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-    others = ["published", "families", "open", "demo", "sweep", "medgemma", *(set(FAMILIES) - {"idefics3"})]
+    others = [
+        "published",
+        "families",
+        "open",
+        "demo",
+        "sweep",
+        "medgemma",
+        *BENCHMARKS,
+        *(set(FAMILIES) - {"idefics3"}),
+    ]
     assert every == sorted(f"{name}.yaml" for name in [*(f"finetune_{run}" for run in RUNS), *others])
 
 
