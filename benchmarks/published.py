@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     ]
     print(tabulate(scores, headers="keys", tablefmt="github", disable_numparse=True) + "\n")
     rows = [
-        _row(runs[kind].title, title, _differences(runs[BASELINE].scores, runs[kind].scores, metric))
+        _row(runs[kind].title, TITLES[metric], _differences(runs[BASELINE].scores, runs[kind].scores, metric))
         for kind in runs
         if kind != BASELINE
-        for metric, title in TITLES.items()
+        for metric in METRICS
     ]
     for row, adjusted in zip(rows, holm([row["p (t)"] for row in rows]), strict=True):
         row["p (t)"], row["p (t, Holm)"] = chance(row["p (t)"]), chance(adjusted)
@@ -100,10 +100,10 @@ def _scores(run: PublishedRun, task: str, count: TestRows, folder: Path | None) 
         published = folder / "metrics.txt"
         same = published.is_file() and published.read_text(encoding="utf-8") == render_metrics(found)
         known = "as published" if same else "differs"
-    for metric, title in TITLES.items():
+    for metric in METRICS:
         value = run.scores[task].get(metric)
         span_of = f" [{span(ends[metric])}]" if metric in ends else ""
-        row[title] = "–" if value is None else f"{value:.2f}{span_of}"
+        row[TITLES[metric]] = "–" if value is None else f"{value:.2f}{span_of}"
     return row | {"recomputed": known}
 
 

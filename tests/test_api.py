@@ -237,7 +237,7 @@ def test_ask_streams_an_answer_and_says_who_gave_it(
     first, second = questions(trained_config, "PCAM")[:2]
     assert main(["ask", str(trained_config), first["text"], "--image", first["image"], "model.device=cpu"]) == 0
     output = capsys.readouterr()
-    assert "# taken for " in output.err and "%" in output.err and "banks pathvqa" in output.err
+    assert "# predicted task " in output.err and "%" in output.err and "banks pathvqa" in output.err
     arguments = ["--task", "PCAM", "--stage", "3", first["text"], second["text"], "--image", first["image"]]
     assert main(["ask", str(trained_config), *arguments]) == 0
     output = capsys.readouterr()

@@ -84,6 +84,7 @@ def test_the_demo_refuses_before_it_makes_anything(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_shipped_demo_shows_what_the_method_is_for(tmp_path: Path) -> None:
     """With its first two tasks, to save time, and other folders: it learns, does not forget, and its
     task-agnostic answers are as good."""

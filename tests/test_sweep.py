@@ -48,7 +48,7 @@ def test_every_table_of_methods_says_their_rank(swept: Path, capsys: pytest.Capt
     """Methods of different rank differ in capacity; two banks of rank 4 answer for mslora_cr, one for each."""
     lines = (swept / "results" / "sweep" / "sweep.md").read_text(encoding="utf-8").splitlines()
     heads = [line for line in lines if line.startswith("| method |")]
-    assert len(heads) == 4 and all("| rank |" in head for head in heads)
+    assert len(heads) == 5 and all("| rank |" in head for head in heads)
     columns = next(line for line in lines if line.startswith("| order |")).split(" | ")[2:]
     ranks = next(line for line in lines if line.startswith("| | rank |")).split(" | ")[2:]
     found = {name.strip(" |"): rank.strip(" |") for name, rank in zip(columns, ranks, strict=True)}
@@ -112,7 +112,7 @@ def test_the_pages_show_methods_orders_and_deviation(swept: Path, tmp_path: Path
     assert "| mslora\\_cr | prefix | 8 | 2 |" in text
     assert (root / "sweep.svg").read_text().startswith("<svg")
     content = json.loads((root / "sweep.json").read_text())
-    content["metrics"]["closed"]["each"]["final_average"]["against"]["orders_interval"] = [-3.0, 5.0]
+    content["metrics"]["choice"]["each"]["final_average"]["against"]["orders_interval"] = [-3.0, 5.0]
     (tmp_path / "sweep.json").write_text(json.dumps(content))
     page = Page(write_sweep_page(SweepResult.read(tmp_path / "sweep.json"), tmp_path))
     assert "less mslora_cr's, orders as a sample – [-3.0 to 5.0]" in page.text

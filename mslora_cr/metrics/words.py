@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mslora_cr.statistics.intervals import Scores
+from mslora_cr.statistics.cluster_robust import Scores
 
 BLEU_ORDER = 4
 NgramCounts = tuple[int, ...]

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from mslora_cr.banks.stack import BankStack
-from mslora_cr.clinical.calibrated import CALIBRATION, calibrated
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.answers.boxes import Box
 from mslora_cr.data.answers.reasoning import final_answer
@@ -234,6 +233,8 @@ class AnsweringModel:
 
     def _threshold(self, task: str | None, names: Sequence[str], risk: float) -> float:
         """The least probability of an answer that keeps a risk."""
+        from mslora_cr.clinical.calibrated import CALIBRATION, calibrated  # needs SciPy, of the extra eval
+
         digests = [self.run.banks[name].digest for name in names if name in self.run.banks]
         found = calibrated(self.config.results_run_dir, task, digests) if task else None
         if found is None:

@@ -18,7 +18,7 @@ LEAST_LEAK = 3_000_000
 """Bytes a task: less than a third of what one tiny model takes, more than the allocator's own drift."""
 
 
-@pytest.mark.parametrize("stage", first_in_make_test("zero3", "ddp"))
+@pytest.mark.parametrize("stage", first_in_make_test("ddp", "zero3"))
 def test_eight_tasks_in_one_launch_leave_nothing_behind(
     stage: str, tiny_settings: dict[str, Any], tmp_path: Path
 ) -> None:

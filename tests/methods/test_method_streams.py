@@ -57,9 +57,9 @@ def method_run(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Trained:
 
 TRAINED = [method for method in method_names() if method not in ("zero_shot", "mslora_cr")]
 """Methods that train; tests/stream/test_stream.py kills runs of mslora_cr."""
-BUILT_ALIKE = ("hide_llava", "mr_lora", "reglora", "keeplora")
+BUILT_ALIKE = ("hide_llava", "mr_lora", "reglora", "keeplora", "olora", "incremental", "sd_lora")
 """Methods whose runs resume by what other methods do too: a router, a penalty without a state, a bank that starts
-otherwise. `make test` trains the first one alone."""
+otherwise. Here `make test` trains the first one alone; tests/distributed trains all of them."""
 BANKS = {"zero_shot": 0, "joint": 1}
 """How many banks a method trains, if not one per task."""
 TERMS = {

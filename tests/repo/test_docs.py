@@ -20,6 +20,7 @@ def test_no_page_that_is_made_stands_in_the_repository() -> None:
     assert not set(tracked.split()) & {f"docs/{page}.md" for page in pages}
 
 
+@pytest.mark.long  # `make docs` builds it too
 def test_the_site_is_built_and_its_reference_is_whole(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

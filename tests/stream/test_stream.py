@@ -111,6 +111,7 @@ def test_a_run_killed_in_a_later_epoch_ends_in_the_same_bank(
     assert ledger_entry(run, "pathvqa")["steps"] == steps
 
 
+@pytest.mark.long
 def test_kill_9_from_outside(config_file: ConfigWriter) -> None:
     """As a user does it: two launches of one command, the first killed inside the second task."""
     longer = "tasks.slake-vqarad.epochs=6"
