@@ -148,6 +148,7 @@ def test_a_sweep_goes_on_and_a_run_that_fails_stops_no_other(
     assert after == before
 
 
+@pytest.mark.long
 def test_a_sweep_may_be_task_agnostic(swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(swept, tmp_path / "copy")
     trained, results = (tmp_path / "copy" / part / "sweep" for part in ("checkpoints", "results"))

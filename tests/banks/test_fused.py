@@ -215,6 +215,7 @@ def test_answers_with_concatenated_banks_keep_their_exactness() -> None:
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_in_the_same_bank_and_the_ledger_names_the_layer(
     config_file: ConfigWriter, trained_config: Any, tmp_path: Any
 ) -> None:

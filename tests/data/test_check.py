@@ -349,6 +349,7 @@ def test_twenty_thousand_rows_without_images(tmp_path):
     assert len(report.problems[2].examples) == module.EXAMPLES
 
 
+@pytest.mark.long
 def test_memory_is_bounded(tmp_path):
     """The records are looked at one by one, and nothing is kept of long answers."""
     root = rows_of(tmp_path, "The section shows a cell. " * 60)

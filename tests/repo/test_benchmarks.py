@@ -23,7 +23,6 @@ from benchmarks import (
 )
 from mslora_cr.evaluation.score import read_answers, render_metrics
 from mslora_cr.metrics.published import score_answers
-from tests.conftest import first_in_make_test
 
 RATIOS = {
     "step": {"banks_8_over_1", "penalties_share", "peft_layer_over_ours", "peft_all_active_over_ours"},
@@ -39,7 +38,8 @@ RATIOS = {
 }
 REPETITIONS = {"startup": 1, "memory": 1}
 """Fewer where every measurement is a process of its own."""
-THROUGH_ALL = "scoring"
+LONG = {"startup", "memory", "scoring"}
+THROUGH_ALL = "folding"
 MORE = {"generation": ["--questions", "6", "--new-tokens", "4", "--batches", "1", "6"], "penalty": ["--profile"]}
 MORE["generation"] += ["--baseline-questions", "3", "--in-turn"]
 MORE["shared_images"] = ["--questions", "6", "--new-tokens", "4", "--patches", "4"]
@@ -69,9 +69,7 @@ def test_startup_trains_and_evaluates() -> None:
     assert found["ratios"]["evaluate_over_its_imports"] > 1 and found["ratios"]["train_over_its_imports"] > 1
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in REPETITIONS)) for name in RATIOS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in RATIOS])
 def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = run(name, tmp_path)
     assert RATIOS[name] <= set(found["ratios"])
@@ -259,7 +257,8 @@ def test_the_real_size_benchmark_at_tiny_size(quantization: str | None, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("stages", first_in_make_test(["DDP"], (["ZeRO-2", "ZeRO-3"],)), ids=" ".join)
+@pytest.mark.long
+@pytest.mark.parametrize("stages", [["DDP"], ["ZeRO-2", "ZeRO-3"]], ids=" ".join)
 def test_memory_is_what_the_formula_says(stages: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     found = zero_memory.main(["--measure", "--size", "tiny", "--task", "3", "--stages", *stages])
     assert list(found) == [f"{stage}, 2" for stage in stages]
