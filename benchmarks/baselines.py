@@ -64,9 +64,9 @@ def autograd_penalties(
     contrastive = torch.zeros(())
     for bank, same in zip(frozen, same_modality, strict=True):
         distances = [
-            torch.linalg.norm(own - other)
+            torch.linalg.norm(ours - other)
             for name, pair in current.items()
-            for own, other in zip(pair, bank[name], strict=True)
+            for ours, other in zip(pair, bank[name], strict=True)
         ]
         similarity = torch.stack([torch.exp(-distance) for distance in distances]).mean()
         contrastive = contrastive + (1 - similarity if same else similarity)

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the shares here")
     args = parser.parse_args(argv)
     found = {name: shares(setting, args.trials) for name, setting in settings().items()}
-    rows = [[name, what, _figure(share)] for name, own in found.items() for what, share in own.items()]
+    rows = [[name, what, _figure(share)] for name, by_test in found.items() for what, share in by_test.items()]
     error = (0.95 * 0.05 / args.trials) ** 0.5
     print(tabulate(rows, headers=["setting", "interval covers, or p < 0.05", "share"], disable_numparse=True))
     print(f"\n{args.trials} trials; standard error of a share of 0.95: {error:.4f}\n")
@@ -181,11 +181,11 @@ def _covers(ends: Interval | None, truth: float) -> bool:
 def answers(generator: np.random.Generator, groups: Groups, share: float) -> Scores:
     """Right (1) and wrong (0) answers, correlated within clusters where questions share them."""
     if len(np.unique(groups)) == len(groups):
-        own = np.full(len(groups), share)
+        probability = np.full(len(groups), share)
     else:
         size = (1 - CORRELATION) / CORRELATION
-        own = generator.beta(share * size, (1 - share) * size, size=int(groups.max()) + 1)[groups]
-    return (generator.random(len(groups)) < own).astype(np.float64)
+        probability = generator.beta(share * size, (1 - share) * size, size=int(groups.max()) + 1)[groups]
+    return (generator.random(len(groups)) < probability).astype(np.float64)
 
 
 def _stream(tasks: int, questions: int, groups: Groups) -> Trial:
@@ -206,7 +206,10 @@ def _stream(tasks: int, questions: int, groups: Groups) -> Trial:
         one = columns[names[-1], 0]  # drawn once: what is drawn again has less in common with its image
         return {
             "a task's score": _covers(score_interval([estimate(*one)]), shares[names[-1]]),
-            **{figure: _covers(own.ends, float(expected[figure] or 0)) for figure, own in found.figures.items()},
+            **{
+                figure: _covers(interval.ends, float(expected[figure] or 0))
+                for figure, interval in found.figures.items()
+            },
             "a task's change": _covers(found.transfer[names[0]].ends, 0),
             "average of stage 2": _covers(found.stages[2], truth.stage_average(2)),
         }
@@ -228,7 +231,7 @@ def _last_change(tasks: int, groups: Groups) -> Trial:
 
 def _change_of(differences: Sequence[Scores], groups: Sequence[Groups], binary: bool = True) -> Interval:
     """The interval of the mean over tasks."""
-    tasks = [paired_task(values, own, binary) for values, own in zip(differences, groups, strict=True)]
+    tasks = [paired_task(values, clusters, binary) for values, clusters in zip(differences, groups, strict=True)]
     return paired_change(tasks, [1 / len(tasks)] * len(tasks)).ends
 
 
@@ -253,8 +256,8 @@ def _unequal_tasks(sizes: Sequence[int], gained: float, lost: float, cluster: in
 
     def trial(generator: np.random.Generator) -> Mapping[str, bool]:
         groups = [np.arange(size) // cluster for size in sizes]
-        down = [answers(generator, own, lost) for own in groups]
-        up = [answers(generator, own, gained) if gained else np.zeros(len(own)) for own in groups]
+        down = [answers(generator, clusters, lost) for clusters in groups]
+        up = [answers(generator, clusters, gained) if gained else np.zeros(len(clusters)) for clusters in groups]
         differences = [plus - minus for plus, minus in zip(up, down, strict=True)]
         return {"mean change": _covers(_change_of(differences, groups), 100 * (gained - lost))}
 

@@ -158,7 +158,7 @@ def _no_images(questions: Sequence[int]) -> None:
 def answered(
     model: Any,
     prompts: Sequence[Prompt],
-    shown: Callable[[Sequence[int]], Tensor | None],
+    pixels_of: Callable[[Sequence[int]], Tensor | None],
     batch: int,
     ids: Ids,
     new_tokens: int,
@@ -167,7 +167,7 @@ def answered(
     """Answers as evaluation gives them, in batches of so many questions.
 
     Args:
-        shown: the images of some questions.
+        pixels_of: returns the images of some questions; None where they have none.
         candidates: ids that are scored behind each question, as its answer is then; None scores nothing.
     """
     limits = Limits(batch, new_tokens, batch * (max(map(len, prompts)) + new_tokens))
@@ -176,7 +176,7 @@ def answered(
     waiting = sum(len(wave.batches) for wave in waves)
     answers: Answers = {}
     for wave in waves:
-        pixels = shown([group.questions[0] for group in wave.groups])
+        pixels = pixels_of([group.questions[0] for group in wave.groups])
         openings = decoder.read(wave, {} if pixels is None else {"pixel_values": pixels})
         for chosen in wave.batches:
             given = decoder.answer(openings, chosen, waiting)

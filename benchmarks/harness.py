@@ -174,8 +174,8 @@ def parse(
         add(parser)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    own = {field.name: getattr(args, field.name) for field in fields(Size)}
-    chosen = replace(SIZES[args.size], **{name: value for name, value in own.items() if value is not None})
+    sizes = {field.name: getattr(args, field.name) for field in fields(Size)}
+    chosen = replace(SIZES[args.size], **{name: value for name, value in sizes.items() if value is not None})
     large = args.size == "7b"
     repetitions = args.repetitions if args.repetitions is not None else 3 if large else 7
     if repetitions < 1:

@@ -100,7 +100,7 @@ def _deviation(penalties: BankPenalties, trainable: Pairs, autograd: Callable[[]
     gradients = penalties.terms(trainable, ALPHA, BETA)[2]
     pairs = [(trainable[module][half].grad, gradient) for (module, half), gradient in gradients.items()]
     largest = max(float(theirs.abs().max()) for theirs, _ in pairs if theirs is not None)
-    absolute = max(float((theirs - own).abs().max()) for theirs, own in pairs if theirs is not None)
+    absolute = max(float((theirs - ours).abs().max()) for theirs, ours in pairs if theirs is not None)
     return {"gradient": absolute, "gradient_relative": absolute / largest}
 
 

@@ -101,8 +101,8 @@ def plan(config: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[Sw
             for name, penalties in PENALTIES.items():
                 stream = f"tasks=[{', '.join(TASK.format(name=task) for task in tasks)}]"
                 terms = [f"regularization.{penalty}" for penalty in penalties]
-                own = [*SETTINGS, f"run={name}-stream{order}-seed{seed}", f"seed={seed}", stream, *terms]
-                found.append(SweepRun(name, order, seed, load_config(config, [*overrides, *places, *own])))
+                settings = [*SETTINGS, f"run={name}-stream{order}-seed{seed}", f"seed={seed}", stream, *terms]
+                found.append(SweepRun(name, order, seed, load_config(config, [*overrides, *places, *settings])))
     return found
 
 

@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         use_answering_kernels(model, setting)
         asked = about_images(args.questions, density, args.patches, model, setting)
         candidates = [[word, END] for word in CANDIDATES] if scored else None
-        answer = partial(answered, model, asked.prompts, asked.shown, args.at_once, ids, args.new_tokens, candidates)
+        answer = partial(
+            answered, model, asked.prompts, asked.pixels_of, args.at_once, ids, args.new_tokens, candidates
+        )
         return lambda: answers.update({name: answer()})
 
     variants = {

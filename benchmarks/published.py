@@ -123,18 +123,18 @@ def hidden_by(run: PublishedRun, answers: Path) -> list[dict[str, Any]]:
 
 
 def _hidden(closed: ClosedMeasured) -> dict[str, str]:
-    figures = {name: _shown(closed.figures.get(name)) for name in ("accuracy", "balanced accuracy")}
+    figures = {name: _percent(closed.figures.get(name)) for name in ("accuracy", "balanced accuracy")}
     by_class = sorted(closed.by_class, key=lambda one: -one.questions)[:CLASSES]
-    shown = [f"{one.name} {_shown(one.recall)}" for one in by_class]
+    recalls = [f"{one.name} {_percent(one.recall)}" for one in by_class]
     guessing = f"{100 * closed.guessing.hindsight:.1f}"
     return {
         **figures,
         "constant answer by question": guessing if closed.guessing.above else f"{guessing} (not above)",
-        "recall": "; ".join(shown),
+        "recall": "; ".join(recalls),
     }
 
 
-def _shown(figure: Measured | None) -> str:
+def _percent(figure: Measured | None) -> str:
     if figure is None:
         return "–"
     return f"{100 * figure.value:.1f}{bracketed(percent(figure.interval) if figure.interval else None)}"

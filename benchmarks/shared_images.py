@@ -49,7 +49,7 @@ class Questions:
     prompts: list[Prompt]
     features: dict[Path, Tensor]
 
-    def shown(self, questions: Sequence[int]) -> Tensor | None:
+    def pixels_of(self, questions: Sequence[int]) -> Tensor | None:
         images = [image for question in questions for image in self.prompts[question].images]
         return torch.stack([self.features[image] for image in images]) if images else None
 
@@ -139,13 +139,13 @@ def _before(model: Any, questions: Questions, batch: int, ids: Ids, new_tokens: 
     answers: Answers = {}
     for chosen in in_batches(order, batch):
         prompts = [questions.prompts[index].opening + questions.prompts[index].rest for index in chosen]
-        answers |= zip(chosen, generated(model, prompts, questions.shown(chosen), ids, new_tokens), strict=True)
+        answers |= zip(chosen, generated(model, prompts, questions.pixels_of(chosen), ids, new_tokens), strict=True)
     return answers
 
 
 def _after(model: Any, questions: Questions, batch: int, ids: Ids, new_tokens: int) -> Answers:
     """As evaluation answers."""
-    return answered(model, questions.prompts, questions.shown, batch, ids, new_tokens)
+    return answered(model, questions.prompts, questions.pixels_of, batch, ids, new_tokens)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ def per_gpu(shape: Shape, stage: int, gpus: int, task: int) -> dict[str, float]:
     if stage == 0:
         gradients = bank * FP32 * min(gpus, 2)
     else:
-        own = bank / gpus
-        gradients = {1: max(bank * BF16, own * FP32), 2: own * FP32}.get(stage, own * (BF16 + FP32))
+        share = bank / gpus
+        gradients = {1: max(bank * BF16, share * FP32), 2: share * FP32}.get(stage, share * (BF16 + FP32))
     optimizer = bank * (ADAM if stage == 0 else (ADAM + FP32) / gpus)
     weights = base * BF16 + bank * (BF16 if stage in (1, 2) else FP32)
     gather_params = 0

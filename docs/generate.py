@@ -84,8 +84,8 @@ def section(model: type[BaseModel], path: str) -> list[str]:
             continue
         inner = nested(field)
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-        shown = "section" if inner else kind(field.annotation)
-        lines.append(f"| `{name}` | {shown} | {default(field)} | {meaning} |")
+        described = "section" if inner else kind(field.annotation)
+        lines.append(f"| `{name}` | {described} | {default(field)} | {meaning} |")
         if inner:
             deeper += section(inner, f"{path}.{name}".strip("."))
     return [*lines, "", *deeper]

@@ -75,11 +75,11 @@ def test_answers_are_those_of_an_evaluation(
     cells = json.loads((results / "evaluation.json").read_text())["cells"]
     for cell in cells:
         asked = questions(trained_config, cell["task"])[:2]
-        told = [
+        said = [
             model.answer(question["image"], question["text"], task=cell["task"], stage=cell["stage"])
             for question in asked
         ]
-        assert told == answers((results / cell["answers"]).parent)[:2], (cell["task"], cell["stage"])
+        assert said == answers((results / cell["answers"]).parent)[:2], (cell["task"], cell["stage"])
 
 
 def test_routed_answers_are_those_of_a_routed_evaluation(
@@ -102,10 +102,10 @@ def test_the_base_is_loaded_once_and_banks_are_swapped_only_where_others_answer(
     load, swap = answering.load_base, BankStack.set_frozen
     monkeypatch.setattr(answering, "load_base", lambda *args: loads.append(1) or load(*args))
     monkeypatch.setattr(BankStack, "set_frozen", lambda self, banks: swaps.append(len(banks)) or swap(self, banks))
-    own = mslora_cr.load(trained_config, task="pathvqa")
+    model = mslora_cr.load(trained_config, task="pathvqa")
     [question, *_] = questions(trained_config, "pathvqa")
     for task, stage in (("pathvqa", 1), ("pathvqa", 3), ("PCAM", 3), ("slake-vqarad", 2), ("pathvqa", 0)):
-        own.answer(question["image"], question["text"], task=task, stage=stage)
+        model.answer(question["image"], question["text"], task=task, stage=stage)
     assert (len(loads), swaps) == (1, [1, 3, 2, 0])
 
 
@@ -113,12 +113,12 @@ def test_the_base_is_loaded_once_and_banks_are_swapped_only_where_others_answer(
 def test_after_a_swap_that_failed_half_way_the_right_banks_answer(
     merge_mode: str, method: str, trained_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = mslora_cr.load(trained_config, task="pathvqa", overrides=[f"lora.fold={merge_mode}"])
+    model = mslora_cr.load(trained_config, task="pathvqa", overrides=[f"lora.fold={merge_mode}"])
     [question, *_] = questions(trained_config, "pathvqa")
 
     def state() -> dict[str, torch.Tensor]:
-        own.answer(question["image"], question["text"])
-        return {name: weight.clone() for name, weight in own._stack.model.state_dict().items()}
+        model.answer(question["image"], question["text"])
+        return {name: weight.clone() for name, weight in model._stack.model.state_dict().items()}
 
     before, calls = state(), []
     works = getattr(torch.Tensor, method)
@@ -131,7 +131,7 @@ def test_after_a_swap_that_failed_half_way_the_right_banks_answer(
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(torch.Tensor, method, failing)
-        own._use("PCAM", 3, {})
+        model._use("PCAM", 3, {})
     after = state()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
@@ -155,8 +155,8 @@ def test_pictures_may_be_files_bytes_or_pictures_and_several(
     path, text = Path(question["image"]), question["text"]
     ways: list[Any] = [str(path), path, path.read_bytes(), Image.open(path), [path]]
     assert len({model.ask(way, text, task="pathvqa").ids for way in ways}) == 1
-    shown = model.ask([path, Image.new("L", (30, 90))], text, task="pathvqa")
-    assert shown.ids and model.ask([], text, task="pathvqa").ids
+    reply = model.ask([path, Image.new("L", (30, 90))], text, task="pathvqa")
+    assert reply.ids and model.ask([], text, task="pathvqa").ids
     for broken, name in ((b"no picture", "an image of 10 bytes"), (tmp_path / "gone.png", "gone.png")):
         with pytest.raises(mslora_cr.DataError, match=name):
             model.answer(broken, text)

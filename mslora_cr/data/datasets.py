@@ -41,15 +41,15 @@ class TrainDataset(Dataset[Any]):
         self, records: Records[TrainingRecord], roots: Sequence[Path], input_processor: InputProcessor
     ) -> None:
         self.records, self.roots, self.input_processor = records, roots, input_processor
-        self._kept: dict[int, Any] = {}
+        self._cached: dict[int, Any] = {}
         self._free_bytes = KEPT_BYTES
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Any:
-        if index in self._kept:
-            return self._kept[index]
+        if index in self._cached:
+            return self._cached[index]
         try:
             sample = self.input_processor.sample(index, self.records[index], self.roots)
         except ValueError as error:
@@ -60,9 +60,9 @@ class TrainDataset(Dataset[Any]):
 
     def _keep(self, index: int, sample: Any) -> None:
         self._free_bytes -= _decoded_bytes(sample)
-        self._kept[index] = sample
+        self._cached[index] = sample
         if self._free_bytes <= 0:  # A part of a large data set is not worth its memory.
-            self._kept.clear()
+            self._cached.clear()
 
     def lengths(self) -> list[int]:
         """Return the number of positions of every sample, image patches included, without decoding an image."""

@@ -77,7 +77,7 @@ def write_report(
     with one_writer(results_dir):
         context = _context(run, load_published_scores(published_scores), config) | _answers(run, config)
         context["leaks"] = _leaks(run, config)
-        context["shown_tasks"] = _shown(run, context["leaks"])
+        context["shown_tasks"] = _tasks_shown_to_do(run, context["leaks"])
         for name in ("report.html", "report.md"):
             render(name, results_dir / name, context)
     return results_dir / "report.html"
@@ -182,7 +182,7 @@ def _leaks(run: RunRecord, config: StreamConfig | None) -> dict[str, str]:
     return sentences(config, {cell.task: cell.questions for cell in run.evaluation.cells})
 
 
-def _shown(run: RunRecord, leaks: Mapping[str, str]) -> list[ShownTask]:
+def _tasks_shown_to_do(run: RunRecord, leaks: Mapping[str, str]) -> list[ShownTask]:
     return shown_to_do(last_cells(run.evaluation), run.results_dir, leaks) if run.evaluation else []
 
 

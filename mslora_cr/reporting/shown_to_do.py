@@ -49,10 +49,10 @@ def shown_to_do(cells: Iterable[Cell], results_dir: Path, leaks: Mapping[str, st
         results_dir: where the answers' files are.
         leaks: by task, what `data check` found in both training and testing.
     """
-    return [_shown(cell, results_dir, leaks.get(cell.task)) for cell in cells]
+    return [_row(cell, results_dir, leaks.get(cell.task)) for cell in cells]
 
 
-def _shown(cell: Cell, results_dir: Path, leaks: str | None) -> ShownTask:
+def _row(cell: Cell, results_dir: Path, leaks: str | None) -> ShownTask:
     answers = results_dir / cell.answers
     clinical = Clinical.read_if_there(answers.with_name(CLINICAL))
     closed = clinical.closed if clinical else None

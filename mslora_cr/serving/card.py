@@ -61,7 +61,7 @@ class Card:
 
     def text(self) -> str:
         """The whole `README.md`."""
-        scores = (self._shown, self._scores)
+        scores = (self._shown_to_do, self._scores)
         parts = (self._head, self._title, self._loading, *scores, self._data, self._use, self._training)
         return "\n\n".join(text for part in parts if (text := part().strip())) + "\n"
 
@@ -209,7 +209,7 @@ inputs = processor(text=prompt, images=[image], add_special_tokens=False, return
             ]
         )
 
-    def _shown(self) -> str:
+    def _shown_to_do(self) -> str:
         """One line a task: what was measured of it, and what is not known."""
         cells = self._cells().values()
         if not cells:

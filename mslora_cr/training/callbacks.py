@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 VALIDATION = "eval_"
 """How the names of logged validation figures begin, as the Trainer's and the trackers' do."""
 VALIDATION_LOSS = f"{VALIDATION}loss"
-SHOWN = ("exact match score", "close accuracy", "f1 score")
+PRINTED_SCORES = ("exact match score", "close accuracy", "f1 score")
 """Validation scores on the console."""
 
 
@@ -100,7 +100,7 @@ class ConsoleCallback(TrainerCallback):
             self._bar.set_postfix_str(f"loss {logs['loss']:.4g}", refresh=False)
         if state.is_world_process_zero and logs and VALIDATION_LOSS in logs:
             figures = {name.removeprefix(VALIDATION): value for name, value in logs.items() if name != "epoch"}
-            scores = "".join(f", {name} {value:.1f}" for name, value in figures.items() if name in SHOWN)
+            scores = "".join(f", {name} {value:.1f}" for name, value in figures.items() if name in PRINTED_SCORES)
             log.info("%s: validation at step %s: loss %.4f%s", self._task, state.global_step, figures["loss"], scores)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

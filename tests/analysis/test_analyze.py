@@ -108,12 +108,14 @@ def test_changed_answers_are_counted_by_kind(tmp_path: Path) -> None:
     _, results = make_run(tmp_path, "seq", "sequential", tasks, right=lambda task, stage: 18 if stage == 1 else 12)
     evaluation = read_evaluation(results)
     assert evaluation is not None
-    own, last = evaluation.own_cell("pathvqa"), evaluation.last_cell("pathvqa")
-    assert own is not None and last is not None
-    found = _change("pathvqa", "own stage", "last stage", (results, evaluation, own), (results, evaluation, last))
+    at_training, last = evaluation.own_cell("pathvqa"), evaluation.last_cell("pathvqa")
+    assert at_training is not None and last is not None
+    found = _change(
+        "pathvqa", "own stage", "last stage", (results, evaluation, at_training), (results, evaluation, last)
+    )
     assert (found.changed, found.lost, found.gained, found.same_banks) == (12, 12, 0, False)
     assert [example.kind for example in found.examples] == ["lost"] * module.EXAMPLES
-    back = _change("pathvqa", "last", "own", (results, evaluation, last), (results, evaluation, own))
+    back = _change("pathvqa", "last", "own", (results, evaluation, last), (results, evaluation, at_training))
     assert (back.lost, back.gained) == (0, 12)
 
 

@@ -152,16 +152,16 @@ def test_the_stage_is_chosen(tmp_path: Path) -> None:
     base = make_run(tmp_path, "base", tasks=TASKS, right=lambda task, stage: 18)[1]
     one = make_run(tmp_path, "one", "sequential", TASKS, right=forgets)[1]
     final = by_task(compared(tmp_path, base, one), "closed accuracy", "one")
-    own = by_task(compared(tmp_path, base, one, options=("--at", "own")), "closed accuracy", "one")
+    at_own_stage = by_task(compared(tmp_path, base, one, options=("--at", "own")), "closed accuracy", "one")
     assert {task: test["difference"] for task, test in final.items()} == {"pathvqa": -50, "PCAM": -25, "overall": -37.5}
-    assert {test["difference"] for test in own.values()} == {0}
+    assert {test["difference"] for test in at_own_stage.values()} == {0}
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = make_run(tmp_path, "base", tasks=TASKS)[1]
     other = make_run(tmp_path, "other", tasks=TASKS)[1]
-    own = make_run(tmp_path, "own", tasks=TASKS, stages="own")[1]
-    assert main(["compare", str(base), str(own)]) == 1
+    own_results = make_run(tmp_path, "own", tasks=TASKS, stages="own")[1]
+    assert main(["compare", str(base), str(own_results)]) == 1
     assert "own: pathvqa was not evaluated after the last stage" in capsys.readouterr().err
     summary = json.loads((other / "evaluation.json").read_text())
     for cell in summary["cells"]:
@@ -169,9 +169,9 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: pytest
     (other / "evaluation.json").write_text(json.dumps(summary))
     assert main(["compare", str(base), str(other)]) == 1
     assert "base and other were asked different questions of pathvqa" in capsys.readouterr().err
-    lines = (own / "PCAM" / "scores.csv").read_text().splitlines()
-    (own / "PCAM" / "scores.csv").write_text("\n".join(lines[:-3]) + "\n")
-    assert main(["compare", str(base), str(own), "--at", "own"]) == 1
+    lines = (own_results / "PCAM" / "scores.csv").read_text().splitlines()
+    (own_results / "PCAM" / "scores.csv").write_text("\n".join(lines[:-3]) + "\n")
+    assert main(["compare", str(base), str(own_results), "--at", "own"]) == 1
     message = "base and own were asked the same questions of PCAM, but scores.csv has 20 of base and 17 of own"
     assert message in capsys.readouterr().err
     assert main(["compare", str(base), str(base)]) == 1

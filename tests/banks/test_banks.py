@@ -24,12 +24,12 @@ from mslora_cr.models.language import language_linears
 from mslora_cr.models.llava_med import LlavaMed, load
 from tests.conftest import GOLDEN, ConfigWriter
 
-CHAIN = ["pathvqa", "pathvqa_slake-vqarad", "pathvqa_slake-vqarad_derm", "pathvqa_slake-vqarad_derm_PCAM"]
+SEQUENCE = ["pathvqa", "pathvqa_slake-vqarad", "pathvqa_slake-vqarad_derm", "pathvqa_slake-vqarad_derm_PCAM"]
 MERGE_MODES = ("merge", "concatenate")
 
 
 def golden_bank(number: int) -> Bank:
-    return load_bank(GOLDEN / "checkpoints" / CHAIN[number])
+    return load_bank(GOLDEN / "checkpoints" / SEQUENCE[number])
 
 
 def golden_base(dtype: torch.dtype = torch.float32) -> LlavaMed:
@@ -202,7 +202,7 @@ def test_plain_peft_loads_a_bank(trained_config: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", range(4))
 def test_published_in_and_out_is_bit_identical(number: int, tmp_path: Path) -> None:
-    source = GOLDEN / "checkpoints" / CHAIN[number]
+    source = GOLDEN / "checkpoints" / SEQUENCE[number]
     bank = load_bank(source)
     export_published(bank, tmp_path / "exported", number, json.loads((source / "config.json").read_text()))
     stored, exported = (

@@ -19,7 +19,7 @@ from mslora_cr.models.llava_med import load
 from tests.conftest import GOLDEN, ConfigWriter, bank_bytes, needs_gpu
 from tests.helpers.killing import KillPoint, run_until_killed
 
-CHAIN = ["pathvqa", "pathvqa_slake-vqarad"]
+SEQUENCE = ["pathvqa", "pathvqa_slake-vqarad"]
 LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 
 
@@ -30,7 +30,7 @@ def golden_stack(
     merge_mode: str = "concatenate", dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any
 ) -> BankStack:
     """The golden model with a frozen bank and a trainable one, whose scaling is 2."""
-    frozen, initial = (load_bank(GOLDEN / "checkpoints" / name) for name in CHAIN)
+    frozen, initial = (load_bank(GOLDEN / "checkpoints" / name) for name in SEQUENCE)
     stack = BankStack(load(GOLDEN / "llava_med_tiny", dtype=dtype, device=device).model, merge_mode)
     stack.set_frozen([frozen])
     stack.add_trainable(initial.rank, 2 * initial.rank, initial=initial, **options)
@@ -205,7 +205,7 @@ def test_a_quantised_base_keeps_pefts_layer() -> None:
 def test_answers_with_concatenated_banks_keep_their_exactness() -> None:
     """A float32 adapter beside a bfloat16 base answers as it always has."""
     stack = BankStack(load(GOLDEN / "llava_med_tiny", dtype=torch.bfloat16).model, "concatenate")
-    stack.set_frozen([load_bank(GOLDEN / "checkpoints" / CHAIN[0])])
+    stack.set_frozen([load_bank(GOLDEN / "checkpoints" / SEQUENCE[0])])
     with torch.inference_mode():
         ours = stack.model.eval()(input_ids=ids()).logits
         with as_peft():

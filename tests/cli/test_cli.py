@@ -67,7 +67,7 @@ def test_every_package_that_may_be_missing_has_an_extra() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     required = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
     homes = {name: {home.lower() for home in known} for name, known in packages_distributions().items()}
-    own = {*sys.stdlib_module_names, "mslora_cr"} | {
+    installed = {*sys.stdlib_module_names, "mslora_cr"} | {
         "mlflow",
         "wandb",
         "tensorboard",
@@ -76,7 +76,7 @@ def test_every_package_that_may_be_missing_has_an_extra() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            for name in {(name or "").partition(".")[0] for name in names} - own:
+            for name in {(name or "").partition(".")[0] for name in names} - installed:
                 assert name in EXTRAS or homes.get(name, set()) & required, f"{path}: {name}"
 
 

@@ -358,7 +358,7 @@ def test_validation_is_on_where_something_asks_for_it(tmp_path: Path) -> None:
 
 
 def test_how_many_checkpoints_are_kept_is_given(tmp_path: Path) -> None:
-    assert [fields(tmp_path, save_total_limit=kept)["save_total_limit"] for kept in (1, 3)] == [1, 3]
+    assert [fields(tmp_path, save_total_limit=limit)["save_total_limit"] for limit in (1, 3)] == [1, 3]
 
 
 # --- methods -------------------------------------------------------------------------------------------------------

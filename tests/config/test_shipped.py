@@ -61,9 +61,9 @@ def test_config_lists_shows_and_copies(
     assert "zero3_offload" in listed
     for name in configurations():
         assert main(["config", "show", name]) == 0
-        shown = yaml.safe_load(capsys.readouterr().out)
+        printed = yaml.safe_load(capsys.readouterr().out)
         if name not in ("published", "families"):  # they lack what a run's own file adds
-            (tmp_path / "shown.yaml").write_text(yaml.safe_dump(shown))
+            (tmp_path / "shown.yaml").write_text(yaml.safe_dump(printed))
             assert load_config(tmp_path / "shown.yaml") == load_config(name)
     assert main(["config", "show", "zero1"]) == 0
     assert capsys.readouterr().out == (DEFAULTS / "deepspeed" / "zero1.json").read_text()
@@ -124,18 +124,18 @@ def run(installed: Path, folder: Path, *words: str, **options: Any) -> subproces
 def test_the_wheel_needs_no_clone(installed: Path, tmp_path: Path) -> None:
     [wheel] = installed.glob("*.whl")
     names = {name.removeprefix("mslora_cr/") for name in zipfile.ZipFile(wheel).namelist()}
-    own = {
+    environment = {
         path.relative_to(ROOT / "mslora_cr").as_posix()
         for path in (ROOT / "mslora_cr").rglob("*")
         if path.suffix in (".yaml", ".json", ".j2", ".py", ".typed")
     }
-    assert own <= names and {"config/defaults/demo.yaml", "config/defaults/deepspeed/zero3.json"} <= own
+    assert environment <= names and {"config/defaults/demo.yaml", "config/defaults/deepspeed/zero3.json"} <= environment
     where = run(installed, tmp_path, "python", "-c", "import mslora_cr; print(mslora_cr.__file__)")
     assert where.stdout.startswith(str(installed)), where.stderr
     listed = run(installed, tmp_path, "mslora-cr", "config", "list")
     assert listed.returncode == 0 and "finetune_mslora_cr_ortho" in listed.stdout, listed.stderr
-    shown = run(installed, tmp_path, "mslora-cr", "config", "show", "finetune_mslora_cr_ortho")
-    assert len(yaml.safe_load(shown.stdout)["tasks"]) == 8
+    completed = run(installed, tmp_path, "mslora-cr", "config", "show", "finetune_mslora_cr_ortho")
+    assert len(yaml.safe_load(completed.stdout)["tasks"]) == 8
     refused = run(installed, tmp_path, "mslora-cr", "demo", "tasks=[nmi, iu-x-ray]")
     assert "tasks: the demo compares closed questions" in refused.stderr  # it has read its configuration
     assert list(tmp_path.iterdir()) == []

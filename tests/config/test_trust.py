@@ -131,17 +131,17 @@ def test_no_module_of_a_run_folder_is_imported_whoever_names_it(
 
 # --- a method of the user's own ---------------------------------------------------------------------------------------
 
-OWN = "from mslora_cr.methods.each import Each\nclass Mine(Each):\n    name = 'mine'\n"
+METHOD_SOURCE = "from mslora_cr.methods.each import Each\nclass Mine(Each):\n    name = 'mine'\n"
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with `owned.py`, a method of the user's own, who has named and trusted nothing yet."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(trust, "_named", set())
-    (tmp_path / "owned.py").write_text(OWN)
+    (tmp_path / "owned.py").write_text(METHOD_SOURCE)
     yield tmp_path
     _forget(monkeypatch)
 
@@ -154,34 +154,34 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     load_method.cache_clear()
 
 
-def _run_of(own: Path, config_file: ConfigWriter, **changes: Any) -> Path:
+def _run_of(workdir: Path, config_file: ConfigWriter, **changes: Any) -> Path:
     """A run folder, trained or not, whose configuration names `owned:Mine`."""
-    folder = own / "checkpoints" / "tiny"
+    folder = workdir / "checkpoints" / "tiny"
     folder.mkdir(parents=True)
     shutil.copy(config_file(method="owned:Mine", **changes), folder / "config.yaml")
     return folder
 
 
-def test_a_configuration_of_the_users_names_its_method(own: Path, config_file: ConfigWriter) -> None:
+def test_a_configuration_of_the_users_names_its_method(workdir: Path, config_file: ConfigWriter) -> None:
     assert method_of(load_config(config_file(method="owned:Mine"))).name == "mine"
 
 
-def test_an_override_names_a_method(own: Path, config_file: ConfigWriter) -> None:
-    folder = _run_of(own, config_file)
+def test_an_override_names_a_method(workdir: Path, config_file: ConfigWriter) -> None:
+    folder = _run_of(workdir, config_file)
     assert method_of(load_config(folder / "config.yaml", ["method=owned:Mine"])).name == "mine"
 
 
 def test_a_method_is_trusted_once_until_it_changes(
-    own: Path, config_file: ConfigWriter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workdir: Path, config_file: ConfigWriter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = _run_of(own, config_file)
+    folder = _run_of(workdir, config_file)
     dry_run = ["train", str(folder / "config.yaml"), "--dry-run"]
     assert main(dry_run) == 1
     assert main([*dry_run, "--trust-method", "owned:Mine"]) == 0
     _forget(monkeypatch)
     assert main(dry_run) == 0
     assert list(TrustedMethods.read(trust_file()).methods) == ["owned:Mine"]
-    (own / "owned.py").write_text(OWN + "    mixes_banks = False\n")
+    (workdir / "owned.py").write_text(METHOD_SOURCE + "    mixes_banks = False\n")
     _forget(monkeypatch)
     capsys.readouterr()
     assert main(dry_run) == 1
@@ -198,39 +198,39 @@ def test_a_method_is_trusted_once_until_it_changes(
     ],
 )
 def test_only_a_module_that_is_there_is_trusted(
-    method: str, message: str, own: Path, config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]
+    method: str, message: str, workdir: Path, config_file: ConfigWriter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(config_file()), "--trust-method", method]) == 1
     assert message in capsys.readouterr().err
 
 
-def test_looking_for_a_module_runs_none_of_its_packages(own: Path) -> None:
-    package = own / "outer" / "inner"
+def test_looking_for_a_module_runs_none_of_its_packages(workdir: Path) -> None:
+    package = workdir / "outer" / "inner"
     package.mkdir(parents=True)
-    for file in (own / "outer" / "__init__.py", package / "__init__.py"):
+    for file in (workdir / "outer" / "__init__.py", package / "__init__.py"):
         file.write_text("raise SystemExit")
-    (package / "mine.py").write_text(OWN)
-    (own / "space" / "deep").mkdir(parents=True)
-    (own / "space" / "deep" / "mine.py").write_text(OWN)
-    names = [str(file.relative_to(own)) for file in module_files("outer.inner.mine")]
+    (package / "mine.py").write_text(METHOD_SOURCE)
+    (workdir / "space" / "deep").mkdir(parents=True)
+    (workdir / "space" / "deep" / "mine.py").write_text(METHOD_SOURCE)
+    names = [str(file.relative_to(workdir)) for file in module_files("outer.inner.mine")]
     assert names == ["outer/__init__.py", "outer/inner/__init__.py", "outer/inner/mine.py"]
-    assert module_files("space.deep.mine") == [own / "space" / "deep" / "mine.py"]
+    assert module_files("space.deep.mine") == [workdir / "space" / "deep" / "mine.py"]
     with pytest.raises(ModuleNotFoundError, match=r"space\.other"):
         module_files("space.other.mine")
 
 
 def test_a_run_of_a_method_from_outside_is_exported_without_its_code(
-    own: Path, config_file: ConfigWriter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workdir: Path, config_file: ConfigWriter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The ledger records which banks answer."""
-    own_method = OWN + "    def banks(self, task, stage, banks_by):\n        return [1, task]\n"
-    (own / "owned.py").write_text(own_method)
+    method = METHOD_SOURCE + "    def banks(self, task, stage, banks_by):\n        return [1, task]\n"
+    (workdir / "owned.py").write_text(method)
     config = config_file(method="owned:Mine")
     assert main(["train", str(config), "tasks=[pathvqa,slake-vqarad]"]) == 0
     _forget(monkeypatch)
-    (own / "owned.py").write_text("raise SystemExit")
+    (workdir / "owned.py").write_text("raise SystemExit")
     words = ["export", "tiny", "--output", "out", "--format", "peft", "--base", "elsewhere", "--task", "slake-vqarad"]
     assert main(words) == 0
-    record = yaml.safe_load((own / "out" / "slake-vqarad" / "export.json").read_text())
+    record = yaml.safe_load((workdir / "out" / "slake-vqarad" / "export.json").read_text())
     assert list(record["banks"]) == ["pathvqa", "slake-vqarad"]
     assert "method owned:Mine is outside the package" in capsys.readouterr().err

@@ -445,9 +445,15 @@ def test_a_missing_file_with_a_table_beside_it_gets_advice(root):
 
 def test_the_tasks_of_a_configuration_are_checked(root, tmp_path, capsys):
     config = tmp_path / "run.yaml"
-    own = {"Mine": {"modality": "pathology", "folder": "PathVQA", "image_folders": ["images"]}}
+    spec = {"Mine": {"modality": "pathology", "folder": "PathVQA", "image_folders": ["images"]}}
     task = {"name": "Mine", "epochs": 1, "batch_size": 1, "learning_rate": 1e-3}
-    settings = {"run": "mine", "model": {"path": "none"}, "data": {"root": str(root)}, "datasets": own, "tasks": [task]}
+    settings = {
+        "run": "mine",
+        "model": {"path": "none"},
+        "data": {"root": str(root)},
+        "datasets": spec,
+        "tasks": [task],
+    }
     config.write_text(json.dumps(settings))
     output = tmp_path / "check.json"
     words = [str(config), "--workers", "1", "--output", str(output)]

@@ -183,12 +183,12 @@ def test_a_small_data_set_is_decoded_once(
         Image.effect_noise(size, 60).convert("RGB").save(tmp_path / name)
         images.append(name)
     records = TrainingRecords(write(tmp_path, *map(conversation, images)))
-    for kept in (datasets.KEPT_BYTES, 40_000):  # two samples have 37,632 bytes of pixels each
-        monkeypatch.setattr(datasets, "KEPT_BYTES", kept)
+    for cache_bytes in (datasets.KEPT_BYTES, 40_000):  # two samples have 37,632 bytes of pixels each
+        monkeypatch.setattr(datasets, "KEPT_BYTES", cache_bytes)
         samples = TrainDataset(records, [tmp_path], input_processor)
         first = [samples[index]["pixel_values"].clone() for index in range(2)]
         (tmp_path / "a.png").rename(tmp_path / "away.png")
-        if kept > 40_000:
+        if cache_bytes > 40_000:
             assert all(torch.equal(samples[index]["pixel_values"], first[index]) for index in range(2))
         else:
             with pytest.raises(DataError, match=r"a\.png' is missing"):

@@ -59,21 +59,21 @@ def test_ct_is_shown_under_its_own_window_or_the_one_given():
     path = real(DICOM / "693_UNCR.dcm")
     header = pydicom.dcmread(path)
     hounsfield = header.pixel_array * float(header.RescaleSlope) + float(header.RescaleIntercept)
-    [own] = drawn(path)
-    assert own.shape == (512, 512) and own.dtype == np.uint8
-    assert own == pytest.approx(np.round(255 * windowed(hounsfield, 40, 100)))
+    [rendered] = drawn(path)
+    assert rendered.shape == (512, 512) and rendered.dtype == np.uint8
+    assert rendered == pytest.approx(np.round(255 * windowed(hounsfield, 40, 100)))
     [bone] = drawn(path, window=(500, 2000))
     assert bone == pytest.approx(np.round(255 * windowed(hounsfield, 500, 2000)))
-    assert (own == 255).mean() > (bone == 255).mean()  # the skull saturates under the brain's window only
+    assert (rendered == 255).mean() > (bone == 255).mean()  # the skull saturates under the brain's window only
 
 
 def test_monochrome1_is_inverted():
     path = real(DICOM / "RG1_UNCR.dcm")
     header = pydicom.dcmread(path)
     assert header.PhotometricInterpretation == "MONOCHROME1"
-    [shown] = drawn(path)
+    [rendered] = drawn(path)
     raw = header.pixel_array
-    lung, around = shown[raw > np.percentile(raw, 95)], shown[raw < np.percentile(raw, 5)]
+    lung, around = rendered[raw > np.percentile(raw, 95)], rendered[raw < np.percentile(raw, 5)]
     assert lung.mean() < around.mean()
 
 

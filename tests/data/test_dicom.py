@@ -100,7 +100,7 @@ def test_enhanced_files_are_rescaled_and_windowed_by_frame(tmp_path):
     frames = np.full((2, 4, 4), 100, np.uint16)
     shared = item(PixelValueTransformationSequence=[item(RescaleIntercept=-100, RescaleSlope=1, RescaleType="HU")])
     window = {"VOILUTFunction": "LINEAR_EXACT"}
-    own = [
+    windows = [
         item(FrameVOILUTSequence=[item(WindowCenter=0, WindowWidth=100, **window)]),
         item(
             FrameVOILUTSequence=[item(WindowCenter=0, WindowWidth=100, **window)],
@@ -112,7 +112,7 @@ def test_enhanced_files_are_rescaled_and_windowed_by_frame(tmp_path):
         WindowCenter=5000,
         WindowWidth=10,
         SharedFunctionalGroupsSequence=[shared],
-        PerFrameFunctionalGroupsSequence=own,
+        PerFrameFunctionalGroupsSequence=windows,
     )
     pictures_of, _ = drawn(saved(data, tmp_path / "a.dcm"))
     assert [picture[0, 0] for picture in pictures_of] == [128, 204]  # 0 and 30 of -50 .. 50

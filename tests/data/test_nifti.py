@@ -47,8 +47,8 @@ def test_colour_is_shown_and_complex_numbers_are_refused(tmp_path):
 def test_the_range_is_the_files_own_or_that_of_its_finite_values(tmp_path):
     values = np.zeros((4, 4, 1), np.float32)
     values[0, 0], values[1, 1] = 100, 50
-    [own], _ = drawn(saved(values, tmp_path / "a.nii", cal_min=0, cal_max=200))
-    assert own.max() == 128
+    [slice_image], _ = drawn(saved(values, tmp_path / "a.nii", cal_min=0, cal_max=200))
+    assert slice_image.max() == 128
     values[2, 2], values[3, 3] = np.nan, np.inf
     [finite], _ = drawn(saved(values, tmp_path / "b.nii"))
     assert sorted(set(finite.ravel().tolist()))[-1] == 255 and len(set(finite.ravel().tolist())) == 3

@@ -283,8 +283,8 @@ def test_a_question_may_have_options_several_truths_attributes_and_a_kind(tmp_pa
     record, plain = TestRecords(path)
     assert record.options == {"A": "lung", "B": "heart"} and record.attributes == {"sex": "F", "age": 63}
     assert (record.truths, record.gt, record.answer_kind) == (("B", "Heart", "B"), "B", "choice")
-    shown = "Is it?\nA. lung\nB. heart\nAnswer with the option's letter from the given choices directly."
-    assert record.question == shown and plain.question == plain.text == "Is it?"
+    question = "Is it?\nA. lung\nB. heart\nAnswer with the option's letter from the given choices directly."
+    assert record.question == question and plain.question == plain.text == "Is it?"
     assert (plain.truths, plain.gt, plain.options, plain.attributes) == (("yes",), "yes", {}, {})
 
 

@@ -59,11 +59,11 @@ def test_ids_are_those_of_trl_and_masks_but_for_the_line_break_behind_an_answer(
         [input_processor.sample(index, record, [tmp_path]) for index, record in enumerate(records)]
     )
 
-    shown = [{"type": "image", "image": load_image(tmp_path / name)} for name in images]
+    image_parts = [{"type": "image", "image": load_image(tmp_path / name)} for name in images]
     messages = [
         {
             "role": ("user", "assistant")[index % 2],
-            "content": [*([] if index % 2 else [shown[index // 2]]), {"type": "text", "text": text}],
+            "content": [*([] if index % 2 else [image_parts[index // 2]]), {"type": "text", "text": text}],
         }
         for index, text in enumerate(TEXTS)
     ]

@@ -54,10 +54,10 @@ def test_it_is_asked_through_faults_and_scored_as_any_other(
     mslora_cr.evaluate(config, "final")
     page = tmp_path / "page.html"
     assert main(["compare", str(config.results_run_dir), str(path.parent), "--page", str(page)]) == 0
-    shown = Page(page)
-    assert "tiny and llava-task" in shown.text and "served" in shown.text and "mslora_cr" in shown.text
+    html = Page(page)
+    assert "tiny and llava-task" in html.text and "served" in html.text and "mslora_cr" in html.text
     for cell in summary["cells"]:
-        assert f"{cell['metrics']['close accuracy']:.1f}" in shown.text
+        assert f"{cell['metrics']['close accuracy']:.1f}" in html.text
     asked = len(server.bodies)
     assert evaluate_endpoint(config, endpoint(server, model="llava/{task}"), "PCAM") == path
     assert len(server.bodies) == asked and len(json.loads(path.read_text())["cells"]) == 3

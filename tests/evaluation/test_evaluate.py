@@ -377,8 +377,8 @@ def test_cells_answered_with_other_settings_are_left_out(
     assert summary["stages"] == [1, 2, 3]
     assert "left out" in (printed := capsys.readouterr().err)
     assert "gave the answers: pathvqa at stage 2, 3; slake-vqarad at stage 3\n" in printed
-    kept = {name: answers for name, answers in before.items() if "stage-" in name}
-    assert len(kept) == 3 and kept.items() <= results.answers().items()
+    staged = {name: answers for name, answers in before.items() if "stage-" in name}
+    assert len(staged) == 3 and staged.items() <= results.answers().items()
     # As long as nothing changes, cells of earlier calls stay.
     results.evaluate("--stages", "seen", "method=sequential")
     assert len(results.evaluate("method=sequential")["cells"]) == 6

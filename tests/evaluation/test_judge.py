@@ -122,8 +122,8 @@ def test_what_a_judge_is_told_and_what_counts_as_its_verdict(
     assert server.keys == {None}
     assert all(cell.unclear == cell.questions and cell.score is None and cell.interval is None for cell in cells)
     rows = {(r["prompt"], r["gt"], r["text"]) for cell in cells for r in opened(results, cell.answers)}
-    told = [json.loads(body["messages"][1]["content"]) for body in server.bodies]
-    assert {(row["question"], row["reference"], row["answer"]) for row in told} == rows
+    questions = [json.loads(body["messages"][1]["content"]) for body in server.bodies]
+    assert {(row["question"], row["reference"], row["answer"]) for row in questions} == rows
     assert {(body["model"], body["temperature"]) for body in server.bodies} == {("judge", 0)}
     assert [verdict_of(text) for text in ("CORRECT", "**Partial**\n", "wrong.", "", "CORRECT. Or WRONG?")] == [
         "correct",

@@ -32,10 +32,10 @@ from tests.conftest import GOLDEN
 
 def test_probabilities_of_a_worked_example() -> None:
     """Three candidates of three, three and one tokens, worked by hand: sums −0.55, −1.9 and −2.2."""
-    told = AnswerProbability(candidates=("a", "b", "c"), logprobs=(-0.55, -1.9, -2.2), lengths=(3, 3, 1))
-    assert told.probabilities() == pytest.approx((0.6890420821, 0.1786274490, 0.1323304689))
-    assert told.probabilities(normalized=True) == pytest.approx((0.5647399402, 0.3600940842, 0.0751659755))
-    assert told.share == pytest.approx(0.8373215880)
+    probability = AnswerProbability(candidates=("a", "b", "c"), logprobs=(-0.55, -1.9, -2.2), lengths=(3, 3, 1))
+    assert probability.probabilities() == pytest.approx((0.6890420821, 0.1786274490, 0.1323304689))
+    assert probability.probabilities(normalized=True) == pytest.approx((0.5647399402, 0.3600940842, 0.0751659755))
+    assert probability.share == pytest.approx(0.8373215880)
     missing = AnswerProbability(candidates=("a", "b"), logprobs=(-0.5, None), lengths=(1, 1))
     assert missing.probabilities() is None and missing.share is None
     assert AnswerProbability(tokens=4, logprob=-2.0).logprob_mean == -0.5
@@ -71,10 +71,12 @@ def test_answers_resume_with_their_probabilities_and_notice_other_images(
         return answer_questions(base.model, samples, folder, decoding, origin, "questions", [("no", "yes"), sides, ()])
 
     stamp = answer_once(folder, origin, 3, answer)
-    answers, told = (folder / ANSWERS).read_bytes(), read_probabilities(folder / PROBABILITIES)
-    assert stamp.images == "first" and [of.candidates for of in told] == [("no", "yes"), ("left", "right"), ()]
-    assert all(of.tokens == 3 and of.finished is False for of in told)  # a model of random numbers ends nothing
-    for row, of in zip(map(json.loads, (folder / PROBABILITIES).read_text().splitlines()), told, strict=True):
+    answers, probabilities = (folder / ANSWERS).read_bytes(), read_probabilities(folder / PROBABILITIES)
+    assert stamp.images == "first" and [of.candidates for of in probabilities] == [("no", "yes"), ("left", "right"), ()]
+    assert all(
+        of.tokens == 3 and of.finished is False for of in probabilities
+    )  # a model of random numbers ends nothing
+    for row, of in zip(map(json.loads, (folder / PROBABILITIES).read_text().splitlines()), probabilities, strict=True):
         if of.candidates:
             assert sum(row["p"]) == pytest.approx(1)
             assert row["share"] == pytest.approx(sum(map(math.exp, row["logprobs"])))
@@ -82,14 +84,14 @@ def test_answers_resume_with_their_probabilities_and_notice_other_images(
 
     # A run that was killed behind its first answers: they are kept, word for word and number for number.
     (folder / "answers.json").unlink()
-    kept = Answered("as it was", told[0].model_copy(update={"logprob": -9.0}))
-    journal_of(folder, origin.journal, 0).write_bytes(journal_line(0, kept, origin.journal))
+    resumed = Answered("as it was", probabilities[0].model_copy(update={"logprob": -9.0}))
+    journal_of(folder, origin.journal, 0).write_bytes(journal_line(0, resumed, origin.journal))
     answer_once(folder, origin, 3, answer)
     again = read_probabilities(folder / PROBABILITIES)
     assert (
         again[0].logprob == -9.0 and json.loads((folder / ANSWERS).read_text().splitlines()[0])["text"] == "as it was"
     )
-    assert [of.logprob for of in again[1:]] == pytest.approx([of.logprob for of in told[1:]], abs=1e-5)
+    assert [of.logprob for of in again[1:]] == pytest.approx([of.logprob for of in probabilities[1:]], abs=1e-5)
 
     # Other images behind the same names.
     origin = Origin(origin.fingerprint, "second")

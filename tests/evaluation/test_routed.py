@@ -101,8 +101,8 @@ def test_wrongly_routed_questions_are_answered_by_the_wrong_banks(
     assert stage["interval"][0] < 40 < stage["interval"][1]
     results.evaluate("--stages", "all", "evaluation.max_new_tokens=8")
     for task in TASKS:  # with bank 1 alone, as at stage 1
-        told = results.run / task / ("" if task == "pathvqa" else "stage-1")
-        assert texts(results.run / "routed" / task / "stage-3") == texts(told)
+        folder = results.run / task / ("" if task == "pathvqa" else "stage-1")
+        assert texts(results.run / "routed" / task / "stage-3") == texts(folder)
     lines = (results.run / "routed" / "PCAM" / "stage-3" / "answer-file.jsonl").read_text().splitlines()
     assert {json.loads(line)["metadata"]["routed_to"] for line in lines} == {"pathvqa"}
 

@@ -42,8 +42,8 @@ def test_published_answers_get_their_published_scores(tmp_path):
         scores = score_file(file, tmp_path)
         assert (tmp_path / "metrics.txt").read_bytes() == file.with_name("metrics.txt").read_bytes(), file
         table = published[file.parents[1].name][file.parent.name]
-        shown = {"exact": "exact match score", "closed": "close accuracy", "f1": "f1 score"}
-        for name, key in shown.items():
+        columns = {"exact": "exact match score", "closed": "close accuracy", "f1": "f1 score"}
+        for name, key in columns.items():
             assert (name in table) == (key in scores.metrics)
             assert name not in table or table[name] == pytest.approx(scores.metrics[key], abs=0.005)
 
@@ -185,8 +185,8 @@ def test_a_file_without_answers(tmp_path):
 @pytest.mark.parametrize("text", ['a\nb\r\nc,"d"', "\u2028\u0085", "\x00", "\ud83d", None, 7, ["x"], "", " "])
 def test_text_may_hold_anything(text, tmp_path):
     score_file(write(tmp_path / "a.jsonl", LINE | {"text": text}), tmp_path)
-    kept = rows_of(tmp_path / "not_hit.csv")[1][2]
-    assert kept == ("\\ud83d" if text == "\ud83d" else str(text).lower())
+    cell = rows_of(tmp_path / "not_hit.csv")[1][2]
+    assert cell == ("\\ud83d" if text == "\ud83d" else str(text).lower())
 
 
 def test_blank_lines_are_skipped_and_lines_end_at_newlines_only(tmp_path):

@@ -22,7 +22,7 @@ from tests.conftest import GOLDEN
 from tests.fuzz import hostile
 from tests.fuzz.conversions import convert_datasets, convert_folders, convert_lists, convert_tables
 
-KEPT = Path(__file__).parents[1] / "fixtures" / "run_0_1_0"
+EARLIER_RUN = Path(__file__).parents[1] / "fixtures" / "run_0_1_0"
 Surface = Callable[[Path, Random], list[str]]
 """Writes a hostile input into a folder and gives the command that reads it, to be run in that folder."""
 
@@ -149,7 +149,7 @@ def configurations(folder: Path, random: Random) -> list[str]:
 
 
 def banks(folder: Path, random: Random) -> list[str]:
-    shutil.copytree(KEPT / "checkpoints" / "kept" / "banks" / "pathvqa", folder / "bank")
+    shutil.copytree(EARLIER_RUN / "checkpoints" / "kept" / "banks" / "pathvqa", folder / "bank")
     name, change = random.choice(
         (
             ("adapter_config.json", hostile.in_json),
@@ -202,7 +202,7 @@ def models(folder: Path, random: Random) -> list[str]:
 
 def state(folder: Path, random: Random) -> list[str]:
     """A file of a run that was finished, routed, analysed and evaluated."""
-    shutil.copytree(KEPT, folder / "made")
+    shutil.copytree(EARLIER_RUN, folder / "made")
     (folder / "made" / "model").symlink_to(GOLDEN)
     command = random.choice(
         (["report", "run.yaml"], ["train", "run.yaml", "--dry-run"], ["bank", "export", "run.yaml", "--output", "out"])

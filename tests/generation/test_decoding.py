@@ -62,9 +62,9 @@ def base() -> LlavaMed:
 def questions(base: LlavaMed, tmp_path_factory: pytest.TempPathFactory) -> EvalDataset:
     """Five about one image, some about lists of two or three, one alone; of 1 to 20 words."""
     generator = torch.Generator().manual_seed(0)
-    shown = [IMAGES[:1]] * 5 + [IMAGES[1:3]] * 3 + [IMAGES[2:3]] + [IMAGES[:3]] * 2 + [[IMAGES[3]]] * 2
+    image_lists = [IMAGES[:1]] * 5 + [IMAGES[1:3]] * 3 + [IMAGES[2:3]] + [IMAGES[:3]] * 2 + [[IMAGES[3]]] * 2
     rows = []
-    for number, images in enumerate(shown):
+    for number, images in enumerate(image_lists):
         count = int(torch.randint(1, 20, (), generator=generator))
         words = [WORDS[int(place)] for place in torch.randint(len(WORDS), (count,), generator=generator)]
         rows.append({"question_id": number, "image": images, "text": " ".join(words), "gt": "", "answer_type": "OPEN"})
@@ -118,13 +118,13 @@ def test_a_prompt_alone_and_its_ids_as_they_come(base: LlavaMed, questions: Eval
     ids = [1] + [base.image_token_id] * (images * base.patches) + [44, 301, 17]
     pixels = torch.randn(images, 3, 56, 56, generator=torch.Generator().manual_seed(1)) if images else None
     expected = generated(base.model, [ids], pixels, Ends(-1), NEW_TOKENS)[0]
-    told: list[int] = []
+    steps: list[int] = []
     input_processor = replace(questions.input_processor, tokenizer=Ends(-1))
     inputs = {"pixel_values": pixels} if images else {}
     found, _ = answer_and_probability(
-        input_processor, base.model, ids, inputs, NEW_TOKENS, lambda _, token: told.append(token)
+        input_processor, base.model, ids, inputs, NEW_TOKENS, lambda _, token: steps.append(token)
     )
-    assert found == told == expected
+    assert found == steps == expected
 
 
 def often(answers: Sequence[Sequence[int]]) -> int:
@@ -248,14 +248,14 @@ def test_cached_features_take_the_images_place(base: LlavaMed, questions: EvalDa
     from mslora_cr.models.vision import detach_tower, tower_features
 
     expected = shared(base, questions, Ends(-1), Limits(4, NEW_TOKENS, 480))
-    own = load(GOLDEN / "llava_med_tiny", dtype=torch.float32)
-    tower, cache = detach_tower(own.model), FeatureCache(tmp_path / "features")
+    loaded = load(GOLDEN / "llava_med_tiny", dtype=torch.float32)
+    tower, cache = detach_tower(loaded.model), FeatureCache(tmp_path / "features")
     paths = [path for prompt in questions.prompts() for path in prompt.images]
-    layer = own.model.config.vision_feature_layer
+    layer = loaded.model.config.vision_feature_layer
     with torch.inference_mode():
-        cache.fill(paths, own.image_processor, lambda pixels: tower_features(tower, layer, pixels), progress=False)
+        cache.fill(paths, loaded.image_processor, lambda pixels: tower_features(tower, layer, pixels), progress=False)
     cached = EvalDataset(questions.records, questions.roots, replace(questions.input_processor, features=cache))
-    assert shared(own, cached, Ends(-1), Limits(4, NEW_TOKENS, 480)) == expected
+    assert shared(loaded, cached, Ends(-1), Limits(4, NEW_TOKENS, 480)) == expected
 
 
 # --- what is computed together -------------------------------------------------------------------------------------

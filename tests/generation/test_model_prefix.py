@@ -52,9 +52,9 @@ def questions(place: Path) -> list[TestRecord]:
     images = [["40.png"]] * 4 + [["110.png"]] * 4 + [["30.png"]] + [["40.png", "110.png"]] * 3
     return [
         TestRecord.model_validate(
-            {"question_id": 1, "image": own, "text": TEXTS[number % 5], "gt": "x", "answer_type": "OPEN"}
+            {"question_id": 1, "image": paths, "text": TEXTS[number % 5], "gt": "x", "answer_type": "OPEN"}
         )
-        for number, own in enumerate(images)
+        for number, paths in enumerate(images)
     ]
 
 
@@ -65,13 +65,13 @@ def test_ids_and_scores_are_those_of_whole_prompts(
     base = sharpened(family)
     inputs, records = base.input_processor(4096, True), questions(tmp_path)
     prompts = [inputs.prompt(record, [tmp_path]) for record in records]
-    shown = [inputs.load_images(record.images, [tmp_path]) for record in records]
+    images = [inputs.load_images(record.images, [tmp_path]) for record in records]
     padding = inputs.tokenizer.pad_token_id
     plain = PlainDecoder(base.model, prompts, Stopping(frozenset(inputs.end_ids), padding, NEW_TOKENS))
     continuations = [[(5, 6), (7,)], [(8,)]]
     wanted, scores = [], []
     for number, prompt in enumerate(prompts):
-        whole = plain.inputs_on_device(inputs.answering_batch([prompt], [shown[number]]))
+        whole = plain.inputs_on_device(inputs.answering_batch([prompt], [images[number]]))
         wanted += plain.answer(whole, [number])
         scores += plain.log_probabilities(whole, [number], continuations[:1])
     assert len(set(map(tuple, wanted))) > 1, "answers differ"
@@ -83,12 +83,12 @@ def test_ids_and_scores_are_those_of_whole_prompts(
     assert max(len(group.questions) for group in groups) == 4
     for wave in in_waves(groups, prompts, Limits(6, NEW_TOKENS, 1 << 20)):
         first = [group.questions[0] for group in wave.groups]
-        batch = inputs.answering_batch([prompts[question] for question in first], [shown[q] for q in first])
+        batch = inputs.answering_batch([prompts[question] for question in first], [images[q] for q in first])
         openings = decoder.read(wave, batch)
         for part in wave.batches:
             found |= zip(part, decoder.answer(openings, part), strict=True)
-            told = decoder.log_probabilities(openings, part, [continuations[0]] * len(part))
-            for question, each in zip(part, told, strict=True):
+            found_scores = decoder.log_probabilities(openings, part, [continuations[0]] * len(part))
+            for question, each in zip(part, found_scores, strict=True):
                 for ours, theirs in zip(each, scores[question], strict=True):
                     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-3, atol=1e-3)
     assert [found[number] for number in range(len(prompts))] == wanted

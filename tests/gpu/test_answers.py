@@ -36,10 +36,10 @@ class Ends:
 
 def questions(base: LlavaMed, folder: Path) -> EvalDataset:
     """Twelve about two images, two about a list of them, and one about another."""
-    shown = [IMAGES[:1]] * 7 + [IMAGES[1:2]] * 5 + [IMAGES[:2]] * 2 + [IMAGES[2:3]]
+    image_lists = [IMAGES[:1]] * 7 + [IMAGES[1:2]] * 5 + [IMAGES[:2]] * 2 + [IMAGES[2:3]]
     rows = [
         {"question_id": number, "image": images, "text": f"is it {'very ' * number}", "gt": "", "answer_type": "OPEN"}
-        for number, images in enumerate(shown)
+        for number, images in enumerate(image_lists)
     ]
     path = folder / "test.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -53,12 +53,12 @@ def test_reglora_against_autograd() -> None:
     def formula(trainable: dict[str, Pair]) -> Tensor:
         terms = []
         for name, (a, b) in trainable.items():
-            kept = []
+            products = []
             for one in old:
                 size = one.matrices[name][1] @ one.matrices[name][0]
                 least = size.abs().flatten().sort(descending=True).values[int(share * size.numel()) - 1]
-                kept.append((b @ a)[size.abs() >= least])
-            terms.append(torch.cat(kept).abs().mean())
+                products.append((b @ a)[size.abs() >= least])
+            terms.append(torch.cat(products).abs().mean())
         return 2500 * sum(terms) / len(terms)
 
     check_against_autograd(RegloraPenalty(old, RegloraSettings(share=share), CPU), formula)
@@ -104,18 +104,18 @@ def test_gradient_directions_are_those_of_the_projected_gradient(outputs: int) -
 # --- MR-LoRA -------------------------------------------------------------------------------------------------------
 
 
-def kept(*examples: list[float]) -> TaskStatistics:
+def statistics_of(*examples: list[float]) -> TaskStatistics:
     rows = torch.tensor(examples)
     return TaskStatistics(len(rows), rows.mean(0), torch.zeros(rows.shape[1], rows.shape[1]), rows)
 
 
 def test_the_learned_router_is_where_its_loss_is_least() -> None:
-    """There ``λ W = mean of (own - p) xᵀ`` over the kept questions, and the mean of own - p is zero."""
+    """There ``λ W = mean of (target - p) xᵀ`` over the questions, and the mean of target - p is zero."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(3, 5, 4, generator=generator) + 2 * torch.eye(4)[:3, None]
-    router = LearnedRouter([kept(*task.tolist()) for task in rows], 0.1)
-    questions, own = rows.flatten(0, 1), torch.eye(3, dtype=torch.float64).repeat_interleave(5, 0)
-    away = own - router.probabilities(questions)
+    router = LearnedRouter([statistics_of(*task.tolist()) for task in rows], 0.1)
+    questions, targets = rows.flatten(0, 1), torch.eye(3, dtype=torch.float64).repeat_interleave(5, 0)
+    away = targets - router.probabilities(questions)
     torch.testing.assert_close(away.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-6, rtol=0)
     expected = away.T @ questions.double() / len(questions) / 0.1
     logits = router.probabilities(torch.cat([torch.zeros(1, 4), torch.eye(4)])).log()
@@ -126,7 +126,7 @@ def test_the_learned_router_is_where_its_loss_is_least() -> None:
 
 def test_the_learned_router_of_two_mirrored_tasks_by_hand() -> None:
     """Examples +1 and -1: W = (w, -w), no bias, with 1 / (1 + exp(2 w)) = λ w, as the derivative is zero there."""
-    router, decay = LearnedRouter([kept([1.0]), kept([-1.0])], 0.1), 0.1
+    router, decay = LearnedRouter([statistics_of([1.0]), statistics_of([-1.0])], 0.1), 0.1
     p = router.probabilities(torch.tensor([[1.0]]))[0, 0].item()
     w = math.log(p / (1 - p)) / 2
     assert 1 / (1 + math.exp(2 * w)) == pytest.approx(decay * w, rel=1e-5)

@@ -169,13 +169,13 @@ def test_inflora_trains_b_where_earlier_inputs_are_not(method_run: Trained) -> N
     """Its A is what the source says, and the inputs that it kept of earlier tasks are left as they are."""
     config = load_config(method_run("inflora"))
     banks = {name: load_bank(config.run_dir / "banks" / name) for name in STEPS}
-    kept = [load_file(config.run_dir / "banks" / name / "memory.safetensors") for name in STEPS]
-    for before, after in itertools.pairwise(kept):
+    memories = [load_file(config.run_dir / "banks" / name / "memory.safetensors") for name in STEPS]
+    for before, after in itertools.pairwise(memories):
         for name, basis in before.items():
             assert torch.equal(after[name][:, : basis.shape[1]], basis)
             torch.testing.assert_close(after[name].T @ after[name], torch.eye(after[name].shape[1]), atol=1e-5, rtol=0)
     for name, (a, b) in banks["PCAM"].matrices.items():
-        assert (a @ kept[1][f"inputs.{name}"]).abs().max() < 1e-5
+        assert (a @ memories[1][f"inputs.{name}"]).abs().max() < 1e-5
         lengths = a.norm(dim=1) * 3**0.5
         assert ((lengths - 1).abs().lt(1e-5) | lengths.eq(0)).all() and lengths[0] > 0
         assert b.any()

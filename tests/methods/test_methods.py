@@ -214,14 +214,14 @@ def test_the_replay_buffer_is_balanced_and_only_shrinks(tmp_path: Path) -> None:
     tasks = [("pathvqa", 1.0, 4), ("PCAM", 1.0, 4), ("CXP", 1.0, 4)]
     config = stream_of("replay", tmp_path, tasks, replay={"buffer_size": 10})
     buffers = [Replay().choose(config, config.stream[:seen], [100, 50, 2][:seen]) for seen in (1, 2, 3)]
-    assert [{name: len(kept) for name, kept in buffer.items()} for buffer in buffers] == [
+    assert [{name: len(samples) for name, samples in buffer.items()} for buffer in buffers] == [
         {"pathvqa": 10},
         {"pathvqa": 5, "PCAM": 5},
         {"pathvqa": 4, "PCAM": 3, "CXP": 2},  # CXP has no third sample
     ]
     for smaller, larger in zip(buffers[1:], buffers, strict=False):
-        for name, kept in larger.items():
-            assert torch.equal(smaller[name], kept[: len(smaller[name])])
+        for name, samples in larger.items():
+            assert torch.equal(smaller[name], samples[: len(smaller[name])])
 
 
 def test_a_replayed_order_mixes_every_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_intervals_widen_where_questions_share_images() -> None:
     images = np.arange(400) // 8
     right = (random.random(50) < 0.8)[images]
     truth = random.random(400) < 0.5
-    said = ["yes" if one == own else "no" for one, own in zip(truth, right, strict=True)]
+    said = ["yes" if one == answer else "no" for one, answer in zip(truth, right, strict=True)]
     truths = [["yes" if one else "no"] for one in truth]
     alone = confusion_figures(confusion(said, truths, independent(400)))
     shared = confusion_figures(confusion(said, truths, images))

@@ -214,16 +214,16 @@ def test_a_killed_run_ends_in_the_same_banks(
 def test_batched_answers_are_those_of_one_by_one(family: str, trained: Folder, folder: Folder, tmp_path: Path) -> None:
     config, single = trained(family) / "run.yaml", tmp_path / "results"
     assert main(["evaluate", str(config), "evaluation.batch_size=1", f"results_dir={single}"]) == 0
-    found, told = answers(single / "tiny"), answers(trained(family) / "results" / "tiny")
-    assert len(found) == 2 and found == {name: told[name] for name in found}
+    found, expected = answers(single / "tiny"), answers(trained(family) / "results" / "tiny")
+    assert len(found) == 2 and found == {name: expected[name] for name in found}
     routed = json.loads((trained(family) / "results" / "tiny" / "routed" / "routing.json").read_text())
     assert routed["stages"][-1]["accuracy"] > 50
     ledger = json.loads((trained(family) / "checkpoints" / "tiny" / "ledger.json").read_text())
     for entry in ledger["tasks"].values():
         assert entry["switched_off"] == ["cached image features", "recorded decoding", "Liger's kernels"]
         bank = json.loads((trained(family) / "checkpoints/tiny/banks/pathvqa/bank.json").read_text())
-        told = {"architecture": type(loaded(folder, family).model).__name__, "digest": entry["model_digest"]}
-        assert bank["base_model"] == told
+        base_model = {"architecture": type(loaded(folder, family).model).__name__, "digest": entry["model_digest"]}
+        assert bank["base_model"] == base_model
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -247,8 +247,8 @@ def test_what_is_exported_answers_in_plain_peft(family: str, trained: Folder, tm
     )
     found = theirs.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert found.tolist() == list(wanted.ids)
-    told: list[str] = []
-    assert ours.ask(image, "is this a cell?", on_text=told.append, max_new_tokens=5).text == "".join(told)
+    loads: list[str] = []
+    assert ours.ask(image, "is this a cell?", on_text=loads.append, max_new_tokens=5).text == "".join(loads)
 
 
 # --- what is taken, and what is refused ----------------------------------------------------------------------------
@@ -268,11 +268,11 @@ def test_questions_about_several_images_of_other_sizes_are_answered_as_alone(
         for images in (names[:1], names, names[1:])
     ]
     prompts = [input_processor.prompt(record, [tmp_path]) for record in asked]
-    shown = [input_processor.load_images(record.images, [tmp_path]) for record in asked]
-    batch = input_processor.answering_batch(prompts, shown)
+    loaded_images = [input_processor.load_images(record.images, [tmp_path]) for record in asked]
+    batch = input_processor.answering_batch(prompts, loaded_images)
     assert batch["attention_mask"].sum(1).tolist() == [len(prompt) for prompt in prompts]
     together = base.model.generate(**batch, max_new_tokens=4, do_sample=False)[:, -4:].tolist()
-    for prompt, images, row in zip(prompts, shown, together, strict=True):
+    for prompt, images, row in zip(prompts, loaded_images, together, strict=True):
         alone = input_processor.answering_batch([prompt], [images])
         assert alone["input_ids"][0].tolist() == [*prompt.opening, *prompt.rest]
         assert base.model.generate(**alone, max_new_tokens=4, do_sample=False)[0, -4:].tolist() == row

@@ -16,7 +16,7 @@ from mslora_cr.models.llava_med import load
 from tests.conftest import GOLDEN
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-OWN = "model.vision_tower.vision_tower.vision_model."
+PREFIX = "model.vision_tower.vision_tower.vision_model."
 NORM = "encoder.layers.0.layer_norm1.weight"
 
 
@@ -40,7 +40,7 @@ def edit_shards(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -
         save_file(tensors, folder / shard, {"format": "pt"})
 
 
-def shown(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+def inspected(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
     capsys.readouterr()
     assert main(["model", "inspect", str(folder), *options]) == 0
     return json.loads(capsys.readouterr().out)
@@ -49,7 +49,7 @@ def shown(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> di
 def test_sizes_dtypes_vocabulary_and_template(capsys: pytest.CaptureFixture[str]) -> None:
     folder = GOLDEN / "llava_med_tiny"
     stored = {name: tensor for shard in SHARDS for name, tensor in load_file(folder / shard).items()}
-    found = shown(folder, capsys)
+    found = inspected(folder, capsys)
     assert found["layout"] == "llava_mistral"
     assert found["files"] == {shard: (folder / shard).stat().st_size for shard in SHARDS}
     assert found["tensors"] == len(stored)
@@ -61,20 +61,20 @@ def test_sizes_dtypes_vocabulary_and_template(capsys: pytest.CaptureFixture[str]
 
 def test_every_tensor_of_the_towers_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
     folder = GOLDEN / "llava_med_tiny"
-    own = {
-        name.removeprefix(OWN): tensor
+    ours = {
+        name.removeprefix(PREFIX): tensor
         for shard in SHARDS
         for name, tensor in load_file(folder / shard).items()
-        if name.startswith(OWN)
+        if name.startswith(PREFIX)
     }
     theirs = named_tower(folder)
-    towers = shown(folder, capsys, "--all")["towers"]
-    expected = {name: (own[name].float() - theirs[name].float()).abs().max().item() for name in own}
+    towers = inspected(folder, capsys, "--all")["towers"]
+    expected = {name: (ours[name].float() - theirs[name].float()).abs().max().item() for name in ours}
     assert towers["compared"] and towers["named"] == "../clip-tiny-patch14"
-    assert towers["tensors_in_shards"] == len(own) == 71
+    assert towers["tensors_in_shards"] == len(ours) == 71
     assert towers["differences"] == expected
     assert towers["largest_difference"] == max(expected.values()) > 0.1
-    short = shown(folder, capsys)["towers"]
+    short = inspected(folder, capsys)["towers"]
     assert list(short["largest_differences"].items()) == sorted(expected.items(), key=lambda item: -item[1])[:8]
 
 
@@ -82,23 +82,23 @@ def test_equal_towers_and_one_changed_number(copy: Path, capsys: pytest.CaptureF
     theirs = named_tower(copy)
 
     def same(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in tensors if name.startswith(OWN)]:
-            tensors[name] = theirs[name.removeprefix(OWN)].float()
-            if name == OWN + NORM:
+        for name in [name for name in tensors if name.startswith(PREFIX)]:
+            tensors[name] = theirs[name.removeprefix(PREFIX)].float()
+            if name == PREFIX + NORM:
                 tensors[name][3] += 0.5
 
     edit_shards(copy, same)
-    differences = shown(copy, capsys, "--all")["towers"]["differences"]
+    differences = inspected(copy, capsys, "--all")["towers"]["differences"]
     assert differences.pop(NORM) == pytest.approx(0.5)
     assert set(differences.values()) == {0.0}
 
 
 def test_towers_of_other_tensors_or_shapes(copy: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        if OWN + NORM in tensors:
-            tensors[OWN + NORM] = torch.ones(7)
-        if OWN + "post_layernorm.weight" in tensors:
-            tensors[OWN + "extra.weight"] = tensors.pop(OWN + "post_layernorm.weight")
+        if PREFIX + NORM in tensors:
+            tensors[PREFIX + NORM] = torch.ones(7)
+        if PREFIX + "post_layernorm.weight" in tensors:
+            tensors[PREFIX + "extra.weight"] = tensors.pop(PREFIX + "post_layernorm.weight")
 
     edit_shards(copy, change)
     differences = inspect(copy)["towers"]["differences"]

@@ -77,12 +77,12 @@ def test_every_weight_of_the_shards_arrives_under_its_name() -> None:
 def test_the_named_tower_is_used_unless_the_shards_own_is_asked_for(copy: Path) -> None:
     name = "model.vision_tower.post_layernorm.weight"
     named = load_file(GOLDEN / "clip-tiny-patch14" / "model.safetensors")
-    own = stored()["model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"].float()
+    weight = stored()["model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"].float()
     other = named["vision_model.encoder.layers.0.mlp.fc1.weight"].float()
-    assert not torch.equal(own, other)
+    assert not torch.equal(weight, other)
     key = next(key for key in load(copy).model.state_dict() if key.endswith("encoder.layers.0.mlp.fc1.weight"))
     assert torch.equal(load(copy, dtype=torch.float32).model.state_dict()[key], other)
-    assert torch.equal(load(copy, "checkpoint", dtype=torch.float32).model.state_dict()[key], own)
+    assert torch.equal(load(copy, "checkpoint", dtype=torch.float32).model.state_dict()[key], weight)
     assert name in load(copy).model.state_dict()
 
 
@@ -179,8 +179,8 @@ def test_a_tower_in_clips_own_layout(copy: Path) -> None:
     torch.save(weights, file.with_name("pytorch_model.bin"))
     file.with_name("model.safetensors").unlink()
     settings = json.loads(file.with_name("preprocessor_config.json").read_text())
-    kept = ("do_center_crop", "do_normalize", "do_resize", "image_mean", "image_std", "resample")
-    plain = {key: settings[key] for key in kept} | {"crop_size": 56, "size": 56}
+    keys = ("do_center_crop", "do_normalize", "do_resize", "image_mean", "image_std", "resample")
+    plain = {key: settings[key] for key in keys} | {"crop_size": 56, "size": 56}
     plain |= {"feature_extractor_type": "CLIPFeatureExtractor"}
     file.with_name("preprocessor_config.json").write_text(json.dumps(plain))
     found = load(copy, dtype=torch.float32)

@@ -53,9 +53,9 @@ def test_a_family_is_trained_on_its_answers_and_answers_exactly(family: str, tmp
     keep, targets = loss_mask(batch.pop("labels"))
     del batch["record_index"]
     with torch.no_grad():
-        kept = base.model(**batch, logits_to_keep=keep, labels=targets, shift_labels=targets, use_cache=False)
+        labelled = base.model(**batch, logits_to_keep=keep, labels=targets, shift_labels=targets, use_cache=False)
         whole = base.model(**batch, use_cache=False).logits[keep]
-    torch.testing.assert_close(kept.loss, torch.nn.functional.cross_entropy(whole, targets), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(labelled.loss, torch.nn.functional.cross_entropy(whole, targets), rtol=1e-4, atol=1e-5)
     image = Image.open(tmp_path / "40.png").convert("RGB")
     features = base.image_encoder.features([[image], []], torch.device("cpu"))
     assert features[0].std() > 0 and not features[1].any()

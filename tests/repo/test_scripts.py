@@ -213,9 +213,9 @@ def test_several_hosts_refuse_a_senseless_number(gpus: str, launch: Callable[...
 
 def test_launch_says_what_it_takes(launch: Callable[..., subprocess.CompletedProcess]) -> None:
     for name, arguments in (("launch.sh", ["--help"]), ("finetune_lora_each.sh", ["-h"])):
-        told = launch(name, *arguments)
-        assert told.returncode == 0
-        assert "--per-device-batch" in told.stdout and "resumes" in told.stdout
+        launched = launch(name, *arguments)
+        assert launched.returncode == 0
+        assert "--per-device-batch" in launched.stdout and "resumes" in launched.stdout
     assert "MODEL, DATA" in launch("launch_multinode.sh", "--help").stdout
     assert launch("launch.sh").returncode == 2
 

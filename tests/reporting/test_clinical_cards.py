@@ -21,8 +21,8 @@ QUESTION = "Is there pneumonia?"
 def test_the_report_says_what_guessing_gives_and_lists_the_classes(tmp_path: Path) -> None:
     run_dir, results_dir = make_run(tmp_path, "seq", "sequential", ("pathvqa", "derm"), right=lambda task, stage: 18)
     page = write_report(run_dir, results_dir)
-    shown, markdown = Page(page).text, page.with_suffix(".md").read_text(encoding="utf-8")
-    for text in (shown, markdown):
+    html, markdown = Page(page).text, page.with_suffix(".md").read_text(encoding="utf-8")
+    for text in (html, markdown):
         assert "Closed questions as a clinician reads them" in text and "by guessing (the best constant answer" in text
     assert "| class | questions | said | recall | precision |" in markdown
     for found in results_dir.rglob(CLINICAL):

@@ -109,9 +109,9 @@ def test_forgetting_of_a_sequential_run(tmp_path):
     tasks = ("pathvqa", "slake-vqarad", "derm")
     run_dir, results_dir = make_run(tmp_path, "seq", "sequential", tasks, right=right)
     page = Page(write_report(run_dir, results_dir))
-    told = score_table(read_evaluation(results_dir), results_dir)
+    table = score_table(read_evaluation(results_dir), results_dir)
     transfer = "backward transfer -30.0 [-46.6 to -12.7; 12 of 40 changed"
-    assert f"closed, letters found: own stage 90.0, final average 70.0, forgetting 30.0, {transfer}" in told
+    assert f"closed, letters found: own stage 90.0, final average 70.0, forgetting 30.0, {transfer}" in table
     assert f"Final average exact choice {(50 + 70 + 90) / 3:.1f} %" in page.text
     assert re.search(r"Backward transfer -30.0 points -46.6 to -12.7; .* Forgetting 30.0, no interval", page.text)
     assert "by construction" not in page.text
@@ -127,19 +127,19 @@ def test_a_change_of_few_answers_has_interval_count_bound_and_test(tmp_path):
     run_dir, results_dir = make_run(tmp_path, "seq", "sequential", ("pathvqa", "derm"), right=right)
     path = write_report(run_dir, results_dir)
     page, markdown = Page(path), path.with_suffix(".md").read_text(encoding="utf-8")
-    ends, told = "-32.5 to 10.6", "2 of 20 changed (+0, -2), at most 28.3 % lost, McNemar p 0.500"
+    ends, note = "-32.5 to 10.6", "2 of 20 changed (+0, -2), at most 28.3 % lost, McNemar p 0.500"
     precision = "19 degrees of freedom, largest cluster 5.0 %"
-    assert f"Backward transfer -10.0 points {ends}; {told}; change of earlier tasks" in page.text
-    assert f"pathvqa 90.0 1 80.0 2 -10.0 {told} derm" in page.text
-    assert f"Published closed accuracy 2 90.00 85.00 87.50 10.00 -10.00 {told}" in page.text
-    assert f'data-changed="{told}"' in path.read_text(encoding="utf-8")  # for the table's CSV
-    assert f"**Backward transfer: -10.00 points** [{ends}; {told}; {precision}]; forgetting 10.00 points" in markdown
-    assert re.search(r"\| pathvqa \| 90.0 .* \| -10.0 " + re.escape(f"[{ends}; {told}] |"), markdown)
-    shown = score_table(read_evaluation(results_dir), results_dir)
-    assert f"forgetting 10.0, backward transfer -10.0 [{ends}; {told}; {precision}]" in shown
+    assert f"Backward transfer -10.0 points {ends}; {note}; change of earlier tasks" in page.text
+    assert f"pathvqa 90.0 1 80.0 2 -10.0 {note} derm" in page.text
+    assert f"Published closed accuracy 2 90.00 85.00 87.50 10.00 -10.00 {note}" in page.text
+    assert f'data-changed="{note}"' in path.read_text(encoding="utf-8")  # for the table's CSV
+    assert f"**Backward transfer: -10.00 points** [{ends}; {note}; {precision}]; forgetting 10.00 points" in markdown
+    assert re.search(r"\| pathvqa \| 90.0 .* \| -10.0 " + re.escape(f"[{ends}; {note}] |"), markdown)
+    table = score_table(read_evaluation(results_dir), results_dir)
+    assert f"forgetting 10.0, backward transfer -10.0 [{ends}; {note}; {precision}]" in table
     both = [("a", run_dir, results_dir), ("b", None, results_dir)]
     page = Page(write_comparison(both, tmp_path / "index.html"))
-    assert page.text.count(f"pathvqa 90.0 1 80.0 2 -10.0 {told} derm") == 4  # both closed accuracies of
+    assert page.text.count(f"pathvqa 90.0 1 80.0 2 -10.0 {note} derm") == 4  # both closed accuracies of
 
 
 def test_no_p_value_is_zero():
@@ -349,13 +349,13 @@ def test_similarity_meets_the_golden_values(tmp_path):
     paths = {}
     for number, folder in enumerate(folders):
         state = torch.load(golden / "checkpoints" / folder / "cl_lora.bin", weights_only=True)
-        own = {
+        colours = {
             key.replace(f"task_{number}_lora.", ""): value
             for key, value in state.items()
             if f"task_{number}_lora" in key
         }
         paths[folder] = tmp_path / f"{number}.safetensors"
-        save_file(own, paths[folder])
+        save_file(colours, paths[folder])
     values = bank_similarity(paths).values
     for number, task in enumerate(training["tasks"]):
         assert values[number][:number] == pytest.approx(task["end_sim_to_previous"], rel=1e-5)

@@ -110,8 +110,8 @@ def test_many_pictures_go_beside_the_page_and_are_made_once(tmp_path, monkeypatc
     times = [file.stat().st_mtime_ns for file in files]
     (tmp_path / "data" / "pathvqa" / "images" / "0.png").write_bytes(b"damaged")
     page = Page(write_report(*run, config))
-    kept = [file for file in files if file.exists()]
-    assert len(kept) == 19 and [file.stat().st_mtime_ns for file in kept] == [
+    remaining = [file for file in files if file.exists()]
+    assert len(remaining) == 19 and [file.stat().st_mtime_ns for file in remaining] == [
         time for file, time in zip(files, times, strict=True) if file.exists()
     ]
     assert re.search(r"1 images that cannot be read, such as \S*pathvqa/images/0.png", page.text)

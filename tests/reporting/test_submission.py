@@ -179,8 +179,8 @@ def test_any_number_of_archives_is_compared_and_shown(
         paths.append(write_submission(configuration(tmp_path, name), results, tmp_path / f"{name}.zip"))
     page = tmp_path / "board.html"
     assert main(["compare", *map(str, paths), "--page", str(page)]) == 0
-    shown = capsys.readouterr().out
-    assert "second" in shown and "third" in shown
+    printed = capsys.readouterr().out
+    assert "second" in printed and "third" in printed
     assert all(name in page.read_text(encoding="utf-8") for name in ("ours", "second", "third"))
 
     files = content(paths[1])

@@ -23,14 +23,14 @@ Cases = tuple[list[dict[str, Any]], list[list[int]]]
 
 def elsewhere(cases: list[dict[str, Any]], tmp_path: Path) -> list[list[int]]:
     """The ids that transformers and PEFT alone answer with."""
-    asked, told = tmp_path / "cases.json", tmp_path / "ids.json"
+    asked, ids_file = tmp_path / "cases.json", tmp_path / "ids.json"
     asked.write_text(json.dumps(cases))
-    command = [sys.executable, "-P", str(READER), str(asked), str(told)]
+    command = [sys.executable, "-P", str(READER), str(asked), str(ids_file)]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(told.read_text())
+    return json.loads(ids_file.read_text())
 
 
 def golden_questions() -> list[dict[str, Any]]:

@@ -55,10 +55,14 @@ def test_adapters_go_to_a_private_repository_with_their_card(hub: Hub, trained_c
     adapter = json.loads(files["PCAM/adapter_config.json"])
     assert (adapter["r"], adapter["base_model_name_or_path"]) == (12, BASE)
     card = files["README.md"].decode()
-    told = head(card)
-    assert (told["base_model"], told["base_model_relation"], told["library_name"]) == (BASE, "adapter", "peft")
-    assert {"lora", "medical", "pathology", "radiology"} <= set(told["tags"])
-    [index] = told["model-index"]
+    front_matter = head(card)
+    assert (front_matter["base_model"], front_matter["base_model_relation"], front_matter["library_name"]) == (
+        BASE,
+        "adapter",
+        "peft",
+    )
+    assert {"lora", "medical", "pathology", "radiology"} <= set(front_matter["tags"])
+    [index] = front_matter["model-index"]
     rows = {
         (result["dataset"]["type"], metric["name"]): metric
         for result in index["results"]

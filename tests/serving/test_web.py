@@ -105,12 +105,12 @@ def test_from_upload_to_answer_in_a_browser(address: str, model: mslora_cr.Answe
                 box.click()
         asked()
         assert find("#status").text == "done"
-        own = [model.ask(picture, MARKUP, stage=stage) for stage in range(4)]
+        answers = [model.ask(picture, MARKUP, stage=stage) for stage in range(4)]
         names = [task.name for task in model.config.stream]
-        assert texts(".answer .text") == [answer.text or "(no words)" for answer in own]
-        assert any("<img src=x onerror" in answer.text for answer in own)
+        assert texts(".answer .text") == [answer.text or "(no words)" for answer in answers]
+        assert any("<img src=x onerror" in answer.text for answer in answers)
         assert texts(".answer h2") == ["base model", *(f"after {stage}: {name}" for stage, name in enumerate(names, 1))]
-        likeliest, share = next(iter(own[3].probabilities.items()))
+        likeliest, share = next(iter(answers[3].probabilities.items()))
         assert texts("#probabilities div")[0] == f"{likeliest} {100 * share:.1f} %"
         assert find("#name").text == HOSTILE and not find("#truth").is_displayed()
         assert browser.title == "tiny" and not browser.find_elements(By.CSS_SELECTOR, "#bold, img[src='x']")
@@ -162,8 +162,8 @@ def test_the_server_refuses_what_no_page_of_its_own_asks(client: TestClient, mod
         answer = client.get(path)
         assert answer.status_code == status and message in answer.json()["error"]
     files = {"image": (HOSTILE, b"<svg onload=alert(1)>", "image/png")}
-    told = client.post("/api/ask", data={**fields, "stages": "1"}, files=files)
-    assert told.status_code == 400 and "not a readable image" in told.json()["error"]
+    reply = client.post("/api/ask", data={**fields, "stages": "1"}, files=files)
+    assert reply.status_code == 400 and "not a readable image" in reply.json()["error"]
     assert client.post("/api/ask", data={**fields, "stages": "9"}).status_code == 400
     picture = client.get("/api/image?task=PCAM&index=0")
     assert picture.headers["content-type"] == "image/png" and picture.content.startswith(b"\x89PNG")

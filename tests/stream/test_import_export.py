@@ -17,7 +17,7 @@ from mslora_cr.utils.files import file_digest
 from tests.conftest import GOLDEN, bank_bytes
 
 TASKS = ("pathvqa", "slake-vqarad", "derm", "PCAM")
-CHAIN = ["_".join(TASKS[: number + 1]) for number in range(len(TASKS))]
+SEQUENCE = ["_".join(TASKS[: number + 1]) for number in range(len(TASKS))]
 FOLDERS = {"pathvqa": "PathVQA", "slake-vqarad": "Slake-VQARad", "derm": "Fitzpatrick", "PCAM": "PCam"}
 RUN = "finetune_lora_MSLoRA-CR-ORTHO-64-64_llava_med_v1.5"
 OTHER_SPELLING = RUN.replace("finetune_lora_MSLoRA", "finetune_MSLoRA")
@@ -45,7 +45,7 @@ def golden_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
     """A run of four tasks as it is published: one folder for each stage."""
-    for name in CHAIN:
+    for name in SEQUENCE:
         shutil.copytree(GOLDEN / "checkpoints" / name, tmp_path / "published" / RUN / name)
     return tmp_path / "published"
 
@@ -113,7 +113,7 @@ def test_a_run_is_found_under_either_spelling_and_by_itself(
 
 
 def test_a_chain_may_end_before_the_stream_does(evaluate: Evaluate, published: Path, tmp_path: Path) -> None:
-    for name in CHAIN[2:]:
+    for name in SEQUENCE[2:]:
         shutil.rmtree(published / RUN / name)
     assert evaluate(published, "evaluation.max_new_tokens=1") == 0
     assert {folder.name for folder in (tmp_path / "results" / RUN).iterdir() if folder.is_dir()} == set(TASKS[:2])
@@ -121,7 +121,7 @@ def test_a_chain_may_end_before_the_stream_does(evaluate: Evaluate, published: P
 
 def test_banks_of_their_own_need_no_chain(evaluate: Evaluate, published: Path, tmp_path: Path) -> None:
     """`each` names a folder by its one task, and does not need the tasks before."""
-    (published / RUN / CHAIN[2]).rename(published / RUN / "derm")
+    (published / RUN / SEQUENCE[2]).rename(published / RUN / "derm")
     assert evaluate(published, "method=each", "evaluation.max_new_tokens=1") == 0
     [pathvqa, derm] = json.loads((tmp_path / "results" / RUN / "evaluation.json").read_text())["cells"]
     assert (pathvqa["banks"], derm["banks"]) == (["pathvqa"], ["derm"])
@@ -141,7 +141,7 @@ def test_imported_banks_are_finished_tasks(
     """Everything that reads a run folder reads them: evaluation without `--banks`, training, analysis, report."""
     assert take(published) == 0
     assert f"{tmp_path / 'runs' / RUN}: imported {', '.join(TASKS)}" in capsys.readouterr().out
-    for name, entry in zip(CHAIN, ledger(tmp_path).values(), strict=True):
+    for name, entry in zip(SEQUENCE, ledger(tmp_path).values(), strict=True):
         file = published / RUN / name / "cl_lora.bin"
         assert entry["imported"] == {"path": str(file), "sha256": file_digest(file)}
     assert evaluate(published) == 0
@@ -176,7 +176,7 @@ def test_what_is_imported_is_not_imported_again(
 def test_the_next_task_trains_on_imported_banks(
     take: Evaluate, config: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.rmtree(published / RUN / CHAIN[3])
+    shutil.rmtree(published / RUN / SEQUENCE[3])
     assert take(published) == 0
     imported = bank_bytes(tmp_path / "runs" / RUN)
     assert list(imported) == sorted(TASKS[:3])
@@ -213,7 +213,7 @@ def test_another_bank_of_a_finished_task_is_not_imported(
 ) -> None:
     assert take(published) == 0
     before = ledger(tmp_path)
-    file = published / RUN / CHAIN[1] / "cl_lora.bin"
+    file = published / RUN / SEQUENCE[1] / "cl_lora.bin"
     stored = torch.load(file, weights_only=True)
     torch.save({key: 2 * tensor for key, tensor in stored.items()}, file)
     assert take(published) == 1
@@ -225,7 +225,7 @@ def test_another_bank_of_a_finished_task_is_not_imported(
 def test_a_chain_with_a_hole_is_not_imported(
     method: str, take: Evaluate, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.rmtree(published / RUN / CHAIN[1])
+    shutil.rmtree(published / RUN / SEQUENCE[1])
     assert take(published, f"method={method}") == 1
     assert "the sequence of banks has a gap" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
@@ -290,7 +290,7 @@ def test_an_export_is_imported_under_any_name_of_the_run(
 def test_only_what_the_method_trains_is_imported(
     take: Evaluate, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, task in zip(CHAIN[1:], TASKS[1:], strict=True):
+    for name, task in zip(SEQUENCE[1:], TASKS[1:], strict=True):
         (published / RUN / name).rename(published / RUN / task)
     assert take(published, "run=joint", "method=joint") == 0
     assert list(ledger(tmp_path, "joint")) == ["pathvqa"]
@@ -344,10 +344,10 @@ def test_nothing_to_export_and_no_base_model_are_said(
 
 
 def test_a_hole_is_refused(evaluate: Evaluate, published: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.rmtree(published / RUN / CHAIN[1])
+    shutil.rmtree(published / RUN / SEQUENCE[1])
     assert evaluate(published) == 1
     message = capsys.readouterr().err
-    assert f"the sequence of banks has a gap: {CHAIN[1]} is missing, though {CHAIN[3]} is there" in message
+    assert f"the sequence of banks has a gap: {SEQUENCE[1]} is missing, though {SEQUENCE[3]} is there" in message
 
 
 def test_another_rank_is_refused(evaluate: Evaluate, published: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -362,7 +362,7 @@ def test_one_bank_of_another_rank_is_refused(
     evaluate: Evaluate, published: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its configuration says one rank, its matrices have another."""
-    file = published / RUN / CHAIN[1] / "cl_lora.bin"
+    file = published / RUN / SEQUENCE[1] / "cl_lora.bin"
     stored = torch.load(file, weights_only=True)
     torch.save({key: tensor[:2] if key.endswith("A") else tensor[:, :2] for key, tensor in stored.items()}, file)
     assert evaluate(published) == 1

@@ -97,15 +97,15 @@ def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_records_are_valid_and_split_by_image(stream: Path, task: SyntheticTask) -> None:
     folder = stream / task.folder
     tests = list(TestRecords(folder / "test.jsonl"))
-    shown, asked = {image for image, _, _ in training(stream, task)}, {r.images[0] for r in tests}
-    assert len(shown) == TRAIN and len(asked) == TEST
-    assert not shown & asked
-    contents = [hashlib.sha256((folder / image).read_bytes()).digest() for image in shown | asked]
+    trained, asked = {image for image, _, _ in training(stream, task)}, {r.images[0] for r in tests}
+    assert len(trained) == TRAIN and len(asked) == TEST
+    assert not trained & asked
+    contents = [hashlib.sha256((folder / image).read_bytes()).digest() for image in trained | asked]
     assert len(set(contents)) == TRAIN + TEST
     on_disk = {str(path.relative_to(folder)) for path in folder.rglob("*.png")}
-    assert on_disk == shown | asked
+    assert on_disk == trained | asked
     if task.name in ("CXP", "PCAM"):
-        assert all(image.startswith("train/") for image in shown)
+        assert all(image.startswith("train/") for image in trained)
         assert all(image.startswith("test/") for image in asked)
 
 
@@ -219,9 +219,9 @@ def test_pretraining_is_repeatable_and_keeps_the_vocabulary(model: Path, monkeyp
         assert not any(parameter.requires_grad for parameter in base.model.parameters())
         after.append(base.model.state_dict())
     assert all(torch.equal(after[0][name], after[1][name]) for name in before)
-    kept = {name for name in before if torch.equal(before[name], after[0][name])}
-    assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} <= kept
-    assert not any(name.startswith("model.multi_modal_projector") for name in kept)
+    unchanged = {name for name in before if torch.equal(before[name], after[0][name])}
+    assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} <= unchanged
+    assert not any(name.startswith("model.multi_modal_projector") for name in unchanged)
 
 
 def test_pretraining_shares_no_answer_with_the_stream() -> None:

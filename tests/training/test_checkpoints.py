@@ -83,6 +83,6 @@ def test_a_tracker_that_reads_checkpoints_finds_them(
     callback: type[TrainerCallback], variable: str, value: str, reads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
-    own = callback.__new__(callback)  # W&B's and MLflow's want their packages only to be made
-    vars(own)["_auto_end_run"] = False  # MLflow's ends runs when it is thrown away
-    assert reads_checkpoints([PrinterCallback(), own]) == reads
+    instance = callback.__new__(callback)  # W&B's and MLflow's want their packages only to be made
+    vars(instance)["_auto_end_run"] = False  # MLflow's ends runs when it is thrown away
+    assert reads_checkpoints([PrinterCallback(), instance]) == reads

@@ -22,8 +22,8 @@ from mslora_cr.utils.visible import visible, visible_results
         ("a" * 5_000 + " b", "a" * 500 + "…" + "a" * 20 + " b"),
     ],
 )
-def test_what_is_shown(text: str, shown: str) -> None:
-    assert visible(text) == shown
+def test_what_is_shown(text: str, printed: str) -> None:
+    assert visible(text) == printed
 
 
 def test_names_from_annotations_are_shown_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
