@@ -75,7 +75,6 @@ def plan_sweep(
     runs use `prefix`, which does not tell them the task either.
 
     Args:
-        config_file: The configuration's file.
         overrides: Overrides of every run; those of one method's section, as `ewc.strength=10`, apply to its runs alone.
         methods: The methods; by default all of the package. `module:Class` names others, which go by their `name`.
         orders: The number of task orders; the first is the file's, further ones are drawn, the same every time. Or

@@ -57,7 +57,6 @@ def analyze(config: StreamConfig, others: Sequence[StreamConfig] = (), questions
     """Analyse a trained run, and write `analysis.json` into its results folder; return its path.
 
     Args:
-        config: The run.
         others: Runs whose effective ranks are shown beside this one's, such as one without the orthogonality term.
         questions: The most questions of a task for drop-one evaluation; 0 leaves it out.
 
@@ -175,8 +174,6 @@ def _dropped(
     """The contribution of each bank to each task, from the scores of every variant; the first variant has all banks.
 
     Args:
-        names: The banks' names.
-        variants: The variants.
         parts: By variant, the scores of its questions.
         groups: By task, the clusters of its questions.
     """

@@ -13,9 +13,7 @@ def check_fits(bank: Bank, linears: Mapping[str, nn.Linear], architecture: str) 
     """Refuse a bank of another model family or size.
 
     Args:
-        bank: The bank.
         linears: The layers that banks adapt in the model, by name.
-        architecture: The model's class.
 
     Raises:
         BankError: The bank was trained on another architecture, or its layers or their sizes differ.

@@ -118,7 +118,6 @@ class _BankLinear(torch.autograd.Function):
     ) -> Tensor:
         """
         Args:
-            ctx: autograd's context.
             x: (…, in), in the dtype to compute in.
             product: x Aᵀ, (positions, Σ rank).
             weight: (out, in), frozen.

@@ -43,8 +43,6 @@ def save_bank(
     The folder appears whole or not at all: it is written under a temporary name and renamed.
 
     Args:
-        bank: The bank.
-        folder: Its folder.
         dropout: The dropout with which it was trained.
         beside: Further tensors to store, by the name of their safetensors file; empty ones are not written.
 
@@ -74,7 +72,6 @@ def write_adapter(bank: Bank, folder: Path, dropout: float = 0.0, changed: Mappi
     """Write a bank's weights and settings into an existing folder, as PEFT reads them.
 
     Args:
-        bank: The bank.
         folder: An existing folder.
         changed: Settings that replace those of a bank, or add to them.
     """

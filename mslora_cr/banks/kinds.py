@@ -45,7 +45,6 @@ class PlainLora:
         """Turn PEFT's new LoRA into an adapter of this kind.
 
         Args:
-            model: The PEFT model.
             adapter: The name of the new adapter.
             frozen: The name of the adapter that holds frozen banks, if there is one.
         """
@@ -118,10 +117,6 @@ class ScaledDirections(PlainLora):
     """
 
     def __init__(self, rank: int) -> None:
-        """
-        Args:
-            rank: The rank of each update.
-        """
         self._rank = rank
         self._directions: Bank | None = None
         self._magnitudes: dict[str, Tensor] = {}

@@ -71,8 +71,6 @@ def check_targets(folder: Path, config: Mapping[str, Any], modules: Iterable[tup
     """Refuse matrices of layers that the configuration does not name, since PEFT would leave them out.
 
     Args:
-        folder: The adapter's folder.
-        config: Its configuration.
         modules: The layers that have matrices, by their names in the file and in the model.
     """
     keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")

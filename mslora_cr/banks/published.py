@@ -66,9 +66,6 @@ def published_bank(path: Path, name: str, rank: int, alpha: float, stored: Mappi
 
     Args:
         path: The file, for messages.
-        name: The bank's name.
-        rank: Its rank.
-        alpha: Its alpha.
         stored: The tensors by key.
 
     Raises:
@@ -94,8 +91,6 @@ def export_published(
     """Write a bank as the published code does: `cl_lora.bin` and `config.json`.
 
     Args:
-        bank: The bank.
-        folder: The folder to write.
         index: The task's position in the stream, from 0; it is part of every key.
         base_config: The base model's `config.json`, to which `mslora_cfg` is added.
         base_digest: The digest of the base model; an import on another base model is refused.

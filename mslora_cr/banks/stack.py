@@ -44,7 +44,6 @@ class BankStack:
     ) -> None:
         """
         Args:
-            base: The frozen base model.
             merge_mode: `merge` or `concatenate`.
             reuse: Keep the pristine weights, so that `set_frozen` can be called again with other banks.
             kind: The kind of the trainable bank; plain LoRA by default.
@@ -60,7 +59,6 @@ class BankStack:
         """Make exactly these banks the active frozen ones.
 
         Args:
-            banks: The banks.
             merge: False leaves the base's weights unchanged, because another process's weights will replace them.
 
         Raises:
@@ -172,8 +170,6 @@ class BankStack:
         Afterwards its numbers are the only trainable parameters of the model.
 
         Args:
-            rank: The bank's rank.
-            alpha: The bank's alpha.
             dropout: The dropout probability of the adapter's input.
             initial: The bank whose numbers it starts with.
         """
@@ -251,10 +247,6 @@ class BankStack:
         """Copy the trainable bank to the CPU.
 
         Args:
-            name: The bank's name.
-            rank: The bank's rank.
-            alpha: The bank's alpha.
-            metadata: The content of `bank.json`.
             gather_fn: Returns a parameter's whole value.
         """
         matrices, routers = self._kind.read(self.model, TRAINABLE, gather_fn)

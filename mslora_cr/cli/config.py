@@ -104,9 +104,7 @@ def _targets(source: Path, files: Sequence[Path], target: Path) -> dict[Path, Pa
     """The target of each file: in a folder, or `source` under the name of `target` and the other files beside it.
 
     Args:
-        source: The configuration to copy.
         files: It and the files that it extends.
-        target: A folder or a file.
 
     Raises:
         ConfigError: `target` has the name of a file that `source` extends.

@@ -93,7 +93,6 @@ def calibrate(
 
     Args:
         banks: Digests of the banks that answered.
-        asked: Validation questions with their answers.
         logprobs: The log probability of each answer's tokens together; None where unknown.
         groups: (questions,), the number of each question's patient or image.
     """

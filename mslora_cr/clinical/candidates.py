@@ -25,7 +25,6 @@ def candidate_answers(records: Iterable[TestRecord], training: Frequencies | Non
     single answer is no set, nor are more than `MOST_CANDIDATES`.
 
     Args:
-        records: The questions.
         training: How often each answer follows each question in training; None where unknown.
     """
     asked = list(records)

@@ -51,7 +51,6 @@ def changes_by_group(
     groups of fewer than `FEWEST_PATIENTS` are left out.
 
     Args:
-        attributes: Attributes of each question.
         differences: (questions,), later score minus earlier score, of scores that are 0 or 1.
         groups: (questions,), the number of each question's patient or image.
     """

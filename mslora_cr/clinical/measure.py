@@ -66,7 +66,6 @@ def clinical_of(
     """Compute the content of `clinical.json`.
 
     Args:
-        asked: Questions with their answers.
         groups: (questions,), the number of each question's image or patient.
         training: How often each answer follows each question in training.
         temperature: The temperature of the candidates' probabilities, fitted on validation questions; None where there

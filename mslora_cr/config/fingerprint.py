@@ -33,7 +33,6 @@ def deciding_fields(fields: dict[str, Any], validation_decides: bool) -> dict[st
 
     Args:
         fields: The whole configuration as JSON; it is changed.
-        validation_decides: As `StreamConfig.validation_decides`.
     """
     for key in ("run", "output_dir", "results_dir", "datasets", "tasks"):
         del fields[key]

@@ -24,7 +24,6 @@ def find_config(given: str | Path, folder: Path = Path()) -> Path:
     """The file at that path, or the shipped configuration of that name. An existing file takes precedence.
 
     Args:
-        given: A path or a name.
         folder: The folder that a relative path starts from.
 
     Raises:

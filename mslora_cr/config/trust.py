@@ -116,7 +116,6 @@ def check_place(method: str, files: Sequence[Path], foreign: Iterable[Path]) -> 
     """Refuse a module that lies in a folder for files from elsewhere, whoever named it.
 
     Args:
-        method: `module:Class`.
         files: The files that importing the module would run.
         foreign: Further folders beside `FOREIGN_FOLDERS`.
 

@@ -20,7 +20,6 @@ def validation_fields(config: StreamConfig, given: Mapping[str, Any]) -> dict[st
     If records are held out or validation decides, the default of `eval_strategy` is `epoch`.
 
     Args:
-        config: The run.
         given: The fields of `training`, each of the right type.
 
     Raises:

@@ -153,7 +153,6 @@ def _as_generated(before: str, written: str, said: str) -> str:
     prompt and what follows the answer are taken; between them stands the answer as the record gives it.
 
     Args:
-        before: the template's prompt.
         written: the conversation with the answer, by the template.
 
     Raises:

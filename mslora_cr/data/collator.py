@@ -57,7 +57,6 @@ def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> f
     """The share of positions without a token, in batches of samples padded to the longest of each.
 
     Args:
-        lengths: The positions of each sample.
         batches: The samples of each batch, as indices into `lengths`; no batch is empty.
     """
     real, all_positions = 0, 0

@@ -68,7 +68,6 @@ class FeatureCache:
         """Write the features of every image that has none yet; equal images count once.
 
         Args:
-            images: The image files.
             encode: Maps pixels (n, 3, height, width), float32, to features (n, positions, width), on any device.
         """
         by_path = {self.path_of(image): image for image in dict.fromkeys(images)}

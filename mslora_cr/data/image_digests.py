@@ -28,7 +28,6 @@ def images_digest(images: Iterable[Path], most: int | None = None) -> str:
     """SHA-256 over the sizes of some image files, in their order, and over their contents.
 
     Args:
-        images: The files.
         most: Read the contents of at most this many files, the same ones at every call.
     """
     files = list(images)

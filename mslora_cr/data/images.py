@@ -100,7 +100,6 @@ def paths_of(names: Sequence[Sequence[str]], roots: Sequence[Path]) -> list[Path
 
     Args:
         names: Those of each record.
-        roots: The image folders.
 
     Raises:
         DataError: One is missing or outside its root.

@@ -87,9 +87,6 @@ def count_learned(
     """Count what training will learn of some records, without decoding an image.
 
     Args:
-        records: Records of a task.
-        roots: Folders of its images.
-        input_processor: The base model's input processor.
         max_length: `data.max_length`, in positions.
 
     Raises:

@@ -74,9 +74,7 @@ def encode_next_prompt(tokenizer: Tokenizer, earlier: Sequence[Turn], question: 
     """IDs of a prompt that continues earlier questions and their answers, as training would encode the whole.
 
     Args:
-        tokenizer: The tokenizer.
         earlier: Questions and answers in turn; may be empty.
-        question: The question.
         images: The number of images of the conversation's first question.
     """
     if not earlier:

@@ -36,9 +36,7 @@ class MixedRecords(Sequence[TrainingRecord]):
     def __init__(self, first: TrainingRecords, others: TrainingRecords, root: Path, roots: Sequence[Path]) -> None:
         """
         Args:
-            first: The records of the task.
             others: The records of the other task.
-            root: The data root.
             roots: Where the other task's images are.
         """
         self.path = first.path

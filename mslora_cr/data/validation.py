@@ -33,7 +33,6 @@ class RecordView(Sequence[Seen], Generic[Seen]):
     ) -> None:
         """
         Args:
-            records: The records of the file.
             indices: Those to show, in order.
             convert: Converts a record of the file.
         """
@@ -123,7 +122,6 @@ def validation_split(records: TrainingRecords, share: float, seed: int) -> Valid
     image stay in training.
 
     Args:
-        records: The training records.
         share: The share of the records, in (0, 1).
         seed: Draws the parts.
 

@@ -71,7 +71,6 @@ def partition(
 
     Args:
         model: The model, on the CPU.
-        deepspeed_config: DeepSpeed's configuration.
         device: Where this rank computes. Buffers are not partitioned and go there whole.
         external: Parameters that a module reads from modules which it does not call, by module.
     """
@@ -92,7 +91,6 @@ def gather_params(parameters: Iterable[Tensor], to_write: bool = False) -> Itera
     anyway.
 
     Args:
-        parameters: The parameters.
         to_write: Keep what is written into them inside the block; otherwise it is lost.
     """
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]

@@ -120,10 +120,7 @@ def answer_questions(
     last batch. The answer file appears whole when the last question is answered.
 
     Args:
-        model: The model.
-        samples: The questions.
         folder: The folder of the answer file.
-        decoding: How answers are generated.
         origin: What decides the answers; answers of another origin are discarded.
         label: The text of the progress bar.
         candidates: The closed set of answers of each question, empty if it has none. These and the answers are scored;
@@ -186,15 +183,7 @@ def _the_same(question: int) -> None:
 def publish(
     records: Sequence[TestRecord], answered: Mapping[int, Answered], folder: Path, model_id: str, fingerprint: str
 ) -> None:
-    """Write an answer file in the questions' order, and the probabilities of the answers beside it.
-
-    Args:
-        records: The questions.
-        answered: An answer to each question.
-        folder: The folder to write into.
-        model_id: The name of the model.
-        fingerprint: The answers' fingerprint.
-    """
+    """Write an answer file in the questions' order, and the probabilities of the answers beside it."""
     probabilities = {index: answer.probability for index, answer in answered.items()}
     write_probabilities(folder / PROBABILITIES, records, probabilities)
     with replacing(folder / ANSWERS) as partial, partial.open("w", encoding="utf-8") as file:
@@ -224,7 +213,6 @@ def answer_once(
     Call it on every rank.
 
     Args:
-        folder: The folder.
         origin: What decides the answers, the same on every rank.
         questions: The number of answers to expect.
         answer: Writes the answers, and returns what else to record about them.

@@ -37,8 +37,6 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
     """The cells to fill. Cells of one task that the same banks answer share one folder, and are answered once.
 
     Args:
-        config: The run.
-        stages: When tasks are evaluated.
         learned: Numbers, from 1, of the tasks whose banks exist.
     """
     method, planned = method_of(config), []

@@ -26,7 +26,6 @@ def score_table(evaluation: Evaluation, results_dir: Path) -> str:
     the averages over the tasks; for backward transfer also its interval and how many answers changed.
 
     Args:
-        evaluation: The evaluation.
         results_dir: The folder with the scores of the answers.
     """
     rows = []

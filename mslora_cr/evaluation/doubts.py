@@ -39,7 +39,6 @@ def doubts_in_words(cell: Cell, max_new_tokens: int | None = None) -> list[str]:
     """What a reader of a cell's scores must know about its answers; empty if there is nothing.
 
     Args:
-        cell: The cell.
         max_new_tokens: The limit that cut them, if it is known.
     """
     doubts = []

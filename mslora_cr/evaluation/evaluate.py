@@ -37,9 +37,6 @@ def evaluate(
     """Answer and score every learned task, or only the one named; return the path of `evaluation.json`.
 
     Args:
-        config: The run.
-        stages: When tasks are evaluated.
-        only: The name of a task.
         banks: The banks by task, if they do not come from the run folder's ledger.
         asking: How questions are put. Tasks that have no such questions are left out.
 
@@ -127,9 +124,6 @@ def answer_cell(
 
     Args:
         session: The loaded model and its questions.
-        cell: The cell.
-        banks: The banks that answer.
-        origin: What decides the answers.
         scored: By folder, the scores so far: a folder may hold several stages' cells.
     """
     folder, records = cell.folder, session.records[cell.task.name]

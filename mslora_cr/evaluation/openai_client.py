@@ -133,7 +133,6 @@ class Chat:
         """Ask for every item, several at once.
 
         Args:
-            items: The items' numbers.
             body: Makes an item's request.
             locate: Describes an item, for messages.
             note: Called with each answer as soon as it arrives, one at a time.
@@ -335,7 +334,6 @@ class Dialect:
         """Whether the same request may be sent again in another spelling.
 
         Args:
-            failure: The refusal.
             sent: The refused request, as it was spelled.
         """
         if failure.status not in (400, 422):

@@ -35,7 +35,6 @@ def evaluate_probe(config: StreamConfig, dataset: str, banks: Mapping[str, Bank]
     Its questions belong to no task. At each stage, the banks that answer the task learned there answer them.
 
     Args:
-        config: The run.
         dataset: A name in `datasets` that is not in `tasks`.
         banks: As for `evaluate`.
 

@@ -51,8 +51,6 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
     with the router's confusion matrix at every stage.
 
     Args:
-        config: The run.
-        stages: When tasks are evaluated.
         banks: The banks by task, if they do not come from the run folder's ledger.
 
     Raises:
@@ -133,10 +131,7 @@ class _Routed:
     ) -> None:
         """
         Args:
-            config: The run.
-            banks: The banks by task.
             statistics: Those of the tasks whose banks answer.
-            records: The questions that are asked.
         """
         self.config = config
         self.banks = [banks[task.name] for task in config.stream[: len(statistics)]]

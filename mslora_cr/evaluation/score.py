@@ -257,7 +257,6 @@ def _bleu_interval(counts: intervals.Scores, groups: intervals.Groups, freedom: 
     Args:
         counts: by answer, its n-gram counts.
         groups: by answer, the number of its cluster.
-        freedom: degrees of freedom.
     """
     replicates = corpus_bleu(resampled_sums(counts, groups))
     if np.ptp(replicates) < intervals.NONE:

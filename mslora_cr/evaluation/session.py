@@ -43,7 +43,6 @@ class EvaluationSession:
     ) -> None:
         """
         Args:
-            records: by task, the questions.
             cached_images: take the images' features from `data.cache_image_features`, if it is given; the tower is then
                 not part of the model, where a router would look for it.
             switches: several sets of banks are merged, one after another; the base's weights are kept for that.
@@ -108,7 +107,6 @@ class EvaluationSession:
 
         Args:
             weights: how much of each bank answers each question, one task after another, (questions, banks).
-            label: what the progress bar says.
             banks: other ones than the session's.
         """
         samples = ConcatEvalDataset([self._questions(task) for task in tasks])

@@ -68,8 +68,6 @@ def grouped(
     """Group questions by images, opening and banks.
 
     Args:
-        prompts: The prompts of all questions.
-        asked: The questions to answer.
         banks: Identifies the banks of a question.
         most: Split larger groups, so that ranks can share them.
     """

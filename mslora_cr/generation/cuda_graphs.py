@@ -61,7 +61,6 @@ class StaticRows:
     def __init__(self, shape: Shape, like: Rows) -> None:
         """
         Args:
-            shape: The shape of the buffers.
             like: A batch of the model; the buffers take its dtypes, heads and device.
         """
         self.shape = shape
@@ -167,7 +166,6 @@ class StaticSteps:
         """The buffers for a batch, not yet loaded; None if the batch is answered without them.
 
         Args:
-            rows: The batch.
             step: The step to record.
             waiting: The number of batches still to be answered, this one included.
             choose: Called with the number of rows of a step.

@@ -49,7 +49,6 @@ def shares_exactly(model: nn.Module, inputs: ChatTemplateInputs, mixed: Question
 
     Args:
         model: The base model, with or without banks in it.
-        inputs: Prepares its prompts.
         mixed: The banks of each question, if they are not the same for all.
     """
     if model not in _exact_of:

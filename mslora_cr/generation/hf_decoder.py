@@ -51,7 +51,6 @@ class PlainDecoder:
         """A wave's prompts on the model's device.
 
         Args:
-            wave: The wave.
             inputs: `ChatTemplateInputs.answering_batch` of its questions, in the order of its groups.
         """
         assert wave.whole, "this decoder reads whole prompts"
@@ -71,8 +70,6 @@ class PlainDecoder:
         """The new ids of each question of a wave, up to and including the one that ends it.
 
         Args:
-            inputs: The result of `read`.
-            questions: The questions.
             waiting: Ignored: this decoder keeps nothing from one batch to the next.
             on_token: Called with each new token id, if the question is alone in its wave.
         """

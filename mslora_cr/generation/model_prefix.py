@@ -51,7 +51,6 @@ class ModelPrefixDecoder(Decoder):
         """Compute a wave's openings.
 
         Args:
-            wave: Openings that are held together.
             inputs: `ChatTemplateInputs.answering_batch` of its groups' first questions, padded on the left.
 
         Raises:

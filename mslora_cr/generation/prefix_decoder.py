@@ -75,8 +75,6 @@ class Decoder:
         """
         Args:
             model: LLaVA, with banks in it or none.
-            prompts: Those of all questions.
-            stopping: When an answer ends.
             mixed: The banks of each question, where they are not the same for all.
         """
         self.model: LlavaForConditionalGeneration = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -109,7 +107,6 @@ class Decoder:
         """Compute a wave's openings.
 
         Args:
-            wave: Openings that are held together.
             inputs: `LlavaMedInputs.answering_batch` of its groups' first questions: images, if there are any.
         """
         first = [group.questions[0] for group in wave.groups]
@@ -140,8 +137,6 @@ class Decoder:
         """The new ids of each question of a wave's batch, up to and including `</s>`.
 
         Args:
-            openings: The wave's openings.
-            questions: The batch.
             waiting: The number of batches still to be answered, this one included.
             on_token: Called with each question's new token ids.
         """
@@ -159,8 +154,6 @@ class Decoder:
         do not see each other (tree attention, Miao et al., "SpecInfer", ASPLOS 2024).
 
         Args:
-            openings: The wave's openings.
-            questions: One of the wave's batches.
             continuations: For each question, any number of token sequences; empty ones are refused.
         """
         log_probabilities: list[list[list[float]]] = []

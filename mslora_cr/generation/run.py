@@ -112,11 +112,7 @@ def scored_batches(
     """Yield the batches of some waves as they are answered.
 
     Args:
-        decoder: The decoder.
-        samples: The questions.
-        waves: The waves.
         continuations: The continuations to score after a question that got these new ids; None scores nothing.
-        workers: Processes that decode images.
     """
     inputs: DataLoader[Any] = DataLoader(_Inputs(samples, decoder.prompts, waves), batch_size=None, num_workers=workers)
     waiting = sum(len(wave.batches) for wave in waves)

@@ -107,8 +107,6 @@ class BankPenalties:
 
         Args:
             trainable: The trainable bank's matrices, of any dtype; computed in float32.
-            alpha: The contrastive term's weight.
-            beta: The orthogonality term's weight.
         """
         similarity_sum = torch.zeros(len(self._same), device=self._device)
         orthogonality = torch.as_tensor(self._frozen_orthogonality, device=self._device)

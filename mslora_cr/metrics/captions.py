@@ -99,10 +99,6 @@ def _nltk_tokens(caption: str) -> str:
 def _bleu(said: Tokens, true: Tokens) -> dict[str, Scores]:
     """Return ``B + n B (mean over k of (m_ik/M_k - g_ik/G_k) + brevity)`` by order, of m matches and g n-grams of
     answer i.
-
-    Args:
-        said: The answers.
-        true: The references.
     """
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 

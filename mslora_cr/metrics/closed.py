@@ -84,7 +84,6 @@ def confusion(
     said is the true one.
 
     Args:
-        answers: The answer to each question.
         truths: All accepted answers to each question.
         groups: (questions,), the number of each question's image or patient.
         options: The options of each question, by letter; empty where it has none.

@@ -56,7 +56,6 @@ def count_figures(answers: Sequence[str], truths: Sequence[str], groups: Groups)
     """Compute the mean absolute error and the shares that are exactly and nearly right.
 
     Args:
-        answers: The answer to each question.
         truths: The truth of each question, a number.
         groups: (questions,), the number of each question's image or patient.
     """

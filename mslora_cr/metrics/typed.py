@@ -145,7 +145,6 @@ def label_figures(
     """Return sensitivity and specificity of the commonest labels, commonest first.
 
     Args:
-        said: The labels of each answer.
         true: The true labels of each question.
         groups: (questions,), the number of each question's image or patient.
         most: Number of labels at most.

@@ -76,7 +76,6 @@ def check_loss(base: Any, batch: dict[str, Any], keep: torch.Tensor, targets: to
     """Try a labelled batch on a loaded model: its loss must be the cross entropy of the logits that are kept.
 
     Args:
-        base: The model.
         batch: One record, without labels, on the model's device.
         keep: (1, length) bool, the positions that predict a label.
         targets: (kept,) int64.

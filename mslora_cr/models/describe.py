@@ -51,9 +51,7 @@ def described(path: Path, parameters: int, rank: int = RANK) -> dict[str, Any]:
     """Describe a base model, for `model inspect` and a plan.
 
     Args:
-        path: The model's folder.
         parameters: The number of parameters of the whole model.
-        rank: The bank's rank.
 
     Returns:
         `adapted` (linear layers by kind), `not_adapted` (parameters of fused experts, where there are any),

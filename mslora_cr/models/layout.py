@@ -201,7 +201,6 @@ def linear_name(name: str, exact: bool = False) -> str | None:
     `published_linear_name`), that of an older transformers, or itself; None for any other name.
 
     Args:
-        name: The name in a file.
         exact: This program wrote the file, with the model's own names.
     """
     if exact and _OTHER_MODELS.fullmatch(name):
@@ -273,7 +272,6 @@ def save_llava_layout(state: Mapping[str, Tensor], config: Mapping[str, Any], di
     Args:
         state: A LLaVA state dict under transformers' names, in the dtype to store.
         config: The `config.json` to write (`model_type: llava_mistral`, …).
-        directory: The folder to write.
         shards: The number of files over which tensors are spread by size.
     """
     directory.mkdir(parents=True, exist_ok=True)

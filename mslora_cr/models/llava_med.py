@@ -82,12 +82,10 @@ def load(
     """Load a base model, frozen and in evaluation mode, from LLaVA-Med's own layout or transformers' LLaVA layout.
 
     Args:
-        path: The model's folder.
         vision_tower: `config` (what `mm_vision_tower` names: a folder relative to the config or to the working
             directory, an absolute one, or a hub name), `checkpoint` (the tower inside the shards), or another folder or
             hub name.
         dtype: The dtype of the weights.
-        device: The device to load to.
         quantization: `4bit` (NF4 with quantised constants) or `8bit` (LLM.int8) for the language model's linear layers,
             which compute in `dtype`; everything else keeps `dtype`. A layer is quantised as it is read, so the device
             never holds the whole model.

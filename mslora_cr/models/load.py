@@ -52,8 +52,6 @@ def load_base(
     """Load the base model of a configuration.
 
     Args:
-        config: The configuration.
-        device: The device to load to.
         kernels: The library of the small operations, from `kernels_of`; None takes the one for answering.
     """
     base = load_model(

@@ -63,8 +63,6 @@ def load_with_processor(path: Path, options: dict[str, Any], device: torch.devic
     """Load a base model, frozen and in evaluation mode, from a folder in transformers' layout.
 
     Args:
-        path: The model's folder.
-        device: The device to load to.
         options: Keyword arguments for `from_pretrained`.
 
     Raises:

@@ -27,7 +27,6 @@ def writer_of(base: BaseModel, path: Path) -> Callable[[Path], None]:
     """Return a function that writes the current model and its processor into an empty folder.
 
     Args:
-        base: The loaded model.
         path: The folder from which the model was read. Its processor's files are copied as they are.
 
     Raises:

@@ -58,8 +58,6 @@ def save_transformers_layout(base: LlavaMed, processor: LlavaProcessor, folder: 
     """Write a model with everything that prepares its inputs. Banks merged into its weights are written with them.
 
     Args:
-        base: The model.
-        processor: The processor from `portable_processor`.
         folder: An empty folder.
     """
     save_torch_state_dict(

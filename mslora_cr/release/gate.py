@@ -70,7 +70,6 @@ def gate_tests(plan: Plan, results_dir: Path, level: float) -> list[GateTest]:
     """Run all tests of an evaluated run: its earlier tasks, its newest task and the plan's probes.
 
     Args:
-        plan: What must be shown.
         results_dir: The results folder of the run, evaluated with `--stages seen` (or `all`).
         level: The one-sided level of each test.
 

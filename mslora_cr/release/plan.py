@@ -100,7 +100,6 @@ def read_plan(path: Path, tasks: Sequence[str]) -> Plan:
     """Read a plan's file.
 
     Args:
-        path: The YAML file.
         tasks: The tasks of the run, to which its exceptions may refer.
 
     Raises:

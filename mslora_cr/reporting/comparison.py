@@ -27,7 +27,6 @@ def write_comparison(runs: Sequence[tuple[str, Path | None, Path]], output: Path
     Args:
         runs: For each run a label, its run folder (None where there is none, as for a served model) and its results
             folder. A report in it is linked.
-        output: The page to write.
 
     Raises:
         ReportError: A run is not evaluated, has nothing in common with the others, or one of its files is malformed.

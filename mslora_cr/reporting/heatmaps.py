@@ -46,9 +46,6 @@ def matrix_map(title: str, metric: str, evaluation: Evaluation, transfer: Mappin
     """A metric by task and stage; each cell notes the numbers of the banks that answered, and its interval.
 
     Args:
-        title: The table's title.
-        metric: The metric.
-        evaluation: The evaluation.
         transfer: By task, the uncertainty of its backward transfer.
     """
     matrix = evaluation.matrix(metric)

@@ -80,7 +80,6 @@ def loss_curves(logs: Mapping[str, Log], colors: Mapping[str, str]) -> str | Non
 
     Args:
         logs: The logged steps by task, in stream order; a term is absent where it does not apply.
-        colors: Colours by task.
     """
     terms, spans = logged_terms(logs), _spans(logs)
     if not terms or not spans:
@@ -111,8 +110,6 @@ def stage_curves(
     Args:
         averages: (stage, average) by run.
         bands: The interval of the average, by run and stage.
-        colors: Colours by run.
-        label: Label of the vertical axis.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 3), layout="constrained")

@@ -45,8 +45,6 @@ def shown_to_do(cells: Iterable[Cell], results_dir: Path, leaks: Mapping[str, st
     """A line for each cell.
 
     Args:
-        cells: one of each task.
-        results_dir: where the answers' files are.
         leaks: by task, what `data check` found in both training and testing.
     """
     return [_row(cell, results_dir, leaks.get(cell.task)) for cell in cells]

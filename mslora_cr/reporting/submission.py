@@ -79,9 +79,7 @@ def write_submission(config: StreamConfig, results: Path, output: Path) -> Path:
     Names of patients and images become numbers. Questions, true answers and the model's answers are in it as they are.
 
     Args:
-        config: the run's.
         results: its results folder, or `routed` in it.
-        output: the archive.
 
     Raises:
         ReportError: the run is not evaluated, or its figures are not those of its answers.

@@ -71,8 +71,6 @@ class FeatureExtractor:
         """
         Args:
             base: The frozen base model. The part that reads pictures runs on `device`, wherever the rest is.
-            input_processor: Prepares the pictures.
-            device: The device to compute on.
             workers: Processes that decode pictures.
         """
         self._input_processor, self._device, self._workers = input_processor, device, workers
@@ -110,9 +108,6 @@ class FeatureExtractor:
         """(up to BATCH_SIZE, features) float32 on the CPU, record after record.
 
         Args:
-            records: The task's records.
-            indices: Which of them.
-            roots: The image folders.
             label: The text of the progress bar; None shows no bar.
 
         Raises:
@@ -133,7 +128,6 @@ class FeatureExtractor:
         """(1, features) of one question, as in `batches`.
 
         Args:
-            question: The question.
             images: Its images, as `InputProcessor.process_images` returns them.
         """
         with moved(self._image_encoder.modules, self._device):

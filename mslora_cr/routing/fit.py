@@ -25,10 +25,6 @@ def router_statistics(
     """Compute a task's router statistics in a pass over its training records that all ranks share.
 
     Args:
-        config: The run.
-        task: The task.
-        records: Its training records.
-        base: The base model.
         examples: The number of records whose features are stored.
     """
     extractor = feature_extractor(config, base)
@@ -52,7 +48,6 @@ def _distances(
     """The held-out distances of all ranks' records, ascending.
 
     Args:
-        batches: this rank's features.
         positions: of these records among all.
         total: the gram of all records.
     """

@@ -182,8 +182,6 @@ class Ledger:
         """Enter a task as finished, once its bank and all that belongs to it are in their folder.
 
         Args:
-            config: The configuration.
-            task: The task.
             digest: SHA-256 of the bank's weights.
             **fields: Further fields of its `TaskEntry`.
         """

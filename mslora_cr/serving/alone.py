@@ -27,7 +27,6 @@ def answer_and_probability(
     """Answer one prompt by itself.
 
     Args:
-        input_processor: The base model's input processor.
         model: The base model with the banks that answer.
         ids: The prompt's token ids, from `InputProcessor.asked`.
         inputs: The model's other inputs, from `InputProcessor.asked`.

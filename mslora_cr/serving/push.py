@@ -57,7 +57,6 @@ def push(
     The account is that of `HF_TOKEN` in the environment, or of `hf auth login`.
 
     Args:
-        config: The run.
         repo: `owner/name`. A new repository is private unless `public`; an existing one keeps its visibility.
         kind: As `export`.
         task: As `export`.

@@ -57,7 +57,6 @@ def read_questions(source: str, images: Sequence[str]) -> list[Ask]:
     """Read the questions of a file, or of standard input for `-`; blank lines are skipped.
 
     Args:
-        source: The file.
         images: The images of plain lines, and of JSON lines without an image.
 
     Raises:

@@ -58,7 +58,6 @@ class RunBanks:
 
         Args:
             task: Optional at stage 0, and if the same banks answer all tasks.
-            stage: The stage.
 
         Raises:
             ConfigError: There is no such task, or one must be named.

@@ -225,7 +225,6 @@ def make_app(
     """The page of a model, as an application.
 
     Args:
-        model: The model.
         hosts: Host names under which the page may be requested; another name belongs to another site (DNS rebinding).
         abstain_below: As for `AnsweringModel.ask`.
         risk: As for `AnsweringModel.ask`.

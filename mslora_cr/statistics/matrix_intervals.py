@@ -62,7 +62,6 @@ def matrix_intervals(
     the questions that changed. The tasks are fixed: intervals describe other questions, not other tasks.
 
     Args:
-        matrix: The matrix.
         columns: By task and stage.
         answers: By task and stage, the name of the file that holds the answers. If one file stands for both sides of a
             task's difference, the difference is zero by construction, and its interval is 0 to 0.

@@ -83,7 +83,6 @@ def paired_change(tasks: Sequence[PairedTask], weights: Sequence[float] = (1.0,)
 
     Args:
         tasks: At least one.
-        weights: The weights of the tasks.
     """
     seen = [task for task in tasks if not task.same]
     questions = sum(task.total.questions for task in tasks)

@@ -26,7 +26,6 @@ def summarize(outcomes: Sequence[Mapping[str, Any]], metric: str) -> dict[str, d
     (`_against`); its p-values are corrected by Holm's method over the methods of a figure.
 
     Args:
-        outcomes: The outcomes of finished runs.
         metric: A name in their `figures`.
     """
     spreads: dict[str, dict[str, Any]] = {}

@@ -240,7 +240,6 @@ def check_task_images(
     """Decode every image that training will read, unless `data.check_images` is off.
 
     Args:
-        config: The run's configuration.
         records: The open training files, by task.
         images: The images, as `training_images` returns them.
 

@@ -51,8 +51,6 @@ def combine_router(config: StreamConfig, name: str, folders: Sequence[Path]) -> 
     """Combine the router statistics that several sites keep of one task, and store them with the run's bank.
 
     Args:
-        config: The run.
-        name: The task.
         folders: The task's bank folder of each site (with `router.safetensors` in it), or a site's run folder.
 
     Returns:

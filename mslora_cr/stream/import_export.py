@@ -55,7 +55,6 @@ def check_base(sources: Mapping[str, Path], config: StreamConfig, base: str) -> 
 
     Args:
         sources: The banks' folders by task.
-        config: The configuration.
         base: The digest of its base model.
     """
     for name, source in sources.items():

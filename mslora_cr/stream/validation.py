@@ -33,9 +33,7 @@ def read_validation(
     """Read the validation records for the training of some tasks, by task; empty if training does not validate.
 
     Args:
-        config: The run.
         fields: The `training` section, checked.
-        tasks: The tasks to train.
 
     Raises:
         DataError: A task has no validation records.
@@ -79,13 +77,6 @@ def validation_set(
     """The validation data of a task; None if training does not validate.
 
     Under ZeRO-3 only the loss is measured: ranks answer in steps of their own, and every step there needs all of them.
-
-    Args:
-        config: The run.
-        task: The task.
-        fields: The `training` section, checked.
-        records: The result of `read_validation`.
-        processor: The base model's input preparation.
     """
     tasks = [measured for measured in validated_tasks(config, task) if measured.name in records]
     if not tasks:

@@ -38,9 +38,6 @@ def training_arguments(
     """TrainingArguments of one task; starts the process group in a run of several processes.
 
     Args:
-        config: The run.
-        task: The task.
-        fields: The checked `training` section.
         ordered: Whether the method orders all visits of samples itself, so that the Trainer takes them once, in that
             order.
         epoch_steps: Optimizer steps of an epoch, after which `eval_strategy: epoch` measures.
@@ -153,10 +150,7 @@ def steps_per_epoch(samples: int, order: Sequence[int] | None, task: Task, field
     """Optimizer steps of an epoch of a task.
 
     Args:
-        samples: Of the task.
         order: All visits of its epochs, where the method orders them.
-        task: The task.
-        fields: The `training` section, checked.
     """
     if order is None:
         return update_steps(samples, 1, *batch_shape(task, fields))

@@ -78,8 +78,6 @@ def check_same_launch(checkpoint: Path, args: TrainingArguments, input_digests: 
     """Raise unless this run is launched like the one that wrote a checkpoint inside a task, with the same inputs.
 
     Args:
-        checkpoint: The checkpoint's folder.
-        args: This run's arguments.
         input_digests: Digests of what decides the bank.
         force: Allow another configuration.
 
@@ -155,7 +153,6 @@ class Publisher:
     def __init__(self, folder: Path, keep: int) -> None:
         """
         Args:
-            folder: The folder of the checkpoints.
             keep: How many to keep, at least one.
         """
         self._folder, self._keep = folder, keep

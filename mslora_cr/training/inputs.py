@@ -43,7 +43,6 @@ def layer_inputs(
     Args:
         model: The model, with a bank on top.
         batch_of: Maps a sample's position to its batch of one, on the model's device.
-        count: The number of samples.
         samples: The most samples to take.
         tokens: The most positions of each.
         seed: Chooses samples and tokens.

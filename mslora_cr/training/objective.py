@@ -51,7 +51,6 @@ class Objective:
         """Add the penalty's gradient at the current matrices in backward passes inside the block.
 
         Args:
-            learning_rate: That of this update.
             where: The run and step, for the message.
 
         Yields:

@@ -44,8 +44,6 @@ class Passes:
         """
         Args:
             stack: The model, with the trainable bank on top.
-            samples: The task's samples.
-            collator: Makes a batch of samples.
             seed: Chooses the samples to use.
             to_device: Moves a batch to the model's device; by default that of its first parameter.
             autocast: The context of a forward pass.

@@ -56,8 +56,6 @@ class Recomputation(TrainerCallback):
     def __init__(self, layers: Sequence[nn.Module], setting: Setting, least: int = 0) -> None:
         """
         Args:
-            layers: The decoder layers.
-            setting: `training.gradient_checkpointing`.
             least: The fewest layers that `auto` recomputes, because memory ran out with fewer.
         """
         self._layers = list(layers)
@@ -119,9 +117,6 @@ class Recomputation(TrainerCallback):
 
         Args:
             run: Names the run in the log.
-            device: As in `measure`.
-            forward: As in `measure`.
-            backward: As in `measure`.
             trained: The number of trained numbers.
             apart: Whether no rank waits for another in these passes, so that one may fail by itself.
 

@@ -22,8 +22,6 @@ class SampleOrder:
     ) -> None:
         """
         Args:
-            samples: The samples.
-            args: The Trainer's arguments.
             fixed: Positions of the samples, with repetitions, in the order of every epoch; otherwise each epoch
                 shuffles them all, or groups those of one length, as `args.train_sampling_strategy` says.
         """

@@ -123,9 +123,7 @@ def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None
     with the same numbers. TensorBoard drops them.
 
     Args:
-        trainer: The task's trainer.
         logs: The run folder's logs.
-        task: The task's name.
         step: The step of the checkpoint from which training starts, or 0.
     """
     used = set(trainer.args.report_to)

@@ -73,15 +73,11 @@ class BankTrainer(Trainer):
         """
         Args:
             stack: The model, with the trainable bank on top.
-            samples: The task's samples.
-            collator: Makes a batch of samples.
-            args: The Trainer's arguments.
             bank_shape: Rank and alpha of the trainable bank.
             input_digests: Digests of what decides the bank, noted in its checkpoints.
             order: Positions of the samples, with repetitions, in the order of visits; otherwise each epoch shuffles
                 them all.
             objective: The terms beside the cross entropy; none by default.
-            callbacks: Further callbacks.
             checkpointing: Which decoder layers' activations are recomputed; `args.gradient_checkpointing` must be true
                 if there are any.
             validation: What is measured when `args.eval_strategy` asks for it.
@@ -264,12 +260,7 @@ class BankTrainer(Trainer):
         return better
 
     def stored_bank(self, name: str, metadata: dict[str, Any]) -> Bank:
-        """The bank to store: the best one where it is kept, else the latest. To be called on every rank.
-
-        Args:
-            name: Of the bank.
-            metadata: What is noted in `bank.json`.
-        """
+        """The bank to store: the best one where it is kept, else the latest. To be called on every rank."""
         if self.best is not None:
             return self.stack.stored(replace(self.best.bank, name=name, metadata=metadata), self.best.extra_state)
         bank = self.stack.snapshot(name, *self.bank_shape, metadata, float32_value)

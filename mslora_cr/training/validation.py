@@ -48,9 +48,7 @@ class Validation:
     def __init__(self, data: ValidationSet, stack: BankStack, passes: Passes) -> None:
         """
         Args:
-            data: The validation data.
             stack: The model, with the trainable bank on top.
-            passes: Passes over `data.samples`.
         """
         self._data, self._stack, self._passes = data, stack, passes
 

@@ -28,7 +28,6 @@ def make_validation_root(config: StreamConfig, root: Path, share: float = SHARE)
     are linked. The questions stand there as `val.jsonl` too, for trials that validate while they train.
 
     Args:
-        config: The stream.
         root: The folder to write; tasks that are there already are kept, unless their records have changed.
         share: Of the training records, in (0, 1), unless `data.validation` names one.
 

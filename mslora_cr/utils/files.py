@@ -24,7 +24,6 @@ def replacing(path: Path, shared: bool = False, flush: bool = True) -> Iterator[
     If the block fails, the hidden file is removed. What a killed process left is removed when `path` is written again.
 
     Args:
-        path: The file to write.
         shared: The folder may hold thousands of such files, so it is not searched for the remains of killed processes.
         flush: Flush the file to disk. Leave it out where an emptied file is simply made again.
     """

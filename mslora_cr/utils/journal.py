@@ -27,7 +27,6 @@ def read_journal(
     A line is damaged if its entry, written again, would be another line: a kill cut it short, or somebody changed it.
 
     Args:
-        path: The journal.
         read: Makes an entry of a decoded line; KeyError, TypeError or ValueError if it is none.
         write: The line of an entry, with its line break.
     """

@@ -7,12 +7,7 @@ from typing import Literal
 
 
 def chosen_kernels(setting: Literal["auto", "liger", "torch"], device: str) -> Literal["liger", "torch"]:
-    """Resolve `model.kernels` on this machine: `auto` means Liger if there is a GPU and the package is installed.
-
-    Args:
-        setting: `model.kernels`.
-        device: `model.device`.
-    """
+    """Resolve `model.kernels` on this machine: `auto` means Liger if there is a GPU and the package is installed."""
     if setting != "auto":
         return setting
     if device == "cpu" or importlib.util.find_spec("liger_kernel") is None:

@@ -71,8 +71,6 @@ def download_open(
     """Fetch a source's archive into `folder`; give its path. One that is there already is checked, not fetched.
 
     Args:
-        source: of the catalogue.
-        folder: of the archives.
         endpoint: github.com, or a mirror of it.
         lock: the lock file; the first download enters the archive, later ones are compared with it.
         update: enter the archive in place of the one that is locked.
@@ -99,8 +97,6 @@ def content_digest(source: OpenSource, sources: Sequence[Path], work: Path) -> s
     """SHA-256 of the ids and paths of the files that a source uses, as `content` in the catalogue.
 
     Args:
-        source: of the catalogue.
-        sources: clones or archives.
         work: a folder for archives inside archives.
     """
     with RawData(sources, work) as raw:

@@ -49,11 +49,9 @@ def prepare_open(
     """Write a data set below `root` for each source that the raw download has; two where its own split is at fault.
 
     Args:
-        sources: of the catalogue.
         raw: clones and archives of the repositories, or folders that hold several.
         root: of the data sets; a folder that an earlier call wrote is replaced.
         copy: copy pictures instead of linking them.
-        progress: show a bar.
 
     Returns:
         What was written, and the sources that are not there.

@@ -23,7 +23,6 @@ def read_rows(
     folder: a `datasets` data set, PASCAL-VOC's boxes, images in folders named by class.
 
     Args:
-        source: a file or a folder.
         columns: which holds what.
         question: asked of every image, where no column holds a question.
         remark: is told what is worth knowing of the source as a whole.

@@ -137,11 +137,9 @@ def convert(
         columns: which column of a table holds what.
         question: asked of every image, where no column holds a question.
         image_root: where image names start; the source's folder if not given.
-        rendering: how images are drawn.
         split: of rows without a split of their own.
         closed: whether all questions are closed; else those are whose answer is yes or no, and those that a column
             says.
-        progress: whether a bar is shown.
 
     Raises:
         DataError: the source cannot be read, nothing of it can be used, one side of the split is empty, or the output

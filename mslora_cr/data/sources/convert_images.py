@@ -26,7 +26,6 @@ def pictures(
     Args:
         path: The file, or a folder with the slices of a DICOM series.
         frame: The frame, slice or page to take, from 0; None leaves it to `rendering`.
-        rendering: How the image is drawn.
         note: Called with remarks on how the image was drawn.
 
     Raises:
@@ -53,10 +52,6 @@ def pictures(
 
 def first_picture(content: bytes, rendering: Rendering) -> bytes:
     """The picture of an image file of any kind, drawn as by `pictures`; the middle frame of several.
-
-    Args:
-        content: The bytes of the file.
-        rendering: How the image is drawn.
 
     Raises:
         DataError: It cannot be read, or the library for it is not installed.

@@ -59,7 +59,6 @@ def dicom_frames(path: Path, frame: int | None, rendering: Rendering, note: Note
     """The frames of a DICOM file.
 
     Args:
-        path: of the file.
         frame: as in `chosen_frames`.
         rendering: a window that replaces the file's own, and how many frames.
         note: called with a remark if pixels are not square.

@@ -44,8 +44,6 @@ def check_upstream(lock: Path, name: str, commit: str, sizes: Mapping[str, tuple
     """Refuse files that differ from the locked ones, before any is fetched.
 
     Args:
-        lock: The lock file.
-        name: The asset.
         commit: Its revision.
         sizes: For each file to fetch, its size, and its SHA-256 if the hub states it, else "".
 
@@ -70,11 +68,6 @@ def check_fetched(lock: Path, name: str, folder: Path, files: Iterable[str], upd
     """Compare the files in a folder with the lock file, or enter them if it has none of this asset.
 
     Args:
-        lock: The lock file.
-        name: The asset.
-        commit: Its revision.
-        folder: The folder.
-        files: The names of its files.
         update: Replace the locked entry.
 
     Raises:

@@ -37,7 +37,6 @@ def nifti_slices(path: Path, frame: int | None, rendering: Rendering, note: Note
     """Axial slices from the feet up, as radiologists see them: the patient's right on the left, front at the top.
 
     Args:
-        path: The volume.
         frame: As in `chosen_frames`.
         rendering: A window that replaces the file's own range, and how many slices.
         note: Called with a remark if voxels are not square within a slice.

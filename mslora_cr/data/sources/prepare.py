@@ -205,7 +205,6 @@ def place_files(matches: Mapping[str, RawFile], targets: Mapping[str, Path], cop
         matches: the raw file of each name.
         targets: where each goes.
         copy: copy loose files instead of linking them.
-        progress: show a bar.
 
     Raises:
         DataError: a file is too large for an image.

@@ -118,7 +118,6 @@ def check_questions(questions: Iterable[Asked], what: str, report: Report) -> No
     always answered alike.
 
     Args:
-        questions: The questions of one file.
         what: `training`, `validation` or `test`.
         report: Receives the warnings.
     """

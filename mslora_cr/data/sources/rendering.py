@@ -71,8 +71,6 @@ def windowed(values: Pixels, center: float, width: float, function: str = "LINEA
 
     Args:
         values: any shape, in the units of the window.
-        center: of the window.
-        width: of the window.
         function: the DICOM name of the VOI LUT function.
     """
     values = values.astype(np.float64)
