@@ -100,7 +100,7 @@ def read_results(run: Run) -> Results:
     """Read the results of an evaluated run as tables.
 
     Raises:
-        ReportError: the run is not evaluated.
+        ReportError: The run is not evaluated.
     """
     from mslora_cr.analysis.tables import read_results_folder
 

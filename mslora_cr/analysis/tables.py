@@ -51,11 +51,11 @@ class Results:
         score in each metric, in [0, 1], None where the metric does not apply.
 
         Args:
-            stage: the task's last evaluated one where none is given.
+            stage: A stage of the stream; the task's last evaluated one by default.
 
         Raises:
-            ReportError: it was not evaluated there.
-            DataError: a file of it is gone or damaged.
+            ReportError: It was not evaluated there.
+            DataError: A file of it is gone or damaged.
         """
         cell = self._cell(task, stage)
         answers = read_answers(self.folder / cell.answers)
@@ -88,6 +88,6 @@ def read_results_folder(folder: Path) -> Results:
     """The results of a run.
 
     Raises:
-        ReportError: it is not evaluated, or its `evaluation.json` is malformed.
+        ReportError: It is not evaluated, or its `evaluation.json` is malformed.
     """
     return Results(folder, required_evaluation(folder))

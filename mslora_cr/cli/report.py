@@ -174,9 +174,9 @@ class _Place(NamedTuple):
     """What a run to compare is read from.
 
     Attributes:
-        given: its name on the command line.
-        run: its run folder, where there is one.
-        results: its results folder.
+        given: The run's name on the command line.
+        run: The run folder, where there is one.
+        results: The results folder.
     """
 
     given: Path

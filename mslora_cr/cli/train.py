@@ -63,7 +63,7 @@ def _print_plan(config: StreamConfig, only: Sequence[str], force: bool) -> None:
     """Print what `train` would do with these arguments.
 
     Raises:
-        ConfigError, DataError, BankError: as `train` would.
+        ConfigError, DataError, BankError: As `train` would.
     """
     import yaml
 

@@ -215,8 +215,8 @@ class GroupMeasured(Part):
 
     Attributes:
         score: Share of right answers; None for fewer than ten patients.
-        p: p that the group scores like all others, by permutation of patients' labels, adjusted by Holm's method; None
-            where labels differ within a patient.
+        p: The p-value that the group scores like all others, by permutation of patients' labels, adjusted by Holm's
+            method; None where labels differ within a patient.
         guess: Score of the best constant answer to each question within the group; None in files of earlier versions.
     """
 

@@ -87,10 +87,10 @@ def training_chat(processor: Any, messages: Sequence[Message], ends: Collection[
     opens; one whose thought the template drops is context alone.
 
     Args:
-        ends: tokens that end an answer when they are generated.
+        ends: Tokens that end an answer when they are generated.
 
     Raises:
-        ValueError: the template refuses the messages, or rewrites earlier ones once later ones follow.
+        ValueError: The template refuses the messages, or rewrites earlier ones once later ones follow.
     """
     rounds = [
         _Round(processor, messages, index) for index, message in enumerate(messages) if message["role"] == "assistant"
@@ -153,10 +153,10 @@ def _as_generated(before: str, written: str, said: str) -> str:
     prompt and what follows the answer are taken; between them stands the answer as the record gives it.
 
     Args:
-        written: the conversation with the answer, by the template.
+        written: The conversation with the answer, as the template writes it.
 
     Raises:
-        ValueError: the answer is not in what the template writes.
+        ValueError: The answer is not in what the template writes.
     """
     thought = _THOUGHT.match(said)
     if written.startswith(before) and (thought is None or thought["thought"].strip() in written[len(before) :]):

@@ -49,13 +49,13 @@ class ListedQuestions(TestRecords):
     """A benchmark's list of questions.
 
     Args:
-        benchmark: whose layout and scorer these are.
-        references: the file of further true answers: TextVQA's annotations, or captions in COCO's layout, whose image
+        benchmark: The benchmark whose layout and scorer apply.
+        references: The file of further true answers: TextVQA's annotations, or captions in COCO's layout, whose image
             ids count the questions from 1.
-        problems: collects what is wrong with single records; without it, the first raises.
+        problems: Collects what is wrong with single records; without it, the first problem raises.
 
     Raises:
-        DataError: as `TestRecords`, or the references are missing, malformed or of other questions.
+        DataError: As `TestRecords`, or the references are missing, malformed or of other questions.
     """
 
     __test__ = False

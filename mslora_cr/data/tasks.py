@@ -190,12 +190,12 @@ def read_questions(
     """A file of questions: JSON lines, or a benchmark's list where its name ends in `.json`.
 
     Args:
-        benchmark: whose scorer the questions are for.
-        references: the file of further true answers.
-        problems: as `TestRecords` takes them.
+        benchmark: The benchmark whose scorer scores the questions.
+        references: The file of further true answers.
+        problems: As `TestRecords` takes them.
 
     Raises:
-        DataError: as `TestRecords` and `ListedQuestions`, or a benchmark's scorer is wanted of JSON lines.
+        DataError: As `TestRecords` and `ListedQuestions`, or a benchmark's scorer is wanted of JSON lines.
     """
     if path.suffix == ".json":
         return ListedQuestions(path, benchmark, references, problems)

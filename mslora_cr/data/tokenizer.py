@@ -28,7 +28,7 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         """
         Raises:
-            TokenizerError: neither `tokenizer.model` nor `tokenizer.json` exists, or it cannot be read.
+            TokenizerError: Neither `tokenizer.model` nor `tokenizer.json` exists, or it cannot be read.
         """
         self.folder = folder
         model_file = folder / "tokenizer.model"

@@ -32,7 +32,7 @@ def world_size() -> int:
     """How many processes a launcher started; 1 without one.
 
     Raises:
-        DistributedError: the environment has no number in its place.
+        DistributedError: The environment has no number in its place.
     """
     text = os.environ.get("WORLD_SIZE") or "1"
     if not text.isdecimal():

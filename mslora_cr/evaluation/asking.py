@@ -35,10 +35,10 @@ class Asking:
     """How questions are put.
 
     Attributes:
-        name: of the folder of the answers, below the run's results; "" for the run's own answers.
-        validation: whether the questions are those of `val.jsonl`, or held out of the training records.
-        rotation: by how many letters the texts of options are moved on.
-        blank: whether a grey picture stands in the place of every image.
+        name: The folder of the answers below the run's results; "" for the run's own answers.
+        validation: Whether the questions are those of `val.jsonl`, or held out of the training records.
+        rotation: The number of letters by which the texts of options move on.
+        blank: Whether a grey picture replaces every image.
     """
 
     name: str = ""
@@ -58,7 +58,7 @@ class Asking:
         """A task's questions.
 
         Raises:
-            DataError: they cannot be read.
+            DataError: They cannot be read.
         """
         if not self.validation:
             records = test_records(config, task)

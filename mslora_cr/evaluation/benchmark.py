@@ -47,10 +47,10 @@ class BoxRow(NamedTuple):
     """An answer to a question about a box, in pixels.
 
     Attributes:
-        said: the box that was said; None where there is none.
-        truth: the true box that it overlaps most with.
-        size: of the image.
-        iou: intersection over union.
+        said: The box in the answer; None where there is none.
+        truth: The true box with the largest overlap.
+        size: The size of the image.
+        iou: Intersection over union.
     """
 
     said: Box | None
@@ -65,8 +65,8 @@ def box_rows(
     """Return the box of each answer; None for questions whose true answer is none.
 
     Args:
-        answers: to the questions, in their order.
-        rule: how the model writes boxes; asked only where there are any.
+        answers: The answers, in the questions' order.
+        rule: Returns how the model writes boxes; called only where there are any.
     """
     rows: list[BoxRow | None] = []
     for answer, question in zip(answers, questions or (), strict=bool(questions)):
@@ -97,11 +97,11 @@ def benchmark_columns(
     """Return every answer's score by metric; none where the questions are no benchmark's.
 
     Args:
-        answers: to the questions, in their order.
-        java: as `caption_columns` takes it.
+        answers: The answers, in the questions' order.
+        java: As `caption_columns` takes it.
 
     Raises:
-        UserError: captions cannot be scored (`caption_columns`).
+        UserError: Captions cannot be scored (`caption_columns`).
     """
     listed = [question for question in questions or () if isinstance(question, ListedQuestion)]
     benchmark = listed[0].benchmark if listed else None

@@ -40,8 +40,8 @@ class CircularTask(Part):
     """Questions with options of a task at a stage, in percent.
 
     Attributes:
-        score: right in the order of the file.
-        circular: right in every order.
+        score: The share answered right in the file's order of options.
+        circular: The share answered right in every order.
     """
 
     task: str
@@ -67,7 +67,7 @@ def evaluate_circular(
     """Ask every rotation of the options, and write `circular.json`. The run's own answers must be there.
 
     Raises:
-        DataError: no question has options. As `evaluate`.
+        DataError: No question has options. As `evaluate`.
     """
     evaluation = read_evaluation(config.results_run_dir)
     cells = [cell for cell in evaluation.cells if only in (None, cell.task)] if evaluation else []
@@ -142,7 +142,7 @@ def evaluate_calibration(
     """Answer the validation questions of the tasks that have some, and write `calibration.json`.
 
     Raises:
-        DataError: no task has any. As `evaluate`.
+        DataError: No task has any. As `evaluate`.
     """
     tasks = [task for task in config.stream if only in (None, task.name)]
     if not any(ON_VALIDATION.is_there(config, task) for task in tasks):

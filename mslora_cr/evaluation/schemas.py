@@ -280,12 +280,12 @@ class PairedTest(Part):
     """A run against the baseline, on one task or in the mean over tasks: scores in percent, differences in points.
 
     Attributes:
-        groups: how many of the questions are independent.
-        changed: of how many the runs' scores differ.
-        change: what that is worth.
-        banks: by run, those that answered; None over all tasks.
+        groups: The number of independent clusters of questions.
+        changed: The number of questions whose scores differ between the runs.
+        change: The tests of that difference.
+        banks: The banks that answered, by run; None over all tasks.
         p_adjusted: Holm's.
-        between_tasks: over all tasks alone. Version 0.1.0 noted neither groups, changed, change nor this.
+        between_tasks: Given over all tasks only. Version 0.1.0 noted neither groups, changed, change nor this.
     """
 
     run: str

@@ -95,7 +95,7 @@ def read_answers(path: Path) -> list[AnswerRecord]:
     """Read a JSON-lines file of answers; blank lines are skipped, and a file without a line is no error.
 
     Raises:
-        DataError: the file cannot be read, or a line is not a JSON object in UTF-8 or has a wrong or no value
+        DataError: The file cannot be read, or a line is not a JSON object in UTF-8 or has a wrong or no value
             in a field; the message names file, line and field.
     """
     try:
@@ -118,21 +118,20 @@ def score_file(
     `not_hit.csv` go to `output`, and `boxes.jsonl` where answers are boxes.
 
     `scores.csv` has each answer's score in each metric, in [0, 1], and the question's image; questions of a public
-    benchmark are also scored by its own scorer. `hit.csv` and
-    `not_hit.csv` part the answers row by row, also where question ids repeat. Each file appears whole or not at all: it
-    is written under a temporary name and renamed.
+    benchmark are also scored by its own scorer. `hit.csv` and `not_hit.csv` divide the answers row by row, also where
+    question ids repeat. Each file appears whole or not at all.
 
     Args:
-        questions: what was asked, in the answers' order: says which questions are about one image or patient. Without
-            it the answers' own `image` and `patient` say so, if they have them.
-        workers: processes that share the answers of a large file.
-        training: how often each answer follows each question in training, which says what guessing gives.
-        temperature: of the candidates' probabilities, fitted on validation questions.
-        model: the base model's folder, which says how boxes are written; without it they are in pixels.
+        questions: The questions in the answers' order; they name each one's image and patient. Without
+            them, the answers' own `image` and `patient` count.
+        workers: Processes that share the answers of a large file.
+        training: How often each answer follows each question in training, which says what guessing gives.
+        temperature: The temperature of the candidates' probabilities, fitted on validation questions.
+        model: The base model's folder, which says how boxes are written; without it, boxes are in pixels.
 
     Raises:
-        DataError: as `read_answers`, or there are more or fewer questions than answers.
-        UserError: a benchmark's captions cannot be scored (`metrics.captions`).
+        DataError: As `read_answers`, or there are more or fewer questions than answers.
+        UserError: A benchmark's captions cannot be scored (`metrics.captions`).
     """
     records = read_answers(answers)
     keys = _answer_groups(answers, records, questions)
@@ -221,7 +220,7 @@ def metrics_of(scores: Scores, groups: intervals.Groups) -> Metrics:
     """The content of `metrics.json`.
 
     Args:
-        groups: by answer, the number of its cluster.
+        groups: (answers,), the number of each answer's cluster.
     """
     metrics = scores.metrics | scores.added
     ends, estimates = {}, {}
@@ -255,8 +254,8 @@ def _bleu_interval(counts: intervals.Scores, groups: intervals.Groups, freedom: 
     shares four words with its truth, or all are right), that of any score which every answer has.
 
     Args:
-        counts: by answer, its n-gram counts.
-        groups: by answer, the number of its cluster.
+        counts: (answers, 10), n-gram counts.
+        groups: (answers,), the number of each answer's cluster.
     """
     replicates = corpus_bleu(resampled_sums(counts, groups))
     if np.ptp(replicates) < intervals.NONE:
@@ -268,7 +267,7 @@ def read_scores(path: Path) -> ScoreTable:
     """`scores.csv`. Earlier versions wrote no `IMAGE_AND_GROUP`: every question is then a cluster of its own.
 
     Raises:
-        DataError: it is missing or not such a file.
+        DataError: It is missing or not such a file.
     """
     try:
         with check_regular(path).open(newline="", encoding="utf-8") as file:

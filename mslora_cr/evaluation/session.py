@@ -43,10 +43,10 @@ class EvaluationSession:
     ) -> None:
         """
         Args:
-            cached_images: take the images' features from `data.cache_image_features`, if it is given; the tower is then
+            cached_images: Take the images' features from `data.cache_image_features`, if it is given; the tower is then
                 not part of the model, where a router would look for it.
-            switches: several sets of banks are merged, one after another; the base's weights are kept for that.
-            blank: a folder with the grey picture that is shown in the place of every image.
+            switches: Keep the base's weights, because several sets of banks are merged one after another.
+            blank: A folder with the grey picture that replaces every image.
         """
         self.config, self.banks, self.records = config, banks, records
         self._cached_images, self._switches, self._blank = cached_images, switches, blank
@@ -106,8 +106,8 @@ class EvaluationSession:
         """Answer the questions of some tasks in common batches; returns as `answer_questions`.
 
         Args:
-            weights: how much of each bank answers each question, one task after another, (questions, banks).
-            banks: other ones than the session's.
+            weights: (questions, banks), the weight of each bank for each question, one task after another.
+            banks: The banks that answer; the session's by default.
         """
         samples = ConcatEvalDataset([self._questions(task) for task in tasks])
         candidates, how = self._candidates(tasks), decoding(self.config)

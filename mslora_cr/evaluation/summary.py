@@ -61,8 +61,8 @@ def question_digests(
     """SHA-256 of the file of questions of every task that has one.
 
     Args:
-        records: by task, the files that are open; they are not read again.
-        path_of: gives the file of a task's questions.
+        records: The open files by task; they are not read again.
+        path_of: Returns the file of a task's questions.
     """
     paths = {task.name: path_of(config, task) for task in config.stream}
     others = {name: file_digest(path) for name, path in paths.items() if name not in records and path.is_file()}
@@ -75,7 +75,7 @@ class ImageDigests:
     def __init__(self, config: StreamConfig, records: Mapping[str, TestRecords]) -> None:
         """
         Args:
-            records: by task, the files that are open; they are not read again.
+            records: The open files by task; they are not read again.
         """
         self._config, self._records = config, records
         self._digests: dict[str, str | None] = {}
@@ -84,7 +84,7 @@ class ImageDigests:
         """The digest of a task's images; None of a task whose file is not open if file or images are not there.
 
         Raises:
-            DataError: an image of an open file is missing.
+            DataError: An image of an open file is missing.
         """
         if task.name not in self._digests:
             self._digests[task.name] = self._read(task)
@@ -137,7 +137,7 @@ def cell_row(
     """A row of `evaluation.json`: the answers in `folder`, somewhere below `root`, and their scores.
 
     Args:
-        stamp: of the launch that answered: fingerprint, seconds and share of padding.
+        stamp: The stamp of the answers.
     """
     measured = metrics_of(scores, group_numbers([group for _, group in question_groups(records)]))
     assert stamp.seconds is not None, "only a part of routed answers has none"
@@ -174,7 +174,7 @@ def write_summary(
     again. Cells that are left out are named.
 
     Args:
-        possible: what can decide answers to a cell with these banks, questions and settings.
+        possible: The possible origins of each cell's answers with these banks, questions and settings.
     """
     old = Evaluation.read_if_whole(target.path)
     merged = {row.key: row for row in rows}

@@ -57,11 +57,11 @@ def penalty_terms(
 
     Args:
         current: W, float32 or float64: M itself, (n, rank, m), as A is; or, if `transposed`, Mᵀ, (n, m, rank), as B is.
-        frozen: of the same dtype; without them the contrastive term is left out.
-        beta: the orthogonality term's weight over the number of pairs (A, B) that it is averaged over.
+        frozen: The frozen banks, of the same dtype; without them, the contrastive term is left out.
+        beta: The orthogonality term's weight over the number of pairs (A, B) that it is averaged over.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: The shapes do not fit.
     """
     if current.dim() != 3:
         raise ValueError(f"expected three dimensions, (n, rank, m), found {tuple(current.shape)}")

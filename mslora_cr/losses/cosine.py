@@ -28,7 +28,7 @@ def cosine_terms(current: Tensor, frozen: Frozen) -> tuple[Tensor, Tensor]:
         The sums, (banks,), and the gradient, (n, D).
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: The shapes do not fit.
     """
     n, banks, size = frozen.matrices.shape
     if current.shape != (n, size) or frozen.squared.shape != (n, banks) or frozen.coefficients.shape != (banks,):

@@ -16,7 +16,7 @@ def language_linear_shapes(path: Path) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear layer that a bank adapts, by its name, from the configuration alone.
 
     Raises:
-        ModelError: the folder holds no base model.
+        ModelError: The folder holds no base model.
     """
     config = read_config(path)
     if family_of(path).own_template:

@@ -88,7 +88,7 @@ def portable_processor(base: LlavaMed) -> LlavaProcessor:
     """Image processor, tokenizer and chat template for transformers alone.
 
     Raises:
-        ModelError: the tokenizer cannot be written so that it gives the same ids.
+        ModelError: The tokenizer cannot be written so that it gives the same ids.
     """
     tokenizer = portable_tokenizer(base)
     return LlavaProcessor(

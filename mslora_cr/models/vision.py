@@ -91,7 +91,7 @@ def load_named_tower(path: Path, config: Mapping[str, Any]) -> CLIPVisionModel:
     """The tower that a LLaVA-Med configuration names, in float32.
 
     Raises:
-        ModelError: it cannot be found or loaded.
+        ModelError: It cannot be found or loaded.
     """
     return load_tower(path, tower_source(path, config, "config"), torch.float32)
 

@@ -45,7 +45,7 @@ def shown_to_do(cells: Iterable[Cell], results_dir: Path, leaks: Mapping[str, st
     """A line for each cell.
 
     Args:
-        leaks: by task, what `data check` found in both training and testing.
+        leaks: What `data check` found in both training and testing, by task.
     """
     return [_row(cell, results_dir, leaks.get(cell.task)) for cell in cells]
 

@@ -61,9 +61,9 @@ class Submission(StateFile):
     """`submission.json`: what an archive holds.
 
     Attributes:
-        run: its name.
-        files: digest of every other file, by its name in the archive.
-        box_rule: how the base model writes boxes (`BoxRule`), where some answers are boxes.
+        run: The run's name.
+        files: The digest of every other file, by its name in the archive.
+        box_rule: How the base model writes boxes (`BoxRule`), where some answers are boxes.
     """
 
     MEND: ClassVar[str] = "`mslora-cr submit RUN` writes the archive again"
@@ -79,11 +79,11 @@ def write_submission(config: StreamConfig, results: Path, output: Path) -> Path:
     Names of patients and images become numbers. Questions, true answers and the model's answers are in it as they are.
 
     Args:
-        results: its results folder, or `routed` in it.
+        results: The results folder, or `routed` in it.
 
     Raises:
-        ReportError: the run is not evaluated, or its figures are not those of its answers.
-        DataError: a benchmark's questions are gone.
+        ReportError: The run is not evaluated, or its figures are not those of its answers.
+        DataError: A benchmark's questions are gone.
     """
     evaluation = required_evaluation(results)
     with TemporaryDirectory(prefix="mslora-cr-") as temporary:
@@ -112,9 +112,9 @@ def open_submission(archive: Path, folder: Path) -> Path:
     """Unpack an archive into a new folder, which is then a results folder, and check all of it.
 
     Raises:
-        DataError: it is no zip archive, is damaged, or would write outside of the folder or without end.
-        ReportError: it holds other files than it says, or its figures are not those of its answers.
-        StateError: a file of it is malformed.
+        DataError: It is no zip archive, is damaged, or would write outside of the folder or without end.
+        ReportError: It holds other files than it says, or its figures are not those of its answers.
+        StateError: A file of it is malformed.
     """
     with RawData([archive], folder / "work") as data:
         members = {"/".join(file.path.parts[1:]): file for file in data.files}
@@ -139,7 +139,7 @@ def check_scores(folder: Path) -> None:
     """Score the answers of an unpacked archive again.
 
     Raises:
-        ReportError: a figure of `evaluation.json` or `scores.csv` is another, or it cannot be computed here.
+        ReportError: A figure of `evaluation.json` or `scores.csv` is another, or it cannot be computed here.
     """
     evaluation, rule = required_evaluation(folder), Submission.read(folder / MANIFEST).box_rule or PIXELS
     scored: dict[str, tuple[Scores, ScoreTable]] = {}

@@ -48,8 +48,8 @@ def _distances(
     """The held-out distances of all ranks' records, ascending.
 
     Args:
-        positions: of these records among all.
-        total: the gram of all records.
+        positions: The positions of these records among all.
+        total: The gram of all records.
     """
     features = torch.cat([torch.empty(0, extractor.features), *batches])
     folds = torch.tensor(positions, dtype=torch.int64) % FOLDS

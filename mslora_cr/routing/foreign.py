@@ -37,7 +37,7 @@ def held_out_distances(features: Tensor, folds: Tensor, total: Tensor, grams: Te
     Args:
         features: (records, features) of some of a task's records.
         folds: (records,) int64, the fold of each.
-        total: of all records, as `statistics_of` takes it.
+        total: The gram of all records, as `statistics_of` takes it.
         grams: (folds, …), by fold the same.
     """
     distances = torch.zeros(len(features))

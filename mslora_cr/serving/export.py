@@ -46,13 +46,13 @@ def export(
     """Write the banks that answer each task, or one task, after a stage; yields each folder once it is written whole.
 
     Args:
-        output: parent of the folders. A folder of an earlier export is replaced, the base model's is kept if it is of
+        output: The parent of the folders. A folder of an earlier export is replaced; the base model's stays if it is of
             the same weights.
-        stage: the last trained one where none is given; not for `published`, which holds the whole chain.
-        base: for `peft`, what the adapters name as their base model; written to `output/base` where it is not given.
+        stage: The last trained stage by default; not for `published`, which holds the whole sequence.
+        base: For `peft`, the base model that the adapters name; by default it is written to `output/base`.
 
     Raises:
-        ConfigError, BankError, ModelError: before anything is written, if there is nothing to export or the format
+        ConfigError, BankError, ModelError: Before anything is written, if there is nothing to export or the format
             cannot hold it.
     """
     if kind == "published":
@@ -80,7 +80,7 @@ def plan_export(
     """The folders that `export` would write, each with the banks that go into it, and the stage.
 
     Raises:
-        ConfigError, BankError: as `export`.
+        ConfigError, BankError: As `export`.
     """
     run = RunBanks(config, finished_banks(config))
     stage = run.stage(stage)
@@ -178,7 +178,7 @@ def _replaced(folder: Path) -> AbstractContextManager[Path]:
     """Do what `replacing_folder` does.
 
     Raises:
-        ConfigError: something that is no export has the folder's name.
+        ConfigError: Something that is no export has the folder's name.
     """
     if folder.exists() and not (folder / RECORD).is_file():
         raise ConfigError(f"{folder} is there and not an export of this program; choose another --output")

@@ -62,7 +62,7 @@ class TaskStageMatrix:
         """``R[task, stage]``.
 
         Raises:
-            MissingCellError: it was not evaluated.
+            MissingCellError: It was not evaluated.
         """
         if (task, stage) not in self.scores:
             stages = "seen" if stage >= self.learned_at(task) else "all"
@@ -77,7 +77,7 @@ class TaskStageMatrix:
         This is all that the published evaluation measures.
 
         Raises:
-            MissingCellError: a task was not evaluated at its own stage.
+            MissingCellError: A task was not evaluated at its own stage.
         """
         return self._sum(self.own_stage_weights())
 
@@ -90,7 +90,7 @@ class TaskStageMatrix:
         Source: ACC of Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017.
 
         Raises:
-            MissingCellError: a task was not evaluated at the last stage.
+            MissingCellError: A task was not evaluated at the last stage.
         """
         return self._sum(self.stage_weights(self.last))
 
@@ -121,7 +121,7 @@ class TaskStageMatrix:
         Incremental Classifier and Representation Learning", CVPR 2017.
 
         Raises:
-            MissingCellError: a task was not evaluated at its own or a later stage.
+            MissingCellError: A task was not evaluated at its own or a later stage.
         """
         return self._sum(self.incremental_weights())
 

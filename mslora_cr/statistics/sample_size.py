@@ -65,7 +65,7 @@ def detectable_difference(questions: int, changed: float, effect: float = 1.0, p
 
     Args:
         questions: The number of questions that both sides answer, at least one.
-        changed: s, the share whose score changes.
+        changed: The share whose score changes.
         effect: `design_effect`.
         power: The probability of finding it.
     """
@@ -76,9 +76,9 @@ def shown_by(questions: int, groups: int, positives: int) -> str:
     """What so many closed questions can show, in words.
 
     Args:
-        questions: closed ones, at least one.
-        groups: images or patients that they are about.
-        positives: questions of the rarest class.
+        questions: The number of closed questions, at least one.
+        groups: The number of images or patients that they are about.
+        positives: The number of questions of the rarest class.
     """
     effect = design_effect(questions, groups)
     widths = ["nothing"]

@@ -179,7 +179,7 @@ def make_stream(root: Path, seed: int = 0, train_images: int = 240, test_images:
 
     Raises:
         DataError: ``root`` holds something else.
-        ValueError: a number of images below 1.
+        ValueError: A number of images below 1.
     """
     if train_images < 1 or test_images < 1:
         raise ValueError(f"train_images and test_images must be at least 1, not {train_images} and {test_images}")

@@ -40,9 +40,9 @@ class FinalAnswer(NamedTuple):
     """The final part of an answer.
 
     Attributes:
-        text: the final part, outer white space removed where it is not the whole.
-        reasoned: whether the answer has marks of reasoning, so that only a part of it is final.
-        truncated: whether the answer ends within a thought or a marked answer.
+        text: The final part; outer white space is removed where it is not the whole answer.
+        reasoned: Whether the answer has marks of reasoning, so that only a part of it is final.
+        truncated: Whether the answer ends within a thought or a marked answer.
     """
 
     text: str

@@ -71,13 +71,12 @@ def download_open(
     """Fetch a source's archive into `folder`; give its path. One that is there already is checked, not fetched.
 
     Args:
-        endpoint: github.com, or a mirror of it.
-        lock: the lock file; the first download enters the archive, later ones are compared with it.
-        update: enter the archive in place of the one that is locked.
-        progress: show a bar.
+        endpoint: github.com or a mirror of it.
+        lock: The lock file. The first download enters the archive, later ones are compared with it.
+        update: Replace the locked archive.
 
     Raises:
-        DataError: the transfer broke off too often, or the archive is not what the lock file or the catalogue says.
+        DataError: The transfer broke off too often, or the archive is not what the lock file or the catalogue says.
     """
     name = f"{source.repository.replace('/', '-')}-{source.commit[:12]}.zip"
     archive = folder / name
@@ -97,7 +96,7 @@ def content_digest(source: OpenSource, sources: Sequence[Path], work: Path) -> s
     """SHA-256 of the ids and paths of the files that a source uses, as `content` in the catalogue.
 
     Args:
-        work: a folder for archives inside archives.
+        work: A folder for archives inside archives.
     """
     with RawData(sources, work) as raw:
         files = [(path, file) for path, _, file in used_files(source.name, raw)]

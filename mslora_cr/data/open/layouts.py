@@ -58,12 +58,12 @@ class Labelled(NamedTuple):
     """A picture with its questions.
 
     Attributes:
-        file: the picture.
-        name: below the data set's folder of images.
-        group: whose picture it is: a patient's, a lesion's, or None, the picture itself.
-        split: the source's own side, if it has one.
-        attributes: of the picture.
-        questions: about it.
+        file: The image file.
+        name: The path below the data set's folder of images.
+        group: The patient or the lesion; None stands for the image itself.
+        split: The side of the source's own split, if it has one.
+        attributes: The attributes of the image.
+        questions: The questions about the image.
     """
 
     file: RawFile
@@ -89,7 +89,7 @@ def used_files(source: str, raw: RawData) -> list[tuple[str, re.Match[str], RawF
     """The files of a raw download that a source uses: path below the repository, match and file, sorted by path.
 
     Raises:
-        DataError: two places hold the same path with other contents.
+        DataError: Two places hold the same path with other contents.
     """
     pattern = re.compile(rf"(?:^|/)({USED[source]})$")
     by_path: dict[str, tuple[re.Match[str], RawFile]] = {}
@@ -108,7 +108,7 @@ def labelled(source: str, raw: RawData) -> Iterator[Labelled]:
     """The pictures of a source with their questions; none where the raw download does not have it.
 
     Raises:
-        DataError: a file of labels is missing or malformed.
+        DataError: A file of labels is missing or malformed.
     """
     files = used_files(source, raw)
     return _READERS[source](files) if files else iter(())

@@ -49,15 +49,15 @@ def prepare_open(
     """Write a data set below `root` for each source that the raw download has; two where its own split is at fault.
 
     Args:
-        raw: clones and archives of the repositories, or folders that hold several.
-        root: of the data sets; a folder that an earlier call wrote is replaced.
-        copy: copy pictures instead of linking them.
+        raw: Clones and archives of the repositories, or folders that hold several.
+        root: The data root. A folder that an earlier call wrote is replaced.
+        copy: Copy images instead of linking them.
 
     Returns:
         What was written, and the sources that are not there.
 
     Raises:
-        DataError: none is there, labels are malformed, or a folder holds something else.
+        DataError: None is there, labels are malformed, or a folder holds something else.
     """
     root.mkdir(parents=True, exist_ok=True)
     written: list[PreparedSet] = []

@@ -146,7 +146,7 @@ def _largest_group(file: Path, metadata: Any, names: Sequence[str]) -> int:
     """The bytes of the largest row group of some columns, unpacked.
 
     Raises:
-        DataError: it is too large.
+        DataError: It is too large.
     """
     largest = 0
     for number in range(metadata.num_row_groups):

@@ -40,7 +40,7 @@ def read_json_rows(path: Path, columns: Columns, question: str | None, remark: R
     """The records of a .json list or of .jsonl lines, whichever of the known forms each has.
 
     Raises:
-        DataError: it cannot be read, or is no such file.
+        DataError: It cannot be read, or is no such file.
     """
     try:
         with check_regular(path).open("rb") as file:

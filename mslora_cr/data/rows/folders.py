@@ -133,7 +133,7 @@ def read_coco(path: Path) -> Iterator[Row | Problem]:
     """Questions about the boxes of a COCO file; its name may tell the split.
 
     Raises:
-        DataError: it is no such file.
+        DataError: It is no such file.
     """
     try:
         if check_regular(path).stat().st_size > MOST_COCO:

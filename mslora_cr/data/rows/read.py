@@ -23,12 +23,12 @@ def read_rows(
     folder: a `datasets` data set, PASCAL-VOC's boxes, images in folders named by class.
 
     Args:
-        columns: which holds what.
-        question: asked of every image, where no column holds a question.
-        remark: is told what is worth knowing of the source as a whole.
+        columns: The content of each column.
+        question: The question about every image, where no column holds one.
+        remark: Called with remarks about the source as a whole.
 
     Raises:
-        DataError: the source is none of these, lacks a column, or has more than `MOST_ROWS` rows.
+        DataError: The source is none of these, lacks a column, or has more than `MOST_ROWS` rows.
     """
     for number, row in enumerate(_rows_of(source, columns, question, remark), 1):
         if number > MOST_ROWS:

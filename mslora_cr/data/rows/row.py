@@ -49,8 +49,8 @@ class Columns:
     """Which column of a table holds what; None: it has none, or for `group` one of `PATIENTS`.
 
     Attributes:
-        attributes: columns that become a question's attributes, under their own names.
-        options: columns with an option each, or one column with all of them.
+        attributes: Columns that become a question's attributes, under their own names.
+        options: Columns with one option each, or one column with all options.
     """
 
     image: str = "image"
@@ -68,15 +68,15 @@ class Row:
     """A conversation about images, as it was found.
 
     Attributes:
-        location: where, in words.
-        images: names, or the bytes of image files.
+        location: The location in words.
+        images: Names of image files, or their bytes.
         turns: (speaker, text), alternating, the first of them human.
-        split: train, test or validation, where the source says so.
-        group: whose images these are; rows of one group stay on one side of the split.
+        split: `train`, `test` or `validation`, where the source says so.
+        group: The patient or another owner of the images; rows of one group stay on one side of the split.
         answer_type: `OPEN`, `CLOSED`, or None: by its answer.
-        attributes: what is known of patient and image.
-        options: by letter, the answers that the question offers.
-        dropped: parts of the row that are left out although the row is not, each by a reason.
+        attributes: Attributes of the patient and the image.
+        options: The answers that the question offers, by letter.
+        dropped: The parts that are left out of a row that stays, by reason.
     """
 
     location: str
@@ -109,7 +109,7 @@ def known_columns(path: Path, names: Sequence[str], columns: Columns, question: 
     """The columns by the names that a table gives them.
 
     Raises:
-        DataError: the table lacks one, has two of a name, or several that could be meant.
+        DataError: The table lacks one, has two of a name, or several that could be meant.
     """
     if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
         raise DataError(f"{path}: two columns are called {shorten(twice[0])}; give each a name of its own")
@@ -217,10 +217,10 @@ def _table_row(location: str, values: Mapping[str, Any], columns: Columns, quest
 
 
 def split_of(name: str) -> str:
-    """train, test or validation.
+    """Return `train`, `test` or `validation`.
 
     Raises:
-        UnusableError: it is called something else.
+        UnusableError: It is called something else.
     """
     if split := SPLITS.get(name.strip().casefold()):
         return split
@@ -282,7 +282,7 @@ def images_of(value: Any) -> tuple[str | bytes, ...]:
     """A name, bytes, a picture in base64, what `datasets` makes of an image ({bytes, path}), or a list of these.
 
     Raises:
-        UnusableError: it is nested, too large, or none of these.
+        UnusableError: It is nested, too large, or none of these.
     """
     if isinstance(value, list | tuple):
         if any(isinstance(item, list | tuple) for item in value):

@@ -61,7 +61,7 @@ def build_annotations(
     out, and counted under "empty"; so are rows of the images `unavailable`, under that word.
 
     Raises:
-        DataError: the release holds nothing to build from or is malformed, or other annotations exist.
+        DataError: The release holds nothing to build from or is malformed, or other annotations exist.
     """
     rows = annotation_rows(dataset, raw, questions)
     train, test = folder / "train.json", folder / "test.jsonl"

@@ -53,16 +53,16 @@ class Converted:
     """The result of a conversion: what it wrote and what it left out.
 
     Attributes:
-        grouped_by: what keeps rows on one side of the split.
-        split_by: how rows came to their sides: "the source", or how they were drawn.
-        without_patient: rows that name no patient although others do.
-        left_out: by reason, the rows (the first few by name).
-        left_out_parts: by reason, the rows of which a part is left out.
-        shared_groups: groups that the source's own split has on several sides.
-        noted: how files were drawn, where it is worth knowing: by what is to be said, the files.
-        remarks: what is worth knowing of the source as a whole.
-        several: how many rows have several pictures.
-        most_images: that a row has.
+        grouped_by: What keeps rows on one side of the split.
+        split_by: How the sides were chosen: "the source", or how they were drawn.
+        without_patient: The number of rows that name no patient although others do.
+        left_out: The rows that are left out, by reason (the first few by name).
+        left_out_parts: The rows that lose a part, by reason.
+        shared_groups: Groups that the source's own split has on several sides.
+        noted: The files by remark on how they were drawn.
+        remarks: Remarks on the source as a whole.
+        several: The number of rows with several images.
+        most_images: The most images of a row.
     """
 
     rows: int = 0
@@ -132,17 +132,17 @@ def convert(
     validation rows, `images/` and `convert.json`.
 
     Args:
-        source: a file or a folder that `read_rows` reads.
-        output: the data set's folder; one that an earlier call made is replaced.
-        columns: which column of a table holds what.
-        question: asked of every image, where no column holds a question.
-        image_root: where image names start; the source's folder if not given.
-        split: of rows without a split of their own.
-        closed: whether all questions are closed; else those are whose answer is yes or no, and those that a column
+        source: A file or a folder that `read_rows` reads.
+        output: The data set's folder. A folder that an earlier call wrote is replaced.
+        columns: The content of each column of a table.
+        question: The question about every image, where no column holds one.
+        image_root: The folder that image names start from; the source's folder by default.
+        split: The side of rows that name none.
+        closed: Whether all questions are closed; else those are whose answer is yes or no, and those that a column
             says.
 
     Raises:
-        DataError: the source cannot be read, nothing of it can be used, one side of the split is empty, or the output
+        DataError: The source cannot be read, nothing of it can be used, one side of the split is empty, or the output
             folder is not from an earlier call.
     """
     columns, rendering, split = columns or Columns(), rendering or Rendering(), split or Split()

@@ -21,8 +21,8 @@ def data_card(folder: Path, name: str, training: TrainingRecords, test: TestReco
     """The card of a data set whose files are open.
 
     Args:
-        folder: the data set's.
-        name: a name of the catalogue, or another.
+        folder: The data set's folder.
+        name: A name of the catalogue or another name.
     """
     entry = catalog().get(name)
     trained = {str(record.patient) for record in training if record.patient is not None}

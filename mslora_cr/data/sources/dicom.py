@@ -59,12 +59,12 @@ def dicom_frames(path: Path, frame: int | None, rendering: Rendering, note: Note
     """The frames of a DICOM file.
 
     Args:
-        frame: as in `chosen_frames`.
-        rendering: a window that replaces the file's own, and how many frames.
-        note: called with a remark if pixels are not square.
+        frame: As in `chosen_frames`.
+        rendering: A window that replaces the file's own, and how many frames.
+        note: Called with a remark if pixels are not square.
 
     Raises:
-        DataError: the file cannot be read or shown, with its name and the reason.
+        DataError: The file cannot be read or shown, with its name and the reason.
     """
     import pydicom
     from pydicom.pixels import iter_pixels
@@ -207,7 +207,7 @@ def _stored(header: Dataset, values: Pixels) -> tuple[Pixels, Pixels]:
     Padding: PS3.3, C.7.5.1.1.2. A padding value that does not fit into the stored bits is that of the whole cell.
 
     Args:
-        header: of the frame.
+        header: The frame's header.
         values: (rows, columns), whole cells of `BitsAllocated` bits, or floating point.
     """
     limits = [header.get(f"{kind}{key}") for kind in PADDING for key in ("PaddingValue", "PaddingRangeLimit")]

@@ -83,11 +83,11 @@ def download(
     start from the beginning.
 
     Args:
-        lock: the lock file; the first download enters the files, later ones are compared with it.
-        update: enter what is there now in place of what is locked.
+        lock: The lock file. The first download enters the files, later ones are compared with it.
+        update: Replace the locked digests.
 
     Raises:
-        DataError: no access, no such repository or revision, a broken connection, a damaged file, one in the way
+        DataError: No access, no such repository or revision, a broken connection, a damaged file, one in the way
             that another source put there, or one that is not as locked.
     """
     target, name = folder / asset.subfolder, f"{asset.kind}s/{asset.repo}"

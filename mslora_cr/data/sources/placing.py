@@ -30,12 +30,12 @@ class ImagePlacer:
     """Writes images below a data set's folder and names them.
 
     Attributes:
-        root: where names start.
-        folder: the data set's folder.
-        rendering: how images are drawn.
-        note: gives what to call with how a file was drawn.
-        count: files written.
-        patients: by the name of a DICOM file, a pseudonym of whose it is, as far as its header says.
+        root: The folder that names start from.
+        folder: The data set's folder.
+        rendering: How images are drawn.
+        note: Returns the function to call with remarks on how a file was drawn.
+        count: The number of files written.
+        patients: The pseudonym of each DICOM file's patient by file name, as far as the header names one.
     """
 
     root: Path
@@ -50,7 +50,7 @@ class ImagePlacer:
         """The names of a row's images below the data set's folder.
 
         Raises:
-            DataError: one is missing or cannot be read.
+            DataError: One is missing or cannot be read.
         """
         return [name for image in row.images for name in self._placed(image)]
 

@@ -59,7 +59,7 @@ def prepare(
     unreadable.
 
     Raises:
-        DataError: no or malformed annotations, an unsafe archive or image name, a way out of the data root.
+        DataError: No or malformed annotations, an unsafe archive or image name, a way out of the data root.
     """
     folder = data_root / dataset.folder
     _check_inside(folder, data_root)
@@ -109,7 +109,7 @@ def _named_images(dataset: DataSet, folder: Path) -> dict[str, str]:
     """Every image that the annotations name, with the (last) answer about it.
 
     Raises:
-        DataError: a file is missing or malformed, or a name could lead outside the data root.
+        DataError: A file is missing or malformed, or a name could lead outside the data root.
     """
     if not (folder / "train.json").exists() and not (folder / "test.jsonl").exists():
         build = "or build them with --annotations" if dataset.questions else "they are on the hub only"
@@ -202,12 +202,12 @@ def place_files(matches: Mapping[str, RawFile], targets: Mapping[str, Path], cop
     """Link or copy raw files, and unpack those in archives.
 
     Args:
-        matches: the raw file of each name.
-        targets: where each goes.
-        copy: copy loose files instead of linking them.
+        matches: The raw file of each name.
+        targets: The target of each file.
+        copy: Copy loose files instead of linking them.
 
     Raises:
-        DataError: a file is too large for an image.
+        DataError: A file is too large for an image.
     """
     packed: dict[RawFile, list[Path]] = {}
     with tqdm(total=len(matches), desc="images", unit="image", disable=not progress) as bar:

@@ -32,13 +32,13 @@ def raster_pictures(path: Path, frame: int | None, rendering: Rendering, note: N
     """The pictures of an image file: the file itself, or PNG where it has pages, lies on its side or has over 8 bits.
 
     Args:
-        path: of a file in one of `images.FORMATS`.
-        frame: the page, from 0; None: all, or as many as `rendering` says.
-        rendering: a window for images of more than 8 bits, and how many pages.
-        note: called with a remark on every image that is not copied unchanged.
+        path: A file in one of `images.FORMATS`.
+        frame: The page, from 0; None takes all pages, or as many as `rendering` says.
+        rendering: A window for images of more than 8 bits, and how many pages.
+        note: Called with a remark on every image that changes.
 
     Raises:
-        DataError: the file cannot be read, or has no such page.
+        DataError: The file cannot be read, or has no such page.
     """
     if rendering.ct_windows:
         raise DataError(f"{path}: neither DICOM nor NIfTI; windows in Hounsfield units are only for CT")

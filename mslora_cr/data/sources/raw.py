@@ -164,7 +164,7 @@ class RawData:
         """The file whose path ends with one of the suffixes; the first suffix that fits counts.
 
         Raises:
-            DataError: none fits, or several different files fit.
+            DataError: None fits, or several different files fit.
         """
         for suffix in suffixes:
             parts = PurePosixPath(suffix).parts
@@ -246,7 +246,7 @@ def extract(wanted: Mapping[RawFile, Sequence[Path]], done: Callable[[], object]
     A target appears under its name only when it is whole.
 
     Raises:
-        DataError: an archive is damaged, or the disk has no room for what it says it holds.
+        DataError: An archive is damaged, or the disk has no room for what it says it holds.
     """
     by_container: dict[Path, dict[str, Sequence[Path]]] = defaultdict(dict)
     for file, targets in wanted.items():

@@ -59,7 +59,7 @@ def in_colours(values: Pixels, windows: Sequence[Window]) -> Pixels:
 
     Args:
         values: (rows, columns), in Hounsfield units.
-        windows: of red, green and blue.
+        windows: The windows of red, green and blue.
     """
     return np.stack([windowed(values, *window, "LINEAR_EXACT") for window in windows], -1)
 
@@ -70,8 +70,8 @@ def windowed(values: Pixels, center: float, width: float, function: str = "LINEA
     Source: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3, for the functions LINEAR, LINEAR_EXACT and SIGMOID.
 
     Args:
-        values: any shape, in the units of the window.
-        function: the DICOM name of the VOI LUT function.
+        values: Any shape, in the units of the window.
+        function: The DICOM name of the VOI LUT function.
     """
     values = values.astype(np.float64)
     if function == "SIGMOID":
