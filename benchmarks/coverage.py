@@ -317,9 +317,9 @@ def _yes_or_no(groups: Groups, prevalence: float) -> Trial:
         if yes.any():
             known |= {"AUROC": auroc(yes, scores, groups), "average precision": average_precision(yes, scores, groups)}
         return {
-            name: _covers(known[name].ends, value)
+            name: _covers(known[name].interval, value)
             for name, value in (truth | areas).items()
-            if name in known and known[name].ends is not None
+            if name in known and known[name].interval is not None
         }
 
     return trial

@@ -25,11 +25,12 @@ from tabulate import tabulate
 
 from mslora_cr.analysis.compare import compare, render_comparison
 from mslora_cr.clinical.asked import asked_answers
-from mslora_cr.clinical.file import ClosedMeasured, Measured
+from mslora_cr.clinical.file import ClosedMeasured
 from mslora_cr.clinical.measure import clinical_of
 from mslora_cr.data.sources.catalog import TestRows, catalog
 from mslora_cr.evaluation.schemas import ANSWERS
 from mslora_cr.evaluation.score import answer_groups, metrics_of, read_answers, render_metrics
+from mslora_cr.metrics.measured import Measured
 from mslora_cr.metrics.published import score_answers
 from mslora_cr.reporting.render import chance
 from mslora_cr.reporting.run_record import PublishedRun, load_published_scores

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mslora_cr.clinical.file import Curves, ReliabilityPoint
+from mslora_cr.clinical.file import Curves
 from mslora_cr.metrics.calibration import reliability_bins, risk_coverage
 from mslora_cr.metrics.closed import Confusion
 from mslora_cr.statistics.intervals import Scores
@@ -33,10 +33,7 @@ def curves_of(answered: Confusion, chances: Scores) -> Curves:
             for column in columns
             if 0 < counts[column] < len(answered.truth)
         },
-        reliability=tuple(
-            ReliabilityPoint(confidence=part.confidence, accuracy=part.accuracy, questions=part.questions)
-            for part in reliability_bins(confidence, right)
-        ),
+        reliability=tuple(reliability_bins(confidence, right)),
         risk_coverage=_points(covered, risks),
     )
 

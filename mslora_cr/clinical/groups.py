@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mslora_cr.clinical.asked import AskedAnswer, right_of
-from mslora_cr.clinical.file import AttributeMeasured, GroupMeasured, Measured
+from mslora_cr.clinical.file import AttributeMeasured, GroupMeasured
 from mslora_cr.metrics.guessing import hindsight_guesses
+from mslora_cr.metrics.measured import Measured
 from mslora_cr.metrics.published import normalize_answer
 from mslora_cr.statistics.association import cramers_v
 from mslora_cr.statistics.interval import PairedChange

@@ -15,11 +15,8 @@ from mslora_cr.clinical.file import (
     ClassMeasured,
     Clinical,
     ClosedMeasured,
-    CountsMeasured,
     Guessing,
-    LabelMeasured,
     LabelSetsMeasured,
-    Measured,
 )
 from mslora_cr.clinical.groups import by_attribute
 from mslora_cr.metrics.calibration import (
@@ -30,7 +27,6 @@ from mslora_cr.metrics.calibration import (
 )
 from mslora_cr.metrics.closed import (
     Confusion,
-    Figure,
     class_figures,
     class_of,
     confusion,
@@ -43,6 +39,7 @@ from mslora_cr.metrics.guessing import (
     majority_guesses,
     question_key,
 )
+from mslora_cr.metrics.measured import CountsMeasured, Measured
 from mslora_cr.metrics.numbers import count_figures, number_in
 from mslora_cr.metrics.options import counts_of, parse_choice
 from mslora_cr.metrics.published import normalize_answer
@@ -109,7 +106,6 @@ def _closed(
     )
     chances = _chances(chosen, table)
     areas = _areas(table, chances) if chances is not None else {}
-    figures = {name: _measured(figure) for name, figure in confusion_figures(table).items()}
     by_class = class_figures(table)
     counts = table.counts
     return ClosedMeasured(
@@ -118,14 +114,14 @@ def _closed(
         groups=int(clusters.max()) + 1,
         classes=table.names,
         confusion=tuple(tuple(int(count) for count in row) for row in counts),
-        figures=figures | _macro(areas),
+        figures=confusion_figures(table) | _macro(areas),
         by_class=tuple(
             ClassMeasured(
                 name=name,
                 questions=int(counts[index].sum()),
                 said=int(counts[:, index].sum()),
-                recall=_measured(recall) if recall else None,
-                precision=_measured(precision) if precision else None,
+                recall=recall,
+                precision=precision,
                 auroc=areas[name][0] if name in areas else None,
                 average_precision=areas[name][1] if name in areas else None,
             )
@@ -181,7 +177,7 @@ def _areas(table: Confusion, chances: Scores) -> dict[str, tuple[Measured, Measu
         if positive.any() and not positive.all():
             area = auroc(positive, chances[:, column], table.groups)
             precision = average_precision(positive, chances[:, column], table.groups)
-            areas[name] = _measured(area), _measured(precision)
+            areas[name] = area, precision
     return areas
 
 
@@ -222,14 +218,7 @@ def _guessing(chosen: Sequence[AskedAnswer], groups: Groups, training: Frequenci
 def _counts(asked: Sequence[AskedAnswer], indices: Sequence[int], groups: Groups) -> CountsMeasured:
     chosen = [asked[index] for index in indices]
     clusters = np.unique(groups[list(indices)], return_inverse=True)[1]
-    figures = count_figures([one.answer for one in chosen], [one.truths[0] for one in chosen], clusters)
-    return CountsMeasured(
-        questions=figures.questions,
-        unparsed=figures.unparsed,
-        mean_absolute_error=_measured(figures.error) if figures.error else None,
-        exact=_measured(figures.exact),
-        near=_measured(figures.near),
-    )
+    return count_figures([one.answer for one in chosen], [one.truths[0] for one in chosen], clusters)
 
 
 def _label_sets(asked: Sequence[AskedAnswer], indices: Sequence[int], groups: Groups) -> LabelSetsMeasured:
@@ -243,16 +232,7 @@ def _label_sets(asked: Sequence[AskedAnswer], indices: Sequence[int], groups: Gr
         questions=len(chosen),
         f1=Measured(value=f1.mean, interval=score_interval([f1])),
         exact=Measured(value=exact.mean, interval=score_interval([exact])),
-        by_label=tuple(
-            LabelMeasured(
-                name=name,
-                questions=figures.questions,
-                said=figures.said,
-                sensitivity=_measured(figures.sensitivity) if figures.sensitivity else None,
-                specificity=_measured(figures.specificity) if figures.specificity else None,
-            )
-            for name, figures in label_figures(said, true, clusters, MOST_LABELS).items()
-        ),
+        by_label=label_figures(said, true, clusters, MOST_LABELS),
     )
 
 
@@ -260,7 +240,3 @@ def _choices(chosen: Sequence[AskedAnswer]) -> ChoicesMeasured | None:
     """Count how answers to questions with options were read; None without such questions."""
     parsed = [parse_choice(one.answer, one.options) for one in chosen if one.options]
     return ChoicesMeasured(**counts_of(parsed)) if parsed else None
-
-
-def _measured(figure: Figure) -> Measured:
-    return Measured(value=figure.value, interval=figure.ends)

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
+from mslora_cr.metrics.measured import ReliabilityPoint
+
 Floats = NDArray[np.float64]
 
 BINS = 10
@@ -45,15 +47,7 @@ def brier_decomposition(probabilities: Floats, outcomes: Floats) -> BrierParts:
     )
 
 
-class ReliabilityBin(NamedTuple):
-    """A bin of a reliability diagram: mean confidence, share of right answers, number of questions."""
-
-    confidence: float
-    accuracy: float
-    questions: int
-
-
-def reliability_bins(confidence: Floats, right: Floats, bins: int = BINS) -> list[ReliabilityBin]:
+def reliability_bins(confidence: Floats, right: Floats, bins: int = BINS) -> list[ReliabilityPoint]:
     """Return bins of equal mass, in the order of confidence; ties keep the questions' order.
 
     Args:
@@ -63,7 +57,9 @@ def reliability_bins(confidence: Floats, right: Floats, bins: int = BINS) -> lis
     """
     parts = np.array_split(np.argsort(confidence, kind="stable"), bins)
     return [
-        ReliabilityBin(float(confidence[part].mean()), float(right[part].mean()), len(part))
+        ReliabilityPoint(
+            confidence=float(confidence[part].mean()), accuracy=float(right[part].mean()), questions=len(part)
+        )
         for part in parts
         if len(part)
     ]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mslora_cr.data.answers.options import letter_of
+from mslora_cr.metrics.measured import Measured
 from mslora_cr.metrics.options import parse_choice
 from mslora_cr.metrics.published import normalize_answer
 from mslora_cr.statistics.interval import Interval
@@ -27,13 +28,6 @@ NEGATIVE = {NO, "normal", "negative", "benign", "absent", "healthy"}
 
 Classes = NDArray[np.int64]
 """The place of each question's class in a list of classes; one more than the last place is `no answer of the set`."""
-
-
-class Figure(NamedTuple):
-    """A measured value and the ends of its interval; None where it has none."""
-
-    value: float
-    ends: Interval | None
 
 
 class Confusion(NamedTuple):
@@ -135,12 +129,12 @@ def _yes_or_no(said: str) -> str:
     return first if other is not None and other not in words else said
 
 
-def confusion_figures(table: Confusion) -> dict[str, Figure]:
+def confusion_figures(table: Confusion) -> dict[str, Measured]:
     """Return accuracy, balanced accuracy, macro F1 and Matthews' correlation, by scikit-learn; where one of two classes
     is negative (`NEGATIVE`), also sensitivity, specificity, PPV and NPV.
 
     Balanced accuracy, F1 and Matthews' correlation have intervals by linearisation (`bounded_interval`); the shares
-    have Wilson's intervals. Both respect images and patients. Figures that rest on a class with fewer than `FEWEST`
+    have Wilson's intervals. Both respect images and patients. Measureds that rest on a class with fewer than `FEWEST`
     questions have none. Sources: Brodersen et al., "The Balanced Accuracy and Its Posterior Distribution", ICPR 2010;
     Gorodkin, "Comparing Two K-Category Assignments by a K-Category Correlation Coefficient", Computational Biology and
     Chemistry 2004; Maier-Hein et al., "Metrics Reloaded", Nature Methods 2024.
@@ -160,20 +154,20 @@ def confusion_figures(table: Confusion) -> dict[str, Figure]:
     for name, value in scores.items():
         low = lowest.get(name, 0.0)
         ends = _linearised(table, _FUNCTIONS[name], float(value), low) if enough and len(asked) > 1 else None
-        figures[name] = Figure(float(value), ends)
+        figures[name] = Measured(value=float(value), interval=ends)
     if table.has_positive:
         for name, (column, of) in _SHARES.items():
             where = (table.truth if of == "truth" else table.said) == column
             if where.any():
                 figure = _share(table.right[where], table.groups[where])
-                figures[name] = figure if enough else figure._replace(ends=None)
+                figures[name] = figure if enough else figure.model_copy(update={"interval": None})
     return figures
 
 
 _SHARES = {"sensitivity": (1, "truth"), "specificity": (0, "truth"), "PPV": (1, "said"), "NPV": (0, "said")}
 
 
-def class_figures(table: Confusion) -> dict[str, tuple[Figure | None, Figure | None]]:
+def class_figures(table: Confusion) -> dict[str, tuple[Measured | None, Measured | None]]:
     """Return recall and precision by class; None where the class was never true or never said."""
     return {
         name: (_part(table, table.truth == column), _part(table, table.said == column))
@@ -181,14 +175,15 @@ def class_figures(table: Confusion) -> dict[str, tuple[Figure | None, Figure | N
     }
 
 
-def _part(table: Confusion, where: NDArray[np.bool_]) -> Figure | None:
+def _part(table: Confusion, where: NDArray[np.bool_]) -> Measured | None:
     return _share(table.right[where], table.groups[where]) if where.any() else None
 
 
-def _share(right: Scores, groups: Groups) -> Figure:
+def _share(right: Scores, groups: Groups) -> Measured:
     share = estimate(right, groups)
     enough = share.groups == share.questions or share.effective >= FEWEST_SHARED
-    return Figure(share.mean, score_interval([share]) if enough and share.questions >= FEWEST else None)
+    ends = score_interval([share]) if enough and share.questions >= FEWEST else None
+    return Measured(value=share.mean, interval=ends)
 
 
 # --- intervals of what is no mean -------------------------------------------------------------------------------------

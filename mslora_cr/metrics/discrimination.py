@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mslora_cr.metrics.closed import FEWEST, Figure
+from mslora_cr.metrics.closed import FEWEST
+from mslora_cr.metrics.measured import Measured
 from mslora_cr.statistics.intervals import Groups, Scores
 from mslora_cr.statistics.linearised import logit_interval
 
@@ -13,7 +14,7 @@ PARTS = 50
 """A jackknife has at most this many parts."""
 
 
-def auroc(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> Figure:
+def auroc(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> Measured:
     """Return the area under the ROC curve, with Obuchowski's variance of clustered data on the logit scale.
 
     Where every question is a cluster of its own, this is DeLong's variance. Sources: Obuchowski, "Nonparametric
@@ -30,8 +31,9 @@ def auroc(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> Figure
     fewest = min(int(positive.sum()), int((~positive).sum()))
     clusters = min(len(np.unique(groups[positive])), len(np.unique(groups[~positive])))
     if fewest < FEWEST or clusters < 2:
-        return Figure(value, None)
-    return Figure(value, logit_interval(value, obuchowski_error(positive, scores, groups), (0.0, 1.0), clusters - 1))
+        return Measured(value=value, interval=None)
+    error = obuchowski_error(positive, scores, groups)
+    return Measured(value=value, interval=logit_interval(value, error, (0.0, 1.0), clusters - 1))
 
 
 def obuchowski_error(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> float:
@@ -68,7 +70,7 @@ def _beaten(ours: Scores, theirs: Scores) -> Scores:
     return (np.searchsorted(ranked, ours, "left") + np.searchsorted(ranked, ours, "right")) / (2 * len(ranked))
 
 
-def average_precision(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> Figure:
+def average_precision(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> Measured:
     """Return the area under the precision–recall curve, with a delete-a-group jackknife over clusters on the logit
     scale.
 
@@ -86,11 +88,11 @@ def average_precision(positive: NDArray[np.bool_], scores: Scores, groups: Group
     with_yes = len(np.unique(groups[positive]))
     parts = min(PARTS, int(clusters.max()) + 1)
     if min(int(positive.sum()), int((~positive).sum())) < FEWEST or with_yes < 2:
-        return Figure(value, None)
+        return Measured(value=value, interval=None)
     part = (np.random.default_rng(0).permutation(int(clusters.max()) + 1) % parts)[clusters]
     rests = [part != number for number in range(parts)]
     if not all(positive[rest].any() for rest in rests):
-        return Figure(value, None)
+        return Measured(value=value, interval=None)
     without = np.array([average_precision_score(positive[rest], scores[rest]) for rest in rests])
     error = float(((parts - 1) / parts * np.square(without - without.mean()).sum()) ** 0.5)
-    return Figure(value, logit_interval(value, error, (0.0, 1.0), min(parts, with_yes) - 1))
+    return Measured(value=value, interval=logit_interval(value, error, (0.0, 1.0), min(parts, with_yes) - 1))

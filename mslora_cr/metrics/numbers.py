@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mslora_cr.metrics.closed import Figure
+from mslora_cr.metrics.measured import CountsMeasured, Measured
 from mslora_cr.statistics.intervals import Groups, estimate, mean_interval, score_interval
 
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
@@ -17,24 +16,6 @@ _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 FEWEST = 10
 NEAR = 1
 """A count that is off by at most this is nearly right."""
-
-
-class CountFigures(NamedTuple):
-    """Answers to questions whose truths are numbers.
-
-    Attributes:
-        questions: Number of questions.
-        unparsed: Number of answers without a number.
-        error: Mean absolute error of the other answers, with Student's t interval.
-        exact: Share of all answers that is exactly right.
-        near: Share of all answers that is off by at most `NEAR`.
-    """
-
-    questions: int
-    unparsed: int
-    error: Figure | None
-    exact: Figure
-    near: Figure
 
 
 def number_in(text: str) -> float | None:
@@ -52,7 +33,7 @@ def is_count(truth: str) -> bool:
     return re.fullmatch(r"\s*\+?\d{1,9}\s*", truth) is not None or truth.strip().lower() in _WORDS
 
 
-def count_figures(answers: Sequence[str], truths: Sequence[str], groups: Groups) -> CountFigures:
+def count_figures(answers: Sequence[str], truths: Sequence[str], groups: Groups) -> CountsMeasured:
     """Compute the mean absolute error and the shares that are exactly and nearly right.
 
     Args:
@@ -69,11 +50,19 @@ def count_figures(answers: Sequence[str], truths: Sequence[str], groups: Groups)
         mean = estimate(off / largest, groups[numeric])
         low, high = mean_interval(mean)
         has_interval = mean.questions >= FEWEST and mean.variance > 0
-        error = Figure(largest * mean.mean, (largest * max(0.0, low), largest * high) if has_interval else None)
-    exact, near = (_share(np.abs(said - true) <= most, groups) for most in (0, NEAR))
-    return CountFigures(len(answers), int((~numeric).sum()), error, exact, near)
+        ends = (largest * max(0.0, low), largest * high) if has_interval else None
+        error = Measured(value=largest * mean.mean, interval=ends)
+    exact, near = (share_of(np.abs(said - true) <= most, groups) for most in (0, NEAR))
+    return CountsMeasured(
+        questions=len(answers),
+        unparsed=int((~numeric).sum()),
+        mean_absolute_error=error,
+        exact=exact,
+        near=near,
+    )
 
 
-def _share(right: NDArray[np.bool_], groups: Groups) -> Figure:
+def share_of(right: NDArray[np.bool_], groups: Groups) -> Measured:
+    """Return a share with its interval, if there are at least `FEWEST` questions."""
     share = estimate(right.astype(np.float64), groups)
-    return Figure(share.mean, score_interval([share]) if share.questions >= FEWEST else None)
+    return Measured(value=share.mean, interval=score_interval([share]) if share.questions >= FEWEST else None)

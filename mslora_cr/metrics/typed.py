@@ -10,10 +10,11 @@ import numpy as np
 
 from mslora_cr.data.answers.kinds import labels_of
 from mslora_cr.data.records import AnswerKind, AnswerType
-from mslora_cr.metrics.closed import FEWEST, Figure, class_of, said_class
-from mslora_cr.metrics.numbers import NEAR, number_in
+from mslora_cr.metrics.closed import class_of, said_class
+from mslora_cr.metrics.measured import LabelMeasured
+from mslora_cr.metrics.numbers import NEAR, number_in, share_of
 from mslora_cr.metrics.published import normalize_answer, score_answers
-from mslora_cr.statistics.intervals import Groups, estimate, score_interval
+from mslora_cr.statistics.intervals import Groups
 
 CHOICE = "exact choice"
 """Name of the score that tells whether the answer to a closed question says the true class and nothing else
@@ -112,22 +113,6 @@ def soft_accuracy(answer: str, truths: Sequence[str]) -> float:
 # --- sets of labels ---------------------------------------------------------------------------------------------------
 
 
-class LabelFigures(NamedTuple):
-    """A label of sets, against all answers without it.
-
-    Attributes:
-        questions: Number of questions whose true set has the label.
-        said: Number of answers that name the label.
-        sensitivity: Share of the questions whose set has the label for which the answer names it; None without any.
-        specificity: Share of the other questions for which the answer does not name it; None without any.
-    """
-
-    questions: int
-    said: int
-    sensitivity: Figure | None
-    specificity: Figure | None
-
-
 def label_set(answer: str) -> frozenset[str]:
     """Return the labels of an answer, normalised as the published evaluation does."""
     labels = (normalize_answer(label.lower()) or label.casefold() for label in labels_of(answer))
@@ -141,30 +126,26 @@ def set_f1(said: frozenset[str], true: frozenset[str]) -> float:
 
 def label_figures(
     said: Sequence[frozenset[str]], true: Sequence[frozenset[str]], groups: Groups, most: int
-) -> dict[str, LabelFigures]:
-    """Return sensitivity and specificity of the commonest labels, commonest first.
+) -> tuple[LabelMeasured, ...]:
+    """Return sensitivity and specificity of the commonest labels, commonest first; None where no question has, or every
+    question has, the label.
 
     Args:
         true: The true labels of each question.
         groups: (questions,), the number of each question's image or patient.
         most: Number of labels at most.
     """
-    commonest = Counter(label for labels in true for label in sorted(labels)).most_common(most)
-    figures = {}
-    for label, count in commonest:
+    figures = []
+    for label, count in Counter(label for labels in true for label in sorted(labels)).most_common(most):
         named = np.array([label in labels for labels in said])
         present = np.array([label in labels for labels in true])
-        figures[label] = LabelFigures(
-            questions=count,
-            said=int(named.sum()),
-            sensitivity=_share(named[present], groups[present]),
-            specificity=_share(~named[~present], groups[~present]),
+        shares = [
+            share_of(right[where], np.unique(groups[where], return_inverse=True)[1]) if where.any() else None
+            for right, where in ((named, present), (~named, ~present))
+        ]
+        figures.append(
+            LabelMeasured(
+                name=label, questions=count, said=int(named.sum()), sensitivity=shares[0], specificity=shares[1]
+            )
         )
-    return figures
-
-
-def _share(right: np.ndarray, groups: Groups) -> Figure | None:
-    if not len(right):
-        return None
-    share = estimate(right.astype(np.float64), np.unique(groups, return_inverse=True)[1])
-    return Figure(share.mean, score_interval([share]) if share.questions >= FEWEST else None)
+    return tuple(figures)

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from mslora_cr.clinical.file import CLINICAL, AttributeMeasured, Clinical, ClosedMeasured, Measured
+from mslora_cr.clinical.file import CLINICAL, AttributeMeasured, Clinical, ClosedMeasured
 from mslora_cr.clinical.groups import changes_by_group
 from mslora_cr.data.records import TestRecord
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.evaluation.score import SCORES, read_scores
+from mslora_cr.metrics.measured import Measured
 from mslora_cr.metrics.typed import CHOICE
 from mslora_cr.reporting.plots import curve_plots, subgroup_dots
 from mslora_cr.statistics.interval import bracketed

@@ -53,7 +53,7 @@ def test_several_classes_and_an_answer_of_none_of_them() -> None:
     assert found["balanced accuracy"].value == pytest.approx(SEVERAL["balanced_accuracy"])
     assert found["macro F1"].value == pytest.approx(SEVERAL["macro_f1_sklearn"])
     assert found["Matthews' correlation"].value == pytest.approx(SEVERAL["mcc"])
-    assert found["balanced accuracy"].ends is None and "sensitivity" not in found, (
+    assert found["balanced accuracy"].interval is None and "sensitivity" not in found, (
         "two questions of a class are too few"
     )
     by_class = class_figures(known)
@@ -87,9 +87,9 @@ def test_intervals_widen_where_questions_share_images() -> None:
     alone = confusion_figures(confusion(said, truths, independent(400)))
     shared = confusion_figures(confusion(said, truths, images))
     for name, figure in shared.items():
-        narrow = alone[name].ends
-        assert figure.ends is not None and narrow is not None
-        assert figure.ends[0] < narrow[0] < figure.value < narrow[1] < figure.ends[1], name
+        narrow = alone[name].interval
+        assert figure.interval is not None and narrow is not None
+        assert figure.interval[0] < narrow[0] < figure.value < narrow[1] < figure.interval[1], name
 
 
 def test_how_an_answer_says_a_class() -> None:
@@ -127,7 +127,8 @@ def test_twenty_questions_of_nine_patients() -> None:
     patients = "0 0 1 1 2 3 4 4 1 2 3 3 5 5 6 6 7 7 8 8"
     scores, groups = np.array([*map(float, chances.split())]), np.array([*map(int, patients.split())])
     positive = np.arange(20) < 8
-    assert auroc(positive, scores, groups) == (pytest.approx(0.885417, abs=1e-6), None)  # eight positives are too few
+    area = auroc(positive, scores, groups)
+    assert area.value == pytest.approx(0.885417, abs=1e-6) and area.interval is None, "eight positives are too few"
     assert obuchowski_error(positive, scores, groups) == pytest.approx(0.084076, abs=1e-6)
     assert obuchowski_error(positive, scores, independent(20)) == pytest.approx(0.073733, abs=1e-6)
     known = confusion(["yes" if chance >= 0.5 else "no" for chance in scores], [["yes"]] * 8 + [["no"]] * 12, groups)
@@ -153,4 +154,5 @@ def test_counts() -> None:
     assert [is_count(text) for text in ("3", "three", "3 cm", "", "T2")] == [True, True, False, False, False]
     found = count_figures(["3", "five", "none", "2"], ["3", "4", "1", "4"], independent(4))
     assert (found.questions, found.unparsed) == (4, 1)
-    assert found.error is not None and found.error.value == pytest.approx(1.0) and found.exact.value == 0.25
+    assert found.mean_absolute_error is not None and found.mean_absolute_error.value == pytest.approx(1.0)
+    assert found.exact.value == 0.25

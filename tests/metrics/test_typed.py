@@ -45,8 +45,7 @@ def test_sets_of_labels_in_any_order() -> None:
         ],
     )
     assert [set_f1(*pair) for pair in zip(said, true, strict=True)] == pytest.approx([2 / 3, 2 / 3, 1])
-    figures = label_figures(said, true, independent(3), most=1)
-    [(label, of)] = figures.items()
-    assert (label, of.questions, of.said) == ("effusion", 2, 1)
+    [of] = label_figures(said, true, independent(3), most=1)
+    assert (of.name, of.questions, of.said) == ("effusion", 2, 1)
     assert of.sensitivity is not None and of.specificity is not None
-    assert (of.sensitivity.value, of.specificity.value) == (0.5, 1.0) and of.sensitivity.ends is None
+    assert (of.sensitivity.value, of.specificity.value) == (0.5, 1.0) and of.sensitivity.interval is None
