@@ -114,11 +114,7 @@ def plan_sweep(
 
 
 def _by_name(methods: Sequence[str]) -> dict[str, str]:
-    """Values for `method:`, by the method's own name.
-
-    Raises:
-        ConfigError: There is no such method, or two of them have the same name.
-    """
+    """Values for `method:`, by the method's own name."""
     paths: dict[str, str] = {}
     for method in methods:
         name_method(method)

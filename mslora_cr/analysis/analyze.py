@@ -171,12 +171,7 @@ def _contribution(config: StreamConfig, learned: Mapping[str, Bank], questions: 
 def _dropped(
     names: Sequence[str], variants: Sequence[Variant], parts: Sequence[Any], groups: Mapping[str, Groups]
 ) -> list[Dropped]:
-    """The contribution of each bank to each task, from the scores of every variant; the first variant has all banks.
-
-    Args:
-        parts: By variant, the scores of its questions.
-        groups: By task, the clusters of its questions.
-    """
+    """The contribution of each bank to each task, from the scores of every variant; the first variant has all banks."""
     rows = []
     whole: dict[str, tuple[tuple[int, ...], Any]] = {}
     for (task, banks), part in zip(variants, parts, strict=True):

@@ -216,11 +216,7 @@ class _ToCheck(NamedTuple):
 
 
 def _to_check(target: Path, only: Sequence[str]) -> _ToCheck:
-    """Return the data sets of a configuration's tasks, or the published ones below a data root.
-
-    Raises:
-        DataError: There is no such folder, or `only` names another data set.
-    """
+    """Return the data sets of a configuration's tasks, or the published ones below a data root."""
     if target.is_dir():
         return _ToCheck(target, [data_set(name) for name in only] or list(catalog().values()))
     from mslora_cr.config.load import load_config

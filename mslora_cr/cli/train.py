@@ -60,11 +60,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _print_plan(config: StreamConfig, only: Sequence[str], force: bool) -> None:
-    """Print what `train` would do with these arguments.
-
-    Raises:
-        ConfigError, DataError, BankError: As `train` would.
-    """
+    """Print what `train` would do with these arguments."""
     import yaml
 
     from mslora_cr.models.describe import summary

@@ -174,11 +174,7 @@ def module_files(name: str) -> list[Path]:
 
 
 def _find(name: str, search_path: list[str] | None) -> importlib.machinery.ModuleSpec | None:
-    """Find a module as the import system does, but without importing its packages.
-
-    Args:
-        search_path: The folders of its package; None for a top-level module.
-    """
+    """Find a module as the import system does, but without importing its packages."""
     if search_path is None:
         if str(Path.cwd()) not in sys.path:  # Methods are imported from here last.
             search_path = [*sys.path, str(Path.cwd())]

@@ -125,11 +125,7 @@ class _Round:
         self.written = _as_generated(self.before, render(processor, messages[: index + 1]), self.said)
 
     def span_in(self, text: str) -> Span | None:
-        """Where the answer and what ends it are in the whole conversation; None if its thought is left out of it.
-
-        Raises:
-            ValueError: The template writes the answer differently.
-        """
+        """Where the answer and what ends it are in the whole conversation; None if its thought is left out of it."""
         if text.startswith(self.written):
             return len(self.before), len(self.written)
         if not _THOUGHT.match(self.said):
@@ -154,9 +150,6 @@ def _as_generated(before: str, written: str, said: str) -> str:
 
     Args:
         written: The conversation with the answer, as the template writes it.
-
-    Raises:
-        ValueError: The answer is not in what the template writes.
     """
     thought = _THOUGHT.match(said)
     if written.startswith(before) and (thought is None or thought["thought"].strip() in written[len(before) :]):

@@ -54,12 +54,7 @@ def evaluate(
 
 
 def _wanted_cells(config: StreamConfig, stages: Stages, only: str | None, learned: Sequence[int]) -> list[PlannedCell]:
-    """The cells that are asked for.
-
-    Raises:
-        ConfigError: There is no task `only`.
-        BankError: No bank is there, or none of a stage that is asked for.
-    """
+    """The cells that are asked for."""
     wanted = [cell for cell in cells(config, stages, learned) if only in (None, cell.task.name)]
     if only is not None:
         config.task(only)

@@ -195,11 +195,7 @@ class Chat:
         )
 
     def _post(self, body: Body) -> httpx.Response:
-        """Send a request and read its reply, within limits of size and time.
-
-        Raises:
-            httpx.TransportError, httpx.DecodingError: There is no whole reply.
-        """
+        """Send a request and read its reply, within limits of size and time."""
         begun, content = time.monotonic(), bytearray()
         with self._client.stream("POST", self._url, json=body) as response:
             for piece in response.iter_bytes():
@@ -299,11 +295,7 @@ def _logprobs_of(reply: Any) -> tuple[tuple[float, ...] | None, dict[str, float]
 
 
 def _finite(value: Any) -> float:
-    """Convert a log-probability.
-
-    Raises:
-        ValueError: The value is no finite number.
-    """
+    """Convert a log-probability."""
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"{number} is no log-probability")

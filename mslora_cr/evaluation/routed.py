@@ -71,11 +71,7 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
 
 
 def _tasks_at(config: StreamConfig, stages: Stages, learned: Sequence[Task]) -> dict[int, list[Task]]:
-    """The tasks that are answered, by stage.
-
-    Raises:
-        BankError: No stage can be answered.
-    """
+    """The tasks that are answered, by stage."""
     tasks_at = {
         stage: [task for task in config.stream if stage in stages_of(task, stages, config)]
         for stage in range(1, len(config.tasks) + 1)

@@ -193,11 +193,7 @@ def _outcome(plan: Plan, comparison: NonInferiority, required: float, what: str)
 
 
 def _column(plan: Plan, folder: Path, cell: Cell) -> Column:
-    """Return the scores of a cell in the plan's metric.
-
-    Raises:
-        ReportError: They have changed since they were made, or the cell has no such metric.
-    """
+    """Return the scores of a cell in the plan's metric."""
     path = (folder / cell.answers).with_name(SCORES)
     table = read_scores(path)
     if cell.scores_sha256 is not None and file_digest(path) != cell.scores_sha256:

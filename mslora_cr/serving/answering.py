@@ -213,13 +213,7 @@ class AnsweringModel:
         return self._routers[stage]
 
     def _use(self, task: str | None, stage: int, likely: Mapping[str, float]) -> tuple[str, ...]:
-        """Swap the banks if others answer; return their names.
-
-        Args:
-            task: The task, if it was given.
-            stage: The stage.
-            likely: The probability of each task, if none was given.
-        """
+        """Swap the banks if others answer; return their names."""
         mixed = likely and method_of(self.config).mixes_banks
         banks = self.run.mixed(stage, likely) if mixed else self.run.answering(task, stage)
         chosen = [(bank.name, bank.scaling) for bank in banks]

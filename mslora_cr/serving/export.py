@@ -175,11 +175,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _replaced(folder: Path) -> AbstractContextManager[Path]:
-    """Do what `replacing_folder` does.
-
-    Raises:
-        ConfigError: Something that is no export has the folder's name.
-    """
+    """Do what `replacing_folder` does."""
     if folder.exists() and not (folder / RECORD).is_file():
         raise ConfigError(f"{folder} is there and not an export of this program; choose another --output")
     return replacing_folder(folder)

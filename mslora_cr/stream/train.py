@@ -144,11 +144,7 @@ def train(config: StreamConfig, only: Sequence[str] = (), force: bool = False) -
 def _open_run(
     config: StreamConfig, fields: dict[str, Any], ledger: Ledger, pending: Sequence[Task], alone: bool, force: bool
 ) -> StreamRun:
-    """Check everything that the pending tasks need, and make the run folder this configuration's.
-
-    Args:
-        alone: The tasks were named one by one, so banks before them may be missing.
-    """
+    """Check everything that the pending tasks need, and make the run folder this configuration's."""
     records = {}
     for source in (source for task in pending for source in method_of(config).sources(config, task)):
         if source.name not in records:

@@ -170,11 +170,7 @@ def _start_wandb(run_id: str, name: str | None) -> None:
 
 
 def _start_mlflow(run_id: str | None, name: str | None) -> str:
-    """Continue a run of MLflow, or start one if there is none or the server does not know it; return its id.
-
-    Raises:
-        ConfigError: MLflow cannot start one, for instance because of its MLFLOW_TRACKING_URI.
-    """
+    """Continue a run of MLflow, or start one if there is none or the server does not know it; return its id."""
     import mlflow
 
     try:

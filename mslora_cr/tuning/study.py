@@ -223,11 +223,7 @@ def _run_trial(plan: Plan, part: StudyPart) -> str | None:
 
 
 def _score(plan: Plan, part: StudyPart, trial: Trial) -> float:
-    """Train a trial's streams task by task; the mean validation score of the tasks that count.
-
-    Raises:
-        optuna.TrialPruned: The trial is worse than the median of the others so far.
-    """
+    """Train a trial's streams task by task; the mean validation score of the tasks that count."""
     scores, step = [], 0
     for number, order in enumerate(part.tasks):
         for seed in part.seeds or (None,):

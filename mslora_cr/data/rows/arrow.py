@@ -143,11 +143,7 @@ def _opened(file: Path) -> tuple[pyarrow.Schema, Any, int]:
 
 
 def _largest_group(file: Path, metadata: Any, names: Sequence[str]) -> int:
-    """The bytes of the largest row group of some columns, unpacked.
-
-    Raises:
-        DataError: It is too large.
-    """
+    """The bytes of the largest row group of some columns, unpacked."""
     largest = 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -163,11 +159,7 @@ def _largest_group(file: Path, metadata: Any, names: Sequence[str]) -> int:
 
 
 def _check_type(file: Path, name: str, kind: Any) -> None:
-    """Check that a column holds texts, numbers, dates, bytes, images, or lists of these, and nothing nested deeper.
-
-    Raises:
-        DataError: It holds something else.
-    """
+    """Check that a column holds texts, numbers, dates, bytes, images, or lists of these, and nothing nested deeper."""
     from pyarrow import types
 
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
@@ -235,11 +227,7 @@ def _whole_columns(file: Path, names: Sequence[str], schema: pyarrow.Schema) -> 
 
 
 def _labels(file: Path, schema: pyarrow.Schema) -> dict[str, list[str]]:
-    """The names of classes for columns of class numbers, from the note that `datasets` leaves in the schema.
-
-    Raises:
-        DataError: The note has names that are not a list of texts.
-    """
+    """The names of classes for columns of class numbers, from the note that `datasets` leaves in the schema."""
     try:
         note = decode_json((schema.metadata or {}).get(b"huggingface", b"{}"))
     except JsonError as error:

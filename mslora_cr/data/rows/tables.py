@@ -187,11 +187,7 @@ class _Lines:
         self.text: list[str] = []
 
     def peek(self, path: Path) -> str:
-        """Peek at the next line.
-
-        Raises:
-            DataError: It does not end.
-        """
+        """Peek at the next line."""
         self._ahead = self._file.readline(MOST_HEADER)
         if len(self._ahead) == MOST_HEADER:
             raise DataError(f"{path}: its first line has more than {MOST_HEADER:,} characters; it is no table")

@@ -136,11 +136,7 @@ def check(
 def _remember_leaks(
     folder: Path, training: TrainingRecords, test: TestRecords, names: set[str], report: Report
 ) -> None:
-    """Report on patients in both files, and keep what the files share beside the data.
-
-    Args:
-        names: Test images, as the file names them, that are also trained on.
-    """
+    """Report on patients in both files, and keep what the files share beside the data."""
     patients = shared_patients(training, test)
     _check_patients(patients, ("training", "test"), report)
     leaks = Leaks(

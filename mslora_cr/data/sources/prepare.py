@@ -106,11 +106,7 @@ def _take_away_unreadable(
 
 
 def _named_images(dataset: DataSet, folder: Path) -> dict[str, str]:
-    """Every image that the annotations name, with the (last) answer about it.
-
-    Raises:
-        DataError: A file is missing or malformed, or a name could lead outside the data root.
-    """
+    """Every image that the annotations name, with the (last) answer about it."""
     if not (folder / "train.json").exists() and not (folder / "test.jsonl").exists():
         build = "or build them with --annotations" if dataset.questions else "they are on the hub only"
         raise DataError(f"{folder}: no train.json or test.jsonl; fetch them with `mslora-cr data download`; {build}")
