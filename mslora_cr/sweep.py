@@ -23,8 +23,7 @@ from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
 from mslora_cr.evaluation.schemas import ROUTED
 from mslora_cr.methods.base import method_of, needs_task
-from mslora_cr.reporting.capacity import answering_rank
-from mslora_cr.reporting.cost import cost_of
+from mslora_cr.reporting.capacity import answering_rank, cost_of
 from mslora_cr.reporting.run_record import read_ledger
 from mslora_cr.reporting.style import MATRICES, METRICS
 from mslora_cr.reporting.sweep_page import write_sweep_page

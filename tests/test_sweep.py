@@ -18,7 +18,7 @@ from mslora_cr.config.methods import method_names
 from mslora_cr.config.schema import ConfigError
 from mslora_cr.distributed import pool
 from mslora_cr.evaluation.results import Cell, Evaluation
-from mslora_cr.reporting.cost import cost_of
+from mslora_cr.reporting.capacity import cost_of
 from mslora_cr.reporting.sweep_page import write_sweep_page
 from mslora_cr.reporting.sweep_result import SweepResult
 from mslora_cr.runs.entries import RunLedger, TaskEntry

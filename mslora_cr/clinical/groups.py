@@ -11,11 +11,10 @@ from mslora_cr.clinical.file import AttributeMeasured, GroupMeasured
 from mslora_cr.metrics.guessing import hindsight_guesses
 from mslora_cr.metrics.measured import Measured
 from mslora_cr.metrics.published import normalize_answer
-from mslora_cr.statistics.association import cramers_v
 from mslora_cr.statistics.interval import PairedChange
 from mslora_cr.statistics.intervals import Groups, Scores
 from mslora_cr.statistics.paired import paired_change, paired_task
-from mslora_cr.statistics.subgroups import FEWEST_PATIENTS, GroupScore, banded, subgroups
+from mslora_cr.statistics.subgroups import FEWEST_PATIENTS, GroupScore, banded, cramers_v, subgroups
 
 
 def by_attribute(chosen: Sequence[AskedAnswer], groups: Groups) -> dict[str, AttributeMeasured]:

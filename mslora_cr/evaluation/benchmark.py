@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
 from mslora_cr.config.schema import StreamConfig, Task
-from mslora_cr.data.answers.boxes import Box, BoxRule, Size, read_box
+from mslora_cr.data.answers.boxes import Box, BoxRule, Size, iou, read_box
 from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.listed import ListedQuestion
 from mslora_cr.data.records import TestRecord, TestRecords
@@ -19,7 +19,6 @@ from mslora_cr.metrics.benchmarks import (
     corrected_score,
     published_score,
 )
-from mslora_cr.metrics.boxes import iou
 from mslora_cr.metrics.captions import caption_columns
 
 IOU, RECALL = "IoU", "recall at IoU 0.5"

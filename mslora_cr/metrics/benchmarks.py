@@ -14,8 +14,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from mslora_cr.config.benchmarks import Benchmark
-from mslora_cr.data.answers.boxes import read_box
-from mslora_cr.metrics.boxes import iou
+from mslora_cr.data.answers.boxes import iou, read_box
 from mslora_cr.metrics.guessing import gives
 from mslora_cr.metrics.published import normalize_answer
 

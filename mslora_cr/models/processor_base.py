@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -20,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.video_processing_utils import BaseVideoProcessor
 
@@ -31,7 +35,6 @@ from mslora_cr.models.base_model import Tower
 from mslora_cr.models.image_encoder import ProjectedEncoder
 from mslora_cr.models.language import beside_language
 from mslora_cr.models.layout import ModelError, check_report, from_pretrained
-from mslora_cr.models.logits import take_logits_to_keep
 from mslora_cr.utils.strict_json import read_object
 
 SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -218,3 +221,46 @@ def empty_model_of(path: Path) -> PreTrainedModel:
         return empty_model(AutoConfig.from_pretrained(path, **SAFE))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{path}: config.json describes no model ({error or type(error).__name__})") from None
+
+
+def keeps_logits(model: PreTrainedModel) -> bool:
+    """Whether a model's own forward pass takes `logits_to_keep` and shifted labels."""
+    forward = inspect.unwrap(type(model).forward)
+    return "logits_to_keep" in inspect.signature(forward).parameters and "loss_function" in forward.__code__.co_names
+
+
+def take_logits_to_keep(model: PreTrainedModel) -> None:
+    """Let a model without them take `logits_to_keep`, `labels` and `shift_labels`.
+
+    The instance's `forward` is replaced, since PEFT calls `forward` itself, past every hook.
+    """
+    if keeps_logits(model):
+        return
+    plain, head = model.forward, model.get_output_embeddings()
+
+    @functools.wraps(plain)
+    def forward(*args: Any, logits_to_keep: Tensor | int = 0, labels: Tensor | None = None, **options: Any) -> Any:
+        of_loss = {name: options.pop(name) for name in ("shift_labels", "num_items_in_batch") if name in options}
+        handle = head.register_forward_pre_hook(
+            lambda _, inputs: (_last_positions(inputs[0], logits_to_keep), *inputs[1:])
+        )
+        try:
+            output = plain(*args, **options)
+        finally:
+            handle.remove()
+        if labels is not None:
+            output["loss"] = ForCausalLMLoss(output.logits, labels, output.logits.shape[-1], **of_loss)
+        return output
+
+    signature, added = (
+        inspect.signature(plain),
+        inspect.signature(forward, follow_wrapped=False).parameters["logits_to_keep"],
+    )
+    parameters = [*signature.parameters.values(), *([] if added.name in signature.parameters else [added])]
+    parameters.sort(key=lambda parameter: parameter.kind)
+    vars(forward)["__signature__"] = signature.replace(parameters=parameters)
+    model.forward = forward
+
+
+def _last_positions(hidden: Tensor, keep: Tensor | int) -> Tensor:
+    return hidden[:, -keep:] if isinstance(keep, int) and keep else hidden if isinstance(keep, int) else hidden[keep]

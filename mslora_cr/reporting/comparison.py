@@ -11,8 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from mslora_cr.evaluation.results import Evaluation, ReportError, required_evaluation
-from mslora_cr.reporting.capacity import answering_rank
-from mslora_cr.reporting.cost import cost_of
+from mslora_cr.reporting.capacity import answering_rank, cost_of
 from mslora_cr.reporting.heatmaps import final_scores_map, matrix_map
 from mslora_cr.reporting.plots import stage_curves
 from mslora_cr.reporting.render import render

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,11 +20,11 @@ from mslora_cr.data.tasks import test_records
 from mslora_cr.evaluation.probe_result import MEASURED, read_probes
 from mslora_cr.evaluation.results import Evaluation, ReportError
 from mslora_cr.evaluation.schemas import ROUTED, Analysis
-from mslora_cr.evaluation.score import read_answers
+from mslora_cr.evaluation.score import AnswerRecord, read_answers
+from mslora_cr.metrics.published import score_answers
 from mslora_cr.reporting.answers import browsed_answers, browser_data
 from mslora_cr.reporting.capacity import answering_rank, bank_ranks, method_named
 from mslora_cr.reporting.clinical_cards import clinical_cards
-from mslora_cr.reporting.examples import pick_examples
 from mslora_cr.reporting.heatmaps import (
     answer_maps,
     confusion_map,
@@ -335,3 +336,24 @@ def _kinship(similarity: Similarity, modalities: Mapping[str, str]) -> dict[str,
     if not modalities or not all(pairs.values()):
         return None
     return {kind: sum(values) / len(values) for kind, values in pairs.items()}
+
+
+class Example(NamedTuple):
+    """An answered question, and whether the answer counts as a hit."""
+
+    question: str
+    answer: str
+    truth: str
+    hit: bool
+
+
+def pick_examples(answers: Sequence[AnswerRecord], of_each: int = 2) -> list[Example]:
+    """Up to `of_each` right and as many wrong answers, the same ones at every call; right ones come first."""
+    picked: dict[bool, list[Example]] = {True: [], False: []}
+    for answer in random.Random(0).sample(answers, len(answers)):
+        if all(len(examples) == of_each for examples in picked.values()):
+            break
+        hit = score_answers([answer]).rows[0].hit
+        if len(picked[hit]) < of_each:
+            picked[hit].append(Example(answer.prompt, str(answer.text), str(answer.gt), hit))
+    return picked[True] + picked[False]

@@ -9,7 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from mslora_cr.evaluation.results import ReportError
-from mslora_cr.reporting.cost import mean_costs
+from mslora_cr.reporting.capacity import mean_costs
 from mslora_cr.reporting.plots import sweep_dots
 from mslora_cr.reporting.render import render
 from mslora_cr.reporting.style import MATRICES, PALETTE, REPORTED_TITLES

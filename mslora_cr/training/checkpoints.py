@@ -7,15 +7,20 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mslora_cr.banks.bank import Bank
+from mslora_cr.banks.io import load_bank, save_bank
 from mslora_cr.config.schema import ConfigError
 from mslora_cr.distributed.comm import DistributedError
 from mslora_cr.distributed.deepspeed import zero_stage
@@ -195,3 +200,43 @@ class Publisher:
         self._pool.shutdown()
         if kind is None:
             self.wait()
+
+
+BEST_FOLDER = "best"
+
+
+def stored_numbers(folder: Path) -> tuple[Bank, dict[str, Tensor]]:
+    """The bank of a folder inside a checkpoint, and the trained tensors beside it."""
+    file = folder / EXTRA_STATE
+    return load_bank(folder), load_file(file) if file.is_file() else {}
+
+
+@dataclass(frozen=True)
+class BestBank:
+    """A bank and its origin.
+
+    Attributes:
+        step: The optimizer step of its validation.
+        metrics: The figures measured then.
+        bank: Its numbers, on the CPU.
+        extra_state: Further trained tensors.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    bank: Bank
+    extra_state: Mapping[str, Tensor]
+
+    def write(self, checkpoint: Path) -> dict[str, Any]:
+        """Write the numbers into a checkpoint, and return the rest for its state."""
+        save_bank(self.bank, checkpoint / BEST_FOLDER, beside={EXTRA_STATE: self.extra_state})
+        return {"step": self.step, "metrics": self.metrics}
+
+    @classmethod
+    def read(cls, checkpoint: Path, state: Mapping[str, Any]) -> BestBank:
+        """Read what `write` stored.
+
+        Raises:
+            BankError: The numbers are damaged.
+        """
+        return cls(state["step"], state["metrics"], *stored_numbers(checkpoint / BEST_FOLDER))

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mslora_cr.banks.bank import Bank
-from mslora_cr.banks.io import load_bank, save_bank
+from mslora_cr.banks.io import save_bank
 from mslora_cr.banks.stack import TRAINABLE, BankStack
 from mslora_cr.data.datasets import ConcatTrainDataset
 from mslora_cr.data.input_processor import Collate
@@ -27,7 +26,6 @@ from mslora_cr.distributed.comm import barrier, broadcast_object
 from mslora_cr.distributed.deepspeed import float32_value, gather_params, reshard
 from mslora_cr.models.language import decoder_layers, last_mlp
 from mslora_cr.models.sparse_mlp import SparseMLP
-from mslora_cr.training.best import BestBank
 from mslora_cr.training.callbacks import TowerOutsideGraph
 from mslora_cr.training.checkpoints import (
     BANK_FOLDER,
@@ -35,9 +33,11 @@ from mslora_cr.training.checkpoints import (
     LAUNCH,
     STAGING,
     STATE,
+    BestBank,
     Launch,
     Publisher,
     reading,
+    stored_numbers,
     writing,
 )
 from mslora_cr.training.inputs import loss_mask
@@ -364,9 +364,7 @@ class BankTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """`save_model` has no public counterpart that reads what it wrote."""
         with reading(resume_from_checkpoint):
-            folder = Path(resume_from_checkpoint) / BANK_FOLDER
-            file = folder / EXTRA_STATE
-            self.stack.load_trainable(load_bank(folder), load_file(file) if file.is_file() else None)
+            self.stack.load_trainable(*stored_numbers(Path(resume_from_checkpoint) / BANK_FOLDER))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """So that a damaged file is named: no public hook is around the Trainer's reading."""

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from mslora_cr.config.benchmarks import Benchmark
-from mslora_cr.data.answers.boxes import Box, read_box
+from mslora_cr.data.answers.boxes import Box, iou, read_box
 from mslora_cr.metrics.benchmarks import BenchmarkAnswer, corrected_score, published_score, soft_accuracy
-from mslora_cr.metrics.boxes import iou
 from mslora_cr.metrics.captions import METEOR, WITHOUT_JAVA, caption_columns
 
 

@@ -16,11 +16,10 @@ from mslora_cr.evaluation.results import ReportError, read_evaluation
 from mslora_cr.evaluation.score import AnswerRecord
 from mslora_cr.metrics.published import score_answers
 from mslora_cr.reporting.comparison import write_comparison
-from mslora_cr.reporting.examples import pick_examples
 from mslora_cr.reporting.heatmaps import similarity_map
 from mslora_cr.reporting.plots import logged_terms, loss_curves
 from mslora_cr.reporting.render import chance, render
-from mslora_cr.reporting.report import _context, write_report
+from mslora_cr.reporting.report import _context, pick_examples, write_report
 from mslora_cr.reporting.run_record import load_published_scores, read_log, read_run
 from mslora_cr.statistics.intervals import difference_interval, estimate, independent, percent
 from mslora_cr.utils.state import StateError

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy.stats import contingency
 
-from mslora_cr.statistics.association import cramers_v
 from mslora_cr.statistics.intervals import estimate, independent, score_interval
 from mslora_cr.statistics.sample_size import (
     auroc_half_width,
@@ -12,7 +11,7 @@ from mslora_cr.statistics.sample_size import (
     detectable_difference,
     share_half_width,
 )
-from mslora_cr.statistics.subgroups import banded, subgroups
+from mslora_cr.statistics.subgroups import banded, cramers_v, subgroups
 
 
 def test_groups_are_scored_from_ten_patients_on() -> None:
