@@ -14,7 +14,7 @@ from mslora_cr.utils.visible import visible, visible_results
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "printed"),
     [
         ("plain é 胃\n\ttext", "plain é 胃\n\ttext"),
         ("\x1b[2J\x07\r\0", r"\x1b[2J\x07\r\x00"),
