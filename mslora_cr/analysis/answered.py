@@ -26,8 +26,8 @@ from mslora_cr.evaluation.score import (
     read_scores,
     score_records,
 )
-from mslora_cr.metrics.by_class import area_scores, balanced_scores
-from mslora_cr.metrics.closed import class_of
+from mslora_cr.metrics.by_class import BY_CLASS, class_columns
+from mslora_cr.metrics.closed import class_of, confusion
 from mslora_cr.metrics.typed import CHOICE, TYPED
 from mslora_cr.statistics.matrix_intervals import Column
 
@@ -41,10 +41,8 @@ COMPARED = {
     **{name: name for name in TYPED if name != CHOICE},
 }
 """Titles and names in `metrics.json`."""
-BALANCED, AREA = "balanced accuracy", "AUROC"
-"""Titles of what is no score of a single answer; see `metrics.by_class`."""
-LATER = {*TYPED, BALANCED, AREA}
-"""Titles that results of earlier versions, or without probabilities, do not have."""
+LATER = {*TYPED, *BY_CLASS}
+"""Titles that results of earlier versions, without probabilities, or without an answer of a class, do not have."""
 Stage = Literal["final", "own"]
 
 
@@ -56,7 +54,7 @@ class AnsweredTask:
         banks: The banks that answered.
         questions: The digest of the test file. Both are None if only answer files are known.
         answers: The answer file.
-        columns: The scores, by title in `COMPARED`, and by `BALANCED` and `AREA` where they are known.
+        columns: The scores, by title in `COMPARED`, and what is no score of a single answer (`class_columns`).
     """
 
     banks: str | None
@@ -137,26 +135,28 @@ def _scored(path: Path) -> AnsweredTask:
 
 
 def _by_class(path: Path, table: ScoreTable) -> dict[str, Column]:
-    """Balanced accuracy and AUROC as columns, where the closed questions have several classes."""
+    """The figures of closed questions, where these have several classes (`class_columns`)."""
     right = table.columns.get(CHOICE)
     if right is None:
         return {}
     closed = np.flatnonzero(~np.isnan(right))
     answers = read_answers(path)
-    truths = [class_of(str(answers[index].gt), {}) for index in closed]
-    names, place = np.unique(truths, return_inverse=True)
-    if len(names) < 2:
-        return {}
-    groups = table.groups[closed]
-    columns = {BALANCED: Column(balanced_scores(place, right[closed]), groups)}
-    known = probabilities_of(path, len(answers))
+    truths = [str(answers[index].gt) for index in closed]
+    # An answer that was scored as right says its truth: the score knows options and other accepted truths.
+    said = [truth if right[index] else str(answers[index].text) for index, truth in zip(closed, truths, strict=True)]
+    groups = np.unique(table.groups[closed], return_inverse=True)[1]
+    classes = confusion(said, [[truth] for truth in truths], groups)
+    return class_columns(classes, _chances(path, classes.names, closed, len(answers)))
+
+
+def _chances(path: Path, names: Sequence[str], closed: np.ndarray, answers: int) -> np.ndarray | None:
+    """(closed questions, classes), the probability of each class; None where one is not known."""
+    known = probabilities_of(path, answers)
     chances = [known[index] for index in closed] if known else []
-    if chances and all(chances):
-        by_class = [{class_of(text, {}): p for text, p in (one or {}).items()} for one in chances]
-        areas = area_scores(place, np.array([[one.get(name, 0.0) for name in names] for one in by_class]))
-        if areas is not None:
-            columns[AREA] = Column(areas, groups)
-    return columns
+    if not chances or not all(chances):
+        return None
+    by_class = [{class_of(text, {}): p for text, p in (one or {}).items()} for one in chances]
+    return np.array([[one.get(name, 0.0) for name in names] for one in by_class])
 
 
 def _groups(path: Path, answers: Sequence[AnswerRecord]) -> np.ndarray:

@@ -10,11 +10,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from tabulate import tabulate
 
-from mslora_cr.analysis.answered import AREA, BALANCED, COMPARED, LATER, Answered, Stage, answered_run
+from mslora_cr.analysis.answered import COMPARED, LATER, Answered, Stage, answered_run
 from mslora_cr.evaluation.results import ReportError
 from mslora_cr.evaluation.schemas import BetweenTasks, ComparedRun, Comparison, PairedNote, PairedTest
+from mslora_cr.metrics.by_class import BY_CLASS, PSEUDO
+from mslora_cr.metrics.closed import LOWEST
 from mslora_cr.statistics import intervals
-from mslora_cr.statistics.interval import bracketed
+from mslora_cr.statistics.interval import Interval, bracketed
 from mslora_cr.statistics.intervals import (
     Estimate,
     estimate,
@@ -31,7 +33,9 @@ from mslora_cr.statistics.significance import flipped_means, flips_for, holm, p_
 OVERALL = "overall"
 
 
-def compare(runs: Mapping[str, Path], at: Stage = "final") -> Comparison:
+def compare(
+    runs: Mapping[str, Path], at: Stage = "final", titles: Sequence[str] = (*COMPARED, *BY_CLASS)
+) -> Comparison:
     """Compare each run with the first one, question by question.
 
     Each test is of a task's mean difference, or of the mean over tasks (`OVERALL`). `p` comes from the paired
@@ -44,6 +48,7 @@ def compare(runs: Mapping[str, Path], at: Stage = "final") -> Comparison:
     Args:
         runs: Results folders, or folders of answer files alone (`TASK/answer-file.jsonl`), by label; at least two.
         at: Score tasks after the last stage, or each at its own; answer files alone are taken as they are.
+        titles: The metrics.
 
     Raises:
         ReportError: A run is not evaluated as needed, or two runs were asked different questions.
@@ -57,11 +62,13 @@ def compare(runs: Mapping[str, Path], at: Stage = "final") -> Comparison:
             _check_same_questions(task, {name: answered[name] for name in (baseline, label)})
     flips = flips_for(sum(map(len, common.values())))
     metrics = {}
-    for title in (*COMPARED, BALANCED, AREA):
+    for title in titles:
         pairs = {label: _pairs(answered[baseline], answered[label], common[label], title) for label in others}
-        tests = [test for label in others if pairs[label] for test in _tests(baseline, label, pairs[label], flips)]
+        lowest = LOWEST.get(title, 0.0)
+        found = [label for label in others if pairs[label]]
+        tests = [test for label in found for test in _tests(baseline, label, pairs[label], flips, lowest)]
         if tests:
-            metrics[title] = _adjusted_by_family([_without_counts(test) for test in tests] if title == AREA else tests)
+            metrics[title] = _adjusted_by_family(list(map(_without_counts, tests)) if title in PSEUDO else tests)
     if not metrics:
         raise ReportError(f"the runs {', '.join(runs)} have no task in common")
     return Comparison(
@@ -98,7 +105,8 @@ def _check_same_questions(task: str, runs: Mapping[str, Answered]) -> None:
         raise ReportError(f"{pair} were asked different questions of {task}; evaluate both again")
     for title, column in first.tasks[task].columns.items():
         counts = len(column.scores), len(second.tasks[task].column(title).scores)
-        if counts[0] != counts[1] and not (0 in counts and title in LATER):  # an earlier version scored them
+        later = title.partition(":")[0] in LATER
+        if counts[0] != counts[1] and not (0 in counts and later):  # an earlier version scored them
             raise ReportError(
                 f"{pair} were asked the same questions of {task}, but scores.csv has {counts[0]} of {label} and "
                 f"{counts[1]} of {other}; evaluate both again"
@@ -106,19 +114,22 @@ def _check_same_questions(task: str, runs: Mapping[str, Answered]) -> None:
 
 
 def _pairs(baseline: Answered, run: Answered, tasks: Sequence[str], title: str) -> list[_Pair]:
-    """The tasks that have the metric."""
+    """The tasks that have the metric; of a metric by class, each class of each task."""
     pairs = []
     for task in tasks:
         sides = baseline.tasks[task], run.tasks[task]
-        columns: list[Column] = [side.column(title) for side in sides]
-        if all(len(column.scores) for column in columns):
-            banks, scores = (sides[0].banks, sides[1].banks), (columns[0].scores, columns[1].scores)
-            pairs.append(_Pair(task, banks, scores, coarsest([column.groups for column in columns])))
+        for name in sides[0].columns:
+            metric, _, of_class = name.partition(": ")
+            columns: list[Column] = [side.column(name) for side in sides]
+            if metric == title and all(len(column.scores) for column in columns):
+                banks, scores = (sides[0].banks, sides[1].banks), (columns[0].scores, columns[1].scores)
+                place = f"{task}: {of_class}" if of_class else task
+                pairs.append(_Pair(place, banks, scores, coarsest([column.groups for column in columns])))
     return pairs
 
 
-def _tests(baseline: str, label: str, pairs: Sequence[_Pair], flips: int) -> list[PairedTest]:
-    """The tests of one run against the baseline in one metric; `OVERALL` comes last."""
+def _tests(baseline: str, label: str, pairs: Sequence[_Pair], flips: int, lowest: float) -> list[PairedTest]:
+    """The tests of one run against the baseline in one metric, whose values start at `lowest`; `OVERALL` comes last."""
     tests, flipped = [], []
     parts: list[tuple[Estimate, Estimate, PairedTask]] = []
     for pair in pairs:
@@ -127,14 +138,14 @@ def _tests(baseline: str, label: str, pairs: Sequence[_Pair], flips: int) -> lis
         # All runs use the same signs, whatever tasks they have.
         flipped.append(flipped_means(pair.difference, pair.groups, flips, stream=zlib.crc32(pair.task.encode())))
         banks = dict(zip((baseline, label), pair.banks, strict=True))
-        tests.append(_test(label, pair.task, parts[-1:], flipped[-1], banks))
-    overall = _test(label, OVERALL, parts, np.mean(flipped, axis=0), None)
+        tests.append(_test(label, pair.task, parts[-1:], flipped[-1], banks, lowest))
+    overall = _test(label, OVERALL, parts, np.mean(flipped, axis=0), None, lowest)
     between = _between_tasks([test.difference for test in tests])
     return [*tests, overall.model_copy(update={"between_tasks": between})]
 
 
 def _without_counts(test: PairedTest) -> PairedTest:
-    """A test of areas, in which nearly every question has another part: it counts no answers."""
+    """A test of pseudo-values, which nearly every question moves: it counts no answers."""
     return test.model_copy(update={"changed": None, "change": None})
 
 
@@ -148,6 +159,7 @@ def _test(
     parts: Sequence[tuple[Estimate, Estimate, PairedTask]],
     flipped: intervals.Scores,
     banks: dict[str, str | None] | None,
+    lowest: float,
 ) -> PairedTest:
     """One test of the mean over tasks, from the estimates of both scores and their difference for each task."""
     weights = [1 / len(parts)] * len(parts)
@@ -161,9 +173,9 @@ def _test(
         questions=sums[2].questions,
         groups=sums[2].groups,
         baseline_score=100 * sums[0].mean,
-        baseline_interval=percent(score_interval(before, weights)),
+        baseline_interval=_ends(before, weights, lowest),
         score=100 * sums[1].mean,
-        score_interval=percent(score_interval(after, weights)),
+        score_interval=_ends(after, weights, lowest),
         difference=100 * (sums[1].mean - sums[0].mean),
         interval=change.ends,
         changed=change.gained + change.lost,
@@ -171,6 +183,21 @@ def _test(
         p=p_value(sums[2].mean, flipped),
         banks=banks,
     )
+
+
+def _ends(parts: Sequence[Estimate], weights: Sequence[float], lowest: float) -> Interval:
+    """The interval of a weighted mean of scores between `lowest` and 1, in percent."""
+    width = 1 - lowest
+    scaled = [
+        part._replace(
+            mean=(part.mean - lowest) / width,
+            square=(part.square - 2 * lowest * part.mean + lowest**2) / width**2,
+            variance=part.variance / width**2,
+        )
+        for part in parts
+    ]
+    low, high = score_interval(scaled, weights)
+    return percent((lowest + width * low, lowest + width * high))
 
 
 def _between_tasks(differences: Sequence[float]) -> BetweenTasks:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -14,6 +16,7 @@ from mslora_cr.utils.errors import UserError
 
 if TYPE_CHECKING:
     from mslora_cr.evaluation.openai_client import Endpoint
+    from mslora_cr.evaluation.passes import Evaluating
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +108,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.judge:
         _judge_of(args).check()
     config = config_of(args)
-    passes = [f"--{name}" for name in ("blind", "circular", "calibrate") if getattr(args, name)]
-    if passes and (args.endpoint or config.evaluation.banks_by == "routed"):
-        raise UserError(f"{passes[0]} asks banks that are chosen by task: it goes with neither --endpoint nor routing")
     if args.endpoint or args.model:
         return _evaluate_endpoint(args, config)
     if args.task and config.evaluation.banks_by == "routed":
@@ -115,33 +115,27 @@ def _evaluate(args: argparse.Namespace) -> int:
     quieten()
     from mslora_cr.distributed.comm import rank
     from mslora_cr.distributed.launch import abort_together
-    from mslora_cr.evaluation.asking import BLIND
     from mslora_cr.evaluation.evaluate import evaluate
-    from mslora_cr.evaluation.passes import CircularFile, circular_table, evaluate_calibration, evaluate_circular
     from mslora_cr.evaluation.probe import check_held_out, evaluate_probe
     from mslora_cr.evaluation.probe_result import Probe, probe_table
     from mslora_cr.evaluation.routed import evaluate_routed
+    from mslora_cr.runs.ledger import finished_banks
     from mslora_cr.stream.import_export import load_banks
 
     if args.probe:
         check_held_out(config, args.probe)
     with abort_together():
-        banks = load_banks(args.banks, config) if args.banks else None
-        if args.calibrate:
-            evaluate_calibration(config, args.stages or "own", args.task, banks)
+        banks = load_banks(args.banks, config) if args.banks else finished_banks(config)
         if config.evaluation.banks_by == "routed":
-            path = evaluate_routed(config, args.stages or "final", banks)
+            evaluating = partial(evaluate_routed, config, args.stages or "final", banks)
         else:
-            path = evaluate(config, args.stages or "own", args.task, banks)
-        if args.blind:
-            evaluate(config, args.stages or "own", args.task, banks, BLIND)
-        if args.circular:
-            circular = evaluate_circular(config, args.stages or "own", args.task, banks)
+            evaluating = partial(evaluate, config, args.stages or "own", args.task, banks)
+        digests = {name: bank.digest for name, bank in banks.items()}
+        path, circular = _evaluate_passes(args, config, lambda asking: evaluating(asking=asking), digests)
         if rank() == 0:
             _show_scores(path)
             _show_routing(path)
-            if args.circular:
-                print(f"\n{circular_table(CircularFile.read(circular))}")
+            _show_circular(circular)
         if args.probe:
             probe = evaluate_probe(config, args.probe, banks)
     if rank() == 0:
@@ -149,6 +143,30 @@ def _evaluate(args: argparse.Namespace) -> int:
             print(f"\n{probe_table(Probe.read(probe))}")
         _show_next(path, args)
     return 0
+
+
+def _evaluate_passes(
+    args: argparse.Namespace, config: StreamConfig, evaluating: Evaluating, digests: Mapping[str, str]
+) -> tuple[Path, Path | None]:
+    """Evaluate, with the further passes that are asked for; return the paths of `evaluation.json` and
+    `circular.json`."""
+    from mslora_cr.evaluation.asking import AS_IT_IS, BLIND
+    from mslora_cr.evaluation.passes import evaluate_calibration, evaluate_circular
+
+    if args.calibrate:
+        evaluate_calibration(config, evaluating, digests, args.task)
+    path = evaluating(AS_IT_IS)
+    if args.blind:
+        evaluating(BLIND)
+    return path, evaluate_circular(config, evaluating, path.parent) if args.circular else None
+
+
+def _show_circular(path: Path | None) -> None:
+    """Print the scores of a `circular.json`, if there is one."""
+    from mslora_cr.evaluation.passes import CircularFile, circular_table
+
+    if path is not None:
+        print(f"\n{circular_table(CircularFile.read(path))}")
 
 
 def _show_scores(path: Path) -> None:
@@ -202,8 +220,10 @@ def _evaluate_endpoint(args: argparse.Namespace, config: StreamConfig) -> int:
     from mslora_cr.evaluation.endpoint import evaluate_endpoint
     from mslora_cr.evaluation.openai_client import Endpoint
 
-    path = evaluate_endpoint(config, Endpoint(args.endpoint, args.model, args.concurrency or 8), args.task)
+    endpoint = Endpoint(args.endpoint, args.model, args.concurrency or 8)
+    path, circular = _evaluate_passes(args, config, partial(evaluate_endpoint, config, endpoint, args.task), {})
     _show_scores(path)
+    _show_circular(circular)
     _show_next(path, args)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from mslora_cr.config.schema import StreamConfig, Task
 from mslora_cr.data.answers.options import letter_of, rotated
 from mslora_cr.data.records import TestRecord, TestRecords
 from mslora_cr.data.tasks import VALIDATION, task_folder, test_file, test_records, validation_records
+from mslora_cr.evaluation.benchmark import open_questions
 from mslora_cr.evaluation.results import EVALUATION, Cell, Evaluation
 from mslora_cr.evaluation.score import SCORES, read_scores
 from mslora_cr.metrics.typed import CHOICE
@@ -84,6 +86,10 @@ class Asking:
         parent, _, run = f"{config.results_run_dir}/{self.name}".rpartition("/")
         return config.model_copy(update={"results_dir": parent, "run": run})
 
+    def tasks(self, config: StreamConfig, tasks: Iterable[Task]) -> list[Task]:
+        """The tasks that have such questions."""
+        return [task for task in tasks if self.is_there(config, task)]
+
     @property
     def facts(self) -> dict[str, Any]:
         """What decides answers besides banks, questions and settings; nothing for the run's own."""
@@ -94,6 +100,22 @@ class Asking:
 AS_IT_IS = Asking()
 BLIND = Asking("blind", blank=True)
 ON_VALIDATION = Asking("validation", validation=True)
+
+
+def asked_records(config: StreamConfig, tasks: Iterable[Task], asking: Asking) -> dict[str, TestRecords]:
+    """The questions of some tasks, by name; those of the run's own asking as `open_questions` checks them.
+
+    Args:
+        config: of `Asking.config`.
+        tasks: which have such questions.
+        asking: how they are put.
+
+    Raises:
+        DataError, ModuleNotFoundError: as `open_questions`.
+    """
+    if asking == AS_IT_IS:
+        return open_questions(config, list(tasks))
+    return {task.name: asking.records(config, task) for task in tasks}
 
 
 def rotations(count: int) -> list[Asking]:

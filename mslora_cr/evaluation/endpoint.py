@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mslora_cr.clinical.calibrated import calibrated
 from mslora_cr.clinical.candidates import candidate_answers
 from mslora_cr.clinical.training import task_frequencies
 from mslora_cr.config.schema import StreamConfig, Task
@@ -19,7 +20,7 @@ from mslora_cr.data.answers.boxes import PIXELS, filled
 from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.prompts import question_text
 from mslora_cr.data.records import DataError, TestRecord, TestRecords, shown_images
-from mslora_cr.data.tasks import task_image_roots, test_file, test_records
+from mslora_cr.data.tasks import task_image_roots
 from mslora_cr.evaluation.answer_files import (
     Answered,
     Origin,
@@ -30,7 +31,7 @@ from mslora_cr.evaluation.answer_files import (
     publish,
     read_journals,
 )
-from mslora_cr.evaluation.benchmark import open_questions
+from mslora_cr.evaluation.asking import AS_IT_IS, Asking, asked_records, blank_records, write_blank
 from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.openai_client import TOP_LOGPROBS, Body, Chat, Endpoint, EndpointError, Reply, folder_name
 from mslora_cr.evaluation.probabilities import AnswerProbability
@@ -48,12 +49,20 @@ TASK = "{task}"
 """A placeholder in a model's name for the name of the task that is asked."""
 
 
-def evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None = None) -> Path:
+def evaluate_endpoint(
+    config: StreamConfig, endpoint: Endpoint, only: str | None = None, asking: Asking = AS_IT_IS
+) -> Path:
     """Ask a served model the test questions of every task, or of the one named, and score its answers as one model
     after the last stage.
 
     Returns the path of `evaluation.json`, below `served/` of the run's results folder. Every answer is stored as soon
     as it arrives: an interrupted evaluation asks no question again.
+
+    Args:
+        config: The run whose tasks are asked.
+        endpoint: The server.
+        only: The name of a task.
+        asking: How questions are put. Tasks that have no such questions are left out.
 
     Raises:
         ConfigError, DataError: Before anything is asked.
@@ -62,31 +71,39 @@ def evaluate_endpoint(config: StreamConfig, endpoint: Endpoint, only: str | None
     """
     endpoint.check()
     with one_writer(config.results_run_dir):
-        tasks = [config.task(only)] if only else config.stream
-        records = open_questions(config, tasks)
+        tasks = asking.tasks(config, [config.task(only)] if only else config.stream)
+        records = asked_records(asking.config(config), tasks, asking)
         name = folder_name(endpoint.model)
-        target = ResultsTarget(config.results_run_dir / SERVED / name, run=name, method=SERVED)
+        target = ResultsTarget(config.results_run_dir / SERVED / name / asking.name, run=name, method=SERVED)
         images = ImageDigests(config, records)
+        blank = target.folder if asking.blank else None
+        if blank is not None:
+            write_blank(blank)
         stage, rows, possible = len(config.tasks), [], {}
         with Chat(endpoint) as chat:
             for task in tasks:
-                origin = _origin(config, endpoint, task, records[task.name], images.of(task))
-                asker = _Asker(config, endpoint, chat, task, records[task.name], origin)
+                shown = None if blank else images.of(task)
+                origin = _origin(config, endpoint, task, records[task.name], shown, asking)
+                asker = _Asker(config, endpoint, chat, task, records[task.name], origin, blank)
                 folder = target.folder / task.name
                 stamp = answer_once(folder, asker.origin, len(asker.records), partial(asker.answer, folder))
-                training = task_frequencies(config, task)
-                scores = score_file(folder / ANSWERS, folder, asker.records, training=training)
+                training, known = task_frequencies(config, task), calibrated(target.folder, task.name, [asker.model])
+                temperature = known.temperature if known else None
+                scores = score_file(folder / ANSWERS, folder, asker.records, training=training, temperature=temperature)
                 rows.append(cell_row(task, stage, [asker.model], folder, target.folder, stamp, asker.records, scores))
                 warn_of_doubts(rows[-1], config.evaluation.max_new_tokens)
                 possible[task.name, stage] = [asker.origin]
-        for task in config.stream:  # Tasks of an earlier call stay if their answers would be the same.
-            if task.name not in records and test_file(config, task).is_file():
-                possible[task.name, stage] = [_origin(config, endpoint, task, test_records(config, task), None)]
+        rest = [task for task in config.stream if task.name not in records and asking.path(config, task).is_file()]
+        for task in asking.tasks(config, rest):  # Those of an earlier call stay if their answers would be the same.
+            others = asking.records(config, task)
+            possible[task.name, stage] = [_origin(config, endpoint, task, others, None, asking)]
         write_summary(config, target, rows, possible)
         return target.path
 
 
-def _origin(config: StreamConfig, endpoint: Endpoint, task: Task, records: TestRecords, images: str | None) -> Origin:
+def _origin(
+    config: StreamConfig, endpoint: Endpoint, task: Task, records: TestRecords, images: str | None, asking: Asking
+) -> Origin:
     fingerprint = fingerprint_of(
         {
             "endpoint": endpoint.url.rstrip("/"),
@@ -94,6 +111,7 @@ def _origin(config: StreamConfig, endpoint: Endpoint, task: Task, records: TestR
             "questions": records.digest,
             "images": config.data.images,
             "max_new_tokens": config.evaluation.max_new_tokens,
+            **asking.facts,
         }
     )
     return Origin(fingerprint, images)
@@ -110,11 +128,13 @@ class _Asker:
         task: Task,
         records: TestRecords,
         origin: Origin,
+        blank: Path | None,
     ) -> None:
-        self.config, self.task, self.records, self.origin = config, task, records, origin
+        self.config, self.task, self.origin = config, task, origin
+        self.records = records if blank is None else blank_records(records)
         self.model = endpoint.model.replace(TASK, task.name)
         self._candidates = candidate_answers(records, task_frequencies(config, task))
-        self._chat, self._roots = chat, task_image_roots(config, task)
+        self._chat, self._roots = chat, task_image_roots(config, task) if blank is None else [blank]
 
     def answer(self, folder: Path) -> dict[str, Any]:
         """Answer every question that has no answer yet, and write the answer file."""

@@ -13,7 +13,7 @@ from mslora_cr.data.sources.leaks import tell
 from mslora_cr.data.tasks import task_folder
 from mslora_cr.distributed.comm import barrier, rank
 from mslora_cr.evaluation.answer_files import Origin, answer_once
-from mslora_cr.evaluation.asking import AS_IT_IS, Asking, write_blank
+from mslora_cr.evaluation.asking import AS_IT_IS, Asking, asked_records, write_blank
 from mslora_cr.evaluation.cells import PlannedCell, Stages, cells
 from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.results import Cell
@@ -70,7 +70,7 @@ def _answer_cells(
 ) -> Path:
     """Answer and score cells with the banks by task number; return the path of `evaluation.json`."""
     names = {task.name for task in config.stream if task in [cell.task for cell in wanted]}
-    records = {name: asking.records(config, config.task(name)) for name in sorted(names)}
+    records = asked_records(config, [config.task(name) for name in sorted(names)], asking)
     for name, opened in records.items():
         tell(name, task_folder(config, config.task(name)), opened.digest)
     switches = len({cell.banks for cell in wanted}) > 1

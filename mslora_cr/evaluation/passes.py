@@ -1,36 +1,34 @@
 """Further passes over the questions: without the picture, with rotated options, and over validation questions.
 
-Each is an evaluation of the same banks in a folder of its own below the run's results (`Asking`). What a pass says is
-read off its scores.
+Each is an evaluation of the same banks, or of the same served model, in a folder of its own below the results
+(`Asking`). What a pass says is read off its scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 from tabulate import tabulate
 
-from mslora_cr.banks.bank import Bank
 from mslora_cr.clinical.calibrated import CALIBRATION, CalibratedTask, Calibrations, calibrate
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.records import DataError, TestRecords
 from mslora_cr.distributed.comm import barrier, rank
-from mslora_cr.evaluation.asking import AS_IT_IS, ON_VALIDATION, rotated_records, rotations
-from mslora_cr.evaluation.cells import Stages
-from mslora_cr.evaluation.evaluate import evaluate
+from mslora_cr.evaluation.asking import AS_IT_IS, ON_VALIDATION, Asking, rotated_records, rotations
 from mslora_cr.evaluation.probabilities import PROBABILITIES, read_probabilities
 from mslora_cr.evaluation.results import Cell, Evaluation, read_evaluation
 from mslora_cr.evaluation.score import SCORES, asked_in, group_numbers, question_groups, read_scores
 from mslora_cr.metrics.typed import CHOICE
-from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.statistics.interval import Interval, bracketed
 from mslora_cr.statistics.intervals import estimate, percent, score_interval
 from mslora_cr.utils.state import Part, StateFile
 
 CIRCULAR = "circular.json"
+Evaluating = Callable[[Asking], Path]
+"""Evaluates the same banks, or the same served model, in a further way; returns the path of `evaluation.json`."""
 
 
 # --- every order of the options ---------------------------------------------------------------------------------------
@@ -61,25 +59,28 @@ class CircularFile(StateFile):
     cells: tuple[CircularTask, ...]
 
 
-def evaluate_circular(
-    config: StreamConfig, stages: Stages, only: str | None = None, banks: Mapping[str, Bank] | None = None
-) -> Path:
-    """Ask every rotation of the options, and write `circular.json`. The run's own answers must be there.
+def evaluate_circular(config: StreamConfig, evaluating: Evaluating, results_dir: Path) -> Path:
+    """Ask every rotation of the options, and write `circular.json`.
+
+    Args:
+        config: The run.
+        evaluating: Evaluates it.
+        results_dir: The folder of the answers to the questions as they are.
 
     Raises:
-        DataError: No question has options. As `evaluate`.
+        DataError: No question has options. As `evaluating`.
     """
-    evaluation = read_evaluation(config.results_run_dir)
-    cells = [cell for cell in evaluation.cells if only in (None, cell.task)] if evaluation else []
+    evaluation = read_evaluation(results_dir)
+    cells = evaluation.cells if evaluation else ()
     records = {cell.task: AS_IT_IS.records(config, config.task(cell.task)) for cell in cells}
     most = max((len(record.options) for of_task in records.values() for record in of_task), default=0)
     if not most:
         raise DataError("--circular asks questions with options in every order, and no test question has options")
-    folders = [evaluate(config, stages, only, banks, asking).parent for asking in rotations(most)]
-    path = config.results_run_dir / CIRCULAR
+    folders = [evaluating(asking).parent for asking in rotations(most)]
+    path = results_dir / CIRCULAR
     if rank() == 0:
         evaluations = {folder: read_evaluation(folder) for folder in folders}
-        measured = [_circular(config.results_run_dir, cell, records[cell.task], evaluations) for cell in cells]
+        measured = [_circular(results_dir, cell, records[cell.task], evaluations) for cell in cells]
         CircularFile(cells=tuple(one for one in measured if one is not None)).write(path)
     barrier()
     return path
@@ -137,39 +138,43 @@ def circular_table(results: CircularFile) -> str:
 
 
 def evaluate_calibration(
-    config: StreamConfig, stages: Stages, only: str | None = None, banks: Mapping[str, Bank] | None = None
+    config: StreamConfig, evaluating: Evaluating, digests: Mapping[str, str], only: str | None = None
 ) -> Path:
     """Answer the validation questions of the tasks that have some, and write `calibration.json`.
 
+    Args:
+        config: The run.
+        evaluating: Evaluates it.
+        digests: The digest of each bank, by name; a served model stands for itself.
+        only: The name of a task.
+
     Raises:
-        DataError: No task has any. As `evaluate`.
+        DataError: No task has any. As `evaluating`.
     """
-    tasks = [task for task in config.stream if only in (None, task.name)]
-    if not any(ON_VALIDATION.is_there(config, task) for task in tasks):
+    if not ON_VALIDATION.tasks(config, [config.task(only)] if only else config.stream):
         raise DataError(
             "--calibrate needs validation questions, and there are none: temperature and thresholds are fitted on "
             "nothing else. `mslora-cr data convert` and `data prepare` write val.jsonl where the source has a "
             "validation split; data.validation holds a share of the training records out, before training"
         )
-    by_task = dict(banks) if banks is not None else finished_banks(config)
-    folder = evaluate(config, stages, only, by_task, ON_VALIDATION).parent
-    path = config.results_run_dir / CALIBRATION
+    folder = evaluating(ON_VALIDATION).parent
+    path = folder.parent / CALIBRATION
     if rank() == 0:
         found = read_evaluation(folder)
         assert found is not None, "it was just written"
-        Calibrations(cells=tuple(_calibrated(config, cell, folder, by_task) for cell in found.cells)).write(path)
+        Calibrations(cells=tuple(_calibrated(config, cell, folder, digests) for cell in found.cells)).write(path)
     barrier()
     return path
 
 
-def _calibrated(config: StreamConfig, cell: Cell, folder: Path, banks: Mapping[str, Bank]) -> CalibratedTask:
+def _calibrated(config: StreamConfig, cell: Cell, folder: Path, digests: Mapping[str, str]) -> CalibratedTask:
     records = ON_VALIDATION.records(ON_VALIDATION.config(config), config.task(cell.task))
     answers = folder / cell.answers
     known = read_probabilities(answers.with_name(PROBABILITIES))
     return calibrate(
         cell.task,
         cell.stage,
-        [banks[name].digest for name in cell.banks],
+        [digests.get(name, name) for name in cell.banks],
         asked_in(answers, records),
         [one.logprob for one in known] or [None] * len(records),
         group_numbers([group for _, group in question_groups(records)]),

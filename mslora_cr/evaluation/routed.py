@@ -1,6 +1,7 @@
 """Task-agnostic answers: questions of all tasks mixed, each answered by the banks of the task that the router predicts.
 
-Everything goes to `routed/` in the results folder, beside the task-aware answers.
+Everything goes to `routed/` in the results folder, beside the task-aware answers. Further passes (`Asking`) go to
+folders below it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +19,26 @@ from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.per_sample import whole_banks
+from mslora_cr.clinical.calibrated import calibrated
 from mslora_cr.clinical.training import task_frequencies
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.records import TestRecords
 from mslora_cr.data.tasks import task_image_roots
 from mslora_cr.distributed.comm import all_gather_object, barrier, rank, world_size
 from mslora_cr.evaluation.answer_files import Origin, answer_once, fingerprint_of, read_stamp, write_stamp
-from mslora_cr.evaluation.benchmark import open_questions
+from mslora_cr.evaluation.asking import AS_IT_IS, Asking, asked_records, write_blank
 from mslora_cr.evaluation.cells import CellKey, Stages, stages_of
 from mslora_cr.evaluation.doubts import warn_of_doubts
 from mslora_cr.evaluation.probabilities import PROBABILITIES
 from mslora_cr.evaluation.results import Cell
-from mslora_cr.evaluation.schemas import ANSWERS, ROUTED, ROUTING, Routing, StageRouting
+from mslora_cr.evaluation.schemas import ANSWERS, ROUTED, ROUTING, HeldOutTask, Routing, StageRouting
 from mslora_cr.evaluation.score import group_numbers, question_groups, score_file
 from mslora_cr.evaluation.session import EvaluationSession
 from mslora_cr.evaluation.summary import ImageDigests, ResultsTarget, cell_row, question_digests, write_summary
 from mslora_cr.methods.base import method_of, needs_task
 from mslora_cr.routing.fit import feature_extractor
-from mslora_cr.routing.foreign import LEVEL, foreign_p_values
+from mslora_cr.routing.foreign import BOTH
+from mslora_cr.routing.foreign_questions import ForeignQuestions
 from mslora_cr.routing.lda import TaskRouter, TaskStatistics
 from mslora_cr.runs.environment import check_hosts
 from mslora_cr.runs.ledger import Ledger, finished_banks
@@ -44,7 +48,12 @@ from mslora_cr.utils.files import replacing, write_text
 from mslora_cr.utils.regular import check_regular
 
 
-def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mapping[str, Bank] | None = None) -> Path:
+def evaluate_routed(
+    config: StreamConfig,
+    stages: Stages = "final",
+    banks: Mapping[str, Bank] | None = None,
+    asking: Asking = AS_IT_IS,
+) -> Path:
     """Answer and score the questions of every learned task, without giving the task.
 
     Below `routed/` of the results folder it writes answers and scores by task, `evaluation.json`, and `routing.json`
@@ -52,6 +61,8 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
 
     Args:
         banks: The banks by task, if they do not come from the run folder's ledger.
+        asking: How questions are put. Tasks that have no such questions are left out. Where a grey picture is shown,
+            the banks are those that the true picture is routed to.
 
     Raises:
         ConfigError: The method answers every task with the same banks, or `stages` is `own`, where nothing is mixed.
@@ -67,13 +78,14 @@ def evaluate_routed(config: StreamConfig, stages: Stages = "final", banks: Mappi
     with launch(config, config.results_run_dir):
         by_task = dict(banks) if banks is not None else finished_banks(config)
         learned = [task for task in config.stream if task.name in by_task]
-        return _answer_stages(config, by_task, learned, _tasks_at(config, stages, learned))
+        return _answer_stages(config, by_task, learned, _tasks_at(config, stages, learned, asking), asking)
 
 
-def _tasks_at(config: StreamConfig, stages: Stages, learned: Sequence[Task]) -> dict[int, list[Task]]:
+def _tasks_at(config: StreamConfig, stages: Stages, learned: Sequence[Task], asking: Asking) -> dict[int, list[Task]]:
     """The tasks that are answered, by stage."""
+    asked = asking.tasks(config, config.stream)
     tasks_at = {
-        stage: [task for task in config.stream if stage in stages_of(task, stages, config)]
+        stage: [task for task in asked if stage in stages_of(task, stages, config)]
         for stage in range(1, len(config.tasks) + 1)
         if len(learned) >= stage and learned[stage - 1].index == stage - 1  # No earlier bank is missing.
     }
@@ -88,21 +100,23 @@ def _answer_stages(
     by_task: Mapping[str, Bank],
     learned: Sequence[Task],
     tasks_at: Mapping[int, Sequence[Task]],
+    asking: Asking,
 ) -> Path:
     """Answer and score the stages; return the path of `evaluation.json`."""
     names = {task.name for tasks in tasks_at.values() for task in tasks}
-    records = open_questions(config, [config.task(name) for name in sorted(names)])
+    records = asked_records(asking.config(config), map(config.task, sorted(names)), asking)
     ledger = Ledger.read(config)
-    routed = _Routed(config, by_task, [ledger.statistics(task.name) for task in learned[: max(tasks_at)]], records)
+    statistics = [ledger.statistics(task.name) for task in learned[: max(tasks_at)]]
+    routed = _Routed(config, by_task, statistics, records, asking)
     facts = {
         f"the questions, banks or settings at stage {stage}": routed.origin(stage, tasks)
         for stage, tasks in tasks_at.items()
     }
-    check_hosts(config.results_run_dir, facts)
+    check_hosts(routed.folder, facts)
     rows: dict[CellKey, Cell] = {}
     for stage, tasks in tasks_at.items():
         rows |= routed.answer(stage, tasks)
-    folder = config.results_run_dir / ROUTED
+    folder = routed.folder
     target = ResultsTarget.of_run(config, folder)
     if rank() == 0:
         order = [(task.name, stage) for task in config.stream for stage in tasks_at if (task.name, stage) in rows]
@@ -124,16 +138,22 @@ class _Routed:
         banks: Mapping[str, Bank],
         statistics: Sequence[TaskStatistics],
         records: Mapping[str, TestRecords],
+        asking: Asking,
     ) -> None:
         """
         Args:
             statistics: Those of the tasks whose banks answer.
         """
-        self.config = config
+        self.config, self._asking = config, asking
+        self.folder = config.results_run_dir / ROUTED / asking.name
         self.banks = [banks[task.name] for task in config.stream[: len(statistics)]]
         self.statistics = statistics
-        self._session = EvaluationSession(config, self.banks, records)
-        self._records, self._question_digests = records, question_digests(config, records)
+        blank = self.folder if asking.blank else None
+        if blank is not None:
+            write_blank(blank)
+        self._session = EvaluationSession(config, self.banks, records, blank=blank)
+        self._records = records
+        self._question_digests = question_digests(asking.config(config), records, asking.path)
         self._image_digests = ImageDigests(config, records)
         self._routers = list(_router_digests(statistics))
         self._features: dict[str, Tensor] = {}
@@ -145,7 +165,7 @@ class _Routed:
             On the first rank, the rows of `evaluation.json` by task and stage. The stage's entry of `routing.json` is
             in its stamp.
         """
-        root = self.config.results_run_dir / ROUTED
+        root = self.folder
         together = root / f"stage-{stage}"
         origin = self.origin(stage, tasks)
         folders = {task.name: root / task.name / f"stage-{stage}" for task in tasks}
@@ -160,13 +180,16 @@ class _Routed:
         if rank() != 0:
             return {}
         names = [bank.name for bank in self.banks[:stage]]
+        digests = [bank.digest for bank in self.banks[:stage]]
         rows = {}
         for task in tasks:
+            known = calibrated(root, task.name, digests)
             scores = score_file(
                 folders[task.name] / ANSWERS,
                 folders[task.name],
                 self._records[task.name],
                 training=task_frequencies(self.config, task),
+                temperature=known.temperature if known else None,
                 model=Path(self.config.model.path),
             )
             rows[task.name, stage] = cell_row(
@@ -222,6 +245,7 @@ class _Routed:
         learned = [task for task in tasks if task.index < stage]
         right = np.array([float(route == task.index) for task in learned for route in routes[task.name]])
         groups = [f"{task.name}: {group}" for task in learned for _, group in question_groups(self._records[task.name])]
+        flagged = self._foreign.flagged(stage, tasks)
         return StageRouting(
             stage=stage,
             learned=tuple(bank.name for bank in self.banks[:stage]),
@@ -229,15 +253,18 @@ class _Routed:
             questions=len(right),
             accuracy=100 * float(right.mean()) if learned else None,
             interval=percent(score_interval([estimate(right, group_numbers(groups))])) if learned else None,
-            foreign=self._foreign(stage, tasks),
+            foreign=flagged.pop(BOTH, None),
+            foreign_by_part=flagged,
+            held_out={
+                name: {part: HeldOutTask(**found._asdict()) for part, found in by_part.items()}
+                for name, by_part in self._foreign.held_out(stage, tasks).items()
+            },
         )
 
-    def _foreign(self, stage: int, tasks: Sequence[Task]) -> dict[str, int] | None:
-        """How many questions of each task are like none of those learned; None where that is not known."""
-        values = {task.name: foreign_p_values(self.statistics[:stage], self._features_of(task)) for task in tasks}
-        if any(p is None for p in values.values()):
-            return None
-        return {name: int((p < LEVEL).sum()) for name, p in values.items() if p is not None}
+    @cached_property
+    def _foreign(self) -> ForeignQuestions:
+        pictures = feature_extractor(self.config, self._session.base).image_features
+        return ForeignQuestions(self.statistics, pictures, self._features_of)
 
     def _router(self, stage: int) -> TaskRouter:
         pictures = feature_extractor(self.config, self._session.base).image_features
@@ -276,7 +303,7 @@ class _Routed:
     def origin(self, stage: int, tasks: Sequence[Task]) -> Origin:
         """What decides the answers at a stage."""
         images = {task.name: self._image_digests.of(task) for task in tasks}
-        return Origin(self._fingerprint(stage, tasks), fingerprint_of(images))
+        return Origin(self._fingerprint(stage, tasks), None if self._asking.blank else fingerprint_of(images))
 
     def _fingerprint(self, stage: int, tasks: Sequence[Task]) -> str:
         return self._session.fingerprint(
@@ -285,6 +312,7 @@ class _Routed:
             router=self._routers[stage - 1],
             questions=[self._question_digests.get(task.name) for task in tasks],
             **method_of(self.config).router_settings(self.config),
+            **self._asking.facts,
         )
 
     def possible(self, root: Path) -> dict[CellKey, set[Origin]]:
@@ -296,10 +324,9 @@ class _Routed:
         origins: dict[CellKey, set[Origin]] = {}
         for stage in range(1, len(self.banks) + 1):
             together = root / f"stage-{stage}"
+            sets = (self._asking.tasks(self.config, of) for of in (self.config.stream[:stage], self.config.stream))
             ways = {
-                self.origin(stage, tasks)
-                for tasks in (self.config.stream[:stage], self.config.stream)
-                if read_stamp(together, self._fingerprint(stage, tasks))
+                self.origin(stage, tasks) for tasks in sets if read_stamp(together, self._fingerprint(stage, tasks))
             }
             if ways:
                 origins |= {(task.name, stage): ways for task in self.config.stream}

@@ -53,6 +53,20 @@ class Metrics(StateFile):
     closed: int
 
 
+class HeldOutTask(Part):
+    """What is flagged as like none of the tasks where one learned task is held out, in percent.
+
+    Attributes:
+        false_alarms: The share of the other tasks' questions.
+        detected: The share of the held-out task's questions.
+        auroc: How well p-values tell the two apart: the area under the ROC curve.
+    """
+
+    false_alarms: float
+    detected: float
+    auroc: float
+
+
 class StageRouting(Part):
     """The router's decisions after a stage.
 
@@ -63,6 +77,8 @@ class StageRouting(Part):
         accuracy: The share of those that it assigned correctly, in percent.
         foreign: By a question's task, how many questions are like none of the learned tasks (`routing.foreign`): false
             alarms of a learned task, detections of another. None if the statistics are of an earlier version.
+        foreign_by_part: The same by picture alone and by text alone; empty where that is not known.
+        held_out: By learned task, and by the features that count, what is flagged where this task is held out.
     """
 
     stage: int
@@ -72,6 +88,8 @@ class StageRouting(Part):
     accuracy: float | None
     interval: Interval | None
     foreign: dict[str, int] | None = None
+    foreign_by_part: dict[str, dict[str, int]] = Field(default_factory=dict)
+    held_out: dict[str, dict[str, HeldOutTask]] = Field(default_factory=dict)
 
     def foreign_in_words(self) -> str:
         """How many questions of learned tasks, and of others, are like none of the learned; empty where not known."""
@@ -82,8 +100,13 @@ class StageRouting(Part):
             tasks = [task for task in self.foreign if (task in self.learned) is learned]
             asked = sum(sum(self.confusion[task]) for task in tasks)
             if asked:
-                share = 100 * sum(self.foreign[task] for task in tasks) / asked
-                parts.append(f"{share:.1f} % of {asked} questions {what}")
+                share, *alone = (
+                    100 * sum(flagged[task] for task in tasks) / asked
+                    for flagged in (self.foreign, *self.foreign_by_part.values())
+                )
+                by_part = [f"{part} {of:.1f} %" for part, of in zip(self.foreign_by_part, alone, strict=True)]
+                listed = f" (by the {', by the '.join(by_part)})" if by_part else ""
+                parts.append(f"{share:.1f} % of {asked} questions {what}{listed}")
         return f"like none of the learned tasks: {', '.join(parts)}" if parts else ""
 
     @model_validator(mode="after")

@@ -4,14 +4,16 @@ positions in two dimensions, windows, or images that attend in both directions."
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
 from mslora_cr.banks.per_sample import QuestionBanks
@@ -19,6 +21,15 @@ from mslora_cr.data.input_processor import Prompt
 from mslora_cr.generation.batching import Wave
 from mslora_cr.generation.branches import Branches, Continuations
 from mslora_cr.generation.prefix_decoder import OnToken, Stopping
+from mslora_cr.models.language import caches_keys_alone
+
+
+class _Read(NamedTuple):
+    """Prompts that were read: their cache, and the scores after their last positions, (rows, 1, vocabulary)."""
+
+    questions: tuple[int, ...]
+    cache: Any
+    logits: Tensor
 
 
 class PlainDecoder:
@@ -34,6 +45,7 @@ class PlainDecoder:
         self.model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.prompts = [replace(prompt, opening=(), rest=prompt.opening + prompt.rest) for prompt in prompts]
         self.mixed = mixed
+        self._read: _Read | None = None
         self._stopping, self._device = stopping, self.model.get_input_embeddings().weight.device
         self._dtype = self.model.get_input_embeddings().weight.dtype
         self._settings = GenerationConfig(
@@ -75,9 +87,16 @@ class PlainDecoder:
         """
         if self.mixed is not None:
             self.mixed.choose(questions)
+        self._read = None
         streamer = _Streamer(questions[0], on_token) if on_token is not None else None
-        ids = self.model.generate(**inputs, generation_config=self._settings, streamer=streamer)
-        return [self._cut(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+        with _first_scores(self.model) as first:
+            made = self.model.generate(
+                **inputs, generation_config=self._settings, streamer=streamer, return_dict_in_generate=True
+            )
+        length = inputs["input_ids"].shape[1]
+        if first and caches_keys_alone(self.model) and _rewound(made.past_key_values, length):
+            self._read = _Read(tuple(questions), made.past_key_values, first[0])
+        return [self._cut(row) for row in made.sequences[:, length:].tolist()]
 
     @torch.inference_mode()
     def log_probabilities(
@@ -85,22 +104,22 @@ class PlainDecoder:
     ) -> list[list[list[float]]]:
         """As `prefix_decoder.Decoder.log_probabilities`.
 
-        The prompts are computed once. Their first continuations follow in one pass, then the second ones, and so on.
+        Prompts that were just answered are not read again. Their first continuations follow in one pass, then the
+        second ones, and so on.
         """
         if self.mixed is not None:
             self.mixed.choose(questions)
-        positions = self._positions(inputs["input_ids"], dict(inputs))
-        prompt = self.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+        prompt = self._read_once(inputs, questions)
         mask = inputs["attention_mask"]
         scores_of: list[list[list[float]]] = [[] for _ in questions]
         for number in range(max(map(len, continuations))):
             rows = [row[number : number + 1] or [row[0]] for row in continuations]
             branches = Branches.of(rows, self._stopping.padding, self._device)
-            logits = prompt.logits[:, -1:].float()
+            logits = prompt.logits.float()
             if branches.ids.shape[1]:
                 before = {
                     "attention_mask": torch.cat([mask, (branches.branch >= 0).to(mask)], dim=1),
-                    "past_key_values": copy.deepcopy(prompt.past_key_values),
+                    "past_key_values": copy.deepcopy(prompt.cache),
                 }
                 positions = self._positions(branches.ids, before)
                 output = self.model(input_ids=branches.ids, position_ids=positions, use_cache=True, **before)
@@ -109,6 +128,13 @@ class PlainDecoder:
                 if number < len(continuations[row]):
                     scores_of[row] += scores
         return scores_of
+
+    def _read_once(self, inputs: Mapping[str, Tensor], questions: Sequence[int]) -> _Read:
+        if self._read is None or self._read.questions != tuple(questions):
+            positions = self._positions(inputs["input_ids"], dict(inputs))
+            output = self.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+            self._read = _Read(tuple(questions), output.past_key_values, output.logits[:, -1:])
+        return self._read
 
     def _positions(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Positions as `generate` counts them: a model may have several for each token, and may remember what it
@@ -122,6 +148,34 @@ class PlainDecoder:
     def _cut(self, ids: list[int]) -> list[int]:
         stop = next((index for index, token in enumerate(ids) if token in self._stopping.end_ids), len(ids))
         return ids[: stop + 1]
+
+
+@contextmanager
+def _first_scores(model: Any) -> Iterator[list[Tensor]]:
+    """Collect the scores after the last position, (rows, 1, vocabulary), from the first pass inside the block."""
+    first: list[Tensor] = []
+
+    def note(module: Any, inputs: Any, output: Any) -> None:
+        if not first:
+            first.append(output.logits[:, -1:])
+
+    handle = model.register_forward_hook(note)
+    try:
+        yield first
+    finally:
+        handle.remove()
+
+
+def _rewound(cache: Cache, length: int) -> bool:
+    """Cut a cache back to its first positions; False if a layer has forgotten some of them."""
+    for layer in cache.layers:
+        whole = type(layer) is DynamicLayer
+        if not whole and not (
+            type(layer) is DynamicSlidingWindowLayer and layer.cumulative_length < layer.sliding_window
+        ):
+            return False
+    cache.crop(length - cache.get_seq_length())
+    return True
 
 
 class _Streamer(BaseStreamer):

@@ -123,9 +123,21 @@ def scored_batches(
             scores = None
             if continuations is not None:
                 wanted = [continuations(*answered) for answered in zip(batch, ids, strict=True)]
-                scores = decoder.log_probabilities(openings, batch, wanted)
+                scores = _scored(decoder, openings, batch, wanted)
             yield ScoredBatch(batch, ids, scores)
             waiting -= 1
+
+
+def _scored(
+    decoder: Any, openings: Any, batch: Sequence[int], wanted: Sequence[Continuations]
+) -> list[list[list[float]]]:
+    """As `log_probabilities`; a continuation that is wanted twice, such as an answer that is a candidate, is read
+    once."""
+    texts = [[tuple(tokens) for tokens in several] for several in wanted]
+    once = [list(dict.fromkeys(several)) for several in texts]
+    scores = decoder.log_probabilities(openings, batch, once)
+    known = [dict(zip(*pair, strict=True)) for pair in zip(once, scores, strict=True)]
+    return [[of[tokens] for tokens in several] for of, several in zip(known, texts, strict=True)]
 
 
 class _Inputs(Dataset[Any]):

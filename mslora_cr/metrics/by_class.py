@@ -1,14 +1,96 @@
-"""Balanced accuracy and AUROC as means over questions, so that two models' can be compared question by question."""
+"""Figures of closed questions as means over questions, so that two models' can be compared question by question.
+
+A share of a class, such as sensitivity, is the mean of the questions in it. Any other figure becomes the mean of
+pseudo-values: the figure plus the influence of each question on it. Source: Hampel, "The Influence Curve and its Role
+in Robust Estimation", JASA 1974.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mslora_cr.metrics.closed import FEWEST, Classes, Confusion, confusion_figures, influences
 from mslora_cr.metrics.discrimination import placements
 from mslora_cr.statistics.intervals import Scores
+from mslora_cr.statistics.matrix_intervals import Column
 
-Classes = NDArray[np.int64]
+BALANCED, MACRO_F1, MATTHEWS = "balanced accuracy", "macro F1", "Matthews' correlation"
+SENSITIVITY, SPECIFICITY, PPV, NPV = "sensitivity", "specificity", "PPV", "NPV"
+AUROC, AVERAGE_PRECISION = "AUROC", "average precision"
+RECALL, PRECISION = "recall by class", "precision by class"
+BY_CLASS = (
+    BALANCED,
+    MACRO_F1,
+    MATTHEWS,
+    SENSITIVITY,
+    SPECIFICITY,
+    PPV,
+    NPV,
+    AUROC,
+    AVERAGE_PRECISION,
+    RECALL,
+    PRECISION,
+)
+"""Figures that a comparison tests; of the last two, each class has a column `TITLE: CLASS`."""
+PSEUDO = {MACRO_F1, MATTHEWS, PPV, NPV, AUROC, AVERAGE_PRECISION, PRECISION}
+"""Figures of pseudo-values, which nearly every question moves: to count those that changed says nothing."""
+
+
+def class_columns(table: Confusion, chances: Scores | None) -> dict[str, Column]:
+    """Return the figures of `BY_CLASS` that closed questions have; none for questions of a single class.
+
+    Args:
+        table: The true class of each question and the one that was said.
+        chances: (questions, classes), the probability of each class; None if it is unknown.
+    """
+    asked = [place for place in range(len(table.names)) if (table.truth == place).any()]
+    if len(asked) < 2:
+        return {}
+    values = confusion_figures(table)
+    columns = {
+        BALANCED: balanced_scores(table.truth, table.right),
+        **{name: values[name].value + influences(table, name) for name in (MACRO_F1, MATTHEWS)},
+    }
+    if chances is not None:
+        by_title = {AUROC: area_scores(table.truth, chances), AVERAGE_PRECISION: precision_scores(table.truth, chances)}
+        columns |= {title: scores for title, scores in by_title.items() if scores is not None}
+    whole = {title: Column(scores, table.groups) for title, scores in columns.items()}
+    return whole | (_of_two(table) if table.has_positive else _of_each(table, asked))
+
+
+def _of_two(table: Confusion) -> dict[str, Column]:
+    recalls = {SENSITIVITY: _recall(table, 1), SPECIFICITY: _recall(table, 0)}
+    precisions = {PPV: _precision(table, 1), NPV: _precision(table, 0)}
+    return recalls | {name: column for name, column in precisions.items() if column is not None}
+
+
+def _of_each(table: Confusion, asked: Sequence[int]) -> dict[str, Column]:
+    """Recall and precision of each class with at least `FEWEST` questions."""
+    columns = {}
+    for place in asked:
+        if int((table.truth == place).sum()) >= FEWEST:
+            columns[f"{RECALL}: {table.names[place]}"] = _recall(table, place)
+            if (precision := _precision(table, place)) is not None:
+                columns[f"{PRECISION}: {table.names[place]}"] = precision
+    return columns
+
+
+def _recall(table: Confusion, place: int) -> Column:
+    where = table.truth == place
+    return Column(table.right[where], np.unique(table.groups[where], return_inverse=True)[1])
+
+
+def _precision(table: Confusion, place: int) -> Column | None:
+    """The share of answers of a class that is right, as pseudo-values of a ratio over all questions; None if no answer
+    says the class."""
+    said = (table.said == place).astype(np.float64)
+    if not said.any():
+        return None
+    value = float(table.right[said > 0].mean())
+    return Column(value + said * (table.right - value) / said.mean(), table.groups)
 
 
 def balanced_scores(truth: Classes, right: Scores) -> Scores:
@@ -39,15 +121,40 @@ def area_scores(truth: Classes, chances: Scores) -> Scores | None:
         truth: (questions,), the place of the true class.
         chances: (questions, classes), the probability of each class.
     """
+    return _macro(truth, chances, _areas)
+
+
+def precision_scores(truth: Classes, chances: Scores) -> Scores | None:
+    """Return each question's pseudo-value of the average precision, as `area_scores` does of the area."""
+    return _macro(truth, chances, _precisions)
+
+
+def _macro(
+    truth: Classes, chances: Scores, pseudo_values: Callable[[NDArray[np.bool_], Scores], Scores]
+) -> Scores | None:
     present = np.unique(truth)
     if len(present) < 2:
         return None
     columns = present[-1:] if chances.shape[1] == 2 else present
-    return np.mean([_pseudo_values(truth == column, chances[:, column]) for column in columns], axis=0)
+    return np.mean([pseudo_values(truth == column, chances[:, column]) for column in columns], axis=0)
 
 
-def _pseudo_values(positive: NDArray[np.bool_], scores: Scores) -> Scores:
+def _areas(positive: NDArray[np.bool_], scores: Scores) -> Scores:
     placed = placements(positive, scores)
     area = placed[positive].mean()
     weights = np.where(positive, len(positive) / positive.sum(), len(positive) / (~positive).sum())
     return area + weights * (placed - area)
+
+
+def _precisions(positive: NDArray[np.bool_], scores: Scores) -> Scores:
+    """With P the precision and N the number of answers from a score on, and m positive questions, the average precision
+    is the mean of P over positive questions. Question j moves it by ``y_j (P_j - AP)/m + Σ (y_j - P_i)/(m N_i)``, where
+    the sum is over the positive questions i that do not score higher."""
+    levels, place = np.unique(-scores, return_inverse=True)
+    positives = np.bincount(place, positive, len(levels))
+    answers = np.cumsum(np.bincount(place, minlength=len(levels)))
+    precision, count = np.cumsum(positives) / answers, positives.sum()
+    value = float((positives * precision).sum() / count)
+    behind = np.cumsum((positives / answers)[::-1])[::-1], np.cumsum((positives * precision / answers)[::-1])[::-1]
+    own = positive * (precision[place] - value)
+    return value + len(scores) / count * (own + positive * behind[0][place] - behind[1][place])

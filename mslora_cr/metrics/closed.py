@@ -26,6 +26,9 @@ YES, NO = "yes", "no"
 NEGATIVE = {NO, "normal", "negative", "benign", "absent", "healthy"}
 """The class of one of these names is the negative one of two."""
 
+LOWEST = {"Matthews' correlation": -1.0}
+"""The lowest value of figures whose lowest value is not 0."""
+
 Classes = NDArray[np.int64]
 """The place of each question's class in a list of classes; one more than the last place is `no answer of the set`."""
 
@@ -150,10 +153,8 @@ def confusion_figures(table: Confusion) -> dict[str, Measured]:
         "macro F1": f1_score(table.truth, table.said, labels=asked, average="macro", zero_division=0),
         "Matthews' correlation": matthews_corrcoef(table.truth, table.said) if table.varies else 0.0,
     }
-    lowest = {"Matthews' correlation": -1.0}
     for name, value in scores.items():
-        low = lowest.get(name, 0.0)
-        ends = _linearised(table, _FUNCTIONS[name], float(value), low) if enough and len(asked) > 1 else None
+        ends = _linearised(table, name, float(value)) if enough and len(asked) > 1 else None
         figures[name] = Measured(value=float(value), interval=ends)
     if table.has_positive:
         for name, (column, of) in _SHARES.items():
@@ -216,11 +217,16 @@ _FUNCTIONS: dict[str, Callable[[Scores], Scores]] = {
 }
 
 
-def _linearised(table: Confusion, function: Callable[[Scores], Scores], value: float, low: float) -> Interval | None:
-    counts = table.counts.astype(np.float64)
-    step = 1e-4
+def influences(table: Confusion, name: str) -> Scores:
+    """Return how far each question moves `balanced accuracy`, `macro F1` or `Matthews' correlation`, (questions,): the
+    slope of the figure along the question's cell of the confusion, times the number of questions. The mean is 0."""
+    function, counts, step = _FUNCTIONS[name], table.counts.astype(np.float64), 1e-4
     moved = step * np.eye(counts.size).reshape(-1, *counts.shape)
-    slopes = (function(counts + moved) - function(counts)) / step
+    slopes = (function(counts + moved) - function(counts - moved)) / (2 * step)
     cells = table.truth * counts.shape[1] + table.said
-    smallest = int(counts.sum(axis=1).min())
-    return bounded_interval(value, slopes[cells] * len(cells), table.groups, (low, 1.0), smallest - 1)
+    return slopes[cells] * len(cells)
+
+
+def _linearised(table: Confusion, name: str, value: float) -> Interval | None:
+    smallest = int(table.counts.sum(axis=1).min())
+    return bounded_interval(value, influences(table, name), table.groups, (LOWEST.get(name, 0.0), 1.0), smallest - 1)

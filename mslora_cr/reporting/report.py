@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from mslora_cr.analysis.answered import COMPARED
 from mslora_cr.analysis.compare import compare
 from mslora_cr.banks.similarity import Similarity, bank_similarity
 from mslora_cr.config.schema import StreamConfig
@@ -21,6 +22,7 @@ from mslora_cr.evaluation.probe_result import MEASURED, read_probes
 from mslora_cr.evaluation.results import Evaluation, ReportError
 from mslora_cr.evaluation.schemas import ROUTED, Analysis
 from mslora_cr.evaluation.score import AnswerRecord, read_answers
+from mslora_cr.metrics.by_class import AUROC, BALANCED
 from mslora_cr.metrics.published import score_answers
 from mslora_cr.reporting.answers import browsed_answers, browser_data
 from mslora_cr.reporting.capacity import answering_rank, bank_ranks, method_named
@@ -301,7 +303,8 @@ def _routing(run: RunRecord) -> dict[str, Any]:
     last = run.routing.stages[-1]
     context: dict[str, Any] = {"last": last, "stages": run.routing.stages, "map": confusion_map(last)}
     try:
-        cost = compare({"task-aware": run.results_dir, "task-agnostic": run.results_dir / ROUTED})
+        runs = {"task-aware": run.results_dir, "task-agnostic": run.results_dir / ROUTED}
+        cost = compare(runs, titles=(*COMPARED, BALANCED, AUROC))
         return context | {"cost": cost.metrics, "why": None}
     except ReportError as error:
         return context | {"cost": {}, "why": str(error)}

@@ -15,7 +15,7 @@ from mslora_cr.distributed.comm import all_gather_object, all_reduce_sum, get_de
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.load import input_processor_of
 from mslora_cr.routing.features import FeatureExtractor, sampled_records
-from mslora_cr.routing.foreign import FOLDS, held_out_distances
+from mslora_cr.routing.foreign import BOTH, FOLDS, held_out_distances, part_columns
 from mslora_cr.routing.lda import TaskStatistics, statistics_of
 
 
@@ -33,7 +33,9 @@ def router_statistics(
     label, roots = f"{task.name}, for the router" if rank() == 0 else None, task_image_roots(config, task)
     batches = list(extractor.batches(records, [sampled[position] for position in positions], roots, label))
     total = all_reduce_sum(extractor.gram(batches))
-    statistics = replace(statistics_of(total), distances=_distances(extractor, batches, list(positions), total))
+    distances = _distances(extractor, batches, list(positions), total)
+    together = distances.pop(BOTH)
+    statistics = replace(statistics_of(total), distances=together, part_distances=distances)
     if not examples:
         return statistics
     examples_features = list(
@@ -44,8 +46,8 @@ def router_statistics(
 
 def _distances(
     extractor: FeatureExtractor, batches: Sequence[Tensor], positions: Sequence[int], total: Tensor
-) -> Tensor:
-    """The held-out distances of all ranks' records, ascending.
+) -> dict[str, Tensor]:
+    """The held-out distances of all ranks' records, ascending, by the features that count.
 
     Args:
         positions: The positions of these records among all.
@@ -54,8 +56,11 @@ def _distances(
     features = torch.cat([torch.empty(0, extractor.features), *batches])
     folds = torch.tensor(positions, dtype=torch.int64) % FOLDS
     grams = torch.stack([extractor.gram([features[folds == fold]]) for fold in range(FOLDS)])
-    mine = held_out_distances(features, folds, total, all_reduce_sum(grams))
-    return torch.cat(all_gather_object(mine)).sort().values
+    grams = all_reduce_sum(grams)
+    columns = part_columns(extractor.image_features)
+    mine = {part: held_out_distances(features, folds, total, grams, of) for part, of in columns.items()}
+    by_rank = all_gather_object(mine)
+    return {part: torch.cat([of[part] for of in by_rank]).sort().values for part in columns}
 
 
 def feature_extractor(config: StreamConfig, base: BaseModel) -> FeatureExtractor:

@@ -24,14 +24,26 @@ LEVEL = 0.01
 that are exchangeable with a task's training records is."""
 
 
-def squared_distances(statistics: TaskStatistics, features: Tensor) -> Tensor:
-    """(questions,) float64, from (questions, features): the squared Mahalanobis distance to a task's mean."""
-    covariance = shrunken(statistics.scatter.double() / max(1, statistics.count - 1))
-    centred = features.double() - statistics.mean.double()
+BOTH, PICTURE, TEXT = "picture and text", "picture", "text"
+
+
+def part_columns(picture_features: int) -> dict[str, slice]:
+    """The features by which a question may be foreign: all, those of its picture, and those of its text."""
+    return {BOTH: slice(None), PICTURE: slice(picture_features), TEXT: slice(picture_features, None)}
+
+
+def squared_distances(statistics: TaskStatistics, features: Tensor, columns: slice = slice(None)) -> Tensor:
+    """(questions,) float64, from (questions, features): the squared Mahalanobis distance to a task's mean, in some of
+    the features."""
+    scatter, mean = statistics.scatter[columns, columns], statistics.mean[columns]
+    covariance = shrunken(scatter.double() / max(1, statistics.count - 1))
+    centred = features[:, columns].double() - mean.double()
     return torch.linalg.solve_triangular(cholesky(covariance), centred.T, upper=False).square().sum(0)
 
 
-def held_out_distances(features: Tensor, folds: Tensor, total: Tensor, grams: Tensor) -> Tensor:
+def held_out_distances(
+    features: Tensor, folds: Tensor, total: Tensor, grams: Tensor, columns: slice = slice(None)
+) -> Tensor:
     """(records,) float32: the distance of each record from the statistics of all other folds.
 
     Args:
@@ -39,23 +51,38 @@ def held_out_distances(features: Tensor, folds: Tensor, total: Tensor, grams: Te
         folds: (records,) int64, the fold of each.
         total: The gram of all records, as `statistics_of` takes it.
         grams: (folds, …), by fold the same.
+        columns: The features that count.
     """
     distances = torch.zeros(len(features))
     for fold, gram in enumerate(grams):
         rest = total - gram
         if (folds == fold).any() and rest[-1, -1] > 1:
-            distances[folds == fold] = squared_distances(statistics_of(rest), features[folds == fold]).float()
+            distances[folds == fold] = squared_distances(statistics_of(rest), features[folds == fold], columns).float()
     return distances
 
 
+def task_p_values(
+    task: TaskStatistics, features: Tensor, part: str = BOTH, columns: slice = slice(None)
+) -> Tensor | None:
+    """(questions,) float64: the p-value of each question for a task, ``(1 + #{held out >= score}) / (n + 1)``; None
+    where the task's statistics have no held-out distances of this part, as those of earlier versions.
+
+    Args:
+        task: The task's statistics.
+        features: (questions, features).
+        part: The features that count, by a name of `part_columns`.
+        columns: The same by their places.
+    """
+    distances = task.distances if part == BOTH else task.part_distances.get(part)
+    if distances is None or not len(distances):
+        return None
+    below = torch.searchsorted(distances, squared_distances(task, features, columns).float())
+    return (1 + len(distances) - below).double() / (len(distances) + 1)
+
+
 def foreign_p_values(tasks: Sequence[TaskStatistics], features: Tensor) -> Tensor | None:
-    """(questions,) float64: the largest p-value of a question over the tasks, ``(1 + #{held out >= score}) / (n + 1)``;
-    None where a task's statistics have no held-out distances, as those of earlier versions."""
-    values = []
-    for task in tasks:
-        if task.distances is None or not len(task.distances):
-            return None
-        scores = squared_distances(task, features).float()
-        below = torch.searchsorted(task.distances, scores)
-        values.append((1 + len(task.distances) - below).double() / (len(task.distances) + 1))
-    return torch.stack(values).amax(0) if values else None
+    """(questions,) float64: the largest p-value of a question over the tasks; None where that of a task is not
+    known."""
+    values = [task_p_values(task, features) for task in tasks]
+    known = [p for p in values if p is not None]
+    return torch.stack(known).amax(0) if known and len(known) == len(values) else None

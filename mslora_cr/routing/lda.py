@@ -6,8 +6,8 @@ Discriminant Analysis", CVPR workshops 2020.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,8 @@ from mslora_cr.utils.regular import check_regular
 
 SHRINKAGE = 0.1
 """How far covariances between features are shrunk towards zero; their variances stay."""
+DISTANCES = "distances of "
+"""Prefix of the name under which held-out distances by a part of the features are stored."""
 RIDGE = 1e-3
 """Added to each variance, as a share of their mean, for features that vary in no task."""
 
@@ -37,6 +39,7 @@ class TaskStatistics:
         examples: (examples, features) of some records, for a router that learns from them; None for other routers.
         distances: (records,) float32, ascending: how far records lie from statistics that have not seen them
             (`foreign.held_out_distances`); None in files of earlier versions.
+        part_distances: The same by picture alone and by text alone; empty in files of earlier versions.
     """
 
     count: int
@@ -44,11 +47,13 @@ class TaskStatistics:
     scatter: Tensor
     examples: Tensor | None = None
     distances: Tensor | None = None
+    part_distances: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors for a safetensors file."""
         state = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
-        more = {"examples": self.examples, "distances": self.distances}
+        parts = {f"{DISTANCES}{part}": values for part, values in self.part_distances.items()}
+        more = {"examples": self.examples, "distances": self.distances, **parts}
         return state | {name: tensor for name, tensor in more.items() if tensor is not None}
 
 
@@ -92,14 +97,16 @@ def combine(parts: Sequence[TaskStatistics]) -> TaskStatistics:
     between = (means - mean).T @ (counts[:, None] * (means - mean))
     scatter = torch.stack([part.scatter for part in parts]).double().sum(0) + between
     examples = [part.examples for part in parts if part.examples is not None]
+    # Each site measured its records by its own statistics: theirs by the common ones are about as large.
     distances = [part.distances for part in parts if part.distances is not None]
+    named = set.intersection(*(set(part.part_distances) for part in parts))
     return TaskStatistics(
         int(counts.sum()),
         mean.float(),
         scatter.float(),
         torch.cat(examples) if len(examples) == len(parts) else None,
-        # Each site measured its records by its own statistics: theirs by the common ones are about as large.
         torch.cat(distances).sort().values if len(distances) == len(parts) else None,
+        {name: torch.cat([part.part_distances[name] for part in parts]).sort().values for name in sorted(named)},
     )
 
 
@@ -112,7 +119,8 @@ def load_statistics(bank_folder: Path) -> TaskStatistics:
     path = bank_folder / STATISTICS
     try:
         stored = load_file(check_regular(path))
-        more = (stored.get("examples"), stored.get("distances"))
+        parts = {name.removeprefix(DISTANCES): of for name, of in stored.items() if name.startswith(DISTANCES)}
+        more = (stored.get("examples"), stored.get("distances"), parts)
         return TaskStatistics(int(stored["count"]), stored["mean"], stored["scatter"], *more)
     except (OSError, KeyError, SafetensorError) as error:
         raise BankError(

@@ -178,3 +178,33 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: pytest
     assert "the same run was given twice" in capsys.readouterr().err
     assert main(["compare", str(base)]) == 1
     assert "at least two" in capsys.readouterr().err
+
+
+def test_figures_of_classes_are_paired_and_clustered(tmp_path: Path) -> None:
+    """Of 20 questions with the truth yes and 20 with no, the second model loses 6 of the first and 2 of the second."""
+    for name, wrong in (("one", ()), ("two", (*range(6), 20, 21))):
+        (tmp_path / name / "CXP").mkdir(parents=True)
+        truths = ["yes" if number < 20 else "no" for number in range(40)]
+        said = [{"yes": "no", "no": "yes"}[truth] if n in wrong else truth for n, truth in enumerate(truths)]
+        lines = [
+            {
+                "question_id": number,
+                "prompt": "Is it?",
+                "text": said[number],
+                "gt": truths[number],
+                "answer_type": "CLOSED",
+                "image": f"{number // 2}.png",
+            }
+            for number in range(40)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "CXP" / "answer-file.jsonl").write_text(text)
+    found = compare({name: tmp_path / name for name in ("one", "two")}).model_dump()
+    [sensitivity, _] = found["metrics"]["sensitivity"]
+    assert (sensitivity["score"], sensitivity["difference"], sensitivity["changed"]) == pytest.approx((70, -30, 6))
+    assert (sensitivity["questions"], sensitivity["groups"]) == (20, 10)
+    [correlation, _] = found["metrics"]["Matthews' correlation"]
+    assert correlation["score"] == pytest.approx(100 * (14 * 18 - 12) / (20 * 20 * 24 * 16) ** 0.5)
+    assert correlation["changed"] is None and correlation["interval"][1] < 0 and correlation["p"] < 0.05
+    assert {"specificity", "PPV", "NPV", "macro F1", "balanced accuracy"} < set(found["metrics"])
+    assert "recall by class" not in found["metrics"] and "AUROC" not in found["metrics"]

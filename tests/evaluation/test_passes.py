@@ -21,6 +21,7 @@ from mslora_cr.evaluation.passes import CIRCULAR, CircularFile
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.utils.errors import UserError
+from tests.helpers.chat_server import serving
 
 
 def test_options_are_moved_on_with_their_truths(tmp_path: Path) -> None:
@@ -98,3 +99,22 @@ def test_passes_of_an_evaluation(
     asked = ["ask", *command, "--task", "PCAM", "--stage", "3", "--image", image, "Is it?"]
     assert main([*asked, "--risk", "0.9"]) == 0 and main([*asked, "--risk", "0.001"]) == 1
     assert "promise no risk below" in capsys.readouterr().err
+
+    # The same of routed answers and of a served model, each beside its own answers.
+    passes = ["--calibrate", "--blind", "--circular"]
+    assert main(["evaluate", *command, "--banks-by", "routed", *passes]) == 0
+    with serving() as server:
+        served = ["--endpoint", server.url, "--model", "llava", "--task", "PCAM"]
+        assert main(["evaluate", *command, *served, *passes]) == 0
+        shown = [body["messages"][0]["content"][0]["image_url"]["url"] for body in server.bodies]
+    grey = sum(image == shown[-2] for image in shown)  # the last one asks the rotated options
+    assert grey == len(lines) and len(shown) == 5 * len(lines) + 1
+    for results_of, stage in ((results / "routed", "PCAM/stage-3"), (results / "served" / "llava", "PCAM")):
+        cells = read_evaluation(results_of)
+        assert cells is not None
+        cell = next(cell for cell in cells.cells if cell.task == "PCAM")
+        blind = blind_score(cell, results_of)
+        assert blind is not None and (results_of / "blind" / stage / "answer-file.jsonl").is_file()
+        assert [of.questions for of in CircularFile.read(results_of / CIRCULAR).cells] == [1]
+        [calibrated] = Calibrations.read(results_of / "calibration.json").cells
+        assert (calibrated.task, calibrated.stage, calibrated.questions) == ("PCAM", 3, 3 * len(lines))

@@ -1,10 +1,18 @@
-"""Balanced accuracy and AUROC as means over questions, against scikit-learn and the clustered variance."""
+"""Figures of closed questions as means over questions, against scikit-learn and the clustered variance."""
 
 import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    f1_score,
+    matthews_corrcoef,
+    precision_score,
+    roc_auc_score,
+)
 
-from mslora_cr.metrics.by_class import area_scores, balanced_scores
+from mslora_cr.metrics.by_class import area_scores, balanced_scores, class_columns, precision_scores
+from mslora_cr.metrics.closed import confusion, confusion_figures
 from mslora_cr.metrics.discrimination import obuchowski_error
 from mslora_cr.statistics.intervals import estimate
 
@@ -25,6 +33,51 @@ def test_means_over_questions_are_the_figures() -> None:
     areas = area_scores(truth, chances)
     assert areas is not None and areas.mean() == pytest.approx(roc_auc_score(truth, chances, multi_class="ovr"))
     assert area_scores(np.zeros(4, dtype=int), np.full((4, 2), 0.5)) is None
+
+
+def test_every_figure_of_two_classes_is_the_mean_of_its_column() -> None:
+    answers = ["yes" if chance > 0.5 else "no" for chance in YES]
+    answers[-1] = "perhaps"
+    table = confusion(answers, [["yes"] if true else ["no"] for true in TRUTH], np.arange(20) // 2)
+    columns = class_columns(table, np.stack([1 - YES, YES], axis=1))
+    for name, figure in confusion_figures(table).items():
+        if name != "accuracy":
+            assert columns[name].scores.mean() == pytest.approx(figure.value, abs=1e-6), name
+    assert columns["average precision"].scores.mean() == pytest.approx(average_precision_score(TRUTH, YES))
+    assert [len(columns[name].scores) for name in ("sensitivity", "specificity", "PPV")] == [8, 12, 20]
+    # A model that never says yes has no PPV to compare; one class alone has no figure.
+    never = confusion(["no"] * 20, [["yes"] if true else ["no"] for true in TRUTH], np.arange(20))
+    assert "PPV" not in class_columns(never, None) and class_columns(never, None)["NPV"].scores.mean() == 0.6
+    assert class_columns(confusion(["yes"], [["yes"]], np.arange(1)), None) == {}
+
+
+def test_a_pseudo_value_is_what_a_question_weighs_in_the_figure() -> None:
+    """The figure minus its change where one question weighs a little more, from scikit-learn with weights."""
+    random = np.random.default_rng(2)
+    truth, said = random.integers(3, size=60), random.integers(3, size=60)
+    chances = random.integers(1, 5, size=(60, 3)) / 8  # with ties
+    names = np.array(["a", "b", "c"])
+    table = confusion(list(names[said]), [[name] for name in names[truth]], np.arange(60))
+    columns = {title: column.scores for title, column in class_columns(table, chances).items()}
+
+    def average(weights: np.ndarray) -> float:
+        of = [average_precision_score(truth == c, chances[:, c], sample_weight=weights) for c in range(3)]
+        return float(np.mean(of))
+
+    weighed = {
+        "macro F1": lambda weights: f1_score(truth, said, average="macro", sample_weight=weights),
+        "Matthews' correlation": lambda weights: matthews_corrcoef(truth, said, sample_weight=weights),
+        "precision by class: b": lambda weights: precision_score(truth == 1, said == 1, sample_weight=weights),
+        "average precision": average,
+    }
+    for title, figure in weighed.items():
+        for question in (0, 17, 41):
+            more, less = np.ones(60), np.ones(60)
+            more[question], less[question] = 1 + 1e-4, 1 - 1e-4
+            slope = (figure(more) - figure(less)) / 2e-4
+            assert columns[title][question] - figure(np.ones(60)) == pytest.approx(60 * slope, abs=1e-4), title
+    assert {"recall by class: a", "recall by class: b", "recall by class: c"} < set(columns)
+    assert precision_scores(np.zeros(4, dtype=int), np.full((4, 2), 0.5)) is None
 
 
 def test_the_spread_of_pseudo_values_is_the_variance_of_clustered_areas() -> None:

@@ -1,10 +1,25 @@
 """Questions that are like none of the tasks."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from mslora_cr.routing.foreign import FOLDS, LEVEL, foreign_p_values, held_out_distances, squared_distances
-from mslora_cr.routing.lda import TaskStatistics, combine, statistics_of
+from mslora_cr.config.schema import Task
+from mslora_cr.routing.foreign import (
+    BOTH,
+    FOLDS,
+    LEVEL,
+    foreign_p_values,
+    held_out_distances,
+    part_columns,
+    squared_distances,
+)
+from mslora_cr.routing.foreign_questions import ForeignQuestions
+from mslora_cr.routing.lda import TaskStatistics, combine, load_statistics, statistics_of
+
+PICTURE_FEATURES = 4
 
 
 def gram(features: torch.Tensor) -> torch.Tensor:
@@ -15,9 +30,12 @@ def gram(features: torch.Tensor) -> torch.Tensor:
 def learned(features: torch.Tensor) -> TaskStatistics:
     folds = torch.arange(len(features)) % FOLDS
     grams = torch.stack([gram(features[folds == fold]) for fold in range(FOLDS)])
-    distances = held_out_distances(features, folds, grams.sum(0), grams).sort().values
+    columns = part_columns(PICTURE_FEATURES)
+    parts = {
+        part: held_out_distances(features, folds, grams.sum(0), grams, of).sort().values for part, of in columns.items()
+    }
     known = statistics_of(grams.sum(0))
-    return TaskStatistics(known.count, known.mean, known.scatter, distances=distances)
+    return TaskStatistics(known.count, known.mean, known.scatter, distances=parts.pop(BOTH), part_distances=parts)
 
 
 def test_distances_are_mahalanobis_under_the_shrunken_covariance() -> None:
@@ -45,3 +63,31 @@ def test_false_alarms_keep_the_level_and_other_tasks_are_found() -> None:
     assert together.distances is not None and together.distances.tolist() == sorted(
         torch.cat([task.distances for task in tasks if task.distances is not None]).tolist()
     )
+
+
+def test_each_task_is_held_out_by_picture_and_by_text(tmp_path: Path) -> None:
+    """Three tasks with like texts: the second has other pictures, the third has those of the first."""
+    random = torch.Generator().manual_seed(5)
+    shifts = torch.zeros(3, 10)
+    shifts[1, :PICTURE_FEATURES] = 6.0
+    features = [torch.randn(600, 10, generator=random) + shift for shift in shifts]
+    statistics = [learned(part[:400]) for part in features]
+    path = tmp_path / "router.safetensors"
+    save_file(statistics[0].tensors(), path)
+    again = load_statistics(tmp_path)
+    assert {name: of.tolist() for name, of in again.part_distances.items()} == {
+        name: of.tolist() for name, of in statistics[0].part_distances.items()
+    }
+    tasks = [Task.model_construct(index=index, name=name) for index, name in enumerate("abc")]
+    questions = ForeignQuestions(statistics, PICTURE_FEATURES, lambda task: features[task.index][400:])
+    found = questions.held_out(3, tasks)
+    assert found["b"][BOTH].auroc > 0.99 and found["b"]["picture"].detected > 95 and found["b"]["text"].auroc < 0.6
+    assert found["c"][BOTH].auroc < 0.6 and found["c"][BOTH].detected < 5
+    assert all(of.false_alarms <= 3 for of in found["b"].values())
+    flagged = questions.flagged(1, tasks)
+    assert flagged["picture"]["b"] > 190 and flagged["text"]["b"] < 10 and flagged[BOTH]["a"] < 10
+    assert questions.held_out(1, tasks) == {}
+    earlier = [TaskStatistics(of.count, of.mean, of.scatter, distances=of.distances) for of in statistics]
+    assert set(ForeignQuestions(earlier, PICTURE_FEATURES, lambda task: features[task.index]).flagged(1, tasks)) == {
+        BOTH
+    }
