@@ -9,79 +9,57 @@ Simon, "Approval Policies for Modifications to Machine Learning-Based Software a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
+import numpy as np
+
+from mslora_cr.data.records import TestRecords
 from mslora_cr.evaluation.probe_result import PROBE, Probe
-from mslora_cr.evaluation.results import Cell, Evaluation, ReportError, column_of, required_evaluation
+from mslora_cr.evaluation.results import Cell, Evaluation, ReportError, required_evaluation
+from mslora_cr.evaluation.schemas import ROUTED
 from mslora_cr.evaluation.score import SCORES, read_scores
+from mslora_cr.release.criteria import calibration_tests, foreign_tests
+from mslora_cr.release.gate_test import GateTest, Outcome, Tested, Verdict
 from mslora_cr.release.plan import Plan
-from mslora_cr.statistics.matrix_intervals import Column, coarsest, is_binary
+from mslora_cr.statistics.intervals import Groups, Scores
+from mslora_cr.statistics.matrix_intervals import coarsest, is_binary
 from mslora_cr.statistics.noninferiority import NonInferiority, non_inferiority
+from mslora_cr.statistics.subgroups import banded
 from mslora_cr.utils.files import file_digest
-from mslora_cr.utils.state import Part
-
-Verdict = Literal["release", "hold", "reject"]
-Outcome = Literal["pass", "hold", "fail"]
 
 
-class GateTest(Part):
-    """One test of a gate, in points.
-
-    Attributes:
-        what: `earlier task`, `new task` or `probe`.
-        name: The task, or the held-out data set.
-        outcome: `pass`; `hold`, where too few patients leave it open; `fail`.
-        reason: The outcome in words.
-        required: What the lower bound must exceed: minus the margin, or the required score.
-        reference: The score that the new one is compared with, in percent; None for a required score.
-        score: The score of the update, in percent.
-        difference: The score less its reference, or less the required score.
-        bound: The one-sided lower bound of the difference.
-        level: The level of the test.
-        p: The p-value.
-        questions: How many questions were answered.
-        groups: How many of them are independent, by patient or image.
-        gained: How many score higher than in the reference.
-        lost: How many score lower.
-        needed: How many groups would pass with a power of 80 % if nothing else changes; None where no number would.
-    """
-
-    what: Literal["earlier task", "new task", "probe"]
-    name: str
-    outcome: Outcome
-    reason: str
-    required: float
-    reference: float | None
-    score: float
-    difference: float
-    bound: float
-    level: float
-    p: float
-    questions: int
-    groups: int
-    gained: int
-    lost: int
-    needed: int | None
-
-
-def gate_tests(plan: Plan, results_dir: Path, level: float) -> list[GateTest]:
-    """Run all tests of an evaluated run: its earlier tasks, its newest task and the plan's probes.
+def gate_tests(plan: Plan, results_dir: Path, level: float, questions: Callable[[str], TestRecords]) -> list[GateTest]:
+    """Run all tests of an evaluated run: its earlier tasks and their subgroups, its newest task, the plan's probes,
+    calibration and foreign questions.
 
     Args:
         results_dir: The results folder of the run, evaluated with `--stages seen` (or `all`).
-        level: The one-sided level of each test.
+        level: The one-sided level of each test that has the plan's level.
+        questions: Gives a task's test records.
 
     Raises:
         ReportError: A score that the plan asks for does not exist; the message names the command that makes it.
-        DataError: The scores of a cell are gone.
+        DataError: The scores of a cell are gone, or test records cannot be read.
     """
-    evaluation = required_evaluation(results_dir)
+    judged = results_dir / ROUTED if plan.routed else results_dir
+    evaluation = required_evaluation(judged)
     *earlier, newest = evaluation.tasks
-    tests = [_earlier(plan, evaluation, results_dir, task, level) for task in earlier]
-    tests += _newest(plan, evaluation, results_dir, newest, level)
+    tests: list[GateTest] = []
+    for task in earlier:
+        before, after = _earlier(plan, evaluation, judged, task)
+        own = level * plan.share_of_level(plan.tasks.get(task))
+        tests.append(_paired(plan.least_patients, "earlier task", task, before, after, plan.margin_of(task), own))
+        tests += _subgroups(plan, task, before, after, level, questions)
+    if plan.subgroups and earlier and not any(test.what == "subgroup" for test in tests):
+        raise ReportError(f"no test record of an earlier task has the attribute {', '.join(plan.subgroups)}")
+    tests += _newest(plan, evaluation, judged, results_dir, newest, level)
     tests += [_probe(plan, results_dir, name, level) for name in plan.probes]
+    if plan.calibration is not None:
+        tests += calibration_tests(plan, evaluation, judged, level, questions)
+    if plan.foreign is not None:
+        tests += foreign_tests(plan, results_dir / ROUTED, level)
     return tests
 
 
@@ -91,65 +69,106 @@ def verdict_of(tests: Sequence[GateTest]) -> Verdict:
     return "reject" if "fail" in outcomes else "hold" if "hold" in outcomes else "release"
 
 
-def _earlier(plan: Plan, evaluation: Evaluation, folder: Path, task: str, level: float) -> GateTest:
+class _Scored(NamedTuple):
+    """The scores of a cell in a metric, by question, NaN where there is none; each question's cluster; and the
+    questions' digest."""
+
+    scores: Scores
+    groups: Groups
+    questions: str
+
+
+def _earlier(plan: Plan, evaluation: Evaluation, folder: Path, task: str) -> tuple[_Scored, _Scored]:
     learned, now = evaluation.own_cell(task), evaluation.last_cell(task)
     if learned is None or now is None:
         raise ReportError(
             f"{task} has no answers at the stage at which it was learned, or none after the last one; run "
             "`mslora-cr evaluate CONFIG --stages seen`"
         )
-    return _paired(plan, "earlier task", task, folder, learned, now, plan.margin_of(task), level)
+    if learned.questions != now.questions:
+        raise ReportError(f"{task} was asked different questions at stages {learned.stage} and {now.stage}")
+    metric = plan.metric_of(task)
+    return _scored(metric, folder, learned), _scored(metric, folder, now)
 
 
-def _newest(plan: Plan, evaluation: Evaluation, folder: Path, task: str, level: float) -> Iterator[GateTest]:
+def _subgroups(
+    plan: Plan, task: str, before: _Scored, after: _Scored, level: float, questions: Callable[[str], TestRecords]
+) -> Iterator[GateTest]:
+    """Test every group of patients by every attribute that the task's test records have."""
+    if not plan.subgroups:
+        return
+    records = questions(task)
+    if records.digest != after.questions:
+        raise ReportError(f"the test file of {task} was changed since it was answered; evaluate the run again")
+    for attribute, rule in plan.subgroups.items():
+        labels = np.array([label or "" for label in banded([one.attributes.get(attribute) for one in records])])
+        for value in sorted({*labels.tolist()} - {""}):
+            old, new = (
+                side._replace(scores=np.where(labels == value, side.scores, np.nan)) for side in (before, after)
+            )
+            own, name = level * plan.share_of_level(rule), f"{task}, {attribute} {value}"
+            if np.isnan(new.scores).all():
+                continue
+            test = _paired(rule.least_patients, "subgroup", name, old, new, rule.margin, own)
+            few = test.groups < rule.least_patients
+            reason = (
+                f"{test.groups} independent patients or images; groups of fewer than {rule.least_patients} are counted"
+            )
+            yield test.model_copy(update={"outcome": "counted", "reason": reason}) if few else test
+
+
+def _newest(
+    plan: Plan, evaluation: Evaluation, folder: Path, results_dir: Path, task: str, level: float
+) -> Iterator[GateTest]:
     cell = evaluation.last_cell(task)
     if cell is None:
         raise ReportError(f"{task}, the newest task, is not evaluated; run `mslora-cr evaluate CONFIG --stages seen`")
+    level *= plan.share_of_level(plan.tasks.get(task))
+    scored = _scored(plan.metric_of(task), folder, cell)
     if plan.new_task.least_score is not None:
-        column = _column(plan, folder, cell)
+        scores, groups = _present(scored.scores, scored.groups)
         required = plan.new_task.least_score / 100
         # The score less a constant: its lower bound exceeds zero where that of the score exceeds what is required.
-        comparison = non_inferiority(column.scores - required, column.groups, 0.0, level, binary=False)
-        yield _test(plan, "new task", task, comparison, None, float(column.scores.mean()), 0.0, level)
+        comparison = non_inferiority(scores - required, groups, 0.0, level, binary=False)
+        yield _test(plan.least_patients, "new task", task, comparison, None, float(scores.mean()), 0.0, level)
     if plan.new_task.better_than_base:
-        base = next((cell for cell in evaluation.cells if cell.key == (task, 0)), None)
-        if base is None:
+        # Without a bank there is nothing to route: the base's answers are those of task-aware evaluation.
+        cells = required_evaluation(results_dir).cells
+        base = next((one for one in cells if one.key == (task, 0)), None)
+        if base is None or base.questions != cell.questions:
             raise ReportError(f"{task} is not answered by the base model; run `mslora-cr evaluate CONFIG --stages all`")
-        yield _paired(plan, "new task", task, folder, base, cell, 0.0, level)
+        before = _scored(plan.metric_of(task), results_dir, base)
+        yield _paired(plan.least_patients, "new task", task, before, scored, 0.0, level)
 
 
 def _probe(plan: Plan, results_dir: Path, name: str, level: float) -> GateTest:
-    folder = results_dir / PROBE / name
-    probe = Probe.read_if_there(folder / f"{PROBE}.json")
+    probe = Probe.read_if_there(results_dir / PROBE / name / f"{PROBE}.json")
     if probe is None:
         raise ReportError(f"the plan names the probe {name}; run `mslora-cr evaluate CONFIG --probe {name}`")
-    base, last = probe.cells[0], probe.cells[-1]
-    return _paired(plan, "probe", name, folder, base, last, plan.probes[name], level)
+    base, last = (_scored(plan.metric_of(name), results_dir, cell) for cell in (probe.cells[0], probe.cells[-1]))
+    return _paired(plan.least_patients, "probe", name, base, last, plan.probes[name], level)
 
 
 def _paired(
-    plan: Plan,
-    what: Literal["earlier task", "new task", "probe"],
-    name: str,
-    folder: Path,
-    before: Cell,
-    after: Cell,
-    margin: float,
-    level: float,
+    least: int, what: Tested, name: str, before: _Scored, after: _Scored, margin: float, level: float
 ) -> GateTest:
-    if before.questions != after.questions:
-        raise ReportError(f"{name} was asked different questions at stages {before.stage} and {after.stage}")
-    columns = [_column(plan, folder, cell) for cell in (before, after)]
-    values = columns[1].scores - columns[0].scores
-    binary = all(is_binary(column.scores) for column in columns)
-    comparison = non_inferiority(values, coarsest([column.groups for column in columns]), margin / 100, level, binary)
-    scores = [float(column.scores.mean()) for column in columns]
-    return _test(plan, what, name, comparison, scores[0], scores[1], -margin, level)
+    groups = coarsest([before.groups, after.groups])
+    values, clusters = _present(after.scores - before.scores, groups)
+    kept = [side.scores[~np.isnan(side.scores)] for side in (before, after)]
+    comparison = non_inferiority(values, clusters, margin / 100, level, all(map(is_binary, kept)))
+    scores = [float(side.mean()) for side in kept]
+    return _test(least, what, name, comparison, scores[0], scores[1], -margin, level)
+
+
+def _present(values: Scores, groups: Groups) -> tuple[Scores, Groups]:
+    """The questions that have a score, and their clusters."""
+    there = ~np.isnan(values)
+    return values[there], np.unique(groups[there], return_inverse=True)[1]
 
 
 def _test(
-    plan: Plan,
-    what: Literal["earlier task", "new task", "probe"],
+    least: int,
+    what: Tested,
     name: str,
     comparison: NonInferiority,
     reference: float | None,
@@ -157,7 +176,7 @@ def _test(
     required: float,
     level: float,
 ) -> GateTest:
-    outcome, reason = _outcome(plan, comparison, required, what)
+    outcome, reason = _outcome(least, comparison, required, what)
     return GateTest(
         what=what,
         name=name,
@@ -178,12 +197,12 @@ def _test(
     )
 
 
-def _outcome(plan: Plan, comparison: NonInferiority, required: float, what: str) -> tuple[Outcome, str]:
-    """Return the outcome of a test and its reason. The test passes by its p-value. It fails where the difference is at
-    or beyond the requirement, since no number of patients would help. Between the two it is open."""
+def _outcome(least: int, comparison: NonInferiority, required: float, what: str) -> tuple[Outcome, str]:
+    """Return the outcome of a test and its reason. The test passes by its lower bound. It fails where the difference is
+    at or beyond the requirement, since no number of patients would help. Between the two it is open."""
     limit = f"{required:+.1f} points" if what != "new task" else "what is required"
-    if comparison.groups < plan.least_patients:
-        return "hold", f"{comparison.groups} independent patients or images; the plan asks for {plan.least_patients}"
+    if comparison.groups < least:
+        return "hold", f"{comparison.groups} independent patients or images; the plan asks for {least}"
     if 100 * comparison.bound > required:
         return "pass", f"the lower bound {100 * comparison.bound:+.2f} is above {limit}"
     if comparison.needed is None:
@@ -192,14 +211,14 @@ def _outcome(plan: Plan, comparison: NonInferiority, required: float, what: str)
     return "hold", f"the lower bound {100 * comparison.bound:+.2f} is not above {limit}; about {more:,} more would tell"
 
 
-def _column(plan: Plan, folder: Path, cell: Cell) -> Column:
-    """Return the scores of a cell in the plan's metric."""
+def _scored(metric: str, folder: Path, cell: Cell) -> _Scored:
+    """Return the scores of a cell in a metric."""
     path = (folder / cell.answers).with_name(SCORES)
     table = read_scores(path)
     if cell.scores_sha256 is not None and file_digest(path) != cell.scores_sha256:
         raise ReportError(f"{path} was changed since it was scored; evaluate that run again")
-    column = column_of(table, plan.metric)
-    if not len(column.scores):
+    scores = table.columns.get(metric)
+    if scores is None or np.isnan(scores).all():
         there = ", ".join(table.columns)
-        raise ReportError(f"{cell.task} has no {plan.metric!r} at stage {cell.stage}; there are {there}")
-    return column
+        raise ReportError(f"{cell.task} has no {metric!r} at stage {cell.stage}; there are {there}")
+    return _Scored(scores, table.groups, cell.questions)

@@ -7,9 +7,9 @@ import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mslora_cr.config.plain_yaml import read_plain_yaml
 from mslora_cr.config.schema import ConfigError
@@ -30,9 +30,47 @@ class TaskRule(_Section):
 
     Attributes:
         margin: The tolerated loss, in points; None: the plan's.
+        metric: The score that decides; None: the plan's.
+        level: The level of its test, at most the plan's; None: the plan's.
     """
 
     margin: float | None = Field(default=None, gt=0, le=100)
+    metric: str | None = None
+    level: float | None = Field(default=None, gt=0, lt=0.5)
+
+
+class SubgroupRule(_Section):
+    """What every group of patients with the same value of an attribute must show, in every earlier task.
+
+    Attributes:
+        margin: The tolerated loss, in points.
+        level: The level of its tests, at most the plan's; None: the plan's.
+        least_patients: Groups of fewer independent patients (or images) are counted, but not judged.
+    """
+
+    margin: float = Field(gt=0, le=100)
+    level: float | None = Field(default=None, gt=0, lt=0.5)
+    least_patients: int = Field(default=10, ge=2)
+
+
+class CalibrationRule(_Section):
+    """How far the probabilities of answers may be off after the update.
+
+    Attributes:
+        greatest_error: The greatest expected calibration error of each task's closed questions, in percent.
+    """
+
+    greatest_error: float = Field(gt=0, le=100)
+
+
+class ForeignRule(_Section):
+    """How many questions of learned tasks the router may take for questions of none.
+
+    Attributes:
+        greatest_share: The greatest share of each task's questions, in percent.
+    """
+
+    greatest_share: float = Field(gt=0, le=100)
 
 
 class NewTask(_Section):
@@ -58,6 +96,9 @@ class Plan(_Section):
         least_patients: Of fewer independent patients (or images) no task is judged: the update is held.
         new_task: What the newest task must show.
         probes: By held-out data set, the tolerated loss against the base model, in points.
+        subgroups: By attribute of the test records, what each group of patients must show.
+        calibration: How far probabilities may be off.
+        foreign: How many questions may be flagged as like none of the tasks (needs `evaluate --banks-by routed`).
         routed: Whether the answers of `evaluate --banks-by routed` decide, as where the product is not told the task.
         note: What the authors want the record to say.
     """
@@ -69,13 +110,36 @@ class Plan(_Section):
     least_patients: int = Field(default=30, ge=2)
     new_task: NewTask = NewTask()
     probes: dict[str, float] = Field(default_factory=dict)
+    subgroups: dict[str, SubgroupRule] = Field(default_factory=dict)
+    calibration: CalibrationRule | None = None
+    foreign: ForeignRule | None = None
     routed: bool = False
     note: str = ""
 
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        """Check that no test has a level above the plan's: together they would pass wrongly more often."""
+        rules: list[tuple[str, TaskRule | SubgroupRule]] = [
+            (f"tasks.{name}", rule) for name, rule in self.tasks.items()
+        ]
+        rules += [(f"subgroups.{name}", rule) for name, rule in self.subgroups.items()]
+        for place, rule in rules:
+            if rule.level is not None and rule.level > self.level:
+                raise ValueError(f"{place}.level: {rule.level} is above the plan's level {self.level}")
+        return self
+
     def margin_of(self, task: str) -> float:
         """Return the tolerated loss of a task, in points."""
-        rule = self.tasks.get(task)
-        return self.margin if rule is None or rule.margin is None else rule.margin
+        rule = self.tasks.get(task, TaskRule())
+        return self.margin if rule.margin is None else rule.margin
+
+    def metric_of(self, task: str) -> str:
+        """Return the name of the score that decides about a task."""
+        return self.tasks.get(task, TaskRule()).metric or self.metric
+
+    def share_of_level(self, rule: TaskRule | SubgroupRule | None) -> float:
+        """Return the level of a rule's tests, as a share of the plan's."""
+        return 1.0 if rule is None or rule.level is None else rule.level / self.level
 
 
 class Registration(StateFile):

@@ -14,9 +14,11 @@ from pydantic import Field
 
 from mslora_cr.config.run_files import BANK_WEIGHTS
 from mslora_cr.config.schema import ConfigError, StreamConfig
+from mslora_cr.data.tasks import test_records
 from mslora_cr.evaluation.results import required_evaluation
 from mslora_cr.evaluation.schemas import ROUTED
-from mslora_cr.release.gate import GateTest, Verdict, gate_tests, verdict_of
+from mslora_cr.release.gate import gate_tests, verdict_of
+from mslora_cr.release.gate_test import GateTest, Verdict
 from mslora_cr.release.plan import read_plan, registration_of
 from mslora_cr.runs.environment import environment
 from mslora_cr.runs.ledger import Ledger
@@ -27,7 +29,7 @@ from mslora_cr.utils.files import file_digest
 from mslora_cr.utils.state import StateFile
 
 RELEASES = "releases"
-"""Return the folder of the records in a run folder."""
+"""The folder of the records in a run folder."""
 
 
 class ReleaseError(UserError):
@@ -139,9 +141,14 @@ def decide(plan_path: Path, config: StreamConfig) -> ReleaseRecord:
             if record.kind == "gate" and (record.banks, record.plan_digest) == (banks, registration.digest):
                 return record
         candidate = 1 + sum(record.kind == "gate" for record in records)
-        tests = gate_tests(plan, results, spent(plan.level, candidate))
+        tests = gate_tests(
+            plan,
+            config.results_run_dir,
+            spent(plan.level, candidate),
+            lambda task: test_records(config, config.task(task)),
+        )
         verdict = verdict_of(tests)
-        reasons = [f"{test.name}: {test.reason}" for test in tests if test.outcome != "pass"]
+        reasons = [f"{test.name}: {test.reason}" for test in tests if test.outcome in ("hold", "fail")]
         if evaluation.tasks[-1] in registration.finished:
             verdict = "hold" if verdict == "release" else verdict
             reasons.append(f"the plan was registered {registration.when}, after {evaluation.tasks[-1]} was trained")

@@ -8,7 +8,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from mslora_cr.config.schema import StreamConfig
-from mslora_cr.release.gate import GateTest
+from mslora_cr.release.gate_test import GateTest
 from mslora_cr.release.records import ReleaseRecord, record_path
 from mslora_cr.reporting.render import render
 
@@ -18,7 +18,7 @@ def release_table(record: ReleaseRecord) -> str:
     lines = [f"record {record.number} of {record.run}, stage {record.stage}: {record.verdict.upper()}"]
     if record.kind == "rollback":
         return f"{lines[0]} (a rollback to release {record.serves})"
-    headers = ["", "name", "score", "before", "change", "lower bound", "required", "p", "patients", "outcome"]
+    headers = ["", "name", "score", "before", "change", "bound", "required", "p", "patients", "outcome"]
     lines.append(tabulate([_row(test) for test in record.tests], headers, disable_numparse=True))
     lines.append(
         f"One-sided tests at level {record.level:.4f}, candidate {record.candidate} of the stream; all must pass."
@@ -47,6 +47,11 @@ def write_release(record: ReleaseRecord, config: StreamConfig) -> Path:
 
 
 def _row(test: GateTest) -> list[str]:
-    before = "" if test.reference is None else f"{test.reference:.1f}"
-    figures = [f"{test.score:.1f}", before, f"{test.difference:+.2f}", f"{test.bound:+.2f}", f"> {test.required:+.1f}"]
+    if test.what in ("calibration", "foreign questions"):  # The bound is an upper one, of a value below a limit.
+        limit = test.score + test.difference
+        figures = [f"{test.score:.1f}", "", "", f"{limit - test.bound:.2f}", f"< {limit:.1f}"]
+    else:
+        before = "" if test.reference is None else f"{test.reference:.1f}"
+        bound = f"{test.bound:+.2f}"
+        figures = [f"{test.score:.1f}", before, f"{test.difference:+.2f}", bound, f"> {test.required:+.1f}"]
     return [test.what, test.name, *figures, f"{test.p:.4f}", f"{test.groups:,}", test.outcome]

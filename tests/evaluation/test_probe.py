@@ -14,6 +14,8 @@ from mslora_cr.evaluation.probe import _cells, _losses, check_held_out, evaluate
 from mslora_cr.evaluation.probe_result import MEASURED, Probe, probe_table
 from mslora_cr.evaluation.results import Cell
 from mslora_cr.evaluation.score import read_scores, score_file
+from mslora_cr.release.gate import _probe
+from mslora_cr.release.plan import Plan
 from mslora_cr.reporting.report import write_report
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.statistics.paired import paired_change, paired_task
@@ -50,6 +52,9 @@ def test_a_held_out_data_set_is_answered_at_every_stage_and_set_against_the_base
         (stage, name) for stage in (1, 2, 3) for name in MEASURED
     }
     assert {loss.stage for loss in found.last()} == {3}
+    last = next(loss for loss in found.last() if loss.metric == "exact match score")
+    judged = _probe(Plan(margin=5, least_patients=2, probes={"derm": 90}), results, "derm", 0.05)
+    assert (judged.reference, judged.score) == (pytest.approx(last.base), pytest.approx(last.score))
 
     # The banks of a stage are those that a trained run answers with when its last task is named.
     answers = [json.loads(line) for line in (results / found.cells[-1].answers).read_text().splitlines()]

@@ -1,6 +1,7 @@
 """The release gate: verdicts from known answers, the chain of records, and the commands."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ import torch
 
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
+from mslora_cr.data.records import TestRecords
+from mslora_cr.evaluation.probabilities import PROBABILITIES, AnswerProbability, write_rows
+from mslora_cr.evaluation.results import ReportError
+from mslora_cr.evaluation.schemas import ROUTING, Routing, StageRouting
 from mslora_cr.release.gate import gate_tests, verdict_of
 from mslora_cr.release.plan import read_plan
 from mslora_cr.release.records import records_of
@@ -28,7 +33,8 @@ def plan_file(folder: Path, text: str) -> Path:
 
 def verdict(tmp_path: Path, plan: str, right: Any, tasks: tuple[str, ...] = TASKS) -> tuple[str, dict[str, Any]]:
     make_run(tmp_path, "run", method="sequential", tasks=tasks, right=right)
-    tests = gate_tests(read_plan(plan_file(tmp_path, plan), tasks), tmp_path / "results" / "run", 0.05)
+    results = tmp_path / "results" / "run"
+    tests = gate_tests(read_plan(plan_file(tmp_path, plan), tasks), results, 0.05, lambda task: TestRecords(Path()))
     return verdict_of(tests), {test.name: test for test in tests}
 
 
@@ -74,9 +80,90 @@ def test_the_new_task_must_reach_its_score(tmp_path: Path) -> None:
     assert verdict(tmp_path / "c", plan % 80, lambda task, stage: 15)[0] == "reject"
 
 
+def _asked(tmp_path: Path) -> Path:
+    """A run whose first task loses 8 answers of either kind after its stage, all about women, with its test file."""
+    lost = {("pathvqa", 1): 18}
+    make_run(tmp_path, "run", "sequential", TASKS, right=lambda task, stage: lost.get((task, stage), 10))
+    lines = [
+        {
+            "question_id": number,
+            "image": f"{number}.png",
+            "text": "Is it?",
+            "gt": "yes" if number >= 20 else "Mild cardiomegaly, no effusion.",
+            "answer_type": "CLOSED" if number >= 20 else "OPEN",
+            "attributes": {"sex": "F" if number % 20 >= 10 else "M", "site": "A" if number else "B"},
+        }
+        for number in range(40)
+    ]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = tmp_path / "results" / "run"
+    evaluation = (results / "evaluation.json").read_text().replace("ef" * 32, TestRecords(path).digest)
+    (results / "evaluation.json").write_text(evaluation)
+    return results
+
+
+def test_groups_of_patients_are_judged_apart(tmp_path: Path) -> None:
+    results = _asked(tmp_path)
+    plan = "{margin: 60, least_patients: 20, subgroups: {sex: {margin: 50, level: 0.02}, site: {margin: 75}}}"
+
+    def judged(text: str) -> dict[str, Any]:
+        plan = read_plan(plan_file(tmp_path, text), TASKS)
+        tests = gate_tests(plan, results, 0.05, lambda task: TestRecords(tmp_path / "test.jsonl"))
+        return {test.name: test for test in tests}
+
+    tests = judged(plan)
+    assert tests["pathvqa"].outcome == "pass" and tests["pathvqa"].difference == -40
+    women, men = tests["pathvqa, sex F"], tests["pathvqa, sex M"]
+    assert (women.outcome, women.difference, women.groups, women.level) == ("fail", -80, 20, 0.02)
+    assert (men.outcome, men.difference, men.lost) == ("pass", 0, 0)
+    assert tests["pathvqa, site B"].outcome == "counted", "a single patient is not judged"
+    assert verdict_of(list(tests.values())) == "reject"
+    with pytest.raises(ReportError, match="no test record of an earlier task has the attribute age"):
+        judged("{margin: 60, subgroups: {age: {margin: 1}}}")
+    with pytest.raises(ReportError, match="slake-vqarad has no 'rouge-x' at stage 2"):
+        judged("{margin: 60, tasks: {slake-vqarad: {metric: rouge-x}}}")
+
+
+def test_calibration_and_foreign_questions_have_limits(tmp_path: Path) -> None:
+    results = _asked(tmp_path)
+    known = AnswerProbability(candidates=("yes", "no"), logprobs=(math.log(0.6), math.log(0.4)), lengths=(1, 1))
+    for task in ("pathvqa", "slake-vqarad"):
+        folder = results / task / "stage-3"
+        answers = (folder / "answer-file.jsonl").read_text().splitlines()
+        rows = [known if json.loads(line)["answer_type"] == "CLOSED" else AnswerProbability() for line in answers]
+        write_rows(folder / PROBABILITIES, (row.row(number) for number, row in enumerate(rows)))
+    shutil.copytree(results, results / "routed")
+    counts = dict.fromkeys(TASKS, (40, 0, 0))
+    foreign = {"pathvqa": 0, "slake-vqarad": 30, "PCAM": 1}
+    stage = StageRouting(
+        stage=3, learned=TASKS, confusion=counts, questions=120, accuracy=100.0, interval=None, foreign=foreign
+    )
+    Routing(stages=(stage,)).write(results / "routed" / ROUTING)
+    plan = "{margin: 90, least_patients: 20, calibration: {greatest_error: %d}, foreign: {greatest_share: 20}}"
+
+    def judged(limit: int) -> dict[tuple[str, str], Any]:
+        made = read_plan(plan_file(tmp_path, plan % limit), TASKS)
+        tests = gate_tests(made, results, 0.05, lambda task: TestRecords(tmp_path / "test.jsonl"))
+        return {(test.what, test.name): test for test in tests}
+
+    tests = judged(60)
+    calibration = tests["calibration", "pathvqa"]  # the likeliest candidate, yes, has 0.6 and is always right
+    assert calibration.score == pytest.approx(40) and calibration.outcome == "pass" and calibration.questions == 20
+    assert judged(30)["calibration", "pathvqa"].outcome == "fail"
+    none, many = tests["foreign questions", "pathvqa"], tests["foreign questions", "slake-vqarad"]
+    assert none.bound == pytest.approx(20 - 100 * (1 - 0.05 ** (1 / 40))) and none.outcome == "pass"
+    assert many.outcome == "fail" and tests["foreign questions", "PCAM"].outcome in ("pass", "hold")
+    (results / "routed" / ROUTING).unlink()
+    with pytest.raises(ReportError, match="--banks-by routed"):
+        judged(60)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("{margin: 5, level: 0.02, tasks: {PCAM: {level: 0.03}}}", "tasks.PCAM.level: 0.03 is above the plan's"),
+        ("{margin: 5, subgroups: {sex: {}}}", "margin"),
         ("{margin: 0}", "margin"),
         ("{margin: 5, level: 0.7}", "level"),
         ("{margin: 5, tasks: {derm: {margin: 2}}}", "the run has no derm"),
