@@ -2,6 +2,7 @@
 
     python -m benchmarks.coverage                            # 2,000 trials of each setting
     python -m benchmarks.coverage --trials 200 --json coverage.json
+    python -m benchmarks.coverage --only "yes or no"
 
 A stream of 4 or 8 tasks, each asked 80 or 600 questions at every stage. A question is right with the probability of its
 task, between 0.6 and 0.9, and at every stage 8 % of the answers are drawn again, so that nothing changes in truth:
@@ -13,6 +14,8 @@ from N(0, 4 points).
 `74 images` shares 600 questions out unequally, the largest image has 103; `one patient` has 841 of 2,000 questions and
 100 others share the rest. `tasks of` asks tasks of 40 and 5,000, or of 24, 80 and 600 questions; there the truth is a
 loss, or as much gained as lost.
+
+`benchmarks.coverage_classes` has further settings: three classes, counts, differences of figures, subgroups.
 
 Of the last task but one hardly an answer changes. The second table has exact sums for one task: how often Tango's
 interval covers and how often the one-sided bound of losses does.
@@ -65,24 +68,32 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--trials", type=int, default=2000, metavar="N", help="of each setting (default: 2000)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the shares here")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="settings whose name has this text, and no exact sums"
+    )
     args = parser.parse_args(argv)
-    found = {name: shares(setting, args.trials) for name, setting in settings().items()}
+    found = {name: shares(setting, args.trials) for name, setting in settings().items() if args.only in name}
     rows = [[name, what, _figure(share)] for name, by_test in found.items() for what, share in by_test.items()]
     error = (0.95 * 0.05 / args.trials) ** 0.5
     print(tabulate(rows, headers=["setting", "interval covers, or p < 0.05", "share"], disable_numparse=True))
     print(f"\n{args.trials} trials; standard error of a share of 0.95: {error:.4f}\n")
-    exact = {
-        f"{questions} questions, {expected} change, {direction}": exact_shares(questions, *changes)
-        for questions in QUESTIONS
-        for expected in EXPECTED
-        for direction, changes in {
-            "both directions alike": (expected / questions / 2, expected / questions / 2),
-            "one direction": (0.0, expected / questions),
-        }.items()
-    }
-    lines = [[name, *map(_figure, share)] for name, share in exact.items()]
-    headers = ["a task's change, exactly", "interval covers", "bound of losses covers"]
-    print(tabulate(lines, headers=headers, disable_numparse=True))
+    exact = (
+        {}
+        if args.only
+        else {
+            f"{questions} questions, {expected} change, {direction}": exact_shares(questions, *changes)
+            for questions in QUESTIONS
+            for expected in EXPECTED
+            for direction, changes in {
+                "both directions alike": (expected / questions / 2, expected / questions / 2),
+                "one direction": (0.0, expected / questions),
+            }.items()
+        }
+    )
+    if exact:
+        lines = [[name, *map(_figure, share)] for name, share in exact.items()]
+        headers = ["a task's change, exactly", "interval covers", "bound of losses covers"]
+        print(tabulate(lines, headers=headers, disable_numparse=True))
     result = {"trials": args.trials, "shares": found, "exact": {name: [*share] for name, share in exact.items()}}
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -105,12 +116,12 @@ def settings() -> dict[str, Trial]:
     found: dict[str, Trial] = {}
     for tasks in TASKS:
         for questions in QUESTIONS:
-            for more, groups in _groups(questions).items():
+            for more, groups in groups_of(questions).items():
                 place = f"{tasks} tasks × {questions}{more}"
                 found[place] = _stream(tasks, questions, groups)
                 found[f"{place}, last"] = _last_change(tasks, groups)
     for questions in QUESTIONS:
-        for more, groups in _groups(questions).items():
+        for more, groups in groups_of(questions).items():
             found[f"two systems, {questions}{more}"] = _two_systems(questions, groups)
     for name, groups in unequal_groups().items():
         for share in (0.3, 0.75, 0.95):
@@ -122,9 +133,12 @@ def settings() -> dict[str, Trial]:
             found[f"tasks of {sizes}, 3 % gained and lost{more}"] = _unequal_tasks(sizes, 0.03, 0.03, cluster)
     found["seven tasks of 80, 5 % gained and lost"] = _unequal_tasks((80,) * 7, 0.05, 0.05, 1)
     for questions in QUESTIONS:
-        for more, groups in _groups(questions).items():
+        for more, groups in groups_of(questions).items():
             for prevalence in (0.05, 0.5):
                 found[f"yes or no, {questions}{more}, {prevalence:.0%} yes"] = _yes_or_no(groups, prevalence)
+    from benchmarks.coverage_classes import class_settings  # It draws answers as this module does.
+
+    found |= class_settings()
     others = {"near one": _near_one, "tasks as a sample": _tasks_as_a_sample, "six runs": _runs}
     return found | others
 
@@ -140,7 +154,7 @@ def unequal_groups() -> dict[str, Groups]:
     }
 
 
-def _groups(questions: int) -> dict[str, Groups]:
+def groups_of(questions: int) -> dict[str, Groups]:
     return {"": independent(questions), ", clustered": np.arange(questions) // CLUSTER}
 
 
@@ -165,7 +179,7 @@ def exact_shares(questions: int, gained: float, lost: float) -> ExactShares:
             chance = np.exp(ways + xlogy([plus, minus, rest], [gained, lost, 1 - gained - lost]).sum())
             values = np.repeat([1.0, -1.0, 0.0], [plus, minus, rest])
             change = paired_change([paired_task(values, independent(questions), True)])
-            covered += chance * _covers(change.ends, 100 * (gained - lost))
+            covered += chance * covers(change.ends, 100 * (gained - lost))
             bounded += chance * (change.most_lost >= 100 * lost)
     return ExactShares(float(covered), float(bounded))
 
@@ -174,7 +188,7 @@ def _figure(share: float) -> str:
     return f"{share:.3f}"
 
 
-def _covers(ends: Interval | None, truth: float) -> bool:
+def covers(ends: Interval | None, truth: float) -> bool:
     return ends is not None and ends[0] - 1e-9 <= truth <= ends[1] + 1e-9
 
 
@@ -205,13 +219,13 @@ def _stream(tasks: int, questions: int, groups: Groups) -> Trial:
         expected = truth.summary()
         one = columns[names[-1], 0]  # drawn once: what is drawn again has less in common with its image
         return {
-            "a task's score": _covers(score_interval([estimate(*one)]), shares[names[-1]]),
+            "a task's score": covers(score_interval([estimate(*one)]), shares[names[-1]]),
             **{
-                figure: _covers(interval.ends, float(expected[figure] or 0))
+                figure: covers(interval.ends, float(expected[figure] or 0))
                 for figure, interval in found.figures.items()
             },
-            "a task's change": _covers(found.transfer[names[0]].ends, 0),
-            "average of stage 2": _covers(found.stages[2], truth.stage_average(2)),
+            "a task's change": covers(found.transfer[names[0]].ends, 0),
+            "average of stage 2": covers(found.stages[2], truth.stage_average(2)),
         }
 
     return trial
@@ -224,7 +238,7 @@ def _last_change(tasks: int, groups: Groups) -> Trial:
     def trial(generator: np.random.Generator) -> Mapping[str, bool]:
         before = answers(generator, groups, share)
         change = _redrawn(generator, groups, share, before) - before
-        return {"change of the last task but one": _covers(_change_of([change], [groups]), 0)}
+        return {"change of the last task but one": covers(_change_of([change], [groups]), 0)}
 
     return trial
 
@@ -243,9 +257,9 @@ def _unequal_images(groups: Groups, share: float) -> Trial:
         known = estimate(one, groups)
         ends = percentile_interval(replicates[:, 0] / replicates[:, 1], known.freedom + 1)
         return {
-            "a score": _covers(score_interval([known]), share),
-            "difference of two systems": _covers(_change_of([one - other], [groups]), 0),
-            "bootstrap, as of BLEU": _covers(ends, share),
+            "a score": covers(score_interval([known]), share),
+            "difference of two systems": covers(_change_of([one - other], [groups]), 0),
+            "bootstrap, as of BLEU": covers(ends, share),
         }
 
     return trial
@@ -259,7 +273,7 @@ def _unequal_tasks(sizes: Sequence[int], gained: float, lost: float, cluster: in
         down = [answers(generator, clusters, lost) for clusters in groups]
         up = [answers(generator, clusters, gained) if gained else np.zeros(len(clusters)) for clusters in groups]
         differences = [plus - minus for plus, minus in zip(up, down, strict=True)]
-        return {"mean change": _covers(_change_of(differences, groups), 100 * (gained - lost))}
+        return {"mean change": covers(_change_of(differences, groups), 100 * (gained - lost))}
 
     return trial
 
@@ -286,11 +300,11 @@ def _two_systems(questions: int, groups: Groups) -> Trial:
         clusters, mean = int(groups.max()) + 1, 0.4 + 0.6 * 0.25
         ratio = resampled_sums(np.column_stack([parts_of_words, np.ones(questions)]), groups)
         return {
-            "difference": _covers(_change_of([one], [groups]), 0),
-            "difference over four tasks": _covers(_change_of(tasks, [groups] * 4), 0),
-            "difference of F1": _covers(_change_of([parts_of_words - others], [groups], False), 0),
-            "mean F1": _covers(score_interval([estimate(parts_of_words, groups)]), mean),
-            "bootstrap, as of BLEU": _covers(percentile_interval(ratio[:, 0] / ratio[:, 1], clusters), mean),
+            "difference": covers(_change_of([one], [groups]), 0),
+            "difference over four tasks": covers(_change_of(tasks, [groups] * 4), 0),
+            "difference of F1": covers(_change_of([parts_of_words - others], [groups], False), 0),
+            "mean F1": covers(score_interval([estimate(parts_of_words, groups)]), mean),
+            "bootstrap, as of BLEU": covers(percentile_interval(ratio[:, 0] / ratio[:, 1], clusters), mean),
             "p of the difference": p_value(float(one.mean()), flipped_means(one, groups, FLIPS)) < LEVEL,
             "p over four tasks": p_value(overall, np.mean(flipped, axis=0)) < LEVEL,
         }
@@ -317,7 +331,7 @@ def _yes_or_no(groups: Groups, prevalence: float) -> Trial:
         if yes.any():
             known |= {"AUROC": auroc(yes, scores, groups), "average precision": average_precision(yes, scores, groups)}
         return {
-            name: _covers(known[name].interval, value)
+            name: covers(known[name].interval, value)
             for name, value in (truth | areas).items()
             if name in known and known[name].interval is not None
         }
@@ -354,8 +368,8 @@ def _near_one(generator: np.random.Generator) -> Mapping[str, bool]:
     shares = (0.99, 0.99, 0.97, 0.99)
     tasks = [estimate((generator.random(80) < share).astype(np.float64), groups) for share in shares]
     return {
-        "a task's score": _covers(score_interval(tasks[:1]), 0.99),
-        "average of four tasks": _covers(score_interval(tasks, [0.25] * 4), float(np.mean(shares))),
+        "a task's score": covers(score_interval(tasks[:1]), 0.99),
+        "average of four tasks": covers(score_interval(tasks, [0.25] * 4), float(np.mean(shares))),
     }
 
 
@@ -367,7 +381,7 @@ def _tasks_as_a_sample(generator: np.random.Generator) -> Mapping[str, bool]:
     differences = [100 * float(task.mean()) for task in tasks]
     flipped = np.mean([flipped_means(task, groups, FLIPS, number) for number, task in enumerate(tasks)], axis=0)
     return {
-        "difference between tasks": _covers(t_interval(differences), 0),
+        "difference between tasks": covers(t_interval(differences), 0),
         "p between tasks": t_test(estimate_of(differences)) < LEVEL,
         "p of these tasks (not its question)": p_value(np.mean(differences) / 100, flipped) < LEVEL,
     }
@@ -377,7 +391,7 @@ def _runs(generator: np.random.Generator) -> Mapping[str, bool]:
     """Paired differences of two methods over two orders × three seeds, none in truth."""
     differences = generator.normal(0, 3, size=6).tolist()
     return {
-        "difference of runs": _covers(t_interval(differences), 0),
+        "difference of runs": covers(t_interval(differences), 0),
         "p of runs": flip_test(differences) < LEVEL,
     }
 

@@ -21,13 +21,17 @@ WORTH_A_WARNING = 0.05
 
 def doubts_of(folder: Path) -> dict[str, Any]:
     """`Cell`'s counts of the answers in a folder."""
-    answers = [str(row.text) for row in read_answers(folder / ANSWERS)]
+    rows = read_answers(folder / ANSWERS)
+    answers = [str(row.text) for row in rows]
     probabilities = read_probabilities(folder / PROBABILITIES)
     finished = [of.finished for of in probabilities if of.finished is not None]
+    longest = max((len(str(row.gt)) for row in rows), default=0)
+    cut = [text for text, of in zip(answers, probabilities, strict=False) if of.finished is False]
     finals = [final_answer(answer) for answer in answers]
     reasons = Counter(of.reason for of in probabilities if of.reason not in (None, "stop"))
     return {
         "unfinished": finished.count(False) if finished else None,
+        "overlong": sum(len(text) > longest for text in cut) if finished else None,
         "empty": sum(not answer.strip() for answer in answers),
         "thinking": sum(final.reasoned for final in finals),
         "truncated": sum(final.truncated for final in finals),
@@ -45,7 +49,9 @@ def doubts_in_words(cell: Cell, max_new_tokens: int | None = None) -> list[str]:
     limit = "evaluation.max_new_tokens" + (f" = {max_new_tokens}" if max_new_tokens else "")
     if cell.unfinished and cell.unfinished >= WORTH_A_WARNING * cell.rows:
         share = f"{cell.unfinished} of {cell.rows} answers ({100 * cell.unfinished / cell.rows:.0f} %)"
-        doubts.append(f"{share} were cut off at {limit}, and are scored as they stand; raise it")
+        endless = (cell.overlong or 0) > cell.unfinished / 2
+        why = "most are longer than any true answer, so the model does not end them" if endless else "raise it"
+        doubts.append(f"{share} were cut off at {limit}, and are scored as they stand; {why}")
     if cell.empty:
         why = ", ".join(f"{reason}: {count}" for reason, count in (cell.reasons or {}).items())
         doubts.append(f"{cell.empty} of {cell.rows} answers are empty{f' (finish_reason {why})' if why else ''}")

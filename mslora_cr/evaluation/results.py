@@ -28,10 +28,10 @@ class Cell(Part):
     `intervals` has the ends of each metric's interval, `freedom` its degrees of freedom and `largest_cluster` the share
     of the largest cluster; earlier versions did not note the last two. `questions` is the digest of the test file,
     `sha256` and `scores_sha256` are those of the scored answers and of their scores, which version 0.1.0 did not note.
-    `unfinished` answers were cut at `evaluation.max_new_tokens`, `empty` ones have no text, `thinking` ones contain
-    reasoning and are scored by their final part, `truncated` ones end within it. `reasons` counts why a served model
-    stopped; `greedy` is false if it did not accept temperature 0. Earlier versions noted none of the six. The rest is
-    from the answers' `Stamp`.
+    `unfinished` answers were cut at `evaluation.max_new_tokens`, `overlong` ones of them are longer than any true
+    answer, `empty` ones have no text, `thinking` ones contain reasoning and are scored by their final part, `truncated`
+    ones end within it. `reasons` counts why a served model stopped; `greedy` is false if it did not accept temperature
+    0. Earlier versions noted none of the seven. The rest is from the answers' `Stamp`.
     """
 
     task: str
@@ -48,6 +48,7 @@ class Cell(Part):
     scores_sha256: str | None = None
     images: str | None = None
     unfinished: int | None = None
+    overlong: int | None = None
     empty: int | None = None
     thinking: int | None = None
     truncated: int | None = None

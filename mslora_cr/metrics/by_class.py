@@ -42,13 +42,18 @@ PSEUDO = {MACRO_F1, MATTHEWS, PPV, NPV, AUROC, AVERAGE_PRECISION, PRECISION}
 def class_columns(table: Confusion, chances: Scores | None) -> dict[str, Column]:
     """Return the figures of `BY_CLASS` that closed questions have; none for questions of a single class.
 
+    Figures that rest on a class with fewer than `FEWEST` questions are left out: their intervals would not cover as
+    often as they say.
+
     Args:
         table: The true class of each question and the one that was said.
         chances: (questions, classes), the probability of each class; None if it is unknown.
     """
-    asked = [place for place in range(len(table.names)) if (table.truth == place).any()]
-    if len(asked) < 2:
-        return {}
+    counts = np.bincount(table.truth, minlength=len(table.names))
+    enough = [place for place in range(len(table.names)) if counts[place] >= FEWEST]
+    each = {} if table.has_positive else _of_each(table, enough)
+    if np.count_nonzero(counts) < 2 or len(enough) < np.count_nonzero(counts):
+        return each if np.count_nonzero(counts) > 1 else {}
     values = confusion_figures(table)
     columns = {
         BALANCED: balanced_scores(table.truth, table.right),
@@ -58,7 +63,7 @@ def class_columns(table: Confusion, chances: Scores | None) -> dict[str, Column]
         by_title = {AUROC: area_scores(table.truth, chances), AVERAGE_PRECISION: precision_scores(table.truth, chances)}
         columns |= {title: scores for title, scores in by_title.items() if scores is not None}
     whole = {title: Column(scores, table.groups) for title, scores in columns.items()}
-    return whole | (_of_two(table) if table.has_positive else _of_each(table, asked))
+    return whole | (_of_two(table) if table.has_positive else each)
 
 
 def _of_two(table: Confusion) -> dict[str, Column]:
@@ -67,14 +72,13 @@ def _of_two(table: Confusion) -> dict[str, Column]:
     return recalls | {name: column for name, column in precisions.items() if column is not None}
 
 
-def _of_each(table: Confusion, asked: Sequence[int]) -> dict[str, Column]:
-    """Recall and precision of each class with at least `FEWEST` questions."""
+def _of_each(table: Confusion, classes: Sequence[int]) -> dict[str, Column]:
+    """Recall and precision of each class."""
     columns = {}
-    for place in asked:
-        if int((table.truth == place).sum()) >= FEWEST:
-            columns[f"{RECALL}: {table.names[place]}"] = _recall(table, place)
-            if (precision := _precision(table, place)) is not None:
-                columns[f"{PRECISION}: {table.names[place]}"] = precision
+    for place in classes:
+        columns[f"{RECALL}: {table.names[place]}"] = _recall(table, place)
+        if (precision := _precision(table, place)) is not None:
+            columns[f"{PRECISION}: {table.names[place]}"] = precision
     return columns
 
 

@@ -36,19 +36,23 @@ def test_means_over_questions_are_the_figures() -> None:
 
 
 def test_every_figure_of_two_classes_is_the_mean_of_its_column() -> None:
-    answers = ["yes" if chance > 0.5 else "no" for chance in YES]
+    truth, chances = np.tile(TRUTH, 2), np.tile(YES, 2)
+    answers = ["yes" if chance > 0.5 else "no" for chance in chances]
     answers[-1] = "perhaps"
-    table = confusion(answers, [["yes"] if true else ["no"] for true in TRUTH], np.arange(20) // 2)
-    columns = class_columns(table, np.stack([1 - YES, YES], axis=1))
+    truths = [["yes"] if true else ["no"] for true in truth]
+    table = confusion(answers, truths, np.arange(40) // 2)
+    columns = class_columns(table, np.stack([1 - chances, chances], axis=1))
     for name, figure in confusion_figures(table).items():
         if name != "accuracy":
             assert columns[name].scores.mean() == pytest.approx(figure.value, abs=1e-6), name
     assert columns["average precision"].scores.mean() == pytest.approx(average_precision_score(TRUTH, YES))
-    assert [len(columns[name].scores) for name in ("sensitivity", "specificity", "PPV")] == [8, 12, 20]
+    assert [len(columns[name].scores) for name in ("sensitivity", "specificity", "PPV")] == [16, 24, 40]
     # A model that never says yes has no PPV to compare; one class alone has no figure.
-    never = confusion(["no"] * 20, [["yes"] if true else ["no"] for true in TRUTH], np.arange(20))
+    never = confusion(["no"] * 40, truths, np.arange(40))
     assert "PPV" not in class_columns(never, None) and class_columns(never, None)["NPV"].scores.mean() == 0.6
-    assert class_columns(confusion(["yes"], [["yes"]], np.arange(1)), None) == {}
+    assert class_columns(confusion(["yes"] * 40, [["yes"]] * 40, np.arange(40)), None) == {}
+    few = confusion(answers[:20], truths[:20], np.arange(20))
+    assert class_columns(few, None) == {}, "eight questions of a class give no interval that holds"
 
 
 def test_a_pseudo_value_is_what_a_question_weighs_in_the_figure() -> None:

@@ -13,7 +13,7 @@ from mslora_cr.metrics.closed import (
     confusion,
     confusion_figures,
 )
-from mslora_cr.metrics.discrimination import auroc, average_precision, obuchowski_error
+from mslora_cr.metrics.discrimination import _average_precision, auroc, average_precision, obuchowski_error
 from mslora_cr.metrics.guessing import hindsight_guesses, majority_guesses, question_key
 from mslora_cr.metrics.numbers import count_figures, is_count, number_in
 from mslora_cr.statistics.intervals import independent
@@ -156,3 +156,13 @@ def test_counts() -> None:
     assert (found.questions, found.unparsed) == (4, 1)
     assert found.mean_absolute_error is not None and found.mean_absolute_error.value == pytest.approx(1.0)
     assert found.exact.value == 0.25
+
+
+def test_the_jackknife_takes_scikit_learns_average_precision() -> None:
+    random = np.random.default_rng(4)
+    positive, scores = random.random(60) < 0.3, random.integers(9, size=60) / 8  # with ties
+    place = np.unique(-scores, return_inverse=True)[1]
+    assert _average_precision(positive, place) == pytest.approx(sk.average_precision_score(positive, scores))
+    rest = scores != 0.5  # a place that no question has
+    left = sk.average_precision_score(positive[rest], scores[rest])
+    assert _average_precision(positive[rest], place[rest]) == pytest.approx(left)
