@@ -38,6 +38,9 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
 }
 BASES = ("inflora", "keeplora")
 """Methods that keep the basis of a space."""
+SHARED = ("each", "sequential", "incremental", "olora", "reglora")
+"""Methods whose passes are those of mslora_cr: the cross entropy, with a penalty or without. `make test` leaves them to
+test_exactness.py."""
 ACCUMULATED = ("lwf",)
 """In several micro-batches an update: what the trainer's own code averages over them."""
 
@@ -83,24 +86,27 @@ def trained(shared_tmp: Path, tiny_settings: dict[str, Any]) -> Callable[[str, s
 
         return once(shared_tmp / f"method-{otherwise}-{method}", build)
 
-    def together(stage: str) -> Path:
+    def together(stage: str, shared: bool) -> Path:
         def build(folder: Path) -> None:
-            configs = [configure(folder / method, tiny_settings, method) for method in SETTINGS]
+            methods = [method for method in SETTINGS if (method in SHARED) is shared]
+            configs = [configure(folder / method, tiny_settings, method) for method in methods]
             override = deepspeed_file(stage, folder)
             others = [(config, override) for config in configs[1:]]
             launch(["train", configs[0], *override], before=partial(train_these_too, others))
 
-        return once(shared_tmp / f"methods-{stage}", build)
+        return once(shared_tmp / f"methods-{stage}-{shared}", build)
 
     def run_folder(stage: str, method: str) -> Path:
-        folder = together(stage) / method if stage in STAGES else alone(method, stage == "otherwise")
+        folder = together(stage, method in SHARED) / method if stage in STAGES else alone(method, stage == "otherwise")
         return folder / "checkpoints" / "tiny"
 
     return run_folder
 
 
 @pytest.mark.parametrize("stage", first_in_make_test("zero3", "ddp", "zero1", "zero2"))
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize(
+    "method", first_in_make_test(*sorted(SETTINGS, key=SHARED.__contains__), first=len(SETTINGS) - len(SHARED))
+)
 def test_two_processes_give_the_numbers_of_one(trained: Callable[[str, str], Path], stage: str, method: str) -> None:
     compare(method, trained(stage, method), trained("one", method))
 

@@ -67,9 +67,6 @@ def test_the_scripts_train_and_evaluate_their_run(run: str, tiny_model: Path, ti
     assert [task["batch_size"] for task in resolved["tasks"]] == [task["batch_size"] for task in shipped["tasks"]]
     assert resolved["lora"]["rank"] == 64
 
-    again = script(f"finetune_{run}.sh", "--per-device-batch", "8", *places, *length, **assets)
-    assert again.count("already done, skipped") == TASKS[run]
-
     script(f"eval_{run}.sh", *places, *length, **assets)
     [results] = (tmp_path / "results").iterdir()
     evaluation = json.loads((results / "evaluation.json").read_text())
