@@ -6,13 +6,14 @@ import argparse
 import sys
 
 from mslora_cr.cli.common import (
+    abstains,
+    add_abstention,
     add_command,
     add_overrides,
     add_release_option,
     add_run,
     add_stage,
     positive,
-    probability,
     quieten,
     run_config,
     stage_of,
@@ -55,25 +56,13 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
     add_stage(parser)
     add_release_option(parser)
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the run's)")
-    parser.add_argument(
-        "--abstain-below",
-        type=probability,
-        metavar="P",
-        help="withhold answers whose tokens together are less probable than this, between 0 and 1",
-    )
-    parser.add_argument(
-        "--risk",
-        type=probability,
-        metavar="R",
-        help="give no answer that is too unsure to keep this share of wrong answers among all questions, by the run's "
-        "validation questions (`evaluate --calibrate`)",
-    )
+    add_abstention(parser)
     parser.add_argument(
         "--foreign",
         choices=("answer", "base", "refuse"),
         default="answer",
-        help="what becomes of a routed question that is like none of the tasks: answered all the same (default), by "
-        "the base model without a bank, or not at all",
+        help="who answers a routed question that is like none of the tasks: the predicted task's banks (default), the "
+        "base model without a bank, or nobody",
     )
     parser.set_defaults(run=_ask)
 
@@ -81,10 +70,8 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
 def _ask(args: argparse.Namespace) -> int:
     if args.questions and args.question:
         raise UserError("give questions on the command line or in a file, not both")
-    if args.abstain_below is not None and args.risk is not None:
-        raise UserError("--abstain-below and --risk are two ways to set one threshold; give one of them")
-    abstains = args.abstain_below is not None or args.risk is not None
-    if abstains and not (args.question or args.questions) and sys.stdin.isatty():
+    unsure = abstains(args)
+    if unsure and not (args.question or args.questions) and sys.stdin.isatty():
         option = "--risk" if args.abstain_below is None else "--abstain-below"
         raise UserError(f"{option} needs a question, and does not work in a conversation; add the question")
     config = run_config(args.target, args.overrides)
@@ -106,7 +93,7 @@ def _ask(args: argparse.Namespace) -> int:
     for ask in questions:
         if len(questions) > 1 and not ask.json:
             aside(f"# {ask.question}")
-        tell = None if ask.json or abstains or args.foreign == "refuse" else write
+        tell = None if ask.json or unsure or args.foreign == "refuse" else write
         answer = model.ask(
             ask.images,
             ask.question,

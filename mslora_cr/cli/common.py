@@ -150,6 +150,33 @@ def add_release_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_abstention(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--abstain-below",
+        type=probability,
+        metavar="P",
+        help="withhold answers whose tokens together are less probable than this, between 0 and 1",
+    )
+    parser.add_argument(
+        "--risk",
+        type=probability,
+        metavar="R",
+        help="abstain so that at most this share of all questions is answered wrongly, by the run's validation "
+        "questions (`evaluate --calibrate`)",
+    )
+
+
+def abstains(args: argparse.Namespace) -> bool:
+    """Whether `--abstain-below` or `--risk` is given.
+
+    Raises:
+        UserError: Both are.
+    """
+    if args.abstain_below is not None and args.risk is not None:
+        raise UserError("--abstain-below and --risk are two ways to set one threshold; give one of them")
+    return args.abstain_below is not None or args.risk is not None
+
+
 def stage_of(args: argparse.Namespace, config: StreamConfig) -> int | None:
     """The stage that `--stage` or `--release` names; None if neither is given."""
     stage: int | None = getattr(args, "stage", None)

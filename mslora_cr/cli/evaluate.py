@@ -81,7 +81,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--circular",
         action="store_true",
-        help="then ask questions with options in every rotation of them; an answer counts where all are right",
+        help="then ask questions with options in every rotation of them; a question counts if every answer is right",
     )
     parser.add_argument(
         "--calibrate",

@@ -106,7 +106,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("target", type=Path, metavar="RUN", help="configuration or run folder of an evaluated run")
     add_overrides(parser)
-    parser.add_argument("--routed", action="store_true", help="the answers without task IDs (--banks-by routed)")
+    parser.add_argument("--routed", action="store_true", help="pack the answers without task IDs (--banks-by routed)")
     parser.add_argument("--output", type=Path, metavar="FILE.zip", help="the archive (default: RUN.zip)")
     parser.set_defaults(run=_submit)
 

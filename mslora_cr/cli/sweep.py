@@ -26,8 +26,8 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
         type=_orders,
         default=1,
         metavar="N|latin",
-        help="number of task orders, the file's own first (default: 1); latin: a square in which every task stands at "
-        "every place, and behind every other one, equally often",
+        help="number of task orders, the file's own first (default: 1); latin: orders in which every task "
+        "is equally often at every place, and right after every other task",
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[], metavar="SEED", help="random seeds (default: the file's)"

@@ -21,7 +21,9 @@ def add_tune(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--space", required=True, metavar="FILE", help="YAML file of keys and their values, or a method's name"
     )
-    parser.add_argument("--trials", type=positive, default=20, metavar="N", help="budget of each study (%(default)s)")
+    parser.add_argument(
+        "--trials", type=positive, default=20, metavar="N", help="number of trials of each study (%(default)s)"
+    )
     parser.add_argument(
         "--first",
         type=positive,
@@ -38,9 +40,13 @@ def add_tune(commands: argparse._SubParsersAction) -> None:
         help="choose over whole streams of these seeds instead; report others",
     )
     parser.add_argument(
-        "--orders", type=positive, default=1, metavar="N", help="with --seeds: other orders of the tasks (%(default)s)"
+        "--orders",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="with --seeds: number of other task orders (%(default)s)",
     )
-    parser.add_argument("--metric", default="exact match score", metavar="NAME", help="maximized (%(default)s)")
+    parser.add_argument("--metric", default="exact match score", metavar="NAME", help="score to maximize (%(default)s)")
     parser.add_argument(
         "--validation",
         type=share,

@@ -7,12 +7,13 @@ import logging
 import socket
 
 from mslora_cr.cli.common import (
+    abstains,
+    add_abstention,
     add_command,
     add_overrides,
     add_release_option,
     add_run,
     count,
-    probability,
     quieten,
     run_config,
     stage_of,
@@ -34,27 +35,18 @@ def add_web(commands: argparse._SubParsersAction) -> None:
     )
     add_run(parser)
     add_overrides(parser)
-    parser.add_argument("--task", metavar="NAME", help="whose banks answer at first (default: the router chooses)")
+    parser.add_argument("--task", metavar="NAME", help="task whose banks answer at first (default: the router chooses)")
     add_release_option(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone); there is no log-in"
     )
     parser.add_argument("--port", type=count, default=7860, metavar="N", help="port (%(default)s); 0 takes a free one")
-    parser.add_argument(
-        "--abstain-below",
-        type=probability,
-        metavar="P",
-        help="show no answer whose tokens together are less probable than this, between 0 and 1",
-    )
-    parser.add_argument(
-        "--risk", type=probability, metavar="R", help="as of `ask`: abstain so that at most this share is wrong"
-    )
+    add_abstention(parser)
     parser.set_defaults(run=_web)
 
 
 def _web(args: argparse.Namespace) -> int:
-    if args.abstain_below is not None and args.risk is not None:
-        raise UserError("--abstain-below and --risk are two ways to set one threshold; give one of them")
+    abstains(args)
     config = run_config(args.target, args.overrides)
     stage = stage_of(args, config)
     quieten()
