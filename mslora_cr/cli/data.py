@@ -15,6 +15,7 @@ from mslora_cr.cli.convert import add_convert
 from mslora_cr.cli.open_stream import (
     OPEN_ARCHIVES,
     OPEN_ROOT,
+    add_most,
     add_only,
     add_open_download_arguments,
     run_download_open,
@@ -42,6 +43,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", type=Path, nargs="+", required=True, help="raw download: folders and archives")
     parser.add_argument("--root", type=Path, help=f"data root ({PUBLISHED_ROOT}; of the open stream {OPEN_ROOT})")
     add_only(parser)
+    add_most(parser)
     parser.add_argument(
         "--annotations", action="store_true", help="build train.json, test.jsonl and val.jsonl from the raw download"
     )
@@ -65,6 +67,8 @@ def run_prepare(args: argparse.Namespace) -> int:
     """Returns 0 if every image that the annotations name is in place; 1 if some are missing or ambiguous."""
     if args.name == "open":
         return run_prepare_open(args)
+    if args.most:
+        raise DataError("--most is for the open stream")
     dataset = data_set(args.name)
     if args.skip_missing and not args.annotations:
         raise DataError("--skip-missing needs --annotations, which builds the annotations; give both")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, add_lock, announce, quieten
+from mslora_cr.cli.common import add_command, add_config, add_lock, announce, config_of, quieten
 from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.download import MODELS, download
 from mslora_cr.utils.errors import nearest
@@ -17,7 +17,7 @@ def add_model(commands: argparse._SubParsersAction) -> None:
     parser = add_command(
         commands,
         "model",
-        "download and inspect base models",
+        "download, inspect and make base models",
         "mslora-cr model download",
         "mslora-cr model inspect pretrained_models/llava_med_v1.5",
     )
@@ -44,6 +44,23 @@ def add_model(commands: argparse._SubParsersAction) -> None:
         "--all", action="store_true", help="list every tensor's difference instead of the largest eight"
     )
     action.set_defaults(run=_inspect)
+    action = add_command(
+        actions,
+        "make",
+        "make a small base model for a stream of real pictures, from scratch on a CPU: its tower learns from real "
+        "pictures that no task uses, its tokenizer from the words of the stream",
+        "mslora-cr model make open_small --raw downloads/pretraining",
+    )
+    add_config(action)
+    action.add_argument(
+        "--raw",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="clones or archives of the pictures' repositories, or folders that hold them",
+    )
+    action.set_defaults(run=_make)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -56,6 +73,15 @@ def _inspect(args: argparse.Namespace) -> int:
         worst = sorted(differences.items(), key=lambda item: -item[1] if isinstance(item[1], float) else float("-inf"))
         comparison["towers"]["largest_differences"] = dict(worst[:8])
     print(json.dumps(comparison, indent=2, ensure_ascii=False))
+    return 0
+
+
+def _make(args: argparse.Namespace) -> int:
+    config = config_of(args)
+    quieten()
+    from mslora_cr.synthetic.small import make_small_llava
+
+    print(f"base model: {make_small_llava(config, args.raw)}")
     return 0
 
 

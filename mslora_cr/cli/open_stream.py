@@ -6,12 +6,25 @@ import argparse
 import sys
 from pathlib import Path
 
+from mslora_cr.cli.common import positive
+
 OPEN_ARCHIVES = Path("downloads/open")
 OPEN_ROOT = Path("data/open")
 
 
 def add_only(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="NAME", nargs="+", help="of the open stream: only these data sets")
+
+
+def add_most(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--most",
+        metavar=("TRAIN", "TEST"),
+        nargs=2,
+        type=positive,
+        help="of the open stream: at most so many training and test rows of each data set, drawn at random, the same "
+        "every time",
+    )
 
 
 def add_open_download_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +78,14 @@ def run_prepare_open(args: argparse.Namespace) -> int:
     if args.annotations or args.skip_missing or args.question:
         raise DataError("--annotations, --skip-missing and --question are for the published data sets, not for `open`")
     root = args.root or OPEN_ROOT
-    written, missing = prepare_open(chosen_sources(args.only), args.raw, root, args.copy, sys.stderr.isatty())
+    written, missing = prepare_open(
+        chosen_sources(args.only),
+        args.raw,
+        root,
+        args.copy,
+        sys.stderr.isatty(),
+        dict(zip(("train", "test"), args.most, strict=True)) if args.most else {},
+    )
     for prepared in written:
         sides = ", ".join(
             f"{prepared.rows[side]:,} rows of {prepared.images[side]:,} images for {use}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,17 @@ from mslora_cr.synthetic.stream import all_texts, build_once
 
 MODEL_FOLDER = "llava_med_tiny"
 TOWER_FOLDER = "clip-tiny-patch14"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a model: fields of `CLIPVisionConfig` and `MistralConfig`, and the folders of model and tower."""
+
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    model_folder: str
+    tower_folder: str
+
 
 _SELECT_LAYER = -2
 _VISION: dict[str, Any] = {
@@ -46,6 +59,21 @@ _TEXT: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+TINY = Shape(_VISION, _TEXT, MODEL_FOLDER, TOWER_FOLDER)
+SMALL = Shape(
+    _VISION
+    | {
+        "hidden_size": 160,
+        "intermediate_size": 448,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 5,
+        "image_size": 96,
+        "patch_size": 16,
+    },
+    _TEXT | {"vocab_size": 1536, "num_hidden_layers": 2},
+    "llava_small",
+    "clip-small-patch16",
+)
 
 
 def make_tiny_llava_med(directory: Path, seed: int = 0, pretrain_steps: int = 500, progress: bool = True) -> None:
@@ -63,26 +91,30 @@ def make_tiny_llava_med(directory: Path, seed: int = 0, pretrain_steps: int = 50
         raise ValueError(f"pretrain_steps must not be negative, not {pretrain_steps}")
 
     def build(folder: Path) -> None:
-        _write_tokenizer(folder / MODEL_FOLDER)
-        _write_weights(_random_model(seed), folder)
+        write_random_model(TINY, [*all_texts(), *pretraining_texts()], seed, folder)
         if pretrain_steps:
             base = load(folder / MODEL_FOLDER, dtype=torch.float32)
             pretrain(base, seed, pretrain_steps, progress)
-            _write_weights(base.model, folder)
+            write_weights(TINY, base.model, folder)
 
     build_once(directory, "tiny LLaVA-Med", {"seed": seed, "pretrain_steps": pretrain_steps}, build)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_random_model(shape: Shape, texts: Iterable[str], seed: int, folder: Path) -> None:
+    """Write a model with random weights, its tower, and a tokenizer trained on these texts."""
+    _write_tokenizer(shape, texts, folder / shape.model_folder)
+    write_weights(shape, _random_model(shape, seed), folder)
+
+
+def _write_tokenizer(shape: Shape, texts: Iterable[str], folder: Path) -> None:
     """Train a small sentencepiece model with Llama's conventions: byte fallback, ids 0 <unk>, 1 <s>, 2 </s>, 3..
     bytes."""
     folder.mkdir(parents=True)
-    texts = [*all_texts(), *pretraining_texts()]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([f"[INST] \n{text} [/INST] {text} " for text in texts]),
         model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
-        vocab_size=_TEXT["vocab_size"],
+        vocab_size=shape.text["vocab_size"],
         byte_fallback=True,
         character_coverage=1.0,
         normalization_rule_name="identity",
@@ -113,12 +145,12 @@ def _write_tokenizer(folder: Path) -> None:
     _write_json(folder / "tokenizer_config.json", settings | tokens)
 
 
-def _random_model(seed: int) -> LlavaForConditionalGeneration:
+def _random_model(shape: Shape, seed: int) -> LlavaForConditionalGeneration:
     """Return a model with random weights. Word vectors and head, which pretraining does not touch, get rows of about
     length 1."""
     config = LlavaConfig(
-        text_config=MistralConfig(**_TEXT, pad_token_id=0),
-        vision_config=CLIPVisionConfig(**_VISION),
+        text_config=MistralConfig(**shape.text, pad_token_id=0),
+        vision_config=CLIPVisionConfig(**shape.vision),
         image_token_id=3,  # <0x00>
         vision_feature_layer=_SELECT_LAYER,
         vision_feature_select_strategy="default",
@@ -128,31 +160,32 @@ def _random_model(seed: int) -> LlavaForConditionalGeneration:
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
         for vocabulary in (model.get_input_embeddings(), model.get_output_embeddings()):
-            nn.init.normal_(vocabulary.weight, std=_TEXT["hidden_size"] ** -0.5)
+            nn.init.normal_(vocabulary.weight, std=shape.text["hidden_size"] ** -0.5)
     return model
 
 
-def _write_weights(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    _write_tower(model, folder / TOWER_FOLDER)
+def write_weights(shape: Shape, model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Write a model of this shape in bfloat16 in LLaVA-Med's layout, and its tower in float32 beside it."""
+    _write_tower(shape, model, folder / shape.tower_folder)
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    save_llava_layout(state, _llava_config(), folder / MODEL_FOLDER)
+    save_llava_layout(state, _llava_config(shape), folder / shape.model_folder)
 
 
-def _llava_config() -> dict[str, Any]:
+def _llava_config(shape: Shape) -> dict[str, Any]:
     return {
-        **_TEXT,
+        **shape.text,
         "architectures": ["LlavaMistralForCausalLM"],
         "attention_dropout": 0.0,
         "hidden_act": "silu",
         "image_aspect_ratio": "pad",
         "initializer_range": 0.02,
-        "mm_hidden_size": _VISION["hidden_size"],
+        "mm_hidden_size": shape.vision["hidden_size"],
         "mm_projector_type": "mlp2x_gelu",
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": _SELECT_LAYER,
-        "mm_vision_tower": f"../{TOWER_FOLDER}",
+        "mm_vision_tower": f"../{shape.tower_folder}",
         "model_type": "llava_mistral",
         "tokenizer_model_max_length": MAX_LENGTH,
         "tokenizer_padding_side": "right",
@@ -163,15 +196,15 @@ def _llava_config() -> dict[str, Any]:
     }
 
 
-def _write_tower(model: LlavaForConditionalGeneration, folder: Path) -> None:
+def _write_tower(shape: Shape, model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Save the tower as CLIP stores it, in float32, with its preprocessing."""
     folder.mkdir(exist_ok=True)
     state = model.model.vision_tower.state_dict()
     tensors = {f"vision_model.{name}": tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu"}
-    _write_json(folder / "config.json", config | _VISION | {"layer_norm_eps": 1e-5, "attention_dropout": 0.0})
-    side = _VISION["image_size"]
+    _write_json(folder / "config.json", config | shape.vision | {"layer_norm_eps": 1e-5, "attention_dropout": 0.0})
+    side = shape.vision["image_size"]
     preprocessing = {
         "crop_size": {"height": side, "width": side},
         "do_center_crop": True,

@@ -6,7 +6,8 @@ medicine. The stream's pictures, questions and answers play no part in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +29,21 @@ LEARNING_RATE = 2e-3
 TOWER_BATCH, LANGUAGE_BATCH = 64, 32
 MAX_LENGTH = 2048
 
-Seen = list[tuple[str, Traits]]
-"""Kind and traits of each picture of the album."""
+Classes = Mapping[str, Mapping[str, Sequence[str]]]
+"""The traits of each kind of picture, and the values of each trait."""
+
+
+class Seen(NamedTuple):
+    """What is seen in a picture: its kind, its traits, and these in plain words."""
+
+    kind: str
+    traits: Traits
+    words: Mapping[str, str]
+    """By trait, a description of its value."""
+    nouns: Mapping[str, Sequence[str]]
+    """By trait, the words of a question that ask for it."""
+
+
 LossOf = Callable[[NDArray[np.int64]], Tensor]
 """Computes the loss on a batch, given its places in the album."""
 
@@ -95,11 +109,12 @@ def pretrain(base: LlavaMed, seed: int, steps: int, progress: bool) -> None:
     """Train ``base`` in place, in the order of the real one: first the tower on pictures, ``steps`` steps, then,
     with the tower frozen, projector and language model on descriptions, as many. All weights are frozen at the end."""
     rng = np.random.default_rng([seed, 1])
-    pixels, seen = _album(base, rng, progress)
+    pixels, seen = drawn_album(base, rng, progress)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _train_tower(base, pixels, seen, _Descent("tower", len(seen), TOWER_BATCH, steps, rng, progress))
-    _train_language(base, pixels, seen, _Descent("language", len(seen), LANGUAGE_BATCH, steps, rng, progress))
+        _train_tower(base, pixels, seen, Descent("tiny model: tower", len(seen), TOWER_BATCH, steps, rng, progress))
+    language = Descent("tiny model: language", len(seen), LANGUAGE_BATCH, steps, rng, progress)
+    train_language(base, pixels, seen, fillers(all_texts(), seen), language)
 
 
 def pretraining_texts() -> Iterator[str]:
@@ -109,31 +124,50 @@ def pretraining_texts() -> Iterator[str]:
             yield from values.values()
 
 
-def _album(base: LlavaMed, rng: np.random.Generator, progress: bool) -> tuple[Tensor, Seen]:
+def drawn_album(base: LlavaMed, rng: np.random.Generator, progress: bool) -> tuple[Tensor, list[Seen]]:
     """Return pictures of all kinds in turn, as the tower reads them: (pictures, 3, height, width)."""
     pixels: list[Tensor] = []
-    seen: Seen = []
+    seen: list[Seen] = []
     kinds = list(TRAITS) * (ALBUM_SIZE // len(TRAITS))
     for kind in progress_bar(kinds, desc="pictures for the tiny model", unit="image", disable=not progress):
         traits = sample_traits(kind, rng)
         pixels.append(preprocess(draw(kind, traits, rng).convert("RGB"), base.image_processor))
-        seen.append((kind, traits))
+        words = {trait: _WORDS[kind][trait][value] for trait, value in traits.items()}
+        seen.append(Seen(kind, traits, words, _NOUNS[kind]))
     return torch.stack(pixels), seen
 
 
-class _Descent:
+class Descent:
     """Run AdamW with a one-cycle learning rate over random batches of the album."""
 
-    def __init__(self, name: str, album: int, batch: int, steps: int, rng: np.random.Generator, progress: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        album: int,
+        batch: int,
+        steps: int,
+        rng: np.random.Generator,
+        progress: bool,
+        rate: float = LEARNING_RATE,
+    ) -> None:
+        """
+        Args:
+            name: The text of the progress bar.
+            album: The number of pictures.
+            batch: The number of pictures of a batch.
+            steps: The number of batches.
+            rng: Draws the batches.
+            progress: Show the bar.
+            rate: The highest learning rate.
+        """
         self.name, self.album, self.batch, self.steps = name, album, batch, steps
-        self.rng, self.progress = rng, progress
+        self.rng, self.progress, self.rate = rng, progress, rate
 
     def run(self, parameters: Iterable[nn.Parameter], loss_of: LossOf) -> None:
         trained = list(parameters)
         optimizer = torch.optim.AdamW(trained, weight_decay=0.01)
-        schedule = OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=self.steps)
-        description = f"tiny model: {self.name}"
-        bar = progress_bar(range(self.steps), desc=description, unit="step", disable=not self.progress)
+        schedule = OneCycleLR(optimizer, max_lr=self.rate, total_steps=self.steps)
+        bar = progress_bar(range(self.steps), desc=self.name, unit="step", disable=not self.progress)
         for _ in bar:
             loss = loss_of(self.rng.integers(self.album, size=self.batch))
             loss.backward()
@@ -144,45 +178,70 @@ class _Descent:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
-def _train_tower(base: LlavaMed, pixels: Tensor, seen: Seen, descent: _Descent) -> None:
+class TraitClassifiers(nn.Module):
+    """Linear classifiers, one per trait, that tell a trait's values apart by features of pictures."""
+
+    def __init__(self, width: int, classes: Classes) -> None:
+        super().__init__()
+        self._traits = [(kind, name, values) for kind in classes for name, values in classes[kind].items()]
+        self._layers = nn.ModuleList([nn.Linear(width, len(values)) for _, _, values in self._traits])
+
+    def targets(self, seen: Iterable[Seen]) -> Tensor:
+        """(pictures, traits) int64: the place of each value, IGNORE_INDEX where a picture does not have the trait."""
+        return torch.tensor(
+            [
+                [
+                    values.index(one.traits[name]) if one.kind == kind and name in one.traits else IGNORE_INDEX
+                    for kind, name, values in self._traits
+                ]
+                for one in seen
+            ]
+        )
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy of all traits, summed over them and averaged over pictures, from (pictures, width)."""
+        losses = [
+            nn.functional.cross_entropy(layer(features), target, ignore_index=IGNORE_INDEX, reduction="sum")
+            for layer, target in zip(self._layers, targets.T, strict=True)
+        ]
+        return torch.stack(losses).sum() / len(features)
+
+
+def _train_tower(base: LlavaMed, pixels: Tensor, seen: Sequence[Seen], descent: Descent) -> None:
     """Teach the tower to tell the values of each trait apart by the mean of its patch features.
 
     The linear classifiers that judge it, one per trait, are discarded.
     """
     tower = base.model.model.vision_tower.requires_grad_(True)
     layer = base.model.config.vision_feature_layer
-    traits = [(kind, name, values) for kind in TRAITS for name, values in TRAITS[kind].items()]
-    width = tower.config.hidden_size
-    classifiers = nn.ModuleList([nn.Linear(width, len(values)) for _, _, values in traits])
-    targets = torch.tensor(
-        [
-            [values.index(visible_traits[name]) if kind == of else IGNORE_INDEX for of, name, values in traits]
-            for kind, visible_traits in seen
-        ]
-    )
+    classifiers = TraitClassifiers(tower.config.hidden_size, TRAITS)
+    targets = classifiers.targets(seen)
 
     def loss_of(indices: NDArray[np.int64]) -> Tensor:
         features = tower(pixels[indices], output_hidden_states=True).hidden_states[layer][:, 1:].mean(1)
-        losses = [
-            nn.functional.cross_entropy(classifier(features), target, reduction="sum")
-            for classifier, target in zip(classifiers, targets[indices].T, strict=True)
-        ]
-        return torch.stack(losses).sum() / len(indices)
+        loss: Tensor = classifiers(features, targets[indices])
+        return loss
 
     descent.run([*tower.parameters(), *classifiers.parameters()], loss_of)
     tower.requires_grad_(False)
 
 
-def _train_language(base: LlavaMed, pixels: Tensor, seen: Seen, descent: _Descent) -> None:
+def train_language(
+    base: LlavaMed, pixels: Tensor, seen: Sequence[Seen], fillers: Sequence[str], descent: Descent
+) -> None:
     """Teach projector and language model to answer with descriptions.
 
     Word vectors and head stay as they are: pretraining uses few words, and all others must remain equally easy to say.
+
+    Args:
+        base: The model; all of its weights are frozen at the end.
+        pixels: (pictures, 3, height, width), as the tower reads them.
+        seen: What is seen in each picture.
+        fillers: Words that ask for nothing.
+        descent: The optimisation.
     """
-    fillers, collate = _fillers(), TrainingCollator(base.tokenizer.pad_token_id)
-    album = [
-        _samples(base, kind, traits, image, fillers, descent.rng)
-        for (kind, traits), image in zip(seen, pixels, strict=True)
-    ]
+    collate = TrainingCollator(base.tokenizer.pad_token_id)
+    album = [_samples(base, one, image, fillers, descent.rng) for one, image in zip(seen, pixels, strict=True)]
     language = base.model.model.language_model
     trained = nn.ModuleList([base.model.model.multi_modal_projector, language.layers, language.norm])
 
@@ -197,10 +256,10 @@ def _train_language(base: LlavaMed, pixels: Tensor, seen: Seen, descent: _Descen
 
 
 def _samples(
-    base: LlavaMed, kind: str, traits: Traits, pixels: Tensor, fillers: list[str], rng: np.random.Generator
+    base: LlavaMed, seen: Seen, pixels: Tensor, fillers: Sequence[str], rng: np.random.Generator
 ) -> list[Sample]:
     samples = []
-    for question, answer in _descriptions(kind, traits, fillers, rng):
+    for question, answer in _descriptions(seen, fillers, rng):
         turns = [
             Turn.model_validate({"from": speaker, "value": text})
             for speaker, text in (("human", question), ("gpt", answer))
@@ -211,27 +270,26 @@ def _samples(
     return samples
 
 
-def _descriptions(kind: str, traits: Traits, fillers: list[str], rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+def _descriptions(seen: Seen, fillers: Sequence[str], rng: np.random.Generator) -> Iterator[tuple[str, str]]:
     """Return (question, answer) pairs about one picture; the question is a bag of words.
 
     Words that name a trait are answered with what is seen of it, any others with all that is seen, in any order. So the
     language model learns to take in the whole picture, and to let a noun guide it.
     """
-    words = {trait: _WORDS[kind][trait][value] for trait, value in traits.items()}
     for _ in range(2):
-        yield _question([], fillers, rng), ", ".join(words[trait] for trait in rng.permutation(list(words)))
-    for trait, text in words.items():
-        for noun in _NOUNS[kind][trait]:
+        yield _question([], fillers, rng), ", ".join(seen.words[trait] for trait in rng.permutation(list(seen.words)))
+    for trait, text in seen.words.items():
+        for noun in seen.nouns[trait]:
             yield _question([noun], fillers, rng), text
 
 
-def _question(nouns: list[str], fillers: list[str], rng: np.random.Generator) -> str:
+def _question(nouns: Sequence[str], fillers: Sequence[str], rng: np.random.Generator) -> str:
     chosen = [str(word) for word in rng.choice(fillers, size=rng.integers(2, 8))]
     return " ".join(rng.permutation([*chosen, *nouns])) + "?"
 
 
-def _fillers() -> list[str]:
-    """Return the stream's words without the nouns."""
-    words = {word for text in all_texts() for word in text.rstrip("?.").split()}
-    nouns = [noun for kind in _NOUNS.values() for names in kind.values() for noun in names]
+def fillers(texts: Iterable[str], seen: Iterable[Seen]) -> list[str]:
+    """Return the words of a stream's texts without the nouns of the album, sorted."""
+    words = {word for text in texts for word in text.rstrip("?.").split()}
+    nouns = {noun for one in seen for names in one.nouns.values() for noun in names}
     return sorted(words - {word for noun in nouns for word in noun.split()})

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mslora_cr.data.open.catalog import OpenSource
 from mslora_cr.data.open.layouts import Asked, Labelled, labelled
-from mslora_cr.data.records import IMAGE, DataError
+from mslora_cr.data.records import IMAGE, DataError, sample_of
 from mslora_cr.data.sources.prepare import place_files
 from mslora_cr.data.sources.raw import RawData, RawFile, fingerprint
 from mslora_cr.utils.files import hidden_folder, replacing_folder, write_json
@@ -44,7 +45,12 @@ class PreparedSet:
 
 
 def prepare_open(
-    sources: Sequence[OpenSource], raw: Sequence[Path], root: Path, copy: bool = False, progress: bool = False
+    sources: Sequence[OpenSource],
+    raw: Sequence[Path],
+    root: Path,
+    copy: bool = False,
+    progress: bool = False,
+    most: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[list[PreparedSet], list[OpenSource]]:
     """Write a data set below `root` for each source that the raw download has; two where its own split is at fault.
 
@@ -52,6 +58,8 @@ def prepare_open(
         raw: Clones and archives of the repositories, or folders that hold several.
         root: The data root. A folder that an earlier call wrote is replaced.
         copy: Copy images instead of linking them.
+        most: The most rows of a side (`train`, `test`); a random sample, the same at every call. Without an entry a
+            side keeps all of its rows.
 
     Returns:
         What was written, and the sources that are not there.
@@ -72,11 +80,11 @@ def prepare_open(
             has_sides = all(_has_side(picture) for picture in pictures)
             if has_sides:
                 rows = _as_published(pictures, groups)
-                written.append(_write(root / source.name, source, rows, copy, progress))
+                written.append(_write(root / source.name, source, _sampled(rows, most), copy, progress))
             if not has_sides or source.name in CORRECTED:
                 rows = _drawn(source, pictures, groups)
                 name = CORRECTED.get(source.name, source.name)
-                written.append(_write(root / name, source, rows, copy, progress))
+                written.append(_write(root / name, source, _sampled(rows, most), copy, progress))
     if not written:
         raise DataError(
             f"{', '.join(map(str, raw))}: nothing of the open stream there; give clones or archives of "
@@ -119,6 +127,15 @@ def _drawn(source: OpenSource, pictures: Sequence[Labelled], groups: Sequence[st
         side = "test" if on_test_side(source.name, group) else "train"
         for asked in picture.questions:
             yield side, picture, asked, group
+
+
+def _sampled(rows: Iterator[Row], most: Mapping[str, int]) -> Iterator[Row]:
+    """At most so many rows of each side, in their order."""
+    sides: dict[str, list[Row]] = {"train": [], "test": []}
+    for row in rows:
+        sides[row[0]].append(row)
+    for side, of_side in sides.items():
+        yield from (of_side[index] for index in sample_of(len(of_side), most.get(side, len(of_side))))
 
 
 def _write(folder: Path, source: OpenSource, rows: Iterator[Row], copy: bool, progress: bool) -> PreparedSet:
