@@ -25,10 +25,12 @@ TOWER_FOLDER = "clip-tiny-patch14"
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a model: fields of `CLIPVisionConfig` and `MistralConfig`, and the folders of model and tower."""
+    """The size of a model: fields of `CLIPVisionConfig` and `MistralConfig`, options of sentencepiece's trainer, and the
+    folders of model and tower."""
 
     vision: dict[str, Any]
     text: dict[str, Any]
+    tokenizer: dict[str, Any]
     model_folder: str
     tower_folder: str
 
@@ -59,7 +61,7 @@ _TEXT: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-TINY = Shape(_VISION, _TEXT, MODEL_FOLDER, TOWER_FOLDER)
+TINY = Shape(_VISION, _TEXT, {}, MODEL_FOLDER, TOWER_FOLDER)
 SMALL = Shape(
     _VISION
     | {
@@ -71,6 +73,7 @@ SMALL = Shape(
         "patch_size": 16,
     },
     _TEXT | {"vocab_size": 1536, "num_hidden_layers": 2},
+    {"hard_vocab_limit": False},  # A stream of few words has fewer pieces.
     "llava_small",
     "clip-small-patch16",
 )
@@ -123,6 +126,7 @@ def _write_tokenizer(shape: Shape, texts: Iterable[str], folder: Path) -> None:
         split_digits=True,
         num_threads=1,
         minloglevel=2,
+        **shape.tokenizer,
     )
     (folder / "tokenizer.vocab").unlink()
     tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}

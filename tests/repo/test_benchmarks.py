@@ -295,6 +295,8 @@ def test_every_benchmark_is_tried() -> None:
         "coverage",
         "families",
         "family",
+        "open_base",
+        "open_stream",
         "penalty_ratio",
         "preregistered",
         "published",
