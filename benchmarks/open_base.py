@@ -25,7 +25,6 @@ from tabulate import tabulate
 from torch import Tensor
 
 from mslora_cr.config.load import load_config
-from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.tasks import task_image_roots, test_records, training_records
 from mslora_cr.models.load import load_base
 from mslora_cr.routing.fit import feature_extractor
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
         )
         kinds += kinds_of(task.name, texts, asked, [_kind(record) for record in test])
     probes = [row for kind in kinds if (row := probe(kind, *sides[kind.task], extractor.image_features))]
-    routed = routing(config, sides, extractor.image_features)
+    routed = routing(sides, extractor.image_features)
     print(tabulate(probes, headers="keys", tablefmt="github", floatfmt=".1f"))
     print(tabulate(routed, headers="keys", tablefmt="github", floatfmt=".1f"))
     return {"probes": probes, "routing": routed}
@@ -129,7 +128,7 @@ def probe(kind: Kind, training: Side, test: Side, pictures: int) -> dict[str, An
     }
 
 
-def routing(config: StreamConfig, sides: dict[str, tuple[Side, Side]], pictures: int) -> list[dict[str, Any]]:
+def routing(sides: dict[str, tuple[Side, Side]], pictures: int) -> list[dict[str, Any]]:
     """The share of each task's test questions that a router over all tasks assigns to it, by what the router sees."""
     views = {"both": slice(None), "picture alone": slice(0, pictures), "question alone": slice(pictures, None)}
     rows: list[dict[str, Any]] = [{"task": name} for name in sides]

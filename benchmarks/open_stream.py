@@ -39,20 +39,21 @@ from mslora_cr.utils.files import write_text
 FOLDER = "open_stream"
 SEEDS, ORDERS = (1, 2, 3), 2
 RATE = "tasks.*.learning_rate"
-RATES = {"low": 1e-3, "high": 2e-2, "log": True}
+RATES = {"low": 1e-3, "high": 1e-2, "log": True}
 SPACES: Mapping[str, Mapping[str, Any]] = {
     "mslora_cr": {"regularization.alpha": [0.01, 0.1, 1.0], "regularization.beta": [0.001, 0.01, 0.1]},
-    "each": {},
     "sequential": {},
     "replay": {"replay.share": [0.25, 0.5]},
     "ewc": {"ewc.strength": {"low": 1.0, "high": 1e4, "log": True}},
 }
 """What is tuned of each method, beside the learning rate of all tasks."""
-UNTUNED = {"incremental": "mslora_cr"}
-"""A method that takes the learning rate of another one, from which it differs by the penalties alone."""
-TRIALS, TUNING_SEED, VALIDATION = 4, 101, 0.25
-TUNING_TASKS = ("CXP-by-patient", "HAM10000")
-"""The tasks of the trials; they are trained in the other order, because `tune` never uses the file's own."""
+UNTUNED = {"incremental": "mslora_cr", "each": "mslora_cr"}
+"""Methods that take the learning rate of another one, from which they differ by its penalties, and by its sum of banks."""
+STREAM = ("CXP-by-patient", "HAM10000", "BCCD", "nuclei")
+SETTINGS = ("tasks.*.samples=200", "tasks.*.epochs=4")
+TRIALS, TUNING_SEED, VALIDATION = 3, 101, 0.25
+TUNING_TASKS = STREAM[:2]
+"""The tasks of the trials, the first two of the stream; they are trained in the other order, because `tune` never uses the file's own."""
 METRIC = "exact"
 PRIMARY = ("mslora_cr", "incremental", "final_average")
 SECONDARY = (
@@ -100,7 +101,13 @@ def tune_all(
     for method, keys in SPACES.items():
         space = root / f"{method}.yaml"
         write_text(space, yaml.safe_dump({RATE: RATES, **keys}))
-        settings = (f"run={method}", f"method={method}", f"output_dir={root}", f"tasks=[{','.join(TUNING_TASKS)}]")
+        settings = (
+            f"run={method}",
+            f"method={method}",
+            f"output_dir={root}",
+            f"tasks=[{','.join(TUNING_TASKS)}]",
+            *SETTINGS,
+        )
         found = Plan(
             Path(config),
             (*overrides, *settings),
@@ -122,7 +129,7 @@ def plan(
     """The runs, seed by seed, so that what is there after any time has complete pairs."""
     base = load_config(config, overrides)
     places = [f"output_dir={base.output_dir}/{FOLDER}", f"results_dir={base.results_dir}/{FOLDER}"]
-    orders = task_orders([task.name for task in base.tasks], ORDERS)
+    orders = task_orders(STREAM, ORDERS)
     return [
         SweepRun(
             method,
@@ -136,6 +143,7 @@ def plan(
                     f"run={method}-order{order}-seed{seed}",
                     f"method={method}",
                     f"seed={seed}",
+                    *SETTINGS,
                     *(f"{key}={value}" for key, value in values.items()),
                     f"tasks=[{','.join(tasks)}]",
                 ],

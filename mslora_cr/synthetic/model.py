@@ -25,8 +25,8 @@ TOWER_FOLDER = "clip-tiny-patch14"
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a model: fields of `CLIPVisionConfig` and `MistralConfig`, options of sentencepiece's trainer, and the
-    folders of model and tower."""
+    """The size of a model: fields of `CLIPVisionConfig` and `MistralConfig`, options of sentencepiece's trainer, and
+    the folders of model and tower."""
 
     vision: dict[str, Any]
     text: dict[str, Any]

@@ -38,7 +38,16 @@ COMMANDS = (
     "analyze",
     "sweep",
 )
-COMMANDS += ("data", "data check", "data prepare", "data download", "model", "model download", "model inspect", "model make")
+COMMANDS += (
+    "data",
+    "data check",
+    "data prepare",
+    "data download",
+    "model",
+    "model download",
+    "model inspect",
+    "model make",
+)
 COMMANDS += ("config", "config list", "config show", "config copy")
 COMMANDS += ("bank", "bank import", "bank export", "bank fit-router", "bank show")
 

@@ -88,6 +88,23 @@ def test_labels_become_answers_and_attributes(root):
     assert rad.attributes["organ"] == "chest" and rad.attributes["question type"] == "PRES"
 
 
+def test_bounded_rows_are_a_sample_in_their_order(clones, root, tmp_path):
+    assert main(["data", "prepare", "open", "--raw", str(clones), "--root", str(tmp_path), "--most", "12", "5"]) == 0
+    for name in ("HAM10000", "VQA-RAD"):
+        whole, part = records(root / name), records(tmp_path / name)
+        kept = [[(record.images, getattr(record, "turns", None)) for record in side] for side in part]
+        order = [[(record.images, getattr(record, "turns", None)) for record in side] for side in whole]
+        assert [len(side) for side in kept] == [12, 5]
+        for sample, of_side in zip(kept, order, strict=True):
+            rest = iter(of_side)
+            assert all(row in rest for row in sample) and sample != of_side[: len(sample)]
+        images = {image for side in part for record in side for image in record.images}
+        assert {
+            str(path.relative_to(tmp_path / name)) for path in (tmp_path / name / "images").rglob("*.jpg")
+        } == images
+    assert main(["data", "prepare", "CXP", "--raw", str(clones), "--most", "1", "1"]) == 1
+
+
 def test_wordings_and_sides_follow_the_documented_rule(root):
     source = open_sources()["BUSI"]
     # By sha256sum, "a.png lesion" gives 98529145…, 1 modulo 3, and "BUSI/a.png" gives 2046cbe8…, 12.6 % of 2 ** 32.

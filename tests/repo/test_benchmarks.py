@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import all as all_benchmarks
 from benchmarks import (
     coverage,
+    open_base,
+    open_stream,
     penalty_ratio,
     preregistered,
     profile,
@@ -23,6 +26,7 @@ from benchmarks import (
 )
 from mslora_cr.evaluation.score import read_answers, render_metrics
 from mslora_cr.metrics.published import score_answers
+from mslora_cr.reporting.sweep_result import Outcome
 
 RATIOS = {
     "step": {"banks_8_over_1", "penalties_share", "peft_layer_over_ours", "peft_all_active_over_ours"},
@@ -232,6 +236,49 @@ def test_the_registered_sweep_is_what_its_page_says(tmp_path: Path, capsys: pyte
         assert (test["pairs"], test["difference"]) == (30, pytest.approx(wanted))
         assert (test["p_adjusted"] < 0.05) == moved
     assert "+1.33 [0.98 to 1.69]" in capsys.readouterr().out
+
+
+def test_the_open_sweep_is_what_its_page_says() -> None:
+    tuned = {method: {open_stream.RATE: 0.004} for method in (*open_stream.SPACES, *open_stream.UNTUNED)}
+    tuned["ewc"]["ewc.strength"] = 7.0
+    runs = open_stream.plan("open_small", [], tuned, open_stream.SEEDS)
+    assert len(runs) == 36 and {run.seed for run in runs[:12]} == {1}
+    assert {task.learning_rate for run in runs for task in run.config.tasks} == {0.004}
+    assert {run.config.method_section.strength for run in runs if run.method == "ewc"} == {7.0}
+    assert len({tuple(task.name for task in run.config.tasks) for run in runs}) == 2
+    # Penalties worth a point in every pair, and an EWC that is worth nothing.
+    found = []
+    for run in runs:
+        score = 50.0 + run.seed + (run.method == "mslora_cr")
+        figures = {"final_average": score, "backward_transfer": -1.0 * run.seed}
+        outcome = {"run": run.name, "method": run.method, "order": run.order, "seed": run.seed, "seconds": 1.0}
+        found.append(
+            Outcome.model_validate({**outcome, "banks_by": "prefix", "told": True, "figures": {"exact": figures}})
+        )
+    [primary] = open_stream.tests(found, [open_stream.PRIMARY])
+    assert (primary["pairs"], primary["difference"][:5], primary["p (Holm)"]) == (6, "+1.00", 2 / 2**6)
+    secondary = open_stream.tests(found, open_stream.SECONDARY)
+    assert [row["p (Holm)"] for row in secondary] == [1.0] * 5 + [pytest.approx(12 / 64)]
+
+
+def test_probe_and_router_of_the_open_base_tell_features_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def side(task: int, rows: int) -> open_base.Side:
+        """Picture features that give the answer, question features that give the task."""
+        answers = [("no", "yes")[row % 2] for row in range(rows)]
+        features = 0.1 * torch.randn(rows, 6, generator=generator)
+        features[:, 0] += torch.arange(rows) % 2
+        features[:, 3] += task
+        return open_base.Side(features, ["Is it?"] * rows, answers)
+
+    sides = {name: (side(number, 60), side(number, 40)) for number, name in enumerate("ab")}
+    [kind] = open_base.kinds_of("a", sides["a"][0].texts, sides["a"][1].texts, ["kind"] * 40)
+    assert (len(kind.training), len(kind.test)) == (60, 40)
+    row = open_base.probe(kind, *sides["a"], pictures=3)
+    assert row is not None and row["probe, balanced"] == 100 and row["most frequent answer"] == 50
+    mean = open_base.routing(sides, pictures=3)[-1]
+    assert mean["both"] == mean["question alone"] == 100 and 35 < mean["picture alone"] < 65
 
 
 @pytest.mark.parametrize("quantization", [None, "4bit"])
