@@ -48,12 +48,12 @@ SPACES: Mapping[str, Mapping[str, Any]] = {
 }
 """What is tuned of each method, beside the learning rate of all tasks."""
 UNTUNED = {"incremental": "mslora_cr", "each": "mslora_cr"}
-"""Methods that take the learning rate of another one, from which they differ by its penalties, and by its sum of banks."""
+"""Methods that take the learning rate of another one: they differ from it by its penalties, or its sum of banks too."""
 STREAM = ("CXP-by-patient", "HAM10000", "BCCD", "nuclei")
 SETTINGS = ("tasks.*.samples=200", "tasks.*.epochs=4")
 TRIALS, TUNING_SEED, VALIDATION = 3, 101, 0.25
 TUNING_TASKS = STREAM[:2]
-"""The tasks of the trials, the first two of the stream; they are trained in the other order, because `tune` never uses the file's own."""
+"""The tasks of the trials, trained in the other order, because `tune` never uses the file's own."""
 METRIC = "exact"
 PRIMARY = ("mslora_cr", "incremental", "final_average")
 SECONDARY = (
@@ -97,6 +97,7 @@ def tune_all(
 ) -> dict[str, dict[str, Any]]:
     """The chosen values of every method, by key: `mslora-cr tune` with the same budget for each."""
     root = Path(load_config(config, overrides).output_dir) / FOLDER / "tuning"
+    root.mkdir(parents=True, exist_ok=True)
     chosen: dict[str, dict[str, Any]] = {}
     for method, keys in SPACES.items():
         space = root / f"{method}.yaml"

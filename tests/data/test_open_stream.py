@@ -89,12 +89,12 @@ def test_labels_become_answers_and_attributes(root):
 
 
 def test_bounded_rows_are_a_sample_in_their_order(clones, root, tmp_path):
-    assert main(["data", "prepare", "open", "--raw", str(clones), "--root", str(tmp_path), "--most", "12", "5"]) == 0
+    assert main(["data", "prepare", "open", "--raw", str(clones), "--root", str(tmp_path), "--most", "12", "3"]) == 0
     for name in ("HAM10000", "VQA-RAD"):
         whole, part = records(root / name), records(tmp_path / name)
         kept = [[(record.images, getattr(record, "turns", None)) for record in side] for side in part]
         order = [[(record.images, getattr(record, "turns", None)) for record in side] for side in whole]
-        assert [len(side) for side in kept] == [12, 5]
+        assert [len(side) for side in kept] == [12, 3]
         for sample, of_side in zip(kept, order, strict=True):
             rest = iter(of_side)
             assert all(row in rest for row in sample) and sample != of_side[: len(sample)]
