@@ -170,8 +170,9 @@ def run_convert(args: argparse.Namespace) -> int:
             f"  tasks: [{{name: {name}, epochs: 3, batch_size: 16, learning_rate: 2e-4}}]\n"
             f"Next: mslora-cr data check CONFIG"
         )
-    if converted.train and converted.lost > MOST_LOST:
-        log.warning("%.0f %% of the rows are left out; see the reasons above", 100 * converted.lost)
+    if converted.lost > MOST_LOST:
+        what = "rows" if converted.train else "files"
+        log.warning("%.0f %% of the %s are left out; see the reasons above", 100 * converted.lost, what)
         return 1
     return 0
 

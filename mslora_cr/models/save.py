@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mslora_cr.models.base_model import BaseModel
@@ -20,6 +20,13 @@ from mslora_cr.models.transformers_layout import portable_processor, save_transf
 PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
 """Endings of files that hold tokenizers, image processors and templates."""
 _WRITTEN = ("config.json", "generation_config.json", "export.json")
+_DECIDE_UNLESS_1 = ("repetition_penalty", "encoder_repetition_penalty", "num_beams", "guidance_scale")
+_DECIDE = (
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens", "suppress_tokens"),
+    *("begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias"),
+    "exponential_decay_length_penalty",
+)
+"""Generation settings with which greedy decoding may not choose the likeliest tokens."""
 LLAVA_MED_CLASS = ("LlavaForConditionalGeneration", "transformers.models.llava.modeling_llava")
 
 
@@ -48,6 +55,20 @@ def writer_of(base: BaseModel, path: Path) -> Callable[[Path], None]:
             (folder / "chat_template.jinja").write_text(base.processor.chat_template, encoding="utf-8")
 
     return write
+
+
+def deciding_settings(path: Path) -> list[str]:
+    """The generation settings in a model's folder with which greedy decoding does not choose the likeliest tokens.
+
+    Programs that load the folder itself apply them. Answers here do without them, and so does a folder from
+    `writer_of`.
+    """
+    try:
+        settings = GenerationConfig.from_pretrained(path, local_files_only=True).to_dict()
+    except OSError:  # Most of the older folders have no generation_config.json.
+        return []
+    found = [name for name in _DECIDE_UNLESS_1 if settings.get(name) not in (None, 1)]
+    return found + [name for name in _DECIDE if settings.get(name)]
 
 
 def exported_targets(path: Path, names: Iterable[str]) -> list[str] | None:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.data.answers.boxes import Box
+from mslora_cr.data.answers.boxes import Box, filled
 from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.images import decode_image, load_image, washed_out
 from mslora_cr.data.input_processor import TextTokenizer
 from mslora_cr.data.prompts import Message
-from mslora_cr.data.records import DataError
+from mslora_cr.data.records import DataError, TestRecord
 from mslora_cr.distributed.comm import get_device
 from mslora_cr.methods.base import method_of
 from mslora_cr.models.load import input_processor_of, load_base
@@ -171,6 +171,10 @@ class AnsweringModel:
         [text] = tokenizer.decode([ids])
         abstained = abstain_below is not None and confidence < abstain_below
         return Answer(text, tuple(ids), task, stage, names, likely, confidence, abstained, is_foreign)
+
+    def question_of(self, record: TestRecord) -> str:
+        """A test question as `evaluate` asks it: with its options, and its boxes as the model writes them."""
+        return filled([record.question], record, self._input_processor.box_rule)[0]
 
     def box_in(self, answer: str, size: tuple[int, int]) -> Box | None:
         """The first box of an answer, in pixels of a picture of this width and height; None where there is none."""

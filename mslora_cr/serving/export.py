@@ -15,7 +15,7 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.load import base_digest, load_base
-from mslora_cr.models.save import class_of, exported_targets, writer_of
+from mslora_cr.models.save import class_of, deciding_settings, exported_targets, writer_of
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.serving.selection import RunBanks
 from mslora_cr.stream.import_export import export_banks
@@ -117,6 +117,13 @@ def _adapters(
     config: StreamConfig, output: Path, chosen: dict[str, list[Bank]], stage: int, base: str | None
 ) -> Iterator[Path]:
     weights, base_folder = base_digest(config), output / BASE
+    if base is not None and (settings := deciding_settings(Path(config.model.path))):
+        log.warning(
+            "%s: a program that takes the base model's own generation_config.json answers otherwise than evaluate: it "
+            "has %s. Ask without these settings (vLLM: --generation-config vllm), or export without --base",
+            base,
+            ", ".join(settings),
+        )
     if base is None and read_record(base_folder).get("base_weights") != weights:
         write = writer_of(_plain_base(config), Path(config.model.path))
         yield _write_model(write, base_folder, _record(config, weights, None, 0, []))

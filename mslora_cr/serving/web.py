@@ -20,13 +20,15 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from mslora_cr.clinical.asked import asked_answers, typed_columns
 from mslora_cr.data.answers.boxes import read_box
 from mslora_cr.data.images import load_image, resolve_image
-from mslora_cr.data.records import TestRecord, TestRecords
+from mslora_cr.data.records import AnswerType, TestRecord, TestRecords, shown_images
 from mslora_cr.data.sources.convert_images import first_picture
 from mslora_cr.data.sources.rendering import Rendering
 from mslora_cr.data.tasks import task_image_roots, test_records
 from mslora_cr.metrics.published import score_answers
+from mslora_cr.metrics.typed import CHOICE, COUNT
 from mslora_cr.serving.answering import AnsweringModel, open_image
 from mslora_cr.utils.errors import UserError
 
@@ -50,9 +52,9 @@ HEADERS = {
 
 
 class _Answered(NamedTuple):
-    text: Any
-    gt: Any
-    answer_type: Any
+    text: str
+    gt: str
+    answer_type: AnswerType
 
 
 class _Web:
@@ -81,8 +83,9 @@ class _Web:
         records, wanted = self._records(self._task(request)), request.query_params.get("search", "").lower()
         rows: list[dict[str, Any]] = []
         for index, record in enumerate(records):
-            if record.images and wanted in record.text.lower():
-                rows.append({"index": index, "question": record.text, "truth": record.gt, "type": record.answer_type})
+            question = self.model.question_of(record)
+            if record.images and wanted in question.lower():
+                rows.append({"index": index, "question": question, "truth": record.gt, "type": record.answer_type})
                 if len(rows) == MOST_LISTED:
                     break
         return JSONResponse({"questions": rows, "all": len(records)})
@@ -91,9 +94,7 @@ class _Web:
         """A test question's picture, decoded and re-encoded: no file is sent as it is."""
         task = self._task(request)
         side = min(LARGEST_SIDE, max(1, _number(request.query_params.get("size", str(LARGEST_SIDE)))))
-        return _preview(
-            load_image(self._picture(task, self._record(task, request.query_params.get("index", "")))), side
-        )
+        return _preview(self._pictures(task, self._record(task, request.query_params.get("index", "")))[0], side)
 
     async def preview(self, request: Request) -> Response:
         """An uploaded picture as the model will see it: browsers cannot show DICOM."""
@@ -118,25 +119,25 @@ class _Web:
         return picture, fields
 
     def _answer(self, upload: bytes | None, fields: dict[str, str]) -> dict[str, Any]:
-        question, task = fields.get("question", "").strip(), fields.get("task") or None
+        # Browsers send each line break of a field as a carriage return and a line feed.
+        question, task = fields.get("question", "").replace("\r\n", "\n").strip(), fields.get("task") or None
         if not question:
             raise HTTPException(400, "type a question")
         record: TestRecord | None = None
-        picture: Image.Image
         if upload is not None:
-            picture = _uploaded(upload)
+            pictures = [_uploaded(upload)]
         elif "index" in fields:
             of = self.model.config.task(fields.get("of", "")).name
             record = self._record(of, fields["index"])
-            picture = load_image(self._picture(of, record))
+            pictures = self._pictures(of, record)
         else:
             raise HTTPException(400, "choose a picture")
-        if record is not None and record.text.strip() != question:
+        if record is not None and self.model.question_of(record).strip() != question:
             record = None  # The truth belongs to another question.
         stages = sorted({_number(stage) for stage in fields.get("stages", "").split(",") if stage})
         with self._lock:
             answers = [
-                self.model.ask(picture, question, task, stage, abstain_below=self._abstain_below, risk=self._risk)
+                self.model.ask(pictures, question, task, stage, abstain_below=self._abstain_below, risk=self._risk)
                 for stage in stages
             ]
         return {
@@ -149,7 +150,7 @@ class _Web:
                     "confidence": answer.confidence,
                     "foreign": bool(answer.foreign),
                     "score": _score(answer.text, record) if record and not answer.abstained else None,
-                    "box": None if answer.abstained else self._box(answer.text, picture),
+                    "box": None if answer.abstained else self._box(answer.text, pictures[0]),
                 }
                 for answer in answers
             ],
@@ -181,11 +182,13 @@ class _Web:
             raise HTTPException(404, f"{task} has {len(records)} questions")
         return records[number]
 
-    def _picture(self, task: str, record: TestRecord) -> Path:
+    def _pictures(self, task: str, record: TestRecord) -> list[Image.Image]:
+        """The pictures with which `evaluate` asks a question."""
         config = self.model.config
         if not record.images:
             raise HTTPException(404, "this question is about no picture")
-        return resolve_image(record.images[0], task_image_roots(config, config.task(task)))
+        roots = task_image_roots(config, config.task(task))
+        return [load_image(resolve_image(name, roots)) for name in shown_images(record, config.data.images == "all")]
 
 
 def _uploaded(content: bytes) -> Image.Image:
@@ -213,10 +216,14 @@ def _true_box(record: TestRecord) -> tuple[float, float, float, float] | None:
 
 
 def _score(text: str, record: TestRecord) -> str:
-    [row] = score_answers([_Answered(text, record.gt, record.answer_type)]).rows
-    if record.answer_type == "CLOSED":
-        return "right" if row.hit else "wrong"
-    return f"F1 {100 * row.overlap.f1:.0f} %"
+    """Whether an answer is right, where its kind tells (exact choice, exact count); else its overlap with the best
+    truth."""
+    columns = typed_columns(asked_answers([(record.text, text, record.gt, record.answer_type == "CLOSED")], [record]))
+    for name in (CHOICE, COUNT):
+        if name in columns:
+            return "right" if columns[name] == [1.0] else "wrong"
+    rows = score_answers([_Answered(text, truth, record.answer_type) for truth in record.truths]).rows
+    return f"F1 {100 * max(row.overlap.f1 for row in rows):.0f} %"
 
 
 def make_app(

@@ -69,9 +69,38 @@ def test_more_than_8_bits_are_stretched_or_windowed(tmp_path):
     assert (suffix, data) == (".png", (tmp_path / "c.png").read_bytes())
 
 
+def test_transparent_parts_are_drawn_white(tmp_path):
+    picture = Image.new("RGBA", (8, 6), (200, 0, 0, 255))
+    picture.paste((0, 9, 0, 0), (0, 0, 4, 6))
+    picture.paste((0, 0, 0, 128), (7, 0, 8, 6))
+    picture.save(tmp_path / "a.png")
+    [seen], notes = drawn(tmp_path / "a.png")
+    assert seen[0, [0, 5, 7]].tolist() == [[255] * 3, [200, 0, 0], [127] * 3] and "white" in notes[0]
+    pages = [picture, Image.new("RGBA", (8, 6), (0, 0, 9, 0))]
+    pages[0].save(tmp_path / "b.webp", save_all=True, append_images=pages[1:], lossless=True)
+    assert drawn(tmp_path / "b.webp")[0][0][0, 0].tolist() == [255] * 3
+
+
+def test_a_telephones_jpeg_with_a_second_picture_stays_one(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (4, 3))])
+    [(suffix, data)] = pictures(tmp_path / "a.jpg", None, Rendering())
+    assert suffix == ".jpeg" and data == (tmp_path / "a.jpg").read_bytes()
+
+
+def test_16_bits_are_turned_upright_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.arange(48, dtype=np.uint16).reshape(6, 8) * 100).save(tmp_path / "a.png", exif=exif)
+    [upright], notes = drawn(tmp_path / "a.png")
+    assert upright.shape == (8, 6, 3) and upright[0, 0, 0] > upright[0, -1, 0] and "upright" in notes[0]
+
+
 def test_white_may_be_zero(tmp_path):
     Image.fromarray(np.array([[0, 60000]], np.uint16)).save(tmp_path / "a.tif", tiffinfo={262: 0})
     with Image.open(tmp_path / "a.tif") as stored:
         negative = stored.tag_v2[262] == 0
     [picture], _ = drawn(tmp_path / "a.tif")
     assert (picture[0, 0, 0] > picture[0, 1, 0]) == negative
+    Image.fromarray(np.array([[0, 200]], np.uint16)).save(tmp_path / "b.tif", tiffinfo={262: 0})
+    [picture], _ = drawn(tmp_path / "b.tif")  # its values fit into 8 bits, but Pillow leaves the negative
+    assert picture[0, 0, 0] > picture[0, 1, 0]

@@ -15,6 +15,7 @@ from mslora_cr.cli.main import main
 from mslora_cr.data.answers.kinds import answer_kinds
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 from mslora_cr.data.rows import arrow as arrow_module
+from mslora_cr.data.rows import arrow_sizes
 from mslora_cr.data.rows import read as read_module
 from mslora_cr.data.rows.read import read_rows
 from mslora_cr.data.rows.row import Columns, Row
@@ -174,6 +175,37 @@ def test_parts_of_conversations_are_counted(tmp_path: Path) -> None:
     assert [problem for problem, _ in read(tmp_path / "odd.json", json.dumps(odd))] == [
         "a turn without a known speaker and a text",
         "images in lists of lists",
+    ]
+
+
+def messages(*parts: Any, answer: Any = "yes", **further: Any) -> dict[str, Any]:
+    """A conversation as processors of transformers take it."""
+    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": answer}], **further}
+
+
+def test_messages_whose_content_is_a_list_of_parts(tmp_path: Path) -> None:
+    ask, url = {"type": "text", "text": "What?"}, f"data:image/png;base64,{base64.b64encode(png()).decode()}"
+    thought = [{"type": "reasoning", "text": "Hm."}, {"type": "text", "text": "yes"}]
+    items = [
+        messages({"type": "image"}, ask, images=["a.png"]),
+        messages({"type": "image_url", "image_url": {"url": url}}, ask, answer=thought),
+        messages({"type": "image", "path": "b.png"}, {"type": "image", "url": "c.png"}, ask, "Where?"),
+        messages({"type": "video", "video": "x.mp4"}, ask, images=["a.png"]),
+        messages({"type": "image", "image": "a.png"}, ask, images=["b.png"]),
+        messages({"type": "image"}, ask, answer=[{"type": "image"}], images=["a.png"]),
+        messages({"type": "image"}, {"type": "text", "text": None}, images=["a.png"]),
+        messages(["image"], images=["a.png"]),
+    ]
+    beside, inline, two, video, both, later, *odd = read(tmp_path / "m.json", json.dumps(items))
+    assert (beside.images, beside.turns) == (("a.png",), (("human", "What?"), ("gpt", "yes"))) and not beside.dropped
+    assert inline.images == (png(),) and inline.turns == beside.turns
+    assert inline.dropped == ("a part of an answer that is no text ('reasoning')",)
+    assert two.images == ("b.png", "c.png") and two.turns[0][1] == "What?\nWhere?"
+    assert video[0] == "a part of a question that is neither text nor picture ('video')"
+    assert both[0].startswith("pictures both inside") and later[0].startswith("an empty turn")
+    assert [problem for problem, _ in odd] == [
+        "a part of a question that is neither text nor picture ('text')",
+        "a part of a question that is neither text nor picture (None)",
     ]
 
 
@@ -380,6 +412,24 @@ def test_large_values_of_a_row_group_are_decoded_a_few_at_a_time(
     assert answers(list(read_rows(tmp_path, Columns(), None))) == shared
     monkeypatch.setattr(arrow_module, "MOST_GROUP_BYTES", 90_000)
     with pytest.raises(DataError, match=r"row group 0 unpacks to .* bytes, more than 90,000"):
+        list(read_rows(tmp_path, Columns(), None))
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_a_compressed_arrow_file_that_unpacks_to_too_much(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    from pyarrow import ipc
+
+    table = pa.table({"image": ["a.png"] * 3, "question": ["?"] * 3, "answer": pa.array(["x"] * 3).dictionary_encode()})
+    table = table.append_column("further", [["0" * 9_000] * 3])
+    options = ipc.IpcWriteOptions(compression="zstd")
+    with getattr(ipc, f"new_{kind}")(str(tmp_path / "train.arrow"), table.schema, options=options) as file:
+        file.write_table(table)
+    assert answers(list(read_rows(tmp_path, Columns(), None))) == ["x"] * 3
+    monkeypatch.setattr(arrow_sizes, "MOST_UNPACKED_BYTES", 20_000)
+    with pytest.raises(DataError, match="a batch unpacks to 27,"):
         list(read_rows(tmp_path, Columns(), None))
 
 

@@ -62,6 +62,9 @@ def test_settings_and_dates_in_a_folder_decide_nothing(
     reply = client.post("/api/ask", data=form, files={"image": ("x.png", image.read_bytes())}).json()
     assert [answer["text"] for answer in reply["answers"]] == [wanted.text]
 
+    adapters = ["export", config, other, "--format", "peft", "--output", str(tmp_path / "adapters")]
+    assert main([*adapters, "--base", "owner/name"]) == 0
+    assert "has repetition_penalty, no_repeat_ngram_size, min_new_tokens, suppress_tokens" in capsys.readouterr().err
     assert main(["export", config, other, "--format", "merged", "--output", str(tmp_path / "out")]) == 0
     [folder] = (tmp_path / "out").iterdir()
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)

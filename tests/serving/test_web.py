@@ -22,10 +22,11 @@ from starlette.testclient import TestClient
 
 import mslora_cr
 from mslora_cr.cli.main import main
+from mslora_cr.data.records import TestRecord
 from mslora_cr.data.sources.convert_images import first_picture
 from mslora_cr.data.sources.rendering import Rendering
 from mslora_cr.serving.answering import Answer
-from mslora_cr.serving.web import make_app
+from mslora_cr.serving.web import _score, make_app
 from tests.helpers.dicom import dicom, saved
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">.png"
@@ -228,6 +229,30 @@ def test_a_box_that_is_said_comes_in_shares_of_the_picture(
     monkeypatch.setattr(model, "ask", partial(said, "nowhere"))
     found = client.post("/api/ask", files={"image": buffer.getvalue()}, data={"question": "where?", "stages": "0"})
     assert found.json()["answers"][0]["box"] is None
+
+
+def test_a_test_question_is_asked_as_evaluate_asks_it_and_scored_by_its_kind(
+    client: TestClient, model: mslora_cr.AnsweringModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Browsers send a line break as CR LF; a question with options has several lines."""
+    asked = []
+    monkeypatch.setattr(model, "question_of", lambda record: "Is it?\nA. yes\nB. no")
+    monkeypatch.setattr(model, "ask", lambda *words, **rest: asked.append(words[1]) or said("yes", *words, **rest))
+    fields = {"question": "Is it?\r\nA. yes\r\nB. no", "of": "PCAM", "index": "0", "stages": "0"}
+    found = client.post("/api/ask", data=fields).json()
+    assert asked == ["Is it?\nA. yes\nB. no"] and found["truth"] is not None
+    listed = client.get("/api/questions", params={"task": "PCAM", "search": "b. no"}).json()
+    assert listed["questions"][0]["question"] == asked[0]
+
+    def question(gt: str | list[str], answer_type: str, **further: Any) -> TestRecord:
+        fields = {"question_id": 1, "image": "a.png", "text": "?", "gt": gt, "answer_type": answer_type, **further}
+        return TestRecord.model_validate(fields)
+
+    offered = question("A", "CLOSED", options=["lung", "heart"])
+    assert [_score(text, offered) for text in ("A", "heart", "lung")] == ["right", "wrong", "right"]
+    normal = question("normal", "CLOSED", answer_kind="choice")
+    assert [_score(text, normal) for text in ("normal", "abnormal")] == ["right", "wrong"]
+    assert _score("a large mass", question(["cyst", "large mass"], "OPEN")) == "F1 100 %"
 
 
 def said(text: str, picture: Image.Image, question: str, task: str | None, stage: int, **_: Any) -> Answer:

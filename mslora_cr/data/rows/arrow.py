@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mslora_cr.data.records import DataError
+from mslora_cr.data.rows.arrow_sizes import check_unpacked
 from mslora_cr.data.rows.row import (
     MAX_IMAGE_BYTES,
     MOST_ROWS,
@@ -102,15 +103,14 @@ def _file_rows(
     number = 0
     for batch in batches(names):
         _check_count(file, number + batch.num_rows)
-        for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-            for values in _values(batch.slice(start, ROWS_AT_ONCE), file):
-                where = f"{location}: row {number}"
-                number += 1
-                yield (
-                    table_row(where, _worded(values, labels, whole), matched, question)
-                    if isinstance(values, dict)
-                    else (values, where)
-                )
+        for values in _values(batch, file):
+            where = f"{location}: row {number}"
+            number += 1
+            yield (
+                table_row(where, _worded(values, labels, whole), matched, question)
+                if isinstance(values, dict)
+                else (values, where)
+            )
 
 
 def _check_count(file: Path, count: int) -> None:
@@ -126,11 +126,13 @@ def _opened(file: Path) -> tuple[pyarrow.Schema, Any, int]:
     check_regular(file)
     if file.suffix == ".arrow":
         source = pyarrow.memory_map(str(file))
-        magic = source.read(6) == b"ARROW1"
-        source.seek(0)
-        reader = ipc.open_file(source) if magic else ipc.open_stream(source)
-        stream = (reader.get_batch(number) for number in range(reader.num_record_batches)) if magic else reader
-        return reader.schema, lambda names: (batch.select(names) for batch in stream), 0
+        # The file format is a stream between a mark of 8 bytes and a footer, which may lie.
+        start = 8 if source.read(6) == b"ARROW1" else 0
+        source.seek(start)
+        check_unpacked(file, source)
+        source.seek(start)
+        reader = ipc.open_stream(source)
+        return reader.schema, lambda names: (batch.select(names) for batch in reader), 0
     opened = parquet.ParquetFile(file)
 
     def batches(names: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
@@ -169,16 +171,21 @@ def _check_type(file: Path, name: str, kind: Any) -> None:
         raise DataError(f"{file}: column {shorten(name)} is nested too deeply ({shorten(str(kind))})")
 
 
-def _values(batch: pyarrow.RecordBatch, file: Path) -> list[dict[str, Any] | str]:
+def _values(batch: pyarrow.RecordBatch, file: Path) -> Iterator[dict[str, Any] | str]:
     """The rows of a batch; the reason where Python cannot represent a value (a date before year 1, bytes that are not
     text)."""
+    largest = 0
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if (size := _largest(column)) > MAX_IMAGE_BYTES:
             raise DataError(f"{file}: column {shorten(name)} holds a value of {size:,} bytes, too large for a picture")
-    try:
-        return list(batch.to_pylist())
-    except (ValueError, OverflowError, TypeError):
-        return [_one(batch.slice(index, 1)) for index in range(batch.num_rows)]
+        largest += size
+    count = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // max(largest, 1)))
+    for start in range(0, batch.num_rows, count):
+        some = batch.slice(start, count)
+        try:
+            yield from some.to_pylist()
+        except (ValueError, OverflowError, TypeError):
+            yield from (_one(some.slice(index, 1)) for index in range(some.num_rows))
 
 
 def _one(batch: pyarrow.RecordBatch) -> dict[str, Any] | str:

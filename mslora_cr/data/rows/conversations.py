@@ -1,4 +1,5 @@
-"""Reads conversations in ShareGPT's form, and other lists of JSON objects: rows of a table, OmniMedVQA's questions."""
+"""Reads conversations in the forms of ShareGPT and of chat messages, and other lists of JSON objects: rows of a table,
+OmniMedVQA's questions."""
 
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ from mslora_cr.data.rows.row import (
     split_of,
     table_row,
 )
+from mslora_cr.utils.errors import shorten
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import STRICT_JSON, explain_json
 
@@ -34,6 +36,10 @@ SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 OMNIMED = frozenset({"image_path", "question", "gt_answer", "option_A"})
 OMNIMED_ATTRIBUTES = ("dataset", "modality_type", "question_type")
 SYSTEM = "a system text, for which the published template has no place"
+SYSTEMS = ("system", "developer")
+TEXTS = ("text", "input_text", "output_text")
+PICTURES = ("image", "image_url", "input_image")
+"""Kinds of the parts of a message: as Hugging Face's processors and OpenAI's servers call them."""
 
 
 def read_json_rows(path: Path, columns: Columns, question: str | None, remark: Remark) -> Iterator[Row | Problem]:
@@ -106,18 +112,23 @@ def _conversation(
 ) -> Row | Problem:
     if not isinstance(said_here, list):
         return "no list of conversations", location
-    turns, dropped, marks = [], set(), []
+    turns, dropped, marks, inline = [], set(), [], []
     if isinstance(item.get("system"), str) and item["system"].strip():
         dropped.add(SYSTEM)
     for turn in said_here:
         if not isinstance(turn, Mapping):
             return "a turn that is no object", location
-        speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if speaker == "system":
+        speaker, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if speaker in SYSTEMS:
             dropped.add(SYSTEM)
             continue
-        if not isinstance(speaker, str) or speaker not in SPEAKERS or not isinstance(text, str):
+        if not isinstance(speaker, str) or speaker not in SPEAKERS or not isinstance(content, str | list):
             return "a turn without a known speaker and a text", location
+        text, shown, others = _content(content)
+        if others and SPEAKERS[speaker] == "human":
+            return f"a part of a question that is neither text nor picture ({others[0]})", location
+        dropped.update(f"a part of an answer that is no text ({kind})" for kind in others)
+        inline += shown
         marks.append(text)
         turns.append((SPEAKERS[speaker], text.replace(IMAGE, "").strip()))
     if [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
@@ -128,10 +139,34 @@ def _conversation(
         return "a picture that is shown with a later turn: all pictures stand before the first question here", location
     if _inside(marks[0]):
         dropped.add("the place of pictures inside a question: they are all shown before it")
-    row = Row(
-        location, images_of(item.get(columns.image, item.get("images"))), tuple(turns), dropped=tuple(sorted(dropped))
-    )
+    beside = images_of(item.get(columns.image) or item.get("images"))
+    if inline and (beside or len(inline) < sum(text.count(IMAGE) for text in marks)):
+        return "pictures both inside the turns and beside them", location
+    row = Row(location, tuple(inline) or beside, tuple(turns), dropped=tuple(sorted(dropped)))
     return _completed(row, item, columns, remark) if row.images else ("no image", location)
+
+
+def _content(content: str | list[Any]) -> tuple[str, list[str | bytes], list[str]]:
+    """A message's text, with a mark where a picture stands; the pictures in it; and the kinds of its other parts."""
+    if isinstance(content, str):
+        return content, [], []
+    texts, pictures, others = [], [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else "text" if isinstance(part, str) else None
+        if kind in PICTURES:
+            texts.append(IMAGE)
+            pictures += _picture(part)
+        elif kind in TEXTS and isinstance(text := part if isinstance(part, str) else part.get("text"), str):
+            texts.append(text)
+        else:
+            others.append(shorten(kind))
+    return "\n".join(texts), pictures, others
+
+
+def _picture(part: Mapping[str, Any]) -> tuple[str | bytes, ...]:
+    """The picture in a part; none where the part only marks the place of one beside the messages."""
+    held = next((value for key in (*PICTURES, "url", "path") if (value := part.get(key))), None)
+    return images_of(held["url"] if isinstance(held, Mapping) and "url" in held else held)
 
 
 def _inside(question: str) -> bool:

@@ -6,7 +6,6 @@ the user's. `slake-vqarad` is two releases, one after the other, as published.
 
 from __future__ import annotations
 
-import csv
 import filecmp
 import hashlib
 import io
@@ -22,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from mslora_cr.data.records import AnswerType, DataError, Text
 from mslora_cr.data.rows.row import attribute
+from mslora_cr.data.rows.tables import table_lines
 from mslora_cr.data.sources.catalog import DataSet
 from mslora_cr.data.sources.pcam import has_split, image_name, read_labels
 from mslora_cr.data.sources.raw import RawData, RawFile, read, with_ending
@@ -380,21 +380,15 @@ def _text(file: RawFile) -> str:
 
 
 def _table(file: RawFile, columns: tuple[str, ...], more: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
-    """Rows of a table separated by commas or tabs, with the columns that are needed, and others where there are any."""
-    text = _text(file)
-    header = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ",", strict=True)
-    try:
-        names = list(reader.fieldnames or ())
-        if lacking := [column for column in columns if column not in names]:
-            raise DataError(f"{file.path}: line 1: no column {', '.join(lacking)}")
-        if twice := [column for column in (*columns, *more) if names.count(column) > 1]:
-            raise DataError(f"{file.path}: line 1: two columns are called {twice[0]}")
-        for row in reader:
-            if any(row[column] is None for column in columns):
-                raise DataError(f"{file.path}: line {reader.line_num}: too few columns")
-            if any(extra.strip() for extra in row.get(None, ())):
-                raise DataError(f"{file.path}: line {reader.line_num}: too many columns; quote a field with commas")
-            yield {column: row[column] for column in (*columns, *more) if row.get(column) is not None}
-    except csv.Error as error:  # such as a quote that is never closed, which makes one field of the rest
-        raise DataError(f"{file.path}: line {reader.reader.line_num}: {error}") from None
+    """Rows of a table, with the columns that are needed, and others where there are any."""
+    lines = table_lines(io.StringIO(_text(file), newline=""), file.path, ",", lambda remark: None)
+    names = list(next(lines).fields)
+    if lacking := [column for column in columns if column not in names]:
+        raise DataError(f"{file.path}: line 1: no column {', '.join(lacking)}")
+    if twice := [column for column in (*columns, *more) if names.count(column) > 1]:
+        raise DataError(f"{file.path}: line 1: two columns are called {twice[0]}")
+    for line in lines:
+        if line.problem:
+            raise DataError(f"{file.path}: line {line.number}: {line.problem}")
+        row = dict(zip(names, line.fields, strict=True))
+        yield {column: row[column] for column in (*columns, *more) if column in row}

@@ -35,6 +35,7 @@ EXAMPLES = 5
 """The number of rows that are named for each reason to leave rows out."""
 SIDES = {"train": "train.json", "validation": "val.jsonl", "test": "test.jsonl"}
 OURS = {*SIDES.values(), REPORT, IMAGES}
+UNREADABLE = "an image that cannot be read"
 WHOLE = re.compile(r"-?[0-9]+\.0")
 CLOSED_ANSWERS = frozenset({"yes", "no"})
 
@@ -97,8 +98,10 @@ class Converted:
 
     @property
     def lost(self) -> float:
-        """The share of the rows that are left out."""
-        return (self.rows - self.train - self.validation - self.test) / max(self.rows, 1)
+        """The share of the rows that are left out; for images alone, of the files that cannot be read."""
+        kept = self.train + self.validation + self.test
+        lost = self.rows - kept if kept else len(self.left_out.get(UNREADABLE, ()))
+        return lost / max(self.rows, 1)
 
     def summary(self) -> dict[str, Any]:
         """The content of `convert.json`."""
@@ -146,9 +149,8 @@ def convert(
             folder is not from an earlier call.
     """
     columns, rendering, split = columns or Columns(), rendering or Rendering(), split or Split()
-    root = image_root or (source if source.is_dir() else source.parent)
+    converted, root = Converted(), image_root or (source if source.is_dir() else source.parent)
     _check_output(output, source, root)
-    converted = Converted()
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         staging = Path(folder) / output.name
@@ -162,8 +164,8 @@ def convert(
         sides = _parted(placed, split, converted)
         _write(staging, sides, closed)
         converted.train, converted.validation, converted.test = (len(sides[name]) for name in SIDES)
-        later = [row.location for name in ("test", "validation") for row, _ in sides[name] if len(row.turns) > 2]
-        if later:
+        asked = [row for name in ("test", "validation") for row, _ in sides[name]]
+        if later := [row.location for row in asked if len(row.turns) > 2]:
             converted.left_out["the later questions of a conversation on the test side"] = later
         write_json(staging / REPORT, {"source": str(source), **converted.summary()})
         replace_folder(staging, output)
@@ -193,8 +195,7 @@ def convert_images(source: Path, output: Path, rendering: Rendering | None = Non
     if not files:
         raise DataError(f"{source}: no DICOM or NIfTI file there")
     converted, root = Converted(rows=len(files)), source if source.is_dir() else source.parent
-    others = sorted({*candidates} - {*files})
-    if others:
+    if others := sorted({*candidates} - {*files}):
         converted.left_out["a file that is neither DICOM nor NIfTI"] = [str(path) for path in others]
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
@@ -208,7 +209,7 @@ def convert_images(source: Path, output: Path, rendering: Rendering | None = Non
                     target.with_name(target.name + suffix).write_bytes(data)
                     converted.images += 1
             except DataError as error:
-                converted.left_out["an image that cannot be read"].append(str(error))
+                converted.left_out[UNREADABLE].append(str(error))
         if not converted.images:
             raise DataError(f"{source}: {len(files)} files, and none can be read: {converted.left_out.popitem()[1][0]}")
         write_json(staging / REPORT, {"source": str(source), **converted.summary()})
@@ -318,20 +319,19 @@ def _parted(rows: Sequence[Placed], split: Split, converted: Converted) -> dict[
     for side in ("train", "test"):
         if not sides[side]:
             others = ", ".join(f"{len(members)} {name}" for name, members in sides.items() if members)
-            advice = "give more images or patients, or name the column with the split (--split)"
-            if not free:
-                advice = f"the source's split has no row for it; rename one of its splits to {side}"
+            draw = "Give more images or patients, or name the column with the split (--split)"
+            advice = draw if free else f"The source's split has no row for it; rename one of its splits to {side}"
             raise DataError(
                 f"the {side} side is empty: {len(rows)} rows of {len(set(groups))} groups (by {converted.grouped_by}; "
-                f"{others}). {advice[0].upper()}{advice[1:]}{_left_out(converted)}"
+                f"{others}). {advice}{_left_out(converted)}"
             )
     return sides
 
 
 def _left_out(converted: Converted) -> str:
     """The end of an error message: why rows are left out; empty if none are."""
-    reasons = (f"{len(skipped)} rows: {reason}, {skipped[0]}" for reason, skipped in converted.left_out.items())
-    return f". Left out are {'; '.join(listed)}" if (listed := list(reasons)) else ""
+    reasons = [f"{len(skipped)} rows: {reason}, {skipped[0]}" for reason, skipped in converted.left_out.items()]
+    return f". Left out are {'; '.join(reasons)}" if reasons else ""
 
 
 def _keys(row: Row, names: Sequence[str]) -> list[str]:

@@ -35,7 +35,7 @@ class ImagePlacer:
         rendering: How images are drawn.
         note: Returns the function to call with remarks on how a file was drawn.
         count: The number of files written.
-        patients: The pseudonym of each DICOM file's patient by file name, as far as the header names one.
+        patients: The pseudonym of each DICOM image's patient by the image's key, as far as the header names one.
     """
 
     root: Path
@@ -56,12 +56,10 @@ class ImagePlacer:
 
     def patient(self, row: Row) -> str | None:
         """The patient of the row's placed images, by the headers of DICOM files."""
-        return next(
-            (self.patients[image] for image in row.images if isinstance(image, str) and image in self.patients), None
-        )
+        return next((self.patients[key] for key in map(_key, row.images) if key in self.patients), None)
 
     def _placed(self, image: str | bytes) -> list[str]:
-        key = image if isinstance(image, str) else hashlib.sha256(image).hexdigest()[:24]
+        key = _key(image)
         if key not in self._names:
             self._names[key] = self._write_bytes(key, image) if isinstance(image, bytes) else self._write_file(image)
         return self._names[key]
@@ -70,6 +68,7 @@ class ImagePlacer:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / key
             path.write_bytes(image)
+            self._note_patient(key, path)
             return self._write(path, None, key)
 
     def _write_file(self, name: str) -> list[str]:
@@ -83,11 +82,15 @@ class ImagePlacer:
             raise DataError(f"{shorten(str(path))}: no such image ({error.strerror})") from None
         if not there:
             raise DataError(f"{path}: no such image")
-        one = next((file for file in files_below(path) if is_dicom(file)), path) if path.is_dir() else path
-        if is_dicom(one) and (patient := _patient(one)):
-            self.patients[name] = patient
+        self._note_patient(
+            name, next((file for file in files_below(path) if is_dicom(file)), path) if path.is_dir() else path
+        )
         ends = path.is_file() and path.suffix != ".gz"
         return self._write(path, frame, str(relative.with_suffix("") if ends else relative))
+
+    def _note_patient(self, key: str, path: Path) -> None:
+        if is_dicom(path) and (patient := _patient(path)):
+            self.patients[key] = patient
 
     def _write(self, path: Path, frame: int | None, stem: str) -> list[str]:
         """Write a file's pictures; `a/b.png` and `a/b.jpg` get different names."""
@@ -104,6 +107,11 @@ class ImagePlacer:
                 self.count += 1
             names.append(name)
         return names
+
+
+def _key(image: str | bytes) -> str:
+    """What tells an image from others: its name, or a digest of its bytes."""
+    return image if isinstance(image, str) else hashlib.sha256(image).hexdigest()[:24]
 
 
 def _patient(path: Path) -> str | None:

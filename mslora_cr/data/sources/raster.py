@@ -1,4 +1,4 @@
-"""Draws PNG, JPEG, TIFF and similar files as a viewer shows them: page by page, upright, with at most 8 bits."""
+"""Draws PNG, JPEG, TIFF and similar files as a viewer shows them: page by page, upright, opaque, in 8 bits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from mslora_cr.data.images import FORMATS, check_size, is_deep, load_image, page_count, turned
+from mslora_cr.data.images import FORMATS, check_size, is_deep, load_image, page_count, see_through, turned
 from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.rendering import (
     MAX_FRAMES,
@@ -26,10 +26,13 @@ from mslora_cr.data.sources.rendering import (
 WHITE_IS_ZERO = 0
 PHOTOMETRIC = 262
 """The TIFF tag that says which end of the range is black."""
+SUFFIXES = {"MPO": "jpeg"}
+"""Endings of formats that are not named like their files: a telephone's JPEG with a second picture is MPO to Pillow."""
 
 
 def raster_pictures(path: Path, frame: int | None, rendering: Rendering, note: Note) -> Iterator[tuple[str, bytes]]:
-    """The pictures of an image file: the file itself, or PNG where it has pages, lies on its side or has over 8 bits.
+    """The pictures of an image file: the file itself, or PNG where it has pages, transparent parts or over 8 bits, or
+    lies on its side.
 
     Args:
         path: A file in one of `images.FORMATS`.
@@ -49,10 +52,11 @@ def raster_pictures(path: Path, frame: int | None, rendering: Rendering, note: N
             return
         if frame is not None:
             raise DataError(f"{path}: has no frames or slices to choose from")
-        if turned(image) or _saturates(image, rendering):
+        if turned(image) or see_through(image) or _saturates(image, rendering):
             yield from as_png(iter([(None, _page(image, rendering, note))]))
         else:
-            yield f".{(image.format or 'png').lower()}", path.read_bytes()
+            kind = image.format or "PNG"
+            yield f".{SUFFIXES.get(kind, kind.lower())}", path.read_bytes()
 
 
 def _pages(path: Path, image: Image.Image, frame: int | None, rendering: Rendering, note: Note) -> Iterator[Frame]:
@@ -79,26 +83,35 @@ def _full_pages(image: Image.Image, count: int) -> list[int]:
 
 
 def _saturates(image: Image.Image, rendering: Rendering) -> bool:
-    """Whether the conversion to 8 bits would lose information, or a window must be applied."""
+    """Whether the conversion to 8 bits would lose information or leave a negative, or a window must be applied."""
     if not is_deep(image):
         return False
     values = np.asarray(image)
     fits = values.dtype.kind != "f" and values.min() >= 0 and values.max() <= 255
-    return rendering.window is not None or not fits
+    return rendering.window is not None or not fits or _is_negative(image)
+
+
+def _is_negative(image: Image.Image) -> bool:
+    """Whether 0 is white in an image of more than 8 bits, which Pillow leaves as it is."""
+    return image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
 
 
 def _page(image: Image.Image, rendering: Rendering, note: Note) -> Pixels:
-    if is_deep(image):
-        return _deep(image, rendering, note)
     if turned(image):
         note("turned upright, as its EXIF orientation says")
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB")) / 255
+    if is_deep(image):
+        return _deep(image, rendering, note)
+    upright = ImageOps.exif_transpose(image)
+    if see_through(image):
+        note("its transparent parts are drawn white")
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+    return np.asarray(upright.convert("RGB")) / 255
 
 
 def _deep(image: Image.Image, rendering: Rendering, note: Note) -> Pixels:
     """Greys of more than 8 bits, under the window or between their percentiles."""
-    negative = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
-    values = np.asarray(image).astype(np.float64)
+    negative = _is_negative(image)
+    values = np.asarray(ImageOps.exif_transpose(image)).astype(np.float64)
     if rendering.window:
         grey = windowed(values, *rendering.window, "LINEAR_EXACT")
     else:
