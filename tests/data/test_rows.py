@@ -304,15 +304,36 @@ def test_folders_named_by_class(tmp_path: Path) -> None:
         place = tmp_path / "xray" / split / name
         place.mkdir(parents=True)
         (place / f"{number}.png").write_bytes(png(number))
+    (tmp_path / "xray" / "beside.png").write_bytes(png(4))
     (tmp_path / "xray" / "test" / "again").symlink_to(tmp_path / "xray")  # a link that leads back up
     assert main(["data", "convert", str(tmp_path / "xray"), "--output", str(tmp_path / "d")]) == 0
     [question] = TestRecords(tmp_path / "d" / "test.jsonl")
     assert (question.text, question.gt) == ("Which of these does the image show: normal, pneumonia?", "normal")
     assert len(TrainingRecords(tmp_path / "d" / "train.json")) == 2
+    left_out = json.loads((tmp_path / "d" / "convert.json").read_text())["left_out"]
+    assert left_out["a file that is no picture in a folder named by class"]["examples"] == ["beside.png"]
 
 
 VOC = "<annotation><filename>{0}.png</filename>{1}</annotation>"
 BOX = "<object><name>{}</name></object>"
+
+
+def test_an_annotation_takes_the_image_that_is_nearest(tmp_path: Path) -> None:
+    """Image names may repeat from split to split, and beside a mask of the same name."""
+    for number, split in enumerate(("train", "test")):
+        for name in ("Annotations", "JPEGImages", "masks"):
+            (tmp_path / split / name).mkdir(parents=True)
+        (tmp_path / split / "Annotations" / "1.xml").write_text(VOC.format(1, BOX.format("cell")))
+        (tmp_path / split / "JPEGImages" / "1.png").write_bytes(png(number))
+        (tmp_path / split / "masks" / "1.tif").write_bytes(png(number))
+    rows = [row for row in read_rows(tmp_path, Columns(), None) if isinstance(row, Row)]
+    assert {(row.split, row.images) for row in rows} == {
+        ("train", ("train/JPEGImages/1.png",)),
+        ("test", ("test/JPEGImages/1.png",)),
+    }
+    (tmp_path / "test" / "masks" / "1.png").write_bytes(png())
+    problems = [row[0] for row in read_rows(tmp_path, Columns(), None) if not isinstance(row, Row)]
+    assert problems == ["several images of the name that the annotation gives"]
 
 
 def test_boxes_become_questions_of_presence_and_count(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ many there are, for each class on it.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonpath
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -62,6 +63,9 @@ def read_class_folders(folder: Path, question: str | None) -> Iterator[Row | Pro
         above = relative.parent.parent
         turns = (("human", asked), ("gpt", names[name]))
         yield Row(str(relative), (relative.as_posix(),), turns, split_in(above), answer_type="CLOSED")
+    for path in files_below(folder):
+        if path not in classes and not path.name.startswith("."):
+            yield "a file that is no picture in a folder named by class", str(path.relative_to(folder))
 
 
 def voc_files(folder: Path) -> list[Path]:
@@ -85,11 +89,12 @@ def read_voc(folder: Path) -> Iterator[Row | Problem]:
         except (ElementTree.ParseError, UnusableError, LookupError, ValueError) as error:
             yield f"an annotation that cannot be read ({shorten(str(error))})", location
             continue
-        image = images.get(Path(name).stem, images.get(path.stem))
-        if image is None:
-            yield "no image of the name that the annotation gives", location
+        found = _nearest(Path(location), name, images.get(Path(name).stem) or images.get(path.stem, []))
+        if len(found) == 1:
+            split = splits.get(path.stem) or split_in(path.relative_to(folder))
+            boxed.append(Boxed(location, found[0].as_posix(), split, classes))
         else:
-            boxed.append(Boxed(location, image, splits.get(path.stem) or split_in(path.relative_to(folder)), classes))
+            yield f"{'several images' if found else 'no image'} of the name that the annotation gives", location
     yield from _asked(boxed)
 
 
@@ -119,9 +124,20 @@ def _image_sets(folder: Path) -> dict[str, str]:
     return splits
 
 
-def _by_stem(folder: Path) -> dict[str, str]:
-    images = (path for path in files_below(folder) if path.suffix.lower() in ENDINGS)
-    return {path.stem: path.relative_to(folder).as_posix() for path in images}
+def _by_stem(folder: Path) -> dict[str, list[Path]]:
+    images = defaultdict(list)
+    for path in files_below(folder):
+        if path.suffix.lower() in ENDINGS:
+            images[path.stem].append(path.relative_to(folder))
+    return images
+
+
+def _nearest(annotation: Path, name: str, images: Sequence[Path]) -> list[Path]:
+    """The images that an annotation may mean: of its name with the ending if there are any, and of several those that
+    share most folders with it."""
+    named = [image for image in images if image.name == Path(name).name] or images
+    shared = {image: len(commonpath([f"/{annotation}", f"/{image}"])) for image in named}
+    return [image for image in named if shared[image] == max(shared.values())]
 
 
 def is_coco(content: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,11 +140,15 @@ def _size(path: Path) -> int:
 
 def _of_frame(header: Dataset, number: int) -> Dataset:
     """The header with one frame's functional groups at the top: its own before the shared ones."""
+    from pydicom import Dataset
+
     shared, per_frame = header.get("SharedFunctionalGroupsSequence"), header.get("PerFrameFunctionalGroupsSequence")
     groups = [*(shared or [])[:1], *(per_frame or [])[number : number + 1]]
     if not groups:
         return header
-    merged = copy.copy(header)
+    merged = Dataset()  # A copy by `copy` would share its elements.
+    merged.update(header)
+    merged.set_original_encoding(*header.original_encoding)
     for group in groups:
         for name, keys in FUNCTIONAL_GROUPS.items():
             for item in (group.get(name) or [])[:1]:
@@ -153,15 +156,15 @@ def _of_frame(header: Dataset, number: int) -> Dataset:
                     delattr(merged, REPLACED[name])
                 for key in keys:
                     if key in item:
-                        setattr(merged, key, item[key].value)
+                        merged.add(item[key])  # Setting a value would change the header's own element.
     return merged
 
 
 def _spacing(header: Dataset) -> tuple[float, float]:
-    """Vertical and horizontal size of a pixel; (1, 1) if the file does not say."""
+    """Vertical and horizontal size of a pixel; (1, 1) if the file does not say, or says 0."""
     for key in SPACINGS:
         value = header.get(key)
-        if value is not None and len(value) == 2:
+        if value is not None and len(value) == 2 and min(map(float, value)) > 0:
             return float(value[0]), float(value[1])
     return 1.0, 1.0
 
@@ -263,14 +266,15 @@ def _grey(header: Dataset, stored: Pixels, padding: Pixels, rendering: Rendering
 
 
 def _window(header: Dataset) -> tuple[float, float] | None:
-    """The file's first window; further ones are alternatives."""
+    """The file's first window that has a width; further ones are alternatives."""
     settings = [
-        np.atleast_1d(header[key].value) for key in ("WindowCenter", "WindowWidth") if header.get(key) is not None
+        np.atleast_1d(header[key].value).astype(float)
+        for key in ("WindowCenter", "WindowWidth")
+        if header.get(key) is not None
     ]
-    if len(settings) != 2 or not all(len(values) for values in settings):
+    if len(settings) != 2:
         return None
-    center, width = (float(values[0]) for values in settings)
-    return center, width
+    return next(((float(center), float(width)) for center, width in zip(*settings, strict=False) if width > 0), None)
 
 
 def _colour(header: Dataset, values: Pixels) -> Pixels:
