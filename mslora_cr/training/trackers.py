@@ -8,7 +8,6 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlsplit
@@ -86,7 +85,8 @@ def _check_wandb() -> None:
             f"training.report_to: W&B has no key for {host}; log in with `wandb login`, set WANDB_API_KEY, or set "
             "WANDB_MODE=offline to keep the metrics on this machine"
         )
-    if rank() == 0 and (problem := _unreachable(url)):
+    # Something that accepts connections, such as a proxy, may never answer what W&B asks.
+    if rank() == 0 and (problem := _unreachable(f"{url.rstrip('/')}/graphql", {"query": "{ viewer { id } }"})):
         _go_offline(f"the server {url} cannot be reached ({problem})")
 
 
@@ -96,11 +96,16 @@ def _go_offline(why: str) -> None:
     os.environ["WANDB_MODE"] = "offline"
 
 
-@cache
-def _unreachable(url: str) -> str:
-    """Explain why a server cannot be reached; empty if it answers anything at all."""
+def _unreachable(url: str, body: object = None) -> str:
+    """Explain why a server cannot be reached; empty if it answers anything at all.
+
+    Args:
+        url: Its address.
+        body: Sent as JSON; None asks for the headers of a page.
+    """
     try:
-        httpx.head(url, timeout=REACH_SECONDS)
+        with httpx.stream("HEAD" if body is None else "POST", url, json=body, timeout=REACH_SECONDS):
+            pass
     except (httpx.TransportError, httpx.InvalidURL, ValueError, ImportError) as error:
         return f"{type(error).__name__}: {error}{proxy_advice(urlsplit(url).hostname or '')}"
     return ""
@@ -166,6 +171,7 @@ def _start_wandb(run_id: str, name: str | None) -> None:
         wandb.init(project=project, name=name, id=run_id, resume="allow")
     except wandb.Error as error:
         _go_offline(f"it starts no run ({shorten(str(error))})")
+        wandb.teardown()  # Otherwise W&B takes the run's id for used, and keeps the settings with which it began.
         wandb.init(project=project, name=name, id=run_id, mode="offline")
 
 

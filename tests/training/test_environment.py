@@ -2,7 +2,10 @@
 
 import logging
 import os
+import socket
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -10,9 +13,9 @@ import torch
 from mslora_cr.config.schema import ConfigError
 from mslora_cr.distributed.comm import DistributedError, get_device, rank
 from mslora_cr.distributed.launch import start_process_group
+from mslora_cr.training import trackers
 from mslora_cr.training.arguments import _say_ignored, ignore_launcher_settings
 from mslora_cr.training.trackers import check_trackers
-from tests.helpers.chat_server import serving
 
 
 def test_settings_of_accelerate_are_dropped_and_named(
@@ -74,7 +77,8 @@ def test_a_tracker_whose_server_cannot_be_reached(
         monkeypatch.delenv(name, raising=False)
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password 0\n")
     monkeypatch.setenv("WANDB_MODE", "online")
-    with serving() as server:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # It answers "501, unsupported method".
+        Thread(target=server.handle_request, daemon=True).start()
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
         check_trackers(["wandb"])
     assert os.environ["WANDB_MODE"] == "online"
@@ -83,6 +87,12 @@ def test_a_tracker_whose_server_cannot_be_reached(
         check_trackers(["wandb"])
     assert os.environ["WANDB_MODE"] == "offline"
     assert "the server http://127.0.0.1:9 cannot be reached (ConnectError" in caplog.text
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(trackers, "REACH_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # It accepts connections and never answers.
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        check_trackers(["wandb"])
+    assert os.environ["WANDB_MODE"] == "offline" and "ReadTimeout" in caplog.text
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"MLflow's server http://127\.0\.0\.1:9 cannot be reached .* sqlite"):
         check_trackers(["mlflow"])
