@@ -150,7 +150,9 @@ def _content(content: str | list[Any]) -> tuple[str, list[str | bytes], list[str
     """A message's text, with a mark where a picture stands; the pictures in it; and the kinds of its other parts."""
     if isinstance(content, str):
         return content, [], []
-    texts, pictures, others = [], [], []
+    texts: list[str] = []
+    pictures: list[str | bytes] = []
+    others: list[str] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else "text" if isinstance(part, str) else None
         if kind in PICTURES:
