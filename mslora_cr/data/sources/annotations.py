@@ -381,7 +381,7 @@ def _text(file: RawFile) -> str:
 
 def _table(file: RawFile, columns: tuple[str, ...], more: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
     """Rows of a table, with the columns that are needed, and others where there are any."""
-    lines = table_lines(io.StringIO(_text(file), newline=""), file.path, ",", lambda remark: None)
+    lines = table_lines(io.StringIO(_text(file), newline=""), Path(file.path), ",", lambda remark: None)
     names = list(next(lines).fields)
     if lacking := [column for column in columns if column not in names]:
         raise DataError(f"{file.path}: line 1: no column {', '.join(lacking)}")
