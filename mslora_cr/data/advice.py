@@ -47,7 +47,7 @@ def says_nothing(truth: str) -> bool:
     return not set(re.sub(r"[;/\[\]\"{}()=+\\_\-><@`,?!.]", " ", truth.lower()).split()) - {"a", "an", "the"}
 
 
-def is_dicom(path: Path) -> bool:
+def begins_as_dicom(path: Path) -> bool:
     """Whether a regular file is DICOM's, by its magic bytes."""
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"

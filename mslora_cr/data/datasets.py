@@ -53,7 +53,7 @@ class TrainDataset(Dataset[Any]):
         try:
             sample = self.input_processor.sample(index, self.records[index], self.roots)
         except ValueError as error:
-            raise self._at(index, error) from None
+            raise _at(self.records, index, error) from None
         if self._free_bytes > 0 and get_worker_info() is None:
             self._keep(index, sample)
         return sample
@@ -71,11 +71,12 @@ class TrainDataset(Dataset[Any]):
             try:
                 counted.append(self.input_processor.length(record, self.roots))
             except ValueError as error:
-                raise self._at(index, error) from None
+                raise _at(self.records, index, error) from None
         return counted
 
-    def _at(self, index: int, error: ValueError) -> DataError:
-        return DataError(f"{self.records.path}: {self.records.location(index)}: {error}")
+
+def _at(records: Records[Any], index: int, error: ValueError) -> DataError:
+    return DataError(f"{records.path}: {records.location(index)}: {error}")
 
 
 def _decoded_bytes(sample: Any) -> int:
@@ -141,7 +142,7 @@ class EvalDataset:
         try:
             prompt = self.input_processor.prompt(self.records[index], self.roots)
         except ValueError as error:
-            raise self._at(index, error) from None
+            raise _at(self.records, index, error) from None
         return replace(prompt, opening=openings.setdefault(prompt.opening, prompt.opening))
 
     def load_images(self, index: int) -> Any:
@@ -154,10 +155,7 @@ class EvalDataset:
         try:
             return processor.load_images(processor.image_names(self.records[index]), self.roots)
         except DataError as error:
-            raise self._at(index, error) from None
-
-    def _at(self, index: int, error: ValueError) -> DataError:
-        return DataError(f"{self.records.path}: {self.records.location(index)}: {error}")
+            raise _at(self.records, index, error) from None
 
 
 class ConcatEvalDataset:

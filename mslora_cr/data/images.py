@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from mslora_cr.data.advice import DICOM, is_dicom
+from mslora_cr.data.advice import DICOM, begins_as_dicom
 from mslora_cr.data.records import DataError
 from mslora_cr.utils.files import append_to
 from mslora_cr.utils.progress import progress_bar
@@ -132,7 +132,7 @@ def decode_image(source: Path | BinaryIO, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: more than {MAX_PIXELS:,} pixels") from error
     except UnidentifiedImageError:
-        dicom = isinstance(source, Path) and is_dicom(source)
+        dicom = isinstance(source, Path) and begins_as_dicom(source)
         what = DICOM if dicom else f"not an image of a known format ({', '.join(FORMATS)})"
         raise DataError(f"{name}: not a readable image: {what}") from None
     # Pillow's decoders raise OSError, ValueError, SyntaxError, EOFError, struct.error, … on damaged files.

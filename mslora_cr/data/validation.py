@@ -136,7 +136,9 @@ def validation_split(records: TrainingRecords, share: float, seed: int) -> Valid
             patient = [] if record.patient is None else [f"patient {record.patient}"]
             indices.append(index)
             keys.append([*patient, *(f"image {name}" for name in record.images)])
-            answers.append(final_answer(_first_answer(record)).text.strip().lower())
+            answers.append(
+                final_answer(next(turn.text for turn in record.turns if turn.speaker == "gpt")).text.strip().lower()
+            )
     groups = connected(keys)
     drawn = drawn_groups(groups, answers, share, seed)
     held_out = [index for index, group in zip(indices, groups, strict=True) if group in drawn]
@@ -185,7 +187,3 @@ def _held_out_question(record: TrainingRecord) -> TestRecord:
 
 def _unchanged(record: Seen) -> Seen:
     return record
-
-
-def _first_answer(record: TrainingRecord) -> str:
-    return next(turn.text for turn in record.turns if turn.speaker == "gpt")

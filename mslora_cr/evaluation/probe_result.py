@@ -72,12 +72,15 @@ def read_probes(results_dir: Path) -> list[Probe]:
 def probe_table(probe: Probe) -> str:
     """The losses as a table for the console."""
     rows = [
-        [row.stage, MEASURED[row.metric], f"{row.base:.1f}", f"{row.score:.1f}", _lost(row)] for row in probe.losses
+        [
+            row.stage,
+            MEASURED[row.metric],
+            f"{row.base:.1f}",
+            f"{row.score:.1f}",
+            f"{row.loss:+.1f}{bracketed(row.interval, row.note)}",
+        ]
+        for row in probe.losses
     ]
     title = f"{probe.dataset}, a held-out data set, {probe.cells[0].rows} questions"
     headers = ["stage", "score", "base", "at the stage", "lost"]
     return f"{title}\n{tabulate(rows, headers, disable_numparse=True)}" if rows else f"{title}: the base alone answers"
-
-
-def _lost(row: Loss) -> str:
-    return f"{row.loss:+.1f}{bracketed(row.interval, row.note)}"

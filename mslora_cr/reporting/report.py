@@ -39,7 +39,7 @@ from mslora_cr.reporting.heatmaps import (
 from mslora_cr.reporting.plots import VALIDATION_LOSS, logged_terms, loss_curves
 from mslora_cr.reporting.render import capital, render
 from mslora_cr.reporting.run_record import PUBLISHED_SCORES, PublishedRun, RunRecord, load_published_scores, read_run
-from mslora_cr.reporting.shown_to_do import COLUMNS, ShownTask, last_cells, shown_to_do
+from mslora_cr.reporting.shown_to_do import COLUMNS, last_cells, shown_to_do
 from mslora_cr.reporting.style import (
     ADDED_TITLES,
     BENCHMARK_TITLES,
@@ -80,7 +80,9 @@ def write_report(
     with one_writer(results_dir):
         context = _context(run, load_published_scores(published_scores), config) | _answers(run, config)
         context["leaks"] = _leaks(run, config)
-        context["shown_tasks"] = _tasks_shown_to_do(run, context["leaks"])
+        context["shown_tasks"] = (
+            shown_to_do(last_cells(run.evaluation), results_dir, context["leaks"]) if run.evaluation else []
+        )
         for name in ("report.html", "report.md"):
             render(name, results_dir / name, context)
     return results_dir / "report.html"
@@ -183,10 +185,6 @@ def _leaks(run: RunRecord, config: StreamConfig | None) -> dict[str, str]:
     if run.evaluation is None or config is None:
         return {}
     return sentences(config, {cell.task: cell.questions for cell in run.evaluation.cells})
-
-
-def _tasks_shown_to_do(run: RunRecord, leaks: Mapping[str, str]) -> list[ShownTask]:
-    return shown_to_do(last_cells(run.evaluation), run.results_dir, leaks) if run.evaluation else []
 
 
 def _task_colors(run: RunRecord) -> dict[str, str]:

@@ -134,12 +134,8 @@ class FeatureExtractor:
             return self._features([(images, self._input_processor.tokenizer.encode(question_text(question, 0)))])
 
     def _features(self, batch: Sequence[tuple[Any, list[int]]]) -> Tensor:
-        return torch.cat([self._of_images([images for images, _ in batch]), self._texts(batch)], dim=1)
-
-    def _of_images(self, images: Sequence[Any]) -> Tensor:
-        return torch.nn.functional.normalize(
-            self._image_encoder.features(images, self._device) @ self._image_projection
-        )
+        encoded = self._image_encoder.features([images for images, _ in batch], self._device)
+        return torch.cat([torch.nn.functional.normalize(encoded @ self._image_projection), self._texts(batch)], dim=1)
 
     def _texts(self, batch: Sequence[tuple[Any, list[int]]]) -> Tensor:
         """Mean of the words' frozen embeddings; zeros for an empty question."""

@@ -72,7 +72,7 @@ def non_inferiority(differences: Scores, groups: Groups, margin: float, level: f
     return NonInferiority(
         difference=total.mean,
         bound=max(-1.0, float(bound)),
-        p=_upper_tail(float(statistic), freedom),
+        p=float(ndtr(-statistic) if math.isinf(freedom) else stdtr(freedom, -statistic)),
         questions=total.questions,
         groups=total.groups,
         gained=int(np.count_nonzero(differences > NONE)),
@@ -144,7 +144,3 @@ def _needed(square: float, mean: float, share: float, margin: float, level: floa
 
 def _quantile(share: float, freedom: float) -> float:
     return float(ndtri(share) if math.isinf(freedom) else stdtrit(freedom, share))
-
-
-def _upper_tail(statistic: float, freedom: float) -> float:
-    return float(ndtr(-statistic) if math.isinf(freedom) else stdtr(freedom, -statistic))

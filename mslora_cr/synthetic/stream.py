@@ -247,7 +247,8 @@ def _write_task(
     test_images: int,
     bar: "tqdm[Any]",
 ) -> None:
-    names = iter(_file_names(train_images + test_images, rng))
+    numbers = rng.choice(10**8, size=train_images + test_images, replace=False)
+    names = (f"{number:08d}.png" for number in numbers)  # They carry no information.
     train = _draw_split(folder, task, task.train_folders, train_images, names, rng, bar)
     test = _draw_split(folder, task, task.test_folders, test_images, names, rng, bar)
     records = [
@@ -273,11 +274,6 @@ def _write_task(
         for number, (image, question) in enumerate(test)
     ]
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _file_names(count: int, rng: np.random.Generator) -> list[str]:
-    """Return ``count`` different names that carry no information: random numbers."""
-    return [f"{number:08d}.png" for number in rng.choice(10**8, size=count, replace=False)]
 
 
 def _draw_split(

@@ -204,7 +204,10 @@ def _run_trial(plan: Plan, part: StudyPart) -> str | None:
     # The seed is the number of trials so far: one trial at a time draws the same values in any number of launches.
     begun = len(optuna.load_study(storage=storage, study_name=part.name).get_trials())
     study = optuna.load_study(
-        storage=storage, study_name=part.name, sampler=optuna.samplers.TPESampler(seed=begun), pruner=_pruner()
+        storage=storage,
+        study_name=part.name,
+        sampler=optuna.samplers.TPESampler(seed=begun),
+        pruner=optuna.pruners.MedianPruner(5, 1),
     )
     trial = study.ask({key: plan.space.distributions[key] for key in part.keys})
     folder = _trial_folder(plan, part, trial)
@@ -306,7 +309,3 @@ def _of_task(key: str, task: str) -> str:
 def _storage(folder: Path) -> JournalStorage:
     folder.mkdir(parents=True, exist_ok=True)
     return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
-
-
-def _pruner() -> optuna.pruners.BasePruner:
-    return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)

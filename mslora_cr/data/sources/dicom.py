@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mslora_cr.data.advice import begins_as_dicom
 from mslora_cr.data.images import MAX_PIXELS
 from mslora_cr.data.records import DataError
 from mslora_cr.data.sources.rendering import (
@@ -45,11 +46,8 @@ SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", 
 
 def is_dicom(path: Path) -> bool:
     """Whether a file is named as DICOM, or begins like one: files of a hospital's archive often have no extension."""
-    if path.suffix.lower() in (".dcm", ".dicom"):
-        return True
     try:
-        with check_regular(path).open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
+        return path.suffix.lower() in (".dcm", ".dicom") or begins_as_dicom(check_regular(path))
     except OSError:
         return False
 
