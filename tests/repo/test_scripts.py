@@ -42,6 +42,7 @@ def test_every_shipped_run_has_its_two_scripts() -> None:
         "published",
         "families",
         "open",
+        "open_small",
         "demo",
         "sweep",
         "medgemma",
