@@ -39,6 +39,9 @@ class Bank:
     metadata: dict[str, Any] = field(default_factory=dict)
     routers: dict[str, Tensor] = field(default_factory=dict)
     """The router of each linear layer, (experts, in); empty for plain LoRA."""
+    projector: dict[str, Tensor] = field(default_factory=dict)
+    """The parameters of the projector that was trained with it, by their names in the projector; they replace the
+    base model's. Empty if the projector stayed frozen."""
 
     @property
     def scaling(self) -> float:
@@ -46,8 +49,9 @@ class Bank:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The number of its parameters."""
-        return [*(matrix for pair in self.matrices.values() for matrix in pair), *self.routers.values()]
+        """All its numbers."""
+        pairs = (matrix for pair in self.matrices.values() for matrix in pair)
+        return [*pairs, *self.routers.values(), *(self.projector[name] for name in sorted(self.projector))]
 
     @property
     def experts(self) -> int:
@@ -62,7 +66,7 @@ class Bank:
     def digest(self) -> str:
         """SHA-256 of the names of its layers and its numbers."""
         digest = hashlib.sha256()
-        for name in self.matrices:
+        for name in [*self.matrices, *sorted(self.projector)]:
             digest.update(name.encode())
         for tensor in self.tensors:
             digest.update(tensor.contiguous().numpy().tobytes())
@@ -84,6 +88,7 @@ def assemble_bank(
     alpha: float,
     halves: Mapping[str, Mapping[str, Tensor]],
     metadata: dict[str, Any],
+    projector: Mapping[str, Tensor] | None = None,
 ) -> Bank:
     matrices: Matrices = {}
     routers = {}
@@ -101,7 +106,8 @@ def assemble_bank(
         raise BankError(f"{path}: the bank is empty")
     if routers.keys() - matrices.keys() or (routers and len(routers) < len(matrices)):
         raise BankError(f"{path}: some of its layers have a router, but others have none")
-    return Bank(name, rank, float(alpha), matrices, metadata, routers)
+    trained = {key: _numbers(path, f"the projector's {key}", tensor) for key, tensor in (projector or {}).items()}
+    return Bank(name, rank, float(alpha), matrices, metadata, routers, trained)
 
 
 def _numbers(path: Path, module: str, tensor: Tensor) -> Tensor:
@@ -129,6 +135,23 @@ def concatenated(name: str, banks: Iterable[Bank]) -> tuple[Tensor, Tensor]:
     return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
 
 
+def only_projector(banks: Sequence[Bank]) -> dict[str, Tensor]:
+    """The projector of banks that answer together: that of the only one, or none.
+
+    Raises:
+        BankError: There are several banks, and one has a projector; projectors replace one another and have no sum.
+    """
+    trained = next((bank for bank in banks if bank.projector), None)
+    if trained is None:
+        return {}
+    if len(banks) > 1:
+        raise BankError(
+            f"bank {trained.name!r} was trained together with the projector, so it answers alone: the projectors of "
+            f"{len(banks)} banks cannot be summed"
+        )
+    return trained.projector
+
+
 def sum_banks(banks: Sequence[Bank], name: str) -> Bank:
     """The sum of several banks as one bank, whose rank is the sum of their ranks and whose update is the sum of their
     updates.
@@ -138,7 +161,7 @@ def sum_banks(banks: Sequence[Bank], name: str) -> Bank:
         name: The name of the sum.
 
     Raises:
-        BankError: There is no bank, one has routers, or their layers differ.
+        BankError: There is no bank, one has routers, their layers differ, or one of several has a projector.
     """
     if not banks:
         raise BankError("no bank to sum; give at least one")
@@ -149,11 +172,13 @@ def sum_banks(banks: Sequence[Bank], name: str) -> Bank:
             raise BankError(f"banks {banks[0].name!r} and {bank.name!r} adapt different layers")
     rank = sum(bank.rank for bank in banks)
     matrices = {layer: concatenated(layer, banks) for layer in banks[0].matrices}
-    return Bank(name, rank, float(rank), matrices, {"sum_of": [bank.name for bank in banks]})
+    metadata = {"sum_of": [bank.name for bank in banks]}
+    return Bank(name, rank, float(rank), matrices, metadata, projector=only_projector(banks))
 
 
 def describe(bank: Bank) -> dict[str, Any]:
-    """Describe a bank: rank, layers, parameters, and the norm of its update ``alpha / rank · B A``."""
+    """Describe a bank: rank, layers, parameters, those of its projector, and the norm of its update ``alpha / rank · B
+    A``."""
     norms = {name: bank.scaling * product_norm(a.double(), b.double()).item() for name, (a, b) in bank.matrices.items()}
     largest = max(norms, key=lambda name: norms[name])
     return {
@@ -165,6 +190,7 @@ def describe(bank: Bank) -> dict[str, Any]:
         "parameters": sum(matrix.numel() for matrix in bank.tensors),
         "update_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
         "largest_update": {"layer": largest, "norm": norms[largest]},
+        **({"projector": sum(tensor.numel() for tensor in bank.projector.values())} if bank.projector else {}),
         "metadata": bank.metadata,
     }
 

@@ -18,7 +18,7 @@ from mslora_cr.banks.bank import Bank, BankError, assemble_bank, check_shape
 from mslora_cr.banks.plain_lora import WRITTEN, check_plain_lora, check_targets
 from mslora_cr.banks.published import PUBLISHED_WEIGHTS, load_published
 from mslora_cr.config.run_files import BANK_WEIGHTS
-from mslora_cr.models.language import linears_pattern
+from mslora_cr.models.language import PROJECTOR, linears_pattern
 from mslora_cr.models.layout import linear_name
 from mslora_cr.utils.files import file_digest, replacing_folder, write_json, write_text
 from mslora_cr.utils.regular import check_regular
@@ -33,6 +33,7 @@ STATISTICS = "router.safetensors"
 ROUTER = "lora_router.weight"
 PEFT_PREFIX = "base_model.model."
 _KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B|router)(?:\.default)?\.weight")
+_PROJECTOR_KEY = re.compile(rf"(?:base_model\.model\.)?(?:model\.)?{PROJECTOR}\.(.+)")
 
 
 def save_bank(
@@ -78,6 +79,8 @@ def write_adapter(bank: Bank, folder: Path, dropout: float = 0.0, changed: Mappi
     settings = lora_config(bank.matrices, bank.rank, bank.alpha, dropout).to_dict()
     # Keys that hold a default and are younger than PEFT 0.5 are left out.
     settings = {**{key: settings[key] for key in sorted(WRITTEN)}, "peft_type": "LORA", **(changed or {})}
+    if bank.projector:
+        settings["modules_to_save"] = [PROJECTOR]
     # Non-ASCII text is escaped, as PEFT does it: a base model's path may be in any script.
     write_text(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
     save_file(_named(bank), folder / BANK_WEIGHTS, {"format": "pt"})
@@ -91,6 +94,8 @@ def _named(bank: Bank) -> dict[str, Tensor]:
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.contiguous()
     for name, router in bank.routers.items():
         tensors[f"{PEFT_PREFIX}{name}.{ROUTER}"] = router.contiguous()
+    for name, parameter in bank.projector.items():
+        tensors[f"{PEFT_PREFIX}model.{PROJECTOR}.{name}"] = parameter.contiguous()
     return tensors
 
 
@@ -99,7 +104,7 @@ def load_bank(path: Path) -> Bank:
 
     Raises:
         BankError: There is nothing readable, or it is not plain LoRA over the language model's linear layers, as this
-            transformers, an older one or LLaVA names them.
+            transformers, an older one or LLaVA names them, with or without a projector of `modules_to_save`.
     """
     if path.name == PUBLISHED_WEIGHTS or (path / PUBLISHED_WEIGHTS).is_file():
         return load_published(path.parent if path.name == PUBLISHED_WEIGHTS else path)
@@ -114,8 +119,11 @@ def load_bank(path: Path) -> Bank:
         ) from None
     check_plain_lora(path, config)
     halves: dict[str, dict[str, Tensor]] = {}
-    layers = {}
+    layers, projector = {}, {}
     for key, tensor in tensors.items():
+        if config.get("modules_to_save") and (saved := _PROJECTOR_KEY.fullmatch(key)):
+            projector[saved[1]] = tensor
+            continue
         match = _KEY.fullmatch(key)
         module = linear_name(match[1], exact="base_model" in metadata) if match else None
         if match is None or module is None:
@@ -128,8 +136,10 @@ def load_bank(path: Path) -> Bank:
         halves[module][match[2]] = tensor
         layers[match[1]] = module
     check_targets(path, config, layers.items())
+    if config.get("modules_to_save") and not projector:
+        raise BankError(f"{path}: {CONFIG} says that the projector was trained, but {BANK_WEIGHTS} does not hold it")
     name = metadata.get("name")
-    return assemble_bank(path, name if isinstance(name, str) else path.name, rank, alpha, halves, metadata)
+    return assemble_bank(path, name if isinstance(name, str) else path.name, rank, alpha, halves, metadata, projector)
 
 
 def bank_size(folder: Path) -> int:

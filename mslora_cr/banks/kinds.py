@@ -68,10 +68,10 @@ class PlainLora:
     def read(self, model: nn.Module, adapter: str, gather_fn: GatherFn) -> tuple[Matrices, dict[str, Tensor]]:
         """A and B by linear layer, and routers if the kind has any: float32, on the CPU."""
         matrices = {
-            name: (_copied(layer.lora_A[adapter].weight, gather_fn), _copied(layer.lora_B[adapter].weight, gather_fn))
+            name: (copied(layer.lora_A[adapter].weight, gather_fn), copied(layer.lora_B[adapter].weight, gather_fn))
             for name, layer in lora_layers(model)
         }
-        routers = {name: _copied(router.weight, gather_fn) for name, router in routers_of(model, adapter).items()}
+        routers = {name: copied(router.weight, gather_fn) for name, router in routers_of(model, adapter).items()}
         return matrices, routers
 
     def extra_state(self, model: nn.Module, frozen: str, gather_fn: GatherFn) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ class ScaledDirections(PlainLora):
 
     def extra_state(self, model: nn.Module, frozen: str, gather_fn: GatherFn) -> dict[str, Tensor]:
         trained = magnitudes_of(model, frozen)
-        return {name: _copied(magnitudes, gather_fn) for name, magnitudes in trained.items()}
+        return {name: copied(magnitudes, gather_fn) for name, magnitudes in trained.items()}
 
     def load_extra_state(self, model: nn.Module, frozen: str, state: Mapping[str, Tensor]) -> None:
         for name, magnitudes in state.items():
@@ -159,5 +159,6 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield name.removeprefix(PEFT_PREFIX), module
 
 
-def _copied(parameter: Tensor, gather_fn: GatherFn) -> Tensor:
+def copied(parameter: Tensor, gather_fn: GatherFn) -> Tensor:
+    """A parameter's whole value, float32 on the CPU."""
     return gather_fn(parameter).to("cpu", torch.float32, copy=True)

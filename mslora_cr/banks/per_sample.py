@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from mslora_cr.banks.bank import Bank, BankError, concatenated
 from mslora_cr.banks.fit import check_fits
+from mslora_cr.banks.projector import Projector
 from mslora_cr.models.language import language_linears
 
 
@@ -22,7 +23,8 @@ class PerSampleAdapters:
 
     A and B hold the layer's banks one after the other, except those whose B is zero there; m is a row's weight of each
     bank, repeated for its ranks. A row's result does not depend on the rows beside it. The banks are held once, and so
-    are the weights, in the model's dtype.
+    are the weights, in the model's dtype. The projector is the same for all rows: batches are made of questions whose
+    banks have the same one (`QuestionBanks.projector`).
     """
 
     def __init__(self, model: PreTrainedModel, banks: Sequence[Bank]) -> None:
@@ -43,9 +45,11 @@ class PerSampleAdapters:
         self._columns: dict[tuple[int, ...], Tensor] = {}
         self._masks: dict[tuple[tuple[int, ...], int], Tensor] = {}
         self._rows = 0
+        self._projector = Projector(model)
         linears = language_linears(model)
         for bank in banks:
             check_fits(bank, linears, type(model).__name__)
+            self._projector.check(bank)
         self._handles = [handle for item in linears.items() if (handle := self._add(*item))]
 
     @contextmanager
@@ -59,14 +63,26 @@ class PerSampleAdapters:
             yield QuestionBanks(self, weights)
         finally:
             self._rows = 0
+            self._projector.place([])
 
     def set_rows(self, weights: Tensor) -> None:
-        """Give each row of the following batches its weights, (rows, banks); 0 leaves a bank out."""
+        """Give each row of the following batches its weights, (rows, banks); 0 leaves a bank out.
+
+        Raises:
+            BankError: The banks of a row, or of two rows, have projectors that differ.
+        """
         self._rows = len(weights)
+        self._projector.place(self.together(weights))
         for present, columns in self._columns.items():
             mask = weights[:, None, columns].to(self._device, self._dtype)
             # They stay at the same address for as many rows: a recorded step reads them there.
             self._masks.setdefault((present, self._rows), mask).copy_(mask)
+
+    def together(self, weights: Tensor) -> Sequence[Bank]:
+        """The banks with which any of these rows is answered, if one of them has a projector; otherwise none."""
+        if not any(bank.projector for bank in self._banks):
+            return []
+        return [bank for bank, used in zip(self._banks, (weights != 0).any(0).tolist(), strict=True) if used]
 
     def remove(self) -> None:
         """Take the banks out of the model."""
@@ -114,6 +130,10 @@ class QuestionBanks:
     def of(self, question: int) -> tuple[float, ...]:
         """The banks of a question, to tell them from those of others."""
         return tuple(self.weights[question].tolist())
+
+    def projector(self, question: int) -> tuple[str, ...]:
+        """Tells questions with different projectors apart."""
+        return tuple(bank.name for bank in self.adapters.together(self.weights[[question]]))
 
     def choose(self, questions: Sequence[int]) -> None:
         """Give the rows of the following batches the banks of these questions."""

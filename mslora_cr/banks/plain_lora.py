@@ -15,6 +15,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from mslora_cr.banks.bank import BankError
+from mslora_cr.models.language import PROJECTOR
 
 WRITTEN = (
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
@@ -32,6 +33,7 @@ tensors."""
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
+    "modules_to_save": ([PROJECTOR],),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),

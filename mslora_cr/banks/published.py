@@ -96,8 +96,10 @@ def export_published(
         base_digest: The digest of the base model; an import on another base model is refused.
 
     Raises:
-        BankError: The bank has routers, which the published format cannot represent.
+        BankError: The bank has routers or a projector, which the published format cannot represent.
     """
+    if bank.projector:
+        raise BankError(f"bank {bank.name!r} has a projector of its own, which the published format cannot represent")
     if bank.routers:
         raise BankError(f"bank {bank.name!r} is a mixture of experts, which the published format cannot represent")
     tensors = {}

@@ -110,6 +110,6 @@ def bank_similarity(weights: Mapping[str, Path]) -> Similarity:
 
 
 def _shapes(file: safe_open) -> dict[str, list[int]]:
-    """A and B of each layer; a mixture's routers are left out."""
+    """A and B of each layer; a mixture's routers and a projector are left out."""
     keys = file.keys()
-    return {key: file.get_slice(key).get_shape() for key in keys if not key.endswith(".lora_router.weight")}
+    return {key: file.get_slice(key).get_shape() for key in keys if ".lora_A." in key or ".lora_B." in key}

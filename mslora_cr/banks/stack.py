@@ -21,7 +21,8 @@ from mslora_cr.banks.bank import Bank, BankError, concatenated
 from mslora_cr.banks.fit import check_fits
 from mslora_cr.banks.fused import FusedLinear, fuse, fused_layers
 from mslora_cr.banks.io import lora_config
-from mslora_cr.banks.kinds import GatherFn, PlainLora, kind_of, lora_layers
+from mslora_cr.banks.kinds import GatherFn, PlainLora, copied, kind_of, lora_layers
+from mslora_cr.banks.projector import Projector
 from mslora_cr.models.language import adapter_targets, language_linears
 from mslora_cr.utils.precision import ieee_float32
 
@@ -37,6 +38,7 @@ class BankStack:
     Attributes:
         model: The model to call: the base model itself, or the PEFT model around it.
         base: The base model.
+        projector: The base model's projector.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class BankStack:
         self.model: PreTrainedModel | PeftModel = base
         self.merge_mode = merge_mode
         self.base = base
+        self.projector = Projector(base)
         self._linears = language_linears(base)
         self._kind = kind or PlainLora()
         self._pristine: dict[str, Tensor] | None = {} if reuse and merge_mode == "merge" else None
@@ -62,10 +65,11 @@ class BankStack:
             merge: False leaves the base's weights unchanged, because another process's weights will replace them.
 
         Raises:
-            BankError: A bank does not fit the model.
+            BankError: A bank does not fit the model, or one that answers alone is not alone.
         """
         for bank in banks:
             self._check(bank)
+        self.projector.place(banks)
         routed = any(bank.depends_on_input for bank in banks)
         if routed and len(banks) > 1:
             raise BankError("a bank with routers cannot be summed with others")
@@ -81,6 +85,7 @@ class BankStack:
 
     def _check(self, bank: Bank) -> None:
         check_fits(bank, self._linears, self.architecture)
+        self.projector.check(bank)
 
     @torch.no_grad()
     def merge(self, banks: Sequence[Bank]) -> None:
@@ -136,6 +141,7 @@ class BankStack:
             BankError: The bank does not fit the model.
         """
         self._check(previous)
+        self.projector.load(previous.projector)
         frozen = self._kind.frozen_part(previous)
         if frozen is None:
             return previous
@@ -164,7 +170,14 @@ class BankStack:
         """For ZeRO-3: layers that read parameters of modules that they do not call, and those parameters."""
         return {layer: list(layer.parameters_read()) for layer in fused_layers(self.model)}
 
-    def add_trainable(self, rank: int, alpha: float, dropout: float = 0.0, initial: Bank | None = None) -> None:
+    def add_trainable(
+        self,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        initial: Bank | None = None,
+        projector_learning_rate: float | None = None,
+    ) -> None:
         """Put the trainable bank on top: float32, with A Kaiming-uniform and B zero unless `initial` is given.
 
         Afterwards its numbers are the only trainable parameters of the model.
@@ -172,6 +185,7 @@ class BankStack:
         Args:
             dropout: The dropout probability of the adapter's input.
             initial: The bank whose numbers it starts with.
+            projector_learning_rate: Train the base model's projector with it, at this rate.
         """
         config = self._lora_config(rank, alpha, dropout)
         if isinstance(self.model, PeftModel):
@@ -182,6 +196,8 @@ class BankStack:
         else:
             self.model = self._with_adapter(config, TRAINABLE)
         self._kind.install(self.model, TRAINABLE, FROZEN)
+        if projector_learning_rate is not None:
+            self.projector.train(projector_learning_rate)
         if initial is not None:
             self._check(initial)
             self.load_trainable(initial)
@@ -204,10 +220,11 @@ class BankStack:
         }
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained, beyond A and B too."""
+        """Everything that is trained, beyond A and B too; the projector last."""
         everything = itertools.chain.from_iterable(self.trainable().values())
         extra = self._kind.extra_parameters(self.model, TRAINABLE, FROZEN)
-        return [parameter for parameter in [*everything, *extra] if parameter.requires_grad]
+        trained = [*everything, *extra, *self.projector.trained.values()]
+        return [parameter for parameter in trained if parameter.requires_grad]
 
     def train_only(self, halves: Collection[int]) -> None:
         """Train these matrices of the trainable bank, 0 for A and 1 for B, and freeze the others."""
@@ -234,6 +251,7 @@ class BankStack:
     def load_trainable(self, bank: Bank, extra_state: Mapping[str, Tensor] | None = None) -> None:
         """Copy a bank's numbers into the trainable one, and a checkpoint's `extra_state` if there is any."""
         self._kind.load(self.model, TRAINABLE, bank)
+        self.projector.load(bank.projector)
         self._kind.load_extra_state(self.model, FROZEN, extra_state or {})
 
     def snapshot(
@@ -250,7 +268,8 @@ class BankStack:
             gather_fn: Returns a parameter's whole value.
         """
         matrices, routers = self._kind.read(self.model, TRAINABLE, gather_fn)
-        return Bank(name, rank, alpha, matrices, metadata or {}, routers)
+        projector = {key: copied(parameter, gather_fn) for key, parameter in self.projector.trained.items()}
+        return Bank(name, rank, alpha, matrices, metadata or {}, routers, projector)
 
     def extra_state(self, gather_fn: GatherFn = Tensor.detach) -> dict[str, Tensor]:
         """The trained tensors that are not part of `snapshot`, float32 on the CPU; empty for most kinds.

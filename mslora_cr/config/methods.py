@@ -36,6 +36,8 @@ class MethodSettings(Protocol):
     former_defaults: Mapping[str, Any]
     banks_by: str
     all_at_once: bool
+    keeps_frozen_adapters: bool
+    mixes_banks: bool
 
     def check(self, config: Any) -> None: ...
 

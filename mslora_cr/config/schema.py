@@ -121,6 +121,13 @@ class LoraSettings(Section):
     fold: Literal["merge", "concatenate"] = "merge"
     """`merge` adds frozen banks to the base weights. `concatenate` keeps one frozen adapter of rank r·(t-1); it is the
     default with `model.quantization`, because banks are never merged into a quantised base."""
+    projector_learning_rate: PositiveNumber | None = None
+    """Train the projector between tower and language model with every bank, at this rate, and store it in the bank.
+    Without it the projector stays frozen. Methods that sum banks refuse it: projectors have no sum."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_it_could_be_trained(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if (key, value) != ("projector_learning_rate", None)}
 
 
 class RegularizationConfig(Section):
@@ -308,7 +315,14 @@ class StreamConfig(Section):
     @model_validator(mode="after")
     def _check_by_method(self) -> StreamConfig:
         if self.knows_method:
-            load_method(self.method).check(self)
+            method = load_method(self.method)
+            method.check(self)
+            if self.lora.projector_learning_rate is not None and (method.keeps_frozen_adapters or method.mixes_banks):
+                raise ValueError(
+                    f"lora.projector_learning_rate: method {self.method} sums banks, and projectors have no sum; "
+                    "remove it, or choose a method that answers with one bank (each, sequential, ewc, replay, joint, "
+                    "moe_lora, mr_lora, …)"
+                )
         return self
 
     @property

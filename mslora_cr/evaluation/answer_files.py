@@ -169,9 +169,10 @@ def answer_questions(
         publish(records, answered, folder, decoding.model_id, origin.fingerprint)
     barrier()
     every = range(len(samples))
+    waves = in_waves(grouped(prompts, every, banks), prompts, limits, mixed.projector if mixed else _the_same)
     return {
         "seconds": round(seconds, 3),
-        "padding": padding_of(in_waves(grouped(prompts, every, banks), prompts, limits), prompts),
+        "padding": padding_of(waves, prompts),
         "padding_unsorted": padding_share([len(prompt) for prompt in prompts], in_batches(every, decoding.batch_size)),
     }
 

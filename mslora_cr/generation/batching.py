@@ -99,15 +99,33 @@ def shared_out(groups: Sequence[Group], ranks: int, new_tokens: int) -> list[lis
     return shares
 
 
-def in_waves(groups: Collection[Group], prompts: Sequence[Prompt], limits: Limits) -> list[Wave]:
+def _the_same(question: int) -> Hashable:
+    """What a wave's questions share, if any questions can be computed together."""
+    return None
+
+
+def in_waves(
+    groups: Collection[Group],
+    prompts: Sequence[Prompt],
+    limits: Limits,
+    apart: Callable[[int], Hashable] = _the_same,
+) -> list[Wave]:
     """Waves in the order of computation: those that need the most memory first, so that a lack of memory shows at once.
-    Neighbours are of similar length, which keeps padding small."""
+    Neighbours are of similar length, which keeps padding small.
+
+    Args:
+        groups: Groups of questions.
+        prompts: The prompts of all questions.
+        limits: Limits of a wave.
+        apart: Questions for which it differs are in different waves.
+    """
+    kinds: dict[tuple[bool, Hashable], list[Group]] = {}
+    for group in groups:
+        kinds.setdefault((group.whole, apart(group.questions[0])), []).append(group)
     waves = []
-    for whole in (False, True):
+    for _, of_kind in sorted(kinds.items(), key=lambda kind: kind[0][0]):
         current: list[Group] = []
-        for group in sorted(
-            (group for group in groups if group.whole == whole), key=lambda group: (-group.opening, -group.rest)
-        ):
+        for group in sorted(of_kind, key=lambda group: (-group.opening, -group.rest)):
             if current and not _fits([*current, group], limits):
                 waves.append(_wave(current, prompts, limits))
                 current = []

@@ -99,7 +99,8 @@ def waves_of_rank(
     limits = decoding.limits(prompts)
     groups = grouped(prompts, questions, banks, most=max(1, -(-len(questions) // ranks)))
     fitting = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
-    return in_waves(shared_out(groups, ranks, limits.new_tokens)[rank()], prompts, fitting)
+    share = shared_out(groups, ranks, limits.new_tokens)[rank()]
+    return in_waves(share, prompts, fitting, *([decoder.mixed.projector] if decoder.mixed is not None else []))
 
 
 def scored_batches(

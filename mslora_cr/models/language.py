@@ -1,4 +1,5 @@
-"""The language model inside an image-text model, and the layers in it that banks adapt, found in the model itself."""
+"""The language model inside an image-text model, the layers in it that banks adapt, and the projector before it, found
+in the model itself."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 
 from mslora_cr.models.layout import LANGUAGE_LINEARS
 
+PROJECTOR = "multi_modal_projector"
+"""The attribute of the projector between tower and language model, and its name in PEFT's `modules_to_save`."""
 _INNER = ("language_model", "text_model", "model", "decoder")
 """Attributes under which models keep an inner model."""
 _NUMBERED = re.compile(r"(.+\.layers)\.(\d+)\.(.+)")
@@ -29,6 +32,11 @@ def language_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
             break
         module = inner
     return cast(PreTrainedModel, module)
+
+
+def projector_of(model: PreTrainedModel) -> nn.Module | None:
+    """The projector of a base model; None if it has no module of LLaVA's name."""
+    return dict(model.get_submodule("model").named_children()).get(PROJECTOR)
 
 
 def beside_language(model: PreTrainedModel) -> list[str]:

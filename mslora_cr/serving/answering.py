@@ -197,7 +197,8 @@ class AnsweringModel:
         answered by the same banks."""
         if task is not None or not stage or not self.run.needs_task:
             return {}, None
-        features = self._features.of_question(images, question)
+        with self._stack.projector.own():
+            features = self._features.of_question(images, question)
         shares = self._router(stage).probabilities(features)[0].tolist()
         names = [routed.name for routed in self.run.routed(stage)]
         p = foreign_p_values(self._statistics(stage), features)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mslora_cr.banks.bank import Bank
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.config.validation import LOSS
 from mslora_cr.data.datasets import KEPT_BYTES, ConcatTrainDataset, Records
@@ -28,9 +29,11 @@ from mslora_cr.models.base_check import check_loss
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.describe import fixed_date
 from mslora_cr.models.load import input_processor_without_weights
+from mslora_cr.models.shapes import projector_size
 from mslora_cr.runs.ledger import Ledger, work_folder
 from mslora_cr.training.checkpoints import checkpoints
 from mslora_cr.training.inputs import loss_mask
+from mslora_cr.utils.strict_json import read_object
 from mslora_cr.utils.workers import cores
 
 log = logging.getLogger(__name__)
@@ -63,6 +66,48 @@ def check_trainable(config: StreamConfig, fields: dict[str, Any]) -> None:
             "training.fp16 scales the loss, so that a penalty's gradient, which is added after it, would all but "
             f"vanish; use training.bf16, or a method without a penalty instead of {config.method}"
         )
+
+
+def check_projector(config: StreamConfig, fields: Mapping[str, Any], records: Mapping[str, TaskRecords]) -> None:
+    """Refuse to train the projector where that cannot be exact.
+
+    Raises:
+        ConfigError: DeepSpeed's own optimizer has one learning rate; or under ZeRO-3 a record has no picture.
+        ModelError: The base model has no projector of LLaVA's name.
+    """
+    if config.lora.projector_learning_rate is None:
+        return
+    projector_size(Path(config.model.path))
+    deepspeed = fields.get("deepspeed")
+    if isinstance(deepspeed, str) and "optimizer" in read_object(Path(deepspeed)):
+        raise ConfigError(
+            f"training.deepspeed: the optimizer of {deepspeed} has one learning rate, but the projector has its own; "
+            "remove `optimizer` from the file: the optimizer is that of training.optim"
+        )
+    for part in records.values() if zero_stage(deepspeed) == 3 else ():
+        if any(not record.images for record in part):
+            raise ConfigError(
+                f"{part.path}: some records have no picture, and under ZeRO-3 the projector trains only where every "
+                "record has one; set training.deepspeed to zero2"
+            )
+
+
+def check_projectors(banks: Sequence[Bank], trained: bool) -> None:
+    """Refuse earlier banks with a projector where a later bank does not train it: their projector would be lost.
+
+    Args:
+        banks: The earlier banks with which a task starts.
+        trained: Whether the projector is trained.
+
+    Raises:
+        ConfigError: The message says how to continue.
+    """
+    for bank in banks:
+        if bank.projector and not trained:
+            raise ConfigError(
+                f"bank {bank.name!r} was trained together with the projector; to continue from it, set "
+                "lora.projector_learning_rate"
+            )
 
 
 def shared_facts(

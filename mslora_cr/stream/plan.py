@@ -10,7 +10,7 @@ from mslora_cr.config.load import training_fields
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.tasks import training_records
 from mslora_cr.methods.base import method_of
-from mslora_cr.models.shapes import language_linear_shapes
+from mslora_cr.models.shapes import language_linear_shapes, projector_size
 from mslora_cr.runs.ledger import Ledger
 from mslora_cr.training.arguments import batch_shape, update_steps
 
@@ -63,9 +63,11 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
                 done=ledger.done(task.name),
             )
         )
-    linears = language_linear_shapes(Path(config.model.path))
+    path = Path(config.model.path)
     a, b = (half in method.trained_halves for half in (0, 1))  # The shapes are (rank, columns) and (rows, rank).
-    return plans, sum(config.lora.rank * (a * columns + b * rows) for rows, columns in linears.values())
+    linears = language_linear_shapes(path).values()
+    trained = sum(config.lora.rank * (a * columns + b * rows) for rows, columns in linears)
+    return plans, trained + (projector_size(path) if config.lora.projector_learning_rate is not None else 0)
 
 
 def tasks_to_train(config: StreamConfig, only: Sequence[str] = ()) -> list[Task]:

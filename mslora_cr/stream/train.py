@@ -48,6 +48,8 @@ from mslora_cr.runs.lock import launch
 from mslora_cr.stream.checks import (
     check_images_unchanged,
     check_labels,
+    check_projector,
+    check_projectors,
     check_records_unchanged,
     check_task_images,
     check_trainable,
@@ -152,6 +154,7 @@ def _open_run(
             tell(source.name, task_folder(config, source), records[source.name].file_digest)
     validation = read_validation(config, fields, pending)
     check_records_unchanged(ledger, records)
+    check_projector(config, fields, records)
     if alone:
         needed = {earlier.name: earlier for task in pending for earlier in banks_needed(config, task)}
         ledger.banks(config, [earlier for earlier in needed.values() if earlier not in pending])
@@ -269,7 +272,8 @@ def prepare_bank(
     previous = run.ledger.banks(config, previous_task(config, task))
     initial = stack.continue_from(previous[0]) if previous else None
     set_seed(config.seed + task.index)
-    stack.add_trainable(*rank_and_alpha, config.lora.dropout, initial)
+    check_projectors([*frozen, *previous], config.lora.projector_learning_rate is not None)
+    stack.add_trainable(*rank_and_alpha, config.lora.dropout, initial, config.lora.projector_learning_rate)
     still_to_merge = unmerged if config.lora.fold == "merge" else []
     passes = Passes(stack, samples, collator, config.seed, unmerged=still_to_merge)
     matrices = method.initial(setup, stack.trainable(), passes)

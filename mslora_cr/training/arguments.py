@@ -6,12 +6,13 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
@@ -126,6 +127,22 @@ def ignore_launcher_settings() -> None:
 def _say_ignored(given: str) -> None:
     if given:
         log.warning("the environment sets %s, which is ignored: the configuration's `training` decides", given)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], rate: float) -> None:
+    """Move parameters to groups with another learning rate; everything else in their groups stays the same.
+
+    Args:
+        optimizer: Before its first step.
+        parameters: Some of its parameters.
+        rate: Their learning rate.
+    """
+    moved = set(map(id, parameters))
+    for group in list(optimizer.param_groups):
+        theirs = [parameter for parameter in group["params"] if id(parameter) in moved]
+        if theirs:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+            optimizer.add_param_group({**group, "params": theirs, "lr": rate})
 
 
 def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:

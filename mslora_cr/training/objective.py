@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mslora_cr.banks.stack import BankStack
+from mslora_cr.data.datasets import ConcatTrainDataset
 from mslora_cr.distributed.deepspeed import gather_params
 from mslora_cr.losses.penalty import Distillation, Key, Penalty, penalty_hook
 from mslora_cr.utils.errors import UserError
@@ -18,6 +19,26 @@ from mslora_cr.utils.errors import UserError
 
 class NonFiniteLossError(UserError):
     """The loss is NaN or infinite; the message names the records of the batch."""
+
+
+def check_finite(loss: Tensor, where: str, samples: ConcatTrainDataset, records: Tensor) -> None:
+    """Refuse a loss that is no number, before anything is updated.
+
+    Args:
+        loss: The loss of a batch.
+        where: The run and step, for the message.
+        samples: The task's samples.
+        records: Those of the batch, (batch,).
+
+    Raises:
+        NonFiniteLossError: The loss is NaN or infinite.
+    """
+    if not torch.isfinite(loss):
+        locations = "\n  ".join(samples.location(index) for index in records.tolist() if index < len(samples))
+        raise NonFiniteLossError(
+            f"{where} is {loss.item()}; nothing was updated. The batch:\n"
+            f"  {locations}\nA lower learning rate or training.bf16 instead of fp16 usually helps."
+        )
 
 
 class Objective:

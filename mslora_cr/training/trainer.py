@@ -26,6 +26,7 @@ from mslora_cr.distributed.comm import barrier, broadcast_object
 from mslora_cr.distributed.deepspeed import float32_value, gather_params, reshard
 from mslora_cr.models.language import decoder_layers, last_mlp
 from mslora_cr.models.sparse_mlp import SparseMLP
+from mslora_cr.training.arguments import set_rate
 from mslora_cr.training.callbacks import TowerOutsideGraph
 from mslora_cr.training.checkpoints import (
     BANK_FOLDER,
@@ -41,7 +42,7 @@ from mslora_cr.training.checkpoints import (
     writing,
 )
 from mslora_cr.training.inputs import loss_mask
-from mslora_cr.training.objective import NonFiniteLossError, Objective
+from mslora_cr.training.objective import Objective, check_finite
 from mslora_cr.training.out_of_memory import least_layers, noting_more_layers
 from mslora_cr.training.passes import Passes
 from mslora_cr.training.recomputation import Recomputation, Setting
@@ -129,6 +130,13 @@ class BankTrainer(Trainer):
             release=lambda: reshard(self),
         )
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Give the projector groups of its own: the Trainer has one learning rate."""
+        optimizer = super().create_optimizer(model)
+        if self.stack.projector.learning_rate is not None:
+            set_rate(optimizer, self.stack.projector.parameters.values(), self.stack.projector.learning_rate)
+        return optimizer
+
     # --- one step ---
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -176,15 +184,9 @@ class BankTrainer(Trainer):
             distilled = distillation.term(outputs.logits, teacher).sum() * ranks / num_items_in_batch
             self._micro_batch["distillation"] = distilled.detach()
             loss = loss + distillation.weight * distilled
-        if not torch.isfinite(loss):
-            locations = "\n  ".join(
-                self.samples.location(index) for index in records.tolist() if index < len(self.samples)
-            )
-            raise NonFiniteLossError(
-                f"{self.args.run_name}: the loss at step {self.state.global_step + 1} is {loss.item()}; nothing was "
-                f"updated. The batch:\n"
-                f"  {locations}\nA lower learning rate or training.bf16 instead of fp16 usually helps."
-            )
+        check_finite(
+            loss, f"{self.args.run_name}: the loss at step {self.state.global_step + 1}", self.samples, records
+        )
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()

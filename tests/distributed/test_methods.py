@@ -35,7 +35,10 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
     "replay": {"buffer_size": 4},
     "moe_lora": {"experts": 2},
     "joint": {},
+    "projector": {},
 }
+PROJECTOR = "projector"
+"""`sequential` that trains the projector too."""
 BASES = ("inflora", "keeplora")
 """Methods that keep the basis of a space."""
 SHARED = ("each", "sequential", "incremental", "olora", "reglora")
@@ -47,21 +50,23 @@ ACCUMULATED = ("lwf",)
 
 def test_every_method_that_trains_is_tried() -> None:
     """test_exactness.py has mslora_cr."""
-    assert set(method_names()) - {"mslora_cr", "zero_shot"} == SETTINGS.keys()
+    assert set(method_names()) - {"mslora_cr", "zero_shot"} == SETTINGS.keys() - {PROJECTOR}
 
 
 def configure(folder: Path, settings: dict[str, Any], method: str, otherwise: bool = False) -> Path:
     """A run of two tasks, two updates of four samples each; `otherwise`: in several micro-batches where it is not so."""
     section = {method: SETTINGS[method]} if SETTINGS[method] else {}
+    lora = WITHOUT_DROPOUT | ({"projector_learning_rate": 1e-3} if method == PROJECTOR else {})
     at_once = 1 if (method in ACCUMULATED) != otherwise else 4
     exact = {"adam_epsilon": ADAM_EPSILON, "per_device_train_batch_size": at_once}
     changes = {
-        "lora": WITHOUT_DROPOUT,
+        "lora": lora,
         "regularization": FIXED,
         "training": {**settings["training"], **exact, "save_strategy": "no"},
         "tasks": [{**task, "epochs": 0.5} for task in settings["tasks"] if task["name"] in TASKS],
     }
-    return write_config(folder, settings, method=method, **changes, **section)
+    name = "sequential" if method == PROJECTOR else method
+    return write_config(folder, settings, method=name, **changes, **section)
 
 
 def train_these_too(commands: list[tuple[Path, list[str]]]) -> None:
