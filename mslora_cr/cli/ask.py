@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 
 from mslora_cr.cli.common import (
@@ -29,6 +30,7 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
         "ask a trained run questions about pictures; without a question, start a conversation",
         'mslora-cr ask checkpoints/RUN --image photo.jpg "Which skin condition is seen?"',
         'mslora-cr ask RUN --image scan.png --task CXP --stage 5 "Is there pneumonia?" "Which side?"',
+        'mslora-cr ask RUN --image scan.png --box 40,30,120,95 "What is seen in <box>?"',
         "mslora-cr ask RUN --questions questions.jsonl > answers.jsonl     # or - for standard input",
         "mslora-cr ask RUN --image photo.jpg     # a conversation",
     )
@@ -45,10 +47,19 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
         help="picture that the questions are about; repeat it to show several at once",
     )
     parser.add_argument(
+        "--box",
+        type=_box,
+        action="append",
+        default=[],
+        metavar="LEFT,TOP,RIGHT,BOTTOM",
+        help="box in pixels of the picture for the next <box> in each question; repeat it for several",
+    )
+    parser.add_argument(
         "--questions",
         metavar="FILE",
         help="file of questions, - for standard input: plain lines about --image, or JSON lines with `question`, "
-        "`image` (a file or a list of them, relative to FILE) and optionally `task`; JSON is answered in JSON",
+        "`image` (a file or a list of them, relative to FILE) and optionally `task` and `boxes`; JSON is answered in "
+        "JSON",
     )
     parser.add_argument(
         "--task", metavar="NAME", help="task whose banks answer (default: the task that the router predicts)"
@@ -65,6 +76,16 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
         "base model without a bank, or nobody",
     )
     parser.set_defaults(run=_ask)
+
+
+def _box(text: str) -> tuple[float, ...]:
+    try:
+        box = tuple(map(float, text.split(",")))
+    except ValueError:
+        box = ()
+    if len(box) != 4 or not all(map(math.isfinite, box)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no box; give LEFT,TOP,RIGHT,BOTTOM in pixels")
+    return box
 
 
 def _ask(args: argparse.Namespace) -> int:
@@ -84,8 +105,12 @@ def _ask(args: argparse.Namespace) -> int:
 
     # Check before the model is loaded, so that a mistake shows at once.
     questions = (
-        read_questions(source, args.image) if source else [Ask(text, tuple(args.image)) for text in args.question]
+        read_questions(source, args.image)
+        if source
+        else [Ask(text, tuple(args.image), boxes=tuple(args.box)) for text in args.question]
     )
+    if args.box and (source or not questions):
+        raise UserError("--box belongs to questions on the command line; JSON lines have `boxes`")
     check_asked(questions, args.image)
     model = AnsweringModel(config, args.task, stage)
     if not questions and not source:
@@ -103,6 +128,7 @@ def _ask(args: argparse.Namespace) -> int:
             abstain_below=args.abstain_below,
             risk=args.risk,
             foreign=args.foreign,
+            boxes=ask.boxes,
         )
         if ask.json:
             print(ask.line(answer), flush=True)

@@ -113,6 +113,7 @@ def _context(
         "rank": answering_rank(evaluation, ledger) if evaluation else None,
         "published": _published_run(evaluation, published) if evaluation else None,
         "scores": _score_rows(evaluation, published) if evaluation else [],
+        "protocol": _benchmark_protocol(config) if config else None,
         "reported": {key: REPORTED_TITLES[key] for key in REPORTED},
         "added": _added_titles(evaluation),
         "shown_columns": COLUMNS,
@@ -247,6 +248,21 @@ def _added_titles(evaluation: Evaluation | None) -> dict[str, str]:
     """Return the titles, by metric, of the scores that the published evaluation does not have."""
     measured = {name for cell in evaluation.cells for name in cell.metrics} if evaluation else set()
     return {name: title for name, title in BENCHMARK_TITLES.items() if name in measured} | ADDED_TITLES
+
+
+def _benchmark_protocol(config: StreamConfig) -> str | None:
+    """How far the run follows the protocol of CoIN, UCIT and MLLM-CL; None if no task is one of theirs."""
+    if not any(task.benchmark for task in config.stream):
+        return None
+    if config.lora.projector_learning_rate is None:
+        return (
+            "The benchmarks also train the projector between tower and language model. Here it was frozen, so these "
+            "figures do not compare with theirs."
+        )
+    return (
+        "The projector was trained with every bank, as in the benchmarks' published protocol. Pictures are prepared by "
+        "the base model's processor, which pads them to squares, as published, if its settings say do_pad."
+    )
 
 
 def _score_rows(evaluation: Evaluation, published: Mapping[str, PublishedRun]) -> list[ScoreRow]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.data.answers.boxes import Box, filled
+from mslora_cr.data.answers.boxes import Box, filled, filled_question
 from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.images import decode_image, load_image, washed_out
 from mslora_cr.data.input_processor import TextTokenizer
@@ -121,6 +121,7 @@ class AnsweringModel:
         abstain_below: float | None = None,
         risk: float | None = None,
         foreign: Foreign = "answer",
+        boxes: Sequence[Sequence[float]] = (),
     ) -> Answer:
         """Answer a question greedily, as `evaluate` does.
 
@@ -136,18 +137,23 @@ class AnsweringModel:
             risk: Sets `abstain_below` from the run's validation questions (`evaluate --calibrate`): of all questions
                 like these, at most this share is answered wrongly, in expectation.
             foreign: What happens to a question that is like none of the tasks, if no task is given.
+            boxes: The boxes for which each `<box>` in the question stands, left, top, right and bottom in pixels of the
+                first picture. They are written as in the family's training records.
 
         Raises:
             UserError: A risk is asked for, and there are no validation questions, or too few.
             ConfigError, BankError: The task or stage cannot answer, or `max_new_tokens` is below 1.
-            DataError: A picture cannot be read, or prompt and answer would exceed `data.max_length`.
+            DataError: A picture cannot be read, a box is not in it or has no mark in the question, or prompt and answer
+                would exceed `data.max_length`.
         """
         new_tokens = self.config.evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens
         if not question.strip():
             raise DataError("the question is empty; type a question")
         if new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {new_tokens}; use at least 1")
-        images = self._process(images)
+        pictures = _opened(images)
+        written = self._with_boxes(question, boxes, pictures)
+        images = self._input_processor.process_images(pictures)
         stage = self.stage if stage is None else self.run.stage(stage)
         task = task or self.task
         likely, is_foreign = self._look(images, history[0][0] if history else question, stage, task)
@@ -159,7 +165,7 @@ class AnsweringModel:
         names = self._use(task, stage, likely)
         if risk is not None:
             abstain_below = self._threshold(task, names, risk)
-        ids, inputs = self._asked(question, history, images)
+        ids, inputs = self._asked(written, history, images)
         tokenizer = self._input_processor.tokenizer
         streamer = _Streamer(tokenizer, on_text) if on_text else None
         tell = streamer.put if streamer else None
@@ -190,7 +196,7 @@ class AnsweringModel:
             BankError: A bank has no statistics for the router.
         """
         stage = self.stage if stage is None else self.run.stage(stage)
-        return self._look(self._process(images), question, stage, None)[0]
+        return self._look(self._input_processor.process_images(_opened(images)), question, stage, None)[0]
 
     def _look(self, images: Any, question: str, stage: int, task: str | None) -> tuple[dict[str, float], bool | None]:
         """How likely each task is, and whether the question is like none; nothing where the task is given, or all are
@@ -250,10 +256,12 @@ class AnsweringModel:
         except ValueError as error:
             raise DataError(f"the question cannot be asked: {error}") from None
 
-    def _process(self, images: ImageSource | Sequence[ImageSource]) -> Any:
-        """Decoded pictures, as `InputProcessor.process_images` returns them."""
-        several = [images] if isinstance(images, str | Path | bytes | Image.Image) else images
-        return self._input_processor.process_images([open_image(source) for source in several])
+    def _with_boxes(self, question: str, boxes: Sequence[Sequence[float]], pictures: Sequence[Image.Image]) -> str:
+        size = pictures[0].size if pictures else None
+        try:
+            return filled_question(question, boxes, size, self._input_processor.box_rule)
+        except ValueError as error:
+            raise DataError(f"the question cannot be asked: {error}") from None
 
 
 class _Streamer:
@@ -278,6 +286,11 @@ class _Streamer:
             if text != self._streamed:
                 self._tell(text[len(self._streamed) :])
             self._streamed = text
+
+
+def _opened(images: ImageSource | Sequence[ImageSource]) -> list[Image.Image]:
+    several = [images] if isinstance(images, str | Path | bytes | Image.Image) else images
+    return [open_image(source) for source in several]
 
 
 def open_image(source: ImageSource) -> Image.Image:

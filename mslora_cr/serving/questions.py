@@ -29,6 +29,7 @@ class Ask:
     images: tuple[str, ...]
     task: str | None = None
     json: dict[str, object] | None = None
+    boxes: tuple[Sequence[float], ...] = ()
 
     def line(self, answer: Answer) -> str:
         """The question's own line with the answer added."""
@@ -51,6 +52,7 @@ class _Line(BaseModel):
     question: Annotated[str, Field(min_length=1)]
     image: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
     task: str | None = None
+    boxes: list[list[float]] = []
 
 
 def read_questions(source: str, images: Sequence[str]) -> list[Ask]:
@@ -103,4 +105,4 @@ def _read(line: str, location: str, folder: Path, images: Sequence[str]) -> Ask:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{location}: {explain_json(error)}") from None
     pictures = [str(folder / image) for image in parsed.image] or list(images)
-    return Ask(parsed.question, tuple(pictures), parsed.task, fields)
+    return Ask(parsed.question, tuple(pictures), parsed.task, fields, tuple(parsed.boxes))

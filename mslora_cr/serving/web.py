@@ -7,10 +7,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from PIL import Image
+from pydantic import Field, TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -21,7 +22,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from mslora_cr.clinical.asked import asked_answers, typed_columns
-from mslora_cr.data.answers.boxes import read_box
+from mslora_cr.data.answers.boxes import Box, read_box
 from mslora_cr.data.images import load_image, resolve_image
 from mslora_cr.data.records import AnswerType, TestRecord, TestRecords, shown_images
 from mslora_cr.data.sources.convert_images import first_picture
@@ -40,6 +41,8 @@ MOST_FORM = MOST_BYTES + (1 << 20)
 TOO_LARGE = f"a picture may have {MOST_BYTES >> 20} MiB"
 LARGEST_SIDE = 640
 """The longest side, in pixels, of a picture on the page."""
+MOST_BOXES = 20
+"""The most boxes of one question."""
 MOST_LISTED = 200
 """The most test questions that one search shows."""
 HEADERS = {
@@ -134,10 +137,13 @@ class _Web:
             raise HTTPException(400, "choose a picture")
         if record is not None and self.model.question_of(record).strip() != question:
             record = None  # The truth belongs to another question.
+        boxes = _drawn(fields.get("boxes", "[]"), pictures[0].size)
         stages = sorted({_number(stage) for stage in fields.get("stages", "").split(",") if stage})
         with self._lock:
             answers = [
-                self.model.ask(pictures, question, task, stage, abstain_below=self._abstain_below, risk=self._risk)
+                self.model.ask(
+                    pictures, question, task, stage, abstain_below=self._abstain_below, risk=self._risk, boxes=boxes
+                )
                 for stage in stages
             ]
         return {
@@ -207,6 +213,17 @@ def _number(text: str) -> int:
     if not text.isdecimal() or len(text) > 9:
         raise HTTPException(400, f"{text[:40]!r} is not a number")
     return int(text)
+
+
+def _drawn(text: str, size: tuple[int, int]) -> list[Box]:
+    """The boxes that were drawn on the page, in pixels; the page tells them in shares of width and height."""
+    try:
+        shares = TypeAdapter(
+            Annotated[list[tuple[float, float, float, float]], Field(max_length=MOST_BOXES)]
+        ).validate_json(text)
+    except ValidationError:
+        raise HTTPException(400, f"boxes: give at most {MOST_BOXES}, each four shares of width and height") from None
+    return [Box(*box).scaled(*size) for box in shares]
 
 
 def _true_box(record: TestRecord) -> tuple[float, float, float, float] | None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mslora_cr.banks.io import load_bank
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import ConfigError
@@ -28,7 +29,7 @@ def small(name: str, folder: Path, model: str = "no-model", **changes: Any) -> P
         "results_dir": str(folder / "results"),
         "model": {"path": model, "dtype": "float32", "device": "cpu"},
         "data": {"root": str(folder / "data"), "check_images": False},
-        "lora": {"rank": 2, "alpha": 4},
+        "lora": {"rank": 2, "alpha": 4},  # and the projector, as shipped
         "training": {"disable_tqdm": True, "bf16": False, "gradient_checkpointing": False, "dataloader_num_workers": 0},
         "evaluation": {"max_new_tokens": 4, "batch_size": 4},
     }
@@ -80,6 +81,11 @@ def test_a_benchmark_trains_and_is_scored_by_its_own_scorer(tmp_path: Path, tiny
     assert main(["report", str(path)]) == 0
     page = (load_config(path).results_run_dir / "report.html").read_text(encoding="utf-8")
     assert "The benchmark&#39;s own score" in page or "benchmark's own score" in page
+    assert "published protocol" in page
+    assert load_bank(load_config(path).run_dir / "banks" / "TextVQA").projector
+    assert main(["report", str(path), "lora.projector_learning_rate=null"]) == 0
+    page = (load_config(path).results_run_dir / "report.html").read_text(encoding="utf-8")
+    assert "published protocol" not in page and "do not compare with theirs" in page
 
 
 def test_what_runners_append_is_asked_and_not_kept(tmp_path: Path) -> None:

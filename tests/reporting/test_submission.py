@@ -13,8 +13,10 @@ from mslora_cr.analysis.compare import compare
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import StreamConfig
+from mslora_cr.data import tasks
 from mslora_cr.data.records import DataError
 from mslora_cr.evaluation.results import ReportError, required_evaluation
+from mslora_cr.evaluation.score import metrics_of, read_scores, score_file
 from mslora_cr.reporting.submission import MANIFEST, open_submission, write_submission
 from mslora_cr.utils.state import StateError
 from tests.helpers.report_run import make_run
@@ -69,6 +71,59 @@ def test_an_archive_is_a_results_folder_without_names(archive: Path, tmp_path: P
     assert [cell.metrics for cell in ours.cells] == [cell.metrics for cell in theirs.cells]
     comparison = compare({"ours": root / "results" / "ours", "archive": folder})
     assert all(test.difference == 0 for tests in comparison.metrics.values() for test in tests)
+
+
+def boxed_run(root: Path, model: Path) -> StreamConfig:
+    """A run whose questions are about boxes: two found, one missed, one not said."""
+    config = load_config(
+        "demo",
+        ["run=boxes", f"output_dir={root / 'checkpoints'}", f"results_dir={root / 'results'}", "tasks=[pathvqa]",
+         f"data.root={root / 'data'}", f"model.path={model}"],
+    )  # fmt: skip
+    _, results = make_run(root, "boxes", tasks=("pathvqa",))
+    questions = root / "data" / config.task("pathvqa").folder / "test.jsonl"
+    questions.parent.mkdir(parents=True)
+    asked = [
+        {"question_id": n, "image": f"smith-{n}.png", "text": "what is in <box>, and where?", "gt": "<box>",
+         "answer_type": "OPEN", "boxes": [[1, 1, 9, 9], [0, 0, 50, 40]], "size": [100, 50]}
+        for n in range(4)
+    ]  # fmt: skip
+    questions.write_text("".join(json.dumps(line) + "\n" for line in asked), encoding="utf-8")
+    records = tasks.test_records(config, config.task("pathvqa"))
+    square = "[0.0000, 0.2500, 0.5000, 0.6500]"  # LLaVA-Med's words for it: shares of the padded square
+    said = [square, f"at {square}", "[0.9, 0.3, 1.0, 0.7]", "nowhere"]
+    rows = [
+        {"question_id": record.question_id, "prompt": record.text, "text": text, "gt": record.gt, "answer_type": "OPEN"}
+        for record, text in zip(records, said, strict=True)
+    ]
+    answers = results / "pathvqa" / "answer-file.jsonl"
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    scores = score_file(answers, answers.parent, records, model=model)
+    evaluation = json.loads((results / "evaluation.json").read_text())
+    measured = metrics_of(scores, read_scores(answers.with_name("scores.csv")).groups)
+    evaluation["cells"][0] |= {
+        "rows": 4,
+        "questions": records.digest,
+        **measured.model_dump(include={"metrics", "intervals"}),
+    }
+    (results / "evaluation.json").write_text(json.dumps(evaluation))
+    return config
+
+
+def test_answers_with_boxes_are_scored_again_by_the_rule_of_their_model(tiny_model: Path, tmp_path: Path) -> None:
+    config = boxed_run(tmp_path, tiny_model)
+    archive = write_submission(config, config.results_run_dir, tmp_path / "boxes.zip")
+    files = content(archive)
+    assert not any(b"smith" in data for data in files.values())
+    [cell] = required_evaluation(open_submission(archive, tmp_path / "unpacked")).cells
+    assert cell.metrics["recall at IoU 0.5"] == 50 and cell.intervals["recall at IoU 0.5"] is not None
+    files["pathvqa/answer-file.jsonl"] = files["pathvqa/answer-file.jsonl"].replace(b"0.9, 0.3", b"0.0, 0.3")
+    with pytest.raises(ReportError, match=r"pathvqa: scores\.csv: IoU is given as"):
+        open_submission(repacked(files, tmp_path / "forged.zip"), tmp_path / "forged")
+    other = content(archive)
+    other[MANIFEST] = json.dumps(json.loads(other[MANIFEST]) | {"box_rule": ["thousandths", 28, 0, 0]}).encode()
+    with pytest.raises(ReportError, match="IoU is given as"):
+        open_submission(repacked(other, tmp_path / "rule.zip"), tmp_path / "rule")
 
 
 def better(files: Files) -> None:
@@ -165,6 +220,11 @@ def test_hostile_archives_are_refused(archive: Path, tmp_path: Path, monkeypatch
         open_submission(tmp_path / "more.zip", tmp_path / "more")
     with pytest.raises(ReportError, match=r"has no submission\.json"):
         open_submission(member(tmp_path / "other.zip", "a.txt"), tmp_path / "other")
+    with zipfile.ZipFile(tmp_path / "twice.zip", "w") as opened, pytest.warns(UserWarning, match="Duplicate name"):
+        for name, data in [*files.items(), ("evaluation.json", b"{}")]:
+            opened.writestr(name, data)
+    with pytest.raises(ReportError, match="a name stands in it twice"):
+        open_submission(tmp_path / "twice.zip", tmp_path / "twice")
     monkeypatch.setattr("mslora_cr.data.sources.raw.EXPANSION_SLACK", 1 << 10)
     with pytest.raises(DataError, match="archive bomb"):
         open_submission(member(tmp_path / "bomb.zip", "a.txt", bytes(4 << 20)), tmp_path / "bomb")

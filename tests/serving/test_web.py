@@ -22,10 +22,11 @@ from starlette.testclient import TestClient
 
 import mslora_cr
 from mslora_cr.cli.main import main
-from mslora_cr.data.records import TestRecord
+from mslora_cr.data.records import DataError, TestRecord
 from mslora_cr.data.sources.convert_images import first_picture
 from mslora_cr.data.sources.rendering import Rendering
 from mslora_cr.serving.answering import Answer
+from mslora_cr.serving.questions import read_questions
 from mslora_cr.serving.web import _score, make_app
 from tests.helpers.dicom import dicom, saved
 
@@ -73,9 +74,13 @@ def rows(model: mslora_cr.AnsweringModel, task: str) -> list[dict[str, Any]]:
 @pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="no chromium and chromedriver here: apt-get install chromium-driver"
 )
-def test_from_upload_to_answer_in_a_browser(address: str, model: mslora_cr.AnsweringModel, tmp_path: Path) -> None:
+def test_from_upload_to_answer_in_a_browser(
+    address: str, model: mslora_cr.AnsweringModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from selenium import webdriver
+    from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
     options = webdriver.ChromeOptions()
@@ -141,6 +146,26 @@ def test_from_upload_to_answer_in_a_browser(address: str, model: mslora_cr.Answe
         find("#question").clear()
         asked()
         assert find("#status").text == "type a question" and not texts(".answer")  # nor below an error
+
+        # A box drawn on the picture stands for <box> in the question; the box that is said is drawn dashed over it.
+        given: list[Any] = []
+        monkeypatch.setattr(model, "ask", partial(said, "at [0.2500, 0.2500, 1.0000, 0.7500]", given=given))
+        find("#file").send_keys(str(picture))
+        wait.until(lambda _: browser.execute_script("return document.getElementById('picture').naturalWidth") == 80)
+        width, height = (find("#picture").size[side] for side in ("width", "height"))
+        mouse = ActionChains(browser).move_to_element_with_offset(find("#picture"), -width // 4, -height // 4)
+        mouse.click_and_hold().move_by_offset(width // 2, height // 4).release().perform()
+        assert find("#question").get_attribute("value") == "<box>"
+        find("#question").send_keys(Keys.HOME, "What is in ")
+        asked()
+        [box] = given[-1]["boxes"]
+        assert box == pytest.approx([20, 12.5, 60, 25], abs=2) and given[-1]["question"] == "What is in <box>"
+        style = "return [...document.querySelectorAll('#frame i')].map((mark) => [mark.className, mark.style.cssText])"
+        (kind, drawn), (dashed, told) = browser.execute_script(style)
+        assert (kind, dashed) == ("asked", "said") and told == "left: 25%; top: 10%; width: 75%; height: 80%;"
+        assert drawn.startswith("left: 2") and find("#frame i.said").value_of_css_property("border-style") == "dashed"
+        find("#question").send_keys(Keys.BACKSPACE)  # without its mark there is no box
+        assert not browser.find_elements(By.CSS_SELECTOR, "#frame i")
     finally:
         browser.quit()
 
@@ -255,5 +280,46 @@ def test_a_test_question_is_asked_as_evaluate_asks_it_and_scored_by_its_kind(
     assert _score("a large mass", question(["cyst", "large mass"], "OPEN")) == "F1 100 %"
 
 
-def said(text: str, picture: Image.Image, question: str, task: str | None, stage: int, **_: Any) -> Answer:
+def said(
+    text: str,
+    picture: Image.Image,
+    question: str,
+    task: str | None,
+    stage: int,
+    given: list[Any] | None = None,
+    **how: Any,
+) -> Answer:
+    """An answer of these words; `given` gets what was asked."""
+    if given is not None:
+        given.append({"question": question, **how})
     return Answer(text, (), task, stage, (), {}, 1.0, False)
+
+
+def test_boxes_of_a_question_are_written_as_the_family_writes_them(
+    client: TestClient, model: mslora_cr.AnsweringModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Drawn on the page in shares, given to `ask` in pixels: in LLaVA-Med's prompt they are as in its records."""
+    asked: list[str] = []
+    take = model._asked
+    monkeypatch.setattr(model, "_asked", lambda question, *rest: asked.append(question) or take(question, *rest))
+    picture = Image.new("RGB", (40, 20), "pink")
+    picture.save(tmp_path / "a.png")
+    text, written = "what is in <box>?", "what is in [0.2500, 0.2500, 1.0000, 0.7500]?"
+    fields = {"question": text, "stages": "0", "boxes": "[[0.25, 0, 1, 1]]"}
+    answered = client.post("/api/ask", files={"image": (tmp_path / "a.png").read_bytes()}, data=fields)
+    assert answered.status_code == 200
+    model.ask(picture, text, stage=0, boxes=[(10, 0, 40, 20)])
+    assert asked == [written] * 2
+    (tmp_path / "asked.jsonl").write_text(
+        json.dumps({"question": text, "image": "a.png", "boxes": [[10, 0, 40, 20]]}) + "\n" + text, encoding="utf-8"
+    )
+    first, second = read_questions(str(tmp_path / "asked.jsonl"), ["b.png"])
+    assert (first.boxes, second.boxes) == (([10, 0, 40, 20],), ())
+    for boxes, message in (([[0, 0, 41, 20]], "no box inside"), ([[0, 0, 9, 9]] * 2, "2 boxes for 1 marks")):
+        with pytest.raises(DataError, match=message):
+            model.ask(picture, text, stage=0, boxes=boxes)
+    with pytest.raises(DataError, match="a picture that they are in"):
+        model.ask([], text, stage=0, boxes=[[0, 0, 9, 9]])
+    for drawn in ("[[0, 0, 1]]", "no", json.dumps([[0, 0, 1, 1]] * 21)):
+        told = client.post("/api/ask", data={"question": text, "of": "PCAM", "index": "0", "boxes": drawn})
+        assert told.status_code == 400 and "give at most 20" in told.json()["error"]

@@ -10,7 +10,10 @@ from mslora_cr.banks.io import load_bank
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import ConfigError
+from mslora_cr.data.records import TrainingRecords
+from mslora_cr.data.tasks import training_records
 from mslora_cr.models.shapes import projector_size
+from mslora_cr.stream.checks import check_projector
 from mslora_cr.stream.plan import plan
 from tests.conftest import ConfigWriter, bank_bytes
 from tests.helpers.killing import KillPoint, run_until_killed
@@ -99,3 +102,22 @@ def test_digests_without_it_are_those_from_before(config_file: ConfigWriter) -> 
     )
     trained = load_config(config_file(method="each"), ["lora.projector_learning_rate=2e-5"])
     assert trained.training_digest() != load_config(config_file(method="each")).training_digest()
+
+
+def test_what_cannot_train_the_projector_exactly_is_refused(
+    config_file: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(config_file(method="each", lora=TRAINED))
+    records = {"pathvqa": training_records(config, config.task("pathvqa"))}
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"optimizer": {"type": "AdamW"}}), encoding="utf-8")
+    check_projector(config, {}, records)
+    with pytest.raises(ConfigError, match="has one learning rate"):
+        check_projector(config, {"deepspeed": str(file)}, records)
+    monkeypatch.setenv("RANK", "0")
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}), encoding="utf-8")
+    check_projector(config, {"deepspeed": str(file)}, records)
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "train.json").write_text(json.dumps([{"id": 1, "conversations": turns}]), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"train\.json: some records have no picture"):
+        check_projector(config, {"deepspeed": str(file)}, {"pathvqa": TrainingRecords(tmp_path / "train.json")})

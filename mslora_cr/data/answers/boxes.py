@@ -165,9 +165,7 @@ class Boxed(BaseModel):
         boxes, size = _boxes(value["boxes"]), _size(value.get("size"))
         if size is None:
             raise ValueError("field 'size': boxes need the image's [width, height]")
-        for box in boxes:
-            if not (0 <= box.x1 < box.x2 <= size[0] and 0 <= box.y1 < box.y2 <= size[1]):
-                raise ValueError(f"field 'boxes': {[*box]} is no box inside of an image of {size[0]} × {size[1]}")
+        _check_inside(boxes, size)
         texts = _texts(value)
         if (marks := sum(text.count(BOX) for text in texts)) != len(boxes):
             raise ValueError(f"field 'boxes': {len(boxes)} boxes for {marks} marks {BOX}")
@@ -192,9 +190,41 @@ def filled(texts: Sequence[str], record: Boxed, rule: BoxRule) -> list[str]:
     """A record's texts with its boxes as the model writes them; unchanged where it has none."""
     if not record.boxes or record.size is None:
         return list(texts)
-    size = record.size
-    written = (rule.write(box, size) for box in record.boxes)
+    return _written(texts, record.boxes, record.size, rule)
+
+
+def filled_question(question: str, boxes: Sequence[Sequence[float]], size: Size | None, rule: BoxRule) -> str:
+    """A question with its boxes as the model writes them; unchanged where no box is given.
+
+    Args:
+        question: The question, with a mark `<box>` for each box.
+        boxes: Left, top, right and bottom in pixels.
+        size: Of the picture that they are in.
+        rule: The model's.
+
+    Raises:
+        ValueError: There is no picture, a box is not in it, or there are not as many marks as boxes.
+    """
+    if not boxes:
+        return question
+    if size is None:
+        raise ValueError("boxes need a picture that they are in")
+    _check_inside(given := _boxes(boxes), size)
+    if (marks := question.count(BOX)) != len(given):
+        raise ValueError(f"{len(given)} boxes for {marks} marks {BOX} in the question")
+    [text] = _written([question], given, size, rule)
+    return text
+
+
+def _written(texts: Sequence[str], boxes: Sequence[Box], size: Size, rule: BoxRule) -> list[str]:
+    written = (rule.write(box, size) for box in boxes)
     return [_filled(text, written) for text in texts]
+
+
+def _check_inside(boxes: Sequence[Box], size: Size) -> None:
+    for box in boxes:
+        if not (0 <= box.x1 < box.x2 <= size[0] and 0 <= box.y1 < box.y2 <= size[1]):
+            raise ValueError(f"field 'boxes': {[*box]} is no box inside of an image of {size[0]} × {size[1]}")
 
 
 def _filled(text: str, written: Iterator[str]) -> str:

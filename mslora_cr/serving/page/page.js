@@ -7,7 +7,7 @@ const make = (tag, text, className) => {
   if (className) element.className = className;
   return element;
 };
-let run, upload = null, picked = null, shown = null, listing = 0, asked = 0;
+let run, upload = null, picked = null, shown = null, listing = 0, asked = 0, drawn = [];
 
 async function get(path, options) {
   const response = await fetch(path, options);
@@ -43,10 +43,11 @@ function forget() {
   at("ask").disabled = false;
 }
 
-// Boxes over the picture, in shares of its width and height: the true one, and dashed what the last stage said.
+// Boxes over the picture, in shares of its width and height: those of the question, the true one, and dashed what the
+// last stage said.
 function outline(boxes) {
   at("frame").querySelectorAll("i").forEach((old) => old.remove());
-  for (const [kind, box] of boxes) {
+  for (const [kind, box] of [...drawn.map((box) => ["asked", box]), ...boxes]) {
     if (!box) continue;
     const mark = make("i", undefined, kind), inside = (share) => 100 * Math.min(1, Math.max(0, share));
     mark.style.left = `${inside(box[0])}%`;
@@ -57,7 +58,36 @@ function outline(boxes) {
   }
 }
 
+const MARK = "<box>";
+
+// Where the pointer is on the picture, in shares of its width and height.
+function place(event) {
+  const around = at("picture").getBoundingClientRect(), inside = (share) => Math.min(1, Math.max(0, share));
+  return [inside((event.clientX - around.left) / around.width), inside((event.clientY - around.top) / around.height)];
+}
+
+// A box drawn on the picture stands for the next mark in the question.
+function draw(event) {
+  if (event.button !== 0) return;
+  event.preventDefault();
+  const [x, y] = place(event);
+  const spanned = (end) => { const [u, v] = place(end); return [Math.min(x, u), Math.min(y, v), Math.max(x, u), Math.max(y, v)]; };
+  const move = (end) => outline([["asked", spanned(end)]]);
+  document.addEventListener("pointermove", move);
+  document.addEventListener("pointerup", (end) => {
+    document.removeEventListener("pointermove", move);
+    const box = spanned(end);
+    forget();
+    if ((box[2] - box[0]) * (box[3] - box[1]) < 1e-4) return;  // a click
+    const question = at("question");
+    if (question.value.split(MARK).length - 1 <= drawn.length) question.value = `${question.value.trimEnd()} ${MARK}`.trim();
+    drawn.push(box);
+    outline([]);
+  }, { once: true });
+}
+
 async function take(file) {
+  drawn = [];
   forget();
   upload = file;
   picked = null;
@@ -88,6 +118,7 @@ async function list() {
       button.append(small, make("span", row.question));
       button.type = "button";
       button.addEventListener("click", () => {
+        drawn = [];
         forget();
         upload = null;
         at("file").value = "";  // so that the same file can be chosen again
@@ -143,6 +174,7 @@ async function ask() {
   if (upload) form.append("image", upload, "picture");  // its name stays here
   else if (picked) { form.append("of", picked.of); form.append("index", picked.index); }
   form.append("question", at("question").value);
+  form.append("boxes", JSON.stringify(drawn));
   form.append("task", at("task").value);
   form.append("stages", [...document.querySelectorAll("#stages input:checked")].map((box) => box.value).join(","));
   forget();
@@ -196,7 +228,11 @@ async function start() {
   at("of").addEventListener("change", list);
   at("search").addEventListener("input", list);
   at("ask").addEventListener("click", ask);
-  at("question").addEventListener("input", forget);
+  at("question").addEventListener("input", () => {
+    drawn.length = Math.min(drawn.length, at("question").value.split(MARK).length - 1);
+    forget();
+  });
+  at("frame").addEventListener("pointerdown", draw);
   for (const id of ["task", "stages"]) at(id).addEventListener("change", forget);
   document.body.dataset.ready = "yes";
 }
