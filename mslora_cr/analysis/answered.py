@@ -53,7 +53,6 @@ class AnsweredTask:
     Attributes:
         banks: The banks that answered.
         questions: The digest of the test file. Both are None if only answer files are known.
-        answers: The answer file.
         columns: The scores, by title in `COMPARED`, and what is no score of a single answer (`class_columns`).
     """
 

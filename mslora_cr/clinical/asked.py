@@ -20,8 +20,6 @@ class AskedAnswer(NamedTuple):
     """A question with its answer.
 
     Attributes:
-        question: The question's text.
-        answer: The model's answer.
         truths: Every accepted answer, the first one first.
         closed: Whether the question has a closed set of answers.
         options: The options by letter; empty where the question offers none.

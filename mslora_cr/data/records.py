@@ -144,7 +144,6 @@ class _Records(Sequence[Record], Generic[Record]):
     """Code that both kinds of file share.
 
     Attributes:
-        path: The file.
         file_digest: SHA-256 of its bytes, in hexadecimal.
         digest: The same, or, of some of a file's records (`only`), also of which they are.
 

@@ -29,7 +29,6 @@ class MixedRecords(Sequence[TrainingRecord]):
 
     Attributes:
         path: The first task's file.
-        file_digest: Of that file.
         digest: Of the records of both.
     """
 

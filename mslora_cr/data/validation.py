@@ -22,11 +22,7 @@ Seen = TypeVar("Seen", TrainingRecord, TestRecord)
 
 
 class RecordView(Sequence[Seen], Generic[Seen]):
-    """Some records of a file, each converted to another kind when it is read.
-
-    Attributes:
-        path: The file.
-    """
+    """Some records of a file, each converted to another kind when it is read."""
 
     def __init__(
         self, records: TrainingRecords | TestRecords, indices: Sequence[int], convert: Callable[[Any], Seen]

@@ -120,7 +120,6 @@ def answer_questions(
     last batch. The answer file appears whole when the last question is answered.
 
     Args:
-        folder: The folder of the answer file.
         origin: What decides the answers; answers of another origin are discarded.
         label: The text of the progress bar.
         candidates: The closed set of answers of each question, empty if it has none. These and the answers are scored;

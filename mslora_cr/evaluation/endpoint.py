@@ -61,7 +61,6 @@ def evaluate_endpoint(
     Args:
         config: The run whose tasks are asked.
         endpoint: The server.
-        only: The name of a task.
         asking: How questions are put. Tasks that have no such questions are left out.
 
     Raises:

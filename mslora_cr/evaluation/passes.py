@@ -63,8 +63,6 @@ def evaluate_circular(config: StreamConfig, evaluating: Evaluating, results_dir:
     """Ask every rotation of the options, and write `circular.json`.
 
     Args:
-        config: The run.
-        evaluating: Evaluates it.
         results_dir: The folder of the answers to the questions as they are.
 
     Raises:
@@ -143,10 +141,7 @@ def evaluate_calibration(
     """Answer the validation questions of the tasks that have some, and write `calibration.json`.
 
     Args:
-        config: The run.
-        evaluating: Evaluates it.
         digests: The digest of each bank, by name; a served model stands for itself.
-        only: The name of a task.
 
     Raises:
         DataError: No task has any. As `evaluating`.

@@ -34,9 +34,6 @@ class Metrics(StateFile):
         groups: The number of clusters of answers that are not independent.
         freedom: The degrees of freedom of each interval.
         largest_cluster: The largest cluster's share of a metric's answers. Version 0.1.0 noted none of these five.
-        rows: The number of answers.
-        open: The number of answers to open questions.
-        closed: The number of answers to closed questions.
     """
 
     MEND: ClassVar[str] = "remove it; `mslora-cr score` or `mslora-cr evaluate` writes it again from the answers"

@@ -134,11 +134,7 @@ def cell_row(
     records: TestRecords,
     scores: Scores,
 ) -> Cell:
-    """A row of `evaluation.json`: the answers in `folder`, somewhere below `root`, and their scores.
-
-    Args:
-        stamp: The stamp of the answers.
-    """
+    """A row of `evaluation.json`: the answers in `folder`, somewhere below `root`, and their scores."""
     measured = metrics_of(scores, group_numbers([group for _, group in question_groups(records)]))
     assert stamp.seconds is not None, "only a part of routed answers has none"
     return Cell(

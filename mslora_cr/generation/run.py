@@ -90,7 +90,6 @@ def waves_of_rank(
     """This rank's share of some questions, in the waves in which they are computed.
 
     Args:
-        decoder: Of all questions.
         decoding: How they are answered.
         questions: Their places, the same on every rank.
         banks: Tells the banks of a question from those of another; by default all have the same.

@@ -133,7 +133,6 @@ def gradient_directions(
         bases: M by layer, (in, m).
         drawn: Random starting vectors, (r, in).
         outputs: The number of outputs of each layer.
-        iterations: How many iterations.
     """
     rows = {name: _outside(matrix, bases[name]) for name, matrix in drawn.items()}
     for _ in range(iterations):

@@ -37,7 +37,6 @@ def count_figures(answers: Sequence[str], truths: Sequence[str], groups: Groups)
     """Compute the mean absolute error and the shares that are exactly and nearly right.
 
     Args:
-        truths: The truth of each question, a number.
         groups: (questions,), the number of each question's image or patient.
     """
     said = np.array([value if (value := number_in(answer)) is not None else np.nan for answer in answers])

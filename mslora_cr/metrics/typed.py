@@ -39,9 +39,7 @@ class Typed(NamedTuple):
     """A question with its answer.
 
     Attributes:
-        answer: The model's answer.
         truths: Every accepted answer.
-        kind: The kind of the answer.
         options: The options by letter; empty where the question offers none.
         answer_type: Whether the published evaluation takes the question as open or closed.
     """

@@ -148,7 +148,6 @@ def _limited(
     Args:
         plan: What must be shown.
         what: What is tested.
-        name: The task.
         limit: A share.
         value: The measured share.
         upper: Its one-sided upper bound at the level of the test.

@@ -147,7 +147,6 @@ class Registration(StateFile):
 
     Attributes:
         digest: SHA-256 of the plan's file.
-        text: The file.
         when: UTC time, ISO 8601.
         finished: The tasks whose banks existed.
     """

@@ -48,7 +48,6 @@ class ReleaseRecord(StateFile):
         serves: The number of the record whose banks are live after this one; None where no update was released yet.
         when: UTC time, ISO 8601.
         by: Who ran the command.
-        run: The run's name.
         stage: The stage that was judged, or that a rollback returns to.
         reasons: Why it is no release, in words.
         plan: The plan's text; empty for a rollback.

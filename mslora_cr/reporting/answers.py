@@ -45,7 +45,6 @@ class AnswerSet:
     Attributes:
         stages: The stages for which it stands.
         banks: The banks that answered.
-        texts: The answer to each question.
         hits: Whether each answer is right.
         scores: The score of each answer, in [0, 1] (closed: right or not; open: F1).
         confidences: The probability of each answer's tokens, None where unknown; empty where none is known.

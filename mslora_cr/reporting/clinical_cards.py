@@ -28,8 +28,6 @@ class ClinicalCard(NamedTuple):
     """A task's closed questions after its last evaluated stage.
 
     Attributes:
-        task: Name of the task.
-        stage: The stage.
         guessing: What guessing gives, and whether the score is above it.
         marked: Whether the score is not above guessing.
         figures: Value and interval as text, by name.

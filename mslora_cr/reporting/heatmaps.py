@@ -17,7 +17,6 @@ class HeatCell:
     """A cell of a table.
 
     Attributes:
-        text: Its text.
         note: A note in small print.
         tint: The strength of its tint, in [0, 1]; None leaves it blank.
         ends: The interval of its number.

@@ -61,7 +61,6 @@ class Submission(StateFile):
     """`submission.json`: what an archive holds.
 
     Attributes:
-        run: The run's name.
         files: The digest of every other file, by its name in the archive.
         box_rule: How the base model writes boxes (`BoxRule`), where some answers are boxes.
     """

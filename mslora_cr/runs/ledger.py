@@ -86,7 +86,6 @@ class Ledger:
         A stream may grow: tasks after the finished ones are free.
 
         Args:
-            config: The configuration.
             model_digest: The digest of its base model.
             force: Allow differences that do not change finished tasks.
             advice: What the user can do instead.

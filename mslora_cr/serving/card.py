@@ -32,13 +32,11 @@ class Card:
     """The content of a model card.
 
     Attributes:
-        config: The run.
         repo: The repository.
         kind: The kind of upload.
         base: The base model's name on the hub.
         folders: By task, or `model`, its folder in the repository; "" is the repository itself.
         banks: By the same keys, the banks that answer.
-        ledger: The run's ledger.
         evaluation: The run's evaluation, if there is one.
     """
 

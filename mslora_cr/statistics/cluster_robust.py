@@ -18,7 +18,6 @@ class ClusterVariance(NamedTuple):
     Attributes:
         variance: The variance of the mean.
         freedom: The degrees of freedom of the variance.
-        clusters: The number of clusters.
         effective: The number of equally large clusters with the same weight, ``n² / Σ n_g²`` (Kish 1965).
         largest: The largest cluster's share of the questions.
     """

@@ -17,7 +17,6 @@ class PairedChange(NamedTuple):
         ends: The ends of its interval, in points.
         gained: The number of questions whose score rose.
         lost: The number of questions whose score fell.
-        questions: The number of questions.
         most_lost: A one-sided upper bound, in percent, of the share of questions whose score falls.
         p: The p-value of the exact McNemar test.
         freedom: The degrees of freedom; None for a difference that is zero by construction.

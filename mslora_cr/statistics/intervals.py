@@ -29,12 +29,10 @@ class Estimate(NamedTuple):
     """A mean over questions, or a weighted sum of such means, with everything that its interval needs.
 
     Attributes:
-        mean: The mean.
         square: The mean of the squared values.
         variance: The variance of the mean.
         freedom: The degrees of freedom of the variance.
         groups: The number of clusters.
-        questions: The number of questions.
         effective: The number of equally large clusters with the same weight.
         largest: The largest cluster's share of the questions.
     """
@@ -158,7 +156,6 @@ def _tango(gained: float, lost: float, number: float, errors: float) -> float:
     Args:
         gained: The share of gained questions.
         lost: The share of lost questions.
-        number: The number of questions.
         errors: The number of standard errors.
     """
     seen = gained - lost

@@ -23,7 +23,6 @@ def design_effect(questions: int, patients: int, correlation: float = CORRELATIO
     Source: Kish, Survey Sampling, 1965.
 
     Args:
-        questions: The number of questions.
         patients: The number of patients, at least one.
         correlation: ρ, between questions of one patient.
     """

@@ -36,7 +36,6 @@ def flipped_means(differences: Scores, groups: Groups, flips: int, stream: int =
     Args:
         differences: (questions,), of two systems' scores.
         groups: (questions,), the number of each question's cluster.
-        flips: The number of flips.
         stream: A separate random stream for each set of questions; the same stream, number and flips draw the same
             signs.
 

@@ -25,7 +25,6 @@ class GroupScore(NamedTuple):
 
     Attributes:
         questions: The number of questions about them.
-        patients: The number of patients.
         score: The mean over questions; None for too few patients.
         ends: The ends of its interval.
         p: The p-value that the group scores like all others, by permutation, adjusted by Holm's method; None if labels

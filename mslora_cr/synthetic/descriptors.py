@@ -56,7 +56,6 @@ def train_tower(base: LlavaMed, pixels: Tensor, seen: Sequence[Seen], classes: C
     the mean of the patches. Its parameters are frozen at the end.
 
     Args:
-        base: The model.
         pixels: (pictures, 3, side, side), as the tower reads them.
         seen: What is seen in each picture.
         classes: The traits of all kinds.

@@ -117,7 +117,6 @@ class Recomputation(TrainerCallback):
 
         Args:
             run: Names the run in the log.
-            trained: The number of trained numbers.
             apart: Whether no rank waits for another in these passes, so that one may fail by itself.
 
         Raises:

@@ -25,7 +25,6 @@ def answer_kinds(questions: Sequence[str], answers: Sequence[str], closed: Seque
     is short, and labels recur; otherwise text.
 
     Args:
-        questions: The text of each.
         answers: The true answer to each.
         closed: Whether each has a closed set of answers.
     """

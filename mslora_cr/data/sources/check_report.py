@@ -39,7 +39,6 @@ class DataCard:
             largest), and how many questions have each.
         source: Where the images come from.
         licence: The licence as the catalogue states it.
-        made: How the questions were made.
         shows: What the closed test questions can show; empty where there are none.
     """
 

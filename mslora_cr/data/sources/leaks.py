@@ -29,7 +29,6 @@ class Leaks(BaseModel):
             read.
         patients: The number of patients that both files name.
         questions: The number of test questions about any of these.
-        test_questions: The number of test questions.
     """
 
     model_config = ConfigDict(strict=True)

@@ -199,7 +199,6 @@ def place_files(matches: Mapping[str, RawFile], targets: Mapping[str, Path], cop
 
     Args:
         matches: The raw file of each name.
-        targets: The target of each file.
         copy: Copy loose files instead of linking them.
 
     Raises:
