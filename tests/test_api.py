@@ -73,6 +73,7 @@ def test_answers_are_those_of_an_evaluation(
     model: mslora_cr.AnsweringModel, results: Path, trained_config: Path
 ) -> None:
     cells = json.loads((results / "evaluation.json").read_text())["cells"]
+    assert {cell["task"] for cell in cells} == {*TASKS}
     for cell in cells:
         asked = questions(trained_config, cell["task"])[:2]
         said = [

@@ -185,7 +185,7 @@ def compare_runs(ours: Path, theirs: Path, tasks: Sequence[str], tolerance: floa
     """Every logged term at every step, and every final bank, to a relative tolerance."""
     for task in tasks:
         steps, expected = logged(ours, task), logged(theirs, task)
-        assert [row.keys() for row in steps] == [row.keys() for row in expected]
+        assert expected and [row.keys() for row in steps] == [row.keys() for row in expected]
         for row, wanted in zip(steps, expected, strict=True):
             for name, value in wanted.items():
                 assert abs(row[name] - value) <= tolerance * abs(value), (task, wanted["step"], name, row[name], value)

@@ -348,13 +348,13 @@ def test_similarity_meets_the_golden_values(tmp_path):
     paths = {}
     for number, folder in enumerate(folders):
         state = torch.load(golden / "checkpoints" / folder / "cl_lora.bin", weights_only=True)
-        colours = {
+        matrices = {
             key.replace(f"task_{number}_lora.", ""): value
             for key, value in state.items()
             if f"task_{number}_lora" in key
         }
         paths[folder] = tmp_path / f"{number}.safetensors"
-        save_file(colours, paths[folder])
+        save_file(matrices, paths[folder])
     values = bank_similarity(paths).values
     for number, task in enumerate(training["tasks"]):
         assert values[number][:number] == pytest.approx(task["end_sim_to_previous"], rel=1e-5)
@@ -365,6 +365,7 @@ def test_examples_are_right_and_wrong_and_repeatable():
     examples = pick_examples(answers)
     assert [example.hit for example in examples] == [True, True, False, False]
     assert pick_examples(answers) == examples
-    assert all(score_answers([answers[0]]).rows[0].hit for _ in examples)
+    by_question = {(answer.prompt, answer.gt): answer for answer in answers}
+    assert all(score_answers([by_question[one.question, one.truth]]).rows[0].hit is one.hit for one in examples)
     assert [example.hit for example in pick_examples(answers[:15])] == [True, True]
     assert pick_examples([]) == []

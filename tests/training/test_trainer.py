@@ -223,7 +223,9 @@ def test_terms_are_averaged_between_two_logs(retrain: Retrain) -> None:
 
 def test_the_ledger_holds_the_mean_loss(trained_config: Path) -> None:
     run = trained_config.parent / "checkpoints" / "tiny"
-    for name, entry in json.loads((run / "ledger.json").read_text())["tasks"].items():
+    tasks = json.loads((run / "ledger.json").read_text())["tasks"]
+    assert TASK in tasks
+    for name, entry in tasks.items():
         losses = [json.loads(line)["loss"] for line in (run / "logs" / f"{name}.jsonl").open()]
         assert entry["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
