@@ -95,13 +95,13 @@ def _two(groups: Groups, prevalence: float) -> Trial:
     def trial(generator: np.random.Generator) -> Mapping[str, bool]:
         yes = generator.random(len(groups)) < prevalence
         one, other = (_columns(generator, groups, yes) for _ in range(2))
-        shown: dict[str, bool] = {}
+        outcomes: dict[str, bool] = {}
         for title in one.keys() & other.keys():
-            values, own = other[title].scores - one[title].scores, one[title].groups
+            values, clusters = other[title].scores - one[title].scores, one[title].groups
             binary = is_binary(one[title].scores) and is_binary(other[title].scores)
-            shown[f"difference of {title}"] = covers(difference_interval(estimate(values, own), binary), 0.0)
-            shown[f"p of {title}"] = p_value(float(values.mean()), flipped_means(values, own, FLIPS)) < 0.05
-        return dict(sorted(shown.items()))
+            outcomes[f"difference of {title}"] = covers(difference_interval(estimate(values, clusters), binary), 0.0)
+            outcomes[f"p of {title}"] = p_value(float(values.mean()), flipped_means(values, clusters, FLIPS)) < 0.05
+        return dict(sorted(outcomes.items()))
 
     return trial
 

@@ -81,8 +81,8 @@ def evaluate_endpoint(
         stage, rows, possible = len(config.tasks), [], {}
         with Chat(endpoint) as chat:
             for task in tasks:
-                shown = None if blank else images.of(task)
-                origin = _origin(config, endpoint, task, records[task.name], shown, asking)
+                image_digest = None if blank else images.of(task)
+                origin = _origin(config, endpoint, task, records[task.name], image_digest, asking)
                 asker = _Asker(config, endpoint, chat, task, records[task.name], origin, blank)
                 folder = target.folder / task.name
                 stamp = answer_once(folder, asker.origin, len(asker.records), partial(asker.answer, folder))

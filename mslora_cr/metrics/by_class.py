@@ -160,5 +160,5 @@ def _precisions(positive: NDArray[np.bool_], scores: Scores) -> Scores:
     precision, count = np.cumsum(positives) / answers, positives.sum()
     value = float((positives * precision).sum() / count)
     behind = np.cumsum((positives / answers)[::-1])[::-1], np.cumsum((positives * precision / answers)[::-1])[::-1]
-    own = positive * (precision[place] - value)
-    return value + len(scores) / count * (own + positive * behind[0][place] - behind[1][place])
+    at_itself = positive * (precision[place] - value)
+    return value + len(scores) / count * (at_itself + positive * behind[0][place] - behind[1][place])

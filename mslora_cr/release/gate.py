@@ -49,8 +49,10 @@ def gate_tests(plan: Plan, results_dir: Path, level: float, questions: Callable[
     tests: list[GateTest] = []
     for task in earlier:
         before, after = _earlier(plan, evaluation, judged, task)
-        own = level * plan.share_of_level(plan.tasks.get(task))
-        tests.append(_paired(plan.least_patients, "earlier task", task, before, after, plan.margin_of(task), own))
+        test_level = level * plan.share_of_level(plan.tasks.get(task))
+        tests.append(
+            _paired(plan.least_patients, "earlier task", task, before, after, plan.margin_of(task), test_level)
+        )
         tests += _subgroups(plan, task, before, after, level, questions)
     if plan.subgroups and earlier and not any(test.what == "subgroup" for test in tests):
         raise ReportError(f"no test record of an earlier task has the attribute {', '.join(plan.subgroups)}")
@@ -106,10 +108,10 @@ def _subgroups(
             old, new = (
                 side._replace(scores=np.where(labels == value, side.scores, np.nan)) for side in (before, after)
             )
-            own, name = level * plan.share_of_level(rule), f"{task}, {attribute} {value}"
+            test_level, name = level * plan.share_of_level(rule), f"{task}, {attribute} {value}"
             if np.isnan(new.scores).all():
                 continue
-            test = _paired(rule.least_patients, "subgroup", name, old, new, rule.margin, own)
+            test = _paired(rule.least_patients, "subgroup", name, old, new, rule.margin, test_level)
             few = test.groups < rule.least_patients
             reason = (
                 f"{test.groups} independent patients or images; groups of fewer than {rule.least_patients} are counted"
@@ -154,9 +156,9 @@ def _paired(
 ) -> GateTest:
     groups = coarsest([before.groups, after.groups])
     values, clusters = _present(after.scores - before.scores, groups)
-    kept = [side.scores[~np.isnan(side.scores)] for side in (before, after)]
-    comparison = non_inferiority(values, clusters, margin / 100, level, all(map(is_binary, kept)))
-    scores = [float(side.mean()) for side in kept]
+    scored = [side.scores[~np.isnan(side.scores)] for side in (before, after)]
+    comparison = non_inferiority(values, clusters, margin / 100, level, all(map(is_binary, scored)))
+    scores = [float(side.mean()) for side in scored]
     return _test(least, what, name, comparison, scores[0], scores[1], -margin, level)
 
 

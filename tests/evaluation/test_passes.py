@@ -106,9 +106,9 @@ def test_passes_of_an_evaluation(
     with serving() as server:
         served = ["--endpoint", server.url, "--model", "llava", "--task", "PCAM"]
         assert main(["evaluate", *command, *served, *passes]) == 0
-        shown = [body["messages"][0]["content"][0]["image_url"]["url"] for body in server.bodies]
-    grey = sum(image == shown[-2] for image in shown)  # the last one asks the rotated options
-    assert grey == len(lines) and len(shown) == 5 * len(lines) + 1
+        images = [body["messages"][0]["content"][0]["image_url"]["url"] for body in server.bodies]
+    grey = sum(image == images[-2] for image in images)  # the last one asks the rotated options
+    assert grey == len(lines) and len(images) == 5 * len(lines) + 1
     for results_of, stage in ((results / "routed", "PCAM/stage-3"), (results / "served" / "llava", "PCAM")):
         cells = read_evaluation(results_of)
         assert cells is not None
