@@ -270,15 +270,20 @@ def _subgroups(runs: Sequence[SweepRun]) -> Iterator[dict[str, Any]]:
 def _routed(runs: Sequence[SweepRun]) -> Iterator[dict[str, Any]]:
     """The final average with and without the task, and the router's accuracy."""
     for method in dict.fromkeys(run.method for run in runs):
-        told, alone, accuracy = list[float](), list[float](), list[float]()
+        given, alone, accuracy = list[float](), list[float](), list[float]()
         for run in (run for run in runs if run.method == method):
             folder = run.results / ROUTED
-            for place, values in ((run.results, told), (folder, alone)):
+            for place, values in ((run.results, given), (folder, alone)):
                 matrix = required_evaluation(place).matrix("exact match score")
                 assert matrix is not None, "every task has an exact match score"
                 values.append(matrix.final_average())
             accuracy.append(Routing.read(folder / ROUTING).stages[-1].accuracy or 0.0)
-        yield {"method": method, "given the task": _spread(told), "routed": _spread(alone), "router": _spread(accuracy)}
+        yield {
+            "method": method,
+            "given the task": _spread(given),
+            "routed": _spread(alone),
+            "router": _spread(accuracy),
+        }
 
 
 if __name__ == "__main__":

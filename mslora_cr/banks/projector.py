@@ -23,7 +23,7 @@ class Projector:
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
-        self._own: dict[str, Tensor] = {}
+        self._pristine: dict[str, Tensor] = {}
         self._placed: Mapping[str, Tensor] | None = {}  # None while it is not known what is in place.
         self.learning_rate: float | None = None
 
@@ -60,10 +60,10 @@ class Projector:
         wanted = only_projector(banks)
         if wanted is self._placed or (not wanted and self._placed == {}):
             return
-        if not self._own:
-            self._own = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        if not self._pristine:
+            self._pristine = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._placed = None
-        self.load(wanted or self._own)
+        self.load(wanted or self._pristine)
         self._placed = wanted
 
     @torch.no_grad()
@@ -76,7 +76,7 @@ class Projector:
     def own(self) -> Iterator[None]:
         """Put the model's own projector in place inside the block, for features that no bank may change."""
         before = self._placed
-        self.load({} if before == {} else self._own)
+        self.load({} if before == {} else self._pristine)
         try:
             yield
         finally:

@@ -28,10 +28,11 @@ def batch(images: bool = True) -> dict[str, torch.Tensor]:
 
 def with_projector(number: int, scale: float) -> Bank:
     """A golden bank with a projector of its own."""
-    own = dict(projector_of(golden_base().model).named_parameters())
+    pristine = dict(projector_of(golden_base().model).named_parameters())
     generator = torch.Generator().manual_seed(number)
     moved = {
-        name: (tensor + scale * torch.randn(tensor.shape, generator=generator)).detach() for name, tensor in own.items()
+        name: (tensor + scale * torch.randn(tensor.shape, generator=generator)).detach()
+        for name, tensor in pristine.items()
     }
     return replace(golden_bank(number), projector=moved)
 
@@ -104,8 +105,8 @@ def test_each_set_of_banks_answers_with_its_projector(merge_mode: str) -> None:
         assert torch.equal(found, seen.setdefault(banks[0].name if banks else "", found))
         with stack.projector.own():
             projected = dict(projector_of(stack.base).named_parameters())
-            own = projector_of(golden_base().model).named_parameters()
-            assert all(torch.equal(projected[name], parameter) for name, parameter in own)
+            pristine = projector_of(golden_base().model).named_parameters()
+            assert all(torch.equal(projected[name], parameter) for name, parameter in pristine)
         assert torch.equal(logits(stack.model), found)
     assert torch.equal(seen[""], base) and len(seen) == 4
 

@@ -121,14 +121,14 @@ def test_enhanced_files_are_rescaled_and_windowed_by_frame(tmp_path):
 
 
 def test_a_frame_without_a_group_keeps_the_value_at_the_top(tmp_path):
-    own = [item(FrameVOILUTSequence=[item(WindowCenter=50, WindowWidth=100)]), item()]
+    windows = [item(FrameVOILUTSequence=[item(WindowCenter=50, WindowWidth=100)]), item()]
     data = dicom(
         np.full((2, 4, 4), 100, np.uint16),
         WindowCenter=["7", "100.5"],
         WindowWidth=["0", "101"],  # A window without a width is none.
         PixelSpacing=["0", "0"],
         PixelAspectRatio=["2", "1"],
-        PerFrameFunctionalGroupsSequence=own,
+        PerFrameFunctionalGroupsSequence=windows,
     )
     found, _ = drawn(saved(data, tmp_path / "a.dcm"))
     assert [picture[0, 0] for picture in found] == [255, 128] and found[0].shape == (8, 4)

@@ -92,10 +92,10 @@ def test_bounded_rows_are_a_sample_in_their_order(clones, root, tmp_path):
     assert main(["data", "prepare", "open", "--raw", str(clones), "--root", str(tmp_path), "--most", "12", "3"]) == 0
     for name in ("HAM10000", "VQA-RAD"):
         whole, part = records(root / name), records(tmp_path / name)
-        kept = [[(record.images, getattr(record, "turns", None)) for record in side] for side in part]
+        samples = [[(record.images, getattr(record, "turns", None)) for record in side] for side in part]
         order = [[(record.images, getattr(record, "turns", None)) for record in side] for side in whole]
-        assert [len(side) for side in kept] == [12, 3]
-        for sample, of_side in zip(kept, order, strict=True):
+        assert [len(side) for side in samples] == [12, 3]
+        for sample, of_side in zip(samples, order, strict=True):
             rest = iter(of_side)
             assert all(row in rest for row in sample) and sample != of_side[: len(sample)]
         images = {image for side in part for record in side for image in record.images}

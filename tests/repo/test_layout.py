@@ -3,6 +3,7 @@
 import ast
 import re
 from collections import Counter
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -43,6 +44,7 @@ MOST_LOOSE = 8
 MOST_MODULES = 20
 
 
+@cache
 def modules() -> dict[str, Path]:
     """By name; a package's own name is its `__init__.py`."""
     found = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}

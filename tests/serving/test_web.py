@@ -161,8 +161,8 @@ def test_from_upload_to_answer_in_a_browser(
         [box] = given[-1]["boxes"]
         assert box == pytest.approx([20, 12.5, 60, 25], abs=2) and given[-1]["question"] == "What is in <box>"
         style = "return [...document.querySelectorAll('#frame i')].map((mark) => [mark.className, mark.style.cssText])"
-        (kind, drawn), (dashed, told) = browser.execute_script(style)
-        assert (kind, dashed) == ("asked", "said") and told == "left: 25%; top: 10%; width: 75%; height: 80%;"
+        (kind, drawn), (dashed, placed) = browser.execute_script(style)
+        assert (kind, dashed) == ("asked", "said") and placed == "left: 25%; top: 10%; width: 75%; height: 80%;"
         assert drawn.startswith("left: 2") and find("#frame i.said").value_of_css_property("border-style") == "dashed"
         find("#question").send_keys(Keys.BACKSPACE)  # without its mark there is no box
         assert not browser.find_elements(By.CSS_SELECTOR, "#frame i")
@@ -321,5 +321,5 @@ def test_boxes_of_a_question_are_written_as_the_family_writes_them(
     with pytest.raises(DataError, match="a picture that they are in"):
         model.ask([], text, stage=0, boxes=[[0, 0, 9, 9]])
     for drawn in ("[[0, 0, 1]]", "no", json.dumps([[0, 0, 1, 1]] * 21)):
-        told = client.post("/api/ask", data={"question": text, "of": "PCAM", "index": "0", "boxes": drawn})
-        assert told.status_code == 400 and "give at most 20" in told.json()["error"]
+        reply = client.post("/api/ask", data={"question": text, "of": "PCAM", "index": "0", "boxes": drawn})
+        assert reply.status_code == 400 and "give at most 20" in reply.json()["error"]

@@ -43,9 +43,9 @@ def test_killed_resumed_answered_and_exported(config_file: ConfigWriter, tmp_pat
         assert sum(tensor.numel() for tensor in bank.tensors) == parameters
     assert any(bool((a != b).any()) for a, b in zip(*(bank.projector.values() for bank in banks.values()), strict=True))
 
-    own, routed = (str(tmp_path / name) for name in ("own", "routed"))
+    prefixed, routed = (str(tmp_path / name) for name in ("own", "routed"))
     evaluate = ["evaluate", str(tmp_path / "run.yaml"), TWO, "--stages", "final"]
-    assert main([*evaluate, "--banks-by", "prefix", f"results_dir={own}"]) == 0
+    assert main([*evaluate, "--banks-by", "prefix", f"results_dir={prefixed}"]) == 0
     assert main([*evaluate, f"results_dir={routed}"]) == 0
     model, compared = load(tmp_path / "run.yaml", overrides=[TWO]), 0
     cases, ids = [], []
@@ -53,10 +53,11 @@ def test_killed_resumed_answered_and_exported(config_file: ConfigWriter, tmp_pat
         data = Path(config.data.root) / task.folder
         rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
         aware = [
-            json.loads(line) for line in Path(own, "again", task.name, "answer-file.jsonl").read_text().splitlines()
+            json.loads(line)
+            for line in Path(prefixed, "again", task.name, "answer-file.jsonl").read_text().splitlines()
         ]
-        told = Path(routed, "again", "routed", task.name, "stage-2", "answer-file.jsonl").read_text().splitlines()
-        for answer, line in zip(aware, map(json.loads, told), strict=True):
+        lines = Path(routed, "again", "routed", task.name, "stage-2", "answer-file.jsonl").read_text().splitlines()
+        for answer, line in zip(aware, map(json.loads, lines), strict=True):
             if line["metadata"]["routed_to"] == task.name:
                 assert line["text"] == answer["text"]
                 compared += 1

@@ -124,11 +124,11 @@ def _conversation(
             continue
         if not isinstance(speaker, str) or speaker not in SPEAKERS or not isinstance(content, str | list):
             return "a turn without a known speaker and a text", location
-        text, shown, others = _content(content)
+        text, images, others = _content(content)
         if others and SPEAKERS[speaker] == "human":
             return f"a part of a question that is neither text nor picture ({others[0]})", location
         dropped.update(f"a part of an answer that is no text ({kind})" for kind in others)
-        inline += shown
+        inline += images
         marks.append(text)
         turns.append((SPEAKERS[speaker], text.replace(IMAGE, "").strip()))
     if [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:

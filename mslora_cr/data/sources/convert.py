@@ -99,8 +99,8 @@ class Converted:
     @property
     def lost(self) -> float:
         """The share of the rows that are left out; for images alone, of the files that cannot be read."""
-        kept = self.train + self.validation + self.test
-        lost = self.rows - kept if kept else len(self.left_out.get(UNREADABLE, ()))
+        written = self.train + self.validation + self.test
+        lost = self.rows - written if written else len(self.left_out.get(UNREADABLE, ()))
         return lost / max(self.rows, 1)
 
     def summary(self) -> dict[str, Any]:
