@@ -39,7 +39,7 @@ from mslora_cr.utils.files import write_text
 FOLDER = "open_stream"
 SEEDS, ORDERS = (1, 2, 3), 2
 RATE = "tasks.*.learning_rate"
-RATES = {"low": 1e-3, "high": 1e-2, "log": True}
+RATES = {"low": 2e-3, "high": 2e-2, "log": True}
 SPACES: Mapping[str, Mapping[str, Any]] = {
     "mslora_cr": {"regularization.alpha": [0.01, 0.1, 1.0], "regularization.beta": [0.001, 0.01, 0.1]},
     "sequential": {},

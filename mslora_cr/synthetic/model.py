@@ -72,7 +72,7 @@ SMALL = Shape(
         "image_size": 96,
         "patch_size": 16,
     },
-    _TEXT | {"vocab_size": 1536, "num_hidden_layers": 2},
+    _TEXT | {"vocab_size": 1536},
     {"hard_vocab_limit": False},  # A stream of few words has fewer pieces.
     "llava_small",
     "clip-small-patch16",
