@@ -39,7 +39,7 @@ from mslora_cr.utils.files import write_text
 FOLDER = "open_stream"
 SEEDS, ORDERS = (1, 2, 3), 2
 RATE = "tasks.*.learning_rate"
-RATES = {"low": 2e-3, "high": 2e-2, "log": True}
+RATES = {"low": 4e-3, "high": 2e-2, "log": True}
 SPACES: Mapping[str, Mapping[str, Any]] = {
     "mslora_cr": {"regularization.alpha": [0.01, 0.1, 1.0], "regularization.beta": [0.001, 0.01, 0.1]},
     "sequential": {},
@@ -49,8 +49,8 @@ SPACES: Mapping[str, Mapping[str, Any]] = {
 """What is tuned of each method, beside the learning rate of all tasks."""
 UNTUNED = {"incremental": "mslora_cr", "each": "mslora_cr"}
 """Methods that take the learning rate of another one: they differ from it by its penalties, or its sum of banks too."""
-STREAM = ("CXP-by-patient", "HAM10000", "BCCD", "nuclei")
-SETTINGS = ("tasks.*.samples=200", "tasks.*.epochs=4")
+STREAM = ("CXP-by-patient", "HAM10000", "nuclei")
+SETTINGS = ("tasks.*.samples=240", "tasks.*.epochs=4", "tasks.*.batch_size=8")
 TRIALS, TUNING_SEED, VALIDATION = 3, 101, 0.25
 TUNING_TASKS = STREAM[:2]
 """The tasks of the trials, trained in the other order, because `tune` never uses the file's own."""
