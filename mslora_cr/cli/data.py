@@ -198,6 +198,7 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
         "published data "
         "sets (%(default)s)",
     )
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the configuration")
     parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="check only these data sets")
     parser.add_argument("--model", type=Path, help="model folder; also reports samples that would be truncated")
     parser.add_argument(
@@ -219,9 +220,11 @@ class _ToCheck(NamedTuple):
     all_images: bool = False
 
 
-def _to_check(target: Path, only: Sequence[str]) -> _ToCheck:
+def _to_check(target: Path, overrides: Sequence[str], only: Sequence[str]) -> _ToCheck:
     """Return the data sets of a configuration's tasks, or the published ones below a data root."""
     if target.is_dir():
+        if overrides:
+            raise DataError(f"{target} is a folder, and {overrides[0]} would override a configuration; name one")
         return _ToCheck(target, [data_set(name) for name in only] or list(catalog().values()))
     from mslora_cr.config.load import load_config
     from mslora_cr.config.shipped import configurations
@@ -231,7 +234,7 @@ def _to_check(target: Path, only: Sequence[str]) -> _ToCheck:
             f"{target}: no such folder, and no configuration (.yaml){missing_annotations(target / 'train.json')}"
         )
 
-    config = load_config(target)
+    config = load_config(target, overrides)
     names = [task.name for task in config.tasks]
     for name in only:
         if name not in names:
@@ -250,7 +253,7 @@ def _to_check(target: Path, only: Sequence[str]) -> _ToCheck:
 
 def run_check(args: argparse.Namespace) -> int:
     """Returns 0 without errors; 1 with errors, which are listed."""
-    root, datasets, max_length, all_images = _to_check(args.root, args.only)
+    root, datasets, max_length, all_images = _to_check(args.root, args.overrides, args.only)
     processor = None
     if args.model:
         from mslora_cr.models.load import input_processor_in  # This imports transformers.

@@ -20,9 +20,17 @@ def add_report(commands: argparse._SubParsersAction) -> None:
         "write report.html and report.md to a run's results folder",
         "mslora-cr report demo",
         "mslora-cr report checkpoints/RUN",
+        "mslora-cr report finetune_lora_each --answers published/RUN     # answer files alone, with their pictures",
     )
     parser.add_argument("target", type=Path, metavar="RUN", help="configuration or run folder")
     add_overrides(parser)
+    parser.add_argument(
+        "--answers",
+        type=Path,
+        metavar="FOLDER",
+        help="a folder of answer files alone (TASK/answer-file.jsonl, as published) of the configuration's tasks: they "
+        "are scored and shown in place of the run's, with the pictures that the data root has",
+    )
     parser.set_defaults(run=_report)
 
 
@@ -30,7 +38,13 @@ def _report(args: argparse.Namespace) -> int:
     from mslora_cr.reporting.report import write_report
 
     config = run_config(args.target, args.overrides)
-    print(f"report: {write_report(config.run_dir, config.results_run_dir, config)}")
+    if args.answers is None:
+        print(f"report: {write_report(config.run_dir, config.results_run_dir, config)}")
+        return 0
+    from mslora_cr.evaluation.given_answers import score_given
+
+    folder = score_given(config, args.answers)
+    print(f"report: {write_report(folder, folder, config)}")
     return 0
 
 

@@ -51,9 +51,11 @@ def test_every_set_is_written_with_its_pictures_and_passes_the_check(root, capsy
         assert all((root / name / image).is_file() for record in [*training, *test] for image in record.images)
     config = load_config("open")
     assert [task.name for task in config.tasks if task.name in names] == [task.name for task in config.tasks]
-    file = tmp_path / "mine.yaml"
-    file.write_text(f"extends: open\nrun: mine\ndata: {{root: {root}}}\n")
-    assert main(["data", "check", str(file), "--workers", "1", "--output", str(tmp_path / "check.json")]) == 0
+    place = [f"data.root={root}", "--workers", "1", "--output", str(tmp_path / "check.json")]
+    assert main(["data", "check", "open", *place]) == 0  # as `data prepare` says
+    card = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("data card: HAM10000"))
+    assert "CC-BY-NC-4.0" in card and "`data prepare open`" in card
+    assert main(["data", "check", str(root), "data.root=x"]) == 1
 
 
 def test_own_splits_share_pictures_and_patients_and_the_corrected_ones_do_not(root):

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict
 
 from mslora_cr.utils.errors import DataError, nearest
 
+PREPARED = "prepared.json"
+"""What `data prepare open` writes beside a data set: where it came from, and what its two sides share."""
+
 
 class OpenSource(BaseModel):
     """One entry; the fields are explained at the top of `catalog.yaml`."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mslora_cr.data.open.catalog import OpenSource
+from mslora_cr.data.open.catalog import PREPARED, OpenSource
 from mslora_cr.data.open.layouts import Asked, Labelled, labelled
 from mslora_cr.data.records import IMAGE, DataError, sample_of
 from mslora_cr.data.sources.prepare import place_files
@@ -21,7 +21,6 @@ from mslora_cr.utils.files import hidden_folder, replacing_folder, write_json
 TEST_SHARE = 0.2
 CORRECTED = {"VQA-RAD": "VQA-RAD-by-image", "CXP": "CXP-by-patient"}
 """Sources whose own split shares pictures or patients, and the name of the split that does not."""
-REPORT = "prepared.json"
 Row = tuple[str, Labelled, Asked, str]
 """Side, picture, question, and the group."""
 
@@ -139,7 +138,7 @@ def _sampled(rows: Iterator[Row], most: Mapping[str, int]) -> Iterator[Row]:
 
 
 def _write(folder: Path, source: OpenSource, rows: Iterator[Row], copy: bool, progress: bool) -> PreparedSet:
-    if folder.exists() and not (folder / REPORT).is_file() and any(folder.iterdir()):
+    if folder.exists() and not (folder / PREPARED).is_file() and any(folder.iterdir()):
         raise DataError(
             f"{folder}: already there, and not from data prepare open; choose another --root or move it away"
         )
@@ -173,7 +172,7 @@ def _write(folder: Path, source: OpenSource, rows: Iterator[Row], copy: bool, pr
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in sides["test"])
         (staging / "test.jsonl").write_text("".join(lines), encoding="utf-8")
         place_files(matches, {name: staging / name for name in matches}, copy, progress)
-        write_json(staging / REPORT, {"repository": source.repository, "unit": source.unit, **prepared.summary()})
+        write_json(staging / PREPARED, {"repository": source.repository, "unit": source.unit, **prepared.summary()})
     return prepared
 
 

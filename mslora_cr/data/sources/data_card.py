@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from mslora_cr.data.open.catalog import PREPARED, OpenSource, open_sources
 from mslora_cr.data.records import TestRecord, TestRecords, TrainingRecords
 from mslora_cr.data.sources.catalog import DataSet, catalog
 from mslora_cr.data.sources.check_report import DataCard
@@ -24,7 +25,7 @@ def data_card(folder: Path, name: str, training: TrainingRecords, test: TestReco
         folder: The data set's folder.
         name: A name of the catalogue or another name.
     """
-    entry = catalog().get(name)
+    entry = catalog().get(name) or _open_source(folder)
     trained = {str(record.patient) for record in training if record.patient is not None}
     tested: set[str] = set()
     answers: Counter[str] = Counter()
@@ -52,6 +53,15 @@ def data_card(folder: Path, name: str, training: TrainingRecords, test: TestReco
     )
 
 
+def _open_source(folder: Path) -> OpenSource | None:
+    """The open stream's source from which `data prepare open` made a data set; None for any other."""
+    try:
+        repository = read_object(folder / PREPARED).get("repository")
+    except JsonError:
+        return None
+    return next((source for source in open_sources().values() if source.repository == repository), None)
+
+
 def _attributes(test: Iterable[TestRecord]) -> dict[str, dict[str, int]]:
     values: dict[str, Counter[str | int | float]] = defaultdict(Counter)
     for record in test:
@@ -69,7 +79,9 @@ def _commonest(counts: Counter[str | int | float]) -> dict[str, int]:
     return listed | ({"others": rest} if rest else {})
 
 
-def _made(folder: Path, entry: DataSet | None) -> str:
+def _made(folder: Path, entry: DataSet | OpenSource | None) -> str:
+    if isinstance(entry, OpenSource):
+        return "by the open stream's rule (`data prepare open`)"
     if (folder / CONVERTED).is_file():
         try:
             split = read_object(folder / CONVERTED).get("split_by")
