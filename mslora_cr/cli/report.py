@@ -41,7 +41,7 @@ def _report(args: argparse.Namespace) -> int:
     if args.answers is None:
         print(f"report: {write_report(config.run_dir, config.results_run_dir, config)}")
         return 0
-    from mslora_cr.evaluation.given_answers import score_given
+    from mslora_cr.analysis.given_answers import score_given
 
     folder = score_given(config, args.answers)
     print(f"report: {write_report(folder, folder, config)}")
