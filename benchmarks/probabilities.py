@@ -14,11 +14,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from benchmarks.generation import Answers, Ids, answered, use_answering_kernels
 from benchmarks.harness import finish, language_model, parse
-from benchmarks.shared_images import about_images, add_arguments
+from benchmarks.shared_images import about_images, add_arguments, seconds_an_answer
 from mslora_cr.models.vision import detach_tower
 
 PER_IMAGE = {"PathVQA": 7.9, "one": 1.0}
@@ -50,21 +48,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for name, density in PER_IMAGE.items()
         for when, scored in (("answers alone", False), ("with probabilities", True))
     }
-    with torch.inference_mode():
-        taken, too_large = setting.measured(variants, warm_up=1)
-    each = {name: [value / args.questions for value in values] for name, values in taken.items()}
+    each, facts = seconds_an_answer(setting, variants, warm_up=1)
     pairs = {name: (f"{name}, answers alone", f"{name}, with probabilities") for name in PER_IMAGE}
     return finish(
         setting,
         each,
         {f"with_over_without, {name}": pair for name, pair in pairs.items()},
         unit="s an answer",
-        extra={
-            "identical_text": all(answers.get(one) == answers.get(other) for one, other in pairs.values()),
-            "questions": args.questions,
-            "new_tokens": args.new_tokens,
-            "out_of_memory": too_large,
-        },
+        extra={"identical_text": all(answers.get(one) == answers.get(other) for one, other in pairs.values()), **facts},
     )
 
 

@@ -17,7 +17,7 @@ an opening are those of whole prompts.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,9 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for name, density in PER_IMAGE.items()
         for when, way in (("before", _before), ("after", _after))
     }
-    with torch.inference_mode():
-        taken, too_large = setting.measured(variants, warm_up=0)
-    each = {name: [value / args.questions for value in values] for name, values in taken.items()}
+    each, facts = seconds_an_answer(setting, variants, warm_up=0)
     ratios = {name: (f"{name}, before", f"{name}, after") for name in PER_IMAGE}
     identical = {
         name: sum(answers[after][index] == ids for index, ids in answers[before].items())
@@ -98,12 +96,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "identical_text": all(count == args.questions for count in identical.values()),
             "identical_answers": identical,
             "answers_per_second": {name: 1 / median(values) for name, values in each.items()},
-            "questions": args.questions,
             "opening_share_of_prompt": min(shares, default=None),
-            "new_tokens": args.new_tokens,
-            "out_of_memory": too_large,
+            **facts,
         },
     )
+
+
+def seconds_an_answer(
+    setting: Setting, variants: Mapping[str, Callable[[], Callable[[], Any]]], warm_up: int
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds an answer of each variant, round by round, and the facts that are noted beside them."""
+    args = setting.args
+    with torch.inference_mode():
+        taken, too_large = setting.measured(variants, warm_up=warm_up)
+    each = {name: [value / args.questions for value in values] for name, values in taken.items()}
+    return each, {"questions": args.questions, "new_tokens": args.new_tokens, "out_of_memory": too_large}
 
 
 def add_arguments(parser: argparse.ArgumentParser, new_tokens: int = 24) -> None:

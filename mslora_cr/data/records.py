@@ -1,8 +1,8 @@
 """The records of a task: `train.json` (a list) and `test.jsonl` (lines), validated once and read lazily.
 
-Opening a file walks it once, in bounded memory: every record is validated, the file is hashed, and only the
-byte range of each record is kept. A record is decoded again when it is asked for, so the object is a few
-megabytes for hundreds of thousands of records and cheap to send to data loader workers.
+Opening a file reads it once, in bounded memory: every record is validated, the file is hashed, and only the byte range
+of each record is kept. A record is decoded again when it is needed. So the object takes a few megabytes for hundreds
+of thousands of records and is cheap to send to data loader workers.
 """
 
 import codecs
@@ -39,7 +39,7 @@ from mslora_cr.utils.strict_json import STRICT_JSON, explain_json
 
 AnswerType = Literal["OPEN", "CLOSED"]
 AnswerKind = Literal["choice", "number", "set", "text"]
-"""What an answer is: one of a few, a count or a measurement, several labels whose order does not matter, free text."""
+"""The kind of an answer: one of a few choices, a count or a measurement, several labels in any order, or free text."""
 
 IMAGE = "<image>"
 """The marker that represents a record's images in a text."""
@@ -66,7 +66,7 @@ class _Record(BaseModel):
 
 @lru_cache(1024)
 def _misspelt(model: type[BaseModel], names: tuple[str, ...]) -> tuple[str, str] | None:
-    """The first name that is close to that of a field that is absent, with the field's name."""
+    """Return the first name that resembles that of an absent field, with the field's name; None without any."""
     valid = {name for key, field in model.model_fields.items() for name in (key, field.alias or key)}
     absent = [field.alias or key for key, field in model.model_fields.items() if not {key, field.alias} & {*names}]
     for name in names:
@@ -89,7 +89,7 @@ class TrainingRecord(_Record, Boxed):
     images: Images = Field(default=(), alias="image")
     turns: Turns = Field(alias="conversations", min_length=1)
     patient: Identifier | None = None
-    """Whose images these are; a share for validation takes whole patients."""
+    """The patient whose images these are. A share for validation takes whole patients."""
     attributes: Attributes = {}
 
 
@@ -102,20 +102,21 @@ class TestRecord(_Record, Boxed):
     images: Images = Field(alias="image", min_length=1)
     text: Text
     truths: Truths = Field(alias="gt", min_length=1)
-    """Every answer that is accepted; the best of them counts. Annotators' answers may repeat, as VQA's ten do."""
+    """Every accepted answer; the best of them counts. Annotators' answers may repeat, as VQA's ten do."""
     answer_type: AnswerType
     patient: Identifier | None = None
-    """Whose images these are: questions about one patient are not independent, which intervals and tests respect."""
+    """The patient whose images these are. Questions about one patient are not independent; intervals and tests respect
+    that."""
     attributes: Attributes = {}
-    """What is known of patient and picture by name, such as `{"sex": "F", "age": 63}`: scores are given by group."""
+    """Attributes of patient and picture by name, such as `{"sex": "F", "age": 63}`. Scores are given by group."""
     options: Options = {}
-    """By capital letter, the answers that the question offers, in order; empty where it offers none."""
+    """The answers that the question offers, in order, by capital letter; empty where it offers none."""
     answer_kind: AnswerKind | None = None
-    """None: nobody says."""
+    """None if the record does not say."""
 
     @property
     def gt(self) -> str:
-        """The one true answer, or the commonest of several (the first of those that are equally common)."""
+        """The true answer, or the commonest of several (the first of equally common ones)."""
         return Counter(self.truths).most_common(1)[0][0]
 
     @property
@@ -136,19 +137,19 @@ Record = TypeVar("Record", bound=_Record)
 
 
 def shown_images(record: TrainingRecord | TestRecord, all_images: bool) -> tuple[str, ...]:
-    """The images of a record that are shown: the first, as published, unless all are asked for."""
+    """Return the images of a record that are shown: the first one, as published, or all of them."""
     return record.images if all_images else record.images[:1]
 
 
 class _Records(Sequence[Record], Generic[Record]):
-    """Code that both kinds of file share.
+    """The code that both kinds of files share.
 
     Attributes:
         file_digest: SHA-256 of its bytes, in hexadecimal.
-        digest: The same, or, of some of a file's records (`only`), also of which they are.
+        digest: The same for a whole file. For some of its records (`only`), it also depends on which they are.
 
     Args:
-        problems: Collects what is wrong with single records, which are then passed over; without it, the first raises.
+        problems: Collects the problems of single records, which are then skipped; without it, the first problem raises.
 
     Raises:
         DataError: The file is missing, empty, not UTF-8, not JSON of this form, or a record is malformed.
@@ -185,7 +186,7 @@ class _Records(Sequence[Record], Generic[Record]):
 
     @abstractmethod
     def location(self, index: int) -> str:
-        """Where record `index` is in the file, in words, for messages."""
+        """Describe where a record is in the file, for messages."""
 
     def _note(self, problem: DataError) -> None:
         if self._problems is None:
@@ -210,7 +211,7 @@ class _Records(Sequence[Record], Generic[Record]):
         try:
             record = self._record(STRICT_JSON.decode(data.decode()), self._starts[index])
             return record if self._change is None else self._change(record)
-        except ValueError as error:  # it was valid when the file was opened
+        except ValueError as error:  # It was valid when the file was opened.
             problem = "the file changed since it was opened"
             raise DataError(f"{self.path}: {self.location(index)}: {problem}") from error
 
@@ -228,21 +229,21 @@ class _Records(Sequence[Record], Generic[Record]):
             return self._read(file, range(len(self))[index])
 
     def sizes(self) -> list[int]:
-        """By record, its bytes in the file."""
+        """Return the size of each record in the file, in bytes."""
         return [end - start for start, end in zip(self._starts, self._ends, strict=True)]
 
     def thinned(self, most: int) -> Self:
-        """At most this many of the records, as `sample_of` chooses them."""
+        """Return at most this many of the records, as `sample_of` chooses them."""
         return self.only(sample_of(len(self), most))
 
     def changed(self, change: Callable[[Record], Record]) -> Self:
-        """The records as a function gives them back."""
+        """Return the records with a function applied to each."""
         some = copy.copy(self)
         some._change = change
         return some
 
     def only(self, indices: Sequence[int]) -> Self:
-        """The records at these places, in this order. Their `digest` depends on the file and the places."""
+        """Return the records at these places, in this order. Their `digest` depends on the file and the places."""
         some = copy.copy(self)
         some._starts, some._ends = (array("Q", [ends[i] for i in indices]) for ends in (self._starts, self._ends))
         some._numbers = [self._number(index) for index in indices]
@@ -250,7 +251,7 @@ class _Records(Sequence[Record], Generic[Record]):
         return some
 
     def _number(self, index: int) -> int:
-        """The place in the file of a record."""
+        """Return a record's place in the file."""
         return index if self._numbers is None else self._numbers[index]
 
     def __iter__(self) -> Iterator[Record]:
@@ -260,9 +261,9 @@ class _Records(Sequence[Record], Generic[Record]):
 
 
 def sample_of(count: int, most: int) -> list[int]:
-    """Places, in order, of at most this many of `count` records: a random sample, but the same at every call.
+    """Return the places, in order, of at most this many of `count` records: a random sample, the same at every call.
 
-    Not every n-th record: where two kinds of question alternate in a file, those would all be of one kind.
+    Taking every n-th record would choose questions of one kind where two kinds alternate in a file.
     """
     return sorted(random.Random(0).sample(range(count), min(count, most)))
 
@@ -286,8 +287,9 @@ class TrainingRecords(_Records[TrainingRecord]):
 
 
 def _misplaced_mark(record: TrainingRecord) -> str | None:
-    """A mark elsewhere than in the first question would ask for more images than the record shows."""
-    question = 0 if record.turns[0].speaker == "human" else 1  # an opening answer is dropped
+    """Describe a marker outside the first question, which would need more images than the record shows; None without
+    any."""
+    question = 0 if record.turns[0].speaker == "human" else 1  # An answer at the start is dropped.
     for number, turn in enumerate(record.turns):
         legal = number == question and turn.speaker == "human" and record.images
         if IMAGE in turn.text and not legal:
@@ -310,7 +312,7 @@ class TestRecords(_Records[TestRecord]):
             if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
                 raise DataError(f"{self.path}: line {number}: {TOO_LONG}")
             location, end = f"line {number}", start + len(line)
-            if start == 0 and line.startswith(codecs.BOM_UTF8):  # programs on Windows put one before UTF-8
+            if start == 0 and line.startswith(codecs.BOM_UTF8):  # Programs on Windows put one before UTF-8.
                 start, line = len(codecs.BOM_UTF8), line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 try:

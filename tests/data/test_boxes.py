@@ -84,7 +84,7 @@ def test_every_rule_comes_back_within_a_pixel(rule: BoxRule) -> None:
     [
         ({"size": None}, "boxes need the image's"),
         ({"boxes": [[1, 2, 3]]}, "should be a list of boxes"),
-        ({"boxes": [[5, 5, 200, 9]]}, "no box inside of an image of 110 × 45"),
+        ({"boxes": [[5, 5, 200, 9]]}, "no box inside an image of 110 × 45"),
         ({"boxes": [[9, 5, 5, 9]]}, "no box inside"),
         ({"boxes": [[1, 1, 2, 2], [1, 1, 2, 2]]}, "2 boxes for 1 marks"),
         ({"boxes": [["1", 1, 2, 2]]}, "should be a list of boxes"),

@@ -1,4 +1,4 @@
-"""Boxes as answers: in the records in pixels, in texts as each family of models writes them.
+"""Boxes as answers. Records hold them in pixels; texts spell them as each family of models does.
 
 A record holds `boxes` (left, top, right, bottom in pixels) and the image's `size` (width, height); every `<box>` in its
 texts stands for the next one.
@@ -36,7 +36,7 @@ class Box(NamedTuple):
         return max(0.0, self.x2 - self.x1) * max(0.0, self.y2 - self.y1)
 
     def shares(self, size: Sequence[float]) -> tuple[float, float, float, float]:
-        """In shares of an image's width and height, to four digits."""
+        """Return the box in shares of an image's width and height, to four digits."""
         width, height = size
         left, top, right, bottom = (round(value, 4) for value in self.scaled(1 / width, 1 / height))
         return left, top, right, bottom
@@ -49,23 +49,23 @@ class Box(NamedTuple):
 
 
 def read_box(text: str) -> Box | None:
-    """The first box of a text: four numbers in brackets, or four numbers between commas and nothing else."""
+    """Return the first box of a text: four numbers in brackets, or nothing but four numbers between commas."""
     found = _BOX.search(text) or _BARE.fullmatch(text)
     return Box(*map(float, found.groups())) if found else None
 
 
 def pixels(box: Box) -> str:
-    """A box as scores and answer files have it."""
+    """Return a box as scores and answer files spell it."""
     return "[" + ", ".join(f"{value:g}" for value in box) + "]"
 
 
 class BoxRule(NamedTuple):
     """How a family writes boxes.
 
-    `square` (LLaVA, CoIN): fractions of the square that the picture is padded to. `thousandths` (Qwen2-VL, Qwen3-VL,
+    `square` (LLaVA, CoIN): fractions of the square to which the picture is padded. `thousandths` (Qwen2-VL, Qwen3-VL,
     InternVL; all others here): whole thousandths of width and height. `resized` (Qwen2.5-VL): whole pixels of the
-    picture as the model sees it, whose sides are multiples of `factor` and whose pixels are within the bounds. `pixels`
-    are those of the picture itself.
+    picture as the model sees it; its sides are multiples of `factor`, and its number of pixels lies within the bounds.
+    `pixels`: pixels of the picture itself.
     """
 
     kind: Literal["square", "thousandths", "resized", "pixels"]
@@ -74,7 +74,7 @@ class BoxRule(NamedTuple):
     most_pixels: int = 0
 
     def write(self, box: Box, size: Size) -> str:
-        """A box in pixels as the model is to write it; what `read` makes of it is within a pixel, of pictures of up to
+        """Return a box in pixels as the model must write it. `read` returns it to within a pixel for pictures of up to
         2,000 pixels a side."""
         if self.kind == "square":
             side, x, y = _padding(size)
@@ -83,7 +83,7 @@ class BoxRule(NamedTuple):
         return "[" + ", ".join(str(round(value)) for value in box.scaled(width / size[0], height / size[1])) + "]"
 
     def read(self, text: str, size: Size) -> Box | None:
-        """The first box of an answer in pixels; None where there is none."""
+        """Return the first box of an answer in pixels; None where there is none."""
         box = read_box(text)
         if box is None:
             return None
@@ -108,13 +108,13 @@ PIXELS = BoxRule("pixels")
 
 
 def _padding(size: Size) -> tuple[int, float, float]:
-    """The side of the square, and how far the picture is from its left and upper edge."""
+    """Return the side of the square, and the distance of the picture from its left and upper edge."""
     side = max(size)
     return side, (side - size[0]) / 2, (side - size[1]) / 2
 
 
 def rule_of(processor: Any) -> BoxRule:
-    """The rule of a model's processor, by its class."""
+    """Return the rule of a model's processor, by its class."""
     name = type(processor).__name__
     if name.startswith("Llava"):
         return BoxRule("square")
@@ -152,14 +152,14 @@ class Boxed(BaseModel):
     """A record that may have boxes."""
 
     boxes: Annotated[tuple[Box, ...], BeforeValidator(_boxes)] = ()
-    """Of a question, those of its text; the true answer has its own written out, in pixels."""
+    """The boxes of a question's text, or of a conversation. In a true answer they are written out, in pixels."""
     size: Annotated[Size | None, BeforeValidator(_size)] = None
-    """Of the image that the boxes are in."""
+    """The size of the image that the boxes are in."""
 
     @model_validator(mode="before")
     @classmethod
     def _place_boxes(cls, value: Any) -> Any:
-        """Check the boxes, and write those of a question's true answers into them."""
+        """Check the boxes, and write those of a question's true answers into these answers."""
         if not isinstance(value, Mapping) or not value.get("boxes"):
             return value
         boxes, size = _boxes(value["boxes"]), _size(value.get("size"))
@@ -178,7 +178,7 @@ class Boxed(BaseModel):
 
 
 def _texts(value: Mapping[str, Any]) -> list[str]:
-    """The texts of a record that may have marks, in order: a question's first, then its truths."""
+    """Return the texts of a record that may have marks, in order: the question first, then its truths."""
     if "gt" in value:
         truths = value["gt"] if isinstance(value["gt"], list | tuple) else [value["gt"]]
         return [str(value.get("text", "")), *map(str, truths)]
@@ -187,7 +187,7 @@ def _texts(value: Mapping[str, Any]) -> list[str]:
 
 
 def filled(texts: Sequence[str], record: Boxed, rule: BoxRule) -> list[str]:
-    """A record's texts with its boxes as the model writes them; unchanged where it has none."""
+    """Return a record's texts with its boxes as the model writes them; unchanged where it has none."""
     if not record.boxes or record.size is None:
         return list(texts)
     return _written(texts, record.boxes, record.size, rule)
@@ -224,7 +224,7 @@ def _written(texts: Sequence[str], boxes: Sequence[Box], size: Size, rule: BoxRu
 def _check_inside(boxes: Sequence[Box], size: Size) -> None:
     for box in boxes:
         if not (0 <= box.x1 < box.x2 <= size[0] and 0 <= box.y1 < box.y2 <= size[1]):
-            raise ValueError(f"field 'boxes': {[*box]} is no box inside of an image of {size[0]} × {size[1]}")
+            raise ValueError(f"field 'boxes': {[*box]} is no box inside an image of {size[0]} × {size[1]}")
 
 
 def _filled(text: str, written: Iterator[str]) -> str:
