@@ -26,7 +26,6 @@ class Records(Protocol[Record_co]):
     def __iter__(self) -> Iterator[Record_co]: ...
     def location(self, index: int) -> str:
         """Describe where a record is in the file, in words."""
-        ...
 
 
 KEPT_BYTES = 512 << 20

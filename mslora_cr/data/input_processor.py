@@ -68,60 +68,47 @@ class InputProcessor(Protocol):
     @property
     def max_length(self) -> int:
         """Positions of a sample at most, `data.max_length`."""
-        ...
 
     @property
     def end_ids(self) -> tuple[int, ...]:
         """Return the ids that end an answer."""
-        ...
 
     @property
     def box_rule(self) -> BoxRule:
         """How the model writes boxes."""
-        ...
 
     @property
     def shares_openings(self) -> bool:
         """Whether questions about the same images may share what stands before them: ids and positions that no text
         after them changes."""
-        ...
 
     def image_names(self, record: TrainingRecord | TestRecord, /) -> tuple[str, ...]:
         """Return the images of a record that are shown."""
-        ...
 
     def image_paths(self, records: Iterable[TrainingRecord | TestRecord], roots: Sequence[Path], /) -> list[Path]:
         """Return every image that some records show, once."""
-        ...
 
     def sample(self, index: int, record: TrainingRecord, roots: Sequence[Path], /) -> Any:
         """Encode a conversation with its decoded images, for the collator. `index` is the record's."""
-        ...
 
     def length(self, record: TrainingRecord, roots: Sequence[Path], /) -> int:
         """Return the number of positions of a record's sample, images included, without decoding an image."""
-        ...
 
     def count_labels(self, record: TrainingRecord, roots: Sequence[Path], /) -> LabelCount:
         """Return how many labels a record's sample has, before and after it is cut, without decoding an image."""
-        ...
 
     def padding_sample(self, sample: Any, index: int, /) -> Any:
         """Return the same sample without a label."""
-        ...
 
     def collator(self, multiple: int = 1, /) -> Collate:
         """Return the collator; the length of its batches is a multiple of `multiple`."""
-        ...
 
     def prompt(self, record: TestRecord, roots: Sequence[Path], /) -> Prompt:
         """Return a question's prompt, without decoding an image."""
-        ...
 
     def prompt_length(self, record: TestRecord, roots: Sequence[Path], /) -> int:
         """Return the number of positions of a question's prompt before it is cut, images included, without decoding an
         image."""
-        ...
 
     def answer_ids(self, question: str, images: int, answer: str, /) -> tuple[int, ...]:
         """Return the ids of an answer after the prompt of a question about some images, as training encodes them: up to
@@ -130,15 +117,12 @@ class InputProcessor(Protocol):
         Raises:
             ValueError: The chat template has no place for them.
         """
-        ...
 
     def process_images(self, images: Sequence[Image.Image], /) -> Any:
         """Decode images in the form that `answering_batch`, `asked` and the router take."""
-        ...
 
     def load_images(self, names: Sequence[str], roots: Sequence[Path], /) -> Any:
         """Return what the images of files are to the model, as `process_images` does."""
-        ...
 
     def answering_batch(self, prompts: Sequence[Prompt], images: Sequence[Any], /) -> dict[str, Tensor]:
         """Return the inputs of a decoder besides the prompts' ids.
@@ -146,7 +130,6 @@ class InputProcessor(Protocol):
         Args:
             images: The images of each prompt, as `load_images` returns them.
         """
-        ...
 
     def asked(self, earlier: Sequence[Turn], question: str, images: Any, /) -> tuple[list[int], dict[str, Tensor]]:
         """Return the ids of a prompt that continues earlier turns about the same images, and its `answering_batch`
@@ -155,4 +138,3 @@ class InputProcessor(Protocol):
         Raises:
             ValueError: Prompt and images take more positions than are allowed.
         """
-        ...

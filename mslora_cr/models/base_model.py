@@ -27,7 +27,6 @@ class ImageEncoder(Protocol):
     @property
     def modules(self) -> Sequence[nn.Module]:
         """The modules that compute them."""
-        ...
 
     def features(self, images: Sequence[Any], device: torch.device, /) -> Tensor:
         """(records, width) float32 on the CPU: the mean over a record's images; zeros for a record without images.
@@ -35,7 +34,6 @@ class ImageEncoder(Protocol):
         Args:
             images: Each record's images, as `InputProcessor.process_images` returns them.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ class BaseModel(Protocol):
     @property
     def tower(self) -> Tower | None:
         """The vision tower, or None if features of this model's images cannot be cached."""
-        ...
 
     @property
     def image_encoder(self) -> ImageEncoder: ...
@@ -63,7 +60,6 @@ class BaseModel(Protocol):
         self, max_length: int, all_images: bool, features: FeatureCache | None = None, /
     ) -> InputProcessor:
         """Prepares inputs from records."""
-        ...
 
 
 @contextmanager

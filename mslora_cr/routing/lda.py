@@ -62,11 +62,9 @@ class TaskRouter(Protocol):
 
     def route(self, features: Tensor) -> Tensor:
         """The index of the likeliest task, (questions,) int64, from (questions, features)."""
-        ...
 
     def probabilities(self, features: Tensor) -> Tensor:
         """The probability of each task, (questions, tasks), from (questions, features)."""
-        ...
 
 
 def statistics_of(gram: Tensor) -> TaskStatistics:
