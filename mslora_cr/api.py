@@ -123,7 +123,7 @@ def load(run: Run, task: str | None = None, stage: int | None = None, overrides:
 
 
 def banks_of(run: Run) -> dict[str, Bank]:
-    """A run's finished banks by task, in the stream's order.
+    """Return a run's finished banks by task, in the stream's order.
 
     Raises:
         BankError: A bank is not the one that the run's ledger records.

@@ -76,7 +76,7 @@ def run_demo(overrides: Sequence[str] = ()) -> None:
 
 
 def _configurations(overrides: Sequence[str]) -> dict[str, StreamConfig]:
-    """The configuration of each compared method."""
+    """Return the configuration of each compared method."""
     for key in {override.partition("=")[0] for override in overrides} & {"run", "method"}:
         raise ConfigError(f"{key}: the demo always compares {' and '.join(COMPARED)}; for another run: mslora-cr train")
     runs = {method: load_config(CONFIG, [*overrides, f"run={method}", f"method={method}"]) for method in COMPARED}
@@ -101,8 +101,8 @@ def _configurations(overrides: Sequence[str]) -> dict[str, StreamConfig]:
 
 
 def _earlier_seconds(runs: Iterable[StreamConfig], summary: Path) -> tuple[bool, float]:
-    """Whether an earlier call did everything, and its time; otherwise the time that earlier calls spent on finished
-    tasks.
+    """Return whether an earlier call did everything, and its time; otherwise the time that earlier calls spent on
+    finished tasks.
 
     So the time shown is that of the whole work, even if this call had little or nothing left to do.
     """

@@ -114,7 +114,7 @@ def _check_same_questions(task: str, runs: Mapping[str, Answered]) -> None:
 
 
 def _pairs(baseline: Answered, run: Answered, tasks: Sequence[str], title: str) -> list[_Pair]:
-    """The tasks that have the metric; of a metric by class, each class of each task."""
+    """Return the tasks that have the metric; of a metric by class, each class of each task."""
     pairs = []
     for task in tasks:
         sides = baseline.tasks[task], run.tasks[task]
@@ -129,7 +129,8 @@ def _pairs(baseline: Answered, run: Answered, tasks: Sequence[str], title: str) 
 
 
 def _tests(baseline: str, label: str, pairs: Sequence[_Pair], flips: int, lowest: float) -> list[PairedTest]:
-    """The tests of one run against the baseline in one metric, whose values start at `lowest`; `OVERALL` comes last."""
+    """Return the tests of one run against the baseline in one metric, whose values start at `lowest`; `OVERALL` comes
+    last."""
     tests, flipped = [], []
     parts: list[tuple[Estimate, Estimate, PairedTask]] = []
     for pair in pairs:
@@ -145,7 +146,7 @@ def _tests(baseline: str, label: str, pairs: Sequence[_Pair], flips: int, lowest
 
 
 def _without_counts(test: PairedTest) -> PairedTest:
-    """A test of pseudo-values, which nearly every question moves: it counts no answers."""
+    """Return a test of pseudo-values, which nearly every question moves: it counts no answers."""
     return test.model_copy(update={"changed": None, "change": None})
 
 
@@ -161,7 +162,7 @@ def _test(
     banks: dict[str, str | None] | None,
     lowest: float,
 ) -> PairedTest:
-    """One test of the mean over tasks, from the estimates of both scores and their difference for each task."""
+    """Return one test of the mean over tasks, from the estimates of both scores and their difference for each task."""
     weights = [1 / len(parts)] * len(parts)
     before, after = [part[0] for part in parts], [part[1] for part in parts]
     differences = [part[2] for part in parts]
@@ -186,7 +187,7 @@ def _test(
 
 
 def _ends(parts: Sequence[Estimate], weights: Sequence[float], lowest: float) -> Interval:
-    """The interval of a weighted mean of scores between `lowest` and 1, in percent."""
+    """Return the interval of a weighted mean of scores between `lowest` and 1, in percent."""
     width = 1 - lowest
     scaled = [
         part._replace(
@@ -214,8 +215,8 @@ def _between_tasks(differences: Sequence[float]) -> BetweenTasks:
 
 
 def _adjusted_by_family(tests: Sequence[PairedTest]) -> list[PairedTest]:
-    """The tests of a metric with adjusted p-values: those of tasks are a family, and so are the overall tests, and
-    their results between tasks."""
+    """Return the tests of a metric with adjusted p-values: those of tasks are a family, and so are the overall tests,
+    and their results between tasks."""
     single = iter(_adjusted([test for test in tests if test.between_tasks is None]))
     overall = iter(_adjusted([test for test in tests if test.between_tasks is not None]))
     between = iter(_adjusted([test.between_tasks for test in tests if test.between_tasks is not None]))
@@ -231,13 +232,13 @@ Tested = TypeVar("Tested", PairedTest, BetweenTasks)
 
 
 def _adjusted(family: Sequence[Tested]) -> list[Tested]:
-    """A family of p-values, corrected for their number; None stays None."""
+    """Return a family of p-values, corrected for their number; None stays None."""
     adjusted = iter(holm([test.p for test in family if test.p is not None]))
     return [test.model_copy(update={"p_adjusted": None if test.p is None else next(adjusted)}) for test in family]
 
 
 def render_comparison(comparison: Comparison) -> str:
-    """The tests as text, a table for each metric."""
+    """Return the tests as text, a table for each metric."""
     parts = []
     baseline = comparison.baseline
     for title, tests in comparison.metrics.items():
@@ -259,7 +260,7 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def _rows(test: PairedTest, banks_by: str | None) -> list[list[str | float | None]]:
-    """A line for a task; two for the mean over tasks."""
+    """Return a line for a task; two for the mean over tasks."""
     banks = test.banks[test.run] if test.banks else None
     scores = [
         _with_interval(test.baseline_score, test.baseline_interval),
@@ -276,5 +277,5 @@ def _rows(test: PairedTest, banks_by: str | None) -> list[list[str | float | Non
 
 
 def _with_interval(value: float, ends: tuple[float, float] | None, sign: str = "", note: str = "") -> str:
-    """A number with its interval; notes follow line by line."""
+    """Return a number with its interval; notes follow line by line."""
     return "\n".join([f"{value:{sign}.2f}{bracketed(ends)}", *filter(None, note.split("; "))])

@@ -22,7 +22,7 @@ class Results:
     evaluation: Evaluation
 
     def scores(self) -> list[Row]:
-        """A row for each task, stage and metric: `score`, `low` and `high` in percent (the ends of the 95 %
+        """Return a row for each task, stage and metric: `score`, `low` and `high` in percent (the ends of the 95 %
         interval), `questions` asked, and `banks` that answered."""
         return [
             {
@@ -42,13 +42,13 @@ class Results:
         ]
 
     def summary(self, metric: str = "close accuracy") -> dict[str, float | None]:
-        """The figures of a metric's task × stage matrix, in percent; None where cells are missing."""
+        """Return the figures of a metric's task × stage matrix, in percent; None where cells are missing."""
         matrix = self.evaluation.matrix(metric)
         return dict(matrix.summary()) if matrix else {}
 
     def answers(self, task: str, stage: int | None = None) -> list[Row]:
-        """A row for each question of a task: `question_id`, `question`, `answer`, `truth`, `answer_type`, and its
-        score in each metric, in [0, 1], None where the metric does not apply.
+        """Return a row for each question of a task: `question_id`, `question`, `answer`, `truth`, `answer_type`, and
+        its score in each metric, in [0, 1], None where the metric does not apply.
 
         Args:
             stage: A stage of the stream; the task's last evaluated one by default.
@@ -85,7 +85,7 @@ class Results:
 
 
 def read_results_folder(folder: Path) -> Results:
-    """The results of a run.
+    """Return the results of a run.
 
     Raises:
         ReportError: It is not evaluated, or its `evaluation.json` is malformed.

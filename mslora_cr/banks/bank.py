@@ -111,7 +111,7 @@ def assemble_bank(
 
 
 def _numbers(path: Path, module: str, tensor: Tensor) -> Tensor:
-    """A stored matrix in float32. Values that no training produces are refused."""
+    """Return a stored matrix in float32. Values that no training produces are refused."""
     if not tensor.is_floating_point() or tensor.layout != torch.strided:
         raise BankError(f"{path}: {module} has a matrix of {tensor.dtype}, not of floating-point numbers")
     if tensor.untyped_storage().nbytes() < tensor.nbytes:  # A few bytes can pretend to be a huge matrix.
@@ -130,13 +130,13 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def concatenated(name: str, banks: Iterable[Bank]) -> tuple[Tensor, Tensor]:
-    """The scaled A matrices stacked, and the B matrices side by side: B A is the sum of the banks' updates."""
+    """Return the scaled A matrices stacked, and the B matrices side by side: B A is the sum of the banks' updates."""
     pairs = [(bank.scaling * bank.matrices[name][0], bank.matrices[name][1]) for bank in banks]
     return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
 
 
 def only_projector(banks: Sequence[Bank]) -> dict[str, Tensor]:
-    """The projector of banks that answer together: that of the only one, or none.
+    """Return the projector of banks that answer together: that of the only one, or none.
 
     Raises:
         BankError: There are several banks, and one has a projector; projectors replace one another and have no sum.
@@ -153,8 +153,8 @@ def only_projector(banks: Sequence[Bank]) -> dict[str, Tensor]:
 
 
 def sum_banks(banks: Sequence[Bank], name: str) -> Bank:
-    """The sum of several banks as one bank, whose rank is the sum of their ranks and whose update is the sum of their
-    updates.
+    """Return the sum of several banks as one bank, whose rank is the sum of their ranks and whose update is the sum of
+    their updates.
 
     Args:
         banks: At least one, over the same layers.

@@ -57,7 +57,8 @@ class FusedLinear(PeftLinear):
         )
 
     def parameters_read(self) -> Iterator[nn.Parameter]:
-        """The parameters that the forward pass reads from modules that it does not call, other layers included."""
+        """Yield the parameters that the forward pass reads from modules that it does not call, other layers
+        included."""
         yield self.base_layer.weight
         for layer in self.shared.layers:
             yield from (layer.lora_A[name].weight for name in layer.adapters)
@@ -94,7 +95,7 @@ class SharedInput:
         return product
 
     def _is_input(self, x: Tensor) -> bool:
-        """Whether both are the same memory; ZeRO-3 gives each layer an alias of its own."""
+        """Return whether both are the same memory; ZeRO-3 gives each layer an alias of its own."""
         held = self._input
         return held is not None and (held.data_ptr(), held.shape, held.stride(), held.dtype) == (
             x.data_ptr(),
@@ -159,12 +160,12 @@ class _BankLinear(torch.autograd.Function):
 
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The A matrices stacked, (Σ rank, in)."""
+    """Return the A matrices stacked, (Σ rank, in)."""
     return _joined([matrix.to(dtype) for matrix in matrices], dim=0)
 
 
 def _scaled(matrices: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """The B matrices side by side, (out, Σ rank), each times its scaling."""
+    """Return the B matrices side by side, (out, Σ rank), each times its scaling."""
     scaled = [b if scaling == 1 else b * scaling for b, scaling in zip(matrices, scalings, strict=True)]
     return _joined([b.to(dtype) for b in scaled], dim=1)
 
@@ -187,5 +188,5 @@ def fuse(model: nn.Module) -> None:
 
 
 def fused_layers(model: nn.Module) -> list[FusedLinear]:
-    """The layers that compute as one operation."""
+    """Return the layers that compute as one operation."""
     return [module for module in model.modules() if isinstance(module, FusedLinear) and module.plain]

@@ -79,7 +79,7 @@ class PerSampleAdapters:
             self._masks.setdefault((present, self._rows), mask).copy_(mask)
 
     def together(self, weights: Tensor) -> Sequence[Bank]:
-        """The banks with which any of these rows is answered, if one of them has a projector; otherwise none."""
+        """Return the banks with which any of these rows is answered, if one of them has a projector; otherwise none."""
         if not any(bank.projector for bank in self._banks):
             return []
         return [bank for bank, used in zip(self._banks, (weights != 0).any(0).tolist(), strict=True) if used]
@@ -128,7 +128,7 @@ class QuestionBanks:
     weights: Tensor
 
     def of(self, question: int) -> tuple[float, ...]:
-        """The banks of a question, to tell them from those of others."""
+        """Return the banks of a question, to tell them from those of others."""
         return tuple(self.weights[question].tolist())
 
     def projector(self, question: int) -> tuple[str, ...]:

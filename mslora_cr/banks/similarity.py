@@ -37,7 +37,7 @@ def effective_rank(a: Tensor, b: Tensor) -> float:
 
 
 def effective_ranks(bank: Bank) -> dict[str, float]:
-    """The effective rank of a bank's update at every linear layer, by the layer's name."""
+    """Return the effective rank of a bank's update at every linear layer, by the layer's name."""
     return {name: effective_rank(a, b) for name, (a, b) in bank.matrices.items()}
 
 
@@ -110,6 +110,6 @@ def bank_similarity(weights: Mapping[str, Path]) -> Similarity:
 
 
 def _shapes(file: safe_open) -> dict[str, list[int]]:
-    """A and B of each layer; a mixture's routers and a projector are left out."""
+    """Return A and B of each layer; a mixture's routers and a projector are left out."""
     keys = file.keys()
     return {key: file.get_slice(key).get_shape() for key in keys if ".lora_A." in key or ".lora_B." in key}

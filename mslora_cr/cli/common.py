@@ -122,7 +122,7 @@ def share(text: str) -> float:
 
 
 def run_config(target: Path, overrides: Sequence[str] = ()) -> StreamConfig:
-    """The configuration of a run, given by a configuration, its run folder or the run's name; as `find_run`."""
+    """Return the configuration of a run, given by a configuration, its run folder or the run's name; as `find_run`."""
     from mslora_cr.config.find import find_run
 
     return find_run(target, overrides)
@@ -167,7 +167,7 @@ def add_abstention(parser: argparse.ArgumentParser) -> None:
 
 
 def abstains(args: argparse.Namespace) -> bool:
-    """Whether `--abstain-below` or `--risk` is given.
+    """Return whether `--abstain-below` or `--risk` is given.
 
     Raises:
         UserError: Both are.
@@ -178,7 +178,7 @@ def abstains(args: argparse.Namespace) -> bool:
 
 
 def stage_of(args: argparse.Namespace, config: StreamConfig) -> int | None:
-    """The stage that `--stage` or `--release` names; None if neither is given."""
+    """Return the stage that `--stage` or `--release` names; None if neither is given."""
     stage: int | None = getattr(args, "stage", None)
     if args.release is None:
         return stage

@@ -101,7 +101,8 @@ def _copy(args: argparse.Namespace) -> int:
 
 
 def _targets(source: Path, files: Sequence[Path], target: Path) -> dict[Path, Path]:
-    """The target of each file: in a folder, or `source` under the name of `target` and the other files beside it."""
+    """Return the target of each file: in a folder, or `source` under the name of `target` and the other files beside
+    it."""
     endings = (".yaml", ".yml") if source.suffix == ".yaml" else (source.suffix,)
     if target.suffix not in endings or target.is_dir():
         return {target / file.name: file for file in files}

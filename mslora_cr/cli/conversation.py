@@ -57,7 +57,7 @@ def converse(
 
 
 def answered_by(answer: Answer) -> str:
-    """One line: the banks that answered, and the router's probabilities."""
+    """Return one line: the banks that answered, and the router's probabilities."""
     sure = "" if answer.confidence is None else f"; probability of the answer {answer.confidence:.1%}"
     banks = f"banks {'+'.join(answer.banks)}" if answer.banks else "the base model, no bank"
     if answer.foreign:

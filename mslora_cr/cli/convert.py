@@ -178,5 +178,5 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def _of(count: int, rows: int) -> str:
-    """A count with its share; a plain count if it counts files and not rows."""
+    """Return a count with its share; a plain count if it counts files and not rows."""
     return f"{count:,} ({count / rows:.1%})" if count <= rows else f"{count:,}"

@@ -95,7 +95,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _takes_overrides(parser: argparse.ArgumentParser, words: Sequence[str]) -> bool:
-    """Whether the command that these words name takes KEY=VALUE arguments."""
+    """Return whether the command that these words name takes KEY=VALUE arguments."""
     for word in words:
         nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
         if not nested:
@@ -105,7 +105,7 @@ def _takes_overrides(parser: argparse.ArgumentParser, words: Sequence[str]) -> b
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; imports nothing heavy."""
+    """Return the parser of the whole command line; imports nothing heavy."""
     parser = Parser(
         allow_abbrev=False,
         prog="mslora-cr",

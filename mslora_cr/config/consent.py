@@ -72,7 +72,7 @@ def _check_module(method: str, foreign: Sequence[Path]) -> None:
 
 
 def _foreign_folders(raw: Mapping[str, Any]) -> list[Path]:
-    """The folders of runs, results, data and models that a configuration names, as far as it is valid."""
+    """Return the folders of runs, results, data and models that a configuration names, as far as it is valid."""
     sections = {key: value for key, value in raw.items() if isinstance(value, Mapping)}
     named = [raw.get("output_dir"), raw.get("results_dir")]
     named += [sections.get(key, {}).get(inner) for key, inner in (("data", "root"), ("model", "path"))]

@@ -29,7 +29,7 @@ weight."""
 
 
 def deciding_fields(fields: dict[str, Any], validation_decides: bool) -> dict[str, Any]:
-    """The fields of a configuration, apart from its tasks, that decide the banks.
+    """Return the fields of a configuration, apart from its tasks, that decide the banks.
 
     Args:
         fields: The whole configuration as JSON; it is changed.

@@ -88,7 +88,7 @@ def _catalogued_datasets() -> dict[str, Any]:
 
 
 def layers(given: str | Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The content of a file, of the file that its `extends` names (relative to itself, or shipped), and so on.
+    """Return the content of a file, of the file that its `extends` names (relative to itself, or shipped), and so on.
 
     Raises:
         ConfigError: A file cannot be read, is no mapping, or extends itself.
@@ -166,7 +166,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _targets(raw: dict[str, Any], parents: list[str], override: str) -> list[dict[str, Any]]:
-    """The mappings that an override's path leads to. Missing ones are created, so that validation names them."""
+    """Return the mappings that an override's path leads to. Missing ones are created, so that validation names them."""
     if parents[:1] == ["tasks"] and len(parents) == 2:
         return _tasks(raw) if parents[1] == "*" else [_task_named(raw, parents[1])]
     node = raw
@@ -228,7 +228,7 @@ def _fault(item: Any) -> str:
 
 
 def _method_name(raw: Mapping[str, Any]) -> str:
-    """The name of the chosen method, for messages."""
+    """Return the name of the chosen method, for messages."""
     method = if_trusted(raw.get("method", StreamConfig.model_fields["method"].default))
     return method.name if method else "method_section"
 
@@ -248,7 +248,7 @@ def _known_keys(location: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
 
 
 def training_fields(config: StreamConfig) -> dict[str, Any]:
-    """The `training` section, checked against the installed transformers' TrainingArguments.
+    """Return the `training` section, checked against the installed transformers' TrainingArguments.
 
     Raises:
         ConfigError: A field does not exist, is in `DERIVED_TRAINING_FIELDS`, or has the wrong type or value.

@@ -45,14 +45,14 @@ class MethodSettings(Protocol):
 
 
 def method_names() -> tuple[str, ...]:
-    """The package's methods in alphabetical order, from the names of its files; nothing is imported."""
+    """Return the package's methods in alphabetical order, from the names of its files; nothing is imported."""
     folder = Path(__file__).parents[1] / "methods"
     return tuple(sorted(path.stem for path in folder.glob("[!_]*.py") if path.stem != BASE))
 
 
 @cache
 def load_method(name: str) -> MethodSettings:
-    """The method of that name, a `mslora_cr.methods.base.Method`.
+    """Return the method of that name, a `mslora_cr.methods.base.Method`.
 
     Args:
         name: One of `method_names`, or `module:Class`, importable from the working directory or `sys.path`.
@@ -100,7 +100,7 @@ def if_trusted(name: str) -> MethodSettings | None:
 
 
 def _method_class(module: ModuleType, base: type) -> type:
-    """The one method that a file of the package defines."""
+    """Return the one method that a file of the package defines."""
     classes = [
         kind
         for kind in vars(module).values()

@@ -351,7 +351,7 @@ class StreamConfig(Section):
         ]
 
     def task(self, name: str) -> Task:
-        """The task of that name.
+        """Return the task of that name.
 
         Raises:
             ConfigError: There is none; the message names the nearest one.

@@ -11,7 +11,7 @@ DEFAULTS = Path(__file__).with_name("defaults")
 
 
 def configurations() -> dict[str, Path]:
-    """The YAML files by name."""
+    """Return the YAML files by name."""
     return {path.stem: path for path in sorted(DEFAULTS.glob("*.yaml"))}
 
 
@@ -21,7 +21,7 @@ def deepspeed_configurations() -> dict[str, Path]:
 
 
 def find_config(given: str | Path, folder: Path = Path()) -> Path:
-    """The file at that path, or the shipped configuration of that name. An existing file takes precedence.
+    """Return the file at that path, or the shipped configuration of that name. An existing file takes precedence.
 
     Args:
         folder: The folder that a relative path starts from.

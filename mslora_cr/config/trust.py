@@ -41,7 +41,7 @@ class TrustedMethods(StateFile):
 
 
 def trust_file() -> Path:
-    """The path of the user's list: `mslora-cr/trusted-methods.json` in `XDG_CONFIG_HOME`, or in `~/.config`."""
+    """Return the path of the user's list: `mslora-cr/trusted-methods.json` in `XDG_CONFIG_HOME`, or in `~/.config`."""
     base = os.environ.get("XDG_CONFIG_HOME")
     return Path(base or Path.home() / ".config") / "mslora-cr" / "trusted-methods.json"
 
@@ -52,7 +52,7 @@ def name_method(method: str) -> None:
 
 
 def named_methods() -> frozenset[str]:
-    """The methods that the user has named so far, for worker processes."""
+    """Return the methods that the user has named so far, for worker processes."""
     return frozenset(_named)
 
 
@@ -131,8 +131,8 @@ def check_place(method: str, files: Sequence[Path], foreign: Iterable[Path]) -> 
 
 
 def foreign_place(file: Path, foreign: Iterable[Path] = ()) -> Path | None:
-    """The folder of runs, results, data or models in which a file lies, by its path or through links; None if there is
-    none.
+    """Return the folder of runs, results, data or models in which a file lies, by its path or through links; None if
+    there is none.
 
     A folder that also contains the working directory does not count, unless it is a run folder.
     """
@@ -147,14 +147,14 @@ def foreign_place(file: Path, foreign: Iterable[Path] = ()) -> Path | None:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder is a run folder or a results folder."""
+    """Return whether a folder is a run folder or a results folder."""
     if (folder / LEDGER).exists() or (folder / EVALUATION).exists():
         return True
     return (folder / CONFIG).exists() and (folder / "banks").is_dir()
 
 
 def module_files(name: str) -> list[Path]:
-    """The files that importing a module would run, those of its packages first; nothing is imported.
+    """Return the files that importing a module would run, those of its packages first; nothing is imported.
 
     Raises:
         ModuleNotFoundError: There is no such module; the error names the missing part.

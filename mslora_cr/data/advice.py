@@ -42,13 +42,13 @@ def other_record(value: Mapping[str, Any]) -> str:
 
 
 def says_nothing(truth: str) -> bool:
-    """Whether nothing remains of a true answer without punctuation and articles, which the published scores remove:
-    every answer contains nothing, so any would count as right."""
+    """Return whether nothing remains of a true answer without punctuation and articles, which the published scores
+    remove: every answer contains nothing, so any would count as right."""
     return not set(re.sub(r"[;/\[\]\"{}()=+\\_\-><@`,?!.]", " ", truth.lower()).split()) - {"a", "an", "the"}
 
 
 def begins_as_dicom(path: Path) -> bool:
-    """Whether a regular file is DICOM's, by its magic bytes."""
+    """Return whether a regular file is DICOM's, by its magic bytes."""
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 

@@ -51,12 +51,12 @@ _DIRECTIVES = "aAbBdHIjmMpSuUwyYZ"
 
 
 def asks_for_date(template: str) -> bool:
-    """Whether a chat template writes today's date, unless it is `dated`."""
+    """Return whether a chat template writes today's date, unless it is `dated`."""
     return "strftime_now" in template
 
 
 def dated(template: str) -> str:
-    """A chat template whose `strftime_now`, if it has one, always writes `DATE`, in exports too."""
+    """Return a chat template whose `strftime_now`, if it has one, always writes `DATE`, in exports too."""
     if not asks_for_date(template):
         return template
     filters = "".join(f"|replace('%{name}', '{DATE.strftime(f'%{name}')}')" for name in _DIRECTIVES)
@@ -64,7 +64,7 @@ def dated(template: str) -> str:
 
 
 def render(processor: Any, messages: Sequence[Message], to_answer: bool = False) -> str:
-    """The text of some messages; with `to_answer`, up to the start of the assistant's next answer.
+    """Return the text of some messages; with `to_answer`, up to the start of the assistant's next answer.
 
     Raises:
         ValueError: The template does not accept them.
@@ -77,7 +77,7 @@ def render(processor: Any, messages: Sequence[Message], to_answer: bool = False)
 
 
 def training_chat(processor: Any, messages: Sequence[Message], ends: Collection[str], eos: str) -> Chat:
-    """A whole conversation and its answers.
+    """Return a whole conversation and its answers.
 
     An answer begins where the template would let the assistant begin, so that what is learned is what is generated. If
     a template ends the last answer by no token, as LLaVA-1.5's, `eos` stands behind it: its end must be learned, too.
@@ -143,7 +143,7 @@ _PROMPTED = re.compile(r"<think>\s*(?P<closed></think>\s*)?\Z")
 
 
 def _as_generated(before: str, written: str, said: str) -> str:
-    """A conversation as it would come about: the prompt, the answer with its thought, and what ends the answer.
+    """Return a conversation as it would come about: the prompt, the answer with its thought, and what ends the answer.
 
     Most templates write that. Of one that strips the thought, or writes it elsewhere than its prompt opens one, the
     prompt and what follows the answer are taken; between them stands the answer as the record gives it.
@@ -169,7 +169,7 @@ def _as_generated(before: str, written: str, said: str) -> str:
 
 
 def _tail(written: str, said: str) -> str:
-    """What a template writes after an answer."""
+    """Return what a template writes after an answer."""
     return written[written.rindex(said) + len(said) :]
 
 

@@ -19,7 +19,7 @@ def length_multiple(device: torch.device) -> int:
 
 
 def rounded_up(length: int, multiple: int) -> int:
-    """The smallest multiple that is at least the number."""
+    """Return the smallest multiple that is at least the number."""
     return -(-length // multiple) * multiple
 
 
@@ -54,7 +54,7 @@ class TrainingCollator:
 
 
 def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:
-    """The share of positions without a token, in batches of samples padded to the longest of each.
+    """Return the share of positions without a token, in batches of samples padded to the longest of each.
 
     Args:
         batches: The samples of each batch, as indices into `lengths`; no batch is empty.

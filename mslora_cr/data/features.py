@@ -38,7 +38,7 @@ class FeatureCache:
     folder: Path
 
     def path_of(self, image: Path) -> Path:
-        """The path of an image's features, whether or not the file exists."""
+        """Return the path of an image's features, whether or not the file exists."""
         digest = image_file_digest(image)
         return self.folder / digest[:2] / f"{digest}.safetensors"
 

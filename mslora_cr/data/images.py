@@ -49,7 +49,7 @@ def image_roots(data_root: Path, folder: str, image_folders: Sequence[str] = ())
 
 
 def tower_folder(model: Path, name: str) -> Path | None:
-    """The folder of the vision tower that a model's configuration calls `name`, unless it is only on the hub.
+    """Return the folder of the vision tower that a model's configuration calls `name`, unless it is only on the hub.
 
     It is a folder inside the model's, beside it (`pretrained_models/openai/…` beside
     `pretrained_models/llava_med_v1.5`), below the working directory, or an absolute one.
@@ -72,7 +72,8 @@ def check_name(name: str) -> PurePosixPath:
 
 
 def resolve_image(name: str, roots: Sequence[Path]) -> Path:
-    """The first existing `root/name`; if there is none, the first whose name is the same in another Unicode form.
+    """Return the first existing `root/name`; if there is none, the first whose name is the same in another Unicode
+    form.
 
     Folders that the user linked into a root are followed.
 
@@ -90,13 +91,13 @@ def resolve_image(name: str, roots: Sequence[Path]) -> Path:
 
 
 def _other_forms(name: PurePosixPath, roots: Sequence[Path]) -> Iterator[Path]:
-    """The path of `name` below each root, in the Unicode form that the folder there uses."""
+    """Yield the path of `name` below each root, in the Unicode form that the folder there uses."""
     if not str(name).isascii():
         yield from (find_file(root, name) for root in roots)
 
 
 def paths_of(names: Sequence[Sequence[str]], roots: Sequence[Path]) -> list[Path]:
-    """Every image that some records show, once.
+    """Return every image that some records show, once.
 
     Args:
         names: Those of each record.
@@ -157,12 +158,13 @@ def check_size(image: Image.Image, name: str) -> None:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether its greys have more than 8 bits; the conversion to RGB keeps only the values 0 to 255."""
+    """Return whether its greys have more than 8 bits; the conversion to RGB keeps only the values 0 to 255."""
     return image.mode.startswith(("I", "F"))
 
 
 def turned(image: Image.Image) -> bool:
-    """Whether a viewer turns it upright but the conversion does not: EXIF orientation (Pillow turns TIFF itself)."""
+    """Return whether a viewer turns it upright but the conversion does not: EXIF orientation (Pillow turns TIFF
+    itself)."""
     try:
         return image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in range(2, 9)
     except Exception:  # Viewers ignore damaged EXIF.
@@ -170,7 +172,7 @@ def turned(image: Image.Image) -> bool:
 
 
 def see_through(image: Image.Image) -> bool:
-    """Whether it has transparent parts: viewers show the background, the conversion the colours hidden there."""
+    """Return whether it has transparent parts: viewers show the background, the conversion the colours hidden there."""
     if not image.has_transparency_data:
         return False
     darkest, _ = image.convert("RGBA").getchannel("A").getextrema()
@@ -178,7 +180,7 @@ def see_through(image: Image.Image) -> bool:
 
 
 def page_count(image: Image.Image) -> int:
-    """The number of pages or frames of one picture; a camera's JPEG previews do not count."""
+    """Return the number of pages or frames of one picture; a camera's JPEG previews do not count."""
     try:
         return getattr(image, "n_frames", 1) if image.format in PAGED else 1
     except Exception:  # If the second is damaged, viewers show the first.
@@ -199,7 +201,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def washed_out(path: Path) -> str | None:
-    """How the model's view of a readable image differs from a viewer's; None if it does not.
+    """Return how the model's view of a readable image differs from a viewer's; None if it does not.
 
     Raises:
         DataError: As `load_image`.
@@ -232,7 +234,7 @@ def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image
 
 
 def preprocess(image: Image.Image, processor: Any) -> "torch.Tensor":
-    """The vision tower's input: float32, (3, height, width).
+    """Return the vision tower's input: float32, (3, height, width).
 
     The image is padded with the processor's mean colour, `int(255 * mean)` per channel, and then handed to
     `processor`: a CLIP image processor on the PIL backend, which resizes, crops, rescales and normalises.
@@ -245,7 +247,7 @@ def preprocess(image: Image.Image, processor: Any) -> "torch.Tensor":
 def check_images(
     paths: Iterable[Path], workers: int, progress: bool, cache: Path | None = None
 ) -> list[tuple[Path, str]]:
-    """The images that cannot be decoded, as `inspect_images` finds them."""
+    """Return the images that cannot be decoded, as `inspect_images` finds them."""
     return inspect_images(paths, workers, progress, cache).bad
 
 
@@ -322,7 +324,7 @@ def _new_images(paths: Iterable[_Numbered], marks: set[bytes], bar: tqdm) -> Ite
 
 
 def _mark(path: Path) -> bytes:
-    """A fingerprint of a file's path, size and modification time; empty if there is no such file."""
+    """Return a fingerprint of a file's path, size and modification time; empty if there is no such file."""
     try:
         status = path.stat()
     except OSError:

@@ -79,7 +79,7 @@ class ListReader:
                 return value
 
     def _peek(self) -> str:
-        """The next character that is not white space, or "" at the end of the file."""
+        """Return the next character that is not white space, or "" at the end of the file."""
         while True:
             blanks = _BLANKS.match(self.text, self.position)
             assert blanks is not None, "the pattern also matches the empty string"

@@ -49,7 +49,7 @@ class Tokenizer:
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
 
     def __len__(self) -> int:
-        """How many pieces the vocabulary has."""
+        """Return how many pieces the vocabulary has."""
         return len(self._llama)
 
     @property
@@ -72,10 +72,10 @@ class Tokenizer:
         return ids
 
     def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each sequence of ids, special tokens left out, outer white space removed."""
+        """Return the text of each sequence of ids, special tokens left out, outer white space removed."""
         return [text.strip() for text in self._llama.batch_decode(sequences, skip_special_tokens=True)]
 
     def piece_id(self, piece: str) -> int | None:
-        """The id of a piece of the vocabulary, or None."""
+        """Return the id of a piece of the vocabulary, or None."""
         number = self._llama.get_vocab().get(piece)
         return None if number is None else int(number)

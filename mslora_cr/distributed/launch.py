@@ -187,7 +187,7 @@ class PeerMonitor:
         return not self._finished.is_set() and time.monotonic() - self._heard > self._silence_seconds
 
     def first_to_fail(self) -> bool:
-        """Whether this rank was the first to fail; only its error is shown."""
+        """Return whether this rank was the first to fail; only its error is shown."""
         try:
             return int(self.store.compare_set("failed", "", str(rank()))) == rank()
         except (RuntimeError, ValueError):
@@ -226,13 +226,13 @@ def _show(error: BaseException) -> None:
 
 
 def lost_a_process(error: BaseException) -> bool:
-    """Whether an error is one that a rank sees when another rank ended or does not answer."""
+    """Return whether an error is one that a rank sees when another rank ended or does not answer."""
     signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _launchers() -> list[int]:
-    """The processes that this one depends on: its parent, and DeepSpeed's runner above it."""
+    """Return the processes that this one depends on: its parent, and DeepSpeed's runner above it."""
     parent = os.getppid()
     with suppress(psutil.Error):
         process = psutil.Process(parent)

@@ -20,8 +20,8 @@ from mslora_cr.utils.workers import cores, end_with_parent
 
 
 def devices(device: str, jobs: int | None = None) -> list[str | None]:
-    """The devices of parallel runs: one GPU each, as `CUDA_VISIBLE_DEVICES` names it, or None for a share of the CPU
-    cores."""
+    """Return the devices of parallel runs: one GPU each, as `CUDA_VISIBLE_DEVICES` names it, or None for a share of the
+    CPU cores."""
     if get_device(device).type == "cpu":
         return [None] * (jobs or cores())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -49,15 +49,15 @@ class Asking:
     blank: bool = False
 
     def path(self, config: StreamConfig, task: Task) -> Path:
-        """The file of a task's questions: where a share of the training records is held out (`data.validation`), it is
-        written with the answers."""
+        """Return the file of a task's questions: where a share of the training records is held out (`data.validation`),
+        it is written with the answers."""
         if not self.validation:
             return test_file(config, task)
         released = task_folder(config, task) / VALIDATION
         return released if released.is_file() else config.results_run_dir / task.name / HELD_OUT
 
     def records(self, config: StreamConfig, task: Task) -> TestRecords:
-        """A task's questions.
+        """Return a task's questions.
 
         Raises:
             DataError: They cannot be read.
@@ -74,20 +74,20 @@ class Asking:
         return TestRecords(path)
 
     def is_there(self, config: StreamConfig, task: Task) -> bool:
-        """Whether a task has such questions."""
+        """Return whether a task has such questions."""
         if self.rotation:
             return len(self.records(config, task)) > 0
         return not self.validation or validation_records(config, task) is not None
 
     def config(self, config: StreamConfig) -> StreamConfig:
-        """The configuration, with the results in the folder of this name."""
+        """Return the configuration, with the results in the folder of this name."""
         if not self.name:
             return config
         parent, _, run = f"{config.results_run_dir}/{self.name}".rpartition("/")
         return config.model_copy(update={"results_dir": parent, "run": run})
 
     def tasks(self, config: StreamConfig, tasks: Iterable[Task]) -> list[Task]:
-        """The tasks that have such questions."""
+        """Return the tasks that have such questions."""
         return [task for task in tasks if self.is_there(config, task)]
 
     @property
@@ -103,7 +103,7 @@ ON_VALIDATION = Asking("validation", validation=True)
 
 
 def asked_records(config: StreamConfig, tasks: Iterable[Task], asking: Asking) -> dict[str, TestRecords]:
-    """The questions of some tasks, by name; those of the run's own asking as `open_questions` checks them.
+    """Return the questions of some tasks, by name; those of the run's own asking as `open_questions` checks them.
 
     Args:
         config: of `Asking.config`.
@@ -119,19 +119,20 @@ def asked_records(config: StreamConfig, tasks: Iterable[Task], asking: Asking) -
 
 
 def rotations(count: int) -> list[Asking]:
-    """The askings of a circular evaluation besides the run's own: every other order of at most so many options."""
+    """Return the askings of a circular evaluation besides the run's own: every other order of at most so many
+    options."""
     return [Asking(f"circular/rotation-{by}", rotation=by) for by in range(1, count)]
 
 
 def _rotated(record: TestRecord, by: int) -> TestRecord:
-    """A question whose options are moved on by some letters."""
+    """Return a question whose options are moved on by some letters."""
     options = rotated(record.options, by)
     truths = tuple(_moved(truth, record, options) for truth in record.truths)
     return record.model_copy(update={"options": options, "truths": truths})
 
 
 def _moved(truth: str, record: TestRecord, options: dict[str, str]) -> str:
-    """A true answer after its option has got another letter: the new letter, where it was given by letter."""
+    """Return a true answer after its option has got another letter: the new letter, where it was given by letter."""
     letter = letter_of(truth, record.options)
     if letter is None or truth.strip().casefold() == record.options[letter].strip().casefold():
         return truth
@@ -139,7 +140,7 @@ def _moved(truth: str, record: TestRecord, options: dict[str, str]) -> str:
 
 
 def rotated_records(records: TestRecords, by: int) -> TestRecords:
-    """The questions with more than so many options, which are moved on by that number of letters."""
+    """Return the questions with more than so many options, which are moved on by that number of letters."""
     offered = records.only([index for index, one in enumerate(records) if len(one.options) > by])
     return offered.changed(partial(_rotated, by=by))
 
@@ -149,7 +150,7 @@ def _blank(record: TestRecord) -> TestRecord:
 
 
 def blank_records(records: TestRecords) -> TestRecords:
-    """The same questions about a grey picture in the place of each image."""
+    """Return the same questions about a grey picture in the place of each image."""
     return records.changed(_blank)
 
 
@@ -177,8 +178,8 @@ class BlindScore(NamedTuple):
 
 
 def blind_score(cell: Cell, results_dir: Path) -> BlindScore | None:
-    """What a cell's banks answer to the same questions without the picture: exact choice, or else F1 of open answers.
-    None where `evaluate --blind` was not asked for, or asked other questions."""
+    """Return what a cell's banks answer to the same questions without the picture: exact choice, or else F1 of open
+    answers. None where `evaluate --blind` was not asked for, or asked other questions."""
     found = Evaluation.read_if_there(results_dir / BLIND.name / EVALUATION)
     blind = next((other for other in found.cells if other.key == cell.key), None) if found else None
     metric = next((name for name in (CHOICE, "f1 score") if name in cell.metrics), None)

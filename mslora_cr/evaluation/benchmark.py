@@ -30,7 +30,7 @@ class Answer(Protocol):
 
 
 def open_questions(config: StreamConfig, tasks: Collection[Task]) -> dict[str, TestRecords]:
-    """The questions of some tasks, by name, after a check that the libraries for scoring them are installed.
+    """Return the questions of some tasks, by name, after a check that the libraries for scoring them are installed.
 
     Raises:
         DataError: A file of questions, or of further true answers, cannot be read.

@@ -194,7 +194,7 @@ class _Asker:
         }
 
     def _data_url(self, name: str) -> str:
-        """The picture as this project decodes it, so that no metadata of the file leaves the machine."""
+        """Return the picture as this project decodes it, so that no metadata of the file leaves the machine."""
         file = io.BytesIO()
         try:
             load_image(resolve_image(name, self._roots)).save(file, "PNG", compress_level=1)
@@ -204,8 +204,8 @@ class _Asker:
 
 
 def _probability(reply: Reply, candidates: tuple[str, ...]) -> AnswerProbability:
-    """What a server reports about an answer: its tokens' log-probabilities, and the likeliest first tokens, which may
-    include a candidate of one token."""
+    """Return what a server reports about an answer: its tokens' log-probabilities, and the likeliest first tokens,
+    which may include a candidate of one token."""
     first = {token.strip().casefold(): logprob for token, logprob in reversed(list(reply.first.items()))}
     logprobs = tuple(first.get(candidate.casefold()) for candidate in candidates)
     return AnswerProbability(

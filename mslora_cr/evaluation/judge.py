@@ -149,7 +149,7 @@ def _question(row: AnswerRecord) -> _Question:
 
 
 def _replies(path: Path, endpoint: Endpoint, questions: Sequence[_Question]) -> dict[_Question, str]:
-    """The judge's reply to every question, from the file as far as it has them."""
+    """Return the judge's reply to every question, from the file as far as it has them."""
     keys = {question: question.key(endpoint.model) for question in questions}
     verdicts = read_verdicts(path)
     missing = [question for question in questions if keys[question] not in verdicts]
@@ -222,7 +222,7 @@ def _body(question: _Question, judge: str) -> Body:
 
 
 def verdict_of(reply: str) -> str | None:
-    """The verdict, if the reply is that word alone; otherwise None: a judge that says more did not follow its
+    """Return the verdict, if the reply is that word alone; otherwise None: a judge that says more did not follow its
     instructions."""
     word = re.sub(r"\W", "", reply).lower()
     return word if word in WORTH else None
@@ -234,7 +234,7 @@ def _cells(
     answers: Mapping[str, Sequence[AnswerRecord]],
     replies: Mapping[_Question, str],
 ) -> list[JudgedCell]:
-    """The cells that have open answers."""
+    """Return the cells that have open answers."""
     cells = []
     for cell in evaluation.cells:
         rows = answers[cell.answers]
@@ -266,7 +266,7 @@ def _cells(
 
 
 def judged_table(judged: Judged) -> str:
-    """The verdicts as a table for the console."""
+    """Return the verdicts as a table for the console."""
     rows = [
         [cell.task, cell.stage, cell.questions, cell.correct, cell.partial, cell.wrong, cell.unclear]
         + (["–", ""] if cell.score is None else [f"{cell.score:.1f}", span(cell.interval)])

@@ -87,8 +87,8 @@ def evaluate_circular(config: StreamConfig, evaluating: Evaluating, results_dir:
 def _circular(
     results_dir: Path, cell: Cell, records: TestRecords, rotated: Mapping[Path, Evaluation | None]
 ) -> CircularTask | None:
-    """What the rotations of a cell's questions say; None where one was not answered by the same banks, or none has
-    options."""
+    """Return what the rotations of a cell's questions say; None where one was not answered by the same banks, or none
+    has options."""
     counts = np.array([len(record.options) for record in records])
     table = read_scores((results_dir / cell.answers).with_name(SCORES))
     first, always = table.columns[CHOICE], table.columns[CHOICE].copy()
@@ -118,7 +118,7 @@ def _circular(
 
 
 def circular_table(results: CircularFile) -> str:
-    """The scores as text."""
+    """Return the scores as text."""
     rows = [
         [
             cell.task,

@@ -77,7 +77,7 @@ class AnswerProbability(BaseModel):
         return [score / length for score, length in zip(self.logprobs, lengths, strict=True) if score is not None]
 
     def row(self, question_id: int | str) -> dict[str, Any]:
-        """A line of `probabilities.jsonl`, with the derived values."""
+        """Return a line of `probabilities.jsonl`, with the derived values."""
         return {
             "question_id": question_id,
             **self.model_dump(),
@@ -91,7 +91,7 @@ class AnswerProbability(BaseModel):
 def continuations_of(
     records: Iterable[TestRecord], processor: InputProcessor, candidates: Sequence[tuple[str, ...]]
 ) -> Callable[[int, Sequence[int]], Continuations]:
-    """The continuations to score after each question: the answer that it got, then its candidates."""
+    """Return the continuations to score after each question: the answer that it got, then its candidates."""
     asked = list(records)
 
     def continuations(question: int, ids: Sequence[int]) -> Continuations:
@@ -105,7 +105,7 @@ def continuations_of(
 def probability_of(
     ids: Sequence[int], ends: Sequence[int], candidates: tuple[str, ...], scores: Sequence[Sequence[float]] | None
 ) -> AnswerProbability:
-    """The probabilities of an answer's ids and of what was scored after its question, in the order of
+    """Return the probabilities of an answer's ids and of what was scored after its question, in the order of
     `continuations_of`."""
     finished = ids[-1] in ends
     if scores is None:
@@ -141,7 +141,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_probabilities(path: Path) -> list[AnswerProbability]:
-    """The probabilities beside an answer file, in the questions' order; empty if there is no file.
+    """Return the probabilities beside an answer file, in the questions' order; empty if there is no file.
 
     Raises:
         DataError: A line is malformed; the message names file and line.

@@ -56,12 +56,12 @@ class Probe(StateFile):
     environment: dict[str, Any]
 
     def last(self) -> list[Loss]:
-        """The losses after the last stage."""
+        """Return the losses after the last stage."""
         return [loss for loss in self.losses if loss.stage == self.cells[-1].stage]
 
 
 def read_probes(results_dir: Path) -> list[Probe]:
-    """The results on held-out data sets, in the order of their names.
+    """Return the results on held-out data sets, in the order of their names.
 
     Raises:
         StateError: One is damaged, or a later version wrote it.
@@ -70,7 +70,7 @@ def read_probes(results_dir: Path) -> list[Probe]:
 
 
 def probe_table(probe: Probe) -> str:
-    """The losses as a table for the console."""
+    """Return the losses as a table for the console."""
     rows = [
         [
             row.stage,

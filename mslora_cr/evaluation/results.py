@@ -108,23 +108,23 @@ class Evaluation(StateFile):
             raise ValueError(f"cells[{number}]: rows and figures of task {shorten(cell.task)} are no results")
 
     def matrix(self, metric: str) -> TaskStageMatrix | None:
-        """The task × stage matrix of a metric, over the evaluated tasks that have it; None if there are none."""
+        """Return the task × stage matrix of a metric, over the evaluated tasks that have it; None if there are none."""
         scores = {(cell.task, cell.stage): cell.metrics[metric] for cell in self.cells if metric in cell.metrics}
         tasks = tuple(task for task in self.tasks if any(task == scored for scored, _ in scores))
         return TaskStageMatrix(self.tasks, tasks, scores) if tasks else None
 
     def own_cell(self, task: str) -> Cell | None:
-        """A task's cell at its own stage."""
+        """Return a task's cell at its own stage."""
         stage = self.tasks.index(task) + 1
         return next((cell for cell in self.cells if (cell.task, cell.stage) == (task, stage)), None)
 
     def last_cell(self, task: str) -> Cell | None:
-        """A task's cell after the last stage."""
+        """Return a task's cell after the last stage."""
         return next((cell for cell in self.cells if (cell.task, cell.stage) == (task, len(self.tasks))), None)
 
     def bank_numbers(self, cell: Cell) -> str:
-        """The banks that answered: `1–3` or `2, 5`, their numbers in the stream; `none` for the base model alone; names
-        for other banks."""
+        """Return the banks that answered: `1–3` or `2, 5`, their numbers in the stream; `none` for the base model
+        alone; names for other banks."""
         if not set(cell.banks) <= set(self.tasks):
             return ", ".join(cell.banks)
         numbers = sorted(self.tasks.index(bank) + 1 for bank in cell.banks)
@@ -147,7 +147,7 @@ class Evaluation(StateFile):
         return by_metric
 
     def matrix_intervals(self, results_dir: Path, metric: str) -> MatrixIntervals:
-        """The intervals of a metric's figures, as far as they are known.
+        """Return the intervals of a metric's figures, as far as they are known.
 
         Raises:
             DataError: The scores of a cell are missing, or cover more questions at one stage than at another.
@@ -164,7 +164,7 @@ class Evaluation(StateFile):
         return matrix_intervals(matrix, columns, answers)
 
     def same_banks_since_learned(self) -> bool:
-        """Whether every task is answered by the same banks at all its evaluated stages from its own on.
+        """Return whether every task is answered by the same banks at all its evaluated stages from its own on.
 
         False if no task has several such stages. Frozen banks give the same answers at all those stages, so there can
         be no forgetting.
@@ -178,7 +178,7 @@ class Evaluation(StateFile):
 
 
 def column_of(table: ScoreTable, metric: str) -> Column:
-    """The questions of a table that have a metric; empty if it is not there."""
+    """Return the questions of a table that have a metric; empty if it is not there."""
     scores = table.columns.get(metric, np.full(len(table.ids), np.nan))
     scored = ~np.isnan(scores)
     return Column(scores[scored], table.groups[scored])

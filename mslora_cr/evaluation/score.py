@@ -164,13 +164,13 @@ def _box_rule(model: Path | None) -> BoxRule:
 
 
 def asked_in(answers: Path, questions: Sequence[TestRecord]) -> list[AskedAnswer]:
-    """A file of answers with what is known of their questions and probabilities."""
+    """Return a file of answers with what is known of their questions and probabilities."""
     records = read_answers(answers)
     return _asked(records, questions, probabilities_of(answers, len(records)))
 
 
 def score_records(records: Sequence[AnswerRecord], questions: Sequence[TestRecord] | None = None) -> Scores:
-    """The scores of answers; without questions, as far as their file alone says."""
+    """Return the scores of answers; without questions, as far as their file alone says."""
     return replace(score_answers(records), typed=typed_columns(_asked(records, questions, None)))
 
 
@@ -212,12 +212,12 @@ def _score(records: Sequence[AnswerRecord], workers: int) -> Scores:
 
 
 def render_metrics(scores: Scores) -> str:
-    """The published `metrics.txt`, which ends without a newline."""
+    """Return the published `metrics.txt`, which ends without a newline."""
     return tabulate(list(scores.metrics.items()), headers=["Metric", "Performance"])
 
 
 def metrics_of(scores: Scores, groups: intervals.Groups) -> Metrics:
-    """The content of `metrics.json`.
+    """Return the content of `metrics.json`.
 
     Args:
         groups: (answers,), the number of each answer's cluster.
@@ -250,8 +250,8 @@ def metrics_of(scores: Scores, groups: intervals.Groups) -> Metrics:
 
 
 def _bleu_interval(counts: intervals.Scores, groups: intervals.Groups, freedom: float) -> Interval:
-    """The interval of corpus BLEU: of resamplings, or, where these are all alike and would give it no width (no answer
-    shares four words with its truth, or all are right), that of any score which every answer has.
+    """Return the interval of corpus BLEU: of resamplings, or, where these are all alike and would give it no width (no
+    answer shares four words with its truth, or all are right), that of any score which every answer has.
 
     Args:
         counts: (answers, 10), n-gram counts.

@@ -45,7 +45,7 @@ class ResultsTarget:
 
     @classmethod
     def of_run(cls, config: StreamConfig, folder: Path | None = None) -> ResultsTarget:
-        """The results folder of a configuration's own run, or another folder below it."""
+        """Return the results folder of a configuration's own run, or another folder below it."""
         return cls(folder or config.results_run_dir, config.run, config.method)
 
     @property
@@ -81,7 +81,7 @@ class ImageDigests:
         self._digests: dict[str, str | None] = {}
 
     def of(self, task: Task) -> str | None:
-        """The digest of a task's images; None of a task whose file is not open if file or images are not there.
+        """Return the digest of a task's images; None of a task whose file is not open if file or images are not there.
 
         Raises:
             DataError: An image of an open file is missing.
@@ -115,7 +115,7 @@ def decoding(config: StreamConfig) -> Decoding:
 
 
 def fingerprint_fields(config: StreamConfig) -> dict[str, Any]:
-    """The fingerprint of answers; reads some of the base model's weights."""
+    """Return the fingerprint of answers; reads some of the base model's weights."""
     return {
         "model": config.model.model_dump(exclude={"device", "path", "kernels"}),
         "weights": base_digest(config),
@@ -134,7 +134,7 @@ def cell_row(
     records: TestRecords,
     scores: Scores,
 ) -> Cell:
-    """A row of `evaluation.json`: the answers in `folder`, somewhere below `root`, and their scores."""
+    """Return a row of `evaluation.json`: the answers in `folder`, somewhere below `root`, and their scores."""
     measured = metrics_of(scores, group_numbers([group for _, group in question_groups(records)]))
     assert stamp.seconds is not None, "only a part of routed answers has none"
     return Cell(

@@ -82,7 +82,7 @@ class SharedCache(Cache):
         return rows[self.members].transpose(1, 2).flatten(2, 3)
 
     def by_row(self, values: Tensor) -> Tensor:
-        """The inverse of `by_opening`."""
+        """Return the inverse of `by_opening`."""
         parts = values.unflatten(2, (self.members.shape[1], -1))
         return parts[self.group, :, self.index_in_group]
 

@@ -28,7 +28,7 @@ class Branches:
 
     @staticmethod
     def positions(continuations: Continuations) -> int:
-        """The number of tokens to read in order to score the continuations of one prompt."""
+        """Return the number of tokens to read in order to score the continuations of one prompt."""
         return sum(len(tokens) - 1 for tokens in continuations)
 
     @classmethod
@@ -59,7 +59,7 @@ class Branches:
         return seen
 
     def gather(self, logits: Tensor, continuations: Sequence[Continuations]) -> list[list[list[float]]]:
-        """The log-probability of each token of each continuation of each row.
+        """Return the log-probability of each token of each continuation of each row.
 
         Args:
             logits: (rows, 1 + positions, vocabulary) float32; the first are those after the prompt.

@@ -163,7 +163,7 @@ class StaticSteps:
         self._static: StaticRows | None = None
 
     def for_rows(self, rows: Rows, step: Step, waiting: int, choose: Callable[[int], None]) -> StaticRows | None:
-        """The buffers for a batch, not yet loaded; None if the batch is answered without them.
+        """Return the buffers for a batch, not yet loaded; None if the batch is answered without them.
 
         Args:
             step: The step to record.

@@ -72,7 +72,7 @@ class Rows:
         return self.visible.shape[1] - self.suffix
 
     def select(self, indices: Sequence[int]) -> Rows:
-        """Some of the rows; the openings do not change."""
+        """Return some of the rows; the openings do not change."""
         rows = torch.tensor(indices, device=self.ids.device)
         cache = self.cache
         group = cache.group[rows]

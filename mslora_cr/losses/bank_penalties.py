@@ -141,7 +141,8 @@ class BankPenalties:
 
 
 def _groups(bank: Bank, limit: int) -> list[list[Key]]:
-    """The matrices of a bank by role and shape, in groups of at most `limit` bytes in float32, or of one matrix."""
+    """Return the matrices of a bank by role and shape, in groups of at most `limit` bytes in float32, or of one
+    matrix."""
     shapes: dict[tuple[int, torch.Size], list[Key]] = {}
     for module, pair in bank.matrices.items():
         for half, matrix in enumerate(pair):

@@ -42,7 +42,7 @@ class Setup:
     """The device of the trainable bank."""
 
     def state_before(self) -> dict[str, Tensor]:
-        """The previous task's state, on the CPU; empty for a first task."""
+        """Return the previous task's state, on the CPU; empty for a first task."""
         before = self.config.stream[: self.task.index][-1:]
         return self.ledger.task_state(before[0].name) if before else {}
 
@@ -74,7 +74,7 @@ class Method(Generic[Settings]):
     """Whether its first bank is trained on every task of the stream."""
 
     def settings(self, config: StreamConfig) -> Settings:
-        """The method's section of a configuration."""
+        """Return the method's section of a configuration."""
         return cast(Settings, config.method_section)
 
     def check(self, config: StreamConfig) -> None:
@@ -92,15 +92,15 @@ class Method(Generic[Settings]):
     """Whether a task's bank starts as a copy of the previous one, and the last bank answers alone."""
 
     def trained(self, config: StreamConfig) -> list[Task]:
-        """The tasks that get a bank, in order: by default every task."""
+        """Return the tasks that get a bank, in order: by default every task."""
         return config.stream
 
     def stages(self, learned: Sequence[int], tasks: int) -> Sequence[int]:
-        """The stages that can answer, given the banks of the tasks `learned` in a stream of `tasks` tasks."""
+        """Return the stages that can answer, given the banks of the tasks `learned` in a stream of `tasks` tasks."""
         return learned
 
     def banks(self, task: int, stage: int, banks_by: str) -> list[int]:
-        """The banks that answer a task at a stage.
+        """Return the banks that answer a task at a stage.
 
         Where banks are summed, `prefix` takes, as published, those up to the task's own that are learned by that stage;
         `all` takes every bank of the stage.
@@ -114,13 +114,13 @@ class Method(Generic[Settings]):
     # --- what a bank is ---
 
     def adapter(self, config: StreamConfig) -> PlainLora:
-        """The kind of adapter that is trained; plain LoRA by default. Each call gives a new one."""
+        """Return the kind of adapter that is trained; plain LoRA by default. Each call gives a new one."""
         from mslora_cr.banks.kinds import PlainLora
 
         return PlainLora()
 
     def bank_rank(self, rank: int, number: int) -> int:
-        """The rank of a task's stored bank.
+        """Return the rank of a task's stored bank.
 
         Args:
             rank: `lora.rank`.
@@ -135,7 +135,7 @@ class Method(Generic[Settings]):
     probabilities, instead of by the banks of the likeliest task."""
 
     def router(self, config: StreamConfig, tasks: Sequence[TaskStatistics], pictures: int) -> TaskRouter:
-        """The router over the tasks of a stage; streaming linear discriminant analysis by default.
+        """Return the router over the tasks of a stage; streaming linear discriminant analysis by default.
 
         Args:
             config: The run.
@@ -147,16 +147,16 @@ class Method(Generic[Settings]):
         return Router(tasks)
 
     def router_settings(self, config: StreamConfig) -> dict[str, Any]:
-        """The settings that decide which banks answer; part of the answers' fingerprint."""
+        """Return the settings that decide which banks answer; part of the answers' fingerprint."""
         return {}
 
     def router_examples(self, config: StreamConfig) -> int:
-        """The number of questions of a task whose features are stored for its router."""
+        """Return the number of questions of a task whose features are stored for its router."""
         return 0
 
     def mixed(self, config: StreamConfig, banks: Sequence[Bank]) -> tuple[list[Bank], list[Bank]]:
-        """The banks of a stage for mixing: those that always count fully, and one for each task, weighed by the task's
-        share."""
+        """Return the banks of a stage for mixing: those that always count fully, and one for each task, weighed by the
+        task's share."""
         return [], list(banks)
 
     # --- what a bank starts as ---
@@ -165,7 +165,7 @@ class Method(Generic[Settings]):
     """The matrices of a bank that are trained, 0 for A and 1 for B; the others keep their initial values."""
 
     def initial(self, setup: Setup, start: Mapping[str, Pair], passes: Passes) -> dict[str, Pair] | None:
-        """The bank's initial matrices by linear layer, on the CPU; None keeps the default. Called on every rank.
+        """Return the bank's initial matrices by linear layer, on the CPU; None keeps the default. Called on every rank.
 
         Args:
             setup: The task's starting state.
@@ -177,7 +177,7 @@ class Method(Generic[Settings]):
     # --- which samples ---
 
     def sources(self, config: StreamConfig, task: Task) -> list[Task]:
-        """The tasks whose training samples are read for a task; their samples are numbered consecutively."""
+        """Return the tasks whose training samples are read for a task; their samples are numbered consecutively."""
         return [task]
 
     def order(self, config: StreamConfig, task: Task, counts: Sequence[int], ledger: Ledger) -> list[int] | None:
@@ -194,14 +194,14 @@ class Method(Generic[Settings]):
     # --- what joins the cross entropy ---
 
     def regularizes(self, config: StreamConfig, task: Task) -> bool:
-        """Whether anything is added to the cross entropy of this task."""
+        """Return whether anything is added to the cross entropy of this task."""
         return False
 
     has_penalty: ClassVar[bool] = False
     """Whether a `penalty` is added to the cross entropy of the tasks that the method `regularizes`."""
 
     def penalty(self, setup: Setup, frozen: Sequence[Bank]) -> Penalty | None:
-        """A term of the bank's matrices, computed once per update, if the method `regularizes` the task and
+        """Return a term of the bank's matrices, computed once per update, if the method `regularizes` the task and
         `has_penalty`.
 
         Args:
@@ -211,7 +211,7 @@ class Method(Generic[Settings]):
         return None
 
     def distillation(self, setup: Setup) -> Distillation | None:
-        """A term of every micro-batch's logits, if the method `regularizes` the task."""
+        """Return a term of every micro-batch's logits, if the method `regularizes` the task."""
         return None
 
     # --- what is kept ---
@@ -220,7 +220,7 @@ class Method(Generic[Settings]):
     """Whether the method stores a `task_state` of each task for later ones."""
 
     def task_state(self, setup: Setup, passes: Passes) -> dict[str, Tensor]:
-        """The tensors to store beside a trained bank for later tasks, if `has_task_state`. Called on every rank.
+        """Return the tensors to store beside a trained bank for later tasks, if `has_task_state`. Called on every rank.
 
         Args:
             setup: The task's starting state.
@@ -240,7 +240,7 @@ class AnsweringMethod(Protocol):
 
 
 def method_of(config: StreamConfig) -> Method:
-    """The method that a configuration chooses.
+    """Return the method that a configuration chooses.
 
     Raises:
         UntrustedMethodError: Its code may not be imported, or could not be when the configuration was read.
@@ -252,7 +252,7 @@ def method_of(config: StreamConfig) -> Method:
 
 
 def needs_task(config: StreamConfig, method: AnsweringMethod | None = None) -> bool:
-    """Whether tasks are answered by different banks, so that it matters to which task a question belongs.
+    """Return whether tasks are answered by different banks, so that it matters to which task a question belongs.
 
     Args:
         config: The run.

@@ -58,7 +58,7 @@ class Ewc(Method[EwcSettings]):
         return EwcPenalty(banks, settings.strength * (settings.decay if settings.mode == "online" else 1), setup.device)
 
     def task_state(self, setup: Setup, passes: Passes) -> dict[str, Tensor]:
-        """The diagonal of the empirical Fisher information: squared gradients of single samples, averaged."""
+        """Return the diagonal of the empirical Fisher information: squared gradients of single samples, averaged."""
         settings = self.settings(setup.config)
         samples = settings.fisher_batches * setup.task.batch_size
         squares = passes.mean_over_samples(torch.square, samples, label="Fisher information")

@@ -73,14 +73,14 @@ class HideLlava(Method[HideLlavaSettings]):
 
 
 def decoder_layer(name: str) -> int:
-    """The number of a linear layer's decoder layer."""
+    """Return the number of a linear layer's decoder layer."""
     match = re.search(r"\.layers\.(\d+)\.", name)
     assert match is not None, name
     return int(match[1])
 
 
 def fused(banks: Sequence[Bank]) -> Bank:
-    """One bank of the sum of their A matrices and the sum of their B matrices."""
+    """Return one bank of the sum of their A matrices and the sum of their B matrices."""
     sums = {}
     for name in banks[0].matrices:
         halves = zip(*(bank.matrices[name] for bank in banks), strict=True)
@@ -90,7 +90,7 @@ def fused(banks: Sequence[Bank]) -> Bank:
 
 
 def only(bank: Bank, takes_part: Callable[[str], bool]) -> Bank:
-    """A bank that adds nothing to layers outside `layers`; zeros there take no memory."""
+    """Return a bank that adds nothing to layers outside `layers`; zeros there take no memory."""
     pairs = {
         name: (a, b) if takes_part(name) else (a, torch.zeros(()).expand_as(b))
         for name, (a, b) in bank.matrices.items()

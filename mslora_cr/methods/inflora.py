@@ -82,7 +82,7 @@ class Inflora(Method[InfloraSettings]):
         }
 
     def _inputs_and_bases(self, setup: Setup, inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Each layer with its inputs on the new task and M of the earlier tasks, which has no column at first."""
+        """Yield each layer with its inputs on the new task and M of the earlier tasks, which has no column at first."""
         state = setup.state_before()
         for name, seen in inputs.items():
             basis = state.get(f"inputs.{name}", torch.zeros(len(seen), 0))
@@ -101,7 +101,7 @@ def outside(inputs: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def new_directions(inputs: Tensor, basis: Tensor, count: int) -> Tensor:
-    """The first `count` directions, (in, count), of inputs outside `basis`; zeros if there are fewer."""
+    """Return the first `count` directions, (in, count), of inputs outside `basis`; zeros if there are fewer."""
     directions, energy = outside(inputs, basis)
     there = energy > NOTHING * inputs.norm()
     padded = inputs.new_zeros(len(inputs), count)

@@ -46,7 +46,7 @@ class OloraSettings(Section):
         return {key: value for key, value in write(self).items() if value is not None}
 
     def lambda_1_of(self, task: Task, frozen: Sequence[Bank]) -> float:
-        """The weight of the first term, which a task without frozen banks lacks."""
+        """Return the weight of the first term, which a task without frozen banks lacks."""
         if self.lambda_1 is not None:
             return _of(self.lambda_1, task)
         assert self.relative is not None

@@ -62,12 +62,12 @@ class Replay(Method[ReplaySettings]):
         return mix(old, counts[0], task, settings.share, config.seed)
 
     def task_state(self, setup: Setup, passes: Passes) -> dict[str, Tensor]:
-        """The buffer for the next task: by task, positions in its records, int64."""
+        """Return the buffer for the next task: by task, positions in its records, int64."""
         of_task, *earlier = passes.sample_counts
         return self.choose(setup.config, setup.config.stream[: setup.task.index + 1], [*earlier, of_task])
 
     def choose(self, config: StreamConfig, tasks: Sequence[Task], counts: Sequence[int]) -> dict[str, Tensor]:
-        """A balanced buffer of these tasks' samples; the first tasks get the remainder."""
+        """Return a balanced buffer of these tasks' samples; the first tasks get the remainder."""
         share, rest = divmod(self.settings(config).buffer_size, len(tasks))
         chosen = {}
         for task, count in zip(tasks, counts, strict=True):
@@ -77,7 +77,7 @@ class Replay(Method[ReplaySettings]):
 
 
 def mix(old: Tensor, new: int, task: Task, share: float, seed: int) -> list[int]:
-    """All visits of a task: its epochs over positions 0..new-1, with `share` of each batch drawn from `old`.
+    """Return all visits of a task: its epochs over positions 0..new-1, with `share` of each batch drawn from `old`.
 
     Draws go through the whole buffer, each time in a new order, before any sample is drawn again.
     """

@@ -88,8 +88,8 @@ def _recall(table: Confusion, place: int) -> Column:
 
 
 def _precision(table: Confusion, place: int) -> Column | None:
-    """The share of answers of a class that is right, as pseudo-values of a ratio over all questions; None if no answer
-    says the class."""
+    """Return the share of answers of a class that is right, as pseudo-values of a ratio over all questions; None if no
+    answer says the class."""
     said = (table.said == place).astype(np.float64)
     if not said.any():
         return None

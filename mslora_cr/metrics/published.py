@@ -110,7 +110,7 @@ class RowScore:
     """Whether a closed answer gives its truth in whole words; None for open questions."""
 
     def by_metric(self) -> dict[str, float | None]:
-        """The answer's score in each metric, in [0, 1]; None where a metric is not for its kind of question."""
+        """Return the answer's score in each metric, in [0, 1]; None where a metric is not for its kind of question."""
         opened = self.answer_type == "OPEN"
         return {
             "exact match score": float(self.exact),

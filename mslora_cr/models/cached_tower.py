@@ -40,7 +40,7 @@ class CachedTower:
 
 
 def cached_tower(config: StreamConfig, base: BaseModel) -> CachedTower | None:
-    """The tower without its model, if `data.cache_image_features` asks for it and the model has one to take out;
+    """Return the tower without its model, if `data.cache_image_features` asks for it and the model has one to take out;
     otherwise None."""
     folder = config.data.cache_image_features
     if not folder:

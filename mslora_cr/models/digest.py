@@ -22,7 +22,7 @@ _SETTINGS = (
 
 
 def weights_digest(path: Path, vision_tower: str = "config") -> str:
-    """The digest that identifies a base model: a SHA-256 in hexadecimal.
+    """Return the digest that identifies a base model: a SHA-256 in hexadecimal.
 
     It covers the model's folder and that of the vision tower that `load` would take with this `vision_tower`:
     configurations, tokenizer and index in full; of the weights, every file's name and size, and all bytes of a file of
@@ -61,7 +61,7 @@ def _present(folder: Path, *names: str) -> list[Path]:
 
 
 def _transformers_files(folder: Path) -> list[Path]:
-    """The files from which transformers loads a folder's weights, index included."""
+    """Return the files from which transformers loads a folder's weights, index included."""
     single = ("model.safetensors", "pytorch_model.bin")
     for file in _present(folder, *(f"{name}{ending}" for name in single for ending in ("", ".index.json"))):
         return [file, *indexed_files(file)] if file.suffix == ".json" else [file]

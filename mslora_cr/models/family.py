@@ -33,7 +33,7 @@ class Family:
 
 
 def family_of(path: Path) -> Family:
-    """The family of a base model's folder.
+    """Return the family of a base model's folder.
 
     transformers' LLaVA may be LLaVA-Med, converted, if the folder has no processor, or else another LLaVA.
 

@@ -69,7 +69,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _header(file: Path) -> dict[str, tuple[str, int]]:
-    """The dtype and the number of elements of each tensor."""
+    """Return the dtype and the number of elements of each tensor."""
     try:
         with safe_open(file, framework="pt") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118

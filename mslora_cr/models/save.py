@@ -58,7 +58,8 @@ def writer_of(base: BaseModel, path: Path) -> Callable[[Path], None]:
 
 
 def deciding_settings(path: Path) -> list[str]:
-    """The generation settings in a model's folder with which greedy decoding does not choose the likeliest tokens.
+    """Return the generation settings in a model's folder with which greedy decoding does not choose the likeliest
+    tokens.
 
     Programs that load the folder itself apply them. Answers here do without them, and so does a folder from
     `writer_of`.
@@ -72,7 +73,7 @@ def deciding_settings(path: Path) -> list[str]:
 
 
 def exported_targets(path: Path, names: Iterable[str]) -> list[str] | None:
-    """The names of a bank's layers if PEFT would rewrite a pattern of them; None for most models.
+    """Return the names of a bank's layers if PEFT would rewrite a pattern of them; None for most models.
 
     Raises:
         ModelError: The folder's configuration cannot be read.
@@ -84,7 +85,7 @@ def exported_targets(path: Path, names: Iterable[str]) -> list[str] | None:
 
 
 def class_of(path: Path) -> tuple[str, str]:
-    """The class with which transformers loads an exported model, and its module.
+    """Return the class with which transformers loads an exported model, and its module.
 
     Raises:
         ModelError: The folder's configuration cannot be read.

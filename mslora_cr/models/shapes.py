@@ -38,7 +38,7 @@ def language_linear_shapes(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def projector_size(path: Path) -> int:
-    """The number of parameters of a base model's projector, from the configuration alone.
+    """Return the number of parameters of a base model's projector, from the configuration alone.
 
     Args:
         path: The base model's folder.
@@ -60,7 +60,7 @@ def projector_size(path: Path) -> int:
 
 
 def _text_config(path: Path, config: Mapping[str, Any]) -> Any:
-    """The language model's configuration of a LLaVA of either layout."""
+    """Return the language model's configuration of a LLaVA of either layout."""
     if config["model_type"] == "llava":
         return LlavaConfig.from_pretrained(path).text_config
     return llava_config(config, CLIPVisionConfig()).text_config

@@ -72,7 +72,7 @@ class _GivenFeatures(nn.Module):
 
 
 def tower_source(path: Path, config: Mapping[str, Any], vision_tower: str) -> str | Path:
-    """The tower's folder, or its hub name if there is no folder of that name."""
+    """Return the tower's folder, or its hub name if there is no folder of that name."""
     name = vision_tower if vision_tower not in ("config", "checkpoint") else config.get("mm_vision_tower")
     if not isinstance(name, str) or not name:
         raise ModelError(f"{path}/config.json: mm_vision_tower is missing")
@@ -88,7 +88,7 @@ def tower_source(path: Path, config: Mapping[str, Any], vision_tower: str) -> st
 
 
 def load_named_tower(path: Path, config: Mapping[str, Any]) -> CLIPVisionModel:
-    """The tower that a LLaVA-Med configuration names, in float32.
+    """Return the tower that a LLaVA-Med configuration names, in float32.
 
     Raises:
         ModelError: It cannot be found or loaded.

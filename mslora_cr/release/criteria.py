@@ -44,7 +44,7 @@ def calibration_tests(
 
 
 def _calibration_test(plan: Plan, folder: Path, cell: Cell, level: float, records: TestRecords) -> GateTest | None:
-    """A task's test; None where it has no closed question with probabilities."""
+    """Return a task's test; None where it has no closed question with probabilities."""
     assert plan.calibration is not None
     if records.digest != cell.questions:
         raise ReportError(f"the test file of {cell.task} was changed since it was answered; evaluate the run again")
@@ -76,7 +76,7 @@ def _calibration_test(plan: Plan, folder: Path, cell: Cell, level: float, record
 
 
 def _resampled_errors(confidence: Scores, right: Scores, groups: Groups) -> Scores:
-    """The calibration error of questions of patients drawn with replacement, (resamplings,)."""
+    """Return the calibration error of questions of patients drawn with replacement, (resamplings,)."""
     members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
     generator = np.random.default_rng(SEED)
     errors = np.empty(SAMPLES)
@@ -143,7 +143,7 @@ def _limited(
     counts: tuple[int, int],
     level: float,
 ) -> GateTest:
-    """A test of a value that must be below a limit.
+    """Return a test of a value that must be below a limit.
 
     Args:
         plan: What must be shown.

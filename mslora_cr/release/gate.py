@@ -163,7 +163,7 @@ def _paired(
 
 
 def _present(values: Scores, groups: Groups) -> tuple[Scores, Groups]:
-    """The questions that have a score, and their clusters."""
+    """Return the questions that have a score, and their clusters."""
     there = ~np.isnan(values)
     return values[there], np.unique(groups[there], return_inverse=True)[1]
 

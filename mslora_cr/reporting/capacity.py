@@ -16,8 +16,8 @@ from mslora_cr.runs.entries import RunLedger
 
 
 def answering_rank(evaluation: Evaluation, ledger: RunLedger | None) -> int | None:
-    """The rank of the banks that answer after the last evaluated stage, for the task with the most; 0 for the base
-    alone.
+    """Return the rank of the banks that answer after the last evaluated stage, for the task with the most; 0 for the
+    base alone.
 
     None if a bank's rank or the method is unknown: for imported runs, or a method outside the package.
     """
@@ -34,7 +34,7 @@ def answering_rank(evaluation: Evaluation, ledger: RunLedger | None) -> int | No
 
 
 def bank_ranks(method: Method, ledger: RunLedger | None) -> dict[str, int | None]:
-    """The rank of each finished task's bank; None if the ledger does not know it."""
+    """Return the rank of each finished task's bank; None if the ledger does not know it."""
     finished = ledger.tasks.items() if ledger else ()
     return {
         name: method.bank_rank(entry.rank, number) if entry.rank else None
@@ -43,7 +43,7 @@ def bank_ranks(method: Method, ledger: RunLedger | None) -> dict[str, int | None
 
 
 def rendered_ranks(runs: Sequence[tuple[str, Path | None, Path]]) -> str:
-    """A line with each run's answering rank; empty if none is known.
+    """Return a line with each run's answering rank; empty if none is known.
 
     Args:
         runs: By label, the run folder, if it is known, and the results folder.
@@ -60,7 +60,7 @@ def rendered_ranks(runs: Sequence[tuple[str, Path | None, Path]]) -> str:
 
 
 def method_named(name: str) -> Method | None:
-    """The method of that name; None if it is outside the package and not available."""
+    """Return the method of that name; None if it is outside the package and not available."""
     try:
         return cast(Method, load_method(name))
     except ValueError:
@@ -68,7 +68,7 @@ def method_named(name: str) -> Method | None:
 
 
 def _answering(evaluation: Evaluation, method: Method, cell: Cell) -> Sequence[str]:
-    """The banks that answer a question of a cell; if it is routed, those of the predicted task."""
+    """Return the banks that answer a question of a cell; if it is routed, those of the predicted task."""
     if evaluation.banks_by != "routed" or method.mixes_banks:
         return cell.banks
     numbers = method.banks(min(evaluation.tasks.index(cell.task) + 1, cell.stage), cell.stage, "prefix")
@@ -84,7 +84,7 @@ class Cost(NamedTuple):
 
 
 def cost_of(evaluation: Evaluation, ledger: RunLedger | None) -> Cost:
-    """The cost of a run, from its ledger.
+    """Return the cost of a run, from its ledger.
 
     Every trained bank counts, whichever answers. If a router or a method mixes banks, all that may answer count.
     """

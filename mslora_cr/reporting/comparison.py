@@ -67,7 +67,8 @@ def write_comparison(runs: Sequence[tuple[str, Path | None, Path]], output: Path
 def _by_metric(
     key: str, evaluations: Mapping[str, Evaluation], folders: Mapping[str, Path], colors: Mapping[str, str]
 ) -> dict[str, Any]:
-    """A metric of all runs: the figures of each run, their averages over the stages, matrices and final scores."""
+    """Return a metric of all runs: the figures of each run, their averages over the stages, matrices and final
+    scores."""
     name = MATRICES[key]
     matrices = {label: matrix for label, run in evaluations.items() if (matrix := run.matrix(name))}
     spans = {label: evaluations[label].matrix_intervals(folder, name) for label, folder in folders.items()}

@@ -14,7 +14,7 @@ from mslora_cr.reporting.render import render
 
 
 def release_table(record: ReleaseRecord) -> str:
-    """The record's verdict, its tests and its reasons."""
+    """Return the record's verdict, its tests and its reasons."""
     lines = [f"record {record.number} of {record.run}, stage {record.stage}: {record.verdict.upper()}"]
     if record.kind == "rollback":
         return f"{lines[0]} (a rollback to release {record.serves})"
@@ -27,7 +27,7 @@ def release_table(record: ReleaseRecord) -> str:
 
 
 def chain_table(records: Sequence[ReleaseRecord]) -> str:
-    """A line for each record; the live release is marked."""
+    """Return a line for each record; the live release is marked."""
     if not records:
         return "no record yet; `mslora-cr release PLAN RUN` makes the first"
     serving = records[-1].serves

@@ -51,12 +51,12 @@ def render(template: str, path: Path, context: Mapping[str, Any]) -> None:
 
 
 def _script(name: str) -> Markup:
-    """One of our own scripts, for a `script` element."""
+    """Return one of our own scripts, for a `script` element."""
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def _script_sources() -> Markup:
-    """The scripts that a page's security policy allows: ours, by their content, and none that data could add."""
+    """Return the scripts that a page's security policy allows: ours, by their content, and none that data could add."""
     digests = [hashlib.sha256(path.read_bytes()).digest() for path in sorted(TEMPLATES.glob("*.js"))]
     return Markup(" ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests))
 
@@ -68,7 +68,7 @@ def _embedded(content: Any) -> Markup:
 
 
 def chance(p: float | None) -> str:
-    """A p-value, which is never shown as zero."""
+    """Return a p-value, which is never shown as zero."""
     return "–" if p is None else f"{p:.3f}" if p >= 0.0005 else "< 0.001"
 
 
@@ -82,7 +82,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def _brief(value: float | None) -> str:
-    """A number with two significant digits."""
+    """Return a number with two significant digits."""
     return "–" if value is None else f"{value:.2g}" if value < 100 else f"{value:.0f}"
 
 
@@ -95,7 +95,7 @@ def capital(text: str) -> str:
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested mapping as lines of a table."""
+    """Return a nested mapping as lines of a table."""
     lines: dict[str, str] = {}
     for name, value in node.items():
         if isinstance(value, Mapping):

@@ -44,7 +44,7 @@ FILES: dict[str, type[StateFile]] = {
 
 
 def results_schema() -> dict[str, Any]:
-    """A JSON Schema (draft 2020-12) whose property of a file's name describes that file."""
+    """Return a JSON Schema (draft 2020-12) whose property of a file's name describes that file."""
     names, schema = models_json_schema([(model, "validation") for model in FILES.values()], by_alias=True)
     references = {model: reference for (model, _), reference in names.items()}
     return {

@@ -27,7 +27,7 @@ BATCH = 64
 
 
 def thumbnails(pictures: Sequence[Path], page_folder: Path) -> tuple[dict[Path, str], list[str]]:
-    """The image sources that a page in `page_folder` loads, and the pictures that could not be read.
+    """Return the image sources that a page in `page_folder` loads, and the pictures that could not be read.
 
     Up to `MOST_INSIDE` pictures become data URLs. More go to `report-images/` beside the page, under names made from
     the picture's path, size and modification time, so that the next report creates only new ones; other files there are
@@ -64,7 +64,7 @@ def _write(todo: Sequence[tuple[Path, Path]]) -> None:
 
 
 def _small_or_none(picture: Path) -> bytes | None:
-    """The thumbnail as WebP; None if the picture cannot be read."""
+    """Return the thumbnail as WebP; None if the picture cannot be read."""
     try:
         image = load_image(picture)
     except DataError:

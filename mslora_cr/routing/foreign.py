@@ -28,7 +28,7 @@ BOTH, PICTURE, TEXT = "picture and text", "picture", "text"
 
 
 def part_columns(picture_features: int) -> dict[str, slice]:
-    """The features by which a question may be foreign: all, those of its picture, and those of its text."""
+    """Return the features by which a question may be foreign: all, those of its picture, and those of its text."""
     return {BOTH: slice(None), PICTURE: slice(picture_features), TEXT: slice(picture_features, None)}
 
 

@@ -50,7 +50,7 @@ class TaskStatistics:
     part_distances: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors for a safetensors file."""
+        """Return the tensors for a safetensors file."""
         state = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
         parts = {f"{DISTANCES}{part}": values for part, values in self.part_distances.items()}
         more = {"examples": self.examples, "distances": self.distances, **parts}
@@ -61,10 +61,10 @@ class TaskRouter(Protocol):
     """Predicts the task of a question from its features."""
 
     def route(self, features: Tensor) -> Tensor:
-        """The index of the likeliest task, (questions,) int64, from (questions, features)."""
+        """Return the index of the likeliest task, (questions,) int64, from (questions, features)."""
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """The probability of each task, (questions, tasks), from (questions, features)."""
+        """Return the probability of each task, (questions, tasks), from (questions, features)."""
 
 
 def statistics_of(gram: Tensor) -> TaskStatistics:
@@ -143,11 +143,11 @@ class Router:
         self._biases = -0.5 * (means.T * self._weights).sum(0)
 
     def route(self, features: Tensor) -> Tensor:
-        """The index of the likeliest task, (questions,) int64, from (questions, features)."""
+        """Return the index of the likeliest task, (questions,) int64, from (questions, features)."""
         return self._discriminants(features).argmax(1)
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """The probability of each task, (questions, tasks) float64, from (questions, features).
+        """Return the probability of each task, (questions, tasks) float64, from (questions, features).
 
         Under the model's assumption, normal features with one covariance, the posterior is the discriminants' softmax:
         Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", 2nd edition, section 4.3.
@@ -159,14 +159,15 @@ class Router:
 
 
 def shrunken(covariance: Tensor) -> Tensor:
-    """A covariance, (features, features) float64, drawn to its diagonal, with something on it for each feature."""
+    """Return a covariance, (features, features) float64, drawn to its diagonal, with something on it for each
+    feature."""
     variances = covariance.diagonal()
     return (1 - SHRINKAGE) * covariance + torch.diag(SHRINKAGE * variances + RIDGE * variances.mean() + 1e-12)
 
 
 def cholesky(covariance: Tensor) -> Tensor:
-    """The Cholesky factor of a covariance, with enough added to its diagonal: if features hardly vary, the float32
-    rounding of their scatter can leave a negative eigenvalue."""
+    """Return the Cholesky factor of a covariance, with enough added to its diagonal: if features hardly vary, the
+    float32 rounding of their scatter can leave a negative eigenvalue."""
     added = torch.finfo(torch.float32).eps
     factor, failed = torch.linalg.cholesky_ex(covariance)
     while failed:

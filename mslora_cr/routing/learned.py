@@ -58,10 +58,10 @@ class LearnedRouter:
             optimizer.step(loss)
 
     def route(self, features: Tensor) -> Tensor:
-        """The index of the likeliest task, (questions,) int64, from (questions, features)."""
+        """Return the index of the likeliest task, (questions,) int64, from (questions, features)."""
         return self.probabilities(features).argmax(1)
 
     @torch.no_grad()
     def probabilities(self, features: Tensor) -> Tensor:
-        """The probability of each task, (questions, tasks) float64, from (questions, features)."""
+        """Return the probability of each task, (questions, tasks) float64, from (questions, features)."""
         return (features.double() @ self._weights.T + self._biases).softmax(1)

@@ -32,11 +32,11 @@ class PrototypeRouter:
         self._temperature, self._words_alone = temperature, words_alone
 
     def route(self, features: Tensor) -> Tensor:
-        """The index of the most similar task, (questions,) int64, from (questions, features)."""
+        """Return the index of the most similar task, (questions,) int64, from (questions, features)."""
         return self._similarities(features).argmax(1)
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """The share of each task, (questions, tasks) float32, from (questions, features)."""
+        """Return the share of each task, (questions, tasks) float32, from (questions, features)."""
         return (self._similarities(features) / self._temperature).softmax(1)
 
     def _similarities(self, features: Tensor) -> Tensor:

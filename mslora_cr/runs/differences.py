@@ -22,7 +22,7 @@ MOST_NAMED = 6
 
 
 def with_former_defaults(config: StreamConfig) -> StreamConfig:
-    """The configuration with which a run folder continues.
+    """Return the configuration with which a run folder continues.
 
     A method's defaults may have changed since the folder was begun (`Method.former_defaults`). The old ones hold there
     as long as the configuration sets none of them.
@@ -54,8 +54,8 @@ class Finished:
     ledger: RunLedger
 
     def fixed_difference(self, config: StreamConfig) -> str:
-        """The first difference in what a finished task cannot change: its position in the stream, its method, its rank;
-        empty if there is none."""
+        """Return the first difference in what a finished task cannot change: its position in the stream, its method,
+        its rank; empty if there is none."""
         stream = {task.name: task for task in config.stream}
         finished = self.ledger.tasks
         gone = next((name for name in finished if name not in stream), None)
@@ -83,14 +83,14 @@ class Finished:
         return f"order: {', '.join(there)} there; {', '.join(here)} here"
 
     def _of_bank(self, task: str, file: str, key: str) -> Any:
-        """The value in a bank's file, for ledgers of version 0.1.0, which lack it."""
+        """Return the value in a bank's file, for ledgers of version 0.1.0, which lack it."""
         try:
             return read_object(self.folder / "banks" / task / file).get(key)
         except JsonError:
             return None
 
     def difference(self, config: StreamConfig) -> str:
-        """The settings in which the finished tasks differ; empty if there are none.
+        """Return the settings in which the finished tasks differ; empty if there are none.
 
         Raises:
             KeyError: A finished task is not in the stream; `fixed_difference` finds that.
@@ -109,8 +109,8 @@ class Finished:
 
 
 def changed_settings(folder: Path, config: StreamConfig, task: Task) -> list[str]:
-    """The settings that decide a task's bank and differ from the run folder's saved configuration: `key: old there, new
-    here`, the order of tasks first."""
+    """Return the settings that decide a task's bank and differ from the run folder's saved configuration: `key: old
+    there, new here`, the order of tasks first."""
     try:
         saved = StreamConfig.model_validate(read_plain_yaml(folder / CONFIG))
         last = saved.stream[task.index] if task.index < len(saved.stream) else None

@@ -17,7 +17,7 @@ PACKAGES = ("mslora-cr", "torch", "transformers", "peft", "accelerate", "deepspe
 
 
 def environment() -> dict[str, Any]:
-    """The environment of a result: package versions, git commit of the code, hardware."""
+    """Return the environment of a result: package versions, git commit of the code, hardware."""
     return {"versions": versions(), "git": _git(), "hardware": _hardware()}
 
 

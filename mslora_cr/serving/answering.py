@@ -106,7 +106,7 @@ class AnsweringModel:
         self._merged: list[tuple[str, float]] | None = []
 
     def answer(self, images: ImageSource | Sequence[ImageSource], question: str, **options: Any) -> str:
-        """The answer's text; `options` are those of `ask`."""
+        """Return the answer's text; `options` are those of `ask`."""
         return self.ask(images, question, **options).text
 
     def ask(
@@ -179,18 +179,19 @@ class AnsweringModel:
         return Answer(text, tuple(ids), task, stage, names, likely, confidence, abstained, is_foreign)
 
     def question_of(self, record: TestRecord) -> str:
-        """A test question as `evaluate` asks it: with its options, and its boxes as the model writes them."""
+        """Return a test question as `evaluate` asks it: with its options, and its boxes as the model writes them."""
         return filled([record.question], record, self._input_processor.box_rule)[0]
 
     def box_in(self, answer: str, size: tuple[int, int]) -> Box | None:
-        """The first box of an answer, in pixels of a picture of this width and height; None where there is none."""
+        """Return the first box of an answer, in pixels of a picture of this width and height; None where there is
+        none."""
         return self._input_processor.box_rule.read(final_answer(answer).text, size)
 
     def route(
         self, images: ImageSource | Sequence[ImageSource], question: str, stage: int | None = None
     ) -> dict[str, float]:
-        """The probability that a question belongs to each task learned by a stage, the likeliest first; empty if the
-        same banks answer all tasks.
+        """Return the probability that a question belongs to each task learned by a stage, the likeliest first; empty if
+        the same banks answer all tasks.
 
         Raises:
             BankError: A bank has no statistics for the router.
@@ -199,8 +200,8 @@ class AnsweringModel:
         return self._look(self._input_processor.process_images(_opened(images)), question, stage, None)[0]
 
     def _look(self, images: Any, question: str, stage: int, task: str | None) -> tuple[dict[str, float], bool | None]:
-        """How likely each task is, and whether the question is like none; nothing where the task is given, or all are
-        answered by the same banks."""
+        """Return how likely each task is, and whether the question is like none; nothing where the task is given, or
+        all are answered by the same banks."""
         if task is not None or not stage or not self.run.needs_task:
             return {}, None
         with self._stack.projector.own():
@@ -237,7 +238,7 @@ class AnsweringModel:
         return tuple(bank.name for bank in banks)
 
     def _threshold(self, task: str | None, names: Sequence[str], risk: float) -> float:
-        """The least probability of an answer that keeps a risk."""
+        """Return the least probability of an answer that keeps a risk."""
         from mslora_cr.clinical.calibrated import CALIBRATION, calibrated  # needs SciPy, of the extra eval
 
         digests = [self.run.banks[name].digest for name in names if name in self.run.banks]
@@ -294,7 +295,7 @@ def _opened(images: ImageSource | Sequence[ImageSource]) -> list[Image.Image]:
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """A picture as RGB, decoded as by `load_image`; warns if a viewer shows the file differently.
+    """Return a picture as RGB, decoded as by `load_image`; warns if a viewer shows the file differently.
 
     Raises:
         DataError: It cannot be read.

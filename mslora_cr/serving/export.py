@@ -77,7 +77,7 @@ def export(
 def plan_export(
     config: StreamConfig, kind: Format, task: str | None, stage: int | None
 ) -> tuple[dict[str, list[Bank]], int]:
-    """The folders that `export` would write, each with the banks that go into it, and the stage.
+    """Return the folders that `export` would write, each with the banks that go into it, and the stage.
 
     Raises:
         ConfigError, BankError: As `export`.
@@ -156,7 +156,7 @@ def _write_model(write: Callable[[Path], None], folder: Path, record: dict[str, 
 
 
 def _plain_base(config: StreamConfig) -> BaseModel:
-    """The base model in its own dtype on the CPU: a quantised one holds no weights to merge into or to write."""
+    """Return the base model in its own dtype on the CPU: a quantised one holds no weights to merge into or to write."""
     plain = config.model.model_copy(update={"quantization": None})
     return load_base(config.model_copy(update={"model": plain}), "cpu")
 
@@ -176,7 +176,7 @@ def _record(config: StreamConfig, weights: str, task: str | None, stage: int, ba
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The stamp of an exported folder; empty if it has none."""
+    """Return the stamp of an exported folder; empty if it has none."""
     path = folder / RECORD
     return read_object(path) if path.is_file() else {}
 
@@ -189,5 +189,5 @@ def _replaced(folder: Path) -> AbstractContextManager[Path]:
 
 
 def max_lora_rank(rank: int) -> int | None:
-    """The smallest `--max-lora-rank` of vLLM that an adapter fits into; None if it fits into none."""
+    """Return the smallest `--max-lora-rank` of vLLM that an adapter fits into; None if it fits into none."""
     return next((most for most in VLLM_RANKS if most >= rank), None)

@@ -11,7 +11,7 @@ from mslora_cr.statistics.intervals import NONE, Groups, Scores, estimate, quant
 def bounded_interval(
     value: float, influence: Scores, groups: Groups, bounds: Interval, most_freedom: float
 ) -> Interval | None:
-    """The interval of a value between two bounds, on the logit scale, with the variance of its influence.
+    """Return the interval of a value between two bounds, on the logit scale, with the variance of its influence.
 
     The variance is the cluster-robust one of the mean influence of a question (`estimate`). Source: Hampel, "The
     Influence Curve and its Role in Robust Estimation", JASA 1974.

@@ -55,7 +55,7 @@ class TaskStageMatrix:
         return len(self.stream)
 
     def learned_at(self, task: str) -> int:
-        """The stage that learns a task."""
+        """Return the stage that learns a task."""
         return self.stream.index(task) + 1
 
     def cell(self, task: str, stage: int) -> float:
@@ -145,7 +145,7 @@ class TaskStageMatrix:
         return max(self.cell(task, stage) for stage in earlier) - self.cell(task, self.last)
 
     def life_of(self, task: str) -> tuple[float | None, float | None, float | None, float | None]:
-        """The score of a task at the stage before its own, at its own and after the last, and what it forgot
+        """Return the score of a task at the stage before its own, at its own and after the last, and what it forgot
         (`forgetting_of`); None where a cell is missing."""
         stage_of_task = self.learned_at(task)
         before, learned, last = (
@@ -154,7 +154,7 @@ class TaskStageMatrix:
         return before, learned, last, _or_none(partial(self.forgetting_of, task))
 
     def forgetting(self) -> float:
-        """The mean of `forgetting_of` over the tasks before the last stage, in points; 0 if there are none.
+        """Return the mean of `forgetting_of` over the tasks before the last stage, in points; 0 if there are none.
 
         It has no interval: the maximum of noisy scores lies above the true one, and more so with more stages and fewer
         questions; a bootstrap repeats that bias. For inference use `backward_transfer`. Source and errors: as
@@ -164,7 +164,7 @@ class TaskStageMatrix:
         return fmean(lost) if lost else 0.0
 
     def backward_transfer(self) -> float:
-        """The mean of ``R[i,T] - R[i,i]`` over the tasks before the last stage, in points; 0 if there are none.
+        """Return the mean of ``R[i,T] - R[i,i]`` over the tasks before the last stage, in points; 0 if there are none.
 
         It is negative if later tasks harmed earlier ones. Source: Lopez-Paz and Ranzato, NeurIPS 2017.
 
@@ -174,7 +174,7 @@ class TaskStageMatrix:
         return self._sum(self.backward_weights(self._before_last()))
 
     def backward_weights(self, tasks: Sequence[str]) -> Weights:
-        """The weights of the backward transfer of some tasks before the last stage."""
+        """Return the weights of the backward transfer of some tasks before the last stage."""
         gained = {(task, self.last): 1 / len(tasks) for task in tasks}
         return gained | {(task, self.learned_at(task)): -1 / len(tasks) for task in tasks}
 
@@ -184,7 +184,8 @@ class TaskStageMatrix:
         return {task: value for task, value in changes.items() if value is not None}
 
     def forward_transfer(self) -> float:
-        """The mean of ``R[i,i-1] - R[i,0]`` over the tasks after the first stage, in points; 0 if there are none.
+        """Return the mean of ``R[i,i-1] - R[i,0]`` over the tasks after the first stage, in points; 0 if there are
+        none.
 
         It measures how much the stages before a task help it, compared with zero shot. Source: Lopez-Paz and Ranzato,
         NeurIPS 2017, whose b_i, here R[i,0], is the score of a model initialised at random.
@@ -210,7 +211,7 @@ class TaskStageMatrix:
         }
 
     def summary(self) -> dict[str, float | None]:
-        """Every figure by name; None where a cell is missing."""
+        """Return every figure by name; None where a cell is missing."""
         return {
             figure.__name__: _or_none(figure)
             for figure in (

@@ -82,8 +82,8 @@ def non_inferiority(differences: Scores, groups: Groups, margin: float, level: f
 
 
 def sample_size(changed: float, margin: float, level: float, power: float, design_effect: float = 1.0) -> int:
-    """How many questions show non-inferiority when nothing is lost: ``(z_level + z_power)² s / margin²``, times the
-    design effect ``1 + (m - 1) ICC`` of m questions a patient. Source: Tango 1998.
+    """Return how many questions show non-inferiority when nothing is lost: ``(z_level + z_power)² s / margin²``, times
+    the design effect ``1 + (m - 1) ICC`` of m questions a patient. Source: Tango 1998.
 
     Args:
         changed: The share s of questions whose score changes, either way.
@@ -101,7 +101,7 @@ def sample_size(changed: float, margin: float, level: float, power: float, desig
 
 
 def spent(level: float, number: int) -> float:
-    """The level of the `number`-th test of a stream, from 1: ``6 level / (π² number²)``.
+    """Return the level of the `number`-th test of a stream, from 1: ``6 level / (π² number²)``.
 
     The levels of all numbers sum to `level`, so by Bonferroni's inequality all tests together are wrong with at most
     that probability.
@@ -110,8 +110,8 @@ def spent(level: float, number: int) -> float:
 
 
 def _tango_statistic(square: float, mean: float, number: float, difference: float) -> float:
-    """The number of standard errors by which the mean lies above a difference, at the likeliest share of losses for
-    it."""
+    """Return the number of standard errors by which the mean lies above a difference, at the likeliest share of losses
+    for it."""
     gained, lost = (square + mean) / 2, (square - mean) / 2
     linear = (2 - mean) * difference - gained - lost
     likeliest = (max(linear**2 + 8 * lost * difference * (1 - difference), 0.0) ** 0.5 - linear) / 4
@@ -123,7 +123,7 @@ def _tango_statistic(square: float, mean: float, number: float, difference: floa
 
 
 def _tango_bound(square: float, mean: float, number: float, quantile: float) -> float:
-    """The difference above which the mean lies by `quantile` standard errors."""
+    """Return the difference above which the mean lies by `quantile` standard errors."""
     nearest = mean - NONE
     if nearest <= -1:
         return -1.0
@@ -131,7 +131,7 @@ def _tango_bound(square: float, mean: float, number: float, quantile: float) -> 
 
 
 def _needed(square: float, mean: float, share: float, margin: float, level: float) -> int | None:
-    """The groups needed for a power of `POWER`, if each is worth `share` independent questions.
+    """Return the groups needed for a power of `POWER`, if each is worth `share` independent questions.
 
     An observed loss is taken for the true one; an observed gain is taken for chance, unless a gain must be shown (a
     margin of 0). If nothing changed, a share of 0.1 % is assumed to change.

@@ -70,7 +70,7 @@ def paired_task(differences: Scores, groups: Groups, binary: bool, same: bool = 
 
 
 def paired_change(tasks: Sequence[PairedTask], weights: Sequence[float] = (1.0,)) -> PairedChange:
-    """The weighted sum of tasks' differences.
+    """Return the weighted sum of tasks' differences.
 
     The interval is MOVER's, from each task's own limits l and u about its difference d, ``Σ w d - √Σ w² (d - l)²`` and
     ``Σ w d + √Σ w² (u - d)²``: a task in which nothing changed keeps the width of its own interval, whereas a sum of

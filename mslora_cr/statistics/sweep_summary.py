@@ -63,7 +63,7 @@ def _by_order(values: Runs) -> dict[int, list[float]]:
 
 
 def _within(orders: Mapping[int, Sequence[float]]) -> tuple[float, int]:
-    """The sum of squares of the runs about their order's mean, and its degrees of freedom."""
+    """Return the sum of squares of the runs about their order's mean, and its degrees of freedom."""
     squares = sum(float(np.var(group)) * len(group) for group in orders.values())
     return squares, sum(len(group) - 1 for group in orders.values())
 

@@ -30,7 +30,7 @@ class RecordedMethod:
 
 
 def answering_method(config: StreamConfig) -> AnsweringMethod:
-    """A run's method, or the ledger's record of one whose code may not be imported.
+    """Return a run's method, or the ledger's record of one whose code may not be imported.
 
     Raises:
         UntrustedMethodError: The ledger has no record of it either.
@@ -46,7 +46,7 @@ def answering_method(config: StreamConfig) -> AnsweringMethod:
 
 
 def builds_on_earlier(config: StreamConfig) -> bool:
-    """Whether a run's banks build on each other, so that other banks than a task's own answer it."""
+    """Return whether a run's banks build on each other, so that other banks than a task's own answer it."""
     method = answering_method(config)
     if isinstance(method, Method):
         return method.keeps_frozen_adapters or method.init_from_previous
@@ -69,7 +69,7 @@ def record_answering(config: StreamConfig, ledger: Ledger) -> None:
 
 
 def _fits(record: Answering, tasks: int) -> bool:
-    """Whether a record fits a stream of this many tasks: ledgers may come from elsewhere."""
+    """Return whether a record fits a stream of this many tasks: ledgers may come from elsewhere."""
     allowed = range(1, tasks + 1)
     rows = [row for table in (record.prefix, record.all) for row in table]
     numbers = [number for row in rows for banks in row for number in banks]

@@ -100,7 +100,7 @@ class AtlasFile(NamedTuple):
 
 
 def atlas_files(raw: RawData) -> list[AtlasFile]:
-    """The pictures of all three sets in a raw download, sorted by kind and path.
+    """Return the pictures of all three sets in a raw download, sorted by kind and path.
 
     Raises:
         DataError: A set is not there; the message names its repository.
@@ -117,7 +117,7 @@ def atlas_files(raw: RawData) -> list[AtlasFile]:
 
 
 def _fitting(raw: RawData, pattern: str) -> list[tuple[re.Match[str], RawFile]]:
-    """The files whose path ends like that, sorted by path."""
+    """Return the files whose path ends like that, sorted by path."""
     compiled = re.compile(rf"(?:^|/){pattern}$")
     pairs = [(match, file) for file in raw.files if (match := compiled.search(str(file.path)))]
     return sorted(pairs, key=lambda pair: str(pair[1].path))
@@ -136,7 +136,7 @@ def atlas_digest(files: Sequence[AtlasFile]) -> str:
 
 
 def atlas_album(base: LlavaMed, files: Sequence[AtlasFile], progress: bool) -> tuple[Tensor, list[Seen]]:
-    """The pictures as the tower reads them, (pictures, 3, height, width) float32, and what is seen in each.
+    """Return the pictures as the tower reads them, (pictures, 3, height, width) float32, and what is seen in each.
 
     Smears and fundus photographs are there whole and as four quarters.
 
@@ -176,7 +176,7 @@ def _views(one: AtlasFile) -> Iterator[tuple[Image.Image, Traits]]:
 
 
 def _cells(file: RawFile) -> list[tuple[float, float, str]]:
-    """The place and the code of each cell: lines of `x y code`."""
+    """Return the place and the code of each cell: lines of `x y code`."""
     try:
         rows = [line.split() for line in read(file).decode("ascii").splitlines() if line.strip()]
         return [(float(x), float(y), str(int(code))) for x, y, code in rows]
@@ -191,8 +191,8 @@ def _smear(codes: Sequence[str]) -> Traits:
 
 
 def _looks(album: Tensor, kinds: Sequence[str]) -> list[Traits]:
-    """How light, how rough and of which colour each picture is, the first two by thirds of its kind, from (pictures, 3,
-    height, width) between 0 and 1."""
+    """Return how light, how rough and of which colour each picture is, the first two by thirds of its kind, from
+    (pictures, 3, height, width) between 0 and 1."""
     grey = album.mean(1)
     light = grey.mean((1, 2))
     texture = grey.diff(dim=1).abs().mean((1, 2)) + grey.diff(dim=2).abs().mean((1, 2))

@@ -199,7 +199,8 @@ class TraitClassifiers(nn.Module):
         )
 
     def forward(self, features: Tensor, targets: Tensor) -> Tensor:
-        """The cross-entropy of all traits, summed over them and averaged over pictures, from (pictures, width)."""
+        """Return the cross-entropy of all traits, summed over them and averaged over pictures, from (pictures,
+        width)."""
         losses = [
             nn.functional.cross_entropy(layer(features), target, ignore_index=IGNORE_INDEX, reduction="sum")
             for layer, target in zip(self._layers, targets.T, strict=True)

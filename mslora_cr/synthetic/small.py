@@ -112,7 +112,8 @@ class _Album:
         self._prepared: tuple[Tensor, list[Seen]] | None = None
 
     def of(self, base: LlavaMed) -> tuple[Tensor, list[Seen]]:
-        """The pictures as the tower of `base` reads them, (pictures, 3, side, side), and what is seen in each."""
+        """Return the pictures as the tower of `base` reads them, (pictures, 3, side, side), and what is seen in
+        each."""
         if self._prepared is None:
             drawn, drawn_seen = drawn_album(base, np.random.default_rng([self._seed, 1]), self._progress)
             real, real_seen = atlas_album(base, self._files, self._progress)
@@ -125,8 +126,8 @@ class _Album:
 
 
 def _texts(config: StreamConfig) -> tuple[list[str], list[str]]:
-    """The different questions and the different answers of all training records, each sorted, so that nothing tells
-    which answer belongs to which question."""
+    """Return the different questions and the different answers of all training records, each sorted, so that nothing
+    tells which answer belongs to which question."""
     questions, answers = set[str](), set[str]()
     for task in config.stream:
         for record in TrainingRecords(training_file(config, task)):

@@ -48,7 +48,7 @@ class SaveError(UserError):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints inside a task, oldest first."""
+    """Return the complete checkpoints inside a task, oldest first."""
     folders = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     numbered = (path for path in folders if path.is_dir() and path.name.rpartition("-")[2].isdecimal())
     return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
@@ -69,12 +69,12 @@ class Launch(StateFile):
 
     @classmethod
     def of(cls, args: TrainingArguments, input_digests: Mapping[str, str]) -> Launch:
-        """The launch to which this process belongs."""
+        """Return the launch to which this process belongs."""
         facts = {"processes": args.world_size, "ZeRO stage": zero_stage(args.deepspeed), **input_digests}
         return cls.model_validate(facts)
 
     def input_digests(self) -> dict[str, str]:
-        """The settings that decide the bank, by their names in messages; unknown ones are left out."""
+        """Return the settings that decide the bank, by their names in messages; unknown ones are left out."""
         named = {"configuration", "base_model", "training_records", "training_images", "validation_records"}
         return self.model_dump(by_alias=True, exclude_none=True, include=named)
 
@@ -206,7 +206,7 @@ BEST_FOLDER = "best"
 
 
 def stored_numbers(folder: Path) -> tuple[Bank, dict[str, Tensor]]:
-    """The bank of a folder inside a checkpoint, and the trained tensors beside it."""
+    """Return the bank of a folder inside a checkpoint, and the trained tensors beside it."""
     file = folder / EXTRA_STATE
     return load_bank(folder), load_file(file) if file.is_file() else {}
 

@@ -106,7 +106,7 @@ class Objective:
         return self.penalty.weights if self.penalty else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint inside the task."""
+        """Return the state for a checkpoint inside the task."""
         return self.penalty.state_dict() if self.penalty else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

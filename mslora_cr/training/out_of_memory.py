@@ -48,7 +48,7 @@ class LayersNote(StateFile):
 
 
 def least_layers(folder: Path, samples: int) -> int:
-    """How many layers must be recomputed according to earlier launches; the same on every rank.
+    """Return how many layers must be recomputed according to earlier launches; the same on every rank.
 
     Args:
         folder: The folder of the task's checkpoints.

@@ -133,13 +133,13 @@ def tune(plan: Plan, devices: Sequence[str | None]) -> Path:
 
 
 def studies(folder: Path) -> dict[str, list[FrozenTrial]]:
-    """The trials of a tuning, by study."""
+    """Return the trials of a tuning, by study."""
     storage = _storage(folder)
     return {study.study_name: storage.get_all_trials(study._study_id) for study in storage.get_all_studies()}
 
 
 def best_trial(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    """The best finished trial; the earliest of equal ones."""
+    """Return the best finished trial; the earliest of equal ones."""
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     return max(finished, key=lambda trial: (trial.value, -trial.number), default=None)
 
@@ -246,7 +246,7 @@ def _score(plan: Plan, part: StudyPart, trial: Trial) -> float:
 
 
 def _validation_score(config: StreamConfig, task: str, metric: str, last: bool = False) -> float:
-    """A task's score on its validation questions, in percent: at its own stage, or after the last."""
+    """Return a task's score on its validation questions, in percent: at its own stage, or after the last."""
     if config.evaluation.banks_by == "routed":
         evaluate_routed(config, "seen")
         folder = config.results_run_dir / ROUTED
@@ -281,7 +281,7 @@ def _trial_config(
 
 
 def _trial_folder(plan: Plan, part: StudyPart, trial: Trial | FrozenTrial) -> Path:
-    """The folder of a trial, named after its values, so that a killed trial resumes."""
+    """Return the folder of a trial, named after its values, so that a killed trial resumes."""
     values = "-".join(str(value).replace("/", "_") for _, value in sorted(trial.params.items()))
     return plan.folder / part.name / values[:150]
 

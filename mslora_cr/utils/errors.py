@@ -25,7 +25,7 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
 
 
 def shorten(value: Any) -> str:
-    """A value for a message: on one line, of a sensible length, without raw control characters."""
+    """Return a value for a message: on one line, of a sensible length, without raw control characters."""
     try:
         text = repr(value)
     except RecursionError:

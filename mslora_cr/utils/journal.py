@@ -15,14 +15,14 @@ Entry = TypeVar("Entry")
 
 
 def line_check(facts: str) -> str:
-    """The check of a line: the first 16 hexadecimal digits of a SHA-256."""
+    """Return the check of a line: the first 16 hexadecimal digits of a SHA-256."""
     return hashlib.sha256(facts.encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def read_journal(
     path: Path, read: Callable[[dict[str, Any]], Entry], write: Callable[[Entry], bytes]
 ) -> tuple[list[Entry], int]:
-    """The entries of a journal, and how many of its lines are damaged.
+    """Return the entries of a journal, and how many of its lines are damaged.
 
     A line is damaged if its entry, written again, would be another line: a kill cut it short, or somebody changed it.
 

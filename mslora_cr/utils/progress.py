@@ -29,7 +29,7 @@ class _Lines(io.TextIOBase):
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm:
-    """A `tqdm` bar in a terminal; elsewhere, lines with the time left, at most one in `SECONDS`."""
+    """Return a `tqdm` bar in a terminal; elsewhere, lines with the time left, at most one in `SECONDS`."""
     if sys.stderr.isatty():
         return tqdm(*args, **options)
     lines = {

@@ -9,14 +9,14 @@ VARIABLES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 
 
 def proxy_variables(host: str = "") -> str:
-    """The environment variables that name a proxy, in either spelling; none if NO_PROXY lists the host."""
+    """Return the environment variables that name a proxy, in either spelling; none if NO_PROXY lists the host."""
     if host and proxy_bypass(host):
         return ""
     return ", ".join(name for name in (*VARIABLES, *map(str.lower, VARIABLES)) if os.environ.get(name))
 
 
 def proxy_advice(host: str = "") -> str:
-    """A sentence to append to the message about a failed request; empty without a proxy."""
+    """Return a sentence to append to the message about a failed request; empty without a proxy."""
     named = proxy_variables(host)
     if not named:
         return ""

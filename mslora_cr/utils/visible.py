@@ -34,7 +34,7 @@ class NobodyReadsError(BrokenPipeError):
 
 
 def is_first_rank() -> bool:
-    """Whether this is the first of the processes that a launcher started, or there is no launcher."""
+    """Return whether this is the first of the processes that a launcher started, or there is no launcher."""
     return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 

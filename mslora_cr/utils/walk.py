@@ -64,7 +64,7 @@ def _changed(folder: Path) -> int:
 
 @lru_cache(64)
 def _listing(folder: Path, _changed: int) -> dict[str, str]:
-    """The names in a folder by their composed form, as of the folder's last change."""
+    """Return the names in a folder by their composed form, as of the folder's last change."""
     try:
         return {composed(entry.name): entry.name for entry in folder.iterdir()}
     except OSError:

@@ -9,12 +9,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 
 def cores() -> int:
-    """The number of CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """A pool of worker processes that end with this one."""
+    """Return a pool of worker processes that end with this one."""
     context = multiprocessing.get_context("spawn")  # Forking a process that holds torch's threads may hang.
     return ProcessPoolExecutor(workers, context, end_with_parent)
 

@@ -194,7 +194,7 @@ def filled(texts: Sequence[str], record: Boxed, rule: BoxRule) -> list[str]:
 
 
 def filled_question(question: str, boxes: Sequence[Sequence[float]], size: Size | None, rule: BoxRule) -> str:
-    """A question with its boxes as the model writes them; unchanged where no box is given.
+    """Return a question with its boxes as the model writes them; unchanged where no box is given.
 
     Args:
         question: The question, with a mark `<box>` for each box.

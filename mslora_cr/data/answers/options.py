@@ -26,7 +26,7 @@ def lettered(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
 
 
 def with_options(question: str, options: Mapping[str, str]) -> str:
-    """The question with its options below it, one per line, as LLaVA and lmms-eval ask it; unchanged without
+    """Return the question with its options below it, one per line, as LLaVA and lmms-eval ask it; unchanged without
     options."""
     if not options:
         return question
@@ -34,7 +34,7 @@ def with_options(question: str, options: Mapping[str, str]) -> str:
 
 
 def rotated(options: Mapping[str, str], by: int) -> dict[str, str]:
-    """The texts shifted by so many letters; a circular evaluation asks every rotation.
+    """Return the texts shifted by so many letters; a circular evaluation asks every rotation.
 
     Args:
         options: By letter.
@@ -45,7 +45,8 @@ def rotated(options: Mapping[str, str], by: int) -> dict[str, str]:
 
 
 def letter_of(truth: str, options: Mapping[str, str]) -> str | None:
-    """The letter of a true answer, which is given as the letter or as the text of an option; None if it is neither.
+    """Return the letter of a true answer, which is given as the letter or as the text of an option; None if it is
+    neither.
 
     If an option's text is a single letter, the text is meant.
     """

@@ -51,7 +51,7 @@ class FinalAnswer(NamedTuple):
 
 
 def final_answer(text: str) -> FinalAnswer:
-    """The part of an answer that is scored, by the module's rule; takes time in proportion to the text."""
+    """Return the part of an answer that is scored, by the module's rule; takes time in proportion to the text."""
     if not _REASONS.search(text):
         return FinalAnswer(text)
     thought, rest = _parted(text)
@@ -67,13 +67,14 @@ def final_answer(text: str) -> FinalAnswer:
 
 
 def _parted(text: str) -> tuple[str, str]:
-    """What stands before the last end of a thought, and behind it."""
+    """Return what stands before the last end of a thought, and behind it."""
     ends = [match.span() for match in _CLOSING.finditer(text)]
     return (text[: ends[-1][0]], text[ends[-1][1] :]) if ends else ("", text)
 
 
 def _marked(text: str) -> tuple[str, bool]:
-    """The part of a text that is marked as the answer, and whether its end is missing; the whole without a mark."""
+    """Return the part of a text that is marked as the answer, and whether its end is missing; the whole without a
+    mark."""
     answer, cut = _last_block(text, _ANSWER)
     boxed, box_cut = _last_block(answer, _GLM_BOX)
     if boxed == answer:

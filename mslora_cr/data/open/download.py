@@ -56,7 +56,7 @@ def check_accepted(
 
 
 def licence_name(source: OpenSource) -> str:
-    """A licence's name on the command line: its first word."""
+    """Return a licence's name on the command line: its first word."""
     return source.license.split()[0]
 
 

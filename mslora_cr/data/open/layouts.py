@@ -86,7 +86,7 @@ USED = {
 
 
 def used_files(source: str, raw: RawData) -> list[tuple[str, re.Match[str], RawFile]]:
-    """The files of a raw download that a source uses: path below the repository, match and file, sorted by path.
+    """Return the files of a raw download that a source uses: path below the repository, match and file, sorted by path.
 
     Raises:
         DataError: Two places hold the same path with other contents.
@@ -105,7 +105,7 @@ def used_files(source: str, raw: RawData) -> list[tuple[str, re.Match[str], RawF
 
 
 def labelled(source: str, raw: RawData) -> Iterator[Labelled]:
-    """The pictures of a source with their questions; none where the raw download does not have it.
+    """Return the pictures of a source with their questions; none where the raw download does not have it.
 
     Raises:
         DataError: A file of labels is missing or malformed.
@@ -244,7 +244,7 @@ def _bccd(files: Files) -> Iterator[Labelled]:
 
 
 def _cells(file: RawFile) -> Counter[str]:
-    """How many boxes of each class a file in the form of PASCAL VOC has."""
+    """Return how many boxes of each class a file in the form of PASCAL VOC has."""
     content = read(file)
     if b"<!DOCTYPE" in content or b"<!ENTITY" in content:  # entities may grow without end
         raise DataError(f"{file.path}: has a document type or entities; expected plain boxes")

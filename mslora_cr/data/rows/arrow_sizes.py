@@ -27,7 +27,7 @@ class _Table(NamedTuple):
     position: int
 
     def field(self, number: int) -> int | None:
-        """The position that a field's offset leads to; None if the table does not have the field."""
+        """Return the position that a field's offset leads to; None if the table does not have the field."""
         [vtable] = struct.unpack_from("<i", self.data, self.position)
         vtable, slot = self.position - vtable, 4 + 2 * number
         [size] = struct.unpack_from("<H", self.data, vtable)
@@ -66,7 +66,7 @@ def check_unpacked(file: Path, source: pyarrow.NativeFile) -> None:
 
 
 def _unpacked(message: Any) -> int:
-    """The bytes of a batch once it is unpacked; 0 if it is not compressed, as its bytes are then in the file."""
+    """Return the bytes of a batch once it is unpacked; 0 if it is not compressed, as its bytes are then in the file."""
     data = message.metadata.to_pybytes()
     header = _Table(data, _followed(data, 0)).field(HEADER)
     if header is not None and message.type == "dictionary":

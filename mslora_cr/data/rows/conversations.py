@@ -43,7 +43,7 @@ PICTURES = ("image", "image_url", "input_image")
 
 
 def read_json_rows(path: Path, columns: Columns, question: str | None, remark: Remark) -> Iterator[Row | Problem]:
-    """The records of a .json list or of .jsonl lines, whichever of the known forms each has.
+    """Yield the records of a .json list or of .jsonl lines, whichever of the known forms each has.
 
     Raises:
         DataError: It cannot be read, or is no such file.
@@ -67,7 +67,7 @@ def _elements(path: Path, file: BinaryIO) -> Iterator[Any]:
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[Any]:
-    """The content of each line. Only a line feed ends a line: a text may contain other separators."""
+    """Yield the content of each line. Only a line feed ends a line: a text may contain other separators."""
     number = 0
     while line := file.readline(MAX_RECORD_BYTES + 1):
         number += 1
@@ -96,7 +96,7 @@ def _record(
 
 
 def _omnimed(location: str, item: Mapping[str, Any]) -> Row | Problem:
-    """A question of OmniMedVQA: the true answer is the text of an option."""
+    """Return a question of OmniMedVQA: the true answer is the text of an option."""
     options = options_of([[item[key]] for key in sorted(item) if key.startswith("option_")])
     attributes = {name: value for name in OMNIMED_ATTRIBUTES if (value := attribute(item.get(name))) is not None}
     turns = (("human", said(item["question"], "a question")), ("gpt", said(item["gt_answer"], "an answer")))
@@ -147,7 +147,8 @@ def _conversation(
 
 
 def _content(content: str | list[Any]) -> tuple[str, list[str | bytes], list[str]]:
-    """A message's text, with a mark where a picture stands; the pictures in it; and the kinds of its other parts."""
+    """Return a message's text, with a mark where a picture stands; the pictures in it; and the kinds of its other
+    parts."""
     if isinstance(content, str):
         return content, [], []
     texts: list[str] = []
@@ -166,19 +167,19 @@ def _content(content: str | list[Any]) -> tuple[str, list[str | bytes], list[str
 
 
 def _picture(part: Mapping[str, Any]) -> tuple[str | bytes, ...]:
-    """The picture in a part; none where the part only marks the place of one beside the messages."""
+    """Return the picture in a part; none where the part only marks the place of one beside the messages."""
     held = next((value for key in (*PICTURES, "url", "path") if (value := part.get(key))), None)
     return images_of(held["url"] if isinstance(held, Mapping) and "url" in held else held)
 
 
 def _inside(question: str) -> bool:
-    """Whether a picture is marked between words, or after them among others."""
+    """Return whether a picture is marked between words, or after them among others."""
     around = [part.strip() for part in question.split(IMAGE)]
     return any(around[1:-1]) or bool(around[0] and around[-1] and len(around) > 1)
 
 
 def _completed(row: Row, item: Mapping[str, Any], columns: Columns, remark: Remark) -> Row:
-    """The conversation with split, patient and attributes."""
+    """Return the conversation with split, patient and attributes."""
     split = split_of(said(item[columns.split], "a split")) if columns.split and columns.split in item else None
     names = [str(name) for name in item]
     if not columns.split:
@@ -190,7 +191,7 @@ def _completed(row: Row, item: Mapping[str, Any], columns: Columns, remark: Rema
 
 
 def opening_key(path: Path) -> str:
-    """The first non-space character of a JSON file: `[` for a list, `{` for an object."""
+    """Return the first non-space character of a JSON file: `[` for a list, `{` for an object."""
     with check_regular(path).open("rb") as file:
         start = file.read(1 << 16)
     return io.BytesIO(start).read().decode("utf-8-sig", errors="replace").lstrip()[:1]

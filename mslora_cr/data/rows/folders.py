@@ -45,7 +45,7 @@ class Boxed:
 
 
 def class_folders(folder: Path) -> dict[Path, str]:
-    """The class of each image: the name of its folder; empty if images are not sorted by folders."""
+    """Return the class of each image: the name of its folder; empty if images are not sorted by folders."""
     images = [path for path in files_below(folder) if path.suffix.lower() in ENDINGS and path.parent != folder]
     classes = {path: path.parent.name for path in images}
     names = set(classes.values())
@@ -54,7 +54,7 @@ def class_folders(folder: Path) -> dict[Path, str]:
 
 
 def read_class_folders(folder: Path, question: str | None) -> Iterator[Row | Problem]:
-    """A question about each image, answered by its folder's name. A folder above may name the split."""
+    """Yield a question about each image, answered by its folder's name. A folder above may name the split."""
     classes = class_folders(folder)
     names = {name: name.replace("_", " ").strip().lower() for name in sorted(set(classes.values()))}
     asked = question or CLASS_QUESTION.format(classes=", ".join(names.values()))
@@ -99,7 +99,7 @@ def read_voc(folder: Path) -> Iterator[Row | Problem]:
 
 
 def _read_annotation(path: Path) -> tuple[str, list[str]]:
-    """The image's name and the classes of the boxes."""
+    """Return the image's name and the classes of the boxes."""
     if path.stat().st_size > MOST_XML:
         raise UnusableError(f"larger than {MOST_XML >> 20} MB")
     text = check_regular(path).read_bytes()
@@ -133,15 +133,15 @@ def _by_stem(folder: Path) -> dict[str, list[Path]]:
 
 
 def _nearest(annotation: Path, name: str, images: Sequence[Path]) -> list[Path]:
-    """The images that an annotation may mean: of its name with the ending if there are any, and of several those that
-    share most folders with it."""
+    """Return the images that an annotation may mean: of its name with the ending if there are any, and of several those
+    that share most folders with it."""
     named = [image for image in images if image.name == Path(name).name] or images
     shared = {image: len(commonpath([f"/{annotation}", f"/{image}"])) for image in named}
     return [image for image in named if shared[image] == max(shared.values())]
 
 
 def is_coco(content: Any) -> bool:
-    """Whether a JSON object is COCO's list of boxes."""
+    """Return whether a JSON object is COCO's list of boxes."""
     return isinstance(content, Mapping) and all(isinstance(content.get(key), list) for key in ("images", "annotations"))
 
 
@@ -184,7 +184,7 @@ def _pairs(items: Any, key: str, value: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _asked(boxed: Sequence[Boxed]) -> Iterator[Row]:
-    """The questions about each image, by the rule at the top of this file."""
+    """Yield the questions about each image, by the rule at the top of this file."""
     classes = sorted({name for image in boxed for name in image.classes})
     for image in boxed:
         counts = Counter(image.classes)

@@ -19,8 +19,8 @@ LISTS = (".json", ".jsonl")
 def read_rows(
     source: Path, columns: Columns, question: str | None, remark: Remark = lambda text: None
 ) -> Iterator[Row | Problem]:
-    """The rows of a table (.csv, .tsv), of conversations or questions (.json, .jsonl), of COCO's boxes (.json), or of a
-    folder: a `datasets` data set, PASCAL-VOC's boxes, images in folders named by class.
+    """Yield the rows of a table (.csv, .tsv), of conversations or questions (.json, .jsonl), of COCO's boxes (.json),
+    or of a folder: a `datasets` data set, PASCAL-VOC's boxes, images in folders named by class.
 
     Args:
         columns: The content of each column.
@@ -68,7 +68,7 @@ def _folder(source: Path, columns: Columns, question: str | None, remark: Remark
 
 
 def holds_questions(source: Path) -> bool:
-    """Whether a folder has questions or labels, and not only images."""
+    """Return whether a folder has questions or labels, and not only images."""
     if dataset_files(source) or voc_files(source):
         return True
     classes = class_folders(source)

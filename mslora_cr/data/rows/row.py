@@ -101,12 +101,12 @@ class UnusableError(ValueError):
 
 
 def plain(name: str) -> str:
-    """A column's name without case, spaces and marks: `Patient ID` and `patient_id` are equal."""
+    """Return a column's name without case, spaces and marks: `Patient ID` and `patient_id` are equal."""
     return re.sub(r"[\s._-]+", "", name).casefold()
 
 
 def known_columns(path: Path, names: Sequence[str], columns: Columns, question: str | None, remark: Remark) -> Columns:
-    """The columns by the names that a table gives them.
+    """Return the columns by the names that a table gives them.
 
     Raises:
         DataError: The table lacks one, has two of a name, or several that could be meant.
@@ -170,7 +170,7 @@ def remark_split(names: Iterable[str], remark: Remark) -> None:
 
 
 def patient_column(names: Iterable[str], remark: Remark = lambda text: None) -> str | None:
-    """The column that names the patient; remark on one that only may."""
+    """Return the column that names the patient; remark on one that only may."""
     names = list(names)
     if column := next((name for name in names if plain(name) in PATIENTS), None):
         return column
@@ -186,7 +186,7 @@ def patient_column(names: Iterable[str], remark: Remark = lambda text: None) -> 
 
 
 def table_row(location: str, values: Mapping[str, Any], columns: Columns, question: str | None) -> Row | Problem:
-    """One row of a table, from whatever source."""
+    """Return one row of a table, from whatever source."""
     try:
         return _table_row(location, values, columns, question)
     except UnusableError as error:
@@ -228,7 +228,7 @@ def split_of(name: str) -> str:
 
 
 def said(value: Any, what: str) -> str:
-    """The text of a table's value; empty if it is missing (null, NaN, NaT).
+    """Return the text of a table's value; empty if it is missing (null, NaN, NaT).
 
     Raises:
         UnusableError: It is neither a text nor a number.
@@ -245,7 +245,7 @@ def said(value: Any, what: str) -> str:
 
 
 def attribute(value: Any) -> str | int | float | None:
-    """An attribute's value; None if nothing is known."""
+    """Return an attribute's value; None if nothing is known."""
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, int) and abs(value) < 2**63:
@@ -264,7 +264,7 @@ def _number(text: str) -> int | float:
 
 
 def options_of(values: Sequence[Any]) -> dict[str, str]:
-    """The options of a row: a column each, or one column with a list or with texts between `|` or `;`."""
+    """Return the options of a row: a column each, or one column with a list or with texts between `|` or `;`."""
     if len(values) == 1 and isinstance(values[0], str):
         values = re.split(r"[|;]", values[0])
     elif len(values) == 1 and isinstance(values[0], list | tuple):
@@ -279,7 +279,7 @@ def options_of(values: Sequence[Any]) -> dict[str, str]:
 
 
 def images_of(value: Any) -> tuple[str | bytes, ...]:
-    """A name, bytes, a picture in base64, what `datasets` makes of an image ({bytes, path}), or a list of these.
+    """Return a name, bytes, a picture in base64, what `datasets` makes of an image ({bytes, path}), or a list of these.
 
     Raises:
         UnusableError: It is nested, too large, or none of these.
@@ -304,7 +304,7 @@ def images_of(value: Any) -> tuple[str | bytes, ...]:
 
 
 def decoded(text: str) -> str | bytes:
-    """The bytes of a picture in base64; any other text unchanged.
+    """Return the bytes of a picture in base64; any other text unchanged.
 
     Raises:
         UnusableError: It begins like a picture in base64, but is damaged.

@@ -39,7 +39,7 @@ class Line:
 
 
 def read_table(path: Path, columns: Columns, question: str | None, remark: Remark) -> Iterator[Row | Problem]:
-    """The rows of a .csv or .tsv file.
+    """Yield the rows of a .csv or .tsv file.
 
     Raises:
         DataError: It cannot be read, is no table, or lacks a column.
@@ -78,7 +78,7 @@ def _refer(values: dict[str, Any], image: str, pictures: dict[str, str]) -> None
 
 
 def encoding_of(path: Path, remark: Remark) -> str:
-    """The encoding: UTF-8 (with or without a byte order mark), UTF-16 with one, or else Windows' Latin-1, with a
+    """Return the encoding: UTF-8 (with or without a byte order mark), UTF-16 with one, or else Windows' Latin-1, with a
     remark."""
     with path.open("rb") as file:
         start = file.read(2)
@@ -158,7 +158,7 @@ def _fitted(raw: _Lines, fields: list[str], count: int, delimiter: str) -> Line:
 
 
 def _delimiter(header: str, default: str, remark: Remark) -> str:
-    """The delimiter of a header: the default if it occurs, otherwise the most frequent one."""
+    """Return the delimiter of a header: the default if it occurs, otherwise the most frequent one."""
     bare = re.sub(r'"[^"]*"', "", header)
     counts = {mark: bare.count(mark) for mark in DELIMITERS}
     most = max(DELIMITERS, key=lambda mark: counts[mark])
@@ -170,7 +170,7 @@ def _delimiter(header: str, default: str, remark: Remark) -> str:
 
 @cache
 def _row_pattern(delimiter: str) -> re.Pattern[str]:
-    """A row that has quotes only around whole fields, and doubled inside them."""
+    """Return a row that has quotes only around whole fields, and doubled inside them."""
     mark = re.escape(delimiter)
     field = rf'(?:"(?:[^"]|"")*"|[^"\r\n{mark}]*)'
     return re.compile(rf"{field}(?:{mark}{field})*[\r\n]*")

@@ -82,7 +82,7 @@ def build_annotations(
 
 
 def annotation_rows(dataset: DataSet, raw: RawData, questions: Mapping[str, str] | None = None) -> Iterator[Row]:
-    """Every row that a release gives, as `build_annotations` writes them."""
+    """Return every row that a release gives, as `build_annotations` writes them."""
     if dataset.name not in _BUILDERS:
         raise DataError(
             f"{dataset.name}: its raw release has nothing to build annotations from; "
@@ -166,7 +166,7 @@ _AnswerType = Annotated[
 
 
 def _said(value: Any) -> Any:
-    """An answer as text; null becomes empty, and its row is left out."""
+    """Return an answer as text; null becomes empty, and its row is left out."""
     if value is None:
         return ""
     return str(value) if isinstance(value, int | float) else value
@@ -195,7 +195,7 @@ class _VqaRadRow(BaseModel):
 
 
 def _sides(validation: str, given: bool) -> Iterator[tuple[Split, str]]:
-    """The splits with a release's names for them; validation if it is `given`."""
+    """Yield the splits with a release's names for them; validation if it is `given`."""
     yield from zip(SPLITS, SPLITS, strict=True)
     if given:
         yield "validation", validation
@@ -325,7 +325,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def _rows(file: RawFile, model: type[_Model]) -> Iterator[_Model]:
-    """The objects of a JSON, JSONL or pickle file."""
+    """Yield the objects of a JSON, JSONL or pickle file."""
     for location, value in _lines(file) if file.path.suffix == ".jsonl" else _items(file):
         try:
             yield model.model_validate(value)
@@ -334,7 +334,7 @@ def _rows(file: RawFile, model: type[_Model]) -> Iterator[_Model]:
 
 
 def _lines(file: RawFile) -> Iterator[tuple[str, Any]]:
-    """The value of each line of a JSONL file, with its location in words; blank lines are skipped."""
+    """Yield the value of each line of a JSONL file, with its location in words; blank lines are skipped."""
     for number, line in enumerate(_text(file).split("\n"), 1):
         if line.strip():
             try:
@@ -345,7 +345,7 @@ def _lines(file: RawFile) -> Iterator[tuple[str, Any]]:
 
 
 def _items(file: RawFile) -> Iterator[tuple[str, Any]]:
-    """The items of the list in a JSON or pickle file, each with its location in words."""
+    """Yield the items of the list in a JSON or pickle file, each with its location in words."""
     values = _load(file)
     if not isinstance(values, list):
         raise DataError(f"{file.path}: expected a list, found {type(values).__name__}")

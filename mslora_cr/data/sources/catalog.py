@@ -41,20 +41,20 @@ class DataSet(BaseModel):
 
 @cache
 def catalog() -> dict[str, DataSet]:
-    """The data sets by the name of their task, in the order of the published stream."""
+    """Return the data sets by the name of their task, in the order of the published stream."""
     entries = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))
     return {name: DataSet(name=name, **entry) for name, entry in entries.items()}
 
 
 def unusual_modality(modality: str) -> str | None:
-    """A modality of the catalogue that is close to an unknown one, and so may be meant."""
+    """Return a modality of the catalogue that is close to an unknown one, and so may be meant."""
     modalities = {entry.modality for entry in catalog().values()}
     close = difflib.get_close_matches(modality, modalities - {modality}, n=1, cutoff=0.8)
     return close[0] if close and modality not in modalities else None
 
 
 def data_set(name: str) -> DataSet:
-    """The data set of a task.
+    """Return the data set of a task.
 
     Raises:
         DataError: There is none of that name; the message names the nearest one.

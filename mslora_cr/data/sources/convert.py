@@ -83,7 +83,7 @@ class Converted:
     most_images: int = 0
 
     def note(self, path: Path) -> Note:
-        """A callback for remarks on how a file was drawn; each remark counts once."""
+        """Return a callback for remarks on how a file was drawn; each remark counts once."""
 
         def add(text: str) -> None:
             if self.noted[text][-1:] != [str(path)]:
@@ -104,7 +104,7 @@ class Converted:
         return lost / max(self.rows, 1)
 
     def summary(self) -> dict[str, Any]:
-        """The content of `convert.json`."""
+        """Return the content of `convert.json`."""
         left_out, parts, noted = (
             {reason: {"count": len(rows), "examples": rows[:EXAMPLES]} for reason, rows in kind.items()}
             for kind in (self.left_out, self.left_out_parts, self.noted)
@@ -173,7 +173,7 @@ def convert(
 
 
 def holds_questions(source: Path) -> bool:
-    """Whether a source has questions or labels, and not only images.
+    """Return whether a source has questions or labels, and not only images.
 
     Raises:
         DataError: There is no such file or folder.
@@ -233,7 +233,7 @@ def _check_output(output: Path, source: Path, root: Path) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether an earlier call made a folder, and nothing was added since."""
+    """Return whether an earlier call made a folder, and nothing was added since."""
     try:
         report = read_object(folder / REPORT)
     except JsonError:
@@ -242,7 +242,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _placed(rows: Iterable[Row | Problem], placer: ImagePlacer, converted: Converted) -> Iterator[Placed]:
-    """Every usable row, with its images written. The others are counted."""
+    """Yield every usable row, with its images written. The others are counted."""
     for row in rows:
         converted.rows += 1
         if not isinstance(row, Row):
@@ -280,7 +280,7 @@ def _whole_numbers(placed: list[Placed], converted: Converted) -> list[Placed]:
 
 
 def _is_text(row: Row) -> bool:
-    """Whether UTF-8 can encode the whole row."""
+    """Return whether UTF-8 can encode the whole row."""
     names = [image for image in row.images if isinstance(image, str)]
     try:
         json.dumps([names, row.turns, row.group, dict(row.attributes), dict(row.options)], ensure_ascii=False).encode()
@@ -298,7 +298,7 @@ def _describe_groups(placed: Sequence[Placed], columns: Columns, converted: Conv
 
 
 def _parted(rows: Sequence[Placed], split: Split, converted: Converted) -> dict[str, list[Placed]]:
-    """The rows of each side: as the source says, the others by groups."""
+    """Return the rows of each side: as the source says, the others by groups."""
     if not rows:
         raise DataError(f"no row can be used{_left_out(converted)}")
     groups = connected([_keys(row, names) for row, names in rows])
@@ -329,13 +329,13 @@ def _parted(rows: Sequence[Placed], split: Split, converted: Converted) -> dict[
 
 
 def _left_out(converted: Converted) -> str:
-    """The end of an error message: why rows are left out; empty if none are."""
+    """Return the end of an error message: why rows are left out; empty if none are."""
     reasons = [f"{len(skipped)} rows: {reason}, {skipped[0]}" for reason, skipped in converted.left_out.items()]
     return f". Left out are {'; '.join(reasons)}" if reasons else ""
 
 
 def _keys(row: Row, names: Sequence[str]) -> list[str]:
-    """The keys that keep a row with others."""
+    """Return the keys that keep a row with others."""
     return [*([f"patient {row.group}"] if row.group else []), *(f"image {name}" for name in names)]
 
 
@@ -384,7 +384,7 @@ def _question(number: int, row: Row, names: list[str]) -> dict[str, Any]:
 
 
 def _truth(row: Row) -> str:
-    """The answer to the first question: the letter, if there are options."""
+    """Return the answer to the first question: the letter, if there are options."""
     return letter_of(row.turns[1][1], row.options) or row.turns[1][1]
 
 

@@ -18,7 +18,7 @@ from mslora_cr.utils.regular import check_regular
 def pictures(
     path: Path, frame: int | None, rendering: Rendering, note: Note = lambda text: None
 ) -> Iterator[tuple[str, bytes]]:
-    """The pictures of an image file, each with a suffix for its name (`.png`, `-f003.png`) and its bytes.
+    """Yield the pictures of an image file, each with a suffix for its name (`.png`, `-f003.png`) and its bytes.
 
     DICOM, NIfTI, pages, more than 8 bits and rotated pictures become PNG; any other file of `images.FORMATS` stays as
     it is.
@@ -51,7 +51,7 @@ def pictures(
 
 
 def first_picture(content: bytes, rendering: Rendering) -> bytes:
-    """The picture of an image file of any kind, drawn as by `pictures`; the middle frame of several.
+    """Return the picture of an image file of any kind, drawn as by `pictures`; the middle frame of several.
 
     Raises:
         DataError: It cannot be read, or the library for it is not installed.

@@ -117,7 +117,7 @@ def download(
 
 
 def _listing(asset: Asset, revision: str | None, endpoint: str | None) -> tuple[str, list[RemoteFile]]:
-    """The commit that a revision means now, and the needed files at that commit."""
+    """Return the commit that a revision means now, and the needed files at that commit."""
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=endpoint)
@@ -142,7 +142,7 @@ def _is_wanted(name: str, asset: Asset, names: Sequence[str]) -> bool:
 
 
 def _is_here(file: RemoteFile, target: Path, in_place: Mapping[str, str]) -> bool:
-    """Whether a file is in place. A file from another source (our annotations) is never overwritten."""
+    """Return whether a file is in place. A file from another source (our annotations) is never overwritten."""
     path = target / file.name
     if not path.exists():
         return False
@@ -177,7 +177,8 @@ def _fetch(asset: Asset, file: RemoteFile, commit: str, path: Path, endpoint: st
 
 
 def _digest(path: Path, file: RemoteFile) -> str:
-    """The digest that the hub computes: SHA-256 for large files, Git's blob ID (SHA-1 with a header) for others."""
+    """Return the digest that the hub computes: SHA-256 for large files, Git's blob ID (SHA-1 with a header) for
+    others."""
     header = b"blob %d\0" % path.stat().st_size
     hasher = hashlib.sha256() if len(file.digest) == 64 else hashlib.sha1(header, usedforsecurity=False)
     with path.open("rb") as stream:
@@ -187,7 +188,7 @@ def _digest(path: Path, file: RemoteFile) -> str:
 
 
 def _read_record(target: Path) -> dict[str, str]:
-    """The files that an earlier download put in place, with their digests."""
+    """Return the files that an earlier download put in place, with their digests."""
     try:
         files = read_object(target / RECORD)["files"] if (target / RECORD).exists() else {}
     except (ValueError, KeyError, TypeError):

@@ -47,7 +47,7 @@ class ImagePlacer:
     _names: dict[str, list[str]] = field(default_factory=dict)
 
     def place(self, row: Row) -> list[str]:
-        """The names of a row's images below the data set's folder.
+        """Return the names of a row's images below the data set's folder.
 
         Raises:
             DataError: One is missing or cannot be read.
@@ -55,7 +55,7 @@ class ImagePlacer:
         return [name for image in row.images for name in self._placed(image)]
 
     def patient(self, row: Row) -> str | None:
-        """The patient of the row's placed images, by the headers of DICOM files."""
+        """Return the patient of the row's placed images, by the headers of DICOM files."""
         return next((self.patients[key] for key in map(_key, row.images) if key in self.patients), None)
 
     def _placed(self, image: str | bytes) -> list[str]:
@@ -110,12 +110,12 @@ class ImagePlacer:
 
 
 def _key(image: str | bytes) -> str:
-    """What tells an image from others: its name, or a digest of its bytes."""
+    """Return what tells an image from others: its name, or a digest of its bytes."""
     return image if isinstance(image, str) else hashlib.sha256(image).hexdigest()[:24]
 
 
 def _patient(path: Path) -> str | None:
-    """A pseudonym of a DICOM file's patient, or of the study if no patient is named; None if neither is."""
+    """Return a pseudonym of a DICOM file's patient, or of the study if no patient is named; None if neither is."""
     import pydicom
 
     try:

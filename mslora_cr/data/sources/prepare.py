@@ -95,7 +95,7 @@ def prepare(
 def _take_away_unreadable(
     names: Iterable[str], targets: Mapping[str, Path], dataset: DataSet, data_root: Path, progress: bool
 ) -> list[str]:
-    """The images that cannot be decoded; those that were just placed are removed again."""
+    """Return the images that cannot be decoded; those that were just placed are removed again."""
     roots = image_roots(data_root, dataset.folder, dataset.image_folders)
     paths = {resolve_image(name, roots): name for name in sorted(names)}
     bad = [paths[path] for path, _ in check_images(list(paths), cores(), progress)]
@@ -106,7 +106,7 @@ def _take_away_unreadable(
 
 
 def _named_images(dataset: DataSet, folder: Path) -> dict[str, str]:
-    """Every image that the annotations name, with the (last) answer about it."""
+    """Return every image that the annotations name, with the (last) answer about it."""
     if not (folder / "train.json").exists() and not (folder / "test.jsonl").exists():
         build = "or build them with --annotations" if dataset.questions else "they are on the hub only"
         raise DataError(f"{folder}: no train.json or test.jsonl; fetch them with `mslora-cr data download`; {build}")
@@ -164,7 +164,7 @@ Likeness = tuple[int, int]
 
 
 def _match(dataset: DataSet, names: Sequence[str], data: RawData, result: Prepared) -> dict[str, RawFile]:
-    """The raw file of each name. A file that several names could mean belongs to the most similar ones."""
+    """Return the raw file of each name. A file that several names could mean belongs to the most similar ones."""
     shared = Counter(PurePosixPath(name).name for name in names)
     matches: dict[str, tuple[Likeness, RawFile]] = {}
     claims: dict[RawFile, Likeness] = {}
@@ -186,7 +186,7 @@ def _match(dataset: DataSet, names: Sequence[str], data: RawData, result: Prepar
 
 
 def _likeness(name: PurePosixPath, file: RawFile) -> Likeness:
-    """The length of the common path suffix; then how many folders are shared anywhere (`test/person1.jpeg` is
+    """Return the length of the common path suffix; then how many folders are shared anywhere (`test/person1.jpeg` is
     `test/NORMAL/person1.jpeg` rather than `train/NORMAL/person1.jpeg`)."""
     ours, theirs = (reversed([*map(composed, path.parts[:-1]), alike(path.name)]) for path in (name, file.path))
     pairs = zip(ours, theirs, strict=False)

@@ -31,8 +31,8 @@ SUFFIXES = {"MPO": "jpeg"}
 
 
 def raster_pictures(path: Path, frame: int | None, rendering: Rendering, note: Note) -> Iterator[tuple[str, bytes]]:
-    """The pictures of an image file: the file itself, or PNG where it has pages, transparent parts or over 8 bits, or
-    lies on its side.
+    """Yield the pictures of an image file: the file itself, or PNG where it has pages, transparent parts or over 8
+    bits, or lies on its side.
 
     Args:
         path: A file in one of `images.FORMATS`.
@@ -72,7 +72,7 @@ def _pages(path: Path, image: Image.Image, frame: int | None, rendering: Renderi
 
 
 def _full_pages(image: Image.Image, count: int) -> list[int]:
-    """The pages that are as large as the first: a TIFF may contain previews and reduced copies of it."""
+    """Return the pages that are as large as the first: a TIFF may contain previews and reduced copies of it."""
     if image.format != "TIFF" or count > MAX_FRAMES:
         return list(range(count))
     sizes = []
@@ -83,7 +83,8 @@ def _full_pages(image: Image.Image, count: int) -> list[int]:
 
 
 def _saturates(image: Image.Image, rendering: Rendering) -> bool:
-    """Whether the conversion to 8 bits would lose information or leave a negative, or a window must be applied."""
+    """Return whether the conversion to 8 bits would lose information or leave a negative, or a window must be
+    applied."""
     if not is_deep(image):
         return False
     values = np.asarray(image)
@@ -92,7 +93,7 @@ def _saturates(image: Image.Image, rendering: Rendering) -> bool:
 
 
 def _is_negative(image: Image.Image) -> bool:
-    """Whether 0 is white in an image of more than 8 bits, which Pillow leaves as it is."""
+    """Return whether 0 is white in an image of more than 8 bits, which Pillow leaves as it is."""
     return image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
 
 

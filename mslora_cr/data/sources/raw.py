@@ -147,7 +147,7 @@ class RawData:
             )
 
     def named(self, name: str) -> list[RawFile]:
-        """The files with this name, anywhere; if there are none, those whose name is `alike`."""
+        """Return the files with this name, anywhere; if there are none, those whose name is `alike`."""
         return self._by_name.get(name) or self._by_name.get(alike(name), [])
 
     def named_below(self, folder: str, name: str) -> list[RawFile]:
@@ -156,12 +156,12 @@ class RawData:
         return self._by_folder.get((folder, name)) or self._by_folder.get((folder, alike(name)), [])
 
     def has(self, *suffixes: str) -> bool:
-        """Whether the path of some file ends with one of the suffixes."""
+        """Return whether the path of some file ends with one of the suffixes."""
         wanted = [PurePosixPath(suffix).parts for suffix in suffixes]
         return any(file.path.parts[-len(parts) :] == parts for parts in wanted for file in self.named(parts[-1]))
 
     def find(self, *suffixes: str) -> RawFile:
-        """The file whose path ends with one of the suffixes; the first suffix that fits counts.
+        """Return the file whose path ends with one of the suffixes; the first suffix that fits counts.
 
         Raises:
             DataError: None fits, or several different files fit.
@@ -179,14 +179,14 @@ class RawData:
 
 
 def with_ending(name: str) -> str:
-    """An image's name from an id, which in some copies of a release includes its extension."""
+    """Return an image's name from an id, which in some copies of a release includes its extension."""
     endings = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
     return name if PurePosixPath(name).suffix.lower() in endings else f"{name}.jpg"
 
 
 def alike(name: str) -> str:
-    """The same for names that differ in case, in their Unicode form, or in how the ending of one format is written
-    (`.JPEG`, `.jpg`)."""
+    """Return the same for names that differ in case, in their Unicode form, or in how the ending of one format is
+    written (`.JPEG`, `.jpg`)."""
     path = PurePosixPath(composed(name.casefold()))
     return path.stem + _SUFFIXES.get(path.suffix, path.suffix)
 
@@ -206,7 +206,7 @@ class Bounded:
 
 
 def read(file: RawFile) -> bytes:
-    """The content of an annotation or metadata file."""
+    """Return the content of an annotation or metadata file."""
     if file.size > MAX_TABLE_BYTES:
         raise DataError(f"{file.path}: {file.size:,} bytes is more than {MAX_TABLE_BYTES:,}")
     with _reading(file.container):
@@ -214,8 +214,8 @@ def read(file: RawFile) -> bytes:
 
 
 def fingerprint(file: RawFile) -> tuple[object, ...]:
-    """A key that is equal for files of equal content; in a tar archive, which has no checksums, only for the same
-    file."""
+    """Return a key that is equal for files of equal content; in a tar archive, which has no checksums, only for the
+    same file."""
     if file.member:
         return (file.container, file.member) if file.checksum is None else (file.size, file.checksum)
     checksum = 0
@@ -226,7 +226,7 @@ def fingerprint(file: RawFile) -> tuple[object, ...]:
 
 
 def blob_ids(files: Sequence[RawFile]) -> dict[RawFile, str]:
-    """The id that git gives to the content of each file: SHA-1 with a header."""
+    """Return the id that git gives to the content of each file: SHA-1 with a header."""
     members: dict[Path, dict[str, RawFile]] = defaultdict(dict)
     for file in files:
         members[file.container][file.member] = file
@@ -277,7 +277,7 @@ def write_atomically(target: Path, stream: IO[bytes] | GzipFile | Bounded) -> No
 
 
 def _streams(container: Path, wanted: set[str]) -> Iterator[tuple[str, IO[bytes]]]:
-    """The wanted members of an archive, or the plain file itself, which is the member ""."""
+    """Yield the wanted members of an archive, or the plain file itself, which is the member ""."""
     if wanted == {""}:
         with container.open("rb") as stream:
             yield "", stream
@@ -301,7 +301,7 @@ Member = tuple[str, str, int, int | None]
 
 
 def _members(archive: Path) -> list[Member]:
-    """The plain files of an archive, after checking all of its members."""
+    """Return the plain files of an archive, after checking all of its members."""
     most = EXPANSION_SLACK + MOST_EXPANSION * archive.stat().st_size
     members, total = [], 0
     with _reading(archive):
@@ -327,7 +327,7 @@ def _zip_members(path: Path) -> Iterator[Member]:
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:
-    """A member's path: some programs write UTF-8 without marking it, and some on Windows write backslashes."""
+    """Return a member's path: some programs write UTF-8 without marking it, and some on Windows write backslashes."""
     name = member.filename
     if not member.flag_bits & 0x800 and not name.isascii():  # zipfile takes it for code page 437.
         with suppress(UnicodeError):  # In some other encoding it is as good a name as any.

@@ -89,7 +89,7 @@ def stretched(values: Pixels, low: float, high: float) -> Pixels:
 
 
 def percentile_range(values: Pixels) -> tuple[float, float]:
-    """The finite values between which to stretch: `PERCENTILES`, or all values if these are equal."""
+    """Return the finite values between which to stretch: `PERCENTILES`, or all values if these are equal."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0
@@ -98,7 +98,7 @@ def percentile_range(values: Pixels) -> tuple[float, float]:
 
 
 def chosen_frames(count: int, frame: int | None, rendering: Rendering, path: Path) -> Sequence[int]:
-    """Which of a file's frames to take.
+    """Return which of a file's frames to take.
 
     Args:
         count: The number of frames in the file.
@@ -151,7 +151,7 @@ def squared(values: Pixels, vertical: float, horizontal: float, note: Note) -> P
 
 
 def as_png(frames: Iterator[Frame]) -> Iterator[tuple[str, bytes]]:
-    """Each frame as the suffix of its file's name (`.png`, `-f003.png`) and the bytes of an 8-bit PNG."""
+    """Yield each frame as the suffix of its file's name (`.png`, `-f003.png`) and the bytes of an 8-bit PNG."""
     for number, values in frames:
         buffer = io.BytesIO()
         Image.fromarray(np.round(values * 255).astype(np.uint8)).save(buffer, "PNG")

@@ -20,7 +20,7 @@ TAGS = ("SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", 
 
 
 def series_slices(folder: Path, frame: int | None, rendering: Rendering, note: Note) -> Iterator[Frame]:
-    """The slices of a series, each from a file of its own, in the order of their position.
+    """Yield the slices of a series, each from a file of its own, in the order of their position.
 
     Args:
         folder: The folder of one series; other files in it are ignored.
@@ -59,7 +59,7 @@ def _sorted_slices(folder: Path) -> list[Path]:
 
 
 def _slice_order(header: Dataset) -> tuple[float, float]:
-    """The position of a slice along the normal of its plane, in mm, and its number in the series."""
+    """Return the position of a slice along the normal of its plane, in mm, and its number in the series."""
     position, orientation = header.get("ImagePositionPatient"), header.get("ImageOrientationPatient")
     number = float(header.get("InstanceNumber") or 0)
     if position is None or orientation is None or len(position) != 3 or len(orientation) != 6:
