@@ -436,6 +436,35 @@ def test_large_values_of_a_row_group_are_decoded_a_few_at_a_time(
         list(read_rows(tmp_path, Columns(), None))
 
 
+def zigzag(number: int) -> bytes:
+    """A number of 15 to 21 bits as Thrift writes it."""
+    return bytes([2 * number & 127 | 128, number >> 6 & 127 | 128, number >> 13])
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_a_parquet_file_whose_footer_says_less_than_its_pages(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyarrow import parquet
+
+    columns = {"image": ["a.png"] * 3, "question": ["?"] * 3, "answer": ["0" * 9_000] * 3}
+    path = arrow(tmp_path / "x" / "d.parquet", columns) / "d.parquet"
+    options = {"compression": "zstd", "use_dictionary": False, "data_page_version": version}
+    parquet.write_table(parquet.read_table(path), path, **options)
+    assert answers(list(read_rows(path.parent, Columns(), None))) == ["0" * 9_000] * 3
+    group = parquet.ParquetFile(path).metadata.row_group(0)
+    said = {group.column(2).total_uncompressed_size, group.total_byte_size}
+    content, footer = path.read_bytes(), -8 - int.from_bytes(path.read_bytes()[-8:-4], "little")
+    for size in said:
+        assert zigzag(size) in content[footer:]
+        content = content[:footer] + content[footer:].replace(zigzag(size), zigzag(16_384))
+    path.write_bytes(content)
+    assert parquet.ParquetFile(path).metadata.row_group(0).column(2).total_uncompressed_size == 16_384
+    monkeypatch.setattr(arrow_module, "MOST_GROUP_BYTES", 20_000)
+    with pytest.raises(DataError, match="row group 0 unpacks to 27,"):
+        list(read_rows(path.parent, Columns(), None))
+
+
 @pytest.mark.parametrize("kind", ["file", "stream"])
 def test_a_compressed_arrow_file_that_unpacks_to_too_much(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

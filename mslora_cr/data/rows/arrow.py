@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mslora_cr.data.records import DataError
 from mslora_cr.data.rows.arrow_sizes import check_unpacked
+from mslora_cr.data.rows.parquet_sizes import unpacked_bytes
 from mslora_cr.data.rows.row import (
     MAX_IMAGE_BYTES,
     MOST_ROWS,
@@ -147,17 +149,24 @@ def _opened(file: Path) -> tuple[pyarrow.Schema, Any, int]:
 def _largest_group(file: Path, metadata: Any, names: Sequence[str]) -> int:
     """The bytes of the largest row group of some columns, unpacked."""
     largest = 0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        parts = (group.column(index) for index in range(group.num_columns))
-        size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in names)
-        if size > MOST_GROUP_BYTES:
-            raise DataError(
-                f"{file}: row group {number} unpacks to {size:,} bytes, more than {MOST_GROUP_BYTES:,}; write it with "
-                "smaller row groups"
-            )
-        largest = max(largest, size)
+    with file.open("rb") as content, mmap(content.fileno(), 0, access=ACCESS_READ) as data:
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            parts = [group.column(index) for index in range(group.num_columns)]
+            size = sum(_unpacked(data, part) for part in parts if part.path_in_schema.split(".")[0] in names)
+            if size > MOST_GROUP_BYTES:
+                raise DataError(
+                    f"{file}: row group {number} unpacks to {size:,} bytes, more than {MOST_GROUP_BYTES:,}; write it "
+                    "with smaller row groups"
+                )
+            largest = max(largest, size)
     return largest
+
+
+def _unpacked(data: mmap, part: Any) -> int:
+    """The bytes of a column chunk, unpacked: as the footer says, or more if its pages say so."""
+    start = min(part.data_page_offset, part.dictionary_page_offset or part.data_page_offset)
+    return max(part.total_uncompressed_size, unpacked_bytes(data, start, part.total_compressed_size))
 
 
 def _check_type(file: Path, name: str, kind: Any) -> None:
