@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import math
 import sys
 
@@ -18,6 +20,7 @@ from mslora_cr.cli.common import (
     quieten,
     run_config,
     stage_of,
+    typed,
 )
 from mslora_cr.cli.conversation import answered_by, aside, converse, write
 from mslora_cr.utils.errors import UserError
@@ -36,7 +39,7 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
     )
     add_run(parser)
     parser.add_argument(
-        "question", nargs="*", metavar="QUESTION", help="questions; each is answered on a line of its own"
+        "question", nargs="*", type=typed, metavar="QUESTION", help="questions; each is answered on a line of its own"
     )
     add_overrides(parser)
     parser.add_argument(
@@ -98,6 +101,8 @@ def _ask(args: argparse.Namespace) -> int:
     config = run_config(args.target, args.overrides)
     piped = not args.question and not args.questions and not sys.stdin.isatty()
     source = "-" if piped else args.questions
+    if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
+        sys.stdin.reconfigure(encoding="utf-8")  # As `typed` reads questions of the command line.
     stage = stage_of(args, config)
     quieten()
     from mslora_cr.serving.answering import AnsweringModel

@@ -13,7 +13,7 @@ from typing import NoReturn
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.download import Asset
 from mslora_cr.data.sources.lock import LOCK
-from mslora_cr.utils.errors import UserError, nearest
+from mslora_cr.utils.errors import UserError, nearest, shorten
 from mslora_cr.utils.logs import QUIET, VERBOSE
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,22 @@ class Parser(argparse.ArgumentParser):
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
         choices = re.findall(r"[\w-]+", choice[2]) if choice else []
         super().error(message + (nearest(choice[1], choices) if choice else ""))
+
+
+def typed(text: str) -> str:
+    """A text of the command line: in UTF-8 where the console's encoding does not have its characters (`LANG=C`).
+
+    Raises:
+        UserError: Its bytes are no UTF-8.
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # Python keeps undecodable bytes as halves of surrogate pairs.
+        try:
+            return os.fsencode(text).decode("utf-8")
+        except UnicodeError:
+            raise UserError(f"{shorten(text)}: not a text in UTF-8") from None
 
 
 def examples(*lines: str) -> str:

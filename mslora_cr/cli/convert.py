@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from mslora_cr.cli.common import add_command, count, positive, share
+from mslora_cr.cli.common import add_command, count, positive, share, typed
 
 log = logging.getLogger(__name__)
 MEDGEMMA_IMAGE = 260
@@ -61,7 +61,9 @@ def add_convert(actions: argparse._SubParsersAction) -> None:
         default=[],
         help="columns with an option each, or one column with all, as a list or between | or ; (default: A, B, C, …)",
     )
-    parser.add_argument("--ask", metavar="TEXT", help="ask this of every image, instead of a question column")
+    parser.add_argument(
+        "--ask", type=typed, metavar="TEXT", help="ask this of every image, instead of a question column"
+    )
     parser.add_argument(
         "--closed", action="store_true", help="all questions are closed (default: those answered yes or no)"
     )

@@ -262,6 +262,8 @@ def _score(args: argparse.Namespace) -> int:
     scores = score_file(args.answers, args.output, questions, cores())
     print(headline(scores))
     print(f"\nas published ({args.output / 'metrics.txt'}):\n{render_metrics(scores)}")
+    if silent := sum(not row.prediction for row in scores.rows):
+        log.warning("%d of %d answers say nothing", silent, len(scores.rows))
     if empty := [str(number) for number, row in enumerate(scores.rows, 1) if not row.reference]:
         listed = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
         log.warning(

@@ -66,6 +66,11 @@ def _scalar(value: Any) -> Any:
     return value
 
 
+def _answer(value: Any) -> Any:
+    """Null is no answer; it is not the word None, which may be the truth."""
+    return "" if value is None else value
+
+
 class AnswerRecord(BaseModel):
     """One line of an answer file; fields that scoring does not need are ignored."""
 
@@ -73,7 +78,7 @@ class AnswerRecord(BaseModel):
 
     question_id: Annotated[int | str, BeforeValidator(_identifier)]
     prompt: str
-    text: Any
+    text: Annotated[Any, BeforeValidator(_answer)]
     gt: Annotated[Any, BeforeValidator(_scalar)]
     answer_type: AnswerType
     image: Any = None

@@ -149,6 +149,8 @@ class AnsweringModel:
         new_tokens = self.config.evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens
         if not question.strip():
             raise DataError("the question is empty; type a question")
+        if not question.isascii() and question != question.encode(errors="replace").decode():
+            raise DataError("the question has half of a surrogate pair, which is no text")
         if new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {new_tokens}; use at least 1")
         pictures = _opened(images)

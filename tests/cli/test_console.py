@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mslora_cr.cli.common import typed
 from mslora_cr.cli.main import main
 from mslora_cr.data.images import inspect_images
 from mslora_cr.utils import progress as module
+from mslora_cr.utils.errors import UserError
 from mslora_cr.utils.progress import progress_bar
 
 
@@ -82,3 +84,10 @@ def test_the_commands_for_finished_runs_take_a_runs_name(
     assert (tmp_path / "tiny" / "report.html").is_file()
     assert main(["compare", "tyni", "tiny"]) == 1
     assert "did you mean 'tiny'?" in capsys.readouterr().err
+
+
+def test_a_question_of_a_console_without_utf_8_is_read_as_utf_8() -> None:
+    """Under `LANG=C`, Python keeps each byte beyond ASCII as half of a surrogate pair."""
+    assert typed("\udcc3\udc96dem?") == "Ödem?" and typed("Ödem?") == "Ödem?"
+    with pytest.raises(UserError, match="not a text in UTF-8"):
+        typed("\udcff?")

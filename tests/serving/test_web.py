@@ -280,6 +280,11 @@ def test_a_test_question_is_asked_as_evaluate_asks_it_and_scored_by_its_kind(
     assert _score("a large mass", question(["cyst", "large mass"], "OPEN")) == "F1 100 %"
 
 
+def test_half_of_a_surrogate_pair_is_no_question(model: mslora_cr.AnsweringModel) -> None:
+    with pytest.raises(mslora_cr.UserError, match="half of a surrogate pair"):
+        model.ask([], "Is it \ud83d?", stage=0)
+
+
 def said(
     text: str,
     picture: Image.Image,
