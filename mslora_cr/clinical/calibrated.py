@@ -98,10 +98,10 @@ def calibrate(
     """
     closed = [index for index, one in enumerate(asked) if one.closed and one.kind == "choice"]
     right = right_of([asked[index] for index in closed], [asked[index].answer for index in closed])
-    known = {index: bool(one) for index, one in zip(closed, right, strict=True) if logprobs[index] is not None}
+    right_of_index = {index: bool(one) for index, one in zip(closed, right, strict=True) if logprobs[index] is not None}
     generator = random.Random(SEED)
     by_group: dict[int, list[int]] = {}
-    for index in known:
+    for index in right_of_index:
         by_group.setdefault(int(groups[index]), []).append(index)
     drawn = [generator.choice(indices) for _, indices in sorted(by_group.items())]
     return CalibratedTask(
@@ -111,7 +111,7 @@ def calibrate(
         questions=len(closed),
         temperature=_temperature([asked[index] for index in closed]),
         confidence=tuple(math.exp(logprobs[index] or 0.0) for index in drawn),
-        right=tuple(known[index] for index in drawn),
+        right=tuple(right_of_index[index] for index in drawn),
     )
 
 
