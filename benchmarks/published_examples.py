@@ -27,7 +27,7 @@ from mslora_cr.statistics.intervals import estimate, percent, score_interval
 
 RUNS = ("each", "mslora_cr_ortho")
 LINK = "https://github.com/Awenbocc/med-vqa/blob/1678ec2c97f0b2bf84591ddccd2e84932630e450/data/images/"
-SHOWN = (
+EXAMPLES = (
     *(
         "synpic42202.jpg: Is there evidence of an aortic aneurysm?",
         "synpic31928.jpg: Is the size of the ventricles abnormal?",
@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> list[Asked]:
     print(tabulate(rows, ["questions", "n", *RUNS], tablefmt="github", disable_numparse=True) + "\n")
     print(f"{sum(_plain(one.answers[0]) != _plain(one.answers[1]) for one in asked)} of {len(asked)} answers differ\n")
     by_name = {f"{one.image}: {one.question}": one for one in asked}
-    shown = [by_name[name] for name in SHOWN]
-    examples = [[f"[{one.image}]({LINK}{one.image})", one.question, one.truth, *one.answers] for one in shown]
+    chosen = [by_name[name] for name in EXAMPLES]
+    examples = [[f"[{one.image}]({LINK}{one.image})", one.question, one.truth, *one.answers] for one in chosen]
     print(tabulate(examples, ["picture", "question", "truth", *RUNS], tablefmt="github", disable_numparse=True))
     return asked
 
@@ -87,11 +87,11 @@ def questions(answers: Path, clone: Path) -> list[Asked]:
         answers: The folder of the runs' answer files.
         clone: The clone with the questions' organs.
     """
-    told = json.loads((clone / "data" / "testset.json").read_text(encoding="utf-8"))
+    released = json.loads((clone / "data" / "testset.json").read_text(encoding="utf-8"))
     published = load_published_scores()
-    files = [read_answers(answers / published[run].run / "slake-vqarad" / ANSWERS)[-len(told) :] for run in RUNS]
+    files = [read_answers(answers / published[run].run / "slake-vqarad" / ANSWERS)[-len(released) :] for run in RUNS]
     asked = []
-    for row, *same in zip(told, *files, strict=True):
+    for row, *same in zip(released, *files, strict=True):
         kind, question, truth = same[0].answer_type, same[0].prompt, str(same[0].gt)
         if (row["question"].strip(), str(row["answer"]).strip()) != (question, truth):
             raise SystemExit(f"{answers}: question {same[0].question_id} is not VQA-RAD's; give the published files")
