@@ -10,13 +10,14 @@ import yaml
 from mslora_cr.banks.io import load_bank
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
-from mslora_cr.config.schema import ConfigError
+from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data import tasks
 from mslora_cr.data.listed import ListedQuestion
 from mslora_cr.data.records import DataError
 from mslora_cr.data.tasks import read_questions
 from mslora_cr.evaluation.results import required_evaluation
 from mslora_cr.evaluation.score import score_file
+from mslora_cr.metrics.captions import WITHOUT_JAVA
 from tests.helpers.benchmarks import ANSWERS, make_benchmark
 
 
@@ -70,22 +71,59 @@ def test_every_file_is_read_as_it_is_and_right_answers_score_all(
             assert (metrics["benchmark"], metrics["benchmark corrected"]) == (50, 100)
 
 
-def test_a_benchmark_trains_and_is_scored_by_its_own_scorer(tmp_path: Path, tiny_model: Path) -> None:
-    """Two tasks of CoIN, one of them with a record and a question without a picture."""
-    two = [{"name": name, "epochs": 1, "batch_size": 2, "learning_rate": 1e-3} for name in ("ScienceQA", "TextVQA")]
-    path = small("coin", tmp_path, str(tiny_model), tasks=two)
+def trained_and_scored(path: Path) -> StreamConfig:
+    """Train a stream, answer every task at its own stage, and check that each has its benchmark's score."""
     assert main(["train", str(path)]) == 0
-    assert main(["evaluate", str(path), "--stages", "seen"]) == 0
-    evaluation = required_evaluation(load_config(path).results_run_dir)
-    assert all({"benchmark"} <= cell.metrics.keys() for cell in evaluation.cells) and len(evaluation.cells) == 3
+    assert main(["evaluate", str(path)]) == 0
+    config = load_config(path)
+    cells = {cell.task: cell for cell in required_evaluation(config.results_run_dir).cells}
+    assert cells.keys() == {task.name for task in config.stream}
+    for task in config.stream:
+        own = WITHOUT_JAVA if task.benchmark == "captions" else "benchmark"
+        assert own in cells[task.name].metrics and len(cells[task.name].intervals[own]) == 2, task.name
+        corrected = task.benchmark not in ("textvqa", "gqa", "exact", "captions")
+        assert ("benchmark corrected" in cells[task.name].metrics) == corrected, task.name
+        assert load_bank(config.run_dir / "banks" / task.name).projector
+    return config
+
+
+def test_a_task_of_every_scorer_trains_is_answered_and_scored(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks of the three streams in one; a record and a question of ScienceQA have no picture."""
+    pytest.importorskip("pycocoevalcap", reason="pip install 'mslora-cr[captions]'")
+    monkeypatch.setattr("mslora_cr.metrics.captions.shutil.which", lambda _: None)  # Java takes half a minute
+    datasets, chosen = {}, {}
+    for stream in ("coin", "ucit", "mllm_cl"):
+        config = load_config(stream)
+        for name, dataset in config.datasets.items():
+            if dataset.benchmark is not None:
+                chosen.setdefault(dataset.benchmark, f"{stream}-{name}")
+                datasets[f"{stream}-{name}"] = dataset.model_dump(exclude={"published"}, exclude_none=True)
+    assert chosen.keys() == ANSWERS.keys()
+    settings = {"epochs": 0.5, "batch_size": 2, "learning_rate": 1e-3}
+    tasks = [{"name": name, **settings} for name in chosen.values()]
+    path = small("coin", tmp_path, str(tiny_model), tasks=tasks, datasets=datasets, method="each")
+    config = trained_and_scored(path)
     assert main(["report", str(path)]) == 0
-    page = (load_config(path).results_run_dir / "report.html").read_text(encoding="utf-8")
+    page = (config.results_run_dir / "report.html").read_text(encoding="utf-8")
     assert "The benchmark&#39;s own score" in page or "benchmark's own score" in page
     assert "published protocol" in page
-    assert load_bank(load_config(path).run_dir / "banks" / "TextVQA").projector
     assert main(["report", str(path), "lora.projector_learning_rate=null"]) == 0
-    page = (load_config(path).results_run_dir / "report.html").read_text(encoding="utf-8")
+    page = (config.results_run_dir / "report.html").read_text(encoding="utf-8")
     assert "published protocol" not in page and "do not compare with theirs" in page
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["coin", "ucit", "mllm_cl"])
+def test_a_miniature_of_the_whole_stream_runs(
+    name: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the published order, by the shipped method, with a batch that fits four records."""
+    pytest.importorskip("pycocoevalcap", reason="pip install 'mslora-cr[captions]'")
+    monkeypatch.setattr("mslora_cr.metrics.captions.shutil.which", lambda _: None)
+    tasks = [{**task.model_dump(), "batch_size": 4} for task in load_config(name).tasks]
+    trained_and_scored(small(name, tmp_path, str(tiny_model), tasks=tasks))
 
 
 def test_what_runners_append_is_asked_and_not_kept(tmp_path: Path) -> None:

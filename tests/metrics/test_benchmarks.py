@@ -155,6 +155,26 @@ def test_soft_accuracy_of_ten_annotators() -> None:
     assert soft_accuracy(BenchmarkAnswer("John's", ["john 's"] + ["x"] * 9)) == pytest.approx(9 * (1 / 3) / 10)
 
 
+def test_soft_accuracy_against_leaving_one_annotator_out() -> None:
+    """The mean over annotators of min(1, how many of the other nine say it / 3), of texts without case, full stops and
+    articles, number words as digits."""
+    said = ("2", "Two", "the two", "3", "stop", "Stop.", "a stop", "go")
+    numbers, articles = {"two": "2", "three": "3"}, ("a", "an", "the")
+
+    def plain(text: str) -> str:
+        words = text.lower().replace(".", "").split()
+        return " ".join(numbers.get(word, word) for word in words if word not in articles)
+
+    draw = random.Random(1)
+    for _ in range(500):
+        text, truths = draw.choice(said), draw.choices(said, k=10)
+        by_hand = [
+            min(1, sum(plain(truths[other]) == plain(text) for other in range(10) if other != left) / 3)
+            for left in range(10)
+        ]
+        assert soft_accuracy(BenchmarkAnswer(text, truths)) == pytest.approx(sum(by_hand) / 10), (text, truths)
+
+
 def test_overlap_of_boxes() -> None:
     assert iou(Box(0, 0, 2, 2), Box(1, 1, 3, 3)) == pytest.approx(1 / 7)
     assert iou(Box(0, 0, 1, 1), Box(0, 0, 1, 1)) == 1
