@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 
 from mslora_cr.banks.bank import Bank, BankError, sum_banks
 from mslora_cr.banks.io import load_bank, save_bank
@@ -13,8 +14,15 @@ from mslora_cr.banks.per_sample import PerSampleAdapters, whole_banks
 from mslora_cr.banks.published import export_published
 from mslora_cr.banks.similarity import bank_similarity
 from mslora_cr.banks.stack import TRAINABLE, BankStack
+from mslora_cr.data.records import TrainingRecord
 from mslora_cr.models.language import LANGUAGE_LINEARS, PROJECTOR, projector_of
+from mslora_cr.models.layout import ModelError
+from mslora_cr.models.load import load_model
+from mslora_cr.models.shapes import projector_size
 from tests.banks.test_banks import golden_bank, golden_base, logits
+from tests.conftest import first_in_make_test
+from tests.helpers.families import FAMILIES, make
+from tests.helpers.more_families import make_more
 
 
 def batch(images: bool = True) -> dict[str, torch.Tensor]:
@@ -146,3 +154,37 @@ def test_projectors_have_no_sum_and_no_place_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "plain" / "adapter_config.json").write_bytes((tmp_path / "bank" / "adapter_config.json").read_bytes())
     with pytest.raises(BankError, match="does not hold it"):
         load_bank(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("family", first_in_make_test("internvl", "llava", "llava_next", "gemma3", "llava_onevision"))
+def test_other_families_train_their_projector(family: str, tmp_path: Path) -> None:
+    """Every one of its parameters has a gradient, and PEFT reads the bank."""
+    (make if family in FAMILIES else make_more)(family, tmp_path / "model")
+    base = load_model(tmp_path / "model", dtype=torch.float32)
+    Image.effect_noise((60, 45), 60).convert("RGB").save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a mass"}]
+    record = TrainingRecord.model_validate({"id": 1, "image": "a.png", "conversations": turns})
+    inputs = base.input_processor(2048, True)
+    batch = inputs.collator()([inputs.sample(0, record, [tmp_path])])
+    del batch["record_index"]
+    stack = BankStack(base.model, "merge")
+    stack.add_trainable(2, 4, projector_learning_rate=1e-3)
+    assert projector_size(tmp_path / "model") == sum(one.numel() for one in stack.projector.trained.values())
+    stack.model(**batch).loss.backward()
+    assert all(parameter.grad is not None for parameter in stack.projector.trained.values())
+    assert sum(float(parameter.grad.abs().sum()) for parameter in stack.projector.trained.values()) > 0
+    with torch.no_grad():
+        for parameter in stack.trainable_parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        ours = stack.model.eval()(**batch).logits
+        save_bank(stack.snapshot("a", 2, 4), tmp_path / "bank")
+        theirs = PeftModel.from_pretrained(load_model(tmp_path / "model", dtype=torch.float32).model, tmp_path / "bank")
+        torch.testing.assert_close(theirs.eval()(**batch).logits, ours, rtol=0, atol=1e-4)
+
+
+def test_a_family_without_such_a_projector_is_refused(tmp_path: Path) -> None:
+    make("qwen2_5_vl", tmp_path / "model")
+    with pytest.raises(ModelError, match="has no multi_modal_projector"):
+        projector_size(tmp_path / "model")
+    with pytest.raises(BankError, match="has no multi_modal_projector"):
+        BankStack(load_model(tmp_path / "model").model, "merge").add_trainable(2, 4, projector_learning_rate=1e-3)

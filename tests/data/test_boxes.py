@@ -13,7 +13,7 @@ from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.data.records import DataError, TestRecord, TestRecords, TrainingRecord
 from mslora_cr.evaluation.score import BOXES, score_file
 from mslora_cr.models.load import box_rule_of, input_processor_in
-from tests.helpers.families import make
+from tests.helpers.families import FAMILIES, make
 
 RULES = {
     "llava": "square",
@@ -46,6 +46,7 @@ def learned(processor: InputProcessor, record: TrainingRecord, folder: Path) -> 
 
 @pytest.mark.parametrize("family", RULES)
 def test_what_a_family_learns_is_read_back_within_a_pixel(family: str, tmp_path: Path) -> None:
+    assert RULES.keys() == FAMILIES.keys()
     make(family, tmp_path / "model")
     processor, rule = input_processor_in(tmp_path / "model", 4096), box_rule_of(tmp_path / "model")
     assert rule.kind == RULES[family]

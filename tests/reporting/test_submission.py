@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from mslora_cr.data import tasks
 from mslora_cr.data.records import DataError
 from mslora_cr.evaluation.results import ReportError, required_evaluation
 from mslora_cr.evaluation.score import metrics_of, read_scores, score_file
+from mslora_cr.reporting.report import write_report
 from mslora_cr.reporting.submission import MANIFEST, open_submission, write_submission
 from mslora_cr.utils.state import StateError
 from tests.helpers.report_run import make_run
@@ -112,6 +114,9 @@ def boxed_run(root: Path, model: Path) -> StreamConfig:
 
 def test_answers_with_boxes_are_scored_again_by_the_rule_of_their_model(tiny_model: Path, tmp_path: Path) -> None:
     config = boxed_run(tmp_path, tiny_model)
+    write_report(config.run_dir, config.results_run_dir, config)
+    told = (config.results_run_dir / "report.md").read_text(encoding="utf-8")
+    assert "mean IoU" in told and re.search(r"\| 50\.00 \[\d+\.\d+ to \d+\.\d+\]", told)
     archive = write_submission(config, config.results_run_dir, tmp_path / "boxes.zip")
     files = content(archive)
     assert not any(b"smith" in data for data in files.values())
