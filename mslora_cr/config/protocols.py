@@ -26,6 +26,9 @@ class TaskProtocol(BaseModel):
     extend: bool = False
     """With `same_as`: start this site's bank as a copy of the bank of the site before it. Methods that sum banks or
     continue one build on that bank without it."""
+    reuse: bool = False
+    """With `same_as`: train nothing; a copy of the bank of the site before it answers. Of a method that continues one
+    bank this is the latest one."""
 
     @model_serializer(mode="wrap")
     def _leave_out_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -41,7 +44,7 @@ def check_protocols(tasks: Mapping[str, TaskProtocol]) -> None:
         tasks: The stream's, by name.
 
     Raises:
-        ValueError: `same_as` names no first site, or `extend` stands alone.
+        ValueError: `same_as` names no first site, `extend` or `reuse` stands alone, or both are set.
     """
     sites = {name for name, task in tasks.items() if task.same_as is None}
     for name, task in tasks.items():
@@ -50,3 +53,5 @@ def check_protocols(tasks: Mapping[str, TaskProtocol]) -> None:
             raise ValueError(f"tasks.{name}.same_as: {task.same_as!r} is no first site in the stream{near}")
         if task.extend and task.same_as is None:
             raise ValueError(f"tasks.{name}.extend: needs same_as, the task whose bank is extended")
+        if task.reuse and (task.same_as is None or task.extend):
+            raise ValueError(f"tasks.{name}.reuse: needs same_as, the task whose bank is reused, and no extend")

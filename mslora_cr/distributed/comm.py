@@ -74,6 +74,13 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def of_first_rank(tensor: Tensor) -> Tensor:
+    """The first rank's tensor, on every rank, in place."""
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast(tensor, src=0)
+    return tensor
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum of every rank's tensor, on the CPU of every rank."""
     if not torch.distributed.is_initialized():

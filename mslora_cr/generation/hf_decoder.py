@@ -7,17 +7,18 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
 from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.input_processor import Prompt
+from mslora_cr.distributed.comm import of_first_rank
 from mslora_cr.generation.batching import Wave
 from mslora_cr.generation.branches import Branches, Continuations
 from mslora_cr.generation.prefix_decoder import OnToken, Stopping
@@ -46,7 +47,7 @@ class PlainDecoder:
         self.prompts = [replace(prompt, opening=(), rest=prompt.opening + prompt.rest) for prompt in prompts]
         self.mixed = mixed
         self._read: _Read | None = None
-        self._stopping, self._device = stopping, self.model.get_input_embeddings().weight.device
+        self.stopping, self._device = stopping, self.model.get_input_embeddings().weight.device
         self._dtype = self.model.get_input_embeddings().weight.dtype
         self._settings = GenerationConfig(
             do_sample=False,
@@ -91,7 +92,11 @@ class PlainDecoder:
         streamer = _Streamer(questions[0], on_token) if on_token is not None else None
         with _first_scores(self.model) as first:
             made = self.model.generate(
-                **inputs, generation_config=self._settings, streamer=streamer, return_dict_in_generate=True
+                **inputs,
+                generation_config=self._settings,
+                streamer=streamer,
+                return_dict_in_generate=True,
+                logits_processor=LogitsProcessorList([_FirstRank()] if self.stopping.together else []),
             )
         length = inputs["input_ids"].shape[1]
         if first and caches_keys_alone(self.model) and _rewound(made.past_key_values, length):
@@ -114,7 +119,7 @@ class PlainDecoder:
         scores_of: list[list[list[float]]] = [[] for _ in questions]
         for number in range(max(map(len, continuations))):
             rows = [row[number : number + 1] or [row[0]] for row in continuations]
-            branches = Branches.of(rows, self._stopping.padding, self._device)
+            branches = Branches.of(rows, self.stopping.padding, self._device)
             logits = prompt.logits.float()
             if branches.ids.shape[1]:
                 before = {
@@ -146,7 +151,7 @@ class PlainDecoder:
         return value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)
 
     def _cut(self, ids: list[int]) -> list[int]:
-        stop = next((index for index, token in enumerate(ids) if token in self._stopping.end_ids), len(ids))
+        stop = next((index for index, token in enumerate(ids) if token in self.stopping.end_ids), len(ids))
         return ids[: stop + 1]
 
 
@@ -176,6 +181,13 @@ def _rewound(cache: Cache, length: int) -> bool:
             return False
     cache.crop(length - cache.get_seq_length())
     return True
+
+
+class _FirstRank(LogitsProcessor):
+    """Lets the first rank's scores choose the next tokens of all ranks."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return cast(torch.FloatTensor, of_first_rank(scores.contiguous()))
 
 
 class _Streamer(BaseStreamer):

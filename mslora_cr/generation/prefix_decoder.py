@@ -18,6 +18,7 @@ from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrained
 from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.collator import in_batches, rounded_up
 from mslora_cr.data.input_processor import Prompt
+from mslora_cr.distributed.comm import of_first_rank
 from mslora_cr.generation.attention import SharedCache, membership, sharing
 from mslora_cr.generation.batching import QUERIES, Wave
 from mslora_cr.generation.branches import Branches, Continuations
@@ -50,16 +51,19 @@ class Stopping:
         end_ids: Token ids that end an answer.
         padding: The token id that fills up rows.
         max_new_tokens: The length of the longest answer.
+        together: Whether all ranks compute the same answers step by step: where they share the model's weights, none
+            can run a step alone.
     """
 
     end_ids: frozenset[int]
     padding: int
     max_new_tokens: int
+    together: bool = False
 
     @classmethod
-    def of(cls, tokenizer: Ends, max_new_tokens: int) -> Stopping:
+    def of(cls, tokenizer: Ends, max_new_tokens: int, together: bool = False) -> Stopping:
         """An answer ends with the tokenizer's end of text."""
-        return cls(frozenset([tokenizer.eos_token_id]), tokenizer.pad_token_id, max_new_tokens)
+        return cls(frozenset([tokenizer.eos_token_id]), tokenizer.pad_token_id, max_new_tokens, together)
 
 
 class Decoder:
@@ -85,9 +89,10 @@ class Decoder:
         self.device: torch.device = weight.device
         self.dtype: torch.dtype = weight.dtype
         plain = all(linear.weight.is_floating_point() for linear in language_linears(self.model).values())
-        self.steps = StaticSteps(record=True) if self.device.type == "cuda" and plain else None
+        recordable = self.device.type == "cuda" and plain and not stopping.together
+        self.steps = StaticSteps(record=True) if recordable else None
         """None computes steps directly. Kernels of quantised layers may wait for the device, which a graph cannot
-        record."""
+        record; nor can it what ranks exchange."""
         # Not every text model has a window; LLaVA-Med's is null.
         self.window: int | None = self.model.config.text_config.to_dict().get("sliding_window")
 
@@ -256,7 +261,7 @@ class Decoder:
             assert openings.next_logits is not None
             logits, suffix_visible = openings.next_logits[start:stop][index], visible.new_empty(len(questions), 0)
         self._asked = Asked(openings, tuple(questions), suffix_visible, suffixes, logits)
-        next_ids = _best(logits)
+        next_ids = self._next_ids(logits)
         cache = SharedCache(opening_states, suffixes, index, row_positions, members, slots.new_tensor([length]))
         return Rows(next_ids[:, None].clone(), following, visible, cache)
 
@@ -264,7 +269,7 @@ class Decoder:
         """Compute one new token for each row, in place."""
         rows.visible.index_fill_(1, rows.cache.slots + rows.before, True)
         logits = self._forward(rows.ids, rows.positions, self._newest(rows.visible), rows.cache)
-        rows.ids.copy_(_best(logits)[:, None])
+        rows.ids.copy_(self._next_ids(logits)[:, None])
         rows.positions += 1
         rows.cache.slots += 1
 
@@ -301,6 +306,9 @@ class Decoder:
 
     def _ended(self, answer: Sequence[int]) -> bool:
         return len(answer) == self.stopping.max_new_tokens or (bool(answer) and answer[-1] in self.stopping.end_ids)
+
+    def _next_ids(self, logits: Tensor) -> Tensor:
+        return of_first_rank(_best(logits)) if self.stopping.together else _best(logits)
 
     def _choose(self, questions: Sequence[int]) -> None:
         """Assign the next rows to these questions."""

@@ -13,7 +13,7 @@ from mslora_cr.banks.per_sample import QuestionBanks
 from mslora_cr.data.chat_template_inputs import ChatTemplateInputs
 from mslora_cr.data.input_processor import InputProcessor, Prompt
 from mslora_cr.data.records import TestRecord
-from mslora_cr.distributed.comm import rank, world_size
+from mslora_cr.distributed.comm import all_gather_object, rank, world_size
 from mslora_cr.generation.batching import Limits, Wave, grouped, in_waves, shared_out
 from mslora_cr.generation.branches import Continuations
 from mslora_cr.generation.exactness import shares_exactly
@@ -69,16 +69,22 @@ def decoder_of(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     mixed: QuestionBanks | None = None,
+    together: bool = False,
 ) -> Decoder | PlainDecoder:
-    """The decoder for a model: from shared openings if some are shared and the scores are those of whole prompts."""
+    """The decoder for a model: from shared openings if some are shared and the scores are those of whole prompts.
+
+    Args:
+        together: Whether all ranks compute the same answers step by step (`Stopping`).
+    """
     if input_processor.shares_openings:
-        return Decoder(model, prompts, Stopping.of(input_processor.tokenizer, max_new_tokens), mixed)
+        return Decoder(model, prompts, Stopping.of(input_processor.tokenizer, max_new_tokens, together), mixed)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     shared = len({(prompt.images, prompt.opening) for prompt in prompts}) < len(prompts)
     exact = shared and isinstance(input_processor, ChatTemplateInputs) and shares_exactly(base, input_processor, mixed)
     kind = ModelPrefixDecoder if exact else PlainDecoder
     padding = input_processor.tokenizer.pad_token_id
-    return kind(model, prompts, Stopping(frozenset(input_processor.end_ids), padding, max_new_tokens), mixed)
+    stopping = Stopping(frozenset(input_processor.end_ids), padding, max_new_tokens, together)
+    return kind(model, prompts, stopping, mixed)
 
 
 def waves_of_rank(
@@ -87,18 +93,21 @@ def waves_of_rank(
     questions: Sequence[int],
     banks: Callable[[int], Hashable] = lambda question: None,
 ) -> list[Wave]:
-    """This rank's share of some questions, in the waves in which they are computed.
+    """This rank's share of some questions, in the waves in which they are computed; all of them, in the same waves on
+    every rank, if ranks answer together.
 
     Args:
         decoding: How they are answered.
         questions: Their places, the same on every rank.
         banks: Tells the banks of a question from those of another; by default all have the same.
     """
-    prompts, ranks = decoder.prompts, world_size()
+    prompts, together = decoder.prompts, decoder.stopping.together
+    ranks, own = (1, 0) if together else (world_size(), rank())
     limits = decoding.limits(prompts)
     groups = grouped(prompts, questions, banks, most=max(1, -(-len(questions) // ranks)))
-    fitting = replace(limits, positions=min(limits.positions, decoder.positions_that_fit() or limits.positions))
-    share = shared_out(groups, ranks, limits.new_tokens)[rank()]
+    fit = decoder.positions_that_fit() or limits.positions
+    fitting = replace(limits, positions=min(limits.positions, *(all_gather_object(fit) if together else [fit])))
+    share = shared_out(groups, ranks, limits.new_tokens)[own]
     return in_waves(share, prompts, fitting, *([decoder.mixed.projector] if decoder.mixed is not None else []))
 
 

@@ -13,7 +13,6 @@ import torch
 
 from mslora_cr.banks.bank import Bank
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.config.validation import LOSS
 from mslora_cr.data.datasets import KEPT_BYTES, ConcatTrainDataset, Records
 from mslora_cr.data.image_digests import images_digest
 from mslora_cr.data.images import image_size, inspect_images, load_image, resolve_image
@@ -51,12 +50,12 @@ def check_trainable(config: StreamConfig, fields: dict[str, Any]) -> None:
         )
     if config.model.kernels == "liger" and get_device(config.model.device).type != "cuda":
         raise ConfigError("model.kernels: liger needs a GPU; set it to auto, or to torch")
-    if zero_stage(fields.get("deepspeed")) == 3 and fields.get("metric_for_best_model", LOSS) != LOSS:
-        raise ConfigError(
-            "training.metric_for_best_model: under ZeRO-3 the loss alone is measured while a task trains; set it to "
-            "loss, or training.deepspeed to zero2"
-        )
     method = method_of(config)
+    if method.keeps_frozen_adapters and (reused := [task.name for task in config.stream if task.reuse]):
+        raise ConfigError(
+            f"tasks.{reused[0]}.reuse: {config.method} answers with the sum of its banks, so a copy would count twice; "
+            "leave the task out and ask its questions with `mslora-cr evaluate --probe`, or train it"
+        )
     if (
         fields.get("fp16")
         and method.has_penalty

@@ -56,7 +56,7 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
                 epochs=task.epochs,
                 per_device_batch_size=per_device,
                 accumulation_steps=accumulation,
-                steps=update_steps(visited, epochs, per_device, accumulation),
+                steps=0 if task.reuse else update_steps(visited, epochs, per_device, accumulation),
                 learning_rate=task.learning_rate,
                 frozen_banks=[earlier.name for earlier in frozen_tasks(config, task)],
                 penalties=method.regularizes(config, task),
@@ -95,10 +95,10 @@ def frozen_tasks(config: StreamConfig, task: Task) -> list[Task]:
 
 
 def previous_task(config: StreamConfig, task: Task) -> list[Task]:
-    """The task from whose bank this one starts, if any: the one before it, or the site that it extends."""
+    """The task from whose bank this one starts, if any: the one before it, or the site that it extends or reuses."""
     method, earlier = method_of(config), config.stream[: task.index]
     if method.init_from_previous:
         return earlier[-1:]
-    if not task.extend or method.keeps_frozen_adapters:
+    if not (task.extend or task.reuse) or method.keeps_frozen_adapters:
         return []
     return [site for site in earlier if task.same_as in (site.name, site.same_as)][-1:]

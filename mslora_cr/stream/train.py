@@ -201,8 +201,9 @@ def train_task(run: StreamRun, task: Task) -> None:
             step = TrainerState.load_from_json(str(left[-1] / TRAINER_STATE_NAME)).global_step
         check_same_launch(left[-1], trainer.args, run.input_digests(task), run.force)
     _say_where_it_starts(task, trainer, left)
-    with tracked(trainer, run.config.run_dir / "logs", task.name, step):
-        trainer.train(resume_from_checkpoint=str(left[-1]) if left else None)
+    if not task.reuse:
+        with tracked(trainer, run.config.run_dir / "logs", task.name, step):
+            trainer.train(resume_from_checkpoint=str(left[-1]) if left else None)
     save_task(run, task, trainer, router)
     run.ledger.share()
     release_trainer(trainer)

@@ -74,10 +74,7 @@ def validation_set(
     records: Mapping[str, ValidationRecords],
     processor: InputProcessor,
 ) -> ValidationSet | None:
-    """The validation data of a task; None if training does not validate.
-
-    Under ZeRO-3 only the loss is measured: ranks answer in steps of their own, and every step there needs all of them.
-    """
+    """The validation data of a task; None if training does not validate."""
     tasks = [measured for measured in validated_tasks(config, task) if measured.name in records]
     if not tasks:
         return None
@@ -87,11 +84,12 @@ def validation_set(
     return ValidationSet(
         ConcatTrainDataset(samples),
         batch_shape(task, dict(fields))[0],
-        None if zero_stage(fields.get("deepspeed")) == 3 else ConcatEvalDataset(questions),
+        ConcatEvalDataset(questions),
         Decoding(
             config.evaluation.max_new_tokens,
             config.evaluation.batch_size,
             Path(config.model.path).name,
             workers=int(fields.get("dataloader_num_workers", 0)),
         ),
+        together=zero_stage(fields.get("deepspeed")) == 3,
     )

@@ -32,14 +32,17 @@ class ValidationSet:
     Attributes:
         samples: The samples for the loss.
         batch_size: The number of samples whose loss is computed at once.
-        questions: The questions for the scores; None measures only the loss.
+        questions: The questions for the scores.
         decoding: How the questions are answered.
+        together: Whether every rank answers every question, step by step with the others. Under ZeRO-3 each step needs
+            all ranks, so that ranks with questions of their own would wait for each other forever.
     """
 
     samples: ConcatTrainDataset
     batch_size: int
-    questions: ConcatEvalDataset | None
+    questions: ConcatEvalDataset
     decoding: Decoding
+    together: bool = False
 
 
 class Validation:
@@ -62,15 +65,20 @@ class Validation:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self._stack.model.eval()
             measured = {"loss": self._passes.mean_loss(self._data.batch_size)}
-            if self._data.questions is not None:
-                scores = score_answers(self._answers(self._data.questions))
-                measured |= scores.metrics | scores.added
+            scores = score_answers(self._answers(self._data.questions))
+            measured |= scores.metrics | scores.added
         return dict(broadcast_object(measured))
 
     def _answers(self, questions: ConcatEvalDataset) -> list[ValidationAnswer]:
-        """The questions' answers, in order; ranks share the questions."""
+        """The questions' answers, in order; ranks share the questions, or answer them together."""
         processor, decoding = questions.input_processor, self._data.decoding
-        decoder = decoder_of(processor, self._stack.model, questions.prompts(), decoding.max_new_tokens)
+        decoder = decoder_of(
+            processor,
+            self._stack.model,
+            questions.prompts(),
+            decoding.max_new_tokens,
+            together=self._data.together,
+        )
         waves = waves_of_rank(decoder, decoding, range(len(questions)))
         mine: dict[int, str] = {}
         for batch in scored_batches(decoder, questions, waves, None, decoding.workers):

@@ -57,16 +57,20 @@ def test_a_mixed_boundary_moves_records_to_the_task_before(config_file: ConfigWr
 
 
 def test_another_site_extends_the_bank_of_the_site_before(config_file: ConfigWriter) -> None:
-    """Without a move (the rate is too small) the second site's bank is the first one's. A method that goes on with one
-    bank, or adds banks up, starts as ever."""
+    """Without a move (the rate is too small) the second site's bank is the first one's; the third site reuses it without
+    a step. A method that goes on with one bank, or adds banks up, starts as ever."""
     path = config_file(method="each", regularization={})
     site = ["tasks.PCAM.same_as=pathvqa", "tasks.PCAM.extend=true"]
-    rates = ["tasks=[pathvqa,PCAM]", "tasks.PCAM.learning_rate=1e-30", "tasks.*.epochs=0.3"]
-    assert main(["train", str(path), *rates, *site]) == 0
+    third = ["tasks.slake-vqarad.same_as=pathvqa", "tasks.slake-vqarad.reuse=true"]
+    rates = ["tasks=[pathvqa,PCAM,slake-vqarad]", "tasks.PCAM.learning_rate=1e-30", "tasks.*.epochs=0.3"]
+    assert main(["train", str(path), *rates, *site, *third]) == 0
     run = load_config(path).run_dir
-    first, second = (load_bank(run / "banks" / name) for name in ("pathvqa", "PCAM"))
-    for name, (a, b) in first.matrices.items():
-        assert a.equal(second.matrices[name][0]) and b.equal(second.matrices[name][1]) and b.any()
+    first, *others = (load_bank(run / "banks" / name) for name in ("pathvqa", "PCAM", "slake-vqarad"))
+    for other in others:
+        for name, (a, b) in first.matrices.items():
+            assert a.equal(other.matrices[name][0]) and b.equal(other.matrices[name][1]) and b.any()
+    assert json.loads((run / "ledger.json").read_text())["tasks"]["slake-vqarad"]["steps"] == 0
+    assert main(["train", str(path), *rates, *third, "method=olora", "run=sum"]) == 1
     for method, starts in (("each", ["pathvqa"]), ("sequential", ["slake-vqarad"]), ("olora", [])):
         config = load_config(path, [f"method={method}", *site])
         assert [task.name for task in previous_task(config, config.task("PCAM"))] == starts
@@ -78,6 +82,7 @@ def test_another_site_extends_the_bank_of_the_site_before(config_file: ConfigWri
         ("tasks.PCAM.same_as=pathvq", "did you mean 'pathvqa'?"),
         ("tasks.PCAM.same_as=PCAM", "tasks.PCAM.same_as: 'PCAM' is no first site in the stream"),
         ("tasks.PCAM.extend=true", "tasks.PCAM.extend: needs same_as"),
+        ("tasks.PCAM.reuse=true", "tasks.PCAM.reuse: needs same_as"),
         ("tasks.PCAM.mixed=1", "tasks.PCAM.mixed"),
         ("tasks.PCAM.samples=0", "tasks.PCAM.samples"),
     ],
