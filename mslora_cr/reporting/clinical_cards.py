@@ -31,7 +31,7 @@ class ClinicalCard(NamedTuple):
         guessing: What guessing gives, and whether the score is above it.
         marked: Whether the score is not above guessing.
         figures: Value and interval as text, by name.
-        classes: Rows of class, questions, said, recall and precision.
+        classes: Rows of class, questions, said, recall and precision; the last one counts answers of no class.
         texts: Rows of question, questions, balanced accuracy and what guessing scores on it.
         attributes: By name, a line and rows of group, questions, patients, score, best constant answer, p, and change
             since the task was learned.
@@ -102,10 +102,7 @@ def _card(
         guessing=f"{verdict} ({given})",
         marked=not guessing.above,
         figures={name: figure_text(figure) for name, figure in closed.figures.items()},
-        classes=[
-            [one.name, str(one.questions), str(one.said), figure_text(one.recall), figure_text(one.precision)]
-            for one in closed.by_class
-        ],
+        classes=_classes(closed),
         texts=[
             [
                 one.question or "",
@@ -123,6 +120,15 @@ def _card(
         curves=Markup(curve_plots(closed.curves)) if closed.curves else None,
         dots=Markup(dots) if (dots := subgroup_dots(clinical.subgroups)) else None,
     )
+
+
+def _classes(closed: ClosedMeasured) -> list[list[str]]:
+    rows = [
+        [one.name, str(one.questions), str(one.said), figure_text(one.recall), figure_text(one.precision)]
+        for one in closed.by_class
+    ]
+    none = closed.questions - sum(one.said for one in closed.by_class)
+    return [*rows, ["none of these: wrong", "–", str(none), "–", "–"]] if none else rows
 
 
 def figure_text(figure: Measured | None) -> str:

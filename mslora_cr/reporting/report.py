@@ -16,8 +16,9 @@ from mslora_cr.banks.similarity import Similarity, bank_similarity
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.records import TestRecord
 from mslora_cr.data.sources.catalog import catalog
-from mslora_cr.data.sources.leaks import sentences
+from mslora_cr.data.sources.leaks import Leaks, found_by_check, sentences
 from mslora_cr.data.tasks import test_records
+from mslora_cr.evaluation.doubts import doubts_in_words
 from mslora_cr.evaluation.probe_result import MEASURED, read_probes
 from mslora_cr.evaluation.results import Evaluation, ReportError
 from mslora_cr.evaluation.schemas import ROUTED, Analysis
@@ -79,10 +80,9 @@ def write_report(
     run = read_run(run_dir, results_dir)
     with one_writer(results_dir):
         context = _context(run, load_published_scores(published_scores), config) | _answers(run, config)
-        context["leaks"] = _leaks(run, config)
-        context["shown_tasks"] = (
-            shown_to_do(last_cells(run.evaluation), results_dir, context["leaks"]) if run.evaluation else []
-        )
+        leaks = _leaks(run, config)
+        shown = shown_to_do(last_cells(run.evaluation), results_dir, leaks) if run.evaluation else []
+        context |= {"leaks": sentences(leaks), "shown_tasks": shown, "doubts": _doubts(run, config)}
         for name in ("report.html", "report.md"):
             render(name, results_dir / name, context)
     return results_dir / "report.html"
@@ -181,11 +181,19 @@ def _answers(run: RunRecord, config: StreamConfig | None) -> dict[str, Any]:
     }
 
 
-def _leaks(run: RunRecord, config: StreamConfig | None) -> dict[str, str]:
+def _leaks(run: RunRecord, config: StreamConfig | None) -> dict[str, Leaks]:
     """Return what `data check` found in both training and testing, by task."""
     if run.evaluation is None or config is None:
         return {}
-    return sentences(config, {cell.task: cell.questions for cell in run.evaluation.cells})
+    return found_by_check(config, {cell.task: cell.questions for cell in run.evaluation.cells})
+
+
+def _doubts(run: RunRecord, config: StreamConfig | None) -> dict[str, list[str]]:
+    """Return what a reader must know about the answers of each task after its last evaluated stage."""
+    limit = config.evaluation.max_new_tokens if config else None
+    cells = last_cells(run.evaluation) if run.evaluation else []
+    doubts = {f"{cell.task}, stage {cell.stage}": doubts_in_words(cell, limit) for cell in cells}
+    return {place: words for place, words in doubts.items() if words}
 
 
 def _task_colors(run: RunRecord) -> dict[str, str]:
@@ -247,7 +255,7 @@ class ScoreRow(NamedTuple):
 def _added_titles(evaluation: Evaluation | None) -> dict[str, str]:
     """Return the titles, by metric, of the scores that the published evaluation does not have."""
     measured = {name for cell in evaluation.cells for name in cell.metrics} if evaluation else set()
-    return {name: title for name, title in BENCHMARK_TITLES.items() if name in measured} | ADDED_TITLES
+    return {name: title for name, title in (BENCHMARK_TITLES | ADDED_TITLES).items() if name in measured}
 
 
 def _benchmark_protocol(config: StreamConfig) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mslora_cr.clinical.file import CLINICAL, Clinical, ClosedMeasured
+from mslora_cr.data.sources.leaks import Leaks
 from mslora_cr.evaluation.asking import blind_score
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.evaluation.score import SCORES, read_scores
@@ -41,7 +42,7 @@ def last_cells(evaluation: Evaluation) -> list[Cell]:
     return [cell for cell in cells if cell is not None]
 
 
-def shown_to_do(cells: Iterable[Cell], results_dir: Path, leaks: Mapping[str, str]) -> list[ShownTask]:
+def shown_to_do(cells: Iterable[Cell], results_dir: Path, leaks: Mapping[str, Leaks]) -> list[ShownTask]:
     """A line for each cell.
 
     Args:
@@ -50,7 +51,7 @@ def shown_to_do(cells: Iterable[Cell], results_dir: Path, leaks: Mapping[str, st
     return [_row(cell, results_dir, leaks.get(cell.task)) for cell in cells]
 
 
-def _row(cell: Cell, results_dir: Path, leaks: str | None) -> ShownTask:
+def _row(cell: Cell, results_dir: Path, leaks: Leaks | None) -> ShownTask:
     answers = results_dir / cell.answers
     clinical = Clinical.read_if_there(answers.with_name(CLINICAL))
     closed = clinical.closed if clinical else None
@@ -60,7 +61,7 @@ def _row(cell: Cell, results_dir: Path, leaks: str | None) -> ShownTask:
         guessing=_against_guessing(closed),
         opened=_score(cell, "f1 score") if "f1 score" in cell.metrics else "none asked",
         measured_on=_measured_on(cell, answers),
-        leaks=leaks or "none found, or not checked",
+        leaks="not checked" if leaks is None else leaks.sentence() if leaks.any else "nothing found",
         subgroups=_subgroups(clinical),
         calibration=_calibration(closed),
         blind=blind.in_words() if (blind := blind_score(cell, results_dir)) else UNKNOWN,

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mslora_cr.config.schema import StreamConfig
 from mslora_cr.data.sources.catalog import catalog
-from mslora_cr.data.sources.leaks import sentences
+from mslora_cr.data.sources.leaks import found_by_check, sentences
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.models.family import Family, family_of
 from mslora_cr.models.save import class_of
@@ -189,7 +189,7 @@ inputs = processor(text=prompt, images=[image], add_special_tokens=False, return
             for task, cell in cells.items()
             for metric, value in cell.metrics.items()
         ]
-        leaks = sentences(self.config, {task: cell.questions for task, cell in cells.items()})
+        leaks = sentences(found_by_check(self.config, {task: cell.questions for task, cell in cells.items()}))
         return "\n".join(
             [
                 "## Scores",
@@ -212,7 +212,7 @@ inputs = processor(text=prompt, images=[image], add_special_tokens=False, return
         cells = self._cells().values()
         if not cells:
             return ""
-        leaks = sentences(self.config, {cell.task: cell.questions for cell in cells})
+        leaks = found_by_check(self.config, {cell.task: cell.questions for cell in cells})
         rows = [f"| {' | '.join(map(_cell, row))} |" for row in shown_to_do(cells, self.config.results_run_dir, leaks)]
         head = [f"## {TITLE}", "", f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
         return "\n".join([*head, *rows])

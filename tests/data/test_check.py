@@ -496,7 +496,8 @@ def test_what_is_in_training_and_in_testing_is_remembered_and_told(tmp_path, cap
     assert leaks.remembered(folder, "0" * 64) is None
     write(tmp_path, [training(image="images/train0.png")], [question("images/new.png")])
     look(root)
-    assert not (folder / "leaks.json").exists()
+    clean = leaks.remembered(folder, TestRecords(folder / "test.jsonl").digest)
+    assert clean is not None and not clean.any and leaks.sentences({"mine": clean}) == {}
 
 
 def test_a_val_jsonl_is_checked_against_training_and_testing(root):

@@ -1,5 +1,6 @@
 """Cards of closed questions in the report."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,16 @@ def test_the_report_says_what_guessing_gives_and_lists_the_classes(tmp_path: Pat
     for text in (html, markdown):
         assert "Closed questions as a clinician reads them" in text and "by guessing (the best constant answer" in text
     assert "| class | questions | said | recall | precision |" in markdown
+    assert "none of these: wrong" in html and "none of these: wrong" in markdown
+    assert "corpus BLEU" in html and "soft accuracy" not in html.lower(), "columns without a value are left out"
+    assert "not checked" in html and "to know about" not in html
+    file = results_dir / "evaluation.json"
+    evaluation = json.loads(file.read_text())
+    evaluation["cells"][-1] |= {"unfinished": 30, "overlong": 30}
+    file.write_text(json.dumps(evaluation))
+    page = write_report(run_dir, results_dir)
+    for text in (Page(page).text, page.with_suffix(".md").read_text(encoding="utf-8")):
+        assert "derm, stage 2: 30 of 40 answers (75 %) were cut off" in text and "does not end them" in text
     for found in results_dir.rglob(CLINICAL):
         found.unlink()
     assert "Closed questions as a clinician" not in Page(write_report(run_dir, results_dir)).text, "of earlier versions"

@@ -57,29 +57,25 @@ class Leaks(BaseModel):
 
 
 def remember(folder: Path, leaks: Leaks) -> None:
-    """Store the overlap beside the data, or remove an earlier result if there is none. Warn if the folder cannot be
-    written to."""
+    """Store the overlap beside the data, also if there is none. Warn if the folder cannot be written to."""
     try:
-        if leaks.any:
-            write_json(folder / LEAKS, leaks.model_dump())
-        else:
-            (folder / LEAKS).unlink(missing_ok=True)
+        write_json(folder / LEAKS, leaks.model_dump())
     except OSError as error:
         log.warning("%s: what is in training and in testing cannot be kept there (%s)", folder, error.strerror or error)
 
 
 def remembered(folder: Path, digest: str) -> Leaks | None:
-    """The stored overlap for the training or test file of this digest; None if there is none, or the files have
-    changed."""
+    """The stored overlap for the training or test file of this digest; None if the data were not checked, or the files
+    have changed."""
     try:
         leaks = Leaks.model_validate(read_object(folder / LEAKS))
     except (JsonError, ValidationError):
         return None
-    return leaks if digest in (leaks.train, leaks.test) and leaks.any else None
+    return leaks if digest in (leaks.train, leaks.test) else None
 
 
-def sentences(config: StreamConfig, digests: Mapping[str, str]) -> dict[str, str]:
-    """Return the overlap in each task's data.
+def found_by_check(config: StreamConfig, digests: Mapping[str, str]) -> dict[str, Leaks]:
+    """Return the overlap in the data of each task that was checked, also if there is none.
 
     Args:
         config: Says where the data are; tasks that it does not have are skipped.
@@ -87,11 +83,16 @@ def sentences(config: StreamConfig, digests: Mapping[str, str]) -> dict[str, str
     """
     folders = {task.name: task_folder(config, task) for task in config.stream if task.name in digests}
     by_task = {name: remembered(folder, digests[name]) for name, folder in folders.items()}
-    return {name: leaks.sentence() for name, leaks in by_task.items() if leaks}
+    return {name: leaks for name, leaks in by_task.items() if leaks}
+
+
+def sentences(found: Mapping[str, Leaks]) -> dict[str, str]:
+    """Return the warnings of overlaps, by task."""
+    return {name: leaks.sentence() for name, leaks in found.items() if leaks.any}
 
 
 @cache
 def tell(name: str, folder: Path, digest: str) -> None:
     """Warn once about the overlap that `data check` found in a data set."""
-    if leaks := remembered(folder, digest):
+    if (leaks := remembered(folder, digest)) and leaks.any:
         log.warning("%s: data check found that %s", name, leaks.sentence())
