@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mslora_cr.analysis.class_figures import CLASS_FIGURES, class_matrices
 from mslora_cr.config.load import load_config
 from mslora_cr.config.methods import load_method, method_names
 from mslora_cr.config.run_files import EVALUATION
@@ -241,7 +242,9 @@ def _write(runs: Sequence[SweepRun], outcomes: Mapping[str, dict[str, Any]], roo
         {
             "orders": {str(number): tasks for number, tasks in sorted(orders.items())},
             "seeds": sorted({run.seed for run in finished}),
-            "metrics": {key: summarize(finished_outcomes, key) for key in MATRICES if key in measured},
+            "metrics": {
+                key: summarize(finished_outcomes, key) for key in (*MATRICES, *CLASS_FIGURES) if key in measured
+            },
             "runs": finished_outcomes,
             "environment": environment(),
         }
@@ -253,9 +256,9 @@ def _outcome(run: SweepRun) -> dict[str, Any]:
     """The figures of a finished run, by metric."""
     evaluation, ledger = read_evaluation(run.results), read_ledger(run.config.run_dir)
     assert evaluation is not None, f"{run.name} is not evaluated"
+    found = {key: evaluation.matrix(metric) for key, metric in MATRICES.items()}
     figures = {}
-    for key, metric in MATRICES.items():
-        matrix = evaluation.matrix(metric)
+    for key, matrix in (found | class_matrices(evaluation, run.results)).items():
         if matrix is not None:
             final = {task: matrix.scores.get((task, matrix.last)) for task in matrix.tasks}
             figures[key] = {**matrix.summary(), "final": final}

@@ -43,7 +43,8 @@ def write_sweep_page(sweep: SweepResult, output: Path) -> Path:
     write_text(output / "sweep.svg", plot)
     context = {
         "sweep": sweep,
-        "metrics": {REPORTED_TITLES[key]: methods for key, methods in sweep.metrics.items() if methods},
+        "metrics": {REPORTED_TITLES.get(key, key): methods for key, methods in sweep.metrics.items() if methods},
+        "reported": list(REPORTED_TITLES.values()),
         "headline": REPORTED_TITLES[headline],
         "columns": SWEEP_COLUMNS,
         "banks_by": {run.method: run.banks_by for run in sweep.runs},
