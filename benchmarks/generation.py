@@ -29,6 +29,7 @@ from mslora_cr.banks.stack import BankStack
 from mslora_cr.data.input_processor import Prompt
 from mslora_cr.generation.batching import Limits, grouped, in_waves
 from mslora_cr.generation.prefix_decoder import Decoder, Stopping
+from mslora_cr.generation.run import scored_once
 from mslora_cr.models.kernels import use_kernels
 from mslora_cr.utils.kernels import chosen_kernels
 
@@ -162,13 +163,14 @@ def answered(
     batch: int,
     ids: Ids,
     new_tokens: int,
-    candidates: Sequence[Sequence[int]] | None = None,
+    others: Sequence[int] | None = None,
 ) -> Answers:
     """Answers as evaluation gives them, in batches of so many questions.
 
     Args:
         pixels_of: returns the images of some questions; None where they have none.
-        candidates: ids that are scored behind each question, as its answer is then; None scores nothing.
+        others: ids that are scored behind each question beside its answer, which is a candidate itself; None scores
+            nothing.
     """
     limits = Limits(batch, new_tokens, batch * (max(map(len, prompts)) + new_tokens))
     decoder = Decoder(model, prompts, Stopping.of(ids, new_tokens))
@@ -180,8 +182,8 @@ def answered(
         openings = decoder.read(wave, {} if pixels is None else {"pixel_values": pixels})
         for chosen in wave.batches:
             given = decoder.answer(openings, chosen, waiting)
-            if candidates is not None:
-                decoder.log_probabilities(openings, chosen, [[answer, *candidates] for answer in given])
+            if others is not None:
+                scored_once(decoder, openings, chosen, [[answer, answer, others] for answer in given])
             answers |= zip(chosen, given, strict=True)
             waiting -= 1
     return answers

@@ -1,11 +1,12 @@
 """What probabilities cost: greedy answers with and without scoring each answer and the candidates yes and no.
 
-    python -m benchmarks.probabilities                       # 64 questions, 3 new tokens, 576 positions an image
+    python -m benchmarks.probabilities                       # 64 questions, 2 new tokens, 576 positions an image
     python -m benchmarks.probabilities --size 7b --at-once 64 --questions 256
 
 As many questions about an image as in PathVQA's test set (6,761 on 858 images), and one. Image features are given,
-so the tower takes no part: with it the share is smaller. Yes and no are a token each with the one that ends an answer
-behind it. Figures are seconds an answer; the ratio is paired. `identical_text` says whether scoring changed an answer.
+so the tower takes no part: with it the share is smaller. An answer is a word and the token that ends it, and is itself
+one of the two candidates, as yes and no are. Figures are seconds an answer; the ratio is paired. `identical_text` says
+whether scoring changed an answer.
 """
 
 from __future__ import annotations
@@ -20,11 +21,9 @@ from benchmarks.shared_images import about_images, add_arguments, seconds_an_ans
 from mslora_cr.models.vision import detach_tower
 
 PER_IMAGE = {"PathVQA": 7.9, "one": 1.0}
-NEW_TOKENS = 3
-CANDIDATES = (7, 8)
-"""Ids of the candidates' words."""
-END = 9
-"""Stands for the token that ends a candidate; no answer ends by it."""
+NEW_TOKENS = 2
+OTHER = (7, 9)
+"""Ids of the candidate that is not the answer: a word, and a token that stands for the one that ends it."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -37,10 +36,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         detach_tower(model)
         use_answering_kernels(model, setting)
         asked = about_images(args.questions, density, args.patches, model, setting)
-        candidates = [[word, END] for word in CANDIDATES] if scored else None
-        answer = partial(
-            answered, model, asked.prompts, asked.pixels_of, args.at_once, ids, args.new_tokens, candidates
-        )
+        others = OTHER if scored else None
+        answer = partial(answered, model, asked.prompts, asked.pixels_of, args.at_once, ids, args.new_tokens, others)
         return lambda: answers.update({name: answer()})
 
     variants = {

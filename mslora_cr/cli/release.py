@@ -80,6 +80,8 @@ def _show(words: Sequence[str]) -> int:
 
     config = run_config(Path(words[0]))
     records = records_of(config.run_dir)
+    if not records:
+        raise ReleaseError(f"{config.run} has no record yet; `mslora-cr release PLAN RUN` makes the first")
     number = _number(words[1]) if len(words) > 1 else len(records)
     if not 0 < number <= len(records):
         raise ReleaseError(f"{config.run} has {len(records)} records, but none with number {number}")

@@ -132,12 +132,12 @@ def scored_batches(
             scores = None
             if continuations is not None:
                 wanted = [continuations(*answered) for answered in zip(batch, ids, strict=True)]
-                scores = _scored(decoder, openings, batch, wanted)
+                scores = scored_once(decoder, openings, batch, wanted)
             yield ScoredBatch(batch, ids, scores)
             waiting -= 1
 
 
-def _scored(
+def scored_once(
     decoder: Any, openings: Any, batch: Sequence[int], wanted: Sequence[Continuations]
 ) -> list[list[list[float]]]:
     """As `log_probabilities`; a continuation that is wanted twice, such as an answer that is a candidate, is read

@@ -69,50 +69,36 @@ def test_the_loss_is_that_of_all_answers_tokens(tiny_model: Path, tiny_data: Pat
         assert trainer.passes.mean_loss(batch_size) == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_measuring_moves_nothing(config_file: ConfigWriter) -> None:
-    """Dropout draws from the random state at every step; the bank is the same byte for byte."""
-    plain = launched(config_file, "plain", "training.eval_strategy=no")
-    measured = launched(config_file, "measured", *EACH_STEP)
-    assert bank_bytes(measured) == bank_bytes(plain)
-    assert not any("eval_loss" in row for row in logged(plain))
-    figures = [row for row in logged(measured) if "eval_loss" in row]
-    assert [row["step"] for row in figures] == list(range(1, entry_of(measured)["steps"] + 1))
+def test_measuring_moves_nothing_and_gives_the_scores_of_evaluate(config_file: ConfigWriter, tmp_path: Path) -> None:
+    """Dropout draws from the random state at every step; the bank is the same byte for byte. The validation questions
+    are the test questions of `root`, so that `evaluate` finds what training logs last."""
+    make_validation_root(load_config(config_file()), tmp_path / "root", 0.25)
+    ours = ["tasks=[pathvqa]", f"data.root={tmp_path / 'root'}", "training.eval_steps=1"]
+    plain, measured = (
+        load_config(config_file(run=name), [*ours, f"training.eval_strategy={strategy}"])
+        for name, strategy in (("plain", "no"), ("measured", "steps"))
+    )
+    train(plain)
+    train(measured)
+    assert bank_bytes(measured.run_dir) == bank_bytes(plain.run_dir)
+    assert not any("eval_loss" in row for row in logged(plain.run_dir))
+    figures = [row for row in logged(measured.run_dir) if "eval_loss" in row]
+    assert [row["step"] for row in figures] == list(range(1, entry_of(measured.run_dir)["steps"] + 1))
     assert figures[-1]["eval_loss"] < figures[0]["eval_loss"]
-    assert entry_of(measured)["kept_step"] is None
-
-
-def test_scores_are_those_of_evaluate(config_file: ConfigWriter, tmp_path: Path) -> None:
-    """The same questions as a task's test questions: what training logs last is what `evaluate` finds."""
-    path = config_file()
-    make_validation_root(load_config(path), tmp_path / "root", 0.25)
-    root = f"data.root={tmp_path / 'root'}"
-    config = load_config(path, ["tasks=[pathvqa]", root, "training.eval_strategy=epoch"])
-    train(config)
-    found = json.loads(evaluate(config).read_text())["cells"][0]["metrics"]
-    last = logged(config.run_dir)[-1]
-    scores = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
-    assert {name: found[name] for name in scores if name != "loss"} == {
-        name: pytest.approx(value) for name, value in scores.items() if name != "loss"
-    }
+    assert entry_of(measured.run_dir)["kept_step"] is None
+    found = json.loads(evaluate(measured).read_text())["cells"][0]["metrics"]
+    scores = {name.removeprefix("eval_"): value for name, value in figures[-1].items() if name.startswith("eval_")}
+    del scores["loss"]
+    assert {name: found[name] for name in scores} == {name: pytest.approx(value) for name, value in scores.items()}
     assert {"exact match score", "close accuracy"} <= scores.keys()
 
 
-def test_the_best_bank_is_kept_and_test_questions_decide_nothing(
-    config_file: ConfigWriter, stopped: Path, tiny_settings: dict[str, Any], tmp_path: Path
-) -> None:
-    """The bank of the first of three steps is that of a run of one step. With other test questions all stays the same."""
+def test_the_best_bank_is_kept(config_file: ConfigWriter, stopped: Path) -> None:
+    """The bank of the first of three steps is that of a run of one step."""
     entry = entry_of(stopped)
     assert (entry["kept_step"], entry["steps"]) == (1, 3)
     assert entry["validation"]["eval_loss"] == max(row.get("eval_loss", 0) for row in logged(stopped))
     assert bank_bytes(stopped) == bank_bytes(launched(config_file, "first", "tasks.*.epochs=0.3"))
-    shutil.copytree(tiny_settings["data"]["root"], tmp_path / "other")
-    for file in (tmp_path / "other").glob("*/test.jsonl"):
-        rows = [json.loads(line) | {"gt": "other", "answer_type": "OPEN"} for line in file.read_text().splitlines()]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
-    elsewhere = {**tiny_settings["data"], "root": str(tmp_path / "other")}
-    again = launched(config_file, "again", *STOPPING, data=elsewhere)
-    assert bank_bytes(again) == bank_bytes(stopped)
-    assert logged(again) == logged(stopped)
 
 
 @pytest.mark.parametrize(
@@ -126,10 +112,15 @@ def test_the_best_bank_is_kept_and_test_questions_decide_nothing(
         ),
     ],
 )
-def test_a_killed_run_keeps_the_same_bank_and_stops_at_the_same_step(
-    point: KillPoint, config_file: ConfigWriter, stopped: Path, tmp_path: Path
+def test_a_killed_run_with_other_test_questions_keeps_the_same_bank_and_stops_at_the_same_step(
+    point: KillPoint, config_file: ConfigWriter, stopped: Path, tiny_settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    command = ["train", str(config_file()), *ONE, *STOPPING]
+    shutil.copytree(tiny_settings["data"]["root"], tmp_path / "other")
+    for file in (tmp_path / "other").glob("*/test.jsonl"):
+        rows = [json.loads(line) | {"gt": "other", "answer_type": "OPEN"} for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    elsewhere = {**tiny_settings["data"], "root": str(tmp_path / "other")}
+    command = ["train", str(config_file(data=elsewhere)), *ONE, *STOPPING]
     run_until_killed(command, point, tmp_path / "output")
     assert main(command) == 0
     run = load_config(tmp_path / "run.yaml").run_dir
