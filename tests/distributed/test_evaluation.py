@@ -82,7 +82,7 @@ def test_two_ranks_score_candidates_of_routed_questions_as_brute_force_does(
     launch(["evaluate", str(trained_config), f"results_dir={tmp_path}", "--banks-by", "routed"])
     config = load_config(trained_config)
     base, banks = load_base(config, torch.device("cpu")), finished_banks(config)
-    stack, seen = BankStack(base.model, config.lora.fold), 0
+    stack, seen = BankStack(base.model, config.lora.fold, reuse=True), 0
     for task in config.stream:
         folder = tmp_path / "tiny" / "routed" / task.name / "stage-3"
         processor = input_processor_of(config, base)
@@ -91,6 +91,7 @@ def test_two_ranks_score_candidates_of_routed_questions_as_brute_force_does(
         for number, (line, of) in enumerate(zip(lines, read_probabilities(folder / PROBABILITIES), strict=True)):
             routed = list(banks).index(line["metadata"]["routed_to"])
             stack.set_frozen(list(banks.values())[: routed + 1])
+            stack.model.eval()
             for candidate, logprob in zip(of.candidates, of.logprobs, strict=True):
                 tokens = list(processor.answer_ids(samples.records[number].question, 1, candidate))
                 assert logprob == pytest.approx(sum(brute_force(base, samples, number, tokens)), abs=1e-5)

@@ -143,6 +143,14 @@ def test_intervals_cover_and_tests_reject_as_often_as_they_say() -> None:
                 assert share >= 0.88, (name, what)
 
 
+def test_figures_of_classes_are_covered_as_often_as_they_say() -> None:
+    settings = coverage.settings()
+    for name, trials in (("three classes, 80, clustered", 100), ("counts, 80, clustered", 60)):
+        assert min(coverage.shares(settings[name], trials).values()) >= 0.85, name
+    two = coverage.shares(settings["figures of two systems, 80, 50% yes"], 3)
+    assert {"difference of sensitivity", "difference of average precision", "p of macro F1"} <= set(two)
+
+
 def test_changes_are_covered_as_often_as_they_say_however_few_there_are() -> None:
     for questions in coverage.QUESTIONS:
         for expected in (1.6, 5, 20):  # of 80 questions to the last task but one 1.6 to 2 change
@@ -340,6 +348,7 @@ def test_every_benchmark_is_tried() -> None:
         "__init__",
         "all",
         "coverage",
+        "coverage_classes",
         "families",
         "family",
         "open_base",
