@@ -91,10 +91,12 @@ def test_markdown_shows_everything_as_text(tmp_path):
     (run_dir / "config.yaml").write_text("run: x\nnote: |\n````\n# out\n")
     context = _context(read_run(run_dir, results_dir), {})
     context |= {"browser": None, "confusions": [], "missing": [hostile], "leaks": {"derm": hostile}, "shown_tasks": []}
+    context["doubts"] = {"derm": [hostile]}
     render("report.md", tmp_path / "report.md", context)
     text = (tmp_path / "report.md").read_text()
     assert "- \\<img src=x\\> \\# \\`head\\` \\[a\\](b)\n" in text
     assert "- **derm**: \\<img src=x\\> \\# \\`head\\` \\[a\\](b)\n" in text
+    assert "- derm: \\<img src=x\\> \\# \\`head\\` \\[a\\](b)\n" in text
     assert "Method `<img src=x> # 'head' [a](b)`, a stream" in text
     assert "`````yaml\nrun: x\nnote: |\n````\n# out\n`````\n" in text
     assert not re.search(r"^# out|^# \W", text.partition("`````yaml")[0], re.MULTILINE)
