@@ -96,4 +96,4 @@ def test_two_ranks_score_candidates_of_routed_questions_as_brute_force_does(
                 tokens = list(processor.answer_ids(samples.records[number].question, 1, candidate))
                 assert logprob == pytest.approx(sum(brute_force(base, samples, number, tokens)), abs=1e-5)
                 seen += 1
-    assert seen > QUESTIONS
+    assert seen >= QUESTIONS
