@@ -39,7 +39,7 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
     )
     add_run(parser)
     parser.add_argument(
-        "question", nargs="*", type=typed, metavar="QUESTION", help="questions; each is answered on a line of its own"
+        "question", nargs="*", metavar="QUESTION", help="questions; each is answered on a line of its own"
     )
     add_overrides(parser)
     parser.add_argument(
@@ -112,7 +112,7 @@ def _ask(args: argparse.Namespace) -> int:
     questions = (
         read_questions(source, args.image)
         if source
-        else [Ask(text, tuple(args.image), boxes=tuple(args.box)) for text in args.question]
+        else [Ask(text, tuple(args.image), boxes=tuple(args.box)) for text in map(typed, args.question)]
     )
     if args.box and (source or not questions):
         raise UserError("--box belongs to questions on the command line; JSON lines have `boxes`")

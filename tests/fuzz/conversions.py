@@ -79,7 +79,10 @@ def convert_lists(folder: Path, random: Random) -> list[str]:
     ]
     coco = {"images": [{"id": n, "file_name": f"{n}.png"} for n in range(4)], "categories": [{"id": 1, "name": "cell"}]}
     coco["annotations"] = [{"image_id": n, "category_id": 1} for n in (0, 0, 1)]  # type: ignore[list-item]
-    content = random.choice((chats, flat, omni, coco))
+    parts = [{"type": random.choice(("image", "text", "video", deep)), "text": "What?"}, hostile.value(random)]
+    asked = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "a cell"}]}]
+    messages = [{"images": [f"{n}.png"], "messages": asked} for n in range(4)]
+    content = random.choice((chats, flat, omni, coco, messages))
     if random.random() < 0.3 and isinstance(content, list):
         content[0]["conversations"] = [{"from": hostile.value(random), "value": hostile.value(random)}]
     text = json.dumps(content).encode("utf-8", "surrogatepass")
