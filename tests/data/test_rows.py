@@ -209,6 +209,27 @@ def test_messages_whose_content_is_a_list_of_parts(tmp_path: Path) -> None:
     ]
 
 
+def test_of_a_file_with_a_damaged_page_nothing_is_left(tmp_path: Path) -> None:
+    pages = [Image.new("RGB", (64, 64), (40 * number, 0, 0)) for number in range(3)]
+    file = tmp_path / "a.tif"
+    pages[0].save(file, save_all=True, append_images=pages[1:], compression="tiff_adobe_deflate")
+    with Image.open(file) as image:
+        image.seek(2)
+        start, content = image.tag_v2[273][0], bytearray(file.read_bytes())  # type: ignore[attr-defined]
+    content[start : start + 8] = b"\xff" * 8
+    file.write_bytes(content)
+    (tmp_path / "b.png").write_bytes(png(1))
+    (tmp_path / "c.png").write_bytes(png(2))
+    table = HEADER + "a.tif,?,x\nb.png,?,y\nc.png,?,y\n"
+    (tmp_path / "t.csv").write_text(table)
+    converted = convert(tmp_path / "t.csv", tmp_path / "out")
+    assert converted.images == 2 and sorted(path.name for path in (tmp_path / "out/images").iterdir()) == [
+        "b.png",
+        "c.png",
+    ]
+    assert "a.tif" in converted.left_out["an image that is missing or cannot be read"][0]
+
+
 def test_names_in_another_unicode_form_and_jpg_stay(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "fe\u0301mur.jpg")  # decomposed, as macOS writes it
     Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "b.jpg")

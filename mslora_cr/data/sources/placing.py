@@ -94,18 +94,25 @@ class ImagePlacer:
 
     def _write(self, path: Path, frame: int | None, stem: str) -> list[str]:
         """Write a file's pictures; `a/b.png` and `a/b.jpg` get different names."""
-        names = []
-        for suffix, data in pictures(path, frame, self.rendering, self.note(path)):
-            ending = path.suffix if any({path.suffix.lower(), suffix} <= alike for alike in _SAME) else suffix
-            name = f"{IMAGES}/{stem}{ending}"
-            if (self.folder / name).exists():
-                name = f"{IMAGES}/{stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}{ending}"
-            target = self.folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
-                target.write_bytes(data)
-                self.count += 1
-            names.append(name)
+        names: list[str] = []
+        written: list[Path] = []
+        try:
+            for suffix, data in pictures(path, frame, self.rendering, self.note(path)):
+                ending = path.suffix if any({path.suffix.lower(), suffix} <= alike for alike in _SAME) else suffix
+                name = f"{IMAGES}/{stem}{ending}"
+                if (self.folder / name).exists():
+                    name = f"{IMAGES}/{stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}{ending}"
+                target = self.folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.exists():
+                    target.write_bytes(data)
+                    written.append(target)
+                names.append(name)
+        except DataError:  # No row shows the pages before one that cannot be read.
+            for target in written:
+                target.unlink()
+            raise
+        self.count += len(written)
         return names
 
 
