@@ -79,10 +79,8 @@ def trained_and_scored(path: Path) -> StreamConfig:
     cells = {cell.task: cell for cell in required_evaluation(config.results_run_dir).cells}
     assert cells.keys() == {task.name for task in config.stream}
     for task in config.stream:
-        at_own_stage = WITHOUT_JAVA if task.benchmark == "captions" else "benchmark"
-        assert at_own_stage in cells[task.name].metrics and len(cells[task.name].intervals[at_own_stage]) == 2, (
-            task.name
-        )
+        metric = WITHOUT_JAVA if task.benchmark == "captions" else "benchmark"
+        assert metric in cells[task.name].metrics and len(cells[task.name].intervals[metric]) == 2, task.name
         corrected = task.benchmark not in ("textvqa", "gqa", "exact", "captions")
         assert ("benchmark corrected" in cells[task.name].metrics) == corrected, task.name
         assert load_bank(config.run_dir / "banks" / task.name).projector

@@ -115,8 +115,8 @@ def boxed_run(root: Path, model: Path) -> StreamConfig:
 def test_answers_with_boxes_are_scored_again_by_the_rule_of_their_model(tiny_model: Path, tmp_path: Path) -> None:
     config = boxed_run(tmp_path, tiny_model)
     write_report(config.run_dir, config.results_run_dir, config)
-    message = (config.results_run_dir / "report.md").read_text(encoding="utf-8")
-    assert "mean IoU" in message and re.search(r"\| 50\.00 \[\d+\.\d+ to \d+\.\d+\]", message)
+    report = (config.results_run_dir / "report.md").read_text(encoding="utf-8")
+    assert "mean IoU" in report and re.search(r"\| 50\.00 \[\d+\.\d+ to \d+\.\d+\]", report)
     archive = write_submission(config, config.results_run_dir, tmp_path / "boxes.zip")
     files = content(archive)
     assert not any(b"smith" in data for data in files.values())
