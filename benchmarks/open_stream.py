@@ -169,7 +169,10 @@ def report(
         "Subgroups of HAM10000": list(_subgroups(runs)),
         "Without task IDs": list(_routed(routed)),
     }
-    tables = {name: tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f") for name, rows in parts.items()}
+    tables = {
+        name: tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2g" if name == "Tuned" else ".1f")
+        for name, rows in parts.items()
+    }
     return "\n\n".join(f"{name}\n\n{table}" for name, table in tables.items())
 
 
@@ -214,7 +217,7 @@ def tests(runs: Sequence[Outcome], contrasts: Sequence[tuple[str, str, str]]) ->
             }
         )
     for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
-        row["p (Holm)"] = adjusted
+        row.update({"p": f"{row['p']:.3f}", "p (Holm)": f"{adjusted:.3f}"})
     return rows
 
 
@@ -226,14 +229,17 @@ def _clinical(run: SweepRun, task: str) -> Clinical:
 
 
 def _closed(runs: Sequence[SweepRun]) -> Iterator[dict[str, Any]]:
-    """Accuracy of closed questions beside guessing, balanced accuracy, and AUROC averaged over classes, in percent."""
+    """Accuracy of closed questions beside guessing; and by text of the question, since kinds of questions have other
+    answers, balanced accuracy and AUROC averaged over classes. In percent, means over runs."""
     for task in [task.name for task in runs[0].config.tasks]:
         for method in dict.fromkeys(run.method for run in runs):
-            closed = [one for run in runs if run.method == method and (one := _clinical(run, task).closed) is not None]
+            measured = [_clinical(run, task) for run in runs if run.method == method]
+            closed = [one.closed for one in measured if one.closed is not None]
             if not closed:
                 continue
             majority, hindsight = closed[0].guessing.majority, closed[0].guessing.hindsight
-            areas = [[of.auroc.value for of in one.by_class if of.auroc is not None] for one in closed]
+            texts = [text for one in measured for text in one.by_question if len(text.classes) > 1]
+            areas = [fmean(found) for text in texts if (found := [of.auroc.value for of in text.by_class if of.auroc])]
             yield {
                 "task": task,
                 "method": method,
@@ -241,8 +247,9 @@ def _closed(runs: Sequence[SweepRun]) -> Iterator[dict[str, Any]]:
                 "most frequent answer": 100 * (hindsight if majority is None else majority),
                 "accuracy": 100 * fmean(one.guessing.score for one in closed),
                 "runs above it": sum(one.guessing.above for one in closed),
-                "balanced accuracy": 100 * fmean(one.figures["balanced accuracy"].value for one in closed),
-                "AUROC": 100 * fmean(fmean(of_run) for of_run in areas if of_run) if any(areas) else None,
+                "balanced accuracy": 100 * fmean(text.figures["balanced accuracy"].value for text in texts),
+                "guessing, balanced": 100 * fmean(1 / len(text.classes) for text in texts),
+                "AUROC": 100 * fmean(areas) if areas else None,
             }
 
 
