@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mslora_cr.metrics.closed import FEWEST, Classes, Confusion, confusion_figures, influences
+from mslora_cr.metrics.closed import FEWEST, FEWEST_SHARED, Classes, Confusion, confusion_figures, influences
 from mslora_cr.metrics.discrimination import placements
 from mslora_cr.statistics.intervals import Scores
 from mslora_cr.statistics.matrix_intervals import Column
@@ -42,8 +42,8 @@ PSEUDO = {MACRO_F1, MATTHEWS, PPV, NPV, AUROC, AVERAGE_PRECISION, PRECISION}
 def class_columns(table: Confusion, chances: Scores | None) -> dict[str, Column]:
     """Return the figures of `BY_CLASS` that closed questions have; none for questions of a single class.
 
-    Figures that rest on a class with fewer than `FEWEST` questions are left out: their intervals would not cover as
-    often as they say.
+    Figures that rest on a class with fewer than `FEWEST` questions are left out, and so are pseudo-values where
+    questions share fewer than `FEWEST_SHARED` images: their intervals would not cover as often as they say.
 
     Args:
         table: The true class of each question and the one that was said.
@@ -51,7 +51,7 @@ def class_columns(table: Confusion, chances: Scores | None) -> dict[str, Column]
     """
     counts = np.bincount(table.truth, minlength=len(table.names))
     enough = [place for place in range(len(table.names)) if counts[place] >= FEWEST]
-    each = {} if table.has_positive else _of_each(table, enough)
+    each = {} if table.has_positive else _with_enough_images(_of_each(table, enough), table)
     if np.count_nonzero(counts) < 2 or len(enough) < np.count_nonzero(counts):
         return each if np.count_nonzero(counts) > 1 else {}
     values = confusion_figures(table)
@@ -63,7 +63,14 @@ def class_columns(table: Confusion, chances: Scores | None) -> dict[str, Column]
         by_title = {AUROC: area_scores(table.truth, chances), AVERAGE_PRECISION: precision_scores(table.truth, chances)}
         columns |= {title: scores for title, scores in by_title.items() if scores is not None}
     whole = {title: Column(scores, table.groups) for title, scores in columns.items()}
-    return whole | (_of_two(table) if table.has_positive else each)
+    return _with_enough_images(whole | (_of_two(table) if table.has_positive else each), table)
+
+
+def _with_enough_images(columns: dict[str, Column], table: Confusion) -> dict[str, Column]:
+    images = len(np.unique(table.groups))
+    if images == len(table.truth) or images >= FEWEST_SHARED:
+        return columns
+    return {title: column for title, column in columns.items() if title.partition(":")[0] not in PSEUDO}
 
 
 def _of_two(table: Confusion) -> dict[str, Column]:

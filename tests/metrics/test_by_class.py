@@ -51,6 +51,8 @@ def test_every_figure_of_two_classes_is_the_mean_of_its_column() -> None:
     never = confusion(["no"] * 40, truths, np.arange(40))
     assert "PPV" not in class_columns(never, None) and class_columns(never, None)["NPV"].scores.mean() == 0.6
     assert class_columns(confusion(["yes"] * 40, [["yes"]] * 40, np.arange(40)), None) == {}
+    shared = confusion(answers, truths, np.arange(40) // 4)
+    assert set(class_columns(shared, None)) == {"balanced accuracy", "sensitivity", "specificity"}, "of ten images"
     few = confusion(answers[:20], truths[:20], np.arange(20))
     assert class_columns(few, None) == {}, "eight questions of a class give no interval that holds"
 
