@@ -220,6 +220,11 @@ def _check_usable(bank: Bank, source: Path, config: StreamConfig, shapes: Mappin
         raise BankError(
             f"{source}: its bank is {kind_of(bank).description}, but method {config.method} trains {kind.description}"
         )
+    if bank.projector and (method.keeps_frozen_adapters or method.mixes_banks):
+        raise BankError(
+            f"{source}: its bank was trained together with the projector and answers alone, but method {config.method} "
+            "sums banks; import it into a run of another method, such as each"
+        )
     if method.has_task_state and not (source / TASK_STATE).is_file():
         raise BankError(
             f"{source}: method {config.method} stores more of a task than its bank, so a bank alone cannot be "

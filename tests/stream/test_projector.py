@@ -85,6 +85,11 @@ def test_the_next_task_goes_on_with_the_projector_and_needs_the_option(
         load_bank(tmp_path / "checkpoints" / "tiny" / "banks" / name) for name in ("pathvqa", "slake-vqarad")
     )
     assert all((first.projector[name] - second.projector[name]).abs().max() < 1e-6 for name in first.projector)
+    summed = str(config_file(run="summed", method="incremental", lora={**TRAINED, "projector_learning_rate": None}))
+    source = str(tmp_path / "checkpoints" / "tiny")
+    assert main(["bank", "import", summed, TWO, "--from", source]) == 1
+    assert "method incremental sums banks" in capsys.readouterr().err
+    path = str(config_file(method="sequential", lora={**TRAINED, "projector_learning_rate": 1e-9}))
     assert main(["train", path, "lora.projector_learning_rate=null", "--force"]) == 1
     assert "set lora.projector_learning_rate" in capsys.readouterr().err
 
