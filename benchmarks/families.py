@@ -1,17 +1,18 @@
-"""What each type that `AutoModelForImageTextToText` maps is to this program, for the installed transformers.
+"""What each type that `AutoModelForImageTextToText` maps is to this program, for the installed packages.
 
     python -m benchmarks.families                    # a table in Markdown, a type a row
     python -m benchmarks.families gemma4 florence2   # these types alone
 
-Types with a builder in `tests/helpers` are tried with a tiny random model and its processor: it is loaded, its labels
-must be its answers, and its scores behind a shared opening those of whole prompts. Of the others the default
-configuration decides, without weights: whether there is a processor, a decoder, and layers that a bank adapts.
+Each type is tried with a tiny random model and a processor of its class (`tests/helpers`). Loading it checks its
+labels. A bank then gets gradients, and is saved and read; a router's features of an image are computed; and the scores
+after a shared opening are compared with those of whole prompts.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -19,24 +20,36 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from mslora_cr.generation.exactness import shares_exactly
-from mslora_cr.models.base_check import check_model
-from mslora_cr.models.language import fused_experts, language_linears
+from mslora_cr.banks.io import load_bank, save_bank
+from mslora_cr.banks.stack import BankStack
+from mslora_cr.data.records import TrainingRecord
+from mslora_cr.generation.copied_prefix import CopyingDecoder
+from mslora_cr.generation.exactness import exact_decoder
+from mslora_cr.generation.model_prefix import ModelPrefixDecoder
+from mslora_cr.models.base_check import TURNS, check_loss
+from mslora_cr.models.language import fused_experts
 from mslora_cr.models.layout import ModelError
 from mslora_cr.models.load import load_model
-from mslora_cr.models.processor_base import ProcessorBase, empty_model
+from mslora_cr.models.processor_base import ProcessorBase
+from mslora_cr.training.inputs import loss_mask
+from tests.helpers.any_family import NoTinyModelError, image_backends, make_any
 from tests.helpers.families import FAMILIES, make
 from tests.helpers.more_families import MORE, REFUSED, make_more
 
 HEAD = ("type", "class", "outcome")
+RANK = 4
+_FOLDER = re.compile(r"^/\S+: ")
+WAYS = {
+    ModelPrefixDecoder: "answers behind shared openings",
+    CopyingDecoder: "answers behind copied openings",
+    None: "answers whole prompts",
+}
 
 
-def main(argv: Sequence[str] | None = None) -> list[tuple[str, str, str]]:
+def main(argv: Sequence[str] | None = None) -> list[tuple[str, ...]]:
     """Print the table, one type a row as soon as it has been tried."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; all that are mapped without any")
@@ -59,38 +72,56 @@ def _line(cells: Iterable[str]) -> str:
 def outcome(kind: str) -> str:
     """What becomes of a type, in one line."""
     try:
-        return _tried(kind) if kind in {*FAMILIES, *MORE, *REFUSED} else _by_configuration(kind)
+        with tempfile.TemporaryDirectory() as folder:
+            return _tried(kind, Path(folder))
+    except NoTinyModelError as error:
+        return f"not tried: no tiny model was made of it ({error})"
     except ModelError as error:
-        return f"refused: {str(error).partition(': ')[2]}"
+        return f"refused: {_FOLDER.sub('', str(error))}"
     except Exception as error:
         return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
 
-def _tried(kind: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        (make if kind in FAMILIES else make_more)(kind, path)
-        base = load_model(path, dtype=torch.float32)
-        assert isinstance(base, ProcessorBase)
-        shared = shares_exactly(base.model, base.input_processor(2048, True))
-        base.image_encoder.features([[_image()]], torch.device("cpu"))
+def _tried(kind: str, folder: Path) -> str:
+    made = folder / "model"
+    builder = make if kind in FAMILIES else make_more if kind in {*MORE, *REFUSED} else make_any
+    builder(kind, made)
+    base = load_model(made, dtype=torch.float32)
+    assert isinstance(base, ProcessorBase)
+    decoder = exact_decoder(base.model, base.input_processor(1 << 15, True))
+    base.image_encoder.features([[_image()]], torch.device("cpu"))
+    _train(base, folder)
     experts = "; fused experts are not adapted" if fused_experts(base.model) else ""
-    return f"works, answers {'behind shared openings' if shared else 'whole prompts'}{experts}"
+    needs = "" if "pil" in image_backends(kind) else "; needs torchvision"
+    return f"works, {WAYS[decoder]}{experts}{needs}"
+
+
+def _train(base: ProcessorBase, folder: Path) -> None:
+    """Train a bank for one step on one record, save it and read it."""
+    _image().save(folder / "image.png")
+    record = TrainingRecord.model_validate({"id": 1, "image": ["image.png"], "conversations": list(TURNS)})
+    inputs = base.input_processor(1 << 15, True)
+    batch = inputs.batch([inputs.sample(0, record, [folder])])
+    keep, targets = loss_mask(batch.pop("labels"))
+    del batch["record_index"]
+    check_loss(base, batch, keep, targets)
+    stack = BankStack(base.model, "merge")
+    stack.add_trainable(RANK, RANK)
+    stack.model(**batch, logits_to_keep=keep, labels=targets, shift_labels=targets, use_cache=False).loss.backward()
+    moved = sum(bool(b.grad is not None and b.grad.any()) for _, b in stack.trainable().values())
+    if not moved:
+        raise ModelError(f"{type(base.model).__name__}: no layer of a bank gets a gradient")
+    save_bank(
+        stack.snapshot("task", RANK, RANK, {"base_model": {"architecture": stack.architecture}}),
+        folder / "bank",
+        0.0,
+        {},
+    )
+    load_bank(folder / "bank")
 
 
 def _image() -> Image.Image:
     return Image.effect_noise((64, 48), 60).convert("RGB")
-
-
-def _by_configuration(kind: str) -> str:
-    if kind not in PROCESSOR_MAPPING_NAMES:
-        return "needs a folder that names its processor's class; not tried"
-    try:
-        model = empty_model(CONFIG_MAPPING[kind]())
-    except Exception as error:
-        return f"not tried: its default configuration makes no model ({type(error).__name__})"
-    check_model(Path(kind), model)
-    return f"not tried; a bank would adapt {len(language_linears(model))} layers"
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ from mslora_cr.data.chat import messages_of, render
 from mslora_cr.data.input_processor import Prompt
 from mslora_cr.data.records import Turn
 from mslora_cr.generation.batching import Limits, grouped, in_waves
-from mslora_cr.generation.exactness import shares_exactly
+from mslora_cr.generation.exactness import exact_decoder
 from mslora_cr.generation.hf_decoder import PlainDecoder
-from mslora_cr.generation.model_prefix import ModelPrefixDecoder
 from mslora_cr.generation.prefix_decoder import Stopping
 from mslora_cr.models.load import load_model
 from tests.helpers.families import WORDS, Shape, make
@@ -61,7 +60,7 @@ class Family:
             make(name, Path(folder), WIDE)
             self.base: Any = load_model(Path(folder), dtype=dtype, device=device)
         self.inputs: Any = self.base.input_processor(8192, True)
-        self.exact = shares_exactly(self.base.model, self.inputs)
+        self.exact = exact_decoder(self.base.model, self.inputs)
 
     def questions(self, count: int, density: float, tokens: tuple[int, int]) -> Asked:
         """Questions of so many words, `density` of them about each image."""
@@ -89,9 +88,7 @@ class Family:
             self.inputs.tokenizer.pad_token_id,
             new_tokens,
         )
-        decoder: Any = (ModelPrefixDecoder if shared and self.exact else PlainDecoder)(
-            self.base.model, asked.prompts, never
-        )
+        decoder: Any = (self.exact if shared and self.exact else PlainDecoder)(self.base.model, asked.prompts, never)
         longest = max(map(len, decoder.prompts))
         limits = Limits(batch, new_tokens, batch * (longest + new_tokens))
         waves = in_waves(grouped(decoder.prompts, range(len(asked.prompts)), lambda _: None), decoder.prompts, limits)

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from mslora_cr.banks.bank import Bank, Matrices, product_norm
 from mslora_cr.banks.io import PEFT_PREFIX
+from mslora_cr.models.language import is_adapted
 
 
 class ScaledParts(nn.Linear):
@@ -37,7 +37,7 @@ class ScaledParts(nn.Linear):
 def scale_parts(model: nn.Module, adapter: str, magnitudes: Mapping[str, Tensor]) -> None:
     """Scale an adapter's parts by magnitudes, by linear layer."""
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if is_adapted(module):
             magnitude = magnitudes[name.removeprefix(PEFT_PREFIX)]
             module.lora_A[adapter] = ScaledParts(module.lora_A[adapter], magnitude)
 
@@ -47,9 +47,7 @@ def magnitudes_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     return {
         name.removeprefix(PEFT_PREFIX): module.lora_A[adapter].magnitudes
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and adapter in module.lora_A
-        and isinstance(module.lora_A[adapter], ScaledParts)
+        if is_adapted(module) and adapter in module.lora_A and isinstance(module.lora_A[adapter], ScaledParts)
     }
 
 

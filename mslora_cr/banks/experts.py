@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from mslora_cr.banks.bank import BankError
 from mslora_cr.banks.io import PEFT_PREFIX
+from mslora_cr.models.language import is_adapted
 
 
 class RoutedExperts(nn.Linear):
@@ -34,7 +34,7 @@ def route(model: nn.Module, adapter: str, experts: int) -> None:
     """Turn an adapter into a mixture of experts. Routers start uniformly at random, as PyTorch initialises a linear
     layer."""
     for module in model.modules():
-        if isinstance(module, LoraLayer):
+        if is_adapted(module):
             module.lora_A[adapter] = RoutedExperts(module.lora_A[adapter], experts)
 
 
@@ -42,7 +42,7 @@ def routers_of(model: nn.Module, adapter: str) -> dict[str, nn.Linear]:
     return {
         name.removeprefix(PEFT_PREFIX): module.lora_A[adapter].router
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and isinstance(module.lora_A[adapter], RoutedExperts)
+        if is_adapted(module) and isinstance(module.lora_A[adapter], RoutedExperts)
     }
 
 

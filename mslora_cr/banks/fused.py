@@ -41,7 +41,10 @@ class FusedLinear(PeftLinear):
         matrices = [half[name].weight for half in (self.lora_A, self.lora_B) for name in adapters]
         scalings = [self.scaling[name] for name in adapters]
         product = self.shared.product(self, x)
-        return _BankLinear.apply(x, product, self.base_layer.weight, scalings, *matrices)
+        rows = _BankLinear.apply(x, product, self.base_layer.weight, scalings, *matrices)
+        # Reshaped here, since autograd lets nobody change a view in place that such a function returned.
+        result: Tensor = rows.view(*x.shape[:-1], rows.shape[-1])
+        return result
 
     @property
     def adapters(self) -> list[str]:
@@ -124,6 +127,9 @@ class _BankLinear(torch.autograd.Function):
             weight: (out, in), frozen.
             scalings: One per adapter.
             matrices: Each adapter's A, then each adapter's B.
+
+        Returns:
+            (positions, out).
         """
         rows = x.flatten(0, -2)
         ctx.save_for_backward(rows, product)
@@ -131,7 +137,7 @@ class _BankLinear(torch.autograd.Function):
         ctx.a, ctx.b = matrices[: len(scalings)], matrices[len(scalings) :]
         y = rows @ weight.to(x.dtype).T
         y.addmm_(product, _scaled(ctx.b, scalings, x.dtype).T)
-        return y.view(*x.shape[:-1], len(weight))
+        return y
 
     @staticmethod
     @once_differentiable

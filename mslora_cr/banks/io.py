@@ -7,9 +7,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,6 +23,9 @@ from mslora_cr.utils.files import file_digest, replacing_folder, write_json, wri
 from mslora_cr.utils.regular import check_regular
 from mslora_cr.utils.strict_json import read_object
 from mslora_cr.utils.visible import visible
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 CONFIG, METADATA = "adapter_config.json", "bank.json"
 TASK_STATE = "memory.safetensors"
@@ -151,4 +153,6 @@ def bank_size(folder: Path) -> int:
 def lora_config(layers: Iterable[str], rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig:
     """PEFT's configuration of a bank over exactly these linear layers of the language model."""
     targets = linears_pattern(layers)
+    from peft import LoraConfig
+
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")

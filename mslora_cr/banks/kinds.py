@@ -7,15 +7,19 @@ model, says what is trained, reads and writes its numbers, and says what is stor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from mslora_cr.banks.bank import Bank, Matrices
 from mslora_cr.banks.directions import coupled, decoupled, magnitudes_of, scale_parts
 from mslora_cr.banks.experts import copy_routers, route, routers_of
 from mslora_cr.banks.io import PEFT_PREFIX
+from mslora_cr.models.language import is_adapted
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 GatherFn = Callable[[Tensor], Tensor]
 """Returns the whole value of a parameter; under DeepSpeed the model holds a part or a rounded copy of it."""
@@ -155,8 +159,8 @@ def kind_of(bank: Bank) -> PlainLora:
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """PEFT's layers in a model, each with the name of its linear layer in transformers' model."""
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name.removeprefix(PEFT_PREFIX), module
+        if is_adapted(module):
+            yield name.removeprefix(PEFT_PREFIX), cast(Any, module)
 
 
 def copied(parameter: Tensor, gather_fn: GatherFn) -> Tensor:

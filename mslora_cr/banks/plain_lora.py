@@ -7,15 +7,15 @@ Only what is on a short list is accepted. An adapter's tensors do not show what 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+from typing import TYPE_CHECKING, Any
 
 from mslora_cr.banks.bank import BankError
 from mslora_cr.models.language import PROJECTOR
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 WRITTEN = (
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
@@ -76,7 +76,12 @@ def check_targets(folder: Path, config: Mapping[str, Any], modules: Iterable[tup
         modules: The layers that have matrices, by their names in the file and in the model.
     """
     keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    modules = list(modules)
     try:
+        if _all_named(config, keys, modules):
+            return
+        from peft import LoraConfig
+
         named = LoraConfig(**{key: config[key] for key in keys if config.get(key)})
         for stored, module in modules:
             if named.target_modules and not any(_named(named, name) for name in (stored, module)):
@@ -90,5 +95,15 @@ def check_targets(folder: Path, config: Mapping[str, Any], modules: Iterable[tup
         raise BankError(f"{folder}: the adapter's configuration names no layers ({error})") from None
 
 
+def _all_named(config: Mapping[str, Any], keys: Sequence[str], modules: Sequence[tuple[str, str]]) -> bool:
+    """Whether a pattern alone names all layers, as PEFT would read it; this does without importing PEFT."""
+    pattern = config.get("target_modules")
+    if not isinstance(pattern, str) or any(config.get(key) for key in keys[1:]):
+        return False
+    return all(any(re.fullmatch(pattern, name) for name in names) for names in modules)
+
+
 def _named(config: LoraConfig, name: str) -> bool:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     return config.target_modules == "all-linear" or bool(check_target_module_exists(config, name))

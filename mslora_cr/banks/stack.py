@@ -10,21 +10,22 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mslora_cr.banks.bank import Bank, BankError, concatenated
 from mslora_cr.banks.fit import check_fits
-from mslora_cr.banks.fused import FusedLinear, fuse, fused_layers
 from mslora_cr.banks.io import lora_config
 from mslora_cr.banks.kinds import GatherFn, PlainLora, copied, kind_of, lora_layers
 from mslora_cr.banks.projector import Projector
 from mslora_cr.models.language import adapter_targets, language_linears
 from mslora_cr.utils.precision import ieee_float32
+
+if TYPE_CHECKING:  # PEFT takes seconds to import, and banks that are merged do not need it.
+    from peft import LoraConfig, PeftModel
 
 TRAINABLE, FROZEN = "live", "frozen"
 """The adapters' names in the model. DeepSpeed writes them into checkpoints inside a task, so they must not change."""
@@ -75,8 +76,12 @@ class BankStack:
             raise BankError("a bank with routers cannot be summed with others")
         if self.merge_mode == "merge" and merge:
             self.merge([] if routed else banks)
-        if self.merge_mode == "concatenate" or routed or isinstance(self.model, PeftModel):
+        if self.merge_mode == "concatenate" or routed or self._peft is not None:
             self._concatenate(banks if self.merge_mode == "concatenate" or routed else [])
+
+    @property
+    def _peft(self) -> PeftModel | None:
+        return None if self.model is self.base else cast("PeftModel", self.model)
 
     @property
     def architecture(self) -> str:
@@ -109,8 +114,8 @@ class BankStack:
             linear.weight.copy_(total)
 
     def _concatenate(self, banks: Sequence[Bank]) -> None:
-        if isinstance(self.model, PeftModel):
-            self.model = self.model.unload()
+        if self._peft is not None:
+            self.model = self._peft.unload()
             self._linears = language_linears(self.base)
         if not banks:
             return
@@ -155,6 +160,10 @@ class BankStack:
         return config
 
     def _with_adapter(self, config: LoraConfig, name: str) -> PeftModel:
+        from peft import get_peft_model
+
+        from mslora_cr.banks.fused import FusedLinear, fuse
+
         if all(linear.weight.is_floating_point() for linear in self._linears.values()):
             config._register_custom_module({nn.Linear: FusedLinear})
         model = get_peft_model(self.base, config, adapter_name=name)
@@ -164,10 +173,14 @@ class BankStack:
     @property
     def layer(self) -> str:
         """The implementation of the banks' layers: `fused`, one operation each, or `peft`."""
+        from mslora_cr.banks.fused import fused_layers
+
         return "fused" if fused_layers(self.model) else "peft"
 
     def external_parameters(self) -> dict[nn.Module, list[nn.Parameter]]:
         """For ZeRO-3: layers that read parameters of modules that they do not call, and those parameters."""
+        from mslora_cr.banks.fused import fused_layers
+
         return {layer: list(layer.parameters_read()) for layer in fused_layers(self.model)}
 
     def add_trainable(
@@ -188,11 +201,11 @@ class BankStack:
             projector_learning_rate: Train the base model's projector with it, at this rate.
         """
         config = self._lora_config(rank, alpha, dropout)
-        if isinstance(self.model, PeftModel):
-            self.model.add_adapter(TRAINABLE, config)
+        if (peft := self._peft) is not None:
+            peft.add_adapter(TRAINABLE, config)
             # set_adapter takes a list only on the tuner, and makes each adapter of a trainable list trainable.
-            self.model.base_model.set_adapter([FROZEN, TRAINABLE], inference_mode=True)
-            self.model.set_requires_grad(TRAINABLE, True)
+            peft.base_model.set_adapter([FROZEN, TRAINABLE], inference_mode=True)
+            peft.set_requires_grad(TRAINABLE, True)
         else:
             self.model = self._with_adapter(config, TRAINABLE)
         self._kind.install(self.model, TRAINABLE, FROZEN)

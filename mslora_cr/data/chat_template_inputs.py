@@ -166,7 +166,10 @@ class ChatTemplateInputs:
             any(first < stop and last > start for start, stop in sample["answers"])
             for first, last in text["offset_mapping"]
         ]
-        moved = dict(aligned(text["input_ids"], ids, self._image_id))
+        bos = self.processor.tokenizer.bos_token_id
+        added = int(bos is not None and text["input_ids"][:1] != [bos] == list(ids[:1]))  # by the processor itself
+        found = aligned(text["input_ids"], ids[added:], self._image_id)
+        moved = {position: added + place for position, place in found}
         learned = [moved[position] for position, answer in enumerate(inside) if answer and position in moved]
         if len(learned) != sum(inside):
             raise ValueError(
@@ -266,7 +269,8 @@ class ChatTemplateInputs:
             return_tensors="pt",
             **options,
         )
-        return dict(inputs)
+        # Some processors give numbers of 16 bits, which only a model of these reads.
+        return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
 
     def split_ids(self, text: str, sizes: Sequence[Size]) -> SplitIds:
         """Return the ids of a text with images of these sizes, as the processor gives them: up to the last image with
@@ -305,7 +309,9 @@ class ChatTemplateInputs:
             ValueError: Neither processor nor tokenizer names one.
         """
         owners = (self.processor, self.processor.tokenizer)
-        token = next((candidate for owner in owners if (candidate := getattr(owner, "image_token", None))), None)
+        # Where a processor has both, templates write the placeholder.
+        named = ((owner, name) for name in ("image_placeholder_token", "image_token") for owner in owners)
+        token = next((found for owner, name in named if (found := getattr(owner, name, None))), None)
         if token is None:
             raise ValueError(f"{type(self.processor).__name__} names no token that stands for an image")
         return str(token)

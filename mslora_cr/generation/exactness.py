@@ -1,7 +1,7 @@
 """Tests whether a model gives the same answers from shared openings as from whole prompts.
 
-Three questions about two images are answered both ways, and the scores of every next token are compared. A model that
-cannot continue from cached keys and values with text alone, or only inexactly, answers whole prompts.
+Three questions about two images are answered both ways, and the scores of every next token are compared: first from
+shared keys and values, then from copies of the whole cache. A model that can do neither exactly answers whole prompts.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mslora_cr.data.input_processor import Prompt
 from mslora_cr.data.records import Turn
 from mslora_cr.distributed.comm import broadcast_object
 from mslora_cr.generation.batching import Group, Limits, grouped, in_waves
+from mslora_cr.generation.copied_prefix import CopyingDecoder
 from mslora_cr.generation.hf_decoder import PlainDecoder
 from mslora_cr.generation.model_prefix import ModelPrefixDecoder
 from mslora_cr.generation.prefix_decoder import Stopping
@@ -41,11 +42,15 @@ NEW_TOKENS = 3
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 """The largest difference of scores, as a share of their spread, by the model's dtype. 16-bit numbers round more."""
 TOLERANCE_16 = 0.1
-_exact_of: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_exact_of: WeakKeyDictionary[nn.Module, type[ModelPrefixDecoder] | None] = WeakKeyDictionary()
 
 
-def shares_exactly(model: nn.Module, inputs: ChatTemplateInputs, mixed: QuestionBanks | None = None) -> bool:
-    """Whether a model may answer from shared openings. Each model is tried once, and all ranks get the same result.
+def exact_decoder(
+    model: nn.Module, inputs: ChatTemplateInputs, mixed: QuestionBanks | None = None
+) -> type[ModelPrefixDecoder] | None:
+    """The decoder by which a model may answer from shared openings, or None.
+
+    Each model is tried once, and all ranks get the same result.
 
     Args:
         model: The base model, with or without banks in it.
@@ -56,22 +61,30 @@ def shares_exactly(model: nn.Module, inputs: ChatTemplateInputs, mixed: Question
     return _exact_of[model]
 
 
-def _tried(model: Any, inputs: ChatTemplateInputs, mixed: QuestionBanks | None) -> bool:
-    if not caches_keys_alone(model):
-        return False
+def _tried(model: Any, inputs: ChatTemplateInputs, mixed: QuestionBanks | None) -> type[ModelPrefixDecoder] | None:
+    candidates = (ModelPrefixDecoder, CopyingDecoder) if caches_keys_alone(model) else (CopyingDecoder,)
+    found = next((kind for kind in candidates if _is_exact(kind, model, inputs, mixed)), None)
+    if found is None:
+        log.warning("%s answers whole prompts: it cannot continue exactly from openings", type(model).__name__)
+    return found
+
+
+def _is_exact(
+    kind: type[ModelPrefixDecoder], model: Any, inputs: ChatTemplateInputs, mixed: QuestionBanks | None
+) -> bool:
     try:
         with torch.random.fork_rng(devices=[]):
-            deviation = _deviation(model, inputs, _FirstBanks(mixed) if mixed is not None else None)
+            deviation = _deviation(kind, model, inputs, _FirstBanks(mixed) if mixed is not None else None)
     except Exception as error:
-        log.info("openings are not shared: %s cannot continue from one (%s)", type(model).__name__, error)
+        log.info("%s: %s cannot continue from an opening (%s)", kind.__name__, type(model).__name__, error)
         return False
     exact = deviation <= TOLERANCE.get(model.get_input_embeddings().weight.dtype, TOLERANCE_16)
     if not exact:
-        log.info("openings are not shared: scores of %s deviate by %.2g", type(model).__name__, deviation)
+        log.info("%s: scores of %s deviate by %.2g", kind.__name__, type(model).__name__, deviation)
     return exact
 
 
-def _deviation(model: Any, inputs: ChatTemplateInputs, mixed: Any) -> float:
+def _deviation(kind: type[ModelPrefixDecoder], model: Any, inputs: ChatTemplateInputs, mixed: Any) -> float:
     """The largest difference of a next token's scores, as a share of their spread."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((96, 64), (64, 80))
@@ -83,24 +96,23 @@ def _deviation(model: Any, inputs: ChatTemplateInputs, mixed: Any) -> float:
     no_token = model.get_input_embeddings().num_embeddings
     never = Stopping(frozenset([no_token]), inputs.tokenizer.pad_token_id, NEW_TOKENS)
     plain = PlainDecoder(model, prompts, never, mixed)
-    decoder = ModelPrefixDecoder(model, prompts, never, mixed)
-    worst = 0.0
+    decoder = kind(model, prompts, never, mixed)
     [wave] = in_waves(_all_shared(prompts), prompts, Limits(len(prompts), NEW_TOKENS, 1 << 20))
     first = [group.questions[0] for group in wave.groups]
-    with _scores(model) as together:
-        openings = decoder.read(wave, inputs.answering_batch([prompts[q] for q in first], [pictures[q] for q in first]))
-        together.clear()
-        [batch] = wave.batches
-        answers = dict(zip(batch, decoder.answer(openings, batch), strict=True))
-    for row, question in enumerate(batch):
-        with _scores(model) as alone:
-            whole = plain.inputs_on_device(inputs.answering_batch([prompts[question]], [pictures[question]]))
-            [ids] = plain.answer(whole, [question])
-        for step in range(NEW_TOKENS):
-            ours, theirs = together[step][row], alone[step][0]
-            worst = max(worst, float((ours - theirs).abs().max() / theirs.std()))
-            if answers[question][step] != ids[step]:
-                break
+    openings = decoder.read(wave, inputs.answering_batch([prompts[q] for q in first], [pictures[q] for q in first]))
+    worst = 0.0
+    for part in decoder.parts_of(openings, wave.batches[0]):
+        with _scores(model) as together:
+            answers = decoder.answer(openings, part)
+        for row, question in enumerate(part):
+            with _scores(model) as alone:
+                whole = plain.inputs_on_device(inputs.answering_batch([prompts[question]], [pictures[question]]))
+                [ids] = plain.answer(whole, [question])
+            for step in range(NEW_TOKENS):
+                ours, theirs = together[step][row], alone[step][0]
+                worst = max(worst, float((ours - theirs).abs().max() / theirs.std()))
+                if answers[row][step] != ids[step]:
+                    break
     return worst
 
 

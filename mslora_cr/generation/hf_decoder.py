@@ -7,10 +7,9 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -22,7 +21,10 @@ from mslora_cr.distributed.comm import of_first_rank
 from mslora_cr.generation.batching import Wave
 from mslora_cr.generation.branches import Branches, Continuations
 from mslora_cr.generation.prefix_decoder import OnToken, Stopping
-from mslora_cr.models.language import caches_keys_alone
+from mslora_cr.models.language import base_of, caches_keys_alone
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class _Read(NamedTuple):
@@ -43,7 +45,7 @@ class PlainDecoder:
         stopping: Stopping,
         mixed: QuestionBanks | None = None,
     ) -> None:
-        self.model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model: Any = base_of(model)
         self.prompts = [replace(prompt, opening=(), rest=prompt.opening + prompt.rest) for prompt in prompts]
         self.mixed = mixed
         self._read: _Read | None = None

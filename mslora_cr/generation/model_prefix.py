@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,22 @@ from mslora_cr.generation.prefix_decoder import Decoder, Mask, Stopping
 from mslora_cr.models.language import layer_types
 
 
+class _Read(NamedTuple):
+    """Openings that were read.
+
+    Attributes:
+        inputs: The model's, padded on the left.
+        cache: Filled by the model.
+        following: (openings,) int64, the position after each.
+        next_logits: (openings, vocabulary) float32, after openings that are whole prompts.
+    """
+
+    inputs: Mapping[str, Tensor]
+    cache: DynamicCache
+    following: Tensor
+    next_logits: Tensor | None
+
+
 class ModelPrefixDecoder(Decoder):
     """Answers questions with a model that has a processor of its own."""
 
@@ -34,8 +50,9 @@ class ModelPrefixDecoder(Decoder):
         self.steps = None  # Only of LLaVA it is known what a graph may record.
         config = self.model.config.get_text_config()
         types = layer_types(self.model)
-        self.window = config.sliding_window if types == {"sliding_attention"} else None
-        self._by_type = config.sliding_window if len(types) > 1 else None
+        window = getattr(config, "sliding_window", None)
+        self.window = window if types == {"sliding_attention"} else None
+        self._by_type = window if len(types) > 1 else None
 
     def positions_that_fit(self) -> int | None:
         """As `Decoder.positions_that_fit`, from the sizes in the configuration."""
@@ -45,6 +62,10 @@ class ModelPrefixDecoder(Decoder):
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         size = 2 * text.num_hidden_layers * text.num_key_value_heads * width * self.dtype.itemsize
         return int(torch.cuda.mem_get_info(self.device)[0] / 4 / size)
+
+    def parts_of(self, openings: Any, questions: Sequence[int]) -> Iterator[list[int]]:
+        """The questions of a batch that are computed together."""
+        yield list(questions)
 
     @torch.inference_mode()
     def read(self, wave: Wave, inputs: Mapping[str, Any]) -> Openings:
@@ -56,16 +77,20 @@ class ModelPrefixDecoder(Decoder):
         Raises:
             ValueError: The processor gives other ids for a whole batch than for its prompts alone.
         """
+        opening = self._read(wave, inputs, DynamicCache())
+        keys_values = [(layer.keys, layer.values) for layer in opening.cache.layers]
+        visible = opening.inputs["attention_mask"].bool()
+        return Openings(wave, keys_values, visible, opening.next_logits, opening.following)
+
+    def _read(self, wave: Wave, inputs: Mapping[str, Any], cache: DynamicCache) -> _Read:
         first = [group.questions[0] for group in wave.groups]
         self._choose(first)
         cut = {name: self._moved(value) for name, value in self._openings_of(wave, first, inputs).items()}
-        visible, cache = cut["attention_mask"].bool(), DynamicCache()
         with _handed_positions(self._language) as handed:
-            output = self.model(**self._model_inputs(cut, cache), logits_to_keep=1)
-        keys_values = [(layer.keys, layer.values) for layer in cache.layers]
-        following = handed[0].amax((0, 2)) + 1 if handed else visible.sum(1)
-        next_logits = output.logits[:, -1].float() if wave.whole else None
-        return Openings(wave, keys_values, visible, next_logits, following)
+            output = self.model(**{**self._model_inputs(dict(cut), cache), "logits_to_keep": 1})
+        # Positions that are the same in all rows are handed to the language model once.
+        following = (handed[0].amax((0, 2)) + 1).expand(len(first)) if handed else cut["attention_mask"].sum(1)
+        return _Read(cut, cache, following, output.logits[:, -1].float() if wave.whole else None)
 
     def _openings_of(self, wave: Wave, first: Sequence[int], inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs up to the openings' ends, padded on the left again."""

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrainedModel
 
@@ -24,7 +23,10 @@ from mslora_cr.generation.batching import QUERIES, Wave
 from mslora_cr.generation.branches import Branches, Continuations
 from mslora_cr.generation.cuda_graphs import POSITIONS, StaticSteps, padded
 from mslora_cr.generation.decode_state import Asked, Openings, Rows
-from mslora_cr.models.language import language_linears, language_model
+from mslora_cr.models.language import base_of, language_linears, language_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 LOGITS = 1 << 26
 """The most logits that are held at once while continuations are scored: 256 MiB in float32."""
@@ -81,7 +83,7 @@ class Decoder:
             model: LLaVA, with banks in it or none.
             mixed: The banks of each question, where they are not the same for all.
         """
-        self.model: LlavaForConditionalGeneration = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model: LlavaForConditionalGeneration = base_of(model)
         self.prompts, self.stopping, self.mixed = prompts, stopping, mixed
         self._asked: Asked | None = None
         self._language = language_model(self.model)

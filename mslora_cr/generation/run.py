@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
-from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset
 
 from mslora_cr.banks.per_sample import QuestionBanks
@@ -16,10 +15,10 @@ from mslora_cr.data.records import TestRecord
 from mslora_cr.distributed.comm import all_gather_object, rank, world_size
 from mslora_cr.generation.batching import Limits, Wave, grouped, in_waves, shared_out
 from mslora_cr.generation.branches import Continuations
-from mslora_cr.generation.exactness import shares_exactly
+from mslora_cr.generation.exactness import exact_decoder
 from mslora_cr.generation.hf_decoder import PlainDecoder
-from mslora_cr.generation.model_prefix import ModelPrefixDecoder
 from mslora_cr.generation.prefix_decoder import Decoder, Stopping
+from mslora_cr.models.language import base_of
 
 
 @dataclass(frozen=True)
@@ -78,13 +77,13 @@ def decoder_of(
     """
     if input_processor.shares_openings:
         return Decoder(model, prompts, Stopping.of(input_processor.tokenizer, max_new_tokens, together), mixed)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     shared = len({(prompt.images, prompt.opening) for prompt in prompts}) < len(prompts)
-    exact = shared and isinstance(input_processor, ChatTemplateInputs) and shares_exactly(base, input_processor, mixed)
-    kind = ModelPrefixDecoder if exact else PlainDecoder
+    exact = None
+    if shared and isinstance(input_processor, ChatTemplateInputs):
+        exact = exact_decoder(base_of(model), input_processor, mixed)
     padding = input_processor.tokenizer.pad_token_id
     stopping = Stopping(frozenset(input_processor.end_ids), padding, max_new_tokens, together)
-    return kind(model, prompts, stopping, mixed)
+    return (exact or PlainDecoder)(model, prompts, stopping, mixed)
 
 
 def waves_of_rank(

@@ -19,6 +19,8 @@ from mslora_cr.models.layout import ModelError, linear_name
 
 QUESTION, ANSWER = "is this a cell?", "yes it is"
 TURNS = ({"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER})
+READING_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
+"""What the forward pass of a model raises if its inputs do not fit."""
 SIZES = ((64, 48), (48, 64))
 
 
@@ -33,7 +35,12 @@ def check_model(path: Path, model: PreTrainedModel) -> None:
         raise ModelError(
             f"{path}: {kind} reads questions with an encoder; a base model must be a decoder that reads both"
         )
-    pixels = inspect.signature(inspect.unwrap(type(model).forward)).parameters.get("pixel_values")
+    if not model.can_generate():
+        raise ModelError(f"{path}: {kind} generates no text")
+    takes = inspect.signature(inspect.unwrap(type(model).forward)).parameters
+    if not any("pixel" in name or "image" in name for name in takes):
+        raise ModelError(f"{path}: {kind} takes no images")
+    pixels = takes.get("pixel_values")
     if pixels is not None and pixels.default is inspect.Parameter.empty:
         raise ModelError(f"{path}: {kind} takes no question without an image, which records may have")
     linears = language_linears(model)
@@ -88,9 +95,9 @@ def check_loss(base: Any, batch: dict[str, Any], keep: torch.Tensor, targets: to
         # The bank's dropout draws random numbers, and later steps must not change by that.
         with torch.random.fork_rng():
             output = base.model(**batch, logits_to_keep=keep, use_cache=False, labels=targets, shift_labels=targets)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except READING_ERRORS as error:
         raise ModelError(f"{kind} cannot read the first record ({' '.join(str(error).split())[:200]})") from None
     wanted = torch.nn.functional.cross_entropy(output.logits.float().view(len(targets), -1), targets)
     if not torch.allclose(output.loss.float(), wanted, rtol=1e-2, atol=1e-3):

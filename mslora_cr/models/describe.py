@@ -13,7 +13,7 @@ from mslora_cr.data.chat import messages_of, render
 from mslora_cr.data.records import Turn
 from mslora_cr.models.base_check import check_model, check_processor
 from mslora_cr.models.family import family_of
-from mslora_cr.models.language import caches_keys_alone, fused_experts, last_mlp
+from mslora_cr.models.language import fused_experts, last_mlp
 from mslora_cr.models.layout import ModelError, read_config
 from mslora_cr.models.processor_base import empty_model_of, end_ids, load_processor, template_date
 from mslora_cr.models.shapes import language_linear_shapes
@@ -34,8 +34,7 @@ def switched_off(path: Path, model: PreTrainedModel) -> tuple[str, ...]:
         return ()
     sparse = () if last_mlp(model) is not None else ("the last MLP at labelled positions alone",)
     experts = ("banks on fused experts",) if fused_experts(model) else ()
-    openings = () if caches_keys_alone(model) else ("shared openings of prompts",)
-    return ("cached image features", *openings, "recorded decoding", "Liger's kernels", *sparse, *experts)
+    return ("cached image features", "recorded decoding", "Liger's kernels", *sparse, *experts)
 
 
 def fixed_date(path: Path) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mslora_cr.data.chat import render
+from mslora_cr.models.base_check import READING_ERRORS
 from mslora_cr.models.language import beside_language, language_model
 from mslora_cr.models.layout import ModelError
 
@@ -68,6 +69,11 @@ class ProjectedEncoder:
             self._model(**inputs, use_cache=False)
         except _ReadingError as read:
             return self._mean(inputs["input_ids"], read.arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except READING_ERRORS as error:
+            why = " ".join(str(error).split())[:200]
+            raise ModelError(f"{type(self._model).__name__} cannot read a prompt of images alone ({why})") from None
         finally:
             handle.remove()
         raise ModelError(f"{type(self._model).__name__}: its forward pass does not call its language model")

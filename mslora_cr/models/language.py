@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
 from mslora_cr.models.layout import LANGUAGE_LINEARS
+
+if TYPE_CHECKING:  # PEFT takes seconds to import, and banks that are merged do not need it.
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
 PROJECTOR = "multi_modal_projector"
 """The attribute of the projector between tower and language model, and its name in PEFT's `modules_to_save`."""
@@ -22,10 +23,19 @@ _INNER = ("language_model", "text_model", "model", "decoder")
 _NUMBERED = re.compile(r"(.+\.layers)\.(\d+)\.(.+)")
 
 
+def base_of(model: PreTrainedModel | PeftModel) -> Any:
+    """The base model, out of PEFT's if it is in one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_adapted(module: nn.Module) -> TypeGuard[LoraLayer]:
+    """Whether a module is PEFT's layer around a linear one."""
+    return hasattr(module, "lora_A")
+
+
 def language_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The decoder that reads text and images, without the vision tower, the projector and `lm_head`."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    module = base.get_decoder()
+    module = base_of(model).get_decoder()
     while not hasattr(module, "layers"):
         inner = next((getattr(module, name) for name in _INNER if hasattr(module, name)), None)
         if inner is None:
@@ -58,14 +68,14 @@ def language_linears(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear]
     These are all linear layers of the language model's decoder layers, except those that choose among experts
     (`routes`) and those that PEFT renames (`renamed_by_peft`).
     """
-    base, language = model.get_base_model() if isinstance(model, PeftModel) else model, language_model(model)
+    base, language = base_of(model), language_model(model)
     [prefix] = [name for name, module in base.named_modules() if module is language]
     renamed, linears, adapted = renamed_by_peft(base), {}, ""
     for name, module in language.named_modules(prefix=prefix):
         if adapted and name.startswith(adapted):  # PEFT added it to the layer.
             continue
-        adapted = f"{name}." if isinstance(module, LoraLayer) else ""
-        linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        adapted = f"{name}." if is_adapted(module) else ""
+        linear = cast(Any, module).get_base_layer() if adapted else module
         left_out = name.rpartition(".")[2] in renamed or _routes(base, name)
         if isinstance(linear, nn.Linear) and _NUMBERED.fullmatch(name) and not left_out:
             linears[name] = linear
@@ -79,9 +89,13 @@ def _routes(model: nn.Module, name: str) -> bool:
     return "experts" in beside and leaf in ("gate", "router", "shared_expert_gate", "shared_experts_gate")
 
 
-def renamed_by_peft(model: nn.Module) -> frozenset[str]:
+def renamed_by_peft(model: PreTrainedModel) -> frozenset[str]:
     """Endings of layers that PEFT mistakes for experts which transformers 5 fuses into one parameter, so that it would
     adapt the experts instead; empty for most models."""
+    if not fused_experts(model):
+        return frozenset()
+    from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+
     kind = _MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", ""))
     return frozenset(_MOE_TARGET_MODULE_MAPPING.get(kind, ())) if kind else frozenset()
 
@@ -138,4 +152,4 @@ def last_mlp(model: PreTrainedModel) -> nn.Module | None:
     if mlp is None:
         return None
     holding = [child for child in mlp.children() if any(True for _ in child.parameters())]
-    return mlp if holding and all(isinstance(child, nn.Linear | LoraLayer) for child in holding) else None
+    return mlp if holding and all(isinstance(child, nn.Linear) or is_adapted(child) for child in holding) else None

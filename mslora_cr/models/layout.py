@@ -94,7 +94,7 @@ def check_numbers(file: Path, config: Mapping[str, Any]) -> None:
             raise ModelError(f"{file}: {key} is {value}; expected a finite number")
         elif key in _SIZES and value is not None:
             most = MOST_LAYERS if key == "num_hidden_layers" else MOST_WIDTH
-            several = value if isinstance(value, list) and len(value) == 2 else [value]  # height and width
+            several = value if isinstance(value, list) and value else [value]  # height and width, or a size a stage
             if not all(isinstance(size, int) and 1 <= size <= most for size in several):
                 raise ModelError(f"{file}: {key} is {value!r}; expected a whole number from 1 to {most:,}")
 

@@ -74,6 +74,8 @@ def load_with_processor(path: Path, options: dict[str, Any], device: torch.devic
     processor = load_processor(path)
     if "quantization_config" in options:
         options["quantization_config"].llm_int8_skip_modules = beside_language(empty_model_of(path))
+    if not _attends_by(path, options.get("attn_implementation")):
+        options["attn_implementation"] = "eager"
     model, report = from_pretrained(AutoModelForImageTextToText, path, "the model", {**options, **SAFE})
     check_report(path, report, set(report["unexpected_keys"]))
     if "quantization_config" not in options:
@@ -82,9 +84,17 @@ def load_with_processor(path: Path, options: dict[str, Any], device: torch.devic
     model.eval()
     model.generation_config = greedy_settings(model)
     check_model(path, model)
+    if "mm_token_type_ids" in inspect.signature(inspect.unwrap(type(model).forward)).parameters:
+        processor.return_mm_token_type_ids = True  # Some processors give them on request alone.
     check_processor(path, processor, end_ids(model, processor))
     take_logits_to_keep(model)
     return ProcessorBase(model, processor)
+
+
+def _attends_by(path: Path, implementation: str | None) -> bool:
+    """Whether the folder's model has this attention; transformers refuses it where it has PyTorch's own alone."""
+    kind = AutoModelForImageTextToText._model_mapping[type(AutoConfig.from_pretrained(path, **SAFE))]
+    return implementation != "sdpa" or kind._supports_sdpa
 
 
 def greedy_settings(model: PreTrainedModel) -> GenerationConfig:
@@ -94,7 +104,7 @@ def greedy_settings(model: PreTrainedModel) -> GenerationConfig:
     A folder's `generation_config.json` may contain penalties, suppressed or forced tokens, or a minimum length.
     `generate` applies them unless it is told otherwise, and servers do so with an exported folder. The token ids stay.
     """
-    defaults = model.generation_config or GenerationConfig()
+    defaults = getattr(model, "generation_config", None) or GenerationConfig()
     return GenerationConfig(
         bos_token_id=defaults.bos_token_id, eos_token_id=defaults.eos_token_id, pad_token_id=defaults.pad_token_id
     )
@@ -113,6 +123,8 @@ def load_processor(path: Path) -> Any:
     try:
         kind = _processor_class(path)
         settings, rest = kind.get_processor_dict(path, **SAFE)
+        if "image_processor" not in kind.get_attributes():
+            raise ModelError(f"{path}: {kind.__name__} takes no images")
         parts = [_part(name, path, settings) for name in kind.get_attributes()]
         processor = _without_video(kind).from_args_and_dict(parts, settings, **rest)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
@@ -159,7 +171,7 @@ def _part(name: str, path: Path, settings: Mapping[str, Any]) -> Any:
     file = path / f"{name.removesuffix('_processor')}_preprocessor_config.json"
     if not isinstance(part_settings, Mapping) and file.is_file():
         part_settings = read_object(file)
-    stand_in = BaseVideoProcessor()
+    stand_in = UnusedPart()
     for key, value in (part_settings if isinstance(part_settings, Mapping) else {}).items():
         setattr(stand_in, key, value)
     return stand_in
@@ -171,11 +183,19 @@ def _refuse(path: Path, error: Exception) -> NoReturn:
     raise ModelError(f"{path}: the model's processor cannot be loaded ({why or type(error).__name__})") from None
 
 
+class UnusedPart(BaseVideoProcessor):
+    """Stands in for a processor's video or sound part. A setting that the folder lacks is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class _UsedPartsAlone:
     """Lets a processor be made with stand-ins for its video and sound parts."""
 
     def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
-        if type(argument) is BaseVideoProcessor:
+        if isinstance(argument, BaseVideoProcessor):
             return BaseVideoProcessor
         return cast(Any, super()).check_argument_for_proper_class(name, argument)
 
@@ -237,6 +257,8 @@ def take_logits_to_keep(model: PreTrainedModel) -> None:
     if keeps_logits(model):
         return
     plain, head = model.forward, model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} does not tell which layer computes its logits")
 
     @functools.wraps(plain)
     def forward(*args: Any, logits_to_keep: Tensor | int = 0, labels: Tensor | None = None, **options: Any) -> Any:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,6 +13,9 @@ from mslora_cr.data.input_processor import InputProcessor, Prompt
 from mslora_cr.generation.batching import Limits, grouped, in_waves
 from mslora_cr.generation.prefix_decoder import OnToken
 from mslora_cr.generation.run import decoder_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def answer_and_probability(

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from mslora_cr.banks.io import PEFT_PREFIX
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.distributed.comm import all_reduce_sum, rank, world_size
+from mslora_cr.models.language import is_adapted
 
 
 def loss_mask(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def layer_inputs(
     Returns:
         By linear layer's name (in, samples · tokens), float32, on the CPU; zeros if a sample has fewer tokens.
     """
-    layers = {name.removeprefix(PEFT_PREFIX): m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    layers = {name.removeprefix(PEFT_PREFIX): m for name, m in model.named_modules() if is_adapted(m)}
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     collected = {name: torch.zeros(len(chosen), tokens, layer.in_features) for name, layer in layers.items()}
     model.eval()

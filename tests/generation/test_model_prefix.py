@@ -11,6 +11,7 @@ from mslora_cr.data.input_processor import Prompt
 from mslora_cr.data.records import TestRecord
 from mslora_cr.generation import exactness
 from mslora_cr.generation.batching import Limits, grouped, in_waves
+from mslora_cr.generation.copied_prefix import CopyingDecoder
 from mslora_cr.generation.hf_decoder import PlainDecoder
 from mslora_cr.generation.model_prefix import ModelPrefixDecoder
 from mslora_cr.generation.prefix_decoder import Stopping
@@ -59,8 +60,13 @@ def questions(place: Path) -> list[TestRecord]:
 
 
 @pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("kind", [ModelPrefixDecoder, CopyingDecoder], ids=["shared", "copied"])
 def test_ids_and_scores_are_those_of_whole_prompts(
-    family: str, sharpened: Callable[[str], ProcessorBase], tmp_path: Path
+    family: str,
+    kind: type[ModelPrefixDecoder],
+    sharpened: Callable[[str], ProcessorBase],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base = sharpened(family)
     inputs, records = base.input_processor(4096, True), questions(tmp_path)
@@ -76,8 +82,9 @@ def test_ids_and_scores_are_those_of_whole_prompts(
         scores += plain.log_probabilities(whole, [number], continuations[:1])
     assert len(set(map(tuple, wanted))) > 1, "answers differ"
 
+    monkeypatch.setattr(exactness, "caches_keys_alone", lambda _: kind is ModelPrefixDecoder)
     decoder = decoder_of(inputs, base.model, prompts, NEW_TOKENS)
-    assert isinstance(decoder, ModelPrefixDecoder)
+    assert type(decoder) is kind
     found: dict[int, list[int]] = {}
     groups = grouped(prompts, range(len(prompts)), lambda _: None)
     assert max(len(group.questions) for group in groups) == 4
@@ -99,17 +106,17 @@ def test_what_is_inexact_answers_whole_prompts(
 ) -> None:
     base = sharpened("qwen2_5_vl")
     inputs = base.input_processor(4096, True)
-    assert exactness.shares_exactly(base.model, inputs)
-    read = ModelPrefixDecoder.read
+    assert exactness.exact_decoder(base.model, inputs) is ModelPrefixDecoder
+    read = ModelPrefixDecoder._read
 
     def shifted(self: ModelPrefixDecoder, *arguments: object) -> object:
-        openings = read(self, *arguments)  # type: ignore[arg-type]
-        openings.next_positions.add_(1)
-        return openings
+        opening = read(self, *arguments)  # type: ignore[arg-type]
+        opening.following.add_(1)
+        return opening
 
-    monkeypatch.setattr(ModelPrefixDecoder, "read", shifted)
+    monkeypatch.setattr(ModelPrefixDecoder, "_read", shifted)
     other = sharpened("qwen2_5_vl")
-    assert not exactness.shares_exactly(other.model, inputs)
+    assert exactness.exact_decoder(other.model, inputs) is None
     image = Path("image.png")
     prompts = [Prompt((1, 2), (3, number), (image,)) for number in (4, 5)]
     decoder = decoder_of(inputs, other.model, prompts, NEW_TOKENS)

@@ -360,8 +360,9 @@ def write(build: Callable[[], tuple[Any, Any]], folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, processor = build()
-    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    if model.generation_config.eos_token_id is None:
-        model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    if model.can_generate():
+        model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+        if model.generation_config.eos_token_id is None:
+            model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -465,8 +465,8 @@ MORE: dict[str, Callable[[], tuple[Any, Any]]] = {
     "ernie4_5_vl_moe": _ernie4_5_vl_moe,
     "video_llama_3": _video_llama_3,
 }
-WHOLE_PROMPTS = ("mllama",)
-"""Those of them whose openings cannot be shared."""
+COPIED = ("mllama",)
+"""Those of them that keep more than keys and values of text, so that openings are copied."""
 REFUSED: dict[str, tuple[Callable[[], tuple[Any, Any]], str]] = {
     "paligemma": (_paligemma, "rewrites the conversation"),
     "blip2": (_blip2, "takes no question without an image"),

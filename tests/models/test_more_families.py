@@ -11,7 +11,9 @@ from mslora_cr.banks.io import load_bank, save_bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.data.records import TrainingRecord
-from mslora_cr.generation.exactness import shares_exactly
+from mslora_cr.generation.copied_prefix import CopyingDecoder
+from mslora_cr.generation.exactness import exact_decoder
+from mslora_cr.generation.model_prefix import ModelPrefixDecoder
 from mslora_cr.models.inspect import inspect
 from mslora_cr.models.language import fused_experts, language_linears
 from mslora_cr.models.layout import ModelError
@@ -19,7 +21,7 @@ from mslora_cr.models.load import load_model
 from mslora_cr.models.processor_base import ProcessorBase
 from mslora_cr.training.inputs import loss_mask
 from tests.conftest import first_in_make_test
-from tests.helpers.more_families import MORE, REFUSED, WHOLE_PROMPTS, make_more
+from tests.helpers.more_families import COPIED, MORE, REFUSED, make_more
 
 EVERY = first_in_make_test(*MORE, first=2)
 
@@ -59,7 +61,7 @@ def test_a_family_is_trained_on_its_answers_and_answers_exactly(family: str, tmp
     image = Image.open(tmp_path / "40.png").convert("RGB")
     features = base.image_encoder.features([[image], []], torch.device("cpu"))
     assert features[0].std() > 0 and not features[1].any()
-    assert shares_exactly(base.model, inputs) is (family not in WHOLE_PROMPTS)
+    assert exact_decoder(base.model, inputs) is (CopyingDecoder if family in COPIED else ModelPrefixDecoder)
 
 
 @pytest.mark.parametrize("family", first_in_make_test("glm4v_moe", "ernie4_5_vl_moe"))
