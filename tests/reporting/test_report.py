@@ -312,8 +312,8 @@ def test_log_of_a_resumed_run(tmp_path):
 def test_similarity_by_hand(tmp_path):
     # distances: A 5 (a 3-4-5 triangle), B 0; so s = (exp(-5) + 1) / 2
     banks = {
-        "a": {"x.A": torch.zeros(1, 2), "x.B": torch.ones(2, 1)},
-        "b": {"x.A": torch.tensor([[3.0, 4.0]]), "x.B": torch.ones(2, 1)},
+        "a": {"x.lora_A.weight": torch.zeros(1, 2), "x.lora_B.weight": torch.ones(2, 1)},
+        "b": {"x.lora_A.weight": torch.tensor([[3.0, 4.0]]), "x.lora_B.weight": torch.ones(2, 1)},
     }
     paths = {}
     for name, tensors in banks.items():
@@ -323,7 +323,7 @@ def test_similarity_by_hand(tmp_path):
     assert similarity.values[1][0] == similarity.values[0][1] == pytest.approx((math.exp(-5) + 1) / 2)
     assert similarity.values[0][0] == 1
 
-    save_file({"x.A": torch.zeros(1, 2)}, paths["b"])
+    save_file({"x.lora_A.weight": torch.zeros(1, 2)}, paths["b"])
     with pytest.raises(BankError, match=r"b\.safetensors does not contain matrices of the same names"):
         bank_similarity(paths)
     paths["b"].write_bytes(b"nonsense")
