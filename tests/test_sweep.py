@@ -48,7 +48,9 @@ def test_every_table_of_methods_says_their_rank(swept: Path, capsys: pytest.Capt
     """Methods of different rank differ in capacity; two banks of rank 4 answer for mslora_cr, one for each."""
     lines = (swept / "results" / "sweep" / "sweep.md").read_text(encoding="utf-8").splitlines()
     heads = [line for line in lines if line.startswith("| method |")]
-    assert len(heads) == 5 and all("| rank |" in head for head in heads)
+    measured = SweepResult.read(swept / "results" / "sweep" / "sweep.json").metrics
+    assert {"choice", "balanced accuracy"} <= set(measured)
+    assert len(heads) == len(measured) + 1 and all("| rank |" in head for head in heads)  # and that of the cost
     columns = next(line for line in lines if line.startswith("| order |")).split(" | ")[2:]
     ranks = next(line for line in lines if line.startswith("| | rank |")).split(" | ")[2:]
     found = {name.strip(" |"): rank.strip(" |") for name, rank in zip(columns, ranks, strict=True)}
