@@ -65,6 +65,8 @@ SECONDARY = (
     ("mslora_cr", "each", "final_average"),
 )
 """Contrasts: a method, another one, and the figure of `sweep.json` that is compared."""
+FORMATS = {"Tuned": ".2g", "Primary contrast": ".3f", "Secondary contrasts": ".3f"}
+"""Of the numbers in a table; `.1f` elsewhere."""
 SUBGROUPS = ("HAM10000", ("sex", "age"))
 
 
@@ -170,7 +172,7 @@ def report(
         "Without task IDs": list(_routed(routed)),
     }
     tables = {
-        name: tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2g" if name == "Tuned" else ".1f")
+        name: tabulate(rows, headers="keys", tablefmt="github", floatfmt=FORMATS.get(name, ".1f"))
         for name, rows in parts.items()
     }
     return "\n\n".join(f"{name}\n\n{table}" for name, table in tables.items())
