@@ -103,8 +103,8 @@ class CopyingDecoder(ModelPrefixDecoder):
                 if branches.ids.shape[1]:
                     followed = self._follow(states.select(range(len(part))), branches.ids, branches.ids.shape[1])
                     logits = torch.cat([logits, followed], dim=1)
-                for question, told in zip(part, branches.gather(logits, rows), strict=True):
-                    scores[question] += told[: len(wanted[question]) - number]
+                for question, scored in zip(part, branches.gather(logits, rows), strict=True):
+                    scores[question] += scored[: len(wanted[question]) - number]
         return [scores[question] for question in questions]
 
     def parts_of(self, openings: CopiedOpenings, questions: Sequence[int]) -> Iterator[list[int]]:
