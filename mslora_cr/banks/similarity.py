@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
+from mslora_cr.models.language import PROJECTOR
 from mslora_cr.utils.regular import check_regular
 
 _LINEAR_NAME = re.compile(r".*layers\.(\d+)\.\w+\.(\w+)")
@@ -112,4 +113,8 @@ def bank_similarity(weights: Mapping[str, Path]) -> Similarity:
 def _shapes(file: safe_open) -> dict[str, list[int]]:
     """Return A and B of each layer; a mixture's routers and a projector are left out."""
     keys = file.keys()
-    return {key: file.get_slice(key).get_shape() for key in keys if ".lora_A." in key or ".lora_B." in key}
+    return {
+        key: file.get_slice(key).get_shape()
+        for key in keys
+        if not key.endswith(".lora_router.weight") and f"{PROJECTOR}." not in key
+    }

@@ -356,6 +356,7 @@ def test_every_benchmark_is_tried() -> None:
         "penalty_ratio",
         "preregistered",
         "published",
+        "published_examples",
         "harness",
         "baselines",
         "profile",
