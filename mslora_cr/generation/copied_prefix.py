@@ -134,12 +134,7 @@ class CopyingDecoder(ModelPrefixDecoder):
         rows = list(questions)
         while True:
             newest = self._next_ids(logits)
-            for question, token in zip(rows, newest.tolist(), strict=True):
-                if not self._ended(answers[question]):
-                    answers[question].append(token)
-                    if on_token is not None:
-                        on_token(question, token)
-            going = [row for row, question in enumerate(rows) if not self._ended(answers[question])]
+            going = self._append(answers, dict(zip(rows, newest.tolist(), strict=True)), on_token)
             if not going:
                 return answers
             if 2 * len(going) <= len(rows):

@@ -290,12 +290,8 @@ class Decoder:
                 static.load(rows)
                 rows = static.rows
         while True:
-            for question, token in zip(questions, rows.ids[: len(questions)].flatten().tolist(), strict=True):
-                if not self._ended(answers[question]):
-                    answers[question].append(token)
-                    if on_token is not None:
-                        on_token(question, token)
-            going = [row for row, question in enumerate(questions) if not self._ended(answers[question])]
+            newest = rows.ids[: len(questions)].flatten().tolist()
+            going = self._append(answers, dict(zip(questions, newest, strict=True)), on_token)
             if not going:
                 return list(answers.values())
             if static is not None:
@@ -305,6 +301,18 @@ class Decoder:
                 rows, questions = rows.select(going), [questions[row] for row in going]
                 self._choose(questions)
             self.step(rows)
+
+    def _append(
+        self, answers: Mapping[int, list[int]], newest: Mapping[int, int], on_token: OnToken | None
+    ) -> list[int]:
+        """Append the newest token of each question to its answer, unless that has ended; return the places of the
+        questions whose answers go on."""
+        for question, token in newest.items():
+            if not self._ended(answers[question]):
+                answers[question].append(token)
+                if on_token is not None:
+                    on_token(question, token)
+        return [row for row, question in enumerate(newest) if not self._ended(answers[question])]
 
     def _ended(self, answer: Sequence[int]) -> bool:
         return len(answer) == self.stopping.max_new_tokens or (bool(answer) and answer[-1] in self.stopping.end_ids)
