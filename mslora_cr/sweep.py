@@ -114,7 +114,7 @@ def plan_sweep(
 
 
 def _by_name(methods: Sequence[str]) -> dict[str, str]:
-    """Values for `method:`, by the method's own name."""
+    """Return values for `method:`, by the method's own name."""
     paths: dict[str, str] = {}
     for method in methods:
         name_method(method)
@@ -178,7 +178,7 @@ def run_sweep(runs: Sequence[SweepRun], devices: Sequence[str | None]) -> Path:
 def _run_all(
     runs: Sequence[SweepRun], devices: Sequence[str | None], root: Path
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """The figures of the successful runs, and the errors of the others, both by name."""
+    """Return the figures of the successful runs, and the errors of the others, both by name."""
     failed: dict[str, str] = {}
     outcomes: dict[str, dict[str, Any]] = {}
     with worker_pool(devices) as pool, progress_bar(desc="sweep", total=len(runs), unit="run") as bar:
@@ -227,7 +227,7 @@ def _run(config: StreamConfig) -> None:
 
 
 def _run_order(runs: Sequence[SweepRun]) -> Callable[[SweepRun], tuple[int, int]]:
-    """The sort key of runs: the position of the seed, then the order."""
+    """Return the sort key of runs: the position of the seed, then the order."""
     positions = {seed: position for position, seed in enumerate(dict.fromkeys(run.seed for run in runs))}
     return lambda run: (positions[run.seed], run.order)
 
@@ -253,7 +253,7 @@ def _write(runs: Sequence[SweepRun], outcomes: Mapping[str, dict[str, Any]], roo
 
 
 def _outcome(run: SweepRun) -> dict[str, Any]:
-    """The figures of a finished run, by metric."""
+    """Return the figures of a finished run, by metric."""
     evaluation, ledger = read_evaluation(run.results), read_ledger(run.config.run_dir)
     assert evaluation is not None, f"{run.name} is not evaluated"
     found = {key: evaluation.matrix(metric) for key, metric in MATRICES.items()}

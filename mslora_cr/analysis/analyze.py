@@ -99,7 +99,7 @@ def _banks_of(config: StreamConfig) -> dict[str, Bank]:
 
 
 def _similarity(banks: Sequence[Bank]) -> UpdateCosines:
-    """Cosines of the banks' updates, averaged by decoder layer and by module; matrices in the order of `banks`."""
+    """Return the cosines of the banks' updates, averaged by layer and by module; matrices in the order of `banks`."""
     names = progress_bar(banks[0].matrices, desc="similarity of banks", unit="layer", disable=rank() != 0)
     by_layer, by_module = by_layer_and_module({name: update_cosines(name, banks) for name in names})
     return UpdateCosines(
@@ -110,7 +110,7 @@ def _similarity(banks: Sequence[Bank]) -> UpdateCosines:
 
 
 def _ranks(banks: Mapping[str, Bank]) -> dict[str, EffectiveRank]:
-    """For each bank its rank and its mean effective rank, in total, by decoder layer and by module."""
+    """Return each bank's rank and its mean effective rank, in total, by decoder layer and by module."""
     effective = {}
     for name, bank in progress_bar(banks.items(), desc="effective ranks", unit="bank", disable=rank() != 0):
         ranks = {module: torch.tensor(value) for module, value in effective_ranks(bank).items()}
@@ -171,7 +171,9 @@ def _contribution(config: StreamConfig, learned: Mapping[str, Bank], questions: 
 def _dropped(
     names: Sequence[str], variants: Sequence[Variant], parts: Sequence[Any], groups: Mapping[str, Groups]
 ) -> list[Dropped]:
-    """The contribution of each bank to each task, from the scores of every variant; the first variant has all banks."""
+    """Return the contribution of each bank to each task, from the scores of every variant; the first variant has all
+    banks.
+    """
     rows = []
     whole: dict[str, tuple[tuple[int, ...], Any]] = {}
     for (task, banks), part in zip(variants, parts, strict=True):
@@ -202,7 +204,7 @@ def _banks_by(config: StreamConfig) -> str:
 
 
 def _variants(config: StreamConfig, by_task: Mapping[str, Bank]) -> list[Variant]:
-    """Each learned task with the indices in `by_task` of the banks that answer it, then with each bank left out."""
+    """Return each learned task with the indices in `by_task` of the banks that answer it, then without each bank."""
     method, names, variants = answering_method(config), list(by_task), []
     learned = [config.task(name).index + 1 for name in names]
     stage = max(method.stages(learned, len(config.tasks)))
@@ -224,7 +226,9 @@ def _score(row: RowScore) -> float:
 
 
 def _changed(results_dir: Path) -> list[Change]:
-    """Answers to a task that differ between its own stage and the last one, or between task-aware and task-agnostic."""
+    """Return answers to a task that differ between its own stage and the last one, or between task-aware and
+    task-agnostic.
+    """
     aware, agnostic = read_evaluation(results_dir), read_evaluation(results_dir / ROUTED)
     changes: list[Change] = []
     if aware is None:
@@ -250,7 +254,7 @@ Side = tuple[Path, Evaluation, Cell]
 
 
 def _change(task: str, first: str, second: str, before: Side, after: Side) -> Change:
-    """How many answers changed, and how, with examples of each kind. If one file holds both, nothing can change."""
+    """Return how many answers changed, and how, with examples of each kind. One file for both cannot change."""
     sides = [folder / cell.answers for folder, _, cell in (before, after)]
     summary = Change.model_validate(
         {

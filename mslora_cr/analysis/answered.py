@@ -62,7 +62,7 @@ class AnsweredTask:
     columns: Mapping[str, Column]
 
     def column(self, title: str) -> Column:
-        """The scores of a title; none where it is not known."""
+        """Return the scores of a title; none where it is not known."""
         return self.columns.get(title, Column(np.empty(0), np.empty(0, dtype=np.int64)))
 
     @cached_property
@@ -80,7 +80,7 @@ class Answered(NamedTuple):
     tasks: Mapping[str, AnsweredTask]
 
     def same_questions(self, other: Answered, task: str) -> bool:
-        """Whether two runs were asked the same questions of a task."""
+        """Return whether two runs were asked the same questions of a task."""
         ours, theirs = self.tasks[task], other.tasks[task]
         if ours.questions and theirs.questions and ours.questions != theirs.questions:
             return False
@@ -88,7 +88,7 @@ class Answered(NamedTuple):
 
 
 def has_answers(folder: Path) -> bool:
-    """Whether a folder holds answer files alone, in the published layout `TASK/answer-file.jsonl`."""
+    """Return whether a folder holds answer files alone, in the published layout `TASK/answer-file.jsonl`."""
     return not (folder / EVALUATION).is_file() and any(folder.glob(f"*/{ANSWERS}"))
 
 
@@ -134,7 +134,7 @@ def _scored(path: Path) -> AnsweredTask:
 
 
 def _by_class(path: Path, table: ScoreTable) -> dict[str, Column]:
-    """The figures of closed questions, where these have several classes (`class_columns`)."""
+    """Return the figures of closed questions, where these have several classes (`class_columns`)."""
     right = table.columns.get(CHOICE)
     if right is None:
         return {}
@@ -149,7 +149,7 @@ def _by_class(path: Path, table: ScoreTable) -> dict[str, Column]:
 
 
 def _chances(path: Path, names: Sequence[str], closed: np.ndarray, answers: int) -> np.ndarray | None:
-    """(closed questions, classes), the probability of each class; None where one is not known."""
+    """Return (closed questions, classes), the probability of each class; None where one is not known."""
     known = probabilities_of(path, answers)
     chances = [known[index] for index in closed] if known else []
     if not chances or not all(chances):

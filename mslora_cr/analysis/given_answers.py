@@ -79,7 +79,7 @@ def _cell(config: StreamConfig, task: Task, given: Path, root: Path) -> Cell:
 
 
 def _questions(config: StreamConfig, task: Task, answers: Sequence[AnswerRecord]) -> TestRecords | None:
-    """The questions below the data root, if they are those that were answered."""
+    """Return the questions below the data root, if they are those that were answered."""
     try:
         records = test_records(config, task)
     except DataError:

@@ -196,7 +196,7 @@ def describe(bank: Bank) -> dict[str, Any]:
 
 
 def product_norm(a: Tensor, b: Tensor) -> Tensor:
-    """``‖B A‖_F`` from matrices of the rank's size: ``‖B A‖² = tr(BᵀB AAᵀ)``.
+    """Return ``‖B A‖_F`` from matrices of the rank's size: ``‖B A‖² = tr(BᵀB AAᵀ)``.
 
     Args:
         a: (…, rank, in).

@@ -30,7 +30,7 @@ class ScaledParts(nn.Linear):
         self.magnitudes = nn.Parameter(magnitudes.to(weight.device, weight.dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        """(…, in) → (…, rank)."""
+        """Map (…, in) to (…, rank)."""
         return super().forward(input) * self.magnitudes.repeat_interleave(self.out_features // len(self.magnitudes))
 
 
@@ -43,7 +43,7 @@ def scale_parts(model: nn.Module, adapter: str, magnitudes: Mapping[str, Tensor]
 
 
 def magnitudes_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The magnitudes by linear layer; empty for an adapter whose parts are not scaled."""
+    """Return the magnitudes by linear layer; empty for an adapter whose parts are not scaled."""
     return {
         name.removeprefix(PEFT_PREFIX): module.lora_A[adapter].magnitudes
         for name, module in model.named_modules()
@@ -52,8 +52,8 @@ def magnitudes_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def decoupled(bank: Bank, part: int) -> tuple[Bank, dict[str, Tensor]]:
-    """A bank's parts, each of rank `part`, as directions ``s B_i A_i / ‖s B_i A_i‖_F``, and by layer their norms,
-    (parts,).
+    """Return a bank's parts, each of rank `part`, as directions ``s B_i A_i / ‖s B_i A_i‖_F``, and by layer their
+    norms, (parts,).
 
     A norm has no sign, so a part with a negative magnitude gets the opposite direction.
     """
@@ -68,8 +68,9 @@ def decoupled(bank: Bank, part: int) -> tuple[Bank, dict[str, Tensor]]:
 
 
 def coupled(directions: Bank, magnitudes: Mapping[str, Tensor], new: Bank) -> Bank:
-    """One plain bank, the sum of directions times magnitudes and of the new bank. It has the new bank's scaling, and
-    its rank is the sum of the ranks."""
+    """Return one plain bank, the sum of directions times magnitudes and of the new bank. It has the new bank's scaling,
+    and its rank is the sum of the ranks.
+    """
     matrices = {}
     for name, (a, b) in new.matrices.items():
         normed, unit = directions.matrices[name]

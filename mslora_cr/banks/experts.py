@@ -25,7 +25,7 @@ class RoutedExperts(nn.Linear):
         self.router = nn.Linear(plain.in_features, experts, bias=False, device=weight.device, dtype=weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(…, in) → (…, rank)."""
+        """Map (…, in) to (…, rank)."""
         shares = self.router(input).softmax(-1)
         return super().forward(input) * shares.repeat_interleave(self.out_features // self.router.out_features, -1)
 

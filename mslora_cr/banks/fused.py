@@ -30,7 +30,7 @@ class FusedLinear(PeftLinear):
     """The layers that read the same input, this one included; set by `fuse`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(…, in) → (…, out), in autocast's dtype if it is on, otherwise in the base weight's."""
+        """Map (…, in) to (…, out), in autocast's dtype if it is on, otherwise in the base weight's."""
         adapters = self.adapters
         dtype = self._compute_dtype(x)
         if args or kwargs or self.disable_adapters or self.merged or not adapters or not self.plain:
@@ -83,8 +83,9 @@ class SharedInput:
 
     @torch.no_grad()
     def product(self, layer: FusedLinear, x: Tensor) -> Tensor:
-        """x Aᵀ of a layer, (positions, Σ rank), for x of shape (…, in). It has no graph: the layer's backward pass
-        knows A."""
+        """Return x Aᵀ of a layer, (positions, Σ rank), for x of shape (…, in). It has no graph: the layer's backward
+        pass knows A.
+        """
         if id(layer) not in self._products or not self._is_input(x):
             matrices = [[each.lora_A[name].weight for name in each.adapters] for each in self.layers]
             stacked = _stacked([matrix for group in matrices for matrix in group], x.dtype)

@@ -89,7 +89,7 @@ def write_adapter(bank: Bank, folder: Path, dropout: float = 0.0, changed: Mappi
 
 
 def _named(bank: Bank) -> dict[str, Tensor]:
-    """A bank's numbers under PEFT's names."""
+    """Return a bank's numbers under PEFT's names."""
     tensors = {}
     for name, (a, b) in bank.matrices.items():
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.contiguous()
@@ -145,13 +145,13 @@ def load_bank(path: Path) -> Bank:
 
 
 def bank_size(folder: Path) -> int:
-    """The number of parameters of a saved bank, from its file's header."""
+    """Return the number of parameters of a saved bank, from its file's header."""
     with safe_open(folder / BANK_WEIGHTS, "pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def lora_config(layers: Iterable[str], rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig:
-    """PEFT's configuration of a bank over exactly these linear layers of the language model."""
+    """Return PEFT's configuration of a bank over exactly these linear layers of the language model."""
     targets = linears_pattern(layers)
     from peft import LoraConfig
 

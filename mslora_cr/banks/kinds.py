@@ -34,12 +34,13 @@ class PlainLora:
         return "plain LoRA"
 
     def holds(self, bank: Bank) -> bool:
-        """Whether a stored bank is of this kind."""
+        """Return whether a stored bank is of this kind."""
         return not bank.routers
 
     def frozen_part(self, previous: Bank) -> Bank | None:
-        """The bank to freeze beside the base if a task continues from the previous bank; None if it trains that bank's
-        own numbers."""
+        """Return the bank to freeze beside the base if a task continues from the previous bank; None if it trains that
+        bank's own numbers.
+        """
         return None
 
     def install_frozen(self, model: nn.Module, frozen: str) -> None:
@@ -54,7 +55,7 @@ class PlainLora:
         """
 
     def extra_parameters(self, model: nn.Module, adapter: str, frozen: str) -> list[nn.Parameter]:
-        """The trained parameters besides A and B."""
+        """Return the trained parameters besides A and B."""
         return []
 
     def load(self, model: nn.Module, adapter: str, bank: Bank) -> None:
@@ -70,7 +71,7 @@ class PlainLora:
         copy_routers(model, adapter, bank.routers)
 
     def read(self, model: nn.Module, adapter: str, gather_fn: GatherFn) -> tuple[Matrices, dict[str, Tensor]]:
-        """A and B by linear layer, and routers if the kind has any: float32, on the CPU."""
+        """Return A and B by linear layer, and routers if the kind has any: float32, on the CPU."""
         matrices = {
             name: (copied(layer.lora_A[adapter].weight, gather_fn), copied(layer.lora_B[adapter].weight, gather_fn))
             for name, layer in lora_layers(model)
@@ -79,14 +80,16 @@ class PlainLora:
         return matrices, routers
 
     def extra_state(self, model: nn.Module, frozen: str, gather_fn: GatherFn) -> dict[str, Tensor]:
-        """Trained tensors that are not part of the bank that `read` returns; checkpoints inside a task store them."""
+        """Return trained tensors that are not part of the bank that `read` returns; checkpoints inside a task store
+        them.
+        """
         return {}
 
     def load_extra_state(self, model: nn.Module, frozen: str, state: Mapping[str, Tensor]) -> None:
         """Restore a checkpoint's `extra_state`."""
 
     def stored(self, bank: Bank, extra_state: Mapping[str, Tensor]) -> Bank:
-        """The bank that is stored for a task."""
+        """Return the bank that is stored for a task."""
         return bank
 
 
@@ -152,17 +155,17 @@ class ScaledDirections(PlainLora):
 
 
 def kind_of(bank: Bank) -> PlainLora:
-    """The kind of a stored bank, to answer with it."""
+    """Return the kind of a stored bank, to answer with it."""
     return Experts(bank.experts) if bank.routers else PlainLora()
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """PEFT's layers in a model, each with the name of its linear layer in transformers' model."""
+    """Yield PEFT's layers in a model, each with the name of its linear layer in transformers' model."""
     for name, module in model.named_modules():
         if is_adapted(module):
             yield name.removeprefix(PEFT_PREFIX), cast(Any, module)
 
 
 def copied(parameter: Tensor, gather_fn: GatherFn) -> Tensor:
-    """A parameter's whole value, float32 on the CPU."""
+    """Return a parameter's whole value, float32 on the CPU."""
     return gather_fn(parameter).to("cpu", torch.float32, copy=True)

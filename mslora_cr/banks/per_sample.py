@@ -113,7 +113,7 @@ class PerSampleAdapters:
 
 
 def whole_banks(banks: Sequence[Sequence[int]], count: int) -> Tensor:
-    """Weights, (questions, count): for each question 1 at the numbers of the banks that answer it, 0 elsewhere."""
+    """Return weights, (questions, count): for each question 1 at the numbers of the banks that answer, else 0."""
     weights = torch.zeros(len(banks), count)
     for row, columns in zip(weights, banks, strict=True):
         row[list(columns)] = 1
@@ -132,7 +132,7 @@ class QuestionBanks:
         return tuple(self.weights[question].tolist())
 
     def projector(self, question: int) -> tuple[str, ...]:
-        """Tells questions with different projectors apart."""
+        """Tell questions with different projectors apart."""
         return tuple(bank.name for bank in self.adapters.together(self.weights[[question]]))
 
     def choose(self, questions: Sequence[int]) -> None:

@@ -96,7 +96,7 @@ def check_targets(folder: Path, config: Mapping[str, Any], modules: Iterable[tup
 
 
 def _all_named(config: Mapping[str, Any], keys: Sequence[str], modules: Sequence[tuple[str, str]]) -> bool:
-    """Whether a pattern alone names all layers, as PEFT would read it; this does without importing PEFT."""
+    """Return whether a pattern alone names all layers, as PEFT would read it; this does without importing PEFT."""
     pattern = config.get("target_modules")
     if not isinstance(pattern, str) or any(config.get(key) for key in keys[1:]):
         return False

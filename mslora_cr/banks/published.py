@@ -62,7 +62,7 @@ def load_tensors(path: Path) -> Any:
 
 
 def published_bank(path: Path, name: str, rank: int, alpha: float, stored: Mapping[Any, Any]) -> Bank:
-    """A bank from tensors under the published keys.
+    """Return a bank from tensors under the published keys.
 
     Args:
         path: The file, for messages.

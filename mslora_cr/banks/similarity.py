@@ -59,7 +59,7 @@ def update_cosines(name: str, banks: Sequence[Bank]) -> Tensor:
 
 
 def by_layer_and_module(values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Means over the linear layers of each decoder layer, and over those of each module, in the model's order.
+    """Return means over the linear layers of each decoder layer, and over those of each module, in the model's order.
 
     Args:
         values: By the name of a linear layer in transformers' model.
@@ -85,7 +85,7 @@ class Similarity(NamedTuple):
 
 
 def bank_similarity(weights: Mapping[str, Path]) -> Similarity:
-    """``s_ti = (1/K) Σ_k exp(-‖W_t^k - W_i^k‖_F)`` for every two banks t, i.
+    """Return ``s_ti = (1/K) Σ_k exp(-‖W_t^k - W_i^k‖_F)`` for every two banks t, i.
 
     The K matrices W^k of a bank are A and B of each layer. They are read one by one, so that banks of any size fit into
     memory. Source: Zhang et al., "Contrastive Regularization over LoRA for Multimodal Biomedical Image Incremental

@@ -178,7 +178,7 @@ class BankStack:
         return "fused" if fused_layers(self.model) else "peft"
 
     def external_parameters(self) -> dict[nn.Module, list[nn.Parameter]]:
-        """For ZeRO-3: layers that read parameters of modules that they do not call, and those parameters."""
+        """Return, for ZeRO-3, layers that read parameters of modules that they do not call, and those parameters."""
         from mslora_cr.banks.fused import fused_layers
 
         return {layer: list(layer.parameters_read()) for layer in fused_layers(self.model)}
@@ -222,18 +222,18 @@ class BankStack:
         assert unfrozen == adapter, "parameters other than the new bank's are trainable"
 
     def weights(self) -> dict[str, Tensor]:
-        """The linear layers' own weights, (out, in), with the banks that are merged into them."""
+        """Return the linear layers' own weights, (out, in), with the banks that are merged into them."""
         return {name: linear.weight for name, linear in self._linears.items()}
 
     def trainable(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """The trainable bank's parameters: linear layer's name → (A, B)."""
+        """Return the trainable bank's parameters: linear layer's name → (A, B)."""
         return {
             name: (layer.lora_A[TRAINABLE].weight, layer.lora_B[TRAINABLE].weight)
             for name, layer in lora_layers(self.model)
         }
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained, beyond A and B too; the projector last."""
+        """Return everything that is trained, beyond A and B too; the projector last."""
         everything = itertools.chain.from_iterable(self.trainable().values())
         extra = self._kind.extra_parameters(self.model, TRAINABLE, FROZEN)
         trained = [*everything, *extra, *self.projector.trained.values()]
@@ -285,7 +285,7 @@ class BankStack:
         return Bank(name, rank, alpha, matrices, metadata or {}, routers, projector)
 
     def extra_state(self, gather_fn: GatherFn = Tensor.detach) -> dict[str, Tensor]:
-        """The trained tensors that are not part of `snapshot`, float32 on the CPU; empty for most kinds.
+        """Return the trained tensors that are not part of `snapshot`, float32 on the CPU; empty for most kinds.
 
         Args:
             gather_fn: Returns a parameter's whole value.
@@ -293,12 +293,12 @@ class BankStack:
         return self._kind.extra_state(self.model, FROZEN, gather_fn)
 
     def stored(self, bank: Bank, extra_state: Mapping[str, Tensor]) -> Bank:
-        """The bank to store for the task, from its `snapshot` and `extra_state`."""
+        """Return the bank to store for the task, from its `snapshot` and `extra_state`."""
         return self._kind.stored(bank, extra_state)
 
 
 def _device_for_copies(weights: Sequence[Tensor]) -> torch.device:
-    """The device for copies: that of the weights if they take little of its free memory, otherwise the CPU."""
+    """Return the device for copies: that of the weights if they take little of its free memory, otherwise the CPU."""
     device = weights[0].device
     if device.type != "cuda":
         return device

@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def typed(text: str) -> str:
-    """A text of the command line: in UTF-8 where the console's encoding does not have its characters (`LANG=C`).
+    """Return a text of the command line: in UTF-8 where the console's encoding does not have its characters (`LANG=C`).
 
     Raises:
         UserError: Its bytes are no UTF-8.
@@ -119,7 +119,7 @@ def positive(text: str) -> int:
 
 
 def probability(text: str) -> float:
-    """A number between 0 and 1."""
+    """Return a number between 0 and 1."""
     try:
         value = float(text)
     except ValueError:
@@ -130,7 +130,7 @@ def probability(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A number between 0 and 1, both excluded."""
+    """Return a number between 0 and 1, both excluded."""
     value = probability(text)
     if value in (0, 1):
         raise argparse.ArgumentTypeError(f"{text!r} is not strictly between 0 and 1")

@@ -199,8 +199,9 @@ class _Place(NamedTuple):
 
 
 def _place(target: Path, stack: ExitStack) -> _Place:
-    """A run, given by its configuration, its run folder, its results folder, a folder of answer files alone, or an
-    archive, which is unpacked until the stack is left."""
+    """Return a run, given by its configuration, its run folder, its results folder, a folder of answer files alone, or
+    an archive, which is unpacked until the stack is left.
+    """
     from mslora_cr.analysis.answered import has_answers
     from mslora_cr.config.run_files import EVALUATION
 
@@ -216,7 +217,7 @@ def _place(target: Path, stack: ExitStack) -> _Place:
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, or full paths if names repeat."""
+    """Return the folders' names, or full paths if names repeat."""
     names = [folder.name for folder in folders]
     labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
     if len(set(labels)) < len(labels):

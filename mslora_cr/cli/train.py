@@ -94,7 +94,7 @@ def _print_plan(config: StreamConfig, only: Sequence[str], force: bool) -> None:
 
 
 def _obstacles(config: StreamConfig, only: Sequence[str], force: bool, done: Collection[str]) -> Iterator[str]:
-    """Why training would refuse to start, as far as the plan shows it."""
+    """Yield why training would refuse to start, as far as the plan shows it."""
     from mslora_cr.models.load import base_digest
     from mslora_cr.runs.ledger import Ledger
     from mslora_cr.stream.plan import banks_needed

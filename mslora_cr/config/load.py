@@ -81,7 +81,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), of_run: bool = 
 
 @cache
 def _catalogued_datasets() -> dict[str, Any]:
-    """Folder and modality of the published data sets, from the package's catalogue."""
+    """Return the folder and modality of the published data sets, from the package's catalogue."""
     entries = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))
     fields = ("modality", "folder", "image_folders")
     return {name: {**{key: entry[key] for key in fields}, "published": name} for name, entry in entries.items()}
@@ -178,7 +178,7 @@ def _targets(raw: dict[str, Any], parents: list[str], override: str) -> list[dic
 
 
 def _tasks(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Entries under `tasks` in a file that is not validated yet."""
+    """Return the entries under `tasks` in a file that is not validated yet."""
     tasks = raw.get("tasks")
     return [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
 

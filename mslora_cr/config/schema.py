@@ -363,11 +363,11 @@ class StreamConfig(Section):
         raise ConfigError(f"unknown task {name!r}{nearest(name, names)}; the stream has {', '.join(names)}")
 
     def same_modality(self, task: Task) -> list[bool]:
-        """For each earlier task of the stream, whether it has the same modality."""
+        """Return for each earlier task of the stream whether it has the same modality."""
         return [earlier.modality == task.modality for earlier in self.stream[: task.index]]
 
     def fingerprint_fields(self, last: Task | None = None) -> dict[str, Any]:
-        """Everything in this configuration that decides the banks up to a task.
+        """Return everything in this configuration that decides the banks up to a task.
 
         Paths, speed and evaluation do not decide them, nor do later tasks, unless the method trains on all tasks at
         once.
@@ -391,5 +391,5 @@ class StreamConfig(Section):
         return self.knows_method and load_method(self.method).all_at_once
 
     def training_digest(self, last: Task | None = None) -> str:
-        """SHA-256 of `fingerprint_fields`."""
+        """Return the SHA-256 of `fingerprint_fields`."""
         return hashlib.sha256(json.dumps(self.fingerprint_fields(last), sort_keys=True).encode()).hexdigest()

@@ -16,7 +16,7 @@ def configurations() -> dict[str, Path]:
 
 
 def deepspeed_configurations() -> dict[str, Path]:
-    """DeepSpeed's JSON files by name."""
+    """Return DeepSpeed's JSON files by name."""
     return {path.stem: path for path in sorted((DEFAULTS / "deepspeed").glob("*.json"))}
 
 

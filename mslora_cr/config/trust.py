@@ -197,7 +197,7 @@ def _find(name: str, search_path: list[str] | None) -> importlib.machinery.Modul
 
 
 def _digest(files: Sequence[Path]) -> str:
-    """SHA-256 of what importing a module runs; for a package, of all its Python files."""
+    """Return the SHA-256 of what importing a module runs; for a package, of all its Python files."""
     last = files[-1] if files else None
     whole = sorted(last.parent.rglob("*.py")) if last is not None and last.stem == "__init__" else []
     digest = hashlib.sha256()

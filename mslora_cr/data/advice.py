@@ -11,7 +11,7 @@ FORMATS = "docs/how-to/data.md has the formats"
 
 
 def missing_annotations(path: Path) -> str:
-    """Advice for a missing `train.json` or `test.jsonl`; empty if there is none."""
+    """Return advice for a missing `train.json` or `test.jsonl`; empty if there is none."""
     folder = path.parent
     if not folder.is_dir():
         return (
@@ -26,7 +26,7 @@ def missing_annotations(path: Path) -> str:
 
 
 def other_record(value: Mapping[str, Any]) -> str:
-    """Advice for a record in another program's format."""
+    """Return advice for a record in another program's format."""
     turns = value.get("conversations", value.get("messages", value.get("conversation")))
     first = turns[0] if isinstance(turns, list) and turns else None
     if isinstance(first, Mapping) and ("role" in first or "content" in first):

@@ -26,7 +26,7 @@ class Chat(NamedTuple):
 
 
 def messages_of(turns: Sequence[Turn], images: int) -> list[Message]:
-    """Turns as transformers' chat templates take them, with a turn's images before its text.
+    """Return turns as transformers' chat templates take them, with a turn's images before its text.
 
     Each turn has the images that it marks with `<image>`; if the number of marks differs from that of the images, the
     first question has all images. What an assistant says before the first question is dropped, as for LLaVA-Med.
@@ -125,7 +125,7 @@ class _Round:
         self.written = _as_generated(self.before, render(processor, messages[: index + 1]), self.said)
 
     def span_in(self, text: str) -> Span | None:
-        """Where the answer and what ends it are in the whole conversation; None if its thought is left out of it."""
+        """Return where the answer and what ends it are in the whole conversation; None without its thought."""
         if text.startswith(self.written):
             return len(self.before), len(self.written)
         if not _THOUGHT.match(self.said):

@@ -67,7 +67,7 @@ def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> f
 
 
 def in_batches(order: Sequence[int], size: int) -> list[list[int]]:
-    """Consecutive samples of an order, `size` at a time."""
+    """Return consecutive samples of an order, `size` at a time."""
     return [list(order[start : start + size]) for start in range(0, len(order), size)]
 
 

@@ -43,7 +43,7 @@ class FeatureCache:
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def load(self, image: Path) -> Tensor:
-        """(positions, width), in the tower's dtype.
+        """Return (positions, width), in the tower's dtype.
 
         Raises:
             DataError: There are none, or their file is damaged.

@@ -13,19 +13,19 @@ from mslora_cr.utils.files import file_digest
 
 
 def image_file_digest(image: Path) -> str:
-    """SHA-256 of an image file, which is read again only if its size or modification time changed."""
+    """Return the SHA-256 of an image file, which is read again only if its size or modification time changed."""
     status = image.stat()
     return _digest(os.fspath(image), status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=1 << 20)
 def _digest(image: str, size: int, mtime_ns: int) -> str:
-    """Cached in this process and in data loader workers forked from it; some hundred bytes per image."""
+    """Cache digests in this process and in data loader workers forked from it; some hundred bytes per image."""
     return file_digest(Path(image))
 
 
 def images_digest(images: Iterable[Path], most: int | None = None) -> str:
-    """SHA-256 over the sizes of some image files, in their order, and over their contents.
+    """Return the SHA-256 over the sizes of some image files, in their order, and over their contents.
 
     Args:
         most: Read the contents of at most this many files, the same ones at every call.

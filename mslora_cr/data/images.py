@@ -42,8 +42,9 @@ class MissingImageError(DataError):
 
 
 def image_roots(data_root: Path, folder: str, image_folders: Sequence[str] = ()) -> list[Path]:
-    """Folders in which the image names of a task's annotations may start: its folder, the data root, its image
-    folders."""
+    """Return folders in which the image names of a task's annotations may start: its folder, the data root, its image
+    folders.
+    """
     task = data_root / folder
     return [task, data_root, *(task / name for name in image_folders)]
 
@@ -58,7 +59,7 @@ def tower_folder(model: Path, name: str) -> Path | None:
 
 
 def check_name(name: str) -> PurePosixPath:
-    """`name` as a relative path that stays below whatever it is joined to.
+    """Return `name` as a relative path that stays below whatever it is joined to.
 
     Raises:
         DataError: It is empty, absolute, climbs with `..`, contains a backslash, a drive or a NUL character, or has a
@@ -121,7 +122,7 @@ def load_image(path: Path) -> Image.Image:
 
 
 def decode_image(source: Path | BinaryIO, name: str) -> Image.Image:
-    """As `load_image`, from a file or from its bytes; `name` identifies it in errors."""
+    """Decode as `load_image` does, from a file or from its bytes; `name` identifies it in errors."""
     try:
         if isinstance(source, Path):
             check_regular(source)
@@ -188,7 +189,7 @@ def page_count(image: Image.Image) -> int:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height, from the file's header alone.
+    """Return width and height, from the file's header alone.
 
     Raises:
         DataError: As `load_image`, as far as the header tells.
@@ -290,7 +291,7 @@ _Checked = tuple[list[bytes], _Found]
 
 
 def _bounded(pool: ProcessPoolExecutor, chunks: Iterator[list[_Numbered]], limit: int) -> Iterator[_Checked]:
-    """`pool.map` that does not read all of its input first."""
+    """Yield the results of `pool.map` without reading all of its input first."""
     running: set[Future[_Checked]] = set()
     for chunk in chunks:
         running.add(pool.submit(_check_chunk, chunk))

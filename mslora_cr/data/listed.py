@@ -129,7 +129,7 @@ def _suffix(benchmark: Benchmark | None, truth: Any) -> str:
 
 
 def _references(path: Path, benchmark: Benchmark) -> dict[str, list[str]]:
-    """Further true answers: for TextVQA by question ID, for captions by the number of the question, from 1."""
+    """Return further true answers: for TextVQA by question ID, for captions by the number of the question, from 1."""
     try:
         content = decode_json(check_regular(path).read_bytes())
         found: dict[str, list[str]] = defaultdict(list)

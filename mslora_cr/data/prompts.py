@@ -39,7 +39,7 @@ class Message(NamedTuple):
 
 
 def filled_turns(record: TrainingRecord, rule: BoxRule) -> list[Message]:
-    """A conversation with its boxes as the model writes them."""
+    """Return a conversation with its boxes as the model writes them."""
     texts = filled([turn.text for turn in record.turns], record, rule)
     return [Message(turn.speaker, text) for turn, text in zip(record.turns, texts, strict=True)]
 
@@ -52,17 +52,17 @@ class Encoded(NamedTuple):
 
 
 def question_text(text: str, images: int) -> str:
-    """The human's text with its image marks moved to the front, one `<image>` line for each of `images` images."""
+    """Return the human's text with its image marks moved to the front, one `<image>` line for each of `images`."""
     return "\n".join([IMAGE] * images + [text.replace(IMAGE, "").strip()]).strip()
 
 
 def generation_prompt(question: str, images: int = 1) -> str:
-    """The prompt of a question, opened by `images` `<image>` marks."""
+    """Return the prompt of a question, opened by `images` `<image>` marks."""
     return f"{_OPEN}{question_text(question, images)}{_CLOSE}"
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token IDs of a prompt, starting with `<s>`, with `IMAGE_INDEX` in place of every `<image>`."""
+    """Return token IDs of a prompt, starting with `<s>`, with `IMAGE_INDEX` in place of every `<image>`."""
     chunks = [_text_ids(tokenizer, chunk) for chunk in prompt.split(IMAGE)]
     ids = [tokenizer.bos_token_id, *chunks[0]]
     for chunk in chunks[1:]:
@@ -71,7 +71,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def encode_next_prompt(tokenizer: Tokenizer, earlier: Sequence[Turn], question: str, images: int) -> list[int]:
-    """IDs of a prompt that continues earlier questions and their answers, as training would encode the whole.
+    """Return IDs of a prompt that continues earlier questions and their answers, as training would encode the whole.
 
     Args:
         earlier: Questions and answers in turn; may be empty.
@@ -84,7 +84,7 @@ def encode_next_prompt(tokenizer: Tokenizer, earlier: Sequence[Turn], question: 
 
 
 def encode_conversation(tokenizer: Tokenizer, turns: Sequence[Turn], images: int) -> Encoded:
-    """IDs and labels of a training conversation; labels cover the answers and the `</s>` after each.
+    """Return IDs and labels of a training conversation; labels cover the answers and the `</s>` after each.
 
     A conversation that the template cannot represent unambiguously (`[/INST]` inside a text, a question without an
     answer) is masked as a whole, as in the published code, so that it adds nothing to the loss.
@@ -103,7 +103,7 @@ def encode_conversation(tokenizer: Tokenizer, turns: Sequence[Turn], images: int
 
 
 def _rounds(turns: Sequence[Turn], images: int) -> tuple[list[tuple[str, str]], bool]:
-    """(question in its template, answer) pairs, and whether the turns alternated to the end.
+    """Return (question in its template, answer) pairs, and whether the turns alternated to the end.
 
     An answer before the first question is dropped, as in the published code. The first question has the images.
     """

@@ -58,7 +58,7 @@ def _options(value: Any) -> Any:
 
 
 def _attributes(value: Any) -> Any:
-    """Text and numbers by name; what is null is not known, as if it were not there."""
+    """Return text and numbers by name; what is null is not known, as if it were not there."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):

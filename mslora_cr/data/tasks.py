@@ -98,7 +98,7 @@ def test_file(config: StreamConfig, task: Task) -> Path:
 
 
 def training_records(config: StreamConfig, task: Task) -> TaskRecords:
-    """The records that a task trains on: its file without what `data.validation` holds out and what the task
+    """Return the records that a task trains on: its file without what `data.validation` holds out and what the task
     before has taken (`mixed`), `samples` of them; and what it takes of the next task's.
 
     Raises:
@@ -186,7 +186,7 @@ def read_questions(
     references: Path | None = None,
     problems: list[str] | None = None,
 ) -> TestRecords:
-    """A file of questions: JSON lines, or a benchmark's list where its name ends in `.json`.
+    """Return a file of questions: JSON lines, or a benchmark's list where its name ends in `.json`.
 
     Args:
         benchmark: The benchmark whose scorer scores the questions.

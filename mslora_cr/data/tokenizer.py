@@ -62,7 +62,7 @@ class Tokenizer:
         return str(self._llama.eos_token)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without `<s>`; special tokens spelled out in it become their ids, as the slow one's do."""
+        """Return ids of a text, without `<s>`; special tokens spelled out become their ids, as in the slow one."""
         if self._pieces is None:
             return list(self._llama(text, add_special_tokens=False).input_ids)
         ids: list[int] = []

@@ -52,7 +52,7 @@ class RecordView(Sequence[Seen], Generic[Seen]):
         return (self[index] for index in range(len(self)))
 
     def location(self, index: int) -> str:
-        """Where a record is in the file, in words."""
+        """Say where a record is in the file, in words."""
         return self._records.location(self._indices[index])
 
 
@@ -74,7 +74,7 @@ class ValidationRecords:
 
     @classmethod
     def of_file(cls, records: TestRecords, most: int) -> ValidationRecords:
-        """The records of a `val.jsonl`."""
+        """Return the records of a `val.jsonl`."""
         chosen = sample_of(len(records), most)
         return cls(
             RecordView(records, chosen, conversation_of),
@@ -85,7 +85,7 @@ class ValidationRecords:
 
     @classmethod
     def held_out_of(cls, records: TrainingRecords, most: int) -> ValidationRecords:
-        """Training records that are held out (`validation_split`)."""
+        """Return training records that are held out (`validation_split`)."""
         chosen = sample_of(len(records), most)
         return cls(
             RecordView(records, chosen, _unchanged),
@@ -144,7 +144,7 @@ def validation_split(records: TrainingRecords, share: float, seed: int) -> Valid
 
 
 def question_of(record: TrainingRecord) -> TestRecord | None:
-    """The first question of a conversation in the form of `test.jsonl`; None if it has no image or no answer."""
+    """Return the first question of a conversation in the form of `test.jsonl`; None if it has no image or no answer."""
     first = 0 if record.turns[0].speaker == "human" else 1
     said = record.turns[first : first + 2]
     if not record.images or [turn.speaker for turn in said] != ["human", "gpt"]:
@@ -162,7 +162,7 @@ def question_of(record: TrainingRecord) -> TestRecord | None:
 
 
 def conversation_of(record: TestRecord) -> TrainingRecord:
-    """A question with its true answer, in the form of `train.json`."""
+    """Return a question with its true answer, in the form of `train.json`."""
     asked = {"from": "human", "value": f"{IMAGE}\n{record.question}"}
     return TrainingRecord.model_validate(
         {

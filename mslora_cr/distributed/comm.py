@@ -24,12 +24,12 @@ class DistributedError(UserError):
 
 
 def rank() -> int:
-    """This process's number among those that a launcher started; 0 without one."""
+    """Return this process's number among those that a launcher started; 0 without one."""
     return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
 def world_size() -> int:
-    """How many processes a launcher started; 1 without one.
+    """Return how many processes a launcher started; 1 without one.
 
     Raises:
         DistributedError: The environment has no number in its place.
@@ -41,7 +41,7 @@ def world_size() -> int:
 
 
 def get_device(setting: str) -> torch.device:
-    """The device of this process's model.
+    """Return the device of this process's model.
 
     Args:
         setting: `model.device`. `auto` means this process's own GPU, or the CPU without a GPU.
@@ -67,7 +67,7 @@ def barrier() -> None:
 
 
 def broadcast_object(value: Any) -> Any:
-    """The first rank's value, on every rank."""
+    """Return the first rank's value, on every rank."""
     box = [value]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(box)
@@ -75,14 +75,14 @@ def broadcast_object(value: Any) -> Any:
 
 
 def of_first_rank(tensor: Tensor) -> Tensor:
-    """The first rank's tensor, on every rank, in place."""
+    """Return the first rank's tensor, on every rank, in place."""
     if torch.distributed.is_initialized():
         torch.distributed.broadcast(tensor, src=0)
     return tensor
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of every rank's tensor, on the CPU of every rank."""
+    """Return the sum of every rank's tensor, on the CPU of every rank."""
     if not torch.distributed.is_initialized():
         return tensor
     total = tensor.cuda() if torch.distributed.get_backend() == "nccl" else tensor.clone()
@@ -91,7 +91,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Every rank's value, in the order of ranks, on every rank."""
+    """Return every rank's value, in the order of ranks, on every rank."""
     if not torch.distributed.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()

@@ -25,7 +25,7 @@ from mslora_cr.utils.strict_json import JsonError, read_object
 
 
 def zero_stage(deepspeed_config: str | Mapping[str, Any] | None) -> int:
-    """The ZeRO stage that `training.deepspeed` asks for; 0 without it.
+    """Return the ZeRO stage that `training.deepspeed` asks for; 0 without it.
 
     Raises:
         DistributedError: The file cannot be read, or no launcher started this process.
@@ -104,8 +104,8 @@ def gather_params(parameters: Iterable[Tensor], to_write: bool = False) -> Itera
 
 
 def float32_value(parameter: Tensor) -> Tensor:
-    """The full value of a bank's parameter in float32, as the optimizer holds it; for a frozen one, as the model holds
-    it.
+    """Return the full value of a bank's parameter in float32, as the optimizer holds it; for a frozen one, as the model
+    holds it.
 
     Call it on every rank. With bfloat16 or float16, DeepSpeed trains a float32 copy and rounds it into the model at
     every step.

@@ -70,7 +70,7 @@ def start_process_group(use_gpu: bool, timeout_seconds: float = TIMEOUT_SECONDS)
 
 @contextmanager
 def _saying_who_is_waited_for() -> Iterator[None]:
-    """While the ranks join: report after a while that some are missing, as when a launcher left variables behind."""
+    """Report, while the ranks join, after a while that some are missing, as when a launcher left variables behind."""
     missing = (
         f"waits for {world_size() - 1} other processes, as the environment has WORLD_SIZE={world_size()}; if no "
         "launcher has started them, unset that variable"

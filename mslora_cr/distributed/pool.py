@@ -31,7 +31,7 @@ def devices(device: str, jobs: int | None = None) -> list[str | None]:
 
 @contextmanager
 def worker_pool(devices: Sequence[str | None]) -> Iterator[ProcessPoolExecutor]:
-    """New processes, one for each device. An error in the block cancels the work that has not begun.
+    """Start new processes, one for each device. An error in the block cancels the work that has not begun.
 
     Args:
         devices: As `devices` gives them.

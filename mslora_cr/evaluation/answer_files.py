@@ -41,12 +41,12 @@ class Answered(NamedTuple):
 
 
 def journal_of(folder: Path, key: str, rank: int) -> Path:
-    """The file in which a rank keeps its answers until all are there."""
+    """Return the file in which a rank keeps its answers until all are there."""
     return folder / f".answers-{key[:16]}-{rank}.jsonl"
 
 
 def journal_line(index: int, answer: Answered, key: str) -> bytes:
-    """The journal's line for an answer, with a check against later changes."""
+    """Return the journal's line for an answer, with a check against later changes."""
     probability = {} if answer.probability is None else {"known": answer.probability.model_dump(exclude_defaults=True)}
     facts = f"{key}/{index}/{answer.text}" + (f"/{json.dumps(probability)}" if probability else "")
     return json.dumps({"index": index, "text": answer.text, **probability, "check": line_check(facts)}).encode() + b"\n"
@@ -99,8 +99,9 @@ class Origin(NamedTuple):
         return self.fingerprint if self.images is None else fingerprint_of(self._asdict())
 
     def gave(self, fingerprint: str, images: str | None) -> bool:
-        """Whether answers with this fingerprint and these images have this origin. Images that either side does not
-        know pass."""
+        """Return whether answers with this fingerprint and these images have this origin. Images that either side does
+        not know pass.
+        """
         return fingerprint == self.fingerprint and (None in (images, self.images) or images == self.images)
 
 
@@ -177,7 +178,7 @@ def answer_questions(
 
 
 def _the_same(question: int) -> None:
-    """The banks of any question, if all have the same."""
+    """Return the banks of any question, if all have the same."""
 
 
 def publish(
@@ -254,7 +255,7 @@ def write_stamp(folder: Path, fingerprint: str, rows: int, noted: Mapping[str, A
 
 
 def read_stamp(folder: Path, fingerprint: str) -> Stamp | None:
-    """The stamp of a folder's answers if its fingerprint matches; a damaged stamp counts as none.
+    """Return the stamp of a folder's answers if its fingerprint matches; a damaged stamp counts as none.
 
     Raises:
         NewerError: A later version wrote it.
@@ -264,7 +265,7 @@ def read_stamp(folder: Path, fingerprint: str) -> Stamp | None:
 
 
 def answers_are_whole(folder: Path, fingerprint: str, rows: int) -> bool:
-    """Whether a folder has all answers of this origin, unchanged; warns if they were changed.
+    """Return whether a folder has all answers of this origin, unchanged; warn if they were changed.
 
     Version 0.1.0 noted no digest, so only the number of its answers is checked.
     """
@@ -281,5 +282,5 @@ def answers_are_whole(folder: Path, fingerprint: str, rows: int) -> bool:
 
 
 def fingerprint_of(facts: Mapping[str, Any]) -> str:
-    """SHA-256 of facts that decide answers: plain values, lists and mappings of them."""
+    """Return the SHA-256 of facts that decide answers: plain values, lists and mappings of them."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -172,7 +172,7 @@ class BlindScore(NamedTuple):
     interval: Interval
 
     def in_words(self) -> str:
-        """`61.2 %; the picture adds 15.2 points [...]`."""
+        """Return `61.2 %; the picture adds 15.2 points [...]`."""
         verdict = "" if self.interval[0] > 0 else ": not above what it says without the picture"
         return f"{self.score:.1f} %; the picture adds {self.gain:.1f} points{bracketed(self.interval)}{verdict}"
 

@@ -80,8 +80,9 @@ def box_rows(
 
 
 def box_columns(rows: Sequence[BoxRow | None]) -> dict[str, list[float | None]]:
-    """IoU and whether it is over a half, by answer; none where no question is about a box. Their means are the mean IoU
-    and the recall at 0.5."""
+    """Return IoU and whether it is over a half, by answer; none where no question is about a box. Their means are the
+    mean IoU and the recall at 0.5.
+    """
     if not any(rows):
         return {}
     return {

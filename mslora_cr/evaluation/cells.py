@@ -34,7 +34,7 @@ class PlannedCell:
 
 
 def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[PlannedCell]:
-    """The cells to fill. Cells of one task that the same banks answer share one folder, and are answered once.
+    """Return the cells to fill. Cells of one task that the same banks answer share one folder, and are answered once.
 
     Args:
         learned: Numbers, from 1, of the tasks whose banks exist.
@@ -55,6 +55,6 @@ def cells(config: StreamConfig, stages: Stages, learned: Sequence[int]) -> list[
 
 
 def stages_of(task: Task, stages: Stages, config: StreamConfig) -> Sequence[int]:
-    """The stages at which a task is to be answered."""
+    """Return the stages at which a task is to be answered."""
     first, last = task.index + 1, len(config.tasks)
     return {"own": [first], "final": [last], "seen": range(first, last + 1), "all": range(last + 1)}[stages]

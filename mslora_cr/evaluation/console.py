@@ -22,8 +22,8 @@ CHANGE = "backward_transfer"
 
 
 def score_table(evaluation: Evaluation, results_dir: Path) -> str:
-    """Each task's scores in percent when it was learned and after the last stage, as far as they were evaluated, and
-    the averages over the tasks; for backward transfer also its interval and how many answers changed.
+    """Return each task's scores in percent when it was learned and after the last stage, as far as they were evaluated,
+    and the averages over the tasks; for backward transfer also its interval and how many answers changed.
 
     Args:
         results_dir: The folder with the scores of the answers.
@@ -56,14 +56,16 @@ def score_table(evaluation: Evaluation, results_dir: Path) -> str:
 
 
 def guessing_of(answers: Path) -> str:
-    """What guessing scores on a cell's closed questions; empty if the score is above it, or an earlier version
+    """Return what guessing scores on a cell's closed questions; empty if the score is above it, or an earlier version
     scored."""
     clinical = Clinical.read_if_there(answers.with_name(CLINICAL))
     return clinical.closed.guessing.in_words() if clinical and clinical.closed else ""
 
 
 def headline(scores: Scores) -> str:
-    """The main scores of a file of answers, in percent, by the type of the answers. The published scores come last."""
+    """Return the main scores of a file of answers, in percent, by the type of the answers. The published scores come
+    last.
+    """
     typed = {CHOICE: "exact choice, closed", "whole-word accuracy": "whole words, closed"}
     published = {"close accuracy": "letters found, closed (published)", "f1 score": "F1, open (published)"}
     others = {name: name for name in (*scores.benchmark, *TYPED) if name != CHOICE}
@@ -74,6 +76,6 @@ def headline(scores: Scores) -> str:
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A number for people; a dash if there is none."""
+    """Return a number for people; a dash if there is none."""
     # Adding zero turns -0.0, which rounding may leave, into 0.0.
     return "–" if value is None else f"{round(value, digits) + 0:.{digits}f}"

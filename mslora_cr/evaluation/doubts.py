@@ -20,7 +20,7 @@ WORTH_A_WARNING = 0.05
 
 
 def doubts_of(folder: Path) -> dict[str, Any]:
-    """`Cell`'s counts of the answers in a folder."""
+    """Return `Cell`'s counts of the answers in a folder."""
     rows = read_answers(folder / ANSWERS)
     answers = [str(row.text) for row in rows]
     probabilities = read_probabilities(folder / PROBABILITIES)
@@ -40,7 +40,7 @@ def doubts_of(folder: Path) -> dict[str, Any]:
 
 
 def doubts_in_words(cell: Cell, max_new_tokens: int | None = None) -> list[str]:
-    """What a reader of a cell's scores must know about its answers; empty if there is nothing.
+    """Say what a reader of a cell's scores must know about its answers; empty if there is nothing.
 
     Args:
         max_new_tokens: The limit that cut them, if it is known.

@@ -54,7 +54,7 @@ def evaluate(
 
 
 def _wanted_cells(config: StreamConfig, stages: Stages, only: str | None, learned: Sequence[int]) -> list[PlannedCell]:
-    """The cells that are asked for."""
+    """Return the cells that are asked for."""
     wanted = [cell for cell in cells(config, stages, learned) if only in (None, cell.task.name)]
     if only is not None:
         config.task(only)

@@ -199,7 +199,7 @@ def _replies(path: Path, endpoint: Endpoint, questions: Sequence[_Question]) -> 
 
 
 def read_verdicts(path: Path) -> dict[str, str]:
-    """Replies by key. Damaged lines are passed over, so that their questions are asked again."""
+    """Return replies by key. Damaged lines are passed over, so that their questions are asked again."""
     if not path.is_file():
         return {}
     verdicts, damaged = read_journal(path, _Verdict.of_line, _Verdict.line)

@@ -85,7 +85,7 @@ class Endpoint:
 
 
 def folder_name(model: str) -> str:
-    """A folder name for a model's name; different names give different folders."""
+    """Return a folder name for a model's name; different names give different folders."""
     plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", model).strip("-.")[:80]
     return plain if plain == model else f"{plain or 'model'}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
@@ -159,7 +159,7 @@ class Chat:
                 raise
 
     def _ask(self, body: Body, label: str) -> Reply | None:
-        """The answer; None if everything ends meanwhile."""
+        """Return the answer; None if everything ends meanwhile."""
         endpoint, problem, attempt = self._endpoint, "", 0
         while attempt < endpoint.attempts:
             pause = min(endpoint.pause * 2 ** (attempt - 1), LONGEST_PAUSE) if attempt else 0.0
@@ -237,7 +237,7 @@ class Failure(NamedTuple):
 
 
 def failure_of(response: httpx.Response) -> Failure | None:
-    """The problem with a response, even if its status is 200; None if there is none."""
+    """Return the problem with a response, even if its status is 200; None if there is none."""
     if not response.is_success:
         return Failure(response.status_code, response.text)
     try:
@@ -252,7 +252,7 @@ def failure_of(response: httpx.Response) -> Failure | None:
 
 
 def reply_of(response: httpx.Response) -> Reply | None:
-    """The chat completion; None if it is not one."""
+    """Return the chat completion; None if it is not one."""
     try:
         choice = response.json()["choices"][0]
         message = choice["message"]
@@ -272,7 +272,7 @@ def _encodable(text: str) -> str:
 
 
 def _text_of(content: Any) -> str | None:
-    """The text of a message's content, which may be a text, parts (of which reasoning is left out), or nothing."""
+    """Return the text of a message's content, which may be a text, parts (without those of reasoning), or nothing."""
     if content is None:  # It is a refusal, or nothing but reasoning.
         return ""
     if isinstance(content, list):
@@ -315,7 +315,7 @@ class Dialect:
         return "temperature" not in self._left_out
 
     def spelled(self, body: Body) -> dict[str, Any]:
-        """A request in the server's dialect."""
+        """Return a request in the server's dialect."""
         with self._lock:
             sent = {key: value for key, value in body.items() if key not in self._left_out}
             if "max_tokens" in sent:
@@ -323,7 +323,7 @@ class Dialect:
             return sent
 
     def learn(self, sent: Body, failure: Failure) -> bool:
-        """Whether the same request may be sent again in another spelling.
+        """Return whether the same request may be sent again in another spelling.
 
         Args:
             sent: The refused request, as it was spelled.

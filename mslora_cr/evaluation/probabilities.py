@@ -52,7 +52,7 @@ class AnswerProbability(BaseModel):
         return None if self.logprob is None or not self.tokens else self.logprob / self.tokens
 
     def probabilities(self, normalized: bool = False) -> tuple[float, ...] | None:
-        """``p_k = exp(l_k) / Σ_j exp(l_j)`` over the candidates; None if one of them is unknown.
+        """Return ``p_k = exp(l_k) / Σ_j exp(l_j)`` over the candidates; None if one of them is unknown.
 
         Args:
             normalized: Normalise by length: ``l_k / |c_k|`` in place of ``l_k``.
@@ -62,7 +62,8 @@ class AnswerProbability(BaseModel):
             return None
         highest = max(scores)
         weights = [math.exp(score - highest) for score in scores]
-        return tuple(weight / sum(weights) for weight in weights)
+        total = sum(weights)
+        return tuple(weight / total for weight in weights)
 
     @property
     def share(self) -> float | None:

@@ -80,7 +80,7 @@ def evaluate_probe(config: StreamConfig, dataset: str, banks: Mapping[str, Bank]
 
 
 def check_held_out(config: StreamConfig, dataset: str) -> Task:
-    """The data set, as if it were a task after the stream.
+    """Return the data set, as if it were a task after the stream.
 
     Raises:
         ConfigError: As `evaluate_probe`.
@@ -97,7 +97,7 @@ def check_held_out(config: StreamConfig, dataset: str) -> Task:
 
 
 def _cells(config: StreamConfig, task: Task, learned: Mapping[int, Bank]) -> list[PlannedCell]:
-    """The base model and every stage that can answer. Stages that the same banks answer share one folder."""
+    """Return the base model and every stage that can answer. Stages that the same banks answer share one folder."""
     method, folder = method_of(config), config.results_run_dir / PROBE / task.name
     folders: dict[tuple[int, ...], Path] = {}
     planned = []

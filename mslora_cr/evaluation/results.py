@@ -133,7 +133,7 @@ class Evaluation(StateFile):
         return ", ".join(map(str, numbers)) or "none"
 
     def scores(self, results_dir: Path, *metrics: str) -> list[dict[tuple[str, int], Column]]:
-        """For each metric, by task and stage, the questions that have it, in their order.
+        """Return for each metric, by task and stage, the questions that have it, in their order.
 
         Raises:
             DataError: The scores of a cell are missing.
@@ -185,7 +185,7 @@ def column_of(table: ScoreTable, metric: str) -> Column:
 
 
 def read_evaluation(results_dir: Path) -> Evaluation | None:
-    """`evaluation.json`, or None if the run is not evaluated.
+    """Return `evaluation.json`, or None if the run is not evaluated.
 
     Raises:
         StateError: It is damaged, or a later version wrote it.
@@ -201,7 +201,7 @@ def read_evaluation(results_dir: Path) -> Evaluation | None:
 
 
 def required_evaluation(results_dir: Path) -> Evaluation:
-    """`evaluation.json`.
+    """Return `evaluation.json`.
 
     Raises:
         ReportError: The run is not evaluated; or as `read_evaluation`.

@@ -82,7 +82,7 @@ def evaluate_routed(
 
 
 def _tasks_at(config: StreamConfig, stages: Stages, learned: Sequence[Task], asking: Asking) -> dict[int, list[Task]]:
-    """The tasks that are answered, by stage."""
+    """Return the tasks that are answered, by stage."""
     asked = asking.tasks(config, config.stream)
     tasks_at = {
         stage: [task for task in asked if stage in stages_of(task, stages, config)]
@@ -239,8 +239,9 @@ class _Routed:
         probabilities.unlink(missing_ok=True)
 
     def _confusion(self, stage: int, tasks: Sequence[Task], routes: Mapping[str, Sequence[int]]) -> StageRouting:
-        """How many questions of each task the router assigned to each learned task, and how many of learned tasks
-        correctly."""
+        """Return how many questions of each task the router assigned to each learned task, and how many of learned
+        tasks correctly.
+        """
         counts = {task.name: tuple(np.bincount(routes[task.name], minlength=stage).tolist()) for task in tasks}
         learned = [task for task in tasks if task.index < stage]
         right = np.array([float(route == task.index) for task in learned for route in routes[task.name]])
@@ -273,20 +274,20 @@ class _Routed:
     def _choose(
         self, stage: int, tasks: Sequence[Task], routes: Mapping[str, Sequence[int]]
     ) -> tuple[Sequence[Bank], Tensor]:
-        """Each question gets the banks of its predicted task. All banks are held, for all stages."""
+        """Give each question the banks of its predicted task. All banks are held, for all stages."""
         method = method_of(self.config)
         chosen = [[number - 1 for number in method.banks(route + 1, stage, "prefix")] for route in range(stage)]
         flat = [chosen[route] for task in tasks for route in routes[task.name]]
         return self.banks, whole_banks(flat, len(self.banks))
 
     def _mix(self, stage: int, tasks: Sequence[Task], router: TaskRouter) -> tuple[Sequence[Bank], Tensor]:
-        """Each question gets the banks of all tasks, weighed by its probabilities."""
+        """Give each question the banks of all tasks, weighed by its probabilities."""
         whole, shared = method_of(self.config).mixed(self.config, self.banks[:stage])
         shares = torch.cat([router.probabilities(self._features_of(task)).float() for task in tasks])
         return [*whole, *shared], torch.cat([torch.ones(len(shares), len(whole)), shares], dim=1)
 
     def _features_of(self, task: Task) -> Tensor:
-        """(questions, features), computed once, by all ranks together."""
+        """Return (questions, features), computed once, by all ranks together."""
         if task.name not in self._features:
             records = self._records[task.name]
             extractor = feature_extractor(self.config, self._session.base)
@@ -301,7 +302,7 @@ class _Routed:
         return self._features[task.name]
 
     def origin(self, stage: int, tasks: Sequence[Task]) -> Origin:
-        """What decides the answers at a stage."""
+        """Return what decides the answers at a stage."""
         images = {task.name: self._image_digests.of(task) for task in tasks}
         return Origin(self._fingerprint(stage, tasks), None if self._asking.blank else fingerprint_of(images))
 
@@ -316,8 +317,8 @@ class _Routed:
         )
 
     def possible(self, root: Path) -> dict[CellKey, set[Origin]]:
-        """The possible origins for `write_summary`: the questions of a stage are mixed with those of the tasks learned
-        by then, or of all tasks.
+        """Return the possible origins for `write_summary`: the questions of a stage are mixed with those of the tasks
+        learned by then, or of all tasks.
 
         Only stages whose entry of `routing.json` is there, and of these answers, are included.
         """
@@ -334,7 +335,7 @@ class _Routed:
 
 
 def _router_digests(statistics: Sequence[TaskStatistics]) -> Iterator[str]:
-    """For each stage, the digest of the statistics behind its router."""
+    """Return for each stage the digest of the statistics behind its router."""
     digest = hashlib.sha256()
     for task in statistics:
         digest.update(task.mean.numpy().tobytes() + task.scatter.numpy().tobytes())

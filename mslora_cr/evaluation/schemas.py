@@ -89,7 +89,9 @@ class StageRouting(Part):
     held_out: dict[str, dict[str, HeldOutTask]] = Field(default_factory=dict)
 
     def foreign_in_words(self) -> str:
-        """How many questions of learned tasks, and of others, are like none of the learned; empty where not known."""
+        """Return how many questions of learned tasks, and of others, are like none of the learned; empty where not
+        known.
+        """
         if self.foreign is None:
             return ""
         parts = []

@@ -269,7 +269,7 @@ def _bleu_interval(counts: intervals.Scores, groups: intervals.Groups, freedom: 
 
 
 def read_scores(path: Path) -> ScoreTable:
-    """`scores.csv`. Earlier versions wrote no `IMAGE_AND_GROUP`: every question is then a cluster of its own.
+    """Return `scores.csv`. Earlier versions wrote no `IMAGE_AND_GROUP`: every question is then a cluster of its own.
 
     Raises:
         DataError: It is missing or not such a file.
@@ -293,7 +293,7 @@ def read_scores(path: Path) -> ScoreTable:
 
 
 def group_numbers(labels: Sequence[str]) -> intervals.Groups:
-    """Equal labels → equal numbers, in the order in which they come; each empty label a number of its own."""
+    """Number labels, equal ones equally, in the order in which they come; each empty label a number of its own."""
     numbers: dict[str | int, int] = {}
     of_each = [numbers.setdefault(label or index, len(numbers)) for index, label in enumerate(labels)]
     return np.array(of_each, dtype=np.int64)

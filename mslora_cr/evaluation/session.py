@@ -56,7 +56,7 @@ class EvaluationSession:
         self._merged: list[str] | None = None
 
     def fingerprint(self, banks: Sequence[Bank], **facts: Any) -> str:
-        """The digest of what decides answers: base model and settings, these banks, and further facts."""
+        """Return the digest of what decides answers: base model and settings, these banks, and further facts."""
         of_banks = {"banks": [bank.digest for bank in banks], "scalings": [bank.scaling for bank in banks]}
         return fingerprint_of({**self._fingerprint_fields, **of_banks, **facts})
 
@@ -115,7 +115,9 @@ class EvaluationSession:
             return answer_questions(self.base.model, samples, folder, how, origin, label, candidates, mixed)
 
     def _candidates(self, tasks: Sequence[Task]) -> list[tuple[str, ...]] | None:
-        """The closed set of answers of each question, one task after another; None where nothing is to be scored."""
+        """Return the closed set of answers of each question, one task after another; None where nothing is to be
+        scored.
+        """
         if not self.config.evaluation.probabilities:
             return None
         sets = [candidate_answers(self.records[task.name], task_frequencies(self.config, task)) for task in tasks]

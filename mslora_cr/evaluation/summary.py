@@ -58,7 +58,7 @@ def question_digests(
     records: Mapping[str, TestRecords],
     path_of: Callable[[StreamConfig, Task], Path] = test_file,
 ) -> dict[str, str]:
-    """SHA-256 of the file of questions of every task that has one.
+    """Return the SHA-256 of the file of questions of every task that has one.
 
     Args:
         records: The open files by task; they are not read again.

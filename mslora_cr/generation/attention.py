@@ -88,7 +88,7 @@ class SharedCache(Cache):
 
 
 def membership(group: Sequence[int], openings: int) -> tuple[Tensor, Tensor]:
-    """`index_in_group` and `members` of `SharedCache`, for the opening of each row."""
+    """Return `index_in_group` and `members` of `SharedCache`, for the opening of each row."""
     members: list[list[int]] = [[] for _ in range(openings)]
     positions = []
     for row, number in enumerate(group):

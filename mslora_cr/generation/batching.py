@@ -40,7 +40,7 @@ class Group:
     whole: bool
 
     def cost(self, new_tokens: int) -> int:
-        """The approximate number of positions to compute for the group."""
+        """Return the approximate number of positions to compute for the group."""
         return self.opening + len(self.questions) * (self.rest + new_tokens)
 
 
@@ -100,7 +100,7 @@ def shared_out(groups: Sequence[Group], ranks: int, new_tokens: int) -> list[lis
 
 
 def _the_same(question: int) -> Hashable:
-    """What a wave's questions share, if any questions can be computed together."""
+    """Return what a wave's questions share, if any questions can be computed together."""
     return None
 
 
@@ -110,8 +110,8 @@ def in_waves(
     limits: Limits,
     apart: Callable[[int], Hashable] = _the_same,
 ) -> list[Wave]:
-    """Waves in the order of computation: those that need the most memory first, so that a lack of memory shows at once.
-    Neighbours are of similar length, which keeps padding small.
+    """Return waves in the order of computation: those that need the most memory first, so that a lack of memory shows
+    at once. Neighbours are of similar length, which keeps padding small.
 
     Args:
         groups: Groups of questions.
@@ -140,8 +140,9 @@ def _fits(groups: Sequence[Group], limits: Limits) -> bool:
 
 
 def _held(groups: Sequence[Group], limits: Limits) -> int:
-    """The number of positions whose keys and values are held at once: those of openings, and of a batch's questions and
-    answers."""
+    """Return the number of positions whose keys and values are held at once: those of openings, and of a batch's
+    questions and answers.
+    """
     questions = min(limits.questions, sum(len(group.questions) for group in groups))
     openings = len(groups) * max(group.opening for group in groups)
     return openings + questions * (max(group.rest for group in groups) + limits.new_tokens)
@@ -157,7 +158,7 @@ def _wave(groups: Sequence[Group], prompts: Sequence[Prompt], limits: Limits) ->
 
 
 def padding_of(waves: Sequence[Wave], prompts: Sequence[Prompt]) -> float:
-    """The share of padding among the positions computed before the first new token."""
+    """Return the share of padding among the positions computed before the first new token."""
     real = computed = 0
     for wave in waves:
         real += sum(group.opening for group in wave.groups)

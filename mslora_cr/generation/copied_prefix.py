@@ -39,7 +39,7 @@ class States:
     crossing: Tensor | None
 
     def select(self, rows: Sequence[int]) -> States:
-        """A copy of these rows; a row may be taken several times."""
+        """Return a copy of these rows; a row may be taken several times."""
         index = torch.tensor(rows, device=self.visible.device)
         cache = deepcopy(self.cache)
         cache.reorder_cache(index)
@@ -108,7 +108,7 @@ class CopyingDecoder(ModelPrefixDecoder):
         return [scores[question] for question in questions]
 
     def parts_of(self, openings: CopiedOpenings, questions: Sequence[int]) -> Iterator[list[int]]:
-        """Questions with equally long texts after their openings, which need no padding."""
+        """Yield questions with equally long texts after their openings, which need no padding."""
 
         def length(question: int) -> int:
             return 0 if openings.wave.whole else len(self.prompts[question].rest)
@@ -117,7 +117,7 @@ class CopyingDecoder(ModelPrefixDecoder):
             yield list(part)
 
     def _after(self, openings: CopiedOpenings, questions: Sequence[int]) -> tuple[States, Tensor]:
-        """The states after some questions, and (questions, vocabulary) float32, the scores of their first token."""
+        """Return the states after some questions, and (questions, vocabulary) float32, scores of their first token."""
         self._choose(questions)
         rows = [openings.wave.openings[question] for question in questions]
         states = openings.states.select(rows)

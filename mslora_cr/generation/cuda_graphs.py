@@ -194,5 +194,5 @@ class StaticSteps:
 
 
 def padded(questions: Sequence[int], rows: int) -> list[int]:
-    """Questions padded to a larger number of rows."""
+    """Return questions padded to a larger number of rows."""
     return [*questions, *[questions[0]] * (rows - len(questions))]

@@ -48,7 +48,7 @@ _exact_of: WeakKeyDictionary[nn.Module, type[ModelPrefixDecoder] | None] = WeakK
 def exact_decoder(
     model: nn.Module, inputs: ChatTemplateInputs, mixed: QuestionBanks | None = None
 ) -> type[ModelPrefixDecoder] | None:
-    """The decoder by which a model may answer from shared openings, or None.
+    """Return the decoder by which a model may answer from shared openings, or None.
 
     Each model is tried once, and all ranks get the same result.
 
@@ -85,7 +85,7 @@ def _is_exact(
 
 
 def _deviation(kind: type[ModelPrefixDecoder], model: Any, inputs: ChatTemplateInputs, mixed: Any) -> float:
-    """The largest difference of a next token's scores, as a share of their spread."""
+    """Return the largest difference of a next token's scores, as a share of their spread."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((96, 64), (64, 80))
     images = [_noise(size, generator) for size in sizes]
@@ -117,7 +117,7 @@ def _deviation(kind: type[ModelPrefixDecoder], model: Any, inputs: ChatTemplateI
 
 
 def _all_shared(prompts: Sequence[Prompt]) -> list[Group]:
-    """Also read the openings of groups of one question, so that one batch has rows of different openings."""
+    """Read also the openings of groups of one question, so that one batch has rows of different openings."""
     groups = grouped(prompts, range(len(prompts)), lambda _: None)
     return [
         type(group)(

@@ -63,7 +63,7 @@ class PlainDecoder:
         return None
 
     def read(self, wave: Wave, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A wave's prompts on the model's device.
+        """Return a wave's prompts on the model's device.
 
         Args:
             inputs: `ChatTemplateInputs.answering_batch` of its questions, in the order of its groups.
@@ -82,7 +82,7 @@ class PlainDecoder:
         waiting: int = 1,
         on_token: OnToken | None = None,
     ) -> list[list[int]]:
-        """The new ids of each question of a wave, up to and including the one that ends it.
+        """Return the new ids of each question of a wave, up to and including the one that ends it.
 
         Args:
             waiting: Ignored: this decoder keeps nothing from one batch to the next.
@@ -144,8 +144,9 @@ class PlainDecoder:
         return self._read
 
     def _positions(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Positions as `generate` counts them: a model may have several for each token, and may remember what it
-        counted for images."""
+        """Return the positions as `generate` counts them: a model may have several a token, and may remember what it
+        counted for images.
+        """
         positions: Tensor = self.model._prepare_position_ids_for_generation(ids, inputs)
         return positions[..., -ids.shape[1] :]
 

@@ -64,7 +64,7 @@ class ModelPrefixDecoder(Decoder):
         return int(torch.cuda.mem_get_info(self.device)[0] / 4 / size)
 
     def parts_of(self, openings: Any, questions: Sequence[int]) -> Iterator[list[int]]:
-        """The questions of a batch that are computed together."""
+        """Yield the questions of a batch that are computed together."""
         yield list(questions)
 
     @torch.inference_mode()
@@ -93,7 +93,7 @@ class ModelPrefixDecoder(Decoder):
         return _Read(cut, cache, following, output.logits[:, -1].float() if wave.whole else None)
 
     def _openings_of(self, wave: Wave, first: Sequence[int], inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs up to the openings' ends, padded on the left again."""
+        """Return the inputs up to the openings' ends, padded on the left again."""
         if wave.whole:
             return dict(inputs)
         shape, whole = inputs["input_ids"].shape, inputs["attention_mask"].sum(1).tolist()
@@ -113,7 +113,7 @@ class ModelPrefixDecoder(Decoder):
         return cut
 
     def _model_inputs(self, inputs: dict[str, Any], cache: DynamicCache) -> dict[str, Any]:
-        """The model's inputs, from its own preparation for generation, positions included."""
+        """Return the model's inputs, from its own preparation for generation, positions included."""
         ids, model = inputs.pop("input_ids"), self.model
         inputs.setdefault("position_ids", model._prepare_position_ids_for_generation(ids, dict(inputs)))
         prepared = model.prepare_inputs_for_generation(

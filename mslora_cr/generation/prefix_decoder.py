@@ -99,7 +99,8 @@ class Decoder:
         self.window: int | None = self.model.config.text_config.to_dict().get("sliding_window")
 
     def positions_that_fit(self) -> int | None:
-        """The number of positions whose keys and values fit into a quarter of the GPU's free memory; None on the CPU.
+        """Return the number of positions whose keys and values fit into a quarter of the GPU's free memory; None on the
+        CPU.
 
         The recorded steps' buffers hold them a second time, and prompts need memory while they are computed.
         """
@@ -141,7 +142,7 @@ class Decoder:
     def answer(
         self, openings: Openings, questions: Sequence[int], waiting: int = 1, on_token: OnToken | None = None
     ) -> list[list[int]]:
-        """The new ids of each question of a wave's batch, up to and including `</s>`.
+        """Return the new ids of each question of a wave's batch, up to and including `</s>`.
 
         Args:
             waiting: The number of batches still to be answered, this one included.
@@ -155,7 +156,7 @@ class Decoder:
     def log_probabilities(
         self, openings: Openings, questions: Sequence[int], continuations: Sequence[Continuations]
     ) -> list[list[list[float]]]:
-        """The log-probability of each token of each continuation of a question, given the tokens before it.
+        """Return the log-probability of each token of each continuation of a question, given the tokens before it.
 
         Questions that were just answered are not read again. All continuations of a question follow it in one row and
         do not see each other (tree attention, Miao et al., "SpecInfer", ASPLOS 2024).
@@ -176,7 +177,7 @@ class Decoder:
         return log_probabilities
 
     def _scoring_batches(self, continuations: Sequence[Continuations]) -> list[list[int]]:
-        """Rows to score at once: as many as bounded memory for attention scores and logits allows."""
+        """Return the rows to score at once: as many as bounded memory for attention scores and logits allows."""
         positions = max(map(Branches.positions, continuations))
         logits = self.model.config.get_text_config().vocab_size * (1 + positions)
         rows = max(1, min(QUERIES // max(1, positions), LOGITS // logits))
@@ -326,7 +327,7 @@ class Decoder:
             self.mixed.choose(questions)
 
     def _forward(self, ids: Tensor, positions: Tensor, seen: Mask, cache: SharedCache) -> Tensor:
-        """(rows, vocabulary) after the last positions."""
+        """Return (rows, vocabulary) after the last positions."""
         output = self.model(
             input_ids=ids,
             attention_mask=seen,
@@ -339,7 +340,7 @@ class Decoder:
         return output.logits[:, -1]
 
     def _branching(self, seen: Tensor, order: Tensor) -> Mask:
-        """(rows, 1, new positions, all positions), from `Branches.seen` and the order of each row's tokens."""
+        """Return (rows, 1, new positions, all positions), from `Branches.seen` and the order of each row's tokens."""
         if self.window is not None:
             seen = seen & (order[:, -seen.shape[1] :, None] - order[:, None] < self.window)
         return seen[:, None]
@@ -363,7 +364,7 @@ class Decoder:
         return seen[:, None]
 
     def _padded(self, texts: Sequence[Sequence[int]], multiple: int = 1) -> tuple[Tensor, Tensor]:
-        """Ids padded on the left, and a mask that is false at padding; (texts, longest, rounded up) each."""
+        """Return ids padded on the left, and a mask that is false at padding; (texts, longest, rounded up) each."""
         length = rounded_up(max(map(len, texts), default=0), multiple)
         ids = [[self.stopping.padding] * (length - len(text)) + list(text) for text in texts]
         real = [[False] * (length - len(text)) + [True] * len(text) for text in texts]
@@ -379,10 +380,10 @@ def _positions(visible: Tensor) -> Tensor:
 
 
 def _best(logits: Tensor) -> Tensor:
-    """(rows, vocabulary) → (rows,): the likeliest id, compared in float32 as in `generate`."""
+    """Return (rows,) from (rows, vocabulary): the likeliest id, compared in float32 as in `generate`."""
     return logits.float().argmax(-1)
 
 
 def _extended(states: Tensor, length: int) -> Tensor:
-    """Keys or values with room for further positions, (rows, heads, positions + length, width)."""
+    """Return keys or values with room for further positions, (rows, heads, positions + length, width)."""
     return torch.cat([states, states.new_zeros(*states.shape[:2], length, states.shape[3])], dim=2)

@@ -31,7 +31,7 @@ class Decoding:
     workers: int = 0
 
     def limits(self, prompts: Sequence[Prompt]) -> Limits:
-        """The most positions held at once: those of the longest `batch_size` whole prompts with their answers."""
+        """Return the most positions held at once: those of the longest `batch_size` prompts with their answers."""
         longest = max(map(len, prompts), default=0)
         return Limits(self.batch_size, self.max_new_tokens, self.batch_size * (longest + self.max_new_tokens))
 
@@ -70,7 +70,8 @@ def decoder_of(
     mixed: QuestionBanks | None = None,
     together: bool = False,
 ) -> Decoder | PlainDecoder:
-    """The decoder for a model: from shared openings if some are shared and the scores are those of whole prompts.
+    """Return the decoder for a model: from shared openings if some are shared and the scores are those of whole
+    prompts.
 
     Args:
         together: Whether all ranks compute the same answers step by step (`Stopping`).
@@ -92,8 +93,8 @@ def waves_of_rank(
     questions: Sequence[int],
     banks: Callable[[int], Hashable] = lambda question: None,
 ) -> list[Wave]:
-    """This rank's share of some questions, in the waves in which they are computed; all of them, in the same waves on
-    every rank, if ranks answer together.
+    """Return this rank's share of some questions, in the waves in which they are computed; all of them, in the same
+    waves on every rank, if ranks answer together.
 
     Args:
         decoding: How they are answered.

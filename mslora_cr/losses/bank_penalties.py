@@ -103,7 +103,7 @@ class BankPenalties:
 
     @torch.no_grad()
     def terms(self, trainable: Mapping[str, Pair], alpha: float, beta: float) -> BankTerms:
-        """Values of both terms, and the gradient of ``alpha · contrastive + beta · orthogonality``.
+        """Return the values of both terms, and the gradient of ``alpha · contrastive + beta · orthogonality``.
 
         Args:
             trainable: The trainable bank's matrices, of any dtype; computed in float32.

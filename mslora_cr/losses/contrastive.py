@@ -45,7 +45,7 @@ class PenaltyTerms(NamedTuple):
 def penalty_terms(
     current: Tensor, frozen: Frozen | None = None, beta: float = 0.0, transposed: bool = False
 ) -> PenaltyTerms:
-    """Both penalties of matrices of one shape, and the gradient of their weighted sum.
+    """Return both penalties of matrices of one shape, and the gradient of their weighted sum.
 
     With ``s_i = (1/K) Σ_k exp(-d_ik)``, ``d_ik = ‖W_k - P_ik‖_F``, the contrastive term is ``Σ_i (1 - s_i if same
     modality else s_i)``, hence ``d term / dW_k = Σ_i ± exp(-d_ik) (W_k - P_ik) / (K d_ik)``, + for banks of the same
@@ -93,8 +93,9 @@ def penalty_terms(
 
 
 def _distances(current: Tensor, squared: Tensor, frozen: Frozen) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """‖W_k - P_ik‖, (n, banks), and the indices (k, i) of pairs so close that only their difference is exact, if
-    any."""
+    """Return ‖W_k - P_ik‖, (n, banks), and the indices (k, i) of pairs so close that only their difference is exact, if
+    any.
+    """
     n, banks, size = frozen.matrices.shape
     if current.shape != (n, size) or frozen.squared.shape != (n, banks) or frozen.coefficients.shape != (banks,):
         raise ValueError(
@@ -114,5 +115,5 @@ def _distances(current: Tensor, squared: Tensor, frozen: Frozen) -> tuple[Tensor
 
 
 def contrastive_value(similarity: Tensor, same_modality: Tensor) -> Tensor:
-    """``Σ_i (1 - s_i if same modality else s_i)`` from similarities s, (banks,), and flags, (banks,); a scalar."""
+    """Return ``Σ_i (1 - s_i if same modality else s_i)`` from similarities, (banks,), and flags, (banks,); a scalar."""
     return torch.where(same_modality, 1 - similarity, similarity).sum()

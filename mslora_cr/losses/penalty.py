@@ -32,7 +32,7 @@ class Penalty:
     """A term of the trainable bank alone. It needs no graph, so it is the same under DDP and every ZeRO stage."""
 
     def step(self, trainable: Mapping[str, Pair], learning_rate: float) -> PenaltyStep:
-        """Called once per optimizer step with whole matrices; the penalty updates its own learned values here."""
+        """Take whole matrices once per optimizer step; the penalty updates its own learned values here."""
         raise NotImplementedError
 
     @property
@@ -46,7 +46,7 @@ class Penalty:
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint inside the task: tensors and plain values."""
+        """Return state for a checkpoint inside the task: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -94,7 +94,7 @@ class PenaltyWeight:
 
 
 def penalty_hook(pending: dict[Key, Tensor], key: Key) -> Callable[[Tensor], Tensor]:
-    """Adds the pending gradient to a matrix's gradient.
+    """Add the pending gradient to a matrix's gradient.
 
     It must not refer to the trainer: the garbage collector does not see the references of PyTorch's hooks, and the
     trainer leads to the parameter, so the model would never be freed.

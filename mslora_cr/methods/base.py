@@ -181,7 +181,7 @@ class Method(Generic[Settings]):
         return [task]
 
     def order(self, config: StreamConfig, task: Task, counts: Sequence[int], ledger: Ledger) -> list[int] | None:
-        """Positions among the samples of `sources`, in the order of all visits; None shuffles them every epoch.
+        """Return positions among the samples of `sources`, in the order of all visits; None shuffles them every epoch.
 
         Args:
             config: The run.
@@ -263,7 +263,7 @@ def needs_task(config: StreamConfig, method: AnsweringMethod | None = None) -> b
 
 
 def sample_schedule(count: int, epochs: float, generator: torch.Generator) -> Tensor:
-    """Positions of ``round(count · epochs)`` visits; each epoch goes through all samples in an order of its own."""
+    """Return positions of ``round(count · epochs)`` visits; each epoch visits all samples in an order of its own."""
     import torch
 
     passes = [torch.randperm(count, generator=generator) for _ in range(math.ceil(epochs))]

@@ -73,7 +73,7 @@ class Inflora(Method[InfloraSettings]):
         return made
 
     def task_state(self, setup: Setup, passes: Passes) -> dict[str, Tensor]:
-        """M after this task: by layer, (in, directions)."""
+        """Return M after this task: by layer, (in, directions)."""
         settings = self.settings(setup.config)
         seen_now = passes.layer_inputs(settings.samples, settings.tokens)
         return {
@@ -90,8 +90,9 @@ class Inflora(Method[InfloraSettings]):
 
 
 def outside(inputs: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors, (in, k), and singular values, (k,), of the part of the inputs, (in, n), outside the span
-    of `basis`'s orthonormal columns, (in, m)."""
+    """Return left singular vectors, (in, k), and singular values, (k,), of the part of the inputs, (in, n), outside the
+    span of `basis`'s orthonormal columns, (in, m).
+    """
     with ieee_float32():
         rest = inputs - basis @ (basis.T @ inputs)
         # The second pass removes what rounding has left; a small rest would show it.
@@ -110,8 +111,9 @@ def new_directions(inputs: Tensor, basis: Tensor, count: int) -> Tensor:
 
 
 def grown(basis: Tensor, inputs: Tensor, threshold: float) -> Tensor:
-    """`basis`, (in, m), extended by the fewest directions with which it holds a share `threshold` of the inputs' energy
-    ‖H‖_F²."""
+    """Return `basis`, (in, m), extended by the fewest directions with which it holds a share `threshold` of the inputs'
+    energy ‖H‖_F².
+    """
     directions, values = outside(inputs, basis)
     energy = values.double().square()
     total = inputs.double().square().sum()

@@ -82,7 +82,7 @@ class Keeplora(Method[KeeploraSettings]):
         return {name: (directions[name].cpu(), torch.zeros(b.shape)) for name, (_, b) in start.items()}
 
     def task_state(self, setup: Setup, passes: Passes) -> dict[str, Tensor]:
-        """M after this task: by layer, (in, directions)."""
+        """Return M after this task: by layer, (in, directions)."""
         settings = self.settings(setup.config)
         seen = passes.layer_inputs(settings.samples, settings.tokens)
         bases = self._before(setup) or self._principal(setup, passes.weights())
@@ -94,11 +94,11 @@ class Keeplora(Method[KeeploraSettings]):
         }
 
     def _before(self, setup: Setup) -> dict[str, Tensor]:
-        """M of the earlier tasks by layer, on the CPU; empty for a first task."""
+        """Return M of the earlier tasks by layer, on the CPU; empty for a first task."""
         return {name.removeprefix("kept."): basis for name, basis in setup.state_before().items()}
 
     def _principal(self, setup: Setup, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """M for a first task: the principal directions of the base's weights. Called on every rank."""
+        """Return M for a first task: the principal directions of the base's weights. Called on every rank."""
         principal = {}
         for name, weight in weights.items():
             with gather_params([weight]):
@@ -107,8 +107,9 @@ class Keeplora(Method[KeeploraSettings]):
 
 
 def principal_inputs(weight: Tensor, threshold: float) -> Tensor:
-    """The first right singular vectors, (in, m), of a weight, (out, in): as many as hold less than a share `threshold`
-    of its energy, and at least one."""
+    """Return the first right singular vectors, (in, m), of a weight, (out, in): as many as hold less than a share
+    `threshold` of its energy, and at least one.
+    """
     wide, w = weight.shape[0] <= weight.shape[1], weight.double()
     # The eigenvalues of the smaller side, in ascending order.
     energy, vectors = torch.linalg.eigh(w @ w.T if wide else w.T @ w)
@@ -126,7 +127,7 @@ def gradient_directions(
     outputs: Mapping[str, int],
     iterations: int,
 ) -> dict[str, Tensor]:
-    """The first r right singular vectors of each layer's ``G (I - M Mᵀ)``, (r, in), by subspace iteration.
+    """Return the first r right singular vectors of each layer's ``G (I - M Mᵀ)``, (r, in), by subspace iteration.
 
     Args:
         gradients: Maps a bank to its gradients.
@@ -146,7 +147,7 @@ def gradient_directions(
 
 
 def _outside(matrix: Tensor, basis: Tensor) -> Tensor:
-    """The part of rows, (r, in), outside the span of `basis`'s orthonormal columns, (in, m)."""
+    """Return the part of rows, (r, in), outside the span of `basis`'s orthonormal columns, (in, m)."""
     with ieee_float32():
         rest = matrix - (matrix @ basis) @ basis.T
         return rest - (rest @ basis) @ basis.T

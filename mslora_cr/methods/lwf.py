@@ -40,6 +40,6 @@ class Lwf(Method[LwfSettings]):
 
 
 def softened_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``-Σ_v p_v log q_v`` of logits (positions, vocabulary), softened by T; (positions,) float32."""
+    """Return ``-Σ_v p_v log q_v`` of logits (positions, vocabulary), softened by T; (positions,) float32."""
     p = (teacher.float() / temperature).softmax(-1)
     return -(p * (student.float() / temperature).log_softmax(-1)).sum(-1)

@@ -101,7 +101,7 @@ class Olora(Method[OloraSettings]):
 
 
 def fresh_overlap(frozen: Sequence[Bank]) -> float:
-    """``Σ_{i<t} Σ_layers r² √(2/π) / (3 √in)``: the first term's mean between banks as they are initialised.
+    """Return ``Σ_{i<t} Σ_layers r² √(2/π) / (3 √in)``: the first term's mean between banks as they are initialised.
 
     Entries of A are uniform with variance 1 / (3 in), so a product's variance is 1 / (9 in), and by the central limit
     theorem its mean absolute value √(2/π) / (3 √in).

@@ -80,7 +80,9 @@ class RegloraPenalty(Penalty):
 
 
 def key_elements(a: Tensor, b: Tensor, share: float, device: torch.device) -> Tensor:
-    """Indices, (k,) int32, of the share of entries of largest absolute value in the flattened update B A, (out, in)."""
+    """Return indices, (k,) int32, of the share of entries of largest absolute value in the flattened update B A, (out,
+    in).
+    """
     with ieee_float32():
         update = (b.to(device) @ a.to(device)).abs().flatten()
     return update.topk(max(1, int(share * len(update)))).indices.int()

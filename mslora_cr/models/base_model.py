@@ -29,7 +29,8 @@ class ImageEncoder(Protocol):
         """The modules that compute them."""
 
     def features(self, images: Sequence[Any], device: torch.device, /) -> Tensor:
-        """(records, width) float32 on the CPU: the mean over a record's images; zeros for a record without images.
+        """Return (records, width) float32 on the CPU: the mean over a record's images; zeros for a record without
+        images.
 
         Args:
             images: Each record's images, as `InputProcessor.process_images` returns them.
@@ -59,7 +60,7 @@ class BaseModel(Protocol):
     def input_processor(
         self, max_length: int, all_images: bool, features: FeatureCache | None = None, /
     ) -> InputProcessor:
-        """Prepares inputs from records."""
+        """Prepare inputs from records."""
 
 
 @contextmanager

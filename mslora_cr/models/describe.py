@@ -25,7 +25,7 @@ RANK, GPUS = 64, 8
 
 
 def switched_off(path: Path, model: PreTrainedModel) -> tuple[str, ...]:
-    """Optimisations of LLaVA-Med that this model does not use; the ledger records them.
+    """Return optimisations of LLaVA-Med that this model does not use; the ledger records them.
 
     Raises:
         ModelError: The folder's configuration cannot be read.
@@ -80,7 +80,7 @@ def described(path: Path, parameters: int, rank: int = RANK) -> dict[str, Any]:
 
 
 def summary(path: Path) -> list[str]:
-    """The lines of a plan about a base model with its own processor; none for LLaVA-Med.
+    """Return the lines of a plan about a base model with its own processor; none for LLaVA-Med.
 
     Raises:
         ModelError: The folder contains no base model.
@@ -108,7 +108,7 @@ def _by_kind(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
 
 
 def positions(path: Path) -> dict[str, int | str]:
-    """How many positions of a prompt an image takes, by its width and height; or why this is unknown."""
+    """Return how many positions of a prompt an image takes, by its width and height; or why this is unknown."""
     if not family_of(path).own_template:
         config = read_config(path)
         try:
@@ -129,7 +129,7 @@ def positions(path: Path) -> dict[str, int | str]:
 
 
 def memory_by_stage(base: int, bank: int, gpus: int) -> dict[str, float]:
-    """GB of a GPU that training a bank takes between steps, without activations, in bfloat16.
+    """Return how many GB of a GPU training a bank takes between steps, without activations, in bfloat16.
 
     A frozen number takes two bytes. A trained one takes its copy, its gradient, and 12 bytes of float32 master copy and
     AdamW's two moments; each ZeRO stage partitions one of these more. Source: Rajbhandari et al., "ZeRO", 2020, section

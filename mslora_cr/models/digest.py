@@ -82,7 +82,7 @@ def _add_files(digest: hashlib._Hash, files: Sequence[Path]) -> None:
 
 
 def _digested_ranges(file: BinaryIO, size: int) -> list[tuple[int, int]]:
-    """(start, length) of the parts of a file that its digest covers."""
+    """Return (start, length) of the parts of a file that its digest covers."""
     if size <= WHOLE_BYTES:
         return [(0, size)]
     header = 8 + int.from_bytes(file.read(8), "little") if file.name.endswith(".safetensors") else 0

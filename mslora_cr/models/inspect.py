@@ -26,7 +26,7 @@ _TOWER = "model.vision_tower."
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Sizes, dtypes, vocabulary, prompt template, and the difference of the two towers.
+    """Return sizes, dtypes, vocabulary, prompt template, and the difference of the two towers.
 
     Returns:
         `layout`, `files` (bytes of each), `tensors`, `parameters`, `parameters_by_dtype`, `vocabulary` (rows of the

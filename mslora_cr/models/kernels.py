@@ -52,7 +52,7 @@ def use_kernels(model: PreTrainedModel, kernels: Literal["liger", "torch"]) -> N
 
 
 def _with_rotation(rotate: Callable[..., Any]) -> type[MistralAttention]:
-    """Mistral's attention with a `forward` that finds another rotation function than the module's."""
+    """Return Mistral's attention with a `forward` that finds another rotation function than the module's."""
     forward = MistralAttention.forward
     ours = FunctionType(
         forward.__code__,

@@ -24,17 +24,17 @@ _NUMBERED = re.compile(r"(.+\.layers)\.(\d+)\.(.+)")
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> Any:
-    """The base model, out of PEFT's if it is in one."""
+    """Return the base model, out of PEFT's if it is in one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_adapted(module: nn.Module) -> TypeGuard[LoraLayer]:
-    """Whether a module is PEFT's layer around a linear one."""
+    """Return whether a module is PEFT's layer around a linear one."""
     return hasattr(module, "lora_A")
 
 
 def language_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The decoder that reads text and images, without the vision tower, the projector and `lm_head`."""
+    """Return the decoder that reads text and images, without the vision tower, the projector and `lm_head`."""
     module = base_of(model).get_decoder()
     while not hasattr(module, "layers"):
         inner = next((getattr(module, name) for name in _INNER if hasattr(module, name)), None)
@@ -45,12 +45,12 @@ def language_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def projector_of(model: PreTrainedModel) -> nn.Module | None:
-    """The projector of a base model; None if it has no module of LLaVA's name."""
+    """Return the projector of a base model; None if it has no module of LLaVA's name."""
     return dict(model.get_submodule("model").named_children()).get(PROJECTOR)
 
 
 def beside_language(model: PreTrainedModel) -> list[str]:
-    """The modules beside the language model, by name: tower, projector, `lm_head`."""
+    """Return the modules beside the language model, by name: tower, projector, `lm_head`."""
     [prefix] = [name for name, module in model.named_modules() if module is language_model(model)]
     path = prefix.split(".")
     owners = [".".join(path[:depth]) for depth in range(len(path))]
@@ -63,7 +63,8 @@ def beside_language(model: PreTrainedModel) -> list[str]:
 
 
 def language_linears(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear]:
-    """The linear layers that banks adapt, by their name in transformers' model, with or without PEFT around them.
+    """Return the linear layers that banks adapt, by their name in transformers' model, with or without PEFT around
+    them.
 
     These are all linear layers of the language model's decoder layers, except those that choose among experts
     (`routes`) and those that PEFT renames (`renamed_by_peft`).
@@ -83,15 +84,18 @@ def language_linears(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear]
 
 
 def _routes(model: nn.Module, name: str) -> bool:
-    """Whether a layer chooses among a mixture's experts, or weighs them: `gate`, `router`, `shared_expert_gate`, …"""
+    """Return whether a layer chooses among a mixture's experts, or weighs them: `gate`, `router`, `shared_expert_gate`,
+    …
+    """
     owner, _, leaf = name.rpartition(".")
     beside = dict(model.get_submodule(owner).named_children())
     return "experts" in beside and leaf in ("gate", "router", "shared_expert_gate", "shared_experts_gate")
 
 
 def renamed_by_peft(model: PreTrainedModel) -> frozenset[str]:
-    """Endings of layers that PEFT mistakes for experts which transformers 5 fuses into one parameter, so that it would
-    adapt the experts instead; empty for most models."""
+    """Return endings of layers that PEFT mistakes for experts which transformers 5 fuses into one parameter, so that it
+    would adapt the experts instead; empty for most models.
+    """
     if not fused_experts(model):
         return frozenset()
     from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
@@ -101,13 +105,13 @@ def renamed_by_peft(model: PreTrainedModel) -> frozenset[str]:
 
 
 def fused_experts(model: PreTrainedModel) -> list[str]:
-    """Parameters that hold all experts of a layer, by name; banks do not adapt them."""
+    """Return parameters that hold all experts of a layer, by name; banks do not adapt them."""
     named = language_model(model).named_parameters()
     return [name for name, parameter in named if parameter.dim() == 3 and "experts" in name]
 
 
 def linears_pattern(names: Iterable[str]) -> str:
-    """A full-match pattern of these layers and of no other layer of their models, for PEFT.
+    """Return a full-match pattern of these layers and of no other layer of their models, for PEFT.
 
     Args:
         names: Names as in `language_linears`.
@@ -121,7 +125,8 @@ def linears_pattern(names: Iterable[str]) -> str:
 
 
 def adapter_targets(model: PreTrainedModel, names: Iterable[str]) -> str | list[str]:
-    """PEFT's `target_modules` for exactly these layers: a pattern, or their names if PEFT would rewrite a pattern.
+    """Return PEFT's `target_modules` for exactly these layers: a pattern, or their names if PEFT would rewrite a
+    pattern.
 
     Args:
         names: Names as in `language_linears`.
@@ -130,24 +135,25 @@ def adapter_targets(model: PreTrainedModel, names: Iterable[str]) -> str | list[
 
 
 def layer_types(model: PreTrainedModel) -> set[str]:
-    """The kinds of the language model's layers, from its configuration."""
+    """Return the kinds of the language model's layers, from its configuration."""
     return set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
 
 
 def caches_keys_alone(model: PreTrainedModel) -> bool:
-    """Whether every layer caches only keys and values of text: no recurrent state, no cross attention."""
+    """Return whether every layer caches only keys and values of text: no recurrent state, no cross attention."""
     crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None)
     return layer_types(model) <= {"full_attention", "sliding_attention"} and not crossing
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
-    """The language model's decoder layers."""
+    """Return the language model's decoder layers."""
     return list(language_model(model).get_submodule("layers").children())
 
 
 def last_mlp(model: PreTrainedModel) -> nn.Module | None:
-    """The MLP of the language model's last decoder layer, which treats each position alone; None if it is not a plain
-    one of linear layers."""
+    """Return the MLP of the language model's last decoder layer, which treats each position alone; None if it is not a
+    plain one of linear layers.
+    """
     mlp = dict(decoder_layers(model)[-1].named_children()).get("mlp")
     if mlp is None:
         return None

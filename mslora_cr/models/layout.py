@@ -62,7 +62,7 @@ class ModelError(UserError):
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The folder's `config.json`, if it describes LLaVA-Med or an image-text model that transformers knows.
+    """Return the folder's `config.json`, if it describes LLaVA-Med or an image-text model that transformers knows.
 
     Raises:
         ModelError: There is no such folder or file, or it describes another architecture.
@@ -122,7 +122,7 @@ def from_pretrained(
 
 
 def llava_config(config: Mapping[str, Any], vision_config: CLIPVisionConfig) -> LlavaConfig:
-    """transformers' configuration of a LLaVA-Med one. Values that transformers' defaults get wrong are required."""
+    """Return transformers' configuration of a LLaVA-Med one. Values that its defaults get wrong are required."""
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     keys = (*sizes, "vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "hidden_act")
     missing = [key for key in keys if key not in config]
@@ -151,7 +151,7 @@ def llava_config(config: Mapping[str, Any], vision_config: CLIPVisionConfig) -> 
 
 
 def shard_files(path: Path) -> list[Path]:
-    """The model's safetensors files, from its index or the single file.
+    """Return the model's safetensors files, from its index or the single file.
 
     Raises:
         ModelError: There are none, or one that the index names is missing.
@@ -166,7 +166,7 @@ def shard_files(path: Path) -> list[Path]:
 
 
 def indexed_files(index: Path) -> list[Path]:
-    """The files over which an index spreads the weights; they must be in its folder."""
+    """Return the files over which an index spreads the weights; they must be in its folder."""
     path = index.parent
     try:
         names = sorted(set(read_object(index)["weight_map"].values()))
@@ -183,7 +183,7 @@ def indexed_files(index: Path) -> list[Path]:
 
 
 def tensor_name(name: str) -> str | None:
-    """transformers' name of a LLaVA tensor, or None for a name that is not LLaVA's."""
+    """Return transformers' name of a LLaVA tensor, or None for a name that is not LLaVA's."""
     for pattern, replacement in _RENAMES:
         if match := re.match(pattern, name):
             return replacement + name[match.end() :]
@@ -191,13 +191,14 @@ def tensor_name(name: str) -> str | None:
 
 
 def published_linear_name(module: str) -> str:
-    """The published checkpoints' name (`model.layers.N.…`) of a language-model linear layer, from transformers'
-    name."""
+    """Return the published checkpoints' name (`model.layers.N.…`) of a language-model linear layer, from transformers'
+    name.
+    """
     return "model.layers." + module.rpartition("language_model.layers.")[2]
 
 
 def linear_name(name: str, exact: bool = False) -> str | None:
-    """transformers' name of a language-model linear layer, from the published name (the inverse of
+    """Return transformers' name of a language-model linear layer, from the published name (the inverse of
     `published_linear_name`), that of an older transformers, or itself; None for any other name.
 
     Args:

@@ -114,7 +114,7 @@ def load(
 
 
 def loading_options(dtype: torch.dtype, quantization: str | None, device: torch.device | str) -> dict[str, Any]:
-    """Keyword arguments for `from_pretrained`.
+    """Return keyword arguments for `from_pretrained`.
 
     The method and its settings are those of QLoRA (Dettmers et al., 2023) and LLM.int8 (Dettmers et al., 2022).
     """

@@ -67,8 +67,8 @@ def load_base(
 
 
 def kernels_of(config: StreamConfig) -> Literal["liger", "torch"]:
-    """The library that computes the small operations in training: `auto` means PyTorch if Liger does not support the
-    model.
+    """Return the library that computes the small operations in training: `auto` means PyTorch if Liger does not support
+    the model.
 
     Raises:
         ModelError: The base model's configuration cannot be read.
@@ -81,7 +81,8 @@ def kernels_of(config: StreamConfig) -> Literal["liger", "torch"]:
 
 
 def answering_kernels(config: StreamConfig, device: torch.device | str) -> Literal["liger", "torch"]:
-    """The library that computes a model's small operations while it answers: that of training, with two exceptions.
+    """Return the library that computes a model's small operations while it answers: that of training, with two
+    exceptions.
 
     In float32, where answers must be the same on every machine, and wherever Liger cannot run, it is PyTorch.
     """
@@ -92,13 +93,13 @@ def answering_kernels(config: StreamConfig, device: torch.device | str) -> Liter
 
 
 def base_digest(config: StreamConfig) -> str:
-    """The digest of the configuration's base model, its vision tower included; reads some of its weights."""
+    """Return the digest of the configuration's base model, its vision tower included; reads some of its weights."""
     return weights_digest(Path(config.model.path), config.model.vision_tower)
 
 
 def input_processor_without_weights(config: StreamConfig) -> InputProcessor:
-    """The input preparation of the configuration's base model, to encode texts and measure samples without decoding
-    images.
+    """Return the input preparation of the configuration's base model, to encode texts and measure samples without
+    decoding images.
 
     Raises:
         ModelError: The processor cannot be read.
@@ -117,7 +118,7 @@ def input_processor_in(path: Path, max_length: int, all_images: bool = False) ->
 
 
 def box_rule_of(path: Path) -> BoxRule:
-    """How the base model of a folder writes boxes.
+    """Return how the base model of a folder writes boxes.
 
     Raises:
         ModelError: The processor cannot be read.

@@ -92,13 +92,13 @@ def load_with_processor(path: Path, options: dict[str, Any], device: torch.devic
 
 
 def _attends_by(path: Path, implementation: str | None) -> bool:
-    """Whether the folder's model has this attention; transformers refuses it where it has PyTorch's own alone."""
+    """Return whether the folder's model has this attention; transformers refuses it if it has PyTorch's alone."""
     kind = AutoModelForImageTextToText._model_mapping[type(AutoConfig.from_pretrained(path, **SAFE))]
     return implementation != "sdpa" or kind._supports_sdpa
 
 
 def greedy_settings(model: PreTrainedModel) -> GenerationConfig:
-    """A model's generation settings without those that would make greedy decoding choose another token than the
+    """Return a model's generation settings without those that would make greedy decoding choose another token than the
     likeliest.
 
     A folder's `generation_config.json` may contain penalties, suppressed or forced tokens, or a minimum length.
@@ -111,8 +111,8 @@ def greedy_settings(model: PreTrainedModel) -> GenerationConfig:
 
 
 def load_processor(path: Path) -> Any:
-    """The processor of a model's folder, with images processed by Pillow, so that pixels do not depend on installed
-    packages.
+    """Return the processor of a model's folder, with images processed by Pillow, so that pixels do not depend on
+    installed packages.
 
     Its class is the one that the folder's files name, as for `AutoProcessor`, or transformers' class for the model's
     type. Models receive no video and no sound here, so stand-ins with the folder's settings replace those parts.
@@ -142,7 +142,9 @@ def load_processor(path: Path) -> Any:
 
 
 def template_date(processor: Any) -> str | None:
-    """The date that stands for today's in a processor's chat template, as ISO 8601 has it; None: it asks for none."""
+    """Return the date that stands for today's in a processor's chat template, as ISO 8601 has it; None: it asks for
+    none.
+    """
     return DATE.date().isoformat() if asks_for_date(str(processor.chat_template)) else None
 
 
@@ -201,12 +203,12 @@ class _UsedPartsAlone:
 
 
 def _without_video(kind: type[ProcessorMixin]) -> Any:
-    """The processor's class, extended to take stand-ins for video and sound."""
+    """Return the processor's class, extended to take stand-ins for video and sound."""
     return type(kind.__name__, (_UsedPartsAlone, kind), {"__module__": kind.__module__})
 
 
 def end_ids(model: PreTrainedModel, processor: Any) -> tuple[int, ...]:
-    """The ids that end an answer: the model's own, and the tokenizer's."""
+    """Return the ids that end an answer: the model's own, and the tokenizer's."""
     return _end_ids(model.generation_config, processor)
 
 
@@ -226,13 +228,13 @@ def end_ids_of(path: Path, processor: Any) -> tuple[int, ...]:
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration, without weights."""
+    """Return the model of a configuration, without weights."""
     with torch.device("meta"):
         return cast(PreTrainedModel, AutoModelForImageTextToText.from_config(config, trust_remote_code=False))
 
 
 def empty_model_of(path: Path) -> PreTrainedModel:
-    """The model of a folder, without weights.
+    """Return the model of a folder, without weights.
 
     Raises:
         ModelError: The configuration does not describe an image-text model.
@@ -244,7 +246,7 @@ def empty_model_of(path: Path) -> PreTrainedModel:
 
 
 def keeps_logits(model: PreTrainedModel) -> bool:
-    """Whether a model's own forward pass takes `logits_to_keep` and shifted labels."""
+    """Return whether a model's own forward pass takes `logits_to_keep` and shifted labels."""
     forward = inspect.unwrap(type(model).forward)
     return "logits_to_keep" in inspect.signature(forward).parameters and "loss_function" in forward.__code__.co_names
 

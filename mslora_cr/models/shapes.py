@@ -15,7 +15,7 @@ from mslora_cr.models.processor_base import empty_model_of
 
 
 def language_linear_shapes(path: Path) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear layer that a bank adapts, by its name, from the configuration alone.
+    """Return (out, in) of every linear layer that a bank adapts, by its name, from the configuration alone.
 
     Raises:
         ModelError: The folder holds no base model.

@@ -85,7 +85,7 @@ def _drop_image_processor(path: Path) -> None:
 
 
 def portable_processor(base: LlavaMed) -> LlavaProcessor:
-    """Image processor, tokenizer and chat template for transformers alone.
+    """Return the image processor, tokenizer and chat template for transformers alone.
 
     Raises:
         ModelError: The tokenizer cannot be written so that it gives the same ids.
@@ -103,8 +103,8 @@ def portable_processor(base: LlavaMed) -> LlavaProcessor:
 
 
 def portable_tokenizer(base: LlavaMed) -> PreTrainedTokenizerFast:
-    """A tokenizer for transformers alone. The image's piece becomes a special token under its existing id, so that the
-    vocabulary, and with it the model's embeddings, keep their length.
+    """Return a tokenizer for transformers alone. The image's piece becomes a special token under its existing id, so
+    that the vocabulary, and with it the model's embeddings, keep their length.
 
     Raises:
         ModelError: It would give other ids than ours.
@@ -148,7 +148,7 @@ def _check(tokenizer: PreTrainedTokenizerFast, base: LlavaMed, image: str) -> No
 
 
 def _from_sentencepiece(file: Path) -> FastTokenizer:
-    """Merges for transformers' BPE. SentencePiece merges the pair that makes the piece of highest score, so merges are
+    """Return merges for transformers' BPE. SentencePiece merges the pair of the piece with the highest score, so merges are
     ranked by score."""
     pieces = SentencePieceProcessor(model_file=str(file))
     vocabulary = {pieces.id_to_piece(number): number for number in range(len(pieces))}

@@ -28,7 +28,7 @@ def detach_tower(model: LlavaForConditionalGeneration) -> nn.Module:
 
 
 def tower_features(tower: nn.Module, layer: int, pixels: Tensor) -> Tensor:
-    """(images, positions, width): the tower's hidden states that the projector reads, class position included."""
+    """Return (images, positions, width): the tower's states that the projector reads, class position included."""
     return tower(pixels, output_hidden_states=True).hidden_states[layer]
 
 
@@ -48,7 +48,7 @@ class TowerEncoder:
 
     @torch.no_grad()
     def features(self, images: Sequence[Tensor], device: torch.device) -> Tensor:
-        """`images`: (images, 3, height, width) of each record."""
+        """Return `images`: (images, 3, height, width) of each record."""
         counts = [len(of_prompt) for of_prompt in images]
         features = torch.zeros(len(images), self.width)
         if any(counts):

@@ -42,7 +42,7 @@ class HeatMap:
 
 
 def matrix_map(title: str, metric: str, evaluation: Evaluation, transfer: Mapping[str, Uncertainty]) -> HeatMap | None:
-    """A metric by task and stage; each cell notes the numbers of the banks that answered, and its interval.
+    """Draw a metric by task and stage; each cell notes the numbers of the banks that answered, and its interval.
 
     Args:
         transfer: By task, the uncertainty of its backward transfer.
@@ -73,7 +73,7 @@ def matrix_map(title: str, metric: str, evaluation: Evaluation, transfer: Mappin
 
 
 def similarity_map(similarity: Similarity) -> HeatMap:
-    """The lower triangle of the similarities, tinted over their range."""
+    """Draw the lower triangle of the similarities, tinted over their range."""
     below = [value for index, row in enumerate(similarity.values) for value in row[:index]]
     low, span = min(below), max(below) - min(below)
     rows = {
@@ -90,8 +90,9 @@ def similarity_map(similarity: Similarity) -> HeatMap:
 
 
 def confusion_map(stage: StageRouting) -> HeatMap:
-    """Routing table: for each task's questions (rows), the percentage assigned to each learned task; counts in small
-    print."""
+    """Draw the routing table: for each task's questions (rows), the percentage assigned to each learned task; counts in
+    small print.
+    """
     rows = {
         task: [
             HeatCell(f"{100 * count / sum(counts):.1f}", str(count), count / sum(counts)) if count else HeatCell()
@@ -103,8 +104,9 @@ def confusion_map(stage: StageRouting) -> HeatMap:
 
 
 def answer_maps(task: TaskAnswers, last: int) -> list[HeatMap]:
-    """The confusions of a task's closed answers when it was learned and, if other banks answered then, after the last
-    stage: truths (rows), answers (columns), counts tinted by their share of the row."""
+    """Draw the confusions of a task's closed answers when it was learned and, if other banks answered then, after the
+    last stage: truths (rows), answers (columns), counts tinted by their share of the row.
+    """
     sets = {id(answers): answers for answers in (task.learned, task.at(last)) if answers is not None}
     maps = []
     for answers in sets.values():
@@ -121,8 +123,9 @@ def answer_maps(task: TaskAnswers, last: int) -> list[HeatMap]:
 
 
 def cosine_map(title: str, banks: Sequence[str], rows_of: Mapping[str, Sequence[Sequence[float]]]) -> HeatMap:
-    """Cosines of every two banks' updates (rows) by layer or module (columns), tinted by their size relative to the
-    largest."""
+    """Draw the cosines of every two banks' updates (rows) by layer or module (columns), tinted by size relative to
+    the largest.
+    """
     pairs = [(one, two) for two in range(len(banks)) for one in range(two)]
     largest = max((abs(values[one][two]) for values in rows_of.values() for one, two in pairs), default=0.0) or 1.0
     rows = {
@@ -137,7 +140,9 @@ def cosine_map(title: str, banks: Sequence[str], rows_of: Mapping[str, Sequence[
 
 
 def contribution_map(rows: Sequence[Dropped]) -> HeatMap:
-    """Loss of each task (rows), in points, without each bank (columns); losses are tinted, intervals in small print."""
+    """Draw the loss of each task (rows), in points, without each bank (columns); losses are tinted, intervals in small
+    print.
+    """
     banks = list(dict.fromkeys(row.dropped for row in rows))
     tasks: dict[str, dict[str, HeatCell]] = {}
     for row in rows:
@@ -149,7 +154,7 @@ def contribution_map(rows: Sequence[Dropped]) -> HeatMap:
 
 
 def rank_map(runs: Mapping[str, Mapping[str, EffectiveRank]]) -> HeatMap:
-    """Mean effective rank of each bank (rows) in each run (columns), tinted by its share of the rank."""
+    """Draw the mean effective rank of each bank (rows) in each run (columns), tinted by its share of the rank."""
     banks = dict.fromkeys(bank for ranks in runs.values() for bank in ranks)
     rows = {bank: [_rank(ranks.get(bank)) for ranks in runs.values()] for bank in banks}
     return HeatMap("", list(runs), rows)
@@ -160,7 +165,7 @@ def _rank(bank: EffectiveRank | None) -> HeatCell:
 
 
 def final_scores_map(runs: Mapping[str, Evaluation], metric: str) -> HeatMap:
-    """Each task after the last stage, with a column for each run, its interval and the banks that answered."""
+    """Draw each task after the last stage, with a column for each run, its interval and the banks that answered."""
     tasks = dict.fromkeys(task for run in runs.values() for task in run.tasks)
     rows = {task: [_final_score(run, task, metric) for run in runs.values()] for task in tasks}
     return HeatMap("", list(runs), {task: cells for task, cells in rows.items() if any(cell.text for cell in cells)})

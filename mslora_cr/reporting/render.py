@@ -62,7 +62,7 @@ def _script_sources() -> Markup:
 
 
 def _embedded(content: Any) -> Markup:
-    """JSON for a `script` element: no `<` in it can end the element."""
+    """Return JSON for a `script` element: no `<` in it can end the element."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))
 
@@ -108,7 +108,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _markdown(value: Any) -> Any:
-    """Text as Markdown that shows it unchanged, on one line, even in a table's cell; `Markup` stays as it is."""
+    """Return text as Markdown that shows it unchanged, on one line, even in a table's cell; `Markup` stays as it is."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     escaped = "".join(f"\\{mark}" if mark in "\\`*_{}[]<>|#" else mark for mark in value)
@@ -116,12 +116,12 @@ def _markdown(value: Any) -> Any:
 
 
 def _markdown_code(text: str) -> Markup:
-    """Text as a span of code, in which nothing can be escaped."""
+    """Return text as a span of code, in which nothing can be escaped."""
     cleaned = " ".join(text.replace("`", "'").replace("|", "¦").split())
     return Markup(f"`{cleaned}`")
 
 
 def _markdown_block(text: str, language: str) -> Markup:
-    """Text as a block of code, with a fence that does not occur in it."""
+    """Return text as a block of code, with a fence that does not occur in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return Markup(f"{fence}{language}\n{text.rstrip()}\n{fence}")

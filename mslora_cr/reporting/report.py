@@ -259,7 +259,7 @@ def _added_titles(evaluation: Evaluation | None) -> dict[str, str]:
 
 
 def _benchmark_protocol(config: StreamConfig) -> str | None:
-    """How far the run follows the protocol of CoIN, UCIT and MLLM-CL; None if no task is one of theirs."""
+    """Return how far the run follows the protocol of CoIN, UCIT and MLLM-CL; None if no task is one of theirs."""
     if not any(task.benchmark for task in config.stream):
         return None
     if config.lora.projector_learning_rate is None:
@@ -373,7 +373,7 @@ class Example(NamedTuple):
 
 
 def pick_examples(answers: Sequence[AnswerRecord], of_each: int = 2) -> list[Example]:
-    """Up to `of_each` right and as many wrong answers, the same ones at every call; right ones come first."""
+    """Return up to `of_each` right and as many wrong answers, the same ones at every call; right ones come first."""
     picked: dict[bool, list[Example]] = {True: [], False: []}
     for answer in random.Random(0).sample(answers, len(answers)):
         if all(len(examples) == of_each for examples in picked.values()):

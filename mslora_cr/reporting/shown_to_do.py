@@ -37,13 +37,13 @@ class ShownTask(NamedTuple):
 
 
 def last_cells(evaluation: Evaluation) -> list[Cell]:
-    """The cell of each task after its last evaluated stage, as far as that is the last of all or the task's own."""
+    """Return the cell of each task after its last evaluated stage, if that is the last of all or the task's own."""
     cells = (evaluation.last_cell(task) or evaluation.own_cell(task) for task in evaluation.tasks)
     return [cell for cell in cells if cell is not None]
 
 
 def shown_to_do(cells: Iterable[Cell], results_dir: Path, leaks: Mapping[str, Leaks]) -> list[ShownTask]:
-    """A line for each cell.
+    """Return a line for each cell.
 
     Args:
         leaks: What `data check` found in both training and testing, by task.

@@ -157,7 +157,7 @@ def check_scores(folder: Path) -> None:
 
 
 def _scored(folder: Path, cell: Cell, rule: BoxRule) -> tuple[Scores, ScoreTable]:
-    """A cell's answers scored again, and `scores.csv` beside them, which must say the same."""
+    """Return a cell's answers scored again, and `scores.csv` beside them, which must say the same."""
     path = folder / cell.answers
     answers, table = read_answers(path), read_scores(path.with_name(SCORES))
     questions = _read_questions(path.with_name(QUESTIONS), answers)
@@ -202,8 +202,9 @@ def _pack_cell(config: StreamConfig, results: Path, cell: Cell, folder: Path) ->
 
 
 def _questions(config: StreamConfig, task: Task, cell: Cell) -> list[TestRecord]:
-    """The questions, which say how answers are scored; those of no benchmark without names of images and patients, and
-    only from the file that was asked from."""
+    """Return the questions, which say how answers are scored; those of no benchmark without names of images and
+    patients, and only from the file that was asked from.
+    """
     if task.benchmark is not None:
         return list(test_records(config, task))
     if not test_file(config, task).is_file():
@@ -216,7 +217,7 @@ def _questions(config: StreamConfig, task: Task, cell: Cell) -> list[TestRecord]
 
 
 def _write_anonymous(scores: Path, target: Path) -> None:
-    """`scores.csv` with a number for each cluster and no image's name."""
+    """Write `scores.csv` with a number for each cluster and no image's name."""
     groups = read_scores(scores).groups
     with scores.open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
@@ -230,14 +231,14 @@ def _write_anonymous(scores: Path, target: Path) -> None:
 
 
 def _shareable(config: StreamConfig) -> dict[str, Any]:
-    """The configuration without the places of this machine."""
+    """Return the configuration without the places of this machine."""
     settings = config.model_dump(mode="json", exclude={"output_dir", "results_dir"})
     settings["data"]["root"], settings["model"]["path"] = Path(config.data.root).name, Path(config.model.path).name
     return settings
 
 
 def _read_questions(path: Path, answers: Sequence[AnswerRecord]) -> list[ListedQuestion] | None:
-    """The questions of a public benchmark, in the answers' order; None where there are none."""
+    """Return the questions of a public benchmark, in the answers' order; None where there are none."""
     if not path.is_file():
         return None
     lines = [line for line in check_regular(path).read_bytes().split(b"\n") if line.strip()]

@@ -39,7 +39,7 @@ def write_tuning_page(folder: Path) -> Path:
 
 
 def _plots(trials: list[FrozenTrial]) -> dict[str, Markup]:
-    """Importance (by PED-ANOVA) and parallel coordinates, as SVG; None for too few trials."""
+    """Return importance (by PED-ANOVA) and parallel coordinates, as SVG; None for too few trials."""
     if len({tuple(trial.params.items()) for trial in trials}) < LEAST or len({trial.value for trial in trials}) < 2:
         return {}
     study = optuna.create_study(direction="maximize")

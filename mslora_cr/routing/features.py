@@ -58,7 +58,7 @@ class _FeatureDataset(Dataset[tuple[Any, list[int]]]):
 
 
 def _asked_first(record: TrainingRecord) -> str:
-    """The first question of a conversation, which an answer may open; "" if there is none."""
+    """Return the first question of a conversation, which an answer may open; "" if there is none."""
     return next((turn.text for turn in record.turns if turn.speaker == "human"), "")
 
 
@@ -90,7 +90,7 @@ class FeatureExtractor:
         return self._image_projection.shape[1]
 
     def gram(self, batches: Iterable[Tensor]) -> Tensor:
-        """The input of `statistics_of`, from batches of features; the sums of parts of a task's records add up."""
+        """Return the input of `statistics_of`, from batches of features; sums of parts of the records add up."""
         total = torch.zeros(self.features + 1, self.features + 1, dtype=torch.float64)
         for batch in batches:
             wide = torch.nn.functional.pad(batch.double(), (0, 1), value=1.0)
@@ -105,7 +105,7 @@ class FeatureExtractor:
         roots: Sequence[Path],
         label: str | None,
     ) -> Iterator[Tensor]:
-        """(up to BATCH_SIZE, features) float32 on the CPU, record after record.
+        """Yield (up to BATCH_SIZE, features) float32 on the CPU, record after record.
 
         Args:
             label: The text of the progress bar; None shows no bar.
@@ -125,7 +125,7 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def of_question(self, images: Any, question: str) -> Tensor:
-        """(1, features) of one question, as in `batches`.
+        """Return (1, features) of one question, as in `batches`.
 
         Args:
             images: Its images, as `InputProcessor.process_images` returns them.
@@ -138,7 +138,7 @@ class FeatureExtractor:
         return torch.cat([torch.nn.functional.normalize(encoded @ self._image_projection), self._texts(batch)], dim=1)
 
     def _texts(self, batch: Sequence[tuple[Any, list[int]]]) -> Tensor:
-        """Mean of the words' frozen embeddings; zeros for an empty question."""
+        """Return the mean of the words' frozen embeddings; zeros for an empty question."""
         features = torch.zeros(len(batch), self._words.shape[1])
         for row, (_, ids) in enumerate(batch):
             if ids:
@@ -147,11 +147,11 @@ class FeatureExtractor:
 
 
 def _projection(width: int, most: int, seed: int) -> Tensor:
-    """A random projection (width, features) if there are more than `most`; otherwise None."""
+    """Return a random projection (width, features) if there are more than `most`; otherwise None."""
     random = torch.Generator().manual_seed(seed)
     return torch.randn(width, most, generator=random) if width > most else torch.eye(width)
 
 
 def sampled_records(records: int) -> list[int]:
-    """The records of a task from which the router learns."""
+    """Return the records of a task from which the router learns."""
     return sample_of(records, FIT_RECORDS)

@@ -47,7 +47,7 @@ def router_statistics(
 def _distances(
     extractor: FeatureExtractor, batches: Sequence[Tensor], positions: Sequence[int], total: Tensor
 ) -> dict[str, Tensor]:
-    """The held-out distances of all ranks' records, ascending, by the features that count.
+    """Return the held-out distances of all ranks' records, ascending, by the features that count.
 
     Args:
         positions: The positions of these records among all.

@@ -33,8 +33,9 @@ def part_columns(picture_features: int) -> dict[str, slice]:
 
 
 def squared_distances(statistics: TaskStatistics, features: Tensor, columns: slice = slice(None)) -> Tensor:
-    """(questions,) float64, from (questions, features): the squared Mahalanobis distance to a task's mean, in some of
-    the features."""
+    """Return (questions,) float64, from (questions, features): the squared Mahalanobis distance to a task's mean, in
+    some of the features.
+    """
     scatter, mean = statistics.scatter[columns, columns], statistics.mean[columns]
     covariance = shrunken(scatter.double() / max(1, statistics.count - 1))
     centred = features[:, columns].double() - mean.double()
@@ -44,7 +45,7 @@ def squared_distances(statistics: TaskStatistics, features: Tensor, columns: sli
 def held_out_distances(
     features: Tensor, folds: Tensor, total: Tensor, grams: Tensor, columns: slice = slice(None)
 ) -> Tensor:
-    """(records,) float32: the distance of each record from the statistics of all other folds.
+    """Return (records,) float32: the distance of each record from the statistics of all other folds.
 
     Args:
         features: (records, features) of some of a task's records.
@@ -64,8 +65,8 @@ def held_out_distances(
 def task_p_values(
     task: TaskStatistics, features: Tensor, part: str = BOTH, columns: slice = slice(None)
 ) -> Tensor | None:
-    """(questions,) float64: the p-value of each question for a task, ``(1 + #{held out >= score}) / (n + 1)``; None
-    where the task's statistics have no held-out distances of this part, as those of earlier versions.
+    """Return (questions,) float64: the p-value of each question for a task, ``(1 + #{held out >= score}) / (n + 1)``;
+    None where the task's statistics have no held-out distances of this part, as those of earlier versions.
 
     Args:
         task: The task's statistics.
@@ -81,8 +82,9 @@ def task_p_values(
 
 
 def foreign_p_values(tasks: Sequence[TaskStatistics], features: Tensor) -> Tensor | None:
-    """(questions,) float64: the largest p-value of a question over the tasks; None where that of a task is not
-    known."""
+    """Return (questions,) float64: the largest p-value of a question over the tasks; None where that of a task is not
+    known.
+    """
     values = [task_p_values(task, features) for task in tasks]
     known = [p for p in values if p is not None]
     return torch.stack(known).amax(0) if known and len(known) == len(values) else None

@@ -40,7 +40,7 @@ class ForeignQuestions:
         self._known: dict[tuple[str, str], Tensor | None] = {}
 
     def flagged(self, stage: int, tasks: Sequence[Task]) -> dict[str, dict[str, int]]:
-        """By the features that count, how many questions of each task are like none of those learned by a stage; only
+        """Return, by the features that count, how many questions of a task are like none learned by a stage; only
         features for which that is known."""
         values = {part: self._of_part(part, tasks) for part in self._columns}
         return {
@@ -61,7 +61,7 @@ class ForeignQuestions:
         }
 
     def _of_part(self, part: str, tasks: Sequence[Task]) -> dict[str, Tensor]:
-        """(questions, learned tasks) by the name of the questions' task; empty where one is not known."""
+        """Return (questions, learned tasks) by the name of the questions' task; empty where one is not known."""
         values = {task.name: self._p_values(part, task) for task in tasks}
         known = {name: p for name, p in values.items() if p is not None}
         return known if len(known) == len(values) else {}

@@ -68,7 +68,7 @@ class TaskRouter(Protocol):
 
 
 def statistics_of(gram: Tensor) -> TaskStatistics:
-    """Statistics from ``Σ [x, 1]ᵀ [x, 1]`` over a task's records, (features + 1, features + 1) float64."""
+    """Return the statistics from ``Σ [x, 1]ᵀ [x, 1]`` over a task's records, (features + 1, features + 1) float64."""
     count, total = gram[-1, -1], gram[-1, :-1]
     mean = total / count
     return TaskStatistics(int(count), mean.float(), (gram[:-1, :-1] - torch.outer(total, mean)).float())

@@ -27,7 +27,7 @@ from mslora_cr.utils.regular import check_regular
 
 
 def work_folder(run: Path, task: str) -> Path:
-    """The folder for checkpoints inside a task, until the task is done."""
+    """Return the folder for checkpoints inside a task, until the task is done."""
     return run / "work" / task
 
 
@@ -42,7 +42,7 @@ class Ledger:
 
     @classmethod
     def read(cls, config: StreamConfig) -> Ledger:
-        """The ledger of a configuration's run folder; an empty one if there is none yet. Nothing is written.
+        """Return the ledger of a configuration's run folder; an empty one if there is none yet. Nothing is written.
 
         Raises:
             StateError: `ledger.json` is damaged, or a later version wrote it.
@@ -111,14 +111,14 @@ class Ledger:
             raise ConfigError(f"{self.folder} was made with another configuration ({differences}). {advice}")
 
     def _other_bases(self, model_digest: str) -> list[str]:
-        """The finished tasks that were trained on a base model of other content."""
+        """Return the finished tasks that were trained on a base model of other content."""
         return [name for name, entry in self.tasks.items() if entry.model_digest not in (None, model_digest)]
 
     def bank_folder(self, task: str) -> Path:
         return self.folder / "banks" / task
 
     def done(self, task: str) -> bool:
-        """Whether a task is finished.
+        """Return whether a task is finished.
 
         Raises:
             BankError: Its bank is missing, or is not the recorded one.
@@ -140,12 +140,12 @@ class Ledger:
         return True
 
     def task_state(self, task: str) -> dict[str, Tensor]:
-        """The task state of a finished task; empty if there is none, or the task is not finished."""
+        """Return the task state of a finished task; empty if there is none, or the task is not finished."""
         entry = self.tasks.get(task)
         return load_file(check_regular(self.bank_folder(task) / TASK_STATE)) if entry and entry.memory_digest else {}
 
     def statistics(self, task: str) -> TaskStatistics:
-        """A task's router statistics, from the file beside its bank.
+        """Return a task's router statistics, from the file beside its bank.
 
         Raises:
             BankError: The file is missing, or is not the recorded one.
@@ -160,7 +160,7 @@ class Ledger:
         return statistics
 
     def banks(self, config: StreamConfig, tasks: list[Task]) -> list[Bank]:
-        """The finished banks of these tasks.
+        """Return the finished banks of these tasks.
 
         Raises:
             BankError: A task is not finished, or its bank has another rank than the configuration asks for, as far as
@@ -232,7 +232,7 @@ def bank_shape(config: StreamConfig, task: Task) -> tuple[int, float]:
 
 
 def finished_banks(config: StreamConfig) -> dict[str, Bank]:
-    """The banks that the run folder's ledger records, by task."""
+    """Return the banks that the run folder's ledger records, by task."""
     ledger = Ledger.read(config)
     done = [task for task in config.stream if ledger.done(task.name)]
     return {task.name: bank for task, bank in zip(done, ledger.banks(config, done), strict=True)}

@@ -151,7 +151,7 @@ def _take(folder: Path) -> int:
 
 
 def _wait_for_silence(folder: Path) -> None:
-    """If the last writer was on another host and did not end in order, check whether it still lives."""
+    """Check, if the last writer was on another host and did not end in order, whether it still lives."""
     last = _last_writer(folder)
     if last is None or last.boot == _boot():  # This host's kernel knows: the lock was free.
         return

@@ -58,7 +58,7 @@ class Card:
         return family_of(Path(self.config.model.path))
 
     def text(self) -> str:
-        """The whole `README.md`."""
+        """Return the whole `README.md`."""
         scores = (self._shown_to_do, self._scores)
         parts = (self._head, self._title, self._loading, *scores, self._data, self._use, self._training)
         return "\n\n".join(text for part in parts if (text := part().strip())) + "\n"
@@ -110,7 +110,7 @@ class Card:
         ]
 
     def _cells(self) -> dict[str, Cell]:
-        """The ledger's entries of the uploaded banks, by task."""
+        """Return the ledger's entries of the uploaded banks, by task."""
         cells: dict[str, Cell] = {}
         for cell in self.evaluation.cells if self.evaluation else ():
             banks = self.banks.get(cell.task, self.banks.get("model"))
@@ -134,7 +134,7 @@ LoRA bank per task over `{self.base}`. Method `{self.config.method}`, a stream o
 {tasks}"""
 
     def _quantised(self) -> str:
-        """The base model of training, if the uploaded one differs."""
+        """Return the base model of training, if the uploaded one differs."""
         if not self.config.model.quantization:
             return ""
         return (
@@ -168,7 +168,7 @@ print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_token
 ```"""
 
     def _asking(self, name: str) -> str:
-        """The lines of code that make a question's inputs."""
+        """Return the lines of code that make a question's inputs."""
         if self._family.own_template:
             return f"""image = Image.open("image.png").convert("RGB")
 content = [{{"type": "image", "image": image}}, {{"type": "text", "text": "Your question about {name}?"}}]
@@ -208,7 +208,7 @@ inputs = processor(text=prompt, images=[image], add_special_tokens=False, return
         )
 
     def _shown_to_do(self) -> str:
-        """One line a task: what was measured of it, and what is not known."""
+        """Return one line for each task: what was measured of it, and what is not known."""
         cells = self._cells().values()
         if not cells:
             return ""
@@ -286,7 +286,7 @@ def _number(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that stays within its cell of a Markdown table and is no markup."""
+    """Return text that stays within its cell of a Markdown table and is no markup."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 

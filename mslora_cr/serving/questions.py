@@ -32,7 +32,7 @@ class Ask:
     boxes: tuple[Sequence[float], ...] = ()
 
     def line(self, answer: Answer) -> str:
-        """The question's own line with the answer added."""
+        """Return the question's own line with the answer added."""
         result = {
             "answer": None if answer.abstained else answer.text,
             "task": answer.task,

@@ -41,7 +41,7 @@ class RunBanks:
         return needs_task(self.config, self.method)
 
     def stage(self, stage: int | None) -> int:
-        """The given stage, or the last one if none is given.
+        """Return the given stage, or the last one if none is given.
 
         Raises:
             BankError: This run's banks do not reach it.
@@ -54,7 +54,7 @@ class RunBanks:
         return stage
 
     def answering(self, task: str | None, stage: int) -> list[Bank]:
-        """The banks with which `evaluate` would answer a task at a stage.
+        """Return the banks with which `evaluate` would answer a task at a stage.
 
         Args:
             task: Optional at stage 0, and if the same banks answer all tasks.
@@ -74,7 +74,7 @@ class RunBanks:
         return [self.bank(member) for member in wanted]
 
     def mixed(self, stage: int, likely: Mapping[str, float]) -> list[Bank]:
-        """The banks of a stage for a question with these task probabilities, each scaled by its share.
+        """Return the banks of a stage for a question with these task probabilities, each scaled by its share.
 
         Raises:
             BankError: A bank is missing.
@@ -90,7 +90,7 @@ class RunBanks:
         return self.banks[task.name]
 
     def routed(self, stage: int) -> list[Task]:
-        """The tasks among which a router chooses after a stage.
+        """Return the tasks among which a router chooses after a stage.
 
         Raises:
             BankError: One of them is not trained.

@@ -82,7 +82,7 @@ class _Web:
         )
 
     def questions(self, request: Request) -> Response:
-        """The test questions of a task that contain a text."""
+        """Return the test questions of a task that contain a text."""
         records, wanted = self._records(self._task(request)), request.query_params.get("search", "").lower()
         rows: list[dict[str, Any]] = []
         for index, record in enumerate(records):
@@ -94,13 +94,13 @@ class _Web:
         return JSONResponse({"questions": rows, "all": len(records)})
 
     def image(self, request: Request) -> Response:
-        """A test question's picture, decoded and re-encoded: no file is sent as it is."""
+        """Return a test question's picture, decoded and re-encoded: no file is sent as it is."""
         task = self._task(request)
         side = min(LARGEST_SIDE, max(1, _number(request.query_params.get("size", str(LARGEST_SIDE)))))
         return _preview(self._pictures(task, self._record(task, request.query_params.get("index", "")))[0], side)
 
     async def preview(self, request: Request) -> Response:
-        """An uploaded picture as the model will see it: browsers cannot show DICOM."""
+        """Return an uploaded picture as the model will see it: browsers cannot show DICOM."""
         upload, _ = await self._form(request)
         if upload is None:
             raise HTTPException(400, "choose a picture")
@@ -111,7 +111,7 @@ class _Web:
         return JSONResponse(await run_in_threadpool(self._answer, upload, fields))
 
     async def _form(self, request: Request) -> tuple[bytes | None, dict[str, str]]:
-        """The picture and the fields of a form."""
+        """Return the picture and the fields of a form."""
         self._check_origin(request)
         async with request.form(max_files=1, max_fields=20, max_part_size=MOST_BYTES) as form:
             upload = form.get("image")
@@ -166,7 +166,7 @@ class _Web:
         }
 
     def _box(self, answer: str, picture: Image.Image) -> tuple[float, float, float, float] | None:
-        """The first box of an answer in shares of the picture's width and height; None without one."""
+        """Return the first box of an answer in shares of the picture's width and height; None without one."""
         box = self.model.box_in(answer, picture.size)
         return box.shares(picture.size) if box else None
 
@@ -189,7 +189,7 @@ class _Web:
         return records[number]
 
     def _pictures(self, task: str, record: TestRecord) -> list[Image.Image]:
-        """The pictures with which `evaluate` asks a question."""
+        """Return the pictures with which `evaluate` asks a question."""
         config = self.model.config
         if not record.images:
             raise HTTPException(404, "this question is about no picture")
@@ -198,7 +198,7 @@ class _Web:
 
 
 def _uploaded(content: bytes) -> Image.Image:
-    """The picture in a file, as `data convert` draws it."""
+    """Return the picture in a file, as `data convert` draws it."""
     return open_image(first_picture(content, Rendering()))
 
 
@@ -216,7 +216,7 @@ def _number(text: str) -> int:
 
 
 def _drawn(text: str, size: tuple[int, int]) -> list[Box]:
-    """The boxes that were drawn on the page, in pixels; the page tells them in shares of width and height."""
+    """Return the boxes that were drawn on the page, in pixels; the page tells them in shares of width and height."""
     try:
         shares = TypeAdapter(
             Annotated[list[tuple[float, float, float, float]], Field(max_length=MOST_BOXES)]
@@ -227,14 +227,15 @@ def _drawn(text: str, size: tuple[int, int]) -> list[Box]:
 
 
 def _true_box(record: TestRecord) -> tuple[float, float, float, float] | None:
-    """In shares of width and height; None where the truth is no box."""
+    """Return the box in shares of width and height; None where the truth is no box."""
     box = read_box(record.gt) if record.size else None
     return box.shares(record.size) if box and record.size else None
 
 
 def _score(text: str, record: TestRecord) -> str:
-    """Whether an answer is right, where its kind tells (exact choice, exact count); else its overlap with the best
-    truth."""
+    """Return whether an answer is right, where its kind tells (exact choice, exact count); else its overlap with the
+    best truth.
+    """
     columns = typed_columns(asked_answers([(record.text, text, record.gt, record.answer_type == "CLOSED")], [record]))
     for name in (CHOICE, COUNT):
         if name in columns:
@@ -246,7 +247,7 @@ def _score(text: str, record: TestRecord) -> str:
 def make_app(
     model: AnsweringModel, hosts: Sequence[str], abstain_below: float | None = None, risk: float | None = None
 ) -> Starlette:
-    """The page of a model, as an application.
+    """Return the page of a model, as an application.
 
     Args:
         hosts: Host names under which the page may be requested; another name belongs to another site (DNS rebinding).

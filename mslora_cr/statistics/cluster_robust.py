@@ -30,7 +30,7 @@ class ClusterVariance(NamedTuple):
 
 
 def cluster_variance(errors: Scores, groups: Groups) -> ClusterVariance:
-    """CR2 variance of a mean with Bell and McCaffrey's degrees of freedom.
+    """Return the CR2 variance of a mean with Bell and McCaffrey's degrees of freedom.
 
     With n_g the size of a cluster and s_g the sum of its errors, the variance is ``Σ s_g² / (1 - n_g/n) / n²``. One
     large cluster pulls the mean towards itself, so its own errors come out too small; the factor corrects them. With
@@ -57,7 +57,7 @@ def cluster_variance(errors: Scores, groups: Groups) -> ClusterVariance:
 
 
 def degrees_of_freedom(sizes: Scores, correlation: float) -> float:
-    """Bell and McCaffrey's degrees of freedom, ``tr² M / tr M²``, of the CR2 variance of a mean.
+    """Return Bell and McCaffrey's degrees of freedom, ``tr² M / tr M²``, of the CR2 variance of a mean.
 
     ``M_gh = a_g a_h [(1 - ρ) R + ρ R Rᵀ]_gh`` with ``R = diag(n_g) - n_g n_h / n`` and ``a_g = (1 - n_g/n)^(-1/2)``.
     M is a diagonal matrix plus one of rank two, so time and memory grow with the number of clusters alone.
@@ -86,7 +86,7 @@ def degrees_of_freedom(sizes: Scores, correlation: float) -> float:
 
 
 def intraclass_correlation(values: Scores, groups: Groups) -> float:
-    """The share of a value's variance that lies between clusters, by analysis of variance, limited to [0, 1].
+    """Return the share of a value's variance that lies between clusters, by analysis of variance, limited to [0, 1].
 
     Source: Donner, "A Review of Inference Procedures for the Intraclass Correlation Coefficient in the One-Way Random
     Effects Model", International Statistical Review 1986.

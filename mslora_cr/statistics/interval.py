@@ -33,7 +33,7 @@ class PairedChange(NamedTuple):
     largest: float | None
 
     def counted(self, verb: str = "changed") -> str:
-        """`2 of 80 changed`, with the bound of losses and the test; empty if nothing can change."""
+        """Return `2 of 80 changed`, with the bound of losses and the test; empty if nothing can change."""
         if self.freedom is None:
             return ""
         changed = self.gained + self.lost
@@ -42,27 +42,27 @@ class PairedChange(NamedTuple):
         return f"{changed} of {self.questions} {verb} (+{self.gained}, -{self.lost}), {bound}, McNemar {p}"
 
     def precision(self) -> str:
-        """The degrees of freedom and the largest cluster's share."""
+        """Return the degrees of freedom and the largest cluster's share."""
         return "" if self.freedom is None or self.largest is None else precision(self.freedom, self.largest)
 
 
 def precision(freedom: float, largest: float) -> str:
-    """The degrees of freedom and the largest cluster's share, as text."""
+    """Return the degrees of freedom and the largest cluster's share, as text."""
     return f"{freedom:.0f} degrees of freedom, largest cluster {100 * largest:.1f} %"
 
 
 def counted(changed: int | None, questions: int | None, verb: str = "changed") -> str:
-    """How many answers changed, for files of earlier versions, which note no more; empty if none was counted."""
+    """Return how many answers changed, for files of earlier versions, which note no more; empty if none was counted."""
     return "" if changed is None else f"{changed} of {questions} {verb}"
 
 
 def bracketed(ends: Interval | None, *notes: str) -> str:
-    """An interval in brackets, with its notes; empty if it is unknown."""
+    """Return an interval in brackets, with its notes; empty if it is unknown."""
     remarks = "; ".join(text for text in (span(ends), *notes) if text)
     return f" [{remarks}]" if remarks else ""
 
 
 def span(ends: Interval | None, digits: int = 1) -> str:
-    """An interval's ends as text; empty without one."""
+    """Return an interval's ends as text; empty without one."""
     # Adding zero turns -0.0, which rounding may leave, into 0.0.
     return "" if ends is None else " to ".join(f"{round(end, digits) + 0:.{digits}f}" for end in ends)

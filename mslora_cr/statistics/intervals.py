@@ -48,12 +48,12 @@ class Estimate(NamedTuple):
 
 
 def independent(questions: int) -> Groups:
-    """Clusters of one question each."""
+    """Return clusters of one question each."""
     return np.arange(questions)
 
 
 def estimate(values: Scores, groups: Groups) -> Estimate:
-    """The mean of a value over questions, with its cluster-robust variance (`cluster_variance`).
+    """Return the mean of a value over questions, with its cluster-robust variance (`cluster_variance`).
 
     If all clusters have the same mean by chance, the variance is that of independent questions. A single cluster says
     nothing about the differences between clusters, so its variance is as large as possible.
@@ -86,7 +86,7 @@ def _estimate(mean: float, square: float, questions: int, clustered: ClusterVari
 
 
 def weighted_sum(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
-    """The weighted sum of estimates from different questions, with Satterthwaite's degrees of freedom.
+    """Return the weighted sum of estimates from different questions, with Satterthwaite's degrees of freedom.
 
     Source: Satterthwaite, "An Approximate Distribution of Estimates of Variance Components", Biometrics 1946.
     """
@@ -106,7 +106,7 @@ def weighted_sum(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimat
 
 
 def score_interval(parts: Sequence[Estimate], weights: Sequence[float] = (1.0,)) -> Interval:
-    """The interval of a weighted mean of scores in [0, 1]: Wilson's, with an effective number of questions.
+    """Return the interval of a weighted mean of scores in [0, 1]: Wilson's, with an effective number of questions.
 
     With p the mean and V its variance, the effective number is ``p (1 - p) / V``, and Student's t replaces the normal
     quantile. The interval stays within [0, 1] and has a width at 0 and 1, where the number is that of the clusters. A
@@ -131,7 +131,7 @@ def score_interval(parts: Sequence[Estimate], weights: Sequence[float] = (1.0,))
 
 
 def difference_interval(total: Estimate, binary: bool) -> Interval:
-    """The interval of a paired difference of scores in [0, 1], of one task.
+    """Return the interval of a paired difference of scores in [0, 1], of one task.
 
     If scores are 0 or 1, or no score differs, it is Tango's score interval, with an effective number of questions, ``(S
     - d²) / variance`` with S the share of questions whose scores differ, and with Student's t in place of the normal
@@ -150,8 +150,8 @@ def difference_interval(total: Estimate, binary: bool) -> Interval:
 
 
 def _tango(gained: float, lost: float, number: float, errors: float) -> float:
-    """The lower end of Tango's interval: the difference d that lies so many standard errors below the observed one, at
-    the likeliest shares of gained and lost questions that differ by d.
+    """Return the lower end of Tango's interval: the difference d that lies so many standard errors below the observed
+    one, at the likeliest shares of gained and lost questions that differ by d.
 
     Args:
         gained: The share of gained questions.
@@ -170,7 +170,7 @@ def _tango(gained: float, lost: float, number: float, errors: float) -> float:
 
 
 def t_interval(values: Sequence[float]) -> Interval | None:
-    """Student's t interval of a mean of independent values, such as differences of tasks.
+    """Return Student's t interval of a mean of independent values, such as differences of tasks.
 
     None for fewer than two values, and for values that are all equal, since their spread is unknown.
     """
@@ -181,7 +181,7 @@ def t_interval(values: Sequence[float]) -> Interval | None:
 
 
 def estimate_of(values: Sequence[float]) -> Estimate:
-    """The mean of at least two independent values."""
+    """Return the mean of at least two independent values."""
     count = len(values)
     square = float(np.square(values).mean())
     variance = float(np.var(values, ddof=1)) / count
@@ -189,14 +189,14 @@ def estimate_of(values: Sequence[float]) -> Estimate:
 
 
 def mean_interval(total: Estimate) -> Interval:
-    """Student's t interval, without bounds."""
+    """Return Student's t interval, without bounds."""
     half = quantile(total.freedom) * total.variance**0.5
     return total.mean - half, total.mean + half
 
 
 def resampled_sums(values: Scores, groups: Groups) -> Scores:
-    """Sums over clusters drawn with replacement, as many as there are, for values that are no means, such as corpus
-    BLEU.
+    """Return sums over clusters drawn with replacement, as many as there are, for values that are no means, such as
+    corpus BLEU.
 
     Source: Efron, "Bootstrap Methods: Another Look at the Jackknife", Annals of Statistics 1979.
 
@@ -218,7 +218,7 @@ def resampled_sums(values: Scores, groups: Groups) -> Scores:
 
 
 def percentile_interval(replicates: Scores, groups: float) -> Interval:
-    """The percentile interval of bootstrap replicates, expanded to Student's t for the number of clusters.
+    """Return the percentile interval of bootstrap replicates, expanded to Student's t for the number of clusters.
 
     Source: Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 2015.
 
@@ -250,10 +250,10 @@ def _careful(part: Estimate) -> Estimate:
 
 
 def quantile(freedom: float) -> float:
-    """The value of Student's t that a standardised error exceeds with probability ``(1 - CONFIDENCE) / 2``."""
+    """Return the value of Student's t that a standardised error exceeds with probability ``(1 - CONFIDENCE) / 2``."""
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
 def percent(ends: Interval) -> Interval:
-    """An interval of shares, converted to percent or points."""
+    """Return an interval of shares, converted to percent or points."""
     return 100 * ends[0], 100 * ends[1]

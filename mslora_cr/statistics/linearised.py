@@ -31,7 +31,7 @@ def bounded_interval(
 
 
 def logit_interval(value: float, error: float, bounds: Interval, freedom: float) -> Interval | None:
-    """Student's t interval on the logit scale between two bounds; None at a bound, where the scale is infinite.
+    """Return Student's t interval on the logit scale between two bounds; None at a bound, where the scale is infinite.
 
     Args:
         value: The measured value.

@@ -59,7 +59,7 @@ class TaskStageMatrix:
         return self.stream.index(task) + 1
 
     def cell(self, task: str, stage: int) -> float:
-        """``R[task, stage]``.
+        """Return ``R[task, stage]``.
 
         Raises:
             MissingCellError: It was not evaluated.
@@ -72,7 +72,7 @@ class TaskStageMatrix:
         return self.scores[task, stage]
 
     def own_stage_average(self) -> float:
-        """``(1/N) Σ_i R[i,i]``: every task scored at its own stage, in percent.
+        """Return ``(1/N) Σ_i R[i,i]``: every task scored at its own stage, in percent.
 
         This is all that the published evaluation measures.
 
@@ -85,7 +85,7 @@ class TaskStageMatrix:
         return {(task, self.learned_at(task)): 1 / len(self.tasks) for task in self.tasks}
 
     def final_average(self) -> float:
-        """``(1/N) Σ_i R[i,T]``: the mean score after the last stage, in percent.
+        """Return ``(1/N) Σ_i R[i,T]``: the mean score after the last stage, in percent.
 
         Source: ACC of Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017.
 
@@ -95,7 +95,7 @@ class TaskStageMatrix:
         return self._sum(self.stage_weights(self.last))
 
     def stage_average(self, stage: int) -> float:
-        """``A_k = mean_{i<=k} R[i,k]``: the mean score over the tasks learned by stage k, in percent.
+        """Return ``A_k = mean_{i<=k} R[i,k]``: the mean score over the tasks learned by stage k, in percent.
 
         Raises:
             MissingCellError: A learned task was not evaluated at this stage.
@@ -110,12 +110,12 @@ class TaskStageMatrix:
         return {(task, stage): 1 / len(learned) for task in learned}
 
     def stage_averages(self) -> list[tuple[int, float]]:
-        """(k, A_k) for the stages k that have all their cells, from the first task that has the score."""
+        """Return (k, A_k) for the stages k that have all their cells, from the first task that has the score."""
         averages = ((stage, _or_none(partial(self.stage_average, stage))) for stage in self._stages())
         return [(stage, average) for stage, average in averages if average is not None]
 
     def average_incremental_accuracy(self) -> float:
-        """``mean_k A_k``: the mean over the stages of `stage_average`, in percent.
+        """Return ``mean_k A_k``: the mean over the stages of `stage_average`, in percent.
 
         Stages before the first task that has the score are left out. Source: Rebuffi et al., "iCaRL:
         Incremental Classifier and Representation Learning", CVPR 2017.
@@ -130,7 +130,7 @@ class TaskStageMatrix:
         return {cell: weight / len(stages) for stage in stages for cell, weight in self.stage_weights(stage).items()}
 
     def forgetting_of(self, task: str) -> float:
-        """``f_i = max_{i<=k<T} R[i,k] - R[i,T]``: what a task lost since its best stage, in points.
+        """Return ``f_i = max_{i<=k<T} R[i,k] - R[i,T]``: what a task lost since its best stage, in points.
 
         It is negative if the task ends better than at any stage before, and 0 for the task learned last. Source:
         Chaudhry et al., "Riemannian Walk for Incremental Learning", ECCV 2018. Their maximum also covers the stages
@@ -179,7 +179,7 @@ class TaskStageMatrix:
         return gained | {(task, self.learned_at(task)): -1 / len(tasks) for task in tasks}
 
     def transfer(self) -> dict[str, float]:
-        """``R[i,T] - R[i,i]`` in points, of each task before the last stage that has both cells."""
+        """Return ``R[i,T] - R[i,i]`` in points, of each task before the last stage that has both cells."""
         changes = {task: _or_none(partial(self._sum, self.backward_weights([task]))) for task in self._before_last()}
         return {task: value for task, value in changes.items() if value is not None}
 

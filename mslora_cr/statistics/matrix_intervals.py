@@ -56,7 +56,7 @@ class MatrixIntervals(NamedTuple):
 def matrix_intervals(
     matrix: TaskStageMatrix, columns: Mapping[tuple[str, int], Column], answers: Mapping[tuple[str, int], str]
 ) -> MatrixIntervals:
-    """The uncertainty of every figure whose cells are all there.
+    """Return the uncertainty of every figure whose cells are all there.
 
     Scores of a task at several stages are paired by question, so that a difference of stages is only as uncertain as
     the questions that changed. The tasks are fixed: intervals describe other questions, not other tasks.
@@ -95,7 +95,7 @@ def _uncertainty(
 def _difference(
     weights: Weights, columns: Mapping[tuple[str, int], Column], answers: Mapping[tuple[str, int], str]
 ) -> Uncertainty:
-    """The interval of a difference of stages; without any task it is exactly 0."""
+    """Return the interval of a difference of stages; without any task it is exactly 0."""
     tasks: list[PairedTask] = []
     shares: list[float] = []
     for cells in _by_task(weights).values():
@@ -131,7 +131,7 @@ def _part(weights: Weights, columns: Mapping[tuple[str, int], Column]) -> Estima
 
 
 def _values(weights: Weights, columns: Mapping[tuple[str, int], Column]) -> tuple[Scores, Groups]:
-    """The weighted sum of one task's cells, question by question, and its clusters."""
+    """Return the weighted sum of one task's cells, question by question, and its clusters."""
     counts = {stage: len(columns[task, stage].scores) for task, stage in weights}
     if len(set(counts.values())) > 1:
         task = next(iter(weights))[0]
@@ -148,5 +148,5 @@ def coarsest(groups: list[Groups]) -> Groups:
 
 
 def is_binary(scores: Scores) -> bool:
-    """Whether every score is 0 or 1."""
+    """Return whether every score is 0 or 1."""
     return bool(np.isin(scores, (0.0, 1.0)).all())

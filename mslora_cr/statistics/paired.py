@@ -109,8 +109,9 @@ def paired_change(tasks: Sequence[PairedTask], weights: Sequence[float] = (1.0,)
 
 
 def upper_bound(share: Estimate, confidence: float = CONFIDENCE) -> float:
-    """Clopper and Pearson's one-sided upper bound of a share, with Korn and Graubard's effective number of questions if
-    these share clusters."""
+    """Return Clopper and Pearson's one-sided upper bound of a share, with Korn and Graubard's effective number of
+    questions if these share clusters.
+    """
     number = float(share.questions)
     if share.groups < share.questions:
         number = share.effective

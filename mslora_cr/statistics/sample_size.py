@@ -18,7 +18,7 @@ FEWEST = 10
 
 
 def design_effect(questions: int, patients: int, correlation: float = CORRELATION) -> float:
-    """The factor by which a variance grows because patients have several questions: ``1 + (m - 1) ρ``.
+    """Return the factor by which a variance grows because patients have several questions: ``1 + (m - 1) ρ``.
 
     Source: Kish, Survey Sampling, 1965.
 
@@ -30,7 +30,7 @@ def design_effect(questions: int, patients: int, correlation: float = CORRELATIO
 
 
 def share_half_width(share: float, questions: int, effect: float = 1.0) -> float:
-    """Half the width of Wilson's interval of a share, such as a sensitivity over so many positive questions.
+    """Return half the width of Wilson's interval of a share, such as a sensitivity over so many positive questions.
 
     Args:
         share: The expected share.
@@ -42,7 +42,7 @@ def share_half_width(share: float, questions: int, effect: float = 1.0) -> float
 
 
 def auroc_half_width(area: float, positives: int, negatives: int, effect: float = 1.0) -> float:
-    """Half the width of the normal interval of an area under the ROC curve.
+    """Return half the width of the normal interval of an area under the ROC curve.
 
     Source: Hanley and McNeil, "The Meaning and Use of the Area under a Receiver Operating Characteristic (ROC) Curve",
     Radiology 1982.
@@ -60,7 +60,7 @@ def auroc_half_width(area: float, positives: int, negatives: int, effect: float 
 
 
 def detectable_difference(questions: int, changed: float, effect: float = 1.0, power: float = POWER) -> float:
-    """The smallest paired difference that a two-sided test at 5 % finds: ``(z_{α/2} + z_β) √(s / n)``.
+    """Return the smallest paired difference that a two-sided test at 5 % finds: ``(z_{α/2} + z_β) √(s / n)``.
 
     Args:
         questions: The number of questions that both sides answer, at least one.
@@ -72,7 +72,7 @@ def detectable_difference(questions: int, changed: float, effect: float = 1.0, p
 
 
 def shown_by(questions: int, groups: int, positives: int) -> str:
-    """What so many closed questions can show, in words.
+    """Say what so many closed questions can show.
 
     Args:
         questions: The number of closed questions, at least one.

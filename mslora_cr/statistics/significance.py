@@ -19,7 +19,7 @@ _SIGNS = (np.arange(256)[:, None] >> np.arange(8) & 1) * 2.0 - 1
 
 
 def flips_for(tests: int) -> int:
-    """The number of flips for a family of so many tests: `FLIPS`, or `FLIPS_PER_TEST` for each of them.
+    """Return the number of flips for a family of so many tests: `FLIPS`, or `FLIPS_PER_TEST` for each of them.
 
     A p-value from n flips is at least 1 / (n + 1), and Holm's method multiplies the smallest of m by m. With 1,000
     flips, none of 80 could be below 0.08; with 100 m flips it can be below 0.01.
@@ -28,7 +28,7 @@ def flips_for(tests: int) -> int:
 
 
 def flipped_means(differences: Scores, groups: Groups, flips: int, stream: int = 0) -> Scores:
-    """Mean differences after random sign flips: what would be observed if both systems answered equally well.
+    """Return mean differences after random sign flips: what would be observed if both systems answered equally well.
 
     All questions of a cluster keep one sign, since they are not independent. Eight clusters share a random byte and a
     table of the 256 sums that their signs can give, so that memory does not grow with clusters times flips.
@@ -52,7 +52,7 @@ def flipped_means(differences: Scores, groups: Groups, flips: int, stream: int =
 
 
 def p_value(seen: float, flipped: Scores) -> float:
-    """Two-sided p-value of the paired approximate randomization test, ``(1 + c) / (1 + flips)``.
+    """Return the two-sided p-value of the paired approximate randomization test, ``(1 + c) / (1 + flips)``.
 
     c counts the flips whose mean difference is at least as far from zero as the observed one. Sources: Yeh, "More
     Accurate Tests for the Statistical Significance of Result Differences", COLING 2000; for the ones, Phipson and
@@ -67,7 +67,7 @@ def p_value(seen: float, flipped: Scores) -> float:
 
 
 def flip_test(values: Sequence[float]) -> float:
-    """Two-sided p-value of the sign-flip test that paired differences of a few units, such as runs, are around zero.
+    """Return the two-sided p-value of the sign-flip test that paired differences of a few units are around zero.
 
     With up to `ALL_SIGNS` units every choice of signs is tried, the observed one included, so p is at least ``2 /
     2^n``. Source: Fisher, The Design of Experiments, 1935.
@@ -81,19 +81,23 @@ def flip_test(values: Sequence[float]) -> float:
 
 
 def t_test(total: Estimate) -> float:
-    """Two-sided p-value of Student's t test that a mean is zero. The values must not all be equal, since their spread
-    would be unknown."""
+    """Return the two-sided p-value of Student's t test that a mean is zero.
+
+    The values must not all be equal, since their spread would be unknown.
+    """
     return float(2 * stdtr(total.freedom, -abs(total.mean) / total.variance**0.5))
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p-value of the sign test without ties. Source: Dixon and Mood, "The Statistical Sign Test", JASA
-    1946."""
+    """Return the two-sided p-value of the sign test without ties.
+
+    Source: Dixon and Mood, "The Statistical Sign Test", JASA 1946.
+    """
     return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5))) if wins + losses else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number, in the given order: ``max_{j<=i} min(1, (m - j + 1) p_(j))``.
+    """Return p-values adjusted for their number, in the given order: ``max_{j<=i} min(1, (m - j + 1) p_(j))``.
 
     Source: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics 1979.
     """

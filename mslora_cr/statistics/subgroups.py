@@ -55,7 +55,7 @@ class Subgroups(NamedTuple):
 
 
 def banded(values: Sequence[str | int | float | None]) -> list[str | None]:
-    """Values as names of groups; numbers of more than `MOST_VALUES` kinds as bands of equally many patients."""
+    """Return values as names of groups; numbers of more than `MOST_VALUES` kinds as bands of equally many patients."""
     numbers = [value for value in values if isinstance(value, int | float)]
     if len(set(numbers)) <= MOST_VALUES or len(numbers) < sum(value is not None for value in values):
         return [None if value is None else str(value) for value in values]
@@ -66,7 +66,7 @@ def banded(values: Sequence[str | int | float | None]) -> list[str | None]:
 
 
 def subgroups(scores: Scores, patients: Groups, labels: Sequence[str]) -> Subgroups:
-    """Scores by label.
+    """Return scores by label.
 
     Args:
         scores: (questions,), in [0, 1].
@@ -141,7 +141,7 @@ class Association(NamedTuple):
 
 
 def cramers_v(first: Sequence[str], second: Sequence[str], groups: Groups) -> Association:
-    """Bias-corrected Cramér's V between two labellings, in [0, 1], with a percentile bootstrap over clusters.
+    """Return bias-corrected Cramér's V between two labellings, in [0, 1], with a percentile bootstrap over clusters.
 
     ``φ² = χ²/n - (k-1)(r-1)/(n-1)``, cut off at 0, divided by the smaller of the corrected numbers of rows and columns
     minus one. Source: Bergsma, "A Bias-Correction for Cramér's V and Tschuprow's T", Journal of the Korean Statistical

@@ -83,7 +83,7 @@ def _spread(values: Runs) -> dict[str, Any]:
 
 
 def _against(paired: Runs) -> dict[str, Any]:
-    """Paired differences of runs: mean, deviation, intervals and p-values.
+    """Return paired differences of runs: mean, deviation, intervals and p-values.
 
     `interval` and `p` are Student's t for other seeds of these orders: the variance is that about the orders' means, or
     about the mean of all if every order has one run. `orders_interval` treats the orders as a sample of orders:

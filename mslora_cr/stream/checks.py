@@ -117,7 +117,7 @@ def shared_facts(
     fields: dict[str, Any],
     model_digest: str,
 ) -> dict[str, Any]:
-    """Facts that must be equal on all ranks of a run."""
+    """Return the facts that must be equal on all ranks of a run."""
     return {
         "the configuration": config.training_digest(),
         "training.deepspeed": zero_stage(fields.get("deepspeed")),
@@ -173,7 +173,7 @@ def check_labels(config: StreamConfig, records: dict[str, TaskRecords]) -> None:
 
 
 def _label_messages(records: TaskRecords, counts: LearnedCounts, max_length: int) -> Iterator[str]:
-    """Messages about what is not learned."""
+    """Yield messages about what is not learned."""
 
     def share(indices: Sequence[int]) -> str:
         return f"{len(indices):,} of {counts.samples:,} training samples ({len(indices) / counts.samples:.1%})"

@@ -33,7 +33,7 @@ _SPELLINGS = ("finetune_lora_MSLoRA", "finetune_MSLoRA")
 
 
 def load_banks(folder: Path, config: StreamConfig) -> dict[str, Bank]:
-    """The banks of the configuration's tasks, by task, from a folder.
+    """Return the banks of the configuration's tasks, by task, from a folder.
 
     The folder is a published run, a folder of published runs (either spelling of the run's name), or a run folder of
     this project. The banks may end before the stream does.
@@ -67,7 +67,7 @@ def check_base(sources: Mapping[str, Path], config: StreamConfig, base: str) -> 
 
 
 def _trained_on(source: Path, name: str, config: StreamConfig) -> str | None:
-    """The digest of the base model that a stored bank was trained on; None if it is unknown."""
+    """Return the digest of the base model that a stored bank was trained on; None if it is unknown."""
     try:
         if (source / PUBLISHED_WEIGHTS).is_file():
             return read_object(source / "config.json").get(BASE_DIGEST)
@@ -98,7 +98,7 @@ def _trained_on(source: Path, name: str, config: StreamConfig) -> str | None:
 
 
 def _bank_folders(folder: Path, config: StreamConfig, whole: bool) -> dict[str, Path]:
-    """The folders of the banks, by task. With `whole`, the banks must start at the first task and have no gap."""
+    """Return the folders of the banks, by task. With `whole`, they must start at the first task and have no gap."""
     trained = method_of(config).trained(config)
     if not trained:
         raise BankError(f"{folder}: method {config.method} has no banks")
@@ -128,8 +128,9 @@ def _load(source: Path, name: str, config: StreamConfig) -> Bank:
 
 
 def _published_name(config: StreamConfig, task: Task) -> str:
-    """A task's folder in a published run: the names of the tasks learned by then, or only its own for independent
-    banks."""
+    """Return a task's folder in a published run: the names of the tasks learned by then, or only its own for
+    independent banks.
+    """
     members = config.stream[: task.index + 1] if builds_on_earlier(config) else [task]
     return "_".join(member.name for member in members)
 
@@ -234,7 +235,7 @@ def _check_usable(bank: Bank, source: Path, config: StreamConfig, shapes: Mappin
 
 
 def _is_there(bank: Bank, ledger: Ledger) -> bool:
-    """Whether the run has this very bank; refuse another bank of that task."""
+    """Return whether the run has this very bank; refuse another bank of that task."""
     if not ledger.done(bank.name):
         return False
     folder = ledger.bank_folder(bank.name)

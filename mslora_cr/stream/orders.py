@@ -27,8 +27,8 @@ def task_orders(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
 
 
 def latin_orders(tasks: Sequence[str]) -> list[tuple[str, ...]]:
-    """Orders in which every task stands equally often at every place, and directly behind every other task; the one
-    given is the first. An even number of tasks has as many orders, an odd number twice as many.
+    """Return orders in which every task stands equally often at every place, and directly behind every other task; the
+    one given is the first. An even number of tasks has as many orders, an odd number twice as many.
 
     Source: Williams, "Experimental Designs Balanced for the Estimation of Residual Effects of Treatments", Australian
     Journal of Scientific Research A 2, 1949.

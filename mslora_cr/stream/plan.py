@@ -33,7 +33,7 @@ class TaskPlan:
 
 
 def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
-    """The resolved plan of every task, and the number of parameters that a bank trains. No weights are loaded.
+    """Return the resolved plan of every task, and the number of parameters that a bank trains. No weights are loaded.
 
     Raises:
         ConfigError, DataError: As `train` would.
@@ -71,7 +71,7 @@ def plan(config: StreamConfig) -> tuple[list[TaskPlan], int]:
 
 
 def tasks_to_train(config: StreamConfig, only: Sequence[str] = ()) -> list[Task]:
-    """The tasks that get a bank, or those of them that are named, in the stream's order.
+    """Return the tasks that get a bank, or those of them that are named, in the stream's order.
 
     Raises:
         ConfigError: There is no task of a name, or the method gives it no bank.
@@ -85,17 +85,19 @@ def tasks_to_train(config: StreamConfig, only: Sequence[str] = ()) -> list[Task]
 
 
 def banks_needed(config: StreamConfig, task: Task) -> list[Task]:
-    """The tasks whose banks must exist before this one trains."""
+    """Return the tasks whose banks must exist before this one trains."""
     return frozen_tasks(config, task) or previous_task(config, task)
 
 
 def frozen_tasks(config: StreamConfig, task: Task) -> list[Task]:
-    """The earlier tasks whose banks are active and frozen while this one trains."""
+    """Return the earlier tasks whose banks are active and frozen while this one trains."""
     return config.stream[: task.index] if method_of(config).keeps_frozen_adapters else []
 
 
 def previous_task(config: StreamConfig, task: Task) -> list[Task]:
-    """The task from whose bank this one starts, if any: the one before it, or the site that it extends or reuses."""
+    """Return the task from whose bank this one starts, if any: the one before it, or the site that it extends or
+    reuses.
+    """
     method, earlier = method_of(config), config.stream[: task.index]
     if method.init_from_previous:
         return earlier[-1:]

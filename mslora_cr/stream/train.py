@@ -95,7 +95,7 @@ class StreamRun:
     force: bool
 
     def input_digests(self, task: Task) -> dict[str, str]:
-        """Digests of what decides the task's bank: a checkpoint inside the task is useless for another bank."""
+        """Return the digests of what decides the task's bank: checkpoints inside it are useless for another bank."""
         sources = method_of(self.config).sources(self.config, task)
         validation = self.validation_digest(task)
         return {
@@ -106,7 +106,7 @@ class StreamRun:
         } | ({"validation records": validation} if validation else {})
 
     def validation_digest(self, task: Task) -> str | None:
-        """The digest of a task's validation records, if they decide its bank."""
+        """Return the digest of a task's validation records, if they decide its bank."""
         if not self.config.validation_decides:
             return None
         return " ".join(self.validation[measured.name].digest for measured in validated_tasks(self.config, task))
@@ -259,7 +259,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
 def prepare_bank(
     run: StreamRun, task: Task, base: BaseModel, samples: ConcatTrainDataset, collator: Collate
 ) -> tuple[BankStack, Objective]:
-    """The base with its frozen banks and the task's initial bank, and the terms beside the cross entropy."""
+    """Return the base with its frozen banks and the task's initial bank, and the terms beside the cross entropy."""
     config, method = run.config, method_of(run.config)
     rank_and_alpha = config.lora.rank, config.lora.alpha
     setup = Setup(config, task, run.ledger, get_device(config.model.device))
@@ -296,8 +296,9 @@ def _say_where_it_starts(task: Task, trainer: BankTrainer, left: Sequence[Path])
 
 
 def task_data(run: StreamRun, task: Task, base: BaseModel) -> tuple[ConcatTrainDataset, ValidationSet | None]:
-    """The samples on which a task trains, and what it is measured on. With `data.cache_image_features`, their images'
-    features are cached first."""
+    """Return the samples on which a task trains, and what it is measured on. With `data.cache_image_features`, their
+    images' features are cached first.
+    """
     tower = cached_tower(run.config, base)
     processor = input_processor_of(run.config, base, tower)
     parts = [

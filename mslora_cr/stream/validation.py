@@ -22,7 +22,7 @@ from mslora_cr.training.validation import ValidationAnswer, ValidationSet
 
 
 def validated_tasks(config: StreamConfig, task: Task) -> list[Task]:
-    """The tasks whose records measure a task's training: its own, or all if it trains on all at once."""
+    """Return the tasks whose records measure a task's training: its own, or all if it trains on all at once."""
     method = method_of(config)
     return method.sources(config, task) if method.all_at_once else [task]
 
@@ -62,7 +62,7 @@ def read_validation(
 
 
 def _score_names(records: ValidationRecords) -> list[str]:
-    """The scores that questions of these kinds have."""
+    """Return the scores that questions of these kinds have."""
     scores = score_answers(ValidationAnswer("", record.gt, record.answer_type) for record in records.questions)
     return [*scores.metrics, *scores.added]
 
@@ -74,7 +74,7 @@ def validation_set(
     records: Mapping[str, ValidationRecords],
     processor: InputProcessor,
 ) -> ValidationSet | None:
-    """The validation data of a task; None if training does not validate."""
+    """Return the validation data of a task; None if training does not validate."""
     tasks = [measured for measured in validated_tasks(config, task) if measured.name in records]
     if not tasks:
         return None

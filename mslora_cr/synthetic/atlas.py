@@ -130,7 +130,7 @@ def atlas_texts() -> Iterator[str]:
 
 
 def atlas_digest(files: Sequence[AtlasFile]) -> str:
-    """SHA-256 of the labels, sizes and checksums of the pictures."""
+    """Return the SHA-256 of the labels, sizes and checksums of the pictures."""
     lines = (f"{one.kind} {one.label} {fingerprint(one.file)}\n" for one in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -34,7 +34,7 @@ _STANDARD = 1024  # Pictures from which the descriptors' means and deviations ar
 
 
 def describe_patches(pixels: Tensor, patch: int) -> Tensor:
-    """(pictures, patches, FEATURES) from (pictures, 3, side, side), for patches of `patch` × `patch` pixels."""
+    """Return (pictures, patches, FEATURES) from (pictures, 3, side, side), for patches of `patch` × `patch` pixels."""
     grey = pixels.mean(1, keepdim=True)
     padded = nn.functional.pad(grey, (1, 1, 1, 1), mode="replicate")
     across = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
@@ -82,7 +82,7 @@ def train_tower(base: LlavaMed, pixels: Tensor, seen: Sequence[Seen], classes: C
 
 
 def cropped(pixels: Tensor) -> Tensor:
-    """Random crops of the same size, turned by quarters, mirrored, and slightly tinted; torch's generator draws."""
+    """Return random crops of the same size, turned by quarters, mirrored, and slightly tinted, by torch's generator."""
     count = len(pixels)
     scale = torch.empty(count, 1, 1).uniform_(LEAST_SEEN, 1)
     shift = (torch.rand(count, 2, 1) * 2 - 1) * (1 - scale)
@@ -96,7 +96,9 @@ def cropped(pixels: Tensor) -> Tensor:
 
 
 def _hidden_states(tower: Any, layer: int, pixels: Tensor, hidden: Tensor) -> Tensor:
-    """(pictures, patches, width) at the layer that the projector reads, with a random share of the patches hidden."""
+    """Return (pictures, patches, width) at the layer that the projector reads, with a random share of the patches
+    hidden.
+    """
     embeddings = tower.embeddings
     tokens = embeddings(pixels)
     places = embeddings.position_embedding.weight

@@ -187,7 +187,9 @@ class TraitClassifiers(nn.Module):
         self._layers = nn.ModuleList([nn.Linear(width, len(values)) for _, _, values in self._traits])
 
     def targets(self, seen: Iterable[Seen]) -> Tensor:
-        """(pictures, traits) int64: the place of each value, IGNORE_INDEX where a picture does not have the trait."""
+        """Return (pictures, traits) int64: the place of each value, IGNORE_INDEX where a picture does not have the
+        trait.
+        """
         return torch.tensor(
             [
                 [

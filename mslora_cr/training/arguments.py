@@ -38,7 +38,7 @@ UNSET = ("", "0", "no", "none", "false")
 def training_arguments(
     config: StreamConfig, task: Task, fields: dict[str, Any], ordered: bool = False, epoch_steps: int = 1
 ) -> TrainingArguments:
-    """TrainingArguments of one task; starts the process group in a run of several processes.
+    """Return TrainingArguments of one task; start the process group in a run of several processes.
 
     Args:
         ordered: Whether the method orders all visits of samples itself, so that the Trainer takes them once, in that
@@ -146,7 +146,7 @@ def set_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter
 
 
 def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:
-    """Samples per process and micro-batch, and micro-batches per update, that give the task's global batch size.
+    """Return the samples per micro-batch of a process, and micro-batches per update, for the task's global batch size.
 
     `training.per_device_train_batch_size` is the most that a process may take at once.
 
@@ -166,7 +166,7 @@ def batch_shape(task: Task, fields: dict[str, Any]) -> tuple[int, int]:
 
 
 def steps_per_epoch(samples: int, order: Sequence[int] | None, task: Task, fields: dict[str, Any]) -> int:
-    """Optimizer steps of an epoch of a task.
+    """Return the optimizer steps of an epoch of a task.
 
     Args:
         order: All visits of its epochs, where the method orders them.
@@ -177,7 +177,7 @@ def steps_per_epoch(samples: int, order: Sequence[int] | None, task: Task, field
 
 
 def update_steps(records: int, epochs: float, per_device: int, accumulation: int) -> int:
-    """The optimizer steps of a task, as the Trainer counts them."""
+    """Return the optimizer steps of a task, as the Trainer counts them."""
     batches = math.ceil(records / (per_device * world_size()))
     return math.ceil(epochs * max(1, math.ceil(batches / accumulation)))
 

@@ -17,7 +17,7 @@ from mslora_cr.models.language import is_adapted
 
 
 def loss_mask(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions that predict a label, and the labels they predict.
+    """Return the positions that predict a label, and the labels they predict.
 
     Args:
         labels: (batch, length) int64, `IGNORE_INDEX` where there is none.
@@ -35,7 +35,7 @@ def loss_mask(labels: Tensor) -> tuple[Tensor, Tensor]:
 def layer_inputs(
     model: nn.Module, batch_of: Callable[[int], dict[str, Any]], count: int, samples: int, tokens: int, seed: int
 ) -> dict[str, Tensor]:
-    """Inputs of every linear layer that a bank adapts, in the current model, without dropout.
+    """Return the inputs of every linear layer that a bank adapts, in the current model, without dropout.
 
     The seed alone chooses samples and tokens, and ranks share the samples, so any number of processes gets the same
     columns. Under ZeRO-3 all ranks take part in each pass. Call it on every rank.

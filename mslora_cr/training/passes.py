@@ -62,7 +62,7 @@ class Passes:
         return self._samples.counts
 
     def layer_inputs(self, samples: int, tokens: int) -> dict[str, Tensor]:
-        """The inputs of each linear layer on the samples; see `training.inputs.layer_inputs`.
+        """Return the inputs of each linear layer on the samples; see `training.inputs.layer_inputs`.
 
         Args:
             samples: The most samples to take.
@@ -83,7 +83,7 @@ class Passes:
         return inputs
 
     def mean_over_samples(self, of: Callable[[Tensor], Tensor], samples: int, label: str) -> dict[Key, Tensor]:
-        """The mean of a function of single samples' gradients, on the CPU; ranks share the samples.
+        """Return the mean of a function of single samples' gradients, on the CPU; ranks share the samples.
 
         Args:
             of: Maps a matrix's gradient of one sample's cross entropy, summed over its answer's tokens, to a tensor.
@@ -104,7 +104,7 @@ class Passes:
         return {key: all_reduce_sum(values / count).cpu() for key, values in total.items()}
 
     def gradients_at(self, bank: Mapping[str, Pair], samples: int) -> dict[Key, Tensor]:
-        """The gradient of the mean cross entropy over answers' tokens at a bank, float32; the bank is not kept.
+        """Return the gradient of the mean cross entropy over answers' tokens at a bank, float32; the bank is not kept.
 
         Ranks do not share the samples: their sums would differ in rounding, and results derived from them much more.
 
@@ -129,7 +129,7 @@ class Passes:
 
     @torch.no_grad()
     def mean_loss(self, batch_size: int) -> float:
-        """The cross entropy over the answers' tokens of all samples, averaged; ranks share the samples.
+        """Return the cross entropy over the answers' tokens of all samples, averaged; ranks share the samples.
 
         Args:
             batch_size: Samples to compute at once.
@@ -147,20 +147,21 @@ class Passes:
         return loss_sum / max(count, 1)
 
     def weights(self) -> dict[str, Tensor]:
-        """Each linear layer's own weight, (out, in), with the banks merged into it."""
+        """Return each linear layer's own weight, (out, in), with the banks merged into it."""
         self._merge()
         return self._stack.weights()
 
     @contextmanager
     def summed_loss(self, indices: Sequence[int]) -> Iterator[Tensor]:
-        """The cross entropy of samples, summed over their answers' tokens. Its backward pass belongs inside the
-        block."""
+        """Yield the cross entropy of samples, summed over their answers' tokens. Its backward pass belongs inside the
+        block.
+        """
         with self._summed(indices) as (loss, _):
             yield loss
 
     @contextmanager
     def _summed(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
-        """The summed cross entropy, and the number of tokens."""
+        """Yield the summed cross entropy, and the number of tokens."""
         batch = self._batch(indices)
         keep, targets = loss_mask(batch.pop("labels"))
         with self._sparse_mlp.masked(keep) if self._sparse_mlp else nullcontext():
@@ -169,7 +170,7 @@ class Passes:
             yield nn.functional.cross_entropy(output.logits.float(), targets, reduction="sum"), len(targets)
 
     def gradients(self, loss: Tensor) -> dict[Key, Tensor]:
-        """The gradients of the trained matrices, float32; no parameter keeps them."""
+        """Return the gradients of the trained matrices, float32; no parameter keeps them."""
         learning = self._learning()
         gradients = torch.autograd.grad(loss, list(learning.values()))
         self._release()

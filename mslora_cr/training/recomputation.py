@@ -42,7 +42,7 @@ class Memory(NamedTuple):
 
 
 def layers_to_recompute(layers: int, memory: Memory, reserved: int) -> int:
-    """The fewest layers, of so many, with which everything fits in addition to `reserved` bytes."""
+    """Return the fewest layers, of so many, with which everything fits in addition to `reserved` bytes."""
     spare = memory.room - memory.peak - reserved
     return max(0, layers - max(0, spare // max(1, memory.layer)))
 

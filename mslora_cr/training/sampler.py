@@ -40,7 +40,7 @@ class SampleOrder:
         return len(self._samples if self._fixed is None else self._fixed)
 
     def of_epoch(self, epoch: int) -> Sequence[int]:
-        """Positions of the samples, the same on every rank."""
+        """Return positions of the samples, the same on every rank."""
         if self._fixed is not None:
             return self._fixed
         generator = torch.Generator().manual_seed(self._args.seed + epoch)
@@ -50,7 +50,7 @@ class SampleOrder:
         return torch.randperm(len(self._samples), generator=generator).tolist()
 
     def padding_if_shuffled(self) -> float:
-        """The share of padded positions in batches of a random order."""
+        """Return the share of padded positions in batches of a random order."""
         generator = torch.Generator().manual_seed(self._args.seed)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         return padding_share(self.lengths, in_batches(order, self._args.train_batch_size))

@@ -48,7 +48,7 @@ _READS_IF: dict[type[TrainerCallback], tuple[str, set[str]]] = {
 
 
 def reads_checkpoints(callbacks: Iterable[TrainerCallback]) -> bool:
-    """Whether a tracker reads a checkpoint as soon as it is saved, to upload it."""
+    """Return whether a tracker reads a checkpoint as soon as it is saved, to upload it."""
     for callback in callbacks:
         if type(callback).on_save is not TrainerCallback.on_save:
             name, values = _READS_IF.get(type(callback), ("", set()))
@@ -112,7 +112,7 @@ def _unreachable(url: str, body: object = None) -> str:
 
 
 def _in_netrc(host: str) -> bool:
-    """Whether `wandb login` has stored a key."""
+    """Return whether `wandb login` has stored a key."""
     file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     try:
         return netrc.netrc(str(file)).authenticators(host) is not None

@@ -155,7 +155,8 @@ class BankTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross entropy of labelled positions, the only ones that go through `lm_head`, and the method's distillation.
+        """Return the cross entropy of labelled positions, the only ones that go through `lm_head`, and the method's
+        distillation.
 
         Raises:
             NonFiniteLossError: Before anything has changed.
@@ -218,14 +219,14 @@ class BankTrainer(Trainer):
         return total
 
     def _penalized(self) -> AbstractContextManager[tuple[Tensor | None, Mapping[str, Tensor]]]:
-        """In the last micro-batch of an update, the penalty and its terms; nothing in the others."""
+        """Return the penalty and its terms in the last micro-batch of an update; nothing in the others."""
         if not self.accelerator.sync_gradients:
             return nullcontext((None, {}))
         where = f"{self.args.run_name}: the penalty at step {self.state.global_step + 1}"
         return self.objective.penalized(self._get_learning_rate(), where)
 
     def _decide_recomputation(self) -> None:
-        """Once, before the first step, from a pass over the longest samples; the same on every rank."""
+        """Decide once, before the first step, from a pass over the longest samples; the same on every rank."""
 
         def longest() -> AbstractContextManager[Tensor]:
             by_length = sorted(range(len(self.samples)), key=self.order.lengths.__getitem__)
@@ -262,7 +263,7 @@ class BankTrainer(Trainer):
         return better
 
     def stored_bank(self, name: str, metadata: dict[str, Any]) -> Bank:
-        """The bank to store: the best one where it is kept, else the latest. To be called on every rank."""
+        """Return the bank to store: the best one where it is kept, else the latest. To be called on every rank."""
         if self.best is not None:
             return self.stack.stored(replace(self.best.bank, name=name, metadata=metadata), self.best.extra_state)
         bank = self.stack.snapshot(name, *self.bank_shape, metadata, float32_value)
@@ -282,7 +283,7 @@ class BankTrainer(Trainer):
         return self.order.of_epoch(int(self.state.epoch or 0))
 
     def padding(self) -> dict[str, float]:
-        """The share of padded positions so far; where samples are grouped, what it would be in random order too."""
+        """Return the share of padded positions so far; where samples are grouped, that of random order too."""
         real, everything = self.accelerator.reduce(self._positions, "sum").tolist()
         shares = {"share": 1 - real / max(everything, 1)}
         return shares | ({"in_random_order": self.order.padding_if_shuffled()} if self.order.grouped else {})
@@ -295,7 +296,7 @@ class BankTrainer(Trainer):
         return time.monotonic() - self._started
 
     def mean_loss(self) -> float:
-        """The loss per update, averaged over all steps, those of earlier launches too, and over ranks."""
+        """Return the loss per update, averaged over all steps, those of earlier launches too, and over ranks."""
         return self.accelerator.reduce(self._loss_sum, "mean").item() / max(self.state.global_step, 1)
 
     def _log_term(self, name: str, value: Tensor) -> None:
@@ -313,7 +314,7 @@ class BankTrainer(Trainer):
     # --- saving: the trainable bank and nothing else, whole or not at all ---
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where the Trainer writes a checkpoint and its state: no argument sets that apart from the run's folder."""
+        """Return where the Trainer writes a checkpoint and its state: no argument separates it from the run's."""
         return str(Path(self.args.output_dir) / self._staging)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -56,7 +56,7 @@ class Validation:
         self._data, self._stack, self._passes = data, stack, passes
 
     def measure(self) -> dict[str, float]:
-        """`loss`, the mean cross entropy over the answers' tokens, and every score of `evaluate`, in percent.
+        """Return `loss`, the mean cross entropy over the answers' tokens, and every score of `evaluate`, in percent.
 
         The result is the same on every rank. The random state is restored, so that training continues as if nothing was
         measured.
@@ -70,7 +70,7 @@ class Validation:
         return dict(broadcast_object(measured))
 
     def _answers(self, questions: ConcatEvalDataset) -> list[ValidationAnswer]:
-        """The questions' answers, in order; ranks share the questions, or answer them together."""
+        """Return the questions' answers, in order; ranks share the questions, or answer them together."""
         processor, decoding = questions.input_processor, self._data.decoding
         decoder = decoder_of(
             processor,

@@ -19,7 +19,7 @@ class DataError(UserError):
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known word, or nothing."""
+    """Return `; did you mean 'x'?` for the nearest known word, or nothing."""
     close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 

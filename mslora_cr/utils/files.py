@@ -191,6 +191,6 @@ def _lives(pid: int) -> bool:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
     with check_regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,7 +19,8 @@ FEWEST_REUSES = 2
 
 
 def answer_kinds(questions: Sequence[str], answers: Sequence[str], closed: Sequence[bool]) -> list[AnswerKind]:
-    """The kind of each answer. A closed question's answer is a choice; the answers to any other question have one kind.
+    """Return the kind of each answer. A closed question's answer is a choice; the answers to any other question have
+    one kind.
 
     They are numbers if all of them are; sets if some have several labels between commas, semicolons or bars, each label
     is short, and labels recur; otherwise text.
@@ -37,7 +38,7 @@ def answer_kinds(questions: Sequence[str], answers: Sequence[str], closed: Seque
 
 
 def labels_of(answer: str) -> list[str]:
-    """The labels of a set, without their separators."""
+    """Return the labels of a set, without their separators."""
     return [label for label in _SEPARATORS.split(answer.strip(" .")) if label]
 
 

@@ -10,7 +10,7 @@ INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
 def lettered(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Options by their capital letters, in order: `["lung", "heart"]` becomes `{"A": "lung", "B": "heart"}`.
+    """Return options by their capital letters, in order: `["lung", "heart"]` becomes `{"A": "lung", "B": "heart"}`.
 
     Raises:
         ValueError: There are fewer than 2 or more than 26, or a mapping's keys are not the first letters in order.

@@ -84,7 +84,9 @@ def _marked(text: str) -> tuple[str, bool]:
 
 
 def _last_block(text: str, marks: re.Pattern[str]) -> tuple[str, bool]:
-    """Between the last opening and closing mark that belong together; without such a pair, behind the last opening."""
+    """Return what is between the last two marks that belong together; without such a pair, behind the last
+    opening.
+    """
     complete, opened = None, None
     for mark in marks.finditer(text):
         if mark[0][1] != "/" and "end" not in mark[0]:
@@ -97,7 +99,7 @@ def _last_block(text: str, marks: re.Pattern[str]) -> tuple[str, bool]:
 
 
 def _last_box(text: str) -> tuple[str, bool]:
-    r"""As `_last_block`, between the balanced braces of the `\boxed{…}` that is opened last."""
+    r"""Do as `_last_block`, between the balanced braces of the `\boxed{…}` that is opened last."""
     open_braces: list[int | None] = []
     complete, start = "", -1
     for brace in _BRACE.finditer(text):

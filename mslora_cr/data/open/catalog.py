@@ -33,13 +33,13 @@ class OpenSource(BaseModel):
 
 @cache
 def open_sources() -> dict[str, OpenSource]:
-    """The sources by name, in the order of the stream."""
+    """Return the sources by name, in the order of the stream."""
     entries = yaml.safe_load(Path(__file__).with_name("catalog.yaml").read_text(encoding="utf-8"))
     return {name: OpenSource(name=name, **entry) for name, entry in entries.items()}
 
 
 def chosen_sources(names: list[str] | None) -> list[OpenSource]:
-    """The sources of these names; all sources for no names.
+    """Return the sources of these names; all sources for no names.
 
     Raises:
         DataError: There is no such source; the message names the nearest one.

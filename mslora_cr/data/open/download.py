@@ -93,7 +93,7 @@ def download_open(
 
 
 def content_digest(source: OpenSource, sources: Sequence[Path], work: Path) -> str:
-    """SHA-256 of the ids and paths of the files that a source uses, as `content` in the catalogue.
+    """Return the SHA-256 of the ids and paths of the files that a source uses, as `content` in the catalogue.
 
     Args:
         work: A folder for archives inside archives.

@@ -37,7 +37,7 @@ class PreparedSet:
     test_rows_of_shared: int = 0
 
     def summary(self) -> dict[str, Any]:
-        """The content of `prepared.json`."""
+        """Return the content of `prepared.json`."""
         sides = {side: {"rows": self.rows[side], "images": self.images[side]} for side in ("train", "test")}
         shared = {"images": self.shared_images, "groups": self.shared_groups, "test_rows": self.test_rows_of_shared}
         return {**sides, "on_both_sides": shared}
@@ -93,14 +93,16 @@ def prepare_open(
 
 
 def wording(source: OpenSource, image: str, asked: Asked) -> str:
-    """A question in one of its wordings, always the same one for a picture: by the SHA-256 of its name and the kind."""
+    """Return a question in one of its wordings, always the same one for a picture: by the SHA-256 of its name and the
+    kind.
+    """
     choices = source.wordings[asked.kind]
     number = int(hashlib.sha256(f"{image} {asked.kind}".encode()).hexdigest()[:8], 16)
     return choices[number % len(choices)].format_map(asked.words)
 
 
 def on_test_side(source: str, group: str) -> bool:
-    """Whether a group is drawn for testing: the first 32 bits of the SHA-256 of `SOURCE/GROUP` as a fraction."""
+    """Return whether a group is drawn for testing: the first 32 bits of the SHA-256 of `SOURCE/GROUP` as a fraction."""
     return int(hashlib.sha256(f"{source}/{group}".encode()).hexdigest()[:8], 16) < TEST_SHARE * 2**32
 
 
@@ -109,8 +111,9 @@ def _has_side(picture: Labelled) -> bool:
 
 
 def _groups(pictures: Sequence[Labelled]) -> list[str]:
-    """The group of each picture: the one that the source names, or else the picture itself with its copies under other
-    names."""
+    """Return the group of each picture: the one that the source names, or else the picture itself with its copies under
+    other names.
+    """
     first: dict[tuple[object, ...], str] = {}
     return [picture.group or first.setdefault(fingerprint(picture.file), picture.name) for picture in pictures]
 
@@ -129,7 +132,7 @@ def _drawn(source: OpenSource, pictures: Sequence[Labelled], groups: Sequence[st
 
 
 def _sampled(rows: Iterator[Row], most: Mapping[str, int]) -> Iterator[Row]:
-    """At most so many rows of each side, in their order."""
+    """Yield at most so many rows of each side, in their order."""
     sides: dict[str, list[Row]] = {"train": [], "test": []}
     for row in rows:
         sides[row[0]].append(row)

@@ -41,14 +41,14 @@ MOST_ITEMS = 1_000
 
 
 def dataset_files(folder: Path) -> list[Path]:
-    """The files of a data set below a folder, without those that `map` and `filter` leave."""
+    """Return the files of a data set below a folder, without those that `map` and `filter` leave."""
     return [file for file in files_below(folder) if file.suffix in ENDINGS and not file.name.startswith("cache-")]
 
 
 def read_dataset_folder(
     folder: Path, columns: Columns, question: str | None, remark: Remark
 ) -> Iterator[Row | Problem]:
-    """The rows of a data set; names of files and folders tell the split.
+    """Yield the rows of a data set; names of files and folders tell the split.
 
     Raises:
         DataError: There is no such file, one cannot be read or lacks a column, or only some name a split.
@@ -74,7 +74,7 @@ def read_dataset_folder(
 
 
 def split_in(path: Path) -> str | None:
-    """The split that a path names, as `datasets` finds it: a word between `-`, `_`, `.`, spaces or folders."""
+    """Return the split that a path names, as `datasets` finds it: a word between `-`, `_`, `.`, spaces or folders."""
     words = path.as_posix().casefold()
     for mark in "-_. /":
         words = words.replace(mark, "\n")
@@ -121,7 +121,7 @@ def _check_count(file: Path, count: int) -> None:
 
 
 def _opened(file: Path) -> tuple[pyarrow.Schema, Any, int]:
-    """Schema, batches of some columns, and the number of rows if the file states it."""
+    """Return the schema, batches of some columns, and the number of rows if the file states it."""
     import pyarrow
     from pyarrow import ipc, parquet
 
@@ -147,7 +147,7 @@ def _opened(file: Path) -> tuple[pyarrow.Schema, Any, int]:
 
 
 def _largest_group(file: Path, metadata: Any, names: Sequence[str]) -> int:
-    """The bytes of the largest row group of some columns, unpacked."""
+    """Return the bytes of the largest row group of some columns, unpacked."""
     largest = 0
     with file.open("rb") as content, mmap(content.fileno(), 0, access=ACCESS_READ) as data:
         for number in range(metadata.num_row_groups):
@@ -164,7 +164,7 @@ def _largest_group(file: Path, metadata: Any, names: Sequence[str]) -> int:
 
 
 def _unpacked(data: mmap, part: Any) -> int:
-    """The bytes of a column chunk, unpacked: as the footer says, or more if its pages say so."""
+    """Return the bytes of a column chunk, unpacked: as the footer says, or more if its pages say so."""
     start = min(part.data_page_offset, part.dictionary_page_offset or part.data_page_offset)
     return max(part.total_uncompressed_size, unpacked_bytes(data, start, part.total_compressed_size))
 
@@ -181,8 +181,9 @@ def _check_type(file: Path, name: str, kind: Any) -> None:
 
 
 def _values(batch: pyarrow.RecordBatch, file: Path) -> Iterator[dict[str, Any] | str]:
-    """The rows of a batch; the reason where Python cannot represent a value (a date before year 1, bytes that are not
-    text)."""
+    """Yield the rows of a batch; the reason where Python cannot represent a value (a date before year 1, bytes that are
+    not text).
+    """
     largest = 0
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if (size := _largest(column)) > MAX_IMAGE_BYTES:
@@ -208,7 +209,7 @@ def _one(batch: pyarrow.RecordBatch) -> dict[str, Any] | str:
 
 
 def _largest(column: Any) -> int:
-    """The bytes of the largest text or picture of a column, lists counted by their items."""
+    """Return the bytes of the largest text or picture of a column, lists counted by their items."""
     from pyarrow import compute, types
 
     kind = column.type
@@ -225,7 +226,7 @@ def _largest(column: Any) -> int:
 
 
 def _whole_columns(file: Path, names: Sequence[str], schema: pyarrow.Schema) -> set[str]:
-    """Columns of floating point whose values are all whole: integers with gaps, which are written as 2.0."""
+    """Return columns of floating point whose values are all whole: integers with gaps, which are written as 2.0."""
     from pyarrow import types
 
     floats = [name for name in names if types.is_floating(schema.field(name).type)]
@@ -243,7 +244,7 @@ def _whole_columns(file: Path, names: Sequence[str], schema: pyarrow.Schema) -> 
 
 
 def _labels(file: Path, schema: pyarrow.Schema) -> dict[str, list[str]]:
-    """The names of classes for columns of class numbers, from the note that `datasets` leaves in the schema."""
+    """Return the names of classes for columns of class numbers, from the note that `datasets` leaves in the schema."""
     try:
         note = decode_json((schema.metadata or {}).get(b"huggingface", b"{}"))
     except JsonError as error:
@@ -260,7 +261,7 @@ def _labels(file: Path, schema: pyarrow.Schema) -> dict[str, list[str]]:
 
 
 def _worded(values: dict[str, Any], labels: Mapping[str, list[str]], whole: set[str]) -> dict[str, Any]:
-    """Class numbers as their names (-1, which means none, as nothing), and whole numbers as integers."""
+    """Return class numbers as their names (-1, which means none, as nothing), and whole numbers as integers."""
     for name, names in labels.items():
         number = values.get(name)
         if isinstance(number, int):

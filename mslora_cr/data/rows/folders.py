@@ -69,7 +69,7 @@ def read_class_folders(folder: Path, question: str | None) -> Iterator[Row | Pro
 
 
 def voc_files(folder: Path) -> list[Path]:
-    """PASCAL-VOC's annotation files below a folder."""
+    """Return PASCAL-VOC's annotation files below a folder."""
     return [path for path in files_below(folder) if path.suffix == ".xml" and _is_annotation(path)]
 
 
@@ -79,7 +79,7 @@ def _is_annotation(path: Path) -> bool:
 
 
 def read_voc(folder: Path) -> Iterator[Row | Problem]:
-    """Questions about the boxes of PASCAL-VOC files; `ImageSets/Main/*.txt` name the splits where there are any."""
+    """Yield questions about the boxes of PASCAL-VOC files; `ImageSets/Main/*.txt` name the splits if there are any."""
     splits, images = _image_sets(folder), _by_stem(folder)
     boxed: list[Boxed] = []
     for path in voc_files(folder):
@@ -146,7 +146,7 @@ def is_coco(content: Any) -> bool:
 
 
 def read_coco(path: Path) -> Iterator[Row | Problem]:
-    """Questions about the boxes of a COCO file; its name may tell the split.
+    """Yield questions about the boxes of a COCO file; its name may tell the split.
 
     Raises:
         DataError: It is no such file.

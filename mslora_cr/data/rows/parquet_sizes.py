@@ -18,7 +18,7 @@ MOST_VARINT = 10
 
 
 def unpacked_bytes(data: bytes | mmap, start: int, length: int) -> int:
-    """The bytes of a column chunk's pages once they are unpacked; what follows a damaged header does not count.
+    """Return the bytes of a column chunk's pages once they are unpacked; what follows a damaged header does not count.
 
     Args:
         data: The file, or a memory map of it.
@@ -44,7 +44,7 @@ class _Reader:
         self._data, self.position = data, position
 
     def fields(self, depth: int) -> Iterator[tuple[int, int]]:
-        """The fields of a structure with their numbers; 0 for those that are no integers.
+        """Yield the fields of a structure with their numbers; 0 for those that are no integers.
 
         Raises:
             IndexError, ValueError: The structure is damaged, or nested too deeply.

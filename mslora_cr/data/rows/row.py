@@ -151,7 +151,7 @@ def _column(path: Path, names: Sequence[str], name: str, key: str) -> str:
 
 
 def _lettered_columns(names: Sequence[str]) -> tuple[str, ...]:
-    """Columns A, B, C, … with one option each, as in VLMEvalKit's tables; none unless there are at least two."""
+    """Return columns A, B, C, … with one option each, as in VLMEvalKit's tables; none unless there are at least two."""
     letters = []
     for letter in LETTERS:
         if letter not in names:

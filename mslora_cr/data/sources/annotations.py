@@ -108,7 +108,7 @@ def _write_validation(path: Path, text: str) -> None:
 def _write(
     rows: Iterator[Row], train: Path, test: Path, validation: list[str], unavailable: Collection[str]
 ) -> Counter[str]:
-    """A record a line, written as the rows come; the few of validation are collected."""
+    """Write a record a line as the rows come; the few of validation are collected."""
     counts: Counter[str] = Counter()
     with train.open("w", encoding="utf-8") as train_file, test.open("w", encoding="utf-8") as test_file:
         for row in rows:
@@ -150,7 +150,7 @@ def _test_record(row: Row) -> dict[str, Any]:
 
 
 def _optional_fields(row: Row) -> dict[str, Any]:
-    """Patient and attributes, as far as the release gives them."""
+    """Return the patient and attributes, as far as the release gives them."""
     patient = {"patient": row.patient} if row.patient else {}
     return {**patient, **({"attributes": dict(row.attributes)} if row.attributes else {})}
 
@@ -229,7 +229,7 @@ def _slake_vqarad(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
 
 
 def _vqa_rad(raw: RawData) -> Iterator[tuple[Split, _VqaRadRow]]:
-    """VQA-RAD's rows with their side, from its own file or the two of github.com/Awenbocc/med-vqa."""
+    """Yield VQA-RAD's rows with their side, from its own file or the two of github.com/Awenbocc/med-vqa."""
     if raw.named("trainset.json"):
         for split in SPLITS:
             for row in _rows(raw.find(f"data/{split}set.json", f"{split}set.json"), _VqaRadRow):
@@ -315,7 +315,7 @@ _BUILDERS: dict[str, Callable[[RawData, Mapping[str, str]], Iterator[Row]]] = {
 
 
 def _split_by_hash(key: str) -> Split:
-    """A fifth of all keys are test keys, the same ones whatever else is in the table."""
+    """Take a fifth of all keys as test keys, the same ones whatever else is in the table."""
     return "test" if hashlib.sha256(key.encode()).digest()[0] < 256 / 5 else "train"
 
 
@@ -380,7 +380,7 @@ def _text(file: RawFile) -> str:
 
 
 def _table(file: RawFile, columns: tuple[str, ...], more: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
-    """Rows of a table, with the columns that are needed, and others where there are any."""
+    """Yield rows of a table, with the columns that are needed, and others where there are any."""
     lines = table_lines(io.StringIO(_text(file), newline=""), Path(file.path), ",", lambda remark: None)
     names = list(next(lines).fields)
     if lacking := [column for column in columns if column not in names]:

@@ -269,7 +269,7 @@ def _placed(rows: Iterable[Row | Problem], placer: ImagePlacer, converted: Conve
 
 
 def _whole_numbers(placed: list[Placed], converted: Converted) -> list[Placed]:
-    """Rows whose answers are all whole numbers written as 2.0, as in a table with gaps, with 2 instead."""
+    """Return rows whose answers are all whole numbers written as 2.0, as in a table with gaps, with 2 instead."""
     if not placed or not all(WHOLE.fullmatch(row.turns[1][1]) for row, _ in placed):
         return placed
     converted.remark("all answers are whole numbers written as 2.0; they are kept as 2")
@@ -393,6 +393,6 @@ def _one_or_all(names: list[str]) -> str | list[str]:
 
 
 def _optional_fields(row: Row) -> dict[str, Any]:
-    """Patient and attributes, if they are known, for training and testing."""
+    """Return the patient and attributes, if they are known, for training and testing."""
     patient = {"patient": row.group} if row.group else {}
     return {**patient, **({"attributes": dict(row.attributes)} if row.attributes else {})}

@@ -19,7 +19,7 @@ CONVERTED = "convert.json"
 
 
 def data_card(folder: Path, name: str, training: TrainingRecords, test: TestRecords) -> DataCard:
-    """The card of a data set whose files are open.
+    """Return the card of a data set whose files are open.
 
     Args:
         folder: The data set's folder.
@@ -54,7 +54,7 @@ def data_card(folder: Path, name: str, training: TrainingRecords, test: TestReco
 
 
 def _open_source(folder: Path) -> OpenSource | None:
-    """The open stream's source from which `data prepare open` made a data set; None for any other."""
+    """Return the open stream's source from which `data prepare open` made a data set; None for any other."""
     try:
         repository = read_object(folder / PREPARED).get("repository")
     except JsonError:

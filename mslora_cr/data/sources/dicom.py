@@ -45,7 +45,9 @@ SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", 
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is named as DICOM, or begins like one: files of a hospital's archive often have no extension."""
+    """Return whether a file is named as DICOM, or begins like one: files of a hospital's archive often have no
+    extension.
+    """
     try:
         return path.suffix.lower() in (".dcm", ".dicom") or begins_as_dicom(check_regular(path))
     except OSError:
@@ -53,7 +55,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def dicom_frames(path: Path, frame: int | None, rendering: Rendering, note: Note) -> Iterator[Frame]:
-    """The frames of a DICOM file.
+    """Yield the frames of a DICOM file.
 
     Args:
         frame: As in `chosen_frames`.
@@ -85,7 +87,7 @@ def dicom_frames(path: Path, frame: int | None, rendering: Rendering, note: Note
 
 
 def _header(path: Path) -> Dataset:
-    """Everything except the pixels, after a check that the file can contain as many as it claims."""
+    """Read everything except the pixels, after a check that the file can contain as many as it claims."""
     import pydicom
 
     try:
@@ -118,7 +120,7 @@ def _is_deflated(path: Path) -> bool:
 
 
 def _size(path: Path) -> int:
-    """The bytes of a file, inflated where its transfer syntax is deflated."""
+    """Return the bytes of a file, inflated where its transfer syntax is deflated."""
     from pydicom.filereader import read_file_meta_info
 
     if not _is_deflated(path):
@@ -137,7 +139,7 @@ def _size(path: Path) -> int:
 
 
 def _of_frame(header: Dataset, number: int) -> Dataset:
-    """The header with one frame's functional groups at the top: its own before the shared ones."""
+    """Return the header with one frame's functional groups at the top: its own before the shared ones."""
     from pydicom import Dataset
 
     shared, per_frame = header.get("SharedFunctionalGroupsSequence"), header.get("PerFrameFunctionalGroupsSequence")
@@ -159,7 +161,7 @@ def _of_frame(header: Dataset, number: int) -> Dataset:
 
 
 def _spacing(header: Dataset) -> tuple[float, float]:
-    """Vertical and horizontal size of a pixel; (1, 1) if the file does not say, or says 0."""
+    """Return the vertical and horizontal size of a pixel; (1, 1) if the file does not say, or says 0."""
     for key in SPACINGS:
         value = header.get(key)
         if value is not None and len(value) == 2 and min(map(float, value)) > 0:
@@ -168,7 +170,7 @@ def _spacing(header: Dataset) -> tuple[float, float]:
 
 
 def _to_display(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels:
-    """A frame as a screen shows it, in [0, 1]: (rows, columns), or (rows, columns, 3) in colour."""
+    """Return a frame as a screen shows it, in [0, 1]: (rows, columns), or (rows, columns, 3) in colour."""
     interpretation = header.PhotometricInterpretation
     if rendering.ct_windows:
         return _tomogram(header, values, rendering)
@@ -188,7 +190,7 @@ def _to_display(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels
 
 
 def _tomogram(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels:
-    """A CT frame under three windows, with padding drawn like air: black."""
+    """Return a CT frame under three windows, with padding drawn like air: black."""
     if header.get("Modality") != "CT" or values.ndim != 2:
         raise DataError(f"its modality is {header.get('Modality')!r}; windows in Hounsfield units are only for CT")
     stored, padding = _stored(header, values)
@@ -197,13 +199,13 @@ def _tomogram(header: Dataset, values: Pixels, rendering: Rendering) -> Pixels:
 
 
 def _wrapped(values: Pixels, bits: int, signed: bool) -> Pixels:
-    """Integers of which `bits` bits are kept, read with or without a sign."""
+    """Return integers of which `bits` bits are kept, read with or without a sign."""
     stored_bits = values.astype(np.int64) & ((1 << bits) - 1)
     return stored_bits - ((stored_bits >> (bits - 1)) << bits) if signed else stored_bits
 
 
 def _stored(header: Dataset, values: Pixels) -> tuple[Pixels, Pixels]:
-    """The stored values without the bits above or below them (overlays of old files), and where padding is.
+    """Return the stored values without the bits above or below them (overlays of old files), and where padding is.
 
     Padding: PS3.3, C.7.5.1.1.2. A padding value that does not fit into the stored bits is that of the whole cell.
 
@@ -233,7 +235,7 @@ def _between(values: Pixels, bounds: Pixels) -> Pixels:
 
 
 def _rescaled(header: Dataset, stored: Pixels) -> Pixels:
-    """Stored values in the units of the modality. Slope and intercept may each be missing."""
+    """Return stored values in the units of the modality. Slope and intercept may each be missing."""
     from pydicom.pixels import apply_modality_lut
 
     if header.get("ModalityLUTSequence"):
@@ -245,7 +247,9 @@ def _rescaled(header: Dataset, stored: Pixels) -> Pixels:
 
 
 def _grey(header: Dataset, stored: Pixels, padding: Pixels, rendering: Rendering) -> Pixels:
-    """Stored values, rescaled and under a window or table; otherwise stretched over their range without the padding."""
+    """Return stored values, rescaled and under a window or table; otherwise stretched over their range without the
+    padding.
+    """
     from pydicom.pixels import apply_voi
 
     values = _rescaled(header, stored)
@@ -264,7 +268,7 @@ def _grey(header: Dataset, stored: Pixels, padding: Pixels, rendering: Rendering
 
 
 def _window(header: Dataset) -> tuple[float, float] | None:
-    """The file's first window that has a width; further ones are alternatives."""
+    """Return the file's first window that has a width; further ones are alternatives."""
     settings = [
         np.atleast_1d(header[key].value).astype(float)
         for key in ("WindowCenter", "WindowWidth")
@@ -276,7 +280,7 @@ def _window(header: Dataset) -> tuple[float, float] | None:
 
 
 def _colour(header: Dataset, values: Pixels) -> Pixels:
-    """RGB, which pydicom has made of YBR, as a share of what the stored bits can hold."""
+    """Return RGB, which pydicom has made of YBR, as a share of what the stored bits can hold."""
     if values.shape[2] != 3:
         raise DataError(f"it has {values.shape[2]} samples a pixel; expected 1, or 3 of colour")
     bits = min(int(header.get("BitsStored") or 8 * values.dtype.itemsize), 8 * values.dtype.itemsize)
@@ -284,7 +288,7 @@ def _colour(header: Dataset, values: Pixels) -> Pixels:
 
 
 def _palette(header: Dataset, stored: Pixels) -> Pixels:
-    """Colours of a palette. Entries of 8 bits may be stored in 16 with an empty high byte: PS3.3, C.7.6.3.1.5."""
+    """Return the colours of a palette. 8 bits may be stored in 16 with an empty high byte: PS3.3, C.7.6.3.1.5."""
     entries = int(header.RedPaletteColorLookupTableDescriptor[0]) or 1 << 16
     first = int(header.RedPaletteColorLookupTableDescriptor[1])
     table = np.stack([_channel(header, colour, entries) for colour in ("Red", "Green", "Blue")], -1)
@@ -293,7 +297,7 @@ def _palette(header: Dataset, stored: Pixels) -> Pixels:
 
 
 def _channel(header: Dataset, colour: str, entries: int) -> Pixels:
-    """One colour's entries, in a type that holds them."""
+    """Return one colour's entries, in a type that holds them."""
     from pydicom.pixels import apply_color_lut
 
     data = header.get(f"{colour}PaletteColorLookupTableData")

@@ -47,7 +47,7 @@ class Leaks(BaseModel):
         return bool(self.images or self.contents or self.patients)
 
     def sentence(self) -> str:
-        """The warning for readers of scores."""
+        """Return the warning for readers of scores."""
         parts = ((self.images, "images"), (self.contents or 0, "copied images"), (self.patients, "patients"))
         shared = ", ".join(f"{count:,} {what}" for count, what in parts if count)
         return (
@@ -65,8 +65,9 @@ def remember(folder: Path, leaks: Leaks) -> None:
 
 
 def remembered(folder: Path, digest: str) -> Leaks | None:
-    """The stored overlap for the training or test file of this digest; None if the data were not checked, or the files
-    have changed."""
+    """Return the stored overlap for the training or test file of this digest; None if the data were not checked, or the
+    files have changed.
+    """
     try:
         leaks = Leaks.model_validate(read_object(folder / LEAKS))
     except (JsonError, ValidationError):

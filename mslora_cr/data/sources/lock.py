@@ -21,7 +21,7 @@ MOST_NAMED = 3
 
 
 def locked_files(lock: Path, name: str) -> dict[str, Any] | None:
-    """An asset's entry, `{"revision": commit, "files": {name: {"size": …, "sha256": …}}}`; None if it has none.
+    """Return an asset's entry, `{"revision": commit, "files": {name: {"size": …, "sha256": …}}}`; None if it has none.
 
     Raises:
         DataError: The file is not a lock file.

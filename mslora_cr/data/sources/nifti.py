@@ -34,7 +34,7 @@ def is_nifti(path: Path) -> bool:
 
 
 def nifti_slices(path: Path, frame: int | None, rendering: Rendering, note: Note) -> Iterator[Frame]:
-    """Axial slices from the feet up, as radiologists see them: the patient's right on the left, front at the top.
+    """Yield axial slices from the feet up, as radiologists see them: the patient's right on the left, front at the top.
 
     Args:
         frame: As in `chosen_frames`.
@@ -67,7 +67,9 @@ def _drawn(cut: Pixels, rendering: Rendering, low: float, high: float) -> Pixels
 
 
 def _volume(path: Path) -> tuple[Pixels, tuple[float, float], tuple[float, float] | None]:
-    """Voxels (right, front, up), or (right, front, up, 3) in colour; their size; the file's own range if it has one."""
+    """Return voxels (right, front, up), or (right, front, up, 3) in colour; their size; the file's own range if it has
+    one.
+    """
     import nibabel
 
     try:

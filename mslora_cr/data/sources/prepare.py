@@ -131,7 +131,7 @@ def _uses(folder: Path) -> Iterator[tuple[str, tuple[str, ...], str]]:
 
 
 def _targets(names: Iterable[str], dataset: DataSet, data_root: Path) -> dict[str, Path]:
-    """Where each image goes that is not in place yet. Names count from the data set's folder, or from the
+    """Return where each image goes that is not in place yet. Names count from the data set's folder, or from the
     data root if they start with that folder."""
     roots = image_roots(data_root, dataset.folder, dataset.image_folders)
     targets = {}

@@ -110,7 +110,7 @@ def _page(image: Image.Image, rendering: Rendering, note: Note) -> Pixels:
 
 
 def _deep(image: Image.Image, rendering: Rendering, note: Note) -> Pixels:
-    """Greys of more than 8 bits, under the window or between their percentiles."""
+    """Return greys of more than 8 bits, under the window or between their percentiles."""
     negative = _is_negative(image)
     values = np.asarray(ImageOps.exif_transpose(image)).astype(np.float64)
     if rendering.window:

@@ -372,6 +372,6 @@ def _is_zip(path: Path) -> bool:
 
 
 def _is_clutter(name: str) -> bool:
-    """Files that macOS leaves in archives."""
+    """Return whether a file is one that macOS leaves in archives."""
     parts = PurePosixPath(name).parts
     return not parts or "__MACOSX" in parts or parts[-1].startswith(("._", ".DS_Store"))

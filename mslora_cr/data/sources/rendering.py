@@ -55,7 +55,7 @@ class Rendering:
 
 
 def in_colours(values: Pixels, windows: Sequence[Window]) -> Pixels:
-    """Greys under three windows, as (rows, columns, 3) in [0, 1].
+    """Return greys under three windows, as (rows, columns, 3) in [0, 1].
 
     Args:
         values: (rows, columns), in Hounsfield units.
@@ -65,7 +65,7 @@ def in_colours(values: Pixels, windows: Sequence[Window]) -> Pixels:
 
 
 def windowed(values: Pixels, center: float, width: float, function: str = "LINEAR") -> Pixels:
-    """Values under a window, in [0, 1].
+    """Return values under a window, in [0, 1].
 
     Source: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3, for the functions LINEAR, LINEAR_EXACT and SIGMOID.
 
@@ -84,7 +84,7 @@ def windowed(values: Pixels, center: float, width: float, function: str = "LINEA
 
 
 def stretched(values: Pixels, low: float, high: float) -> Pixels:
-    """Values in [0, 1], `low` black and `high` white."""
+    """Return values in [0, 1], `low` black and `high` white."""
     return np.clip((values.astype(np.float64) - low) / max(high - low, EPSILON), 0, 1)
 
 
@@ -120,7 +120,7 @@ def chosen_frames(count: int, frame: int | None, rendering: Rendering, path: Pat
 
 
 def squared(values: Pixels, vertical: float, horizontal: float, note: Note) -> Pixels:
-    """Values of a picture with square pixels: the axis of the longer side of a pixel is enlarged.
+    """Return values of a picture with square pixels: the axis of the longer side of a pixel is enlarged.
 
     Args:
         values: (rows, columns) or (rows, columns, 3), in [0, 1].
