@@ -148,7 +148,7 @@ def _check(tokenizer: PreTrainedTokenizerFast, base: LlavaMed, image: str) -> No
 
 
 def _from_sentencepiece(file: Path) -> FastTokenizer:
-    """Return merges for transformers' BPE. SentencePiece merges the pair of the piece with the highest score, so merges are
+    """Return merges for a BPE. SentencePiece merges the pair of the piece with the highest score, so merges are
     ranked by score."""
     pieces = SentencePieceProcessor(model_file=str(file))
     vocabulary = {pieces.id_to_piece(number): number for number in range(len(pieces))}
