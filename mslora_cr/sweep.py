@@ -256,9 +256,9 @@ def _outcome(run: SweepRun) -> dict[str, Any]:
     """Return the figures of a finished run, by metric."""
     evaluation, ledger = read_evaluation(run.results), read_ledger(run.config.run_dir)
     assert evaluation is not None, f"{run.name} is not evaluated"
-    found = {key: evaluation.matrix(metric) for key, metric in MATRICES.items()}
+    matrices = {key: evaluation.matrix(metric) for key, metric in MATRICES.items()}
     figures = {}
-    for key, matrix in (found | class_matrices(evaluation, run.results)).items():
+    for key, matrix in (matrices | class_matrices(evaluation, run.results)).items():
         if matrix is not None:
             final = {task: matrix.scores.get((task, matrix.last)) for task in matrix.tasks}
             figures[key] = {**matrix.summary(), "final": final}

@@ -150,8 +150,8 @@ def _by_class(path: Path, table: ScoreTable) -> dict[str, Column]:
 
 def _chances(path: Path, names: Sequence[str], closed: np.ndarray, answers: int) -> np.ndarray | None:
     """Return (closed questions, classes), the probability of each class; None where one is not known."""
-    known = probabilities_of(path, answers)
-    chances = [known[index] for index in closed] if known else []
+    probabilities = probabilities_of(path, answers)
+    chances = [probabilities[index] for index in closed] if probabilities else []
     if not chances or not all(chances):
         return None
     by_class = [{class_of(text, {}): p for text, p in (one or {}).items()} for one in chances]

@@ -34,6 +34,6 @@ def class_matrices(evaluation: Evaluation, results_dir: Path) -> dict[str, TaskS
                 values.setdefault(name, {})[cell.key] = 100 * found.value
     matrices = {}
     for name in (name for name in CLASS_FIGURES if name in values):
-        tasks = tuple(task for task in evaluation.tasks if any(task == known for known, _ in values[name]))
+        tasks = tuple(task for task in evaluation.tasks if any(task == scored for scored, _ in values[name]))
         matrices[name] = TaskStageMatrix(evaluation.tasks, tasks, values[name])
     return matrices

@@ -65,8 +65,8 @@ def compare(
     for title in titles:
         pairs = {label: _pairs(answered[baseline], answered[label], common[label], title) for label in others}
         lowest = LOWEST.get(title, 0.0)
-        found = [label for label in others if pairs[label]]
-        tests = [test for label in found for test in _tests(baseline, label, pairs[label], flips, lowest)]
+        paired = [label for label in others if pairs[label]]
+        tests = [test for label in paired for test in _tests(baseline, label, pairs[label], flips, lowest)]
         if tests:
             metrics[title] = _adjusted_by_family(list(map(_without_counts, tests)) if title in PSEUDO else tests)
     if not metrics:
@@ -123,8 +123,8 @@ def _pairs(baseline: Answered, run: Answered, tasks: Sequence[str], title: str) 
             columns: list[Column] = [side.column(name) for side in sides]
             if metric == title and all(len(column.scores) for column in columns):
                 banks, scores = (sides[0].banks, sides[1].banks), (columns[0].scores, columns[1].scores)
-                place = f"{task}: {of_class}" if of_class else task
-                pairs.append(_Pair(place, banks, scores, coarsest([column.groups for column in columns])))
+                row = f"{task}: {of_class}" if of_class else task
+                pairs.append(_Pair(row, banks, scores, coarsest([column.groups for column in columns])))
     return pairs
 
 

@@ -245,8 +245,8 @@ def _to_check(target: Path, overrides: Sequence[str], only: Sequence[str]) -> _T
             log.warning("%s: modality %r is not in the catalogue; did you mean %r?", task.name, task.modality, close)
         published = config.datasets[task.name].published
         rows = catalog()[published].test_rows if published in catalog() else None
-        places = (task.name, task.folder, tuple(task.image_folders))
-        configured.append(OwnDataSet(*places, rows, task.train, task.test, task.benchmark, task.references))
+        folders = (task.name, task.folder, tuple(task.image_folders))
+        configured.append(OwnDataSet(*folders, rows, task.train, task.test, task.benchmark, task.references))
     datasets = [dataset for dataset in configured if not only or dataset.name in only]
     return _ToCheck(Path(config.data.root), datasets, config.data.max_length, config.data.images == "all")
 

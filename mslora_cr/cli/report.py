@@ -86,18 +86,18 @@ def _compare(args: argparse.Namespace) -> int:
     if len(args.runs) < 2:
         raise UserError("compare needs at least two runs, the baseline first")
     with ExitStack() as stack:
-        return _compare_places([_place(target, stack) for target in args.runs], args)
+        return _compare_runs([_given_run(target, stack) for target in args.runs], args)
 
 
-def _compare_places(places: Sequence[_Place], args: argparse.Namespace) -> int:
+def _compare_runs(compared: Sequence[_Compared], args: argparse.Namespace) -> int:
     from mslora_cr.analysis.compare import compare, render_comparison
     from mslora_cr.reporting.capacity import rendered_ranks
 
-    folders = [place.results for place in places]
-    labels = _labels([place.given for place in places])
+    folders = [one.results for one in compared]
+    labels = _labels([one.given for one in compared])
     comparison = compare(dict(zip(labels, folders, strict=True)), args.at)
     print(render_comparison(comparison))
-    runs = [(label, place.run, place.results) for label, place in zip(labels, places, strict=True)]
+    runs = [(label, one.run, one.results) for label, one in zip(labels, compared, strict=True)]
     if ranks := rendered_ranks(runs):
         print(ranks)
     if args.output:
@@ -184,7 +184,7 @@ def _analyze(args: argparse.Namespace) -> int:
     return 0
 
 
-class _Place(NamedTuple):
+class _Compared(NamedTuple):
     """What a run to compare is read from.
 
     Attributes:
@@ -198,7 +198,7 @@ class _Place(NamedTuple):
     results: Path
 
 
-def _place(target: Path, stack: ExitStack) -> _Place:
+def _given_run(target: Path, stack: ExitStack) -> _Compared:
     """Return a run, given by its configuration, its run folder, its results folder, a folder of answer files alone, or
     an archive, which is unpacked until the stack is left.
     """
@@ -209,11 +209,11 @@ def _place(target: Path, stack: ExitStack) -> _Place:
         from mslora_cr.reporting.submission import open_submission
 
         folder = open_submission(target, Path(stack.enter_context(TemporaryDirectory(prefix="mslora-cr-"))))
-        return _Place(target.with_suffix(""), folder, folder)
+        return _Compared(target.with_suffix(""), folder, folder)
     if (target / EVALUATION).is_file() or has_answers(target):
-        return _Place(target, None, target)
+        return _Compared(target, None, target)
     config = run_config(target)
-    return _Place(config.results_run_dir, config.run_dir, config.results_run_dir)
+    return _Compared(config.results_run_dir, config.run_dir, config.results_run_dir)
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

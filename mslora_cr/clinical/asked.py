@@ -59,7 +59,7 @@ def asked_answers(
         probabilities: The probability of each candidate, by question.
     """
     by_answer = probabilities or [None] * len(answers)
-    known: Sequence[TestRecord | None] = records or [None] * len(answers)
+    asked: Sequence[TestRecord | None] = records or [None] * len(answers)
     kinds = answer_kinds([one[0] for one in answers], [one[2] for one in answers], [one[3] for one in answers])
     return [
         AskedAnswer(
@@ -73,7 +73,7 @@ def asked_answers(
             {} if record is None else record.attributes,
         )
         for (question, answer, truth, closed), record, kind, chances in zip(
-            answers, known, kinds, by_answer, strict=True
+            answers, asked, kinds, by_answer, strict=True
         )
     ]
 
@@ -82,10 +82,10 @@ def _final(truths: Sequence[str]) -> tuple[str, ...]:
     return tuple(final_answer(truth).text for truth in truths)
 
 
-def _kind(record: TestRecord | None, found: AnswerKind, truth: str) -> AnswerKind:
+def _kind(record: TestRecord | None, seen: AnswerKind, truth: str) -> AnswerKind:
     if record is not None and record.answer_kind is not None:
         return record.answer_kind
-    return "number" if found == "text" and is_count(truth) else found
+    return "number" if seen == "text" and is_count(truth) else seen
 
 
 def typed_columns(asked: Sequence[AskedAnswer]) -> dict[str, list[float | None]]:

@@ -50,14 +50,14 @@ class CalibratedTask(Part):
         Raises:
             UserError: There are too few questions for such a bound.
         """
-        found = risk_threshold(np.array(self.confidence), np.array(self.right, dtype=np.float64), risk)
-        if found is None:
+        threshold = risk_threshold(np.array(self.confidence), np.array(self.right, dtype=np.float64), risk)
+        if threshold is None:
             count = len(self.right)
             raise UserError(
                 f"{self.task}: validation questions of {count} patients or images promise no risk below "
                 f"{1 / (count + 1):.3f}; ask for a larger --risk, or validate on more"
             )
-        return found
+        return threshold
 
 
 class Calibrations(StateFile):
@@ -75,8 +75,8 @@ class Calibrations(StateFile):
 def calibrated(results_dir: Path, task: str, banks: Sequence[str]) -> CalibratedTask | None:
     """Return what `calibration.json` of a results folder says of the banks with these digests; None where it does not
     know them."""
-    found = Calibrations.read_if_there(results_dir / CALIBRATION)
-    return found.of(task, banks) if found else None
+    stored = Calibrations.read_if_there(results_dir / CALIBRATION)
+    return stored.of(task, banks) if stored else None
 
 
 def calibrate(
@@ -120,8 +120,8 @@ def _temperature(asked: Sequence[AskedAnswer]) -> float | None:
     for one in asked:
         classes = [class_of(text, one.options) for text in one.probabilities or ()]
         accepted = [class_of(truth, one.options) for truth in one.truths]
-        places = [place for place, name in enumerate(classes) if name in accepted]
-        if one.probabilities and places:
+        columns = [column for column, name in enumerate(classes) if name in accepted]
+        if one.probabilities and columns:
             scores.append(np.log(np.maximum(list(one.probabilities.values()), 1e-300)))
-            truths.append(places[0])
+            truths.append(columns[0])
     return fitted_temperature(scores, truths) if len(scores) >= FEWEST else None

@@ -32,8 +32,8 @@ def candidate_answers(records: Iterable[TestRecord], training: Frequencies | Non
     for record in asked:
         if record.answer_type == "CLOSED":
             truths[question_key(record.text)][final_answer(record.gt).text] += 1
-    known = training or {}
-    sets = {key: _closed_set(known[key]) if known.get(key) else _yes_and_no(truths[key]) for key in truths}
+    by_question = training or {}
+    sets = {key: _closed_set(by_question[key]) if by_question.get(key) else _yes_and_no(truths[key]) for key in truths}
     return [
         _offered(record) or (sets[question_key(record.text)] if record.answer_type == "CLOSED" else ())
         for record in asked

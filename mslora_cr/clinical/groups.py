@@ -29,8 +29,8 @@ def by_attribute(chosen: Sequence[AskedAnswer], groups: Groups) -> dict[str, Att
             truths = [normalize_answer(chosen[index].truths[0].lower()) for index in labelled]
             scored = subgroups(right[labelled], groups[labelled], values)
             association = cramers_v(values, truths, groups[labelled])
-            known = [chosen[index] for index in labelled]
-            alone, shortcut = _alone(known, values, right[labelled], groups[labelled])
+            labelled_records = [chosen[index] for index in labelled]
+            alone, shortcut = _alone(labelled_records, values, right[labelled], groups[labelled])
             guesses = {value: float(alone[[label == value for label in values]].mean()) for value in scored.groups}
             measured[name] = AttributeMeasured(
                 groups={value: _group(group, guesses[value]) for value, group in scored.groups.items()},

@@ -168,8 +168,8 @@ class ChatTemplateInputs:
         ]
         bos = self.processor.tokenizer.bos_token_id
         added = int(bos is not None and text["input_ids"][:1] != [bos] == list(ids[:1]))  # by the processor itself
-        found = aligned(text["input_ids"], ids[added:], self._image_id)
-        moved = {position: added + place for position, place in found}
+        pairs = aligned(text["input_ids"], ids[added:], self._image_id)
+        moved = {position: added + moved_to for position, moved_to in pairs}
         learned = [moved[position] for position, answer in enumerate(inside) if answer and position in moved]
         if len(learned) != sum(inside):
             raise ValueError(
@@ -311,7 +311,7 @@ class ChatTemplateInputs:
         owners = (self.processor, self.processor.tokenizer)
         # Where a processor has both, templates write the placeholder.
         named = ((owner, name) for name in ("image_placeholder_token", "image_token") for owner in owners)
-        token = next((found for owner, name in named if (found := getattr(owner, name, None))), None)
+        token = next((value for owner, name in named if (value := getattr(owner, name, None))), None)
         if token is None:
             raise ValueError(f"{type(self.processor).__name__} names no token that stands for an image")
         return str(token)

@@ -132,13 +132,13 @@ def _references(path: Path, benchmark: Benchmark) -> dict[str, list[str]]:
     """Return further true answers: for TextVQA by question ID, for captions by the number of the question, from 1."""
     try:
         content = decode_json(check_regular(path).read_bytes())
-        found: dict[str, list[str]] = defaultdict(list)
+        references: dict[str, list[str]] = defaultdict(list)
         if benchmark == "captions":
             for entry in content["annotations"]:
-                found[str(entry["image_id"])].append(_text(entry["caption"]))
+                references[str(entry["image_id"])].append(_text(entry["caption"]))
         else:
             for entry in content["data"]:
-                found[str(entry["question_id"])] += map(_text, entry["answers"])
+                references[str(entry["question_id"])] += map(_text, entry["answers"])
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (JsonError, KeyError, TypeError) as error:
@@ -146,7 +146,7 @@ def _references(path: Path, benchmark: Benchmark) -> dict[str, list[str]]:
             "TextVQA's annotations (`data` with `question_id` and `answers`)"
         )  # fmt: skip
         raise DataError(f"{path}: expected {layout}: {error}") from None
-    return dict(found)
+    return dict(references)
 
 
 def _text(value: Any) -> str:

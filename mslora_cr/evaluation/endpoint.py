@@ -86,8 +86,9 @@ def evaluate_endpoint(
                 asker = _Asker(config, endpoint, chat, task, records[task.name], origin, blank)
                 folder = target.folder / task.name
                 stamp = answer_once(folder, asker.origin, len(asker.records), partial(asker.answer, folder))
-                training, known = task_frequencies(config, task), calibrated(target.folder, task.name, [asker.model])
-                temperature = known.temperature if known else None
+                training = task_frequencies(config, task)
+                calibration = calibrated(target.folder, task.name, [asker.model])
+                temperature = calibration.temperature if calibration else None
                 scores = score_file(folder / ANSWERS, folder, asker.records, training=training, temperature=temperature)
                 rows.append(cell_row(task, stage, [asker.model], folder, target.folder, stamp, asker.records, scores))
                 warn_of_doubts(rows[-1], config.evaluation.max_new_tokens)

@@ -130,13 +130,13 @@ def answer_cell(
     if rank() != 0:
         return None
     if folder not in scored:
-        found = calibrated(session.config.results_run_dir, cell.task.name, [bank.digest for bank in banks])
+        calibration = calibrated(session.config.results_run_dir, cell.task.name, [bank.digest for bank in banks])
         scored[folder] = score_file(
             folder / ANSWERS,
             folder,
             records,
             training=task_frequencies(session.config, cell.task),
-            temperature=found.temperature if found else None,
+            temperature=calibration.temperature if calibration else None,
             model=Path(session.config.model.path),
         )
     names, root = [bank.name for bank in banks], session.config.results_run_dir

@@ -155,9 +155,9 @@ def evaluate_calibration(
     folder = evaluating(ON_VALIDATION).parent
     path = folder.parent / CALIBRATION
     if rank() == 0:
-        found = read_evaluation(folder)
-        assert found is not None, "it was just written"
-        Calibrations(cells=tuple(_calibrated(config, cell, folder, digests) for cell in found.cells)).write(path)
+        evaluation = read_evaluation(folder)
+        assert evaluation is not None, "it was just written"
+        Calibrations(cells=tuple(_calibrated(config, cell, folder, digests) for cell in evaluation.cells)).write(path)
     barrier()
     return path
 
@@ -165,12 +165,12 @@ def evaluate_calibration(
 def _calibrated(config: StreamConfig, cell: Cell, folder: Path, digests: Mapping[str, str]) -> CalibratedTask:
     records = ON_VALIDATION.records(ON_VALIDATION.config(config), config.task(cell.task))
     answers = folder / cell.answers
-    known = read_probabilities(answers.with_name(PROBABILITIES))
+    probabilities = read_probabilities(answers.with_name(PROBABILITIES))
     return calibrate(
         cell.task,
         cell.stage,
         [digests.get(name, name) for name in cell.banks],
         asked_in(answers, records),
-        [one.logprob for one in known] or [None] * len(records),
+        [one.logprob for one in probabilities] or [None] * len(records),
         group_numbers([group for _, group in question_groups(records)]),
     )

@@ -183,13 +183,13 @@ class _Routed:
         digests = [bank.digest for bank in self.banks[:stage]]
         rows = {}
         for task in tasks:
-            known = calibrated(root, task.name, digests)
+            calibration = calibrated(root, task.name, digests)
             scores = score_file(
                 folders[task.name] / ANSWERS,
                 folders[task.name],
                 self._records[task.name],
                 training=task_frequencies(self.config, task),
-                temperature=known.temperature if known else None,
+                temperature=calibration.temperature if calibration else None,
                 model=Path(self.config.model.path),
             )
             rows[task.name, stage] = cell_row(

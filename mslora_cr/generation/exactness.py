@@ -63,10 +63,10 @@ def exact_decoder(
 
 def _tried(model: Any, inputs: ChatTemplateInputs, mixed: QuestionBanks | None) -> type[ModelPrefixDecoder] | None:
     candidates = (ModelPrefixDecoder, CopyingDecoder) if caches_keys_alone(model) else (CopyingDecoder,)
-    found = next((kind for kind in candidates if _is_exact(kind, model, inputs, mixed)), None)
-    if found is None:
+    exact = next((kind for kind in candidates if _is_exact(kind, model, inputs, mixed)), None)
+    if exact is None:
         log.warning("%s answers whole prompts: it cannot continue exactly from openings", type(model).__name__)
-    return found
+    return exact
 
 
 def _is_exact(

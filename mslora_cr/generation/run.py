@@ -102,12 +102,12 @@ def waves_of_rank(
         banks: Tells the banks of a question from those of another; by default all have the same.
     """
     prompts, together = decoder.prompts, decoder.stopping.together
-    ranks, own = (1, 0) if together else (world_size(), rank())
+    ranks, this_rank = (1, 0) if together else (world_size(), rank())
     limits = decoding.limits(prompts)
     groups = grouped(prompts, questions, banks, most=max(1, -(-len(questions) // ranks)))
     fit = decoder.positions_that_fit() or limits.positions
     fitting = replace(limits, positions=min(limits.positions, *(all_gather_object(fit) if together else [fit])))
-    share = shared_out(groups, ranks, limits.new_tokens)[own]
+    share = shared_out(groups, ranks, limits.new_tokens)[this_rank]
     return in_waves(share, prompts, fitting, *([decoder.mixed.projector] if decoder.mixed is not None else []))
 
 
@@ -145,8 +145,8 @@ def scored_once(
     texts = [[tuple(tokens) for tokens in several] for several in wanted]
     once = [list(dict.fromkeys(several)) for several in texts]
     scores = decoder.log_probabilities(openings, batch, once)
-    known = [dict(zip(*pair, strict=True)) for pair in zip(once, scores, strict=True)]
-    return [[of[tokens] for tokens in several] for of, several in zip(known, texts, strict=True)]
+    by_pair = [dict(zip(*pair, strict=True)) for pair in zip(once, scores, strict=True)]
+    return [[of[tokens] for tokens in several] for of, several in zip(by_pair, texts, strict=True)]
 
 
 class _Inputs(Dataset[Any]):

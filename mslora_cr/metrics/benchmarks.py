@@ -84,7 +84,7 @@ def _letter_corrected(answer: BenchmarkAnswer) -> float:
     if re.fullmatch(rf"\(?([{LETTERS}])[).:]*", text, re.IGNORECASE):
         return float(text.strip("().:").upper() == answer.truth)
     opening = re.match(rf"\(?([{LETTERS}])[).:]", text)
-    letters = {opening[1]} if opening else {found[1] or found[2] for found in _MARKED.finditer(text)}
+    letters = {opening[1]} if opening else {match[1] or match[2] for match in _MARKED.finditer(text)}
     return float(letters == {answer.truth})
 
 

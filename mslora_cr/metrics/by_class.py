@@ -50,7 +50,7 @@ def class_columns(table: Confusion, chances: Scores | None) -> dict[str, Column]
         chances: (questions, classes), the probability of each class; None if it is unknown.
     """
     counts = np.bincount(table.truth, minlength=len(table.names))
-    enough = [place for place in range(len(table.names)) if counts[place] >= FEWEST]
+    enough = [index for index in range(len(table.names)) if counts[index] >= FEWEST]
     each = {} if table.has_positive else _with_enough_images(_of_each(table, enough), table)
     if np.count_nonzero(counts) < 2 or len(enough) < np.count_nonzero(counts):
         return each if np.count_nonzero(counts) > 1 else {}
@@ -82,22 +82,22 @@ def _of_two(table: Confusion) -> dict[str, Column]:
 def _of_each(table: Confusion, classes: Sequence[int]) -> dict[str, Column]:
     """Recall and precision of each class."""
     columns = {}
-    for place in classes:
-        columns[f"{RECALL}: {table.names[place]}"] = _recall(table, place)
-        if (precision := _precision(table, place)) is not None:
-            columns[f"{PRECISION}: {table.names[place]}"] = precision
+    for index in classes:
+        columns[f"{RECALL}: {table.names[index]}"] = _recall(table, index)
+        if (precision := _precision(table, index)) is not None:
+            columns[f"{PRECISION}: {table.names[index]}"] = precision
     return columns
 
 
-def _recall(table: Confusion, place: int) -> Column:
-    where = table.truth == place
+def _recall(table: Confusion, index: int) -> Column:
+    where = table.truth == index
     return Column(table.right[where], np.unique(table.groups[where], return_inverse=True)[1])
 
 
-def _precision(table: Confusion, place: int) -> Column | None:
+def _precision(table: Confusion, index: int) -> Column | None:
     """Return the share of answers of a class that is right, as pseudo-values of a ratio over all questions; None if no
     answer says the class."""
-    said = (table.said == place).astype(np.float64)
+    said = (table.said == index).astype(np.float64)
     if not said.any():
         return None
     value = float(table.right[said > 0].mean())
@@ -114,8 +114,8 @@ def balanced_scores(truth: Classes, right: Scores) -> Scores:
         truth: (questions,), the place of the true class.
         right: (questions,), 1 where the true class was said, else 0.
     """
-    classes, place, counts = np.unique(truth, return_inverse=True, return_counts=True)
-    return right * len(truth) / (len(classes) * counts[place])
+    classes, indices, counts = np.unique(truth, return_inverse=True, return_counts=True)
+    return right * len(truth) / (len(classes) * counts[indices])
 
 
 def area_scores(truth: Classes, chances: Scores) -> Scores | None:
@@ -161,11 +161,11 @@ def _precisions(positive: NDArray[np.bool_], scores: Scores) -> Scores:
     """With P the precision and N the number of answers from a score on, and m positive questions, the average precision
     is the mean of P over positive questions. Question j moves it by ``y_j (P_j - AP)/m + Σ (y_j - P_i)/(m N_i)``, where
     the sum is over the positive questions i that do not score higher."""
-    levels, place = np.unique(-scores, return_inverse=True)
-    positives = np.bincount(place, positive, len(levels))
-    answers = np.cumsum(np.bincount(place, minlength=len(levels)))
+    levels, level_of = np.unique(-scores, return_inverse=True)
+    positives = np.bincount(level_of, positive, len(levels))
+    answers = np.cumsum(np.bincount(level_of, minlength=len(levels)))
     precision, count = np.cumsum(positives) / answers, positives.sum()
     value = float((positives * precision).sum() / count)
     behind = np.cumsum((positives / answers)[::-1])[::-1], np.cumsum((positives * precision / answers)[::-1])[::-1]
-    at_itself = positive * (precision[place] - value)
-    return value + len(scores) / count * (at_itself + positive * behind[0][place] - behind[1][place])
+    at_itself = positive * (precision[level_of] - value)
+    return value + len(scores) / count * (at_itself + positive * behind[0][level_of] - behind[1][level_of])

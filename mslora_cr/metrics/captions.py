@@ -56,11 +56,11 @@ def caption_columns(
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    found = shutil.which("java") is not None
-    if java and not found:
+    has_java = shutil.which("java") is not None
+    if java and not has_java:
         raise UserError("METEOR and the tokenizer of captions are Java programs; install Java")
     if java is None:
-        java = found
+        java = has_java
         if not java:
             log.warning("there is no Java: METEOR is left out and NLTK cuts the words; that is not the published score")
     said, true = _tokens([[answer] for answer in answers], java), _tokens(references, java)
@@ -103,8 +103,8 @@ def _bleu(said: Tokens, true: Tokens) -> dict[str, Scores]:
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
     scorer = BleuScorer(n=4)
-    for place in said:
-        scorer += (said[place][0], true[place])
+    for number in said:
+        scorer += (said[number][0], true[number])
     values, _ = scorer.compute_score(option="closest")
     counts = scorer.ctest
     lengths = np.array([of["testlen"] for of in counts], dtype=np.float64)

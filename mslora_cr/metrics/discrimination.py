@@ -93,14 +93,14 @@ def average_precision(positive: NDArray[np.bool_], scores: Scores, groups: Group
     rests = [part != number for number in range(parts)]
     if not all(positive[rest].any() for rest in rests):
         return Measured(value=value, interval=None)
-    place = np.unique(-scores, return_inverse=True)[1]
-    without = np.array([_average_precision(positive[rest], place[rest]) for rest in rests])
+    level_of = np.unique(-scores, return_inverse=True)[1]
+    without = np.array([_average_precision(positive[rest], level_of[rest]) for rest in rests])
     error = float(((parts - 1) / parts * np.square(without - without.mean()).sum()) ** 0.5)
     return Measured(value=value, interval=logit_interval(value, error, (0.0, 1.0), min(parts, with_yes) - 1))
 
 
-def _average_precision(positive: NDArray[np.bool_], place: NDArray[np.int64]) -> float:
+def _average_precision(positive: NDArray[np.bool_], level_of: NDArray[np.int64]) -> float:
     """As scikit-learn's, which takes a hundred times as long, by the place of each question's score from the highest
     down."""
-    answers, positives = np.cumsum(np.bincount(place)), np.bincount(place, positive)
+    answers, positives = np.cumsum(np.bincount(level_of)), np.bincount(level_of, positive)
     return float((positives / np.maximum(answers, 1) * np.cumsum(positives)).sum() / positives.sum())

@@ -61,18 +61,18 @@ def described(path: Path, parameters: int, rank: int = RANK) -> dict[str, Any]:
     Raises:
         ModelError: The folder contains no base model.
     """
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     if family_of(path).own_template:
         model, processor = empty_model_of(path), load_processor(path)
         check_model(path, model)
         check_processor(path, processor, end_ids(model, processor))
-        found = {"not_adapted": experts} if (experts := fused_experts(model)) else {}
-        found |= {"template_date": date} if (date := template_date(processor)) else {}
+        facts = {"not_adapted": experts} if (experts := fused_experts(model)) else {}
+        facts |= {"template_date": date} if (date := template_date(processor)) else {}
     shapes = language_linear_shapes(path)
     trained = rank * sum(rows + columns for rows, columns in shapes.values())
     return {
         "adapted": _by_kind(shapes),
-        **found,
+        **facts,
         "bank": {"rank": rank, "parameters": trained},
         "positions": positions(path),
         "memory": {"gpus": GPUS, "GB": memory_by_stage(parameters, trained, GPUS)},

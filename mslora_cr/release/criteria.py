@@ -53,9 +53,11 @@ def _calibration_test(plan: Plan, folder: Path, cell: Cell, level: float, record
     chosen = [index for index, one in enumerate(asked) if one.closed and one.kind == "choice" and one.probabilities]
     if not chosen:
         return None
-    known = [(asked[index], asked[index].probabilities or {}) for index in chosen]
-    confidence = np.array([max(chances.values()) for _, chances in known])
-    right = right_of([one for one, _ in known], [max(chances, key=lambda text: chances[text]) for _, chances in known])
+    scored = [(asked[index], asked[index].probabilities or {}) for index in chosen]
+    confidence = np.array([max(chances.values()) for _, chances in scored])
+    right = right_of(
+        [one for one, _ in scored], [max(chances, key=lambda text: chances[text]) for _, chances in scored]
+    )
     groups = np.unique(read_scores(path.with_name(SCORES)).groups[chosen], return_inverse=True)[1]
     count = int(groups.max()) + 1
     error = expected_calibration_error(confidence, right)

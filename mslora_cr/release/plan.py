@@ -123,9 +123,9 @@ class Plan(_Section):
             (f"tasks.{name}", rule) for name, rule in self.tasks.items()
         ]
         rules += [(f"subgroups.{name}", rule) for name, rule in self.subgroups.items()]
-        for place, rule in rules:
+        for key, rule in rules:
             if rule.level is not None and rule.level > self.level:
-                raise ValueError(f"{place}.level: {rule.level} is above the plan's level {self.level}")
+                raise ValueError(f"{key}.level: {rule.level} is above the plan's level {self.level}")
         return self
 
     def margin_of(self, task: str) -> float:

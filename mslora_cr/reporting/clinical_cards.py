@@ -81,11 +81,11 @@ def _changes(learned: Cell, last: Cell, results_dir: Path, records: Sequence[Tes
         return {}
     difference = columns[1] - columns[0]
     scored = ~np.isnan(difference)
-    attributes = [record.attributes for record, known in zip(records, scored, strict=True) if known]
-    found = changes_by_group(attributes, difference[scored], after.groups[scored])
+    attributes = [record.attributes for record, is_scored in zip(records, scored, strict=True) if is_scored]
+    by_group = changes_by_group(attributes, difference[scored], after.groups[scored])
     return {
         name: {value: f"{points:+.1f}{bracketed(change.ends)}" for value, (points, change) in groups.items()}
-        for name, groups in found.items()
+        for name, groups in by_group.items()
     }
 
 

@@ -246,10 +246,10 @@ def subgroup_dots(attributes: Mapping[str, AttributeMeasured]) -> str | None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 0.6 + 0.26 * len(rows)), layout="constrained")
         ax = figure.subplots()
-        for place, (_, score, _) in enumerate(rows):
+        for row, (_, score, _) in enumerate(rows):
             if score.interval is not None:
-                ax.plot([100 * end for end in score.interval], [place, place], color=PALETTE[0], linewidth=1)
-            ax.plot([100 * score.value], [place], ".", color=PALETTE[0], markersize=8)
+                ax.plot([100 * end for end in score.interval], [row, row], color=PALETTE[0], linewidth=1)
+            ax.plot([100 * score.value], [row], ".", color=PALETTE[0], markersize=8)
         ax.set_yticks(range(len(rows)), [f"{name} ({questions})" for name, _, questions in rows])
         ax.set(xlabel="right, %", xlim=(-2, 102))
         ax.grid(axis="x", alpha=0.15, color=INK)

@@ -81,8 +81,8 @@ def write_report(
     with one_writer(results_dir):
         context = _context(run, load_published_scores(published_scores), config) | _answers(run, config)
         leaks = _leaks(run, config)
-        shown = shown_to_do(last_cells(run.evaluation), results_dir, leaks) if run.evaluation else []
-        context |= {"leaks": sentences(leaks), "shown_tasks": shown, "doubts": _doubts(run, config)}
+        boxes = shown_to_do(last_cells(run.evaluation), results_dir, leaks) if run.evaluation else []
+        context |= {"leaks": sentences(leaks), "shown_tasks": boxes, "doubts": _doubts(run, config)}
         for name in ("report.html", "report.md"):
             render(name, results_dir / name, context)
     return results_dir / "report.html"

@@ -80,11 +80,15 @@ def _against_guessing(closed: ClosedMeasured | None) -> str:
 
 
 def _calibration(closed: ClosedMeasured | None) -> str:
-    found = closed.calibration if closed else None
-    if found is None:
+    calibration = closed.calibration if closed else None
+    if calibration is None:
         return UNKNOWN
-    scaled = "" if found.scaled_error is None else f", {100 * found.scaled_error:.1f} % at the fitted temperature"
-    return f"{100 * found.expected_error:.1f} %{scaled}"
+    scaled = (
+        ""
+        if calibration.scaled_error is None
+        else f", {100 * calibration.scaled_error:.1f} % at the fitted temperature"
+    )
+    return f"{100 * calibration.expected_error:.1f} %{scaled}"
 
 
 def _measured_on(cell: Cell, answers: Path) -> str:

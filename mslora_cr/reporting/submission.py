@@ -225,8 +225,8 @@ def _write_anonymous(scores: Path, target: Path) -> None:
     writer = csv.writer(text)
     writer.writerow(header)
     for row, group in zip(rows, groups, strict=True):
-        known = {**dict(zip(header, row, strict=True)), "image": "", "group": f"group {group}"}
-        writer.writerow(known[name] for name in header)
+        anonymous = {**dict(zip(header, row, strict=True)), "image": "", "group": f"group {group}"}
+        writer.writerow(anonymous[name] for name in header)
     write_text(target, text.getvalue())
 
 

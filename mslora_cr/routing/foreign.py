@@ -86,5 +86,5 @@ def foreign_p_values(tasks: Sequence[TaskStatistics], features: Tensor) -> Tenso
     known.
     """
     values = [task_p_values(task, features) for task in tasks]
-    known = [p for p in values if p is not None]
-    return torch.stack(known).amax(0) if known and len(known) == len(values) else None
+    p_values = [p for p in values if p is not None]
+    return torch.stack(p_values).amax(0) if p_values and len(p_values) == len(values) else None

@@ -63,16 +63,16 @@ class ForeignQuestions:
     def _of_part(self, part: str, tasks: Sequence[Task]) -> dict[str, Tensor]:
         """Return (questions, learned tasks) by the name of the questions' task; empty where one is not known."""
         values = {task.name: self._p_values(part, task) for task in tasks}
-        known = {name: p for name, p in values.items() if p is not None}
-        return known if len(known) == len(values) else {}
+        by_task = {name: p for name, p in values.items() if p is not None}
+        return by_task if len(by_task) == len(values) else {}
 
     def _p_values(self, part: str, task: Task) -> Tensor | None:
         key = part, task.name
         if key not in self._known:
             features = self._features_of(task)
             values = [task_p_values(of, features, part, self._columns[part]) for of in self._statistics]
-            known = [p for p in values if p is not None]
-            self._known[key] = torch.stack(known, dim=1) if len(known) == len(values) else None
+            p_values = [p for p in values if p is not None]
+            self._known[key] = torch.stack(p_values, dim=1) if len(p_values) == len(values) else None
         return self._known[key]
 
 

@@ -244,13 +244,13 @@ class AnsweringModel:
         from mslora_cr.clinical.calibrated import CALIBRATION, calibrated  # needs SciPy, of the extra eval
 
         digests = [self.run.banks[name].digest for name in names if name in self.run.banks]
-        found = calibrated(self.config.results_run_dir, task, digests) if task else None
-        if found is None:
+        calibration = calibrated(self.config.results_run_dir, task, digests) if task else None
+        if calibration is None:
             raise UserError(
                 f"no validation questions say which answers of {task or 'the base model'} keep a risk of {risk}: run "
                 f"`mslora-cr evaluate` with --calibrate for this stage ({self.config.results_run_dir / CALIBRATION})"
             )
-        return found.threshold(risk)
+        return calibration.threshold(risk)
 
     def _asked(self, question: str, history: Sequence[Exchange], images: Any) -> tuple[list[int], dict[str, Tensor]]:
         turns = [turn for asked, answered in history for turn in (Message("human", asked), Message("gpt", answered))]

@@ -34,7 +34,7 @@ def latin_orders(tasks: Sequence[str]) -> list[tuple[str, ...]]:
     Journal of Scientific Research A 2, 1949.
     """
     count = len(tasks)
-    zigzag = [-(-place // 2) if place % 2 else (count - place // 2) % count for place in range(count)]
+    zigzag = [-(-index // 2) if index % 2 else (count - index // 2) % count for index in range(count)]
     names = dict(zip(zigzag, tasks, strict=True))
     rows = [tuple(names[(number + shift) % count] for number in zigzag) for shift in range(count)]
     return rows if count % 2 == 0 or count == 1 else [*rows, *(row[::-1] for row in rows)]

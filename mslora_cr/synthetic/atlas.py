@@ -106,14 +106,14 @@ def atlas_files(raw: RawData) -> list[AtlasFile]:
         DataError: A set is not there; the message names its repository.
     """
     cells = {match[1]: file for match, file in _fitting(raw, r"Label/(\d+)\.txt")}
-    found: list[AtlasFile] = []
+    files: list[AtlasFile] = []
     for kind, pattern in _FILES.items():
         of_kind = [AtlasFile(kind, match[1], file, cells.get(match[1])) for match, file in _fitting(raw, pattern)]
         if not of_kind:
             where = f"github.com/{REPOSITORIES[kind]}"
             raise DataError(f"no {kind} pictures in the raw download, as {where} has them; clone it")
-        found += [one for one in of_kind if one.cells or kind != "smear"]
-    return found
+        files += [one for one in of_kind if one.cells or kind != "smear"]
+    return files
 
 
 def _fitting(raw: RawData, pattern: str) -> list[tuple[re.Match[str], RawFile]]:
@@ -201,9 +201,9 @@ def _looks(album: Tensor, kinds: Sequence[str]) -> list[Traits]:
     for name, values in (("light", light), ("texture", texture)):
         thirds[name] = [""] * len(kinds)
         for kind in set(kinds):
-            places = [index for index, other in enumerate(kinds) if other == kind]
-            bounds = torch.quantile(values[places], torch.tensor([1 / 3, 2 / 3]))
-            for index in places:
+            indices = [index for index, other in enumerate(kinds) if other == kind]
+            bounds = torch.quantile(values[indices], torch.tensor([1 / 3, 2 / 3]))
+            for index in indices:
                 thirds[name][index] = ("low", "middle", "high")[int((values[index] > bounds).sum())]
     colours = ["red" if value > COLOURED else "blue" if value < -COLOURED else "grey" for value in red.tolist()]
     return [

@@ -41,8 +41,8 @@ def describe_patches(pixels: Tensor, patch: int) -> Tensor:
     down = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
     strength = (across.square() + down.square()).sqrt()
     # Orientation without sign; a gradient counts in the bin that it falls into.
-    places = ((torch.atan2(down, across) / math.pi) % 1 * ORIENTATIONS).long().clamp(max=ORIENTATIONS - 1)
-    histogram = torch.zeros(len(pixels), ORIENTATIONS, *grey.shape[2:]).scatter_(1, places, strength)
+    orientations = ((torch.atan2(down, across) / math.pi) % 1 * ORIENTATIONS).long().clamp(max=ORIENTATIONS - 1)
+    histogram = torch.zeros(len(pixels), ORIENTATIONS, *grey.shape[2:]).scatter_(1, orientations, strength)
     quarter = patch // 2
     means = nn.functional.avg_pool2d(torch.cat([histogram, pixels, grey.square()], dim=1), quarter)
     means[:, -1] -= nn.functional.avg_pool2d(grey, quarter).squeeze(1).square()
@@ -101,11 +101,11 @@ def _hidden_states(tower: Any, layer: int, pixels: Tensor, hidden: Tensor) -> Te
     """
     embeddings = tower.embeddings
     tokens = embeddings(pixels)
-    places = embeddings.position_embedding.weight
+    positions = embeddings.position_embedding.weight
     share = torch.rand(len(pixels), 1) * MOST_HIDDEN
     is_hidden = torch.rand(tokens.shape[:2]) < share
     is_hidden[:, 0] = False  # The class position is no patch.
-    tokens = torch.where(is_hidden[..., None], hidden + places, tokens)
+    tokens = torch.where(is_hidden[..., None], hidden + positions, tokens)
     states = tower.pre_layrnorm(tokens)
     layers = list(tower.encoder.layers)
     for block in layers[: len(layers) + 1 + layer]:

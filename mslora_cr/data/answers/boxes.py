@@ -50,8 +50,8 @@ class Box(NamedTuple):
 
 def read_box(text: str) -> Box | None:
     """Return the first box of a text: four numbers in brackets, or nothing but four numbers between commas."""
-    found = _BOX.search(text) or _BARE.fullmatch(text)
-    return Box(*map(float, found.groups())) if found else None
+    match = _BOX.search(text) or _BARE.fullmatch(text)
+    return Box(*map(float, match.groups())) if match else None
 
 
 def pixels(box: Box) -> str:

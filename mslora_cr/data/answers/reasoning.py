@@ -113,5 +113,5 @@ def _last_box(text: str) -> tuple[str, bool]:
                 complete, start = text[opened : brace.start()], opened
     if start >= 0:
         return complete, False
-    opened_last = next((place for place in reversed(open_braces) if place is not None), None)
+    opened_last = next((position for position in reversed(open_braces) if position is not None), None)
     return (text, False) if opened_last is None else (text[opened_last:], True)

@@ -75,6 +75,6 @@ def _unpacked(message: Any) -> int:
     if header is None or buffers is None or _Table(data, header).field(COMPRESSION) is None:
         return 0
     [count] = struct.unpack_from("<I", data, buffers)
-    places = (struct.unpack_from("<qq", data, buffers + 4 + 16 * index) for index in range(count))
+    extents = (struct.unpack_from("<qq", data, buffers + 4 + 16 * index) for index in range(count))
     # A compressed buffer begins with its size once it is unpacked; -1 says that it is not compressed.
-    return sum(max(0, struct.unpack_from("<q", message.body, start)[0]) for start, length in places if length >= 8)
+    return sum(max(0, struct.unpack_from("<q", message.body, start)[0]) for start, length in extents if length >= 8)

@@ -89,12 +89,12 @@ def read_voc(folder: Path) -> Iterator[Row | Problem]:
         except (ElementTree.ParseError, UnusableError, LookupError, ValueError) as error:
             yield f"an annotation that cannot be read ({shorten(str(error))})", location
             continue
-        found = _nearest(Path(location), name, images.get(Path(name).stem) or images.get(path.stem, []))
-        if len(found) == 1:
+        image = _nearest(Path(location), name, images.get(Path(name).stem) or images.get(path.stem, []))
+        if len(image) == 1:
             split = splits.get(path.stem) or split_in(path.relative_to(folder))
-            boxed.append(Boxed(location, found[0].as_posix(), split, classes))
+            boxed.append(Boxed(location, image[0].as_posix(), split, classes))
         else:
-            yield f"{'several images' if found else 'no image'} of the name that the annotation gives", location
+            yield f"{'several images' if image else 'no image'} of the name that the annotation gives", location
     yield from _asked(boxed)
 
 

@@ -86,9 +86,9 @@ class _Reader:
 
     def _varint(self) -> int:
         value = 0
-        for place in range(MOST_VARINT):
+        for group in range(MOST_VARINT):
             byte = self._byte()
-            value |= (byte & 127) << 7 * place
+            value |= (byte & 127) << 7 * group
             if byte < 128:
                 return value
         raise ValueError("a number of more than 64 bits")

@@ -211,6 +211,6 @@ def check_prompt_lengths(records: TestRecords, roots: Sequence[Path], processor:
     return len(long)
 
 
-def _report_long(places: list[str], max_length: int, report: Report) -> None:
-    if places:
-        report.warning(f"samples longer than {max_length} positions: their end is cut off", places)
+def _report_long(locations: list[str], max_length: int, report: Report) -> None:
+    if locations:
+        report.warning(f"samples longer than {max_length} positions: their end is cut off", locations)
