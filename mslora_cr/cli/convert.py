@@ -6,8 +6,13 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mslora_cr.cli.common import add_command, count, positive, share, typed
+
+if TYPE_CHECKING:
+    from mslora_cr.data.sources.convert import Converted
+    from mslora_cr.data.sources.rendering import Rendering
 
 log = logging.getLogger(__name__)
 MEDGEMMA_IMAGE = 260
@@ -93,50 +98,73 @@ def add_convert(actions: argparse._SubParsersAction) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    """Returns 0 if converted; 1 if converted, but many rows are left out."""
-    from mslora_cr.data.records import DataError
-    from mslora_cr.data.rows.read import Columns
-    from mslora_cr.data.sources.convert import Split, convert, convert_images, holds_questions
-    from mslora_cr.data.sources.rendering import MEDGEMMA_FRAMES, MEDGEMMA_WINDOWS, Rendering
+    """Return 0 if converted; 1 if converted, but many rows are left out."""
+    from mslora_cr.data.sources.convert import convert_images, holds_questions
 
-    if args.ct_windows and args.window:
-        raise DataError("--ct-windows already sets three windows: leave --window out")
-    rendering = Rendering(tuple(args.window) if args.window else None, args.frames)
-    if args.ct_windows:
-        rendering = Rendering(None, args.frames or MEDGEMMA_FRAMES, MEDGEMMA_WINDOWS)
-    progress = sys.stderr.isatty()
+    rendering, progress = _rendering(args), sys.stderr.isatty()
     if holds_questions(args.source):
-        columns = Columns(
-            args.image,
-            args.question,
-            args.answer,
-            args.group,
-            args.split,
-            args.answer_type,
-            tuple(args.attributes),
-            tuple(args.options),
-        )
-        split = Split(args.test_share, args.seed)
-        converted = convert(
-            args.source, args.output, columns, args.ask, args.images, rendering, split, args.closed, progress
-        )
-        validation = f"{converted.validation:,} for validation, " if converted.validation else ""
-        print(
-            f"{converted.rows:,} rows: {converted.train:,} for training, {validation}{converted.test:,} for testing, "
-            f"by {converted.grouped_by}"
-        )
-        print(f"split: {converted.split_by}")
+        converted = _convert_rows(args, rendering, progress)
     else:
         converted = convert_images(args.source, args.output, rendering, progress)
         print(f"{converted.rows:,} files")
     print(f"{converted.images:,} images in {args.output}")
+    _say_what_to_know(converted)
+    positions = MEDGEMMA_IMAGE * converted.most_images if args.ct_windows else 0
+    if positions:
+        _say_positions(converted.most_images, positions)
+    _say_what_is_left_out(converted)
+    if converted.train:
+        _say_next(converted, args.output, positions)
+    if converted.lost > MOST_LOST:
+        what = "rows" if converted.train else "files"
+        log.warning("%.0f %% of the %s are left out; see the reasons above", 100 * converted.lost, what)
+        return 1
+    return 0
+
+
+def _rendering(args: argparse.Namespace) -> Rendering:
+    from mslora_cr.data.records import DataError
+    from mslora_cr.data.sources.rendering import MEDGEMMA_FRAMES, MEDGEMMA_WINDOWS, Rendering
+
+    if args.ct_windows and args.window:
+        raise DataError("--ct-windows already sets three windows: leave --window out")
+    if args.ct_windows:
+        return Rendering(None, args.frames or MEDGEMMA_FRAMES, MEDGEMMA_WINDOWS)
+    return Rendering(tuple(args.window) if args.window else None, args.frames)
+
+
+def _convert_rows(args: argparse.Namespace, rendering: Rendering, progress: bool) -> Converted:
+    from mslora_cr.data.rows.read import Columns
+    from mslora_cr.data.sources.convert import Split, convert
+
+    columns = Columns(
+        args.image,
+        args.question,
+        args.answer,
+        args.group,
+        args.split,
+        args.answer_type,
+        tuple(args.attributes),
+        tuple(args.options),
+    )
+    split = Split(args.test_share, args.seed)
+    converted = convert(
+        args.source, args.output, columns, args.ask, args.images, rendering, split, args.closed, progress
+    )
+    validation = f"{converted.validation:,} for validation, " if converted.validation else ""
+    print(
+        f"{converted.rows:,} rows: {converted.train:,} for training, {validation}{converted.test:,} for testing, "
+        f"by {converted.grouped_by}"
+    )
+    print(f"split: {converted.split_by}")
+    return converted
+
+
+def _say_what_to_know(converted: Converted) -> None:
     if converted.shared_groups:
         shared = ", ".join(converted.shared_groups[:5])
-        log.warning(
-            "%d patients or images are on both sides of the source's split, such as %s",
-            len(converted.shared_groups),
-            shared,
-        )
+        count = len(converted.shared_groups)
+        log.warning("%d patients or images are on both sides of the source's split, such as %s", count, shared)
     for remark, files in converted.noted.items():
         print(f"{len(files):,} files: {remark}, such as {files[0]}")
     if converted.several:
@@ -144,15 +172,18 @@ def run_convert(args: argparse.Namespace) -> int:
             f"{converted.several:,} rows have several images. The model sees only the first of them unless the "
             "configuration has data.images: all; --frames 1 keeps the middle one of each file"
         )
-    positions = MEDGEMMA_IMAGE * converted.most_images if args.ct_windows else 0
-    if positions:
-        print(
-            f"up to {converted.most_images} images per row: {positions:,} positions of MedGemma, at {MEDGEMMA_IMAGE} "
-            "an "
-            f"image, before the question; it has {MEDGEMMA_POSITIONS:,}"
-        )
-        if positions > MEDGEMMA_POSITIONS - TEXT_POSITIONS:
-            log.warning("MedGemma has too few positions for so many images: choose fewer with --frames")
+
+
+def _say_positions(images: int, positions: int) -> None:
+    print(
+        f"up to {images} images per row: {positions:,} positions of MedGemma, at {MEDGEMMA_IMAGE} an image, before the "
+        f"question; it has {MEDGEMMA_POSITIONS:,}"
+    )
+    if positions > MEDGEMMA_POSITIONS - TEXT_POSITIONS:
+        log.warning("MedGemma has too few positions for so many images: choose fewer with --frames")
+
+
+def _say_what_is_left_out(converted: Converted) -> None:
     for remark in converted.remarks:
         log.warning("%s", remark)
     if converted.without_patient:
@@ -162,21 +193,17 @@ def run_convert(args: argparse.Namespace) -> int:
             print(f"{what}, {reason}: {_of(len(rows), converted.rows)}")
             for row in rows[:5]:
                 print(f"  {row}")
-    if converted.train:
-        name = args.output.name
-        length = f", max_length: {positions + TEXT_POSITIONS}" if positions else ""
-        print(
-            f"\nIn a configuration:\n"
-            f"  data: {{root: {args.output.parent}{', images: all' if converted.several else ''}{length}}}\n"
-            f"  datasets: {{{name}: {{modality: MODALITY, folder: {name}}}}}\n"
-            f"  tasks: [{{name: {name}, epochs: 3, batch_size: 16, learning_rate: 2e-4}}]\n"
-            f"Next: mslora-cr data check CONFIG"
-        )
-    if converted.lost > MOST_LOST:
-        what = "rows" if converted.train else "files"
-        log.warning("%.0f %% of the %s are left out; see the reasons above", 100 * converted.lost, what)
-        return 1
-    return 0
+
+
+def _say_next(converted: Converted, output: Path, positions: int) -> None:
+    length = f", max_length: {positions + TEXT_POSITIONS}" if positions else ""
+    print(
+        f"\nIn a configuration:\n"
+        f"  data: {{root: {output.parent}{', images: all' if converted.several else ''}{length}}}\n"
+        f"  datasets: {{{output.name}: {{modality: MODALITY, folder: {output.name}}}}}\n"
+        f"  tasks: [{{name: {output.name}, epochs: 3, batch_size: 16, learning_rate: 2e-4}}]\n"
+        f"Next: mslora-cr data check CONFIG"
+    )
 
 
 def _of(count: int, rows: int) -> str:

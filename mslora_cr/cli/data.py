@@ -64,7 +64,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_prepare(args: argparse.Namespace) -> int:
-    """Returns 0 if every image that the annotations name is in place; 1 if some are missing or ambiguous."""
+    """Return 0 if every image that the annotations name is in place; 1 if some are missing or ambiguous."""
     if args.name == "open":
         return run_prepare_open(args)
     if args.most:
@@ -170,7 +170,7 @@ def add_data_download_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_data_download(args: argparse.Namespace) -> int:
-    """Returns 0 if every data set has its annotations; 1 if some are not on the hub."""
+    """Return 0 if every data set has its annotations; 1 if some are not on the hub."""
     if args.what == "open":
         return run_download_open(args)
     root = args.root or PUBLISHED_ROOT
@@ -252,7 +252,7 @@ def _to_check(target: Path, overrides: Sequence[str], only: Sequence[str]) -> _T
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Returns 0 without errors; 1 with errors, which are listed."""
+    """Return 0 without errors; 1 with errors, which are listed."""
     root, datasets, max_length, all_images = _to_check(args.root, args.overrides, args.only)
     processor = None
     if args.model:

@@ -50,7 +50,7 @@ def add_open_download_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_download_open(args: argparse.Namespace) -> int:
-    """Returns 0 if every archive is there. It is an error if a licence was not accepted, or an archive does not match
+    """Return 0 if every archive is there. It is an error if a licence was not accepted, or an archive does not match
     its digest."""
     from mslora_cr.data.open.catalog import chosen_sources
     from mslora_cr.data.open.download import ENDPOINT, check_accepted, download_open
@@ -70,7 +70,7 @@ def run_download_open(args: argparse.Namespace) -> int:
 
 
 def run_prepare_open(args: argparse.Namespace) -> int:
-    """Returns 0 if every requested data set is written; 1 if the raw download lacks some."""
+    """Return 0 if every requested data set is written; 1 if the raw download lacks some."""
     from mslora_cr.data.open.catalog import chosen_sources
     from mslora_cr.data.open.prepare import prepare_open
     from mslora_cr.data.records import DataError
