@@ -53,7 +53,7 @@ def add_bank(commands: argparse._SubParsersAction) -> None:
     )
     add_config(fit)
     fit.add_argument("--task", metavar="NAME", help="fit only this task")
-    fit.set_defaults(run=_fit_router)
+    fit.set_defaults(run=_fit_router, parallel=True)
     join = add_command(
         actions,
         "combine-router",

@@ -95,7 +95,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "verdicts go to judged/ and into no other score. A key is read from JUDGE_API_KEY",
     )
     parser.add_argument("--judge-model", metavar="NAME", help="with --judge: the model's name there")
-    parser.set_defaults(run=_evaluate)
+    parser.set_defaults(run=_evaluate, parallel=True)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,7 @@ from mslora_cr.cli.tune import add_tune
 from mslora_cr.cli.web import add_web
 from mslora_cr.config.trust import trust_method
 from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.inherited import LAUNCHED, ROUNDING, drop
 from mslora_cr.utils.logs import NORMAL, set_up
 from mslora_cr.utils.visible import NobodyReadsError, visible_results
 from mslora_cr.utils.waiting import wait_passively
@@ -41,16 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         the output any more, as in `… | head`.
     """
     wait_passively()
+    rounding = drop(ROUNDING)  # before PyTorch is loaded
     try:
         with visible_results():
-            return _run(argv)
+            return _run(argv, rounding)
     except NobodyReadsError:
         return 141
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _run(argv: Sequence[str] | None, rounding: str) -> int:
     args = _parse(argv)
+    launched = "" if args.parallel or os.environ.get("WORLD_SIZE", "") in ("", "1") else drop(LAUNCHED)
     set_up(args.verbosity)
+    if rounding:
+        log.warning("the environment sets %s, which is ignored: it would change what is computed", rounding)
+    if launched:
+        log.warning("the environment sets %s, which is ignored: this command runs as one process", launched)
     try:
         for method in vars(args).get("trust_method", []):
             log.info("trusted in its current version: %s (%s)", trust_method(method), method)
@@ -67,6 +75,15 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         missing = f"{error.name} is not installed; pip install 'mslora-cr[{extra}]' installs it"
         log.error("error: %s", missing)
+    except UnicodeEncodeError as error:
+        if sys.getfilesystemencoding() == "utf-8":
+            raise
+        log.error(
+            "error: %r cannot be in the name of a file here, where names are in %s; set PYTHONUTF8=1 and run the "
+            "same command again",
+            error.object[error.start : error.end],
+            sys.getfilesystemencoding(),
+        )
     except KeyboardInterrupt:
         log.error("interrupted; run the same command again to resume")
         return 130
@@ -119,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # The deepspeed launcher passes it.
-    parser.set_defaults(verbosity=NORMAL)
+    parser.set_defaults(verbosity=NORMAL, parallel=False)
     parser.add_argument("--version", action="version", version=f"mslora-cr {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)

@@ -165,7 +165,7 @@ def add_analyze(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="questions per task for the leave-one-bank-out evaluation (default: 200; 0 skips it)",
     )
-    parser.set_defaults(run=_analyze)
+    parser.set_defaults(run=_analyze, parallel=True)
 
 
 def _analyze(args: argparse.Namespace) -> int:

@@ -40,7 +40,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--force", action="store_true", help="resume in a run folder that was made with another configuration"
     )
-    parser.set_defaults(run=_train)
+    parser.set_defaults(run=_train, parallel=True)
 
 
 def _train(args: argparse.Namespace) -> int:

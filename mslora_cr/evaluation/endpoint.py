@@ -211,7 +211,7 @@ def _probability(reply: Reply, candidates: tuple[str, ...]) -> AnswerProbability
     logprobs = tuple(first.get(candidate.casefold()) for candidate in candidates)
     return AnswerProbability(
         tokens=None if reply.logprobs is None else len(reply.logprobs),
-        finished=None if reply.reason is None else reply.reason != "length",
+        finished=None if reply.reason is None else not reply.cut,
         reason=reply.reason,
         logprob=None if reply.logprobs is None else sum(reply.logprobs),
         logprob_first=reply.logprobs[0] if reply.logprobs else None,

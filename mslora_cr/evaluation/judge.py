@@ -171,7 +171,7 @@ def _replies(path: Path, endpoint: Endpoint, questions: Sequence[_Question]) -> 
             file.write(_Verdict(key, endpoint.model, missing[index], text).line())
             file.flush()
             verdicts[key] = text
-            cut += reply.reason == "length" and verdict_of(text) is None
+            cut += reply.cut and verdict_of(text) is None
             bar.update()
 
         try:

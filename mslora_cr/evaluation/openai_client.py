@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 Body = Mapping[str, Any]
 PASSING = (408, 409, 425, 429)
 """Statuses of client errors after which another attempt may succeed."""
+CUT_REASONS = ("length", "max_tokens", "model_length")
+"""What servers call the end of an answer at the limit of tokens."""
 TOP_LOGPROBS = 20
 """The most alternatives per token that OpenAI's servers report."""
 LONGEST_PAUSE = 30.0
@@ -223,6 +225,11 @@ class Reply(NamedTuple):
     logprobs: tuple[float, ...] | None = None
     first: Mapping[str, float] = {}
 
+    @property
+    def cut(self) -> bool:
+        """Whether the answer was cut at the limit of tokens."""
+        return self.reason is not None and self.reason.lower() in CUT_REASONS
+
 
 class Failure(NamedTuple):
     """Why there is no reply."""
@@ -244,11 +251,21 @@ def failure_of(response: httpx.Response) -> Failure | None:
         content = response.json()
     except (ValueError, RecursionError):
         return None
-    error = content.get("error") if isinstance(content, dict) and not content.get("choices") else None
+    error = _error_in(content)
     if not error:
         return None
     code = str(error.get("code")) if isinstance(error, dict) else ""
     return Failure(int(code) if re.fullmatch("[45][0-9][0-9]", code) else 400, response.text)
+
+
+def _error_in(content: Any) -> Any:
+    """The error that a reply reports, in place of its choices or in the first of them."""
+    if not isinstance(content, dict):
+        return None
+    choices = content.get("choices")
+    if not choices:
+        return content.get("error")
+    return choices[0].get("error") if isinstance(choices, list) and isinstance(choices[0], dict) else None
 
 
 def reply_of(response: httpx.Response) -> Reply | None:
@@ -276,12 +293,19 @@ def _text_of(content: Any) -> str | None:
     if content is None:  # It is a refusal, or nothing but reasoning.
         return ""
     if isinstance(content, list):
-        parts = [part["text"] for part in content if part["type"] in _TEXTS]
-        return "".join(map(str, parts))
+        parts = [_text_in(part) for part in content if isinstance(part, str) or part["type"] in _TEXTS]
+        return None if None in parts else "".join(str(part) for part in parts)
     return content if isinstance(content, str) else None
 
 
 _TEXTS = ("text", "output_text")
+
+
+def _text_in(part: Any) -> str | None:
+    """The text of a part, which may stand in a `value` of its own; None if there is none."""
+    text = part if isinstance(part, str) else part["text"]
+    text = text["value"] if isinstance(text, dict) else text
+    return text if isinstance(text, str) else None
 
 
 def _logprobs_of(reply: Any) -> tuple[tuple[float, ...] | None, dict[str, float]]:

@@ -23,16 +23,14 @@ from mslora_cr.config.validation import OWN_TRAINING_FIELDS
 from mslora_cr.distributed.comm import world_size
 from mslora_cr.runs.ledger import work_folder
 from mslora_cr.training.trackers import check_trackers
+from mslora_cr.utils.inherited import drop
 
 log = logging.getLogger(__name__)
 
-LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_", "NVIDIA_TF32_OVERRIDE")
-"""Prefixes of the variables that `accelerate launch` sets from its user's own configuration, and the variable that lets
-NVIDIA's libraries round products whatever the program asks for."""
+LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
+"""Prefixes of the variables that `accelerate launch` sets from its user's own configuration."""
 LEFTOVERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables of MPI's launchers, from which accelerate takes a number of processes; none of them starts this program."""
-UNSET = ("", "0", "no", "none", "false")
-"""Values that have no effect."""
 
 
 def training_arguments(
@@ -118,9 +116,7 @@ def ignore_launcher_settings() -> None:
     prefixes = LAUNCHER_SETTINGS + (LEFTOVERS if world_size() == 1 else ())
     if world_size() == 1 and "MASTER_ADDR" not in os.environ:
         prefixes += ("LOCAL_RANK",)
-    dropped = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(prefixes)}
-    given = [f"{name}={value}" for name, value in sorted(dropped.items()) if value.lower() not in UNSET]
-    _say_ignored(", ".join(given))
+    _say_ignored(drop(prefixes))
 
 
 @cache

@@ -6,10 +6,10 @@ import logging
 import netrc
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 TRACKERS = "trackers.json"
 REACH_SECONDS = 10.0
 """The longest time that a tracker's server may take to answer."""
+FINISH_SECONDS = 60
+"""The longest time that W&B may take to upload at the end of a task, unless `WANDB_FINISH_TIMEOUT` is set."""
 
 
 class TrackerRuns(StateFile):
@@ -47,11 +49,59 @@ _READS_IF: dict[type[TrainerCallback], tuple[str, set[str]]] = {
 """Trackers that read checkpoints if an environment variable says so."""
 
 
+class _Guarded(TrainerCallback):
+    """Makes a tracker's callback that cannot end training: after its first error it logs nothing more."""
+
+    lost = False
+
+    def _call(self, event: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        if not self.lost:
+            with _training_goes_on() as failed:
+                event(*args, **kwargs)
+            self.lost = bool(failed)
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._call(super().on_train_begin, *args, **kwargs)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        self._call(super().on_log, *args, **kwargs)
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self._call(super().on_save, *args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._call(super().on_train_end, *args, **kwargs)
+
+
+class GuardedWandb(_Guarded, WandbCallback):
+    """Logs to W&B as long as it can."""
+
+
+class GuardedMLflow(_Guarded, MLflowCallback):
+    """Logs to MLflow as long as it can."""
+
+
+@contextmanager
+def _training_goes_on() -> Iterator[list[Exception]]:
+    """Warn of an error in a tracker, whatever its library raises; yield a list that then holds the error."""
+    failed: list[Exception] = []
+    try:
+        yield failed
+    except Exception as error:
+        failed.append(error)
+        log.warning(
+            "a tracker is lost (%s: %s); training goes on without it, and logs/ has the metrics",
+            type(error).__name__,
+            shorten(str(error)),
+        )
+
+
 def reads_checkpoints(callbacks: Iterable[TrainerCallback]) -> bool:
     """Return whether a tracker reads a checkpoint as soon as it is saved, to upload it."""
     for callback in callbacks:
         if type(callback).on_save is not TrainerCallback.on_save:
-            name, values = _READS_IF.get(type(callback), ("", set()))
+            conditions = [held for kind, held in _READS_IF.items() if isinstance(callback, kind)]
+            name, values = conditions[0] if conditions else ("", set())
             if not name or os.environ.get(name, "").upper() in values:
                 return True
     return False
@@ -143,6 +193,10 @@ def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None
         trainer.remove_callback(TensorBoardCallback)
         folder = str(logs / "tensorboard" / task)
         trainer.add_callback(TensorBoardCallback(SummaryWriter(folder, purge_step=step + 1 if step else None)))
+    for name, kind, guarded in (("wandb", WandbCallback, GuardedWandb), ("mlflow", MLflowCallback, GuardedMLflow)):
+        if name in used:
+            trainer.remove_callback(kind)
+            trainer.add_callback(guarded())
     if "wandb" in used:
         _start_wandb(wandb_runs.setdefault(task, secrets.token_hex(8)), trainer.args.run_name)
     if "mlflow" in used:
@@ -153,26 +207,39 @@ def tracked(trainer: Trainer, logs: Path, task: str, step: int) -> Iterator[None
         yield
     finally:  # Otherwise the next task would be logged into this one's run.
         if "wandb" in used:
-            import wandb
-
-            wandb.finish()
+            _finish_wandb()
         if "mlflow" in used:
             import mlflow
 
-            mlflow.end_run()
+            with _training_goes_on():
+                mlflow.end_run()
 
 
 def _start_wandb(run_id: str, name: str | None) -> None:
     """Start or continue a run of W&B; go offline if its server does not accept the run."""
     import wandb
 
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))  # W&B by itself would wait without end.
     project = os.environ.get("WANDB_PROJECT", "huggingface")  # the Trainer's own default
+    mode: Any = os.environ.get("WANDB_MODE") or None  # W&B reads it once, but it may have changed since.
     try:
-        wandb.init(project=project, name=name, id=run_id, resume="allow")
+        wandb.init(project=project, name=name, id=run_id, resume="allow", mode=mode)
     except wandb.Error as error:
         _go_offline(f"it starts no run ({shorten(str(error))})")
         wandb.teardown()  # Otherwise W&B takes the run's id for used, and keeps the settings with which it began.
         wandb.init(project=project, name=name, id=run_id, mode="offline")
+
+
+def _finish_wandb() -> None:
+    """End the task's run of W&B; go offline if W&B's own process is lost."""
+    import wandb
+
+    with _training_goes_on() as failed:
+        wandb.finish()
+    if failed:
+        _go_offline("its process does not answer")
+        with suppress(Exception):  # It would raise the same at exit.
+            wandb.teardown()
 
 
 def _start_mlflow(run_id: str | None, name: str | None) -> str:

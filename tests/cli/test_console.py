@@ -1,6 +1,8 @@
 """What a command shows of its progress and its end."""
 
+import argparse
 import logging
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -91,3 +93,35 @@ def test_a_question_of_a_console_without_utf_8_is_read_as_utf_8() -> None:
     assert typed("\udcc3\udc96dem?") == "Ödem?" and typed("Ödem?") == "Ödem?"
     with pytest.raises(UserError, match="not a text in UTF-8"):
         typed("\udcff?")
+
+
+def test_what_a_launcher_and_a_shell_left_behind_decides_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = {"RANK": "1", "WORLD_SIZE": "2", "NVIDIA_TF32_OVERRIDE": "1", "ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert main(["config", "list"]) == 0
+    captured = capsys.readouterr()
+    assert "zero2" in captured.out and not left.keys() & os.environ.keys()
+    assert "sets NVIDIA_TF32_OVERRIDE=1, ONEDNN_DEFAULT_FPMATH_MODE=BF16, which is ignored" in captured.err
+    assert "sets RANK=1, WORLD_SIZE=2, which is ignored: this command runs as one process" in captured.err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["config", "list"]) == 0 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_name_that_the_file_system_cannot_hold(
+    encoding: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(args: argparse.Namespace) -> int:
+        raise UnicodeEncodeError(encoding, "a\u2013b", 1, 2, "x")
+
+    monkeypatch.setattr("mslora_cr.cli.config._list", fail)
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: encoding)
+    if encoding == "utf-8":  # a fault of the program
+        with pytest.raises(UnicodeEncodeError):
+            main(["config", "list"])
+        return
+    assert main(["config", "list"]) == 1
+    assert "where names are in ascii; set PYTHONUTF8=1" in capsys.readouterr().err

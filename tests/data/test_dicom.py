@@ -12,7 +12,8 @@ from mslora_cr.data.sources.convert_images import first_picture, pictures
 from mslora_cr.data.sources.rendering import NOT_SQUARE, Rendering
 
 pytest.importorskip("pydicom")
-from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
+from pydicom.encaps import encapsulate
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from tests.helpers.dicom import dicom, item, saved
 
@@ -134,14 +135,20 @@ def test_a_frame_without_a_group_keeps_the_value_at_the_top(tmp_path):
     assert [picture[0, 0] for picture in found] == [255, 128] and found[0].shape == (8, 4)
 
 
-@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("compressed", ["", "RLE", "JPEG 2000"])
 def test_overlays_in_high_bits_are_no_pixels(compressed, tmp_path):
     values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 16
     marked = values.copy()
     marked[3, 3:9] |= 0x8000
     plain, overlaid = dicom(values, stored=12), dicom(marked, stored=12)
-    if compressed:
+    if compressed == "RLE":
         overlaid.compress(RLELossless, generate_instance_uid=False)
+    elif compressed:
+        file = io.BytesIO()
+        Image.fromarray(marked).save(file, "JPEG2000", irreversible=False, no_jp2=True)
+        overlaid.PixelData = encapsulate([file.getvalue()])
+        overlaid.file_meta.TransferSyntaxUID = JPEG2000Lossless
+        overlaid["PixelData"].is_undefined_length, overlaid["PixelData"].VR = True, "OB"
     assert (one(overlaid, tmp_path / "a.dcm") == one(plain, tmp_path / "b.dcm")).all()
 
 
@@ -179,7 +186,11 @@ def test_a_supplemental_palette_colours_the_values_that_it_maps(tmp_path):
     assert row.tolist() == [[0, 0, 0], [128, 128, 128], [255, 0, 0], [0, 255, 0]]
 
 
-def test_four_samples_are_refused_by_name(tmp_path):
+def test_other_colours_are_refused_by_name(tmp_path):
+    data = dicom(np.zeros((4, 4, 3), np.uint8), stored=8, interpretation="RGB")
+    data.PhotometricInterpretation = "HSV"
+    with pytest.raises(DataError, match=r"a\.dcm: it has 3 samples a pixel, as HSV"):
+        one(data, tmp_path / "a.dcm")
     data = dicom(np.zeros((4, 4, 3), np.uint8), stored=8, interpretation="RGB")
     data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelData = 4, "CMYK", bytes(64)
     with pytest.raises(DataError, match=r"a\.dcm: "):

@@ -339,6 +339,19 @@ VOC = "<annotation><filename>{0}.png</filename>{1}</annotation>"
 BOX = "<object><name>{}</name></object>"
 
 
+def test_columns_that_could_be_meant_as_well_are_named(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "t.csv").write_text("image,question,answer,Answer,subject,Patient ID\na.png,What?,x,y,s,p\n")
+    [row] = read_rows(tmp_path / "t.csv", Columns(), None, said.append)
+    assert isinstance(row, Row) and (row.turns[1][1], row.group) == ("x", "s")
+    assert said == [
+        "column 'answer' is read, though 'Answer' could be meant as well; name one with --answer",
+        "column 'subject' names the patient, though 'Patient ID' may as well; choose with --group",
+    ]
+    [row] = read(tmp_path / "t.json", json.dumps([{"Image": "a.png", "Question": "What?", "Answer": "x"}]))
+    assert row.turns == (("human", "What?"), ("gpt", "x"))
+
+
 def test_an_annotation_takes_the_image_that_is_nearest(tmp_path: Path) -> None:
     """Image names may repeat from split to split, and beside a mask of the same name."""
     for number, split in enumerate(("train", "test")):
@@ -366,6 +379,7 @@ def test_boxes_become_questions_of_presence_and_count(tmp_path: Path) -> None:
         (folder / "Annotations" / f"{name}.xml").write_text(VOC.format(name, "".join(map(BOX.format, classes))))
         (folder / "JPEGImages" / f"{name}.png").write_bytes(png(number))
     (folder / "Annotations" / "bomb.xml").write_text('<!DOCTYPE x [<!ENTITY a "b">]><annotation>&a;</annotation>')
+    (folder / "JPEGImages" / "three.png").write_bytes(png(3))
     (folder / "ImageSets" / "Main" / "train.txt").write_text("one\n")
     (folder / "ImageSets" / "Main" / "test.txt").write_text("two\n")
     rows = list(read_rows(folder, Columns(), None))
@@ -379,8 +393,9 @@ def test_boxes_become_questions_of_presence_and_count(tmp_path: Path) -> None:
         ("test", "Is there a WBC in the image?", "no"),
     ]
     assert [(row.split, row.turns[0][1], row.turns[1][1]) for row in rows if isinstance(row, Row)] == expected
-    assert [row[0] for row in rows if not isinstance(row, Row)] == [
-        "an annotation that cannot be read ('it defines entities')"
+    assert [row for row in rows if not isinstance(row, Row)] == [
+        ("an annotation that cannot be read ('it defines entities')", "Annotations/bomb.xml"),
+        ("an image without an annotation", "JPEGImages/three.png"),
     ]
     coco = {
         "images": [{"id": 1, "file_name": "one.png"}, {"id": 2, "file_name": "two.png"}],
@@ -509,10 +524,11 @@ def test_whole_numbers_of_a_table_with_gaps_and_an_unused_split_column(tmp_path:
     for number in range(6):
         (tmp_path / "images" / f"{number}.png").write_bytes(png(number))
     rows = [f"images/{number}.png,How many?,{number}.0,test\n" for number in range(6)]
+    rows += [f"images/{number}.png,Which?,grade 1.0,test\n" for number in range(6)]
     (tmp_path / "t.csv").write_text("image,question,answer,Subset\n" + "".join(rows))
     converted = convert(tmp_path / "t.csv", tmp_path / "out")
     answered = [row.turns[1].text for row in TrainingRecords(tmp_path / "out" / "train.json")]
     answered += [row.gt for row in TestRecords(tmp_path / "out" / "test.jsonl")]
-    assert sorted(answered) == ["0", "1", "2", "3", "4", "5"]
+    assert sorted(answered) == ["0", "1", "2", "3", "4", "5", *["grade 1.0"] * 6]
     remarks = " ".join(converted.remarks)
     assert "written as 2.0; they are kept as 2" in remarks and "column 'Subset' may say which rows" in remarks

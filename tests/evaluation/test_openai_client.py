@@ -23,6 +23,11 @@ THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
         (completion({"content": None, "refusal": "I can't."}, finish_reason="stop"), Reply("", "refusal")),
         (completion({"content": [THINKING, {"type": "text", "text": "tumor"}]}), Reply("tumor")),
         (completion({"content": [{"type": "text"}]}), None),
+        (completion({"content": [{"type": "text", "text": None}]}), None),
+        (
+            completion({"content": ["tu", {"type": "text", "text": {"value": "mor", "annotations": []}}]}),
+            Reply("tumor"),
+        ),
         (completion({"reasoning_content": "It"}, finish_reason="length"), Reply("", "length")),
         (completion({"content": 3}), None),
         (httpx.Response(200, json={"choices": []}), None),
@@ -31,6 +36,10 @@ THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
 )
 def test_replies(response: httpx.Response, reply: Reply | None) -> None:
     assert reply_of(response) == reply
+
+
+def test_the_end_at_the_limit_has_several_names() -> None:
+    assert [Reply("", reason).cut for reason in (None, "stop", "length", "MAX_TOKENS")] == [False, False, True, True]
 
 
 def test_log_probabilities_as_far_as_they_are_told() -> None:
@@ -48,6 +57,7 @@ def test_log_probabilities_as_far_as_they_are_told() -> None:
         (httpx.Response(200, json={"error": {"message": "Insufficient credits", "code": 402}}), 402, False),
         (httpx.Response(200, json={"error": {"message": "overloaded", "code": 503}}), 503, True),
         (httpx.Response(200, json={"error": "no"}), 400, False),
+        (completion({"content": ""}, error={"message": "lost", "code": 502}, finish_reason="error"), 502, True),
         (httpx.Response(408, text=""), 408, True),
         (httpx.Response(425, text=""), 425, True),
         (httpx.Response(404, text=""), 404, False),

@@ -9,13 +9,14 @@ from threading import Thread
 
 import pytest
 import torch
+from transformers.integrations import WandbCallback
 
 from mslora_cr.config.schema import ConfigError
 from mslora_cr.distributed.comm import DistributedError, get_device, rank
 from mslora_cr.distributed.launch import start_process_group
 from mslora_cr.training import trackers
 from mslora_cr.training.arguments import _say_ignored, ignore_launcher_settings
-from mslora_cr.training.trackers import check_trackers
+from mslora_cr.training.trackers import GuardedWandb, check_trackers
 
 
 def test_settings_of_accelerate_are_dropped_and_named(
@@ -53,6 +54,28 @@ def test_a_part_of_a_launchers_variables_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(DistributedError, match="WORLD_SIZE=two in the environment is no number"):
         start_process_group(use_gpu=False)
+
+
+def test_a_tracker_that_is_lost_does_not_end_training(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[str] = []
+
+    def log_to_nobody(*_: object, **__: object) -> None:
+        asked.append("log")
+        raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(WandbCallback, "on_log", log_to_nobody)
+    monkeypatch.setattr(WandbCallback, "on_train_end", log_to_nobody)
+    callback = GuardedWandb.__new__(GuardedWandb)  # W&B's wants its package only to be made.
+    with caplog.at_level(logging.WARNING, logger="mslora_cr"):
+        for event in (callback.on_log, callback.on_log, callback.on_train_end):
+            event(None, None, None)
+    assert asked == ["log"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "a tracker is lost (ConnectionResetError: 'Connection lost'); training goes on without it, and logs/ has the "
+        "metrics"
+    ]
 
 
 def test_wandb_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ from mslora_cr.data.rows.row import (
     known_columns,
     options_of,
     patient_column,
+    plain,
     remark_split,
     said,
     split_of,
@@ -89,10 +90,16 @@ def _record(
     if item.keys() >= OMNIMED:
         return _omnimed(location, item)
     said_here = item.get("conversations", item.get("messages"))
-    if said_here is None and columns.answer in item and (question or columns.question in item):
+    if said_here is None and _is_flat([str(name) for name in item], columns, question):
         matched = known_columns(path, [str(name) for name in item], columns, question, remark)
         return table_row(location, item, matched, question)
     return _conversation(location, item, said_here, columns, remark)
+
+
+def _is_flat(names: Sequence[str], columns: Columns, question: str | None) -> bool:
+    """Return whether an object has the columns of a table's row."""
+    needed = [columns.answer, *([] if question else [columns.question or ""])]
+    return {*map(plain, needed)} <= {*map(plain, names)}
 
 
 def _omnimed(location: str, item: Mapping[str, Any]) -> Row | Problem:

@@ -64,7 +64,7 @@ def read_class_folders(folder: Path, question: str | None) -> Iterator[Row | Pro
         turns = (("human", asked), ("gpt", names[name]))
         yield Row(str(relative), (relative.as_posix(),), turns, split_in(above), answer_type="CLOSED")
     for path in files_below(folder):
-        if path not in classes and not path.name.startswith("."):
+        if path not in classes:
             yield "a file that is no picture in a folder named by class", str(path.relative_to(folder))
 
 
@@ -82,6 +82,7 @@ def read_voc(folder: Path) -> Iterator[Row | Problem]:
     """Yield questions about the boxes of PASCAL-VOC files; `ImageSets/Main/*.txt` name the splits if there are any."""
     splits, images = _image_sets(folder), _by_stem(folder)
     boxed: list[Boxed] = []
+    annotated: set[str] = set()
     for path in voc_files(folder):
         location = str(path.relative_to(folder))
         try:
@@ -90,11 +91,14 @@ def read_voc(folder: Path) -> Iterator[Row | Problem]:
             yield f"an annotation that cannot be read ({shorten(str(error))})", location
             continue
         image = _nearest(Path(location), name, images.get(Path(name).stem) or images.get(path.stem, []))
+        annotated |= {Path(name).stem, path.stem}
         if len(image) == 1:
             split = splits.get(path.stem) or split_in(path.relative_to(folder))
             boxed.append(Boxed(location, image[0].as_posix(), split, classes))
         else:
             yield f"{'several images' if image else 'no image'} of the name that the annotation gives", location
+    for stem in sorted(images.keys() - annotated):
+        yield "an image without an annotation", images[stem][0].as_posix()
     yield from _asked(boxed)
 
 

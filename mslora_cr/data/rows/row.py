@@ -16,6 +16,7 @@ from typing import Any
 from mslora_cr.data.answers.options import lettered
 from mslora_cr.data.records import IMAGE, DataError
 from mslora_cr.utils.errors import nearest, shorten
+from mslora_cr.utils.walk import composed
 
 SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing", "eval"), "test")
 SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
@@ -101,8 +102,9 @@ class UnusableError(ValueError):
 
 
 def plain(name: str) -> str:
-    """Return a column's name without case, spaces and marks: `Patient ID` and `patient_id` are equal."""
-    return re.sub(r"[\s._-]+", "", name).casefold()
+    """Return a column's name without case, spaces, marks and its Unicode form: `Patient ID` and `patient_id` are
+    equal."""
+    return re.sub(r"[\s._-]+", "", composed(name)).casefold()
 
 
 def known_columns(path: Path, names: Sequence[str], columns: Columns, question: str | None, remark: Remark) -> Columns:
@@ -114,18 +116,21 @@ def known_columns(path: Path, names: Sequence[str], columns: Columns, question: 
     if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
         raise DataError(f"{path}: two columns are called {shorten(twice[0])}; give each a name of its own")
 
-    def column(name: str | None, key: str) -> str | None:
-        return _column(path, names, name, key) if name else None
+    def column(name: str, key: str) -> str:
+        return _column(path, names, name, key, remark)
+
+    def given(name: str | None, key: str) -> str | None:
+        return column(name, key) if name else None
 
     matched = Columns(
-        image=_column(path, names, columns.image, "image"),
-        question=None if question else column(columns.question, "question"),
-        answer=_column(path, names, columns.answer, "answer"),
-        group=column(columns.group, "group"),
-        split=column(columns.split, "split"),
-        answer_type=column(columns.answer_type, "answer_type"),
-        attributes=tuple(_column(path, names, name, "attributes") for name in columns.attributes),
-        options=tuple(_column(path, names, name, "options") for name in columns.options),
+        image=column(columns.image, "image"),
+        question=None if question else given(columns.question, "question"),
+        answer=column(columns.answer, "answer"),
+        group=given(columns.group, "group"),
+        split=given(columns.split, "split"),
+        answer_type=given(columns.answer_type, "answer_type"),
+        attributes=tuple(column(name, "attributes") for name in columns.attributes),
+        options=tuple(column(name, "options") for name in columns.options),
     )
     if not matched.options:
         matched = replace(matched, options=_lettered_columns(names))
@@ -134,13 +139,16 @@ def known_columns(path: Path, names: Sequence[str], columns: Columns, question: 
     return matched if matched.group else replace(matched, group=patient_column(names, remark))
 
 
-def _column(path: Path, names: Sequence[str], name: str, key: str) -> str:
+def _column(path: Path, names: Sequence[str], name: str, key: str, remark: Remark) -> str:
     alike = [other for other in names if plain(other) == plain(name)]
+    option = "--" + key.replace("_", "-")
     if name in names:
+        if len(alike) > 1:
+            others = ", ".join(shorten(other) for other in alike if other != name)
+            remark(f"column {shorten(name)} is read, though {others} could be meant as well; name one with {option}")
         return name
     if len(alike) == 1:
         return alike[0]
-    option = "--" + key.replace("_", "-")
     if alike:
         raise DataError(f"{path}: columns {', '.join(map(repr, alike))} could be meant; name one with {option}")
     hint = " or --ask TEXT, which asks the same of every image" if key == "question" else ""
@@ -172,8 +180,11 @@ def remark_split(names: Iterable[str], remark: Remark) -> None:
 def patient_column(names: Iterable[str], remark: Remark = lambda text: None) -> str | None:
     """Return the column that names the patient; remark on one that only may."""
     names = list(names)
-    if column := next((name for name in names if plain(name) in PATIENTS), None):
-        return column
+    if patients := [name for name in names if plain(name) in PATIENTS]:
+        if patients[1:]:
+            others = ", ".join(map(shorten, patients[1:]))
+            remark(f"column {shorten(patients[0])} names the patient, though {others} may as well; choose with --group")
+        return patients[0]
     likely = [
         name for name in names if plain(name).startswith(PERHAPS_PATIENTS) or plain(name).endswith(PERHAPS_PATIENTS)
     ]

@@ -36,7 +36,7 @@ EXAMPLES = 5
 SIDES = {"train": "train.json", "validation": "val.jsonl", "test": "test.jsonl"}
 OURS = {*SIDES.values(), REPORT, IMAGES}
 UNREADABLE = "an image that cannot be read"
-WHOLE = re.compile(r"-?[0-9]+\.0")
+DECIMAL, WHOLE = re.compile(r"-?[0-9]+\.[0-9]+"), re.compile(r"(-?[0-9]+)\.0+")
 CLOSED_ANSWERS = frozenset({"yes", "no"})
 
 
@@ -218,8 +218,7 @@ def convert_images(source: Path, output: Path, rendering: Rendering | None = Non
 
 
 def _check_output(output: Path, source: Path, root: Path) -> None:
-    """Check that the output may be replaced: only a folder of an earlier call may, and none that contains what is being
-    read."""
+    """Check that only a folder of an earlier call is replaced, and none that contains what is being read."""
     if output.is_symlink():
         raise DataError(f"{output}: a link, and links are never written through; name the folder itself")
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not _is_ours(output))):
@@ -269,13 +268,16 @@ def _placed(rows: Iterable[Row | Problem], placer: ImagePlacer, converted: Conve
 
 
 def _whole_numbers(placed: list[Placed], converted: Converted) -> list[Placed]:
-    """Return rows whose answers are all whole numbers written as 2.0, as in a table with gaps, with 2 instead."""
-    if not placed or not all(WHOLE.fullmatch(row.turns[1][1]) for row, _ in placed):
+    """Return rows whose decimal answers are all whole numbers written as 2.0, as in a table with gaps, with 2 instead."""
+    answers = [row.turns[1][1] for row, _ in placed]
+    decimals = {*filter(DECIMAL.fullmatch, answers)}
+    whole = {text: match[1] for text in decimals if (match := WHOLE.fullmatch(text))}
+    if not whole or len(whole) < len(decimals):
         return placed
-    converted.remark("all answers are whole numbers written as 2.0; they are kept as 2")
+    converted.remark("all decimal answers are whole numbers written as 2.0; they are kept as 2")
     return [
-        (replace(row, turns=(row.turns[0], ("gpt", row.turns[1][1].removesuffix(".0")), *row.turns[2:])), names)
-        for row, names in placed
+        (replace(row, turns=(row.turns[0], ("gpt", whole.get(answer, answer)), *row.turns[2:])), names)
+        for answer, (row, names) in zip(answers, placed, strict=True)
     ]
 
 

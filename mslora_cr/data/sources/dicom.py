@@ -281,8 +281,9 @@ def _window(header: Dataset) -> tuple[float, float] | None:
 
 def _colour(header: Dataset, values: Pixels) -> Pixels:
     """Return RGB, which pydicom has made of YBR, as a share of what the stored bits can hold."""
-    if values.shape[2] != 3:
-        raise DataError(f"it has {values.shape[2]} samples a pixel; expected 1, or 3 of colour")
+    if values.shape[2] != 3 or not str(header.PhotometricInterpretation).startswith(("RGB", "YBR")):
+        kind = header.PhotometricInterpretation
+        raise DataError(f"it has {values.shape[2]} samples a pixel, as {kind}; expected 1, or 3 of RGB or YBR")
     bits = min(int(header.get("BitsStored") or 8 * values.dtype.itemsize), 8 * values.dtype.itemsize)
     return np.clip(values / (2**bits - 1), 0, 1)
 
