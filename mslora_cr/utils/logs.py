@@ -69,3 +69,5 @@ def set_up(level: int = NORMAL) -> None:
     # When PEFT looks for the package, it recommends further packages; and it recommends float16 at every 8-bit layer of
     # every forward pass.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # It says what it changed in a header, but not in whose. What cannot be read is refused by name.
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)

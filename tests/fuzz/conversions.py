@@ -1,12 +1,16 @@
-"""Hostile inputs of `data convert`: tables, lists of JSON, Arrow and Parquet, folders and boxes, places to write to."""
+"""Hostile inputs of `data convert`: tables, lists of JSON, Arrow and Parquet, folders, boxes, scans, places to write to."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import warnings
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from tests.fuzz import hostile
@@ -175,3 +179,63 @@ def convert_folders(folder: Path, random: Random) -> list[str]:
             (place / f"{number}.xml").write_bytes(hostile.in_bytes(xml, random))
     (folder / "source" / "loop").symlink_to("..")
     return _command(folder, "source", random)
+
+
+TAGS: dict[str, list[Any]] = {
+    "NumberOfFrames": [0, -1, 2, 10**8],
+    "BitsStored": [0, 1, 13, 64],
+    "HighBit": [0, 11, 300],
+    "Rows": [0, 1, 65_535],
+    "SamplesPerPixel": [0, 2, 3, 4],
+    "PlanarConfiguration": [1, 7],
+    "PhotometricInterpretation": ["PALETTE COLOR", "YBR_FULL_422", "HSV", "x" * 16, ""],
+    "PixelPaddingValue": [0, 65_535],
+    "PixelSpacing": [[0.5], ["1e9", "1"], ["nan", "1"], [1, 1, 1]],
+    "WindowWidth": ["0", "-5", ["1", "2"], "nan"],
+    "WindowCenter": ["1e300", ["1", "2", "3"]],
+    "RescaleSlope": ["0", "1e308", "nan"],
+    "VOILUTFunction": ["SIGMOID", "x"],
+    "PatientID": ["", "x" * 64, "a\\b"],
+    "RedPaletteColorLookupTableDescriptor": [[0, 0, 8], [4, 0, 99], [1]],
+}
+
+
+def _dicom(random: Random) -> bytes:
+    """A DICOM file of a few pixels with some tags that do not fit them."""
+    from tests.helpers.dicom import dicom
+
+    data, buffer = dicom(np.arange(64, dtype=np.uint16).reshape(8, 8)), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for tag in random.sample(sorted(TAGS), random.choice((1, 2, 3))):
+            setattr(data, tag, random.choice(TAGS[tag]))
+        try:
+            data.save_as(buffer, enforce_file_format=True)
+        except Exception:  # pydicom raises many kinds for what it cannot write
+            return bytes(128) + b"DICM" + bytes(300)
+    return buffer.getvalue()
+
+
+def _nifti(random: Random) -> bytes:
+    """A NIfTI file whose header claims another shape, type, offset or scale."""
+    import nibabel
+
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 3), np.int16), np.diag([1, 1, 4, 1]))  # type: ignore[no-untyped-call]
+    content = bytearray(image.to_bytes())
+    place, length = random.choice(((40, 16), (70, 2), (72, 2), (76, 32), (108, 4), (112, 8), (124, 8), (252, 100)))
+    content[place : place + length] = random.choice((b"\x7f", b"\xff", b"\0", b"\x01")) * length
+    return bytes(content)
+
+
+def convert_scans(folder: Path, random: Random) -> list[str]:
+    """DICOM and NIfTI files, some of them compressed or damaged, beside sound ones."""
+    (folder / "source").mkdir()
+    for number in range(4):
+        content, ending = random.choice(((_dicom(random), "dcm"), (_nifti(random), "nii")))
+        if random.random() < 0.5:
+            content = hostile.in_bytes(content, random)
+        if ending == "nii" and random.random() < 0.3:
+            content, ending = gzip.compress(content), "nii.gz"
+        (folder / "source" / f"{number}.{ending}").write_bytes(content)
+    words = random.choice(([], ["--frames", "1"], ["--window", "40", "400"]))
+    return _command(folder, "source", random, *words)

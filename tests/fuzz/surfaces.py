@@ -20,7 +20,13 @@ from PIL import Image
 
 from tests.conftest import GOLDEN
 from tests.fuzz import hostile
-from tests.fuzz.conversions import convert_datasets, convert_folders, convert_lists, convert_tables
+from tests.fuzz.conversions import (
+    convert_datasets,
+    convert_folders,
+    convert_lists,
+    convert_scans,
+    convert_tables,
+)
 
 EARLIER_RUN = Path(__file__).parents[1] / "fixtures" / "run_0_1_0"
 Surface = Callable[[Path, Random], list[str]]
@@ -255,5 +261,6 @@ SURFACES: dict[str, tuple[Surface, int]] = {
     "convert_lists": (convert_lists, 30),
     "convert_datasets": (convert_datasets, 30),
     "convert_folders": (convert_folders, 15),
+    "convert_scans": (convert_scans, 15),
 }
 """Every surface with how many inputs of it `make test` tries."""
