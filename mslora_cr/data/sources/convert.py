@@ -268,7 +268,7 @@ def _placed(rows: Iterable[Row | Problem], placer: ImagePlacer, converted: Conve
 
 
 def _whole_numbers(placed: list[Placed], converted: Converted) -> list[Placed]:
-    """Return rows whose decimal answers are all whole numbers written as 2.0, as in a table with gaps, with 2 instead."""
+    """Return rows whose decimal answers are all whole numbers written as 2.0 with 2 instead."""
     answers = [row.turns[1][1] for row, _ in placed]
     decimals = {*filter(DECIMAL.fullmatch, answers)}
     whole = {text: match[1] for text in decimals if (match := WHOLE.fullmatch(text))}
