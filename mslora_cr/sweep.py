@@ -18,7 +18,7 @@ from mslora_cr.config.methods import load_method, method_names
 from mslora_cr.config.run_files import EVALUATION
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.config.trust import name_method
-from mslora_cr.distributed.pool import output_into, worker_pool
+from mslora_cr.distributed.pool import output_into, spare_imports, worker_pool
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
@@ -208,6 +208,7 @@ def _run(config: StreamConfig) -> None:
     folder = config.results_run_dir
     folder.mkdir(parents=True, exist_ok=True)
     set_up()
+    spare_imports()
     with output_into(folder / "sweep.log"):
         try:
             stream.train(config)

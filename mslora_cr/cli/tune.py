@@ -44,7 +44,14 @@ def add_tune(commands: argparse._SubParsersAction) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="with --seeds: number of other task orders (%(default)s)",
+        help="with --seeds: number of task orders, none of them reported (%(default)s)",
+    )
+    parser.add_argument(
+        "--reported-orders",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="with --seeds: --orders of the sweep that is reported; its orders are left out (%(default)s)",
     )
     parser.add_argument("--metric", default="exact match score", metavar="NAME", help="score to maximize (%(default)s)")
     parser.add_argument(
@@ -78,6 +85,7 @@ def _tune(args: argparse.Namespace) -> int:
         args.orders,
         args.metric,
         args.validation,
+        args.reported_orders,
     )
     print(f"best configuration: {tune(plan, pool.devices(config.model.device, args.jobs))}")
     print(f"page: {write_tuning_page(plan.folder)}")

@@ -24,11 +24,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import ConfigError, StreamConfig
-from mslora_cr.distributed.pool import output_into, worker_pool
+from mslora_cr.distributed.pool import output_into, spare_imports, worker_pool
 from mslora_cr.evaluation.evaluate import evaluate
 from mslora_cr.evaluation.results import required_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
 from mslora_cr.evaluation.schemas import ROUTED
+from mslora_cr.methods.base import method_of
 from mslora_cr.runs.lock import one_writer
 from mslora_cr.stream.orders import task_orders
 from mslora_cr.stream.train import train
@@ -59,9 +60,10 @@ class Plan:
         trials: The budget of each study: the number of finished or pruned trials.
         first: The number of tasks on which the values of the whole stream are chosen.
         seeds: Seeds of whole streams; if there are any, they replace the causal protocol.
-        orders: The number of task orders of those streams, without the file's own.
+        orders: The number of task orders of those streams.
         metric: The name in `metrics.json` of the metric to maximise.
         share: The share of the training records for validation, if a data set has no `val.jsonl`.
+        reported: The number of a sweep's first task orders that are reported; `orders` are the ones behind them.
     """
 
     config_file: Path
@@ -73,6 +75,7 @@ class Plan:
     orders: int = 1
     metric: str = METRIC
     share: float = SHARE
+    reported: int = 1
 
     @property
     def config(self) -> StreamConfig:
@@ -117,12 +120,15 @@ def tune(plan: Plan, devices: Sequence[str | None]) -> Path:
         The file of the best configuration.
 
     Raises:
-        ConfigError: The space has a key that the configuration does not, or there are fewer tasks than `first`.
+        ConfigError: The space has a key that the configuration does not, there are fewer tasks than `first`, or the
+            method learns all tasks at once and there are no seeds.
         DataError: A task has no validation questions.
         UserError: Every trial of a study failed.
         LockedError: Another tuning writes there.
     """
     config = plan.config
+    if not plan.seeds and method_of(config).all_at_once:
+        raise ConfigError(f"method {config.method} learns all tasks at once, later ones too; tune it with --seeds")
     if not plan.seeds and len(config.tasks) < plan.first:
         raise ConfigError(f"--first {plan.first}: the stream has {len(config.tasks)} tasks")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -167,7 +173,7 @@ def _causal(plan: Plan, devices: Sequence[str | None]) -> dict[str, Any]:
 def _streams(plan: Plan, devices: Sequence[str | None]) -> dict[str, Any]:
     """Choose all values over whole streams of other seeds and orders."""
     names = [task.name for task in plan.config.tasks]
-    orders = tuple(task_orders(names, plan.orders + 1)[1:])
+    orders = tuple(task_orders(names, plan.reported + plan.orders)[plan.reported :])
     part = StudyPart("streams", orders, len(names), tuple(plan.space.distributions), (), seeds=plan.seeds)
     return dict(_optimize(plan, part, devices).params)
 
@@ -199,6 +205,7 @@ def _optimize(plan: Plan, part: StudyPart, devices: Sequence[str | None]) -> Fro
 def _run_trial(plan: Plan, part: StudyPart) -> str | None:
     """Run one trial in a worker; return the error, if any."""
     set_up()
+    spare_imports()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = _storage(plan.folder)
     # The seed is the number of trials so far: one trial at a time draws the same values in any number of launches.
@@ -233,8 +240,10 @@ def _score(plan: Plan, part: StudyPart, trial: Trial) -> float:
             config = _trial_config(plan, part, trial, order, number, seed)
             if part.learned is not None and not config.run_dir.exists():
                 shutil.copytree(part.learned / "stream-0", config.run_dir)
+            trained = {task.name for task in method_of(config).trained(config)}
             for name in order[-part.scored :]:
-                train(config, only=(name,))
+                if name in trained:
+                    train(config, only=(name,))
                 scores.append(_validation_score(config, name, plan.metric))
                 trial.report(sum(scores) / len(scores), step)
                 step += 1
