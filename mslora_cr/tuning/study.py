@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 import yaml
+from optuna import Study
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -30,7 +33,7 @@ from mslora_cr.evaluation.results import required_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
 from mslora_cr.evaluation.schemas import ROUTED
 from mslora_cr.methods.base import method_of
-from mslora_cr.runs.lock import one_writer
+from mslora_cr.runs.lock import LockedError, one_writer
 from mslora_cr.stream.orders import task_orders
 from mslora_cr.stream.train import train
 from mslora_cr.tuning.space import PER_TASK, Space
@@ -182,16 +185,13 @@ def _optimize(plan: Plan, part: StudyPart, devices: Sequence[str | None]) -> Fro
     """Run the remaining budget of a study in parallel, and return the best trial."""
     storage = _storage(plan.folder)
     study = optuna.create_study(storage=storage, study_name=part.name, direction="maximize", load_if_exists=True)
-    # A launch that was killed left this trial; its folder resumes.
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params, skip_if_exists=True)
+    requeue_killed(study)
     done = sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in study.get_trials())
     with (
         worker_pool(devices) as pool,
         progress_bar(desc=part.name, total=plan.trials, initial=done, unit="trial") as bar,
     ):
-        waiting = [pool.submit(_run_trial, plan, part) for _ in range(max(0, plan.trials - done))]
+        waiting = [pool.submit(_run_trial, plan, part, number) for number in range(done, plan.trials)]
         for future in as_completed(waiting):
             if error := future.result():
                 log.warning("%s: a trial failed: %s", part.name, error)
@@ -202,24 +202,46 @@ def _optimize(plan: Plan, part: StudyPart, devices: Sequence[str | None]) -> Fro
     return best
 
 
-def _run_trial(plan: Plan, part: StudyPart) -> str | None:
+def requeue_killed(study: Study) -> None:
+    """Put the values of trials that a killed launch left behind first in the queue; their folders resume."""
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+
+
+def ask(plan: Plan, part: StudyPart, number: int) -> tuple[Study, Trial]:
+    """Draw the values of a trial. Its number in the budget is the seed: workers that begin at once draw different
+    values, and one worker draws the same values in any number of launches."""
+    study = optuna.load_study(
+        storage=_storage(plan.folder),
+        study_name=part.name,
+        sampler=optuna.samplers.TPESampler(seed=number),
+        pruner=optuna.pruners.MedianPruner(5, 1),
+    )
+    return study, study.ask({key: plan.space.distributions[key] for key in part.keys})
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait for another worker that tries the same values; this one then finds everything done."""
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(one_writer(folder))
+                break
+            except LockedError:
+                time.sleep(1)
+        yield
+
+
+def _run_trial(plan: Plan, part: StudyPart, number: int) -> str | None:
     """Run one trial in a worker; return the error, if any."""
     set_up()
     spare_imports()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = _storage(plan.folder)
-    # The seed is the number of trials so far: one trial at a time draws the same values in any number of launches.
-    begun = len(optuna.load_study(storage=storage, study_name=part.name).get_trials())
-    study = optuna.load_study(
-        storage=storage,
-        study_name=part.name,
-        sampler=optuna.samplers.TPESampler(seed=begun),
-        pruner=optuna.pruners.MedianPruner(5, 1),
-    )
-    trial = study.ask({key: plan.space.distributions[key] for key in part.keys})
+    study, trial = ask(plan, part, number)
     folder = _trial_folder(plan, part, trial)
-    folder.mkdir(parents=True, exist_ok=True)
-    with output_into(folder / "trial.log"):
+    with _one_at_a_time(folder), output_into(folder / "trial.log"):
         try:
             score = _score(plan, part, trial)
         except optuna.TrialPruned:

@@ -15,7 +15,7 @@ from mslora_cr.config.schema import ConfigError
 from mslora_cr.data.tasks import test_records as questions_of
 from mslora_cr.data.tasks import training_records
 from mslora_cr.tuning.space import SPACES, read_space
-from mslora_cr.tuning.study import best_trial, studies
+from mslora_cr.tuning.study import JOURNAL, Plan, StudyPart, ask, best_trial, requeue_killed, studies, tune
 from mslora_cr.tuning.validation_root import make_validation_root
 from tests.conftest import ConfigWriter, write_config
 
@@ -82,6 +82,31 @@ def test_questions_of_a_val_jsonl_are_taken_as_they_are(config_file: ConfigWrite
     make_validation_root(config, tmp_path / "root", 0.25)
     assert (tmp_path / "root" / "PCam" / "test.jsonl").read_text().splitlines() == lines
     assert (tmp_path / "root" / "PCam" / "train.json").resolve() == (data / "PCam" / "train.json").resolve()
+
+
+def test_workers_draw_different_values_and_a_killed_trial_comes_back(config_file: ConfigWriter, tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text("{regularization.beta: {low: 0.001, high: 0.1, log: true}}")
+    plan = Plan(config_file(), (), read_space(space), trials=3)
+    part = StudyPart("first", (), 1, ("regularization.beta",), ())
+    plan.folder.mkdir(parents=True)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(plan.folder / JOURNAL)))
+    optuna.create_study(storage=storage, study_name=part.name, direction="maximize")
+    (study, first), (_, second) = (
+        ask(plan, part, 0),
+        ask(plan, part, 1),
+    )  # both workers have begun, neither has finished
+    assert first.params != second.params
+    study.tell(first, 50.0)
+    requeue_killed(study)  # as the next launch does
+    assert ask(plan, part, 1)[1].params == second.params
+    assert ask(plan, part, 2)[1].params not in (first.params, second.params)
+
+
+def test_joint_training_is_not_tuned_causally(config_file: ConfigWriter) -> None:
+    plan = Plan(config_file(), ("method=joint",), read_space("joint"), trials=1)
+    with pytest.raises(ConfigError, match="tune it with --seeds"):
+        tune(plan, [None])
 
 
 @pytest.mark.slow
