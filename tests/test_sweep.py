@@ -18,7 +18,7 @@ from mslora_cr.config.methods import method_names
 from mslora_cr.config.schema import ConfigError
 from mslora_cr.distributed import pool
 from mslora_cr.evaluation.results import Cell, Evaluation
-from mslora_cr.reporting.capacity import cost_of
+from mslora_cr.reporting.capacity import cost_of, frontier
 from mslora_cr.reporting.sweep_page import write_sweep_page
 from mslora_cr.reporting.sweep_result import SweepResult
 from mslora_cr.runs.entries import RunLedger, TaskEntry
@@ -113,9 +113,14 @@ def test_the_pages_show_methods_orders_and_deviation(swept: Path, tmp_path: Path
     assert "Forgetting is zero by construction for each, mslora\\_cr" in text
     assert "| mslora\\_cr | prefix | 8 | 2 |" in text
     assert "Balanced accuracy of closed questions" in page.text and "balanced accuracy" in text.lower()
-    assert (root / "sweep.svg").read_text().startswith("<svg")
+    assert (root / "sweep.svg").read_text().startswith("<svg") and "mslora_cr" in (root / "frontier.svg").read_text()
+    assert "Frontier of parameters of the banks that answer: " in page.text and "(frontier.svg)" in text
     content = json.loads((root / "sweep.json").read_text())
     content["metrics"]["choice"]["each"]["final_average"]["against"]["orders_interval"] = [-3.0, 5.0]
+    # A method that never gives one of the answers has no predictive value after the last stage.
+    content["metrics"]["balanced accuracy"]["each"] = {
+        "own_stage_average": content["metrics"]["choice"]["each"]["forgetting"]
+    }
     (tmp_path / "sweep.json").write_text(json.dumps(content))
     page = Page(write_sweep_page(SweepResult.read(tmp_path / "sweep.json"), tmp_path))
     assert "less mslora_cr's, orders as a sample – [-3.0 to 5.0]" in page.text
@@ -261,6 +266,11 @@ def test_a_cost_that_the_ledger_does_not_know_is_not_guessed() -> None:
     for second, wanted in ((imported, (2.0, 22)), (TaskEntry(**entry, seconds=5.0), (None, None))):
         assert cost_of(evaluation, RunLedger(run="r", method="", tasks={"a": trained, "b": second})) == wanted
     assert cost_of(evaluation, None) == (None, None)
+
+
+def test_the_frontier_by_hand() -> None:
+    points = {"base": (0.0, 7.0), "slow": (3.0, 80.0), "worse": (2.0, 60.0), "quick": (1.0, 70.0), "equal": (4.0, 80.0)}
+    assert frontier(points) == ["base", "quick", "slow"]
 
 
 def test_spread_by_hand() -> None:

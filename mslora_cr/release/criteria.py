@@ -18,7 +18,7 @@ from mslora_cr.evaluation.results import Cell, Evaluation, ReportError, required
 from mslora_cr.evaluation.schemas import ROUTING, Routing
 from mslora_cr.evaluation.score import SCORES, asked_in, read_scores
 from mslora_cr.metrics.calibration import expected_calibration_error
-from mslora_cr.release.gate_test import GateTest, Outcome, Tested
+from mslora_cr.release.gate_test import GateTest, Outcome, Tested, too_few
 from mslora_cr.release.plan import Plan
 from mslora_cr.statistics.intervals import SAMPLES, SEED, Groups, Scores
 from mslora_cr.statistics.noninferiority import POWER, sample_size
@@ -164,7 +164,7 @@ def _limited(
     if distance > 0:
         needed = sample_size(max(variance, limit * (1 - limit) / 4), distance, level, POWER)
     if groups < plan.least_patients:
-        outcome, reason = "hold", f"{groups} independent patients or images; the plan asks for {plan.least_patients}"
+        outcome, reason = "hold", too_few(groups, plan.least_patients)
     elif upper < limit:
         outcome, reason = "pass", f"the upper bound {100 * upper:.2f} % is below {100 * limit:g} %"
     elif needed is None:

@@ -21,7 +21,7 @@ from mslora_cr.evaluation.results import Cell, Evaluation, ReportError, required
 from mslora_cr.evaluation.schemas import ROUTED
 from mslora_cr.evaluation.score import SCORES, read_scores
 from mslora_cr.release.criteria import calibration_tests, foreign_tests
-from mslora_cr.release.gate_test import GateTest, Outcome, Tested, Verdict
+from mslora_cr.release.gate_test import GateTest, Outcome, Tested, Verdict, too_few
 from mslora_cr.release.plan import Plan
 from mslora_cr.statistics.intervals import Groups, Scores
 from mslora_cr.statistics.matrix_intervals import coarsest, is_binary
@@ -204,7 +204,7 @@ def _outcome(least: int, comparison: NonInferiority, required: float, what: str)
     at or beyond the requirement, since no number of patients would help. Between the two it is open."""
     limit = f"{required:+.1f} points" if what != "new task" else "what is required"
     if comparison.groups < least:
-        return "hold", f"{comparison.groups} independent patients or images; the plan asks for {least}"
+        return "hold", too_few(comparison.groups, least)
     if 100 * comparison.bound > required:
         return "pass", f"the lower bound {100 * comparison.bound:+.2f} is above {limit}"
     if comparison.needed is None:

@@ -51,3 +51,8 @@ class GateTest(Part):
     gained: int
     lost: int
     needed: int | None
+
+
+def too_few(groups: int, least: int) -> str:
+    """Return the reason to hold where there are fewer patients than a plan asks for."""
+    return f"{groups} independent patients or images; the plan asks for {least}, {least - groups} more"

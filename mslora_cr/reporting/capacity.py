@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple, cast
@@ -111,3 +111,14 @@ def mean_costs(runs: Sequence[Outcome]) -> dict[str, Cost]:
             parameters=max(size for size in sizes if size is not None) if None not in sizes else None,
         )
     return costs
+
+
+def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return the labels of the points (cost, score) that no other point beats, the cheapest first: all that cost less
+    score lower."""
+    best, found = float("-inf"), []
+    for label, (_, score) in sorted(points.items(), key=lambda point: (point[1][0], -point[1][1])):
+        if score > best:
+            best = score
+            found.append(label)
+    return found

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mslora_cr.clinical.file import AttributeMeasured, Curves
+from mslora_cr.reporting.capacity import frontier
 from mslora_cr.reporting.style import PALETTE
 
 TERMS = {
@@ -155,6 +156,30 @@ def sweep_dots(panels: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]], 
             ax.grid(axis="x", alpha=0.15, color=INK)
         ax.invert_yaxis()
         ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        return to_svg(figure)
+
+
+def frontier_dots(panels: Mapping[str, Mapping[str, tuple[float, float]]], score: str) -> str:
+    """Plot a panel for each cost: a dot for each method; a line with names through the frontier.
+
+    Args:
+        panels: (cost, score) by the cost's title and method.
+        score: The title of the score.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        axes[0].set_ylabel(score)
+        for ax, (title, points) in zip(axes, panels.items(), strict=True):
+            best = {method: points[method] for method in frontier(points)}
+            ax.plot(*zip(*points.values(), strict=True), ".", color=INK, alpha=0.4, markersize=8)
+            ax.plot(*zip(*best.values(), strict=True), ".-", color=PALETTE[0], linewidth=1, drawstyle="steps-post")
+            for method, point in best.items():
+                ax.annotate(method, point, (4, -10), textcoords="offset points", fontsize=8)
+            if least := min((cost for cost, _ in points.values() if cost > 0), default=None):
+                ax.set_xscale("symlog", linthresh=least)  # The base alone costs nothing.
+            ax.set_xlabel(title)
+            ax.grid(alpha=0.15, color=INK)
         return to_svg(figure)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from markupsafe import Markup
 
 from mslora_cr.evaluation.results import ReportError
-from mslora_cr.reporting.capacity import mean_costs
-from mslora_cr.reporting.plots import sweep_dots
+from mslora_cr.reporting.capacity import Cost, frontier, mean_costs
+from mslora_cr.reporting.plots import frontier_dots, sweep_dots
 from mslora_cr.reporting.render import render
 from mslora_cr.reporting.style import MATRICES, PALETTE, REPORTED_TITLES
 from mslora_cr.reporting.sweep_result import Outcome, SweepResult
@@ -23,10 +23,11 @@ SWEEP_COLUMNS = {
     "forgetting": "Forgetting",
     "backward_transfer": "Backward transfer",
 }
+COSTS = {"device_hours": "device hours of training", "parameters": "parameters of the banks that answer"}
 
 
 def write_sweep_page(sweep: SweepResult, output: Path) -> Path:
-    """Write `sweep.html`, `sweep.md` and `sweep.svg` of a sweep into a folder, and return the page's path."""
+    """Write `sweep.html`, `sweep.md` and the two plots of a sweep into a folder, and return the page's path."""
     colors = {order: PALETTE[index % len(PALETTE)] for index, order in enumerate(sweep.orders)}
     headline = next((key for key in MATRICES if sweep.metrics.get(key)), None)
     if headline is None:
@@ -41,6 +42,11 @@ def write_sweep_page(sweep: SweepResult, output: Path) -> Path:
     }
     plot = sweep_dots({title: panel for title, panel in panels.items() if panel}, colors)
     write_text(output / "sweep.svg", plot)
+    costs = mean_costs(sweep.runs)
+    scores = _final_averages(sweep, headline)
+    points = cost_points(costs, scores)
+    frontiers = frontier_dots(points, f"final average of {REPORTED_TITLES[headline]}, %") if points else ""
+    write_text(output / "frontier.svg", frontiers)
     context = {
         "sweep": sweep,
         "metrics": {REPORTED_TITLES.get(key, key): methods for key, methods in sweep.metrics.items() if methods},
@@ -50,13 +56,34 @@ def write_sweep_page(sweep: SweepResult, output: Path) -> Path:
         "banks_by": {run.method: run.banks_by for run in sweep.runs},
         "ranks": {run.method: run.rank for run in sweep.runs},
         "frozen": sorted({run.method for run in sweep.runs if run.frozen}),
-        "costs": mean_costs(sweep.runs),
+        "costs": costs,
+        "scores": scores,
+        "frontiers": {title: frontier(panel) for title, panel in points.items()},
         "plot": Markup(plot),
+        "frontier_plot": Markup(frontiers),
         "now": datetime.now(UTC),
     }
     for name in ("sweep.html", "sweep.md"):
         render(name, output / name, context)
     return output / "sweep.html"
+
+
+def cost_points(costs: Mapping[str, Cost], scores: Mapping[str, float]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return (cost, score) by title of the cost and method, without those that are unknown."""
+    points = {
+        title: {
+            method: (float(value), scores[method])
+            for method, cost in costs.items()
+            if (value := getattr(cost, field)) is not None and method in scores
+        }
+        for field, title in COSTS.items()
+    }
+    return {title: panel for title, panel in points.items() if panel}
+
+
+def _final_averages(sweep: SweepResult, metric: str) -> dict[str, float]:
+    figures = {method: spreads.get("final_average") for method, spreads in sweep.metrics[metric].items()}
+    return {method: spread.mean for method, spread in figures.items() if spread}
 
 
 def _sweep_points(runs: Sequence[Outcome], method: str, metric: str, figure: str) -> list[tuple[str, float]]:

@@ -77,7 +77,7 @@ def non_inferiority(differences: Scores, groups: Groups, margin: float, level: f
         groups=total.groups,
         gained=int(np.count_nonzero(differences > NONE)),
         lost=int(np.count_nonzero(differences < -NONE)),
-        needed=_needed(total.square, total.mean, effective / total.groups, margin, level),
+        needed=_needed(total.square, total.mean, effective / total.groups, margin, level, binary),
     )
 
 
@@ -130,16 +130,22 @@ def _tango_bound(square: float, mean: float, number: float, quantile: float) -> 
     return float(brentq(lambda d: _tango_statistic(square, mean, number, d) - quantile, -1.0, nearest))
 
 
-def _needed(square: float, mean: float, share: float, margin: float, level: float) -> int | None:
-    """Return the groups needed for a power of `POWER`, if each is worth `share` independent questions.
+def _needed(square: float, mean: float, share: float, margin: float, level: float, binary: bool) -> int | None:
+    """Return the groups needed for a power of `POWER`, if each is worth `share` independent questions:
+    ``((z_level σ₀ + z_power σ₁) / distance)²``, with σ₀ the deviation that the test assumes at the margin, which is
+    not zero even if no answer changed, and σ₁ that of the differences. Source: Nam, "Establishing Equivalence of Two
+    Treatments and Sample Size Requirements in Matched-Pairs Design", Biometrics 1997.
 
     An observed loss is taken for the true one; an observed gain is taken for chance, unless a gain must be shown (a
-    margin of 0). If nothing changed, a share of 0.1 % is assumed to change.
+    margin of 0).
     """
-    distance = margin + min(mean, 0.0) if margin else mean
+    likely = min(mean, 0.0) if margin else mean
+    distance = margin + likely
     if distance <= NONE or share <= 0:
         return None
-    return math.ceil(sample_size(max(square - mean**2, 1e-3), distance, level, POWER) / share)
+    deviation = max(square - mean**2, 0.0) ** 0.5
+    assumed = distance / _tango_statistic(square, likely, 1.0, -margin) if binary else deviation
+    return math.ceil(((ndtri(1 - level) * assumed + ndtri(POWER) * deviation) / distance) ** 2 / share)
 
 
 def _quantile(share: float, freedom: float) -> float:

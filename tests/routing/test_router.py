@@ -37,6 +37,16 @@ def test_sites_combine_to_the_statistics_of_all_records() -> None:
         combine([parts[0], statistics_of(gram(features[:, :4]))])
 
 
+def test_a_router_of_combined_sites_is_that_of_all_records() -> None:
+    random = torch.Generator().manual_seed(3)
+    tasks = [torch.randn(70, 5, generator=random) + place for place in (0.0, 0.5)]
+    whole = Router([statistics_of(gram(task)) for task in tasks])
+    sites = Router([combine([statistics_of(gram(part)) for part in task.split([1, 29, 40])]) for task in tasks])
+    expected = whole.probabilities(torch.cat(tasks))
+    assert 0.2 < expected.mean() < 0.8 and expected.max() > 0.9
+    torch.testing.assert_close(sites.probabilities(torch.cat(tasks)), expected, rtol=0, atol=1e-6)
+
+
 def test_the_shared_covariance_decides_not_the_distance() -> None:
     """Two tasks that differ along a narrow direction, both spread along the other one."""
     random = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mslora_cr.statistics.intervals import independent
-from mslora_cr.statistics.noninferiority import non_inferiority, sample_size, spent
+from mslora_cr.statistics.noninferiority import NonInferiority, non_inferiority, sample_size, spent
 
 WORKED: dict[str, Any] = json.loads(
     (Path(__file__).parents[1] / "fixtures" / "medical" / "non_inferiority.json").read_text()
@@ -38,6 +38,17 @@ def test_example_of_two_hundred_patients() -> None:
     assert (100 * worse.bound, worse.p) == pytest.approx((-8.099, 0.398), abs=1e-3)
     assert worse.needed is not None and worse.needed > 200
     assert non_inferiority(paired(3, 23, 200), independent(200), 0.05, 0.05, binary=True).needed is None
+
+
+def test_equal_answers_of_few_patients_need_more_patients() -> None:
+    """Even if no answer changed, the test passes only from some number of questions on."""
+
+    def found(questions: int) -> NonInferiority:
+        return non_inferiority(np.zeros(questions), independent(questions), 0.03, spent(0.05, 1), binary=True)
+
+    needed = found(80).needed
+    assert needed is not None and needed > 100
+    assert found(needed - 1).bound < -0.03 < found(needed).bound
 
 
 @pytest.mark.parametrize("case", WORKED["sample_size"])
