@@ -202,7 +202,10 @@ def stage_of(args: argparse.Namespace, config: StreamConfig) -> int | None:
         raise UserError("--release already names a stage; leave --stage out")
     from mslora_cr.release.records import released
 
-    return released(config, args.release).stage
+    record = released(config, args.release)
+    if args.task is not None and args.task not in record.banks:
+        raise UserError(f"--task {args.task}: not in release {record.number}, which has {', '.join(record.banks)}")
+    return record.stage
 
 
 def quieten() -> None:

@@ -159,7 +159,7 @@ def _paired(
     scored = [side.scores[~np.isnan(side.scores)] for side in (before, after)]
     comparison = non_inferiority(values, clusters, margin / 100, level, all(map(is_binary, scored)))
     scores = [float(side.mean()) for side in scored]
-    return _test(least, what, name, comparison, scores[0], scores[1], -margin, level)
+    return _test(least, what, name, comparison, scores[0], scores[1], 0.0 - margin, level)
 
 
 def _present(values: Scores, groups: Groups) -> tuple[Scores, Groups]:

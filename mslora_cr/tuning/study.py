@@ -88,6 +88,12 @@ class Plan:
     def folder(self) -> Path:
         return self.config.run_dir / FOLDER
 
+    @property
+    def tuned_orders(self) -> tuple[tuple[str, ...], ...]:
+        """The task orders of whole streams."""
+        names = [task.name for task in self.config.tasks]
+        return tuple(task_orders(names, self.reported + self.orders)[self.reported :])
+
 
 @dataclass(frozen=True)
 class StudyPart:
@@ -175,9 +181,9 @@ def _causal(plan: Plan, devices: Sequence[str | None]) -> dict[str, Any]:
 
 def _streams(plan: Plan, devices: Sequence[str | None]) -> dict[str, Any]:
     """Choose all values over whole streams of other seeds and orders."""
-    names = [task.name for task in plan.config.tasks]
-    orders = tuple(task_orders(names, plan.reported + plan.orders)[plan.reported :])
-    part = StudyPart("streams", orders, len(names), tuple(plan.space.distributions), (), seeds=plan.seeds)
+    part = StudyPart(
+        "streams", plan.tuned_orders, len(plan.config.tasks), tuple(plan.space.distributions), (), seeds=plan.seeds
+    )
     return dict(_optimize(plan, part, devices).params)
 
 
@@ -323,7 +329,10 @@ def _write_best(plan: Plan, chosen: Mapping[str, Any]) -> Path:
     config = load_config(plan.config_file, overrides)
     content = config.model_dump(mode="json")
     content["run"] = f"{config.run}-tuned"
-    protocol = f"seeds {list(plan.seeds)}, {plan.orders} other orders" if plan.seeds else f"causal, first {plan.first}"
+    protocol = f"causal, first {plan.first}"
+    if plan.seeds:
+        orders = "; ".join(" → ".join(order) for order in plan.tuned_orders)
+        protocol = f"seeds {', '.join(map(str, plan.seeds))} and orders {orders}: report others"
     header = (
         f"# Chosen by `mslora-cr tune` on validation questions ({plan.metric}; {protocol}; "
         f"{plan.trials} trials a study).\n"

@@ -201,7 +201,7 @@ def _moved(folder: Path) -> Path:
 def _registered_before(config: Path, plan: Path) -> None:
     """Register a plan as if the last task had not been trained yet."""
     assert main(["release", "register", str(plan), str(config)]) == 0
-    [file] = (load_config(config).run_dir / "releases" / "plans").glob("*.json")
+    file = max((load_config(config).run_dir / "releases" / "plans").glob("*.json"), key=lambda one: one.stat().st_mtime)
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {"finished": list(TASKS[:2])}))
 
@@ -236,6 +236,20 @@ def test_the_commands(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([*ask, "--release", "1"]) == 0
     assert main([*ask, "--release", "2"]) == 1
     assert main([*ask, "--release", "1", "--stage", "1"]) == 1
+    assert main([*ask, "--release", "1", "--task", "HAM"]) == 1
+    assert main(["export", str(run), "--output", str(tmp_path), "--format", "peft", "--release", "1"]) == 0
+    assert sorted(path.parent.name for path in tmp_path.glob("*/adapter_config.json")) == sorted(TASKS)
+
+    second_plan = plan_file(tmp_path, "{margin: 90, least_patients: 2}")
+    _registered_before(run, second_plan)
+    assert main(["release", str(second_plan), str(run)]) == 0
+    assert [record.serves for record in records_of(folder.parent)] == [1, 1, 3]
+    assert main(["release", "rollback", str(run), "1"]) == 0
+    assert main(["release", "verify", str(run)]) == 0
+    assert [(record.kind, record.serves) for record in records_of(folder.parent)][2:] == [("gate", 3), ("rollback", 1)]
+    capsys.readouterr()
+    assert main(["release", "list", str(run)]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines() if "live" in line] == [["1", "live"]]
 
 
 def test_statistics_of_two_sites_make_one_router(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
