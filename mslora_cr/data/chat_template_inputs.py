@@ -24,42 +24,12 @@ from mslora_cr.data.images import image_size, load_image, paths_of, resolve_imag
 from mslora_cr.data.input_processor import Collate, LabelCount, Prompt
 from mslora_cr.data.prompts import IGNORE_INDEX, Message, Turn, filled_turns
 from mslora_cr.data.records import IMAGE, TestRecord, TrainingRecord, shown_images
+from mslora_cr.data.tokenizer import ProcessorTokenizer
 
 Size = tuple[int, int]
 """Width and height."""
 SplitIds = tuple[tuple[int, ...], tuple[int, ...]]
 """Ids up to the last image, and the ids after it."""
-
-
-class ProcessorTokenizer:
-    """A processor's tokenizer, for texts without a template."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.eos_token_id: int = tokenizer.eos_token_id
-        padding = tokenizer.pad_token_id
-        self.pad_token_id: int = tokenizer.eos_token_id if padding is None else padding
-
-    def __len__(self) -> int:
-        return len(self._tokenizer)
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without special tokens."""
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
-
-    def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        """Return the text of each sequence of ids, without outer white space. Special tokens are left out, marks of
-        reasoning are not."""
-        if not self._special_marks:
-            return [text.strip() for text in self._tokenizer.batch_decode(sequences, skip_special_tokens=True)]
-        left_out = {*self._tokenizer.all_special_ids} - self._special_marks
-        visible = [[token for token in map(int, ids) if token not in left_out] for ids in sequences]
-        return [text.strip() for text in self._tokenizer.batch_decode(visible)]
-
-    @cached_property
-    def _special_marks(self) -> set[int]:
-        added = self._tokenizer.added_tokens_decoder.items()
-        return {number for number, token in added if token.special and str(token) in MARKS}
 
 
 class ChatSample(TypedDict):

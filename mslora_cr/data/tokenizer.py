@@ -1,4 +1,4 @@
-"""The Llama tokenizer as the published code's slow tokenizer works.
+"""The Llama tokenizer as the published code's slow tokenizer works, and any tokenizer that comes with a processor.
 
 transformers converts a `tokenizer.model` to merges ranked by piece id, but SentencePiece merges by score, and in
 Mistral's vocabulary runs of spaces have low ids and the lowest score: `two  spaces` would come out as other ids.
@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 from transformers import LlamaTokenizer
 
+from mslora_cr.data.answers.reasoning import MARKS
 from mslora_cr.utils.errors import UserError
 
 
@@ -79,3 +82,34 @@ class Tokenizer:
         """Return the id of a piece of the vocabulary, or None."""
         number = self._llama.get_vocab().get(piece)
         return None if number is None else int(number)
+
+
+class ProcessorTokenizer:
+    """A processor's tokenizer, for texts without a template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id: int = tokenizer.eos_token_id
+        padding = tokenizer.pad_token_id
+        self.pad_token_id: int = tokenizer.eos_token_id if padding is None else padding
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without special tokens."""
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each sequence of ids, without outer white space. Special tokens are left out, marks of
+        reasoning are not."""
+        if not self._special_marks:
+            return [text.strip() for text in self._tokenizer.batch_decode(sequences, skip_special_tokens=True)]
+        left_out = {*self._tokenizer.all_special_ids} - self._special_marks
+        visible = [[token for token in map(int, ids) if token not in left_out] for ids in sequences]
+        return [text.strip() for text in self._tokenizer.batch_decode(visible)]
+
+    @cached_property
+    def _special_marks(self) -> set[int]:
+        added = self._tokenizer.added_tokens_decoder.items()
+        return {number for number, token in added if token.special and str(token) in MARKS}

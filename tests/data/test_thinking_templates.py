@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.chat import messages_of, render, training_chat
-from mslora_cr.data.chat_template_inputs import ProcessorTokenizer
 from mslora_cr.data.prompts import Message
+from mslora_cr.data.tokenizer import ProcessorTokenizer
 from tests.helpers.real_data import TEST_DATA, real
 
 STRIPPING = (
