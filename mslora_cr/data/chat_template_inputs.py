@@ -6,6 +6,7 @@ Ids, label mask and images are those that the processor makes of a whole convers
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,16 @@ Size = tuple[int, int]
 """Width and height."""
 SplitIds = tuple[tuple[int, ...], tuple[int, ...]]
 """Ids up to the last image, and the ids after it."""
+
+
+def takes_answers_apart(processor: Any) -> bool:
+    """Return whether a processor takes the answer apart from its prompt, and marks it: the prompt's tokens then see
+    each other, and the answer's those before them (PaliGemma)."""
+    return "suffix" in inspect.signature(type(processor).__call__).parameters
+
+
+class NoImageError(ValueError):
+    """A processor takes no conversation without an image."""
 
 
 class ChatSample(TypedDict):
@@ -82,19 +93,19 @@ class ChatTemplateInputs:
     def sample(self, index: int, record: TrainingRecord, roots: Sequence[Path]) -> ChatSample:
         chat = self._chat(record)
         images = self.load_images(self.image_names(record), roots)
-        self._check_cut(*self.split_ids(chat.text, [image.size for image in images]))
+        self._check_cut(*self._conversation(chat, [image.size for image in images]))
         return ChatSample(index=index, text=chat.text, answers=chat.answers, images=images)
 
     def length(self, record: TrainingRecord, roots: Sequence[Path]) -> int:
         sizes = [image_size(resolve_image(name, roots)) for name in self.image_names(record)]
-        opening, rest = self.split_ids(self._chat(record).text, sizes)
+        opening, rest = self._conversation(self._chat(record), sizes)
         self._check_cut(opening, rest)
         return min(len(opening) + len(rest), self.max_length)
 
     def count_labels(self, record: TrainingRecord, roots: Sequence[Path]) -> LabelCount:
         chat = self._chat(record)
         sizes = [image_size(resolve_image(name, roots)) for name in self.image_names(record)]
-        opening, rest = self.split_ids(chat.text, sizes)
+        opening, rest = self._conversation(chat, sizes)
         self._check_cut(opening, rest)
         ids = [*opening, *rest]
         labels = self._learned(ChatSample(index=0, text=chat.text, answers=chat.answers, images=[]), ids)
@@ -112,8 +123,10 @@ class ChatTemplateInputs:
         Raises:
             ValueError: The processor rewrites a conversation, so that its answers are not found in its ids.
         """
-        texts, images = [sample["text"] for sample in samples], [sample["images"] for sample in samples]
-        inputs = self._processed(texts, images, "right", **({"pad_to_multiple_of": multiple} if multiple > 1 else {}))
+        texts, answers = zip(*(self._parts(sample["text"], sample["answers"]) for sample in samples), strict=True)
+        options = {"pad_to_multiple_of": multiple} if multiple > 1 else {}
+        options |= {"suffix": list(answers)} if self._answers_apart else {}
+        inputs = self._processed(texts, [sample["images"] for sample in samples], "right", **options)
         labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
         for row, sample in enumerate(samples):
             ids = inputs["input_ids"][row, : int(inputs["attention_mask"][row].sum())]
@@ -129,8 +142,15 @@ class ChatTemplateInputs:
     def _learned(self, sample: ChatSample, ids: Sequence[int]) -> list[int]:
         """Return the positions of a sample's answers in the processor's ids.
 
-        The text is tokenised once more with its placeholders; what stands between them is searched for in `ids`.
+        The text is tokenised once more with its placeholders; what stands between them is searched for in `ids`. An
+        answer that the processor takes apart ends them.
         """
+        if self._answers_apart:
+            answer = self._parts(sample["text"], sample["answers"])[1] + self.processor.tokenizer.eos_token
+            ending = self.tokenizer.encode(answer)
+            if list(ids[len(ids) - len(ending) :]) != ending:
+                raise ValueError(f"{type(self.processor).__name__} does not end a conversation with its answer")
+            return list(range(len(ids) - len(ending), len(ids))) if sample["answers"] else []
         text = self._tokenized(sample["text"], return_offsets_mapping=True)
         inside = [
             any(first < stop and last > start for start, stop in sample["answers"])
@@ -147,6 +167,31 @@ class ChatTemplateInputs:
                 "cannot be found; this model cannot be trained"
             )
         return learned
+
+    @cached_property
+    def _answers_apart(self) -> bool:
+        return takes_answers_apart(self.processor)
+
+    def _parts(self, text: str, answers: Sequence[Span]) -> tuple[str, str]:
+        """Return a conversation's text, and its answer without the token that ends it if the processor takes it apart.
+
+        Raises:
+            ValueError: Such a conversation has several answers.
+        """
+        if not (self._answers_apart and answers):
+            return text, ""
+        if len(answers) > 1 or answers[0][1] != len(text):
+            raise ValueError(
+                f"{type(self.processor).__name__} takes conversations of one question and its answer alone"
+            )
+        return text[: answers[0][0]], text[answers[0][0] :].removesuffix(self.processor.tokenizer.eos_token)
+
+    def _conversation(self, chat: Chat, sizes: Sequence[Size]) -> SplitIds:
+        """As `split_ids`, for a conversation with its answers."""
+        text, answer = self._parts(chat.text, chat.answers)
+        if not self._answers_apart:
+            return self.split_ids(text, sizes)
+        return (), self._whole(text, sizes, suffix=[answer])
 
     # --- answering ---
 
@@ -187,6 +232,8 @@ class ChatTemplateInputs:
         self._check_text([question, answer])
         messages = messages_of([Message("human", question), Message("gpt", answer)], images)
         text, [(start, stop)] = self._training_chat(messages)
+        if self._answers_apart:
+            return tuple(self.tokenizer.encode(text[start:stop]))
         prompt, whole = (
             self.processor.tokenizer(part, add_special_tokens=False).input_ids for part in (text[:start], text[:stop])
         )
@@ -229,17 +276,28 @@ class ChatTemplateInputs:
     def _processed(
         self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], padding_side: str, **options: Any
     ) -> dict[str, Any]:
-        """Run the processor on a batch; `images` has the images of each text."""
-        inputs = self.processor(
-            text=list(texts),
-            images=[list(of_prompt) for of_prompt in images] if any(images) else None,
-            add_special_tokens=self._adds_special(texts[0]),
-            padding=True,
-            padding_side=padding_side,
-            return_tensors="pt",
-            **options,
-        )
-        # Some processors give numbers of 16 bits, which only a model of these reads.
+        """Run the processor on a batch; `images` has the images of each text.
+
+        Raises:
+            NoImageError: No text has an image, and the processor needs one.
+        """
+        try:
+            inputs = self.processor(
+                text=list(texts),
+                images=[list(of_prompt) for of_prompt in images] if any(images) else None,
+                add_special_tokens=self._adds_special(texts[0]),
+                padding=True,
+                padding_side=padding_side,
+                return_tensors="pt",
+                **options,
+            )
+        except ValueError as error:
+            if any(images):
+                raise
+            kind = type(self.processor).__name__
+            raise NoImageError(f"{kind} takes no conversation without an image ({error})") from None
+        inputs.pop("labels", None)  # Some processors label every token.
+        # Some give numbers of 16 bits, which only a model of these reads.
         return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
 
     def split_ids(self, text: str, sizes: Sequence[Size]) -> SplitIds:
@@ -259,8 +317,8 @@ class ChatTemplateInputs:
         opening = self._openings[key]
         return (opening, rest) if opening is not None else ((), whole or self._whole(text, sizes))
 
-    def _whole(self, text: str, sizes: Sequence[Size]) -> tuple[int, ...]:
-        inputs = self._processed([text], [[Image.new("RGB", size) for size in sizes]], "right")
+    def _whole(self, text: str, sizes: Sequence[Size], **options: Any) -> tuple[int, ...]:
+        inputs = self._processed([text], [[Image.new("RGB", size) for size in sizes]], "right", **options)
         return tuple(inputs["input_ids"][0].tolist())
 
     def _behind_images(self, text: str) -> tuple[int, ...]:

@@ -144,10 +144,11 @@ class PlainDecoder:
         return self._read
 
     def _positions(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Return the positions as `generate` counts them: a model may have several a token, and may remember what it
-        counted for images.
+        """Return the positions as `generate` counts them: a model may have several a token, may remember what it
+        counted for images, and may count from one.
         """
-        positions: Tensor = self.model._prepare_position_ids_for_generation(ids, inputs)
+        counted: Tensor = self.model._prepare_position_ids_for_generation(ids, inputs)
+        positions: Tensor = self.model.prepare_inputs_for_generation(ids, position_ids=counted)["position_ids"]
         return positions[..., -ids.shape[1] :]
 
     def _moved(self, value: Tensor) -> Tensor:

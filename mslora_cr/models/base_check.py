@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from mslora_cr.data.chat import messages_of, training_chat
-from mslora_cr.data.chat_template_inputs import ChatSample, ChatTemplateInputs
+from mslora_cr.data.chat_template_inputs import ChatSample, ChatTemplateInputs, NoImageError
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.data.records import Turn
 from mslora_cr.models.language import language_linears
@@ -53,6 +53,8 @@ def check_model(path: Path, model: PreTrainedModel) -> None:
 def check_processor(path: Path, processor: Any, end_ids: tuple[int, ...]) -> None:
     """Refuse a processor with which the tokens of answers cannot be located, with one image, with two, or with none.
 
+    A record without an image is refused by itself, if the processor needs one.
+
     Raises:
         ModelError: With the reason.
     """
@@ -70,6 +72,8 @@ def check_processor(path: Path, processor: Any, end_ids: tuple[int, ...]) -> Non
             labels = inputs.batch([ChatSample(index=0, text=chat.text, answers=chat.answers, images=pictures)])[
                 "labels"
             ]
+        except NoImageError:
+            continue
         except Exception as error:
             why = " ".join(str(error).split())[:200] or type(error).__name__
             raise ModelError(f"{path}: a conversation about {len(images)} images cannot be prepared ({why})") from None

@@ -28,7 +28,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processo
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from mslora_cr.data.chat import DATE, asks_for_date, dated
-from mslora_cr.data.chat_template_inputs import ChatTemplateInputs
+from mslora_cr.data.chat_template_inputs import ChatTemplateInputs, takes_answers_apart
 from mslora_cr.data.features import FeatureCache
 from mslora_cr.models.base_check import check_model, check_processor
 from mslora_cr.models.base_model import Tower
@@ -37,6 +37,11 @@ from mslora_cr.models.language import beside_language
 from mslora_cr.models.layout import ModelError, check_report, from_pretrained
 from mslora_cr.utils.strict_json import read_object
 
+QUESTION_ALONE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %}"
+)
+"""The chat template of a processor that has none, and writes all but a question's text and its answer's by itself."""
 SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
@@ -131,6 +136,8 @@ def load_processor(path: Path) -> Any:
         if isinstance(error, ModelError):
             raise
         _refuse(path, error)
+    if not (processor.chat_template or processor.tokenizer.chat_template) and takes_answers_apart(processor):
+        processor.chat_template = QUESTION_ALONE
     if not (processor.chat_template or processor.tokenizer.chat_template):
         raise ModelError(f"{path}: the processor has no chat template; take the model's instruction-tuned version")
     if processor.chat_template is None:

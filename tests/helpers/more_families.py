@@ -62,11 +62,7 @@ def _paligemma() -> tuple[Any, Any]:
     )
     ip = _of("siglip.image_processing_pil_siglip", "SiglipImageProcessorPil")(size={"height": SIDE, "width": SIDE})
     ip.image_seq_length = 16
-    template = (
-        "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% elif m['role'] == 'user' %}{{ c['text'] + '\n' }}"
-        "{% else %}{% generation %}{{ c['text'] + '<eos>' }}{% endgeneration %}{% endif %}{% endfor %}{% endfor %}"
-    )
-    p = hf.PaliGemmaProcessor(ip, tok, chat_template=template)
+    p = hf.PaliGemmaProcessor(ip, tok)  # Its published folders have no chat template.
     c = hf.PaliGemmaConfig(
         text_config=hf.GemmaConfig(**{**_text(tok), "vocab_size": len(tok)}),
         vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=False),
@@ -464,11 +460,11 @@ MORE: dict[str, Callable[[], tuple[Any, Any]]] = {
     "idefics2": _idefics2,
     "ernie4_5_vl_moe": _ernie4_5_vl_moe,
     "video_llama_3": _video_llama_3,
+    "paligemma": _paligemma,
 }
 COPIED = ("mllama",)
 """Those of them that keep more than keys and values of text, so that openings are copied."""
 REFUSED: dict[str, tuple[Callable[[], tuple[Any, Any]], str]] = {
-    "paligemma": (_paligemma, "rewrites the conversation"),
     "blip2": (_blip2, "takes no question without an image"),
 }
 """With what is said of each."""
