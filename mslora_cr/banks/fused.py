@@ -41,7 +41,7 @@ class FusedLinear(PeftLinear):
         matrices = [half[name].weight for half in (self.lora_A, self.lora_B) for name in adapters]
         scalings = [self.scaling[name] for name in adapters]
         product = self.shared.product(self, x)
-        rows = _BankLinear.apply(x, product, self.base_layer.weight, scalings, *matrices)
+        rows = _BankLinear.apply(x, product, self.base_layer.weight, self.base_layer.bias, scalings, *matrices)
         # Reshaped here, since autograd lets nobody change a view in place that such a function returned.
         result: Tensor = rows.view(*x.shape[:-1], rows.shape[-1])
         return result
@@ -54,15 +54,16 @@ class FusedLinear(PeftLinear):
 
     @property
     def plain(self) -> bool:
-        """Whether the layer is a plain sum of products."""
-        return self.base_layer.bias is None and all(
+        """Whether the layer is a plain sum of products, with a frozen bias or none."""
+        bias = self.base_layer.bias
+        return (bias is None or not bias.requires_grad) and all(
             type(a) is nn.Linear and isinstance(self.lora_dropout[name], nn.Identity) for name, a in self.lora_A.items()
         )
 
     def parameters_read(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that the forward pass reads from modules that it does not call, other layers
         included."""
-        yield self.base_layer.weight
+        yield from self.base_layer.parameters(recurse=False)
         for layer in self.shared.layers:
             yield from (layer.lora_A[name].weight for name in layer.adapters)
         yield from (self.lora_B[name].weight for name in self.adapters)
@@ -119,13 +120,20 @@ class _BankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, product: Tensor, weight: Tensor, scalings: Sequence[float], *matrices: Tensor
+        ctx: Any,
+        x: Tensor,
+        product: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scalings: Sequence[float],
+        *matrices: Tensor,
     ) -> Tensor:
         """
         Args:
             x: (…, in), in the dtype to compute in.
             product: x Aᵀ, (positions, Σ rank).
             weight: (out, in), frozen.
+            bias: (out,), frozen.
             scalings: One per adapter.
             matrices: Each adapter's A, then each adapter's B.
 
@@ -136,7 +144,8 @@ class _BankLinear(torch.autograd.Function):
         ctx.save_for_backward(rows, product)
         ctx.weight, ctx.scalings, ctx.shape = weight, scalings, x.shape
         ctx.a, ctx.b = matrices[: len(scalings)], matrices[len(scalings) :]
-        y = rows @ weight.to(x.dtype).T
+        transposed = weight.to(x.dtype).T
+        y = rows @ transposed if bias is None else torch.addmm(bias.to(x.dtype), rows, transposed)
         y.addmm_(product, _scaled(ctx.b, scalings, x.dtype).T)
         return y
 
@@ -152,7 +161,7 @@ class _BankLinear(torch.autograd.Function):
             dx.addmm_(g, _stacked(ctx.a, x.dtype))
             dx = dx.view(ctx.shape)
         ranks = [len(a) for a in ctx.a]
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[5:]
         da = [
             (part.T @ x).to(a.dtype) if need else None
             for a, part, need in zip(ctx.a, g.split(ranks, dim=1), needed, strict=False)
@@ -163,7 +172,7 @@ class _BankLinear(torch.autograd.Function):
                 ctx.b, product.split(ranks, dim=1), ctx.scalings, needed[len(ranks) :], strict=True
             )
         ]
-        return dx, None, None, None, *da, *db
+        return dx, None, None, None, None, *da, *db
 
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -98,19 +98,32 @@ class StaticRows:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def record(self, step: Step) -> None:
-        """Record a step as a CUDA graph. Call it before anything is loaded, since it runs in the buffers."""
+        """Record a step as a CUDA graph. Call it before anything is loaded, since it runs in the buffers.
+
+        Raises:
+            RuntimeError: CUDA cannot record the step, or replaying it gives other tokens.
+        """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         # Libraries initialise themselves in the first steps, which a graph must not record.
         with torch.cuda.stream(side):
-            for _ in range(2):
-                step(self.rows)
+            expected = self.after_two(lambda: step(self.rows))
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads (collectives, data loaders) may call CUDA meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step(self.rows)
+        if not torch.equal(self.after_two(graph.replay), expected):
+            raise RuntimeError("the model keeps something of a step outside its tensors")
         self._graph = graph
+
+    def after_two(self, step: Callable[[], None]) -> Tensor:
+        """Return each row's token and position, (rows, 2), after two steps in empty buffers."""
+        for state in (self.rows.ids, self.rows.positions, self.rows.visible, self.rows.cache.slots):
+            state.zero_()
+        for _ in range(2):
+            step()
+        return torch.cat([self.rows.ids, self.rows.positions], dim=1)
 
     def load(self, rows: Rows) -> None:
         """Copy a batch into the buffers. Values that earlier batches left beside it are finite and invisible."""

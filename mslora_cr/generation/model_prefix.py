@@ -47,7 +47,6 @@ class ModelPrefixDecoder(Decoder):
         self, model: Any, prompts: Sequence[Prompt], stopping: Stopping, mixed: QuestionBanks | None = None
     ) -> None:
         super().__init__(model, prompts, stopping, mixed)
-        self.steps = None  # Only of LLaVA it is known what a graph may record.
         config = self.model.config.get_text_config()
         types = layer_types(self.model)
         window = getattr(config, "sliding_window", None)

@@ -34,7 +34,7 @@ def switched_off(path: Path, model: PreTrainedModel) -> tuple[str, ...]:
         return ()
     sparse = () if last_mlp(model) is not None else ("the last MLP at labelled positions alone",)
     experts = ("banks on fused experts",) if fused_experts(model) else ()
-    return ("cached image features", "recorded decoding", "Liger's kernels", *sparse, *experts)
+    return ("cached image features", *sparse, *experts)
 
 
 def fixed_date(path: Path) -> str | None:

@@ -22,11 +22,6 @@ class Family:
         return not self.own_template
 
     @property
-    def liger(self) -> bool:
-        """Whether Liger's kernels are tested with its language model."""
-        return not self.own_template
-
-    @property
     def tags(self) -> tuple[str, ...]:
         """What a model card says about the base model, besides its name."""
         return () if self.own_template else ("llava-med",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,8 @@ from mslora_cr.models.kernels import use_kernels
 from mslora_cr.models.layout import ModelError
 from mslora_cr.models.processor_base import end_ids_of, load_processor, load_with_processor
 from mslora_cr.utils.kernels import chosen_kernels
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -53,6 +56,9 @@ def load_base(
 
     Args:
         kernels: The library of the small operations, from `kernels_of`; None takes the one for answering.
+
+    Raises:
+        ModelError: As `load_model`; or `model.kernels` is liger, which has no kernel for the model.
     """
     base = load_model(
         Path(config.model.path),
@@ -62,11 +68,17 @@ def load_base(
         device=device,
         quantization=config.model.quantization,
     )
-    use_kernels(base.model, kernels or answering_kernels(config, device))
+    chosen = kernels or answering_kernels(config, device)
+    if not use_kernels(base.model, chosen) and chosen == "liger":
+        why = f"Liger has no kernel for {type(base.model).__name__}"
+        if config.model.kernels == "liger":
+            raise ModelError(f"model.kernels: {why}; set it to torch")
+        log.warning("%s: PyTorch's kernels are used", why)
     return base
 
 
 def kernels_of(config: StreamConfig) -> Literal["liger", "torch"]:
+<<<<<<< HEAD
     """Return the library that computes the small operations in training: `auto` means PyTorch if Liger does not support
     the model.
 
@@ -78,6 +90,10 @@ def kernels_of(config: StreamConfig) -> Literal["liger", "torch"]:
     if chosen == "liger" and config.model.kernels == "auto" and not family_of(path).liger:
         return "torch"
     return chosen
+=======
+    """The library that computes the small operations in training."""
+    return chosen_kernels(config.model.kernels, config.model.device)
+>>>>>>> da5f5bf (Liger's kernels, recorded decoding and the fused layer for every family whose modules allow them)
 
 
 def answering_kernels(config: StreamConfig, device: torch.device | str) -> Literal["liger", "torch"]:
@@ -86,8 +102,7 @@ def answering_kernels(config: StreamConfig, device: torch.device | str) -> Liter
 
     In float32, where answers must be the same on every machine, and wherever Liger cannot run, it is PyTorch.
     """
-    path = Path(config.model.path)
-    if config.model.dtype == "float32" or config.model.kernels == "torch" or not family_of(path).liger:
+    if config.model.dtype == "float32" or config.model.kernels == "torch":
         return "torch"
     return chosen_kernels("auto", torch.device(device).type)
 

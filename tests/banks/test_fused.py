@@ -74,9 +74,13 @@ def distance(ours: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("merge_mode", ["merge", "concatenate"])
-def test_in_float32_it_is_pefts_layer(merge_mode: str, device: str) -> None:
+def test_in_float32_it_is_pefts_layer(merge_mode: str, bias: bool, device: str) -> None:
     stack = golden_stack(merge_mode, device=device)
+    for name in ("q_proj", "k_proj", "v_proj") if bias else ():  # as in Qwen2.5-VL and InternVL
+        linear = getattr(stack.base.model.language_model.layers[0].self_attn, name).base_layer
+        linear.bias = torch.nn.Parameter(torch.randn(linear.out_features, device=device), requires_grad=False)
     assert stack.layer == "fused"
     ours = values_and_gradients(stack)
     with as_peft():

@@ -12,6 +12,7 @@ from mslora_cr.data.records import TestRecord
 from mslora_cr.generation import exactness
 from mslora_cr.generation.batching import Limits, grouped, in_waves
 from mslora_cr.generation.copied_prefix import CopyingDecoder
+from mslora_cr.generation.cuda_graphs import StaticSteps
 from mslora_cr.generation.hf_decoder import PlainDecoder
 from mslora_cr.generation.model_prefix import ModelPrefixDecoder
 from mslora_cr.generation.prefix_decoder import Stopping
@@ -94,6 +95,10 @@ def test_ids_and_scores_are_those_of_whole_prompts(
         openings = decoder.read(wave, batch)
         for part in wave.batches:
             found |= zip(part, decoder.answer(openings, part), strict=True)
+            if kind is ModelPrefixDecoder:  # The same in buffers of fixed sizes, as a graph needs them.
+                decoder.steps = StaticSteps(record=False)
+                assert decoder.answer(openings, part, StaticSteps.BATCHES) == [found[number] for number in part]
+                decoder.steps = None
             found_scores = decoder.log_probabilities(openings, part, [continuations[0]] * len(part))
             for question, each in zip(part, found_scores, strict=True):
                 for ours, theirs in zip(each, scores[question], strict=True):

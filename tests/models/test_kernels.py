@@ -1,24 +1,29 @@
 """Which kernels training uses, and that the choice decides a bank only where it is not PyTorch's."""
 
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 from transformers.models.mistral import modeling_mistral
 
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.evaluation.summary import fingerprint_fields
 from mslora_cr.models.kernels import use_kernels
-from mslora_cr.models.layout import ModelError
+from mslora_cr.models.language import language_model
 from mslora_cr.models.llava_med import load
-from mslora_cr.models.load import answering_kernels
+from mslora_cr.models.load import answering_kernels, load_model
 from mslora_cr.utils import kernels
-from tests.conftest import ConfigWriter
+from tests.conftest import ConfigWriter, first_in_make_test
+from tests.helpers.families import FAMILIES, make
+from tests.helpers.more_families import make_more
 
 
 def test_what_auto_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,40 +67,74 @@ def test_liger_without_a_gpu_is_refused(config_file: ConfigWriter, capsys: pytes
     assert "model.kernels: liger needs a GPU; set it to auto, or to torch" in capsys.readouterr().err
 
 
-def test_liger_gets_this_language_model_alone_and_no_loss(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's own functions stand for themselves: its kernels run on a GPU alone."""
-    given: dict[str, Any] = {}
-    rotated: list[torch.Size] = []
+@pytest.fixture
+def ligers_formulas(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The formulas of the library's functions stand for them, since its kernels run on a GPU alone; counts calls."""
+    calls: Counter[str] = Counter()
 
-    def apply_liger_kernel_to_mistral(**options: Any) -> None:
-        given.update(options)
-        for name in ("MistralRMSNorm", "MistralMLP"):
-            setattr(modeling_mistral, name, None)
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, casting: str, in_place: bool) -> Tensor:
+        calls["RMSNorm"] += 1
+        assert (offset, casting) in ((0.0, "llama"), (1.0, "gemma")) and not in_place
+        return (torch.nn.functional.rms_norm(x.float(), x.shape[-1:], eps=eps) * (offset + weight.float())).to(x.dtype)
 
-    def liger_rotary_pos_emb(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        rotated.append(query.shape)
+    def gated(activation: str) -> Callable[[Tensor, Tensor], Tensor]:
+        def fused(gate: Tensor, up: Tensor) -> Tensor:
+            calls["gated MLP"] += 1
+            return cast(Tensor, ACT2FN[activation](gate) * up)
+
+        return fused
+
+    def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        calls["rotary positions"] += 1
         return modeling_mistral.apply_rotary_pos_emb(query, key, cos, sin)
 
     library = ModuleType("liger_kernel.transformers")
-    library.apply_liger_kernel_to_mistral = apply_liger_kernel_to_mistral  # type: ignore[attr-defined]
-    library.liger_rotary_pos_emb = liger_rotary_pos_emb  # type: ignore[attr-defined]
+    library.functional = SimpleNamespace(  # type: ignore[attr-defined]
+        liger_rms_norm=rms_norm,
+        liger_swiglu=gated("silu"),
+        liger_geglu=gated("gelu_pytorch_tanh"),
+        liger_rope=rope,
+    )
     monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", library)
-    other, model = (load(tiny_model, dtype=torch.float32).model for _ in range(2))
-    before = (modeling_mistral.MistralRMSNorm, modeling_mistral.MistralMLP)
-    use_kernels(model, "liger")
-    assert given.pop("model") is model.model.language_model
-    assert given == {
-        **dict.fromkeys(("rms_norm", "swiglu"), True),
-        **dict.fromkeys(("rope", "cross_entropy", "fused_linear_cross_entropy"), False),
-    }
-    assert (modeling_mistral.MistralRMSNorm, modeling_mistral.MistralMLP) == before  # of models built later
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.inference_mode():
-        expected = other(input_ids=ids).logits
-        assert not rotated
-        assert torch.equal(model(input_ids=ids).logits, expected)
-    assert len(rotated) == len(model.model.language_model.layers)
-    model.config.text_config.model_type = "llama"
-    with pytest.raises(ModelError, match=r"model\.kernels: liger supports Mistral language models, and this is llama"):
-        use_kernels(model, "liger")
+    return calls
+
+
+EXPECTED = {  # of two layers: norms, MLPs, rotations
+    "gemma3": (13, 2, 2),
+    "qwen3_vl": (9, 2, 2),
+    "gemma4": (16, 2, 0),
+    "glm4v_moe": (5, 2, 2),
+    "ernie4_5_vl_moe": (5, 2, 0),
+    "paligemma": (5, 2, 2),
+    **dict.fromkeys(("llava", "llava_next", "qwen2_5_vl", "internvl", "smolvlm", "idefics3", "ovis2"), (5, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("family", first_in_make_test(*EXPECTED, first=2))
+def test_liger_computes_what_a_models_modules_do(family: str, ligers_formulas: Counter[str], tmp_path: Path) -> None:
+    (make if family in FAMILIES else make_more)(family, tmp_path)
+    other, model = (load_model(tmp_path, dtype=torch.float32).model for _ in range(2))
+    counts = use_kernels(model, "liger")
+    assert tuple(counts[operation] for operation in ("RMSNorm", "gated MLP", "rotary positions")) == EXPECTED[family]
+    ids, results = torch.randint(10, 100, (2, 7), generator=torch.Generator().manual_seed(0)), []
+    for each in (other, model):
+        assert not ligers_formulas, "only the model that was given is changed"
+        embedded = each.get_input_embeddings()(ids).detach().requires_grad_()
+        states = language_model(each)(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        (states * torch.linspace(-1, 1, states.numel()).view(states.shape)).sum().backward()
+        results.append((states, embedded.grad))
+    assert ligers_formulas == counts
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_of_another_formula_keeps_its_own(ligers_formulas: Counter[str], tiny_model: Path) -> None:
+    model = load(tiny_model, dtype=torch.float32).model
+    norm = model.model.language_model.norm
+    norm.variance_epsilon = 1e-3
+    shifted = type("ShiftedNorm", (type(norm),), {"forward": lambda self, x: x + self.weight})
+    norm.__class__ = shifted
+    layers = len(model.model.language_model.layers)
+    assert use_kernels(model, "liger") == {"RMSNorm": 2 * layers, "gated MLP": layers, "rotary positions": layers}
+    assert type(norm) is shifted
