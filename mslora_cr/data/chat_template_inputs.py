@@ -124,7 +124,7 @@ class ChatTemplateInputs:
             ValueError: The processor rewrites a conversation, so that its answers are not found in its ids.
         """
         texts, answers = zip(*(self._parts(sample["text"], sample["answers"]) for sample in samples), strict=True)
-        options = {"pad_to_multiple_of": multiple} if multiple > 1 else {}
+        options: dict[str, Any] = {"pad_to_multiple_of": multiple} if multiple > 1 else {}
         options |= {"suffix": list(answers)} if self._answers_apart else {}
         inputs = self._processed(texts, [sample["images"] for sample in samples], "right", **options)
         labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)

@@ -78,22 +78,8 @@ def load_base(
 
 
 def kernels_of(config: StreamConfig) -> Literal["liger", "torch"]:
-<<<<<<< HEAD
-    """Return the library that computes the small operations in training: `auto` means PyTorch if Liger does not support
-    the model.
-
-    Raises:
-        ModelError: The base model's configuration cannot be read.
-    """
-    chosen = chosen_kernels(config.model.kernels, config.model.device)
-    path = Path(config.model.path)
-    if chosen == "liger" and config.model.kernels == "auto" and not family_of(path).liger:
-        return "torch"
-    return chosen
-=======
-    """The library that computes the small operations in training."""
+    """Return the library that computes the small operations in training."""
     return chosen_kernels(config.model.kernels, config.model.device)
->>>>>>> da5f5bf (Liger's kernels, recorded decoding and the fused layer for every family whose modules allow them)
 
 
 def answering_kernels(config: StreamConfig, device: torch.device | str) -> Literal["liger", "torch"]:
