@@ -4,14 +4,14 @@
 
 For each kind of closed question, a linear probe (logistic regression on the frozen tower's mean feature, scikit-learn)
 against the most frequent training answer; and the router's accuracy over all tasks, by picture and question, by picture
-alone, and by question alone.
+alone, and by question alone. Each task is then held out in turn, and its questions should be like none of the others.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,13 +25,20 @@ from tabulate import tabulate
 from torch import Tensor
 
 from mslora_cr.config.load import load_config
+from mslora_cr.config.schema import Task
 from mslora_cr.data.tasks import task_image_roots, test_records, training_records
 from mslora_cr.models.load import load_base
-from mslora_cr.routing.fit import feature_extractor
-from mslora_cr.routing.lda import Router, TaskStatistics, statistics_of
+from mslora_cr.routing.fit import feature_extractor, router_statistics
+from mslora_cr.routing.foreign import part_columns
+from mslora_cr.routing.foreign_questions import ForeignQuestions
+from mslora_cr.routing.lda import Router, TaskStatistics
 
 FEWEST = 20
 """The fewest test questions of a kind that are probed."""
+
+
+Rows = list[dict[str, Any]]
+"""A table, by column."""
 
 
 class Side(NamedTuple):
@@ -51,14 +58,16 @@ class Kind(NamedTuple):
     test: list[int]
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+def main(argv: Sequence[str] | None = None) -> dict[str, Rows]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.open_base", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("config", nargs="?", default="open_small", help="configuration (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.overrides)
-    extractor = feature_extractor(config, load_base(config, "cpu"))
+    base = load_base(config, "cpu")
+    extractor = feature_extractor(config, base)
     sides: dict[str, tuple[Side, Side]] = {}
+    statistics: list[TaskStatistics] = []
     kinds: list[Kind] = []
     for task in config.stream:
         roots, training, test = (
@@ -77,11 +86,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
             Side(parts[1], asked, [record.gt for record in test]),
         )
         kinds += kinds_of(task.name, texts, asked, [_kind(record) for record in test])
-    probes = [row for kind in kinds if (row := probe(kind, *sides[kind.task], extractor.image_features))]
-    routed = routing(sides, extractor.image_features)
-    print(tabulate(probes, headers="keys", tablefmt="github", floatfmt=".1f"))
-    print(tabulate(routed, headers="keys", tablefmt="github", floatfmt=".1f"))
-    return {"probes": probes, "routing": routed}
+        statistics.append(router_statistics(config, task, training, base))
+    pictures = extractor.image_features
+    questions = {name: test.features for name, (_, test) in sides.items()}
+    foreign = ForeignQuestions(statistics, pictures, lambda task: questions[task.name])
+    tables = {
+        "probes": [row for kind in kinds if (row := probe(kind, *sides[kind.task], pictures))],
+        "routing": routing(statistics, questions, pictures),
+        "held out": held_out(foreign, config.stream),
+    }
+    for rows in tables.values():
+        print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".1f"), end="\n\n")
+    return tables
 
 
 def _kind(record: Any) -> str | None:
@@ -128,20 +144,44 @@ def probe(kind: Kind, training: Side, test: Side, pictures: int) -> dict[str, An
     }
 
 
-def routing(sides: dict[str, tuple[Side, Side]], pictures: int) -> list[dict[str, Any]]:
-    """The share of each task's test questions that a router over all tasks assigns to it, by what the router sees."""
-    views = {"both": slice(None), "picture alone": slice(0, pictures), "question alone": slice(pictures, None)}
-    rows: list[dict[str, Any]] = [{"task": name} for name in sides]
-    for view, columns in views.items():
-        router = Router([seen(_statistics(training.features), columns) for training, _ in sides.values()])
-        for number, (row, (_, test)) in enumerate(zip(rows, sides.values(), strict=True)):
-            row[view] = 100 * float((router.route(test.features[:, columns]) == number).float().mean())
-    return [*rows, {"task": "mean", **{view: float(np.mean([row[view] for row in rows])) for view in views}}]
+def routing(statistics: Sequence[TaskStatistics], questions: Mapping[str, Tensor], pictures: int) -> Rows:
+    """The share of each task's test questions that a router over all tasks assigns to it, by what the router sees.
+
+    Args:
+        statistics: Those of the tasks, in the order of the questions.
+        questions: By task, (questions, features), of which the first `pictures` are the picture's.
+    """
+    rows: Rows = [{"task": name} for name in questions]
+    for view, columns in part_columns(pictures).items():
+        router = Router([seen(of_task, columns) for of_task in statistics])
+        for number, (row, features) in enumerate(zip(rows, questions.values(), strict=True)):
+            row[view] = 100 * float((router.route(features[:, columns]) == number).float().mean())
+    return [*rows, _mean(rows)]
 
 
-def _statistics(features: Tensor) -> TaskStatistics:
-    wide = torch.nn.functional.pad(features.double(), (0, 1), value=1.0)
-    return statistics_of(wide.T @ wide)
+def held_out(foreign: ForeignQuestions, tasks: Sequence[Task]) -> Rows:
+    """For each task and each part of a question: false alarms among the other tasks' questions, detected ones of its
+    own, and the area under the ROC curve, if the router has not learned the task; in percent."""
+    rows: Rows = [
+        {
+            "task": name,
+            **{
+                f"{part}, {title}": value
+                for part, found in by_part.items()
+                for title, value in {
+                    "false alarms": found.false_alarms,
+                    "detected": found.detected,
+                    "AUROC": 100 * found.auroc,
+                }.items()
+            },
+        }
+        for name, by_part in foreign.held_out(len(tasks), tasks).items()
+    ]
+    return [*rows, _mean(rows)]
+
+
+def _mean(rows: Rows) -> dict[str, Any]:
+    return {"task": "mean", **{name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "task"}}
 
 
 def seen(statistics: TaskStatistics, columns: slice) -> TaskStatistics:

@@ -24,6 +24,7 @@ from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
 from mslora_cr.evaluation.schemas import ROUTED
 from mslora_cr.methods.base import method_of, needs_task
+from mslora_cr.metrics.numbers import ERROR
 from mslora_cr.reporting.capacity import answering_rank, cost_of
 from mslora_cr.reporting.run_record import read_ledger
 from mslora_cr.reporting.style import MATRICES, METRICS
@@ -262,7 +263,10 @@ def _outcome(run: SweepRun) -> dict[str, Any]:
     for key, matrix in (matrices | class_matrices(evaluation, run.results)).items():
         if matrix is not None:
             final = {task: matrix.scores.get((task, matrix.last)) for task in matrix.tasks}
-            figures[key] = {**matrix.summary(), "final": final}
+            summary = matrix.summary()
+            if key == ERROR:  # the others take the higher value for the better one
+                summary = {name: value for name, value in summary.items() if name.endswith(("average", "accuracy"))}
+            figures[key] = {**summary, "final": final}
     return {
         "run": run.name,
         "method": run.method,

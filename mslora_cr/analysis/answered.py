@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from mslora_cr.config.run_files import EVALUATION
+from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.records import DataError
 from mslora_cr.evaluation.results import Cell, Evaluation, ReportError, column_of, required_evaluation
 from mslora_cr.evaluation.schemas import ANSWERS
@@ -28,7 +29,8 @@ from mslora_cr.evaluation.score import (
 )
 from mslora_cr.metrics.by_class import BY_CLASS, class_columns
 from mslora_cr.metrics.closed import class_of, confusion
-from mslora_cr.metrics.typed import CHOICE, TYPED
+from mslora_cr.metrics.numbers import ERROR, absolute_errors
+from mslora_cr.metrics.typed import CHOICE, COUNT, TYPED
 from mslora_cr.statistics.matrix_intervals import Column
 
 COMPARED = {
@@ -41,7 +43,7 @@ COMPARED = {
     **{name: name for name in TYPED if name != CHOICE},
 }
 """Titles and names in `metrics.json`."""
-LATER = {*TYPED, *BY_CLASS}
+LATER = {*TYPED, *BY_CLASS, ERROR}
 """Titles that results of earlier versions, without probabilities, or without an answer of a class, do not have."""
 Stage = Literal["final", "own"]
 
@@ -53,7 +55,8 @@ class AnsweredTask:
     Attributes:
         banks: The banks that answered.
         questions: The digest of the test file. Both are None if only answer files are known.
-        columns: The scores, by title in `COMPARED`, and what is no score of a single answer (`class_columns`).
+        columns: The scores, by title in `COMPARED`, and what is no score of a single answer (`class_columns`); errors
+            of counts (`ERROR`) are NaN where an answer has no number.
     """
 
     banks: str | None
@@ -113,8 +116,8 @@ def answered_run(label: str, folder: Path, at: Stage) -> Answered:
         cell = _cell(label, run, task, at)
         none = Column(np.empty(0), np.empty(0, dtype=np.int64))
         columns = {title: of_cell.get((task, cell.stage), none) for title, of_cell in scores.items()}
-        if len(columns[CHOICE].scores):
-            columns |= _by_class(folder / cell.answers, read_scores((folder / cell.answers).with_name(SCORES)))
+        if any(len(columns[title].scores) for title in (CHOICE, COUNT)):
+            columns |= _figures(folder / cell.answers, read_scores((folder / cell.answers).with_name(SCORES)))
         tasks[task] = AnsweredTask(run.bank_numbers(cell), cell.questions, folder / cell.answers, columns)
     return Answered(run.method, run.banks_by, tasks)
 
@@ -130,16 +133,30 @@ def _scored(path: Path) -> AnsweredTask:
     columns = {name: np.array(column, dtype=np.float64) for name, column in scores.items()}
     table = ScoreTable([str(answer.question_id) for answer in answers], columns, _groups(path, answers))
     compared = {title: column_of(table, name) for title, name in COMPARED.items()}
-    return AnsweredTask(None, None, path, compared | _by_class(path, table))
+    return AnsweredTask(None, None, path, compared | _figures(path, table))
 
 
-def _by_class(path: Path, table: ScoreTable) -> dict[str, Column]:
+def _figures(path: Path, table: ScoreTable) -> dict[str, Column]:
+    """Return what is no score of a single answer: figures of closed questions, and errors of counts."""
+    answers = read_answers(path)
+    return _by_class(path, answers, table) | _errors(answers, table)
+
+
+def _errors(answers: Sequence[AnswerRecord], table: ScoreTable) -> dict[str, Column]:
+    counted = np.flatnonzero(~np.isnan(table.columns.get(COUNT, np.empty(0))))
+    if not len(counted):
+        return {}
+    said = [final_answer(str(answers[index].text)).text for index in counted]
+    errors = absolute_errors(said, [str(answers[index].gt) for index in counted])
+    return {ERROR: Column(errors, np.unique(table.groups[counted], return_inverse=True)[1])}
+
+
+def _by_class(path: Path, answers: Sequence[AnswerRecord], table: ScoreTable) -> dict[str, Column]:
     """Return the figures of closed questions, where these have several classes (`class_columns`)."""
     right = table.columns.get(CHOICE)
     if right is None:
         return {}
     closed = np.flatnonzero(~np.isnan(right))
-    answers = read_answers(path)
     truths = [str(answers[index].gt) for index in closed]
     # An answer that was scored as right says its truth: the score knows options and other accepted truths.
     said = [truth if right[index] else str(answers[index].text) for index, truth in zip(closed, truths, strict=True)]

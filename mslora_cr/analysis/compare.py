@@ -15,6 +15,7 @@ from mslora_cr.evaluation.results import ReportError
 from mslora_cr.evaluation.schemas import BetweenTasks, ComparedRun, Comparison, PairedNote, PairedTest
 from mslora_cr.metrics.by_class import BY_CLASS, PSEUDO
 from mslora_cr.metrics.closed import LOWEST
+from mslora_cr.metrics.numbers import ERROR
 from mslora_cr.statistics import intervals
 from mslora_cr.statistics.interval import Interval, bracketed
 from mslora_cr.statistics.intervals import (
@@ -31,10 +32,12 @@ from mslora_cr.statistics.paired import PairedTask, paired_change, paired_task
 from mslora_cr.statistics.significance import flipped_means, flips_for, holm, p_value, sign_test, t_test
 
 OVERALL = "overall"
+UNCOUNTED = {*PSEUDO, ERROR}
+"""Figures of which changed questions are not counted as gained and lost."""
 
 
 def compare(
-    runs: Mapping[str, Path], at: Stage = "final", titles: Sequence[str] = (*COMPARED, *BY_CLASS)
+    runs: Mapping[str, Path], at: Stage = "final", titles: Sequence[str] = (*COMPARED, ERROR, *BY_CLASS)
 ) -> Comparison:
     """Compare each run with the first one, question by question.
 
@@ -66,9 +69,16 @@ def compare(
         pairs = {label: _pairs(answered[baseline], answered[label], common[label], title) for label in others}
         lowest = LOWEST.get(title, 0.0)
         paired = [label for label in others if pairs[label]]
-        tests = [test for label in paired for test in _tests(baseline, label, pairs[label], flips, lowest)]
+        scale = (
+            max((_largest(pair) for label in paired for pair in pairs[label]), default=1.0) if title == ERROR else 1.0
+        )
+        tests = [
+            _rescaled(test, scale / 100) if title == ERROR else test
+            for label in paired
+            for test in _tests(baseline, label, [_divided(pair, scale) for pair in pairs[label]], flips, lowest)
+        ]
         if tests:
-            metrics[title] = _adjusted_by_family(list(map(_without_counts, tests)) if title in PSEUDO else tests)
+            metrics[title] = _adjusted_by_family(list(map(_without_counts, tests)) if title in UNCOUNTED else tests)
     if not metrics:
         raise ReportError(f"the runs {', '.join(runs)} have no task in common")
     return Comparison(
@@ -114,7 +124,8 @@ def _check_same_questions(task: str, runs: Mapping[str, Answered]) -> None:
 
 
 def _pairs(baseline: Answered, run: Answered, tasks: Sequence[str], title: str) -> list[_Pair]:
-    """Return the tasks that have the metric; of a metric by class, each class of each task."""
+    """Return the tasks that have the metric, with the questions for which both runs have a value; of a metric by class,
+    each class of each task."""
     pairs = []
     for task in tasks:
         sides = baseline.tasks[task], run.tasks[task]
@@ -122,9 +133,12 @@ def _pairs(baseline: Answered, run: Answered, tasks: Sequence[str], title: str) 
             metric, _, of_class = name.partition(": ")
             columns: list[Column] = [side.column(name) for side in sides]
             if metric == title and all(len(column.scores) for column in columns):
-                banks, scores = (sides[0].banks, sides[1].banks), (columns[0].scores, columns[1].scores)
-                row = f"{task}: {of_class}" if of_class else task
-                pairs.append(_Pair(row, banks, scores, coarsest([column.groups for column in columns])))
+                place, banks = f"{task}: {of_class}" if of_class else task, (sides[0].banks, sides[1].banks)
+                known = ~np.isnan(columns[0].scores + columns[1].scores)
+                scores = columns[0].scores[known], columns[1].scores[known]
+                groups = coarsest([column.groups for column in columns])[known]
+                if len(groups):
+                    pairs.append(_Pair(place, banks, scores, np.unique(groups, return_inverse=True)[1]))
     return pairs
 
 
@@ -143,6 +157,32 @@ def _tests(baseline: str, label: str, pairs: Sequence[_Pair], flips: int, lowest
     overall = _test(label, OVERALL, parts, np.mean(flipped, axis=0), None, lowest)
     between = _between_tasks([test.difference for test in tests])
     return [*tests, overall.model_copy(update={"between_tasks": between})]
+
+
+def _largest(pair: _Pair) -> float:
+    return float(np.max(pair.scores)) or 1.0
+
+
+def _divided(pair: _Pair, scale: float) -> _Pair:
+    return pair._replace(scores=(pair.scores[0] / scale, pair.scores[1] / scale))
+
+
+def _rescaled(test: PairedTest, factor: float) -> PairedTest:
+    """Return a test of errors in their own unit; the run with the lower error wins a task."""
+
+    def ends(interval: Interval | None) -> Interval | None:
+        return None if interval is None else (factor * interval[0], factor * interval[1])
+
+    between = test.between_tasks
+    if between is not None:
+        turned = {"interval": ends(between.interval), "wins": between.losses, "losses": between.wins}
+        between = between.model_copy(update=turned)
+    names = ("baseline_score", "score", "difference")
+    spans = ("baseline_interval", "score_interval", "interval")
+    values = {name: factor * getattr(test, name) for name in names}
+    return test.model_copy(
+        update={**values, **{name: ends(getattr(test, name)) for name in spans}, "between_tasks": between}
+    )
 
 
 def _without_counts(test: PairedTest) -> PairedTest:
@@ -244,7 +284,8 @@ def render_comparison(comparison: Comparison) -> str:
     for title, tests in comparison.metrics.items():
         headers = ["run", "task", "banks by", "questions", "images", baseline, "run's", "difference", "p", "p adjusted"]
         rows = [row for test in tests for row in _rows(test, comparison.runs[test.run].banks_by)]
-        parts.append(f"{title}, %\n" + tabulate(rows, headers=headers, floatfmt=".4f", missingval="–"))
+        unit = "lower is better" if title == ERROR else "%"
+        parts.append(f"{title}, {unit}\n" + tabulate(rows, headers=headers, floatfmt=".4f", missingval="–"))
     where = "after the last stage" if comparison.at == "final" else "each task at its own stage"
     banks_by = comparison.runs[baseline].banks_by
     parts.append(

@@ -16,6 +16,8 @@ _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 FEWEST = 10
 NEAR = 1
 """A count that is off by at most this is nearly right."""
+ERROR = "mean absolute error"
+"""Name of the figure, whose unit is that of the counts; lower is better."""
 
 
 def number_in(text: str) -> float | None:
@@ -39,19 +41,18 @@ def count_figures(answers: Sequence[str], truths: Sequence[str], groups: Groups)
     Args:
         groups: (questions,), the number of each question's image or patient.
     """
-    said = np.array([value if (value := number_in(answer)) is not None else np.nan for answer in answers])
-    true = np.array([number_in(truth) for truth in truths], dtype=np.float64)
-    numeric = ~np.isnan(said)
+    errors = absolute_errors(answers, truths)
+    numeric = ~np.isnan(errors)
     error = None
     if numeric.any():
-        off = np.abs(said - true)[numeric]
+        off = errors[numeric]
         largest = float(off.max()) or 1.0
         mean = estimate(off / largest, groups[numeric])
         low, high = mean_interval(mean)
         has_interval = mean.questions >= FEWEST and mean.variance > 0
         ends = (largest * max(0.0, low), largest * high) if has_interval else None
         error = Measured(value=largest * mean.mean, interval=ends)
-    exact, near = (share_of(np.abs(said - true) <= most, groups) for most in (0, NEAR))
+    exact, near = (share_of(errors <= most, groups) for most in (0, NEAR))
     return CountsMeasured(
         questions=len(answers),
         unparsed=int((~numeric).sum()),
@@ -59,6 +60,12 @@ def count_figures(answers: Sequence[str], truths: Sequence[str], groups: Groups)
         exact=exact,
         near=near,
     )
+
+
+def absolute_errors(answers: Sequence[str], truths: Sequence[str]) -> NDArray[np.float64]:
+    """Return how far each answer's number is from the true one, (questions,); NaN where the answer has no number."""
+    said, true = (np.array([number_in(text) for text in texts], dtype=np.float64) for texts in (answers, truths))
+    return np.abs(said - true)
 
 
 def share_of(right: NDArray[np.bool_], groups: Groups) -> Measured:

@@ -226,16 +226,16 @@ def curve_plots(curves: Curves) -> str:
         _roc(roc, curves)
         _reliability(reliability, curves)
         _risk(risk, curves)
+        if curves.roc:  # below the plots, where many names cover no curve
+            figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8, title="ROC of")
         return to_svg(figure)
 
 
 def _roc(ax: Axes, curves: Curves) -> None:
     ax.set_title("ROC")
     for index, (name, points) in enumerate(curves.roc.items()):
-        ax.plot(*zip(*points, strict=True), color=PALETTE[index % len(PALETTE)], label=name[:24])
+        ax.plot(*zip(*points, strict=True), color=PALETTE[index % len(PALETTE)], label=name[:40])
     _unit_square(ax, "1 - specificity", "sensitivity", diagonal=True)
-    if curves.roc:
-        ax.legend(frameon=False, loc="lower right", fontsize=8)
 
 
 def _reliability(ax: Axes, curves: Curves) -> None:

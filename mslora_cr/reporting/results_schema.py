@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from mslora_cr.clinical.calibrated import CALIBRATION, Calibrations
 from mslora_cr.clinical.file import CLINICAL, Clinical
 from mslora_cr.evaluation.judge import Judged
 from mslora_cr.evaluation.passes import CIRCULAR, CircularFile
+from mslora_cr.evaluation.probabilities import PROBABILITIES, AnswerProbability
 from mslora_cr.evaluation.probe_result import Probe
 from mslora_cr.evaluation.results import EVALUATION, Evaluation
 from mslora_cr.evaluation.schemas import (
@@ -23,10 +25,11 @@ from mslora_cr.evaluation.schemas import (
     Routing,
     Stamp,
 )
+from mslora_cr.release.records import ReleaseRecord
+from mslora_cr.reporting.submission import MANIFEST, Submission
 from mslora_cr.reporting.sweep_result import RESULT, SweepResult
-from mslora_cr.utils.state import StateFile
 
-FILES: dict[str, type[StateFile]] = {
+FILES: dict[str, type[BaseModel]] = {
     EVALUATION: Evaluation,
     METRICS_FILE: Metrics,
     CLINICAL: Clinical,
@@ -39,8 +42,12 @@ FILES: dict[str, type[StateFile]] = {
     CALIBRATION: Calibrations,
     CIRCULAR: CircularFile,
     RESULT: SweepResult,
+    MANIFEST: Submission,
+    "release.json": ReleaseRecord,
+    PROBABILITIES: AnswerProbability,
 }
-"""Model by file name; `comparison.json` stands for what `compare --output` writes."""
+"""Model by file name. `comparison.json` stands for what `compare --output` writes, `release.json` for a record in
+`releases/`, and the model of `probabilities.jsonl` describes a line of it."""
 
 
 def results_schema() -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mslora_cr.analysis.compare import compare
+from mslora_cr.analysis.compare import compare, render_comparison
 from mslora_cr.cli.main import main
 from tests.reporting.test_report import make_run
 
@@ -208,3 +208,28 @@ def test_figures_of_classes_are_paired_and_clustered(tmp_path: Path) -> None:
     assert correlation["changed"] is None and correlation["interval"][1] < 0 and correlation["p"] < 0.05
     assert {"specificity", "PPV", "NPV", "macro F1", "balanced accuracy"} < set(found["metrics"])
     assert "recall by class" not in found["metrics"] and "AUROC" not in found["metrics"]
+
+
+def test_errors_of_counts_are_paired_where_both_answers_have_a_number(tmp_path: Path) -> None:
+    """The second model is off by one more in every third of 30 questions, and gives no number to the last."""
+    for name, more in (("one", 0), ("two", 1)):
+        (tmp_path / name / "nuclei").mkdir(parents=True)
+        lines = [
+            {
+                "question_id": number,
+                "prompt": "How many nuclei are there?",
+                "text": "none at all" if more and number == 29 else f"{number + 1 + more * (number % 3 == 0)} nuclei",
+                "gt": str(number),
+                "answer_type": "OPEN",
+            }
+            for number in range(30)
+        ]
+        (tmp_path / name / "nuclei" / "answer-file.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
+    comparison = compare({name: tmp_path / name for name in ("one", "two")})
+    [error, overall] = comparison.model_dump()["metrics"]["mean absolute error"]
+    assert (error["questions"], error["baseline_score"], error["difference"]) == pytest.approx((29, 1.0, 10 / 29))
+    assert error["interval"][0] > 0 and error["p"] < 0.01 and error["changed"] is None
+    assert (overall["between_tasks"]["wins"], overall["between_tasks"]["losses"]) == (0, 1)
+    assert "mean absolute error, lower is better" in render_comparison(comparison)

@@ -24,9 +24,13 @@ from benchmarks import (
     startup,
     zero_memory,
 )
+from mslora_cr.config.schema import Task
 from mslora_cr.evaluation.score import read_answers, render_metrics
 from mslora_cr.metrics.published import score_answers
 from mslora_cr.reporting.sweep_result import Outcome
+from mslora_cr.routing.foreign import BOTH, PICTURE, TEXT
+from mslora_cr.routing.foreign_questions import ForeignQuestions
+from tests.helpers.router import learned
 
 RATIOS = {
     "step": {"banks_8_over_1", "penalties_share", "peft_layer_over_ours", "peft_all_active_over_ours"},
@@ -285,8 +289,15 @@ def test_probe_and_router_of_the_open_base_tell_features_apart() -> None:
     assert (len(kind.training), len(kind.test)) == (60, 40)
     row = open_base.probe(kind, *sides["a"], pictures=3)
     assert row is not None and row["probe, balanced"] == 100 and row["most frequent answer"] == 50
-    mean = open_base.routing(sides, pictures=3)[-1]
-    assert mean["both"] == mean["question alone"] == 100 and 35 < mean["picture alone"] < 65
+    statistics = [learned(training.features, 3) for training, _ in sides.values()]
+    questions = {name: test.features for name, (_, test) in sides.items()}
+    mean = open_base.routing(statistics, questions, pictures=3)[-1]
+    assert mean[BOTH] == mean[TEXT] == 100 and 35 < mean[PICTURE] < 65
+    tasks = [Task.model_construct(index=index, name=name) for index, name in enumerate(sides)]
+    foreign = ForeignQuestions(statistics, 3, lambda task: questions[task.name])
+    *rows, mean = open_base.held_out(foreign, tasks)
+    assert [row["task"] for row in rows] == ["a", "b"]
+    assert mean[f"{TEXT}, AUROC"] == 100 and mean[f"{PICTURE}, AUROC"] < 65
 
 
 @pytest.mark.parametrize("quantization", [None, "4bit"])

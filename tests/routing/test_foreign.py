@@ -9,33 +9,15 @@ from safetensors.torch import save_file
 from mslora_cr.config.schema import Task
 from mslora_cr.routing.foreign import (
     BOTH,
-    FOLDS,
     LEVEL,
     foreign_p_values,
-    held_out_distances,
-    part_columns,
     squared_distances,
 )
 from mslora_cr.routing.foreign_questions import ForeignQuestions
 from mslora_cr.routing.lda import TaskStatistics, combine, load_statistics, statistics_of
+from tests.helpers.router import gram, learned
 
 PICTURE_FEATURES = 4
-
-
-def gram(features: torch.Tensor) -> torch.Tensor:
-    wide = torch.nn.functional.pad(features.double(), (0, 1), value=1.0)
-    return wide.T @ wide
-
-
-def learned(features: torch.Tensor) -> TaskStatistics:
-    folds = torch.arange(len(features)) % FOLDS
-    grams = torch.stack([gram(features[folds == fold]) for fold in range(FOLDS)])
-    columns = part_columns(PICTURE_FEATURES)
-    parts = {
-        part: held_out_distances(features, folds, grams.sum(0), grams, of).sort().values for part, of in columns.items()
-    }
-    known = statistics_of(grams.sum(0))
-    return TaskStatistics(known.count, known.mean, known.scatter, distances=parts.pop(BOTH), part_distances=parts)
 
 
 def test_distances_are_mahalanobis_under_the_shrunken_covariance() -> None:
@@ -54,7 +36,7 @@ def test_false_alarms_keep_the_level_and_other_tasks_are_found() -> None:
     random = torch.Generator().manual_seed(1)
     mixing = torch.randn(40, 40, generator=random) / 40**0.5
     one, two, away = (torch.randn(800, 40, generator=random) @ mixing + shift for shift in (0.0, 3.0, -3.0))
-    tasks = [learned(part[:400]) for part in (one, two)]
+    tasks = [learned(part[:400], PICTURE_FEATURES) for part in (one, two)]
     like, unlike = foreign_p_values(tasks, torch.cat([one[400:], two[400:]])), foreign_p_values(tasks, away)
     assert like is not None and unlike is not None
     assert (like < LEVEL).double().mean() <= 2 * LEVEL and (unlike < LEVEL).double().mean() > 0.95
@@ -71,7 +53,7 @@ def test_each_task_is_held_out_by_picture_and_by_text(tmp_path: Path) -> None:
     shifts = torch.zeros(3, 10)
     shifts[1, :PICTURE_FEATURES] = 6.0
     features = [torch.randn(600, 10, generator=random) + shift for shift in shifts]
-    statistics = [learned(part[:400]) for part in features]
+    statistics = [learned(part[:400], PICTURE_FEATURES) for part in features]
     path = tmp_path / "router.safetensors"
     save_file(statistics[0].tensors(), path)
     again = load_statistics(tmp_path)
