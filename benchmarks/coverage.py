@@ -15,7 +15,7 @@ from N(0, 4 points).
 100 others share the rest. `tasks of` asks tasks of 40 and 5,000, or of 24, 80 and 600 questions; there the truth is a
 loss, or as much gained as lost.
 
-`benchmarks.coverage_classes` has further settings: three classes, counts, differences of figures, subgroups.
+`benchmarks.coverage_classes` has further settings: two and three classes, counts, differences of figures, subgroups.
 
 Of the last task but one hardly an answer changes. The second table has exact sums for one task: how often Tango's
 interval covers and how often the one-sided bound of losses does.
@@ -30,11 +30,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import gammaln, ndtr, ndtri, xlogy
+from scipy.special import gammaln, xlogy
 from tabulate import tabulate
 
-from mslora_cr.metrics.closed import confusion, confusion_figures
-from mslora_cr.metrics.discrimination import auroc, average_precision
 from mslora_cr.statistics.intervals import (
     Groups,
     Interval,
@@ -55,8 +53,6 @@ from mslora_cr.statistics.significance import flip_test, flipped_means, p_value,
 TASKS, QUESTIONS = (4, 8), (80, 600)
 CLUSTER, CORRELATION = 8, 0.2
 REDRAWN = 0.08
-SEPARATION = 1.5
-"""Of positive and negative questions' scores, in standard deviations."""
 FLIPS = 1000
 """Fewer than `compare` takes: a rate of rejections needs no small p."""
 LEVEL = 0.05
@@ -132,10 +128,6 @@ def settings() -> dict[str, Trial]:
                 found[f"tasks of {sizes}, {lost:.0%} lost{more}"] = _unequal_tasks(sizes, 0.0, lost, cluster)
             found[f"tasks of {sizes}, 3 % gained and lost{more}"] = _unequal_tasks(sizes, 0.03, 0.03, cluster)
     found["seven tasks of 80, 5 % gained and lost"] = _unequal_tasks((80,) * 7, 0.05, 0.05, 1)
-    for questions in QUESTIONS:
-        for more, groups in groups_of(questions).items():
-            for prevalence in (0.05, 0.5):
-                found[f"yes or no, {questions}{more}, {prevalence:.0%} yes"] = _yes_or_no(groups, prevalence)
     from benchmarks.coverage_classes import class_settings  # It draws answers as this module does.
 
     found |= class_settings()
@@ -310,57 +302,6 @@ def _two_systems(questions: int, groups: Groups) -> Trial:
         }
 
     return trial
-
-
-def _yes_or_no(groups: Groups, prevalence: float) -> Trial:
-    """Sensitivity 0.8 and specificity 0.9; scores of the classes are 1.5 standard deviations apart.
-
-    An interval that is not shown, since a class has too few questions or images, counts as neither.
-    """
-    truth = _true_figures(prevalence)
-    areas = {"AUROC": float(ndtr(SEPARATION / 2**0.5)), "average precision": _true_average_precision(prevalence)}
-
-    def trial(generator: np.random.Generator) -> Mapping[str, bool]:
-        yes = generator.random(len(groups)) < prevalence
-        right = answers(generator, groups, 0.8) * yes + answers(generator, groups, 0.9) * ~yes
-        said = ["yes" if one == bool(hit) else "no" for one, hit in zip(yes, right, strict=True)]
-        known = confusion_figures(confusion(said, [["yes"] if one else ["no"] for one in yes], groups))
-        common = generator.normal(size=int(groups.max()) + 1)[groups]
-        alone = generator.normal(size=len(yes))
-        scores = SEPARATION * yes + CORRELATION**0.5 * common + (1 - CORRELATION) ** 0.5 * alone
-        if yes.any():
-            known |= {"AUROC": auroc(yes, scores, groups), "average precision": average_precision(yes, scores, groups)}
-        return {
-            name: covers(known[name].interval, value)
-            for name, value in (truth | areas).items()
-            if name in known and known[name].interval is not None
-        }
-
-    return trial
-
-
-def _true_figures(prevalence: float) -> dict[str, float]:
-    """What infinitely many questions give at sensitivity 0.8 and specificity 0.9."""
-    hits, misses = 0.8 * prevalence, 0.2 * prevalence
-    alarms, rejections = 0.1 * (1 - prevalence), 0.9 * (1 - prevalence)
-    margins = (hits + misses) * (hits + alarms) * (rejections + alarms) * (rejections + misses)
-    of_yes, of_no = (2 * right / (2 * right + misses + alarms) for right in (hits, rejections))
-    return {
-        "sensitivity": 0.8,
-        "specificity": 0.9,
-        "PPV": hits / (hits + alarms),
-        "NPV": rejections / (rejections + misses),
-        "balanced accuracy": 0.85,
-        "macro F1": (of_yes + of_no) / 2,
-        "Matthews' correlation": (hits * rejections - alarms * misses) / margins**0.5,
-    }
-
-
-def _true_average_precision(prevalence: float) -> float:
-    """The mean precision over the thresholds that the positive questions' scores set, by the midpoint rule."""
-    recall = (np.arange(100_000) + 0.5) / 100_000
-    alarms = ndtr(-SEPARATION - ndtri(1 - recall))
-    return float(np.mean(prevalence * recall / (prevalence * recall + (1 - prevalence) * alarms)))
 
 
 def _near_one(generator: np.random.Generator) -> Mapping[str, bool]:

@@ -1,5 +1,6 @@
 """Settings of `benchmarks.coverage` about classes, counts, differences of two systems' figures, and subgroups.
 
+`yes or no` has sensitivity 0.8 and specificity 0.9, and scores of the classes that are 1.5 standard deviations apart.
 `three classes` have 10, 30 and 60 % of the questions. `counts` are off by a Poisson number that the questions of an
 image share in part. `figures of two systems` are as good as each other. `permuted labels` splits patients at random
 into three groups, none of which differs in truth.
@@ -8,18 +9,25 @@ into three groups, none of which differs in truth.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri
 
-from benchmarks.coverage import CORRELATION, QUESTIONS, SEPARATION, Trial, answers, covers, groups_of
-from mslora_cr.metrics.by_class import class_columns
-from mslora_cr.metrics.closed import Confusion, confusion_figures
+from benchmarks.coverage import CORRELATION, QUESTIONS, Trial, answers, covers, groups_of
+from mslora_cr.metrics.by_class import AUROC, AVERAGE_PRECISION, class_columns, macro_areas
+from mslora_cr.metrics.closed import Confusion, class_figures, confusion, confusion_figures
+from mslora_cr.metrics.discrimination import auroc, average_precision
+from mslora_cr.metrics.measured import Measured
 from mslora_cr.metrics.numbers import count_figures
 from mslora_cr.statistics.intervals import Groups, Scores, difference_interval, estimate
 from mslora_cr.statistics.matrix_intervals import Column, is_binary
 from mslora_cr.statistics.significance import flipped_means, p_value
 from mslora_cr.statistics.subgroups import subgroups
 
+SEPARATION = 1.5
+"""Of the scores of questions inside and outside a class, in standard deviations."""
 FLIPS = 1000
 SHARES = np.array([0.1, 0.3, 0.6])
 CLASSES = ("a", "b", "c")
@@ -34,9 +42,73 @@ def class_settings() -> dict[str, Trial]:
             found[f"three classes, {questions}{more}"] = _three_classes(groups)
             found[f"counts, {questions}{more}"] = _counts(groups)
             for prevalence in (0.05, 0.5):
+                found[f"yes or no, {questions}{more}, {prevalence:.0%} yes"] = _yes_or_no(groups, prevalence)
                 found[f"figures of two systems, {questions}{more}, {prevalence:.0%} yes"] = _two(groups, prevalence)
     found["permuted labels, 60 patients of 4"] = _permuted
     return found
+
+
+def _yes_or_no(groups: Groups, prevalence: float) -> Trial:
+    """Sensitivity 0.8 and specificity 0.9; scores of the classes are 1.5 standard deviations apart.
+
+    An interval that is not shown, since a class has too few questions or images, counts as neither.
+    """
+    truth = _true_figures(prevalence)
+    truth |= {"AUROC": true_area(), "average precision": true_average_precision(prevalence)}
+
+    def trial(generator: np.random.Generator) -> Mapping[str, bool]:
+        yes = generator.random(len(groups)) < prevalence
+        right = answers(generator, groups, 0.8) * yes + answers(generator, groups, 0.9) * ~yes
+        said = ["yes" if one == bool(hit) else "no" for one, hit in zip(yes, right, strict=True)]
+        known = confusion_figures(confusion(said, [["yes"] if one else ["no"] for one in yes], groups))
+        scores = class_scores(generator, yes, groups)
+        if yes.any():
+            known |= {"AUROC": auroc(yes, scores, groups), "average precision": average_precision(yes, scores, groups)}
+        return outcomes(truth, known)
+
+    return trial
+
+
+def class_scores(generator: np.random.Generator, of_class: NDArray[Any], groups: Groups) -> Scores:
+    """Normal scores of the same shape as `of_class`, (questions,) or (questions, classes), which is 1 where the class
+    is true; those of a cluster correlate."""
+    common = generator.normal(size=(int(groups.max()) + 1, *of_class.shape[1:]))[groups]
+    alone = generator.normal(size=of_class.shape)
+    return SEPARATION * of_class + CORRELATION**0.5 * common + (1 - CORRELATION) ** 0.5 * alone
+
+
+def outcomes(truth: Mapping[str, float], known: Mapping[str, Measured | None]) -> dict[str, bool]:
+    """Whether each interval covers the truth, of the figures that have one."""
+    shown = {name: figure for name in truth if (figure := known.get(name)) is not None and figure.interval is not None}
+    return {name: covers(figure.interval, truth[name]) for name, figure in shown.items()}
+
+
+def true_area() -> float:
+    return float(ndtr(SEPARATION / 2**0.5))
+
+
+def _true_figures(prevalence: float) -> dict[str, float]:
+    """What infinitely many questions give at sensitivity 0.8 and specificity 0.9."""
+    hits, misses = 0.8 * prevalence, 0.2 * prevalence
+    alarms, rejections = 0.1 * (1 - prevalence), 0.9 * (1 - prevalence)
+    margins = (hits + misses) * (hits + alarms) * (rejections + alarms) * (rejections + misses)
+    of_yes, of_no = (2 * right / (2 * right + misses + alarms) for right in (hits, rejections))
+    return {
+        "sensitivity": 0.8,
+        "specificity": 0.9,
+        "PPV": hits / (hits + alarms),
+        "NPV": rejections / (rejections + misses),
+        "balanced accuracy": 0.85,
+        "macro F1": (of_yes + of_no) / 2,
+        "Matthews' correlation": (hits * rejections - alarms * misses) / margins**0.5,
+    }
+
+
+def true_average_precision(prevalence: float) -> float:
+    """The mean precision over the thresholds that the positive questions' scores set, by the midpoint rule."""
+    recall = (np.arange(100_000) + 0.5) / 100_000
+    alarms = ndtr(-SEPARATION - ndtri(1 - recall))
+    return float(np.mean(prevalence * recall / (prevalence * recall + (1 - prevalence) * alarms)))
 
 
 def _three_classes(groups: Groups) -> Trial:
@@ -47,18 +119,22 @@ def _three_classes(groups: Groups) -> Trial:
     true, said = table.sum(1), table.sum(0)
     spread = (1 - np.square(true).sum()) * (1 - np.square(said).sum())
     truth = {
+        **{f"recall of {name}": float(share) for name, share in zip(CLASSES, ACCURACY, strict=True)},
+        **{f"precision of {name}": float(share) for name, share in zip(CLASSES, expected / said, strict=True)},
+        f"macro {AUROC}": true_area(),
+        f"macro {AVERAGE_PRECISION}": float(np.mean([true_average_precision(share) for share in SHARES])),
         "balanced accuracy": float(ACCURACY.mean()),
         "macro F1": float(np.mean(2 * expected / (true + said))),
         "Matthews' correlation": float((expected.sum() - (true * said).sum()) / spread**0.5),
     }
 
     def trial(generator: np.random.Generator) -> Mapping[str, bool]:
-        known = confusion_figures(_said_of_three(generator, groups))
-        return {
-            name: covers(known[name].interval, value)
-            for name, value in truth.items()
-            if known[name].interval is not None
-        }
+        table = _said_of_three(generator, groups)
+        chances = class_scores(generator, np.eye(3)[table.truth], groups)
+        known: dict[str, Measured | None] = {**confusion_figures(table), **macro_areas(table, chances)}
+        for name, figures in class_figures(table).items():
+            known |= dict(zip((f"recall of {name}", f"precision of {name}"), figures, strict=True))
+        return outcomes(truth, known)
 
     return trial
 
@@ -95,13 +171,13 @@ def _two(groups: Groups, prevalence: float) -> Trial:
     def trial(generator: np.random.Generator) -> Mapping[str, bool]:
         yes = generator.random(len(groups)) < prevalence
         one, other = (_columns(generator, groups, yes) for _ in range(2))
-        outcomes: dict[str, bool] = {}
+        found: dict[str, bool] = {}
         for title in one.keys() & other.keys():
             values, clusters = other[title].scores - one[title].scores, one[title].groups
             binary = is_binary(one[title].scores) and is_binary(other[title].scores)
-            outcomes[f"difference of {title}"] = covers(difference_interval(estimate(values, clusters), binary), 0.0)
-            outcomes[f"p of {title}"] = p_value(float(values.mean()), flipped_means(values, clusters, FLIPS)) < 0.05
-        return dict(sorted(outcomes.items()))
+            found[f"difference of {title}"] = covers(difference_interval(estimate(values, clusters), binary), 0.0)
+            found[f"p of {title}"] = p_value(float(values.mean()), flipped_means(values, clusters, FLIPS)) < 0.05
+        return dict(sorted(found.items()))
 
     return trial
 
@@ -109,9 +185,7 @@ def _two(groups: Groups, prevalence: float) -> Trial:
 def _columns(generator: np.random.Generator, groups: Groups, yes: Scores) -> Mapping[str, Column]:
     right = answers(generator, groups, 0.8) * yes + answers(generator, groups, 0.9) * ~yes
     said = np.where(right == 1, yes, ~yes).astype(int)
-    common = generator.normal(size=int(groups.max()) + 1)[groups]
-    alone = generator.normal(size=len(yes))
-    scores = SEPARATION * yes + CORRELATION**0.5 * common + (1 - CORRELATION) ** 0.5 * alone
+    scores = class_scores(generator, yes, groups)
     return class_columns(Confusion(("no", "yes"), yes.astype(int), said, groups), np.stack([-scores, scores], axis=1))
 
 

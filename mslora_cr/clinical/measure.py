@@ -19,6 +19,7 @@ from mslora_cr.clinical.file import (
     LabelSetsMeasured,
 )
 from mslora_cr.clinical.groups import by_attribute
+from mslora_cr.metrics.by_class import AUROC, AVERAGE_PRECISION, macro_areas
 from mslora_cr.metrics.calibration import (
     accuracy_at_coverage,
     brier_decomposition,
@@ -115,7 +116,7 @@ def _closed(
         groups=int(clusters.max()) + 1,
         classes=table.names,
         confusion=tuple(tuple(int(count) for count in row) for row in counts),
-        figures=confusion_figures(table) | _macro(areas),
+        figures=confusion_figures(table) | (_macro(table, chances, areas) if chances is not None else {}),
         by_class=tuple(
             ClassMeasured(
                 name=name,
@@ -182,15 +183,11 @@ def _areas(table: Confusion, chances: Scores) -> dict[str, tuple[Measured, Measu
     return areas
 
 
-def _macro(areas: Mapping[str, tuple[Measured, Measured]]) -> dict[str, Measured]:
-    """Return the last class's figures of two classes (yes), or the means over more classes, which have no interval."""
-    if not areas:
-        return {}
-    names = ("AUROC", "average precision")
+def _macro(table: Confusion, chances: Scores, areas: Mapping[str, tuple[Measured, Measured]]) -> dict[str, Measured]:
+    """Return the last class's figures of two classes (yes), or the means over more classes."""
     if len(areas) == 2:
-        return dict(zip(names, list(areas.values())[-1], strict=True))
-    means = [float(np.mean([area[kind].value for area in areas.values()])) for kind in (0, 1)]
-    return {f"macro {name}": Measured(value=mean, interval=None) for name, mean in zip(names, means, strict=True)}
+        return dict(zip((AUROC, AVERAGE_PRECISION), list(areas.values())[-1], strict=True))
+    return macro_areas(table, chances)
 
 
 def _guessing(chosen: Sequence[AskedAnswer], groups: Groups, training: Frequencies | None) -> Guessing:

@@ -12,10 +12,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mslora_cr.metrics.closed import FEWEST, FEWEST_SHARED, Classes, Confusion, confusion_figures, influences
+from mslora_cr.metrics.closed import Classes, Confusion, confusion_figures, influences
 from mslora_cr.metrics.discrimination import placements
+from mslora_cr.metrics.measured import Measured
 from mslora_cr.statistics.intervals import Scores
+from mslora_cr.statistics.linearised import bounded_interval
 from mslora_cr.statistics.matrix_intervals import Column
+from mslora_cr.statistics.sample_size import FEWEST, FEWEST_SHARED
 
 BALANCED, MACRO_F1, MATTHEWS = "balanced accuracy", "macro F1", "Matthews' correlation"
 SENSITIVITY, SPECIFICITY, PPV, NPV = "sensitivity", "specificity", "PPV", "NPV"
@@ -138,6 +141,25 @@ def area_scores(truth: Classes, chances: Scores) -> Scores | None:
 def precision_scores(truth: Classes, chances: Scores) -> Scores | None:
     """Return each question's pseudo-value of the average precision, as `area_scores` does of the area."""
     return _macro(truth, chances, _precisions)
+
+
+def macro_areas(table: Confusion, chances: Scores) -> dict[str, Measured]:
+    """Return the mean over classes, each against the rest, of the area under the ROC curve and of average precision,
+    with intervals by linearisation (`bounded_interval`) where every class has `FEWEST` questions.
+
+    Args:
+        table: The true class of each question.
+        chances: (questions, classes), the probability of each class; more than two classes.
+    """
+    by_title = {AUROC: area_scores(table.truth, chances), AVERAGE_PRECISION: precision_scores(table.truth, chances)}
+    fewest = int(np.unique(table.truth, return_counts=True)[1].min())
+    areas = {}
+    for title, scores in by_title.items():
+        if scores is not None:
+            value = float(scores.mean())
+            ends = bounded_interval(value, scores - value, table.groups, (0.0, 1.0), fewest - 1)
+            areas[f"macro {title}"] = Measured(value=value, interval=ends if fewest >= FEWEST else None)
+    return areas
 
 
 def _macro(

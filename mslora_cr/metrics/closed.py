@@ -10,18 +10,14 @@ from numpy.typing import NDArray
 
 from mslora_cr.data.answers.options import letter_of
 from mslora_cr.metrics.measured import Measured
+from mslora_cr.metrics.numbers import share_of
 from mslora_cr.metrics.options import parse_choice
 from mslora_cr.metrics.published import normalize_answer
 from mslora_cr.statistics.interval import Interval
-from mslora_cr.statistics.intervals import Groups, Scores, estimate, score_interval
+from mslora_cr.statistics.intervals import Groups, Scores
 from mslora_cr.statistics.linearised import bounded_interval
+from mslora_cr.statistics.sample_size import FEWEST
 
-FEWEST = 10
-"""An interval needs at least this many questions of each class: with fewer, simulated intervals do not cover as often
-as they say (`python -m benchmarks.coverage`)."""
-FEWEST_SHARED = 20
-"""An interval of a share needs at least this many images (of one size) where questions share images: with ten it is too
-wide."""
 YES, NO = "yes", "no"
 NEGATIVE = {NO, "normal", "negative", "benign", "absent", "healthy"}
 """The class of one of these names is the negative one of two."""
@@ -147,7 +143,7 @@ def confusion_figures(table: Confusion) -> dict[str, Measured]:
     labels = list(range(len(table.names)))
     asked = [label for label in labels if (table.truth == label).any()]
     enough = min(int((table.truth == label).sum()) for label in labels) >= FEWEST
-    figures = {"accuracy": _share(table.right, table.groups)}
+    figures = {"accuracy": share_of(table.right, table.groups)}
     scores = {
         "balanced accuracy": recall_score(table.truth, table.said, labels=asked, average="macro", zero_division=0),
         "macro F1": f1_score(table.truth, table.said, labels=asked, average="macro", zero_division=0),
@@ -160,7 +156,7 @@ def confusion_figures(table: Confusion) -> dict[str, Measured]:
         for name, (column, of) in _SHARES.items():
             where = (table.truth if of == "truth" else table.said) == column
             if where.any():
-                figure = _share(table.right[where], table.groups[where])
+                figure = share_of(table.right[where], table.groups[where])
                 figures[name] = figure if enough else figure.model_copy(update={"interval": None})
     return figures
 
@@ -177,14 +173,7 @@ def class_figures(table: Confusion) -> dict[str, tuple[Measured | None, Measured
 
 
 def _part(table: Confusion, where: NDArray[np.bool_]) -> Measured | None:
-    return _share(table.right[where], table.groups[where]) if where.any() else None
-
-
-def _share(right: Scores, groups: Groups) -> Measured:
-    share = estimate(right, groups)
-    enough = share.groups == share.questions or share.effective >= FEWEST_SHARED
-    ends = score_interval([share]) if enough and share.questions >= FEWEST else None
-    return Measured(value=share.mean, interval=ends)
+    return share_of(table.right[where], table.groups[where]) if where.any() else None
 
 
 # --- intervals of what is no mean -------------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mslora_cr.metrics.closed import FEWEST
 from mslora_cr.metrics.measured import Measured
 from mslora_cr.statistics.intervals import Groups, Scores
 from mslora_cr.statistics.linearised import logit_interval
+from mslora_cr.statistics.sample_size import FEWEST
 
 PARTS = 50
 """A jackknife has at most this many parts."""

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mslora_cr.metrics.measured import CountsMeasured, Measured
-from mslora_cr.statistics.intervals import Groups, estimate, mean_interval, score_interval
+from mslora_cr.statistics.intervals import Groups, Scores, estimate, mean_interval, score_interval
+from mslora_cr.statistics.sample_size import FEWEST, FEWEST_SHARED
 
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-FEWEST = 10
 NEAR = 1
 """A count that is off by at most this is nearly right."""
 ERROR = "mean absolute error"
@@ -68,7 +68,10 @@ def absolute_errors(answers: Sequence[str], truths: Sequence[str]) -> NDArray[np
     return np.abs(said - true)
 
 
-def share_of(right: NDArray[np.bool_], groups: Groups) -> Measured:
-    """Return a share with its interval, if there are at least `FEWEST` questions."""
+def share_of(right: NDArray[np.bool_] | Scores, groups: Groups) -> Measured:
+    """Return a share with its interval, if there are at least `FEWEST` questions and, where these share images, at
+    least `FEWEST_SHARED` images of one size."""
     share = estimate(right.astype(np.float64), groups)
-    return Measured(value=share.mean, interval=score_interval([share]) if share.questions >= FEWEST else None)
+    enough = share.groups == share.questions or share.effective >= FEWEST_SHARED
+    ends = score_interval([share]) if enough and share.questions >= FEWEST else None
+    return Measured(value=share.mean, interval=ends)

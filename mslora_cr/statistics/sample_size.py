@@ -13,8 +13,12 @@ CHANGED = 0.08
 """The share of changed answers for which the smallest difference that would be found is told."""
 RECALL, AREA = 0.9, 0.85
 """The values whose intervals' widths are told."""
-FEWEST = 10
-"""Questions of each kind from which on a width of an area is told."""
+FEWEST = 15
+"""An interval needs at least this many questions of each class: with fewer, simulated intervals do not cover as often
+as they say (`python -m benchmarks.coverage`)."""
+FEWEST_SHARED = 20
+"""An interval of a share needs at least this many images (of one size) where questions share images: with ten it is too
+wide."""
 
 
 def design_effect(questions: int, patients: int, correlation: float = CORRELATION) -> float:
