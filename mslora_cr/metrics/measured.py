@@ -27,7 +27,7 @@ class CountsMeasured(Part):
 
     Attributes:
         unparsed: Number of answers without a number.
-        mean_absolute_error: Error of the other answers, with Student's t interval.
+        mean_absolute_error: Error of the other answers, with Wilson's interval of its share of the largest error.
         exact: Share of answers that is right.
         near: Share of answers that is off by at most one; None in files of earlier versions.
     """

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mslora_cr.metrics.measured import CountsMeasured, Measured
-from mslora_cr.statistics.intervals import Groups, Scores, estimate, mean_interval, score_interval
+from mslora_cr.statistics.intervals import Groups, Scores, estimate, score_interval
 from mslora_cr.statistics.sample_size import FEWEST, FEWEST_SHARED
 
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
@@ -48,9 +48,9 @@ def count_figures(answers: Sequence[str], truths: Sequence[str], groups: Groups)
         off = errors[numeric]
         largest = float(off.max()) or 1.0
         mean = estimate(off / largest, groups[numeric])
-        low, high = mean_interval(mean)
+        low, high = score_interval([mean])
         has_interval = mean.questions >= FEWEST and mean.variance > 0
-        ends = (largest * max(0.0, low), largest * high) if has_interval else None
+        ends = (largest * low, largest * high) if has_interval else None
         error = Measured(value=largest * mean.mean, interval=ends)
     exact, near = (share_of(errors <= most, groups) for most in (0, NEAR))
     return CountsMeasured(

@@ -101,7 +101,7 @@ def _card(
         stage=stage,
         guessing=f"{verdict} ({given})",
         marked=not guessing.above,
-        figures={name: figure_text(figure) for name, figure in closed.figures.items()},
+        figures={_named(name, closed): figure_text(figure) for name, figure in closed.figures.items()},
         classes=_classes(closed),
         texts=[
             [
@@ -120,6 +120,11 @@ def _card(
         curves=Markup(curve_plots(closed.curves)) if closed.curves else None,
         dots=Markup(dots) if (dots := subgroup_dots(clinical.subgroups)) else None,
     )
+
+
+def _named(name: str, closed: ClosedMeasured) -> str:
+    """Return a figure's name, with the positive class where it is not plain."""
+    return f"{name} of {closed.classes[-1]}" if name in ("sensitivity", "AUROC") else name
 
 
 def _classes(closed: ClosedMeasured) -> list[list[str]]:

@@ -10,15 +10,17 @@ from mslora_cr.clinical.file import CLINICAL, Clinical, ClosedMeasured
 from mslora_cr.data.sources.leaks import Leaks
 from mslora_cr.evaluation.asking import blind_score
 from mslora_cr.evaluation.results import Cell, Evaluation
+from mslora_cr.evaluation.schemas import ROUTED, ROUTING, Routing, StageRouting
 from mslora_cr.evaluation.score import SCORES, read_scores
 from mslora_cr.metrics.typed import CHOICE
+from mslora_cr.routing.foreign import BOTH
 from mslora_cr.statistics.interval import bracketed
 
 TITLE = "What this model was shown to do"
 UNKNOWN = "not known"
 COLUMNS = (
     *("task", "closed questions", "against guessing", "open questions (F1)", "measured on", "in training too"),
-    *("subgroups", "calibration error", "without the picture"),
+    *("subgroups", "calibration error", "without the picture", "like no learned task"),
 )
 
 
@@ -34,6 +36,7 @@ class ShownTask(NamedTuple):
     subgroups: str
     calibration: str
     blind: str
+    foreign: str
 
 
 def last_cells(evaluation: Evaluation) -> list[Cell]:
@@ -48,10 +51,12 @@ def shown_to_do(cells: Iterable[Cell], results_dir: Path, leaks: Mapping[str, Le
     Args:
         leaks: What `data check` found in both training and testing, by task.
     """
-    return [_row(cell, results_dir, leaks.get(cell.task)) for cell in cells]
+    routing = Routing.read_if_there(results_dir / ROUTED / ROUTING)
+    last = routing.stages[-1] if routing else None
+    return [_row(cell, results_dir, leaks.get(cell.task), last) for cell in cells]
 
 
-def _row(cell: Cell, results_dir: Path, leaks: Leaks | None) -> ShownTask:
+def _row(cell: Cell, results_dir: Path, leaks: Leaks | None, routing: StageRouting | None) -> ShownTask:
     answers = results_dir / cell.answers
     clinical = Clinical.read_if_there(answers.with_name(CLINICAL))
     closed = clinical.closed if clinical else None
@@ -65,7 +70,17 @@ def _row(cell: Cell, results_dir: Path, leaks: Leaks | None) -> ShownTask:
         subgroups=_subgroups(clinical),
         calibration=_calibration(closed),
         blind=blind.in_words() if (blind := blind_score(cell, results_dir)) else UNKNOWN,
+        foreign=_foreign(cell.task, routing),
     )
+
+
+def _foreign(task: str, routing: StageRouting | None) -> str:
+    """How many of a task's questions are taken for foreign, and how many would be if the task had not been learned."""
+    if routing is None or routing.foreign is None or task not in routing.foreign:
+        return UNKNOWN
+    share = f"{100 * routing.foreign[task] / max(1, sum(routing.confusion[task])):.1f} % flagged"
+    held_out = routing.held_out.get(task, {}).get(BOTH)
+    return f"{share}; {held_out.detected:.1f} % if it had not been learned" if held_out else share
 
 
 def _score(cell: Cell, name: str) -> str:
