@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mslora_cr.metrics.closed import Classes, Confusion, confusion_figures, influences
-from mslora_cr.metrics.discrimination import placements
+from mslora_cr.metrics.discrimination import average_precision, placements
 from mslora_cr.metrics.measured import Measured
 from mslora_cr.statistics.intervals import Scores
 from mslora_cr.statistics.linearised import bounded_interval
@@ -144,22 +144,25 @@ def precision_scores(truth: Classes, chances: Scores) -> Scores | None:
 
 
 def macro_areas(table: Confusion, chances: Scores) -> dict[str, Measured]:
-    """Return the mean over classes, each against the rest, of the area under the ROC curve and of average precision,
-    with intervals by linearisation (`bounded_interval`) where every class has `FEWEST` questions.
+    """Return the mean over classes, each against the rest, of the area under the ROC curve, with an interval by
+    linearisation (`bounded_interval`), and of average precision; intervals need `FEWEST` questions of every class.
 
     Args:
         table: The true class of each question.
         chances: (questions, classes), the probability of each class; more than two classes.
     """
-    by_title = {AUROC: area_scores(table.truth, chances), AVERAGE_PRECISION: precision_scores(table.truth, chances)}
-    fewest = int(np.unique(table.truth, return_counts=True)[1].min())
-    areas = {}
-    for title, scores in by_title.items():
-        if scores is not None:
-            value = float(scores.mean())
-            ends = bounded_interval(value, scores - value, table.groups, (0.0, 1.0), fewest - 1)
-            areas[f"macro {title}"] = Measured(value=value, interval=ends if fewest >= FEWEST else None)
-    return areas
+    present, counts = np.unique(table.truth, return_counts=True)
+    scores = area_scores(table.truth, chances)
+    if scores is None:
+        return {}
+    value, fewest = float(scores.mean()), int(counts.min())
+    ends = bounded_interval(value, scores - value, table.groups, (0.0, 1.0), fewest - 1)
+    return {
+        f"macro {AUROC}": Measured(value=value, interval=ends if fewest >= FEWEST else None),
+        f"macro {AVERAGE_PRECISION}": average_precision(
+            table.truth[:, None] == present, chances[:, present], table.groups
+        ),
+    }
 
 
 def _macro(

@@ -71,30 +71,34 @@ def _beaten(ours: Scores, theirs: Scores) -> Scores:
 
 
 def average_precision(positive: NDArray[np.bool_], scores: Scores, groups: Groups) -> Measured:
-    """Return the area under the precision–recall curve, with a delete-a-group jackknife over clusters on the logit
-    scale.
+    """Return the area under the precision–recall curve, or its mean over several classes, each against the rest, with a
+    delete-a-group jackknife over clusters on the logit scale.
 
     Source: Kott, "The Delete-a-Group Jackknife", Journal of Official Statistics 2001.
 
     Args:
-        positive: (questions,), whether the class is true; it must be for at least one question.
-        scores: (questions,), higher where positive is likelier.
+        positive: (questions,) or (questions, classes), whether the class is true; it must be for at least one question.
+        scores: The same shape, higher where positive is likelier.
         groups: (questions,), the number of each question's cluster.
     """
     from sklearn.metrics import average_precision_score
 
-    value = float(average_precision_score(positive, scores))
+    by_class = list(zip(np.atleast_2d(positive.T), np.atleast_2d(scores.T), strict=True))
+    value = float(np.mean([average_precision_score(true, score) for true, score in by_class]))
     clusters = np.unique(groups, return_inverse=True)[1]
-    with_yes = len(np.unique(groups[positive]))
-    parts = min(PARTS, int(clusters.max()) + 1)
-    if min(int(positive.sum()), int((~positive).sum())) < FEWEST or with_yes < 2:
+    count = int(clusters.max()) + 1
+    parts = min(PARTS, count)
+    with_yes = min(len(np.unique(groups[true])) for true, _ in by_class)
+    if min(min(int(true.sum()), int((~true).sum())) for true, _ in by_class) < FEWEST or with_yes < 2:
         return Measured(value=value, interval=None)
-    part = (np.random.default_rng(0).permutation(int(clusters.max()) + 1) % parts)[clusters]
+    part = (np.random.default_rng(0).permutation(count) % parts)[clusters]
     rests = [part != number for number in range(parts)]
-    if not all(positive[rest].any() for rest in rests):
+    if not all(true[rest].any() for rest in rests for true, _ in by_class):
         return Measured(value=value, interval=None)
-    level_of = np.unique(-scores, return_inverse=True)[1]
-    without = np.array([_average_precision(positive[rest], level_of[rest]) for rest in rests])
+    levels = [(true, np.unique(-score, return_inverse=True)[1]) for true, score in by_class]
+    without = np.array(
+        [np.mean([_average_precision(true[rest], level_of[rest]) for true, level_of in levels]) for rest in rests]
+    )
     error = float(((parts - 1) / parts * np.square(without - without.mean()).sum()) ** 0.5)
     return Measured(value=value, interval=logit_interval(value, error, (0.0, 1.0), min(parts, with_yes) - 1))
 

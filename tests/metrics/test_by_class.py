@@ -11,8 +11,8 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from mslora_cr.metrics.by_class import area_scores, balanced_scores, class_columns, precision_scores
-from mslora_cr.metrics.closed import confusion, confusion_figures
+from mslora_cr.metrics.by_class import area_scores, balanced_scores, class_columns, macro_areas, precision_scores
+from mslora_cr.metrics.closed import Confusion, confusion, confusion_figures
 from mslora_cr.metrics.discrimination import obuchowski_error
 from mslora_cr.statistics.intervals import estimate
 
@@ -33,6 +33,21 @@ def test_means_over_questions_are_the_figures() -> None:
     areas = area_scores(truth, chances)
     assert areas is not None and areas.mean() == pytest.approx(roc_auc_score(truth, chances, multi_class="ovr"))
     assert area_scores(np.zeros(4, dtype=int), np.full((4, 2), 0.5)) is None
+
+
+def test_means_of_areas_over_classes_have_intervals_where_each_class_has_enough_questions() -> None:
+    random = np.random.default_rng(2)
+    truth = np.arange(60) % 3
+    chances = random.dirichlet([1, 1, 1], size=60) + 0.3 * np.eye(3)[truth]
+    chances /= chances.sum(axis=1, keepdims=True)
+    known = macro_areas(Confusion(("a", "b", "c"), truth, truth, np.arange(60)), chances)
+    area, precision = known["macro AUROC"], known["macro average precision"]
+    assert area.value == pytest.approx(roc_auc_score(truth, chances, multi_class="ovr"))
+    assert precision.value == pytest.approx(average_precision_score(np.eye(3)[truth], chances, average="macro"))
+    for figure in (area, precision):
+        assert figure.interval is not None and 0.5 < figure.interval[0] < figure.value < figure.interval[1] < 1
+    few = macro_areas(Confusion(("a", "b", "c"), truth[:42], truth[:42], np.arange(42)), chances[:42])
+    assert {figure.interval for figure in few.values()} == {None}, "fourteen questions of a class"
 
 
 def test_every_figure_of_two_classes_is_the_mean_of_its_column() -> None:
