@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from mslora_cr.clinical.file import CLINICAL, AttributeMeasured, Clinical, ClosedMeasured
+from mslora_cr.clinical.file import CLINICAL, AttributeMeasured, Calibration, Clinical, ClosedMeasured
 from mslora_cr.clinical.groups import changes_by_group
 from mslora_cr.data.records import TestRecord
 from mslora_cr.evaluation.results import Cell, Evaluation
@@ -24,13 +24,20 @@ Changes = Mapping[str, Mapping[str, str]]
 """A change in points with its interval, by attribute and group."""
 
 
+MOST_CLASSES = 12
+
+
 class ClinicalCard(NamedTuple):
-    """A task's closed questions after its last evaluated stage.
+    """A task's closed questions, counts and sets of labels after its last evaluated stage; what it does not ask is
+    empty.
 
     Attributes:
         guessing: What guessing gives, and whether the score is above it.
         marked: Whether the score is not above guessing.
         figures: Value and interval as text, by name.
+        lines: What is known of probabilities, options, counts and sets of labels, a sentence each.
+        labels: Rows of label, questions, said, sensitivity and specificity.
+        confusion: The true class by the one that was said: a row of titles and a row for each class.
         classes: Rows of class, questions, said, recall and precision; the last one counts answers of no class.
         texts: Rows of question, questions, balanced accuracy and what guessing scores on it.
         attributes: By name, a line and rows of group, questions, patients, score, best constant answer, p, and change
@@ -45,6 +52,9 @@ class ClinicalCard(NamedTuple):
     guessing: str
     marked: bool
     figures: Mapping[str, str]
+    lines: list[str]
+    labels: list[list[str]]
+    confusion: list[list[str]]
     classes: list[list[str]]
     texts: list[list[str]]
     attributes: Mapping[str, tuple[str, list[list[str]]]]
@@ -56,7 +66,7 @@ class ClinicalCard(NamedTuple):
 def clinical_cards(
     evaluation: Evaluation, results_dir: Path, asked: Mapping[str, Sequence[TestRecord]] | None = None
 ) -> list[ClinicalCard]:
-    """Return the cards of the tasks that have closed questions, as far as their files exist.
+    """Return the cards of the tasks that have such questions, as far as their files exist.
 
     Args:
         asked: The questions of each task, where known: they tell how each group's scores changed over the stages.
@@ -65,7 +75,7 @@ def clinical_cards(
     for task in evaluation.tasks:
         cell = evaluation.last_cell(task) or evaluation.own_cell(task)
         clinical = Clinical.read_if_there((results_dir / cell.answers).with_name(CLINICAL)) if cell else None
-        if cell is not None and clinical is not None and clinical.closed is not None:
+        if cell is not None and clinical is not None and (clinical.closed or clinical.counts or clinical.label_sets):
             learned, records = evaluation.own_cell(task), (asked or {}).get(task)
             later = learned is not None and learned.answers != cell.answers
             changes = _changes(learned, cell, results_dir, records) if learned and later and records else {}
@@ -90,19 +100,23 @@ def _changes(learned: Cell, last: Cell, results_dir: Path, records: Sequence[Tes
 
 
 def _card(
-    task: str, stage: int, clinical: Clinical, closed: ClosedMeasured, changes: Changes | None = None
+    task: str, stage: int, clinical: Clinical, closed: ClosedMeasured | None, changes: Changes | None = None
 ) -> ClinicalCard:
-    guessing = closed.guessing
-    constants = {"the most frequent training answer": guessing.majority, "the best constant answer": guessing.hindsight}
-    given = ", ".join(f"{name} {100 * share:.1f} %" for name, share in constants.items() if share is not None)
-    verdict = guessing.in_words() or f"above guessing by {guessing.gain:.1f} points{bracketed(guessing.interval)}"
     return ClinicalCard(
         task=task,
         stage=stage,
-        guessing=f"{verdict} ({given})",
-        marked=not guessing.above,
-        figures={_named(name, closed): figure_text(figure) for name, figure in closed.figures.items()},
-        classes=_classes(closed),
+        guessing=_guessing(closed) if closed else "",
+        marked=closed is not None and not closed.guessing.above,
+        figures={_named(name, closed): figure_text(figure) for name, figure in closed.figures.items()}
+        if closed
+        else {},
+        lines=_lines(clinical, closed),
+        labels=[
+            [one.name, str(one.questions), str(one.said), figure_text(one.sensitivity), figure_text(one.specificity)]
+            for one in (clinical.label_sets.by_label if clinical.label_sets else ())
+        ],
+        confusion=_confusion(closed) if closed else [],
+        classes=_classes(closed) if closed else [],
         texts=[
             [
                 one.question or "",
@@ -116,10 +130,62 @@ def _card(
             name: (_gap(attribute), _groups(attribute, (changes or {}).get(name, {})))
             for name, attribute in clinical.subgroups.items()
         },
-        enough=shown_by(closed.questions, closed.groups, min(one.questions for one in closed.by_class)),
-        curves=Markup(curve_plots(closed.curves)) if closed.curves else None,
+        enough=shown_by(closed.questions, closed.groups, min(one.questions for one in closed.by_class))
+        if closed
+        else "",
+        curves=Markup(curve_plots(closed.curves)) if closed and closed.curves else None,
         dots=Markup(dots) if (dots := subgroup_dots(clinical.subgroups)) else None,
     )
+
+
+def _guessing(closed: ClosedMeasured) -> str:
+    guessing = closed.guessing
+    constants = {"the most frequent training answer": guessing.majority, "the best constant answer": guessing.hindsight}
+    given = ", ".join(f"{name} {100 * share:.1f} %" for name, share in constants.items() if share is not None)
+    verdict = guessing.in_words() or f"above guessing by {guessing.gain:.1f} points{bracketed(guessing.interval)}"
+    return f"{verdict} ({given})"
+
+
+def _lines(clinical: Clinical, closed: ClosedMeasured | None) -> list[str]:
+    lines = [_calibration(closed.calibration)] if closed and closed.calibration else []
+    if closed and (choices := closed.choices):
+        lines.append(
+            f"Options: {choices.parsed} answers chose one, {choices.unparsed} none, {choices.ambiguous} several"
+        )
+    if counts := clinical.counts:
+        error, near = counts.mean_absolute_error, counts.near
+        lines.append(
+            f"Counts, {counts.questions} questions: "
+            + (f"mean absolute error {error.value:.2f}{bracketed(error.interval)}, " if error else "")
+            + f"exact {figure_text(counts.exact)} %, "
+            + (f"off by at most one {figure_text(near)} %, " if near else "")
+            + f"{counts.unparsed} answers without a number"
+        )
+    if sets := clinical.label_sets:
+        lines.append(
+            f"Sets of labels, {sets.questions}: F1 {figure_text(sets.f1)} %, exact {figure_text(sets.exact)} %"
+        )
+    return lines
+
+
+def _calibration(found: Calibration) -> str:
+    fitted = "no temperature is fitted, since no validation questions were answered"
+    if found.temperature is not None and found.scaled_error is not None:
+        fitted = f"{100 * found.scaled_error:.1f} % at the temperature {found.temperature:.2f} of validation questions"
+    parts = [f"Calibration error {100 * found.expected_error:.1f} % ({fitted})"]
+    if found.brier is not None:
+        split = f"{found.reliability:.3f} - {found.resolution:.3f} + {found.uncertainty:.3f}"
+        parts.append(f"Brier score {found.brier:.3f} (reliability - resolution + uncertainty: {split})")
+    right = f"{100 * found.accuracy_at_80:.1f} and {100 * found.accuracy_at_90:.1f} % right of the surest 80 and 90 %"
+    return "; ".join([*parts, right, f"area under risk over coverage {found.risk_coverage_area:.3f}"])
+
+
+def _confusion(closed: ClosedMeasured) -> list[list[str]]:
+    """Return the confusion of at most `MOST_CLASSES` classes; empty for more, which the browser of answers shows."""
+    if len(closed.classes) > MOST_CLASSES:
+        return []
+    titles = ["True answer, then said", *closed.classes, "none of these"]
+    return [titles, *([name, *map(str, row)] for name, row in zip(closed.classes, closed.confusion, strict=True))]
 
 
 def _named(name: str, closed: ClosedMeasured) -> str:

@@ -73,3 +73,28 @@ def test_groups_of_patients_have_scores_gap_and_association() -> None:
     assert card.enough.startswith(
         "48 questions of 48 images or patients, design effect 1.0: the rarest class, 24 questions"
     )
+
+
+def test_a_card_has_probabilities_counts_and_sets() -> None:
+    lines, rows, chances = [], [], []
+    for number in range(60):
+        kind = ("choice", "number", "set")[number % 3]
+        truth = {"choice": ("no", "yes")[number % 2], "number": str(number % 7), "set": "oedema, effusion"}[kind]
+        said = {"choice": truth, "number": f"{number % 7 + 1} cells", "set": "effusion"}[kind]
+        line = {"question_id": number, "image": f"{number}.png", "text": f"What {kind}?", "gt": truth}
+        closed = kind == "choice"
+        lines.append(line | {"answer_type": "CLOSED" if closed else "OPEN", "answer_kind": kind})
+        rows.append((f"What {kind}?", said, truth, closed))
+        chances.append({"no": 0.2, "yes": 0.8} if truth == "yes" else {"no": 0.7, "yes": 0.3} if closed else None)
+    asked = asked_answers(rows, [TestRecord.model_validate(line) for line in lines], chances)
+    found = clinical_of(asked, independent(60))
+    card = _card("cxp", 1, found, found.closed)
+    calibration, counts, sets = card.lines
+    assert calibration.startswith("Calibration error 25.0 % (no temperature") and "Brier score 0.065" in calibration
+    assert "100.0 and 100.0 % right of the surest 80 and 90 %" in calibration
+    assert counts.startswith("Counts, 20 questions: mean absolute error 1.00, exact 0.0 [0.0 to ")
+    assert sets.startswith("Sets of labels, 20: F1 66.7 [") and card.labels[0][:3] == ["effusion", "20", "20"]
+    assert card.confusion[1:] == [["no", "10", "0", "0"], ["yes", "0", "10", "0"]]
+    assert "sensitivity of yes" in card.figures
+    alone = _card("nuclei", 1, found.model_copy(update={"closed": None}), None)
+    assert (alone.guessing, alone.enough, alone.classes) == ("", "", []) and len(alone.lines) == 2
