@@ -142,7 +142,7 @@ def _figures(path: Path, table: ScoreTable) -> dict[str, Column]:
     return _by_class(path, answers, table) | _errors(answers, table)
 
 
-def _errors(answers: Sequence[AnswerRecord], table: ScoreTable) -> dict[str, Column]:
+def _errors(answers: list[AnswerRecord], table: ScoreTable) -> dict[str, Column]:
     counted = np.flatnonzero(~np.isnan(table.columns.get(COUNT, np.empty(0))))
     if not len(counted):
         return {}
@@ -151,7 +151,7 @@ def _errors(answers: Sequence[AnswerRecord], table: ScoreTable) -> dict[str, Col
     return {ERROR: Column(errors, np.unique(table.groups[counted], return_inverse=True)[1])}
 
 
-def _by_class(path: Path, answers: Sequence[AnswerRecord], table: ScoreTable) -> dict[str, Column]:
+def _by_class(path: Path, answers: list[AnswerRecord], table: ScoreTable) -> dict[str, Column]:
     """Return the figures of closed questions, where these have several classes (`class_columns`)."""
     right = table.columns.get(CHOICE)
     if right is None:
