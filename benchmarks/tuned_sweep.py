@@ -142,7 +142,7 @@ def report() -> str:
     assert compared is not None, "no run has finished"
     finals = final_averages(compared, "final_average")
     forgotten = final_averages(compared, "forgetting")
-    parts = [_rankings(finals, forgotten), _costs(compared, finals), _tuning_table()]
+    parts = [rankings(finals, forgotten), _costs(compared, finals), _tuning_table()]
     if wide := _read("equal_parameters"):
         parts.insert(2, _capacity(compared, wide, finals))
     text = "\n\n".join(parts) + "\n"
@@ -176,7 +176,7 @@ def _ranks(means: dict[str, float]) -> dict[str, int]:
     return {method: place for place, method in enumerate(sorted(means, key=lambda one: -means[one]), 1)}
 
 
-def _rankings(finals: Finals, forgotten: Finals) -> str:
+def rankings(finals: Finals, forgotten: Finals) -> str:
     methods = sorted(method for method in method_names() if tuned_label(method) in finals)
     before = {method: _mean(finals[method]) for method in methods}
     after = {method: _mean(finals[tuned_label(method)]) for method in methods}

@@ -240,7 +240,7 @@ def test_the_commands(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["export", str(run), "--output", str(tmp_path), "--format", "peft", "--release", "1"]) == 0
     assert sorted(path.parent.name for path in tmp_path.glob("*/adapter_config.json")) == sorted(TASKS)
 
-    second_plan = plan_file(tmp_path, "{margin: 90, least_patients: 2}")
+    second_plan = plan_file(tmp_path, "{margin: 95, least_patients: 2}")
     _registered_before(run, second_plan)
     assert main(["release", str(second_plan), str(run)]) == 0
     assert [record.serves for record in records_of(folder.parent)] == [1, 1, 3]

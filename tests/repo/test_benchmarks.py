@@ -22,8 +22,10 @@ from benchmarks import (
     release,
     shared_images,
     startup,
+    tuned_sweep,
     zero_memory,
 )
+from mslora_cr.config.methods import method_names
 from mslora_cr.config.schema import Task
 from mslora_cr.evaluation.score import read_answers, render_metrics
 from mslora_cr.metrics.published import score_answers
@@ -273,6 +275,30 @@ def test_the_open_sweep_is_what_its_page_says() -> None:
     assert [row["p (Holm)"] for row in secondary] == ["1.000"] * 5 + ["0.188"]
 
 
+def test_the_sweep_on_equal_terms_is_what_its_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = {method: {"tasks.*.learning_rate": 0.004} for method in tuned_sweep.tuned_methods()}
+    monkeypatch.setattr(tuned_sweep, "chosen", (tuned | {"ewc": {"ewc.strength": 7.0}}).__getitem__)
+    monkeypatch.setattr(tuned_sweep, "SEEDS", (1,))
+    found = tuned_sweep.sweeps()
+    assert {name: len(runs) for name, runs in found.items()} == {"compared": 33 * 2, "equal_parameters": 7 * 2}
+    runs = {run.method: run.config for run in found["compared"]}
+    assert {name.removesuffix("-tuned") for name in runs} == set(method_names())
+    assert {config.tasks[0].learning_rate for name, config in runs.items() if name.endswith("-tuned")} == {0.004, 0.005}
+    assert [runs[name].method_section.strength for name in ("ewc", "ewc-tuned")] == [400, 7]  # type: ignore[union-attr]
+    assert {run.config.lora.rank for run in found["equal_parameters"]} == {24}
+    plan = tuned_sweep.tuning("ewc")
+    assert not set(plan.tuned_orders) & {tuple(task.name for task in config.tasks) for config in runs.values()}
+    # EWC gains two points in each of ten pairs, and passes the method before it.
+    pairs = [(order, seed) for order in range(2) for seed in range(5)]
+    finals = {name: dict.fromkeys(pairs, float(place)) for place, name in enumerate(sorted(method_names()))}
+    finals |= {
+        f"{name}-tuned": dict.fromkeys(pairs, values[0, 0] + 3 * (name == "ewc")) for name, values in finals.items()
+    }
+    table = tuned_sweep.rankings(finals, finals)
+    [row] = [line.split("|") for line in table.splitlines() if line.startswith("| ewc ")]
+    assert [cell.strip() for cell in row[2:4]] == ["1.0", "4.0"] and row[5].strip() == "0.031" and "16 → 13" in row[6]
+
+
 def test_probe_and_router_of_the_open_base_tell_features_apart() -> None:
     generator = torch.Generator().manual_seed(0)
 
@@ -373,6 +399,7 @@ def test_every_benchmark_is_tried() -> None:
         "profile",
         "real_size",
         "release",
+        "tuned_sweep",
         "zero_memory",
     }
     assert {path.stem for path in folder.glob("*.py")} - others == set(RATIOS)
