@@ -133,12 +133,12 @@ def _pairs(baseline: Answered, run: Answered, tasks: Sequence[str], title: str) 
             metric, _, of_class = name.partition(": ")
             columns: list[Column] = [side.column(name) for side in sides]
             if metric == title and all(len(column.scores) for column in columns):
-                place, banks = f"{task}: {of_class}" if of_class else task, (sides[0].banks, sides[1].banks)
-                known = ~np.isnan(columns[0].scores + columns[1].scores)
-                scores = columns[0].scores[known], columns[1].scores[known]
-                groups = coarsest([column.groups for column in columns])[known]
+                row, banks = f"{task}: {of_class}" if of_class else task, (sides[0].banks, sides[1].banks)
+                scored = ~np.isnan(columns[0].scores + columns[1].scores)
+                scores = columns[0].scores[scored], columns[1].scores[scored]
+                groups = coarsest([column.groups for column in columns])[scored]
                 if len(groups):
-                    pairs.append(_Pair(place, banks, scores, np.unique(groups, return_inverse=True)[1]))
+                    pairs.append(_Pair(row, banks, scores, np.unique(groups, return_inverse=True)[1]))
     return pairs
 
 

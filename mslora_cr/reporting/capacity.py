@@ -116,9 +116,9 @@ def mean_costs(runs: Sequence[Outcome]) -> dict[str, Cost]:
 def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """Return the labels of the points (cost, score) that no other point beats, the cheapest first: all that cost less
     score lower."""
-    best, found = float("-inf"), []
+    best, labels = float("-inf"), []
     for label, (_, score) in sorted(points.items(), key=lambda point: (point[1][0], -point[1][1])):
         if score > best:
             best = score
-            found.append(label)
-    return found
+            labels.append(label)
+    return labels

@@ -168,16 +168,16 @@ def _lines(clinical: Clinical, closed: ClosedMeasured | None) -> list[str]:
     return lines
 
 
-def _calibration(found: Calibration) -> str:
+def _calibration(calibration: Calibration) -> str:
     fitted = "no temperature is fitted, since no validation questions were answered"
-    if found.temperature is not None and found.scaled_error is not None:
-        fitted = f"{100 * found.scaled_error:.1f} % at the temperature {found.temperature:.2f} of validation questions"
-    parts = [f"Calibration error {100 * found.expected_error:.1f} % ({fitted})"]
-    if found.brier is not None:
-        split = f"{found.reliability:.3f} - {found.resolution:.3f} + {found.uncertainty:.3f}"
-        parts.append(f"Brier score {found.brier:.3f} (reliability - resolution + uncertainty: {split})")
-    right = f"{100 * found.accuracy_at_80:.1f} and {100 * found.accuracy_at_90:.1f} % right of the surest 80 and 90 %"
-    return "; ".join([*parts, right, f"area under risk over coverage {found.risk_coverage_area:.3f}"])
+    if calibration.temperature is not None and calibration.scaled_error is not None:
+        fitted = f"{100 * calibration.scaled_error:.1f} % at the temperature {calibration.temperature:.2f} of validation questions"
+    parts = [f"Calibration error {100 * calibration.expected_error:.1f} % ({fitted})"]
+    if calibration.brier is not None:
+        split = f"{calibration.reliability:.3f} - {calibration.resolution:.3f} + {calibration.uncertainty:.3f}"
+        parts.append(f"Brier score {calibration.brier:.3f} (reliability - resolution + uncertainty: {split})")
+    right = f"{100 * calibration.accuracy_at_80:.1f} and {100 * calibration.accuracy_at_90:.1f} % right of the surest 80 and 90 %"
+    return "; ".join([*parts, right, f"area under risk over coverage {calibration.risk_coverage_area:.3f}"])
 
 
 def _confusion(closed: ClosedMeasured) -> list[list[str]]:

@@ -34,9 +34,9 @@ def write_sweep_page(sweep: SweepResult, output: Path) -> Path:
         raise ReportError("the runs of this sweep have no metric in common")
     panels = {
         title: {
-            method: points
+            method: dots
             for method in sweep.metrics[headline]
-            if (points := _sweep_points(sweep.runs, method, headline, figure))
+            if (dots := _sweep_points(sweep.runs, method, headline, figure))
         }
         for figure, title in SWEEP_PANELS.items()
     }
