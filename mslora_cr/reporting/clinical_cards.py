@@ -168,16 +168,16 @@ def _lines(clinical: Clinical, closed: ClosedMeasured | None) -> list[str]:
     return lines
 
 
-def _calibration(calibration: Calibration) -> str:
+def _calibration(fit: Calibration) -> str:
     fitted = "no temperature is fitted, since no validation questions were answered"
-    if calibration.temperature is not None and calibration.scaled_error is not None:
-        fitted = f"{100 * calibration.scaled_error:.1f} % at the temperature {calibration.temperature:.2f} of validation questions"
-    parts = [f"Calibration error {100 * calibration.expected_error:.1f} % ({fitted})"]
-    if calibration.brier is not None:
-        split = f"{calibration.reliability:.3f} - {calibration.resolution:.3f} + {calibration.uncertainty:.3f}"
-        parts.append(f"Brier score {calibration.brier:.3f} (reliability - resolution + uncertainty: {split})")
-    right = f"{100 * calibration.accuracy_at_80:.1f} and {100 * calibration.accuracy_at_90:.1f} % right of the surest 80 and 90 %"
-    return "; ".join([*parts, right, f"area under risk over coverage {calibration.risk_coverage_area:.3f}"])
+    if fit.temperature is not None and fit.scaled_error is not None:
+        fitted = f"{100 * fit.scaled_error:.1f} % at the temperature {fit.temperature:.2f} of validation questions"
+    parts = [f"Calibration error {100 * fit.expected_error:.1f} % ({fitted})"]
+    if fit.brier is not None:
+        split = f"{fit.reliability:.3f} - {fit.resolution:.3f} + {fit.uncertainty:.3f}"
+        parts.append(f"Brier score {fit.brier:.3f} (reliability - resolution + uncertainty: {split})")
+    right = f"{100 * fit.accuracy_at_80:.1f} and {100 * fit.accuracy_at_90:.1f} % right of the surest 80 and 90 %"
+    return "; ".join([*parts, right, f"area under risk over coverage {fit.risk_coverage_area:.3f}"])
 
 
 def _confusion(closed: ClosedMeasured) -> list[list[str]]:
