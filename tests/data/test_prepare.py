@@ -615,7 +615,14 @@ def reword(folder: Path, positive: str, negative: str) -> None:
 
 def test_pcam_keeps_its_validation_split(tmp_path):
     labels = pcam(tmp_path / "raw", rows=20, splits=("train", "test", "valid"))
+    table = tmp_path / "raw" / "camelyonpatch_level_2_split_test_meta.csv"
+    table.write_text("coord_x,wsi\n" + "".join(f"{row},camelyon16_test_{row // 5:03d}\n" for row in range(19)))
+    with pytest.raises(DataError, match="expected 20 rows with the column wsi, found 19"):
+        run("PCAM", tmp_path / "raw", tmp_path / "root", annotations=True)
+    table.write_text(table.read_text() + "19,camelyon16_test_003\n")
     result = run("PCAM", tmp_path / "raw", tmp_path / "root", annotations=True)
+    lines = (tmp_path / "root/PCam/test.jsonl").read_text().splitlines()
+    assert [json.loads(line)["patient"][-3:] for line in lines[::5]] == ["000", "001", "002", "003"]
     assert (result.rows, result.placed) == ({"train": 20, "test": 20, "validation": 20}, 60)
     rows = validation_of(tmp_path / "root", "PCAM")
     assert [answer == "Positive" for _, answer, _ in rows] == list(labels["valid"].ravel() == 1)

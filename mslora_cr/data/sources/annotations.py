@@ -23,7 +23,7 @@ from mslora_cr.data.records import AnswerType, DataError, Text
 from mslora_cr.data.rows.row import attribute
 from mslora_cr.data.rows.tables import table_lines
 from mslora_cr.data.sources.catalog import DataSet
-from mslora_cr.data.sources.pcam import has_split, image_name, read_labels
+from mslora_cr.data.sources.pcam import has_split, image_name, read_labels, read_slides
 from mslora_cr.data.sources.raw import RawData, RawFile, read, with_ending
 from mslora_cr.utils.errors import first_problem, nearest
 from mslora_cr.utils.files import replacing, write_text
@@ -299,9 +299,10 @@ def _cxp(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
 
 def _pcam(raw: RawData, questions: Mapping[str, str]) -> Iterator[Row]:
     for split, side in _sides("valid", has_split(raw, "valid")):
-        for index, positive in enumerate(read_labels(raw, side)):
+        labels = read_labels(raw, side)
+        for index, (positive, slide) in enumerate(zip(labels, read_slides(raw, side, len(labels)), strict=True)):
             answer = "Positive" if positive else "Negative"
-            yield Row(split, index, image_name(side, index), questions["label"], answer, "CLOSED")
+            yield Row(split, index, image_name(side, index), questions["label"], answer, "CLOSED", slide)
 
 
 _BUILDERS: dict[str, Callable[[RawData, Mapping[str, str]], Iterator[Row]]] = {

@@ -1,10 +1,12 @@
 """Reads labels and PNG images from PatchCamelyon, which ships HDF5 arrays instead of images.
 
-Image number i of a split is row i of `camelyonpatch_level_2_split_<split>_x.h5`; its label is in `…_y.h5`.
+Image number i of a split is row i of `camelyonpatch_level_2_split_<split>_x.h5`; its label is in `…_y.h5`, its slide in
+`…_meta.csv`.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import re
 from collections import Counter, defaultdict
@@ -44,6 +46,26 @@ def read_labels(raw: RawData, split: str) -> list[bool]:
     """Return the label of each row: is there tumor tissue in the centre of the patch?"""
     with _array(raw, split, "y") as array:
         return [bool(label) for label in array[:].reshape(-1)]
+
+
+def read_slides(raw: RawData, split: str, rows: int) -> list[str | None]:
+    """Return the slide of each row; None for each where the table of the split is not there.
+
+    Raises:
+        DataError: The table has no column `wsi`, or not as many rows.
+    """
+    names = (f"camelyonpatch_level_2_split_{split}_meta.csv", f"camelyonpatch_level_2_split_{split}_meta.csv.gz")
+    if not raw.has(*names):
+        return [None] * rows
+    path = _on_disk(raw, raw.find(*names))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            slides = [row.get("wsi") or None for row in csv.DictReader(file)]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a table ({error})") from error
+    if len(slides) != rows or not any(slides):
+        raise DataError(f"{path}: expected {rows} rows with the column wsi, found {sum(map(bool, slides))}")
+    return slides
 
 
 def export_images(raw: RawData, wanted: Mapping[str, Path], answers: Mapping[str, str], progress: bool) -> None:
