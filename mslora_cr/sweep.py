@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mslora_cr.analysis.class_figures import CLASS_FIGURES, class_matrices
+from mslora_cr.analysis.class_figures import FIGURES, LOWER_IS_BETTER, class_matrices
 from mslora_cr.config.load import load_config
 from mslora_cr.config.methods import load_method, method_names
 from mslora_cr.config.run_files import EVALUATION
@@ -24,7 +24,6 @@ from mslora_cr.evaluation.results import read_evaluation
 from mslora_cr.evaluation.routed import evaluate_routed
 from mslora_cr.evaluation.schemas import ROUTED
 from mslora_cr.methods.base import method_of, needs_task
-from mslora_cr.metrics.numbers import ERROR
 from mslora_cr.reporting.capacity import answering_rank, cost_of
 from mslora_cr.reporting.run_record import read_ledger
 from mslora_cr.reporting.style import MATRICES, METRICS
@@ -244,9 +243,7 @@ def _write(runs: Sequence[SweepRun], outcomes: Mapping[str, dict[str, Any]], roo
         {
             "orders": {str(number): tasks for number, tasks in sorted(orders.items())},
             "seeds": sorted({run.seed for run in finished}),
-            "metrics": {
-                key: summarize(finished_outcomes, key) for key in (*MATRICES, *CLASS_FIGURES) if key in measured
-            },
+            "metrics": {key: summarize(finished_outcomes, key) for key in (*MATRICES, *FIGURES) if key in measured},
             "runs": finished_outcomes,
             "environment": environment(),
         }
@@ -264,7 +261,7 @@ def _outcome(run: SweepRun) -> dict[str, Any]:
         if matrix is not None:
             final = {task: matrix.scores.get((task, matrix.last)) for task in matrix.tasks}
             summary = matrix.summary()
-            if key == ERROR:  # the others take the higher value for the better one
+            if key in LOWER_IS_BETTER:  # the others take the higher value for the better one
                 summary = {name: value for name, value in summary.items() if name.endswith(("average", "accuracy"))}
             figures[key] = {**summary, "final": final}
     return {

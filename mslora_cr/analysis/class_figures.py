@@ -1,4 +1,4 @@
-"""Figures of closed questions, and errors of counts, by task and stage, from each cell's `clinical.json`."""
+"""Figures of closed questions, of probabilities and of counts by task and stage, from each cell's `clinical.json`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from mslora_cr.metrics.by_class import (
     AUROC,
     AVERAGE_PRECISION,
     BALANCED,
+    BRIER,
     MACRO_F1,
     MATTHEWS,
     NPV,
@@ -20,23 +21,35 @@ from mslora_cr.metrics.by_class import (
 from mslora_cr.metrics.numbers import ERROR
 from mslora_cr.statistics.matrix import TaskStageMatrix
 
-CLASS_FIGURES = (BALANCED, MACRO_F1, MATTHEWS, SENSITIVITY, SPECIFICITY, PPV, NPV, AUROC, AVERAGE_PRECISION, ERROR)
+CLASS_FIGURES = (BALANCED, MACRO_F1, MATTHEWS, SENSITIVITY, SPECIFICITY, PPV, NPV, AUROC, AVERAGE_PRECISION)
+CALIBRATION_ERROR = "calibration error"
+LOWER_IS_BETTER = (CALIBRATION_ERROR, BRIER, ERROR)
+FIGURES = (*CLASS_FIGURES, *LOWER_IS_BETTER)
 
 
 def class_matrices(evaluation: Evaluation, results_dir: Path) -> dict[str, TaskStageMatrix]:
-    """Return the task × stage matrix of each of `CLASS_FIGURES`, in percent, errors in counts; only of figures that
-    some task has. Where a task has more than two classes, areas are the means over them."""
+    """Return the task × stage matrix of each of `FIGURES`, in percent, Brier's score in [0, 1] and errors in counts;
+    only of figures that some task has. Where a task has more than two classes, areas are the means over them."""
     values: dict[str, dict[tuple[str, int], float]] = {}
     for cell in evaluation.cells:
         clinical = Clinical.read_if_there((results_dir / cell.answers).with_name(CLINICAL))
-        figures = clinical.closed.figures if clinical and clinical.closed else {}
-        for name in CLASS_FIGURES:
-            if found := figures.get(name) or figures.get(f"macro {name}"):
-                values.setdefault(name, {})[cell.key] = 100 * found.value
-        if clinical and clinical.counts and (error := clinical.counts.mean_absolute_error):
-            values.setdefault(ERROR, {})[cell.key] = error.value
+        for name, value in (_figures(clinical) if clinical else {}).items():
+            values.setdefault(name, {})[cell.key] = value
     matrices = {}
-    for name in (name for name in CLASS_FIGURES if name in values):
-        tasks = tuple(task for task in evaluation.tasks if any(task == scored for scored, _ in values[name]))
+    for name in (name for name in FIGURES if name in values):
+        tasks = tuple(task for task in evaluation.tasks if any(task == known for known, _ in values[name]))
         matrices[name] = TaskStageMatrix(evaluation.tasks, tasks, values[name])
     return matrices
+
+
+def _figures(clinical: Clinical) -> dict[str, float]:
+    figures = clinical.closed.figures if clinical.closed else {}
+    found = {name: figures.get(name) or figures.get(f"macro {name}") for name in CLASS_FIGURES}
+    values = {name: 100 * figure.value for name, figure in found.items() if figure}
+    if clinical.closed and (calibration := clinical.closed.calibration):
+        values[CALIBRATION_ERROR] = 100 * calibration.expected_error
+        if calibration.brier is not None:
+            values[BRIER] = calibration.brier
+    if clinical.counts and (error := clinical.counts.mean_absolute_error):
+        values[ERROR] = error.value
+    return values

@@ -23,6 +23,7 @@ from mslora_cr.statistics.sample_size import FEWEST, FEWEST_SHARED
 BALANCED, MACRO_F1, MATTHEWS = "balanced accuracy", "macro F1", "Matthews' correlation"
 SENSITIVITY, SPECIFICITY, PPV, NPV = "sensitivity", "specificity", "PPV", "NPV"
 AUROC, AVERAGE_PRECISION = "AUROC", "average precision"
+BRIER = "Brier score"
 RECALL, PRECISION = "recall by class", "precision by class"
 BY_CLASS = (
     BALANCED,
@@ -34,6 +35,7 @@ BY_CLASS = (
     NPV,
     AUROC,
     AVERAGE_PRECISION,
+    BRIER,
     RECALL,
     PRECISION,
 )
@@ -45,8 +47,9 @@ PSEUDO = {MACRO_F1, MATTHEWS, PPV, NPV, AUROC, AVERAGE_PRECISION, PRECISION}
 def class_columns(table: Confusion, chances: Scores | None) -> dict[str, Column]:
     """Return the figures of `BY_CLASS` that closed questions have; none for questions of a single class.
 
-    Figures that rest on a class with fewer than `FEWEST` questions are left out, and so are pseudo-values where
-    questions share fewer than `FEWEST_SHARED` images: their intervals would not cover as often as they say.
+    Figures that rest on a class with fewer than `FEWEST` questions are left out. Where questions share fewer than
+    `FEWEST_SHARED` images, only means over all of them are left: intervals of the others would not cover as often as
+    they say.
 
     Args:
         table: The true class of each question and the one that was said.
@@ -65,6 +68,7 @@ def class_columns(table: Confusion, chances: Scores | None) -> dict[str, Column]
     if chances is not None:
         by_title = {AUROC: area_scores(table.truth, chances), AVERAGE_PRECISION: precision_scores(table.truth, chances)}
         columns |= {title: scores for title, scores in by_title.items() if scores is not None}
+        columns[BRIER] = brier_scores(table.truth, chances)
     whole = {title: Column(scores, table.groups) for title, scores in columns.items()}
     return _with_enough_images(whole | (_of_two(table) if table.has_positive else each), table)
 
@@ -73,7 +77,7 @@ def _with_enough_images(columns: dict[str, Column], table: Confusion) -> dict[st
     images = len(np.unique(table.groups))
     if images == len(table.truth) or images >= FEWEST_SHARED:
         return columns
-    return {title: column for title, column in columns.items() if title.partition(":")[0] not in PSEUDO}
+    return {title: column for title, column in columns.items() if title.partition(":")[0] in (BALANCED, BRIER)}
 
 
 def _of_two(table: Confusion) -> dict[str, Column]:
@@ -119,6 +123,18 @@ def balanced_scores(truth: Classes, right: Scores) -> Scores:
     """
     classes, indices, counts = np.unique(truth, return_inverse=True, return_counts=True)
     return right * len(truth) / (len(classes) * counts[indices])
+
+
+def brier_scores(truth: Classes, chances: Scores) -> Scores:
+    """Return each question's ``½ Σ_k (p_k - y_k)²``, in [0, 1]; of two classes it is ``(p - y)²`` of either.
+
+    Source: Brier, "Verification of Forecasts Expressed in Terms of Probability", Monthly Weather Review 1950.
+
+    Args:
+        truth: (questions,), the place of the true class.
+        chances: (questions, classes), the probability of each class.
+    """
+    return np.square(chances - np.eye(chances.shape[1])[truth]).sum(axis=1) / 2
 
 
 def area_scores(truth: Classes, chances: Scores) -> Scores | None:
