@@ -31,7 +31,13 @@ def add_tune(commands: argparse._SubParsersAction) -> None:
         metavar="K",
         help="values of the whole stream are chosen on its first K tasks (%(default)s); later tasks choose their own",
     )
-    parser.add_argument(
+    protocol = parser.add_mutually_exclusive_group()
+    protocol.add_argument(
+        "--causal",
+        action="store_true",
+        help="tune each task on its own validation questions when it is learned, never on later tasks; the default",
+    )
+    protocol.add_argument(
         "--seeds",
         type=int,
         nargs="+",
