@@ -44,8 +44,8 @@ def write_sweep_page(sweep: SweepResult, output: Path) -> Path:
     write_text(output / "sweep.svg", plot)
     costs = mean_costs(sweep.runs)
     scores = _final_averages(sweep, headline)
-    points = cost_points(costs, scores)
-    frontiers = frontier_dots(points, f"final average of {REPORTED_TITLES[headline]}, %") if points else ""
+    by_cost = cost_points(costs, scores)
+    frontiers = frontier_dots(by_cost, f"final average of {REPORTED_TITLES[headline]}, %") if by_cost else ""
     write_text(output / "frontier.svg", frontiers)
     context = {
         "sweep": sweep,
@@ -58,7 +58,7 @@ def write_sweep_page(sweep: SweepResult, output: Path) -> Path:
         "frozen": sorted({run.method for run in sweep.runs if run.frozen}),
         "costs": costs,
         "scores": scores,
-        "frontiers": {title: frontier(panel) for title, panel in points.items()},
+        "frontiers": {title: frontier(panel) for title, panel in by_cost.items()},
         "plot": Markup(plot),
         "frontier_plot": Markup(frontiers),
         "now": datetime.now(UTC),
