@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for when, scored in (("answers alone", False), ("with probabilities", True))
     }
     each, facts = seconds_an_answer(setting, variants, warm_up=1)
-    pairs = {name: (f"{name}, answers alone", f"{name}, with probabilities") for name in PER_IMAGE}
+    pairs = {name: (f"{name}, with probabilities", f"{name}, answers alone") for name in PER_IMAGE}
     return finish(
         setting,
         each,
