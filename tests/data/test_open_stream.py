@@ -53,8 +53,10 @@ def test_every_set_is_written_with_its_pictures_and_passes_the_check(root, capsy
     assert [task.name for task in config.tasks if task.name in names] == [task.name for task in config.tasks]
     place = [f"data.root={root}", "--workers", "1", "--output", str(tmp_path / "check.json")]
     assert main(["data", "check", "open", *place]) == 0  # as `data prepare` says
-    card = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("data card: HAM10000"))
-    assert "CC-BY-NC-4.0" in card and "`data prepare open`" in card
+    cards = {line.split(": ")[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("data card")}
+    assert "CC-BY-NC-4.0" in cards["HAM10000"] and "`data prepare open`" in cards["HAM10000"]
+    assert "HAM10000: lesions: not named in training, " in cards["HAM10000"]
+    assert "CXP-by-patient: patients: not named in training, " in cards["CXP-by-patient"]
     assert main(["data", "check", str(root), "data.root=x"]) == 1
 
 

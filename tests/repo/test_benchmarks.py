@@ -18,6 +18,7 @@ from benchmarks import (
     preregistered,
     profile,
     published,
+    published_examples,
     real_size,
     release,
     shared_images,
@@ -403,3 +404,29 @@ def test_every_benchmark_is_tried() -> None:
         "zero_memory",
     }
     assert {path.stem for path in folder.glob("*.py")} - others == set(RATIOS)
+
+
+def test_published_answers_are_joined_with_the_questions_of_the_clone(tmp_path: Path) -> None:
+    released = [
+        {"image_name": "a.jpg", "image_organ": "HEAD", "question": "Is it? ", "answer": "Yes"},
+        {"image_name": "b.jpg", "image_organ": "CHEST", "question": "Where?", "answer": "left lung"},
+    ]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "testset.json").write_text(json.dumps(released))
+    for run, said in zip(published_examples.RUNS, (("yes.", "right"), ("no", "Left lung")), strict=True):
+        folder = tmp_path / published_examples.load_published_scores()[run].run / "slake-vqarad"
+        folder.mkdir(parents=True)
+        asked = [("of SLAKE", "x", "y"), ("Is it?", "Yes", said[0]), ("Where?", "left lung", said[1])]
+        rows = [
+            {"question_id": number, "prompt": question, "gt": truth, "text": text, "answer_type": "OPEN"}
+            for number, (question, truth, text) in enumerate(asked)
+        ]
+        (folder / "answer-file.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = published_examples.questions(tmp_path, tmp_path)
+    assert [(one.image, one.organ, one.right(0), one.right(1)) for one in found] == [
+        ("a.jpg", "HEAD", True, False),
+        ("b.jpg", "CHEST", False, True),
+    ]
+    (tmp_path / "data" / "testset.json").write_text(json.dumps(released[::-1]))
+    with pytest.raises(SystemExit, match="question 1 is not VQA-RAD's"):
+        published_examples.questions(tmp_path, tmp_path)

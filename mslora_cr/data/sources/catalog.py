@@ -34,6 +34,7 @@ class DataSet(BaseModel):
     license: str
     access: str
     raw: tuple[str, ...]
+    unit: str = "patient"
     test_rows: TestRows
     questions: dict[str, str]
     notes: str

@@ -31,9 +31,10 @@ class DataCard:
     """What a reader of scores asks about a data set.
 
     Attributes:
-        train_patients: Number of patients that the training file names.
-        test_patients: Number of patients that the test file names.
-        test_without_patient: Number of test questions that name no patient: their images count as independent of all
+        unit: What the files name as patients: patients, lesions or images.
+        train_patients: Number of units that the training file names.
+        test_patients: Number of units that the test file names.
+        test_without_patient: Number of test questions that name no unit: their images count as independent of all
             others.
         attributes: Attributes of the test questions: by name the commonest values (for many numbers their least and
             largest), and how many questions have each.
@@ -42,6 +43,7 @@ class DataCard:
         shows: What the closed test questions can show; empty where there are none.
     """
 
+    unit: str = "patient"
     train_patients: int = 0
     test_patients: int = 0
     test_without_patient: int = 0
@@ -53,9 +55,12 @@ class DataCard:
 
     def in_words(self) -> str:
         """Return the card as one line."""
-        facts = [f"patients: {self.train_patients:,} in training, {self.test_patients:,} in testing"]
+        trained, tested = (
+            f"{count:,}" if count else "not named" for count in (self.train_patients, self.test_patients)
+        )
+        facts = [f"{self.unit}s: {trained} in training, {tested} in testing"]
         if self.test_without_patient:
-            facts.append(f"{self.test_without_patient:,} test questions name no patient")
+            facts.append(f"{self.test_without_patient:,} test questions name no {self.unit}")
         for name, values in self.attributes.items():
             facts.append(f"{name}: {', '.join(f'{value} {count:,}' for value, count in values.items())}")
         facts += [f"source: {self.source}", f"licence: {self.licence}", f"questions: {self.made}"]

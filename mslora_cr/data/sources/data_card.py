@@ -25,7 +25,7 @@ def data_card(folder: Path, name: str, training: TrainingRecords, test: TestReco
         folder: The data set's folder.
         name: A name of the catalogue or another name.
     """
-    entry = catalog().get(name) or _open_source(folder)
+    entry = _open_source(folder) or catalog().get(name)
     trained = {str(record.patient) for record in training if record.patient is not None}
     tested: set[str] = set()
     answers: Counter[str] = Counter()
@@ -42,6 +42,7 @@ def data_card(folder: Path, name: str, training: TrainingRecords, test: TestReco
             )
     rarest = min(answers.values(), default=0) if len(answers) > 1 else 0
     return DataCard(
+        unit=entry.unit if entry else "patient",
         train_patients=len(trained),
         test_patients=len(tested),
         test_without_patient=without,
