@@ -98,6 +98,21 @@ def test_killed_in_the_second_epoch(tiny_settings: dict[str, Any], tmp_path: Pat
     assert bank_bytes(stream.run) == bank_bytes(whole.run)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["ddp", "zero2"])
+def test_killed_while_the_projector_is_trained(stage: str, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """In the second task, which begins from the projector of the first."""
+    settings = ("method=sequential", "lora.projector_learning_rate=1e-3")
+    whole, stream = (Stream(tmp_path / name, tiny_settings, stage, *settings) for name in ("whole", "killed"))
+    launch(whole.command)
+    launched = stream.start_until(2 * STEPS - 1, "checkpoint-2")
+    os.kill(launched.ranks()[1], signal.SIGKILL)
+    launched.finish(BOUND)
+    launch(stream.command)
+    assert (resumed := bank_bytes(stream.run)) == bank_bytes(whole.run)
+    assert all(b"multi_modal_projector" in content for content in resumed.values())
+
+
 def test_another_number_of_processes_inside_a_task(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     """It is refused, and allowed between tasks; one checkpoint is kept, whole and under its name."""
     stream = Stream(tmp_path, tiny_settings, "zero2")
