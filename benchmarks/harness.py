@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig, PreTrainedModel
 
 from mslora_cr.banks.bank import Bank
 from mslora_cr.distributed.deepspeed import free_memory
@@ -227,11 +227,11 @@ def language_model(size: Size, device: torch.device, seed: int = 0) -> LlavaForC
     return model.eval()
 
 
-def random_banks(size: Size, count: int, scale: float = 0.01) -> list[Bank]:
+def random_banks(size: Size, count: int, scale: float = 0.01, model: PreTrainedModel | None = None) -> list[Bank]:
     """Banks as trained ones look: A near its Kaiming-uniform start, B small and normal. All layers of one are copies of
     the first: numbers for each would take minutes at 7B."""
     generator = torch.Generator().manual_seed(1)
-    linears = language_linears(language_model(size, torch.device("meta")))
+    linears = language_linears(model or language_model(size, torch.device("meta")))
     banks = []
     for number in range(count):
         drawn: dict[str, tuple[Tensor, Tensor]] = {}

@@ -3,6 +3,7 @@
     python -m benchmarks.step                      # the shape that the published code was measured at
     python -m benchmarks.step --size 7b            # a GPU of 80 GB; variants one after another
     python -m benchmarks.step --only "8 banks" floor
+    python -m benchmarks.step --family qwen3_vl --size 7b      # a family at its published shape, beside LLaVA-Med
 
 A step is the trainer's own: forward and backward of one batch, both penalties, AdamW. `8 banks` computes as a run does
 by default on the device: banks' layers are one operation each, kernels are Liger's where they are installed and there
@@ -14,7 +15,9 @@ penalties. Beside it stand the same with logits at labelled positions alone, as 
 formulas under autograd; and the floor, forward and backward through the base model without any bank.
 
 Model-FLOP utilisation is ``4 · N · positions / (seconds · peak)``: two operations per weight and position forward, two
-backward to the inputs, none for recomputation, N the weights of the linear layers that banks adapt.
+backward to the inputs, none for recomputation, N the weights of the linear layers that banks adapt. With `--family`, a
+step with 8 banks of that family is timed beside LLaVA-Med's; `utilisation_over_llava_med` is the ratio of theirs, which
+needs no peak. At another size than 7b both have the size's numbers (`family_shapes.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from benchmarks.baselines import (
     adapter_matrices,
@@ -37,6 +40,7 @@ from benchmarks.baselines import (
     peft_all_active,
     use_pefts_layer,
 )
+from benchmarks.family_shapes import PUBLISHED, family_batch, family_model
 from benchmarks.harness import Setting, finish, language_model, parse, random_banks, random_batch
 from mslora_cr.banks.bank import Bank
 from mslora_cr.banks.stack import BankStack
@@ -95,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     setting = parse("step", __doc__, argv, _add_arguments)
     if setting.args.checkpointing is None:
         setting.args.checkpointing = setting.args.size == "7b"
+    if setting.args.family:
+        return beside_llava_med(setting, setting.args.family)
     kernels = chosen_kernels("auto", setting.device.type)
     banks = random_banks(setting.size, MANY)
     batch = random_batch(setting.size, setting.args.labelled, setting.device)
@@ -129,6 +135,36 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
 
 
+def beside_llava_med(setting: Setting, family: str) -> dict[str, Any]:
+    """Time a family's step with 8 banks beside LLaVA-Med's."""
+    published = setting.args.size == "7b"
+    makers = {"LLaVA-Med": partial(language_model, setting.size)}
+    makers[family] = partial(family_model, family, setting.size, published)
+    batch = random_batch(setting.size, setting.args.labelled, setting.device)
+    work, builders = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, make in makers.items():
+            empty = make(torch.device("meta"))
+            work[name] = sum(linear.weight.numel() for linear in language_linears(empty).values())
+            banks = random_banks(setting.size, BANKS, model=empty)
+            inputs = family_batch(family, batch) if name == family else batch
+            builders[name] = partial(_ours, setting, folder, banks, inputs, Variant(BANKS), None, make)
+        seconds, too_large = setting.measured(builders, warm_up=2)
+    each = {name: work[name] / median(taken) for name, taken in seconds.items()}
+    return finish(
+        setting,
+        seconds,
+        {},
+        extra={
+            "adapted_weights": work,
+            "utilisation_over_llava_med": each[family] / each["LLaVA-Med"] if len(each) == 2 else None,
+            "published_shape": published,
+            "kernels": chosen_kernels("auto", setting.device.type),
+            "out_of_memory": too_large,
+        },
+    )
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labelled", type=int, default=8, metavar="N", help="labelled positions per sample")
     parser.add_argument(
@@ -136,6 +172,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass (default at 7b)",
     )
+    parser.add_argument("--family", choices=PUBLISHED, help="time this family's step beside LLaVA-Med's")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="time these alone, by their names in the table")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="of the device (default: known for some GPUs)")
 
@@ -161,9 +198,10 @@ def _ours(
     batch: dict[str, Tensor],
     variant: Variant,
     taken: list[float] | None,
+    make: Callable[[torch.device], PreTrainedModel] | None = None,
 ) -> Callable[[], None]:
     """A step of the trainer with the last bank trained; the penalties' seconds go to `taken`, if it is given."""
-    base = language_model(setting.size, setting.device)
+    base = make(setting.device) if make else language_model(setting.size, setting.device)
     use_kernels(base, chosen_kernels(variant.kernels, setting.device.type))
     stack = BankStack(base, "merge")
     stack.set_frozen(banks[:-1])

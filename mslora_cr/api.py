@@ -17,7 +17,6 @@ from mslora_cr.evaluation.cells import Stages
 from mslora_cr.models.layout import ModelError
 from mslora_cr.runs.ledger import finished_banks
 from mslora_cr.serving.answering import Answer, AnsweringModel, ImageSource
-from mslora_cr.stream import train as stream
 from mslora_cr.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,6 +64,10 @@ def train(run: Run, task: str | None = None, overrides: Sequence[str] = (), forc
     Raises:
         ConfigError, DataError, ModelError, BankError: Before anything is trained.
     """
+    from mslora_cr.stream import (
+        train as stream,
+    )  # It imports PEFT and transformers' trainer, which answers do not need.
+
     config = _config(run, overrides)
     stream.train(config, only=() if task is None else (task,), force=force)
     return config.run_dir

@@ -137,13 +137,32 @@ def test_after_a_swap_that_failed_half_way_the_right_banks_answer(
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_without_the_extra_eval_a_run_answers(trained_config: Path) -> None:
+NOT_NEEDED = {
+    *("peft", "deepspeed", "bitsandbytes", "datasets", "pandas", "pyarrow", "sklearn", "optuna"),
+    *(
+        "librosa",
+        "soundfile",
+        "torchaudio",
+        "torchvision",
+        "cv2",
+        "av",
+        "transformers.trainer",
+        "transformers.pipelines",
+    ),
+}
+"""Modules that take long to import, and that neither `evaluate` nor `ask` needs."""
+
+
+def test_without_the_extra_eval_a_run_answers_and_imports_nothing_that_it_does_not_need(trained_config: Path) -> None:
     [question, *_] = questions(trained_config, "pathvqa")
     code = (
         "import sys\n"
         "for name in ('nltk', 'scipy', 'tabulate', 'matplotlib'): sys.modules[name] = None\n"
         f"import mslora_cr\nmodel = mslora_cr.load({str(trained_config)!r})\n"
         f"model.answer({question['image']!r}, {question['text']!r}, task='pathvqa')\n"
+        "for name in ('nltk', 'scipy', 'tabulate', 'matplotlib'): del sys.modules[name]  # scores need them\n"
+        "import mslora_cr.cli.ask, mslora_cr.evaluation.evaluate\n"
+        f"assert not {NOT_NEEDED!r} & set(sys.modules), {NOT_NEEDED!r} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
