@@ -64,9 +64,8 @@ def train(run: Run, task: str | None = None, overrides: Sequence[str] = (), forc
     Raises:
         ConfigError, DataError, ModelError, BankError: Before anything is trained.
     """
-    from mslora_cr.stream import (
-        train as stream,
-    )  # It imports PEFT and transformers' trainer, which answers do not need.
+    # It imports PEFT and transformers' trainer, which answers do not need.
+    from mslora_cr.stream import train as stream
 
     config = _config(run, overrides)
     stream.train(config, only=() if task is None else (task,), force=force)

@@ -24,18 +24,13 @@ from benchmarks import (
     release,
     shared_images,
     startup,
-<<<<<<< HEAD
+    step,
     tuned_sweep,
     zero_memory,
 )
+from benchmarks.harness import SIZES
 from mslora_cr.config.methods import method_names
 from mslora_cr.config.schema import Task
-=======
-    step,
-    zero_memory,
-)
-from benchmarks.harness import SIZES
->>>>>>> 58ee963 (A family's step at its published shape; loading a model imports nothing of training)
 from mslora_cr.evaluation.score import read_answers, render_metrics
 from mslora_cr.metrics.published import score_answers
 from mslora_cr.reporting.sweep_result import Outcome
