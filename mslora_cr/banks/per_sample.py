@@ -41,9 +41,9 @@ class PerSampleAdapters:
         self._banks = banks
         # A quantised layer's weight has no dtype to compute in.
         self._dtype = model.get_input_embeddings().weight.dtype
-        self._device = model.get_input_embeddings().weight.device
-        self._columns: dict[tuple[int, ...], Tensor] = {}
-        self._masks: dict[tuple[tuple[int, ...], int], Tensor] = {}
+        self._columns: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        """By banks and device: a model may be split over several."""
+        self._masks: dict[tuple[tuple[int, ...], torch.device, int], Tensor] = {}
         self._rows = 0
         self._projector = Projector(model)
         linears = language_linears(model)
@@ -73,10 +73,10 @@ class PerSampleAdapters:
         """
         self._rows = len(weights)
         self._projector.place(self.together(weights))
-        for present, columns in self._columns.items():
-            mask = weights[:, None, columns].to(self._device, self._dtype)
+        for (present, device), columns in self._columns.items():
+            mask = weights[:, None, columns].to(device, self._dtype)
             # They stay at the same address for as many rows: a recorded step reads them there.
-            self._masks.setdefault((present, self._rows), mask).copy_(mask)
+            self._masks.setdefault((present, device, self._rows), mask).copy_(mask)
 
     def together(self, weights: Tensor) -> Sequence[Bank]:
         """Return the banks with which any of these rows is answered, if one of them has a projector; otherwise none."""
@@ -96,13 +96,14 @@ class PerSampleAdapters:
         if not present:
             return None
         ranks = torch.tensor([self._banks[index].rank for index in present])
-        self._columns[present] = torch.repeat_interleave(torch.tensor(present), ranks)
+        device = linear.weight.device
+        self._columns[present, device] = torch.repeat_interleave(torch.tensor(present), ranks)
         pair = concatenated(name, [self._banks[index] for index in present])
-        a, b = (matrix.to(linear.weight.device, self._dtype) for matrix in pair)
+        a, b = (matrix.to(device, self._dtype) for matrix in pair)
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
             assert self._rows, "each row must have its weights first"
-            mask = self._masks[present, self._rows]
+            mask = self._masks[present, device, self._rows]
             if output.dim() == 2:  # Rows times positions: a mixture's shared expert sees tokens in this form.
                 mask = mask[:, 0].repeat_interleave(len(output) // self._rows, 0)
             if len(mask) != len(output):

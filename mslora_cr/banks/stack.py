@@ -97,14 +97,14 @@ class BankStack:
         """Add banks that fit to the base's weights, and do nothing else; for a `set_frozen` with `merge=False`."""
         if not banks and not self._pristine:
             return
-        device = _device_for_copies([linear.weight for linear in self._linears.values()])
+        homes = _devices_for_copies([linear.weight for linear in self._linears.values()])
         for name, linear in self._linears.items():
             weight = linear.weight
             if not weight.is_floating_point():
                 raise BankError("banks cannot be merged into a quantised base; set lora.fold=concatenate")
             if self._pristine is not None:
                 if name not in self._pristine:
-                    self._pristine[name] = weight.detach().to(device, copy=True)
+                    self._pristine[name] = weight.detach().to(homes[weight.device], copy=True)
                 weight = self._pristine[name]
             total = weight.to(linear.weight.device, torch.float32, copy=True)
             if banks:
@@ -297,14 +297,15 @@ class BankStack:
         return self._kind.stored(bank, extra_state)
 
 
-def _device_for_copies(weights: Sequence[Tensor]) -> torch.device:
-    """Return the device for copies: that of the weights if they take little of its free memory, otherwise the CPU."""
-    device = weights[0].device
-    if device.type != "cuda":
-        return device
-    free, _ = torch.cuda.mem_get_info(device)
-    needed = sum(weight.nbytes for weight in weights)
-    return device if needed <= COPIES_SHARE * free else torch.device("cpu")
+def _devices_for_copies(weights: Sequence[Tensor]) -> dict[torch.device, torch.device]:
+    """Return, for each device of the weights, the one for their copies: itself if they take little of its free memory,
+    otherwise the CPU."""
+    homes = {device: device for device in {weight.device for weight in weights}}
+    for device in homes:
+        needed = sum(weight.nbytes for weight in weights if weight.device == device)
+        if device.type == "cuda" and needed > COPIES_SHARE * torch.cuda.mem_get_info(device)[0]:
+            homes[device] = torch.device("cpu")
+    return homes
 
 
 def merge_banks(model: PreTrainedModel, banks: Sequence[Bank]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from mslora_cr.utils.kernels import chosen_kernels
 
 UNDECIDING_FIELDS = frozenset(
-    {"model.path", "model.device", "data.root", "data.check_images", "data.cache_image_features"}
+    {"model.path", "model.device", "model.device_map", "data.root", "data.check_images", "data.cache_image_features"}
     | {"regularization.frozen_device"}
 )
 """Settings that say where or how fast, but do not change the banks. The ledger has digests of the base model and the

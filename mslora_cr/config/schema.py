@@ -87,6 +87,9 @@ class ModelConfig(Section):
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Each process takes its own GPU among those in CUDA_VISIBLE_DEVICES. `auto` falls back to the CPU."""
+    device_map: Literal["auto"] | None = None
+    """`auto` splits a base model that is too large for one GPU over all GPUs of the host, to answer. Training refuses
+    it: ZeRO-3 splits models there."""
     kernels: Literal["auto", "liger", "torch"] = "auto"
     """The library that computes norms, rotations and activations in training. `auto` takes Liger on a GPU if it is
     installed."""
@@ -239,6 +242,8 @@ class StreamConfig(Section):
 
     @model_validator(mode="after")
     def _check_merge_mode(self) -> StreamConfig:
+        if self.model.quantization and self.model.device_map:
+            raise ValueError("model.device_map: a quantised base is not split; leave one of the two out")
         if self.model.quantization and self.lora.fold == "merge":
             raise ValueError("lora.fold: banks cannot be merged into a quantised base; set it to concatenate")
         return self

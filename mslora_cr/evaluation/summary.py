@@ -117,7 +117,7 @@ def decoding(config: StreamConfig) -> Decoding:
 def fingerprint_fields(config: StreamConfig) -> dict[str, Any]:
     """Return the fingerprint of answers; reads some of the base model's weights."""
     return {
-        "model": config.model.model_dump(exclude={"device", "path", "kernels"}),
+        "model": config.model.model_dump(exclude={"device", "device_map", "path", "kernels"}),
         "weights": base_digest(config),
         "data": config.data.model_dump(exclude=UNDECIDING_DATA_FIELDS),
         "max_new_tokens": config.evaluation.max_new_tokens,

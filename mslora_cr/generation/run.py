@@ -19,6 +19,7 @@ from mslora_cr.generation.exactness import exact_decoder
 from mslora_cr.generation.hf_decoder import PlainDecoder
 from mslora_cr.generation.prefix_decoder import Decoder, Stopping
 from mslora_cr.models.language import base_of
+from mslora_cr.models.split import is_split
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def decoder_of(
         return Decoder(model, prompts, Stopping.of(input_processor.tokenizer, max_new_tokens, together), mixed)
     shared = len({(prompt.images, prompt.opening) for prompt in prompts}) < len(prompts)
     exact = None
-    if shared and isinstance(input_processor, ChatTemplateInputs):
+    if shared and isinstance(input_processor, ChatTemplateInputs) and not is_split(base_of(model)):
         exact = exact_decoder(base_of(model), input_processor, mixed)
     padding = input_processor.tokenizer.pad_token_id
     stopping = Stopping(frozenset(input_processor.end_ids), padding, max_new_tokens, together)

@@ -15,6 +15,7 @@ from mslora_cr.data.input_processor import InputProcessor
 from mslora_cr.data.lengths import read_limit
 from mslora_cr.data.llava_med_inputs import SQUARE, LlavaMedInputs
 from mslora_cr.data.prompts import IMAGE_INDEX
+from mslora_cr.distributed.comm import world_size
 from mslora_cr.models import llava_med
 from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.cached_tower import CachedTower
@@ -23,6 +24,7 @@ from mslora_cr.models.family import family_of
 from mslora_cr.models.kernels import use_kernels
 from mslora_cr.models.layout import ModelError
 from mslora_cr.models.processor_base import end_ids_of, load_processor, load_with_processor
+from mslora_cr.models.split import split_over_gpus
 from mslora_cr.utils.kernels import chosen_kernels
 
 log = logging.getLogger(__name__)
@@ -58,14 +60,21 @@ def load_base(
         kernels: The library of the small operations, from `kernels_of`; None takes the one for answering.
 
     Raises:
-        ModelError: As `load_model`; or `model.kernels` is liger, which has no kernel for the model.
+        ModelError: As `load_model`; or `model.kernels` is liger, which has no kernel for the model; or it is to be
+            split and cannot be.
     """
+    split = config.model.device_map is not None and torch.device(device).type == "cuda"
+    if split and (world_size() > 1 or not family_of(Path(config.model.path)).own_template):
+        raise ModelError(
+            "model.device_map splits a base model with its own processor, and for one process; LLaVA-Med fits one GPU, "
+            "and several processes need one each"
+        )
     base = load_model(
         Path(config.model.path),
         vision_tower=config.model.vision_tower,
         dtype=getattr(torch, config.model.dtype),
         attn_implementation=config.model.attn_implementation,
-        device=device,
+        device="cpu" if split else device,
         quantization=config.model.quantization,
     )
     chosen = kernels or answering_kernels(config, device)
@@ -74,6 +83,8 @@ def load_base(
         if config.model.kernels == "liger":
             raise ModelError(f"model.kernels: {why}; set it to torch")
         log.warning("%s: PyTorch's kernels are used", why)
+    if split:
+        split_over_gpus(base.model)
     return base
 
 

@@ -44,6 +44,10 @@ def check_trainable(config: StreamConfig, fields: dict[str, Any]) -> None:
     Raises:
         ConfigError: The message names them.
     """
+    if config.model.device_map:
+        raise ConfigError(
+            "model.device_map splits a base model to answer; leave it out, and train with training.deepspeed=zero3"
+        )
     if config.model.quantization and zero_stage(fields.get("deepspeed")) == 3:
         raise ConfigError(
             "training.deepspeed: ZeRO-3 cannot shard a quantised base; use zero2, or no model.quantization"

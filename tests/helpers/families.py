@@ -30,6 +30,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from mslora_cr.banks.bank import Bank
+from mslora_cr.models.language import language_linears
 from mslora_cr.models.processor_base import _without_video
 
 SIDE, PATCH = 56, 14
@@ -366,3 +368,17 @@ def write(build: Callable[[], tuple[Any, Any]], folder: Path) -> None:
             model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def random_bank(model: Any, seed: int, size: float = 0.1) -> Bank:
+    """A bank of rank 4 that changes a model's answers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return size * torch.randn(*shape, generator=generator)
+
+    linears = language_linears(model)
+    pairs = {
+        name: (numbers(4, linear.in_features), numbers(linear.out_features, 4)) for name, linear in linears.items()
+    }
+    return Bank(f"bank {seed}", 4, 8.0, pairs)
