@@ -46,10 +46,10 @@ WIDE = Shape(
 
 @dataclass(frozen=True)
 class Asked:
-    """Prompts, and the image of each."""
+    """Prompts, and the images of each."""
 
     prompts: list[Prompt]
-    images: list[Image.Image]
+    images: list[list[Image.Image]]
 
 
 class Family:
@@ -62,19 +62,22 @@ class Family:
         self.inputs: Any = self.base.input_processor(8192, True)
         self.exact = exact_decoder(self.base.model, self.inputs)
 
-    def questions(self, count: int, density: float, tokens: tuple[int, int]) -> Asked:
-        """Questions of so many words, `density` of them about each image."""
+    def questions(self, count: int, density: float, tokens: tuple[int, int], slices: int = 1) -> Asked:
+        """Questions of so many words, `density` of them about each image, or about each volume of so many slices, which
+        are a quarter as wide."""
         generator = torch.Generator().manual_seed(4)
         lengths = torch.randint(tokens[0], tokens[1] // 2, (count,), generator=generator).tolist()
-        images = [_noise(WIDE.side, generator) for _ in range(int((count - 1) / density) + 1)]
+        side, seen = WIDE.side if slices == 1 else WIDE.side // 4, range(int((count - 1) / density) + 1)
+        images = [[_noise(side, generator) for _ in range(slices)] for _ in seen]
         prompts = []
         for number, length in enumerate(lengths):
             text = " ".join(WORDS[int(torch.randint(len(WORDS), (), generator=generator))] for _ in range(length))
             question = Turn.model_validate({"from": "human", "value": text})
-            rendered = render(self.inputs.processor, messages_of([question], 1), to_answer=True)
+            rendered = render(self.inputs.processor, messages_of([question], slices), to_answer=True)
             picture = int(number / density)
-            opening, rest = self.inputs.split_ids(rendered, [images[picture].size])
-            prompts.append(Prompt(opening, rest, (Path(f"image {picture}"),), rendered))
+            opening, rest = self.inputs.split_ids(rendered, [image.size for image in images[picture]])
+            paths = tuple(Path(f"image {picture}, {part}") for part in range(slices))
+            prompts.append(Prompt(opening, rest, paths, rendered))
         return Asked(prompts, [images[int(number / density)] for number in range(count)])
 
     def answers(self, asked: Asked, shared: bool, batch: int, new_tokens: int) -> dict[int, list[int]]:
@@ -96,7 +99,7 @@ class Family:
         found: dict[int, list[int]] = {}
         for wave in waves:
             first = [group.questions[0] for group in wave.groups]
-            images = [[asked.images[question]] for question in first]
+            images = [asked.images[question] for question in first]
             openings = decoder.read(wave, self.inputs.answering_batch([decoder.prompts[q] for q in first], images))
             for chosen in wave.batches:
                 found |= dict(zip(chosen, decoder.answer(openings, chosen, waiting), strict=True))

@@ -3,11 +3,14 @@
     python -m benchmarks.shared_images                       # 64 questions, 24 new tokens, 576 positions an image
     python -m benchmarks.shared_images --size 7b --at-once 64 --questions 256
     python -m benchmarks.shared_images --family qwen2_5_vl      # a model with a processor of its own
+    python -m benchmarks.shared_images --slices 40 --patches 16 --questions 20      # 20 questions about a volume
 
 As many questions about an image as in PathVQA's test set (6,761 on 858 images), in those of SLAKE and VQA-RAD together
 (1,512 on 299), and one. The images' features are given, so the tower takes no part. `before` answers whole prompts,
 padded on the left, through transformers' `generate`, as this project did; `after` is what evaluation does now. Figures
 are seconds an answer. Both must give the same ids in float32; `identical_text` says whether they did.
+
+With `--slices` every prompt has so many images, the slices of a volume, and 20 questions ask about each volume.
 
 With `--family` the model is a random one of that family, 256 wide and 4 layers deep, and its tower and projector take
 part: `before` is what `generate` takes for whole prompts, `after` what evaluation does where the model's scores behind
@@ -39,6 +42,7 @@ from tests.helpers.families import FAMILIES
 BEHIND = 8, 40
 """Tokens behind an image, drawn evenly."""
 PER_IMAGE = {"PathVQA": 7.9, "SLAKE and VQA-RAD": 5.1, "one": 1.0}
+PER_VOLUME = {"volume": 20.0}
 IMAGE_TOKEN = 3
 
 
@@ -57,13 +61,14 @@ class Questions:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     setting = parse("shared_images", __doc__, argv, add_arguments)
     args, ids = setting.args, Ids(setting.size.vocabulary)
+    per_image = PER_IMAGE if args.slices == 1 else PER_VOLUME
     answers: dict[str, Answers] = {}
     shares: list[float] = []
     family = Family(args.family, setting.device) if args.family else None
 
     def answering(name: str, density: float, way: Callable[..., Answers]) -> Callable[[], None]:
         if family is not None:
-            asked_of_family = family.questions(args.questions, density, BEHIND)
+            asked_of_family = family.questions(args.questions, density, BEHIND, args.slices)
             shares.extend(len(prompt.opening) / len(prompt) for prompt in asked_of_family.prompts)
             return lambda: answers.update(
                 {name: family.answers(asked_of_family, way is _after, args.at_once, args.new_tokens)}
@@ -72,16 +77,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         detach_tower(model)
         if way is _after:
             use_answering_kernels(model, setting)
-        asked = about_images(args.questions, density, args.patches, model, setting)
+        asked = about_images(args.questions, density, args.patches, model, setting, args.slices)
         return lambda: answers.update({name: way(model, asked, args.at_once, ids, args.new_tokens)})
 
     variants = {
         f"{name}, {when}": partial(answering, f"{name}, {when}", density, way)
-        for name, density in PER_IMAGE.items()
+        for name, density in per_image.items()
         for when, way in (("before", _before), ("after", _after))
     }
     each, facts = seconds_an_answer(setting, variants, warm_up=0)
-    ratios = {name: (f"{name}, before", f"{name}, after") for name in PER_IMAGE}
+    ratios = {name: (f"{name}, before", f"{name}, after") for name in per_image}
     identical = {
         name: sum(answers[after][index] == ids for index, ids in answers[before].items())
         for name, (before, after) in ratios.items()
@@ -117,22 +122,24 @@ def add_arguments(parser: argparse.ArgumentParser, new_tokens: int = 24) -> None
     parser.add_argument("--questions", type=int, default=64, metavar="N")
     parser.add_argument("--new-tokens", type=int, default=new_tokens, metavar="N")
     parser.add_argument("--patches", type=int, default=576, metavar="N", help="positions of an image")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="images of a prompt (default: 1)")
     parser.add_argument("--family", choices=FAMILIES, help="a model with a processor of its own, instead of LLaVA-Med")
     parser.add_argument("--at-once", type=int, default=16, metavar="N", help="questions in a batch")
 
 
-def about_images(count: int, density: float, patches: int, model: Any, setting: Setting) -> Questions:
-    """Questions, `density` of them about each image."""
+def about_images(count: int, density: float, patches: int, model: Any, setting: Setting, slices: int = 1) -> Questions:
+    """Questions, `density` of them about each image, or about each volume of so many slices."""
     generator = torch.Generator().manual_seed(4)
     lengths = torch.randint(BEHIND[0], BEHIND[1] + 1, (count,), generator=generator).tolist()
-    opening = (1, 5, 6, *[IMAGE_TOKEN] * patches)
-    images = [Path(f"image {int(number / density)}") for number in range(count)]
+    opening = (1, 5, 6, *[IMAGE_TOKEN] * (patches * slices))
+    seen = [tuple(Path(f"image {int(number / density)}, {part}") for part in range(slices)) for number in range(count)]
     prompts = [
-        Prompt(opening, _words(length, setting.size.vocabulary, generator), (image,))
-        for length, image in zip(lengths, images, strict=True)
+        Prompt(opening, _words(length, setting.size.vocabulary, generator), images)
+        for length, images in zip(lengths, seen, strict=True)
     ]
     width = model.config.vision_config.hidden_size
-    features = {image: torch.randn(patches + 1, width, generator=generator) for image in dict.fromkeys(images)}
+    each = dict.fromkeys(image for images in seen for image in images)
+    features = {image: torch.randn(patches + 1, width, generator=generator) for image in each}
     return Questions(prompts, features)
 
 
