@@ -22,6 +22,7 @@ EXTRAS = {"nltk": "eval", "tabulate": "eval", "matplotlib": "eval", "jinja2": "e
 EXTRAS |= {"scipy": "eval", "deepspeed": "train", "h5py": "data", "bitsandbytes": "quantization"}
 EXTRAS |= {"liger_kernel": "gpu", "optuna": "tune", "sklearn": "eval", "pycocoevalcap": "captions"}
 EXTRAS |= {"pydicom": "data", "nibabel": "data", "pyarrow": "data"}
+EXTRAS |= {"gguf": "gguf"}
 EXTRAS |= {"starlette": "web", "uvicorn": "web", "multipart": "web", "python_multipart": "web"}
 OVERRIDES = "override configuration values, e.g. lora.rank=32 tasks.pathvqa.epochs=1 'tasks.*.batch_size=8'"
 CONFIG_HELP = "YAML file of the run, or the name of a shipped one (mslora-cr config list)"

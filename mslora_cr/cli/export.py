@@ -25,9 +25,10 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     parser = add_command(
         commands,
         "export",
-        "write a run for other programs: PEFT adapters, merged models, or published checkpoints",
+        "write a run for other programs: PEFT adapters, merged models, GGUF files, or published checkpoints",
         "mslora-cr export RUN --output exported --format peft",
         "mslora-cr export RUN --output exported --format merged --task derm",
+        "mslora-cr export RUN --output exported --format gguf",
         "mslora-cr export RUN --output published --format published",
     )
     add_run(parser)
@@ -35,10 +36,11 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="parent of the exported folders")
     parser.add_argument(
         "--format",
-        choices=("peft", "merged", "published"),
+        choices=("peft", "merged", "gguf", "published"),
         required=True,
         help="peft: one adapter per task, the sum of its banks, and the base model in transformers' layout; "
-        "merged: one model per task, with tokenizer and processor; published: cl_lora.bin of every bank, "
+        "merged: one model per task, with tokenizer and processor; gguf: for llama.cpp, the base model, its projector "
+        "and one adapter per task; published: cl_lora.bin of every bank, "
         "which `bank import --from` reads",
     )
     parser.add_argument("--task", metavar="NAME", help="export only this task")

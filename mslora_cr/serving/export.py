@@ -1,4 +1,4 @@
-"""Exports a run's banks for other programs: PEFT adapters, merged models, published checkpoints."""
+"""Exports a run's banks for other programs: PEFT adapters, merged models, GGUF files, published checkpoints."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.load import base_digest, load_base
 from mslora_cr.models.save import class_of, deciding_settings, exported_targets, writer_of
 from mslora_cr.runs.ledger import finished_banks
+from mslora_cr.serving.gguf_model import check_layout, write_lora, write_text_model
+from mslora_cr.serving.gguf_projector import check_projector, write_projector
 from mslora_cr.serving.selection import RunBanks
 from mslora_cr.stream.import_export import export_banks
 from mslora_cr.utils.files import replacing_folder, write_json
@@ -24,13 +26,14 @@ from mslora_cr.utils.strict_json import read_object
 
 log = logging.getLogger(__name__)
 
-Format = Literal["peft", "merged", "published"]
+Format = Literal["peft", "merged", "gguf", "published"]
 RECORD = "export.json"
 """What an exported folder was made from."""
 BASE = "base"
 """The exported base model's folder, next to the adapters."""
 ALL = "model"
 """The folder of a model that answers every task."""
+GGUF_MODEL, GGUF_PROJECTOR, GGUF_ADAPTER = "model.gguf", "mmproj.gguf", "adapter.gguf"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""
 
@@ -70,6 +73,8 @@ def export(
         )
     if kind == "merged":
         yield from _merged(config, output, chosen, stage)
+    elif kind == "gguf":
+        yield from _gguf(config, output, chosen, stage)
     else:
         yield from _adapters(config, output, chosen, stage, base)
 
@@ -91,7 +96,7 @@ def plan_export(
                 f"{name}: its bank depends on the input, as a mixture of experts does; neither PEFT nor merged weights "
                 "hold it"
             )
-        if kind == "peft" and not banks:
+        if kind in ("peft", "gguf") and not banks:
             raise BankError(f"{name}: no bank answers at stage {stage}; there is no adapter to write")
     return chosen, stage
 
@@ -124,7 +129,7 @@ def _adapters(
             base,
             ", ".join(settings),
         )
-    if base is None and read_record(base_folder).get("base_weights") != weights:
+    if base is None and not _holds_base(base_folder, weights, "config.json"):
         write = writer_of(_plain_base(config), Path(config.model.path))
         yield _write_model(write, base_folder, _record(config, weights, None, 0, []))
     for name, banks in chosen.items():
@@ -133,6 +138,42 @@ def _adapters(
             _write_adapter(sum_banks(banks, name), staging, base or str(base_folder.resolve()), Path(config.model.path))
             write_json(staging / RECORD, _record(config, weights, name, stage, banks))
         yield folder
+
+
+def _gguf(config: StreamConfig, output: Path, chosen: dict[str, list[Bank]], stage: int) -> Iterator[Path]:
+    import gguf  # noqa: F401  (it is missing before the model is read, not after)
+
+    base, weights, folder = _plain_base(config), base_digest(config), output / BASE
+    if not _holds_base(folder, weights, GGUF_MODEL):
+        with _replaced(folder) as staging:
+            write_gguf_base(base, staging)
+            write_json(staging / RECORD, _record(config, weights, None, 0, []))
+        yield folder
+    for name, banks in chosen.items():
+        bank = sum_banks(banks, name)
+        with _replaced(output / name) as staging:
+            write_lora(base.model, bank, staging / GGUF_ADAPTER)
+            if bank.projector:
+                write_projector(base, bank.projector, name, staging / GGUF_PROJECTOR)
+            write_json(staging / RECORD, _record(config, weights, name, stage, banks))
+        yield output / name
+
+
+def write_gguf_base(base: BaseModel, folder: Path) -> None:
+    """Write a base model's text model, and its tower with the projector, into an existing folder.
+
+    Raises:
+        ModelError: llama.cpp has no layout for it.
+    """
+    check_layout(base.model)
+    check_projector(base.model)
+    write_text_model(base, BASE, folder / GGUF_MODEL)
+    write_projector(base, {}, BASE, folder / GGUF_PROJECTOR)
+
+
+def _holds_base(folder: Path, weights: str, file: str) -> bool:
+    """Whether an earlier export of the same weights, in the format that has this file, is in the folder."""
+    return read_record(folder).get("base_weights") == weights and (folder / file).is_file()
 
 
 def _write_adapter(bank: Bank, folder: Path, base: str, model: Path) -> None:
