@@ -8,16 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from peft import PeftModel
 
+import mslora_cr
 from mslora_cr.banks.bank import BankError
 from mslora_cr.banks.io import load_bank
 from mslora_cr.banks.stack import BankStack
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.config.schema import ConfigError
-from mslora_cr.models.language import language_linears
+from mslora_cr.data.images import load_image
+from mslora_cr.models.language import beside_language, language_linears
 from mslora_cr.models.llava_med import load
 from tests.conftest import ConfigWriter
+from tests.helpers.families import make
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -137,6 +142,51 @@ def test_merging_is_refused_before_anything_is_loaded(config_file: ConfigWriter)
         load_config(config_file(), ["model.quantization=4bit", "lora.fold=merge"])
     with pytest.raises(ConfigError, match=r"model\.quantization: should be '4bit' or '8bit'"):
         load_config(config_file(), ["model.quantization=2bit"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "internvl"])
+def test_other_families_train_and_answer_in_4_bits_and_so_does_their_export(
+    family: str, config_file: ConfigWriter, tmp_path: Path
+) -> None:
+    """The exported adapter over the exported base, which transformers loads in 4 bits again."""
+    make(family, tmp_path / "model")
+    settings = {"path": str(tmp_path / "model"), "dtype": "float32", "device": "cpu", "quantization": "4bit"}
+    config = config_file(model=settings)
+    assert main(["train", str(config), "tasks=[pathvqa,PCAM]", "tasks.*.epochs=1"]) == 0
+    run = tmp_path / "checkpoints" / "tiny"
+    model = mslora_cr.load(run, task="PCAM")
+    linears = {name for name, module in model._base.model.named_modules() if isinstance(module, BITS["4bit"])}
+    assert linears and linears == {name for name in linears if "language_model" in name}
+    folder = Path(model.config.data.root) / "PCam"
+    row = json.loads((folder / "test.jsonl").read_text().splitlines()[0])
+    wanted = list(model.ask(folder / row["image"], row["text"]).ids)
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--output", str(out), "--format", "peft", "--task", "PCAM"]) == 0
+    assert json.loads((out / "PCAM" / "export.json").read_text())["trained_beside"] == "the base in 4bit"
+    bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=beside_language(model._base.model),
+    )
+    base = transformers.AutoModelForImageTextToText.from_pretrained(
+        out / "base", quantization_config=bits, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    elsewhere = PeftModel.from_pretrained(base, out / "PCAM").eval()
+    processor = model._base.processor
+    content = [{"type": "image", "image": load_image(folder / row["image"])}, {"type": "text", "text": row["text"]}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    with torch.inference_mode():
+        ids = elsewhere.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert ids[0, inputs["input_ids"].shape[1] :].tolist() == wanted
 
 
 def test_zero_3_is_refused(
