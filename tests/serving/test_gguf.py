@@ -22,7 +22,7 @@ from mslora_cr.serving.export import write_gguf_base
 from mslora_cr.serving.gguf_model import check_layout, write_lora
 from mslora_cr.serving.gguf_projector import check_projector
 from tests.helpers.any_family import make_any
-from tests.helpers.families import make, random_bank
+from tests.helpers.families import TEXT, Shape, make, random_bank
 from tests.serving.test_export import golden_questions, golden_run  # noqa: F401
 
 READER = Path(__file__).parents[1] / "helpers" / "answers_in_llama_cpp.py"
@@ -135,7 +135,10 @@ def answered(model: Any, processor: Any, prompt: str) -> list[list[int]]:
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl"])
 def test_llama_cpp_answers_as_transformers_does(family: str, tmp_path: Path) -> None:
     folder, out = tmp_path / family, tmp_path / "out"
-    (make_any if family == "qwen2_vl" else make)(family, folder)
+    if family == "qwen2_vl":
+        make_any(family, folder)
+    else:  # llama.cpp's M-RoPE gives NaN in heads of 8 numbers
+        make(family, folder, Shape(text={**TEXT, "hidden_size": 64, "head_dim": 16}))
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"].pop("window_size", None)  # llama.cpp knows the published one alone
     (folder / "config.json").write_text(json.dumps(config))
