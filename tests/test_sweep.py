@@ -113,7 +113,7 @@ def test_the_pages_show_methods_orders_and_deviation(swept: Path, tmp_path: Path
     assert "Forgetting is zero by construction for each, mslora\\_cr" in text
     assert "| mslora\\_cr | prefix | 8 | 2 |" in text
     assert "Balanced accuracy of closed questions" in page.text and "balanced accuracy" in text.lower()
-    assert (root / "sweep.svg").read_text().startswith("<svg") and "mslora_cr" in (root / "frontier.svg").read_text()
+    assert (root / "sweep.svg").read_text().startswith("<svg") and ">each<" in (root / "frontier.svg").read_text()
     assert "Frontier of parameters of the banks that answer: " in page.text and "(frontier.svg)" in text
     content = json.loads((root / "sweep.json").read_text())
     content["metrics"]["choice"]["each"]["final_average"]["against"]["orders_interval"] = [-3.0, 5.0]
