@@ -12,7 +12,6 @@ import torch
 from benchmarks import all as all_benchmarks
 from benchmarks import (
     coverage,
-    family_shapes,
     open_base,
     open_stream,
     penalty_ratio,
@@ -24,11 +23,9 @@ from benchmarks import (
     release,
     shared_images,
     startup,
-    step,
     tuned_sweep,
     zero_memory,
 )
-from benchmarks.harness import SIZES
 from mslora_cr.config.methods import method_names
 from mslora_cr.config.schema import Task
 from mslora_cr.evaluation.score import read_answers, render_metrics
@@ -112,20 +109,6 @@ def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path, capfd: pytest
         deviation = {key: value["relative"] for key, value in found["deviation"].items()}
         assert max(deviation["merge, float32"], deviation["concatenate, float32"]) < 1e-5
         assert deviation["unmerged, bfloat16"] > 1e-4
-
-
-BILLIONS = {"qwen2_5_vl": 7.62, "internvl": 7.62, "qwen3_vl": 8.19, "gemma3": 3.88}
-"""Parameters of Qwen2.5-7B, Qwen3-8B and Gemma 3 4B without a tower, as their pages and reports give them."""
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("family", family_shapes.PUBLISHED)
-def test_a_familys_step_beside_llava_meds(family: str) -> None:
-    found = step.main(["--family", family, "--size", "tiny", "--repetitions", "1", "--device", "cpu"])
-    assert set(found["figures"]) == {"LLaVA-Med", family} and found["utilisation_over_llava_med"] > 0
-    empty = family_shapes.family_model(family, SIZES["7b"], True, torch.device("meta"))
-    billions = sum(parameter.numel() for parameter in empty.parameters()) / 1e9
-    assert billions == pytest.approx(BILLIONS[family], rel=0.01)
 
 
 @pytest.mark.long
