@@ -193,7 +193,7 @@ def convert_images(source: Path, output: Path, rendering: Rendering | None = Non
     candidates = files_below(source) if source.is_dir() else [source]
     files = [path for path in candidates if is_dicom(path) or is_nifti(path)]
     if not files:
-        raise DataError(f"{source}: no DICOM or NIfTI file there")
+        raise DataError(f"{source}: no DICOM or NIfTI file there; give a table or JSON file by its own path")
     converted, root = Converted(rows=len(files)), source if source.is_dir() else source.parent
     if others := sorted({*candidates} - {*files}):
         converted.left_out["a file that is neither DICOM nor NIfTI"] = [str(path) for path in others]

@@ -81,7 +81,7 @@ class ImagePlacer:
         except OSError as error:  # No file can have such a name.
             raise DataError(f"{shorten(str(path))}: no such image ({error.strerror})") from None
         if not there:
-            raise DataError(f"{path}: no such image")
+            raise DataError(f"{path}: no such image; --images DIR says where image names start")
         self._note_patient(
             name, next((file for file in files_below(path) if is_dicom(file)), path) if path.is_dir() else path
         )
