@@ -389,6 +389,7 @@ def test_every_benchmark_is_tried() -> None:
         "coverage_classes",
         "families",
         "family",
+        "family_shapes",
         "open_base",
         "open_stream",
         "penalty_ratio",
