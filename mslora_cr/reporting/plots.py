@@ -178,6 +178,7 @@ def frontier_dots(panels: Mapping[str, Mapping[str, tuple[float, float]]], score
                 ax.annotate(method, point, (4, -10), textcoords="offset points", fontsize=8)
             if least := min((cost for cost, _ in points.values() if cost > 0), default=None):
                 ax.set_xscale("symlog", linthresh=least)  # The base alone costs nothing.
+                ax.xaxis.set_major_formatter("{x:g}")  # The scale's own formatter writes TeX.
             ax.set_xlabel(title)
             ax.grid(alpha=0.15, color=INK)
         return to_svg(figure)
