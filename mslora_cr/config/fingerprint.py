@@ -39,7 +39,7 @@ def deciding_fields(fields: dict[str, Any], validation_decides: bool) -> dict[st
     evaluation = fields.pop("evaluation")
     kernels = chosen_kernels(fields["model"]["kernels"], fields["model"]["device"])
     for section, key in (field.split(".") for field in UNDECIDING_FIELDS):
-        del fields[section][key]
+        fields[section].pop(key, None)
     fields["model"]["kernels"] = kernels
     if kernels == "torch":  # Every bank was trained with it before there was a choice.
         del fields["model"]["kernels"]

@@ -79,8 +79,7 @@ class ModelConfig(Section):
 
     path: PathStr
     vision_tower: PathStr = "config"
-    """`config` (the tower that the base model's `mm_vision_tower` names), `checkpoint` (that of the weight files), or a
-    path."""
+    """`config` (the tower that the base's `mm_vision_tower` names), `checkpoint` (that of the files), or a path."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["4bit", "8bit"] | None = None
     """Store the language model's linear layers in 4 or 8 bits (bitsandbytes). Computation uses `dtype`."""
@@ -88,11 +87,13 @@ class ModelConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Each process takes its own GPU among those in CUDA_VISIBLE_DEVICES. `auto` falls back to the CPU."""
     device_map: Literal["auto"] | None = None
-    """`auto` splits a base model that is too large for one GPU over all GPUs of the host, to answer. Training refuses
-    it: ZeRO-3 splits models there."""
+    """`auto` splits a base model over all GPUs of the host, to answer. Training refuses it; ZeRO-3 splits there."""
     kernels: Literal["auto", "liger", "torch"] = "auto"
-    """The library that computes norms, rotations and activations in training. `auto` takes Liger on a GPU if it is
-    installed."""
+    """Computes norms, rotations and activations in training. `auto` takes Liger on a GPU if it is installed."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_it_could_be_split(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if (key, value) != ("device_map", None)}
 
 
 class DataConfig(Section):
@@ -144,8 +145,7 @@ class RegularizationConfig(Section):
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of earlier banks for the penalties: 4 or 2 bytes per number. The arithmetic is float32."""
     frozen_device: Literal["model", "cpu"] = "model"
-    """Where earlier banks are kept: on the model's device, or in pinned CPU memory, from which a GPU reads them once a
-    step."""
+    """Where earlier banks are: on the model's device, or in pinned CPU memory, which a GPU reads once a step."""
 
     @model_validator(mode="after")
     def _check(self) -> RegularizationConfig:
