@@ -23,7 +23,9 @@ from mslora_cr.statistics.matrix import TaskStageMatrix
 
 CLASS_FIGURES = (BALANCED, MACRO_F1, MATTHEWS, SENSITIVITY, SPECIFICITY, PPV, NPV, AUROC, AVERAGE_PRECISION)
 CALIBRATION_ERROR = "calibration error"
-LOWER_IS_BETTER = (CALIBRATION_ERROR, BRIER, ERROR)
+NOT_PERCENT = (BRIER, ERROR)
+"""Figures in another unit, of which lower values are better: Brier's score in [0, 1], and errors in counts."""
+LOWER_IS_BETTER = (CALIBRATION_ERROR, *NOT_PERCENT)
 FIGURES = (*CLASS_FIGURES, *LOWER_IS_BETTER)
 
 

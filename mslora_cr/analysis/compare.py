@@ -11,9 +11,10 @@ import numpy as np
 from tabulate import tabulate
 
 from mslora_cr.analysis.answered import COMPARED, LATER, Answered, Stage, answered_run
+from mslora_cr.analysis.class_figures import NOT_PERCENT
 from mslora_cr.evaluation.results import ReportError
 from mslora_cr.evaluation.schemas import BetweenTasks, ComparedRun, Comparison, PairedNote, PairedTest
-from mslora_cr.metrics.by_class import BRIER, BY_CLASS, PSEUDO
+from mslora_cr.metrics.by_class import BY_CLASS, PSEUDO
 from mslora_cr.metrics.closed import LOWEST
 from mslora_cr.metrics.numbers import ERROR
 from mslora_cr.statistics import intervals
@@ -32,9 +33,7 @@ from mslora_cr.statistics.paired import PairedTask, paired_change, paired_task
 from mslora_cr.statistics.significance import flipped_means, flips_for, holm, p_value, sign_test, t_test
 
 OVERALL = "overall"
-LOWER_IS_BETTER = {ERROR, BRIER}
-"""Figures that are not in percent: errors in counts, and Brier's score in [0, 1]."""
-UNCOUNTED = {*PSEUDO, *LOWER_IS_BETTER}
+UNCOUNTED = {*PSEUDO, *NOT_PERCENT}
 """Figures of which changed questions are not counted as gained and lost."""
 
 
@@ -75,7 +74,7 @@ def compare(
             max((_largest(pair) for label in paired for pair in pairs[label]), default=1.0) if title == ERROR else 1.0
         )
         tests = [
-            _rescaled(test, scale / 100) if title in LOWER_IS_BETTER else test
+            _rescaled(test, scale / 100) if title in NOT_PERCENT else test
             for label in paired
             for test in _tests(baseline, label, [_divided(pair, scale) for pair in pairs[label]], flips, lowest)
         ]
@@ -286,7 +285,7 @@ def render_comparison(comparison: Comparison) -> str:
     for title, tests in comparison.metrics.items():
         headers = ["run", "task", "banks by", "questions", "images", baseline, "run's", "difference", "p", "p adjusted"]
         rows = [row for test in tests for row in _rows(test, comparison.runs[test.run].banks_by)]
-        unit = "lower is better" if title in LOWER_IS_BETTER else "%"
+        unit = "lower is better" if title in NOT_PERCENT else "%"
         parts.append(f"{title}, {unit}\n" + tabulate(rows, headers=headers, floatfmt=".4f", missingval="–"))
     where = "after the last stage" if comparison.at == "final" else "each task at its own stage"
     banks_by = comparison.runs[baseline].banks_by

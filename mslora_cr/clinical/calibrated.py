@@ -79,6 +79,12 @@ def calibrated(results_dir: Path, task: str, banks: Sequence[str]) -> Calibrated
     return stored.of(task, banks) if stored else None
 
 
+def stored_temperature(results_dir: Path, task: str, banks: Sequence[str]) -> float | None:
+    """Return the temperature of `calibrated`; None where none is fitted."""
+    calibration = calibrated(results_dir, task, banks)
+    return calibration.temperature if calibration else None
+
+
 def calibrate(
     task: str,
     stage: int,

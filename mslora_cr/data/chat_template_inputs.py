@@ -159,7 +159,7 @@ class ChatTemplateInputs:
         bos = self.processor.tokenizer.bos_token_id
         added = int(bos is not None and text["input_ids"][:1] != [bos] == list(ids[:1]))  # by the processor itself
         pairs = aligned(text["input_ids"], ids[added:], self._image_id)
-        moved = {position: added + moved_to for position, moved_to in pairs}
+        moved = {position: added + index for position, index in pairs}
         learned = [moved[position] for position, answer in enumerate(inside) if answer and position in moved]
         if len(learned) != sum(inside):
             raise ValueError(

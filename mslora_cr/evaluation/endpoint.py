@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mslora_cr.clinical.calibrated import calibrated
+from mslora_cr.clinical.calibrated import stored_temperature
 from mslora_cr.clinical.candidates import candidate_answers
 from mslora_cr.clinical.training import task_frequencies
 from mslora_cr.config.schema import StreamConfig, Task
@@ -87,8 +87,7 @@ def evaluate_endpoint(
                 folder = target.folder / task.name
                 stamp = answer_once(folder, asker.origin, len(asker.records), partial(asker.answer, folder))
                 training = task_frequencies(config, task)
-                calibration = calibrated(target.folder, task.name, [asker.model])
-                temperature = calibration.temperature if calibration else None
+                temperature = stored_temperature(target.folder, task.name, [asker.model])
                 scores = score_file(folder / ANSWERS, folder, asker.records, training=training, temperature=temperature)
                 rows.append(cell_row(task, stage, [asker.model], folder, target.folder, stamp, asker.records, scores))
                 warn_of_doubts(rows[-1], config.evaluation.max_new_tokens)

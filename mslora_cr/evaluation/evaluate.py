@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mslora_cr.banks.bank import Bank, BankError
-from mslora_cr.clinical.calibrated import calibrated
+from mslora_cr.clinical.calibrated import stored_temperature
 from mslora_cr.clinical.training import task_frequencies
 from mslora_cr.config.schema import ConfigError, StreamConfig
 from mslora_cr.data.sources.leaks import tell
@@ -130,13 +130,13 @@ def answer_cell(
     if rank() != 0:
         return None
     if folder not in scored:
-        calibration = calibrated(session.config.results_run_dir, cell.task.name, [bank.digest for bank in banks])
+        digests = [bank.digest for bank in banks]
         scored[folder] = score_file(
             folder / ANSWERS,
             folder,
             records,
             training=task_frequencies(session.config, cell.task),
-            temperature=calibration.temperature if calibration else None,
+            temperature=stored_temperature(session.config.results_run_dir, cell.task.name, digests),
             model=Path(session.config.model.path),
         )
     names, root = [bank.name for bank in banks], session.config.results_run_dir

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mslora_cr.banks.bank import Bank, BankError
 from mslora_cr.banks.per_sample import whole_banks
-from mslora_cr.clinical.calibrated import calibrated
+from mslora_cr.clinical.calibrated import stored_temperature
 from mslora_cr.clinical.training import task_frequencies
 from mslora_cr.config.schema import ConfigError, StreamConfig, Task
 from mslora_cr.data.records import TestRecords
@@ -183,13 +183,12 @@ class _Routed:
         digests = [bank.digest for bank in self.banks[:stage]]
         rows = {}
         for task in tasks:
-            calibration = calibrated(root, task.name, digests)
             scores = score_file(
                 folders[task.name] / ANSWERS,
                 folders[task.name],
                 self._records[task.name],
                 training=task_frequencies(self.config, task),
-                temperature=calibration.temperature if calibration else None,
+                temperature=stored_temperature(root, task.name, digests),
                 model=Path(self.config.model.path),
             )
             rows[task.name, stage] = cell_row(

@@ -101,11 +101,11 @@ def _norm(module: nn.Module, liger: Any) -> type[nn.Module]:
 def _gated_mlp(module: nn.Module, liger: Any) -> type[nn.Module]:
     """Return the class of an MLP whose gate is a layer or the first half of one with Liger's kernel, or as it is."""
     parts = {name for name, part in module.named_children() if any(True for _ in part.parameters())}
-    if not any(parts == {*gate, "down_proj"} for gate in _GATES) or not _takes_one(module):
+    gate = next((gate for gate in _GATES if parts == {*gate, "down_proj"}), None)
+    if gate is None or not _takes_one(module):
         return type(module)
     if any(isinstance(part, nn.Dropout) and part.p for part in module.children()):
         return type(module)
-    [gate] = [gate for gate in _GATES if parts == {*gate, "down_proj"}]
     halves, width = _GATES[gate], module.get_submodule(gate[0]).in_features
     kinds: tuple[tuple[Computes, Computes], ...] = (
         (silu, liger.liger_swiglu),

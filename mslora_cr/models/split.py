@@ -23,8 +23,8 @@ def split_over_gpus(model: Any, memory: Mapping[Device, int] | None = None) -> N
         ModelError: The GPUs together cannot hold the model; no part of it is kept on the host or on a disk, where
             every token would wait for it.
     """
-    places = device_map(model, memory)
-    dispatch_model(model, places, skip_keys=model._skip_keys_device_placement, force_hooks=True)
+    devices = device_map(model, memory)
+    dispatch_model(model, devices, skip_keys=model._skip_keys_device_placement, force_hooks=True)
 
 
 def device_map(model: Any, memory: Mapping[Device, int] | None = None) -> dict[str, Device]:
@@ -33,14 +33,14 @@ def device_map(model: Any, memory: Mapping[Device, int] | None = None) -> dict[s
     if memory is None:
         memory = get_balanced_memory(model, dtype=model.dtype, no_split_module_classes=whole)
         memory = {device: size for device, size in memory.items() if device != "cpu"}
-    places: dict[str, Device] = infer_auto_device_map(model, dict(memory), whole, dtype=model.dtype)
-    if left := {str(device) for device in places.values()} - {str(device) for device in memory}:
+    devices: dict[str, Device] = infer_auto_device_map(model, dict(memory), whole, dtype=model.dtype)
+    if left := {str(device) for device in devices.values()} - {str(device) for device in memory}:
         held, free = (sum(sizes) / 1e9 for sizes in ((p.nbytes for p in model.parameters()), memory.values()))
         raise ModelError(
             f"model.device_map: the base model takes {held:.1f} GB, and {len(memory)} GPUs can take {free:.1f} GB, so "
             f"{', '.join(sorted(left))} would hold the rest; use more GPUs, or model.quantization=4bit on one"
         )
-    return places
+    return devices
 
 
 def is_split(model: Any) -> bool:

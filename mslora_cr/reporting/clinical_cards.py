@@ -14,6 +14,7 @@ from mslora_cr.clinical.groups import changes_by_group
 from mslora_cr.data.records import TestRecord
 from mslora_cr.evaluation.results import Cell, Evaluation
 from mslora_cr.evaluation.score import SCORES, read_scores
+from mslora_cr.metrics.by_class import AUROC, SENSITIVITY
 from mslora_cr.metrics.measured import Measured
 from mslora_cr.metrics.typed import CHOICE
 from mslora_cr.reporting.plots import curve_plots, subgroup_dots
@@ -190,7 +191,7 @@ def _confusion(closed: ClosedMeasured) -> list[list[str]]:
 
 def _named(name: str, closed: ClosedMeasured) -> str:
     """Return a figure's name, with the positive class where it is not plain."""
-    return f"{name} of {closed.classes[-1]}" if name in ("sensitivity", "AUROC") else name
+    return f"{name} of {closed.classes[-1]}" if name in (SENSITIVITY, AUROC) else name
 
 
 def _classes(closed: ClosedMeasured) -> list[list[str]]:

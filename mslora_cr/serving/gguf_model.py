@@ -93,8 +93,8 @@ def _spoken(base: BaseModel, rows: int) -> tuple[Any, int, tuple[int, ...], str 
 
 
 def _with_marked_images(template: str) -> str:
-    """LLaVA-Med's template for llama.cpp, which gives it a text with a marker in place of each image, directly before
-    the question: the line break between them comes from here."""
+    """Adapt LLaVA-Med's template to llama.cpp, which gives it a text with a marker in place of each image, directly
+    before the question: the line break between them comes from here."""
     plain = "{% set text = message['content'] %}{% else %}"
     assert plain in template
     marked = (

@@ -90,13 +90,13 @@ def read_voc(folder: Path) -> Iterator[Row | Problem]:
         except (ElementTree.ParseError, UnusableError, LookupError, ValueError) as error:
             yield f"an annotation that cannot be read ({shorten(str(error))})", location
             continue
-        image = _nearest(Path(location), name, images.get(Path(name).stem) or images.get(path.stem, []))
+        matches = _nearest(Path(location), name, images.get(Path(name).stem) or images.get(path.stem, []))
         annotated |= {Path(name).stem, path.stem}
-        if len(image) == 1:
+        if len(matches) == 1:
             split = splits.get(path.stem) or split_in(path.relative_to(folder))
-            boxed.append(Boxed(location, image[0].as_posix(), split, classes))
+            boxed.append(Boxed(location, matches[0].as_posix(), split, classes))
         else:
-            yield f"{'several images' if image else 'no image'} of the name that the annotation gives", location
+            yield f"{'several images' if matches else 'no image'} of the name that the annotation gives", location
     for stem in sorted(images.keys() - annotated):
         yield "an image without an annotation", images[stem][0].as_posix()
     yield from _asked(boxed)
