@@ -132,7 +132,7 @@ def test_documented_commands_are_understood(tmp_path: Path, monkeypatch: pytest.
         if words[1] == "sweep":  # its overrides may belong to one of its methods
             plan_sweep(find_config(args.config, ROOT), args.overrides, args.methods, args.orders, args.seeds)
         elif "overrides" in args and "config" in args and args.config.name not in ("CONFIG", "exams.yaml"):
-            # docs/tutorials/your-data.md writes exams.yaml itself, and tests/data/test_convert.py runs it
+            # docs/tutorials/your-data.md writes exams.yaml itself, and tests/data/sources/test_convert.py runs it
             load_config(find_config(args.config, ROOT), args.overrides)
 
 

@@ -780,7 +780,7 @@ def test_the_catalogue_holds_the_eight_published_sets():
 
 
 def test_the_page_on_data_agrees_with_the_catalogue():
-    page = (Path(__file__).parents[2] / "docs" / "how-to" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "data.md").read_text(encoding="utf-8")
     for name, entry in catalog().items():
         section = " ".join(page.partition(f"### `{name}`")[2].partition("###")[0].split())
         assert f"mslora-cr data prepare {name} --raw" in section

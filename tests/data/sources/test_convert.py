@@ -241,7 +241,7 @@ def test_images_alone_keep_their_tree(tmp_path):
 
 def page_blocks():
     """The commands of docs/tutorials/your-data.md that are to be run, by block."""
-    text = (Path(__file__).parents[2] / "docs" / "tutorials" / "your-data.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "tutorials" / "your-data.md").read_text(encoding="utf-8")
     return [part.split("```")[0] for part in text.split("```bash\n")[1:]]
 
 

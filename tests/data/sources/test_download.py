@@ -207,7 +207,7 @@ def test_file_names_that_lead_outside_are_refused(hub: Hub, tmp_path):
 
 def command(hub: Hub, folder: Path, kind: str, *words: str) -> subprocess.CompletedProcess:
     """`mslora-cr KIND download WORDS`, in a folder of its own."""
-    repository = str(Path(__file__).parents[2])
+    repository = str(Path(__file__).parents[3])
     environment = {
         **os.environ,
         "PYTHONPATH": repository,

@@ -24,7 +24,7 @@ from mslora_cr.stream.checks import check_labels
 from tests.data.test_images import picture
 from tests.helpers.families import make
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_a" / "llava_med_tiny"
+GOLDEN = Path(__file__).parents[2] / "golden" / "tiny_a" / "llava_med_tiny"
 TURNS = [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "yes"}]
 NO = [TURNS[0], {"from": "gpt", "value": "No "}]
 
