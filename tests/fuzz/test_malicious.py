@@ -16,8 +16,8 @@ import torch
 from mslora_cr.cli.main import main
 from mslora_cr.models.llava_med import load
 from tests.conftest import GOLDEN, ConfigWriter
-from tests.data.test_images import bomb
 from tests.data.sources.test_prepare import everything
+from tests.data.test_images import bomb
 
 HUGE = {"infinite": "1e999999", "of 100,000 digits": "1" * 100_000}
 
