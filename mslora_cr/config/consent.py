@@ -33,7 +33,7 @@ def note_consent(
         raw: The content of all files and overrides together.
         files: The file and those that it extends, each with its content.
         overrides: `key.path=value`, from the user.
-        of_run: The first file comes from a run folder.
+        of_run: The first file comes from a run folder, and so chose what it extends.
 
     Raises:
         UntrustedMethodError: The user named or trusts the method, but its module lies in a folder for files from
@@ -44,7 +44,7 @@ def note_consent(
         return
     foreign = _foreign_folders(raw)
     source = next((index for index, (_, content) in enumerate(files) if "method" in content), None)
-    by_file = source is not None and not (of_run and source == 0) and not foreign_place(files[source][0], foreign)
+    by_file = source is not None and not of_run and not foreign_place(files[source][0], foreign)
     if by_file or any(override.startswith("method=") for override in overrides):
         _check_module(method, foreign)
         name_method(method)

@@ -44,6 +44,11 @@ def opened(trained_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     evaluation = here / "results" / "foreign" / "evaluation.json"
     evaluation.write_text(evaluation.read_text().replace('"method": "mslora_cr"', f'"method": "{NAMED}"'))
     shutil.copytree(here / "results" / "foreign", here / "results" / "copy")
+    (here / "got").mkdir()  # neither a ledger nor banks: nothing but what the user opens it as makes it a run
+    (here / "got" / "config.yaml").write_text("extends: base.yaml\n")
+    got = saved | {"run": "got", "output_dir": str(here), "method": "got.evil:Evil"}
+    (here / "got" / "base.yaml").write_text(yaml.safe_dump(got))
+    shutil.copy(run / "banks" / "evil.py", here / "got")
     (here / "extends.yaml").write_text("extends: checkpoints/foreign/config.yaml\n")
     (here / "link.yaml").symlink_to(run / "config.yaml")
     return here
@@ -109,6 +114,11 @@ def test_what_needs_the_code_says_how_to_allow_it(
     assert main(words) == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"error: method {NAMED} is outside the package" in message and f"--trust-method {NAMED}" in message
+
+
+def test_a_run_folder_gives_no_consent_by_what_it_extends(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "got"]) == 1
+    assert "method got.evil:Evil is outside the package" in capsys.readouterr().err
 
 
 def test_python_opens_it_without_running_it(here: Path) -> None:
