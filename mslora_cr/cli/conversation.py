@@ -35,10 +35,10 @@ def converse(
         if words[:1] == ["/quit"]:
             break
         if words[:1] == ["/image"] and words[1:]:
-            if missing := [name for name in words[1:] if not Path(name).is_file()]:
-                aside(f"error: {missing[0]}: there is no such image file; the pictures stay")
-            else:
-                seen, history = words[1:], []
+            try:
+                seen, history = _pictures(words[1:]), []
+            except DataError as error:
+                aside(f"error: {error}; the pictures stay")
         elif words == ["/new"]:
             history = []
         elif words and words[0].startswith("/"):
@@ -54,6 +54,14 @@ def converse(
                 aside(f"error: {error}")
         aside("> ", end="")
     aside("")
+
+
+def _pictures(names: Sequence[str]) -> list[Any]:
+    from mslora_cr.serving.answering import open_image
+
+    if missing := [name for name in names if not Path(name).is_file()]:
+        raise DataError(f"{missing[0]}: there is no such image file")
+    return [open_image(name) for name in names]
 
 
 def answered_by(answer: Answer) -> str:

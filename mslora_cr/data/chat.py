@@ -45,6 +45,7 @@ def messages_of(turns: Sequence[Turn], images: int) -> list[Message]:
 
 
 REWRITES = "the model's chat template changes an answer once the conversation continues"
+DROPS = "the model's chat template leaves out or changes an answer"
 DATE = datetime(2024, 7, 26)
 """The date for templates that ask for today's: a bank is asked with the prompts that it was trained with."""
 _DIRECTIVES = "aAbBdHIjmMpSuUwyYZ"
@@ -67,8 +68,10 @@ def render(processor: Any, messages: Sequence[Message], to_answer: bool = False)
     """Return the text of some messages; with `to_answer`, up to the start of the assistant's next answer.
 
     Raises:
-        ValueError: The template does not accept them.
+        ValueError: There are none, or the template does not accept them.
     """
+    if not messages:
+        raise ValueError("the conversation has no question")
     try:
         text: str = processor.apply_chat_template(list(messages), add_generation_prompt=to_answer, tokenize=False)
     except TemplateError as error:  # Templates raise it to refuse roles in another order.
@@ -90,7 +93,8 @@ def training_chat(processor: Any, messages: Sequence[Message], ends: Collection[
         ends: Tokens that end an answer when they are generated.
 
     Raises:
-        ValueError: The template refuses the messages, or rewrites earlier ones once later ones follow.
+        ValueError: The template refuses the messages, does not write an answer as it is, or rewrites earlier messages
+            once later ones follow.
     """
     rounds = [
         _Round(processor, messages, index) for index, message in enumerate(messages) if message["role"] == "assistant"
@@ -152,11 +156,13 @@ def _as_generated(before: str, written: str, said: str) -> str:
         written: The conversation with the answer, as the template writes it.
     """
     thought = _THOUGHT.match(said)
+    final = said[thought.end() :] if thought else said
+    if _letters(final) not in _letters(written.removeprefix(before)):
+        raise ValueError(DROPS)
     if written.startswith(before) and (thought is None or thought["thought"].strip() in written[len(before) :]):
         return written
     prompted = _PROMPTED.search(before)
     header = before[: prompted.start()] if prompted else before
-    final = said[thought.end() :] if thought else said
     if (thought is None and prompted is None) or not written.startswith(header) or final.strip() not in written:
         raise ValueError(REWRITES)
     if prompted is None or prompted["closed"]:
@@ -174,4 +180,8 @@ def _tail(written: str, said: str) -> str:
 
 
 def _apart_from_thoughts(text: str) -> str:
-    return "".join(re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).split())
+    return _letters(re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL))
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())

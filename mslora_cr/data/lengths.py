@@ -65,18 +65,22 @@ class LearnedCounts:
     """Records longer than `data.max_length` with some of the answer left."""
     lost: list[int] = field(default_factory=list)
     """Records that are cut before the first token of their answer."""
+    empty: list[int] = field(default_factory=list)
+    """Records without a word in any answer: their only labels are tokens that end an answer."""
 
     @property
     def learned(self) -> int:
-        """Return how many samples have a label to learn."""
-        return self.samples - len(self.unlabelled) - len(self.lost)
+        """Return how many samples have an answer to learn."""
+        return self.samples - len(self.unlabelled) - len(self.lost) - len(self.empty)
 
-    def add(self, index: int, count: LabelCount, max_length: int) -> None:
+    def add(self, index: int, record: TrainingRecord, count: LabelCount, max_length: int) -> None:
         """Count one record."""
         if not count.labels:
             self.unlabelled.append(index)
         elif not count.learned:
             self.lost.append(index)
+        elif not any(turn.text.strip() for turn in record.turns if turn.speaker == "gpt"):
+            self.empty.append(index)
         elif count.length > max_length:
             self.cut.append(index)
 
@@ -95,7 +99,7 @@ def count_learned(
     counts = LearnedCounts(len(records))
     for index, record in enumerate(records):
         try:
-            counts.add(index, input_processor.count_labels(record, roots), max_length)
+            counts.add(index, record, input_processor.count_labels(record, roots), max_length)
         except ValueError as error:
             raise DataError(f"{records.path}: {records.location(index)}: {error}") from None
     return counts

@@ -18,6 +18,7 @@ from mslora_cr.data.images import load_image, paths_of, preprocess, resolve_imag
 from mslora_cr.data.input_processor import Collate, LabelCount, Prompt
 from mslora_cr.data.prompts import (
     IGNORE_INDEX,
+    IMAGE_INDEX,
     Encoded,
     Message,
     Turn,
@@ -84,18 +85,20 @@ class LlavaMedInputs:
 
     def sample(self, index: int, record: TrainingRecord, roots: Sequence[Path]) -> Sample:
         encoded = self._encode(record)
-        pixels = self.load_images(self.image_names(record), roots)
+        # A conversation without a question, which is masked as a whole, has no place for its images.
+        names = self.image_names(record) if self.image_token_id in encoded.input_ids else ()
+        pixels = self.load_images(names, roots)
         return Sample(index=index, input_ids=encoded.input_ids, labels=encoded.labels, pixel_values=pixels)
 
     def length(self, record: TrainingRecord, roots: Sequence[Path]) -> int:
         return len(self._encode(record).input_ids)
 
     def count_labels(self, record: TrainingRecord, roots: Sequence[Path]) -> LabelCount:
-        images = len(self.image_names(record))
-        encoded = encode_conversation(self.tokenizer, record.turns, images)
+        encoded = encode_conversation(self.tokenizer, record.turns, len(self.image_names(record)))
         labels, learned = (
             sum(label != IGNORE_INDEX for label in each.labels) for each in (encoded, self.expand(encoded))
         )
+        images = encoded.input_ids.count(IMAGE_INDEX)
         return LabelCount(labels, learned, len(encoded.input_ids) + images * (self.patches - 1))
 
     def padding_sample(self, sample: Sample, index: int) -> Sample:

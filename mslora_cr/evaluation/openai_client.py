@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 import httpx
 
 from mslora_cr.distributed.comm import world_size
-from mslora_cr.utils.errors import UserError
+from mslora_cr.utils.errors import UserError, shorten
 from mslora_cr.utils.proxies import proxy_variables
 
 log = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ class Chat:
                 reply = reply_of(response)
                 if reply is not None:
                     return reply
-                problem = "an answer that is not a complete chat completion"
+                problem = f"an answer that is not a complete chat completion: {shorten(response.text)}"
             elif failure.passes:
                 problem = f"HTTP {failure.status}"
                 if response.headers.get("Retry-After", "").isdecimal():
@@ -264,7 +264,7 @@ def _error_in(content: Any) -> Any:
         return None
     choices = content.get("choices")
     if not choices:
-        return content.get("error")
+        return content.get("error") or (content if content.get("object") == "error" else None)
     return choices[0].get("error") if isinstance(choices, list) and isinstance(choices[0], dict) else None
 
 

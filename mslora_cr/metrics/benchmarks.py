@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 from mslora_cr.config.benchmarks import Benchmark
 from mslora_cr.data.answers.boxes import iou, read_box
-from mslora_cr.metrics.guessing import gives
-from mslora_cr.metrics.published import normalize_answer
+from mslora_cr.metrics.published import gives, normalize_answer
 
 PUBLISHED, CORRECTED = "benchmark", "benchmark corrected"
 """Names of the metrics."""

@@ -13,6 +13,7 @@ from mslora_cr.metrics.measured import Measured
 from mslora_cr.metrics.numbers import share_of
 from mslora_cr.metrics.options import parse_choice
 from mslora_cr.metrics.published import normalize_answer
+from mslora_cr.metrics.words import number_words, without_number_words
 from mslora_cr.statistics.interval import Interval
 from mslora_cr.statistics.intervals import Groups, Scores
 from mslora_cr.statistics.linearised import bounded_interval
@@ -101,9 +102,10 @@ def confusion(
 
 def class_of(truth: str, options: Mapping[str, str]) -> str:
     """Return the class for which a true answer or a candidate stands: its text, normalised as the published evaluation
-    does, or the text of the option whose letter or text it is."""
+    does except in its numbers (`number_words`), or the text of the option whose letter or text it is."""
     letter = letter_of(truth, options) if options else None
-    return normalize_answer((options[letter] if letter else truth).lower()) or truth.strip().lower()
+    written = number_words((options[letter] if letter else truth).lower())
+    return without_number_words(normalize_answer(written)) or truth.strip().lower()
 
 
 def said_class(answer: str, truths: Sequence[str], options: Mapping[str, str]) -> str:

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from mslora_cr.data.answers.reasoning import final_answer
 from mslora_cr.data.records import TrainingRecord
-from mslora_cr.metrics.published import normalize_answer
-from mslora_cr.metrics.words import says
 
 FEWEST = 10
 """A question text has a constant answer of its own in hindsight from this many questions on."""
@@ -67,11 +65,6 @@ def hindsight_guesses(questions: Sequence[str], truths: Sequence[str]) -> list[s
     for key, truth in zip(shared, truths, strict=True):
         by_question[key][truth.strip().lower()] += 1
     return [_commonest(by_question[key]) or "" for key in shared]
-
-
-def gives(answer: str, truth: str) -> bool:
-    """Return whether a closed answer gives the truth in whole words, as whole-word accuracy counts it."""
-    return says(answer, truth, normalize_answer(answer.lower()), normalize_answer(truth.lower()))
 
 
 def _commonest(answers: Counter[str]) -> str | None:

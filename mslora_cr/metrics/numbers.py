@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mslora_cr.metrics.measured import CountsMeasured, Measured
+from mslora_cr.metrics.words import DIGITS, plain_number
 from mslora_cr.statistics.intervals import Groups, Scores, estimate, score_interval
 from mslora_cr.statistics.sample_size import FEWEST, FEWEST_SHARED
 
-_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
+_WORD_OR_NUMBER = re.compile(rf"(?P<word>[a-z]+)|(?P<sign>(?<!\w)[-+\u2212])?(?P<digits>{DIGITS})")
 _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 NEAR = 1
 """A count that is off by at most this is nearly right."""
@@ -22,11 +23,11 @@ ERROR = "mean absolute error"
 
 def number_in(text: str) -> float | None:
     """Return the first number of a text, in digits or, up to twelve, in words; None where there is none."""
-    for word in re.findall(r"[+-]?\d+(?:\.\d+)?|[a-z]+", text.lower()):
-        if word in _WORDS:
-            return float(_WORDS.index(word))
-        if _NUMBER.fullmatch(word):
-            return float(word)
+    for found in _WORD_OR_NUMBER.finditer(text.lower()):
+        if found["word"] in _WORDS:
+            return float(_WORDS.index(found["word"]))
+        if found["digits"] and (plain := plain_number(found["digits"])).count(".") < 2:
+            return -float(plain) if found["sign"] in ("-", "\u2212") else float(plain)
     return None
 
 

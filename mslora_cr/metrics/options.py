@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from mslora_cr.data.answers.options import letter_of
+from mslora_cr.metrics.words import number_words
 
 Status = Literal["parsed", "unparsed", "ambiguous"]
 _OPENING = re.compile(r"^\W*(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is)?\W*)?", re.IGNORECASE)
@@ -31,12 +32,13 @@ def parse_choice(answer: str, options: Mapping[str, str]) -> Choice:
 
     The first rule that applies decides: the whole answer is a letter or the text of one option; it opens with a letter,
     marked as one (`B.`, `(B)`, `B: …`), and marks no other; exactly one letter is marked anywhere; exactly one option's
-    text stands in it as whole words (a text inside another option's text does not count).
+    text stands in it as whole words (a text inside another option's text does not count). A number is one word.
 
     Args:
         answer: The answer as it was given.
         options: Texts by capital letter.
     """
+    answer, options = number_words(answer), {letter: number_words(text) for letter, text in options.items()}
     said = _OPENING.sub("", answer.strip(), count=1).strip()
     for text in (answer, said):
         if letter := letter_of(text.rstrip(".!"), options):

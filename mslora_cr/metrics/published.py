@@ -239,17 +239,15 @@ def _score_row(answer: ScorableAnswer) -> RowScore:
         bleu=None if closed else _remembered(_bleu, prediction, reference),
         added=None if closed else _remembered(report_overlap, said, truth),
         ngrams=None if closed else _remembered(ngram_counts, prediction, reference),
-        said=_says(said, truth, prediction, reference) if closed else None,
+        said=gives(said, truth) if closed else None,
     )
 
 
-def _says(said: str, truth: str, prediction: str, reference: str) -> bool:
-    """Return what `says` returns, with each number as one word: the published normalisation cuts numbers at their
-    marks."""
-    written = [number_words(said), number_words(truth.lower())]
-    if written != [said, truth.lower()]:
-        prediction, reference = map(normalize_answer, written)
-    return says(said, truth, prediction, reference)
+def gives(answer: str, truth: str) -> bool:
+    """Return whether a closed answer gives its truth in whole words (`says`), with each number as one word: the
+    published normalisation cuts numbers at their marks."""
+    said, true = (normalize_answer(number_words(text.lower())) for text in (answer, truth))
+    return says(answer, truth, said, true)
 
 
 def _remembered(score: Callable[[str, str], tuple[float, ...]], prediction: str, reference: str) -> Any:

@@ -17,8 +17,10 @@ NgramCounts = tuple[int, ...]
 """Counts of an answer: its n-grams that the truth has, for n = 1..4; its n-grams; its words; the truth's words."""
 
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
-_NUMBER = re.compile(r"(?<![\w.,])(?P<sign>[-+\u2212]?)(?P<digits>\d+(?:[.,]\d+)*)(?!\w)")
-_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+DIGITS = r"\d+(?:[.,]\d+)*|\.\d+"
+_NUMBER = re.compile(rf"(?<![\w.,])(?P<sign>[-+\u2212]?)(?P<digits>{DIGITS})(?P<unit>(?=[^\W\d_]))?")
+_AS_WORD = re.compile(r"\b(?P<sign>minus)?(?P<digits>\d+(?:point\d+)*)\b")
+_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
 _UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
     (0x1000, 0x109F),  # Burmese
@@ -54,18 +56,37 @@ def words(text: str) -> list[str]:
     return "".join(spaced).split() or lowered.split()
 
 
+def plain_number(digits: str) -> str:
+    """Return a number without a sign as digits with a point: `1,000` is 1000, `2,50` is 2.5, `.5` is 0.5, `3.0` is 3.
+
+    What has several points, such as a date, is no number, and keeps them.
+    """
+    plain = digits.replace(",", "") if _THOUSANDS.fullmatch(digits) else digits.replace(",", ".")
+    plain = f"0{plain}" if plain.startswith(".") else plain
+    return plain.rstrip("0").rstrip(".") if plain.count(".") == 1 else plain
+
+
 def number_words(text: str) -> str:
     """Return a text in which every number with a sign, a point or a comma is one word of letters and digits.
 
-    So 5 is no part of 3.5, 25 none of 0.25, and 5 is not -5; 1,000 is 1000, and 2,5 is 2.5.
+    So 5 is no part of 3.5, 25 none of 0.25, and 5 is not -5; 1,000 is 1000, 2,5 is 2.5, and 3.0 is 3.
     """
     return _NUMBER.sub(_one_word, text)
 
 
 def _one_word(number: re.Match[str]) -> str:
-    digits = number["digits"]
-    digits = digits.replace(",", "") if _THOUSANDS.fullmatch(digits) else digits.replace(",", ".")
-    return ("minus" if number["sign"] in ("-", "\u2212") else "") + digits.replace(".", "point")
+    sign = "minus" if number["sign"] in ("-", "\u2212") else ""
+    word = sign + plain_number(number["digits"]).replace(".", "point")
+    return word if word == number[0] or number["unit"] is None else f"{word} "
+
+
+def without_number_words(text: str) -> str:
+    """Return a text of `number_words` with its numbers in digits."""
+    return _AS_WORD.sub(_in_digits, text)
+
+
+def _in_digits(number: re.Match[str]) -> str:
+    return ("-" if number["sign"] else "") + number["digits"].replace("point", ".")
 
 
 def report_overlap(prediction: str, reference: str) -> tuple[float, float, float]:

@@ -24,9 +24,9 @@ _DECIDE_UNLESS_1 = ("repetition_penalty", "encoder_repetition_penalty", "num_bea
 _DECIDE = (
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens", "suppress_tokens"),
     *("begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias"),
-    "exponential_decay_length_penalty",
+    *("exponential_decay_length_penalty", "force_words_ids", "watermarking_config", "stop_strings", "do_sample"),
 )
-"""Generation settings with which greedy decoding may not choose the likeliest tokens."""
+"""Generation settings with which a program may not choose the likeliest tokens, or ends an answer elsewhere."""
 LLAVA_MED_CLASS = ("LlavaForConditionalGeneration", "transformers.models.llava.modeling_llava")
 
 
@@ -58,8 +58,7 @@ def writer_of(base: BaseModel, path: Path) -> Callable[[Path], None]:
 
 
 def deciding_settings(path: Path) -> list[str]:
-    """Return the generation settings in a model's folder with which greedy decoding does not choose the likeliest
-    tokens.
+    """Return the generation settings in a model's folder that `_DECIDE` and `_DECIDE_UNLESS_1` name.
 
     Programs that load the folder itself apply them. Answers here do without them, and so does a folder from
     `writer_of`.

@@ -170,7 +170,7 @@ def check_labels(config: StreamConfig, records: dict[str, TaskRecords]) -> None:
         messages = [message for message in _label_messages(part, counts, max_length) if message]
         if not counts.learned:
             raise DataError(
-                f"{part.path}: no sample has a label, so training would learn nothing: {'; '.join(messages)}"
+                f"{part.path}: no sample has an answer to learn, so training would learn nothing: {'; '.join(messages)}"
             )
         for message in messages:
             log.warning("%s: %s", name, message)
@@ -187,6 +187,11 @@ def _label_messages(records: TaskRecords, counts: LearnedCounts, max_length: int
             f"{share(counts.unlabelled)} add nothing to the loss, as the template cannot hold them: "
             f"{locations(records, counts.unlabelled)}. An answer that spells out a control token, such as `</s>` at "
             "its end, or turns that do not alternate are the usual cause; take them out of the records"
+        )
+    if counts.empty:
+        yield (
+            f"{share(counts.empty)} have an empty answer, so that the model learns to say nothing: "
+            f"{locations(records, counts.empty)}. Give them an answer, or take them out of the records"
         )
     if counts.lost:
         yield (

@@ -58,10 +58,22 @@ def test_what_is_learned_is_generated_behind_the_prompt(name: str, texts: list[s
     assert final_answer(answer).text.strip() == final_answer(texts[-1]).text
 
 
-def test_a_template_that_rewrites_answers_is_refused() -> None:
-    upper = STRIPPING.replace(".strip()", "|upper")
-    with pytest.raises(ValueError, match="changes an answer"):
-        training_chat(processor_with(upper), messages_of([Message("human", "q"), Message("gpt", "b")], 0), [], "</s>")
+@pytest.mark.parametrize(
+    "given",
+    [
+        STRIPPING.replace(".strip()", "|upper"),
+        STRIPPING.replace("<think>\\n", "").replace(
+            "{{ part.text", "{{ '' if message.role == 'assistant' else part.text"
+        ),
+        "{% for message in messages if message.role == 'user' %}{{ message.content[0].text }}{% endfor %}",
+    ],
+    ids=["changed", "dropped", "turn dropped"],
+)
+def test_a_template_that_does_not_write_answers_as_they_are_is_refused(given: str) -> None:
+    with pytest.raises(ValueError, match="the conversation has no question"):
+        render(processor_with(given), messages_of([Message("gpt", "b")], 0))
+    with pytest.raises(ValueError, match="leaves out or changes an answer"):
+        training_chat(processor_with(given), messages_of([Message("human", "q"), Message("gpt", "b")], 0), [], "</s>")
 
 
 def test_marks_of_reasoning_are_text_though_a_tokenizer_calls_them_special() -> None:

@@ -58,6 +58,7 @@ def test_log_probabilities_as_far_as_they_are_told() -> None:
         (httpx.Response(200, json={"error": {"message": "overloaded", "code": 503}}), 503, True),
         (httpx.Response(200, json={"error": "no"}), 400, False),
         (completion({"content": ""}, error={"message": "lost", "code": 502}, finish_reason="error"), 502, True),
+        (httpx.Response(200, json={"object": "error", "message": "no such model", "code": 404}), 404, False),
         (httpx.Response(408, text=""), 408, True),
         (httpx.Response(425, text=""), 425, True),
         (httpx.Response(404, text=""), 404, False),

@@ -27,7 +27,7 @@ from tests.fuzz.surfaces import image
 from tests.fuzz.test_fuzz import SEED, TIMES, time_limit
 from tests.helpers.chat_server import serving
 
-FIELDS = {"question": "what?", "of": "PCAM", "index": "0", "stages": "0"}
+FIELDS = {"question": "what?", "of": "PCAM", "index": "0", "stages": "0", "boxes": "[]"}
 TEXTS = [text for text in hostile.TEXTS if "\ud800" not in text]
 REFUSED = (400, 403, 404, 405, 413, 422)
 

@@ -166,7 +166,7 @@ def check_lengths(records: TrainingRecords, roots: Sequence[Path], processor: In
         if any("\0" in turn.text for turn in record.turns):
             continue
         try:
-            counts.add(index, processor.count_labels(record, roots), processor.max_length)
+            counts.add(index, record, processor.count_labels(record, roots), processor.max_length)
         except MissingImageError:  # the check of image files reports it
             continue
         except ValueError as error:
@@ -187,7 +187,7 @@ def check_lengths(records: TrainingRecords, roots: Sequence[Path], processor: In
             places(counts.lost),
         )
     if not counts.learned:
-        report.error(f"{records.path.name}: no conversation has a label, so training would learn nothing")
+        report.error(f"{records.path.name}: no conversation has an answer to learn, so training would learn nothing")
     _report_long(places(counts.cut), processor.max_length, report)
     return len(counts.cut) + len(counts.lost)
 

@@ -4,11 +4,13 @@ import os
 import re
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mslora_cr.cli.data import add_check_arguments, run_check
 from mslora_cr.config.schema import StreamConfig
@@ -248,7 +250,9 @@ def test_samples_that_would_be_cut_off(root):
     assert look(root, processor=input_processor_in(GOLDEN, 2048)).truncated == 0
     report = look(root, processor=input_processor_in(GOLDEN, 24))
     assert "lose their whole answer, which begins behind 24 positions (2)" in messages(report, "warning")
-    assert "train.json: no conversation has a label, so training would learn nothing" in messages(report, "error")
+    assert "train.json: no conversation has an answer to learn, so training would learn nothing" in messages(
+        report, "error"
+    )
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         input_processor_in(root, 2048)
 
@@ -315,10 +319,21 @@ def test_training_on_nothing_is_refused_and_on_less_is_said(tiny_settings, tmp_p
     assert "the template cannot hold them: record 1. An answer that spells out a control token, such as `</s>`" in (
         caplog.text
     )
+    rows[1]["conversations"][-1]["value"] = " \n"
+    del rows[2]["conversations"][0]  # an answer without its question
+    file.write_text(json.dumps(rows))
+    records = TrainingRecords(file)
+    check_labels(config, {"pathvqa": records})
+    assert "(25.0%) have an empty answer, so that the model learns to say nothing: record 1." in caplog.text
+    inputs = replace(input_processor_in(Path(config.model.path), 2048), image_processor=CLIPImageProcessorPil())
+    place = [tmp_path / "data" / "PathVQA"]
+    assert [len(inputs.sample(0, records[index], place)["pixel_values"]) for index in (1, 2)] == [1, 0]
     for row in rows:
         row["conversations"][-1]["value"] = "yes</s>"
     file.write_text(json.dumps(rows))
-    with pytest.raises(DataError, match=r"train.json: no sample has a label.*4 of 4 training samples \(100.0%\)"):
+    with pytest.raises(
+        DataError, match=r"train.json: no sample has an answer to learn.*4 of 4 training samples \(100.0%\)"
+    ):
         check_labels(config, {"pathvqa": TrainingRecords(file)})
 
 
