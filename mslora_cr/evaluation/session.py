@@ -24,7 +24,7 @@ from mslora_cr.evaluation.answer_files import Origin, answer_questions, fingerpr
 from mslora_cr.evaluation.asking import blank_records
 from mslora_cr.evaluation.summary import decoding, fingerprint_fields
 from mslora_cr.models.base_model import BaseModel
-from mslora_cr.models.cached_tower import CachedTower, cached_tower
+from mslora_cr.models.cached_features import CachedFeatures, cached_features
 from mslora_cr.models.load import input_processor_of, load_base
 
 
@@ -51,7 +51,7 @@ class EvaluationSession:
         self.config, self.banks, self.records = config, banks, records
         self._cached_images, self._switches, self._blank = cached_images, switches, blank
         self._fingerprint_fields = fingerprint_fields(config)
-        self._tower: CachedTower | None = None
+        self._tower: CachedFeatures | None = None
         self._beside: tuple[Sequence[Bank], PerSampleAdapters] | None = None
         self._merged: list[str] | None = None
 
@@ -63,7 +63,7 @@ class EvaluationSession:
     @cached_property
     def base(self) -> BaseModel:
         base = load_base(self.config, get_device(self.config.model.device))
-        self._tower = cached_tower(self.config, base) if self._cached_images else None
+        self._tower = cached_features(self.config, base) if self._cached_images else None
         return base
 
     @cached_property

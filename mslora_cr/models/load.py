@@ -18,7 +18,7 @@ from mslora_cr.data.prompts import IMAGE_INDEX
 from mslora_cr.distributed.comm import world_size
 from mslora_cr.models import llava_med
 from mslora_cr.models.base_model import BaseModel
-from mslora_cr.models.cached_tower import CachedTower
+from mslora_cr.models.cached_features import CachedFeatures
 from mslora_cr.models.digest import weights_digest
 from mslora_cr.models.family import family_of
 from mslora_cr.models.kernels import use_kernels
@@ -138,5 +138,5 @@ def box_rule_of(path: Path) -> BoxRule:
     return rule_of(load_processor(path)) if family_of(path).own_template else SQUARE
 
 
-def input_processor_of(config: StreamConfig, base: BaseModel, tower: CachedTower | None = None) -> InputProcessor:
+def input_processor_of(config: StreamConfig, base: BaseModel, tower: CachedFeatures | None = None) -> InputProcessor:
     return base.input_processor(config.data.max_length, config.data.images == "all", tower.cache if tower else None)

@@ -34,7 +34,7 @@ from mslora_cr.distributed.deepspeed import (
 from mslora_cr.distributed.launch import run_on_rank0
 from mslora_cr.methods.base import Setup, method_of, needs_task
 from mslora_cr.models.base_model import BaseModel
-from mslora_cr.models.cached_tower import cached_tower
+from mslora_cr.models.cached_features import cached_features
 from mslora_cr.models.describe import fixed_date, switched_off
 from mslora_cr.models.family import family_of
 from mslora_cr.models.language import language_linears
@@ -299,7 +299,7 @@ def task_data(run: StreamRun, task: Task, base: BaseModel) -> tuple[ConcatTrainD
     """Return the samples on which a task trains, and what it is measured on. With `data.cache_image_features`, their
     images' features are cached first.
     """
-    tower = cached_tower(run.config, base)
+    tower = cached_features(run.config, base)
     processor = input_processor_of(run.config, base, tower)
     parts = [
         TrainDataset(run.records[source.name], task_image_roots(run.config, source), processor)

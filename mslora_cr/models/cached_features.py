@@ -18,7 +18,7 @@ from mslora_cr.models.vision import detach_tower, tower_features
 log = logging.getLogger(__name__)
 
 
-class CachedTower:
+class CachedFeatures:
     """The tower, taken out of its model, and the folder that caches its features."""
 
     def __init__(self, folder: Path, model: Any, tower: Tower, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class CachedTower:
         return tower_features(self._tower, self._layer, pixels.to(parameter.device, parameter.dtype))
 
 
-def cached_tower(config: StreamConfig, base: BaseModel) -> CachedTower | None:
+def cached_features(config: StreamConfig, base: BaseModel) -> CachedFeatures | None:
     """Return the tower without its model, if `data.cache_image_features` asks for it and the model has one to take out;
     otherwise None."""
     folder = config.data.cache_image_features
@@ -48,4 +48,4 @@ def cached_tower(config: StreamConfig, base: BaseModel) -> CachedTower | None:
     if base.tower is None:
         log.warning("data.cache_image_features has no effect: this base model's features are computed at every step")
         return None
-    return CachedTower(Path(folder), base.model, base.tower, get_device(config.model.device))
+    return CachedFeatures(Path(folder), base.model, base.tower, get_device(config.model.device))
