@@ -23,7 +23,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from benchmarks.harness import finish, parse
 from mslora_cr.data.features import FeatureCache
 from mslora_cr.data.images import load_image, pad_to_square, preprocess
-from mslora_cr.models.vision import tower_features
+from mslora_cr.models.vision import TowerFeatures
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 LARGE |= {"image_size": 336, "patch_size": 14}
@@ -41,14 +41,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     edge = config.image_size
     processor = CLIPImageProcessor(size={"shortest_edge": edge}, crop_size=edge)
 
-    @torch.inference_mode()
-    def encode(pixels: torch.Tensor) -> torch.Tensor:
-        return tower_features(tower, LAYER, pixels.to(setting.device, dtype))
+    features = TowerFeatures(tower, LAYER, processor)
+
+    def encode(prepared: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        return features.encode(prepared, setting.device)
 
     with tempfile.TemporaryDirectory() as folder:
         png, jpeg = _pictures(Path(folder), side)
         cache = FeatureCache(Path(folder) / "features")
-        cache.fill([png, jpeg], processor, encode, progress=False)
+        cache.fill([png, jpeg], features.prepare, encode, progress=False)
         image, pixels = load_image(png), preprocess(load_image(png), processor)
         seconds = setting.interleaved(
             {
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 "JPEG, decoded": lambda: load_image(jpeg),
                 "preprocessed": lambda: preprocess(image, processor),
                 "resized alone": lambda: pad_to_square(image, (0, 0, 0)).resize((edge, edge), Image.Resampling.BICUBIC),
-                "tower": lambda: encode(pixels[None]),
+                "tower": lambda: encode([pixels]),
                 "features from the cache": lambda: cache.load(png),
             }
         )

@@ -34,6 +34,8 @@ from mslora_cr.data.tokenizer import Tokenizer
 
 SQUARE = BoxRule("square")
 """How LLaVA's models write boxes."""
+TOWER_FEATURES = "features"
+"""The name of the tower's features in a file of `data.features`."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class LlavaMedInputs:
         where these are cached."""
         paths = [resolve_image(name, roots) for name in names]
         if self.features is not None and paths:
-            return torch.stack([self.features.load(path) for path in paths])
+            return torch.stack([self.features.load(path)[TOWER_FEATURES] for path in paths])
         return self.process_images([load_image(path) for path in paths])
 
     def process_images(self, images: Sequence[Image.Image]) -> Tensor:

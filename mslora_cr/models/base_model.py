@@ -6,12 +6,12 @@ transformers loads with a processor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -37,13 +37,27 @@ class ImageEncoder(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Tower:
-    """A vision tower that works without its model, so that its features can be cached."""
+class GivenFeatures(Protocol):
+    """Computes features of images that a model takes in place of pixels, so that they can be cached."""
 
-    layer: int
-    """The layer whose hidden states the projector reads."""
-    image_processor: Any
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The modules that compute them."""
+
+    @property
+    def key(self) -> str:
+        """A digest of everything that decides features, besides the image."""
+
+    @property
+    def prepare(self) -> Callable[[Image.Image], Any]:
+        """Returns the inputs of one image. It is cheap to send to data loader workers."""
+
+    def encode(self, prepared: Sequence[Any], /, device: torch.device) -> list[dict[str, Tensor]]:
+        """Return the features of each prepared image by name, on the CPU.
+
+        Args:
+            device: Where the modules are.
+        """
 
 
 class BaseModel(Protocol):
@@ -52,15 +66,18 @@ class BaseModel(Protocol):
     @property
     def model(self) -> PreTrainedModel: ...
     @property
-    def tower(self) -> Tower | None:
-        """The vision tower, or None if features of this model's images cannot be cached."""
-
-    @property
     def image_encoder(self) -> ImageEncoder: ...
     def input_processor(
         self, max_length: int, all_images: bool, features: FeatureCache | None = None, /
     ) -> InputProcessor:
         """Prepare inputs from records."""
+
+    def given_features(self) -> GivenFeatures:
+        """Let the model take features of images in place of pixels.
+
+        Raises:
+            ModelError: It takes none; the message says why.
+        """
 
 
 @contextmanager

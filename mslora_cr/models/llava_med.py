@@ -27,7 +27,6 @@ from transformers import (
 from mslora_cr.data.features import FeatureCache
 from mslora_cr.data.llava_med_inputs import LlavaMedInputs
 from mslora_cr.data.tokenizer import Tokenizer, TokenizerError
-from mslora_cr.models.base_model import Tower
 from mslora_cr.models.layout import (
     PLACEHOLDER_PIECE,
     ModelError,
@@ -37,7 +36,7 @@ from mslora_cr.models.layout import (
     read_config,
     shard_tensors,
 )
-from mslora_cr.models.vision import TowerEncoder, load_tower, tower_config, tower_source
+from mslora_cr.models.vision import TowerEncoder, TowerFeatures, detach_tower, load_tower, tower_config, tower_source
 
 UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 """Parts that keep their dtype beside a language model in 4 or 8 bits: they take little memory and need precision."""
@@ -55,10 +54,6 @@ class LlavaMed:
     patches: int
     """The number of image patches, hence of positions, per image."""
 
-    @property
-    def tower(self) -> Tower:
-        return Tower(self.model.config.vision_feature_layer, self.image_processor)
-
     @cached_property
     def image_encoder(self) -> TowerEncoder:
         return TowerEncoder(self.model.model.vision_tower, self.model.config.vision_feature_layer)
@@ -69,6 +64,11 @@ class LlavaMed:
         return LlavaMedInputs(
             self.tokenizer, self.image_processor, self.image_token_id, self.patches, max_length, all_images, features
         )
+
+    def given_features(self) -> TowerFeatures:
+        """Take the tower out of the model; see `base_model.BaseModel`."""
+        tower = detach_tower(self.model).to("cpu")
+        return TowerFeatures(tower, self.model.config.vision_feature_layer, self.image_processor)
 
 
 def load(

@@ -31,7 +31,6 @@ from mslora_cr.data.chat import DATE, asks_for_date, dated
 from mslora_cr.data.chat_template_inputs import ChatTemplateInputs, takes_answers_apart
 from mslora_cr.data.features import FeatureCache
 from mslora_cr.models.base_check import check_model, check_processor
-from mslora_cr.models.base_model import Tower
 from mslora_cr.models.image_encoder import ProjectedEncoder
 from mslora_cr.models.language import beside_language
 from mslora_cr.models.layout import ModelError, check_report, from_pretrained
@@ -52,10 +51,6 @@ class ProcessorBase:
     model: PreTrainedModel
     processor: Any
 
-    @property
-    def tower(self) -> Tower | None:
-        return None
-
     @cached_property
     def image_encoder(self) -> ProjectedEncoder:
         return ProjectedEncoder(self.model, self.processor)
@@ -65,6 +60,9 @@ class ProcessorBase:
     ) -> ChatTemplateInputs:
         assert features is None, "features of these models are not kept"
         return ChatTemplateInputs(self.processor, end_ids(self.model, self.processor), max_length, all_images)
+
+    def given_features(self) -> NoReturn:
+        raise ModelError("this base model's features are computed at every step")
 
 
 def load_with_processor(path: Path, options: dict[str, Any], device: torch.device | str) -> ProcessorBase:

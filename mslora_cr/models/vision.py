@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mslora_cr.data.images import tower_folder
+from mslora_cr.data.features import feature_key
+from mslora_cr.data.images import preprocess, tower_folder
+from mslora_cr.data.llava_med_inputs import TOWER_FEATURES
 from mslora_cr.models.layout import ModelError, check_numbers, check_report, from_pretrained
 from mslora_cr.utils.strict_json import JsonError, read_object
 
@@ -30,6 +33,28 @@ def detach_tower(model: LlavaForConditionalGeneration) -> nn.Module:
 def tower_features(tower: nn.Module, layer: int, pixels: Tensor) -> Tensor:
     """Return (images, positions, width): the tower's states that the projector reads, class position included."""
     return tower(pixels, output_hidden_states=True).hidden_states[layer]
+
+
+class TowerFeatures:
+    """Computes the features of LLaVA-Med's tower without its model; see `base_model.GivenFeatures`."""
+
+    def __init__(self, tower: nn.Module, layer: int, image_processor: Any) -> None:
+        self._tower, self._layer, self._processor = tower, layer, image_processor
+        self.prepare = partial(preprocess, processor=image_processor)
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        return [self._tower]
+
+    @property
+    def key(self) -> str:
+        return feature_key(self._tower.state_dict(), self._layer, self._processor)
+
+    @torch.inference_mode()
+    def encode(self, prepared: Sequence[Tensor], device: torch.device) -> list[dict[str, Tensor]]:
+        pixels = torch.stack(list(prepared)).to(device, next(self._tower.parameters()).dtype)
+        features = tower_features(self._tower, self._layer, pixels).cpu()
+        return [{TOWER_FEATURES: of_image.contiguous()} for of_image in features]
 
 
 class TowerEncoder:

@@ -14,7 +14,7 @@ from mslora_cr.data import datasets
 from mslora_cr.data.collator import TrainingCollator
 from mslora_cr.data.datasets import EvalDataset, TrainDataset
 from mslora_cr.data.features import FeatureCache
-from mslora_cr.data.llava_med_inputs import LlavaMedInputs
+from mslora_cr.data.llava_med_inputs import TOWER_FEATURES, LlavaMedInputs
 from mslora_cr.data.prompts import IGNORE_INDEX, IMAGE_INDEX
 from mslora_cr.data.records import DataError, TestRecords, TrainingRecords
 from mslora_cr.models.llava_med import load
@@ -167,7 +167,7 @@ def test_text_only_samples_are_batched_with_cached_features(input_processor: Lla
     path = write(tmp_path, conversation("images/wide.png"), conversation(None, "Is it?"))
     cache = FeatureCache(tmp_path / "features")
     cache.fill(
-        [GOLDEN / "images/wide.png"], input_processor.image_processor, lambda pixels: torch.ones(len(pixels), 5, 7)
+        [GOLDEN / "images/wide.png"], lambda image: None, lambda images: [{TOWER_FEATURES: torch.ones(5, 7)}]
     )
     cached = TrainDataset(TrainingRecords(path), [GOLDEN], replace(input_processor, features=cache))
     for order in ([0, 1], [1, 0]):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,9 @@ from mslora_cr.models.vision import detach_tower, tower_features
 
 
 class Processor:
-    """As a CLIP processor, without resizing."""
+    """The settings of an image processor."""
 
     image_mean = (0.5, 0.5, 0.5)
-
-    def __call__(self, images: Image.Image, return_tensors: str) -> dict[str, torch.Tensor]:
-        return {"pixel_values": torch.from_numpy(np.array(images)).permute(2, 0, 1)[None].float()}
 
     def to_dict(self) -> dict[str, Any]:
         return {"image_mean": self.image_mean}
@@ -36,12 +34,16 @@ def image(path: Path, value: int) -> Path:
     return path
 
 
-def means(pixels: torch.Tensor) -> torch.Tensor:
-    return pixels.mean((2, 3))[:, :, None]
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+
+def means(images: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    return [{"features": image.mean((1, 2))[:, None]} for image in images]
 
 
 def fill(folder: Path, images: list[Path]) -> None:
-    FeatureCache(folder).fill(images, Processor(), means, progress=False)
+    FeatureCache(folder).fill(images, pixels, means, progress=False)
 
 
 def test_equal_images_are_seen_once_and_a_known_one_never_again(tmp_path: Path) -> None:
@@ -49,16 +51,16 @@ def test_equal_images_are_seen_once_and_a_known_one_never_again(tmp_path: Path) 
     copy = Path(shutil.copy(first, tmp_path / "c.png"))
     seen: list[int] = []
 
-    def encode(pixels: torch.Tensor) -> torch.Tensor:
-        seen.append(len(pixels))
-        return means(pixels)
+    def encode(images: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        seen.append(len(images))
+        return means(images)
 
     cache = FeatureCache(tmp_path / "cache")
-    cache.fill([first, other, copy], Processor(), encode, progress=False)
+    cache.fill([first, other, copy], pixels, encode, progress=False)
     assert seen == [2]
-    assert cache.load(copy).equal(torch.full((3, 1), 10.0))
-    assert cache.load(other).equal(torch.full((3, 1), 20.0))
-    cache.fill([first, other, copy], Processor(), encode, progress=False)
+    assert cache.load(copy)["features"].equal(torch.full((3, 1), 10.0))
+    assert cache.load(other)["features"].equal(torch.full((3, 1), 20.0))
+    cache.fill([first, other, copy], pixels, encode, progress=False)
     assert seen == [2]
 
 
@@ -81,7 +83,7 @@ def test_an_image_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(hashlib, "file_digest", file_digest)
     first, other = image(tmp_path / "a.png", 10), image(tmp_path / "b.png", 20)
     cache = FeatureCache(tmp_path / "cache")
-    cache.fill([first, other], Processor(), means, progress=False)
+    cache.fill([first, other], pixels, means, progress=False)
     for _ in range(3):
         cache.load(first)
         FeatureCache(tmp_path / "cache").load(other)
@@ -91,7 +93,7 @@ def test_an_image_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: p
     assert len(content) == status.st_size
     first.write_bytes(content)
     os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert cache.load(first).equal(cache.load(other))
+    assert cache.load(first)["features"].equal(cache.load(other)["features"])
     assert hashed == ["a.png", "b.png", "a.png"]
 
 
@@ -114,7 +116,7 @@ def test_two_writers_leave_whole_files_and_nothing_else(tmp_path: Path) -> None:
         writer.join()
         assert writer.exitcode == 0
     cache = FeatureCache(tmp_path / "cache")
-    assert [float(cache.load(path)[0]) for path in images] == list(map(float, range(24)))
+    assert [float(cache.load(path)["features"][0]) for path in images] == list(map(float, range(24)))
     assert sum(file.is_file() for file in cache.folder.rglob("*")) == len(images)
 
 
@@ -143,9 +145,10 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_the_key_follows_tower_layer_and_preprocessing() -> None:
     tower, processor, other = torch.nn.Linear(2, 2), Processor(), Processor()
     other.image_mean = (0.4, 0.5, 0.5)
-    keys = {feature_key(tower, -2, processor), feature_key(tower, -1, processor), feature_key(tower, -2, other)}
-    keys.add(feature_key(torch.nn.Linear(2, 2), -2, processor))
-    keys.add(feature_key(tower.bfloat16(), -2, processor))
+    weights = tower.state_dict()
+    keys = {feature_key(weights, -2, processor), feature_key(weights, -1, processor), feature_key(weights, -2, other)}
+    keys.add(feature_key(torch.nn.Linear(2, 2).state_dict(), -2, processor))
+    keys.add(feature_key(tower.bfloat16().state_dict(), -2, processor))
     assert len(keys) == 5
 
 

@@ -244,17 +244,14 @@ def test_every_image_is_seen_once(base: LlavaMed, questions: EvalDataset) -> Non
 
 def test_cached_features_take_the_images_place(base: LlavaMed, questions: EvalDataset, tmp_path: Path) -> None:
     """Openings are computed from features as from pixels."""
-    from mslora_cr.data.features import FeatureCache
-    from mslora_cr.models.vision import detach_tower, tower_features
+    from mslora_cr.models.cached_features import CachedFeatures
 
     expected = shared(base, questions, Ends(-1), Limits(4, NEW_TOKENS, 480))
     loaded = load(GOLDEN / "llava_med_tiny", dtype=torch.float32)
-    tower, cache = detach_tower(loaded.model), FeatureCache(tmp_path / "features")
-    paths = [path for prompt in questions.prompts() for path in prompt.images]
-    layer = loaded.model.config.vision_feature_layer
-    with torch.inference_mode():
-        cache.fill(paths, loaded.image_processor, lambda pixels: tower_features(tower, layer, pixels), progress=False)
-    cached = EvalDataset(questions.records, questions.roots, replace(questions.input_processor, features=cache))
+    features = CachedFeatures(tmp_path / "features", loaded.given_features(), torch.device("cpu"))
+    features.fill([path for prompt in questions.prompts() for path in prompt.images], workers=0)
+    processor = replace(questions.input_processor, features=features.cache)
+    cached = EvalDataset(questions.records, questions.roots, processor)
     assert shared(loaded, cached, Ends(-1), Limits(4, NEW_TOKENS, 480)) == expected
 
 
