@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -185,3 +185,27 @@ def _apart_from_thoughts(text: str) -> str:
 
 def _letters(text: str) -> str:
     return "".join(text.split())
+
+
+def aligned(text: Sequence[int], ids: Sequence[int], image: int | None) -> Iterator[tuple[int, int]]:
+    """Find a text's tokens once its images' placeholders are replaced, as (position in text, position in ids).
+
+    The parts between placeholders keep their ids and order: the first part starts `ids`, the last one ends it, and each
+    part between is searched for after the one before. Nothing is yielded from the first part that is not found.
+    """
+    ends = [start_of_part for start_of_part, token in enumerate(text) if token == image]
+    starts, behind = [0, *(start_of_part + 1 for start_of_part in ends)], 0
+    for start, stop in zip(starts, [*ends, len(text)], strict=True):
+        part = list(text[start:stop])
+        ending = stop == len(text)
+        start_of_part = len(ids) - len(part) if ending else _index_of(ids, part, behind) if start else 0
+        whole = start > 0 or not ending or len(part) == len(ids)
+        if not whole or start_of_part < behind or list(ids[start_of_part : start_of_part + len(part)]) != part:
+            return
+        yield from zip(range(start, stop), range(start_of_part, start_of_part + len(part)), strict=True)
+        behind = start_of_part + len(part)
+
+
+def _index_of(ids: Sequence[int], part: list[int], behind: int) -> int:
+    """Return the first place of a part, -1 without any."""
+    return next((start for start in range(behind, len(ids)) if list(ids[start : start + len(part)]) == part), -1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mslora_cr.data.answers.boxes import BoxRule, filled, rule_of
 from mslora_cr.data.answers.reasoning import MARKS
-from mslora_cr.data.chat import Chat, Span, messages_of, render, training_chat
+from mslora_cr.data.chat import Chat, Span, aligned, messages_of, render, training_chat
 from mslora_cr.data.images import image_size, load_image, paths_of, resolve_image
 from mslora_cr.data.input_processor import Collate, LabelCount, Prompt
 from mslora_cr.data.prompts import IGNORE_INDEX, Message, Turn, filled_turns
@@ -368,27 +368,3 @@ BY_POSITION = (
     "cross_attention_mask",
 )
 """The outputs of processors that have a row's positions as their second dimension."""
-
-
-def aligned(text: Sequence[int], ids: Sequence[int], image: int | None) -> Iterator[tuple[int, int]]:
-    """Find a text's tokens once its images' placeholders are replaced, as (position in text, position in ids).
-
-    The parts between placeholders keep their ids and order: the first part starts `ids`, the last one ends it, and each
-    part between is searched for after the one before. Nothing is yielded from the first part that is not found.
-    """
-    ends = [start_of_part for start_of_part, token in enumerate(text) if token == image]
-    starts, behind = [0, *(start_of_part + 1 for start_of_part in ends)], 0
-    for start, stop in zip(starts, [*ends, len(text)], strict=True):
-        part = list(text[start:stop])
-        ending = stop == len(text)
-        start_of_part = len(ids) - len(part) if ending else _index_of(ids, part, behind) if start else 0
-        whole = start > 0 or not ending or len(part) == len(ids)
-        if not whole or start_of_part < behind or list(ids[start_of_part : start_of_part + len(part)]) != part:
-            return
-        yield from zip(range(start, stop), range(start_of_part, start_of_part + len(part)), strict=True)
-        behind = start_of_part + len(part)
-
-
-def _index_of(ids: Sequence[int], part: list[int], behind: int) -> int:
-    """Return the first place of a part, -1 without any."""
-    return next((start for start in range(behind, len(ids)) if list(ids[start : start + len(part)]) == part), -1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mslora_cr.data.chat_template_inputs import aligned
+from mslora_cr.data.chat import aligned
 
 IMAGE = 9
 
