@@ -4,8 +4,9 @@
     python -m benchmarks.families gemma4 florence2   # these types alone
 
 Each type is tried with a tiny random model and a processor of its class (`tests/helpers`). Loading it checks its
-labels. A bank then gets gradients, and is saved and read; a router's features of an image are computed; and the scores
-after a shared opening are compared with those of whole prompts.
+labels. A bank then gets gradients, and is saved and read; a router's features of an image are computed; the scores
+after a shared opening are compared with those of whole prompts; and what the language model receives from kept features
+of images with what it receives from pixels.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mslora_cr.generation.copied_prefix import CopyingDecoder
 from mslora_cr.generation.exactness import exact_decoder
 from mslora_cr.generation.model_prefix import ModelPrefixDecoder
 from mslora_cr.models.base_check import TURNS, check_loss
+from mslora_cr.models.image_encoder import why_not_given
 from mslora_cr.models.language import fused_experts
 from mslora_cr.models.layout import ModelError
 from mslora_cr.models.load import load_model
@@ -90,10 +92,20 @@ def _tried(kind: str, folder: Path) -> str:
     assert isinstance(base, ProcessorBase)
     decoder = exact_decoder(base.model, base.input_processor(1 << 15, True))
     base.image_encoder.features([[_image()]], torch.device("cpu"))
+    kept = _kept(base)
     _train(base, folder)
     experts = "; fused experts are not adapted" if fused_experts(base.model) else ""
     needs = "" if "pil" in image_backends(kind) else "; needs torchvision"
-    return f"works, {WAYS[decoder]}{experts}{needs}"
+    return f"works, {WAYS[decoder]}{kept}{experts}{needs}"
+
+
+def _kept(base: ProcessorBase) -> str:
+    """Say why image features cannot be kept; nothing if they can."""
+    try:
+        base.given_features()
+    except ModelError:
+        return f"; image features are not kept: {why_not_given(base.model)}"
+    return ""
 
 
 def _train(base: ProcessorBase, folder: Path) -> None:

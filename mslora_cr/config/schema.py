@@ -112,8 +112,8 @@ class DataConfig(Section):
     check_images: bool = True
     """Decode every image once before the first step. The run folder remembers which images are good."""
     cache_image_features: PathStr | None = None
-    """A folder that caches the frozen tower's features, 1.2 MB per image in bfloat16. Without it, they are computed at
-    every step. A cache pays off if images repeat over questions and epochs and the tower or the disk is slow."""
+    """A folder that caches images' features, 1.2 MB per image in bfloat16 with LLaVA-Med. Without it, they are computed
+    at every step. A cache pays off if images repeat over questions and epochs and the tower or the disk is slow."""
 
 
 class LoraSettings(Section):

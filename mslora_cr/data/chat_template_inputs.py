@@ -21,6 +21,7 @@ from torch import Tensor
 from mslora_cr.data.answers.boxes import BoxRule, filled, rule_of
 from mslora_cr.data.answers.reasoning import MARKS
 from mslora_cr.data.chat import Chat, Span, aligned, messages_of, render, training_chat
+from mslora_cr.data.features import MODEL_INPUT, EncodedImage, FeatureCache, together
 from mslora_cr.data.images import image_size, load_image, paths_of, resolve_image
 from mslora_cr.data.input_processor import Collate, LabelCount, Prompt
 from mslora_cr.data.prompts import IGNORE_INDEX, Message, Turn, filled_turns
@@ -31,6 +32,7 @@ Size = tuple[int, int]
 """Width and height."""
 SplitIds = tuple[tuple[int, ...], tuple[int, ...]]
 """Ids up to the last image, and the ids after it."""
+Picture = Image.Image | EncodedImage
 
 
 def takes_answers_apart(processor: Any) -> bool:
@@ -49,7 +51,7 @@ class ChatSample(TypedDict):
     index: int
     text: str
     answers: tuple[Span, ...]
-    images: list[Image.Image]
+    images: Sequence[Picture]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class ChatTemplateInputs:
     """Return the ids that end an answer."""
     max_length: int = 2048
     all_images: bool = False
+    features: FeatureCache | None = None
+    """The store of images' features, if the model takes them instead of pixels."""
     _openings: dict[tuple[str, tuple[Size, ...]], tuple[int, ...] | None] = field(default_factory=dict)
     """Return the ids up to the last image, by the text up to there and the images' sizes; None where the processor's
     ids after the image differ from those of the text after it."""
@@ -81,11 +85,14 @@ class ChatTemplateInputs:
         """As `paths_of`."""
         return paths_of([self.image_names(record) for record in records], roots)
 
-    def load_images(self, names: Sequence[str], roots: Sequence[Path]) -> list[Image.Image]:
-        """Decode the images, in RGB."""
-        return [load_image(resolve_image(name, roots)) for name in names]
+    def load_images(self, names: Sequence[str], roots: Sequence[Path]) -> list[Picture]:
+        """Decode the images, in RGB; or read their features, where these are cached."""
+        paths = [resolve_image(name, roots) for name in names]
+        if self.features is not None:
+            return [EncodedImage(image_size(path), self.features.load(path)) for path in paths]
+        return [load_image(path) for path in paths]
 
-    def process_images(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+    def process_images(self, images: Sequence[Image.Image]) -> list[Picture]:
         return list(images)
 
     # --- training ---
@@ -214,7 +221,7 @@ class ChatTemplateInputs:
         return render(self.processor, messages, to_answer=True), images
 
     def asked(
-        self, earlier: Sequence[Turn], question: str, images: list[Image.Image]
+        self, earlier: Sequence[Turn], question: str, images: list[Picture]
     ) -> tuple[list[int], dict[str, Tensor]]:
         self._check_text([question])
         text = render(self.processor, messages_of([*earlier, Message("human", question)], len(images)), to_answer=True)
@@ -242,7 +249,7 @@ class ChatTemplateInputs:
         # The answer's first letters joined the prompt's last token, which the model is given as it is.
         return tuple(self.tokenizer.encode(text[start:stop]))
 
-    def answering_batch(self, prompts: Sequence[Prompt], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
+    def answering_batch(self, prompts: Sequence[Prompt], images: Sequence[Sequence[Picture]]) -> dict[str, Any]:
         """Build a left-padded batch of whole prompts, with their ids: the processor makes both."""
         return self._processed([prompt.text for prompt in prompts], images, "left")
 
@@ -274,9 +281,10 @@ class ChatTemplateInputs:
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
     def _processed(
-        self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], padding_side: str, **options: Any
+        self, texts: Sequence[str], images: Sequence[Sequence[Picture]], padding_side: str, **options: Any
     ) -> dict[str, Any]:
-        """Run the processor on a batch; `images` has the images of each text.
+        """Run the processor on a batch; `images` has the images of each text. Features take the place of pixels, and
+        blank images of their sizes give the ids.
 
         Raises:
             NoImageError: No text has an image, and the processor needs one.
@@ -284,7 +292,7 @@ class ChatTemplateInputs:
         try:
             inputs = self.processor(
                 text=list(texts),
-                images=[list(of_prompt) for of_prompt in images] if any(images) else None,
+                images=[list(map(_pixels, of_prompt)) for of_prompt in images] if any(images) else None,
                 add_special_tokens=self._adds_special(texts[0]),
                 padding=True,
                 padding_side=padding_side,
@@ -297,6 +305,11 @@ class ChatTemplateInputs:
             kind = type(self.processor).__name__
             raise NoImageError(f"{kind} takes no conversation without an image ({error})") from None
         inputs.pop("labels", None)  # Some processors label every token.
+        given = [image.features for of_prompt in images for image in of_prompt if isinstance(image, EncodedImage)]
+        if given:
+            return {n: value for n, value in inputs.items() if not value.is_floating_point()} | {
+                MODEL_INPUT: together(given)
+            }
         # Some give numbers of 16 bits, which only a model of these reads.
         return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
 
@@ -361,6 +374,10 @@ class ChatTemplateInputs:
                 f"an image ends past data.max_length = {self.max_length}, of {len(opening) + len(rest)} positions; "
                 "raise it, or use data.images=first"
             )
+
+
+def _pixels(image: Picture) -> Image.Image:
+    return image if isinstance(image, Image.Image) else Image.new("RGB", image.size)
 
 
 BY_POSITION = (

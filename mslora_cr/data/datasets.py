@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import ConcatDataset, Dataset, get_worker_info
 
+from mslora_cr.data.features import EncodedImage
 from mslora_cr.data.input_processor import InputProcessor, Prompt
 from mslora_cr.data.records import DataError, TestRecord, TrainingRecord
 
@@ -82,7 +83,10 @@ def _decoded_bytes(sample: Any) -> int:
     """Estimate the bytes of a sample's images, as RGB or as the model takes them, and of its lists of ids or its
     text."""
     pixels = sample.get("pixel_values")
-    images = sum(3 * image.width * image.height for image in sample.get("images", ()))
+    images = sum(
+        image.nbytes if isinstance(image, EncodedImage) else 3 * image.width * image.height
+        for image in sample.get("images", ())
+    )
     text = 64 * len(sample.get("input_ids") or sample.get("text", ""))
     return text + int(images if pixels is None else pixels.nbytes)
 

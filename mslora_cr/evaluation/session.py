@@ -43,15 +43,15 @@ class EvaluationSession:
     ) -> None:
         """
         Args:
-            cached_images: Take the images' features from `data.cache_image_features`, if it is given; the tower is then
-                not part of the model, where a router would look for it.
+            cached_images: Take the images' features from `data.cache_image_features`, if it is given. A router, which
+                looks at images itself, cannot.
             switches: Keep the base's weights, because several sets of banks are merged one after another.
             blank: A folder with the grey picture that replaces every image.
         """
         self.config, self.banks, self.records = config, banks, records
         self._cached_images, self._switches, self._blank = cached_images, switches, blank
         self._fingerprint_fields = fingerprint_fields(config)
-        self._tower: CachedFeatures | None = None
+        self._features: CachedFeatures | None = None
         self._beside: tuple[Sequence[Bank], PerSampleAdapters] | None = None
         self._merged: list[str] | None = None
 
@@ -63,12 +63,14 @@ class EvaluationSession:
     @cached_property
     def base(self) -> BaseModel:
         base = load_base(self.config, get_device(self.config.model.device))
-        self._tower = cached_features(self.config, base) if self._cached_images else None
+        if self._cached_images:
+            projectors = any(bank.projector for bank in self.banks)
+            self._features = cached_features(self.config, base, projectors)
         return base
 
     @cached_property
     def input_processor(self) -> InputProcessor:
-        return input_processor_of(self.config, self.base, self._tower)
+        return input_processor_of(self.config, self.base, self._features)
 
     @cached_property
     def _stack(self) -> BankStack:
@@ -128,6 +130,6 @@ class EvaluationSession:
         if self._blank is not None:
             records, roots = blank_records(records), [self._blank]
         processor = self.input_processor
-        if self._tower is not None:
-            self._tower.fill(processor.image_paths(records, roots), decoding(self.config).workers)
+        if self._features is not None:
+            self._features.fill(processor.image_paths(records, roots), decoding(self.config).workers)
         return EvalDataset(records, roots, processor)

@@ -21,6 +21,7 @@ from mslora_cr.distributed.comm import of_first_rank
 from mslora_cr.generation.batching import Wave
 from mslora_cr.generation.branches import Branches, Continuations
 from mslora_cr.generation.prefix_decoder import OnToken, Stopping
+from mslora_cr.models.base_model import inputs_on
 from mslora_cr.models.language import base_of, caches_keys_alone
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class PlainDecoder:
         return self.inputs_on_device(inputs)
 
     def inputs_on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self._moved(value) for name, value in inputs.items()}
+        return inputs_on(self._device, inputs, self._dtype)
 
     @torch.inference_mode()
     def answer(
@@ -150,9 +151,6 @@ class PlainDecoder:
         counted: Tensor = self.model._prepare_position_ids_for_generation(ids, inputs)
         positions: Tensor = self.model.prepare_inputs_for_generation(ids, position_ids=counted)["position_ids"]
         return positions[..., -ids.shape[1] :]
-
-    def _moved(self, value: Tensor) -> Tensor:
-        return value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)
 
     def _cut(self, ids: list[int]) -> list[int]:
         stop = next((index for index, token in enumerate(ids) if token in self.stopping.end_ids), len(ids))

@@ -21,6 +21,7 @@ from mslora_cr.data.input_processor import Prompt
 from mslora_cr.generation.batching import Wave
 from mslora_cr.generation.decode_state import Openings
 from mslora_cr.generation.prefix_decoder import Decoder, Mask, Stopping
+from mslora_cr.models.base_model import inputs_on
 from mslora_cr.models.language import layer_types
 
 
@@ -84,7 +85,7 @@ class ModelPrefixDecoder(Decoder):
     def _read(self, wave: Wave, inputs: Mapping[str, Any], cache: DynamicCache) -> _Read:
         first = [group.questions[0] for group in wave.groups]
         self._choose(first)
-        cut = {name: self._moved(value) for name, value in self._openings_of(wave, first, inputs).items()}
+        cut = inputs_on(self.device, self._openings_of(wave, first, inputs), self.dtype)
         with _handed_positions(self._language) as handed:
             output = self.model(**{**self._model_inputs(dict(cut), cache), "logits_to_keep": 1})
         # Positions that are the same in all rows are handed to the language model once.
@@ -119,9 +120,6 @@ class ModelPrefixDecoder(Decoder):
             ids, past_key_values=cache, is_first_iteration=True, use_cache=True, **inputs
         )
         return dict(prepared)
-
-    def _moved(self, value: Tensor) -> Tensor:
-        return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
 
     def _branching(self, seen: Tensor, order: Tensor) -> Mask:
         everything = super()._branching(seen, order)

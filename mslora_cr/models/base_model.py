@@ -6,11 +6,12 @@ transformers loads with a processor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import recursively_apply
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -72,12 +73,30 @@ class BaseModel(Protocol):
     ) -> InputProcessor:
         """Prepare inputs from records."""
 
-    def given_features(self) -> GivenFeatures:
+    def given_features(self, projector_changes: bool, /) -> GivenFeatures:
         """Let the model take features of images in place of pixels.
+
+        Args:
+            projector_changes: Whether a bank has a projector of its own.
 
         Raises:
             ModelError: It takes none; the message says why.
         """
+
+
+def inputs_on(
+    device: torch.device | str, inputs: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Return a model's inputs on its device, nested ones too.
+
+    Args:
+        dtype: The dtype of floating-point numbers; None leaves theirs.
+    """
+
+    def move(value: Tensor) -> Tensor:
+        return value.to(device, dtype if dtype is not None and value.is_floating_point() else value.dtype)
+
+    return {name: recursively_apply(move, value) for name, value in inputs.items()}
 
 
 @contextmanager

@@ -30,19 +30,27 @@ class CachedFeatures:
         encode = partial(self._given.encode, device=self._device)
         with moved(self._given.modules, self._device):
             self.cache.fill(
-                images[rank() :: world_size()], self._given.prepare, encode, workers, progress=rank() == 0
+                images[rank() :: world_size()],
+                self._given.prepare,
+                encode,
+                workers,
+                writers=world_size(),
+                progress=rank() == 0,
             )
         barrier()
 
 
-def cached_features(config: StreamConfig, base: BaseModel) -> CachedFeatures | None:
-    """Let the model take features, if `data.cache_image_features` asks for it and the model can; otherwise return
-    None."""
+def cached_features(config: StreamConfig, base: BaseModel, projector_changes: bool = False) -> CachedFeatures | None:
+    """Let the model take features, if `data.cache_image_features` asks for it and the model can; otherwise return None.
+
+    Args:
+        projector_changes: Whether a bank has a projector of its own.
+    """
     folder = config.data.cache_image_features
     if not folder:
         return None
     try:
-        given = base.given_features()
+        given = base.given_features(projector_changes)
     except ModelError as error:
         log.warning("data.cache_image_features has no effect: %s", error)
         return None

@@ -13,6 +13,7 @@ from mslora_cr.data.chat import messages_of, render
 from mslora_cr.data.records import Turn
 from mslora_cr.models.base_check import check_model, check_processor
 from mslora_cr.models.family import family_of
+from mslora_cr.models.image_encoder import why_not_given
 from mslora_cr.models.language import fused_experts, last_mlp
 from mslora_cr.models.layout import ModelError, read_config
 from mslora_cr.models.processor_base import empty_model_of, end_ids, load_processor, template_date
@@ -24,8 +25,11 @@ SIZES = ((224, 224), (448, 448), (1024, 768))
 RANK, GPUS = 64, 8
 
 
-def switched_off(path: Path, model: PreTrainedModel) -> tuple[str, ...]:
-    """Return optimisations of LLaVA-Med that this model does not use; the ledger records them.
+def switched_off(path: Path, model: PreTrainedModel, projector_changes: bool = False) -> tuple[str, ...]:
+    """Return optimisations of LLaVA-Med that this model does not use, and why; the ledger records them.
+
+    Args:
+        projector_changes: Whether banks have projectors of their own.
 
     Raises:
         ModelError: The folder's configuration cannot be read.
@@ -34,7 +38,9 @@ def switched_off(path: Path, model: PreTrainedModel) -> tuple[str, ...]:
         return ()
     sparse = () if last_mlp(model) is not None else ("the last MLP at labelled positions alone",)
     experts = ("banks on fused experts",) if fused_experts(model) else ()
-    return ("cached image features", *sparse, *experts)
+    why = "banks change the projector" if projector_changes else why_not_given(model)
+    features = (f"cached image features: {why}",) if why else ()
+    return (*features, *sparse, *experts)
 
 
 def fixed_date(path: Path) -> str | None:
@@ -95,7 +101,7 @@ def summary(path: Path) -> list[str]:
         *experts,
         *([f"today's date in the chat template: always {date}"] if date else []),
         f"positions of an image: {each}",
-        f"not used with it: {', '.join(switched_off(path, model))}",
+        *([f"not used with it: {', '.join(off)}"] if (off := switched_off(path, model)) else []),
     ]
 
 

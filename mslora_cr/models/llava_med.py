@@ -65,8 +65,8 @@ class LlavaMed:
             self.tokenizer, self.image_processor, self.image_token_id, self.patches, max_length, all_images, features
         )
 
-    def given_features(self) -> TowerFeatures:
-        """Take the tower out of the model; see `base_model.BaseModel`."""
+    def given_features(self, projector_changes: bool = False) -> TowerFeatures:
+        """Take the tower out of the model; see `base_model.BaseModel`. Its features come before the projector."""
         tower = detach_tower(self.model).to("cpu")
         return TowerFeatures(tower, self.model.config.vision_feature_layer, self.image_processor)
 

@@ -138,5 +138,6 @@ def box_rule_of(path: Path) -> BoxRule:
     return rule_of(load_processor(path)) if family_of(path).own_template else SQUARE
 
 
-def input_processor_of(config: StreamConfig, base: BaseModel, tower: CachedFeatures | None = None) -> InputProcessor:
-    return base.input_processor(config.data.max_length, config.data.images == "all", tower.cache if tower else None)
+def input_processor_of(config: StreamConfig, base: BaseModel, features: CachedFeatures | None = None) -> InputProcessor:
+    cache = features.cache if features else None
+    return base.input_processor(config.data.max_length, config.data.images == "all", cache)

@@ -31,9 +31,10 @@ from mslora_cr.data.chat import DATE, asks_for_date, dated
 from mslora_cr.data.chat_template_inputs import ChatTemplateInputs, takes_answers_apart
 from mslora_cr.data.features import FeatureCache
 from mslora_cr.models.base_check import check_model, check_processor
-from mslora_cr.models.image_encoder import ProjectedEncoder
+from mslora_cr.models.image_encoder import ProjectedEncoder, ProjectedFeatures
 from mslora_cr.models.language import beside_language
 from mslora_cr.models.layout import ModelError, check_report, from_pretrained
+from mslora_cr.models.split import is_split
 from mslora_cr.utils.strict_json import read_object
 
 QUESTION_ALONE = (
@@ -58,11 +59,15 @@ class ProcessorBase:
     def input_processor(
         self, max_length: int, all_images: bool, features: FeatureCache | None = None
     ) -> ChatTemplateInputs:
-        assert features is None, "features of these models are not kept"
-        return ChatTemplateInputs(self.processor, end_ids(self.model, self.processor), max_length, all_images)
+        return ChatTemplateInputs(self.processor, end_ids(self.model, self.processor), max_length, all_images, features)
 
-    def given_features(self) -> NoReturn:
-        raise ModelError("this base model's features are computed at every step")
+    def given_features(self, projector_changes: bool = False) -> ProjectedFeatures:
+        """As `base_model.BaseModel.given_features`."""
+        if projector_changes:
+            raise ModelError("banks change the projector, behind which this base model's features are kept")
+        if is_split(self.model):
+            raise ModelError("the model is split over several GPUs")
+        return ProjectedFeatures(self.model, self.input_processor(1 << 20, True), self.image_encoder)
 
 
 def load_with_processor(path: Path, options: dict[str, Any], device: torch.device | str) -> ProcessorBase:

@@ -25,8 +25,9 @@ from mslora_cr.distributed.comm import get_device
 from mslora_cr.distributed.deepspeed import zero_stage
 from mslora_cr.methods.base import method_of
 from mslora_cr.models.base_check import check_loss
-from mslora_cr.models.base_model import BaseModel
+from mslora_cr.models.base_model import BaseModel, inputs_on
 from mslora_cr.models.describe import fixed_date
+from mslora_cr.models.family import family_of
 from mslora_cr.models.load import input_processor_without_weights
 from mslora_cr.models.shapes import projector_size
 from mslora_cr.runs.ledger import Ledger, work_folder
@@ -75,12 +76,19 @@ def check_projector(config: StreamConfig, fields: Mapping[str, Any], records: Ma
     """Refuse to train the projector where that cannot be exact.
 
     Raises:
-        ConfigError: DeepSpeed's own optimizer has one learning rate; or under ZeRO-3 a record has no picture.
+        ConfigError: Features behind the projector are cached; DeepSpeed's own optimizer has one learning rate; or under
+            ZeRO-3 a record has no picture.
         ModelError: The base model has no projector of LLaVA's name.
     """
     if config.lora.projector_learning_rate is None:
         return
-    projector_size(Path(config.model.path))
+    path = Path(config.model.path)
+    projector_size(path)
+    if config.data.cache_image_features and family_of(path).own_template:
+        raise ConfigError(
+            "data.cache_image_features keeps what the projector of this base model makes of images, and "
+            "lora.projector_learning_rate trains it; set one of them to null"
+        )
     deepspeed = fields.get("deepspeed")
     if isinstance(deepspeed, str) and "optimizer" in read_object(Path(deepspeed)):
         raise ConfigError(
@@ -219,8 +227,7 @@ def try_first_record(base: BaseModel, samples: ConcatTrainDataset, collator: Col
     del batch["record_index"]
     keep, targets = loss_mask(batch.pop("labels"))
     if len(targets):
-        moved = {name: value.to(device) for name, value in batch.items()}
-        check_loss(base, moved, keep.to(device), targets.to(device))
+        check_loss(base, inputs_on(device, batch), keep.to(device), targets.to(device))
 
 
 LARGE_PIXELS = 2_000_000
@@ -248,7 +255,7 @@ def warn_of_large_images(config: StreamConfig, records: dict[str, TaskRecords]) 
         log.warning(
             "%s: its pictures have %.1f megapixels on average, and one takes %.2f s to decode, in every epoch unless "
             "all samples fit into %d MB and training.dataloader_num_workers is 0. data.cache_image_features: FOLDER "
-            "keeps what the vision tower makes of them; for base models without that, store them smaller",
+            "keeps what the model makes of them; for a base model that takes no features, store them smaller",
             name,
             sum(pixels) / len(pixels) / 1e6,
             time.perf_counter() - begun,

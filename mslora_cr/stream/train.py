@@ -37,6 +37,7 @@ from mslora_cr.models.base_model import BaseModel
 from mslora_cr.models.cached_features import cached_features
 from mslora_cr.models.describe import fixed_date, switched_off
 from mslora_cr.models.family import family_of
+from mslora_cr.models.kernels import used_kernels
 from mslora_cr.models.language import language_linears
 from mslora_cr.models.load import base_digest, input_processor_of, kernels_of, load_base
 from mslora_cr.routing.fit import router_statistics
@@ -218,8 +219,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
     sharded = zero_stage(run.fields.get("deepspeed")) == 3
     device = get_device(config.model.device)
     # Everything is built before DeepSpeed knows of the task: transformers would partition what is loaded afterwards.
-    kernels = kernels_of(config)
-    base = load_base(config, "cpu" if sharded else device, kernels)
+    base = load_base(config, "cpu" if sharded else device, kernels_of(config))
     router = None
     if needs_task(config):
         router = router_statistics(config, task, run.records[task.name], base, method.router_examples(config))
@@ -252,7 +252,7 @@ def build_trainer(run: StreamRun, task: Task) -> tuple[BankTrainer, TaskStatisti
         keep_best=run.fields.get("keep") == "best",
     )
     if rank() == 0:
-        log.info("%s: banks' layers: %s; kernels: %s", task.name, stack.layer, kernels)
+        log.info("%s: banks' layers: %s; kernels: %s", task.name, stack.layer, used_kernels(base.model))
     return trainer, router
 
 
@@ -299,19 +299,19 @@ def task_data(run: StreamRun, task: Task, base: BaseModel) -> tuple[ConcatTrainD
     """Return the samples on which a task trains, and what it is measured on. With `data.cache_image_features`, their
     images' features are cached first.
     """
-    tower = cached_features(run.config, base)
-    processor = input_processor_of(run.config, base, tower)
+    features = cached_features(run.config, base, run.config.lora.projector_learning_rate is not None)
+    processor = input_processor_of(run.config, base, features)
     parts = [
         TrainDataset(run.records[source.name], task_image_roots(run.config, source), processor)
         for source in method_of(run.config).sources(run.config, task)
     ]
     validation = validation_set(run.config, task, run.fields, run.validation, processor)
-    if tower is not None:
+    if features is not None:
         images = (
             processor.image_paths(part.records, part.roots)
             for part in [*parts, *(validation.samples.parts if validation else [])]
         )
-        tower.fill(list(itertools.chain.from_iterable(images)), int(run.fields.get("dataloader_num_workers", 0)))
+        features.fill(list(itertools.chain.from_iterable(images)), int(run.fields.get("dataloader_num_workers", 0)))
     return ConcatTrainDataset(parts), validation
 
 
@@ -346,10 +346,12 @@ def save_task(run: StreamRun, task: Task, trainer: BankTrainer, router: TaskStat
         train_loss=mean_loss,
         seconds=round(trainer.seconds, 3),
         padding=padding,
-        switched_off=switched_off(Path(config.model.path), trainer.stack.base),
+        switched_off=switched_off(
+            Path(config.model.path), trainer.stack.base, config.lora.projector_learning_rate is not None
+        ),
         template_date=fixed_date(Path(config.model.path)),
         bank_layer=trainer.stack.layer,
-        kernels=kernels_of(config),
+        kernels=used_kernels(trainer.stack.base),
         recomputed_layers=trainer.recomputation.count,
         frozen_bank_bytes=trainer.objective.frozen_bytes,
         weights=trainer.objective.weights,

@@ -16,6 +16,7 @@ from mslora_cr.data.datasets import ConcatTrainDataset
 from mslora_cr.data.input_processor import Collate
 from mslora_cr.distributed.comm import all_reduce_sum, rank, world_size
 from mslora_cr.losses.penalty import Key, Pair
+from mslora_cr.models.base_model import inputs_on
 from mslora_cr.models.sparse_mlp import SparseMLP
 from mslora_cr.training.inputs import layer_inputs, loss_mask
 from mslora_cr.utils.progress import progress_bar
@@ -191,7 +192,7 @@ class Passes:
         return batch
 
     def _to_base(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {name: value.to(self._stack.base.device) for name, value in batch.items()}
+        return inputs_on(self._stack.base.device, batch)
 
     def _merge(self) -> None:
         if self._unmerged:

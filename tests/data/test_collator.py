@@ -166,9 +166,7 @@ def test_text_only_samples_are_batched_with_cached_features(input_processor: Lla
     """Features have another shape than pixels, of which a text-only sample has none."""
     path = write(tmp_path, conversation("images/wide.png"), conversation(None, "Is it?"))
     cache = FeatureCache(tmp_path / "features")
-    cache.fill(
-        [GOLDEN / "images/wide.png"], lambda image: None, lambda images: [{TOWER_FEATURES: torch.ones(5, 7)}]
-    )
+    cache.fill([GOLDEN / "images/wide.png"], lambda image: None, lambda images: [{TOWER_FEATURES: torch.ones(5, 7)}])
     cached = TrainDataset(TrainingRecords(path), [GOLDEN], replace(input_processor, features=cache))
     for order in ([0, 1], [1, 0]):
         assert TrainingCollator(0)([cached[index] for index in order])["pixel_values"].equal(torch.ones(1, 5, 7))

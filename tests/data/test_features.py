@@ -7,6 +7,7 @@ import shutil
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mslora_cr.data.features import FeatureCache, feature_key
+from mslora_cr.data.features import FeatureCache, feature_key, flattened, together
 from mslora_cr.data.records import DataError
 from mslora_cr.models.llava_med import load
 from mslora_cr.models.vision import detach_tower, tower_features
@@ -162,3 +163,37 @@ def test_a_model_takes_features_where_it_took_pixels(tiny_model: Path) -> None:
         features = tower_features(tower, base.model.config.vision_feature_layer, pixels)
         assert features.shape == (2, base.patches + 1, 96)
         assert base.model(input_ids=ids, pixel_values=features).logits.equal(expected)
+
+
+def test_features_of_images_are_put_together_as_they_were_taken_apart() -> None:
+    """A list with an entry an image, and features of layers: a list an image, one tensor, a list beside its layer."""
+    one, other = torch.arange(6.0).view(3, 2), torch.arange(4.0).view(2, 2)
+    outputs = [
+        {
+            "last_hidden_state": part,
+            "pooler_output": (part,),
+            "deepstack_features": [[part + 1], part + 2, (7, [part + 3])],
+        }
+        for part in (one, other)
+    ]
+    kept = [flattened(output) for output in outputs]
+    assert list(kept[0]) == [
+        "pooler_output.0", "deepstack_features.0.0", "deepstack_features.1",
+        "deepstack_features.2.0", "deepstack_features.2.1.0",
+    ]  # fmt: skip
+    image = together(kept)["image"]
+    assert [part.tolist() for part in image.pooler_output] == [one.tolist(), other.tolist()]
+    by_image, joined, (layer, beside) = image.deepstack_features
+    assert [part.tolist() for part in by_image] == [(one + 1).tolist(), (other + 1).tolist()]
+    assert joined.equal(torch.cat([one, other]) + 2) and layer == 7 and beside[1].equal(other + 3)
+    plain = together([{"pooler_output": one[None]}, {"pooler_output": one[None] + 1}])["image"]
+    assert plain.pooler_output.equal(torch.stack([one, one + 1]))
+
+
+def test_features_that_the_disk_cannot_hold_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [image(tmp_path / f"{number}.png", number) for number in range(3)]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * 3 * 12 - 1))  # 3 floats an image
+    cache = FeatureCache(tmp_path / "cache")
+    with pytest.raises(DataError, match=r"take about 0\.0 GB, and 0\.0 GB are free; set data\.cache_image_features"):
+        cache.fill(paths, pixels, means, writers=2, progress=False)
+    cache.fill(paths, pixels, means, progress=False)

@@ -19,6 +19,7 @@ from mslora_cr.cli.main import main
 from mslora_cr.data.images import load_image
 from mslora_cr.data.prompts import IGNORE_INDEX
 from mslora_cr.data.records import TestRecord, TrainingRecord
+from mslora_cr.models.cached_features import CachedFeatures
 from mslora_cr.models.language import language_linears, language_model, linears_pattern
 from mslora_cr.models.layout import ModelError
 from mslora_cr.models.llava_med import load
@@ -220,7 +221,7 @@ def test_batched_answers_are_those_of_one_by_one(family: str, trained: Folder, f
     assert routed["stages"][-1]["accuracy"] > 50
     ledger = json.loads((trained(family) / "checkpoints" / "tiny" / "ledger.json").read_text())
     for entry in ledger["tasks"].values():
-        assert entry["switched_off"] == ["cached image features"]
+        assert entry["switched_off"] == []
         bank = json.loads((trained(family) / "checkpoints/tiny/banks/pathvqa/bank.json").read_text())
         base_model = {"architecture": type(loaded(folder, family).model).__name__, "digest": entry["model_digest"]}
         assert bank["base_model"] == base_model
@@ -251,6 +252,50 @@ def test_what_is_exported_answers_in_plain_peft(family: str, trained: Folder, tm
     assert ours.ask(image, "is this a cell?", on_text=loads.append, max_new_tokens=5).text == "".join(loads)
 
 
+@pytest.mark.parametrize("family", EVERY)
+def test_kept_features_are_to_a_model_what_pixels_are(family: str, folder: Folder, tmp_path: Path) -> None:
+    base = loaded(folder, family)
+    names = [picture(tmp_path, 40, 50), picture(tmp_path, 110, 45)]
+    features = CachedFeatures(tmp_path / "features", base.given_features(), torch.device("cpu"))
+    features.fill([tmp_path / name for name in names], workers=0)
+    records = [
+        conversation(names[:1], "<image>\nis this a cell?", "yes it is"),
+        conversation(names[::-1], "<image><image>\nwhat does the picture show?", "a lesion"),
+        conversation([], "is the skin normal?", "no"),
+    ]
+    found = []
+    for processor in (base.input_processor(2048, True), base.input_processor(2048, True, features.cache)):
+        batch = processor.batch([processor.sample(0, record, [tmp_path]) for record in records])
+        del batch["record_index"]
+        found.append((batch, base.model(**batch)))
+    (pixels, wanted), (kept, ours) = found
+    assert "pixel_values" in pixels and "pixel_values" not in kept
+    assert kept["input_ids"].equal(pixels["input_ids"]) and kept["labels"].equal(pixels["labels"])
+    torch.testing.assert_close(ours.logits, wanted.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_run_with_kept_features_gives_the_same_banks_and_answers(
+    family: str, trained: Folder, settings: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    run = settings(family)
+    run["data"] = {**run["data"], "cache_image_features": str(tmp_path / "features")}
+    config = str(write_config(tmp_path, run))
+    assert main(["train", config]) == 0
+    assert main(["evaluate", config]) == 0
+    assert answers(tmp_path / "results" / "tiny").items() <= answers(trained(family) / "results" / "tiny").items()
+    for task in ("pathvqa", "slake-vqarad"):
+        ours, plain = (
+            mslora_cr.load_bank(place / "checkpoints" / "tiny" / "banks" / task)
+            for place in (tmp_path, trained(family))
+        )
+        for name, (a, b) in ours.matrices.items():
+            torch.testing.assert_close(
+                (b @ a), (plain.matrices[name][1] @ plain.matrices[name][0]), rtol=1e-2, atol=1e-3
+            )
+    assert list((tmp_path / "features").rglob("*.safetensors"))
+
+
 # --- what is taken, and what is refused ----------------------------------------------------------------------------
 
 
@@ -276,6 +321,21 @@ def test_questions_about_several_images_of_other_sizes_are_answered_as_alone(
         alone = input_processor.answering_batch([prompt], [images])
         assert alone["input_ids"][0].tolist() == [*prompt.opening, *prompt.rest]
         assert base.model.generate(**alone, max_new_tokens=4, do_sample=False)[0, -4:].tolist() == row
+
+
+def test_features_behind_a_projector_that_banks_change_are_not_kept(
+    settings: Callable[[str], dict[str, Any]], folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write_config(tmp_path, settings("llava")))
+    options = [
+        "method=sequential",
+        "lora.projector_learning_rate=1e-3",
+        f"data.cache_image_features={tmp_path / 'kept'}",
+    ]
+    assert main(["train", config, *options]) == 1
+    assert "lora.projector_learning_rate trains it; set one of them to null" in capsys.readouterr().err
+    with pytest.raises(ModelError, match="banks change the projector"):
+        loaded(folder, "llava").given_features(projector_changes=True)
 
 
 def test_what_a_model_would_misread_is_refused(folder: Folder, tmp_path: Path) -> None:
@@ -329,7 +389,7 @@ def test_a_plan_and_an_inspection_describe_the_model(
     config = write_config(tmp_path, settings(family))
     assert main(["train", str(config), "--dry-run"]) == 0
     plan = capsys.readouterr().out
-    assert "14 layers adapted" in plan and "not used with it: cached image features" in plan
+    assert "14 layers adapted" in plan and "not used with it" not in plan
     assert main(["model", "inspect", settings(family)["model"]["path"]]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["layout"] == family and sum(found["adapted"].values()) == 14
