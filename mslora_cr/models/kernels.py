@@ -29,6 +29,8 @@ ROTATION = "apply_rotary_pos_emb"
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """The largest difference between a module and a formula, as a share of the numbers' spread, by dtype."""
 TOLERANCE_16 = 0.05
+_FUSED = "_mslora_cr_fused"
+"""An attribute of the classes of modules that have a kernel."""
 Computes = Callable[..., Any]
 
 
@@ -61,6 +63,11 @@ def use_kernels(model: PreTrainedModel, kernels: Literal["liger", "torch"]) -> C
                 break
     log.info("Liger's kernels: %s", ", ".join(f"{operation} ({count})" for operation, count in counts.items()))
     return counts
+
+
+def used_kernels(model: nn.Module) -> Literal["liger", "torch"]:
+    """Return the library that computes a model's small operations: Liger if any module has a kernel of it."""
+    return "liger" if any(hasattr(type(module), _FUSED) for module in model.modules()) else "torch"
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
@@ -201,4 +208,4 @@ def _agree(module: nn.Module, formula: Callable[[Tensor], Tensor], width: int, s
 
 def _with_forward(module: nn.Module, forward: Computes) -> type[nn.Module]:
     kind = type(module)
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, _FUSED: True})

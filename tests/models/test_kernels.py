@@ -16,7 +16,7 @@ from transformers.models.mistral import modeling_mistral
 from mslora_cr.cli.main import main
 from mslora_cr.config.load import load_config
 from mslora_cr.evaluation.summary import fingerprint_fields
-from mslora_cr.models.kernels import use_kernels
+from mslora_cr.models.kernels import use_kernels, used_kernels
 from mslora_cr.models.language import language_model
 from mslora_cr.models.llava_med import load
 from mslora_cr.models.load import answering_kernels, load_model
@@ -116,6 +116,7 @@ def test_liger_computes_what_a_models_modules_do(family: str, ligers_formulas: C
     (make if family in FAMILIES else make_more)(family, tmp_path)
     other, model = (load_model(tmp_path, dtype=torch.float32).model for _ in range(2))
     counts = use_kernels(model, "liger")
+    assert (used_kernels(model), used_kernels(other)) == ("liger", "torch")
     assert tuple(counts[operation] for operation in ("RMSNorm", "gated MLP", "rotary positions")) == EXPECTED[family]
     ids, results = torch.randint(10, 100, (2, 7), generator=torch.Generator().manual_seed(0)), []
     for each in (other, model):
